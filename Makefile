@@ -1,0 +1,24 @@
+# One command each; CI runs the same ones.
+.PHONY: install check test bench demo lock
+
+install: ## make or update .venv
+	./scripts/_env
+
+check: ## lint, format, types, import rules
+	./scripts/check
+
+test: ## everything CI runs
+	./scripts/test
+
+bench: install ## the overhead table of the README (needs wrk: apt-get install wrk)
+	.venv/bin/python -m benchmarks.overhead
+
+demo: ## a real model, many callers
+	./scripts/demo
+
+lock: install ## bring requirements.lock up to date, keeping the comment at its head
+	.venv/bin/python -m pip install -qq uv
+	head -n 3 requirements.lock > .venv/lock
+	.venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --fork-strategy fewest \
+		--extra demo --extra dev --no-header pyproject.toml >> .venv/lock
+	mv .venv/lock requirements.lock

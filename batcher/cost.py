@@ -1,0 +1,29 @@
+"""Which batch size is worth growing to, from measured run times.
+
+On a GPU and on wide CPU models a row gets cheaper the more rows share a run; on others (Magika on
+one core: 10 ms for one row, 84 ms for eight) it does not, and a larger batch only makes everyone
+wait for everyone. Clipper (Crankshaw et al., NSDI 2017) searches for the size by additive increase;
+here the sizes were already timed by the warm-up, so it can be read off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+# What a batch costs beside the engine's run: waking the worker, the callback, taking a slot. Counted
+# in so that a model whose own run is almost free is still batched as far as it goes.
+BATCH_OVERHEAD_US = 100.0
+# A size counts as good enough when a row costs at most this many times the best size's.
+NEAR_BEST = 1.03
+
+
+def efficient_rows(run_us: Mapping[int, float], max_batch_size: int) -> int:
+    """Smallest batch size at which a row is about as cheap as it gets.
+
+    `run_us` maps rows to the microseconds of one run. Nothing measured: `max_batch_size`.
+    """
+    per_row = {rows: (us + BATCH_OVERHEAD_US) / rows for rows, us in run_us.items() if rows <= max_batch_size}
+    if not per_row:
+        return max_batch_size
+    good = min(per_row.values()) * NEAR_BEST
+    return min(rows for rows, us in per_row.items() if us <= good)

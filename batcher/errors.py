@@ -1,0 +1,56 @@
+"""Why a request was not accepted, or was accepted and could not be answered.
+
+Split by blame: `QueueFullError` and `TooManyRowsError` are about what the caller asks for,
+`DrainingError` is ours, `BatchFailedError` and `EngineGoneError` are the engine's.
+"""
+
+from __future__ import annotations
+
+
+class BatcherError(Exception):
+    """Base of everything the batcher tells a caller instead of an answer."""
+
+
+class TooManyRowsError(BatcherError):
+    """The request has more rows than the queue could ever hold."""
+
+    def __init__(self, rows: int, limit: int) -> None:
+        super().__init__(f"the request has {rows} rows, the queue holds at most {limit}")
+        self.rows = rows
+        self.limit = limit
+
+
+class QueueFullError(BatcherError):
+    """The queue has no room for the request now."""
+
+    def __init__(self, queued_rows: int, limit: int, retry_after_s: float) -> None:
+        super().__init__(f"{queued_rows} of {limit} rows are queued")
+        self.queued_rows = queued_rows
+        self.limit = limit
+        self.retry_after_s = retry_after_s
+
+
+class DrainingError(BatcherError):
+    """The batcher takes no new requests because it is about to stop."""
+
+
+class AbandonedError(BatcherError):
+    """The time to drain was over before the request could be run."""
+
+
+class BatchFailedError(BatcherError):
+    """The engine failed on this request's rows. `reference` is in the log beside the engine's words."""
+
+    def __init__(self, model: str, reference: str) -> None:
+        super().__init__(f"model {model!r} failed on this request (reference {reference})")
+        self.model = model
+        self.reference = reference
+
+
+class EngineGoneError(BatcherError):
+    """The engine is dead and cannot run anything any more."""
+
+    def __init__(self, model: str, reference: str) -> None:
+        super().__init__(f"the engine of model {model!r} is unusable (reference {reference})")
+        self.model = model
+        self.reference = reference

@@ -1,0 +1,45 @@
+"""Rows into the engine's input buffers: the one copy between a caller's body and the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from batcher.request import Request
+
+
+def pack(requests: Sequence[Request], buffers: Sequence[np.ndarray[Any, Any]]) -> None:
+    """Copy each request's rows behind one another into `buffers` and note where they begin.
+
+    `buffers` are the slot's inputs, C-contiguous [max_batch_size, ...]; the requests' row shapes are
+    those of the buffers and their rows together fit.
+    """
+    first_row = 0
+    for request in requests:
+        request.first_row = first_row
+        first_row += request.rows
+    for index, buffer in enumerate(buffers):
+        if buffer.dtype == object:
+            _pack_elements(requests, index, buffer)
+        elif buffer.size:
+            _pack_bytes(requests, index, memoryview(buffer).cast("B"))
+
+
+def _pack_bytes(requests: Sequence[Request], index: int, target: memoryview) -> None:
+    at = 0
+    for request in requests:
+        payload = request.payloads[index]
+        end = at + len(payload)
+        target[at:end] = payload  # type: ignore[assignment]
+        at = end
+
+
+def _pack_elements(requests: Sequence[Request], index: int, buffer: np.ndarray[Any, Any]) -> None:
+    flat = buffer.reshape(-1)
+    at = 0
+    for request in requests:
+        payload = request.payloads[index]
+        flat[at : at + len(payload)] = payload
+        at += len(payload)

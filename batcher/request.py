@@ -1,0 +1,98 @@
+"""What is queued (`Request`) and what it rides in (`Batch`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from batcher.queue import Group
+    from engines.base import RowShapes
+
+# One value for each input, in the signature's order: the rows' bytes (C order, little-endian), or
+# for a BYTES tensor the list of its elements.
+Payload = bytes | bytearray | memoryview | list[bytes]
+
+
+class State(IntEnum):
+    """A request's life; it only ever moves down this list, and ends in one of the last two."""
+
+    NEW = 0
+    QUEUED = 1
+    RUNNING = 2
+    DONE = 3
+    CANCELLED = 4
+
+
+class Batch:
+    """Requests that run together, and after the run what came of it.
+
+    `outputs` are views of the slot's buffers, shape [rows, ...]: valid only inside `Request.done`.
+    `memo` is for whoever answers the requests, to do once per batch what would else be done once
+    per request (turn a whole output into JSON, say). Times are in seconds of the batcher's clock.
+    """
+
+    __slots__ = (
+        "dispatched_s",
+        "finished_s",
+        "memo",
+        "outputs",
+        "reason",
+        "requests",
+        "row_shapes",
+        "rows",
+        "started_s",
+    )
+
+    def __init__(self, requests: list[Request], rows: int, row_shapes: RowShapes, reason: str) -> None:
+        self.requests = requests
+        self.rows = rows
+        self.row_shapes = row_shapes
+        self.reason = reason
+        self.dispatched_s = 0.0
+        self.started_s = 0.0
+        self.finished_s = 0.0
+        self.outputs: Sequence[np.ndarray[Any, Any]] = ()
+        self.memo: dict[Any, Any] = {}
+
+
+class Request:
+    """One caller's rows. Subclass it and define `done`.
+
+    `done` is called on the event loop exactly once for each accepted request that was not
+    cancelled: with `error` set, or with `batch` and `first_row` saying where its rows are.
+    A plain callback and not an `asyncio.Future`: a future schedules each of its callbacks through
+    the loop again, which on a small model costs as much as the inference.
+    """
+
+    __slots__ = (
+        "batch",
+        "enqueued_s",
+        "error",
+        "first_row",
+        "group",
+        "parts",
+        "payloads",
+        "row_shapes",
+        "rows",
+        "state",
+    )
+
+    def __init__(self, rows: int, row_shapes: RowShapes, payloads: Sequence[Payload]) -> None:
+        self.rows = rows
+        self.row_shapes = row_shapes
+        self.payloads = payloads
+        self.state = State.NEW
+        self.error: Exception | None = None
+        self.batch: Batch | None = None
+        self.first_row = 0
+        self.enqueued_s = 0.0
+        self.group: Group | None = None
+        self.parts: list[Request] | None = None
+
+    def done(self) -> None:
+        """Give the caller its answer. Must not raise; what it raises is logged and dropped."""
+        raise NotImplementedError

@@ -1,0 +1,62 @@
+"""A request with more rows than one batch takes: cut into parts, and put together again.
+
+The parts are ordinary requests in the queue and ride with whatever else fits. The caller hears once:
+when all parts are answered, or when the first one fails, which cancels the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from batcher.request import Batch, Payload, Request, State
+
+
+class Part(Request):
+    """Some consecutive rows of a larger request; keeps a copy of its outputs until all are there."""
+
+    __slots__ = ("on_done", "outputs")
+
+    def __init__(
+        self, whole: Request, payloads: list[Payload], rows: int, on_done: Callable[[Part], None]
+    ) -> None:
+        super().__init__(rows, whole.row_shapes, payloads)
+        self.on_done = on_done
+        self.outputs: list[np.ndarray[Any, Any]] = []
+
+    def done(self) -> None:
+        if self.batch is not None:
+            end = self.first_row + self.rows
+            # A copy: the engine writes the next batch into these buffers.
+            self.outputs = [output[self.first_row : end].copy() for output in self.batch.outputs]
+        self.on_done(self)
+
+
+def cut(whole: Request, most_rows: int, on_done: Callable[[Part], None]) -> list[Part]:
+    """Cut `whole` into parts of at most `most_rows` rows. Payloads are sliced as views, not copied."""
+    views = [p if isinstance(p, list) else memoryview(p).cast("B") for p in whole.payloads]
+    per_row = [len(view) // whole.rows for view in views]
+    parts = []
+    for first in range(0, whole.rows, most_rows):
+        end = min(first + most_rows, whole.rows)
+        payloads: list[Payload] = [v[first * n : end * n] for v, n in zip(views, per_row, strict=True)]
+        parts.append(Part(whole, payloads, end - first, on_done))
+    return parts
+
+
+def join(whole: Request, parts: list[Part]) -> None:
+    """Give `whole` the outputs of all its parts, in order, as if one batch had run them.
+
+    The times are the first part's way to the engine and the sum of the runs; `rows` is the largest
+    batch that a part rode in.
+    """
+    batches = [part.batch for part in parts if part.batch is not None]
+    whole.batch = batch = Batch([], max(b.rows for b in batches), whole.row_shapes, batches[0].reason)
+    batch.dispatched_s = batches[0].dispatched_s
+    batch.started_s = batches[0].started_s
+    batch.finished_s = batch.started_s + sum(b.finished_s - b.started_s for b in batches)
+    batch.outputs = [np.concatenate(rows) for rows in zip(*(part.outputs for part in parts), strict=True)]
+    whole.first_row = 0
+    whole.state = State.DONE

@@ -1,0 +1,90 @@
+"""V2 infer requests and answers as the benchmarks send and read them, apart from the server's own code.
+
+What is compared with a direct run must not go through the codec that is being measured.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+
+JSON_LENGTH = "Inference-Header-Content-Length"
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A model's one input: its name, V2 datatype and elements per row."""
+
+    name: str
+    datatype: str
+    elements: int
+
+
+INPUTS = {
+    "tiny": Tensor("x", "FP32", 16),
+    "wide": Tensor("x", "FP32", 512),
+    "magika": Tensor("bytes", "INT32", 2048),
+}
+_DTYPES = {"FP32": np.dtype("<f4"), "INT32": np.dtype("<i4")}
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A body and the headers that belong to it."""
+
+    body: bytes
+    headers: dict[str, str]
+
+
+def rows_of(model: str, rows: int, seed: int) -> Array:
+    """Made-up input [rows, elements] for a model: normal floats, or the bytes of a file."""
+    rng = np.random.default_rng(seed)
+    tensor = INPUTS[model]
+    if tensor.datatype == "INT32":
+        return rng.integers(0, 256, (rows, tensor.elements), dtype=np.int32)
+    return rng.standard_normal((rows, tensor.elements), dtype=np.float32)
+
+
+def encode(model: str, rows: Array, binary: bool) -> Message:
+    """An infer request: flat JSON data, or binary data with a binary answer asked for."""
+    tensor = INPUTS[model]
+    described: dict[str, Any] = {"name": tensor.name, "shape": list(rows.shape), "datatype": tensor.datatype}
+    if not binary:
+        described["data"] = rows.reshape(-1)
+        body = orjson.dumps({"inputs": [described]}, option=orjson.OPT_SERIALIZE_NUMPY)
+        return Message(body, {"Content-Type": "application/json"})
+    data = rows.tobytes()
+    described["parameters"] = {"binary_data_size": len(data)}
+    text = orjson.dumps({"inputs": [described], "parameters": {"binary_data_output": True}})
+    return Message(text + data, {"Content-Type": "application/octet-stream", JSON_LENGTH: str(len(text))})
+
+
+def decode(answer: Message) -> Array:
+    """The first output of an infer response, as an array of its shape."""
+    length = {key.lower(): value for key, value in answer.headers.items()}.get(JSON_LENGTH.lower())
+    text = answer.body if length is None else answer.body[: int(length)]
+    output = json.loads(text)["outputs"][0]
+    dtype = _DTYPES[output["datatype"]]
+    if length is None:
+        return np.array(output["data"], dtype).reshape(output["shape"])
+    return np.frombuffer(answer.body[int(length) :], dtype).reshape(output["shape"])
+
+
+def post(address: str, path: str, request: Message) -> Message:
+    """POST on a connection of its own to HOST:PORT; raises RuntimeError unless the answer is 200."""
+    connection = http.client.HTTPConnection(address, timeout=60)
+    try:
+        connection.request("POST", path, request.body, request.headers)
+        response = connection.getresponse()
+        body = response.read()
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise RuntimeError(f"POST {path}: status {response.status}: {body[:500].decode(errors='replace')}")
+    return Message(body, dict(response.getheaders()))

@@ -1,0 +1,1 @@
+"""What runs a batch: the Engine protocol, the worker thread, the engines. No asyncio, no HTTP."""

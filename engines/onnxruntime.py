@@ -1,0 +1,242 @@
+"""ONNX Runtime on the CPU.
+
+Inputs are packed into buffers that belong to a slot and are reused; a binding (`IOBinding`) of the
+first `rows` rows of those buffers, and of the output buffers where their shapes are known, is made
+once for each number of rows and kept. ONNX Runtime reads the buffers anew at each run, so a run is
+one call. Where the model's strings or unknown output shapes do not allow that, its own allocations
+are used.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from math import prod
+
+import numpy as np
+import onnxruntime as ort
+
+from engines.base import Array, RowShapes, Signature, TensorSpec
+from engines.errors import EngineLoadError, EngineRunError
+
+_TYPES = {
+    "tensor(bool)": "BOOL",
+    "tensor(uint8)": "UINT8",
+    "tensor(uint16)": "UINT16",
+    "tensor(uint32)": "UINT32",
+    "tensor(uint64)": "UINT64",
+    "tensor(int8)": "INT8",
+    "tensor(int16)": "INT16",
+    "tensor(int32)": "INT32",
+    "tensor(int64)": "INT64",
+    "tensor(float16)": "FP16",
+    "tensor(float)": "FP32",
+    "tensor(double)": "FP64",
+    "tensor(string)": "BYTES",
+}
+_KEPT_BINDINGS = 256
+
+
+class _Binding:
+    """What one run needs: ONNX Runtime's binding and the arrays that the outputs appear in, if bound."""
+
+    __slots__ = ("io", "outputs")
+
+    def __init__(self, io: ort.IOBinding, outputs: tuple[Array, ...] | None) -> None:
+        self.io = io
+        self.outputs = outputs
+
+
+class _Slot:
+    """A slot's memory and bindings. Buffers grow to the largest row shape seen and are then reused."""
+
+    def __init__(self) -> None:
+        self.memory: dict[int, Array] = {}
+        self.inputs: dict[RowShapes, tuple[Array, ...]] = {}
+        self.outputs: tuple[Array, ...] | None = None
+        self.bindings: OrderedDict[tuple[int, RowShapes], _Binding] = OrderedDict()
+        self.rows = 0
+        self.row_shapes: RowShapes = ()
+
+    def forget(self) -> None:
+        """Drop everything that points into buffers that are about to be replaced."""
+        self.inputs.clear()
+        self.bindings.clear()
+
+
+class OnnxRuntimeEngine:
+    """One session. A model whose first axis is fixed is run at that size, missing rows as zeros.
+
+    `threads`: the session's; by default one core is left to the event loop.
+    """
+
+    platform = "onnxruntime_onnx"
+    slots = 2
+
+    def __init__(self, path: str, max_batch_size: int, threads: int | None = None) -> None:
+        self.path = path
+        self.max_batch_size = max_batch_size
+        self._threads = threads or max(1, (os.cpu_count() or 2) - 1)
+        self._signature: Signature | None = None
+        self._session: ort.InferenceSession | None = None
+        self._slots = [_Slot() for _ in range(self.slots)]
+        self._plain = False
+
+    @property
+    def signature(self) -> Signature:
+        """The model's tensors. Raises RuntimeError before `open`."""
+        if self._signature is None:
+            raise RuntimeError("the engine is not open")
+        return self._signature
+
+    def open(self) -> None:
+        """Raises EngineLoadError when ONNX Runtime refuses the file or its tensors cannot be batched."""
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        # A spinning thread would take the event loop's core while it waits for work.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        ort.disable_telemetry_events()
+        try:
+            session = ort.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise EngineLoadError(f"ONNX Runtime cannot load {self.path}: {error}") from error
+        self._signature = read_signature(session)
+        if self._signature.fixed_batch is not None:
+            self.max_batch_size = self._signature.fixed_batch
+        specs = self._signature.inputs + self._signature.outputs
+        self._plain = any(spec.datatype == "BYTES" for spec in specs)
+        self._session = session
+        if all(spec.row_elements >= 0 for spec in self._signature.outputs) and not self._plain:
+            for slot in self._slots:
+                slot.outputs = tuple(
+                    np.zeros((self.max_batch_size, *spec.shape), spec.dtype)
+                    for spec in self._signature.outputs
+                )
+
+    def close(self) -> None:
+        """Let the session and all buffers go."""
+        self._session = None
+        self._slots = []
+
+    def inputs(self, slot: int, row_shapes: RowShapes) -> tuple[Array, ...]:
+        """[max_batch_size, *row_shape] for each input; the same arrays for the same shapes."""
+        state = self._slots[slot]
+        arrays = state.inputs.get(row_shapes)
+        if arrays is None:
+            arrays = state.inputs[row_shapes] = self._make_inputs(state, row_shapes)
+        return arrays
+
+    def _make_inputs(self, state: _Slot, row_shapes: RowShapes) -> tuple[Array, ...]:
+        if len(state.inputs) >= _KEPT_BINDINGS:
+            state.forget()
+        arrays = []
+        for index, (spec, row_shape) in enumerate(zip(self.signature.inputs, row_shapes, strict=True)):
+            count = self.max_batch_size * prod(row_shape)
+            memory = state.memory.get(index)
+            if memory is None or memory.size < count:
+                state.forget()
+                memory = state.memory[index] = np.zeros(count, spec.dtype)
+            arrays.append(memory[:count].reshape(self.max_batch_size, *row_shape))
+        return tuple(arrays)
+
+    def enqueue(self, slot: int, rows: int, row_shapes: RowShapes) -> None:
+        """Note what to run; ONNX Runtime runs in `wait`."""
+        state = self._slots[slot]
+        state.rows = rows
+        state.row_shapes = row_shapes
+
+    def wait(self, slot: int) -> tuple[Array, ...]:
+        """Run. Raises EngineRunError with ONNX Runtime's words."""
+        state = self._slots[slot]
+        rows = state.rows
+        run_rows = rows
+        if self.signature.fixed_batch is not None and rows < self.max_batch_size:
+            run_rows = self.max_batch_size
+            for array in self.inputs(slot, state.row_shapes):
+                array[rows:] = b"" if array.dtype == object else 0
+        session = self._session
+        assert session is not None
+        try:
+            if self._plain:
+                outputs = self._run_plain(session, slot, run_rows, state.row_shapes)
+            else:
+                binding = self._binding(session, slot, run_rows, state.row_shapes)
+                session.run_with_iobinding(binding.io)
+                outputs = binding.outputs or tuple(binding.io.copy_outputs_to_cpu())
+        except Exception as error:
+            raise EngineRunError(str(error)) from error
+        return outputs if rows == run_rows else tuple(output[:rows] for output in outputs)
+
+    def _run_plain(
+        self, session: ort.InferenceSession, slot: int, rows: int, row_shapes: RowShapes
+    ) -> tuple[Array, ...]:
+        arrays = self.inputs(slot, row_shapes)
+        feed = {
+            spec.name: _text(array[:rows]) if array.dtype == object else array[:rows]
+            for spec, array in zip(self.signature.inputs, arrays, strict=True)
+        }
+        return tuple(session.run(None, feed))
+
+    def _binding(
+        self, session: ort.InferenceSession, slot: int, rows: int, row_shapes: RowShapes
+    ) -> _Binding:
+        bindings = self._slots[slot].bindings
+        key = (rows, row_shapes)
+        binding = bindings.get(key)
+        if binding is None:
+            if len(bindings) >= _KEPT_BINDINGS:
+                bindings.popitem(last=False)
+            binding = bindings[key] = self._bind(session, slot, rows, row_shapes)
+        return binding
+
+    def _bind(self, session: ort.InferenceSession, slot: int, rows: int, row_shapes: RowShapes) -> _Binding:
+        io = session.io_binding()
+        for spec, array in zip(self.signature.inputs, self.inputs(slot, row_shapes), strict=True):
+            part = array[:rows]
+            io.bind_input(spec.name, "cpu", 0, part.dtype.type, part.shape, part.ctypes.data)
+        buffers = self._slots[slot].outputs
+        if buffers is None:
+            for spec in self.signature.outputs:
+                io.bind_output(spec.name, "cpu")
+            return _Binding(io, None)
+        parts = tuple(buffer[:rows] for buffer in buffers)
+        for spec, part in zip(self.signature.outputs, parts, strict=True):
+            io.bind_output(spec.name, "cpu", 0, part.dtype.type, part.shape, part.ctypes.data)
+        return _Binding(io, parts)
+
+
+def _text(array: Array) -> Array:
+    """Strings as ONNX Runtime takes them. Bytes that are not UTF-8 fail the run of their batch alone."""
+    flat = [value.decode() if isinstance(value, bytes) else value for value in array.reshape(-1)]
+    return np.array(flat, dtype=object).reshape(array.shape)
+
+
+def read_signature(session: ort.InferenceSession) -> Signature:
+    """The signature of a session's model. Raises EngineLoadError when its rows cannot be told apart."""
+    inputs = [(_spec("input", node), node.shape[0]) for node in session.get_inputs()]
+    outputs = [(_spec("output", node), node.shape[0]) for node in session.get_outputs()]
+    if not inputs or not outputs:
+        raise EngineLoadError("the model has no inputs or no outputs")
+    firsts = {first if isinstance(first, int) else None for _, first in inputs}
+    if len(firsts) > 1:
+        shown = ", ".join(f"{spec.name!r} {first}" for spec, first in inputs)
+        raise EngineLoadError(f"the inputs' first axes differ, so none is the batch axis: {shown}")
+    fixed = firsts.pop()
+    for spec, first in outputs:
+        if isinstance(first, int) and first != fixed:
+            expected = "vary with the batch" if fixed is None else f"be {fixed}, as the inputs'"
+            raise EngineLoadError(f"output {spec.name!r}: its first axis is {first}, it should {expected}")
+    return Signature(tuple(spec for spec, _ in inputs), tuple(spec for spec, _ in outputs), fixed)
+
+
+def _spec(what: str, node: ort.NodeArg) -> TensorSpec:
+    datatype = _TYPES.get(node.type)
+    if datatype is None:
+        raise EngineLoadError(f"{what} {node.name!r} has type {node.type}, which is not supported")
+    if not node.shape:
+        raise EngineLoadError(f"{what} {node.name!r} is a scalar: it has no axis to batch along")
+    shape = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape[1:])
+    return TensorSpec(node.name, datatype, shape)

@@ -1,0 +1,213 @@
+"""The worker: one named thread per engine, which alone opens, runs and closes it.
+
+It takes jobs from a queue and gives an `Outcome` for each to `deliver`, on its own thread. It knows
+nothing of asyncio: what `deliver` does with it is the caller's matter. The next job is enqueued
+before the running one is waited for, as far as the engine has slots, so that an engine with
+asynchronous execution never runs dry. The Python work per batch is kept to a few calls, since it
+competes with the event loop for the interpreter lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from engines.base import Array, Engine
+from engines.errors import EngineError, EngineLoadError, EngineRunError
+
+log = logging.getLogger("cobatch.worker")
+
+_WARMUP_S = 2.0
+_WARMUP_RUNS = 20
+
+
+class Job:
+    """A batch whose rows lie in a slot's input buffers. `context` is the batcher's own."""
+
+    __slots__ = ("context", "row_shapes", "rows", "slot")
+
+    def __init__(self, slot: int, rows: int, row_shapes: tuple[tuple[int, ...], ...], context: Any) -> None:
+        self.slot = slot
+        self.rows = rows
+        self.row_shapes = row_shapes
+        self.context = context
+
+
+class Outcome:
+    """Outputs or error of a job, and when it ran (`time.monotonic` seconds)."""
+
+    __slots__ = ("error", "finished_s", "outputs", "started_s")
+
+    def __init__(
+        self, outputs: tuple[Array, ...] | None, error: EngineError | None, started_s: float, finished_s: float
+    ) -> None:
+        self.outputs = outputs
+        self.error = error
+        self.started_s = started_s
+        self.finished_s = finished_s
+
+
+Deliver = Callable[[Job, Outcome], None]
+
+
+class Worker:
+    """Life: `start` once, `submit` after it called back without an error, `stop` once, `join`.
+
+    `deliver` must be set before the first `submit`. `warmup_us` maps rows to the best microseconds
+    that a run of so many took during the warm-up.
+    """
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self.engine = engine
+        self.deliver: Deliver | None = None
+        self.warmup_us: dict[int, float] = {}
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._main, name=f"cobatch-{name}", daemon=True)
+        self._on_open: Callable[[EngineError | None], None] = lambda error: None
+        self._finished_s = 0.0
+
+    def start(self, on_open: Callable[[EngineError | None], None]) -> None:
+        """Start the thread; it opens and warms the engine and then calls `on_open` from there."""
+        self._on_open = on_open
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Run this job after those submitted before."""
+        self._jobs.put(job)
+
+    def stop(self) -> None:
+        """Let the thread end once everything submitted so far has been run and delivered."""
+        self._jobs.put(None)
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the thread's end; whether it has come. True as well if it was never started."""
+        if self._thread.ident is None:
+            return True
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _main(self) -> None:
+        try:
+            error = self._open()
+            self._on_open(error)
+            if error is None:
+                self._run()
+        finally:
+            try:
+                self.engine.close()
+            except Exception:
+                log.exception("%s: closing the engine failed", self._thread.name)
+
+    def _open(self) -> EngineError | None:
+        try:
+            self.engine.open()
+            self._warm_up()
+        except EngineError as error:
+            return error
+        except Exception as error:
+            log.exception("%s: opening the engine failed", self._thread.name)
+            return EngineLoadError(f"opening failed: {error!r}")
+        return None
+
+    def _run(self) -> None:
+        engine = self.engine
+        running: deque[tuple[Job, float]] = deque()
+        stopping = False
+        while not stopping or running:
+            job = None
+            if not stopping and len(running) < engine.slots:
+                try:
+                    job = self._jobs.get(block=not running)
+                    stopping = job is None
+                except queue.Empty:
+                    pass
+            if job is not None:
+                started_s = time.monotonic()
+                try:
+                    engine.enqueue(job.slot, job.rows, job.row_shapes)
+                except Exception as error:
+                    self._give(job, Outcome(None, _as_engine_error(error), started_s, time.monotonic()))
+                else:
+                    running.append((job, started_s))
+                    if len(running) < engine.slots and not self._jobs.empty():
+                        continue
+            if running:
+                self._finish(*running.popleft())
+
+    def _finish(self, job: Job, started_s: float) -> None:
+        # An engine that runs one after another did not begin this one before the last one's end.
+        started_s = max(started_s, self._finished_s)
+        try:
+            outputs = self.engine.wait(job.slot)
+        except Exception as error:
+            outcome = Outcome(None, _as_engine_error(error), started_s, time.monotonic())
+        else:
+            outcome = Outcome(outputs, None, started_s, time.monotonic())
+        self._finished_s = outcome.finished_s
+        self._give(job, outcome)
+
+    def _give(self, job: Job, outcome: Outcome) -> None:
+        assert self.deliver is not None
+        try:
+            self.deliver(job, outcome)
+        except Exception:
+            log.exception("%s: delivering a batch failed", self._thread.name)
+
+    def _warm_up(self) -> None:
+        """Run zeros at sizes 1, 2, 4, ... and keep each size's best time.
+
+        In rounds over all sizes, so that a slow second of the machine does not fall on one size
+        alone. Each size runs at least once, whatever it takes; the rounds end with the budget.
+        """
+        engine = self.engine
+        shapes = tuple(tuple(max(1, size) for size in spec.shape) for spec in engine.signature.inputs)
+        sizes = batch_sizes(engine.signature.fixed_batch, engine.max_batch_size)
+        until_s = time.monotonic() + _WARMUP_S
+        for _ in range(_WARMUP_RUNS):
+            for rows in sizes:
+                if len(self.warmup_us) == len(sizes) and time.monotonic() > until_s:
+                    return
+                try:
+                    self._warm_up_once(rows, shapes)
+                except EngineLoadError:
+                    raise
+                except Exception as error:
+                    # Zeros may be no valid input; that says nothing against serving the model.
+                    log.warning("%s: warm-up with %d rows of zeros failed: %s", self._thread.name, rows, error)
+                    return
+
+    def _warm_up_once(self, rows: int, shapes: tuple[tuple[int, ...], ...]) -> None:
+        engine = self.engine
+        for buffer in engine.inputs(0, shapes):
+            buffer[:rows] = b"" if buffer.dtype == object else 0
+        started_s = time.monotonic()
+        engine.enqueue(0, rows, shapes)
+        outputs = engine.wait(0)
+        us = (time.monotonic() - started_s) * 1e6
+        for spec, output in zip(engine.signature.outputs, outputs, strict=True):
+            _check_rows(spec.name, output, rows)
+        self.warmup_us[rows] = min(us, self.warmup_us.get(rows, us))
+
+
+def batch_sizes(fixed_batch: int | None, max_batch_size: int) -> list[int]:
+    """The sizes to time: powers of two up to the largest and the largest; a fixed size alone."""
+    if fixed_batch is not None:
+        return [max_batch_size]
+    sizes = [1 << n for n in range(max_batch_size.bit_length()) if 1 << n <= max_batch_size]
+    return sizes if sizes[-1] == max_batch_size else [*sizes, max_batch_size]
+
+
+def _check_rows(name: str, output: Array, rows: int) -> None:
+    if output.ndim == 0 or output.shape[0] != rows:
+        raise EngineLoadError(
+            f"output {name!r} does not follow the batch axis: {rows} rows gave shape {list(output.shape)}"
+        )
+
+
+def _as_engine_error(error: Exception) -> EngineError:
+    return error if isinstance(error, EngineError) else EngineRunError(f"{type(error).__name__}: {error}")

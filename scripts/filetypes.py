@@ -1,0 +1,94 @@
+"""Magika's file-type model, seen from outside: where it lies, what it is fed, what it answers.
+
+The features are computed here, not by the `magika` package, so that the demo can hold what the server
+answers against what that package says. They follow its version-3 models: the first and the last
+`block_size` bytes, stripped of white space, cut to `beg_size` and `end_size` and padded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import magika
+import numpy as np
+from magika import Magika
+
+Row = np.ndarray[tuple[int], np.dtype[np.int32]]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A label and the model's score for it; `score` is None where the model was not asked."""
+
+    label: str
+    score: float | None
+
+
+class FileTypes:
+    """The model's files and its two translations: file -> input row, output row -> verdict."""
+
+    def __init__(self) -> None:
+        self.reference = Magika()
+        directory = Path(magika.__file__).parent / "models" / self.reference.get_model_name()
+        config: dict[str, Any] = json.loads((directory / "config.min.json").read_text())
+        if config["mid_size"] or config["use_inputs_at_offsets"]:
+            raise SystemExit(f"demo: {directory.name} wants features that this demo does not extract")
+        self.model = directory / "model.onnx"
+        self._labels: list[str] = config["target_labels_space"]
+        self._beg: int = config["beg_size"]
+        self._end: int = config["end_size"]
+        self._block: int = config["block_size"]
+        self._padding: int = config["padding_token"]
+        self._least: int = config["min_file_size_for_dl"]
+
+    def features(self, path: Path) -> Row | None:
+        """The model's input for a file, int32 [beg_size + end_size]; None where it is not to be asked.
+
+        That is so for files with fewer than `min_file_size_for_dl` bytes, leading white space aside.
+        Raises OSError where the file cannot be read.
+        """
+        with path.open("rb") as file:
+            head = file.read(self._block)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - self._block))
+            tail = file.read(self._block)
+        head = head.lstrip()[: self._beg]
+        tail = tail.rstrip()[-self._end :]
+        if len(head) < self._least:
+            return None
+        row = np.full(self._beg + self._end, self._padding, dtype=np.int32)
+        row[: len(head)] = np.frombuffer(head, dtype=np.uint8)
+        row[len(row) - len(tail) :] = np.frombuffer(tail, dtype=np.uint8)
+        return row
+
+    def verdict(self, scores: np.ndarray[Any, Any]) -> Verdict:
+        """What an output row, float32 [labels], says."""
+        best = int(scores.argmax())
+        return Verdict(self._labels[best], float(scores[best]))
+
+    def without_model(self, path: Path) -> Verdict:
+        """What magika says of a file too short for its model."""
+        return Verdict(str(self.reference.identify_path(path).prediction.output.label), None)
+
+    def expected(self, path: Path) -> Verdict:
+        """What the magika package's own run of the model says of a file."""
+        prediction = self.reference.identify_path(path).prediction
+        return Verdict(str(prediction.dl.label), float(prediction.score))
+
+
+def find_files(root: Path, most: int) -> list[Path]:
+    """Readable, regular files under `root`, sorted, at most `most`; nothing hidden, no links followed."""
+    found: list[Path] = []
+    for directory, subdirectories, names in os.walk(root):
+        subdirectories[:] = sorted(d for d in subdirectories if not d.startswith((".", "__pycache__")))
+        for name in sorted(names):
+            path = Path(directory, name)
+            if not path.is_symlink() and path.is_file() and os.access(path, os.R_OK):
+                found.append(path)
+                if len(found) == most:
+                    return found
+    return found

@@ -1,0 +1,86 @@
+"""The composition root: settings in, an ASGI application out, rooms joined."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from engines.errors import EngineError
+from server.asgi import InferRoutes
+from server.core import Core
+from server.problems import Problem
+from server.reply import Reply
+from server.settings import Settings
+from server.v2_routes import v2_routes
+
+log = logging.getLogger("cobatch.server")
+
+
+def create_app(settings: Settings) -> ASGIApp:
+    """The whole server as one ASGI application; its lifespan loads the models and stops them."""
+    return build(Core(settings))
+
+
+def build(core: Core) -> InferRoutes:
+    """The application around a core that the caller keeps."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        # In the background: health must answer while a large model is being loaded.
+        loading = [asyncio.create_task(_load(core, name)) for name in core.models]
+        try:
+            yield
+        finally:
+            core.draining = True
+            for task in loading:
+                task.cancel()
+            await asyncio.gather(*loading, return_exceptions=True)
+            timeout_s = core.settings.server.drain_timeout_s
+            await asyncio.gather(*[model.stop(timeout_s) for model in core.models.values()])
+
+    handlers = {HTTPException: _http_error, Exception: _server_error}
+    app = Starlette(routes=v2_routes(core), exception_handlers=handlers, lifespan=lifespan)  # type: ignore[arg-type]
+    app.router.redirect_slashes = False
+    return InferRoutes(app, core)
+
+
+async def _load(core: Core, name: str) -> None:
+    try:
+        await core.models[name].load()
+    except EngineError as error:
+        log.critical("model %s: cannot be loaded: %s", name, error)
+        core.on_load_failed(name, error)
+    else:
+        if core.ready:
+            core.on_ready()
+
+
+def as_response(reply: Reply) -> Response:
+    """A reply for Starlette."""
+    response = Response(b"".join(reply.body), reply.status)
+    response.raw_headers = reply.header_list()
+    return response
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """What the router says, in our words."""
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    if error.status_code == 405:
+        allow = (error.headers or {}).get("Allow", "")
+        problem = Problem("method-not-allowed", f"{path} takes {allow}, got {request.method}")
+        return as_response(problem.reply((b"allow", allow.encode())))
+    return as_response(Problem("not-found", f"there is nothing at {path}").reply())
+
+
+async def _server_error(request: Request, error: Exception) -> Response:
+    # Starlette logs the traceback through the server after this.
+    return as_response(Problem("internal", "the server failed on this request; its log says why").reply())

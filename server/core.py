@@ -1,0 +1,98 @@
+"""The handler core: what an infer request goes through, whichever edge brought it.
+
+`server.fastpath` (below ASGI) and `server.asgi` both do: find the model, `refusal` when the headers
+are there, `infer` when the body is, `cancel` when the caller leaves. The reply comes by callback.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from batcher.request import Request
+from engines.errors import EngineError
+from server.model import Model
+from server.problems import Problem, from_error
+from server.reply import Reply
+from server.settings import Settings
+from server.v2_decode import Body, Decoded, Wants
+
+log = logging.getLogger("cobatch.server")
+
+
+class InferRequest(Request):
+    """A V2 infer request in the batcher; `done` encodes its answer while the outputs are valid."""
+
+    __slots__ = ("id", "model", "reply", "wants")
+
+    def __init__(self, model: Model, decoded: Decoded, reply: Callable[[Reply], None]) -> None:
+        super().__init__(decoded.rows, decoded.row_shapes, decoded.payloads)
+        self.id: str | None = decoded.id
+        self.wants: Wants = decoded.wants
+        self.model = model
+        self.reply = reply
+
+    def done(self) -> None:
+        try:
+            if self.error is None:
+                reply = self.model.encoder.encode(self, self.wants, self.id)
+            else:
+                reply = from_error(self.error).reply()
+        except Exception:
+            log.exception("model %s: encoding an answer failed", self.model.name)
+            reply = Problem("internal", "the server failed to encode the answer; its log says why").reply()
+        self.reply(reply)
+
+
+class Core:
+    """All models of a process, and what both edges do with them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.models = {model.name: Model(model) for model in settings.models}
+        # What the fast path compares the request target with, byte for byte.
+        self.infer_targets = {b"/v2/models/%b/infer" % name.encode(): m for name, m in self.models.items()}
+        self.draining = False
+        # For whoever runs the process; until then there is nobody to tell.
+        self.on_ready: Callable[[], None] = lambda: None
+        self.on_load_failed: Callable[[str, EngineError], None] = lambda name, error: None
+
+    @property
+    def ready(self) -> bool:
+        """Whether every model takes requests."""
+        return not self.draining and all(model.ready for model in self.models.values())
+
+    def refusal(self, model: Model) -> Reply | None:
+        """The answer to a request that is not even read, or None. Asked when the headers are there."""
+        if self.draining:
+            return Problem("draining", "the server is about to stop", close=True, retry_after_s=1).reply()
+        problem = model.refusal()
+        return None if problem is None else problem.reply()
+
+    def infer(
+        self, model: Model, body: Body, json_length: int | None, reply: Callable[[Reply], None]
+    ) -> InferRequest | None:
+        """Decode and submit. `reply` is called exactly once, at once or later, unless cancelled.
+
+        None when it was called already. `json_length` is Inference-Header-Content-Length's value.
+        """
+        try:
+            refusal = self.refusal(model)
+            if refusal is not None:
+                reply(refusal)
+                return None
+            request = InferRequest(model, model.decoder.decode(body, json_length), reply)
+            model.batcher.submit(request)  # type: ignore[union-attr]  # no refusal, so it is there
+            return request
+        except Exception as error:
+            problem = from_error(error)
+            if problem.kind.slug == "internal":
+                log.exception("model %s: an infer request failed", model.name)
+            reply(problem.reply())
+            return None
+
+    def cancel(self, request: InferRequest) -> None:
+        """The caller has left."""
+        batcher = request.model.batcher
+        assert batcher is not None
+        batcher.cancel(request)

@@ -1,0 +1,126 @@
+"""One served model: its worker, its batcher, its codec, and how far along it is."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from batcher.batcher import Batcher
+from batcher.errors import BatcherError, EngineGoneError
+from engines.errors import EngineError
+from engines.loader import load_engine
+from engines.worker import Worker
+from server.problems import Problem, from_error
+from server.settings import ModelSettings
+from server.v2_decode import Decoder
+from server.v2_encode import Encoder
+
+log = logging.getLogger("cobatch.model")
+
+_JOIN_S = 5.0
+
+
+class Model:
+    """A model from its settings on. `batcher` is None until the engine is open.
+
+    `decoder` and `encoder` exist when `batcher` does.
+    """
+
+    decoder: Decoder
+    encoder: Encoder
+
+    def __init__(self, settings: ModelSettings) -> None:
+        self.name = settings.name
+        self.settings = settings
+        self.batcher: Batcher | None = None
+        self.load_error: EngineError | None = None
+        self._worker: Worker | None = None
+
+    async def load(self) -> None:
+        """Open the engine on its thread, warm it up, begin to accept. Raises EngineError."""
+        loop = asyncio.get_running_loop()
+        opened: asyncio.Future[None] = loop.create_future()
+        settings = self.settings
+        try:
+            engine = load_engine(settings.engine, settings.path, settings.max_batch_size, threads=settings.threads)
+            self._worker = worker = Worker(engine, self.name)
+            worker.start(_resolver(loop, opened))
+            await opened
+        except EngineError as error:
+            self.load_error = error
+            raise
+        self.decoder = Decoder(engine.signature)
+        self.encoder = Encoder(self.name, engine.signature)
+        self.batcher = Batcher(
+            self.name,
+            worker,
+            max_queue_rows=settings.max_queue_rows,
+            max_delay_ms=settings.max_delay_ms,
+            loop=loop,
+        )
+        log.info(
+            "model %s: ready (%s, batches of up to %d rows, full at %d)",
+            self.name,
+            engine.platform,
+            engine.max_batch_size,
+            self.batcher.limits.full_rows,
+        )
+
+    @property
+    def engine_worker(self) -> Worker:
+        """The worker; only when `batcher` is not None."""
+        assert self._worker is not None
+        return self._worker
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would be accepted, but for a full queue."""
+        return self.batcher is not None and self.batcher.closed is None
+
+    @property
+    def dead(self) -> bool:
+        """Whether the engine has become unusable: only a new process helps."""
+        return self.batcher is not None and isinstance(self.batcher.closed, EngineGoneError)
+
+    def refusal(self) -> Problem | None:
+        """Why a request would be refused before anybody reads its body, or None."""
+        batcher = self.batcher
+        if batcher is not None:
+            refusal: BatcherError | None = batcher.refusal()
+            return None if refusal is None else from_error(refusal)
+        if self.load_error is not None:
+            return Problem("load-failed", f"model {self.name!r} could not be loaded", model=self.name)
+        return Problem("starting", f"model {self.name!r} is being loaded", model=self.name, retry_after_s=1)
+
+    async def stop(self, drain_timeout_s: float) -> None:
+        """Answer what was accepted, then end the worker."""
+        if self.batcher is not None and not await self.batcher.drain(drain_timeout_s):
+            log.error("model %s: not everything was answered within %g s", self.name, drain_timeout_s)
+        if self._worker is not None:
+            self._worker.stop()
+            # The thread is asked for, not slept for: it ends as soon as its last batch has.
+            if not await asyncio.to_thread(self._worker.join, _JOIN_S):
+                log.error("model %s: the worker still runs a batch; it ends with the process", self.name)
+
+
+def _resolver(
+    loop: asyncio.AbstractEventLoop, opened: asyncio.Future[None]
+) -> Callable[[EngineError | None], None]:
+    """What a worker calls on its thread once its engine is open or has failed to."""
+
+    def settle(error: EngineError | None) -> None:
+        if opened.cancelled():
+            return
+        if error is None:
+            opened.set_result(None)
+        else:
+            opened.set_exception(error)
+
+    def on_open(error: EngineError | None) -> None:
+        try:
+            loop.call_soon_threadsafe(settle, error)
+        except RuntimeError:
+            log.warning("the event loop was closed while a model was being loaded")
+
+    return on_open

@@ -1,0 +1,51 @@
+"""An answer before it has become HTTP: what the handler core makes and both edges write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+JSON = b"application/json"
+OCTETS = b"application/octet-stream"
+
+
+class Reply:
+    """Status, content type, body in pieces, and the headers that only some answers have.
+
+    `timing` is the value of Server-Timing. `json_length` is the V2 binary extension's
+    Inference-Header-Content-Length. `headers` are further ones, names in lower case. `close` ends the
+    connection after this answer.
+    """
+
+    __slots__ = ("body", "close", "content_type", "headers", "json_length", "length", "status", "timing")
+
+    def __init__(
+        self,
+        status: int,
+        content_type: bytes,
+        body: Sequence[bytes | memoryview],
+        *,
+        timing: bytes | None = None,
+        json_length: int | None = None,
+        headers: tuple[tuple[bytes, bytes], ...] = (),
+        close: bool = False,
+    ) -> None:
+        self.status = status
+        self.content_type = content_type
+        self.body = body
+        self.length = sum(map(len, body))
+        self.timing = timing
+        self.json_length = json_length
+        self.headers = headers
+        self.close = close
+
+    def header_list(self) -> list[tuple[bytes, bytes]]:
+        """All headers, as ASGI wants them."""
+        headers = [(b"content-type", self.content_type), (b"content-length", b"%d" % self.length)]
+        if self.timing is not None:
+            headers.append((b"server-timing", self.timing))
+        if self.json_length is not None:
+            headers.append((b"inference-header-content-length", b"%d" % self.json_length))
+        headers.extend(self.headers)
+        if self.close:
+            headers.append((b"connection", b"close"))
+        return headers

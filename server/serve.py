@@ -1,0 +1,125 @@
+"""Running the application under uvicorn: start, signals, draining, the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+import uvicorn
+
+from engines.errors import EngineError
+from server import uvicorn_parts
+from server.app import build
+from server.core import Core
+from server.fastpath import make_protocol
+from server.settings import Settings
+
+log = logging.getLogger("cobatch.server")
+
+_LOAD_FAILED = 1
+
+
+def run(settings: Settings) -> int:
+    """Serve until a signal comes. The exit status: 0 after a clean end, 1 if a model cannot be loaded."""
+    logging.basicConfig(
+        level=settings.server.log_level.upper(),
+        format="%(asctime)s %(levelname)-8s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    server = Server(settings)
+    server.run()
+    return server.status
+
+
+class Server(uvicorn.Server):
+    """Uvicorn's server that answers what it accepted before it ends."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.core = core = Core(settings)
+        self.status = 0
+        self._drain: asyncio.Task[None] | None = None
+        core.on_ready = self._on_ready
+        core.on_load_failed = self._on_load_failed
+        http = settings.server
+        super().__init__(
+            uvicorn.Config(
+                # The object, not a string: a string is imported again, with the working directory first.
+                build(core),
+                host=http.host,
+                port=http.port,
+                http=_protocol(core),
+                timeout_keep_alive=int(http.keep_alive_s),
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                ws="none",
+            )
+        )
+
+    async def startup(self, sockets: object = None) -> None:  # type: ignore[override]
+        await super().startup()
+        for listener in self.servers[0].sockets:
+            host, port = listener.getsockname()[:2]
+            print(f"cobatch: listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+
+    def _on_ready(self) -> None:
+        # What is there now stays: the collector need not look at it again with each request.
+        gc.collect()
+        gc.freeze()
+        print(f"cobatch: ready: {', '.join(self.core.models)}", flush=True)
+
+    def _on_load_failed(self, name: str, error: EngineError) -> None:
+        print(f"cobatch: model {name} cannot be loaded: {error}", file=sys.stderr, flush=True)
+        self.status = _LOAD_FAILED
+        self.should_exit = True
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Uvicorn's own raises the signal again at the end, and the exit status would not be 0."""
+        handlers = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for sig, handler in handlers.items():
+                signal.signal(sig, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: not ready from this moment, then drain. Second: the end, now."""
+        if self.core.draining:
+            os._exit(128 + sig)
+        self.core.draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        if self.core.draining and self._drain is None:
+            log.info("draining: no new requests, %g s at most", self.core.settings.server.drain_timeout_s)
+            self._drain = asyncio.create_task(self._drain_all())
+        return await super().on_tick(counter)
+
+    async def _drain_all(self) -> None:
+        timeout_s = self.core.settings.server.drain_timeout_s
+        end_s = time.monotonic() + timeout_s
+        batchers = [model.batcher for model in self.core.models.values() if model.batcher is not None]
+        await asyncio.gather(*[batcher.drain(timeout_s) for batcher in batchers])
+        # What is left is writing answers out; it has the rest of the time.
+        self.config.timeout_graceful_shutdown = max(1, int(end_s - time.monotonic()))
+        self.should_exit = True
+
+
+def _protocol(core: Core) -> type[asyncio.Protocol] | str:
+    """What uvicorn is to speak HTTP with."""
+    if not core.settings.server.fast_path:
+        return "httptools"
+    missing = uvicorn_parts.missing()
+    if missing is not None:
+        log.warning("no fast path: uvicorn %s is not as expected (%s)", uvicorn.__version__, missing)
+        return "auto"
+    return make_protocol(core)

@@ -1,0 +1,335 @@
+"""Settings of one server process: what may be set, and the way from outside to checked values.
+
+A setting is one field of a struct below: its type, range, default and help text stand there and
+nowhere else. The command line's flags, the environment variables' names and the words of every
+refusal are derived from it, so a new setting is one line.
+
+Order, later ones win: defaults, the configuration file (TOML), environment variables, flags. What
+is set for models by a variable or a flag holds for every model; a model path given there replaces
+the file's list of models. Every value is checked where it was written, even one that a later
+source overrides, so that a mistake is never hidden.
+"""
+
+import difflib
+import ipaddress
+import reprlib
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+from msgspec import Meta, inspect
+
+ENV_PREFIX = "COBATCH_"
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z"
+LARGEST = 2**31 - 1
+
+Text = Annotated[str, Meta(min_length=1)]
+Name = Annotated[str, Meta(pattern=NAME_PATTERN, max_length=128)]
+EngineKind = Literal["auto", "onnxruntime", "tensorrt"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+Seconds = Annotated[float, Meta(ge=0, le=86_400)]
+Timeout = Annotated[float, Meta(gt=0, le=86_400)]
+Milliseconds = Annotated[float, Meta(ge=0, le=60_000)]
+Rows = Annotated[int, Meta(ge=1, le=LARGEST)]
+Threads = Annotated[int, Meta(ge=1, le=1024)]
+
+
+class SettingsError(Exception):
+    """A setting is refused. The text is one line for a person: key, expected, what came, where from."""
+
+
+class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One model. `name` and `max_queue_rows` are always set once it is made (see __post_init__)."""
+
+    path: Annotated[Text, Meta(description="the model's file")]
+    name: Annotated[Name, Meta(description="its name in URLs (default: the file's)")] = ""
+    engine: Annotated[EngineKind, Meta(description="what runs it")] = "auto"
+    max_batch_size: Annotated[int, Meta(ge=1, le=65536, description="most rows in a batch")] = 64
+    max_delay_ms: Annotated[Milliseconds, Meta(description="a row's longest wait for company")] = 0.0
+    max_queue_rows: Annotated[Rows, Meta(description="rows that may wait (default: 16 batches, >= 1024)")] = 0
+    threads: Annotated[Threads | None, Meta(description="the engine's threads (default: cores - 1)")] = None
+
+    def __post_init__(self) -> None:
+        """Fill in what follows from other fields, so that readers never meet "not set"."""
+        if not self.name:
+            msgspec.structs.force_setattr(self, "name", Path(self.path).stem)
+        if not self.max_queue_rows:
+            msgspec.structs.force_setattr(self, "max_queue_rows", max(1024, 16 * self.max_batch_size))
+
+
+class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The HTTP side, shared by all models. Times are in seconds, sizes in bytes."""
+
+    host: Annotated[Text, Meta(description="address to listen on")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="TCP port; 0 takes a free one")] = 8000
+    drain_timeout_s: Annotated[Seconds, Meta(description="longest wait for accepted work at the end")] = 30.0
+    max_body_bytes: Annotated[int, Meta(ge=1, le=LARGEST, description="largest request body")] = 1 << 26
+    keep_alive_s: Annotated[Seconds, Meta(description="how long an idle connection stays open")] = 5.0
+    receive_timeout_s: Annotated[Timeout, Meta(description="time for a request to arrive whole")] = 30.0
+    log_level: Annotated[LogLevel, Meta(description="least severe messages to log")] = "info"
+    fast_path: Annotated[bool, Meta(description="serve the infer routes below ASGI")] = True
+    allow_anonymous: Annotated[bool, Meta(description="permit a host that others can reach")] = False
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything one process needs to know; `models` is never empty and names in it are unique."""
+
+    server: ServerSettings
+    models: tuple[ModelSettings, ...]
+
+
+class _Given(NamedTuple):
+    """A checked value with the places a message needs: its key path and its source."""
+
+    value: Any
+    key: str
+    source: str
+
+
+_Table = dict[str, _Given]
+SERVER_FIELDS = {field.name: field.type for field in msgspec.structs.fields(ServerSettings)}
+MODEL_FIELDS = {field.name: field.type for field in msgspec.structs.fields(ModelSettings)}
+# `path` is the MODEL argument; as a variable it is called COBATCH_MODEL.
+_FLAG_TYPES: dict[str, Any] = {
+    "config": Path,
+    "model": MODEL_FIELDS["path"],
+    **SERVER_FIELDS,
+    **{name: kind for name, kind in MODEL_FIELDS.items() if name != "path"},
+}
+
+
+def load_settings(config: Path | None, environ: Mapping[str, str], flags: Mapping[str, object]) -> Settings:
+    """Settings from a file, COBATCH_* variables and flags; raises SettingsError.
+
+    `flags` maps settings' names (`max_batch_size`, and `model` for the path) to values, None where
+    unset; text is parsed as a variable's text is. `config` wins over COBATCH_CONFIG. Relative model
+    paths are relative to the file's folder where they stand in the file, else to the working directory.
+    """
+    over = _from_environ(environ) | _from_flags(flags)
+    path, origin = config, "flag --config"
+    if path is None and "config" in over:
+        path, origin = Path(over["config"].value), over["config"].source
+    server, models = _from_file(path, origin) if path is not None else ({}, [])
+    server |= {name: given for name, given in over.items() if name in SERVER_FIELDS}
+    if "model" in over:
+        models = [{"path": over["model"]}]
+    for_models = {name: given for name, given in over.items() if name in MODEL_FIELDS}
+    if "name" in for_models and len(models) > 1:
+        given = for_models["name"]
+        raise SettingsError(f"{given.key}: names one model, but there are {len(models)} ({given.source})")
+    _check_host(server)
+    return Settings(
+        server=msgspec.convert(_values(server), ServerSettings),
+        models=_build_models([table | for_models for table in models]),
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether listening on `host` (an address or `localhost`) is reachable from this machine only."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def env_name(setting: str) -> str:
+    """The environment variable of a setting: `max_batch_size` -> `COBATCH_MAX_BATCH_SIZE`."""
+    return ENV_PREFIX + setting.upper()
+
+
+def flag_name(setting: str) -> str:
+    """The flag of a setting: `max_batch_size` -> `--max-batch-size`."""
+    return "MODEL" if setting == "model" else "--" + setting.replace("_", "-")
+
+
+def _from_environ(environ: Mapping[str, str]) -> _Table:
+    table: _Table = {}
+    names = {env_name(setting): setting for setting in _FLAG_TYPES}
+    for variable in sorted(name for name in environ if name.startswith(ENV_PREFIX)):
+        # A Kubernetes Service named "cobatch" puts COBATCH_PORT=tcp://... and its like into every pod.
+        linked = "_SERVICE_" in variable or "_TCP" in variable or environ[variable].startswith("tcp://")
+        hint = "; Kubernetes sets it for a Service of this name: enableServiceLinks: false" if linked else ""
+        if variable not in names:
+            near = hint or _suggestion(variable, names)
+            raise SettingsError(f"{variable}: unknown environment variable{near}")
+        source = f"environment variable {variable}{hint}"
+        setting = names[variable]
+        table[setting] = _check(_key(setting), environ[variable], _FLAG_TYPES[setting], source, text=True)
+    return table
+
+
+def _from_flags(flags: Mapping[str, object]) -> _Table:
+    table: _Table = {}
+    for setting, value in flags.items():
+        if value is None:
+            continue
+        if setting not in _FLAG_TYPES:
+            raise SettingsError(f"{flag_name(setting)}: unknown flag{_suggestion(setting, _FLAG_TYPES)}")
+        source = "argument MODEL" if setting == "model" else f"flag {flag_name(setting)}"
+        given = str(value) if isinstance(value, Path) else value
+        table[setting] = _check(
+            _key(setting), given, _FLAG_TYPES[setting], source, text=isinstance(given, str)
+        )
+    return table
+
+
+def _key(setting: str) -> str:
+    """The key path that a variable or a flag stands for; models[*] because it holds for all."""
+    if setting in SERVER_FIELDS:
+        return f"server.{setting}"
+    return {"config": "config", "model": "models[0].path"}.get(setting, f"models[*].{setting}")
+
+
+def _from_file(path: Path, origin: str) -> tuple[_Table, list[_Table]]:
+    document = _read(path, origin)
+    source = f"file {path}"
+    for key in document:
+        if key not in ("server", "models"):
+            raise SettingsError(f"{key}: unknown key{_belongs(key, ('server', 'models'))} ({source})")
+    server = _check_table("server", document.get("server", {}), SERVER_FIELDS, source)
+    listed = document.get("models", [])
+    if not isinstance(listed, list):
+        raise _refusal("models", "an array of tables, written [[models]]", listed, source)
+    models = []
+    for index, table in enumerate(listed):
+        model = _check_table(f"models[{index}]", table, MODEL_FIELDS, source)
+        if "path" not in model:
+            raise SettingsError(f"models[{index}].path: missing; expected the model's file ({source})")
+        given = model["path"]
+        model["path"] = given._replace(value=str(path.parent / given.value))
+        models.append(model)
+    return server, models
+
+
+def _read(path: Path, origin: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise SettingsError(f"config: cannot read {path}: {error.strerror} ({origin})") from None
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"config: {path} is not UTF-8: byte {error.start} ({origin})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"config: {path} is not TOML: {error} ({origin})") from None
+
+
+def _check_table(where: str, table: object, fields: Mapping[str, Any], source: str) -> _Table:
+    if not isinstance(table, dict):
+        raise _refusal(where, "a table", table, source)
+    checked: _Table = {}
+    for key, value in table.items():
+        if key not in fields:
+            raise SettingsError(f"{where}.{key}: unknown key{_belongs(key, fields)} ({source})")
+        checked[key] = _check(f"{where}.{key}", value, fields[key], source)
+    return checked
+
+
+def _check(key: str, value: object, kind: Any, source: str, *, text: bool = False) -> _Given:
+    """Convert one value; `text` says that it came as text and is to be read as a number or truth."""
+    if kind is Path:
+        return _Given(value, key, source)
+    try:
+        return _Given(msgspec.convert(value, kind, strict=not text), key, source)
+    except msgspec.ValidationError:
+        raise _refusal(key, _describe(inspect.type_info(kind)), value, source, text=text) from None
+
+
+def _refusal(key: str, expected: str, value: object, source: str, *, text: bool = False) -> SettingsError:
+    # Variables and flags are always text; only in a file is it news that a value is.
+    came = reprlib.repr(value) if text else _describe_value(value)
+    return SettingsError(f"{key}: expected {expected}, got {came} ({source})")
+
+
+def _belongs(key: str, known: Iterable[str]) -> str:
+    """How to go on after an unknown key: the nearest known one, or the table it is a key of."""
+    near = _suggestion(key, known)
+    if near or key not in _FLAG_TYPES:
+        return near
+    return "; it belongs in [server]" if key in SERVER_FIELDS else "; it belongs in [[models]]"
+
+
+def _check_host(server: _Table) -> None:
+    """Without authentication only this machine may call, unless the operator said otherwise."""
+    host = server.get("host")
+    allowed = server.get("allow_anonymous")
+    if host is None or is_loopback(host.value) or (allowed is not None and allowed.value):
+        return
+    expected = "a loopback address (127.0.0.0/8, ::1 or localhost)"
+    why = "anyone who reaches it could call the models; --allow-anonymous permits that"
+    raise SettingsError(f"{_refusal(host.key, expected, host.value, host.source, text=True)}: {why}")
+
+
+def _build_models(tables: list[_Table]) -> tuple[ModelSettings, ...]:
+    if not tables:
+        raise SettingsError("models: no model to serve; give MODEL, or [[models]] in a --config file")
+    models: list[ModelSettings] = []
+    for index, table in enumerate(tables):
+        model = msgspec.convert(_values(table), ModelSettings)
+        path, name = table["path"], table.get("name", table["path"])
+        if not Path(model.path).is_file():
+            what = "a folder" if Path(model.path).is_dir() else "no file there"
+            raise SettingsError(
+                f"{path.key}: expected a model file, got {model.path!r}: {what} ({path.source})"
+            )
+        key = f"models[{index}].name"
+        _check(key, model.name, Name, name.source if "name" in table else "the file's name; set name")
+        for other, earlier in enumerate(models):
+            if earlier.name == model.name:
+                raise SettingsError(
+                    f"{key}: {model.name!r} is already models[{other}]'s name ({name.source})"
+                )
+        models.append(model)
+    return tuple(models)
+
+
+def _values(table: _Table) -> dict[str, Any]:
+    return {name: given.value for name, given in table.items()}
+
+
+def _describe(info: inspect.Type) -> str:
+    """What a value of this type looks like: `an integer from 1 to 65536`."""
+    match info:
+        case inspect.Metadata(type=inner):
+            return _describe(inner)
+        case inspect.UnionType(types=types):
+            return " or ".join(_describe(one) for one in types if not isinstance(one, inspect.NoneType))
+        case inspect.IntType() | inspect.FloatType():
+            return f"{'an integer' if isinstance(info, inspect.IntType) else 'a number'} {_range(info)}"
+        case inspect.BoolType():
+            return "true or false"
+        case inspect.LiteralType(values=values):
+            return "one of " + ", ".join(sorted(str(value) for value in values))
+        case inspect.StrType(pattern=str(), max_length=most):
+            return f"1 to {most} letters, digits, '.', '_', '-', the first a letter or digit"
+        case _:
+            return "text that is not empty"
+
+
+def _range(info: inspect.IntType | inspect.FloatType) -> str:
+    if info.gt is not None:
+        return f"above {info.gt} and at most {info.le}"
+    return f"from {info.ge} to {info.le}"
+
+
+def _describe_value(value: object) -> str:
+    """A value as it came, short enough for one line."""
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case str():
+            return f"the text {reprlib.repr(value)}"
+        case dict():
+            return "a table"
+        case list():
+            return "an array"
+        case _:
+            return reprlib.repr(value)
+
+
+def _suggestion(key: str, known: Iterable[str]) -> str:
+    """`; did you mean KNOWN?` for the nearest known key, or nothing where none is near."""
+    near = difflib.get_close_matches(key, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""

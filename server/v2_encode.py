@@ -1,0 +1,167 @@
+"""A finished request's rows -> the body of a V2 infer response.
+
+What is the same for all requests of a batch is done once per batch and kept in `batch.memo`: one
+call turns a whole output into JSON text (orjson writes float32 with as few digits as keep the value,
+in half msgspec's time), which is then cut at the rows' borders; one call copies it for the callers
+that want binary. Non-finite results are null in JSON, which has no word for them; binary keeps them.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import msgspec
+import numpy as np
+import orjson
+
+from batcher.request import Batch, Request
+from engines.base import Signature
+from server.reply import JSON, OCTETS, Reply
+from server.v2_decode import Wants
+
+_KEPT_FRAMES = 1024
+Shapes = tuple[tuple[int, ...], ...]
+
+
+class Encoder:
+    """Encodes answers of one model."""
+
+    def __init__(self, name: str, signature: Signature) -> None:
+        self._start = b'{"model_name":' + msgspec.json.encode(name)
+        self._specs = signature.outputs
+        self._names = [msgspec.json.encode(spec.name) for spec in signature.outputs]
+        self._frames: dict[tuple[Wants, int, Shapes], list[bytes]] = {}
+
+    def encode(self, request: Request, wants: Wants, request_id: str | None) -> Reply:
+        """The reply to a request that ran; call it inside `Request.done`."""
+        batch = request.batch
+        assert batch is not None
+        memo = batch.memo
+        shapes = memo.get("shapes")
+        if shapes is None:
+            shapes = memo["shapes"] = tuple([output.shape[1:] for output in batch.outputs])
+            memo["timing"] = timing_of_batch(batch)
+        timing = b"queue;dur=%.3f%b" % ((batch.dispatched_s - request.enqueued_s) * 1e3, memo["timing"])
+        start = self._start
+        if request_id is not None:
+            start += b',"id":' + msgspec.json.encode(request_id)
+        rows = request.rows
+        first = request.first_row
+        if len(wants) == 1 and not wants[0][1]:
+            # The common case, spelled out: one output, as JSON.
+            lead, end = self._frame(wants, rows, shapes)
+            cut = self._json_rows(batch, wants[0][0])
+            text = cut[first] if rows == 1 else b",".join(cut[first : first + rows])
+            return Reply(200, JSON, (start, lead, text, end), timing=timing)
+        return self._mixed(batch, first, rows, wants, start, timing, self._frame(wants, rows, shapes))
+
+    def _mixed(
+        self,
+        batch: Batch,
+        first: int,
+        rows: int,
+        wants: Wants,
+        start: bytes,
+        timing: bytes,
+        frame: list[bytes],
+    ) -> Reply:
+        pieces: list[bytes | memoryview] = [start]
+        tail: list[bytes | memoryview] = []
+        for position, (index, binary) in enumerate(wants):
+            pieces.append(frame[position])
+            if not binary:
+                pieces.append(b",".join(self._json_rows(batch, index)[first : first + rows]))
+            elif self._specs[index].datatype == "BYTES":
+                data = _bytes_tensor(batch.outputs[index][first : first + rows])
+                pieces.append(b'"parameters":{"binary_data_size":%d}}' % len(data))
+                tail.append(data)
+            else:
+                data = self._binary_rows(batch, index, first, rows)
+                tail.append(data)
+        pieces.append(frame[-1])
+        if any(binary for _, binary in wants):
+            json_length = sum(map(len, pieces))
+            return Reply(200, OCTETS, pieces + tail, timing=timing, json_length=json_length)
+        return Reply(200, JSON, pieces, timing=timing)
+
+    def _json_rows(self, batch: Batch, index: int) -> list[bytes]:
+        """Text of each row of an output: its elements without brackets, flat."""
+        rows: list[bytes] | None = batch.memo.get(index)
+        if rows is None:
+            output = batch.outputs[index]
+            flat = output.reshape(output.shape[0], prod(output.shape[1:]))
+            rows = batch.memo[index] = _json_text(flat)[2:-2].split(_ROW_BORDER[flat.dtype == object])
+        return rows
+
+    def _binary_rows(self, batch: Batch, index: int, first: int, rows: int) -> bytes | memoryview:
+        key = -1 - index
+        whole: memoryview | None = batch.memo.get(key)
+        if whole is None:
+            whole = batch.memo[key] = memoryview(batch.outputs[index].tobytes())
+        size = len(whole) // batch.outputs[index].shape[0]
+        return whole[first * size : (first + rows) * size]
+
+    def _frame(self, wants: Wants, rows: int, shapes: Shapes) -> list[bytes]:
+        """The JSON around the data, in pieces: one before each wanted output's data, one at the end."""
+        key = (wants, rows, shapes)
+        frame = self._frames.get(key)
+        if frame is None:
+            if len(self._frames) >= _KEPT_FRAMES:
+                self._frames.clear()
+            frame = self._frames[key] = self._make_frame(wants, rows, shapes)
+        return frame
+
+    def _make_frame(self, wants: Wants, rows: int, shapes: Shapes) -> list[bytes]:
+        frame = []
+        end = b',"outputs":['
+        for index, binary in wants:
+            spec = self._specs[index]
+            shape = [rows, *shapes[index]]
+            head = b'{"name":%b,"shape":%b,"datatype":"%b",' % (
+                self._names[index],
+                msgspec.json.encode(shape),
+                spec.datatype.encode(),
+            )
+            if not binary:
+                frame.append(end + head + b'"data":[')
+                end = b"]},"
+            elif spec.datatype == "BYTES":
+                frame.append(end + head)
+                end = b","
+            else:
+                size = prod(shape) * spec.dtype.itemsize
+                frame.append(end + head + b'"parameters":{"binary_data_size":%d}}' % size)
+                end = b","
+        return [*frame, end.removesuffix(b",") + b"]}"]
+
+
+# Between rows. Strings may hold `],[`, so rows of strings are joined with a byte that JSON text
+# cannot contain.
+_ROW_BORDER = {False: b"],[", True: b"\0"}
+
+
+def _json_text(flat: np.ndarray[Any, Any]) -> bytes:
+    """JSON of a [rows, n] array inside two brackets, with _ROW_BORDER between the rows."""
+    if flat.dtype != object:
+        return orjson.dumps(flat, option=orjson.OPT_SERIALIZE_NUMPY)
+    lines = [msgspec.json.encode([_text(value) for value in row])[1:-1] for row in flat]
+    return b"[[" + b"\0".join(lines) + b"]]"
+
+
+def _text(value: object) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def _bytes_tensor(values: np.ndarray[Any, Any]) -> bytes:
+    """BYTES as binary: each element its length (u32, little-endian) and its bytes."""
+    pieces: list[bytes] = []
+    for value in values.reshape(-1):
+        data = value if isinstance(value, bytes) else str(value).encode()
+        pieces += (len(data).to_bytes(4, "little"), data)
+    return b"".join(pieces)
+
+
+def timing_of_batch(batch: Batch) -> bytes:
+    """The part of Server-Timing that all requests of a batch share. Durations in milliseconds."""
+    return b", compute;dur=%.3f, batch;desc=%d" % ((batch.finished_s - batch.started_s) * 1e3, batch.rows)
