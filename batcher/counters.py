@@ -43,6 +43,11 @@ class Counters:
         self.reasons: Counter[str] = Counter()
         self.by_rows: dict[int, BatchFigures] = {}
 
+    @property
+    def batches(self) -> int:
+        """Batches that ran."""
+        return self.reasons.total()
+
     def batch(self, batch: Batch) -> None:
         """Count a batch that ran."""
         figures = self.by_rows.get(batch.rows)

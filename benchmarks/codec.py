@@ -18,8 +18,9 @@ import msgspec
 import numpy as np
 import orjson
 import simdjson
-from rich.console import Console
 from rich.table import Table
+
+from benchmarks.report import wide_console
 
 SIZES = (16, 2_048, 150_528)
 BATCH = 64
@@ -132,12 +133,12 @@ def main() -> int:
         fastest = [min(times) for times in zip(*ways.values(), strict=True)]
         for name, times in ways.items():
             cells = [
-                f"[bold green]{time:,.2f}" if time == least else f"{time:,.2f}"
+                f"[bold green]{time:,.2f}[/]" if time == least else f"{time:,.2f}"
                 for time, least in zip(times, fastest, strict=True)
             ]
             table.add_row(f"{direction}, {datatype}", name, *cells)
         table.add_section()
-    Console().print(table)
+    wide_console().print(table)
     return 0
 
 

@@ -28,6 +28,7 @@ from benchmarks.wrk import WrkError, require_wrk
 
 _WARM_UP_S = 1
 _AGAINST_FLOOR = (Figure.CPU, Figure.LATENCY, Figure.SINGLE)
+_FAILURES = (WrkError, StartError, wire.RefusedError, answers.WrongAnswerError, OSError)
 _AGAINST_OFFLINE = (Figure.RATE, Figure.SINGLE)
 
 
@@ -109,10 +110,10 @@ def main(arguments: list[str] | None = None) -> int:
             for case in CASES
             if case.group in options.only
         ]
-    except (WrkError, StartError, FileNotFoundError, answers.WrongAnswerError) as error:
+    except _FAILURES as error:
         progress.print(f"benchmarks.overhead: {error}", style="bold red", markup=False)
         return 2
-    report.show(results, Console())
+    report.show(results, report.wide_console(), options.markdown)
     if options.json is not None:
         report.write(results, options.json, options.rounds, options.seconds)
     return 1 if options.check and not all(result.met for result in results) else 0
@@ -127,6 +128,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--only", type=_groups, default=GROUPS, metavar="GROUPS", help=f"some of {','.join(GROUPS)}"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every turn to a file")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     parser.add_argument("--check", action="store_true", help="end with status 1 where a target is missed")
     options = parser.parse_args(arguments)
     for name, usual in (("rounds", 3), ("seconds", 3)):

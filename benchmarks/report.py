@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -22,10 +23,18 @@ from benchmarks.wrk import require_wrk
 _PACKAGES = ("uvicorn", "httptools", "uvloop", "msgspec", "orjson", "pysimdjson", "numpy", "onnxruntime")
 
 
-def show(results: list[Result], console: Console) -> None:
+def wide_console() -> Console:
+    """stdout; where that is no terminal, rich would fold the tables into 80 columns."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+def show(results: list[Result], console: Console, markdown: bool = False) -> None:
     """Print the ratios with their targets, under them what they were made of."""
-    console.print(_ratios(results))
-    console.print(_details(results))
+    for table in (_ratios(results), _details(results)):
+        if markdown:
+            table.box = box.MARKDOWN
+        console.print(table)
     machine = describe_machine()
     console.print(f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}, {machine['wrk']}")
 
@@ -100,7 +109,12 @@ def _ratios(results: list[Result]) -> Table:
 
 
 def _amount(figure: Figure, value: float) -> str:
-    return f"{value:,.0f} rows/s" if figure is Figure.RATE else f"{value:,.0f} us"
+    return f"{value:,.0f} rows/s" if figure is Figure.RATE else f"{_short(value)} us"
+
+
+def _short(value: float) -> str:
+    """A figure for the table, with a decimal where it is small."""
+    return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
 
 def _details(results: list[Result]) -> Table:
@@ -128,4 +142,4 @@ def _medians(turns: list[Turn]) -> list[str]:
         [turn.cpu_us for turn in turns],
         [turn.batch for turn in turns],
     )
-    return [f"{median(values):,.0f}" if any(values) else "" for values in figures]
+    return [_short(median(values)) if any(values) else "" for values in figures]

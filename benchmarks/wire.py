@@ -17,6 +17,10 @@ JSON_LENGTH = "Inference-Header-Content-Length"
 Array = np.ndarray[Any, Any]
 
 
+class RefusedError(Exception):
+    """A server answered something else than 200."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """A model's one input: its name, V2 datatype and elements per row."""
@@ -77,7 +81,7 @@ def decode(answer: Message) -> Array:
 
 
 def post(address: str, path: str, request: Message) -> Message:
-    """POST on a connection of its own to HOST:PORT; raises RuntimeError unless the answer is 200."""
+    """POST on a connection of its own to HOST:PORT; raises RefusedError unless the answer is 200."""
     connection = http.client.HTTPConnection(address, timeout=60)
     try:
         connection.request("POST", path, request.body, request.headers)
@@ -86,5 +90,5 @@ def post(address: str, path: str, request: Message) -> Message:
     finally:
         connection.close()
     if response.status != 200:
-        raise RuntimeError(f"POST {path}: status {response.status}: {body[:500].decode(errors='replace')}")
+        raise RefusedError(f"POST {path}: status {response.status}: {body[:500].decode(errors='replace')}")
     return Message(body, dict(response.getheaders()))

@@ -89,7 +89,7 @@ class Engine(Protocol):
         ...
 
     def wait(self, slot: int) -> tuple[Array, ...]:
-        """Wait for it; its outputs, [rows, ...] each, valid until the slot's next `enqueue`. Raises EngineError."""
+        """Wait for it. Outputs are [rows, ...], valid until the slot's next `enqueue`. Raises EngineError."""
         ...
 
     def close(self) -> None:

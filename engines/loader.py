@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from engines.base import Engine
@@ -9,7 +10,7 @@ from engines.errors import EngineLoadError
 
 
 def _onnxruntime(path: str, max_batch_size: int, threads: int | None) -> Engine:
-    from engines.onnxruntime import OnnxRuntimeEngine
+    from engines.onnxruntime import OnnxRuntimeEngine  # noqa: PLC0415 - load only the library that is used
 
     return OnnxRuntimeEngine(path, max_batch_size, threads)
 
@@ -17,11 +18,14 @@ def _onnxruntime(path: str, max_batch_size: int, threads: int | None) -> Engine:
 ENGINES: dict[str, Callable[[str, int, int | None], Engine]] = {"onnxruntime": _onnxruntime}
 
 
-def load_engine(kind: str, path: str, max_batch_size: int, threads: int | None = None) -> Engine:
+def load_engine(
+    kind: str, path: str | os.PathLike[str], max_batch_size: int, threads: int | None = None
+) -> Engine:
     """An engine for the file, not yet open. Raises EngineLoadError when there is none for it.
 
     `kind` is a key of ENGINES, or "auto" for what fits the file.
     """
+    path = os.fspath(path)
     if kind == "auto":
         if not path.endswith(".onnx"):
             raise EngineLoadError(f"no engine is known for {path}; expected an .onnx file")

@@ -1,10 +1,13 @@
 """ONNX Runtime on the CPU.
 
 Inputs are packed into buffers that belong to a slot and are reused; a binding (`IOBinding`) of the
-first `rows` rows of those buffers, and of the output buffers where their shapes are known, is made
-once for each number of rows and kept. ONNX Runtime reads the buffers anew at each run, so a run is
-one call. Where the model's strings or unknown output shapes do not allow that, its own allocations
-are used.
+first `rows` rows of those buffers and of the output buffers is made once for each number of rows and
+kept. ONNX Runtime reads the buffers anew at each run, so a run is one call and takes half the time of
+`run` on a tiny model.
+
+That needs outputs of known shape. An output that is left to ONNX Runtime cannot be in a kept binding:
+the first run's allocation stays bound, and a run that comes out with another shape fails. Binding it
+anew each time costs more than `run`, so models with strings or with outputs of unknown shape use that.
 """
 
 from __future__ import annotations
@@ -37,14 +40,8 @@ _TYPES = {
 _KEPT_BINDINGS = 256
 
 
-class _Binding:
-    """What one run needs: ONNX Runtime's binding and the arrays that the outputs appear in, if bound."""
-
-    __slots__ = ("io", "outputs")
-
-    def __init__(self, io: ort.IOBinding, outputs: tuple[Array, ...] | None) -> None:
-        self.io = io
-        self.outputs = outputs
+# ONNX Runtime's binding and the arrays that the outputs appear in.
+_Binding = tuple[ort.IOBinding, tuple[Array, ...]]
 
 
 class _Slot:
@@ -53,7 +50,7 @@ class _Slot:
     def __init__(self) -> None:
         self.memory: dict[int, Array] = {}
         self.inputs: dict[RowShapes, tuple[Array, ...]] = {}
-        self.outputs: tuple[Array, ...] | None = None
+        self.outputs: tuple[Array, ...] = ()
         self.bindings: OrderedDict[tuple[int, RowShapes], _Binding] = OrderedDict()
         self.rows = 0
         self.row_shapes: RowShapes = ()
@@ -76,7 +73,7 @@ class OnnxRuntimeEngine:
     def __init__(self, path: str, max_batch_size: int, threads: int | None = None) -> None:
         self.path = path
         self.max_batch_size = max_batch_size
-        self._threads = threads or max(1, (os.cpu_count() or 2) - 1)
+        self._threads = threads or max(1, _cores() - 1)
         self._signature: Signature | None = None
         self._session: ort.InferenceSession | None = None
         self._slots = [_Slot() for _ in range(self.slots)]
@@ -106,10 +103,12 @@ class OnnxRuntimeEngine:
         self._signature = read_signature(session)
         if self._signature.fixed_batch is not None:
             self.max_batch_size = self._signature.fixed_batch
-        specs = self._signature.inputs + self._signature.outputs
-        self._plain = any(spec.datatype == "BYTES" for spec in specs)
         self._session = session
-        if all(spec.row_elements >= 0 for spec in self._signature.outputs) and not self._plain:
+        declared = _probe(session, self._signature, self.max_batch_size)
+        specs = self._signature.inputs + self._signature.outputs
+        known = all(spec.row_elements >= 0 for spec in self._signature.outputs) and declared
+        self._plain = not known or any(spec.datatype == "BYTES" for spec in specs)
+        if not self._plain:
             for slot in self._slots:
                 slot.outputs = tuple(
                     np.zeros((self.max_batch_size, *spec.shape), spec.dtype)
@@ -163,9 +162,8 @@ class OnnxRuntimeEngine:
             if self._plain:
                 outputs = self._run_plain(session, slot, run_rows, state.row_shapes)
             else:
-                binding = self._binding(session, slot, run_rows, state.row_shapes)
-                session.run_with_iobinding(binding.io)
-                outputs = binding.outputs or tuple(binding.io.copy_outputs_to_cpu())
+                io, outputs = self._binding(session, slot, run_rows, state.row_shapes)
+                session.run_with_iobinding(io)
         except Exception as error:
             raise EngineRunError(str(error)) from error
         return outputs if rows == run_rows else tuple(output[:rows] for output in outputs)
@@ -186,7 +184,9 @@ class OnnxRuntimeEngine:
         bindings = self._slots[slot].bindings
         key = (rows, row_shapes)
         binding = bindings.get(key)
-        if binding is None:
+        if binding is not None:
+            bindings.move_to_end(key)
+        else:
             if len(bindings) >= _KEPT_BINDINGS:
                 bindings.popitem(last=False)
             binding = bindings[key] = self._bind(session, slot, rows, row_shapes)
@@ -197,15 +197,40 @@ class OnnxRuntimeEngine:
         for spec, array in zip(self.signature.inputs, self.inputs(slot, row_shapes), strict=True):
             part = array[:rows]
             io.bind_input(spec.name, "cpu", 0, part.dtype.type, part.shape, part.ctypes.data)
-        buffers = self._slots[slot].outputs
-        if buffers is None:
-            for spec in self.signature.outputs:
-                io.bind_output(spec.name, "cpu")
-            return _Binding(io, None)
-        parts = tuple(buffer[:rows] for buffer in buffers)
+        parts = tuple(buffer[:rows] for buffer in self._slots[slot].outputs)
         for spec, part in zip(self.signature.outputs, parts, strict=True):
             io.bind_output(spec.name, "cpu", 0, part.dtype.type, part.shape, part.ctypes.data)
-        return _Binding(io, parts)
+        return io, parts
+
+
+def _cores() -> int:
+    """Those that this process may use: a container's share can be far below the machine's count."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _probe(session: ort.InferenceSession, signature: Signature, max_batch_size: int) -> bool:
+    """Run two rows of zeros: whether the outputs have the row shapes that the model declares.
+
+    Raises EngineLoadError where an output's first axis does not count the rows. In a binding such a
+    model would only fail to run, without a word about why. A model that refuses zeros shows nothing.
+    """
+    rows = signature.fixed_batch or min(2, max_batch_size)
+    feed = {}
+    for spec in signature.inputs:
+        shape = (rows, *(abs(size) for size in spec.shape))
+        feed[spec.name] = np.full(shape, "" if spec.datatype == "BYTES" else 0, spec.dtype)
+    try:
+        outputs = session.run(None, feed)
+    except Exception:  # noqa: BLE001 - ONNX Runtime's errors have no common base; the warm-up reports it
+        return True
+    for spec, output in zip(signature.outputs, outputs, strict=True):
+        if output.ndim == 0 or output.shape[0] != rows:
+            raise EngineLoadError(
+                f"output {spec.name!r} does not follow the batch axis: {rows} rows gave {list(output.shape)}"
+            )
+    return [spec.shape for spec in signature.outputs] == [output.shape[1:] for output in outputs]
 
 
 def _text(array: Array) -> Array:
@@ -225,6 +250,8 @@ def read_signature(session: ort.InferenceSession) -> Signature:
         shown = ", ".join(f"{spec.name!r} {first}" for spec, first in inputs)
         raise EngineLoadError(f"the inputs' first axes differ, so none is the batch axis: {shown}")
     fixed = firsts.pop()
+    if fixed == 0:
+        raise EngineLoadError("the inputs' first axis is fixed at 0: no row fits")
     for spec, first in outputs:
         if isinstance(first, int) and first != fixed:
             expected = "vary with the batch" if fixed is None else f"be {fixed}, as the inputs'"
@@ -237,6 +264,6 @@ def _spec(what: str, node: ort.NodeArg) -> TensorSpec:
     if datatype is None:
         raise EngineLoadError(f"{what} {node.name!r} has type {node.type}, which is not supported")
     if not node.shape:
-        raise EngineLoadError(f"{what} {node.name!r} is a scalar: it has no axis to batch along")
+        raise EngineLoadError(f"{what} {node.name!r} is a scalar or of unknown rank: no axis to batch along")
     shape = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape[1:])
     return TensorSpec(node.name, datatype, shape)

@@ -44,7 +44,11 @@ class Outcome:
     __slots__ = ("error", "finished_s", "outputs", "started_s")
 
     def __init__(
-        self, outputs: tuple[Array, ...] | None, error: EngineError | None, started_s: float, finished_s: float
+        self,
+        outputs: tuple[Array, ...] | None,
+        error: EngineError | None,
+        started_s: float,
+        finished_s: float,
     ) -> None:
         self.outputs = outputs
         self.error = error
@@ -62,14 +66,15 @@ class Worker:
     that a run of so many took during the warm-up.
     """
 
-    def __init__(self, engine: Engine, name: str) -> None:
+    def __init__(self, engine: Engine, name: str, deliver: Deliver | None = None) -> None:
         self.engine = engine
-        self.deliver: Deliver | None = None
+        self.deliver = deliver
         self.warmup_us: dict[int, float] = {}
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, name=f"cobatch-{name}", daemon=True)
         self._on_open: Callable[[EngineError | None], None] = lambda error: None
         self._finished_s = 0.0
+        self._seen: dict[str, tuple[int, ...]] = {}
 
     def start(self, on_open: Callable[[EngineError | None], None]) -> None:
         """Start the thread; it opens and warms the engine and then calls `on_open` from there."""
@@ -130,7 +135,7 @@ class Worker:
                 started_s = time.monotonic()
                 try:
                     engine.enqueue(job.slot, job.rows, job.row_shapes)
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 - whatever an engine raises is its batch's alone
                     self._give(job, Outcome(None, _as_engine_error(error), started_s, time.monotonic()))
                 else:
                     running.append((job, started_s))
@@ -144,7 +149,10 @@ class Worker:
         started_s = max(started_s, self._finished_s)
         try:
             outputs = self.engine.wait(job.slot)
-        except Exception as error:
+            for spec, output in zip(self.engine.signature.outputs, outputs, strict=True):
+                # Rows are handed to callers by number: a row too few would be a stranger's answer.
+                _check_rows(spec.name, output, job.rows, EngineRunError)
+        except Exception as error:  # noqa: BLE001 - the same
             outcome = Outcome(None, _as_engine_error(error), started_s, time.monotonic())
         else:
             outcome = Outcome(outputs, None, started_s, time.monotonic())
@@ -162,23 +170,25 @@ class Worker:
         """Run zeros at sizes 1, 2, 4, ... and keep each size's best time.
 
         In rounds over all sizes, so that a slow second of the machine does not fall on one size
-        alone. Each size runs at least once, whatever it takes; the rounds end with the budget.
+        alone. The rounds end with the budget. A model so slow that the first round does not fit skips
+        to the largest size, which always runs: memory that is not there had better show at load.
         """
         engine = self.engine
-        shapes = tuple(tuple(max(1, size) for size in spec.shape) for spec in engine.signature.inputs)
+        # An axis of any size, -1, is warmed up at 1.
+        shapes = tuple(tuple(abs(size) for size in spec.shape) for spec in engine.signature.inputs)
         sizes = batch_sizes(engine.signature.fixed_batch, engine.max_batch_size)
         until_s = time.monotonic() + _WARMUP_S
         for _ in range(_WARMUP_RUNS):
             for rows in sizes:
-                if len(self.warmup_us) == len(sizes) and time.monotonic() > until_s:
-                    return
+                late = time.monotonic() > until_s and bool(self.warmup_us)
+                if late and (rows != sizes[-1] or rows in self.warmup_us):
+                    continue
                 try:
                     self._warm_up_once(rows, shapes)
                 except EngineLoadError:
                     raise
-                except Exception as error:
-                    # Zeros may be no valid input; that says nothing against serving the model.
-                    log.warning("%s: warm-up with %d rows of zeros failed: %s", self._thread.name, rows, error)
+                except Exception as error:  # noqa: BLE001 - zeros may be no valid input; others may be
+                    log.warning("%s: warming up with %d rows of zeros: %s", self._thread.name, rows, error)
                     return
 
     def _warm_up_once(self, rows: int, shapes: tuple[tuple[int, ...], ...]) -> None:
@@ -190,7 +200,13 @@ class Worker:
         outputs = engine.wait(0)
         us = (time.monotonic() - started_s) * 1e6
         for spec, output in zip(engine.signature.outputs, outputs, strict=True):
-            _check_rows(spec.name, output, rows)
+            _check_rows(spec.name, output, rows, EngineLoadError)
+            seen = self._seen.setdefault(spec.name, output.shape[1:])
+            if seen != output.shape[1:]:
+                raise EngineLoadError(
+                    f"output {spec.name!r}: the shape of a row depends on how many rows there are: "
+                    f"{list(seen)} and, with {rows} rows, {list(output.shape[1:])}"
+                )
         self.warmup_us[rows] = min(us, self.warmup_us.get(rows, us))
 
 
@@ -202,9 +218,9 @@ def batch_sizes(fixed_batch: int | None, max_batch_size: int) -> list[int]:
     return sizes if sizes[-1] == max_batch_size else [*sizes, max_batch_size]
 
 
-def _check_rows(name: str, output: Array, rows: int) -> None:
+def _check_rows(name: str, output: Array, rows: int, error: type[EngineError]) -> None:
     if output.ndim == 0 or output.shape[0] != rows:
-        raise EngineLoadError(
+        raise error(
             f"output {name!r} does not follow the batch axis: {rows} rows gave shape {list(output.shape)}"
         )
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,17 @@ class FileTypes:
         return Verdict(str(prediction.dl.label), float(prediction.score))
 
 
+def own_files(repository: Path) -> list[Path]:
+    """The repository's own files: those that git does not ignore, or all where there is no git."""
+    command = ["git", "-C", str(repository), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return find_files(repository, sys.maxsize)
+    paths = [repository / os.fsdecode(name) for name in sorted(set(listed.split(b"\0"))) if name]
+    return [path for path in paths if _is_readable(path)]
+
+
 def find_files(root: Path, most: int) -> list[Path]:
     """Readable, regular files under `root`, sorted, at most `most`; nothing hidden, no links followed."""
     found: list[Path] = []
@@ -87,8 +100,12 @@ def find_files(root: Path, most: int) -> list[Path]:
         subdirectories[:] = sorted(d for d in subdirectories if not d.startswith((".", "__pycache__")))
         for name in sorted(names):
             path = Path(directory, name)
-            if not path.is_symlink() and path.is_file() and os.access(path, os.R_OK):
+            if _is_readable(path):
                 found.append(path)
                 if len(found) == most:
                     return found
     return found
+
+
+def _is_readable(path: Path) -> bool:
+    return not path.is_symlink() and path.is_file() and os.access(path, os.R_OK)

@@ -14,6 +14,7 @@ from callers import Load
 from filetypes import Verdict
 
 SHOWN = 40
+OTHERS = 45  # characters that the other columns and the lines between them may take
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +31,18 @@ def files_table(console: Console, lines: Sequence[Line]) -> None:
     step = max(1, -(-len(lines) // SHOWN))
     shown = lines[::step]
     table = Table(title="Files", title_justify="left", row_styles=["", "dim"])
-    table.add_column("file", no_wrap=True, overflow="ellipsis")
+    table.add_column("file", no_wrap=True)
     table.add_column("label", no_wrap=True)
     table.add_column("score", justify="right", no_wrap=True)
     table.add_column("magika", no_wrap=True)
     for line in shown:
         score = "too short" if line.verdict.score is None else f"{line.verdict.score:.4f}"
-        table.add_row(line.name, line.verdict.label, score, "the same" if line.checked else "")
+        table.add_row(
+            _shortened(line.name, console.width - OTHERS),
+            line.verdict.label,
+            score,
+            "the same" if line.checked else "",
+        )
     console.print(table)
     if len(shown) < len(lines):
         console.print(f"and {len(lines) - len(shown)} more (one in {step} is shown)")
@@ -57,6 +63,8 @@ def timing_table(console: Console, load: Load) -> None:
         sizes = str(low) if low == high else f"{low} to {high}"
         table.add_row(sizes, str(batches), str(requests), f"{'█' * round(30 * share)} {share:.0%}")
     console.print(table)
+    if max(load.batch_rows) < load.in_flight / 2:
+        console.print("Batches stay small: timed at load, a row of this model got no cheaper in larger ones.")
     for name, times in (("queue", load.queue_ms), ("compute", load.compute_ms)):
         middle, late = np.percentile(times, [50, 95])
         console.print(f"{name:>8}: median {middle:.2f} ms, 95th percentile {late:.2f} ms")
@@ -64,6 +72,12 @@ def timing_table(console: Console, load: Load) -> None:
         f"{load.requests:>8} requests in {load.seconds:.2f} s from {load.in_flight} callers at once: "
         f"{load.requests / load.seconds:.0f} requests/s"
     )
+
+
+def _shortened(name: str, width: int) -> str:
+    """The end of a long path says more than its beginning."""
+    width = max(width, 20)
+    return name if len(name) <= width else f"…{name[1 - width :]}"
 
 
 def _bins(batch_rows: Sequence[int]) -> dict[tuple[int, int], tuple[int, int]]:

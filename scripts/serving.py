@@ -74,7 +74,9 @@ class Server:
                     return
             except (urllib.error.URLError, TimeoutError):  # 503 while models load: ask again
                 time.sleep(0.05)
-        raise ServingError(self._with_tail(f"the server was not ready within {timeout_s:.0f} s"))
+        ended = self._ended or self._process.poll() is not None
+        why = "ended before it was ready" if ended else f"was not ready within {timeout_s:.0f} s"
+        raise ServingError(self._with_tail(f"the server {why}"))
 
     def wait(self) -> int:
         """Blocks until the server ends by itself; its exit status."""

@@ -34,6 +34,7 @@ def build(core: Core) -> InferRoutes:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        core.loop = asyncio.get_running_loop()
         # In the background: health must answer while a large model is being loaded.
         loading = [asyncio.create_task(_load(core, name)) for name in core.models]
         try:

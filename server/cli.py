@@ -150,10 +150,9 @@ def _warn_if_open(settings: Settings) -> None:
     if not settings.server.allow_anonymous:
         return
     host = settings.server.host
-    reach = "whoever reaches this machine's port" if not is_loopback(host) else "anyone on this machine"
+    who = "anyone on this machine" if is_loopback(host) else f"whoever reaches {host}"
     typer.echo(
-        f"cobatch: warning: --allow-anonymous: {reach} at {host} may call the models: there is no authentication",
-        err=True,
+        f"cobatch: warning: --allow-anonymous: {who} may call the models, without authentication", err=True
     )
 
 

@@ -6,6 +6,7 @@ are there, `infer` when the body is, `cancel` when the caller leaves. The reply 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 
@@ -53,6 +54,7 @@ class Core:
         # What the fast path compares the request target with, byte for byte.
         self.infer_targets = {b"/v2/models/%b/infer" % name.encode(): m for name, m in self.models.items()}
         self.draining = False
+        self.loop: asyncio.AbstractEventLoop | None = None  # set when the application starts
         # For whoever runs the process; until then there is nobody to tell.
         self.on_ready: Callable[[], None] = lambda: None
         self.on_load_failed: Callable[[str, EngineError], None] = lambda name, error: None

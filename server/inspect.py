@@ -7,7 +7,7 @@ a model that could not be served fails here with the same message.
 from pathlib import Path
 from typing import TypedDict
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -15,7 +15,7 @@ from engines.base import Signature, TensorSpec
 from engines.loader import load_engine
 from server.settings import EngineKind
 
-# What a table needs at most; a pipe has no width, and folded names could not be searched for.
+# A pipe has no width of its own, and names folded to 80 columns could not be searched for.
 PIPE_WIDTH = 200
 
 
@@ -42,7 +42,7 @@ class Description(TypedDict):
 
 def describe(path: Path, kind: EngineKind, max_batch_size: int) -> Description:
     """Open the model and describe it; raises EngineLoadError where it cannot be served."""
-    engine = load_engine(kind, path, max_batch_size)
+    engine = load_engine(kind, str(path), max_batch_size)
     try:
         engine.open()
         return _description(path, engine.platform, engine.signature)
@@ -72,21 +72,15 @@ def _tensor(spec: TensorSpec, batch: int) -> Tensor:
     }
 
 
-def render(model: Description) -> RenderableType:
-    """The description for a person: a heading, how rows are batched, a table of the tensors."""
-    size = model["batch_size"]
-    rows = "any number of rows" if size is None else f"fixed at {size} rows; fewer are padded"
-    table = Table("", "name", "datatype", "dtype", "shape", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+def table(model: Description) -> Table:
+    """The tensors, one a row."""
+    rows = Table("", "name", "datatype", "dtype", "shape", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for role, tensors in (("input", model["inputs"]), ("output", model["outputs"])):
         for tensor in tensors:
             # Text, not str: rich would read "[batch, 16]" as a style.
             cells = (role, tensor["name"], tensor["datatype"], tensor["dtype"], shape_text(tensor["shape"]))
-            table.add_row(*(Text(cell) for cell in cells))
-    return Group(
-        Text.assemble((model["name"], "bold"), f"  {model['platform']}  {model['path']}"),
-        Text(f"batch: axis {model['batch_axis']} of every tensor, {rows}"),
-        table,
-    )
+            rows.add_row(*(Text(cell) for cell in cells))
+    return rows
 
 
 def shape_text(shape: list[int]) -> str:
@@ -97,8 +91,14 @@ def shape_text(shape: list[int]) -> str:
 
 
 def show(model: Description) -> None:
-    """Print the table on stdout."""
+    """Print a heading, how rows are batched, and the tensors, on stdout."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=PIPE_WIDTH)
-    console.print(render(model))
+    size = model["batch_size"]
+    rows = "any number of rows" if size is None else f"fixed at {size} rows; fewer are padded"
+    heading = Text.assemble((model["name"], "bold"), f"  {model['platform']}  {model['path']}")
+    # Soft: the terminal breaks a long path, which stays one word for whoever copies it.
+    console.print(heading, soft_wrap=True)
+    console.print(f"batch: axis {model['batch_axis']} of every tensor, {rows}", soft_wrap=True)
+    console.print(table(model))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from starlette.types import Receive, Scope
+from collections.abc import Mapping
+
+from starlette.types import Receive
 
 from server.problems import Problem
 
@@ -26,14 +28,15 @@ def too_large(length: int, limit: int) -> Problem:
     )
 
 
-async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes | bytearray:
+async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int) -> bytes | bytearray:
     """The whole body, at most `limit` bytes. Raises BodyError."""
-    for name, value in scope["headers"]:
-        if name == b"content-length" and value.isdigit() and int(value) > limit:
-            raise BodyError(too_large(int(value), limit))
-        if name == b"content-encoding" and value.lower() != b"identity":
-            detail = f"the body's encoding {value.decode('latin-1')!r} is not supported"
-            raise BodyError(Problem("unsupported-encoding", detail, close=True))
+    length = headers.get(b"content-length", b"0")
+    if length.isdigit() and int(length) > limit:
+        raise BodyError(too_large(int(length), limit))
+    encoding = headers.get(b"content-encoding", b"identity")
+    if encoding.lower() != b"identity":
+        detail = f"the body's encoding {encoding.decode('latin-1')!r} is not supported"
+        raise BodyError(Problem("unsupported-encoding", detail, close=True))
     message = await receive()
     if message["type"] == "http.request" and not message.get("more_body", False):
         body: bytes = message.get("body", b"")

@@ -97,6 +97,9 @@ class Model:
         """Answer what was accepted, then end the worker."""
         if self.batcher is not None and not await self.batcher.drain(drain_timeout_s):
             log.error("model %s: not everything was answered within %g s", self.name, drain_timeout_s)
+        if self.batcher is not None:
+            counted = self.batcher.counters
+            log.info("model %s: ran %d rows in %d batches", self.name, counted.rows, counted.batches)
         if self._worker is not None:
             self._worker.stop()
             # The thread is asked for, not slept for: it ends as soon as its last batch has.

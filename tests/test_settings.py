@@ -142,8 +142,7 @@ def test_the_file_may_be_named_by_a_variable(model: Path, tmp_path: Path) -> Non
         (MODELS + "threads = 0", "models[0].threads: expected an integer from 1 to 1024, got 0 (file"),
         (
             MODELS + "name = 'a/b'",
-            "models[0].name: expected 1 to 128 letters, digits, '.', '_', '-', the first a letter or digit, "
-            "got the text 'a/b' (file",
+            "models[0].name: expected 1 to 128 letters, digits, '.', '_', '-', the first a letter or digit",
         ),
         (
             MODELS + "[[models]]\npath = 'gone.onnx'",
@@ -286,7 +285,7 @@ def as_text(value: object) -> str:
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner),
+    st.lists,
     max_leaves=4,
 )
 
@@ -296,8 +295,10 @@ def test_any_flag_value_is_taken_or_refused_by_name(setting: str, value: object)
     try:
         settings = load_settings(None, {}, {"model": __file__, setting: value})
     except SettingsError as error:
-        assert flag_name(setting) in str(error)
+        refused = str(error)
     else:
+        refused = ""
         holder = settings.server if setting in SERVER_FIELDS else settings.models[0]
         taken = getattr(holder, setting)
         assert not isinstance(taken, float) or math.isfinite(taken)
+    assert not refused or flag_name(setting) in refused
