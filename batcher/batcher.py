@@ -118,12 +118,20 @@ class Batcher:
         """Batches that are with the engine."""
         return len(self._running)
 
+    @property
+    def full(self) -> bool:
+        """Whether not even one row would be accepted now."""
+        return self._queue.rows >= self.max_queue_rows or self.closed is not None
+
     def refusal(self, rows: int = 1) -> BatcherError | None:
-        """Why a request of so many rows would not be accepted now, or None. Cheap: ask before decoding."""
+        """Why a request of so many rows would not be accepted now, or None."""
+        if self.closed is None and self._queue.rows + rows <= self.max_queue_rows:
+            return None
+        return self._why_not(rows)
+
+    def _why_not(self, rows: int) -> BatcherError:
         if self.closed is not None:
             return self.closed
-        if self._queue.rows + rows <= self.max_queue_rows:
-            return None
         if rows > self.max_queue_rows:
             return TooManyRowsError(rows, self.max_queue_rows)
         return QueueFullError(self._queue.rows, self.max_queue_rows, self.drain_s)
@@ -138,10 +146,9 @@ class Batcher:
 
         The request's payloads must stay unchanged until it is done or cancelled.
         """
-        refusal = self.refusal(request.rows)
-        if refusal is not None:
+        if self.closed is not None or self._queue.rows + request.rows > self.max_queue_rows:
             self.counters.refused += 1
-            raise refusal
+            raise self._why_not(request.rows)
         self.counters.accepted += 1
         request.enqueued_s = self._clock()
         if request.rows <= self.max_batch_size:

@@ -6,14 +6,16 @@ Same handler core as `server.fastpath`, and for requests that the fast path hand
 from __future__ import annotations
 
 import asyncio
+
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.core import Core
+from server.core import Core, InferRequest
 from server.limits import BodyError, read_body
-from server.model import Model
 from server.problems import Problem
 from server.reply import Reply
-from server.v2_decode import Body
+
+# An answer that takes longer than once to twice this is worth a task that notices the client leave.
+_WATCH_AFTER_S = 0.05
 
 
 class InferRoutes:
@@ -26,6 +28,7 @@ class InferRoutes:
         self.app = app
         self.core = core
         self._paths = {f"/v2/models/{name}/infer": model for name, model in core.models.items()}
+        self._waiting = _Waiting(core)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         model = None
@@ -34,69 +37,105 @@ class InferRoutes:
         if model is None:
             await self.app(scope, receive, send)
             return
-        reply = await self._answer(model, scope, receive)
-        if reply is not None:
-            await send_reply(reply, send)
-
-    async def _answer(self, model: Model, scope: Scope, receive: Receive) -> Reply | None:
-        """The reply, or None when the client has left."""
         core = self.core
-        refusal = core.refusal(model)
-        if refusal is not None:
-            return refusal
+        reply = None
+        if core.draining or model.batcher is None or model.batcher.full:
+            reply = core.refusal(model)
+        if reply is None:
+            try:
+                headers = dict(scope["headers"])
+                json_length = _json_length(headers)
+                body = await read_body(headers, receive, core.settings.server.max_body_bytes)
+            except BodyError as error:
+                if error.problem is None:
+                    return  # the client has left
+                reply = error.problem.reply()
+            else:
+                caller = _Caller(self._waiting, receive)
+                caller.request = core.infer(model, body, json_length, caller.on_reply)
+                reply = await caller.wait()
+                if reply is None:
+                    return
+        await send({"type": "http.response.start", "status": reply.status, "headers": reply.header_list()})
+        await send({"type": "http.response.body", "body": b"".join(reply.body)})
+
+
+class _Caller:
+    """A caller's task while its request is in the batcher."""
+
+    __slots__ = ("_answer", "_receive", "_waiting", "old", "request")
+
+    def __init__(self, waiting: _Waiting, receive: Receive) -> None:
+        self._waiting = waiting
+        self._receive = receive
+        self._answer = waiting.new_future()
+        self.request: InferRequest | None = None
+        self.old = False
+
+    def on_reply(self, reply: Reply) -> None:
+        """What the core calls, once."""
+        if not self._answer.done():
+            self._answer.set_result(reply)
+
+    async def wait(self) -> Reply | None:
+        """The reply, or None when the client left before there was one."""
+        callers = self._waiting.callers
+        callers[self] = None
         try:
-            headers = dict(scope["headers"])
-            json_length = _json_length(headers)
-            body = await read_body(headers, receive, core.settings.server.max_body_bytes)
-        except BodyError as error:
-            return None if error.problem is None else error.problem.reply()
-        except Problem as problem:
-            return problem.reply()
-        return await _Waiting(core).infer(model, body, json_length, receive)
+            return await self._answer
+        except asyncio.CancelledError:
+            # The server cancels this task.
+            self._leave()
+            raise
+        finally:
+            callers.pop(self, None)
+
+    async def watch(self) -> None:
+        """Wait for the client to leave: after the body, that is all `receive` has to say."""
+        await self._receive()
+        if not self._answer.done():
+            self._leave()
+            self._answer.set_result(None)
+
+    def _leave(self) -> None:
+        if self.request is not None:
+            self._waiting.core.cancel(self.request)
 
 
 class _Waiting:
-    """A caller's task while its request is in the batcher.
+    """All callers that wait, and the tasks that watch for those leaving which wait long.
 
-    After the body, `receive` has one thing left to say: that the client has left. So the task waits
-    in `receive`, and the reply takes it out of there by cancelling that wait. A second task to watch
-    for the client, beside a future for the reply, costs a quarter of the whole request.
+    To watch costs a task for each caller, a tenth of a small request. Most are answered long before
+    anybody could have left, so a sweep gives the task only to those that it meets a second time.
     """
 
     def __init__(self, core: Core) -> None:
-        self._core = core
-        # Naming the loop saves asking which one runs, which on Python 3.11 costs a system call.
-        self._task = asyncio.current_task(core.loop)
-        self._waits = False
-        self._reply: Reply | None = None
+        self.core = core
+        self.callers: dict[_Caller, None] = {}
+        self._tasks: dict[_Caller, asyncio.Task[None]] = {}
+        self._sweeping = False
 
-    async def infer(
-        self, model: Model, body: Body, json_length: int | None, receive: Receive
-    ) -> Reply | None:
-        """The reply, or None when the client left before there was one."""
-        request = self._core.infer(model, body, json_length, self._on_reply)
-        if request is None:
-            return self._reply
-        self._waits = True
-        try:
-            await receive()
-        except asyncio.CancelledError:
-            if self._reply is None:
-                # Not the reply: the server cancels this task.
-                self._core.cancel(request)
-                raise
-            assert self._task is not None
-            self._task.uncancel()
-        self._waits = False
-        if self._reply is None:
-            self._core.cancel(request)
-        return self._reply
+    def new_future(self) -> asyncio.Future[Reply | None]:
+        """A future on the running loop; sees to it that there is a sweep."""
+        loop = self.core.loop
+        if loop is None:
+            loop = self.core.loop = asyncio.get_running_loop()
+        if not self._sweeping:
+            self._sweeping = True
+            loop.call_later(_WATCH_AFTER_S, self._sweep, loop)
+        return loop.create_future()
 
-    def _on_reply(self, reply: Reply) -> None:
-        self._reply = reply
-        if self._waits:
-            assert self._task is not None
-            self._task.cancel()
+    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
+        for caller in [caller for caller in self._tasks if caller not in self.callers]:
+            self._tasks.pop(caller).cancel()
+        for caller in self.callers:
+            if not caller.old:
+                caller.old = True
+            elif caller not in self._tasks:
+                self._tasks[caller] = loop.create_task(caller.watch())
+        self._sweeping = bool(self.callers or self._tasks)
+        if self._sweeping:
+            loop.call_later(_WATCH_AFTER_S, self._sweep, loop)
 
 
 def _json_length(headers: dict[bytes, bytes]) -> int | None:
@@ -104,11 +143,5 @@ def _json_length(headers: dict[bytes, bytes]) -> int | None:
     if value is None:
         return None
     if not value.isdigit() or len(value) > 18:
-        raise Problem("bad-binary", "Inference-Header-Content-Length must be a whole number")
+        raise BodyError(Problem("bad-binary", "Inference-Header-Content-Length must be a whole number"))
     return int(value)
-
-
-async def send_reply(reply: Reply, send: Send) -> None:
-    """Write a reply as ASGI messages."""
-    await send({"type": "http.response.start", "status": reply.status, "headers": reply.header_list()})
-    await send({"type": "http.response.body", "body": b"".join(reply.body)})

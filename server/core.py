@@ -78,13 +78,16 @@ class Core:
 
         None when it was called already. `json_length` is Inference-Header-Content-Length's value.
         """
-        try:
+        batcher = model.batcher
+        if batcher is None or self.draining or batcher.full:
+            # Asked again: between the headers and the body others may have come.
             refusal = self.refusal(model)
             if refusal is not None:
                 reply(refusal)
                 return None
+        try:
             request = InferRequest(model, model.decoder.decode(body, json_length), reply)
-            model.batcher.submit(request)  # type: ignore[union-attr]  # no refusal, so it is there
+            batcher.submit(request)  # type: ignore[union-attr]  # None is always refused
             return request
         except Exception as error:
             problem = from_error(error)

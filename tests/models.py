@@ -33,7 +33,7 @@ def model(
     )
     made = helper.make_model(graph, ir_version=IR_VERSION, opset_imports=[helper.make_opsetid("", OPSET)])
     onnx.checker.check_model(made)
-    return made.SerializeToString()
+    return bytes(made.SerializeToString())
 
 
 def write(folder: Path, data: bytes, name: str = "model.onnx") -> str:
@@ -132,7 +132,7 @@ def total_only() -> bytes:
 
 
 def two_rows_each() -> bytes:
-    """y is x [batch, 6] as [2 * batch, 3]: its first axis is named, and only a run shows that it is not ours."""
+    """y is x [batch, 6] as [2 * batch, 3]: that its first axis is not ours only a run shows."""
     return model(
         [helper.make_node("Reshape", ["x", "shape"], ["y"])],
         [("x", FLOAT, ["batch", 6])],
