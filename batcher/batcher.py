@@ -58,9 +58,11 @@ _DRAIN_WEIGHT = 0.2
 class BatchWorker(Protocol):
     """What the batcher needs of `engines.worker.Worker`."""
 
-    engine: Engine
     deliver: Deliver | None
     warmup_us: dict[int, float]
+
+    @property
+    def engine(self) -> Engine: ...
 
     def submit(self, job: Job) -> None: ...
 
@@ -374,7 +376,9 @@ class Batcher:
             await asyncio.wait_for(self._drained, timeout_s)
         except TimeoutError:
             running = [request for batch in self._running for request in batch.requests]
-            self._fail_all(running, AbandonedError(f"model {self.name!r} stopped before the request was done"))
+            self._fail_all(
+                running, AbandonedError(f"model {self.name!r} stopped before the request was done")
+            )
             return False
         return True
 

@@ -24,7 +24,7 @@ def pack(requests: Sequence[Request], buffers: Sequence[np.ndarray[Any, Any]]) -
         if buffer.dtype == object:
             _pack_elements(requests, index, buffer)
         elif buffer.size:
-            _pack_bytes(requests, index, memoryview(buffer).cast("B"))
+            _pack_bytes(requests, index, buffer.data.cast("B"))
 
 
 def _pack_bytes(requests: Sequence[Request], index: int, target: memoryview) -> None:

@@ -65,7 +65,8 @@ class RequestQueue:
     def cancel(self, request: Request) -> None:
         """Take a queued request out; its memory is given back at once."""
         group = request.group
-        assert group is not None and request.state is State.QUEUED
+        assert group is not None
+        assert request.state is State.QUEUED
         request.state = State.CANCELLED
         request.payloads = ()
         self._leave(group, request.rows)

@@ -48,7 +48,7 @@ def build(core: Core) -> InferRoutes:
             await asyncio.gather(*[model.stop(timeout_s) for model in core.models.values()])
 
     handlers = {HTTPException: _http_error, Exception: _server_error}
-    app = Starlette(routes=v2_routes(core), exception_handlers=handlers, lifespan=lifespan)  # type: ignore[arg-type]
+    app = Starlette(routes=v2_routes(core), exception_handlers=handlers, lifespan=lifespan)
     app.router.redirect_slashes = False
     return InferRoutes(app, core)
 

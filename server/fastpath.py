@@ -126,7 +126,7 @@ class FastProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         if self._timer is not None:
             self._timer.cancel()
-        if type(cycle) is FastCycle and cycle.request is not None and not cycle.response_complete:
+        if isinstance(cycle, FastCycle) and cycle.request is not None and not cycle.response_complete:
             self.core.cancel(cycle.request)
 
     def _tick(self) -> None:
@@ -143,7 +143,7 @@ class FastProtocol(HttpToolsProtocol):
             # A message that begins while this sleeps is looked at no later than its own limit asks.
             self._timer = self.loop.call_later(min(left_s, settings.receive_timeout_s), self._tick)
             return
-        if self._mid_message and (type(cycle) is FastCycle or cycle is None or cycle.response_complete):
+        if self._mid_message and (isinstance(cycle, FastCycle) or cycle is None or cycle.response_complete):
             # Nobody else answers: its headers have not come, or the fast path waits for its body.
             late = Problem("receive-timeout", f"the request did not arrive within {limit_s:g} s", close=True)
             self.write_reply(late.reply(), keep_alive=False)
@@ -225,7 +225,7 @@ class FastProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         cycle = self.cycle
-        if type(cycle) is not FastCycle:
+        if not isinstance(cycle, FastCycle):
             super().on_body(body)
         elif not cycle.response_complete:
             if not cycle.body:
@@ -239,7 +239,7 @@ class FastProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._mid_message = False
         cycle = self.cycle
-        if type(cycle) is not FastCycle:
+        if not isinstance(cycle, FastCycle):
             super().on_message_complete()
         elif not cycle.response_complete:
             cycle.more_body = False
@@ -267,14 +267,14 @@ class FastProtocol(HttpToolsProtocol):
         transport = self.transport
         if transport.is_closing():
             return
-        pieces = [STATUS_LINE[reply.status], self._default_headers()]
+        pieces: list[bytes | memoryview] = [STATUS_LINE[reply.status], self._default_headers()]
         pieces.append(b"content-type: %b\r\ncontent-length: %d\r\n" % (reply.content_type, reply.length))
         if reply.timing is not None:
             pieces.append(b"server-timing: %b\r\n" % reply.timing)
         if reply.json_length is not None:
             pieces.append(b"inference-header-content-length: %d\r\n" % reply.json_length)
-        for header in reply.headers:
-            pieces.append(b"%b: %b\r\n" % header)
+        if reply.headers:
+            pieces.extend([b"%b: %b\r\n" % header for header in reply.headers])
         if reply.close or not keep_alive:
             keep_alive = False
             pieces.append(b"connection: close\r\n")

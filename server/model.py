@@ -43,7 +43,9 @@ class Model:
         opened: asyncio.Future[None] = loop.create_future()
         settings = self.settings
         try:
-            engine = load_engine(settings.engine, settings.path, settings.max_batch_size, threads=settings.threads)
+            engine = load_engine(
+                settings.engine, settings.path, settings.max_batch_size, threads=settings.threads
+            )
             self._worker = worker = Worker(engine, self.name)
             worker.start(_resolver(loop, opened))
             await opened

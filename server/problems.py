@@ -16,7 +16,6 @@ import msgspec
 from batcher import errors as batching
 from server.reply import Reply
 
-
 PROBLEM_JSON = b"application/problem+json"
 
 

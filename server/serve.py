@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -66,8 +67,8 @@ class Server(uvicorn.Server):
             )
         )
 
-    async def startup(self, sockets: object = None) -> None:  # type: ignore[override]
-        await super().startup()
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
         for listener in self.servers[0].sockets:
             host, port = listener.getsockname()[:2]
             print(f"cobatch: listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)

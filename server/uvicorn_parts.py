@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 
 _PROTOCOL_METHODS = {
+    "__init__": ("config", "server_state", "app_state", "_loop"),
     "connection_made": ("transport",),
     "connection_lost": ("exc",),
     "data_received": ("data",),
@@ -24,7 +25,6 @@ _PROTOCOL_METHODS = {
     "shutdown": (),
     "send_400_response": ("msg",),
 }
-_PROTOCOL_INIT = ("config", "server_state", "app_state", "_loop")
 # Set in the protocol's __init__ and read or written by us.
 _PROTOCOL_ATTRIBUTES = (
     "config", "connections", "cycle", "expect_100_continue", "flow", "headers", "loop", "parser",
@@ -43,26 +43,22 @@ def missing() -> str | None:
         from uvicorn.server import ServerState
     except ImportError as error:
         return str(error)
-    for name, parameters in _PROTOCOL_METHODS.items():
-        if _parameters(HttpToolsProtocol, name) != parameters:
-            return f"HttpToolsProtocol.{name}{parameters}"
-    if _parameters(HttpToolsProtocol, "__init__") != _PROTOCOL_INIT:
-        return "HttpToolsProtocol.__init__"
-    sets = HttpToolsProtocol.__init__.__code__.co_names
-    for name in _PROTOCOL_ATTRIBUTES:
-        if name not in sets and name not in HttpToolsProtocol.on_message_begin.__code__.co_names:
-            return f"HttpToolsProtocol.{name}"
-    for name in _CYCLE_ATTRIBUTES:
-        if name not in RequestResponseCycle.__init__.__code__.co_names:
-            return f"RequestResponseCycle.{name}"
-    for name in _FLOW_METHODS:
-        if not callable(getattr(FlowControl, name, None)):
-            return f"FlowControl.{name}"
+    set_in = (
+        HttpToolsProtocol.__init__.__code__.co_names + HttpToolsProtocol.on_message_begin.__code__.co_names
+    )
+    cycle_sets = RequestResponseCycle.__init__.__code__.co_names
     state = ServerState()
-    for name in ("total_requests", "default_headers"):
-        if not hasattr(state, name):
-            return f"ServerState.{name}"
-    return None
+    checks = [
+        *(
+            (f"HttpToolsProtocol.{m}", _parameters(HttpToolsProtocol, m) == p)
+            for m, p in _PROTOCOL_METHODS.items()
+        ),
+        *((f"HttpToolsProtocol.{name}", name in set_in) for name in _PROTOCOL_ATTRIBUTES),
+        *((f"RequestResponseCycle.{name}", name in cycle_sets) for name in _CYCLE_ATTRIBUTES),
+        *((f"FlowControl.{name}", callable(getattr(FlowControl, name, None))) for name in _FLOW_METHODS),
+        *((f"ServerState.{name}", hasattr(state, name)) for name in ("total_requests", "default_headers")),
+    ]
+    return next((name for name, as_expected in checks if not as_expected), None)
 
 
 def _parameters(owner: type, name: str) -> tuple[str, ...] | None:

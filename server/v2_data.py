@@ -4,7 +4,8 @@ Three ways, chosen by size and form; the figures are `benchmarks/codec.py`'s:
 
 * flat and small: msgspec makes a typed list, `struct` packs it; nothing of NumPy, whose calls cost
   more than the work on a few numbers;
-* flat and large: simdjson writes the numbers into a buffer without a Python object for each;
+* flat and large: simdjson, which has parsed the whole message (`server.v2_messages`), writes the
+  numbers into a buffer without a Python object for each;
 * nested, or anything the first two reject: plain lists and `numpy.array`, which also finds ragged
   data, and where the caller is told what is wrong.
 """
@@ -23,7 +24,7 @@ from batcher.request import Payload
 from engines.base import TensorSpec
 from server.problems import Problem
 
-_SMALL_BYTES = 2048
+_SMALL_BYTES = 8192
 _STRUCT = {
     "BOOL": "?", "INT8": "b", "INT16": "h", "INT32": "i", "INT64": "q",
     "UINT8": "B", "UINT16": "H", "UINT32": "I", "UINT64": "Q",
@@ -59,10 +60,6 @@ class JsonReader:
         try:
             if self._list is not None and len(raw) <= _SMALL_BYTES:
                 return self._packer(elements)(*self._list(raw))
-            if self._list is not None and self._code != "?":
-                flat = self._read_large(raw, elements)
-                if flat is not None:
-                    return flat
         except _UNFIT:
             pass
         return self._read_carefully(raw, shape, elements)
@@ -75,17 +72,18 @@ class JsonReader:
             packer = self._packers[elements] = struct.Struct(f"<{elements}{self._code}").pack
         return packer
 
-    def _read_large(self, raw: memoryview, elements: int) -> Payload | None:
-        if bytes(raw[1:64]).lstrip()[:1] == b"[":
-            return None  # nested: simdjson would flatten it without noticing ragged rows
+    def read_array(self, array: simdjson.Array, elements: int) -> Payload | None:
+        """The same from what simdjson parsed; None where `read` has to have a look at the text."""
         kind = self._dtype.kind
-        # A parser of its own: one that is shared refuses to parse while a result is still alive.
-        document = simdjson.Parser().parse(bytes(raw))
-        if not isinstance(document, simdjson.Array):
+        try:
+            # simdjson would flatten nested data without noticing ragged rows.
+            if kind not in "iuf" or len(array) != elements or isinstance(array[0], simdjson.Array):
+                return None
+            buffer = array.as_buffer(of_type="d" if kind == "f" else "u" if kind == "u" else "i")
+            wide = np.frombuffer(buffer, {"f": np.float64, "u": np.uint64, "i": np.int64}[kind])
+            return self._narrow(wide).data.cast("B")
+        except (*_UNFIT, IndexError):
             return None
-        buffer = document.as_buffer(of_type="d" if kind == "f" else "u" if kind == "u" else "i")
-        wide = np.frombuffer(buffer, {"f": np.float64, "u": np.uint64, "i": np.int64}[kind])
-        return None if wide.size != elements else memoryview(self._narrow(wide)).cast("B")
 
     def _narrow(self, wide: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         dtype = self._dtype
@@ -122,7 +120,7 @@ class JsonReader:
             )
         if self._spec.datatype == "BYTES":
             return [self._to_bytes(value) for value in flat]
-        return memoryview(self._to_array(flat)).cast("B") if flat else b""
+        return self._to_array(flat).data.cast("B") if flat else b""
 
     def _to_bytes(self, value: object) -> bytes:
         if not isinstance(value, str):

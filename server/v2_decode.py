@@ -12,17 +12,34 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
+import simdjson
 
 from batcher.request import Payload
 from engines.base import RowShapes, Signature, TensorSpec
 from server.problems import Problem
 from server.v2_data import JsonReader
-from server.v2_messages import InferMessage, InputTensor, Parameters, WantedOutput, decode_message
+from server.v2_messages import (
+    LARGE_BYTES,
+    InferMessage,
+    InputTensor,
+    Parameters,
+    WantedOutput,
+    decode_message,
+    parse_large,
+)
 
 Body = bytes | bytearray
 # Which outputs a caller wants: (index in the signature, as binary).
 Wants = tuple[tuple[int, bool], ...]
 _RESERVED = ("triton_", "headers")
+
+
+class _LookCloserError(Exception):
+    """simdjson's result is not enough to say what is wrong, or to do without the text."""
+
+
+def _look_closer() -> Payload:
+    raise _LookCloserError
 
 
 class Decoded(NamedTuple):
@@ -52,6 +69,9 @@ class Decoder:
     def decode(self, body: Body, json_length: int | None) -> Decoded:
         """Raises Problem. `json_length` is the header's value, None where there was no header."""
         if json_length is None:
+            decoded = self._decode_large(body) if len(body) >= LARGE_BYTES else None
+            if decoded is not None:
+                return decoded
             message, tail = self._message(body), None
         else:
             if not 0 < json_length <= len(body):
@@ -63,7 +83,22 @@ class Decoder:
                 )
             view = memoryview(body)
             message, tail = self._message(view[:json_length]), view[json_length:]
-        rows, row_shapes, payloads = self._inputs(message, tail)
+        return self._decoded(message, *self._inputs(message, tail, None))
+
+    def _decode_large(self, body: Body) -> Decoded | None:
+        """The same through simdjson; None where the other way has to have a look."""
+        parsed = parse_large(body)
+        if parsed is None:
+            return None
+        message, arrays = parsed
+        try:
+            return self._decoded(message, *self._inputs(message, None, arrays))
+        except _LookCloserError:
+            return None
+
+    def _decoded(
+        self, message: InferMessage, rows: int, row_shapes: RowShapes, payloads: Sequence[Payload]
+    ) -> Decoded:
         if message.outputs is None and message.parameters is None:
             wants = self._all_json
         else:
@@ -79,7 +114,7 @@ class Decoder:
             raise Problem("not-json", f"the body is not JSON: {error}") from None
 
     def _inputs(
-        self, message: InferMessage, tail: memoryview | None
+        self, message: InferMessage, tail: memoryview | None, arrays: Sequence[simdjson.Array] | None
     ) -> tuple[int, RowShapes, Sequence[Payload]]:
         tensors = message.inputs
         if [tensor.name for tensor in tensors] != self._names:
@@ -103,14 +138,17 @@ class Decoder:
             elif rows != shape[0]:
                 raise self._wrong_shape(tensor, spec, f"the other inputs have {rows} rows")
             elements = prod(shape)
-            if tail is not None and tensor.parameters and "binary_data_size" in tensor.parameters:
-                size = self._binary_size(tensor, len(tail) - offset)
+            if tensor.parameters and "binary_data_size" in tensor.parameters:
+                size = self._binary_size(tensor, tail, offset)
+                assert tail is not None
                 payloads[index] = self._binary(tensor, spec, tail[offset : offset + size], elements)
                 offset += size
-            else:
-                if tensor.parameters:
-                    self._check_json_tensor(tensor)
+            elif arrays is None:
                 payloads[index] = self._readers[index].read(tensor.data, shape, elements)
+            else:
+                payloads[index] = (
+                    self._readers[index].read_array(arrays[position], elements) or _look_closer()
+                )
         if tail is not None and offset != len(tail):
             raise Problem(
                 "bad-binary",
@@ -130,9 +168,7 @@ class Decoder:
                     inputs=self._names,
                 )
             if tensor.name in seen:
-                raise Problem(
-                    "duplicate-tensor", f"input {tensor.name!r} is given twice", tensor=tensor.name
-                )
+                raise Problem("duplicate-tensor", f"input {tensor.name!r} is given twice", tensor=tensor.name)
             seen.add(tensor.name)
         for name in self._names:
             if name not in seen:
@@ -164,15 +200,14 @@ class Decoder:
             detail += f": {why}"
         return Problem("wrong-shape", detail, tensor=spec.name, expected=expected, actual=tensor.shape)
 
-    def _check_json_tensor(self, tensor: InputTensor) -> None:
-        if tensor.parameters and "binary_data_size" in tensor.parameters:
+    def _binary_size(self, tensor: InputTensor, tail: memoryview | None, offset: int) -> int:
+        if tail is None:
             raise Problem(
                 "bad-binary",
                 f"input {tensor.name!r} has binary_data_size, but Inference-Header-Content-Length is missing",
                 tensor=tensor.name,
             )
-
-    def _binary_size(self, tensor: InputTensor, left: int) -> int:
+        left = len(tail) - offset
         assert tensor.parameters is not None
         size = tensor.parameters["binary_data_size"]
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
@@ -207,9 +242,7 @@ class Decoder:
                 actual_bytes=len(data),
             )
         if spec.datatype == "BOOL" and len(data) and np.frombuffer(data, np.uint8).max() > 1:
-            raise Problem(
-                "wrong-data", f"input {spec.name!r} (BOOL): bytes must be 0 or 1", tensor=spec.name
-            )
+            raise Problem("wrong-data", f"input {spec.name!r} (BOOL): bytes must be 0 or 1", tensor=spec.name)
         return data
 
     def _wants(self, message: InferMessage) -> Wants:

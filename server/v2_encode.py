@@ -1,9 +1,10 @@
 """A finished request's rows -> the body of a V2 infer response.
 
 What is the same for all requests of a batch is done once per batch and kept in `batch.memo`: one
-call turns a whole output into JSON text (orjson writes float32 with as few digits as keep the value,
-in half msgspec's time), which is then cut at the rows' borders; one call copies it for the callers
-that want binary. Non-finite results are null in JSON, which has no word for them; binary keeps them.
+call copies a whole output for the callers that want binary, and, where rows are short, one call turns
+it into JSON text, which is then cut at the rows' borders. orjson does that: it writes float32 with as
+few digits as keep the value, in half msgspec's time and with no Python object per element
+(`benchmarks/codec.py`). Non-finite results are null in JSON, which has no word for them; binary keeps them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from server.reply import JSON, OCTETS, Reply
 from server.v2_decode import Wants
 
 _KEPT_FRAMES = 1024
+# Up to so many elements, encoding all rows at once and cutting beats encoding each by itself.
+_SHORT_ROW = 64
 Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -51,8 +54,7 @@ class Encoder:
         if len(wants) == 1 and not wants[0][1]:
             # The common case, spelled out: one output, as JSON.
             lead, end = self._frame(wants, rows, shapes)
-            cut = self._json_rows(batch, wants[0][0])
-            text = cut[first] if rows == 1 else b",".join(cut[first : first + rows])
+            text = self._json_data(batch, wants[0][0], first, rows)
             return Reply(200, JSON, (start, lead, text, end), timing=timing)
         return self._mixed(batch, first, rows, wants, start, timing, self._frame(wants, rows, shapes))
 
@@ -71,28 +73,30 @@ class Encoder:
         for position, (index, binary) in enumerate(wants):
             pieces.append(frame[position])
             if not binary:
-                pieces.append(b",".join(self._json_rows(batch, index)[first : first + rows]))
+                pieces.append(self._json_data(batch, index, first, rows))
             elif self._specs[index].datatype == "BYTES":
                 data = _bytes_tensor(batch.outputs[index][first : first + rows])
                 pieces.append(b'"parameters":{"binary_data_size":%d}}' % len(data))
                 tail.append(data)
             else:
-                data = self._binary_rows(batch, index, first, rows)
-                tail.append(data)
+                tail.append(self._binary_rows(batch, index, first, rows))
         pieces.append(frame[-1])
         if any(binary for _, binary in wants):
             json_length = sum(map(len, pieces))
             return Reply(200, OCTETS, pieces + tail, timing=timing, json_length=json_length)
         return Reply(200, JSON, pieces, timing=timing)
 
-    def _json_rows(self, batch: Batch, index: int) -> list[bytes]:
-        """Text of each row of an output: its elements without brackets, flat."""
-        rows: list[bytes] | None = batch.memo.get(index)
-        if rows is None:
+    def _json_data(self, batch: Batch, index: int, first: int, rows: int) -> bytes:
+        """Text of some rows of an output: the elements without brackets, flat."""
+        cut: list[bytes] | None = batch.memo.get(index)
+        if cut is None:
             output = batch.outputs[index]
-            flat = output.reshape(output.shape[0], prod(output.shape[1:]))
-            rows = batch.memo[index] = _json_text(flat)[2:-2].split(_ROW_BORDER[flat.dtype == object])
-        return rows
+            elements = prod(output.shape[1:])
+            if output.dtype == object or elements > _SHORT_ROW:
+                return _json_elements(output[first : first + rows].reshape(-1))
+            flat = output.reshape(output.shape[0], elements)
+            cut = batch.memo[index] = _orjson(flat)[2:-2].split(b"],[")
+        return cut[first] if rows == 1 else b",".join(cut[first : first + rows])
 
     def _binary_rows(self, batch: Batch, index: int, first: int, rows: int) -> bytes | memoryview:
         key = -1 - index
@@ -136,17 +140,15 @@ class Encoder:
         return [*frame, end.removesuffix(b",") + b"]}"]
 
 
-# Between rows. Strings may hold `],[`, so rows of strings are joined with a byte that JSON text
-# cannot contain.
-_ROW_BORDER = {False: b"],[", True: b"\0"}
+def _json_elements(flat: np.ndarray[Any, Any]) -> bytes:
+    """JSON of the elements of a one-dimensional array, without the brackets."""
+    if flat.dtype == object:
+        return msgspec.json.encode([_text(value) for value in flat])[1:-1]
+    return _orjson(flat)[1:-1]
 
 
-def _json_text(flat: np.ndarray[Any, Any]) -> bytes:
-    """JSON of a [rows, n] array inside two brackets, with _ROW_BORDER between the rows."""
-    if flat.dtype != object:
-        return orjson.dumps(flat, option=orjson.OPT_SERIALIZE_NUMPY)
-    lines = [msgspec.json.encode([_text(value) for value in row])[1:-1] for row in flat]
-    return b"[[" + b"\0".join(lines) + b"]]"
+def _orjson(array: np.ndarray[Any, Any]) -> bytes:
+    return orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def _text(value: object) -> str:

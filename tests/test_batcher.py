@@ -1,4 +1,4 @@
-"""The batcher in virtual time: when batches leave, who gets what, what a failure or a leaving caller costs."""
+"""The batcher in virtual time: when batches leave, who gets what, what a failure costs."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ def test_the_delay_runs_from_the_oldest_request(second_at_s: float, together: bo
         await asyncio.sleep(second_at_s)
         batcher.submit(second)
         await asyncio.sleep(1)
-        assert worker.ran[0] == (pytest.approx(0.005), 2 if together else 1)
+        assert worker.ran[0][0] == pytest.approx(0.005)
+        assert worker.ran[0][1] == (2 if together else 1)
         first.check()
         second.check()
 
@@ -176,7 +177,7 @@ def test_different_shapes_are_not_mixed_and_do_not_hold_each_other_up() -> None:
         await asyncio.sleep(1)
         for caller in narrow + wide:
             caller.check()
-        assert [rows for _, rows in worker.ran] == [1, 4, 2, 1] or [rows for _, rows in worker.ran] == [1, 2, 4, 1]
+        assert sorted(rows for _, rows in worker.ran) == [1, 1, 2, 4]
         assert max(caller.at_s for caller in wide) <= 3 * RUN_S + EPSILON_S
 
     run(main())
@@ -279,7 +280,9 @@ def test_cancelling_a_split_request_takes_all_its_parts_out() -> None:
 
 
 @pytest.mark.parametrize("bad", [[0], [5], [0, 7], [3, 4], list(range(8))])
-def test_only_the_requests_that_fail_by_themselves_fail(bad: list[int], caplog: pytest.LogCaptureFixture) -> None:
+def test_only_the_requests_that_fail_by_themselves_fail(
+    bad: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.CRITICAL)
 
     async def main() -> None:
