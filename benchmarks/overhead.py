@@ -23,7 +23,7 @@ from benchmarks.cases import CASES, GROUPS, Case, Figure, Result, Round
 from benchmarks.models import model_path
 from benchmarks.offline import offline
 from benchmarks.processes import Server, StartError, cobatch, floor
-from benchmarks.turns import Turn, mean_turn, offline_turn, serve_turn
+from benchmarks.turns import Turn, mean_turn, offline_turn, serve_turn, wait_until_idle
 from benchmarks.wrk import WrkError, require_wrk
 
 _WARM_UP_S = 1
@@ -81,6 +81,8 @@ class Bench:
 
     def _measure_offline(self, turns: list[Turn], seconds: int) -> None:
         if self._offline is not None:
+            # What a departed wrk left running would slow the reference and flatter us.
+            wait_until_idle(self._server.pid)
             turns.append(offline_turn(self._offline, self._rows, seconds))
 
     def _serve(self, who: str, server: Server, seconds: int, *, trace: bool) -> Turn:
