@@ -35,6 +35,7 @@ from batcher.errors import (
     BatchFailedError,
     DrainingError,
     EngineGoneError,
+    ExpiredError,
     QueueFullError,
     TooManyRowsError,
 )
@@ -107,7 +108,8 @@ class Batcher:
         self._decide_soon = False
         self._seen = 0
         self._timer: asyncio.TimerHandle | None = None
-        self._row_s = next(iter(sorted(worker.warmup_us.items())), (1, 1000.0))[1] / 1e6
+        rows, run_us = min(worker.warmup_us.items(), default=(1, 1000.0))
+        self._row_s = run_us / rows / 1e6
         self._drained: asyncio.Future[None] | None = None
         worker.deliver = self._deliver
 
@@ -156,6 +158,8 @@ class Batcher:
             raise self._why_not(request.rows)
         self.counters.accepted += 1
         request.enqueued_s = self._clock()
+        if request.timeout_s is not None:
+            request.expiry = self._loop.call_later(request.timeout_s, self._expire, request)
         if request.rows <= self.max_batch_size:
             group = self._queue.push(request)
             if self._free_slots and (group.rows >= self.limits.full_rows or not self._running):
@@ -173,7 +177,27 @@ class Batcher:
         if request.state not in (State.QUEUED, State.RUNNING):
             return
         self.counters.cancelled += 1
+        if request.expiry is not None:
+            request.expiry.cancel()
         self._withdraw(request)
+        self._check_drained()
+
+    def _expire(self, request: Request) -> None:
+        """Its time is over: out of the queue. What already runs is answered, late or not."""
+        parts = request.parts or [request]
+        queued = [part for part in parts if part.state is State.QUEUED]
+        if request.state is not State.QUEUED or not queued:
+            return
+        assert request.timeout_s is not None
+        error = ExpiredError(request.timeout_s)
+        self.counters.expired += 1
+        if request.partial and len(queued) < len(parts):
+            for part in queued:
+                self._queue.cancel(part)
+                self._fail(part, error)
+        else:
+            self._withdraw(request)
+            self._fail(request, error)
         self._check_drained()
 
     def _withdraw(self, request: Request) -> None:
@@ -194,15 +218,28 @@ class Batcher:
             unanswered -= 1
             if request.state in (State.DONE, State.CANCELLED):
                 return
-            if part.error is not None:
+            if part.error is not None and not request.partial:
                 self._withdraw(request)
                 self._fail(request, part.error)
             elif unanswered == 0:
-                join(request, parts)
-                self._finish(request)
+                self._join(request, parts)
 
         parts = cut(request, self.max_batch_size, part_done)
         return parts
+
+    def _join(self, request: Request, parts: list[Part]) -> None:
+        first_error = next((part.error for part in parts if part.error is not None), None)
+        if first_error is not None and all(part.error is not None for part in parts):
+            self._fail(request, first_error)
+            return
+        try:
+            join(request, parts)
+        except ValueError as error:
+            reference = secrets.token_hex(8)
+            log.error("model %s: parts do not fit together (reference %s): %s", self.name, reference, error)
+            self._fail(request, BatchFailedError(self.name, reference))
+        else:
+            self._finish(request)
 
     # Decision and dispatch
 
@@ -268,6 +305,7 @@ class Batcher:
         batch = Batch(requests, sum([request.rows for request in requests]), row_shapes, reason)
         slot = self._free_slots.pop()
         self._running.add(batch)
+        batch.gathered_s = self._clock()
         try:
             pack(requests, self._engine.inputs(slot, row_shapes))
         except Exception as error:
@@ -300,11 +338,16 @@ class Batcher:
         else:
             assert outcome.outputs is not None
             batch.outputs = outcome.outputs
-            self.counters.batch(batch)
             self._row_s += _DRAIN_WEIGHT * ((batch.finished_s - batch.started_s) / batch.rows - self._row_s)
             # First the engine's next batch, then this one's answers: writing them takes time.
             self._decide()
+            began_s = self._clock()
             self._hand_out(batch)
+            self.counters.batch(batch, self._clock() - began_s)
+            # Whoever keeps the batch must not keep the outputs, and batch and requests not each other.
+            batch.outputs = ()
+            batch.memo = {}
+            batch.requests = []
         self._free_slots.append(job.slot)
         self._decide()
         self._check_drained()
@@ -315,12 +358,10 @@ class Batcher:
                 request.state = State.DONE
                 request.batch = batch
                 self._finish(request)
-        # Whoever keeps the batch must not keep the outputs, and batch and requests not each other.
-        batch.outputs = ()
-        batch.memo = {}
-        batch.requests = []
 
     def _finish(self, request: Request) -> None:
+        if request.expiry is not None:
+            request.expiry.cancel()
         try:
             request.done()
         except Exception:
@@ -330,7 +371,9 @@ class Batcher:
     def _fail(self, request: Request, error: Exception) -> None:
         request.state = State.DONE
         request.error = error
-        self.counters.failed += 1
+        if not isinstance(request, Part):
+            self.counters.failed += 1
+        self.counters.failed_s += self._clock() - request.enqueued_s
         self._finish(request)
 
     def _on_error(self, batch: Batch, error: EngineError) -> None:
@@ -338,9 +381,10 @@ class Batcher:
         self.counters.failed_runs += 1
         if isinstance(error, EngineDeadError):
             self._on_engine_dead(requests, error)
-        elif len(requests) > 1:
+        elif len(batch.requests) > 1:
+            # Also with one left: what failed may have been the rows of somebody who is gone by now.
             half = len(requests) // 2
-            self._retries.extendleft((requests[half:], requests[:half]))
+            self._retries.extendleft(part for part in (requests[half:], requests[:half]) if part)
         elif requests:
             reference = secrets.token_hex(8)
             log.error("model %s: a run failed (reference %s): %s", self.name, reference, error)
@@ -385,5 +429,8 @@ class Batcher:
     def _check_drained(self) -> None:
         if self._drained is None or self._drained.done():
             return
-        if not (self._running or self._queue.rows or self._retries):
+        if self._queue.rows or self._retries:
+            return
+        # A batch that runs for nobody is not waited for: its callers left or were answered already.
+        if not any(request.state is State.RUNNING for batch in self._running for request in batch.requests):
             self._drained.set_result(None)

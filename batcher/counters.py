@@ -8,13 +8,17 @@ from batcher.request import Batch
 
 
 class BatchFigures:
-    """Of all batches with one number of rows."""
+    """Of all batches with one number of rows. Seconds are summed over batches, `queue_s` over requests."""
 
-    __slots__ = ("batches", "compute_s")
+    __slots__ = ("batches", "compute_s", "input_s", "output_s", "queue_s", "requests")
 
     def __init__(self) -> None:
         self.batches = 0
+        self.requests = 0
+        self.queue_s = 0.0
+        self.input_s = 0.0
         self.compute_s = 0.0
+        self.output_s = 0.0
 
 
 class Counters:
@@ -24,8 +28,11 @@ class Counters:
         "accepted",
         "by_rows",
         "cancelled",
+        "expired",
         "failed",
         "failed_runs",
+        "failed_s",
+        "last_finished_s",
         "reasons",
         "refused",
         "retries",
@@ -36,8 +43,11 @@ class Counters:
         self.accepted = 0
         self.refused = 0
         self.cancelled = 0
+        self.expired = 0
         self.failed = 0
         self.failed_runs = 0
+        self.failed_s = 0.0
+        self.last_finished_s: float | None = None
         self.retries = 0
         self.rows = 0
         self.reasons: Counter[str] = Counter()
@@ -48,12 +58,20 @@ class Counters:
         """Batches that ran."""
         return self.reasons.total()
 
-    def batch(self, batch: Batch) -> None:
-        """Count a batch that ran."""
+    def batch(self, batch: Batch, output_s: float) -> None:
+        """Count a batch that ran, and whose answers took `output_s` seconds to write."""
         figures = self.by_rows.get(batch.rows)
         if figures is None:
             figures = self.by_rows[batch.rows] = BatchFigures()
+        requests = batch.requests
         figures.batches += 1
+        figures.requests += len(requests)
+        figures.queue_s += batch.gathered_s * len(requests) - sum(
+            [request.enqueued_s for request in requests]
+        )
+        figures.input_s += batch.dispatched_s - batch.gathered_s
         figures.compute_s += batch.finished_s - batch.started_s
+        figures.output_s += output_s
+        self.last_finished_s = batch.finished_s
         self.rows += batch.rows
         self.reasons[batch.reason] += 1

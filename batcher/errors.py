@@ -34,6 +34,14 @@ class DrainingError(BatcherError):
     """The batcher takes no new requests because it is about to stop."""
 
 
+class ExpiredError(BatcherError):
+    """The request's own time limit was over before its rows were sent to the engine."""
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(f"the request was still queued after its timeout of {timeout_s * 1e3:g} ms")
+        self.timeout_s = timeout_s
+
+
 class AbandonedError(BatcherError):
     """The time to drain was over before the request could be run."""
 

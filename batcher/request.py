@@ -7,6 +7,8 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from asyncio import TimerHandle
+
     import numpy as np
 
     from batcher.queue import Group
@@ -32,12 +34,15 @@ class Batch:
 
     `outputs` are views of the slot's buffers, shape [rows, ...]: valid only inside `Request.done`.
     `memo` is for whoever answers the requests, to do once per batch what would else be done once
-    per request (turn a whole output into JSON, say). Times are in seconds of the batcher's clock.
+    per request (turn a whole output into JSON, say). Times are in seconds of the batcher's clock:
+    `gathered_s` when its requests were taken from the queue, `dispatched_s` when their rows lay packed
+    and the worker was told, `started_s` and `finished_s` of the run.
     """
 
     __slots__ = (
         "dispatched_s",
         "finished_s",
+        "gathered_s",
         "memo",
         "outputs",
         "reason",
@@ -52,6 +57,7 @@ class Batch:
         self.rows = rows
         self.row_shapes = row_shapes
         self.reason = reason
+        self.gathered_s = 0.0
         self.dispatched_s = 0.0
         self.started_s = 0.0
         self.finished_s = 0.0
@@ -61,6 +67,10 @@ class Batch:
 
 class Request:
     """One caller's rows. Subclass it and define `done`.
+
+    `timeout_s`: if it is still queued so long after it was submitted, it is taken out and told so.
+    `priority`: the protocol's, 1 the highest, 0 for the default. `partial`: if it is split and only some
+    parts fail, it is answered with zeros in their place, and `failures` says which rows those are.
 
     `done` is called on the event loop exactly once for each accepted request that was not
     cancelled: with `error` set, or with `batch` and `first_row` saying where its rows are.
@@ -72,13 +82,17 @@ class Request:
         "batch",
         "enqueued_s",
         "error",
+        "expiry",
         "first_row",
         "group",
+        "partial",
         "parts",
         "payloads",
+        "priority",
         "row_shapes",
         "rows",
         "state",
+        "timeout_s",
     )
 
     def __init__(self, rows: int, row_shapes: RowShapes, payloads: Sequence[Payload]) -> None:
@@ -91,8 +105,23 @@ class Request:
         self.first_row = 0
         self.enqueued_s = 0.0
         self.group: Group | None = None
+        self.partial = False
         self.parts: list[Request] | None = None
+        self.priority = 0
+        self.timeout_s: float | None = None
+        self.expiry: TimerHandle | None = None
 
     def done(self) -> None:
         """Give the caller its answer. Must not raise; what it raises is logged and dropped."""
         raise NotImplementedError
+
+    @property
+    def failures(self) -> list[tuple[int, int, Exception]]:
+        """First row, number of rows and error of each part that failed, of a split request."""
+        failures = []
+        first = 0
+        for part in self.parts or ():
+            if part.error is not None:
+                failures.append((first, part.rows, part.error))
+            first += part.rows
+        return failures

@@ -49,14 +49,25 @@ def cut(whole: Request, most_rows: int, on_done: Callable[[Part], None]) -> list
 def join(whole: Request, parts: list[Part]) -> None:
     """Give `whole` the outputs of all its parts, in order, as if one batch had run them.
 
-    The times are the first part's way to the engine and the sum of the runs; `rows` is the largest
-    batch that a part rode in.
+    At least one part has run; the rows of those that failed are zeros (b"" for BYTES). The times are
+    the first part's way to the engine and the sum of the runs; `rows` is the largest batch that a part
+    rode in. Raises ValueError where the parts' outputs differ in shape but for the rows.
     """
     batches = [part.batch for part in parts if part.batch is not None]
+    ran = next(part.outputs for part in parts if part.batch is not None)
+    for part in parts:
+        if part.batch is None:
+            part.outputs = [_blank(output, part.rows) for output in ran]
     whole.batch = batch = Batch([], max(b.rows for b in batches), whole.row_shapes, batches[0].reason)
+    batch.gathered_s = batches[0].gathered_s
     batch.dispatched_s = batches[0].dispatched_s
     batch.started_s = batches[0].started_s
     batch.finished_s = batch.started_s + sum(b.finished_s - b.started_s for b in batches)
     batch.outputs = [np.concatenate(rows) for rows in zip(*(part.outputs for part in parts), strict=True)]
     whole.first_row = 0
     whole.state = State.DONE
+
+
+def _blank(like: np.ndarray[Any, Any], rows: int) -> np.ndarray[Any, Any]:
+    shape = (rows, *like.shape[1:])
+    return np.full(shape, b"", object) if like.dtype == object else np.zeros(shape, like.dtype)

@@ -17,7 +17,7 @@ from engines.errors import EngineError
 from server.asgi import InferRoutes
 from server.core import Core
 from server.problems import Problem
-from server.reply import Reply
+from server.routing import as_response
 from server.settings import Settings
 from server.v2_routes import v2_routes
 
@@ -57,18 +57,10 @@ async def _load(core: Core, name: str) -> None:
     try:
         await core.models[name].load()
     except EngineError as error:
-        log.critical("model %s: cannot be loaded: %s", name, error)
         core.on_load_failed(name, error)
     else:
         if core.ready:
             core.on_ready()
-
-
-def as_response(reply: Reply) -> Response:
-    """A reply for Starlette."""
-    response = Response(b"".join(reply.body), reply.status)
-    response.raw_headers = reply.header_list()
-    return response
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -9,6 +9,7 @@ import asyncio
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server.compression import choose, compress
 from server.core import Core, InferRequest
 from server.limits import BodyError, read_body
 from server.problems import Problem
@@ -27,7 +28,7 @@ class InferRoutes:
     def __init__(self, app: ASGIApp, core: Core) -> None:
         self.app = app
         self.core = core
-        self._paths = {f"/v2/models/{name}/infer": model for name, model in core.models.items()}
+        self._paths = {target.decode(): model for target, model in core.infer_targets.items()}
         self._waiting = _Waiting(core)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -56,6 +57,10 @@ class InferRoutes:
                 reply = await caller.wait()
                 if reply is None:
                     return
+        coding = choose(dict(scope["headers"]).get(b"accept-encoding", b""))
+        if coding is not None and reply.length >= core.settings.server.compress_min_bytes:
+            # In a thread: it would hold up everybody else.
+            reply = await asyncio.to_thread(compress, reply, coding)
         await send({"type": "http.response.start", "status": reply.status, "headers": reply.header_list()})
         await send({"type": "http.response.body", "body": b"".join(reply.body)})
 

@@ -28,6 +28,8 @@ class InferRequest(Request):
 
     def __init__(self, model: Model, decoded: Decoded, reply: Callable[[Reply], None]) -> None:
         super().__init__(decoded.rows, decoded.row_shapes, decoded.payloads)
+        self.priority = decoded.priority
+        self.timeout_s = decoded.timeout_s
         self.id: str | None = decoded.id
         self.wants: Wants = decoded.wants
         self.model = model
@@ -45,6 +47,10 @@ class InferRequest(Request):
         self.reply(reply)
 
 
+def _log_load_failure(name: str, error: EngineError) -> None:
+    log.critical("model %s cannot be loaded: %s", name, error)
+
+
 class Core:
     """All models of a process, and what both edges do with them."""
 
@@ -52,12 +58,15 @@ class Core:
         self.settings = settings
         self.models = {model.name: Model(model) for model in settings.models}
         # What the fast path compares the request target with, byte for byte.
-        self.infer_targets = {b"/v2/models/%b/infer" % name.encode(): m for name, m in self.models.items()}
+        self.infer_targets: dict[bytes, Model] = {}
+        for name, model in self.models.items():
+            for base in (f"/v2/models/{name}", f"/v2/models/{name}/versions/{model.version}"):
+                self.infer_targets[f"{base}/infer".encode()] = model
         self.draining = False
         self.loop: asyncio.AbstractEventLoop | None = None  # set when the application starts
         # For whoever runs the process; until then there is nobody to tell.
         self.on_ready: Callable[[], None] = lambda: None
-        self.on_load_failed: Callable[[str, EngineError], None] = lambda name, error: None
+        self.on_load_failed: Callable[[str, EngineError], None] = _log_load_failure
 
     @property
     def ready(self) -> bool:

@@ -26,10 +26,10 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from server.compression import choose, compress
 from server.core import Core, InferRequest
-from server.limits import too_large
 from server.model import Model
-from server.problems import Problem
+from server.problems import Problem, too_large
 from server.reply import Reply
 
 _KNOWN_BLOCKS = 4096
@@ -51,13 +51,20 @@ _NO_EVENT = _NoEvent()
 class Known:
     """What a header block said: all that the fast path needs to know of it."""
 
-    __slots__ = ("json_length", "keep_alive", "length", "model")
+    __slots__ = ("coding", "json_length", "keep_alive", "length", "model")
 
-    def __init__(self, model: Model, length: int, json_length: int | None, keep_alive: bool) -> None:
+    def __init__(
+        self, model: Model, length: int, json_length: int | None, keep_alive: bool, coding: bytes | None
+    ) -> None:
         self.model = model
         self.length = length
         self.json_length = json_length
         self.keep_alive = keep_alive
+        self.coding = coding
+
+    def without_coding(self) -> Known:
+        """The same for a request that takes no compressed answer."""
+        return Known(self.model, self.length, self.json_length, self.keep_alive, None)
 
 
 class FastCycle:
@@ -90,6 +97,13 @@ class FastCycle:
         """Write the response. Called once, unless the connection was lost first."""
         protocol = self.protocol
         self.request = None  # or the two would keep each other until the next garbage collection
+        coding = self.known.coding
+        if coding is not None and reply.length >= protocol.core.settings.server.compress_min_bytes:
+            # In a thread, as it would hold up everybody else; this comes back with the result.
+            self.known = self.known.without_coding()
+            packing = protocol.loop.run_in_executor(None, compress, reply, coding)
+            packing.add_done_callback(lambda done: self.reply(done.result()))
+            return
         self.response_complete = True
         if not self.disconnected:
             protocol.write_reply(reply, self.keep_alive)
@@ -210,6 +224,7 @@ class FastProtocol(HttpToolsProtocol):
             return None
         length = -1
         json_length: int | None = None
+        coding: bytes | None = None
         for name, value in self.headers:
             if name == b"content-length":
                 length = int(value)
@@ -217,11 +232,13 @@ class FastProtocol(HttpToolsProtocol):
                 if json_length is not None or not value.isdigit() or len(value) > 18:
                     return None
                 json_length = int(value)
+            elif name == b"accept-encoding":
+                coding = choose(value)
             elif name in _UNUSUAL:
                 return None
         if length < 0 or json_length == 0 or self.parser.get_http_version() != "1.1":
             return None
-        return Known(model, length, json_length, self.parser.should_keep_alive())
+        return Known(model, length, json_length, self.parser.should_keep_alive(), coding)
 
     def on_body(self, body: bytes) -> None:
         cycle = self.cycle

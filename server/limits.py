@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from starlette.types import Receive
 
-from server.problems import Problem
+from server.compression import decompress
+from server.problems import Problem, too_large
 
 
 class BodyError(Exception):
@@ -17,26 +18,22 @@ class BodyError(Exception):
         self.problem = problem
 
 
-def too_large(length: int, limit: int) -> Problem:
-    """A body over the limit. The connection ends: reading the rest only to drop it would be the attack."""
-    return Problem(
-        "body-too-large",
-        f"the body has {length} bytes or more, the limit is {limit}",
-        close=True,
-        body_bytes=length,
-        limit_bytes=limit,
-    )
-
-
 async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int) -> bytes | bytearray:
-    """The whole body, at most `limit` bytes. Raises BodyError."""
+    """The whole body, decompressed, at most `limit` bytes as it came and after. Raises BodyError."""
     length = headers.get(b"content-length", b"0")
     if length.isdigit() and int(length) > limit:
         raise BodyError(too_large(int(length), limit))
-    encoding = headers.get(b"content-encoding", b"identity")
-    if encoding.lower() != b"identity":
-        detail = f"the body's encoding {encoding.decode('latin-1')!r} is not supported"
-        raise BodyError(Problem("unsupported-encoding", detail, close=True))
+    body = await _receive_all(receive, limit)
+    coding = headers.get(b"content-encoding")
+    if coding is None:
+        return body
+    try:
+        return decompress(body, coding, limit)
+    except Problem as problem:
+        raise BodyError(problem) from None
+
+
+async def _receive_all(receive: Receive, limit: int) -> bytes | bytearray:
     message = await receive()
     if message["type"] == "http.request" and not message.get("more_body", False):
         body: bytes = message.get("body", b"")

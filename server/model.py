@@ -32,6 +32,7 @@ class Model:
 
     def __init__(self, settings: ModelSettings) -> None:
         self.name = settings.name
+        self.version = settings.model_version
         self.settings = settings
         self.batcher: Batcher | None = None
         self.load_error: EngineError | None = None
@@ -53,7 +54,7 @@ class Model:
             self.load_error = error
             raise
         self.decoder = Decoder(engine.signature)
-        self.encoder = Encoder(self.name, engine.signature)
+        self.encoder = Encoder(self.name, self.version, engine.signature)
         self.batcher = Batcher(
             self.name,
             worker,
@@ -74,6 +75,12 @@ class Model:
         """The worker; only when `batcher` is not None."""
         assert self._worker is not None
         return self._worker
+
+    @property
+    def loaded_batcher(self) -> Batcher:
+        """The batcher; only when `batcher` is not None."""
+        assert self.batcher is not None
+        return self.batcher
 
     @property
     def ready(self) -> bool:
@@ -104,9 +111,16 @@ class Model:
             log.info("model %s: ran %d rows in %d batches", self.name, counted.rows, counted.batches)
         if self._worker is not None:
             self._worker.stop()
-            # The thread is asked for, not slept for: it ends as soon as its last batch has.
-            if not await asyncio.to_thread(self._worker.join, _JOIN_S):
-                log.error("model %s: the worker still runs a batch; it ends with the process", self.name)
+            # The thread is asked for, not slept for: it ends as soon as its last batch has. The time for
+            # a batch that outlived the draining is already over.
+            stuck = self.batcher is not None and self.batcher.running_batches
+            if not await asyncio.to_thread(self._worker.join, 0 if stuck else _JOIN_S):
+                log.error("model %s: the worker is still busy; it ends with the process", self.name)
+
+    @property
+    def worker_alive(self) -> bool:
+        """Whether the worker's thread runs."""
+        return self._worker is not None and not self._worker.join(0)
 
 
 def _resolver(

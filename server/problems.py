@@ -41,6 +41,8 @@ KINDS = _table(
     Kind("missing-tensor", 400, "A tensor that the model needs is missing"),
     Kind("bad-parameter", 400, "A parameter has a value that it cannot have"),
     Kind("bad-binary", 400, "The binary part does not match its description"),
+    Kind("bad-encoding", 400, "The body cannot be decompressed"),
+    Kind("unknown-version", 404, "The model has no such version"),
     Kind("unknown-model", 404, "There is no such model"),
     Kind("not-found", 404, "There is nothing at this address"),
     Kind("method-not-allowed", 405, "This address takes other methods"),
@@ -57,6 +59,7 @@ KINDS = _table(
     Kind("starting", 503, "The model is still being loaded"),
     Kind("load-failed", 503, "The model could not be loaded"),
     Kind("draining", 503, "The server is about to stop"),
+    Kind("expired", 504, "The request's time limit was over before it could be run"),
     Kind("abandoned", 503, "The server stopped before the request was done"),
     Kind("engine-dead", 503, "The model's engine is unusable"),
 )
@@ -109,6 +112,8 @@ def from_error(error: Exception) -> Problem:
             return Problem("too-many-rows", str(error), rows=error.rows, limit=error.limit)
         case batching.DrainingError():
             return Problem("draining", str(error), close=True, retry_after_s=1)
+        case batching.ExpiredError():
+            return Problem("expired", str(error), timeout_ms=error.timeout_s * 1e3)
         case batching.AbandonedError():
             return Problem("abandoned", str(error), close=True, retry_after_s=1)
         case batching.BatchFailedError():
@@ -117,3 +122,14 @@ def from_error(error: Exception) -> Problem:
             return Problem("engine-dead", str(error), model=error.model, reference=error.reference)
         case _:
             return Problem("internal", "the server failed on this request; its log says why")
+
+
+def too_large(length: int, limit: int) -> Problem:
+    """A body over the limit. The connection ends: reading the rest only to drop it would be the attack."""
+    return Problem(
+        "body-too-large",
+        f"the body has {length} bytes or more, the limit is {limit}",
+        close=True,
+        body_bytes=length,
+        limit_bytes=limit,
+    )

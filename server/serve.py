@@ -25,19 +25,49 @@ from server.settings import Settings
 
 log = logging.getLogger("cobatch.server")
 
-_LOAD_FAILED = 1
+_FAILED = 1
+_BACKLOG = 2048
 
 
 def run(settings: Settings) -> int:
-    """Serve until a signal comes. The exit status: 0 after a clean end, 1 if a model cannot be loaded."""
+    """Serve until a signal comes. The exit status: 0 after a clean end, 1 if there is nothing to serve.
+
+    1: the address cannot be listened on, or a model cannot be loaded; a line on stderr says why.
+    """
     logging.basicConfig(
         level=settings.server.log_level.upper(),
         format="%(asctime)s %(levelname)-8s %(name)s: %(message)s",
         stream=sys.stderr,
     )
+    http = settings.server
+    try:
+        sockets = _listen(http.host, http.port)
+    except OSError as error:
+        why = error.strerror or error
+        print(f"cobatch: cannot listen on {http.host}, port {http.port}: {why}", file=sys.stderr, flush=True)
+        return _FAILED
     server = Server(settings)
-    server.run()
+    server.run(sockets)
+    if any(model.worker_alive for model in server.core.models.values()):
+        # Inside a library, which would abort if the interpreter were taken down around it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(server.status)
     return server.status
+
+
+def _listen(host: str, port: int) -> list[socket.socket]:
+    """A socket for each address of `host`. Ours, since uvicorn ends the process where it cannot bind."""
+    sockets: list[socket.socket] = []
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    try:
+        for family, address in dict.fromkeys((family, address) for family, _, _, _, address in found):
+            sockets.append(socket.create_server(address, family=family, backlog=_BACKLOG))
+    except OSError:
+        for opened in sockets:
+            opened.close()
+        raise
+    return sockets
 
 
 class Server(uvicorn.Server):
@@ -69,7 +99,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        for listener in self.servers[0].sockets:
+        for listener in [listener for server in self.servers for listener in server.sockets]:
             host, port = listener.getsockname()[:2]
             print(f"cobatch: listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
 
@@ -80,8 +110,9 @@ class Server(uvicorn.Server):
         print(f"cobatch: ready: {', '.join(self.core.models)}", flush=True)
 
     def _on_load_failed(self, name: str, error: EngineError) -> None:
-        print(f"cobatch: model {name} cannot be loaded: {error}", file=sys.stderr, flush=True)
-        self.status = _LOAD_FAILED
+        why = " ".join(str(error).split())
+        print(f"cobatch: model {name} cannot be loaded: {why}", file=sys.stderr, flush=True)
+        self.status = _FAILED
         self.should_exit = True
 
     @contextlib.contextmanager

@@ -33,6 +33,7 @@ Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 Timeout = Annotated[float, Meta(gt=0, le=86_400)]
 Milliseconds = Annotated[float, Meta(ge=0, le=60_000)]
 Rows = Annotated[int, Meta(ge=1, le=LARGEST)]
+Bytes = Annotated[int, Meta(ge=0, le=LARGEST)]
 Threads = Annotated[int, Meta(ge=1, le=1024)]
 
 
@@ -45,6 +46,7 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     path: Annotated[Text, Meta(description="the model's file")]
     name: Annotated[Name, Meta(description="its name in URLs (default: the file's)")] = ""
+    model_version: Annotated[Name, Meta(description="its version in URLs")] = "1"
     engine: Annotated[EngineKind, Meta(description="what runs it")] = "auto"
     max_batch_size: Annotated[int, Meta(ge=1, le=65536, description="most rows in a batch")] = 64
     max_delay_ms: Annotated[Milliseconds, Meta(description="a row's longest wait for company")] = 0.0
@@ -68,6 +70,9 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     max_body_bytes: Annotated[int, Meta(ge=1, le=LARGEST, description="largest request body")] = 1 << 26
     keep_alive_s: Annotated[Seconds, Meta(description="how long an idle connection stays open")] = 5.0
     receive_timeout_s: Annotated[Timeout, Meta(description="time for a request to arrive whole")] = 30.0
+    compress_min_bytes: Annotated[int, Meta(ge=0, le=LARGEST, description="smallest answer to compress")] = (
+        1 << 16
+    )
     log_level: Annotated[LogLevel, Meta(description="least severe messages to log")] = "info"
     fast_path: Annotated[bool, Meta(description="serve the infer routes below ASGI")] = True
     allow_anonymous: Annotated[bool, Meta(description="permit a host that others can reach")] = False

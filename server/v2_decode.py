@@ -11,27 +11,26 @@ from math import prod
 from typing import NamedTuple
 
 import msgspec
-import numpy as np
 import simdjson
 
 from batcher.request import Payload
 from engines.base import RowShapes, Signature, TensorSpec
 from server.problems import Problem
+from server.v2_binary import binary_size, read_binary, read_raw
 from server.v2_data import JsonReader
 from server.v2_messages import (
     LARGE_BYTES,
     InferMessage,
     InputTensor,
-    Parameters,
     WantedOutput,
     decode_message,
     parse_large,
 )
+from server.v2_parameters import read_flag, read_parameters
 
 Body = bytes | bytearray
 # Which outputs a caller wants: (index in the signature, as binary).
 Wants = tuple[tuple[int, bool], ...]
-_RESERVED = ("triton_", "headers")
 
 
 class _LookCloserError(Exception):
@@ -50,6 +49,8 @@ class Decoded(NamedTuple):
     payloads: Sequence[Payload]
     id: str | None
     wants: Wants
+    priority: int = 0
+    timeout_s: float | None = None
 
 
 class Decoder:
@@ -61,20 +62,23 @@ class Decoder:
         self._names = [spec.name for spec in signature.inputs]
         self._fixed = all(-1 not in spec.shape for spec in signature.inputs)
         self._row_shapes: RowShapes = tuple(spec.shape for spec in signature.inputs)
-        self._row_lists = [list(spec.shape) for spec in signature.inputs]
+        # None equals no shape: one that says -1, as the signature does, must not look like a quick match.
+        self._row_lists = [None if -1 in spec.shape else list(spec.shape) for spec in signature.inputs]
         self._outputs = {spec.name: index for index, spec in enumerate(signature.outputs)}
         self._all_json: Wants = tuple((index, False) for index in range(len(signature.outputs)))
         self._all_binary: Wants = tuple((index, True) for index in range(len(signature.outputs)))
 
     def decode(self, body: Body, json_length: int | None) -> Decoded:
         """Raises Problem. `json_length` is the header's value, None where there was no header."""
+        if json_length == 0:
+            return self._decode_raw(body)
         if json_length is None:
             decoded = self._decode_large(body) if len(body) >= LARGE_BYTES else None
             if decoded is not None:
                 return decoded
             message, tail = self._message(body), None
         else:
-            if not 0 < json_length <= len(body):
+            if json_length > len(body):
                 raise Problem(
                     "bad-binary",
                     f"Inference-Header-Content-Length is {json_length}, the body has {len(body)} bytes",
@@ -96,14 +100,22 @@ class Decoder:
         except _LookCloserError:
             return None
 
+    def _decode_raw(self, body: Body) -> Decoded:
+        """A body that is one row of the only input and nothing else; all outputs come as binary."""
+        if len(self._specs) != 1:
+            detail = f"a raw body needs a model with one input, this one has {', '.join(self._names)}"
+            raise Problem("bad-binary", detail, inputs=self._names)
+        row_shape, payload = read_raw(body, self._specs[0])
+        return Decoded(1, (row_shape,), [payload], None, self._all_binary)
+
     def _decoded(
         self, message: InferMessage, rows: int, row_shapes: RowShapes, payloads: Sequence[Payload]
     ) -> Decoded:
-        if message.outputs is None and message.parameters is None:
-            wants = self._all_json
-        else:
-            wants = self._wants(message)
-        return Decoded(rows, row_shapes, payloads, message.id, wants)
+        if message.parameters is None:
+            wants = self._all_json if message.outputs is None else self._wants(message)
+            return Decoded(rows, row_shapes, payloads, message.id, wants)
+        priority, timeout_s = read_parameters(message.parameters)
+        return Decoded(rows, row_shapes, payloads, message.id, self._wants(message), priority, timeout_s)
 
     def _message(self, text: Body | memoryview) -> InferMessage:
         try:
@@ -139,9 +151,9 @@ class Decoder:
                 raise self._wrong_shape(tensor, spec, f"the other inputs have {rows} rows")
             elements = prod(shape)
             if tensor.parameters and "binary_data_size" in tensor.parameters:
-                size = self._binary_size(tensor, tail, offset)
+                size = binary_size(tensor, tail, offset)
                 assert tail is not None
-                payloads[index] = self._binary(tensor, spec, tail[offset : offset + size], elements)
+                payloads[index] = read_binary(tensor, spec, tail[offset : offset + size], elements)
                 offset += size
             elif arrays is None:
                 payloads[index] = self._readers[index].read(tensor.data, shape, elements)
@@ -190,7 +202,7 @@ class Decoder:
         if shape[0] < 1:
             raise self._wrong_shape(tensor, spec, "it needs at least one row")
         for size, expected in zip(shape[1:], spec.shape, strict=True):
-            if size != expected and not (expected == -1 and size >= 0):
+            if size < 0 or expected not in (size, -1):
                 raise self._wrong_shape(tensor, spec, None)
 
     def _wrong_shape(self, tensor: InputTensor, spec: TensorSpec, why: str | None) -> Problem:
@@ -200,54 +212,8 @@ class Decoder:
             detail += f": {why}"
         return Problem("wrong-shape", detail, tensor=spec.name, expected=expected, actual=tensor.shape)
 
-    def _binary_size(self, tensor: InputTensor, tail: memoryview | None, offset: int) -> int:
-        if tail is None:
-            raise Problem(
-                "bad-binary",
-                f"input {tensor.name!r} has binary_data_size, but Inference-Header-Content-Length is missing",
-                tensor=tensor.name,
-            )
-        left = len(tail) - offset
-        assert tensor.parameters is not None
-        size = tensor.parameters["binary_data_size"]
-        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-            raise Problem(
-                "bad-binary", f"input {tensor.name!r}: binary_data_size is {size!r}", tensor=tensor.name
-            )
-        if size > left:
-            raise Problem(
-                "bad-binary",
-                f"input {tensor.name!r}: binary_data_size is {size}, the body has {left} bytes left",
-                tensor=tensor.name,
-                binary_data_size=size,
-                left_bytes=left,
-            )
-        if len(tensor.data):
-            raise Problem(
-                "bad-binary", f"input {tensor.name!r} has both data and binary_data_size", tensor=tensor.name
-            )
-        return size
-
-    def _binary(self, tensor: InputTensor, spec: TensorSpec, data: memoryview, elements: int) -> Payload:
-        if spec.datatype == "BYTES":
-            return _read_bytes_tensor(data, elements, spec)
-        expected = elements * spec.dtype.itemsize
-        if len(data) != expected:
-            raise Problem(
-                "wrong-data",
-                f"input {spec.name!r} ({spec.datatype}): shape {tensor.shape} takes {expected} bytes, "
-                f"got {len(data)}",
-                tensor=spec.name,
-                expected_bytes=expected,
-                actual_bytes=len(data),
-            )
-        if spec.datatype == "BOOL" and len(data) and np.frombuffer(data, np.uint8).max() > 1:
-            raise Problem("wrong-data", f"input {spec.name!r} (BOOL): bytes must be 0 or 1", tensor=spec.name)
-        return data
-
     def _wants(self, message: InferMessage) -> Wants:
-        self._check_parameters(message.parameters)
-        binary = _flag(message.parameters, "binary_data_output", False)
+        binary = read_flag(message.parameters, "binary_data_output", False)
         if message.outputs is None:
             return self._all_binary if binary else self._all_json
         wants: dict[int, bool] = {}
@@ -257,7 +223,7 @@ class Decoder:
                 raise Problem(
                     "duplicate-tensor", f"output {output.name!r} is asked for twice", tensor=output.name
                 )
-            wants[index] = _flag(output.parameters, "binary_data", binary)
+            wants[index] = read_flag(output.parameters, "binary_data", binary)
         return tuple(wants.items()) or (self._all_binary if binary else self._all_json)
 
     def _output_index(self, output: WantedOutput) -> int:
@@ -273,38 +239,3 @@ class Decoder:
         if output.parameters and output.parameters.get("classification"):
             raise Problem("bad-parameter", "classification is not supported", parameter="classification")
         return index
-
-    def _check_parameters(self, parameters: Parameters | None) -> None:
-        for name in parameters or ():
-            if name.startswith(_RESERVED):
-                raise Problem("bad-parameter", f"parameter {name!r} is reserved", parameter=name)
-
-
-def _flag(parameters: Parameters | None, name: str, default: bool) -> bool:
-    if not parameters:
-        return default
-    value = parameters.get(name, default)
-    if not isinstance(value, bool):
-        raise Problem("bad-parameter", f"{name} must be true or false, got {value!r}", parameter=name)
-    return value
-
-
-def _read_bytes_tensor(data: memoryview, elements: int, spec: TensorSpec) -> list[bytes]:
-    """BYTES in binary: each element is its length (u32, little-endian) and its bytes."""
-    values: list[bytes] = []
-    at = 0
-    while at + 4 <= len(data) and len(values) < elements:
-        size = int.from_bytes(data[at : at + 4], "little")
-        if size > len(data) - at - 4:
-            break
-        values.append(bytes(data[at + 4 : at + 4 + size]))
-        at += 4 + size
-    if at != len(data) or len(values) != elements:
-        raise Problem(
-            "wrong-data",
-            f"input {spec.name!r} (BYTES): {len(data)} bytes do not hold exactly {elements} elements",
-            tensor=spec.name,
-            expected_elements=elements,
-            actual_elements=len(values),
-        )
-    return values

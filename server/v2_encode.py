@@ -30,8 +30,11 @@ Shapes = tuple[tuple[int, ...], ...]
 class Encoder:
     """Encodes answers of one model."""
 
-    def __init__(self, name: str, signature: Signature) -> None:
-        self._start = b'{"model_name":' + msgspec.json.encode(name)
+    def __init__(self, name: str, version: str, signature: Signature) -> None:
+        self._start = b'{"model_name":%b,"model_version":%b' % (
+            msgspec.json.encode(name),
+            msgspec.json.encode(version),
+        )
         self._specs = signature.outputs
         self._names = [msgspec.json.encode(spec.name) for spec in signature.outputs]
         self._frames: dict[tuple[Wants, int, Shapes], list[bytes]] = {}
@@ -92,7 +95,7 @@ class Encoder:
         if cut is None:
             output = batch.outputs[index]
             elements = prod(output.shape[1:])
-            if output.dtype == object or elements > _SHORT_ROW:
+            if output.dtype == object or not 0 < elements <= _SHORT_ROW:
                 return _json_elements(output[first : first + rows].reshape(-1))
             flat = output.reshape(output.shape[0], elements)
             cut = batch.memo[index] = _orjson(flat)[2:-2].split(b"],[")

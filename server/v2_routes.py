@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from engines.base import TensorSpec
 from server import __version__
 from server.core import Core
-from server.model import Model
-from server.problems import Problem
-from server.reply import JSON
+from server.routing import Endpoint, find, json, loaded, problems_answered
+from server.v2_describe import config, index_entry, metadata, statistics
 
 # Only what works.
-EXTENSIONS = ["binary_tensor_data"]
+EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "parameters", "statistics"]
 
 
 def v2_routes(core: Core) -> list[Route]:
@@ -41,70 +36,34 @@ def v2_routes(core: Core) -> list[Route]:
         is_ready = found.ready and not core.draining
         return json({"name": found.name, "ready": is_ready}, 200 if is_ready else 503)
 
+    async def model_config(request: Request) -> Response:
+        return json(config(loaded(find(core, request))))
+
+    async def model_stats(request: Request) -> Response:
+        return json({"model_stats": [statistics(loaded(find(core, request)))]})
+
+    async def all_stats(_: Request) -> Response:
+        return json({"model_stats": [statistics(m) for m in core.models.values() if m.batcher is not None]})
+
+    async def index(_: Request) -> Response:
+        return json([index_entry(model) for model in core.models.values()])
+
     async def infer(request: Request) -> Response:
         raise AssertionError(f"InferRoutes serves {find(core, request).name}")
 
+    def of_model(path: str, endpoint: Endpoint, method: str) -> list[Route]:
+        bases = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
+        return [Route(base + path, problems_answered(endpoint), methods=[method]) for base in bases]
+
     return [
-        Route("/v2", _problems(server), methods=["GET"]),
-        Route("/v2/health/live", _problems(live), methods=["GET"]),
-        Route("/v2/health/ready", _problems(ready), methods=["GET"]),
-        Route("/v2/models/{name}", _problems(model), methods=["GET"]),
-        Route("/v2/models/{name}/ready", _problems(model_ready), methods=["GET"]),
-        Route("/v2/models/{name}/infer", _problems(infer), methods=["POST"]),
+        Route("/v2", problems_answered(server), methods=["GET"]),
+        Route("/v2/health/live", problems_answered(live), methods=["GET"]),
+        Route("/v2/health/ready", problems_answered(ready), methods=["GET"]),
+        Route("/v2/models/stats", problems_answered(all_stats), methods=["GET"]),
+        Route("/v2/repository/index", problems_answered(index), methods=["POST"]),
+        *of_model("", model, "GET"),
+        *of_model("/ready", model_ready, "GET"),
+        *of_model("/config", model_config, "GET"),
+        *of_model("/stats", model_stats, "GET"),
+        *of_model("/infer", infer, "POST"),
     ]
-
-
-def json(value: object, status: int = 200) -> Response:
-    """A JSON response."""
-    return Response(msgspec.json.encode(value), status, media_type=JSON.decode())
-
-
-def find(core: Core, request: Request) -> Model:
-    """The model that the path names, or a Problem."""
-    name = request.path_params["name"]
-    model = core.models.get(name)
-    if model is None:
-        raise Problem("unknown-model", f"there is no model {name!r}", model=name, models=list(core.models))
-    return model
-
-
-def loaded(model: Model) -> Model:
-    """The model, if it is loaded; else the Problem that says why not."""
-    if model.batcher is None:
-        problem = model.refusal()
-        assert problem is not None
-        raise problem
-    return model
-
-
-def metadata(model: Model) -> dict[str, object]:
-    """The protocol's model metadata; the batch axis is the first, -1 where it may vary."""
-    engine = model.engine_worker.engine
-    return {
-        "name": model.name,
-        "platform": engine.platform,
-        "inputs": [_tensor(spec) for spec in engine.signature.inputs],
-        "outputs": [_tensor(spec) for spec in engine.signature.outputs],
-    }
-
-
-def _tensor(spec: TensorSpec) -> dict[str, object]:
-    return {"name": spec.name, "datatype": spec.datatype, "shape": [-1, *spec.shape]}
-
-
-Endpoint = Callable[[Request], Awaitable[Response]]
-
-
-def _problems(endpoint: Endpoint) -> Endpoint:
-    """Answer a Problem that the endpoint raises."""
-
-    async def answer(request: Request) -> Response:
-        try:
-            return await endpoint(request)
-        except Problem as problem:
-            reply = problem.reply()
-            response = Response(b"".join(reply.body), reply.status)
-            response.raw_headers = reply.header_list()
-            return response
-
-    return answer

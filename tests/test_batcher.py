@@ -14,6 +14,7 @@ from batcher.errors import (
     BatchFailedError,
     DrainingError,
     EngineGoneError,
+    ExpiredError,
     QueueFullError,
     TooManyRowsError,
 )
@@ -444,5 +445,92 @@ def test_a_thousand_cancelled_requests_leave_no_husks() -> None:
         assert len(group.line) < 200
         assert batcher.queued_rows == 1
         assert np.array_equal(group.line[0].row_shapes, staying.row_shapes)
+
+    run(main())
+
+
+@pytest.mark.parametrize(("timeout_s", "in_time"), [(RUN_S - EPSILON_S, False), (RUN_S + EPSILON_S, True)])
+def test_a_request_still_queued_after_its_timeout_is_taken_out(timeout_s: float, in_time: bool) -> None:
+    async def main() -> None:
+        worker = FakeWorker(FakeEngine())
+        batcher = make_batcher(worker)
+        (running,) = calls(1)
+        batcher.submit(running)
+        await asyncio.sleep(0)
+        (caller,) = calls(1)
+        caller.timeout_s = timeout_s
+        batcher.submit(caller)
+        await asyncio.sleep(1)
+        if in_time:
+            caller.check()
+        else:
+            assert isinstance(caller.answer, ExpiredError)
+            assert caller.at_s == pytest.approx(timeout_s)
+            assert batcher.counters.expired == 1
+        assert [rows for _, rows in worker.ran] == ([1, 1] if in_time else [1])
+        assert batcher.queued_rows == 0
+
+    run(main())
+
+
+def test_a_split_request_expires_whole() -> None:
+    async def main() -> None:
+        worker = FakeWorker(FakeEngine(max_batch_size=2, slots=1))
+        batcher = make_batcher(worker)
+        large = Call([[n] for n in range(9)])
+        large.timeout_s = 1.5 * RUN_S
+        batcher.submit(large)
+        await asyncio.sleep(1)
+        assert isinstance(large.answer, ExpiredError)
+        assert len(worker.ran) == 2
+        assert batcher.running_batches == 0
+
+    run(main())
+
+
+def test_a_partial_request_keeps_the_rows_that_could_be_done() -> None:
+    async def main() -> None:
+        engine = FakeEngine(max_batch_size=2, slots=1)
+        engine.fails = lambda rows: EngineRunError("bad row") if 3 in rows else None
+        batcher = make_batcher(FakeWorker(engine))
+        large = Call([[n] for n in range(1, 8)])
+        large.partial = True
+        batcher.submit(large)
+        await asyncio.sleep(1)
+        assert isinstance(large.answer, np.ndarray)
+        assert large.answer.ravel().tolist() == [2, 4, 0, 0, 10, 12, 14]
+        ((first, rows, error),) = large.failures
+        assert (first, rows) == (2, 2)
+        assert isinstance(error, BatchFailedError)
+
+    run(main())
+
+
+def test_a_partial_request_that_expires_keeps_what_had_left_the_queue() -> None:
+    async def main() -> None:
+        batcher = make_batcher(FakeWorker(FakeEngine(max_batch_size=2, slots=1)))
+        large = Call([[n] for n in range(1, 8)])
+        large.partial = True
+        large.timeout_s = 1.5 * RUN_S
+        batcher.submit(large)
+        await asyncio.sleep(1)
+        assert isinstance(large.answer, np.ndarray)
+        assert large.answer.ravel().tolist() == [2, 4, 6, 8, 0, 0, 0]
+        assert [(first, rows) for first, rows, _ in large.failures] == [(4, 2), (6, 1)]
+        assert all(isinstance(error, ExpiredError) for _, _, error in large.failures)
+
+    run(main())
+
+
+def test_a_partial_request_of_which_nothing_could_be_done_fails() -> None:
+    async def main() -> None:
+        engine = FakeEngine(max_batch_size=2, slots=1)
+        engine.fails = lambda rows: EngineRunError("no row is good")
+        batcher = make_batcher(FakeWorker(engine))
+        large = Call([[n] for n in range(1, 8)])
+        large.partial = True
+        batcher.submit(large)
+        await asyncio.sleep(1)
+        assert isinstance(large.answer, BatchFailedError)
 
     run(main())

@@ -13,6 +13,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from batcher.errors import (
     BatchFailedError,
     DrainingError,
     EngineGoneError,
+    ExpiredError,
     QueueFullError,
     TooManyRowsError,
 )
@@ -55,6 +57,7 @@ class Submit:
 
     rows: tuple[bool, ...]
     width: int
+    timeout_s: float | None = None
     raises: bool = False
     then: Act | None = None
 
@@ -91,7 +94,15 @@ ROWS = st.one_of(st.integers(1, 2), st.integers(1, 14)).flatmap(
 )
 CANCELS = st.builds(Cancel, st.integers(0, 40))
 LATER = st.one_of(st.none(), st.none(), CANCELS, st.builds(Submit, ROWS, st.integers(1, 2)))
-SUBMITS = st.builds(Submit, ROWS, st.sampled_from([0, 1, 1, 1, 2]), st.sampled_from([False] * 9 + [True]), LATER)
+SUBMITS = st.builds(
+    Submit,
+    ROWS,
+    width=st.sampled_from([0, 1, 1, 1, 2]),
+    timeout_s=st.sampled_from([None] * 6 + [0.0, 0.005, 0.010, LONG_S]),
+    raises=st.sampled_from([False] * 9 + [True]),
+    then=LATER,
+)
+ACTS = st.tuples(st.sampled_from(GAPS_S), st.one_of(SUBMITS, SUBMITS, SUBMITS, CANCELS))
 STORIES = st.builds(
     Story,
     max_batch_size=st.integers(1, 6),
@@ -99,7 +110,7 @@ STORIES = st.builds(
     max_queue_rows=st.one_of(st.integers(1, 8), st.just(40), st.just(1000)),
     max_delay_ms=st.sampled_from([0.0, 0.0, 1.0, 5.0]),
     run_us=st.sampled_from([{}, {1: 1e4, 2: 1.5e4, 4: 3.2e4}, {1: 1e4, 2: 2e4, 4: 4e4}]),
-    acts=st.lists(st.tuples(st.sampled_from(GAPS_S), st.one_of(SUBMITS, SUBMITS, SUBMITS, CANCELS)), max_size=40),
+    acts=st.one_of(st.lists(ACTS, max_size=8), st.lists(ACTS, min_size=12, max_size=40)),
     fates=st.lists(
         st.tuples(st.sampled_from(RUNS_S), st.sampled_from(["runs"] * 12 + ["fails"] * 2 + ["dies"])),
         min_size=1,
@@ -145,7 +156,9 @@ class Run:
 class ScriptedWorker:
     """Runs jobs one after another in virtual time, each with the next fate of the story."""
 
-    def __init__(self, engine: StrictEngine, warmup_us: dict[int, float], fates: Iterator[tuple[float, str]]) -> None:
+    def __init__(
+        self, engine: StrictEngine, warmup_us: dict[int, float], fates: Iterator[tuple[float, str]]
+    ) -> None:
         self.engine = engine
         self.deliver: Deliver | None = None
         self.warmup_us = warmup_us
@@ -196,7 +209,10 @@ class Caller(Call):
     __slots__ = ("act", "answered_before_leaving", "left", "refusal", "then")
 
     def __init__(self, number: int, act: Submit, then: Callable[[Caller], None]) -> None:
-        super().__init__([[POISON if bad else 100 * number + n] * act.width for n, bad in enumerate(act.rows)])
+        super().__init__(
+            [[POISON if bad else 100 * number + n] * act.width for n, bad in enumerate(act.rows)]
+        )
+        self.timeout_s = act.timeout_s
         self.act = act
         self.then = then
         self.refusal: BatcherError | None = None
@@ -220,8 +236,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         story = self.story
-        fates = iter(lambda: self._fate(), None)
-        self._fates = deque(story.fates)
+        fates = chain(story.fates, repeat((0.010, "runs")))
         self.engine = StrictEngine(story.max_batch_size, story.slots)
         self.worker = ScriptedWorker(self.engine, dict(story.run_us), fates)
         loop = asyncio.get_running_loop()
@@ -233,9 +248,6 @@ class Stage:
             loop=loop,
             clock=loop.time,
         )
-
-    def _fate(self) -> tuple[float, str]:
-        return self._fates.popleft() if self._fates else (0.010, "runs")
 
     def do(self, act: Act) -> None:
         """Carry one act out, now."""
@@ -315,6 +327,9 @@ class Stage:
             assert any(isinstance(error, EngineRunError) for error in alone), "others' fault"
         elif isinstance(answer, EngineGoneError):
             assert self.worker.dead
+        elif isinstance(answer, ExpiredError):
+            assert caller.timeout_s is not None
+            assert caller.at_s == pytest.approx(caller.enqueued_s + caller.timeout_s)
         else:
             assert isinstance(answer, AbandonedError)
             assert self.story.drain_s < LONG_S
@@ -333,7 +348,6 @@ class Stage:
         assert batcher.running_batches == 0
         assert sorted(batcher._free_slots) == list(range(self.story.slots))
         assert not self.engine.taken
-        assert batcher._timer is None or batcher._timer.cancelled()
 
     def _check_counters(self) -> None:
         counters = self.batcher.counters
@@ -341,6 +355,7 @@ class Stage:
         assert counters.accepted == len(accepted)
         assert counters.refused == len(self.callers) - len(accepted)
         assert counters.cancelled == sum(not caller.answers for caller in accepted)
+        assert counters.expired == sum(isinstance(a, ExpiredError) for c in accepted for a in c.answers)
         assert counters.failed == sum(isinstance(a, Exception) for c in accepted for a in c.answers)
         ran = [run for run in self.worker.runs if run.error is None]
         assert counters.batches == len(ran)
@@ -351,10 +366,10 @@ class Stage:
         if any(fate != "runs" for _, fate in self.story.fates):
             return
         allowed = 0
-        for run in self.worker.runs:
-            if run.error is not None and run.reason != RETRY:
-                bad = sum(_poisoned(request) for request in run.requests)
-                allowed += bad * 2 * math.ceil(math.log2(len(run.requests)))
+        for one in self.worker.runs:
+            if one.error is not None and one.reason != RETRY:
+                bad = sum(_poisoned(request) for request in one.requests)
+                allowed += bad * 2 * math.ceil(math.log2(len(one.requests)))
         assert sum(run.reason == RETRY for run in self.worker.runs) <= allowed
 
 
