@@ -180,6 +180,8 @@ class Batcher:
         if request.expiry is not None:
             request.expiry.cancel()
         self._withdraw(request)
+        if request.parts is not None:
+            self._let_go(request.parts)
         self._check_drained()
 
     def _expire(self, request: Request) -> None:
@@ -240,6 +242,13 @@ class Batcher:
             self._fail(request, BatchFailedError(self.name, reference))
         else:
             self._finish(request)
+
+    def _let_go(self, parts: list[Request]) -> None:
+        """Parts know their whole and it them: undo that, and do not keep their outputs."""
+        for part in parts:
+            assert isinstance(part, Part)
+            part.on_done = _nobody
+            part.outputs = ()
 
     # Decision and dispatch
 
@@ -367,6 +376,8 @@ class Batcher:
         except Exception:
             # One caller's trouble must not cost the others in its batch their answers.
             log.exception("model %s: handing an answer to its caller failed", self.name)
+        if request.parts is not None:
+            self._let_go(request.parts)
 
     def _fail(self, request: Request, error: Exception) -> None:
         request.state = State.DONE
@@ -419,18 +430,26 @@ class Batcher:
         try:
             await asyncio.wait_for(self._drained, timeout_s)
         except TimeoutError:
-            running = [request for batch in self._running for request in batch.requests]
-            self._fail_all(
-                running, AbandonedError(f"model {self.name!r} stopped before the request was done")
-            )
+            self._abandon(timeout_s)
             return False
         return True
+
+    def _abandon(self, timeout_s: float) -> None:
+        running = [request for batch in self._running for request in batch.requests]
+        failed = self.counters.failed
+        late = AbandonedError(f"model {self.name!r} stopped before the request was done")
+        self._fail_all(running, late)
+        abandoned = self.counters.failed - failed
+        log.error("model %s: %d requests were not done within %g s", self.name, abandoned, timeout_s)
 
     def _check_drained(self) -> None:
         if self._drained is None or self._drained.done():
             return
-        if self._queue.rows or self._retries:
-            return
         # A batch that runs for nobody is not waited for: its callers left or were answered already.
-        if not any(request.state is State.RUNNING for batch in self._running for request in batch.requests):
+        sent = [*self._retries, *(batch.requests for batch in self._running)]
+        if not self._queue.rows and not any(r.state is State.RUNNING for requests in sent for r in requests):
             self._drained.set_result(None)
+
+
+def _nobody(part: Part) -> None:
+    """Who hears of a part whose whole is answered already."""

@@ -24,22 +24,19 @@ def pack(requests: Sequence[Request], buffers: Sequence[np.ndarray[Any, Any]]) -
         if buffer.dtype == object:
             _pack_elements(requests, index, buffer)
         elif buffer.size:
-            _pack_bytes(requests, index, buffer.data.cast("B"))
+            _pack_bytes(requests, index, buffer.data.cast("B"), buffer.nbytes // len(buffer))
 
 
-def _pack_bytes(requests: Sequence[Request], index: int, target: memoryview) -> None:
-    at = 0
+def _pack_bytes(requests: Sequence[Request], index: int, target: memoryview, row_bytes: int) -> None:
     for request in requests:
-        payload = request.payloads[index]
-        end = at + len(payload)
-        target[at:end] = payload  # type: ignore[assignment]
-        at = end
+        at = request.first_row * row_bytes
+        # Raises ValueError if the payload has another length: nobody's rows may end in another's place.
+        target[at : at + request.rows * row_bytes] = request.payloads[index]  # type: ignore[assignment]
 
 
 def _pack_elements(requests: Sequence[Request], index: int, buffer: np.ndarray[Any, Any]) -> None:
     flat = buffer.reshape(-1)
-    at = 0
+    row_elements = flat.size // len(buffer)
     for request in requests:
-        payload = request.payloads[index]
-        flat[at : at + len(payload)] = payload
-        at += len(payload)
+        at = request.first_row * row_elements
+        flat[at : at + request.rows * row_elements] = request.payloads[index]

@@ -6,7 +6,7 @@ when all parts are answered, or when the first one fails, which cancels the othe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ class Part(Request):
     ) -> None:
         super().__init__(rows, whole.row_shapes, payloads)
         self.on_done = on_done
-        self.outputs: list[np.ndarray[Any, Any]] = []
+        self.outputs: Sequence[np.ndarray[Any, Any]] = ()
 
     def done(self) -> None:
         if self.batch is not None:

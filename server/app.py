@@ -15,10 +15,13 @@ from starlette.types import ASGIApp
 
 from engines.errors import EngineError
 from server.asgi import InferRoutes
+from server.batch_routes import batch_routes
 from server.core import Core
+from server.problem_pages import problem_pages
 from server.problems import Problem
 from server.routing import as_response
 from server.settings import Settings
+from server.v1_routes import v1_routes
 from server.v2_routes import v2_routes
 
 log = logging.getLogger("cobatch.server")
@@ -48,7 +51,8 @@ def build(core: Core) -> InferRoutes:
             await asyncio.gather(*[model.stop(timeout_s) for model in core.models.values()])
 
     handlers = {HTTPException: _http_error, Exception: _server_error}
-    app = Starlette(routes=v2_routes(core), exception_handlers=handlers, lifespan=lifespan)
+    routes = [*v2_routes(core), *batch_routes(core), *v1_routes(core), *problem_pages()]
+    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     app.router.redirect_slashes = False
     return InferRoutes(app, core)
 
@@ -68,12 +72,13 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path
     if error.status_code == 405:
-        allow = (error.headers or {}).get("Allow", "")
-        problem = Problem("method-not-allowed", f"{path} takes {allow}, got {request.method}")
-        return as_response(problem.reply((b"allow", allow.encode())))
-    return as_response(Problem("not-found", f"there is nothing at {path}").reply())
+        allowed = sorted((error.headers or {}).get("Allow", "").split(", "))
+        detail = f"{path} takes {', '.join(allowed)}, got {request.method}"
+        return as_response(Problem("method-not-allowed", detail, allowed=allowed).reply(instance=path))
+    return as_response(Problem("not-found", f"there is nothing at {path}").reply(instance=path))
 
 
 async def _server_error(request: Request, error: Exception) -> Response:
     # Starlette logs the traceback through the server after this.
-    return as_response(Problem("internal", "the server failed on this request; its log says why").reply())
+    problem = Problem("internal", "the server failed on this request; its log says why")
+    return as_response(problem.reply(instance=request.url.path))

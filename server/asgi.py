@@ -10,7 +10,7 @@ import asyncio
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.compression import choose, compress
-from server.core import Core, InferRequest
+from server.core import Core, InferRequest, instance_of
 from server.limits import BodyError, read_body
 from server.problems import Problem
 from server.reply import Reply
@@ -50,7 +50,7 @@ class InferRoutes:
             except BodyError as error:
                 if error.problem is None:
                     return  # the client has left
-                reply = error.problem.reply()
+                reply = error.problem.reply(instance=instance_of(model))
             else:
                 caller = _Caller(self._waiting, receive)
                 caller.request = core.infer(model, body, json_length, caller.on_reply)

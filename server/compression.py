@@ -43,10 +43,11 @@ def decompress(body: bytes | bytearray, coding: bytes, limit: int) -> bytes | by
 
 def choose(accept: bytes) -> bytes | None:
     """The coding for a response to this Accept-Encoding: gzip before deflate, None for neither."""
+    accept = accept.lower()
     if b"gzip" not in accept and b"deflate" not in accept:
         return None
     allowed = set()
-    for item in accept.lower().split(b","):
+    for item in accept.split(b","):
         name, _, weight = item.partition(b";")
         if weight.replace(b" ", b"") not in (b"q=0", b"q=0.0", b"q=0.00", b"q=0.000"):
             allowed.add(name.strip())

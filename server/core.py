@@ -17,6 +17,7 @@ from server.problems import Problem, from_error
 from server.reply import Reply
 from server.settings import Settings
 from server.v2_decode import Body, Decoded, Wants
+from server.v2_messages import InferMessage
 
 log = logging.getLogger("cobatch.server")
 
@@ -40,11 +41,17 @@ class InferRequest(Request):
             if self.error is None:
                 reply = self.model.encoder.encode(self, self.wants, self.id)
             else:
-                reply = from_error(self.error).reply()
+                reply = from_error(self.error).reply(instance=instance_of(self.model))
         except Exception:
             log.exception("model %s: encoding an answer failed", self.model.name)
-            reply = Problem("internal", "the server failed to encode the answer; its log says why").reply()
+            problem = Problem("internal", "the server failed to encode the answer; its log says why")
+            reply = problem.reply(instance=instance_of(self.model))
         self.reply(reply)
+
+
+def instance_of(model: Model) -> str:
+    """What a problem's `instance` says on the infer routes: the same for both edges and all versions."""
+    return f"/v2/models/{model.name}/infer"
 
 
 def _log_load_failure(name: str, error: EngineError) -> None:
@@ -76,9 +83,12 @@ class Core:
     def refusal(self, model: Model) -> Reply | None:
         """The answer to a request that is not even read, or None. Asked when the headers are there."""
         if self.draining:
-            return Problem("draining", "the server is about to stop", close=True, retry_after_s=1).reply()
-        problem = model.refusal()
-        return None if problem is None else problem.reply()
+            problem: Problem | None = Problem(
+                "draining", "the server is about to stop", close=True, retry_after_s=1
+            )
+        else:
+            problem = model.refusal()
+        return None if problem is None else problem.reply(instance=instance_of(model))
 
     def infer(
         self, model: Model, body: Body, json_length: int | None, reply: Callable[[Reply], None]
@@ -99,10 +109,26 @@ class Core:
             batcher.submit(request)  # type: ignore[union-attr]  # None is always refused
             return request
         except Exception as error:
-            problem = from_error(error)
-            if problem.kind.slug == "internal":
-                log.exception("model %s: an infer request failed", model.name)
-            reply(problem.reply())
+            # No name for the problem here: its traceback holds this frame, and the frame would hold it.
+            reply(_refused(model, error))
+            return None
+
+    def infer_message(
+        self, model: Model, message: InferMessage, reply: Callable[[Reply], None]
+    ) -> InferRequest | None:
+        """The same for a message that is parsed already."""
+        batcher = model.batcher
+        if batcher is None or self.draining or batcher.full:
+            refusal = self.refusal(model)
+            if refusal is not None:
+                reply(refusal)
+                return None
+        try:
+            request = InferRequest(model, model.decoder.decode_message(message), reply)
+            batcher.submit(request)  # type: ignore[union-attr]  # None is always refused
+            return request
+        except Exception as error:
+            reply(_refused(model, error))
             return None
 
     def cancel(self, request: InferRequest) -> None:
@@ -110,3 +136,10 @@ class Core:
         batcher = request.model.batcher
         assert batcher is not None
         batcher.cancel(request)
+
+
+def _refused(model: Model, error: Exception) -> Reply:
+    problem = from_error(error)
+    if problem.kind.slug == "internal":
+        log.error("model %s: an infer request failed", model.name, exc_info=error)
+    return problem.reply(instance=instance_of(model))

@@ -1,35 +1,30 @@
 """The infer routes below ASGI: uvicorn's own HTTP protocol with a short cut.
 
-Uvicorn's httptools protocol stays in charge of the connection: parsing, pipelining, keep-alive,
-flow control, shutdown. When a request's headers are complete and it is a plain POST to an infer
-route with nothing before it in the pipeline, it gets a `FastCycle` in place of uvicorn's
-`RequestResponseCycle`: no scope, no task, no coroutine; the body goes to the handler core, whose
-callback writes the whole response in one piece. Anything else takes uvicorn's way into the
-Starlette application.
+The connection keeps its rules (`server.connection`): parsing, pipelining, limits, the end. When a
+request's headers are complete and it is a plain POST to an infer route with nothing before it in the
+pipeline, it gets a `FastCycle` in place of uvicorn's `RequestResponseCycle`: no scope, no task, no
+coroutine; the body goes to the handler core, whose callback writes the whole response in one piece.
+Anything else takes uvicorn's way into the Starlette application.
 
 A second short cut: clients repeat their headers to the byte. A header block that httptools has
 parsed and that led to the fast path is remembered with what it said, and when the same bytes arrive
 again at a message's start, together with exactly its body, the parser is not asked again. The same
 bytes mean the same thing, so this decides nothing that httptools has not decided before.
-
-One timer per connection, armed for the nearest of its limits and late by design: it looks at what
-the connection has been doing and arms itself again, so a request costs no timer.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from server.compression import choose, compress
+from server.connection import BODY, NOTHING, Connection
 from server.core import Core, InferRequest
 from server.model import Model
-from server.problems import Problem, too_large
+from server.problems import too_large
 from server.reply import Reply
 
 _KNOWN_BLOCKS = 4096
@@ -93,6 +88,11 @@ class FastCycle:
         self.more_body = True
         self.request: InferRequest | None = None
 
+    @property
+    def response_started(self) -> bool:
+        """It is written in one piece."""
+        return self.response_complete
+
     def reply(self, reply: Reply) -> None:
         """Write the response. Called once, unless the connection was lost first."""
         protocol = self.protocol
@@ -109,12 +109,10 @@ class FastCycle:
             protocol.write_reply(reply, self.keep_alive)
 
 
-class FastProtocol(HttpToolsProtocol):
-    """One connection. `core` is set by `make_protocol`."""
+class FastProtocol(Connection):
+    """One connection. `core` and `known_blocks` are set by `make_protocol`."""
 
-    core: Core
     known_blocks: dict[bytes, Known]
-    _date_headers: tuple[list[tuple[bytes, bytes]] | None, bytes] = (None, b"")
 
     def __init__(
         self,
@@ -124,49 +122,17 @@ class FastProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self._mid_message = False
         self._chunk: bytes | None = None
-        self._since_s = time.monotonic()
-        self._timer: asyncio.TimerHandle | None = None
-
-    # The connection
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._tick()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        cycle = self.cycle
+        cycles = (self.cycle, self.ahead)
         super().connection_lost(exc)
-        if self._timer is not None:
-            self._timer.cancel()
-        if isinstance(cycle, FastCycle) and cycle.request is not None and not cycle.response_complete:
-            self.core.cancel(cycle.request)
-
-    def _tick(self) -> None:
-        """Close the connection if it has been idle, or receiving one request, for too long."""
-        if self.transport.is_closing():
-            return
-        settings = self.core.settings.server
-        cycle = self.cycle
-        answering = cycle is not None and not cycle.response_complete and not self._mid_message
-        receiving = self._mid_message or cycle is None  # the first request has yet to come
-        limit_s = settings.receive_timeout_s if receiving or answering else settings.keep_alive_s
-        left_s = limit_s if answering else self._since_s + limit_s - time.monotonic()
-        if left_s > 0:
-            # A message that begins while this sleeps is looked at no later than its own limit asks.
-            self._timer = self.loop.call_later(min(left_s, settings.receive_timeout_s), self._tick)
-            return
-        if self._mid_message and (isinstance(cycle, FastCycle) or cycle is None or cycle.response_complete):
-            # Nobody else answers: its headers have not come, or the fast path waits for its body.
-            late = Problem("receive-timeout", f"the request did not arrive within {limit_s:g} s", close=True)
-            self.write_reply(late.reply(), keep_alive=False)
-        self.transport.close()
-
-    # Bytes in
+        for cycle in cycles:
+            if isinstance(cycle, FastCycle) and cycle.request is not None and not cycle.response_complete:
+                self.core.cancel(cycle.request)
 
     def data_received(self, data: bytes) -> None:
-        if not self._mid_message:
+        if not self.receiving:
             cycle = self.cycle
             if cycle is None or (cycle.response_complete and not self.pipeline):
                 end = data.find(b"\r\n\r\n") + 4
@@ -185,19 +151,12 @@ class FastProtocol(HttpToolsProtocol):
 
     # The parser's callbacks
 
-    def on_message_begin(self) -> None:
-        # Uvicorn makes the ASGI scope here; `_take_long_way` does so when it is needed.
-        self._mid_message = True
-        self._since_s = time.monotonic()
-        self.url = b""
-        self.expect_100_continue = False
-        self.headers = []
-
     def on_headers_complete(self) -> None:
         known = self._recognise()
         if known is None:
-            self._take_long_way()
+            super().on_headers_complete()
             return
+        self.receiving = BODY
         cycle = FastCycle(self, known)
         self.cycle = cycle  # type: ignore[assignment]
         refusal = self.core.refusal(known.model)
@@ -205,14 +164,6 @@ class FastProtocol(HttpToolsProtocol):
             cycle.reply(refusal)
         elif known.length > (limit := self.core.settings.server.max_body_bytes):
             cycle.reply(too_large(known.length, limit).reply())
-
-    def _take_long_way(self) -> None:
-        url, headers, expect = self.url, self.headers, self.expect_100_continue
-        super().on_message_begin()
-        self.url = url
-        self.headers.extend(headers)
-        self.expect_100_continue = expect
-        super().on_headers_complete()
 
     def _recognise(self) -> Known | None:
         """What a plain request to an infer route says in its headers; None for any other request."""
@@ -254,11 +205,12 @@ class FastProtocol(HttpToolsProtocol):
                 cycle.body += body
 
     def on_message_complete(self) -> None:
-        self._mid_message = False
         cycle = self.cycle
         if not isinstance(cycle, FastCycle):
             super().on_message_complete()
-        elif not cycle.response_complete:
+            return
+        self.receiving = NOTHING
+        if not cycle.response_complete:
             cycle.more_body = False
             self._remember(cycle)
             known = cycle.known
@@ -276,64 +228,6 @@ class FastProtocol(HttpToolsProtocol):
         if len(blocks) >= _KNOWN_BLOCKS:
             del blocks[next(iter(blocks))]
         blocks[chunk[:end]] = cycle.known
-
-    # Bytes out
-
-    def write_reply(self, reply: Reply, keep_alive: bool) -> None:
-        """Write a whole response and go on with the connection, or end it."""
-        transport = self.transport
-        if transport.is_closing():
-            return
-        pieces: list[bytes | memoryview] = [STATUS_LINE[reply.status], self._default_headers()]
-        pieces.append(b"content-type: %b\r\ncontent-length: %d\r\n" % (reply.content_type, reply.length))
-        if reply.timing is not None:
-            pieces.append(b"server-timing: %b\r\n" % reply.timing)
-        if reply.json_length is not None:
-            pieces.append(b"inference-header-content-length: %d\r\n" % reply.json_length)
-        if reply.headers:
-            pieces.extend([b"%b: %b\r\n" % header for header in reply.headers])
-        if reply.close or not keep_alive:
-            keep_alive = False
-            pieces.append(b"connection: close\r\n")
-        pieces.append(b"\r\n")
-        pieces.extend(reply.body)
-        transport.write(b"".join(pieces))
-        if not keep_alive:
-            transport.close()
-        self.on_response_complete()
-
-    def send_400_response(self, msg: str) -> None:
-        self.write_reply(Problem("bad-http", msg, close=True).reply(), keep_alive=False)
-
-    def _default_headers(self) -> bytes:
-        """Uvicorn's default headers (the date) as bytes; made anew when uvicorn does, each second."""
-        headers = self.server_state.default_headers
-        cls = type(self)
-        if cls._date_headers[0] is not headers:
-            cls._date_headers = (headers, b"".join([b"%b: %b\r\n" % header for header in headers]))
-        return cls._date_headers[1]
-
-    def on_response_complete(self) -> None:
-        # Uvicorn arms a keep-alive timer here for each response; `_tick` needs only the time.
-        self.server_state.total_requests += 1
-        self._since_s = time.monotonic()
-        if self.transport.is_closing():
-            return
-        if not self.flow.write_paused:
-            self.flow.resume_reading()
-        if self.pipeline:
-            cycle, app = self.pipeline.pop()
-            self._start_asgi_task(cycle, app)
-
-    def pause_writing(self) -> None:
-        # The client does not read its answers: take no more requests from it until it does.
-        super().pause_writing()
-        self.flow.pause_reading()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if not self.pipeline:
-            self.flow.resume_reading()
 
 
 def make_protocol(core: Core) -> type[FastProtocol]:

@@ -21,8 +21,8 @@ class BodyError(Exception):
 async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int) -> bytes | bytearray:
     """The whole body, decompressed, at most `limit` bytes as it came and after. Raises BodyError."""
     length = headers.get(b"content-length", b"0")
-    if length.isdigit() and int(length) > limit:
-        raise BodyError(too_large(int(length), limit))
+    if length.isdigit() and (len(length) > 18 or int(length) > limit):
+        raise BodyError(too_large(int(length[:18]), limit))
     body = await _receive_all(receive, limit)
     coding = headers.get(b"content-encoding")
     if coding is None:

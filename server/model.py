@@ -104,9 +104,8 @@ class Model:
 
     async def stop(self, drain_timeout_s: float) -> None:
         """Answer what was accepted, then end the worker."""
-        if self.batcher is not None and not await self.batcher.drain(drain_timeout_s):
-            log.error("model %s: not everything was answered within %g s", self.name, drain_timeout_s)
         if self.batcher is not None:
+            await self.batcher.drain(drain_timeout_s)
             counted = self.batcher.counters
             log.info("model %s: ran %d rows in %d batches", self.name, counted.rows, counted.batches)
         if self._worker is not None:

@@ -16,7 +16,7 @@ class Reply:
     connection after this answer.
     """
 
-    __slots__ = ("body", "close", "content_type", "headers", "json_length", "length", "status", "timing")
+    __slots__ = ("body", "close", "content_type", "headers", "json_length", "status", "timing")
 
     def __init__(
         self,
@@ -32,11 +32,15 @@ class Reply:
         self.status = status
         self.content_type = content_type
         self.body = body
-        self.length = sum(map(len, body))
         self.timing = timing
         self.json_length = json_length
         self.headers = headers
         self.close = close
+
+    @property
+    def length(self) -> int:
+        """Bytes of the body. Counted when asked: an answer within a batch is not."""
+        return sum(map(len, self.body))
 
     def header_list(self) -> list[tuple[bytes, bytes]]:
         """All headers, as ASGI wants them."""

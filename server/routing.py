@@ -50,7 +50,7 @@ def problems_answered(endpoint: Endpoint) -> Endpoint:
         try:
             return await endpoint(request)
         except Problem as problem:
-            return as_response(problem.reply())
+            return as_response(problem.reply(instance=request.url.path))
 
     return answer
 

@@ -19,6 +19,7 @@ import uvicorn
 from engines.errors import EngineError
 from server import uvicorn_parts
 from server.app import build
+from server.connection import Connection
 from server.core import Core
 from server.fastpath import make_protocol
 from server.settings import Settings
@@ -43,7 +44,8 @@ def run(settings: Settings) -> int:
     try:
         sockets = _listen(http.host, http.port)
     except OSError as error:
-        why = error.strerror or error
+        # A name's error numbers are not the system's; for the others Python lengthens the text.
+        why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
         print(f"cobatch: cannot listen on {http.host}, port {http.port}: {why}", file=sys.stderr, flush=True)
         return _FAILED
     server = Server(settings)
@@ -87,7 +89,7 @@ class Server(uvicorn.Server):
                 host=http.host,
                 port=http.port,
                 http=_protocol(core),
-                timeout_keep_alive=int(http.keep_alive_s),
+                timeout_keep_alive=http.keep_alive_s,  # type: ignore[arg-type]  # it may be a fraction
                 log_config=None,
                 log_level="warning",
                 access_log=False,
@@ -137,6 +139,13 @@ class Server(uvicorn.Server):
             self._drain = asyncio.create_task(self._drain_all())
         return await super().on_tick(counter)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        for connection in list(self.server_state.connections):
+            # It has not taken its answer in all this time. The loop cannot be closed around it.
+            connection.transport.abort()
+        await asyncio.sleep(0)
+
     async def _drain_all(self) -> None:
         timeout_s = self.core.settings.server.drain_timeout_s
         end_s = time.monotonic() + timeout_s
@@ -149,10 +158,10 @@ class Server(uvicorn.Server):
 
 def _protocol(core: Core) -> type[asyncio.Protocol] | str:
     """What uvicorn is to speak HTTP with."""
-    if not core.settings.server.fast_path:
-        return "httptools"
     missing = uvicorn_parts.missing()
     if missing is not None:
         log.warning("no fast path: uvicorn %s is not as expected (%s)", uvicorn.__version__, missing)
         return "auto"
+    if not core.settings.server.fast_path:
+        return type("CobatchConnection", (Connection,), {"core": core})
     return make_protocol(core)

@@ -73,6 +73,11 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     compress_min_bytes: Annotated[int, Meta(ge=0, le=LARGEST, description="smallest answer to compress")] = (
         1 << 16
     )
+    max_batch_items: Annotated[int, Meta(ge=1, le=65536, description="most items of a POST /batch")] = 256
+    kept_predictions: Annotated[int, Meta(ge=1, le=LARGEST, description="most predictions to keep")] = 1000
+    kept_bytes: Annotated[int, Meta(ge=4096, le=LARGEST, description="memory for kept predictions")] = 1 << 28
+    kept_s: Annotated[Timeout, Meta(description="how long a finished prediction is kept")] = 600.0
+    max_wait_s: Annotated[Seconds, Meta(description="longest wait that a client may ask for")] = 60.0
     log_level: Annotated[LogLevel, Meta(description="least severe messages to log")] = "info"
     fast_path: Annotated[bool, Meta(description="serve the infer routes below ASGI")] = True
     allow_anonymous: Annotated[bool, Meta(description="permit a host that others can reach")] = False

@@ -24,6 +24,7 @@ _PROTOCOL_METHODS = {
     "resume_writing": (),
     "shutdown": (),
     "send_400_response": ("msg",),
+    "_start_asgi_task": ("cycle", "app"),
 }
 # Set in the protocol's __init__ and read or written by us.
 _PROTOCOL_ATTRIBUTES = (
@@ -31,8 +32,12 @@ _PROTOCOL_ATTRIBUTES = (
     "pipeline", "server_state", "timeout_keep_alive_task", "transport", "url",
 )  # fmt: skip
 # Read by the protocol of its `cycle`, so ours has them too.
-_CYCLE_ATTRIBUTES = ("body", "disconnected", "keep_alive", "message_event", "more_body", "response_complete")
+_CYCLE_ATTRIBUTES = (
+    "body", "disconnected", "keep_alive", "message_event", "more_body", "response_complete",
+    "response_started",
+)  # fmt: skip
 _FLOW_METHODS = ("pause_reading", "pause_writing", "resume_reading", "resume_writing")
+_FLOW_ATTRIBUTES = ("read_paused", "write_paused")
 
 
 def missing() -> str | None:
@@ -47,6 +52,11 @@ def missing() -> str | None:
         HttpToolsProtocol.__init__.__code__.co_names + HttpToolsProtocol.on_message_begin.__code__.co_names
     )
     cycle_sets = RequestResponseCycle.__init__.__code__.co_names
+    if _parameters(FlowControl, "__init__") != ("transport",):
+        return "FlowControl.__init__"
+    for name in _FLOW_ATTRIBUTES:
+        if name not in FlowControl.__init__.__code__.co_names:
+            return f"FlowControl.{name}"
     state = ServerState()
     checks = [
         *(

@@ -59,9 +59,13 @@ def read_binary(tensor: InputTensor, spec: TensorSpec, data: memoryview, element
             expected_bytes=expected,
             actual_bytes=len(data),
         )
+    _check_truth(data, spec)
+    return data
+
+
+def _check_truth(data: memoryview, spec: TensorSpec) -> None:
     if spec.datatype == "BOOL" and len(data) and np.frombuffer(data, np.uint8).max() > 1:
         raise Problem("wrong-data", f"input {spec.name!r} (BOOL): bytes must be 0 or 1", tensor=spec.name)
-    return data
 
 
 def read_raw(body: bytes | bytearray, spec: TensorSpec) -> tuple[tuple[int, ...], Payload]:
@@ -73,13 +77,14 @@ def read_raw(body: bytes | bytearray, spec: TensorSpec) -> tuple[tuple[int, ...]
     variable = 1
     if spec.datatype == "BYTES":
         fits = fixed == 1
-        payload: Payload = [bytes(body)]
+        payload: Payload = [_utf8(bytes(body), spec)]
     else:
         row_bytes = fixed * spec.dtype.itemsize
         if -1 in spec.shape and row_bytes:
             variable = len(body) // row_bytes
         fits = len(body) == variable * row_bytes
         payload = memoryview(body)
+        _check_truth(payload, spec)
     if not fits or spec.shape.count(-1) > 1:
         shape = list(spec.shape)
         raise Problem(
@@ -101,7 +106,7 @@ def _read_bytes_tensor(data: memoryview, elements: int, spec: TensorSpec) -> lis
         size = int.from_bytes(data[at : at + 4], "little")
         if size > len(data) - at - 4:
             break
-        values.append(bytes(data[at + 4 : at + 4 + size]))
+        values.append(_utf8(bytes(data[at + 4 : at + 4 + size]), spec))
         at += 4 + size
     if at != len(data) or len(values) != elements:
         raise Problem(
@@ -112,3 +117,13 @@ def _read_bytes_tensor(data: memoryview, elements: int, spec: TensorSpec) -> lis
             actual_elements=len(values),
         )
     return values
+
+
+def _utf8(value: bytes, spec: TensorSpec) -> bytes:
+    """Engines take strings. One that is none would fail the whole batch's run; here it fails alone."""
+    try:
+        value.decode()
+    except UnicodeDecodeError as error:
+        detail = f"input {spec.name!r} (BYTES): an element is not UTF-8: {error.reason}"
+        raise Problem("wrong-data", detail, tensor=spec.name) from None
+    return value

@@ -47,8 +47,8 @@ class JsonReader:
     def __init__(self, spec: TensorSpec) -> None:
         self._spec = spec
         self._dtype = spec.dtype.newbyteorder("<") if spec.datatype != "BYTES" else spec.dtype
-        self._list = _LISTS.get(self._dtype.kind)
         self._code = _STRUCT.get(spec.datatype)
+        self._list = _LISTS.get(self._dtype.kind) if self._code else None
         self._packers: dict[int, Callable[..., bytes]] = {}
 
     def read(self, data: msgspec.Raw, shape: list[int], elements: int) -> Payload:
@@ -75,14 +75,14 @@ class JsonReader:
     def read_array(self, array: simdjson.Array, elements: int) -> Payload | None:
         """The same from what simdjson parsed; None where `read` has to have a look at the text."""
         kind = self._dtype.kind
+        if self._code is None or kind == "b":
+            return None
         try:
             # simdjson would flatten nested data without noticing ragged rows.
-            if kind not in "iuf" or len(array) != elements or isinstance(array[0], simdjson.Array):
-                return None
             buffer = array.as_buffer(of_type="d" if kind == "f" else "u" if kind == "u" else "i")
             wide = np.frombuffer(buffer, {"f": np.float64, "u": np.uint64, "i": np.int64}[kind])
-            return self._narrow(wide).data.cast("B")
-        except (*_UNFIT, IndexError):
+            return self._narrow(wide).data.cast("B") if wide.size == elements else None
+        except _UNFIT:
             return None
 
     def _narrow(self, wide: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -101,16 +101,40 @@ class JsonReader:
                 raise self._wrong(f"{found} is out of range")
         return wide.astype(dtype)
 
-    def _read_carefully(self, raw: memoryview, shape: list[int], elements: int) -> Payload:
-        if not raw:
-            raise Problem("missing-tensor", f"input {self._spec.name!r} has no data", tensor=self._spec.name)
+    def read_nested(
+        self, data: msgspec.Raw | bytes | bytearray, check: Callable[[list[int]], None]
+    ) -> tuple[list[int], Payload]:
+        """Data whose nesting is its shape: the shape, which `check` may refuse, and what `read` answers."""
+        values = self._parse(memoryview(data))
+        shape = _shape(values)
+        check(shape)
+        return shape, self._convert(_flatten(values, len(shape), self._wrong))
+
+    def _parse(self, raw: memoryview) -> list[Any]:
+        if self._spec.datatype == "BF16":
+            raise self._wrong("it travels as binary only, JSON has no numbers of this kind")
         try:
             values = msgspec.json.decode(raw)
-        except (msgspec.MsgspecError, RecursionError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise self._wrong(f"its data cannot be read: {error}") from None
         if not isinstance(values, list):
             raise self._wrong("its data is not an array")
-        flat = _flatten(values, len(shape), self._wrong)
+        return values
+
+    def _read_carefully(self, raw: memoryview, shape: list[int], elements: int) -> Payload:
+        if not raw:
+            raise Problem("missing-tensor", f"input {self._spec.name!r} has no data", tensor=self._spec.name)
+        commas = bytes(raw).count(b",") if self._code else 0
+        if commas >= max(elements, 1) and raw[0] == ord("["):
+            # Among n numbers there are n - 1 commas, however they are nested. To decode first and count
+            # then would let a body of empty arrays become objects twenty times its size.
+            raise self._wrong(
+                f"shape {shape} has {elements} elements, the data has {commas + 1}",
+                shape=shape,
+                expected_elements=elements,
+                actual_elements=commas + 1,
+            )
+        flat = _flatten(self._parse(raw), len(shape), self._wrong)
         if len(flat) != elements:
             raise self._wrong(
                 f"shape {shape} has {elements} elements, the data has {len(flat)}",
@@ -118,6 +142,9 @@ class JsonReader:
                 expected_elements=elements,
                 actual_elements=len(flat),
             )
+        return self._convert(flat)
+
+    def _convert(self, flat: list[Any]) -> Payload:
         if self._spec.datatype == "BYTES":
             return [self._to_bytes(value) for value in flat]
         return self._to_array(flat).data.cast("B") if flat else b""
@@ -145,6 +172,15 @@ class JsonReader:
         spec = self._spec
         detail = f"input {spec.name!r} ({spec.datatype}): {why}"
         return Problem("wrong-data", detail, tensor=spec.name, datatype=spec.datatype, **members)
+
+
+def _shape(values: Any) -> list[int]:
+    """The shape of nested lists, as their first elements have it."""
+    shape = []
+    while isinstance(values, list):
+        shape.append(len(values))
+        values = values[0] if values else None
+    return shape
 
 
 def _flatten(values: list[Any], depth: int, wrong: Callable[..., Problem]) -> list[Any]:

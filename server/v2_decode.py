@@ -20,6 +20,7 @@ from server.v2_binary import binary_size, read_binary, read_raw
 from server.v2_data import JsonReader
 from server.v2_messages import (
     LARGE_BYTES,
+    MOST_LARGE_BYTES,
     InferMessage,
     InputTensor,
     WantedOutput,
@@ -31,6 +32,10 @@ from server.v2_parameters import read_flag, read_parameters
 Body = bytes | bytearray
 # Which outputs a caller wants: (index in the signature, as binary).
 Wants = tuple[tuple[int, bool], ...]
+# A tensor without elements is bounded by no data; NumPy refuses one whose other axes are beyond memory.
+_MOST_EMPTY = 2**32
+# Parameters that would put an output elsewhere or turn it into something else.
+_UNSUPPORTED = ("classification", "shared_memory_region")
 
 
 class _LookCloserError(Exception):
@@ -54,11 +59,12 @@ class Decoded(NamedTuple):
 
 
 class Decoder:
-    """Decodes infer requests for one model."""
+    """Decodes infer requests for one model; `server.v1_decode` checks its tensors with the same methods."""
 
     def __init__(self, signature: Signature) -> None:
+        self.signature = signature
         self._specs = signature.inputs
-        self._readers = tuple(JsonReader(spec) for spec in signature.inputs)
+        self.readers = tuple(JsonReader(spec) for spec in signature.inputs)
         self._names = [spec.name for spec in signature.inputs]
         self._fixed = all(-1 not in spec.shape for spec in signature.inputs)
         self._row_shapes: RowShapes = tuple(spec.shape for spec in signature.inputs)
@@ -73,7 +79,7 @@ class Decoder:
         if json_length == 0:
             return self._decode_raw(body)
         if json_length is None:
-            decoded = self._decode_large(body) if len(body) >= LARGE_BYTES else None
+            decoded = self._decode_large(body) if LARGE_BYTES <= len(body) <= MOST_LARGE_BYTES else None
             if decoded is not None:
                 return decoded
             message, tail = self._message(body), None
@@ -88,6 +94,10 @@ class Decoder:
             view = memoryview(body)
             message, tail = self._message(view[:json_length]), view[json_length:]
         return self._decoded(message, *self._inputs(message, tail, None))
+
+    def decode_message(self, message: InferMessage) -> Decoded:
+        """The same for a message without binary tail that somebody else has parsed. Raises Problem."""
+        return self._decoded(message, *self._inputs(message, None, None))
 
     def _decode_large(self, body: Body) -> Decoded | None:
         """The same through simdjson; None where the other way has to have a look."""
@@ -130,7 +140,7 @@ class Decoder:
     ) -> tuple[int, RowShapes, Sequence[Payload]]:
         tensors = message.inputs
         if [tensor.name for tensor in tensors] != self._names:
-            self._check_names(tensors)
+            self.check_names(tensors)
         payloads: list[Payload] = [b""] * len(tensors)
         row_shapes: list[tuple[int, ...]] | None = None if self._fixed else [()] * len(tensors)
         rows = -1
@@ -141,26 +151,28 @@ class Decoder:
                 index = self._names.index(tensor.name)
             spec = self._specs[index]
             shape = tensor.shape
-            if shape[1:] != self._row_lists[index] or shape[0] < 1 or tensor.datatype != spec.datatype:
-                self._check_tensor(tensor, spec)
+            if shape[1:] != self._row_lists[index] or tensor.datatype != spec.datatype or not shape:
+                self.check_tensor(tensor, spec)
+            elif shape[0] < 1:
+                self.check_tensor(tensor, spec)
             if row_shapes is not None:
                 row_shapes[index] = tuple(shape[1:])
             if rows == -1:
                 rows = shape[0]
             elif rows != shape[0]:
-                raise self._wrong_shape(tensor, spec, f"the other inputs have {rows} rows")
+                raise self.wrong_shape(tensor, spec, f"the other inputs have {rows} rows")
             elements = prod(shape)
+            if not elements and prod(size or 1 for size in shape) > _MOST_EMPTY:
+                raise self.wrong_shape(tensor, spec, "an axis is too large")
             if tensor.parameters and "binary_data_size" in tensor.parameters:
                 size = binary_size(tensor, tail, offset)
                 assert tail is not None
                 payloads[index] = read_binary(tensor, spec, tail[offset : offset + size], elements)
                 offset += size
             elif arrays is None:
-                payloads[index] = self._readers[index].read(tensor.data, shape, elements)
+                payloads[index] = self.readers[index].read(tensor.data, shape, elements)
             else:
-                payloads[index] = (
-                    self._readers[index].read_array(arrays[position], elements) or _look_closer()
-                )
+                payloads[index] = self.readers[index].read_array(arrays[position], elements) or _look_closer()
         if tail is not None and offset != len(tail):
             raise Problem(
                 "bad-binary",
@@ -169,7 +181,8 @@ class Decoder:
             )
         return rows, self._row_shapes if row_shapes is None else tuple(row_shapes), payloads
 
-    def _check_names(self, tensors: list[InputTensor]) -> None:
+    def check_names(self, tensors: list[InputTensor]) -> None:
+        """Raises Problem unless each input is there exactly once, and no others."""
         seen = set()
         for tensor in tensors:
             if tensor.name not in self._names:
@@ -186,7 +199,7 @@ class Decoder:
             if name not in seen:
                 raise Problem("missing-tensor", f"input {name!r} is missing", tensor=name)
 
-    def _check_tensor(self, tensor: InputTensor, spec: TensorSpec) -> None:
+    def check_tensor(self, tensor: InputTensor, spec: TensorSpec) -> None:
         """Find what the quick comparison stumbled over; return if a variable axis explains it."""
         if tensor.datatype != spec.datatype:
             raise Problem(
@@ -198,14 +211,15 @@ class Decoder:
             )
         shape = tensor.shape
         if len(shape) != len(spec.shape) + 1:
-            raise self._wrong_shape(tensor, spec, f"it needs {len(spec.shape) + 1} axes")
+            raise self.wrong_shape(tensor, spec, f"it needs {len(spec.shape) + 1} axes")
         if shape[0] < 1:
-            raise self._wrong_shape(tensor, spec, "it needs at least one row")
+            raise self.wrong_shape(tensor, spec, "it needs at least one row")
         for size, expected in zip(shape[1:], spec.shape, strict=True):
             if size < 0 or expected not in (size, -1):
-                raise self._wrong_shape(tensor, spec, None)
+                raise self.wrong_shape(tensor, spec, None)
 
-    def _wrong_shape(self, tensor: InputTensor, spec: TensorSpec, why: str | None) -> Problem:
+    def wrong_shape(self, tensor: InputTensor, spec: TensorSpec, why: str | None) -> Problem:
+        """The Problem that says which shape the input has and which one came."""
         expected = [-1, *spec.shape]
         detail = f"input {spec.name!r} has shape {expected} (-1: any), got {tensor.shape}"
         if why is not None:
@@ -218,7 +232,7 @@ class Decoder:
             return self._all_binary if binary else self._all_json
         wants: dict[int, bool] = {}
         for output in message.outputs:
-            index = self._output_index(output)
+            index = self.output_index(output)
             if index in wants:
                 raise Problem(
                     "duplicate-tensor", f"output {output.name!r} is asked for twice", tensor=output.name
@@ -226,7 +240,8 @@ class Decoder:
             wants[index] = read_flag(output.parameters, "binary_data", binary)
         return tuple(wants.items()) or (self._all_binary if binary else self._all_json)
 
-    def _output_index(self, output: WantedOutput) -> int:
+    def output_index(self, output: WantedOutput) -> int:
+        """Where the output stands in the signature. Raises Problem."""
         index = self._outputs.get(output.name)
         if index is None:
             names = list(self._outputs)
@@ -236,6 +251,7 @@ class Decoder:
                 tensor=output.name,
                 outputs=names,
             )
-        if output.parameters and output.parameters.get("classification"):
-            raise Problem("bad-parameter", "classification is not supported", parameter="classification")
+        for name in _UNSUPPORTED:
+            if output.parameters and output.parameters.get(name):
+                raise Problem("bad-parameter", f"{name} is not supported", parameter=name)
         return index

@@ -57,6 +57,8 @@ def v2_routes(core: Core) -> list[Route]:
 
     return [
         Route("/v2", problems_answered(server), methods=["GET"]),
+        # How the protocol's OpenAPI document spells it.
+        Route("/v2/", problems_answered(server), methods=["GET"]),
         Route("/v2/health/live", problems_answered(live), methods=["GET"]),
         Route("/v2/health/ready", problems_answered(ready), methods=["GET"]),
         Route("/v2/models/stats", problems_answered(all_stats), methods=["GET"]),

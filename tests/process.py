@@ -60,8 +60,19 @@ class Connection:
 
     def send_infer(self, model: str, rows: list[list[Any]], datatype: str = "FP32") -> None:
         """Write an infer request for a model with one input `x`."""
-        x = {"name": "x", "datatype": datatype, "shape": [len(rows), len(rows[0])], "data": rows}
-        self._http.request("POST", f"/v2/models/{model}/infer", json.dumps({"inputs": [x]}))
+        self._http.request("POST", f"/v2/models/{model}/infer", _body(rows, datatype))
+
+    def send_half(self, model: str, rows: list[list[Any]]) -> bytes:
+        """Write an infer request's headers and the first half of its body; the other half."""
+        body = _body(rows, "FP32")
+        self._http.putrequest("POST", f"/v2/models/{model}/infer")
+        self._http.putheader("Content-Length", str(len(body)))
+        self._http.endheaders(body[: len(body) // 2])
+        return body[len(body) // 2 :]
+
+    def send_rest(self, body: bytes) -> None:
+        """Write what `send_half` left."""
+        self._http.send(body)
 
     def answer(self) -> Answer:
         """Read the answer to what was sent."""
@@ -75,6 +86,11 @@ class Connection:
     def close(self) -> None:
         """Leave."""
         self._http.close()
+
+
+def _body(rows: list[list[Any]], datatype: str) -> bytes:
+    x = {"name": "x", "datatype": datatype, "shape": [len(rows), len(rows[0])], "data": rows}
+    return json.dumps({"inputs": [x]}).encode()
 
 
 class Cobatch:

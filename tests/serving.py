@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 from unittest import mock
 
 import numpy as np
@@ -40,8 +40,8 @@ T = TypeVar("T")
 class GatedEngine(FakeEngine):
     """y = 2 * x; while `hold` is in force a batch that has begun does not end.
 
-    `began` gets the first column of each batch that begins while held. `answer_width` makes each
-    answer's row that many copies of twice the row's first number.
+    `began` gets the first column of each batch that begins while held. With `answer_width`, rows of
+    two numbers are answered with that many copies of twice the first.
     """
 
     platform = "gated"
@@ -83,7 +83,7 @@ class GatedEngine(FakeEngine):
         error = self.fails(x)
         if error is not None:
             raise error
-        if self.answer_width is not None:
+        if self.answer_width is not None and x.shape[1] == 2:
             return (np.repeat(x[:, :1] * 2, self.answer_width, axis=1),)
         return (x * 2,)
 
@@ -128,7 +128,7 @@ class Client:
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._data = bytearray()
 
-    def __enter__(self) -> Client:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

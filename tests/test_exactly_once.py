@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, repeat
@@ -18,7 +17,6 @@ from itertools import chain, repeat
 import numpy as np
 import pytest
 from hypothesis import event, given, settings
-from hypothesis import strategies as st
 
 from batcher.batcher import Batcher
 from batcher.errors import (
@@ -32,175 +30,11 @@ from batcher.errors import (
     TooManyRowsError,
 )
 from batcher.policy import RETRY
-from batcher.request import Batch, Request, State
+from batcher.request import Request
 from batcher.split import Part
-from engines.base import RowShapes
-from engines.errors import EngineDeadError, EngineError, EngineRunError
-from engines.worker import Deliver, Job, Outcome
-from tests.virtual import Array, Call, FakeEngine, run
-
-POISON = -666
-SPOILED = -1
-LONG_S = 100_000.0
-# Gaps between events: none at all, the next iteration of the loop, and times that fall before, on and
-# after the ends of runs and delays.
-GAPS_S = [None, None, None, 0.0, 0.001, 0.005, 0.010, 0.0101]
-RUNS_S = [0.0, 0.001, 0.005, 0.010, 0.030]
-
-
-# What is drawn
-
-
-@dataclass(frozen=True)
-class Submit:
-    """A caller: its rows (True: poisoned), and what its callback does."""
-
-    rows: tuple[bool, ...]
-    width: int
-    timeout_s: float | None = None
-    raises: bool = False
-    then: Act | None = None
-
-
-@dataclass(frozen=True)
-class Cancel:
-    """Some caller leaves, wherever it is by then: a number modulo the callers so far."""
-
-    which: int
-
-
-Act = Submit | Cancel
-
-
-@dataclass(frozen=True)
-class Story:
-    """Everything that chance decides."""
-
-    max_batch_size: int
-    slots: int
-    max_queue_rows: int
-    max_delay_ms: float
-    run_us: dict[int, float]
-    acts: list[tuple[float | None, Act]]
-    fates: list[tuple[float, str]]
-    drain_s: float
-
-
-ROWS = st.one_of(st.integers(1, 2), st.integers(1, 14)).flatmap(
-    lambda rows: st.one_of(
-        st.just((False,) * rows),
-        st.tuples(*[st.sampled_from([False, False, False, True])] * rows),
-    )
-)
-CANCELS = st.builds(Cancel, st.integers(0, 40))
-LATER = st.one_of(st.none(), st.none(), CANCELS, st.builds(Submit, ROWS, st.integers(1, 2)))
-SUBMITS = st.builds(
-    Submit,
-    ROWS,
-    width=st.sampled_from([0, 1, 1, 1, 2]),
-    timeout_s=st.sampled_from([None] * 6 + [0.0, 0.005, 0.010, LONG_S]),
-    raises=st.sampled_from([False] * 9 + [True]),
-    then=LATER,
-)
-ACTS = st.tuples(st.sampled_from(GAPS_S), st.one_of(SUBMITS, SUBMITS, SUBMITS, CANCELS))
-STORIES = st.builds(
-    Story,
-    max_batch_size=st.integers(1, 6),
-    slots=st.integers(1, 3),
-    max_queue_rows=st.one_of(st.integers(1, 8), st.just(40), st.just(1000)),
-    max_delay_ms=st.sampled_from([0.0, 0.0, 1.0, 5.0]),
-    run_us=st.sampled_from([{}, {1: 1e4, 2: 1.5e4, 4: 3.2e4}, {1: 1e4, 2: 2e4, 4: 4e4}]),
-    acts=st.one_of(st.lists(ACTS, max_size=8), st.lists(ACTS, min_size=12, max_size=40)),
-    fates=st.lists(
-        st.tuples(st.sampled_from(RUNS_S), st.sampled_from(["runs"] * 12 + ["fails"] * 2 + ["dies"])),
-        min_size=1,
-        max_size=8,
-    ),
-    drain_s=st.sampled_from([0.0, 0.005, 0.010, LONG_S, LONG_S]),
-)
-
-
-# What it is played on
-
-
-class StrictEngine(FakeEngine):
-    """Keeps one input and one output buffer per slot and spoils both as soon as they may be reused."""
-
-    def __init__(self, max_batch_size: int, slots: int) -> None:
-        super().__init__(max_batch_size, slots)
-        self.taken: set[int] = set()
-        self.outputs: dict[int, Array] = {}
-
-    def inputs(self, slot: int, row_shapes: RowShapes) -> tuple[Array, ...]:
-        assert slot not in self.taken, "rows are packed into a slot that still runs"
-        if slot in self.outputs:
-            self.outputs[slot].fill(SPOILED)
-        return super().inputs(slot, row_shapes)
-
-    def outputs_of(self, slot: int, rows: int) -> Array:
-        """Twice the slot's rows."""
-        self.outputs[slot] = self.buffers[slot][:rows] * 2
-        return self.outputs[slot]
-
-
-@dataclass
-class Run:
-    """A batch as the worker got it, and what came of it."""
-
-    requests: tuple[Request, ...]
-    reason: str
-    at_s: float
-    error: EngineError | None = None
-
-
-class ScriptedWorker:
-    """Runs jobs one after another in virtual time, each with the next fate of the story."""
-
-    def __init__(
-        self, engine: StrictEngine, warmup_us: dict[int, float], fates: Iterator[tuple[float, str]]
-    ) -> None:
-        self.engine = engine
-        self.deliver: Deliver | None = None
-        self.warmup_us = warmup_us
-        self.runs: list[Run] = []
-        self.dead = False
-        self._fates = fates
-        self._jobs: deque[tuple[Job, Run]] = deque()
-
-    def submit(self, job: Job) -> None:
-        batch = job.context
-        assert isinstance(batch, Batch)
-        assert batch.rows == job.rows == sum(request.rows for request in batch.requests)
-        assert 0 < job.rows <= self.engine.max_batch_size
-        assert all(request.state is State.RUNNING for request in batch.requests), "nobody waits for these"
-        assert {request.row_shapes for request in batch.requests} == {job.row_shapes}
-        assert job.slot not in self.engine.taken
-        self.engine.taken.add(job.slot)
-        entry = Run(tuple(batch.requests), batch.reason, asyncio.get_running_loop().time())
-        self.runs.append(entry)
-        self._jobs.append((job, entry))
-        if len(self._jobs) == 1:
-            self._start()
-
-    def _start(self) -> None:
-        loop = asyncio.get_running_loop()
-        run_s, fate = next(self._fates)
-        loop.call_later(run_s, self._end, fate, loop.time())
-
-    def _end(self, fate: str, started_s: float) -> None:
-        job, entry = self._jobs.popleft()
-        self.dead = self.dead or fate == "dies"
-        if self.dead:
-            entry.error = EngineDeadError("dead")
-        elif fate == "fails" or (self.engine.buffers[job.slot][: job.rows] == POISON).any():
-            entry.error = EngineRunError("failed")
-        outputs = None if entry.error else (self.engine.outputs_of(job.slot, job.rows),)
-        self.engine.taken.discard(job.slot)
-        assert self.deliver is not None
-        # As from a thread: the loop hears of it in an iteration of its own.
-        self.deliver(job, Outcome(outputs, entry.error, started_s, asyncio.get_running_loop().time()))
-        if self._jobs:
-            self._start()
+from engines.errors import EngineRunError
+from tests.stories import LONG_S, POISON, STORIES, Act, Run, ScriptedWorker, Story, StrictEngine, Submit
+from tests.virtual import Call, FakeEngine, FakeWorker, make_batcher, run
 
 
 class Caller(Call):
@@ -233,6 +67,7 @@ class Stage:
     story: Story
     callers: list[Caller] = field(default_factory=list)
     draining: bool = False
+    last_s: float = 0.0  # when the last caller left, or draining began
 
     def __post_init__(self) -> None:
         story = self.story
@@ -254,7 +89,7 @@ class Stage:
         if isinstance(act, Submit):
             self._submit(act)
         elif self.callers:
-            self._cancel(self.callers[act.which % len(self.callers)])
+            self._cancel(self.callers[-1 - act.back % len(self.callers)])
 
     def _submit(self, act: Submit) -> None:
         caller = Caller(len(self.callers) + 1, act, self._answered)
@@ -282,6 +117,7 @@ class Stage:
                 assert self.draining
 
     def _cancel(self, caller: Caller) -> None:
+        self.last_s = asyncio.get_running_loop().time()
         if not caller.left:
             caller.left = True
             caller.answered_before_leaving = bool(caller.answers)
@@ -289,25 +125,47 @@ class Stage:
 
     def _answered(self, caller: Caller) -> None:
         if caller.act.then is not None:
-            self.do(caller.act.then)
+            try:
+                self.do(caller.act.then)
+            except AssertionError as error:
+                # The batcher logs what a callback raises, and goes on.
+                self.engine.wrong.append(error)
 
     async def play(self) -> None:
         """From the first act until nothing can happen any more."""
-        for gap_s, act in self.story.acts:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: self.engine.wrong.append(context))
+        acts = self.story.acts
+        await self._do_all(acts[: self.story.drain_after])
+        self.draining = True
+        self.last_s = loop.time()
+        drained = asyncio.ensure_future(self._drain())
+        await asyncio.sleep(0)
+        await self._do_all(acts[self.story.drain_after :])
+        await drained
+        await asyncio.sleep(LONG_S)
+
+    async def _do_all(self, acts: list[tuple[float | None, Act]]) -> None:
+        for gap_s, act in acts:
             if gap_s is not None:
                 await asyncio.sleep(gap_s)
             self.do(act)
-        self.draining = True
-        unanswered = await self.batcher.drain(self.story.drain_s)
+
+    async def _drain(self) -> None:
+        """As soon as nobody waits any more, and no sooner."""
+        loop = asyncio.get_running_loop()
+        in_time = await self.batcher.drain(self.story.drain_s)
         for caller in self.callers:
             assert caller.left or caller.refusal or caller.answers, "drained, and somebody still waits"
-        assert unanswered or self.story.drain_s < LONG_S
-        await asyncio.sleep(LONG_S)
+        assert in_time or self.story.drain_s < LONG_S
+        assert loop.time() <= max([self.last_s, *(caller.at_s for caller in self.callers)])
+        assert await self.batcher.drain(LONG_S), "everybody has been answered"
 
     # What must be true afterwards
 
     def check(self) -> None:
         """Everybody got what was due, and the batcher is as it was before the first."""
+        assert self.engine.wrong == []
         for caller in self.callers:
             self._check_caller(caller)
         self._check_rest()
@@ -399,5 +257,43 @@ def test_every_accepted_request_is_answered_exactly_once(story: Story) -> None:
         for caller in stage.callers:
             fate = caller.refusal or (caller.answers[0] if caller.answers else "left")
             event(fate if isinstance(fate, str) else type(fate).__name__)
+
+    run(main())
+
+
+# What chance finds seldom
+
+
+def test_the_fault_of_a_caller_that_left_is_not_laid_on_one_that_stayed() -> None:
+    async def main() -> None:
+        engine = FakeEngine()
+        engine.fails = lambda rows: EngineRunError("failed") if POISON in rows else None
+        worker = FakeWorker(engine)
+        batcher = make_batcher(worker)
+        leaving, staying = Call([[POISON]]), Call([[1]])
+        batcher.submit(leaving)
+        batcher.submit(staying)
+        await asyncio.sleep(0.005)
+        batcher.cancel(leaving)
+        await asyncio.sleep(1)
+        staying.check()
+        assert leaving.answers == []
+        assert [rows for _, rows in worker.ran] == [2, 1]
+
+    run(main())
+
+
+def test_draining_does_not_wait_for_a_run_that_nobody_waits_for() -> None:
+    async def main() -> None:
+        batcher = make_batcher(FakeWorker(FakeEngine(), run_s=lambda rows: LONG_S))
+        leaving = Call([[1]])
+        batcher.submit(leaving)
+        await asyncio.sleep(1)
+        drained = asyncio.ensure_future(batcher.drain(1000))
+        await asyncio.sleep(1)
+        assert not drained.done()
+        batcher.cancel(leaving)
+        assert await drained
+        assert asyncio.get_running_loop().time() == 2
 
     run(main())

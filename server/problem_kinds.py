@@ -1,0 +1,200 @@
+"""Every kind of problem that the server answers with, and what its page says.
+
+A kind's slug is the stable part of its `type`, /problems/SLUG, and leads to its page. Members are
+described in `server.problem_members`. The pages (`server.problem_pages`) and docs/problems.md
+(`server.problem_docs`) are made from this table; a test sees to it that each kind is raised somewhere,
+with no members but its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind: the last part of its `type`, its status and title; what it means and what to do about it.
+
+    `members` are those that a body of this kind may have beside `server.problem_members.ALWAYS`.
+    """
+
+    slug: str
+    status: int
+    title: str
+    meaning: str
+    remedy: str
+    members: tuple[str, ...] = ()
+
+
+def _table(*kinds: Kind) -> dict[str, Kind]:
+    table = {kind.slug: kind for kind in kinds}
+    assert len(table) == len(kinds), "a slug stands twice"
+    return dict(sorted(table.items(), key=lambda each: each[1].status))
+
+
+_TRY_LATER = "Send the same request again, not before Retry-After has passed."
+
+KINDS = _table(
+    # 400: the request is not one
+    Kind("bad-http", 400, "The bytes are not an HTTP request",
+         "What came over the connection cannot be read as HTTP/1.1; the connection is closed.",
+         "Look at the client or the proxy in between: its framing or a header is malformed."),
+    Kind("not-json", 400, "The body is not valid JSON",
+         "The body, or its JSON part, is no JSON text in UTF-8, or is nested too deeply.",
+         "Send valid JSON. NaN and Infinity are not JSON; binary tensors carry them."),
+    Kind("bad-request", 400, "The request does not follow the protocol",
+         "The JSON is valid, but a field is missing or has the wrong type.",
+         "Correct the field that `detail` names by its path."),
+    Kind("unknown-tensor", 400, "The model has no such tensor",
+         "An input, or an output that is asked for, has a name that the model does not know.",
+         "Use the names that the model's metadata (GET /v2/models/NAME) lists.",
+         ("tensor", "inputs", "outputs")),
+    Kind("duplicate-tensor", 400, "A tensor is named twice",
+         "The same input is given, or the same output is asked for, more than once.",
+         "Name each tensor once.",
+         ("tensor",)),
+    Kind("missing-tensor", 400, "A tensor that the model needs is missing",
+         "An input is not in the request, or has no data.",
+         "Send all inputs that the model's metadata (GET /v2/models/NAME) lists, each with data.",
+         ("tensor",)),
+    Kind("bad-parameter", 400, "A parameter has a value that it cannot have",
+         "A parameter is reserved, not supported here, of the wrong type, or out of its range.",
+         "Leave the parameter out, or give it a value as `detail` describes it.",
+         ("parameter",)),
+    Kind("bad-binary", 400, "The binary part does not match its description",
+         "With the binary tensor extension: the sizes in Inference-Header-Content-Length, "
+         "binary_data_size and the body do not add up, or data is given twice or without its size.",
+         "Send the JSON, then each binary input's bytes in the order of the inputs, and nothing after them.",
+         ("tensor", "inputs", "header_length", "body_bytes", "binary_data_size", "left_bytes",
+          "left_over_bytes")),
+    Kind("bad-encoding", 400, "The body cannot be decompressed",
+         "The body is not one whole stream of the coding that Content-Encoding names.",
+         "Compress the whole body once, or send it as it is and without Content-Encoding."),
+    Kind("duplicate-id", 400, "Two items of a batch have the same id",
+         "Answers of POST /batch are told apart by the items' ids, so each needs its own.",
+         "Give every item an id of its own. No item was run.",
+         ("id",)),
+    Kind("not-batchable", 400, "The request cannot be an item of a batch",
+         "An item of POST /batch has an address, a header or a body that batches do not take: absolute "
+         "addresses, batches in batches, headers beyond a few, binary tensors.",
+         "Send this request on its own; the other items of the batch are not affected.",
+         ("field", "allowed")),
+    # 404, 405: the address
+    Kind("unknown-prediction", 404, "There is no such prediction",
+         "There is no prediction with this id, or none any more, or it is another subject's: finished ones "
+         "are kept for a limited time (kept_s), in limited number and size (kept_predictions, kept_bytes).",
+         "Fetch a prediction soon after it is done, as the subject that made it."),
+    Kind("unknown-version", 404, "The model has no such version",
+         "The model is served here, but not in this version.",
+         "Use the version that `versions` names, or leave it out of the address.",
+         ("model", "version", "versions")),
+    Kind("unknown-model", 404, "There is no such model",
+         "No model of this name is served here.",
+         "Use one of the names in `models`.",
+         ("model", "models")),
+    Kind("not-found", 404, "There is nothing at this address",
+         "The path is none that this server knows.",
+         "Compare the path with the API's description; addresses do not end with a slash."),
+    Kind("method-not-allowed", 405, "This address takes other methods",
+         "The path exists, but not for this method.",
+         "Use a method that the header Allow names.",
+         ("allowed",)),
+    # 409: somebody else's doing
+    Kind("cancelled", 409, "The prediction was cancelled",
+         "While this request waited for its prediction, another one cancelled it (DELETE).",
+         "To have it made after all, send it again with another Idempotency-Key."),
+    # 408, 413, 415, 431: what came, or did not
+    Kind("receive-timeout", 408, "The request did not arrive in time",
+         "The connection was open for a request that did not arrive whole within the server's limit "
+         "(receive_timeout_s); it is closed.",
+         "Send the request at once when it is complete; check the network for a sender that stalls."),
+    Kind("body-too-large", 413, "The body is too large",
+         "The body, as it came or decompressed, has more bytes than the server takes (max_body_bytes).",
+         "Send fewer rows per request, or binary tensors, which are shorter than JSON.",
+         ("body_bytes", "limit_bytes")),
+    Kind("too-many-rows", 413, "The request has more rows than fit the queue",
+         "The request could not be queued even if nobody else waited (max_queue_rows).",
+         "Split it into requests of at most `limit` rows.",
+         ("rows", "limit")),
+    Kind("too-many-items", 413, "The batch has too many items",
+         "POST /batch takes a limited number of items (max_batch_items); this one has more.",
+         "Send them in several calls of at most `limit` items. No item was run.",
+         ("limit",)),
+    Kind("unsupported-encoding", 415, "The body's encoding is not supported",
+         "Content-Encoding names a coding that the server does not know.",
+         "Compress with one of those in `supported`, or not at all.",
+         ("encoding", "supported")),
+    Kind("unsupported-media-type", 415, "The body's type is not supported",
+         "Content-Type, of the body or of a part, is none that this address takes.",
+         "Send one of the types in `supported`. curl sends JSON with `--json`.",
+         ("supported",)),
+    Kind("headers-too-large", 431, "The headers are too large",
+         "The request's line and headers have more bytes than the server reads; the connection is closed.",
+         "Send fewer or shorter headers."),
+    # 422: the request is one, but not for this model
+    Kind("wrong-shape", 422, "A tensor has the wrong shape",
+         "A tensor's shape is not the model's, or its number of rows differs from the other inputs'.",
+         "Send the shape in `expected`, where -1 stands for any size; the first axis counts the rows.",
+         ("tensor", "expected", "actual")),
+    Kind("wrong-datatype", 422, "A tensor has the wrong datatype",
+         "A tensor's datatype is not the one that the model takes.",
+         "Convert the data to the datatype in `expected`; the server never converts silently.",
+         ("tensor", "expected", "actual")),
+    Kind("wrong-data", 422, "A tensor's data does not fit its shape and datatype",
+         "The number of elements or bytes is not what the shape says, a value is out of the datatype's "
+         "range or not finite, or nested rows differ in length.",
+         "Send exactly as many values as the shape says, each of them one that the datatype has.",
+         ("tensor", "datatype", "shape", "expected", "expected_elements", "actual_elements",
+          "expected_bytes", "actual_bytes")),
+    Kind("idempotency-mismatch", 422, "The Idempotency-Key belongs to another request",
+         "The same key came before with another path, query, Content-Type or body.",
+         "Send the very same request again, or use a new key for a new one."),
+    # 429, 5xx: not the request's fault
+    Kind("queue-full", 429, "The queue is full",
+         "As many rows wait for the model as may wait (max_queue_rows); nothing was read or run.",
+         _TRY_LATER + " Fewer callers, or more servers, make it rarer.",
+         ("queued_rows", "limit", "retry_after_ms")),
+    Kind("too-many-predictions", 429, "Too many predictions are unfinished",
+         "The predictions that are kept for clients, and are not finished yet, take up all the room "
+         "(kept_predictions, kept_bytes); nothing was run.",
+         _TRY_LATER + " Without `Prefer: respond-async` and Idempotency-Key nothing has to be kept.",
+         ("limit", "limit_bytes", "retry_after_ms")),
+    Kind("internal", 500, "The server failed",
+         "A defect of the server, which its log describes.",
+         "Report it with the time at which it happened. Sending the request again may work."),
+    Kind("run-failed", 500, "The model failed on this request",
+         "The engine reported an error while it ran this request; other requests of the batch are not "
+         "affected.",
+         "Check the values of the inputs. If they are good, give the operator the `reference`: it stands "
+         "in the server's log beside the engine's message.",
+         ("model", "reference")),
+    Kind("result-too-large", 500, "The answer was too large to be kept",
+         "The prediction was made, but its answer is larger than what may be kept for a client (kept_bytes).",
+         "Ask for fewer outputs, for top_k, or for fewer rows; or wait for the answer without "
+         "`Prefer: respond-async`.",
+         ("body_bytes", "limit_bytes")),
+    Kind("starting", 503, "The model is still being loaded",
+         "The server is up, but this model is not ready yet.",
+         "Wait until GET /v2/models/NAME/ready answers 200, or send it again after Retry-After.",
+         ("model", "retry_after_ms")),
+    Kind("load-failed", 503, "The model could not be loaded",
+         "The model's file could not be opened; the server's log says why. Sending again does not help.",
+         "The operator has to correct the model or its settings and to start the server again.",
+         ("model",)),
+    Kind("draining", 503, "The server is about to stop",
+         "The server answers what it has accepted and takes nothing new; the connection is closed.",
+         "Send the same request to another server, or after Retry-After on a new connection.",
+         ("retry_after_ms",)),
+    Kind("abandoned", 503, "The server stopped before the request was done",
+         "The request was accepted, but not done when the time for stopping (drain_timeout_s) was over.",
+         "Send the same request to another server, or after Retry-After on a new connection.",
+         ("retry_after_ms",)),
+    Kind("engine-dead", 503, "The model's engine is unusable",
+         "The engine has failed for good; only a new server process helps.",
+         "Send the same request to another server; give the operator the `reference` in the log.",
+         ("model", "reference")),
+    Kind("expired", 504, "The request's time limit was over before it could be run",
+         "The request has waited in the queue for as long as its `timeout` says; it was not run.",
+         "Allow more time, send it when fewer others wait, or give it a higher priority.",
+         ("timeout_ms",)),
+)  # fmt: skip

@@ -1,0 +1,89 @@
+"""The whole application in the test's own event loop, through httpx: no sockets, no threads but engines'."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import httpx
+
+import server.model
+from batcher.batcher import Batcher
+from engines.base import Engine
+from engines.errors import EngineError
+from engines.loader import load_engine
+from server.app import build
+from server.asgi import InferRoutes
+from server.core import Core
+from server.settings import ModelSettings, ServerSettings, Settings
+from tests.serving import DEADLINE_S, GatedEngine
+
+
+@dataclass
+class InProcess:
+    """A running application and a client for it."""
+
+    core: Core
+    app: InferRoutes
+    http: httpx.AsyncClient
+
+    def batcher(self, name: str = "gate") -> Batcher:
+        """A loaded model's batcher."""
+        batcher = self.core.models[name].batcher
+        assert batcher is not None
+        return batcher
+
+
+@contextlib.asynccontextmanager
+async def in_process(
+    *models: ModelSettings, engines: Mapping[str, Engine] | None = None, ready: bool = True, **settings: Any
+) -> AsyncIterator[InProcess]:
+    """The application with its lifespan; `engines` by path go before what the files would be loaded with."""
+    fakes = engines or {}
+
+    def load(kind: str, path: str, max_batch_size: int, threads: int | None = None) -> Engine:
+        return fakes.get(path) or load_engine(kind, path, max_batch_size, threads)
+
+    core = Core(Settings(server=ServerSettings(**{"drain_timeout_s": DEADLINE_S, **settings}), models=models))
+    loaded = asyncio.Event()
+    core.on_ready = loaded.set
+
+    def failed(name: str, error: EngineError) -> None:
+        loaded.set()
+
+    core.on_load_failed = failed
+    app = build(core)
+    starlette: Any = app.app
+    # What goes wrong inside must come back as a response, as it does over a socket.
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    with mock.patch.object(server.model, "load_engine", load):
+        async with (
+            starlette.router.lifespan_context(starlette),
+            httpx.AsyncClient(transport=transport, base_url="http://test") as http,
+        ):
+            if ready:
+                async with asyncio.timeout(DEADLINE_S):
+                    await loaded.wait()
+            try:
+                yield InProcess(core, app, http)
+            finally:
+                for engine in fakes.values():
+                    if isinstance(engine, GatedEngine):
+                        engine.may_open.set()
+                        engine.release()
+
+
+@contextlib.asynccontextmanager
+async def gated(
+    *, max_queue_rows: int = 1000, ready: bool = True, engine: GatedEngine | None = None, **settings: Any
+) -> AsyncIterator[tuple[InProcess, GatedEngine]]:
+    """One model, `gate`, whose engine the test holds; batches of at most 4 rows."""
+    engine = engine or GatedEngine()
+    model = ModelSettings(path="gate", max_batch_size=engine.max_batch_size, max_queue_rows=max_queue_rows)
+    async with in_process(model, engines={"gate": engine}, ready=ready, **settings) as running:
+        engine.ran.clear()  # the warm-up's
+        yield running, engine
