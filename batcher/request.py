@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from asyncio import TimerHandle
-
     import numpy as np
 
     from batcher.queue import Group
@@ -17,6 +15,18 @@ if TYPE_CHECKING:
 # One value for each input, in the signature's order: the rows' bytes (C order, little-endian), or
 # for a BYTES tensor the list of its elements.
 Payload = bytes | bytearray | memoryview | list[bytes]
+
+
+class Timer(Protocol):
+    """What is known here of an event loop's timer: packing and policy know no asyncio."""
+
+    def cancel(self) -> None: ...
+
+
+class Timer(Protocol):
+    """What the event loop gives for a call that is to come, asyncio's TimerHandle."""
+
+    def cancel(self) -> None: ...
 
 
 class State(IntEnum):
@@ -109,7 +119,7 @@ class Request:
         self.parts: list[Request] | None = None
         self.priority = 0
         self.timeout_s: float | None = None
-        self.expiry: TimerHandle | None = None
+        self.expiry: Timer | None = None
 
     def done(self) -> None:
         """Give the caller its answer. Must not raise; what it raises is logged and dropped."""

@@ -15,8 +15,9 @@ from starlette.types import ASGIApp
 
 from engines.errors import EngineError
 from server.asgi import InferRoutes
-from server.batch_routes import batch_routes
+from server.batch_routes import BATCH, BatchRoute, batch_routes
 from server.core import Core
+from server.openapi import openapi_routes
 from server.problem_pages import problem_pages
 from server.problems import Problem
 from server.routing import as_response
@@ -51,10 +52,11 @@ def build(core: Core) -> InferRoutes:
             await asyncio.gather(*[model.stop(timeout_s) for model in core.models.values()])
 
     handlers = {HTTPException: _http_error, Exception: _server_error}
-    routes = [*v2_routes(core), *batch_routes(core), *v1_routes(core), *problem_pages()]
+    routes = [*v2_routes(core), *batch_routes(), *v1_routes(core), *problem_pages()]
+    routes += openapi_routes(core)
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     app.router.redirect_slashes = False
-    return InferRoutes(app, core)
+    return InferRoutes(app, core, {BATCH: BatchRoute(core, app)})
 
 
 async def _load(core: Core, name: str) -> None:

@@ -6,6 +6,7 @@ Same handler core as `server.fastpath`, and for requests that the fast path hand
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -22,21 +23,27 @@ _WATCH_AFTER_S = 0.05
 class InferRoutes:
     """Answers POST /v2/models/NAME/infer itself and leaves everything else to `app`.
 
-    Outermost, before the router and its middleware: they cost as much as the whole request.
+    Outermost, before the router and its middleware: they cost as much as the whole request. For the
+    same reason POST requests to the paths in `direct` go to their applications from here.
     """
 
-    def __init__(self, app: ASGIApp, core: Core) -> None:
+    def __init__(self, app: ASGIApp, core: Core, direct: Mapping[str, ASGIApp]) -> None:
         self.app = app
+        self._direct = direct
         self.core = core
         self._paths = {target.decode(): model for target, model in core.infer_targets.items()}
         self._waiting = _Waiting(core)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         model = None
+        app = self.app
         if scope["type"] == "http" and scope["method"] == "POST":
-            model = self._paths.get(scope["path"].removeprefix(scope.get("root_path", "")))
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            model = self._paths.get(path)
+            if model is None:
+                app = self._direct.get(path, app)
         if model is None:
-            await self.app(scope, receive, send)
+            await app(scope, receive, send)
             return
         core = self.core
         reply = None

@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
-from urllib.parse import unquote_to_bytes
 
 from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server.batch_items import SubCall, body_of, check_headers, checked, scope_of
 from server.batch_messages import (
     AnyItem,
     InferItem,
-    Item,
     decode_batch,
     decode_infer_batch,
     encode_batch,
@@ -36,57 +33,61 @@ from server.limits import BodyError, read_body
 from server.model import Model
 from server.problems import Problem
 from server.reply import JSON, Reply
-from server.routing import as_response, problems_answered
 
 log = logging.getLogger("cobatch.batch")
 
-_MODEL = r"/v2/models/[^/]+(?:/versions/[^/]+)?"
-_PREDICTION = r"/v1/predictions/[^/]+"
-# What an item may ask for. Nothing here answers without JSON, or leads to another batch.
-_ALLOWED = (
-    ("POST", re.compile(rf"{_MODEL}/infer|/v1/models/[^/]+/predictions")),
-    ("GET", re.compile(rf"/v2(?:/health/(?:live|ready)|/models/stats)?|{_MODEL}(?:/ready|/config|/stats)?")),
-    ("GET", re.compile(_PREDICTION)),
-    ("DELETE", re.compile(_PREDICTION)),
-)
-_SUMMARY = "infer, predictions, metadata, health, /config and /stats"
-# The item's own headers.
-_ITEM_HEADERS = ("accept", "content-type", "idempotency-key", "prefer")
-# The outer call's headers that hold for each item: who asks, and under which name it is traced.
-_CARRIED = frozenset(
-    (b"authorization", b"cookie", b"host", b"traceparent", b"tracestate", b"user-agent", b"x-api-key",
-     b"x-request-id")
-)  # fmt: skip
-# What the router found out about the outer call.
-_ROUTED = frozenset(("app", "app_root_path", "endpoint", "path_params", "route", "router"))
+BATCH = "/batch"
 
 
-def batch_routes(core: Core) -> list[Route]:
-    """The route, for Starlette."""
-    limit = core.settings.server.max_batch_items
+def batch_routes() -> list[Route]:
+    """The route, for Starlette's 405. `BatchRoute` serves it: the router would cost as much as some items."""
 
-    async def batch(request: Request) -> Response:
-        if core.draining:
-            raise Problem("draining", "the server is about to stop", close=True, retry_after_s=1)
-        headers = dict(request.scope["headers"])
+    async def batch(_: Request) -> Response:
+        raise AssertionError("BatchRoute serves it")
+
+    return [Route(BATCH, batch, methods=["POST"])]
+
+
+class BatchRoute:
+    """POST /batch as ASGI; `app` is the application for the items that are not infer requests."""
+
+    def __init__(self, core: Core, app: ASGIApp) -> None:
+        self._core = core
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body = await read_body(headers, request.receive, core.settings.server.max_body_bytes)
+            reply = await self._reply(scope, receive)
+        except Problem as problem:
+            reply = problem.reply(instance=scope["path"])
+        if reply is not None:
+            start = {"type": "http.response.start", "status": reply.status, "headers": reply.header_list()}
+            await send(start)
+            await send({"type": "http.response.body", "body": b"".join(reply.body)})
+
+    async def _reply(self, scope: Scope, receive: Receive) -> Reply | None:
+        """The answer, None when the client has left. Raises Problem."""
+        settings = self._core.settings.server
+        if self._core.draining:
+            raise Problem("draining", "the server is about to stop", close=True, retry_after_s=1)
+        headers = dict(scope["headers"])
+        try:
+            body = await read_body(headers, receive, settings.max_body_bytes)
         except BodyError as error:
             if error.problem is None:
-                return Response(status_code=499)  # nobody is there to read it
+                return None
             raise error.problem from None
-        call = _Call(core, request.app, request.scope, *_parse(core, body, limit))
-        replies = await call.answers(request.receive)
+        call = _Call(self._core, self._app, scope, *_parse(self._core, body, settings.max_batch_items))
+        replies = await call.answers(receive)
         if replies is None:
-            return Response(status_code=499)
+            return None
         closing = any(reply.close for reply in replies)
         reply = Reply(200, JSON, (encode_batch(call.items, replies),), close=closing)
         coding = choose(headers.get(b"accept-encoding", b""))
-        if coding is not None and reply.length >= core.settings.server.compress_min_bytes:
+        if coding is not None and reply.length >= settings.compress_min_bytes:
+            # In a thread: it would hold up everybody else.
             reply = await asyncio.to_thread(compress, reply, coding)
-        return as_response(reply)
-
-    return [Route("/batch", problems_answered(batch), methods=["POST"])]
+        return reply
 
 
 # For each item the model that it is for, None where that takes a closer look.
@@ -174,7 +175,7 @@ class _Call:
         if type(item) is InferItem and item.message is not UNSET:
             request = self._core.infer_message(model, item.message, reply)
         else:
-            request = self._core.infer(model, _body_of(item), None, reply)
+            request = self._core.infer(model, body_of(item), None, reply)
         if request is None:
             return
         for _, binary in request.wants:
@@ -188,8 +189,8 @@ class _Call:
     def _start_unusual(self, index: int, item: AnyItem) -> None:
         try:
             if item.headers:
-                _check_headers(item.headers)
-            path, query = _checked(item)
+                check_headers(item.headers)
+            path, query = checked(item)
         except Problem as problem:
             self._answer(index, problem.reply(instance=item.url))
             return
@@ -201,78 +202,10 @@ class _Call:
             self._tasks.append(asyncio.create_task(through))
 
     async def _through_app(self, index: int, item: AnyItem, path: str, query: bytes) -> None:
-        sub_call = _SubCall(_body_of(item))
-        own = {b"content-type": JSON} if sub_call.body else {}
-        own |= {name.lower().encode(): value.encode() for name, value in (item.headers or {}).items()}
-        own[b"content-length"] = b"%d" % len(sub_call.body)
-        carried = [header for header in self._scope["headers"] if header[0] in _CARRIED]
-        scope = {key: value for key, value in self._scope.items() if key not in _ROUTED}
-        path = scope.get("root_path", "") + path
-        scope |= {"method": item.method, "path": path, "raw_path": path.encode(), "query_string": query}
-        scope["headers"] = carried + list(own.items())
+        sub_call = SubCall(body_of(item))
+        scope = scope_of(item, path, query, sub_call.body, self._scope)
         try:
             await self._app(scope, sub_call.receive, sub_call.send)
         except Exception:
             log.exception("an item of a batch failed: %s %s", item.method, path)
         self._answer(index, sub_call.reply())
-
-
-class _SubCall:
-    """What stands for the connection of an item that goes through the application."""
-
-    def __init__(self, body: bytes) -> None:
-        self.body = body
-        self._sent = False
-        self._start: Message | None = None
-        self._pieces: list[bytes] = []
-
-    async def receive(self) -> Message:
-        """The body; after that nothing, for when the client leaves the task is cancelled."""
-        if self._sent:
-            await asyncio.get_running_loop().create_future()
-        self._sent = True
-        return {"type": "http.request", "body": self.body, "more_body": False}
-
-    async def send(self, message: Message) -> None:
-        """Keep a piece of the answer."""
-        if message["type"] == "http.response.start":
-            self._start = message
-        elif message["type"] == "http.response.body":
-            self._pieces.append(message.get("body", b""))
-
-    def reply(self) -> Reply:
-        """The answer, once the application is done."""
-        if self._start is None:
-            return Problem("internal", "the server failed on this request; its log says why").reply()
-        headers: dict[bytes, bytes] = dict(self._start["headers"])
-        kind = headers.pop(b"content-type", JSON)
-        return Reply(self._start["status"], kind, self._pieces, headers=tuple(headers.items()))
-
-
-def _body_of(item: AnyItem) -> bytes:
-    return bytes(item.body) if isinstance(item, Item) else b""
-
-
-def _checked(item: AnyItem) -> tuple[str, bytes]:
-    """The item's path, unquoted, and its query, if it is one that a batch may ask for. Raises Problem."""
-    target, _, query = item.url.partition("?")
-    path = unquote_to_bytes(target).decode(errors="replace")
-    methods = [method for method, pattern in _ALLOWED if pattern.fullmatch(path)]
-    if not methods:
-        detail = f"{item.url!r} cannot be asked for in a batch, only {_SUMMARY}"
-        raise Problem("not-batchable", detail, field="url")
-    if item.method not in methods:
-        detail = f"in a batch, {path} takes {', '.join(methods)}, got {item.method}"
-        raise Problem("method-not-allowed", detail, allowed=methods)
-    return path, query.encode()
-
-
-def _check_headers(headers: dict[str, Any]) -> None:
-    """Raises Problem for a header that would be ignored, or not mean what it says."""
-    for name, value in headers.items():
-        if name.lower() not in _ITEM_HEADERS:
-            detail = f"an item cannot have the header {name!r}"
-            raise Problem("not-batchable", detail, field="headers", allowed=list(_ITEM_HEADERS))
-        if name.lower() == "content-type" and value.partition(";")[0].strip().lower() != "application/json":
-            detail = f"an item's body is JSON, not {value!r}"
-            raise Problem("not-batchable", detail, field="headers", allowed=["application/json"])

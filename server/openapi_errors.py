@@ -1,4 +1,4 @@
-"""What goes wrong, for the API's description: an example of each kind of problem, and answers made of them."""
+"""What goes wrong, for the API's description: an example of each kind, and answers made of them."""
 
 from __future__ import annotations
 
@@ -85,7 +85,10 @@ _EXAMPLES: dict[str, tuple[str, Json]] = {
         {"tensor": "x", "datatype": "FP32", "shape": [1, 3], "expected_elements": 3, "actual_elements": 2},
     ),
     "idempotency-mismatch": ("the Idempotency-Key came with another request before", {}),
-    "queue-full": ("1024 rows wait, the limit is 1024", {"queued_rows": 1024, "limit": 1024, "retry_after_s": 1}),
+    "queue-full": (
+        "1024 rows wait, the limit is 1024",
+        {"queued_rows": 1024, "limit": 1024, "retry_after_s": 1},
+    ),
     "too-many-predictions": (
         "1000 kept predictions with 4096000 bytes are not finished yet",
         {"limit": 1000, "limit_bytes": 268_435_456, "retry_after_s": 1},
@@ -102,7 +105,7 @@ _EXAMPLES: dict[str, tuple[str, Json]] = {
     "abandoned": ("the server stopped before the request was done", {"retry_after_s": 1}),
     "engine-dead": ("the engine of model 'scores' is unusable", _REFERENCE),
     "expired": ("the request waited 5 ms and was not run", {"timeout_ms": 5.0}),
-}  # fmt: skip
+}
 
 
 def problem_examples() -> Json:

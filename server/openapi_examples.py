@@ -13,11 +13,12 @@ from typing import Any
 import msgspec
 
 from engines.base import Signature, TensorSpec
-from server.v1_encode import dtype_name
 
 Json = dict[str, Any]
 # A model whose row is longer has no example: nobody would read it.
 _MOST_ELEMENTS = 4096
+# Where NumPy's name of what carries a datatype is not the datatype's.
+_DTYPES = {"BYTES": "bytes", "BF16": "bfloat16"}
 
 
 def has_example(signature: Signature) -> bool:
@@ -79,7 +80,11 @@ def prediction_answer(model: str, signature: Signature) -> Json:
         "status": "completed",
         "model": model,
         "outputs": {
-            spec.name: {"dtype": dtype_name(spec), "shape": [1, *_row(spec)], "data": _zeros(spec)}
+            spec.name: {
+                "dtype": _DTYPES.get(spec.datatype, spec.dtype.name),
+                "shape": [1, *_row(spec)],
+                "data": _zeros(spec),
+            }
             for spec in signature.outputs
         },
         "usage": {"rows": 1, "batch_rows": 16, "queue_us": 213, "compute_us": 1480},

@@ -49,8 +49,8 @@ def schemas(signatures: Signatures) -> Json:
 
 
 def _batch() -> Any:
-    item = _shown(batch_messages.Item, "BatchItem", body=_ANY_JSON)
-    fields = [("requests", list[item])]
+    item: Any = _shown(batch_messages.Item, "BatchItem", body=_ANY_JSON)
+    fields: list[Any] = [("requests", list.__class_getitem__(item))]
     namespace = {"__doc__": "Requests, each of which is answered by itself."}
     return msgspec.defstruct("BatchRequest", fields, forbid_unknown_fields=True, namespace=namespace)
 

@@ -70,6 +70,7 @@ class Decoder:
         self._row_shapes: RowShapes = tuple(spec.shape for spec in signature.inputs)
         # None equals no shape: one that says -1, as the signature does, must not look like a quick match.
         self._row_lists = [None if -1 in spec.shape else list(spec.shape) for spec in signature.inputs]
+        self._one_row = [1, *self._row_shapes[0]] if self._fixed and len(self._specs) == 1 else None
         self._outputs = {spec.name: index for index, spec in enumerate(signature.outputs)}
         self._all_json: Wants = tuple((index, False) for index in range(len(signature.outputs)))
         self._all_binary: Wants = tuple((index, True) for index in range(len(signature.outputs)))
@@ -97,6 +98,18 @@ class Decoder:
 
     def decode_message(self, message: InferMessage) -> Decoded:
         """The same for a message without binary tail that somebody else has parsed. Raises Problem."""
+        if message.parameters is None and message.outputs is None and len(message.inputs) == 1:
+            # One row for a model with one input, spelled out: in a batch call there are many of these.
+            (tensor,) = message.inputs
+            spec = self._specs[0]
+            if (
+                tensor.shape == self._one_row
+                and tensor.name == spec.name
+                and tensor.datatype == spec.datatype
+                and tensor.parameters is None
+            ):
+                payload = self.readers[0].read(tensor.data, tensor.shape, spec.row_elements)
+                return Decoded(1, self._row_shapes, (payload,), message.id, self._all_json)
         return self._decoded(message, *self._inputs(message, None, None))
 
     def _decode_large(self, body: Body) -> Decoded | None:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 from hypothesis import strategies as st
 
 from batcher.request import Batch, Request, State
@@ -132,9 +133,14 @@ class Run:
     """A batch as the worker got it, and what came of it."""
 
     requests: tuple[Request, ...]
+    poisoned: int
     reason: str
-    at_s: float
     error: EngineError | None = None
+
+
+def _is_poisoned(request: Request) -> bool:
+    (payload,) = request.payloads
+    return bool(len(payload)) and POISON in np.frombuffer(payload, np.int64)  # type: ignore[arg-type]
 
 
 class ScriptedWorker:
@@ -160,7 +166,8 @@ class ScriptedWorker:
         assert {request.row_shapes for request in batch.requests} == {job.row_shapes}
         assert job.slot not in self.engine.taken
         self.engine.taken.add(job.slot)
-        entry = Run(tuple(batch.requests), batch.reason, asyncio.get_running_loop().time())
+        poisoned = sum(_is_poisoned(request) for request in batch.requests)
+        entry = Run(tuple(batch.requests), poisoned, batch.reason)
         self.runs.append(entry)
         self._jobs.append((job, entry))
         if len(self._jobs) == 1:

@@ -14,8 +14,8 @@ from engines.base import RowShapes, Signature, TensorSpec
 from server.settings import ModelSettings
 from tests import models, serving
 from tests.serving import Answer, GatedEngine, Served, post
-from tests.wire import ONNX_TYPES
 from tests.virtual import Array
+from tests.wire import ONNX_TYPES
 
 
 class Bf16Engine(GatedEngine):

@@ -249,11 +249,11 @@ def test_binary_truth_is_0_or_1(served: Served) -> None:
 
 
 def test_strings_must_be_text_where_the_model_needs_text(served: Served) -> None:
-    """ONNX Runtime's strings are UTF-8, which it finds out itself; what is not harms no other caller."""
+    """ONNX Runtime's strings are UTF-8."""
     tail = struct.pack("<I", 2) + b"\xff\xfe"
     message = {"inputs": [tensor("x", "BYTES", [1, 1], binary_data_size=6)]}
     answer = infer(served, "same-BYTES", message, tail=tail)
-    assert (answer.status, answer.slug) == (500, "run-failed")
+    assert (answer.status, answer.slug) == (422, "wrong-data")
     assert data_of(infer(served, "same-BYTES", {"inputs": [tensor("x", "BYTES", [1, 1], ["a"])]})) == ["a"]
 
 

@@ -1,0 +1,214 @@
+"""GET /docs: the OpenAPI document as one page of HTML. No script, nothing from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import shlex
+from html import escape
+from typing import Any
+
+from server.docs_style import STYLE
+
+Json = dict[str, Any]
+
+_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+_POLICY = (
+    f"default-src 'none'; style-src 'sha256-{_HASH}'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+HEADERS = (
+    (b"content-security-policy", _POLICY.encode()),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+)
+# Longer examples are cut: they are there to be read.
+_MOST_SHOWN = 1200
+
+
+def render(document: Json) -> str:
+    """The whole page."""
+    info = document["info"]
+    title = f"{info['title']} {info['version']}"
+    groups = [_group(document, tag) for tag in document["tags"]]
+    schemas = [_schema(name, schema) for name, schema in document["components"]["schemas"].items()]
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}: API</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{STYLE}</style></head>\n<body>"
+        '<a class="skip" href="#main">To the content</a>\n'
+        f"{_navigation(document)}\n"
+        f'<main id="main"><h1>{escape(title)}</h1><p>{_text(info["description"])}</p>'
+        '<p>This page is <a href="openapi.json">openapi.json</a> for people; '
+        'all <a href="problems">problems</a> have pages of their own. In the commands, '
+        "<code>$URL</code> is where the server is: <code>URL=http://127.0.0.1:8000</code>.</p>\n"
+        f'{"".join(groups)}\n<h2 id="schemas">Schemas</h2>{"".join(schemas)}</main></body></html>\n'
+    )
+
+
+def _operations(document: Json, tag: str) -> list[tuple[str, str, Json]]:
+    return [
+        (path, method, operation)
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+        if tag in operation["tags"]
+    ]
+
+
+def _navigation(document: Json) -> str:
+    parts = ['<nav aria-label="Operations">']
+    for tag in document["tags"]:
+        items = "".join(
+            f'<li><a href="#{operation["operationId"]}"><span class="m {method}">{method.upper()}</span>'
+            f"<span>{escape(operation['summary'])}{_variant(path)}</span></a></li>"
+            for path, method, operation in _operations(document, tag["name"])
+        )
+        parts.append(f"<strong>{escape(tag['name'])}</strong><ul>{items}</ul>")
+    return "".join([*parts, '<a href="#schemas">Schemas</a></nav>'])
+
+
+def _variant(path: str) -> str:
+    return " (version)" if "{version}" in path else ""
+
+
+def _group(document: Json, tag: Json) -> str:
+    operations = [_operation(document, *each) for each in _operations(document, tag["name"])]
+    about = f'<h2>{escape(tag["name"])}</h2><p class="soft">{_text(tag["description"])}</p>'
+    return about + "".join(operations)
+
+
+def _operation(document: Json, path: str, method: str, operation: Json) -> str:
+    id_ = operation["operationId"]
+    parts = [
+        f'<section class="op" id="{id_}"><h3><span class="m {method}">{method.upper()}</span>',
+        f'<a href="#{id_}"><code>{escape(path)}</code></a></h3>',
+        f"<p><b>{escape(operation['summary'])}.</b> {_text(operation['description'])}</p>",
+    ]
+    parameters = operation.get("parameters", [])
+    if parameters:
+        parts.append(f"<h4>Parameters</h4><dl>{''.join(map(_parameter, parameters))}</dl>")
+    for media, content in operation.get("requestBody", {}).get("content", {}).items():
+        parts.append(f"<h4>Body: <code>{media}</code></h4><p>{_type(content['schema'])}</p>")
+        examples = content.get("examples", {}).values()
+        parts += [_example(path, operation, media, example) for example in examples]
+    good = {status: one for status, one in operation["responses"].items() if status < "300"}
+    bad = {status: one for status, one in operation["responses"].items() if status >= "300"}
+    parts += [_response(status, one) for status, one in good.items()]
+    parts.append(f"<h4>Otherwise</h4><dl>{''.join(_refusal(*each) for each in bad.items())}</dl>")
+    return "".join([*parts, "</section>\n"])
+
+
+def _parameter(parameter: Json) -> str:
+    need = "" if parameter.get("required") else ", optional"
+    return (
+        f'<dt><code>{escape(parameter["name"])}</code> <span class="soft">{parameter["in"]}{need}</span></dt>'
+        f'<dd>{_text(parameter["description"])} <span class="soft">{_type(parameter["schema"])}</span></dd>'
+    )
+
+
+def _example(path: str, operation: Json, media: str, example: Json) -> str:
+    """A request as a command, where a command line can hold it."""
+    value = example["value"]
+    for parameter in operation.get("parameters", []):
+        if parameter["in"] == "path":
+            path = path.replace(f"{{{parameter['name']}}}", str(parameter.get("example", "")))
+    if media == "application/json":
+        body = f"--json {shlex.quote(_json(value))}"
+    elif media == "multipart/form-data":
+        body = " \\\n  ".join(f"-F {shlex.quote(f'{name}={_json(part)}')}" for name, part in value.items())
+    else:
+        lines = "".join(f"\n{name}: {text}" for name, text in example.get("x-headers", {}).items())
+        shown = f"Content-Type: {media}{lines}\n\n{json.dumps(value, ensure_ascii=False)}"
+        return _details(example["summary"], shown)
+    return _details(example["summary"], f"curl $URL{path} \\\n  {body}")
+
+
+def _response(status: str, response: Json) -> str:
+    parts = [f"<h4>Answer {status}</h4><p>{_text(response['description'])}</p>"]
+    for media, content in response["content"].items():
+        parts.append(f"<p><code>{media}</code>: {_type(content['schema'])}</p>")
+        if "example" in content:
+            parts.append(_details("Example", _json(content["example"])))
+    if "headers" in response:
+        names = ", ".join(f"<code>{escape(name)}</code>" for name in response["headers"])
+        parts.append(f"<p>Headers: {names}</p>")
+    return "".join(parts)
+
+
+def _refusal(status: str, response: Json) -> str:
+    examples = response["content"].get("application/problem+json", {}).get("examples", {})
+    kinds = ", ".join(f'<a href="problems/{slug}"><code>{slug}</code></a>' for slug in examples)
+    own = response["content"].get("application/json")
+    body = f"{_type(own['schema'])} or " if own else ""
+    return f"<dt>{status}</dt><dd>{body}{kinds}</dd>"
+
+
+def _details(summary: str, text: str) -> str:
+    if len(text) > _MOST_SHOWN:
+        text = text[:_MOST_SHOWN] + " ..."
+    # What can be scrolled must be reachable by keyboard.
+    body = f'<pre tabindex="0"><code>{escape(text)}</code></pre>'
+    return f"<details><summary>{escape(summary)}</summary>{body}</details>"
+
+
+def _schema(name: str, schema: Json) -> str:
+    head = f'<section class="schema" id="schema-{name}"><h3><a href="#schema-{name}">{name}</a></h3>'
+    required = schema.get("required", [])
+    fields = "".join(
+        f'<dt><code>{escape(field)}</code> <span class="soft">{_type(one)}'
+        f"{'' if field in required else ', optional'}</span></dt>"
+        f"<dd>{_text(one.get('description', ''))}</dd>"
+        for field, one in schema.get("properties", {}).items()
+    )
+    return f"{head}<p>{_text(schema.get('description', ''))}</p><dl>{fields}</dl></section>\n"
+
+
+def _type(schema: Json) -> str:
+    """A schema in a few words, as HTML."""
+    match schema:
+        case {"$ref": target}:
+            name = target.rpartition("/")[2]
+            return f'<a href="#schema-{name}">{name}</a>'
+        case {"anyOf": options}:
+            return " or ".join(_titled(option) for option in options)
+        case {"allOf": [first, *_]}:
+            return _type(first)
+        case {"enum": values}:
+            return "one of " + ", ".join(f"<code>{escape(str(value))}</code>" for value in values)
+        case {"const": value}:
+            return f"<code>{escape(str(value))}</code>"
+        case {"type": "array", "items": items}:
+            return f"list of {_titled(items)}"
+        case {"type": "object", "additionalProperties": dict(values)}:
+            return f"map of {_titled(values)}"
+        case {"type": "object", "properties": dict(fields)} if fields:
+            return ", ".join(f"<code>{escape(name)}</code>: {_titled(one)}" for name, one in fields.items())
+        case {"format": "binary"}:
+            return "bytes"
+        case {"type": kind}:
+            return escape(kind if isinstance(kind, str) else " or ".join(kind)) + _range(schema)
+        case _:
+            return "anything"
+
+
+def _titled(schema: Json) -> str:
+    title = schema.get("title")
+    return escape(title) if title else _type(schema)
+
+
+def _range(schema: Json) -> str:
+    words = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most"}
+    limits = [f"{words[key]} {schema[key]}" for key in words if key in schema]
+    return f" ({', '.join(limits)})" if limits else ""
+
+
+def _text(text: str) -> str:
+    """Text with `code` in it, as HTML."""
+    pieces = escape(text).split("`")
+    return "".join(f"<code>{piece}</code>" if odd % 2 else piece for odd, piece in enumerate(pieces))
+
+
+def _json(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) < 80 else json.dumps(value, ensure_ascii=False, indent=2)

@@ -1,0 +1,27 @@
+"""The served models as the API's description needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from engines.base import Signature
+from server import openapi_examples as examples
+from server.core import Core
+from server.model import Model
+
+
+class Described:
+    """The served models as the description needs them: all their names, and those that are loaded."""
+
+    def __init__(self, core: Core) -> None:
+        self.names = list(core.models)
+        self.all: list[Model] = list(core.models.values())
+        self.loaded: list[Model] = [model for model in self.all if model.batcher is not None]
+        self.signatures: Mapping[str, Signature] = {
+            model.name: model.engine_worker.engine.signature for model in self.loaded
+        }
+
+    @property
+    def shown(self) -> Model | None:
+        """The model that examples of answers are of."""
+        return next((one for one in self.loaded if examples.has_example(self.signatures[one.name])), None)

@@ -1,0 +1,211 @@
+"""What the operations of the API's description are made of: parameters, headers, bodies, answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from engines.base import Signature
+from server import openapi_examples as examples
+from server.openapi_errors import problem_responses
+from server.openapi_schemas import ref
+
+Json = dict[str, Any]
+JSON = "application/json"
+OCTETS = "application/octet-stream"
+
+HEADERS: Json = {
+    "Server-Timing": {
+        "description": "Milliseconds in the queue and in the engine, and the rows of the batch.",
+        "schema": {"type": "string"},
+        "example": "queue;dur=0.213, compute;dur=1.480, batch;desc=16",
+    },
+    "Inference-Header-Content-Length": {
+        "description": "Where outputs are binary: bytes of the JSON before them.",
+        "schema": {"type": "string", "pattern": "^[0-9]+$"},
+        "example": "156",
+    },
+    "Retry-After": {
+        "description": "When to try again, in seconds; `retry_after_ms` in the body is more exact.",
+        "schema": {"type": "string", "pattern": "^[0-9]+$"},
+        "example": "1",
+    },
+    "Allow": {
+        "description": "The methods that there are at this address.",
+        "required": True,
+        "schema": {"type": "string"},
+        "example": "GET, HEAD",
+    },
+    "Location": {
+        "description": "Where the prediction is.",
+        "required": True,
+        "schema": {"type": "string"},
+        "example": "/v1/predictions/kQ0vR1mXbq8sWc3LtZ5dYg6h",
+    },
+    "Preference-Applied": {
+        "description": "Which preference was honoured (RFC 7240).",
+        "schema": {"type": "string"},
+        "example": "respond-async",
+    },
+    "Content-Encoding": {
+        "description": "How a large answer is compressed, if Accept-Encoding permits it.",
+        "schema": {"enum": ["gzip", "deflate"]},
+        "example": "gzip",
+    },
+    "Cache-Control": {
+        "description": "A prediction moves on, and is its maker's alone.",
+        "schema": {"const": "no-store"},
+        "example": "no-store",
+    },
+}
+
+ACCEPT_ENCODING: Json = {
+    "name": "Accept-Encoding",
+    "in": "header",
+    "description": "gzip and deflate are there for answers of some size (`compress_min_bytes`).",
+    "schema": {"type": "string"},
+    "example": "gzip",
+}
+JSON_LENGTH: Json = {
+    "name": "Inference-Header-Content-Length",
+    "in": "header",
+    "description": (
+        "With binary tensors in the request: bytes of the JSON before them. 0: the body is one row of the "
+        "model's only input, and nothing else; all outputs are binary then."
+    ),
+    "schema": {"type": "integer", "minimum": 0, "maximum": 10**18 - 1},
+}
+IDEMPOTENCY_KEY: Json = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "description": (
+        "Any text of your own. The same request with the same key, from the same caller, while its "
+        "prediction is kept, joins that prediction; another request with it is refused."
+    ),
+    "schema": {"type": "string", "pattern": "^[ -~]{1,255}$"},
+}
+
+
+def prefer(text: str, example: str) -> Json:
+    """The header Prefer (RFC 7240); what is not understood is passed over."""
+    return {
+        "name": "Prefer",
+        "in": "header",
+        "description": text,
+        "schema": {"type": "string"},
+        "examples": {example: {"value": example}},
+    }
+
+
+def in_path(name: str, text: str, values: Sequence[str] = (), example: str | None = None) -> Json:
+    """A part of the path; `values` are all that there are."""
+    schema: Json = {"type": "string", "minLength": 1}
+    if values:
+        schema["enum"] = list(values)
+    found: Json = {"name": name, "in": "path", "required": True, "description": text, "schema": schema}
+    return found | ({"example": example or values[0]} if example or values else {})
+
+
+def header_refs(*names: str) -> Json:
+    """References to headers of the answers."""
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+
+
+def answer(description: str, schema: Json | str, example: Any = None, *headers: str) -> Json:
+    """A JSON answer; a text names its schema."""
+    media: Json = {"schema": ref(schema) if isinstance(schema, str) else schema}
+    if example is not None:
+        media["example"] = example
+    response: Json = {"description": description, "content": {JSON: media}}
+    return response | ({"headers": header_refs(*headers)} if headers else {})
+
+
+def operation(
+    id_: str,
+    tag: str,
+    summary: str,
+    description: str,
+    answers: Mapping[str, Json],
+    *,
+    problems: Iterable[str] = (),
+    parameters: Sequence[Json] = (),
+    body: Json | None = None,
+) -> Json:
+    """An operation with the answers of its own, and those that say what went wrong."""
+    responses = dict(answers)
+    for status, problem in problem_responses(problems).items():
+        given = responses.get(status)
+        if given is None:
+            responses[status] = problem
+        else:
+            # One status with a body of its own, or a problem.
+            content = given["content"] | problem["content"]
+            text = f"{given['description']} Or: {problem['description']}"
+            responses[status] = problem | {"description": text, "content": content}
+    made: Json = {"operationId": id_, "tags": [tag], "summary": summary, "description": description}
+    if parameters:
+        made["parameters"] = list(parameters)
+    if body is not None:
+        made["requestBody"] = {"required": True, "content": body}
+    return made | {"responses": dict(sorted(responses.items()))}
+
+
+def example(summary: str, value: Any, **headers: str) -> Json:
+    """A request's example; `headers` are those that go with it, beyond the content type."""
+    more = {"x-headers": {name.replace("_", "-"): text for name, text in headers.items()}} if headers else {}
+    return {"summary": summary, "value": value} | more
+
+
+def infer_body(signatures: Mapping[str, Signature]) -> Json:
+    """The content of an infer request."""
+    texts: Json = {}
+    binaries: Json = {}
+    for name, signature in signatures.items():
+        if not examples.has_example(signature):
+            continue
+        if (message := examples.infer_json(signature)) is not None:
+            texts[name] = example(f"One row for {name}", message)
+        binary, length = examples.infer_binary(signature)
+        headers = {"Inference_Header_Content_Length": str(length)}
+        binaries[name] = example(f"One row for {name}: JSON, then its bytes", binary, **headers)
+        if (raw := examples.raw_tensor(signature)) is not None:
+            headers = {"Inference_Header_Content_Length": "0"}
+            binaries[f"{name}-raw"] = example(f"One row for {name} as bytes alone", raw, **headers)
+    return {
+        JSON: {"schema": ref("InferRequest")} | ({"examples": texts} if texts else {}),
+        OCTETS: {"schema": {"type": "string", "format": "binary"}}
+        | ({"examples": binaries} if binaries else {}),
+    }
+
+
+def prediction_body(signatures: Mapping[str, Signature]) -> Json:
+    """The content of a prediction's request."""
+    shown = {name: one for name, one in signatures.items() if examples.has_example(one)}
+    tensors = {
+        name: example(f"One row for {name} as bytes alone", raw)
+        for name, one in shown.items()
+        if (raw := examples.raw_tensor(one)) is not None
+    }
+    content: dict[str, tuple[Json, Json]] = {
+        JSON: (
+            ref("PredictionRequest"),
+            {name: example(f"One row for {name}", examples.prediction(one)) for name, one in shown.items()},
+        ),
+        "multipart/form-data": (
+            _form_schema(signatures),
+            {name: example(f"One row for {name}", examples.form(one)) for name, one in shown.items()},
+        ),
+        OCTETS: ({"type": "string", "format": "binary"}, tensors),
+        "application/x-npy": ({"type": "string", "format": "binary"}, {}),
+    }
+    return {
+        media: {"schema": schema} | ({"examples": found} if found else {})
+        for media, (schema, found) in content.items()
+    }
+
+
+def _form_schema(signatures: Mapping[str, Signature]) -> Json:
+    inputs = {spec.name for one in signatures.values() for spec in one.inputs}
+    text = "nested lists in JSON, or with its own Content-Type raw bytes or a .npy file"
+    parts: Json = {name: {"type": "array", "description": text} for name in sorted(inputs)}
+    return {"type": "object", "properties": parts | {"request": ref("FormOptions")}}
