@@ -23,12 +23,6 @@ class Timer(Protocol):
     def cancel(self) -> None: ...
 
 
-class Timer(Protocol):
-    """What the event loop gives for a call that is to come, asyncio's TimerHandle."""
-
-    def cancel(self) -> None: ...
-
-
 class State(IntEnum):
     """A request's life; it only ever moves down this list, and ends in one of the last two."""
 

@@ -2,8 +2,9 @@
 
 Uvicorn's httptools protocol stays in charge: parsing, pipelining, the ASGI cycle, keep-alive. Added are
 
-* limits in time and size: a request must arrive whole within `receive_timeout_s`, its headers must not
-  be endless, and a client that sends faster than it is answered is not read until it is;
+* limits in time and size: a request must arrive whole within `receive_timeout_s`, a client must take
+  some of its answer in that time, headers must not be endless, and a client that sends faster than it
+  is answered is not read until it is;
 * order at the end: whatever ends a connection (bad bytes, a limit, the server's stop), the requests
   before it are answered first, and then the client is told why, once and in the table's words.
 
@@ -72,6 +73,8 @@ class Connection(HttpToolsProtocol):
         # The last thing to write, once what was asked before is answered.
         self._farewell: Reply | None = None
         self._since_s = time.monotonic()
+        self._unsent = 0
+        self._unsent_since_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
     # Its life
@@ -92,9 +95,14 @@ class Connection(HttpToolsProtocol):
 
     def _tick(self) -> None:
         """Close the connection if it has been idle, or receiving one request, for too long."""
-        if self.transport.is_closing():
-            return
         settings = self.core.settings.server
+        if self._is_stuck(settings.receive_timeout_s):
+            self.transport.abort()
+            return
+        if self.transport.is_closing():
+            # It closes when its last answer is taken, or when it is found stuck.
+            self._timer = self.loop.call_later(settings.receive_timeout_s, self._tick)
+            return
         if self._owes_answer():
             limit_s = left_s = settings.receive_timeout_s
         else:
@@ -112,6 +120,15 @@ class Connection(HttpToolsProtocol):
                 Problem("receive-timeout", f"the request did not arrive within {limit_s:g} s", close=True)
             )
         self.transport.close()
+
+    def _is_stuck(self, limit_s: float) -> bool:
+        """Whether the client has not taken a byte of what is to be sent for so long."""
+        unsent = self.transport.get_write_buffer_size()
+        now_s = time.monotonic()
+        if unsent == 0 or unsent != self._unsent:
+            self._unsent = unsent
+            self._unsent_since_s = now_s
+        return unsent > 0 and now_s - self._unsent_since_s >= limit_s
 
     def shutdown(self) -> None:
         """The server stops: what was asked is answered; what has not been asked in full is refused."""
@@ -174,6 +191,8 @@ class Connection(HttpToolsProtocol):
         self.expect_100_continue = expect
         before = self.cycle
         super().on_headers_complete()
+        # The scope has the list. Trailers come through the same callback and are no headers.
+        self.headers = []
         if len(self.pipeline) == 1:
             self.ahead = before
         if self.parser.should_upgrade():

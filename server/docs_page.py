@@ -10,6 +10,7 @@ from html import escape
 from typing import Any
 
 from server.docs_style import STYLE
+from server.openapi_errors import ANYWHERE
 
 Json = dict[str, Any]
 
@@ -25,6 +26,7 @@ HEADERS = (
 )
 # Longer examples are cut: they are there to be read.
 _MOST_SHOWN = 1200
+_WIDTH = 76
 
 
 def render(document: Json) -> str:
@@ -40,6 +42,7 @@ def render(document: Json) -> str:
         '<a class="skip" href="#main">To the content</a>\n'
         f"{_navigation(document)}\n"
         f'<main id="main"><h1>{escape(title)}</h1><p>{_text(info["description"])}</p>'
+        f"<p>On any path: {', '.join(map(_kind, ANYWHERE))}.</p>"
         '<p>This page is <a href="openapi.json">openapi.json</a> for people; '
         'all <a href="problems">problems</a> have pages of their own. In the commands, '
         "<code>$URL</code> is where the server is: <code>URL=http://127.0.0.1:8000</code>.</p>\n"
@@ -52,7 +55,17 @@ def _operations(document: Json, tag: str) -> list[tuple[str, str, Json]]:
         (path, method, operation)
         for path, methods in document["paths"].items()
         for method, operation in methods.items()
-        if tag in operation["tags"]
+        if tag in operation["tags"] and "x-twin-of" not in operation
+    ]
+
+
+def _twins(document: Json, id_: str) -> list[str]:
+    """Other paths of the same operation."""
+    return [
+        path
+        for path, methods in document["paths"].items()
+        for operation in methods.values()
+        if operation.get("x-twin-of") == id_
     ]
 
 
@@ -61,15 +74,11 @@ def _navigation(document: Json) -> str:
     for tag in document["tags"]:
         items = "".join(
             f'<li><a href="#{operation["operationId"]}"><span class="m {method}">{method.upper()}</span>'
-            f"<span>{escape(operation['summary'])}{_variant(path)}</span></a></li>"
-            for path, method, operation in _operations(document, tag["name"])
+            f"<span>{escape(operation['summary'])}</span></a></li>"
+            for _, method, operation in _operations(document, tag["name"])
         )
         parts.append(f"<strong>{escape(tag['name'])}</strong><ul>{items}</ul>")
     return "".join([*parts, '<a href="#schemas">Schemas</a></nav>'])
-
-
-def _variant(path: str) -> str:
-    return " (version)" if "{version}" in path else ""
 
 
 def _group(document: Json, tag: Json) -> str:
@@ -83,20 +92,27 @@ def _operation(document: Json, path: str, method: str, operation: Json) -> str:
     parts = [
         f'<section class="op" id="{id_}"><h3><span class="m {method}">{method.upper()}</span>',
         f'<a href="#{id_}"><code>{escape(path)}</code></a></h3>',
-        f"<p><b>{escape(operation['summary'])}.</b> {_text(operation['description'])}</p>",
+        f"<p><b>{escape(_sentence(operation['summary']))}</b> {_text(operation['description'])}</p>",
     ]
+    parts += [f'<p class="soft">Also <code>{escape(twin)}</code></p>' for twin in _twins(document, id_)]
     parameters = operation.get("parameters", [])
     if parameters:
         parts.append(f"<h4>Parameters</h4><dl>{''.join(map(_parameter, parameters))}</dl>")
     for media, content in operation.get("requestBody", {}).get("content", {}).items():
         parts.append(f"<h4>Body: <code>{media}</code></h4><p>{_type(content['schema'])}</p>")
         examples = content.get("examples", {}).values()
-        parts += [_example(path, operation, media, example) for example in examples]
+        parts += [_example(path, media, example) for example in examples]
     good = {status: one for status, one in operation["responses"].items() if status < "300"}
     bad = {status: one for status, one in operation["responses"].items() if status >= "300"}
     parts += [_response(status, one) for status, one in good.items()]
-    parts.append(f"<h4>Otherwise</h4><dl>{''.join(_refusal(*each) for each in bad.items())}</dl>")
+    refusals = "".join(_refusal(*each) for each in bad.items())
+    if refusals:
+        parts.append(f'<h4>Otherwise</h4><dl class="pairs">{refusals}</dl>')
     return "".join([*parts, "</section>\n"])
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith("?") else f"{text}."
 
 
 def _parameter(parameter: Json) -> str:
@@ -107,12 +123,10 @@ def _parameter(parameter: Json) -> str:
     )
 
 
-def _example(path: str, operation: Json, media: str, example: Json) -> str:
+def _example(path: str, media: str, example: Json) -> str:
     """A request as a command, where a command line can hold it."""
     value = example["value"]
-    for parameter in operation.get("parameters", []):
-        if parameter["in"] == "path":
-            path = path.replace(f"{{{parameter['name']}}}", str(parameter.get("example", "")))
+    path = path.format_map(example.get("x-path", {}))
     if media == "application/json":
         body = f"--json {shlex.quote(_json(value))}"
     elif media == "multipart/form-data":
@@ -138,10 +152,15 @@ def _response(status: str, response: Json) -> str:
 
 def _refusal(status: str, response: Json) -> str:
     examples = response["content"].get("application/problem+json", {}).get("examples", {})
-    kinds = ", ".join(f'<a href="problems/{slug}"><code>{slug}</code></a>' for slug in examples)
+    kinds = [_kind(slug) for slug in examples if slug not in ANYWHERE]
     own = response["content"].get("application/json")
-    body = f"{_type(own['schema'])} or " if own else ""
-    return f"<dt>{status}</dt><dd>{body}{kinds}</dd>"
+    if own:
+        kinds.insert(0, f"{_type(own['schema'])}: {_text(response['description'].partition(' Or: ')[0])}")
+    return f"<dt>{status}</dt><dd>{', '.join(kinds)}</dd>" if kinds else ""
+
+
+def _kind(slug: str) -> str:
+    return f'<a href="problems/{slug}"><code>{slug}</code></a>'
 
 
 def _details(summary: str, text: str) -> str:
@@ -178,7 +197,7 @@ def _type(schema: Json) -> str:
             return "one of " + ", ".join(f"<code>{escape(str(value))}</code>" for value in values)
         case {"const": value}:
             return f"<code>{escape(str(value))}</code>"
-        case {"type": "array", "items": items}:
+        case {"type": "array", "items": dict(items)}:
             return f"list of {_titled(items)}"
         case {"type": "object", "additionalProperties": dict(values)}:
             return f"map of {_titled(values)}"
@@ -209,6 +228,15 @@ def _text(text: str) -> str:
     return "".join(f"<code>{piece}</code>" if odd % 2 else piece for odd, piece in enumerate(pieces))
 
 
-def _json(value: Any) -> str:
+def _json(value: Any, indent: int = 0) -> str:
+    """JSON on several lines where it is long, but what is short stays on one."""
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) < 80 else json.dumps(value, ensure_ascii=False, indent=2)
+    if len(text) + indent <= _WIDTH or not isinstance(value, dict | list):
+        return text
+    if isinstance(value, dict):
+        items = [f"{json.dumps(key)}: {_json(one, indent + 2)}" for key, one in value.items()]
+    else:
+        items = [_json(one, indent + 2) for one in value]
+    ends = "{}" if isinstance(value, dict) else "[]"
+    lead = "\n" + " " * (indent + 2)
+    return f"{ends[0]}{lead}{f',{lead}'.join(items)}\n{' ' * indent}{ends[1]}"

@@ -28,14 +28,16 @@ p{margin:.4rem 0}.soft{color:var(--soft)}
 .m{font:600 .8rem/1.6 ui-monospace,monospace}
 .get{color:var(--get)}.post{color:var(--post)}.delete{color:var(--delete)}
 dl{margin:.3rem 0}dt{margin-top:.6rem}dd{margin:0 0 0 1.2rem;overflow-wrap:anywhere}
+.pairs{display:grid;grid-template-columns:3rem minmax(0,1fr);gap:.2rem .5rem}.pairs dt,.pairs dd{margin:0}
 details{margin:.3rem 0}summary{cursor:pointer;padding:.15rem 0}
 nav ul{list-style:none;margin:.2rem 0 1rem;padding:0}nav li{margin:.15rem 0}
 nav a{display:flex;gap:.5rem;text-decoration:none;color:var(--fg);font-size:.86rem;padding:.1rem 0}
 nav a:hover{text-decoration:underline}nav .m{font-size:.68rem;min-width:3.2rem;line-height:1.9}
-nav strong{font-size:.86rem}
+nav ul{columns:10.5rem}nav li{break-inside:avoid}nav strong{font-size:.86rem}
 nav{border-bottom:1px solid var(--line);padding:1rem;background:var(--box)}
 @media(min-width:64rem){
 body{display:grid;grid-template-columns:19rem minmax(0,1fr)}
+nav ul{columns:auto}
 nav{border:0;border-right:1px solid var(--line);position:sticky;top:0;height:100vh;overflow-y:auto}
 main{margin:0;padding:2rem 3rem 5rem}}
 """

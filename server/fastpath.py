@@ -22,7 +22,7 @@ from uvicorn.server import ServerState
 
 from server.compression import choose, compress
 from server.connection import BODY, NOTHING, Connection
-from server.core import Core, InferRequest
+from server.core import Core, InferRequest, instance_of
 from server.model import Model
 from server.problems import too_large
 from server.reply import Reply
@@ -163,7 +163,7 @@ class FastProtocol(Connection):
         if refusal is not None:
             cycle.reply(refusal)
         elif known.length > (limit := self.core.settings.server.max_body_bytes):
-            cycle.reply(too_large(known.length, limit).reply())
+            cycle.reply(too_large(known.length, limit).reply(instance=instance_of(known.model)))
 
     def _recognise(self) -> Known | None:
         """What a plain request to an infer route says in its headers; None for any other request."""

@@ -1,4 +1,4 @@
-"""The operations beside the V2 protocol's for the API's description: predictions, batch, the server itself."""
+"""The operations beside the V2 protocol's, for the API's description: predictions, batch, the server."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from server.openapi_parts import (
     JSON,
     answer,
     in_path,
+    in_query,
     operation,
     prediction_body,
     prefer,
 )
-from server.openapi_schemas import ref
+from server.openapi_schemas import option_schemas, ref
 
 Json = dict[str, Any]
 V1 = "Predictions"
@@ -51,6 +52,7 @@ def native_paths(models: Described) -> Json:
             prefer("`respond-async`: answer 202 at once, or after `wait=N` seconds.", "respond-async"),
             IDEMPOTENCY_KEY,
             ACCEPT_ENCODING,
+            *in_query(option_schemas(), "RawOptions"),
         ],
         body=prediction_body(models.signatures),
     )  # fmt: skip

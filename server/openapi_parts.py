@@ -59,6 +59,14 @@ HEADERS: Json = {
     },
 }
 
+_QUERY = {
+    "outputs": "An output that is wanted, once for each; without it all are.",
+    "deadline_ms": "The longest wait in the queue, in milliseconds.",
+    "priority": "1 is the highest, 0 the default.",
+    "top_k": "So many of the best scores of each row, in place of all data.",
+    "shape": "The tensor's shape, rows first, with commas; without it the body is one row.",
+}
+
 ACCEPT_ENCODING: Json = {
     "name": "Accept-Encoding",
     "in": "header",
@@ -106,6 +114,18 @@ def in_path(name: str, text: str, values: Sequence[str] = (), example: str | Non
     return found | ({"example": example or values[0]} if example or values else {})
 
 
+def in_query(schemas: Json, name: str) -> list[Json]:
+    """The fields of a schema as parameters of the query, as far as text can say them."""
+    made = []
+    for field, schema in schemas[name]["properties"].items():
+        options = schema.get("anyOf", [schema])
+        text = next(one for one in options if one.get("type") not in ("object", "null"))
+        more = {"style": "form", "explode": field != "shape"} if text["type"] == "array" else {}
+        about = _QUERY[field] + " Only with a body that is one tensor."
+        made.append({"name": field, "in": "query", "description": about, "schema": text, **more})
+    return made
+
+
 def header_refs(*names: str) -> Json:
     """References to headers of the answers."""
     return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
@@ -150,10 +170,12 @@ def operation(
     return made | {"responses": dict(sorted(responses.items()))}
 
 
-def example(summary: str, value: Any, **headers: str) -> Json:
-    """A request's example; `headers` are those that go with it, beyond the content type."""
-    more = {"x-headers": {name.replace("_", "-"): text for name, text in headers.items()}} if headers else {}
-    return {"summary": summary, "value": value} | more
+def example(value: Any, model: str, what: str = "", json_length: int | None = None) -> Json:
+    """A request for a model; `x-path` and `x-headers` are what goes with it."""
+    made = {"summary": f"One row for {model}{what}", "value": value, "x-path": {"name": model}}
+    if json_length is not None:
+        made["x-headers"] = {"Inference-Header-Content-Length": str(json_length)}
+    return made
 
 
 def infer_body(signatures: Mapping[str, Signature]) -> Json:
@@ -164,13 +186,11 @@ def infer_body(signatures: Mapping[str, Signature]) -> Json:
         if not examples.has_example(signature):
             continue
         if (message := examples.infer_json(signature)) is not None:
-            texts[name] = example(f"One row for {name}", message)
+            texts[name] = example(message, name)
         binary, length = examples.infer_binary(signature)
-        headers = {"Inference_Header_Content_Length": str(length)}
-        binaries[name] = example(f"One row for {name}: JSON, then its bytes", binary, **headers)
+        binaries[name] = example(binary, name, ": JSON, then its bytes", length)
         if (raw := examples.raw_tensor(signature)) is not None:
-            headers = {"Inference_Header_Content_Length": "0"}
-            binaries[f"{name}-raw"] = example(f"One row for {name} as bytes alone", raw, **headers)
+            binaries[f"{name}-raw"] = example(raw, name, " as bytes alone", 0)
     return {
         JSON: {"schema": ref("InferRequest")} | ({"examples": texts} if texts else {}),
         OCTETS: {"schema": {"type": "string", "format": "binary"}}
@@ -182,18 +202,18 @@ def prediction_body(signatures: Mapping[str, Signature]) -> Json:
     """The content of a prediction's request."""
     shown = {name: one for name, one in signatures.items() if examples.has_example(one)}
     tensors = {
-        name: example(f"One row for {name} as bytes alone", raw)
+        name: example(raw, name, " as bytes alone")
         for name, one in shown.items()
         if (raw := examples.raw_tensor(one)) is not None
     }
     content: dict[str, tuple[Json, Json]] = {
         JSON: (
             ref("PredictionRequest"),
-            {name: example(f"One row for {name}", examples.prediction(one)) for name, one in shown.items()},
+            {name: example(examples.prediction(one), name) for name, one in shown.items()},
         ),
         "multipart/form-data": (
             _form_schema(signatures),
-            {name: example(f"One row for {name}", examples.form(one)) for name, one in shown.items()},
+            {name: example(examples.form(one), name) for name, one in shown.items()},
         ),
         OCTETS: ({"type": "string", "format": "binary"}, tensors),
         "application/x-npy": ({"type": "string", "format": "binary"}, {}),

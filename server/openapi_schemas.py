@@ -48,6 +48,11 @@ def schemas(signatures: Signatures) -> Json:
     return dict(sorted(made.items()))
 
 
+def option_schemas() -> Json:
+    """The schema of what a raw body's query may hold."""
+    return msgspec.json.schema_components([v1_messages.RawOptions])[1]
+
+
 def _batch() -> Any:
     item: Any = _shown(batch_messages.Item, "BatchItem", body=_ANY_JSON)
     fields: list[Any] = [("requests", list.__class_getitem__(item))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from server import __version__
 from server import openapi_examples as examples
 from server.openapi_errors import BODY, RUN
 from server.openapi_models import Described
@@ -20,6 +21,7 @@ from server.openapi_parts import (
 )
 from server.openapi_schemas import ref
 from server.v2_describe import config, index_entry, metadata, statistics
+from server.v2_routes import EXTENSIONS
 
 Json = dict[str, Any]
 V2 = "Open Inference Protocol V2"
@@ -35,13 +37,16 @@ def v2_paths(models: Described) -> Json:
     paths: Json = {}
     for suffix, base, parameters in bases:
         for path, operations in _of_model(models, suffix, parameters).items():
+            for described in operations.values():
+                if suffix:
+                    described["x-twin-of"] = described["operationId"].removesuffix(suffix)
             paths[base + path] = operations
     return _of_server(models) | paths
 
 
 def _of_server(models: Described) -> Json:
     def server(id_: str) -> Json:
-        example = {"name": "cobatch", "version": "0.1.0", "extensions": ["binary_tensor_data"]}
+        example = {"name": "cobatch", "version": __version__, "extensions": EXTENSIONS}
         about = "Name, version and the extensions of the protocol that work."
         found = {"200": answer("The server's metadata.", "ServerMetadata", example)}
         return {"get": operation(id_, V2, "Server metadata", about, found)}
@@ -63,9 +68,11 @@ def _of_server(models: Described) -> Json:
         "stats": "Requests, batches and their times, since each model was loaded, as Triton has them.",
         "index": "Each model with its state. The body, if there is one, is not looked at.",
     }
+    twin = server("getServerSlash")
+    twin["get"]["x-twin-of"] = "getServer"
     return {
         "/v2": server("getServer"),
-        "/v2/": server("getServerSlash"),
+        "/v2/": twin,
         "/v2/health/live": {"get": operation("getLive", V2, "Is the process of use?", texts["live"], live)},
         "/v2/health/ready": {
             "get": operation("getReady", V2, "Are all models ready?", texts["ready"], ready)

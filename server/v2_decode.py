@@ -71,6 +71,7 @@ class Decoder:
         # None equals no shape: one that says -1, as the signature does, must not look like a quick match.
         self._row_lists = [None if -1 in spec.shape else list(spec.shape) for spec in signature.inputs]
         self._one_row = [1, *self._row_shapes[0]] if self._fixed and len(self._specs) == 1 else None
+        self._one_row_elements = prod(self._one_row or ())
         self._outputs = {spec.name: index for index, spec in enumerate(signature.outputs)}
         self._all_json: Wants = tuple((index, False) for index in range(len(signature.outputs)))
         self._all_binary: Wants = tuple((index, True) for index in range(len(signature.outputs)))
@@ -108,7 +109,7 @@ class Decoder:
                 and tensor.datatype == spec.datatype
                 and tensor.parameters is None
             ):
-                payload = self.readers[0].read(tensor.data, tensor.shape, spec.row_elements)
+                payload = self.readers[0].read(tensor.data, tensor.shape, self._one_row_elements)
                 return Decoded(1, self._row_shapes, (payload,), message.id, self._all_json)
         return self._decoded(message, *self._inputs(message, None, None))
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engines.errors import EngineDeadError, EngineRunError
+from server.settings import ModelSettings
+from tests import models, serving
 from tests.batching import ask, data, get, infer, slug
-from tests.in_process import gated
+from tests.in_process import gated, in_process
 from tests.serving import GATE, rows_of
 
 
@@ -43,6 +47,51 @@ async def test_an_item_is_answered_with_the_very_bytes_that_its_own_call_gets() 
         alone = await running.http.post(GATE, json=message)
         whole = await running.http.post("/batch", json={"requests": [{**infer(0), "body": message}]})
         assert b'"body":' + alone.content + b"}]}" in whole.content
+
+
+X = {"name": "x", "datatype": "FP32", "shape": [1, 3], "data": [1, 2, 3]}
+MESSAGES: list[Any] = [
+    {"inputs": [X]},
+    {"inputs": [X], "id": "é"},
+    {"inputs": [X | {"data": [[1, 2, 3]]}]},
+    {"inputs": [X | {"shape": [2, 3], "data": [1, 2, 3, 4, 5, 6]}]},
+    {"inputs": [X], "outputs": [{"name": "y"}], "unknown": 1},
+    {"inputs": [X], "parameters": {"priority": 1}},
+    {"inputs": [X], "parameters": {"headers": 1}},
+    {"inputs": [X | {"parameters": {"binary_data_size": 12}}]},
+    {"inputs": [X | {"data": [1, 2]}]},
+    {"inputs": [X | {"data": [1, 2, "3"]}]},
+    {"inputs": [X | {"data": [1, 2, 1e39]}]},
+    {"inputs": [X | {"data": None}]},
+    {"inputs": [{name: value for name, value in X.items() if name != "data"}]},
+    {"inputs": [X | {"shape": [1, 4]}]},
+    {"inputs": [X | {"shape": []}]},
+    {"inputs": [X | {"shape": [0, 3]}]},
+    {"inputs": [X | {"datatype": "FP64"}]},
+    {"inputs": [X | {"name": "z"}]},
+    {"inputs": [X, X]},
+    {"inputs": []},
+    {"inputs": {}},
+    None,
+    {"inputs": [X | {"shape": [900, 3], "data": [0.25] * 2700}]},
+]
+
+
+@pytest.mark.parametrize("together", [True, False])
+async def test_whatever_is_said_of_a_message_is_said_of_it_as_an_item(together: bool, tmp_path: Path) -> None:
+    """By itself an infer message is parsed with the batch; beside bodies that are none, after it."""
+    path = models.write(tmp_path, models.negate(width=3), "negate.onnx")
+    url = "/v2/models/negate/infer"
+    async with in_process(ModelSettings(path=path, threads=1)) as running:
+        alone = [await running.http.post(url, content=json.dumps(message)) for message in MESSAGES]
+        items = [{"id": str(n), "url": url, "method": "POST", "body": m} for n, m in enumerate(MESSAGES)]
+        if together:
+            answers = await ask(running, *items)
+        else:
+            answers = [(await ask(running, item))[0] for item in items]
+    for one, answer in zip(alone, answers, strict=True):
+        assert (answer["status"], answer["body"]) == (one.status_code, one.json())
+    assert {each["status"] for each in answers} == {200, 400, 422}
 
 
 async def test_items_ride_in_the_same_batches() -> None:
@@ -103,6 +152,29 @@ async def test_plain_headers_are_taken() -> None:
     async with gated() as (running, _):
         answers = await ask(running, infer(1, headers=headers), get("/v2", headers=headers))
         assert [each["status"] for each in answers] == [200, 200]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_over_sockets(fast: bool) -> None:
+    """Also through uvicorn, where a connection goes on after a batch."""
+    items = [*map(infer, range(6)), get("/v2"), get("/batch")]
+    with serving.gated(fast) as (served, engine), served.connect() as client:
+        engine.ran.clear()
+        for _ in range(2):
+            answers = client.ask(serving.post("/batch", {"requests": items})).json["responses"]
+            assert [data(each) for each in answers[:6]] == [[2 * n] for n in range(6)]
+            assert [each["status"] for each in answers[6:]] == [200, 400]
+        assert engine.ran == [[0, 1, 2, 3], [4, 5]] * 2
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_connection_that_is_lost(fast: bool) -> None:
+    with serving.gated(fast) as (served, engine):
+        engine.hold()
+        with served.connect() as client:
+            client.send(serving.post("/batch", {"requests": [*map(infer, range(12))]}))
+            engine.began.get(timeout=serving.DEADLINE_S)
+        served.until(lambda: served.batcher().counters.cancelled == 12)
 
 
 async def test_compression_both_ways() -> None:

@@ -191,3 +191,22 @@ def test_others_are_served_while_senders_stall(impatient: Served) -> None:
             assert data_of(impatient.ask(post(GATE, rows_of(n)))) == [2 * n]
         for client in stalled:
             too_late(client)
+
+
+# Clients that do not take their answers
+
+
+def test_an_answer_that_nobody_takes_does_not_keep_its_connection(impatient: Served) -> None:
+    """Two gone by one answer: the server gives the connection up although it could not close it in order."""
+    with impatient.connect() as client:
+        client.send(get("/openapi.json") * 2000)
+        until_gone(impatient)
+
+
+def until_gone(served: Served) -> None:
+    """Wait until the server has no connection left but ours that say nothing, which limits end too."""
+    for _ in range(50):
+        wait_a_limit(served, times=1)
+        if not served.call(lambda: len(served.server.server_state.connections)):
+            return
+    raise AssertionError("the connection is still there")
