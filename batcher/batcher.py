@@ -237,9 +237,7 @@ class Batcher:
         try:
             join(request, parts)
         except ValueError as error:
-            reference = secrets.token_hex(8)
-            log.error("model %s: parts do not fit together (reference %s): %s", self.name, reference, error)
-            self._fail(request, BatchFailedError(self.name, reference))
+            self._fail_run(request, f"parts do not fit together: {error}")
         else:
             self._finish(request)
 
@@ -316,7 +314,7 @@ class Batcher:
         self._running.add(batch)
         batch.gathered_s = self._clock()
         try:
-            pack(requests, self._engine.inputs(slot, row_shapes))
+            pack(requests, self._engine.inputs(slot, batch.rows, row_shapes))
         except Exception as error:
             # Nothing was sent, so the batch fails here, like one that the engine refused.
             log.exception("model %s: packing a batch failed", self.name)
@@ -397,9 +395,13 @@ class Batcher:
             half = len(requests) // 2
             self._retries.extendleft(part for part in (requests[half:], requests[:half]) if part)
         elif requests:
-            reference = secrets.token_hex(8)
-            log.error("model %s: a run failed (reference %s): %s", self.name, reference, error)
-            self._fail(requests[0], BatchFailedError(self.name, reference))
+            self._fail_run(requests[0], str(error))
+
+    def _fail_run(self, request: Request, why: str) -> None:
+        """The caller gets a reference, the log gets it beside the engine's words."""
+        reference = secrets.token_hex(8)
+        log.error("model %s: a run failed (reference %s): %s", self.name, reference, why)
+        self._fail(request, BatchFailedError(self.name, reference))
 
     def _on_engine_dead(self, requests: list[Request], error: EngineError) -> None:
         reference = secrets.token_hex(8)

@@ -80,8 +80,8 @@ class Engine(Protocol):
         """Load the model and allocate. Raises EngineLoadError."""
         ...
 
-    def inputs(self, slot: int, row_shapes: RowShapes) -> tuple[Array, ...]:
-        """The slot's input buffers, C-contiguous [max_batch_size, *row_shape] each, to write rows into."""
+    def inputs(self, slot: int, rows: int, row_shapes: RowShapes) -> tuple[Array, ...]:
+        """The slot's input buffers to write rows into: C-contiguous [n, *row_shape] each, n >= rows."""
         ...
 
     def enqueue(self, slot: int, rows: int, row_shapes: RowShapes) -> None:

@@ -120,25 +120,33 @@ class OnnxRuntimeEngine:
         self._session = None
         self._slots = []
 
-    def inputs(self, slot: int, row_shapes: RowShapes) -> tuple[Array, ...]:
-        """[max_batch_size, *row_shape] for each input; the same arrays for the same shapes."""
+    def inputs(self, slot: int, rows: int, row_shapes: RowShapes) -> tuple[Array, ...]:
+        """[n, *row_shape] for each input, n >= rows; the same arrays for the same shapes while they do.
+
+        Where row shapes are fixed n is max_batch_size from the start; else memory grows as it is
+        needed, since one caller's huge row must not reserve a whole batch of such rows.
+        """
         state = self._slots[slot]
         arrays = state.inputs.get(row_shapes)
-        if arrays is None:
-            arrays = state.inputs[row_shapes] = self._make_inputs(state, row_shapes)
+        if arrays is None or len(arrays[0]) < rows:
+            capacity = self.max_batch_size
+            variable = any(spec.row_elements < 0 for spec in self.signature.inputs)
+            if variable and self.signature.fixed_batch is None:
+                capacity = min(capacity, 1 << (rows - 1).bit_length())
+            arrays = state.inputs[row_shapes] = self._make_inputs(state, capacity, row_shapes)
         return arrays
 
-    def _make_inputs(self, state: _Slot, row_shapes: RowShapes) -> tuple[Array, ...]:
+    def _make_inputs(self, state: _Slot, capacity: int, row_shapes: RowShapes) -> tuple[Array, ...]:
         if len(state.inputs) >= _KEPT_BINDINGS:
             state.forget()
         arrays = []
         for index, (spec, row_shape) in enumerate(zip(self.signature.inputs, row_shapes, strict=True)):
-            count = self.max_batch_size * prod(row_shape)
+            count = capacity * prod(row_shape)
             memory = state.memory.get(index)
             if memory is None or memory.size < count:
                 state.forget()
                 memory = state.memory[index] = np.zeros(count, spec.dtype)
-            arrays.append(memory[:count].reshape(self.max_batch_size, *row_shape))
+            arrays.append(memory[:count].reshape(capacity, *row_shape))
         return tuple(arrays)
 
     def enqueue(self, slot: int, rows: int, row_shapes: RowShapes) -> None:
@@ -154,7 +162,7 @@ class OnnxRuntimeEngine:
         run_rows = rows
         if self.signature.fixed_batch is not None and rows < self.max_batch_size:
             run_rows = self.max_batch_size
-            for array in self.inputs(slot, state.row_shapes):
+            for array in self.inputs(slot, run_rows, state.row_shapes):
                 array[rows:] = b"" if array.dtype == object else 0
         session = self._session
         assert session is not None
@@ -171,7 +179,7 @@ class OnnxRuntimeEngine:
     def _run_plain(
         self, session: ort.InferenceSession, slot: int, rows: int, row_shapes: RowShapes
     ) -> tuple[Array, ...]:
-        arrays = self.inputs(slot, row_shapes)
+        arrays = self.inputs(slot, rows, row_shapes)
         feed = {
             spec.name: _text(array[:rows]) if array.dtype == object else array[:rows]
             for spec, array in zip(self.signature.inputs, arrays, strict=True)
@@ -194,7 +202,7 @@ class OnnxRuntimeEngine:
 
     def _bind(self, session: ort.InferenceSession, slot: int, rows: int, row_shapes: RowShapes) -> _Binding:
         io = session.io_binding()
-        for spec, array in zip(self.signature.inputs, self.inputs(slot, row_shapes), strict=True):
+        for spec, array in zip(self.signature.inputs, self.inputs(slot, rows, row_shapes), strict=True):
             part = array[:rows]
             io.bind_input(spec.name, "cpu", 0, part.dtype.type, part.shape, part.ctypes.data)
         parts = tuple(buffer[:rows] for buffer in self._slots[slot].outputs)

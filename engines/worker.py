@@ -193,7 +193,7 @@ class Worker:
 
     def _warm_up_once(self, rows: int, shapes: tuple[tuple[int, ...], ...]) -> None:
         engine = self.engine
-        for buffer in engine.inputs(0, shapes):
+        for buffer in engine.inputs(0, rows, shapes):
             buffer[:rows] = b"" if buffer.dtype == object else 0
         started_s = time.monotonic()
         engine.enqueue(0, rows, shapes)

@@ -18,6 +18,7 @@ from server.reply import Reply
 
 # An answer that takes longer than once to twice this is worth a task that notices the client leave.
 _WATCH_AFTER_S = 0.05
+_JSON_LENGTH = b"inference-header-content-length"
 
 
 class InferRoutes:
@@ -52,7 +53,7 @@ class InferRoutes:
         if reply is None:
             try:
                 headers = dict(scope["headers"])
-                json_length = _json_length(headers)
+                json_length = _json_length(headers, scope["headers"])
                 body = await read_body(headers, receive, core.settings.server.max_body_bytes)
             except BodyError as error:
                 if error.problem is None:
@@ -150,10 +151,11 @@ class _Waiting:
             loop.call_later(_WATCH_AFTER_S, self._sweep, loop)
 
 
-def _json_length(headers: dict[bytes, bytes]) -> int | None:
-    value = headers.get(b"inference-header-content-length")
+def _json_length(headers: dict[bytes, bytes], raw_headers: list[tuple[bytes, bytes]]) -> int | None:
+    value = headers.get(_JSON_LENGTH)
     if value is None:
         return None
-    if not value.isdigit() or len(value) > 18:
-        raise BodyError(Problem("bad-binary", "Inference-Header-Content-Length must be a whole number"))
+    twice = len(raw_headers) != len(headers) and [name for name, _ in raw_headers].count(_JSON_LENGTH) > 1
+    if twice or not value.isdigit() or len(value) > 18:
+        raise BodyError(Problem("bad-binary", "Inference-Header-Content-Length must be one whole number"))
     return int(value)

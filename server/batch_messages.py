@@ -39,17 +39,17 @@ class _Head(msgspec.Struct, gc=False, forbid_unknown_fields=True):
     method: str
     headers: dict[str, str] | None = None
 
-    def __post_init__(self) -> None:
-        if not _tally.left:
-            detail = f"the batch has more than {_tally.limit} items"
-            raise Problem("too-many-items", detail, limit=_tally.limit)
-        _tally.left -= 1
-
 
 class Item(_Head, gc=False, forbid_unknown_fields=True):
     """One request. `body` is JSON text, empty where there is none."""
 
     body: msgspec.Raw = msgspec.Raw(b"")
+
+    def __post_init__(self) -> None:
+        if not _tally.left:
+            detail = f"the batch has more than {_tally.limit} items"
+            raise Problem("too-many-items", detail, limit=_tally.limit)
+        _tally.left -= 1
 
 
 class InferItem(_Head, gc=False, forbid_unknown_fields=True):
@@ -77,14 +77,16 @@ def decode_infer_batch(body: bytes | bytearray, limit: int) -> Sequence[InferIte
     """The items, if all bodies are infer messages, and short. None: `decode_batch` has to have a look.
 
     To parse a short body by itself costs as much again as to parse it with the rest. Long ones have a
-    faster parser of their own (see `server.v2_messages`).
+    faster parser of their own (see `server.v2_messages`). Here the items are counted only afterwards.
     """
-    _tally.limit = _tally.left = limit
+    if len(body) >= LARGE_BYTES * limit:
+        return None
     try:
         items = _decode_infer(body).requests
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
-    if len(body) >= LARGE_BYTES * len(items) or len({item.id for item in items}) != len(items):
+    count = len(items)
+    if len(body) >= LARGE_BYTES * count or count > limit or len({item.id for item in items}) != count:
         return None
     return items
 

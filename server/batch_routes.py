@@ -37,6 +37,8 @@ from server.reply import JSON, Reply
 log = logging.getLogger("cobatch.batch")
 
 BATCH = "/batch"
+# How long a call may take before it is worth a task that notices the client leave.
+WATCH_AFTER_S = 0.05
 
 
 def batch_routes() -> list[Route]:
@@ -128,6 +130,7 @@ class _Call:
         self._open = len(items)
         self._requests: list[InferRequest] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self._watcher: asyncio.Task[None] | None = None
         self._done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
     async def answers(self, receive: Receive) -> list[Reply] | None:
@@ -136,24 +139,30 @@ class _Call:
             if model is None:
                 self._start_unusual(index, self.items[index])
         # After the tasks are made: they run before the batcher, told by the first of these, decides.
-        for index, model in enumerate(self._models):
+        for index, (item, model) in enumerate(zip(self.items, self._models, strict=True)):
             if model is not None:
-                self._infer(index, self.items[index], model)
+                self._infer(index, item, model)
         if self._open:
-            # After the body, the only thing that can be received is that the client has left.
-            watcher = asyncio.create_task(self._watch(receive))
+            # Most are answered before anybody could have left, and a task costs as much as an item or two.
+            timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._watch_for_leaving, receive)
             try:
                 if not await self._done:
                     return None
             finally:
-                watcher.cancel()
+                timer.cancel()
+                if self._watcher is not None:
+                    self._watcher.cancel()
                 if self._open:
                     self._leave()
                 # They and this object keep each other, until the next garbage collection.
                 self._requests.clear()
         return [reply for reply in self._replies if reply is not None]
 
+    def _watch_for_leaving(self, receive: Receive) -> None:
+        self._watcher = asyncio.create_task(self._watch(receive))
+
     async def _watch(self, receive: Receive) -> None:
+        # After the body, the only thing that can be received is that the client has left.
         await receive()
         if not self._done.done():
             self._done.set_result(False)

@@ -108,7 +108,7 @@ class Core:
             request = InferRequest(model, model.decoder.decode(body, json_length), reply)
             batcher.submit(request)  # type: ignore[union-attr]  # None is always refused
             return request
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - `_refused` logs what is not expected
             # No name for the problem here: its traceback holds this frame, and the frame would hold it.
             reply(_refused(model, error))
             return None
@@ -127,7 +127,7 @@ class Core:
             request = InferRequest(model, model.decoder.decode_message(message), reply)
             batcher.submit(request)  # type: ignore[union-attr]  # None is always refused
             return request
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - `_refused` logs what is not expected
             reply(_refused(model, error))
             return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
 from starlette.types import Receive
@@ -28,7 +29,8 @@ async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int
     if coding is None:
         return body
     try:
-        return decompress(body, coding, limit)
+        # In a thread: a small body can be a good part of a second to unpack.
+        return await asyncio.to_thread(decompress, body, coding, limit)
     except Problem as problem:
         raise BodyError(problem) from None
 

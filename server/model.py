@@ -53,7 +53,7 @@ class Model:
         except EngineError as error:
             self.load_error = error
             raise
-        self.decoder = Decoder(engine.signature)
+        self.decoder = Decoder(engine.signature, settings.max_queue_rows)
         self.encoder = Encoder(self.name, self.version, engine.signature)
         self.batcher = Batcher(
             self.name,

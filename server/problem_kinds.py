@@ -60,7 +60,7 @@ KINDS = _table(
     Kind("bad-parameter", 400, "A parameter has a value that it cannot have",
          "A parameter is reserved, not supported here, of the wrong type, or out of its range.",
          "Leave the parameter out, or give it a value as `detail` describes it.",
-         ("parameter",)),
+         ("parameter", "tensor")),
     Kind("bad-binary", 400, "The binary part does not match its description",
          "With the binary tensor extension: the sizes in Inference-Header-Content-Length, "
          "binary_data_size and the body do not add up, or data is given twice or without its size.",

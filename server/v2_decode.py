@@ -13,9 +13,10 @@ from typing import NamedTuple
 import msgspec
 import simdjson
 
+from batcher.errors import TooManyRowsError
 from batcher.request import Payload
 from engines.base import RowShapes, Signature, TensorSpec
-from server.problems import Problem
+from server.problems import Problem, from_error
 from server.v2_binary import binary_size, read_binary, read_raw
 from server.v2_data import JsonReader
 from server.v2_messages import (
@@ -61,7 +62,8 @@ class Decoded(NamedTuple):
 class Decoder:
     """Decodes infer requests for one model; `server.v1_decode` checks its tensors with the same methods."""
 
-    def __init__(self, signature: Signature) -> None:
+    def __init__(self, signature: Signature, most_rows: int) -> None:
+        self.most_rows = most_rows
         self.signature = signature
         self._specs = signature.inputs
         self.readers = tuple(JsonReader(spec) for spec in signature.inputs)
@@ -73,7 +75,9 @@ class Decoder:
         self._one_row = [1, *self._row_shapes[0]] if self._fixed and len(self._specs) == 1 else None
         self._one_row_elements = prod(self._one_row or ())
         self._outputs = {spec.name: index for index, spec in enumerate(signature.outputs)}
-        self._all_json: Wants = tuple((index, False) for index in range(len(signature.outputs)))
+        # BF16 has no form in JSON (the protocol knows it in binary only).
+        self._binary_only = tuple(spec.datatype == "BF16" for spec in signature.outputs)
+        self._all_json: Wants = tuple(enumerate(self._binary_only))
         self._all_binary: Wants = tuple((index, True) for index in range(len(signature.outputs)))
 
     def decode(self, body: Body, json_length: int | None) -> Decoded:
@@ -165,19 +169,14 @@ class Decoder:
                 index = self._names.index(tensor.name)
             spec = self._specs[index]
             shape = tensor.shape
-            if shape[1:] != self._row_lists[index] or tensor.datatype != spec.datatype or not shape:
-                self.check_tensor(tensor, spec)
-            elif shape[0] < 1:
+            elements = prod(shape)
+            # Read off what a good tensor looks like; `check_tensor` says what is wrong with any other.
+            if shape[1:] != self._row_lists[index] or tensor.datatype != spec.datatype or elements < 1:
                 self.check_tensor(tensor, spec)
             if row_shapes is not None:
                 row_shapes[index] = tuple(shape[1:])
-            if rows == -1:
-                rows = shape[0]
-            elif rows != shape[0]:
-                raise self.wrong_shape(tensor, spec, f"the other inputs have {rows} rows")
-            elements = prod(shape)
-            if not elements and prod(size or 1 for size in shape) > _MOST_EMPTY:
-                raise self.wrong_shape(tensor, spec, "an axis is too large")
+            if rows != shape[0]:
+                rows = self._rows(tensor, spec, rows)
             if tensor.parameters and "binary_data_size" in tensor.parameters:
                 size = binary_size(tensor, tail, offset)
                 assert tail is not None
@@ -194,6 +193,16 @@ class Decoder:
                 left_over_bytes=len(tail) - offset,
             )
         return rows, self._row_shapes if row_shapes is None else tuple(row_shapes), payloads
+
+    def _rows(self, tensor: InputTensor, spec: TensorSpec, others: int) -> int:
+        """The first tensor's rows, where `others` is -1; a Problem for one that differs from the others'."""
+        rows = tensor.shape[0]
+        if others != -1:
+            raise self.wrong_shape(tensor, spec, f"the other inputs have {others} rows")
+        if rows > self.most_rows:
+            # Said before the data is decoded: that would be the larger part of the work.
+            raise from_error(TooManyRowsError(rows, self.most_rows))
+        return rows
 
     def check_names(self, tensors: list[InputTensor]) -> None:
         """Raises Problem unless each input is there exactly once, and no others."""
@@ -231,6 +240,8 @@ class Decoder:
         for size, expected in zip(shape[1:], spec.shape, strict=True):
             if size < 0 or expected not in (size, -1):
                 raise self.wrong_shape(tensor, spec, None)
+        if not prod(shape) and prod(size or 1 for size in shape) > _MOST_EMPTY:
+            raise self.wrong_shape(tensor, spec, "an axis is too large")
 
     def wrong_shape(self, tensor: InputTensor, spec: TensorSpec, why: str | None) -> Problem:
         """The Problem that says which shape the input has and which one came."""
@@ -251,7 +262,10 @@ class Decoder:
                 raise Problem(
                     "duplicate-tensor", f"output {output.name!r} is asked for twice", tensor=output.name
                 )
-            wants[index] = read_flag(output.parameters, "binary_data", binary)
+            wants[index] = read_flag(output.parameters, "binary_data", binary or self._binary_only[index])
+            if self._binary_only[index] and not wants[index]:
+                detail = f"output {output.name!r} is BF16, which travels as binary only"
+                raise Problem("bad-parameter", detail, parameter="binary_data")
         return tuple(wants.items()) or (self._all_binary if binary else self._all_json)
 
     def output_index(self, output: WantedOutput) -> int:

@@ -36,7 +36,7 @@ def _gated(*arguments: Any, **options: Any) -> Any:
 
         def wait(self, slot: int) -> tuple[Array, ...]:
             state = self._slots[slot]
-            if (self.inputs(slot, state.row_shapes)[0][: state.rows] == HOLD).any():
+            if (self.inputs(slot, state.rows, state.row_shapes)[0][: state.rows] == HOLD).any():
                 _hold(gate)
             return super().wait(slot)
 

@@ -114,13 +114,13 @@ class StrictEngine(FakeEngine):
         self.wrong: list[object] = []
         self.outputs: dict[int, Array] = {}
 
-    def inputs(self, slot: int, row_shapes: RowShapes) -> tuple[Array, ...]:
+    def inputs(self, slot: int, rows: int, row_shapes: RowShapes) -> tuple[Array, ...]:
         if slot in self.taken:
             # Not raised: the batcher takes what is raised here for the engine's own trouble.
             self.wrong.append(f"rows are packed into slot {slot}, which still runs")
         if slot in self.outputs:
             self.outputs[slot].fill(SPOILED)
-        return super().inputs(slot, row_shapes)
+        return super().inputs(slot, rows, row_shapes)
 
     def outputs_of(self, slot: int, rows: int) -> Array:
         """Twice the slot's rows."""

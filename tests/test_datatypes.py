@@ -25,7 +25,7 @@ class Bf16Engine(GatedEngine):
         super().__init__()
         self.signature = Signature((TensorSpec("x", "BF16", (2,)),), (TensorSpec("y", "BF16", (2,)),))
 
-    def inputs(self, slot: int, row_shapes: RowShapes) -> tuple[Array, ...]:
+    def inputs(self, slot: int, rows: int, row_shapes: RowShapes) -> tuple[Array, ...]:
         self.buffers[slot] = np.zeros((self.max_batch_size, 2), np.uint16)
         return (self.buffers[slot],)
 

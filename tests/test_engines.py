@@ -50,8 +50,9 @@ def run(engine: OnnxRuntimeEngine, *inputs: Array, slot: int = 0) -> tuple[Array
     """Pack, run, and take copies, as the batcher does."""
     shapes: RowShapes = tuple(array.shape[1:] for array in inputs)
     rows = len(inputs[0])
-    for buffer, array in zip(engine.inputs(slot, shapes), inputs, strict=True):
-        assert buffer.shape == (engine.max_batch_size, *array.shape[1:])
+    for buffer, array in zip(engine.inputs(slot, len(inputs[0]), shapes), inputs, strict=True):
+        assert len(buffer) >= rows
+        assert buffer.shape[1:] == array.shape[1:]
         assert buffer.flags.c_contiguous
         buffer[:rows] = array
     engine.enqueue(slot, rows, shapes)
@@ -82,7 +83,7 @@ def test_signature_is_there_only_once_open(tmp_path: Path) -> None:
 
 def test_every_run_reads_the_buffers_anew_and_writes_the_same_outputs(tmp_path: Path) -> None:
     engine = opened(tmp_path, models.negate())
-    (buffer,) = engine.inputs(0, ((3,),))
+    (buffer,) = engine.inputs(0, 1, ((3,),))
     buffer[:2] = 1
     engine.enqueue(0, 2, ((3,),))
     (first,) = engine.wait(0)
@@ -93,13 +94,13 @@ def test_every_run_reads_the_buffers_anew_and_writes_the_same_outputs(tmp_path: 
     assert (second == -5).all()
     assert second.shape == (2, 3)
     assert np.shares_memory(first, second)
-    assert engine.inputs(0, ((3,),))[0] is buffer
+    assert engine.inputs(0, 1, ((3,),))[0] is buffer
 
 
 def test_slots_have_memory_of_their_own(tmp_path: Path) -> None:
     engine = opened(tmp_path, models.negate())
     for slot in range(engine.slots):
-        engine.inputs(slot, ((3,),))[0][:1] = slot + 1
+        engine.inputs(slot, 1, ((3,),))[0][:1] = slot + 1
         engine.enqueue(slot, 1, ((3,),))
     outputs = [engine.wait(slot)[0] for slot in range(engine.slots)]
     assert [output[0, 0] for output in outputs] == [-1, -2]
@@ -151,10 +152,10 @@ def test_widths_come_and_go(tmp_path: Path) -> None:
 
 def test_all_widths_share_the_widest_ones_memory(tmp_path: Path) -> None:
     engine = opened(tmp_path, models.sum_rows())
-    before = engine.inputs(0, ((2,),))[0]
-    wide = engine.inputs(0, ((9,),))[0]
+    before = engine.inputs(0, 1, ((2,),))[0]
+    wide = engine.inputs(0, 1, ((9,),))[0]
     assert not np.shares_memory(before, wide)
-    assert np.shares_memory(engine.inputs(0, ((2,),))[0], wide), "the narrow memory was kept beside it"
+    assert np.shares_memory(engine.inputs(0, 1, ((2,),))[0], wide), "the narrow memory was kept beside it"
 
 
 def test_the_binding_that_was_not_used_for_longest_goes_first(
@@ -196,7 +197,7 @@ def test_a_fixed_first_axis_is_filled_up_with_zeros(tmp_path: Path, fixed: int) 
     x = np.arange(fixed * 3, dtype=np.float32).reshape(fixed, 3)
     for rows in range(fixed, 0, -1):
         assert np.array_equal(run(engine, x[:rows])[0], -x[:rows])
-    (buffer,) = engine.inputs(0, ((3,),))
+    (buffer,) = engine.inputs(0, 1, ((3,),))
     assert (buffer[1:] == 0).all(), "rows of an earlier batch would be computed again"
 
 

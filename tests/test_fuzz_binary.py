@@ -61,12 +61,12 @@ def check(signature: Signature, decoder: Decoder, body: bytes, length: int | Non
 @given(st.data(), st.sampled_from(SIGNATURES))
 def test_a_good_message_is_decoded(data: st.DataObject, signature: Signature) -> None:
     body, header = data.draw(whole(signature)).build()
-    assert check(signature, Decoder(signature), body, int(header))
+    assert check(signature, Decoder(signature, 1 << 40), body, int(header))
 
 
 def bounded(signature: Signature, body: bytes, length: int | None) -> None:
     """The same as `check`, within memory that the body's size bounds."""
-    decoder = Decoder(signature)
+    decoder = Decoder(signature, 1 << 40)
     tracemalloc.start()
     try:
         check(signature, decoder, body, length)
@@ -100,7 +100,7 @@ class EchoEngine(FakeEngine):
         self._slots: dict[int, tuple[Array, ...]] = {}
         self._rows: dict[int, int] = {}
 
-    def inputs(self, slot: int, row_shapes: RowShapes) -> tuple[Array, ...]:
+    def inputs(self, slot: int, rows: int, row_shapes: RowShapes) -> tuple[Array, ...]:
         made = [
             np.zeros((self.max_batch_size, *shape), spec.dtype)
             for spec, shape in zip(SPECS, row_shapes, strict=True)
@@ -122,7 +122,9 @@ GOOD = {
         {"name": "b", "datatype": "BOOL", "shape": [1, 1, 1], "data": [True]},
         {"name": "s", "datatype": "BYTES", "shape": [1, 1, 1], "data": ["ü"]},
         {"name": "h", "datatype": "BF16", "shape": [1, 1], "parameters": {"binary_data_size": 2}},
-    ]
+    ],
+    # Without "h", which would make the answer binary.
+    "outputs": [{"name": name} for name in "xkbs"],
 }
 GOOD_TEXT = json.dumps(GOOD).encode()
 TARGET = "/v2/models/echo/infer"

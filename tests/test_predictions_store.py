@@ -31,7 +31,7 @@ def make_model(engine: FakeEngine | None = None) -> Model:
     """A loaded model in virtual time: y = 2 * x, 8 rows a batch, 10 ms each."""
     engine = engine or FakeEngine()
     model = Model(ModelSettings(path="fake"))
-    model.decoder = Decoder(engine.signature)
+    model.decoder = Decoder(engine.signature, 1 << 20)
     model.batcher = make_batcher(FakeWorker(engine))
     return model
 

@@ -193,7 +193,7 @@ def test_statistics_of_all_models(served: Served) -> None:
 
 
 def decode(parameters: dict[str, object]) -> tuple[int, float | None]:
-    decoder = Decoder(Signature((TensorSpec("x", "FP32", (3,)),), (TensorSpec("y", "FP32", (3,)),)))
+    decoder = Decoder(Signature((TensorSpec("x", "FP32", (3,)),), (TensorSpec("y", "FP32", (3,)),)), 1 << 20)
     decoded = decoder.decode(json.dumps(ONE | {"parameters": parameters}).encode(), None)
     return decoded.priority, decoded.timeout_s
 

@@ -146,8 +146,8 @@ WRONG: list[Case] = [
         "not-json",
         {},
     ),
-    ("any-width", {"inputs": [tensor("x", "FP32", [2**40, 2**40], [1])]}, 422, "wrong-data", {}),
-    ("any-width", {"inputs": [tensor("x", "FP32", [2**63, 2], [1])]}, 422, "wrong-data", {}),
+    ("any-width", {"inputs": [tensor("x", "FP32", [2**40, 2**40], [1])]}, 413, "too-many-rows", {}),
+    ("any-width", {"inputs": [tensor("x", "FP32", [2**63, 2], [1])]}, 413, "too-many-rows", {}),
     (
         "negate",
         {"inputs": [tensor("x", "FP32", [51, 3], [1] * 153)]},

@@ -50,7 +50,7 @@ class Gated:
         self._note("open")
         self.fails("open", self.buffers[0])
 
-    def inputs(self, slot: int, row_shapes: RowShapes) -> tuple[Array, ...]:
+    def inputs(self, slot: int, rows: int, row_shapes: RowShapes) -> tuple[Array, ...]:
         assert row_shapes == SHAPES
         return (self.buffers[slot],)
 

@@ -72,7 +72,7 @@ class FakeEngine:
     def open(self) -> None:
         """Nothing to open."""
 
-    def inputs(self, slot: int, row_shapes: RowShapes) -> tuple[Array, ...]:
+    def inputs(self, slot: int, rows: int, row_shapes: RowShapes) -> tuple[Array, ...]:
         buffer = np.full((self.max_batch_size, *row_shapes[0]), -1, np.int64)
         self.buffers[slot] = buffer
         return (buffer,)
