@@ -132,10 +132,19 @@ def _example(path: str, media: str, example: Json) -> str:
     elif media == "multipart/form-data":
         body = " \\\n  ".join(f"-F {shlex.quote(f'{name}={_json(part)}')}" for name, part in value.items())
     else:
-        lines = "".join(f"\n{name}: {text}" for name, text in example.get("x-headers", {}).items())
-        shown = f"Content-Type: {media}{lines}\n\n{json.dumps(value, ensure_ascii=False)}"
-        return _details(example["summary"], shown)
+        return _details(example["summary"], _binary(path, media, example))
     return _details(example["summary"], f"curl $URL{path} \\\n  {body}")
+
+
+def _binary(path: str, media: str, example: Json) -> str:
+    """A binary body as a command: text, then zeros."""
+    text = example["value"].rstrip("\0")
+    zeros = len(example["value"]) - len(text)
+    parts = [f"printf %s {shlex.quote(text)}"] if text else []
+    parts += [f"head -c {zeros} /dev/zero"] if zeros else []
+    headers = {"Content-Type": media, **example.get("x-headers", {})}
+    lines = " \\\n  ".join(f"-H {shlex.quote(f'{name}: {value}')}" for name, value in headers.items())
+    return f"{{ {'; '.join(parts)}; }} |\n  curl $URL{path} --data-binary @- -o answer \\\n  {lines}"
 
 
 def _response(status: str, response: Json) -> str:
