@@ -1,7 +1,8 @@
 """The batcher: admits requests, sends batches to the worker, hands the rows of each batch back.
 
 One per model, living on one event loop; every method runs there. The decisions are the policy's
-(`batcher.policy`), the order is the queue's (`batcher.queue`); this file carries them out.
+(`batcher.policy`), the order is the queue's (`batcher.queue`), the way to the engine and back is the
+dispatcher's (`batcher.dispatcher`); this file lets requests in, and brings the three together.
 
 Guarantees:
 
@@ -21,51 +22,31 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import secrets
 import time
-from collections import deque
 from collections.abc import Callable
-from typing import Protocol
 
+from batcher.answers import Answers
 from batcher.cost import efficient_rows
 from batcher.counters import Counters
+from batcher.dispatcher import BatchWorker, Dispatcher
 from batcher.errors import (
     AbandonedError,
     BatcherError,
-    BatchFailedError,
     DrainingError,
-    EngineGoneError,
     ExpiredError,
     QueueFullError,
     TooManyRowsError,
 )
-from batcher.packing import pack
-from batcher.policy import RETRY, Dispatch, Limits, WaitUntil, decide
-from batcher.queue import Group, RequestQueue
-from batcher.request import Batch, Request, State
-from batcher.split import Part, cut, join
-from engines.base import Engine
-from engines.errors import EngineDeadError, EngineError
-from engines.worker import Deliver, Job, Outcome
+from batcher.policy import Dispatch, Limits, WaitUntil, decide
+from batcher.queue import RequestQueue
+from batcher.request import Request, State
+from batcher.split import Part, cut, join, let_go
+from engines.errors import EngineError
 
 log = logging.getLogger("cobatch.batcher")
 
 # How many more iterations of the loop a batch may grow by while each brings someone new.
 _SETTLE_ITERATIONS = 6
-# How fast the estimate of the time per row follows the engine: weight of the newest batch.
-_DRAIN_WEIGHT = 0.2
-
-
-class BatchWorker(Protocol):
-    """What the batcher needs of `engines.worker.Worker`."""
-
-    deliver: Deliver | None
-    warmup_us: dict[int, float]
-
-    @property
-    def engine(self) -> Engine: ...
-
-    def submit(self, job: Job) -> None: ...
 
 
 class Batcher:
@@ -97,21 +78,23 @@ class Batcher:
         )
         self.counters = Counters()
         self.closed: BatcherError | None = None
-        self._engine = engine
-        self._worker = worker
         self._loop = loop
         self._clock = clock
         self._queue = RequestQueue()
-        self._retries: deque[list[Request]] = deque()
-        self._free_slots = list(range(engine.slots))
-        self._running: set[Batch] = set()
+        self._answers = Answers(name, self.counters, clock)
+        self._dispatcher = Dispatcher(
+            worker,
+            self._answers,
+            self.counters,
+            loop,
+            clock,
+            decide=self._decide,
+            on_dead=self._on_engine_dead,
+        )
         self._decide_soon = False
         self._seen = 0
         self._timer: asyncio.TimerHandle | None = None
-        rows, run_us = min(worker.warmup_us.items(), default=(1, 1000.0))
-        self._row_s = run_us / rows / 1e6
         self._drained: asyncio.Future[None] | None = None
-        worker.deliver = self._deliver
 
     # Admission
 
@@ -123,7 +106,7 @@ class Batcher:
     @property
     def running_batches(self) -> int:
         """Batches that are with the engine."""
-        return len(self._running)
+        return len(self._dispatcher.running)
 
     @property
     def full(self) -> bool:
@@ -146,7 +129,7 @@ class Batcher:
     @property
     def drain_s(self) -> float:
         """Estimated seconds until what is queued now will have left, at the current pace."""
-        return self._queue.rows * self._row_s
+        return self._queue.rows * self._dispatcher.row_s
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises what `refusal` says; then `request.done` is never called.
@@ -162,7 +145,8 @@ class Batcher:
             request.expiry = self._loop.call_later(request.timeout_s, self._expire, request)
         if request.rows <= self.max_batch_size:
             group = self._queue.push(request)
-            if self._free_slots and (group.rows >= self.limits.full_rows or not self._running):
+            dispatcher = self._dispatcher
+            if dispatcher.free_slots and (group.rows >= self.limits.full_rows or not dispatcher.running):
                 self._decide_later()
             return
         request.parts = list(self._cut(request))
@@ -181,7 +165,7 @@ class Batcher:
             request.expiry.cancel()
         self._withdraw(request)
         if request.parts is not None:
-            self._let_go(request.parts)
+            let_go(request.parts)
         self._check_drained()
 
     def _expire(self, request: Request) -> None:
@@ -196,10 +180,10 @@ class Batcher:
         if request.partial and len(queued) < len(parts):
             for part in queued:
                 self._queue.cancel(part)
-                self._fail(part, error)
+                self._answers.fail(part, error)
         else:
             self._withdraw(request)
-            self._fail(request, error)
+            self._answers.fail(request, error)
         self._check_drained()
 
     def _withdraw(self, request: Request) -> None:
@@ -222,7 +206,7 @@ class Batcher:
                 return
             if part.error is not None and not request.partial:
                 self._withdraw(request)
-                self._fail(request, part.error)
+                self._answers.fail(request, part.error)
             elif unanswered == 0:
                 self._join(request, parts)
 
@@ -232,21 +216,14 @@ class Batcher:
     def _join(self, request: Request, parts: list[Part]) -> None:
         first_error = next((part.error for part in parts if part.error is not None), None)
         if first_error is not None and all(part.error is not None for part in parts):
-            self._fail(request, first_error)
+            self._answers.fail(request, first_error)
             return
         try:
             join(request, parts)
         except ValueError as error:
-            self._fail_run(request, f"parts do not fit together: {error}")
+            self._answers.fail_run(request, f"parts do not fit together: {error}")
         else:
-            self._finish(request)
-
-    def _let_go(self, parts: list[Request]) -> None:
-        """Parts know their whole and it them: undo that, and do not keep their outputs."""
-        for part in parts:
-            assert isinstance(part, Part)
-            part.on_done = _nobody
-            part.outputs = ()
+            self._answers.finish(request)
 
     # Decision and dispatch
 
@@ -276,145 +253,28 @@ class Batcher:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        dispatcher = self._dispatcher
         while True:
-            if self._retries and self._free_slots:
-                self._retry(self._retries.popleft())
+            if dispatcher.retries and dispatcher.free_slots:
+                dispatcher.send_retry()
                 continue
             decision = decide(
                 self._queue.groups.values(),
                 self._clock(),
-                self.limits.slots - len(self._free_slots),
-                len(self._running),
+                dispatcher.in_slots,
+                len(dispatcher.running),
                 self.closed is not None,
                 self.limits,
             )
             if isinstance(decision, Dispatch):
-                self._dispatch(decision)
+                requests = self._queue.take(decision.group, self.limits.full_rows)
+                dispatcher.send(requests, decision.reason)
                 continue
             if isinstance(decision, WaitUntil):
                 delay_s = max(0.0, decision.time_s - self._clock())
                 self._timer = self._loop.call_later(delay_s, self._decide)
-            return
-
-    def _dispatch(self, decision: Dispatch[Group]) -> None:
-        self._send(self._queue.take(decision.group, self.limits.full_rows), decision.reason)
-
-    def _retry(self, requests: list[Request]) -> None:
-        wanted = [request for request in requests if request.state is State.RUNNING]
-        if wanted:
-            self.counters.retries += 1
-            self._send(wanted, RETRY)
-        else:
-            self._check_drained()
-
-    def _send(self, requests: list[Request], reason: str) -> None:
-        row_shapes = requests[0].row_shapes
-        batch = Batch(requests, sum([request.rows for request in requests]), row_shapes, reason)
-        slot = self._free_slots.pop()
-        self._running.add(batch)
-        batch.gathered_s = self._clock()
-        try:
-            pack(requests, self._engine.inputs(slot, batch.rows, row_shapes))
-        except Exception as error:
-            # Nothing was sent, so the batch fails here, like one that the engine refused.
-            log.exception("model %s: packing a batch failed", self.name)
-            job = Job(slot, batch.rows, row_shapes, batch)
-            outcome = Outcome(None, EngineError(f"packing failed: {error!r}"), self._clock(), self._clock())
-            self._loop.call_soon(self._on_outcome, job, outcome)
-            return
-        batch.dispatched_s = self._clock()
-        self._worker.submit(Job(slot, batch.rows, row_shapes, batch))
-
-    # Delivery
-
-    def _deliver(self, job: Job, outcome: Outcome) -> None:
-        """Called on the worker's thread: the one place where a thread calls into the loop."""
-        try:
-            self._loop.call_soon_threadsafe(self._on_outcome, job, outcome)
-        except RuntimeError:
-            log.warning("model %s: a batch came back after the event loop was closed", self.name)
-
-    def _on_outcome(self, job: Job, outcome: Outcome) -> None:
-        batch = job.context
-        assert isinstance(batch, Batch)
-        self._running.discard(batch)
-        batch.started_s = outcome.started_s
-        batch.finished_s = outcome.finished_s
-        if outcome.error is not None:
-            self._on_error(batch, outcome.error)
-        else:
-            assert outcome.outputs is not None
-            batch.outputs = outcome.outputs
-            self._row_s += _DRAIN_WEIGHT * ((batch.finished_s - batch.started_s) / batch.rows - self._row_s)
-            # First the engine's next batch, then this one's answers: writing them takes time.
-            self._decide()
-            began_s = self._clock()
-            self._hand_out(batch)
-            self.counters.batch(batch, self._clock() - began_s)
-            # Whoever keeps the batch must not keep the outputs, and batch and requests not each other.
-            batch.outputs = ()
-            batch.memo = {}
-            batch.requests = []
-        self._free_slots.append(job.slot)
-        self._decide()
+            break
         self._check_drained()
-
-    def _hand_out(self, batch: Batch) -> None:
-        for request in batch.requests:
-            if request.state is State.RUNNING:
-                request.state = State.DONE
-                request.batch = batch
-                self._finish(request)
-
-    def _finish(self, request: Request) -> None:
-        if request.expiry is not None:
-            request.expiry.cancel()
-        try:
-            request.done()
-        except Exception:
-            # One caller's trouble must not cost the others in its batch their answers.
-            log.exception("model %s: handing an answer to its caller failed", self.name)
-        if request.parts is not None:
-            self._let_go(request.parts)
-
-    def _fail(self, request: Request, error: Exception) -> None:
-        request.state = State.DONE
-        request.error = error
-        if not isinstance(request, Part):
-            self.counters.failed += 1
-        self.counters.failed_s += self._clock() - request.enqueued_s
-        self._finish(request)
-
-    def _on_error(self, batch: Batch, error: EngineError) -> None:
-        requests = [request for request in batch.requests if request.state is State.RUNNING]
-        self.counters.failed_runs += 1
-        if isinstance(error, EngineDeadError):
-            self._on_engine_dead(requests, error)
-        elif len(batch.requests) > 1:
-            # Also with one left: what failed may have been the rows of somebody who is gone by now.
-            half = len(requests) // 2
-            self._retries.extendleft(part for part in (requests[half:], requests[:half]) if part)
-        elif requests:
-            self._fail_run(requests[0], str(error))
-
-    def _fail_run(self, request: Request, why: str) -> None:
-        """The caller gets a reference, the log gets it beside the engine's words."""
-        reference = secrets.token_hex(8)
-        log.error("model %s: a run failed (reference %s): %s", self.name, reference, why)
-        self._fail(request, BatchFailedError(self.name, reference))
-
-    def _on_engine_dead(self, requests: list[Request], error: EngineError) -> None:
-        reference = secrets.token_hex(8)
-        log.critical("model %s: the engine is dead (reference %s): %s", self.name, reference, error)
-        self.closed = EngineGoneError(self.name, reference)
-        self._fail_all(requests, self.closed)
-
-    def _fail_all(self, requests: list[Request], error: Exception) -> None:
-        waiting = [request for retry in self._retries for request in retry] + self._queue.take_all()
-        self._retries.clear()
-        for request in requests + waiting:
-            if request.state is State.RUNNING:
-                self._fail(request, error)
 
     # The end
 
@@ -428,7 +288,6 @@ class Batcher:
             self.closed = DrainingError(f"model {self.name!r} is about to stop")
         self._drained = self._loop.create_future()
         self._decide()
-        self._check_drained()
         try:
             await asyncio.wait_for(self._drained, timeout_s)
         except TimeoutError:
@@ -437,21 +296,26 @@ class Batcher:
         return True
 
     def _abandon(self, timeout_s: float) -> None:
-        running = [request for batch in self._running for request in batch.requests]
         failed = self.counters.failed
-        late = AbandonedError(f"model {self.name!r} stopped before the request was done")
-        self._fail_all(running, late)
+        self._fail_all(AbandonedError(f"model {self.name!r} stopped before the request was done"))
         abandoned = self.counters.failed - failed
         log.error("model %s: %d requests were not done within %g s", self.name, abandoned, timeout_s)
+
+    def _on_engine_dead(self, error: EngineError) -> None:
+        self.closed = gone = self._answers.engine_gone(str(error))
+        # What still runs comes back with an error of its own, or with answers after all.
+        waiting = [request for retry in self._dispatcher.retries for request in retry]
+        self._dispatcher.retries.clear()
+        self._answers.fail_all(waiting + self._queue.take_all(), gone)
+
+    def _fail_all(self, error: Exception) -> None:
+        waiting = self._dispatcher.awaited() + self._queue.take_all()
+        self._dispatcher.retries.clear()
+        self._answers.fail_all(waiting, error)
 
     def _check_drained(self) -> None:
         if self._drained is None or self._drained.done():
             return
         # A batch that runs for nobody is not waited for: its callers left or were answered already.
-        sent = [*self._retries, *(batch.requests for batch in self._running)]
-        if not self._queue.rows and not any(r.state is State.RUNNING for requests in sent for r in requests):
+        if not self._queue.rows and not self._dispatcher.awaited():
             self._drained.set_result(None)
-
-
-def _nobody(part: Part) -> None:
-    """Who hears of a part whose whole is answered already."""

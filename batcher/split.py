@@ -71,3 +71,15 @@ def join(whole: Request, parts: list[Part]) -> None:
 def _blank(like: np.ndarray[Any, Any], rows: int) -> np.ndarray[Any, Any]:
     shape = (rows, *like.shape[1:])
     return np.full(shape, b"", object) if like.dtype == object else np.zeros(shape, like.dtype)
+
+
+def let_go(parts: list[Request]) -> None:
+    """Parts know their whole and it them: undo that, and do not keep their outputs."""
+    for part in parts:
+        assert isinstance(part, Part)
+        part.on_done = _nobody
+        part.outputs = ()
+
+
+def _nobody(part: Part) -> None:
+    """Who hears of a part whose whole is answered already."""

@@ -200,9 +200,9 @@ class Stage:
         batcher = self.batcher
         assert batcher.queued_rows == 0
         assert not batcher._queue.groups
-        assert not batcher._retries
+        assert not batcher._dispatcher.retries
         assert batcher.running_batches == 0
-        assert sorted(batcher._free_slots) == list(range(self.story.slots))
+        assert sorted(batcher._dispatcher.free_slots) == list(range(self.story.slots))
         assert not self.engine.taken
 
     def _check_counters(self) -> None:
