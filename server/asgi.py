@@ -47,13 +47,15 @@ class InferRoutes:
             await app(scope, receive, send)
             return
         core = self.core
+        headers = dict(scope["headers"])
         reply = None
         if core.draining or model.batcher is None or model.batcher.full:
             reply = core.refusal(model)
         if reply is None:
             try:
-                headers = dict(scope["headers"])
-                json_length = _json_length(headers, scope["headers"])
+                json_length = None
+                if _JSON_LENGTH in headers:
+                    json_length = _json_length(headers, scope["headers"])
                 body = await read_body(headers, receive, core.settings.server.max_body_bytes)
             except BodyError as error:
                 if error.problem is None:
@@ -65,12 +67,19 @@ class InferRoutes:
                 reply = await caller.wait()
                 if reply is None:
                     return
-        coding = choose(dict(scope["headers"]).get(b"accept-encoding", b""))
-        if coding is not None and reply.length >= core.settings.server.compress_min_bytes:
-            # In a thread: it would hold up everybody else.
-            reply = await asyncio.to_thread(compress, reply, coding)
-        await send({"type": "http.response.start", "status": reply.status, "headers": reply.header_list()})
-        await send({"type": "http.response.body", "body": b"".join(reply.body)})
+        if b"accept-encoding" in headers:
+            reply = await self._compressed(reply, headers[b"accept-encoding"])
+        body = b"".join(reply.body)
+        head = reply.header_list(len(body))
+        await send({"type": "http.response.start", "status": reply.status, "headers": head})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _compressed(self, reply: Reply, accept: bytes) -> Reply:
+        coding = choose(accept)
+        if coding is None or reply.length < self.core.settings.server.compress_min_bytes:
+            return reply
+        # In a thread: it would hold up everybody else.
+        return await asyncio.to_thread(compress, reply, coding)
 
 
 class _Caller:
@@ -151,10 +160,8 @@ class _Waiting:
             loop.call_later(_WATCH_AFTER_S, self._sweep, loop)
 
 
-def _json_length(headers: dict[bytes, bytes], raw_headers: list[tuple[bytes, bytes]]) -> int | None:
-    value = headers.get(_JSON_LENGTH)
-    if value is None:
-        return None
+def _json_length(headers: dict[bytes, bytes], raw_headers: list[tuple[bytes, bytes]]) -> int:
+    value = headers[_JSON_LENGTH]
     twice = len(raw_headers) != len(headers) and [name for name, _ in raw_headers].count(_JSON_LENGTH) > 1
     if twice or not value.isdigit() or len(value) > 18:
         raise BodyError(Problem("bad-binary", "Inference-Header-Content-Length must be one whole number"))

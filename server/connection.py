@@ -170,25 +170,17 @@ class Connection(HttpToolsProtocol):
             self._end(Problem("headers-too-large", detail, close=True))
 
     def on_message_begin(self) -> None:
-        # Uvicorn makes the ASGI scope here; `take_long_way` does so when it is needed.
+        self.begin_receiving()
+        super().on_message_begin()
+
+    def begin_receiving(self) -> None:
+        """A request's first bytes are there: its limits begin to count."""
         self.receiving = HEADERS
         self._headers_bytes = 0
         self._since_s = time.monotonic()
-        self.url = b""
-        self.expect_100_continue = False
-        self.headers = []
 
     def on_headers_complete(self) -> None:
-        self.take_long_way()
-        self.receiving = BODY
-
-    def take_long_way(self) -> None:
         """Give the request whose headers are there to the ASGI application."""
-        url, headers, expect = self.url, self.headers, self.expect_100_continue
-        super().on_message_begin()
-        self.url = url
-        self.headers.extend(headers)
-        self.expect_100_continue = expect
         before = self.cycle
         super().on_headers_complete()
         # The scope has the list. Trailers come through the same callback and are no headers.
@@ -198,6 +190,7 @@ class Connection(HttpToolsProtocol):
         if self.parser.should_upgrade():
             # Not taken up, but the parser stops here: what follows is no request of ours.
             self.cycle.keep_alive = False
+        self.receiving = BODY
 
     def on_message_complete(self) -> None:
         self.receiving = NOTHING

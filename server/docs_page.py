@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
-import shlex
 from html import escape
 from typing import Any
 
+from server.docs_examples import details, pretty, request_example
 from server.docs_style import STYLE
 from server.openapi_errors import ANYWHERE
 
@@ -24,9 +23,6 @@ HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 )
-# Longer examples are cut: they are there to be read.
-_MOST_SHOWN = 1200
-_WIDTH = 76
 
 
 def render(document: Json) -> str:
@@ -101,7 +97,7 @@ def _operation(document: Json, path: str, method: str, operation: Json) -> str:
     for media, content in operation.get("requestBody", {}).get("content", {}).items():
         parts.append(f"<h4>Body: <code>{media}</code></h4><p>{_type(content['schema'])}</p>")
         examples = content.get("examples", {}).values()
-        parts += [_example(path, media, example) for example in examples]
+        parts += [request_example(path, media, example) for example in examples]
     good = {status: one for status, one in operation["responses"].items() if status < "300"}
     bad = {status: one for status, one in operation["responses"].items() if status >= "300"}
     parts += [_response(status, one) for status, one in good.items()]
@@ -123,36 +119,12 @@ def _parameter(parameter: Json) -> str:
     )
 
 
-def _example(path: str, media: str, example: Json) -> str:
-    """A request as a command, where a command line can hold it."""
-    value = example["value"]
-    path = path.format_map(example.get("x-path", {}))
-    if media == "application/json":
-        body = f"--json {shlex.quote(_json(value))}"
-    elif media == "multipart/form-data":
-        body = " \\\n  ".join(f"-F {shlex.quote(f'{name}={_json(part)}')}" for name, part in value.items())
-    else:
-        return _details(example["summary"], _binary(path, media, example))
-    return _details(example["summary"], f"curl $URL{path} \\\n  {body}")
-
-
-def _binary(path: str, media: str, example: Json) -> str:
-    """A binary body as a command: text, then zeros."""
-    text = example["value"].rstrip("\0")
-    zeros = len(example["value"]) - len(text)
-    parts = [f"printf %s {shlex.quote(text)}"] if text else []
-    parts += [f"head -c {zeros} /dev/zero"] if zeros else []
-    headers = {"Content-Type": media, **example.get("x-headers", {})}
-    lines = " \\\n  ".join(f"-H {shlex.quote(f'{name}: {value}')}" for name, value in headers.items())
-    return f"{{ {'; '.join(parts)}; }} |\n  curl $URL{path} --data-binary @- -o answer \\\n  {lines}"
-
-
 def _response(status: str, response: Json) -> str:
     parts = [f"<h4>Answer {status}</h4><p>{_text(response['description'])}</p>"]
     for media, content in response["content"].items():
         parts.append(f"<p><code>{media}</code>: {_type(content['schema'])}</p>")
         if "example" in content:
-            parts.append(_details("Example", _json(content["example"])))
+            parts.append(details("Example", pretty(content["example"])))
     if "headers" in response:
         names = ", ".join(f"<code>{escape(name)}</code>" for name in response["headers"])
         parts.append(f"<p>Headers: {names}</p>")
@@ -170,14 +142,6 @@ def _refusal(status: str, response: Json) -> str:
 
 def _kind(slug: str) -> str:
     return f'<a href="problems/{slug}"><code>{slug}</code></a>'
-
-
-def _details(summary: str, text: str) -> str:
-    if len(text) > _MOST_SHOWN:
-        text = text[:_MOST_SHOWN] + " ..."
-    # What can be scrolled must be reachable by keyboard.
-    body = f'<pre tabindex="0"><code>{escape(text)}</code></pre>'
-    return f"<details><summary>{escape(summary)}</summary>{body}</details>"
 
 
 def _schema(name: str, schema: Json) -> str:
@@ -235,17 +199,3 @@ def _text(text: str) -> str:
     """Text with `code` in it, as HTML."""
     pieces = escape(text).split("`")
     return "".join(f"<code>{piece}</code>" if odd % 2 else piece for odd, piece in enumerate(pieces))
-
-
-def _json(value: Any, indent: int = 0) -> str:
-    """JSON on several lines where it is long, but what is short stays on one."""
-    text = json.dumps(value, ensure_ascii=False)
-    if len(text) + indent <= _WIDTH or not isinstance(value, dict | list):
-        return text
-    if isinstance(value, dict):
-        items = [f"{json.dumps(key)}: {_json(one, indent + 2)}" for key, one in value.items()]
-    else:
-        items = [_json(one, indent + 2) for one in value]
-    ends = "{}" if isinstance(value, dict) else "[]"
-    lead = "\n" + " " * (indent + 2)
-    return f"{ends[0]}{lead}{f',{lead}'.join(items)}\n{' ' * indent}{ends[1]}"

@@ -151,10 +151,25 @@ class FastProtocol(Connection):
 
     # The parser's callbacks
 
+    def on_message_begin(self) -> None:
+        # Uvicorn makes the ASGI scope here; `_take_long_way` does so when it is needed.
+        self.begin_receiving()
+        self.url = b""
+        self.expect_100_continue = False
+        self.headers = []
+
+    def _take_long_way(self) -> None:
+        url, headers, expect = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url = url
+        self.headers.extend(headers)
+        self.expect_100_continue = expect
+        super().on_headers_complete()
+
     def on_headers_complete(self) -> None:
         known = self._recognise()
         if known is None:
-            super().on_headers_complete()
+            self._take_long_way()
             return
         self.receiving = BODY
         cycle = FastCycle(self, known)

@@ -78,30 +78,18 @@ class ConfigTensor(Body):
     dims: DynamicShape
 
 
-class SpecificVersions(Body):
-    """The versions that are served."""
-
-    versions: list[str]
-
-
 class VersionPolicy(Body):
     """Which versions are served."""
 
-    specific: SpecificVersions
-
-
-class QueuePolicy(Body):
-    """`max_queue_size`: the most rows that may wait."""
-
-    max_queue_size: Count
+    specific: dict[Literal["versions"], list[str]]
 
 
 class DynamicBatching(Body):
-    """How batches are made."""
+    """How batches are made; `max_queue_size`: the most rows that may wait."""
 
     preferred_batch_size: list[Count]
     max_queue_delay_microseconds: Count
-    default_queue_policy: QueuePolicy
+    default_queue_policy: dict[Literal["max_queue_size"], Count]
 
 
 class ModelConfiguration(Body):

@@ -42,9 +42,10 @@ class Reply:
         """Bytes of the body. Counted when asked: an answer within a batch is not."""
         return sum(map(len, self.body))
 
-    def header_list(self) -> list[tuple[bytes, bytes]]:
-        """All headers, as ASGI wants them."""
-        headers = [(b"content-type", self.content_type), (b"content-length", b"%d" % self.length)]
+    def header_list(self, length: int | None = None) -> list[tuple[bytes, bytes]]:
+        """All headers, as ASGI wants them; `length` where the body's is known."""
+        length = self.length if length is None else length
+        headers = [(b"content-type", self.content_type), (b"content-length", b"%d" % length)]
         if self.timing is not None:
             headers.append((b"server-timing", self.timing))
         if self.json_length is not None:

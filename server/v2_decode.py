@@ -88,23 +88,22 @@ class Decoder:
             decoded = self._decode_large(body) if LARGE_BYTES <= len(body) <= MOST_LARGE_BYTES else None
             if decoded is not None:
                 return decoded
-            message, tail = self._message(body), None
-        else:
-            if json_length > len(body):
-                raise Problem(
-                    "bad-binary",
-                    f"Inference-Header-Content-Length is {json_length}, the body has {len(body)} bytes",
-                    header_length=json_length,
-                    body_bytes=len(body),
-                )
-            view = memoryview(body)
-            message, tail = self._message(view[:json_length]), view[json_length:]
-        return self._decoded(message, *self._inputs(message, tail, None))
+            return self.decode_message(self._message(body))
+        if json_length > len(body):
+            raise Problem(
+                "bad-binary",
+                f"Inference-Header-Content-Length is {json_length}, the body has {len(body)} bytes",
+                header_length=json_length,
+                body_bytes=len(body),
+            )
+        view = memoryview(body)
+        message = self._message(view[:json_length])
+        return self._decoded(message, *self._inputs(message, view[json_length:], None))
 
     def decode_message(self, message: InferMessage) -> Decoded:
-        """The same for a message without binary tail that somebody else has parsed. Raises Problem."""
+        """The same for a message without binary tail that is parsed already. Raises Problem."""
         if message.parameters is None and message.outputs is None and len(message.inputs) == 1:
-            # One row for a model with one input, spelled out: in a batch call there are many of these.
+            # One row for a model with one input, spelled out: most small requests are that.
             (tensor,) = message.inputs
             spec = self._specs[0]
             if (
