@@ -24,6 +24,7 @@ from server.v2_messages import (
     MOST_LARGE_BYTES,
     InferMessage,
     InputTensor,
+    Parameters,
     WantedOutput,
     decode_message,
     parse_large,
@@ -37,6 +38,10 @@ Wants = tuple[tuple[int, bool], ...]
 _MOST_EMPTY = 2**32
 # Parameters that would put an output elsewhere or turn it into something else.
 _UNSUPPORTED = ("classification", "shared_memory_region")
+
+
+# The parameters of most requests with binary tensors.
+_PLAIN_PARAMETERS: tuple[Parameters | None, ...] = (None, {"binary_data_output": True})
 
 
 class _LookCloserError(Exception):
@@ -74,6 +79,10 @@ class Decoder:
         self._row_lists = [None if -1 in spec.shape else list(spec.shape) for spec in signature.inputs]
         self._one_row = [1, *self._row_shapes[0]] if self._fixed and len(self._specs) == 1 else None
         self._one_row_elements = prod(self._one_row or ())
+        self._one_row_bytes = self._one_row_elements * self._specs[0].dtype.itemsize
+        # What a row's parameters are when it comes as binary whose bytes need no further look.
+        plain = self._specs[0].datatype not in ("BOOL", "BYTES")
+        self._one_row_binary = {"binary_data_size": self._one_row_bytes} if plain else {}
         self._outputs = {spec.name: index for index, spec in enumerate(signature.outputs)}
         # BF16 has no form in JSON (the protocol knows it in binary only).
         self._binary_only = tuple(spec.datatype == "BF16" for spec in signature.outputs)
@@ -98,23 +107,28 @@ class Decoder:
             )
         view = memoryview(body)
         message = self._message(view[:json_length])
-        return self._decoded(message, *self._inputs(message, view[json_length:], None))
+        tail = view[json_length:]
+        if message.outputs is None and len(message.inputs) == 1 and message.parameters in _PLAIN_PARAMETERS:
+            (tensor,) = message.inputs
+            plain = tensor.parameters == self._one_row_binary and not len(tensor.data)
+            if plain and self._is_one_row(tensor) and len(tail) == self._one_row_bytes:
+                wants = self._all_binary if message.parameters else self._all_json
+                return Decoded(1, self._row_shapes, (tail,), message.id, wants)
+        return self._decoded(message, *self._inputs(message, tail, None))
 
     def decode_message(self, message: InferMessage) -> Decoded:
         """The same for a message without binary tail that is parsed already. Raises Problem."""
         if message.parameters is None and message.outputs is None and len(message.inputs) == 1:
             # One row for a model with one input, spelled out: most small requests are that.
             (tensor,) = message.inputs
-            spec = self._specs[0]
-            if (
-                tensor.shape == self._one_row
-                and tensor.name == spec.name
-                and tensor.datatype == spec.datatype
-                and tensor.parameters is None
-            ):
+            if self._is_one_row(tensor) and tensor.parameters is None:
                 payload = self.readers[0].read(tensor.data, tensor.shape, self._one_row_elements)
                 return Decoded(1, self._row_shapes, (payload,), message.id, self._all_json)
         return self._decoded(message, *self._inputs(message, None, None))
+
+    def _is_one_row(self, tensor: InputTensor) -> bool:
+        spec = self._specs[0]
+        return tensor.shape == self._one_row and tensor.name == spec.name and tensor.datatype == spec.datatype
 
     def _decode_large(self, body: Body) -> Decoded | None:
         """The same through simdjson; None where the other way has to have a look."""

@@ -54,12 +54,20 @@ class Encoder:
             start += b',"id":' + msgspec.json.encode(request_id)
         rows = request.rows
         first = request.first_row
-        if len(wants) == 1 and not wants[0][1]:
-            # The common case, spelled out: one output, as JSON.
-            lead, end = self._frame(wants, rows, shapes)
-            text = self._json_data(batch, wants[0][0], first, rows)
+        frame = self._frame(wants, rows, shapes)
+        if len(wants) != 1:
+            return self._mixed(batch, first, rows, wants, start, timing, frame)
+        # One output is the common case, and spelled out.
+        index, binary = wants[0]
+        lead, end = frame
+        if not binary:
+            text = self._json_data(batch, index, first, rows)
             return Reply(200, JSON, (start, lead, text, end), timing=timing)
-        return self._mixed(batch, first, rows, wants, start, timing, self._frame(wants, rows, shapes))
+        if self._specs[index].datatype == "BYTES":
+            return self._mixed(batch, first, rows, wants, start, timing, frame)
+        data = self._binary_rows(batch, index, first, rows)
+        json_length = len(start) + len(lead) + len(end)
+        return Reply(200, OCTETS, (start, lead, end, data), timing=timing, json_length=json_length)
 
     def _mixed(
         self,
