@@ -40,10 +40,6 @@ _MOST_EMPTY = 2**32
 _UNSUPPORTED = ("classification", "shared_memory_region")
 
 
-# The parameters of most requests with binary tensors.
-_PLAIN_PARAMETERS: tuple[Parameters | None, ...] = (None, {"binary_data_output": True})
-
-
 class _LookCloserError(Exception):
     """simdjson's result is not enough to say what is wrong, or to do without the text."""
 
@@ -79,10 +75,9 @@ class Decoder:
         self._row_lists = [None if -1 in spec.shape else list(spec.shape) for spec in signature.inputs]
         self._one_row = [1, *self._row_shapes[0]] if self._fixed and len(self._specs) == 1 else None
         self._one_row_elements = prod(self._one_row or ())
-        self._one_row_bytes = self._one_row_elements * self._specs[0].dtype.itemsize
-        # What a row's parameters are when it comes as binary whose bytes need no further look.
+        # Of a row whose bytes need no further look when they come as binary; -1 equals no size.
         plain = self._specs[0].datatype not in ("BOOL", "BYTES")
-        self._one_row_binary = {"binary_data_size": self._one_row_bytes} if plain else {}
+        self._one_row_bytes = self._one_row_elements * self._specs[0].dtype.itemsize if plain else -1
         self._outputs = {spec.name: index for index, spec in enumerate(signature.outputs)}
         # BF16 has no form in JSON (the protocol knows it in binary only).
         self._binary_only = tuple(spec.datatype == "BF16" for spec in signature.outputs)
@@ -108,11 +103,18 @@ class Decoder:
         view = memoryview(body)
         message = self._message(view[:json_length])
         tail = view[json_length:]
-        if message.outputs is None and len(message.inputs) == 1 and message.parameters in _PLAIN_PARAMETERS:
+        if message.outputs is None and len(message.inputs) == 1:
             (tensor,) = message.inputs
-            plain = tensor.parameters == self._one_row_binary and not len(tensor.data)
-            if plain and self._is_one_row(tensor) and len(tail) == self._one_row_bytes:
-                wants = self._all_binary if message.parameters else self._all_json
+            size = _only(tensor.parameters, "binary_data_size")
+            binary = message.parameters and _only(message.parameters, "binary_data_output")
+            if (
+                type(size) is int
+                and size == len(tail) == self._one_row_bytes
+                and (binary is None or binary is True)
+                and self._is_one_row(tensor)
+                and not len(tensor.data)
+            ):
+                wants = self._all_binary if binary else self._all_json
                 return Decoded(1, self._row_shapes, (tail,), message.id, wants)
         return self._decoded(message, *self._inputs(message, tail, None))
 
@@ -296,3 +298,8 @@ class Decoder:
             if output.parameters and output.parameters.get(name):
                 raise Problem("bad-parameter", f"{name} is not supported", parameter=name)
         return index
+
+
+def _only(parameters: Parameters | None, name: str) -> object:
+    """The value of this parameter if it is the only one, else False."""
+    return parameters.get(name, False) if parameters is not None and len(parameters) == 1 else False
