@@ -32,7 +32,7 @@ class InferRoutes:
         self.app = app
         self._direct = direct
         self.core = core
-        self._paths = {target.decode(): model for target, model in core.infer_targets.items()}
+        self._paths = core.infer_paths
         self._waiting = _Waiting(core)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,6 +111,7 @@ class _Caller:
             raise
         finally:
             callers.pop(self, None)
+            self.request = None  # or the two would keep each other until the next garbage collection
 
     async def watch(self) -> None:
         """Wait for the client to leave: after the body, that is all `receive` has to say."""

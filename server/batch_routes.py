@@ -108,11 +108,8 @@ def _parse(core: Core, body: bytes | bytearray, limit: int) -> tuple[Sequence[An
 
 
 def _models_of(core: Core, items: Sequence[AnyItem]) -> _Models:
-    targets = core.infer_targets
-    return [
-        targets.get(item.url.encode()) if item.method == "POST" and not item.headers else None
-        for item in items
-    ]
+    paths = core.infer_paths
+    return [paths.get(item.url) if item.method == "POST" and not item.headers else None for item in items]
 
 
 class _Call:
@@ -187,12 +184,11 @@ class _Call:
             request = self._core.infer(model, body_of(item), None, reply)
         if request is None:
             return
-        for _, binary in request.wants:
-            if binary:
-                self._core.cancel(request)
-                detail = "a batch's answers are JSON and carry no binary tensors"
-                self._answer(index, Problem("not-batchable", detail, field="body").reply(instance=item.url))
-                return
+        if request.wants is not model.decoder.all_text and any(binary for _, binary in request.wants):
+            self._core.cancel(request)
+            detail = "a batch's answers are JSON and carry no binary tensors"
+            self._answer(index, Problem("not-batchable", detail, field="body").reply(instance=item.url))
+            return
         self._requests.append(request)
 
     def _start_unusual(self, index: int, item: AnyItem) -> None:
@@ -203,7 +199,7 @@ class _Call:
         except Problem as problem:
             self._answer(index, problem.reply(instance=item.url))
             return
-        model = self._core.infer_targets.get(path.encode()) if item.method == "POST" else None
+        model = self._core.infer_paths.get(path) if item.method == "POST" else None
         if model is not None:
             self._infer(index, item, model)
         else:

@@ -66,9 +66,11 @@ class Core:
         self.models = {model.name: Model(model) for model in settings.models}
         # What the fast path compares the request target with, byte for byte.
         self.infer_targets: dict[bytes, Model] = {}
+        self.infer_paths: dict[str, Model] = {}  # the same as text
         for name, model in self.models.items():
             for base in (f"/v2/models/{name}", f"/v2/models/{name}/versions/{model.version}"):
                 self.infer_targets[f"{base}/infer".encode()] = model
+                self.infer_paths[f"{base}/infer"] = model
         self.draining = False
         self.loop: asyncio.AbstractEventLoop | None = None  # set when the application starts
         # For whoever runs the process; until then there is nobody to tell.

@@ -81,7 +81,9 @@ class Decoder:
         self._outputs = {spec.name: index for index, spec in enumerate(signature.outputs)}
         # BF16 has no form in JSON (the protocol knows it in binary only).
         self._binary_only = tuple(spec.datatype == "BF16" for spec in signature.outputs)
-        self._all_json: Wants = tuple(enumerate(self._binary_only))
+        self.all_json: Wants = tuple(enumerate(self._binary_only))
+        # The same where it is JSON indeed, which saves looking; else nothing that is ever wanted.
+        self.all_text: Wants | None = None if any(self._binary_only) else self.all_json
         self._all_binary: Wants = tuple((index, True) for index in range(len(signature.outputs)))
 
     def decode(self, body: Body, json_length: int | None) -> Decoded:
@@ -114,7 +116,7 @@ class Decoder:
                 and self._is_one_row(tensor)
                 and not len(tensor.data)
             ):
-                wants = self._all_binary if binary else self._all_json
+                wants = self._all_binary if binary else self.all_json
                 return Decoded(1, self._row_shapes, (tail,), message.id, wants)
         return self._decoded(message, *self._inputs(message, tail, None))
 
@@ -125,7 +127,7 @@ class Decoder:
             (tensor,) = message.inputs
             if self._is_one_row(tensor) and tensor.parameters is None:
                 payload = self.readers[0].read(tensor.data, tensor.shape, self._one_row_elements)
-                return Decoded(1, self._row_shapes, (payload,), message.id, self._all_json)
+                return Decoded(1, self._row_shapes, (payload,), message.id, self.all_json)
         return self._decoded(message, *self._inputs(message, None, None))
 
     def _is_one_row(self, tensor: InputTensor) -> bool:
@@ -155,7 +157,7 @@ class Decoder:
         self, message: InferMessage, rows: int, row_shapes: RowShapes, payloads: Sequence[Payload]
     ) -> Decoded:
         if message.parameters is None:
-            wants = self._all_json if message.outputs is None else self._wants(message)
+            wants = self.all_json if message.outputs is None else self._wants(message)
             return Decoded(rows, row_shapes, payloads, message.id, wants)
         priority, timeout_s = read_parameters(message.parameters)
         return Decoded(rows, row_shapes, payloads, message.id, self._wants(message), priority, timeout_s)
@@ -269,7 +271,7 @@ class Decoder:
     def _wants(self, message: InferMessage) -> Wants:
         binary = read_flag(message.parameters, "binary_data_output", False)
         if message.outputs is None:
-            return self._all_binary if binary else self._all_json
+            return self._all_binary if binary else self.all_json
         wants: dict[int, bool] = {}
         for output in message.outputs:
             index = self.output_index(output)
@@ -281,7 +283,7 @@ class Decoder:
             if self._binary_only[index] and not wants[index]:
                 detail = f"output {output.name!r} is BF16, which travels as binary only"
                 raise Problem("bad-parameter", detail, parameter="binary_data")
-        return tuple(wants.items()) or (self._all_binary if binary else self._all_json)
+        return tuple(wants.items()) or (self._all_binary if binary else self.all_json)
 
     def output_index(self, output: WantedOutput) -> int:
         """Where the output stands in the signature. Raises Problem."""
