@@ -25,12 +25,11 @@ log = logging.getLogger("cobatch.server")
 class InferRequest(Request):
     """A V2 infer request in the batcher; `done` encodes its answer while the outputs are valid."""
 
-    __slots__ = ("id", "model", "reply", "wants")
+    __slots__ = ("id", "model", "reply", "usage", "wants")
 
     def __init__(self, model: Model, decoded: Decoded, reply: Callable[[Reply], None]) -> None:
         super().__init__(decoded.rows, decoded.row_shapes, decoded.payloads)
-        self.priority = decoded.priority
-        self.timeout_s = decoded.timeout_s
+        self.priority, self.timeout_s, self.usage = decoded.wishes
         self.id: str | None = decoded.id
         self.wants: Wants = decoded.wants
         self.model = model
@@ -39,7 +38,7 @@ class InferRequest(Request):
     def done(self) -> None:
         try:
             if self.error is None:
-                reply = self.model.encoder.encode(self, self.wants, self.id)
+                reply = self.model.encoder.encode(self, self.wants, self.id, self.usage)
             else:
                 reply = from_error(self.error).reply(instance=instance_of(self.model))
         except Exception:

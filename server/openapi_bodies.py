@@ -175,13 +175,22 @@ class OutputTensor(Body):
     parameters: BinarySize | UnsetType = UNSET
 
 
+class BatchUsage(Body):
+    """Where an answer's time went, and how many rows rode in its batch."""
+
+    batch_rows: Count
+    queue_us: Count
+    compute_us: Count
+
+
 class InferResponse(Body):
-    """The answer to an infer request; `id` is the request's."""
+    """The answer to an infer request; `id` is the request's, `parameters` come if `usage` was asked for."""
 
     model_name: str
     model_version: str
     outputs: list[OutputTensor]
     id: str | UnsetType = UNSET
+    parameters: BatchUsage | UnsetType = UNSET
 
 
 class PredictionOutput(Body):

@@ -134,7 +134,8 @@ def _infer(models: Described, suffix: str, parameters: Sequence[Json]) -> Json:
         "Rows of tensors in, rows of tensors out. Requests that come at about the same time share a batch. "
         "The body may be compressed (Content-Encoding gzip or deflate); its Content-Type is not looked at. "
         "`parameters`: `priority` (1 is the highest, 0 the default), `timeout` (microseconds in the queue), "
-        "`binary_data_output`; an output's own `binary_data` goes before it."
+        "`usage` (true: the answer's parameters say where its time went), `binary_data_output`; "
+        "an output's own `binary_data` goes before it."
     )
     return operation(
         "infer" + suffix, V2, "Infer", text, {"200": good},

@@ -29,7 +29,7 @@ from server.v2_messages import (
     decode_message,
     parse_large,
 )
-from server.v2_parameters import read_flag, read_parameters
+from server.v2_parameters import NO_WISHES, Wishes, read_flag, read_parameters
 
 Body = bytes | bytearray
 # Which outputs a caller wants: (index in the signature, as binary).
@@ -56,8 +56,7 @@ class Decoded(NamedTuple):
     payloads: Sequence[Payload]
     id: str | None
     wants: Wants
-    priority: int = 0
-    timeout_s: float | None = None
+    wishes: Wishes = NO_WISHES
 
 
 class Decoder:
@@ -159,8 +158,8 @@ class Decoder:
         if message.parameters is None:
             wants = self.all_json if message.outputs is None else self._wants(message)
             return Decoded(rows, row_shapes, payloads, message.id, wants)
-        priority, timeout_s = read_parameters(message.parameters)
-        return Decoded(rows, row_shapes, payloads, message.id, self._wants(message), priority, timeout_s)
+        wishes = read_parameters(message.parameters)
+        return Decoded(rows, row_shapes, payloads, message.id, self._wants(message), wishes)
 
     def _message(self, text: Body | memoryview) -> InferMessage:
         try:

@@ -39,8 +39,8 @@ class Encoder:
         self._names = [msgspec.json.encode(spec.name) for spec in signature.outputs]
         self._frames: dict[tuple[Wants, int, Shapes], list[bytes]] = {}
 
-    def encode(self, request: Request, wants: Wants, request_id: str | None) -> Reply:
-        """The reply to a request that ran; call it inside `Request.done`."""
+    def encode(self, request: Request, wants: Wants, request_id: str | None, usage: bool = False) -> Reply:
+        """The reply to a request that ran; call it inside `Request.done`. `usage`: say so in the body too."""
         batch = request.batch
         assert batch is not None
         memo = batch.memo
@@ -52,6 +52,8 @@ class Encoder:
         start = self._start
         if request_id is not None:
             start += b',"id":' + msgspec.json.encode(request_id)
+        if usage:
+            start += _usage(request, batch)
         rows = request.rows
         first = request.first_row
         frame = self._frame(wants, rows, shapes)
@@ -173,6 +175,15 @@ def _bytes_tensor(values: np.ndarray[Any, Any]) -> bytes:
         data = value if isinstance(value, bytes) else str(value).encode()
         pieces += (len(data).to_bytes(4, "little"), data)
     return b"".join(pieces)
+
+
+def _usage(request: Request, batch: Batch) -> bytes:
+    """The answer's parameters that say where its time went, in microseconds, and in which company."""
+    return b',"parameters":{"batch_rows":%d,"queue_us":%d,"compute_us":%d}' % (
+        batch.rows,
+        (batch.dispatched_s - request.enqueued_s) * 1e6,
+        (batch.finished_s - batch.started_s) * 1e6,
+    )
 
 
 def timing_of_batch(batch: Batch) -> bytes:

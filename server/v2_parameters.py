@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from server.problems import Problem
 from server.v2_messages import Parameters
 
@@ -11,8 +13,22 @@ _MOST_PRIORITY = 2**32 - 1
 _MOST_TIMEOUT_US = 86_400_000_000
 
 
-def read_parameters(parameters: Parameters) -> tuple[int, float | None]:
-    """Priority (0 the default, 1 the highest) and timeout in seconds of a request. Raises Problem.
+class Wishes(NamedTuple):
+    """What a request's parameters ask for: priority (1 the highest, 0 the default), timeout, usage.
+
+    `usage`: the answer's parameters say in which company its rows rode and where its time went.
+    """
+
+    priority: int = 0
+    timeout_s: float | None = None
+    usage: bool = False
+
+
+NO_WISHES = Wishes()
+
+
+def read_parameters(parameters: Parameters) -> Wishes:
+    """What a request's parameters ask for. Raises Problem.
 
     The protocol's `timeout` is in microseconds, 0 for none. Parameters that nobody here knows are left
     alone, but for those that would need a state that no model here keeps.
@@ -24,7 +40,8 @@ def read_parameters(parameters: Parameters) -> tuple[int, float | None]:
             raise Problem("bad-parameter", f"{name}: the model keeps no sequences", parameter=name)
     priority = _whole(parameters, "priority", _MOST_PRIORITY)
     timeout_us = _whole(parameters, "timeout", _MOST_TIMEOUT_US)
-    return priority, timeout_us / 1e6 if timeout_us else None
+    usage = read_flag(parameters, "usage", False)
+    return Wishes(priority, timeout_us / 1e6 if timeout_us else None, usage)
 
 
 def _whole(parameters: Parameters, name: str, most: int) -> int:

@@ -195,7 +195,7 @@ def test_statistics_of_all_models(served: Served) -> None:
 def decode(parameters: dict[str, object]) -> tuple[int, float | None]:
     decoder = Decoder(Signature((TensorSpec("x", "FP32", (3,)),), (TensorSpec("y", "FP32", (3,)),)), 1 << 20)
     decoded = decoder.decode(json.dumps(ONE | {"parameters": parameters}).encode(), None)
-    return decoded.priority, decoded.timeout_s
+    return decoded.wishes[:2]
 
 
 def test_priority_and_timeout_reach_the_batcher() -> None:
@@ -278,3 +278,14 @@ def test_a_raw_request_that_does_not_fit(
 ) -> None:
     answer = raw(served, model, body)
     assert (answer.status, answer.slug) == (status, slug)
+
+
+def test_usage_is_in_the_body_when_asked_for_and_only_then(held: tuple[Served, GatedEngine]) -> None:
+    served, _ = held
+    usage = served.ask(gate(7, 8, parameters={"usage": True})).json["parameters"]
+    assert usage["batch_rows"] == 2
+    assert set(usage) == {"batch_rows", "queue_us", "compute_us"}
+    assert all(type(value) is int and value >= 0 for value in usage.values())
+    for parameters in ({}, {"usage": False}, {"priority": 1}):
+        assert "parameters" not in served.ask(gate(7, parameters=parameters)).json
+    assert served.ask(gate(7, parameters={"usage": "yes"})).slug == "bad-parameter"
