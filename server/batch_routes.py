@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from msgspec import UNSET
@@ -27,8 +27,9 @@ from server.batch_messages import (
     decode_infer_batch,
     encode_batch,
 )
+from server.bulk import BulkRequest, Member, submit_alike
 from server.compression import choose, compress
-from server.core import Core, InferRequest
+from server.core import Core, InferRequest, instance_of
 from server.limits import BodyError, read_body
 from server.model import Model
 from server.problems import Problem
@@ -125,7 +126,7 @@ class _Call:
         self._scope = scope
         self._replies: list[Reply | None] = [None] * len(items)
         self._open = len(items)
-        self._requests: list[InferRequest] = []
+        self._requests: list[InferRequest | BulkRequest] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._watcher: asyncio.Task[None] | None = None
         self._done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
@@ -136,9 +137,14 @@ class _Call:
             if model is None:
                 self._start_unusual(index, self.items[index])
         # After the tasks are made: they run before the batcher, told by the first of these, decides.
+        alike: dict[Model, list[Member]] = {}
         for index, (item, model) in enumerate(zip(self.items, self._models, strict=True)):
-            if model is not None:
+            if model is not None and type(item) is InferItem and item.message is not UNSET:
+                alike.setdefault(model, []).append((item.message, partial(self._answer, index)))
+            elif model is not None:
                 self._infer(index, item, model)
+        for model, members in alike.items():
+            self._requests += submit_alike(self._core, model, members, partial(self._infer_alone, model))
         if self._open:
             # Most are answered before anybody could have left, and a task costs as much as an item or two.
             timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._watch_for_leaving, receive)
@@ -178,16 +184,19 @@ class _Call:
 
     def _infer(self, index: int, item: AnyItem, model: Model) -> None:
         reply = partial(self._answer, index)
-        if type(item) is InferItem and item.message is not UNSET:
-            request = self._core.infer_message(model, item.message, reply)
-        else:
-            request = self._core.infer(model, body_of(item), None, reply)
+        self._keep(self._core.infer(model, body_of(item), None, reply), item.url, reply)
+
+    def _infer_alone(self, model: Model, member: Member) -> None:
+        message, reply = member
+        self._keep(self._core.infer_message(model, message, reply), instance_of(model), reply)
+
+    def _keep(self, request: InferRequest | None, instance: str, reply: Callable[[Reply], None]) -> None:
         if request is None:
             return
-        if request.wants is not model.decoder.all_text and any(binary for _, binary in request.wants):
+        if any(binary for _, binary in request.wants):
             self._core.cancel(request)
             detail = "a batch's answers are JSON and carry no binary tensors"
-            self._answer(index, Problem("not-batchable", detail, field="body").reply(instance=item.url))
+            reply(Problem("not-batchable", detail, field="body").reply(instance=instance))
             return
         self._requests.append(request)
 

@@ -22,10 +22,17 @@ from server.v2_messages import InferMessage
 log = logging.getLogger("cobatch.server")
 
 
-class InferRequest(Request):
+class ModelRequest(Request):
+    """A request that knows its model."""
+
+    __slots__ = ("model",)
+    model: Model
+
+
+class InferRequest(ModelRequest):
     """A V2 infer request in the batcher; `done` encodes its answer while the outputs are valid."""
 
-    __slots__ = ("id", "model", "reply", "usage", "wants")
+    __slots__ = ("id", "reply", "usage", "wants")
 
     def __init__(self, model: Model, decoded: Decoded, reply: Callable[[Reply], None]) -> None:
         super().__init__(decoded.rows, decoded.row_shapes, decoded.payloads)
@@ -132,7 +139,7 @@ class Core:
             reply(_refused(model, error))
             return None
 
-    def cancel(self, request: InferRequest) -> None:
+    def cancel(self, request: ModelRequest) -> None:
         """The caller has left."""
         batcher = request.model.batcher
         assert batcher is not None

@@ -69,10 +69,10 @@ class Decoder:
         self.readers = tuple(JsonReader(spec) for spec in signature.inputs)
         self._names = [spec.name for spec in signature.inputs]
         self._fixed = all(-1 not in spec.shape for spec in signature.inputs)
-        self._row_shapes: RowShapes = tuple(spec.shape for spec in signature.inputs)
+        self.row_shapes: RowShapes = tuple(spec.shape for spec in signature.inputs)
         # None equals no shape: one that says -1, as the signature does, must not look like a quick match.
         self._row_lists = [None if -1 in spec.shape else list(spec.shape) for spec in signature.inputs]
-        self._one_row = [1, *self._row_shapes[0]] if self._fixed and len(self._specs) == 1 else None
+        self._one_row = [1, *self.row_shapes[0]] if self._fixed and len(self._specs) == 1 else None
         self._one_row_elements = prod(self._one_row or ())
         # Of a row whose bytes need no further look when they come as binary; -1 equals no size.
         plain = self._specs[0].datatype not in ("BOOL", "BYTES")
@@ -116,18 +116,26 @@ class Decoder:
                 and not len(tensor.data)
             ):
                 wants = self._all_binary if binary else self.all_json
-                return Decoded(1, self._row_shapes, (tail,), message.id, wants)
+                return Decoded(1, self.row_shapes, (tail,), message.id, wants)
         return self._decoded(message, *self._inputs(message, tail, None))
 
     def decode_message(self, message: InferMessage) -> Decoded:
         """The same for a message without binary tail that is parsed already. Raises Problem."""
+        row = self.plain_row(message)
+        if row is not None:
+            return Decoded(1, self.row_shapes, (row,), message.id, self.all_json)
+        return self._decoded(message, *self._inputs(message, None, None))
+
+    def plain_row(self, message: InferMessage) -> Payload | None:
+        """The data of a message that is one JSON row for a model with one input and asks for nothing else.
+
+        Most small requests are that, so it is spelled out. None for any other. Raises Problem.
+        """
         if message.parameters is None and message.outputs is None and len(message.inputs) == 1:
-            # One row for a model with one input, spelled out: most small requests are that.
             (tensor,) = message.inputs
             if self._is_one_row(tensor) and tensor.parameters is None:
-                payload = self.readers[0].read(tensor.data, tensor.shape, self._one_row_elements)
-                return Decoded(1, self._row_shapes, (payload,), message.id, self.all_json)
-        return self._decoded(message, *self._inputs(message, None, None))
+                return self.readers[0].read(tensor.data, tensor.shape, self._one_row_elements)
+        return None
 
     def _is_one_row(self, tensor: InputTensor) -> bool:
         spec = self._specs[0]
@@ -208,7 +216,7 @@ class Decoder:
                 f"{len(tail) - offset} bytes are left over after the last binary tensor",
                 left_over_bytes=len(tail) - offset,
             )
-        return rows, self._row_shapes if row_shapes is None else tuple(row_shapes), payloads
+        return rows, self.row_shapes if row_shapes is None else tuple(row_shapes), payloads
 
     def _rows(self, tensor: InputTensor, spec: TensorSpec, others: int) -> int:
         """The first tensor's rows, where `others` is -1; a Problem for one that differs from the others'."""

@@ -1,0 +1,100 @@
+"""Infer items of one batch call that are alike, as one request to the batcher.
+
+Most items of a call are one row each for the same model, and ask for nothing special. Their rows lie
+behind one another in one request of as many rows, which saves the way through the queue for each of
+them; each still gets an answer of its own. Where the rows together are refused or fail, each item goes
+its own way, and only those that are to blame suffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from batcher.errors import BatcherError
+from batcher.request import Payload
+from server.core import Core, ModelRequest
+from server.model import Model
+from server.problems import Problem
+from server.reply import Reply
+from server.v2_messages import InferMessage
+
+# An item: its message, and what to call with its reply.
+Member = tuple[InferMessage, Callable[[Reply], None]]
+
+
+class BulkRequest(ModelRequest):
+    """One row for each member. `by_itself` is called with each member's number if they fail together."""
+
+    __slots__ = ("by_itself", "members")
+
+    def __init__(
+        self,
+        model: Model,
+        members: Sequence[Member],
+        rows: Sequence[Payload],
+        by_itself: Callable[[int], None],
+    ) -> None:
+        decoder = model.decoder
+        super().__init__(len(members), decoder.row_shapes, [b"".join(rows)])  # type: ignore[arg-type]
+        self.model = model
+        self.members = members
+        self.by_itself = by_itself
+
+    def done(self) -> None:
+        members, self.members = self.members, ()
+        if self.error is not None:
+            for number in range(len(members)):
+                self.by_itself(number)
+            return
+        encode, wants = self.model.encoder.encode, self.model.decoder.all_json
+        # To the encoder this is a request of one row, another one each time.
+        self.rows = 1
+        for message, reply in members:
+            reply(encode(self, wants, message.id))
+            self.first_row += 1
+
+
+def submit_alike(
+    core: Core, model: Model, members: Sequence[Member], by_itself: Callable[[Member], None]
+) -> list[BulkRequest]:
+    """Submit members together, as far as they are alike; the others go to `by_itself`, each alone."""
+    alike: list[Member] = []
+    rows: list[Payload] = []
+    for member in members:
+        row = None if core.draining or model.batcher is None else _row_of(model, member[0])
+        if row is None:
+            by_itself(member)
+        else:
+            alike.append(member)
+            rows.append(row)
+    requests = []
+    # In pieces that the policy calls full: a larger one would go in a larger batch than pays.
+    most = model.batcher.limits.full_rows if model.batcher is not None else 1
+    for first in range(0, len(alike), most):
+        request = _submit(model, alike[first : first + most], rows[first : first + most], by_itself)
+        if request is not None:
+            requests.append(request)
+    return requests
+
+
+def _row_of(model: Model, message: InferMessage) -> Payload | None:
+    if model.decoder.all_text is None:
+        return None
+    try:
+        row = model.decoder.plain_row(message)
+    except Problem:
+        return None  # by itself it will be told so
+    return None if isinstance(row, list) else row
+
+
+def _submit(
+    model: Model, members: list[Member], rows: list[Payload], by_itself: Callable[[Member], None]
+) -> BulkRequest | None:
+    request = BulkRequest(model, members, rows, lambda number: by_itself(members[number]))
+    try:
+        model.loaded_batcher.submit(request)
+    except BatcherError:
+        for member in members:
+            by_itself(member)
+        return None
+    return request
