@@ -63,12 +63,10 @@ class Counters:
         figures = self.by_rows.get(batch.rows)
         if figures is None:
             figures = self.by_rows[batch.rows] = BatchFigures()
-        requests = batch.requests
         figures.batches += 1
-        figures.requests += len(requests)
-        figures.queue_s += batch.gathered_s * len(requests) - sum(
-            [request.enqueued_s for request in requests]
-        )
+        figures.requests += sum([request.callers for request in batch.requests])
+        gathered_s = batch.gathered_s
+        figures.queue_s += sum([(gathered_s - one.enqueued_s) * one.callers for one in batch.requests])
         figures.input_s += batch.dispatched_s - batch.gathered_s
         figures.compute_s += batch.finished_s - batch.started_s
         figures.output_s += output_s

@@ -73,8 +73,9 @@ class Request:
     """One caller's rows. Subclass it and define `done`.
 
     `timeout_s`: if it is still queued so long after it was submitted, it is taken out and told so.
-    `priority`: the protocol's, 1 the highest, 0 for the default. `partial`: if it is split and only some
-    parts fail, it is answered with zeros in their place, and `failures` says which rows those are.
+    `callers`: how many it answers, for the counters. `priority`: the protocol's, 1 the highest, 0 for the
+    default. `partial`: if it is split and only some parts fail, it is answered with zeros in their place,
+    and `failures` says which rows those are.
 
     `done` is called on the event loop exactly once for each accepted request that was not
     cancelled: with `error` set, or with `batch` and `first_row` saying where its rows are.
@@ -84,6 +85,7 @@ class Request:
 
     __slots__ = (
         "batch",
+        "callers",
         "enqueued_s",
         "error",
         "expiry",
@@ -103,6 +105,7 @@ class Request:
         self.rows = rows
         self.row_shapes = row_shapes
         self.payloads = payloads
+        self.callers = 1
         self.state = State.NEW
         self.error: Exception | None = None
         self.batch: Batch | None = None

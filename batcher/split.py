@@ -38,11 +38,13 @@ def cut(whole: Request, most_rows: int, on_done: Callable[[Part], None]) -> list
     """Cut `whole` into parts of at most `most_rows` rows. Payloads are sliced as views, not copied."""
     views = [p if isinstance(p, list) else memoryview(p).cast("B") for p in whole.payloads]
     per_row = [len(view) // whole.rows for view in views]
-    parts = []
+    parts: list[Part] = []
     for first in range(0, whole.rows, most_rows):
         end = min(first + most_rows, whole.rows)
         payloads: list[Payload] = [v[first * n : end * n] for v, n in zip(views, per_row, strict=True)]
-        parts.append(Part(whole, payloads, end - first, on_done))
+        part = Part(whole, payloads, end - first, on_done)
+        part.callers = 0 if parts else 1  # together they answer one
+        parts.append(part)
     return parts
 
 

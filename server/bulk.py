@@ -37,6 +37,7 @@ class BulkRequest(ModelRequest):
         decoder = model.decoder
         super().__init__(len(members), decoder.row_shapes, [b"".join(rows)])  # type: ignore[arg-type]
         self.model = model
+        self.callers = len(members)
         self.members = members
         self.by_itself = by_itself
 

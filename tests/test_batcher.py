@@ -144,6 +144,7 @@ def test_a_request_larger_than_a_batch_is_split_and_joined() -> None:
         large.check()
         small.check()
         assert [rows for _, rows in worker.ran] == [4, 4, 3], "the small one rides with the last part"
+        assert sum(figures.requests for figures in batcher.counters.by_rows.values()) == 2
 
     run(main())
 
