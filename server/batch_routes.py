@@ -188,7 +188,7 @@ class _Call:
 
     def _infer_alone(self, model: Model, member: Member) -> None:
         message, reply = member
-        self._keep(self._core.infer_message(model, message, reply), instance_of(model), reply)
+        self._keep(self._core.infer(model, message, None, reply), instance_of(model), reply)
 
     def _keep(self, request: InferRequest | None, instance: str, reply: Callable[[Reply], None]) -> None:
         if request is None:

@@ -99,11 +99,12 @@ class Core:
         return None if problem is None else problem.reply(instance=instance_of(model))
 
     def infer(
-        self, model: Model, body: Body, json_length: int | None, reply: Callable[[Reply], None]
+        self, model: Model, body: Body | InferMessage, json_length: int | None, reply: Callable[[Reply], None]
     ) -> InferRequest | None:
         """Decode and submit. `reply` is called exactly once, at once or later, unless cancelled.
 
-        None when it was called already. `json_length` is Inference-Header-Content-Length's value.
+        None when it was called already. `json_length` is Inference-Header-Content-Length's value. A body
+        that is parsed already comes as its message.
         """
         batcher = model.batcher
         if batcher is None or self.draining or batcher.full:
@@ -113,29 +114,15 @@ class Core:
                 reply(refusal)
                 return None
         try:
-            request = InferRequest(model, model.decoder.decode(body, json_length), reply)
+            if type(body) is InferMessage:
+                decoded = model.decoder.decode_message(body)
+            else:
+                decoded = model.decoder.decode(body, json_length)  # type: ignore[arg-type]  # no message
+            request = InferRequest(model, decoded, reply)
             batcher.submit(request)  # type: ignore[union-attr]  # None is always refused
             return request
         except Exception as error:  # noqa: BLE001 - `_refused` logs what is not expected
             # No name for the problem here: its traceback holds this frame, and the frame would hold it.
-            reply(_refused(model, error))
-            return None
-
-    def infer_message(
-        self, model: Model, message: InferMessage, reply: Callable[[Reply], None]
-    ) -> InferRequest | None:
-        """The same for a message that is parsed already."""
-        batcher = model.batcher
-        if batcher is None or self.draining or batcher.full:
-            refusal = self.refusal(model)
-            if refusal is not None:
-                reply(refusal)
-                return None
-        try:
-            request = InferRequest(model, model.decoder.decode_message(message), reply)
-            batcher.submit(request)  # type: ignore[union-attr]  # None is always refused
-            return request
-        except Exception as error:  # noqa: BLE001 - `_refused` logs what is not expected
             reply(_refused(model, error))
             return None
 

@@ -102,7 +102,7 @@ class FastCycle:
             # In a thread, as it would hold up everybody else; this comes back with the result.
             self.known = self.known.without_coding()
             packing = protocol.loop.run_in_executor(None, compress, reply, coding)
-            packing.add_done_callback(lambda done: self.reply(done.result()))
+            packing.add_done_callback(lambda done: self.reply(reply if done.exception() else done.result()))
             return
         self.response_complete = True
         if not self.disconnected:
