@@ -39,7 +39,7 @@ class Answers:
         request.state = State.DONE
         request.error = error
         if not isinstance(request, Part):
-            self._counters.failed += 1
+            self._counters.failed += request.callers
         self._counters.failed_s += self._clock() - request.enqueued_s
         self.finish(request)
 

@@ -137,9 +137,9 @@ class Batcher:
         The request's payloads must stay unchanged until it is done or cancelled.
         """
         if self.closed is not None or self._queue.rows + request.rows > self.max_queue_rows:
-            self.counters.refused += 1
+            self.counters.refused += request.callers
             raise self._why_not(request.rows)
-        self.counters.accepted += 1
+        self.counters.accepted += request.callers
         request.enqueued_s = self._clock()
         if request.timeout_s is not None:
             request.expiry = self._loop.call_later(request.timeout_s, self._expire, request)
@@ -156,11 +156,22 @@ class Batcher:
             self._queue.push(part)
         self._decide_later()
 
+    def run_again(self, requests: list[Request], enqueued_s: float) -> None:
+        """Run rows that were accepted, in one request that failed, as requests of their own.
+
+        They are alike in shape and fit one batch. What was accepted is not asked for room again.
+        """
+        for request in requests:
+            request.state = State.RUNNING
+            request.enqueued_s = enqueued_s
+        self._dispatcher.retries.append(requests)
+        self._decide_later()
+
     def cancel(self, request: Request) -> None:
         """The caller does not want the answer any more. Harmless when it is already finished."""
         if request.state not in (State.QUEUED, State.RUNNING):
             return
-        self.counters.cancelled += 1
+        self.counters.cancelled += request.callers
         if request.expiry is not None:
             request.expiry.cancel()
         self._withdraw(request)
@@ -220,8 +231,8 @@ class Batcher:
             return
         try:
             join(request, parts)
-        except ValueError as error:
-            self._answers.fail_run(request, f"parts do not fit together: {error}")
+        except Exception as error:  # noqa: BLE001 - whatever it is, the caller must hear of it
+            self._answers.fail_run(request, f"its parts cannot be put together: {error!r}")
         else:
             self._answers.finish(request)
 

@@ -27,10 +27,14 @@ class Part(Request):
         self.outputs: Sequence[np.ndarray[Any, Any]] = ()
 
     def done(self) -> None:
-        if self.batch is not None:
-            end = self.first_row + self.rows
-            # A copy: the engine writes the next batch into these buffers.
-            self.outputs = [output[self.first_row : end].copy() for output in self.batch.outputs]
+        try:
+            if self.batch is not None:
+                end = self.first_row + self.rows
+                # A copy: the engine writes the next batch into these buffers.
+                self.outputs = [output[self.first_row : end].copy() for output in self.batch.outputs]
+        except Exception as error:  # noqa: BLE001 - out of memory, say: the whole must hear of it
+            self.batch = None
+            self.error = error
         self.on_done(self)
 
 

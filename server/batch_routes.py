@@ -126,6 +126,7 @@ class _Call:
         self._scope = scope
         self._replies: list[Reply | None] = [None] * len(items)
         self._open = len(items)
+        self._bytes = 0  # of the answers that came through the application
         self._requests: list[InferRequest | BulkRequest] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._watcher: asyncio.Task[None] | None = None
@@ -222,4 +223,12 @@ class _Call:
             await self._app(scope, sub_call.receive, sub_call.send)
         except Exception:
             log.exception("an item of a batch failed: %s %s", item.method, path)
-        self._answer(index, sub_call.reply())
+        reply = sub_call.reply()
+        self._bytes += reply.length
+        limit = self._core.settings.server.max_body_bytes
+        if self._bytes > limit:
+            # One kept answer asked for again and again would make a call's answer as large as one likes.
+            detail = "the answers of this batch are larger than a body may be"
+            problem = Problem("result-too-large", detail, body_bytes=self._bytes, limit_bytes=limit)
+            reply = problem.reply(instance=item.url)
+        self._answer(index, reply)

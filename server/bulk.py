@@ -2,19 +2,19 @@
 
 Most items of a call are one row each for the same model, and ask for nothing special. Their rows lie
 behind one another in one request of as many rows, which saves the way through the queue for each of
-them; each still gets an answer of its own. Where the rows together are refused or fail, each item goes
-its own way, and only those that are to blame suffer.
+them; each still gets an answer of its own. Where the rows together are refused, each item asks for room
+by itself; where their run fails, they are run again in halves, and only those that are to blame suffer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from batcher.errors import BatcherError
+from batcher.errors import BatchFailedError
 from batcher.request import Payload
-from server.core import Core, ModelRequest
+from server.core import Core, InferRequest, ModelRequest, encoding_failed, instance_of
 from server.model import Model
-from server.problems import Problem
+from server.problems import Problem, from_error
 from server.reply import Reply
 from server.v2_messages import InferMessage
 
@@ -23,36 +23,50 @@ Member = tuple[InferMessage, Callable[[Reply], None]]
 
 
 class BulkRequest(ModelRequest):
-    """One row for each member. `by_itself` is called with each member's number if they fail together."""
+    """One row for each member."""
 
-    __slots__ = ("by_itself", "members")
+    __slots__ = ("members",)
 
     def __init__(
         self,
         model: Model,
         members: Sequence[Member],
         rows: Sequence[Payload],
-        by_itself: Callable[[int], None],
     ) -> None:
         decoder = model.decoder
         super().__init__(len(members), decoder.row_shapes, [b"".join(rows)])  # type: ignore[arg-type]
         self.model = model
         self.callers = len(members)
         self.members = members
-        self.by_itself = by_itself
 
     def done(self) -> None:
         members, self.members = self.members, ()
-        if self.error is not None:
-            for number in range(len(members)):
-                self.by_itself(number)
+        if isinstance(self.error, BatchFailedError):
+            self._run_apart(members)
             return
-        encode, wants = self.model.encoder.encode, self.model.decoder.all_json
+        for message, reply in members:
+            reply(self._reply_to(message))
+            self.first_row += 1
+
+    def _reply_to(self, message: InferMessage) -> Reply:
+        model = self.model
+        if self.error is not None:
+            return from_error(self.error).reply(instance=instance_of(model))
         # To the encoder this is a request of one row, another one each time.
         self.rows = 1
-        for message, reply in members:
-            reply(encode(self, wants, message.id))
-            self.first_row += 1
+        try:
+            return model.encoder.encode(self, model.decoder.all_json, message.id)
+        except Exception as error:  # noqa: BLE001 - logged there
+            return encoding_failed(model, error)
+
+    def _run_apart(self, members: Sequence[Member]) -> None:
+        """Who is to blame shows when the batcher runs them as requests of their own, in halves."""
+        batcher = self.model.loaded_batcher
+        # Nobody has been told of a failure yet.
+        batcher.counters.failed -= self.callers
+        decode = self.model.decoder.decode_message
+        apart = [InferRequest(self.model, decode(message), reply) for message, reply in members]
+        batcher.run_again(list(apart), self.enqueued_s)
 
 
 def submit_alike(
@@ -91,11 +105,12 @@ def _row_of(model: Model, message: InferMessage) -> Payload | None:
 def _submit(
     model: Model, members: list[Member], rows: list[Payload], by_itself: Callable[[Member], None]
 ) -> BulkRequest | None:
-    request = BulkRequest(model, members, rows, lambda number: by_itself(members[number]))
-    try:
-        model.loaded_batcher.submit(request)
-    except BatcherError:
+    batcher = model.loaded_batcher
+    if batcher.refusal(len(members)) is not None:
+        # There may be room for some of them.
         for member in members:
             by_itself(member)
         return None
+    request = BulkRequest(model, members, rows)
+    batcher.submit(request)
     return request

@@ -30,6 +30,8 @@ from server.reply import Reply
 
 # Past this, headers that are still coming are refused. What one read brings may be more.
 _HEADERS_BYTES = 65536
+# So many times its own size may a body's framing be: a chunk of one byte takes six more.
+_FRAMING = 16
 # A connection's timer never runs more often.
 _LEAST_TICK_S = 0.05
 # What is being received: nothing, a request's headers, or its body.
@@ -70,6 +72,9 @@ class Connection(HttpToolsProtocol):
         # With requests in the pipeline, `cycle` is the newest; this is the one being answered.
         self.ahead: RequestResponseCycle | None = None
         self._headers_bytes = 0
+        # Of the body: bytes that came while it was read, and what they held without the framing.
+        self._raw_bytes = 0
+        self._body_bytes = 0
         # The last thing to write, once what was asked before is answered.
         self._farewell: Reply | None = None
         self._since_s = time.monotonic()
@@ -164,10 +169,17 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.receiving == HEADERS:
             self._headers_bytes += len(data)  # `on_message_begin` makes it 0 again
+        elif self.receiving == BODY:
+            self._raw_bytes += len(data)
         super().data_received(data)
         if self.receiving == HEADERS and self._headers_bytes > _HEADERS_BYTES:
             detail = f"the headers have more than {_HEADERS_BYTES} bytes"
             self._end(Problem("headers-too-large", detail, close=True))
+        elif self.receiving == BODY and self._raw_bytes > _HEADERS_BYTES + _FRAMING * self._body_bytes:
+            # Endless trailers or chunk extensions.
+            detail = f"the body's framing has more than {_HEADERS_BYTES} bytes"
+            self._end(Problem("headers-too-large", detail, close=True))
+            self.transport.close()
 
     def on_message_begin(self) -> None:
         self.begin_receiving()
@@ -177,6 +189,8 @@ class Connection(HttpToolsProtocol):
         """A request's first bytes are there: its limits begin to count."""
         self.receiving = HEADERS
         self._headers_bytes = 0
+        self._raw_bytes = 0
+        self._body_bytes = 0
         self._since_s = time.monotonic()
 
     def on_headers_complete(self) -> None:
@@ -191,6 +205,15 @@ class Connection(HttpToolsProtocol):
             # Not taken up, but the parser stops here: what follows is no request of ours.
             self.cycle.keep_alive = False
         self.receiving = BODY
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # Behind the body they are trailers: nobody looks at them, so nobody keeps them.
+        if self.receiving == HEADERS:
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         self.receiving = NOTHING

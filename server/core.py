@@ -48,11 +48,16 @@ class InferRequest(ModelRequest):
                 reply = self.model.encoder.encode(self, self.wants, self.id, self.usage)
             else:
                 reply = from_error(self.error).reply(instance=instance_of(self.model))
-        except Exception:
-            log.exception("model %s: encoding an answer failed", self.model.name)
-            problem = Problem("internal", "the server failed to encode the answer; its log says why")
-            reply = problem.reply(instance=instance_of(self.model))
+        except Exception as error:  # noqa: BLE001 - logged there
+            reply = encoding_failed(self.model, error)
         self.reply(reply)
+
+
+def encoding_failed(model: Model, error: Exception) -> Reply:
+    """What the caller is told when its answer could not be written; the log says why."""
+    log.error("model %s: encoding an answer failed", model.name, exc_info=error)
+    problem = Problem("internal", "the server failed to encode the answer; its log says why")
+    return problem.reply(instance=instance_of(model))
 
 
 def instance_of(model: Model) -> str:

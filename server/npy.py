@@ -25,7 +25,10 @@ _READERS: dict[tuple[int, int], Callable[..., tuple[tuple[int, ...], bool, np.dt
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
-_UNREADABLE = (ValueError, TypeError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError, Warning)
+_UNREADABLE = (
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, SyntaxError, MemoryError,
+    RecursionError, tokenize.TokenError, Warning,
+)  # fmt: skip
 _NAMES = {dtype.name: name for name, dtype in DATATYPES.items() if name not in ("BF16", "BYTES")}
 
 
@@ -73,6 +76,8 @@ def read_npy(
         array = np.ascontiguousarray(array.reshape(shape[::-1]).T).reshape(-1)
     if datatype == "BYTES":
         return shape, _elements(array, spec)
+    if datatype == "BOOL" and array.view(np.uint8).max() > 1:
+        raise _wrong(spec, "bytes must be 0 or 1")
     little = array.astype(dtype.newbyteorder("<"), copy=False)
     return shape, little.data.cast("B")
 

@@ -169,7 +169,7 @@ KINDS = _table(
          "in the server's log beside the engine's message.",
          ("model", "reference")),
     Kind("result-too-large", 500, "The answer was too large to be kept",
-         "The prediction was made, but its answer is larger than what may be kept for a client (kept_bytes).",
+         "It was made, but is larger than what may be kept (kept_bytes), or than a batch call may answer.",
          "Ask for fewer outputs, for top_k, or for fewer rows; or wait for the answer without "
          "`Prefer: respond-async`.",
          ("body_bytes", "limit_bytes")),

@@ -20,6 +20,7 @@ from batcher.errors import (
 )
 from batcher.request import State
 from engines.errors import EngineDeadError, EngineRunError
+from engines.worker import Outcome
 from tests.virtual import Call, FakeEngine, FakeWorker, calls, make_batcher, run
 
 RUN_S = 0.010
@@ -533,5 +534,48 @@ def test_a_partial_request_of_which_nothing_could_be_done_fails() -> None:
         batcher.submit(large)
         await asyncio.sleep(1)
         assert isinstance(large.answer, BatchFailedError)
+
+    run(main())
+
+
+def test_a_part_whose_rows_cannot_be_copied_fails_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoMemory(np.ndarray):
+        def copy(self, order: object = "C") -> NoMemory:
+            raise MemoryError
+
+    async def main() -> None:
+        engine = FakeEngine(max_batch_size=2, slots=1)
+        worker = FakeWorker(engine)
+        monkeypatch.setattr(
+            "tests.virtual.Outcome",
+            lambda outputs, *rest: Outcome(tuple(o.view(NoMemory) for o in outputs), *rest),
+        )
+        batcher = make_batcher(worker)
+        large = Call([[n] for n in range(5)])
+        batcher.submit(large)
+        await asyncio.sleep(1)
+        assert isinstance(large.answer, MemoryError)
+        assert batcher.queued_rows == 0
+
+    run(main())
+
+
+def test_rows_that_are_run_again_need_no_room() -> None:
+    async def main() -> None:
+        engine = FakeEngine(max_batch_size=4, slots=1)
+        engine.fails = lambda rows: EngineRunError("poisoned") if (rows == -666).any() else None
+        batcher = make_batcher(FakeWorker(engine), max_queue_rows=1)
+        (queued,) = calls(1)
+        batcher.submit(queued)
+        apart = [Call([[-666 if n == 2 else n]]) for n in range(4)]
+        batcher.run_again(list(apart), 0.0)
+        drained = asyncio.ensure_future(batcher.drain(10))
+        assert await drained
+        queued.check()
+        for n, caller in enumerate(apart):
+            if n == 2:
+                assert isinstance(caller.answer, BatchFailedError)
+            else:
+                caller.check()
 
     run(main())

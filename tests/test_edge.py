@@ -479,3 +479,19 @@ def test_header_names_in_any_case(client: Client, headers: tuple[str, str]) -> N
     request = f"POST {GATE} HTTP/1.1\r\n{headers[0]}: x\r\ncOnTeNt-LeNgTh:{len(body)}\r\n\r\n".encode() + body
     for _ in range(2):
         assert data_of(client.ask(request)) == [14]
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
+@pytest.mark.parametrize("line", [b"x-1: " + b"y" * 1000 + b"\r\n", b"y" * 1000], ids=["lines", "one line"])
+def test_endless_trailers_are_not_kept(fast: bool, line: bytes) -> None:
+    head = f"POST {GATE} HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    with gated(fast) as (served, _), served.connect() as client:
+        start = b"" if line.startswith(b"x-1") else b"x-1: "
+        client.send(head + b"2\r\n{}\r\n0\r\n" + start)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(2000):
+                client.send(line)
+        with contextlib.suppress(ConnectionError):
+            while client.socket.recv(1 << 16):
+                pass  # until it is closed; a time-out is no ConnectionError
+        assert data_of(served.ask(gate(7))) == [14]
