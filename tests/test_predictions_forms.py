@@ -212,6 +212,8 @@ async def test_bad_json(app: App, body: bytes, expected: str) -> None:
         (header("{'descr': '<f4', 'fortran_order': False, 'shape': (-1, -3)}") + bytes(12), "wrong-shape"),
         (header("{'descr': '<f4', 'fortran_order': False, 'shape': (9999999999, 3)}"), "wrong-data"),
         (header("{'descr': '<f4', 'fortran_order': False, 'shape': (2L, 3L)}") + bytes(24), "wrong-data"),
+        (header("{'descr': (), 'fortran_order': False, 'shape': (2, 3)}") + bytes(24), "wrong-data"),
+        (header("{'descr': ('<f4',), 'fortran_order': False, 'shape': (2, 3)}") + bytes(24), "wrong-data"),
         (header("__import__('os').abort()"), "wrong-data"),
         (header("(" * 1500), "wrong-data"),
         (header("'\\d'" + " " * 5000), "wrong-data"),
