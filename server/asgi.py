@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.compression import choose, compress
+from server.compression import compressed
 from server.core import Core, InferRequest, instance_of
 from server.limits import BodyError, read_body
 from server.problems import Problem
@@ -68,18 +68,12 @@ class InferRoutes:
                 if reply is None:
                     return
         if b"accept-encoding" in headers:
-            reply = await self._compressed(reply, headers[b"accept-encoding"])
+            least_bytes = core.settings.server.compress_min_bytes
+            reply = await compressed(reply, headers[b"accept-encoding"], least_bytes)
         body = b"".join(reply.body)
         head = reply.header_list(len(body))
         await send({"type": "http.response.start", "status": reply.status, "headers": head})
         await send({"type": "http.response.body", "body": body})
-
-    async def _compressed(self, reply: Reply, accept: bytes) -> Reply:
-        coding = choose(accept)
-        if coding is None or reply.length < self.core.settings.server.compress_min_bytes:
-            return reply
-        # In a thread: it would hold up everybody else.
-        return await asyncio.to_thread(compress, reply, coding)
 
 
 class _Caller:

@@ -28,11 +28,11 @@ from server.batch_messages import (
     encode_batch,
 )
 from server.bulk import BulkRequest, Member, submit_alike
-from server.compression import choose, compress
+from server.compression import compressed
 from server.core import Core, InferRequest, instance_of
 from server.limits import BodyError, read_body
 from server.model import Model
-from server.problems import Problem
+from server.problems import Problem, stopping
 from server.reply import JSON, Reply
 
 log = logging.getLogger("cobatch.batch")
@@ -72,7 +72,7 @@ class BatchRoute:
         """The answer, None when the client has left. Raises Problem."""
         settings = self._core.settings.server
         if self._core.draining:
-            raise Problem("draining", "the server is about to stop", close=True, retry_after_s=1)
+            raise stopping()
         headers = dict(scope["headers"])
         try:
             body = await read_body(headers, receive, settings.max_body_bytes)
@@ -86,11 +86,7 @@ class BatchRoute:
             return None
         closing = any(reply.close for reply in replies)
         reply = Reply(200, JSON, (encode_batch(call.items, replies),), close=closing)
-        coding = choose(headers.get(b"accept-encoding", b""))
-        if coding is not None and reply.length >= settings.compress_min_bytes:
-            # In a thread: it would hold up everybody else.
-            reply = await asyncio.to_thread(compress, reply, coding)
-        return reply
+        return await compressed(reply, headers.get(b"accept-encoding", b""), settings.compress_min_bytes)
 
 
 # For each item the model that it is for, None where that takes a closer look.

@@ -5,6 +5,7 @@ Sizes that the protocol speaks of, and the body limit, are those of the decompre
 
 from __future__ import annotations
 
+import asyncio
 import zlib
 from collections.abc import Sequence
 
@@ -52,6 +53,15 @@ def choose(accept: bytes) -> bytes | None:
         if weight.replace(b" ", b"") not in (b"q=0", b"q=0.0", b"q=0.00", b"q=0.000"):
             allowed.add(name.strip())
     return next((coding for coding in (b"gzip", b"deflate") if coding in allowed), None)
+
+
+async def compressed(reply: Reply, accept: bytes, least_bytes: int) -> Reply:
+    """The reply as a client with this Accept-Encoding gets it: compressed from `least_bytes` on."""
+    coding = choose(accept)
+    if coding is None or reply.length < least_bytes:
+        return reply
+    # In a thread: it would hold up everybody else.
+    return await asyncio.to_thread(compress, reply, coding)
 
 
 def compress(reply: Reply, coding: bytes) -> Reply:

@@ -25,7 +25,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from server.core import Core
-from server.problems import Problem
+from server.problems import Problem, stopping
 from server.reply import Reply
 
 # Past this, headers that are still coming are refused. What one read brings may be more.
@@ -138,7 +138,7 @@ class Connection(HttpToolsProtocol):
     def shutdown(self) -> None:
         """The server stops: what was asked is answered; what has not been asked in full is refused."""
         if self.receiving and not self._owes_answer():
-            self._end(Problem("draining", "the server is about to stop", close=True, retry_after_s=1))
+            self._end(stopping())
         else:
             super().shutdown()
 

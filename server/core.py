@@ -13,7 +13,7 @@ from collections.abc import Callable
 from batcher.request import Request
 from engines.errors import EngineError
 from server.model import Model
-from server.problems import Problem, from_error
+from server.problems import Problem, from_error, stopping
 from server.reply import Reply
 from server.settings import Settings
 from server.v2_decode import Body, Decoded, Wants
@@ -95,12 +95,7 @@ class Core:
 
     def refusal(self, model: Model) -> Reply | None:
         """The answer to a request that is not even read, or None. Asked when the headers are there."""
-        if self.draining:
-            problem: Problem | None = Problem(
-                "draining", "the server is about to stop", close=True, retry_after_s=1
-            )
-        else:
-            problem = model.refusal()
+        problem = stopping() if self.draining else model.refusal()
         return None if problem is None else problem.reply(instance=instance_of(model))
 
     def infer(

@@ -57,10 +57,6 @@ class Known:
         self.keep_alive = keep_alive
         self.coding = coding
 
-    def without_coding(self) -> Known:
-        """The same for a request that takes no compressed answer."""
-        return Known(self.model, self.length, self.json_length, self.keep_alive, None)
-
 
 class FastCycle:
     """One request on the fast path; has what the protocol reads of uvicorn's cycle."""
@@ -94,19 +90,21 @@ class FastCycle:
         return self.response_complete
 
     def reply(self, reply: Reply) -> None:
-        """Write the response. Called once, unless the connection was lost first."""
+        """Answer the request. Called once, unless the connection was lost first."""
         protocol = self.protocol
         self.request = None  # or the two would keep each other until the next garbage collection
         coding = self.known.coding
-        if coding is not None and reply.length >= protocol.core.settings.server.compress_min_bytes:
-            # In a thread, as it would hold up everybody else; this comes back with the result.
-            self.known = self.known.without_coding()
-            packing = protocol.loop.run_in_executor(None, compress, reply, coding)
-            packing.add_done_callback(lambda done: self.reply(reply if done.exception() else done.result()))
+        if coding is None or reply.length < protocol.core.settings.server.compress_min_bytes:
+            self._write(reply)
             return
+        # In a thread: it would hold up everybody else.
+        packing = protocol.loop.run_in_executor(None, compress, reply, coding)
+        packing.add_done_callback(lambda done: self._write(reply if done.exception() else done.result()))
+
+    def _write(self, reply: Reply) -> None:
         self.response_complete = True
         if not self.disconnected:
-            protocol.write_reply(reply, self.keep_alive)
+            self.protocol.write_reply(reply, self.keep_alive)
 
 
 class FastProtocol(Connection):

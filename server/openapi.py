@@ -6,7 +6,6 @@ are served, so that each of them really runs.
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import msgspec
@@ -15,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from server import __version__
-from server.compression import choose, compress
+from server.compression import compressed
 from server.core import Core
 from server.docs_page import HEADERS as PAGE_HEADERS
 from server.docs_page import render
@@ -107,7 +106,5 @@ class _Made:
 
 
 async def _send(request: Request, core: Core, reply: Reply) -> Response:
-    coding = choose(request.headers.get("accept-encoding", "").encode("latin-1"))
-    if coding is not None and reply.length >= core.settings.server.compress_min_bytes:
-        reply = await asyncio.to_thread(compress, reply, coding)
-    return as_response(reply)
+    accept = request.headers.get("accept-encoding", "").encode("latin-1")
+    return as_response(await compressed(reply, accept, core.settings.server.compress_min_bytes))

@@ -107,3 +107,8 @@ def too_large(length: int, limit: int) -> Problem:
         body_bytes=length,
         limit_bytes=limit,
     )
+
+
+def stopping() -> Problem:
+    """The server takes nothing new because it is about to stop."""
+    return Problem("draining", "the server is about to stop", close=True, retry_after_s=1)

@@ -17,13 +17,13 @@ from starlette.routing import Route
 
 from batcher.errors import BatcherError
 from server import v1_decode
-from server.compression import choose, compress
+from server.compression import compressed
 from server.core import Core
 from server.limits import BodyError, read_body
 from server.model import Model
 from server.prediction import Prediction
 from server.predictions import Predictions
-from server.problems import Problem, from_error
+from server.problems import from_error, stopping
 from server.reply import JSON, Reply
 from server.routing import as_response, find, problems_answered
 from server.subject import subject_of
@@ -117,7 +117,7 @@ class _Resource:
 
     def _check_open(self, model: Model) -> None:
         if self._core.draining:
-            raise Problem("draining", "the server is about to stop", close=True, retry_after_s=1)
+            raise stopping()
         problem = model.refusal()
         if problem is not None:
             raise problem
@@ -184,11 +184,8 @@ class _Resource:
         return await self._send(request, Reply(200, JSON, (prediction.text,), headers=headers))
 
     async def _send(self, request: Request, reply: Reply) -> Response:
-        coding = choose(request.headers.get("accept-encoding", "").encode("latin-1"))
-        if coding is not None and reply.length >= self._settings.compress_min_bytes:
-            # In a thread: it would hold up everybody else.
-            reply = await asyncio.to_thread(compress, reply, coding)
-        return as_response(reply)
+        accept = request.headers.get("accept-encoding", "").encode("latin-1")
+        return as_response(await compressed(reply, accept, self._settings.compress_min_bytes))
 
 
 async def _answer(request: Request, prediction: Prediction, timeout_s: float | None) -> Answer | None:
