@@ -1,7 +1,7 @@
 """Why a request was not accepted, or was accepted and could not be answered.
 
-Split by blame: `QueueFullError` and `TooManyRowsError` are about what the caller asks for,
-`DrainingError` is ours, `BatchFailedError` and `EngineGoneError` are the engine's.
+Split by blame: `QueueFullError`, `TooManyRowsError` and `TenantLimitError` are about what the caller
+asks for, `DrainingError` is ours, `BatchFailedError` and `EngineGoneError` are the engine's.
 """
 
 from __future__ import annotations
@@ -26,6 +26,18 @@ class QueueFullError(BatcherError):
     def __init__(self, queued_rows: int, limit: int, retry_after_s: float) -> None:
         super().__init__(f"{queued_rows} of {limit} rows are queued")
         self.queued_rows = queued_rows
+        self.limit = limit
+        self.retry_after_s = retry_after_s
+
+
+class TenantLimitError(BatcherError):
+    """The tenant has as much in here as it may have. `what` says which limit, `used` how much it has."""
+
+    def __init__(self, tenant: str, what: str, used: int, limit: int, retry_after_s: float) -> None:
+        super().__init__(f"tenant {tenant!r} has {used} of {limit} {what}")
+        self.tenant = tenant
+        self.what = what
+        self.used = used
         self.limit = limit
         self.retry_after_s = retry_after_s
 

@@ -13,13 +13,13 @@ import msgspec
 import typer
 
 from server import __version__
+from server.setting_values import SettingsError
 from server.settings import (
     MODEL_FIELDS,
     SERVER_FIELDS,
     ModelSettings,
     ServerSettings,
     Settings,
-    SettingsError,
     flag_name,
     is_loopback,
     load_settings,

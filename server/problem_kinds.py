@@ -79,6 +79,24 @@ KINDS = _table(
          "addresses, batches in batches, headers beyond a few, binary tensors.",
          "Send this request on its own; the other items of the batch are not affected.",
          ("field", "allowed")),
+    # 400, 401, 403: who calls
+    Kind("bad-authorization", 400, "The credentials are not written as they must be",
+         "The header Authorization is no `Bearer TOKEN`, is there twice, comes together with X-API-Key, or "
+         "the token stands in the query or in a form (RFC 6750).",
+         "Send one header: `Authorization: Bearer TOKEN`, or `X-API-Key: KEY`."),
+    Kind("unauthenticated", 401, "The server wants to know who you are",
+         "The request has no credentials, and this address is not open to everybody.",
+         "Send `Authorization: Bearer TOKEN` with an access token of an issuer that this server trusts, or "
+         "`X-API-Key: KEY`."),
+    Kind("invalid-credentials", 401, "The credentials are not valid",
+         "The token or key is expired, not valid yet, made for somebody else, changed, or of an issuer or a "
+         "key that this server does not trust. `detail` says which.",
+         "Get a new token from the issuer. If a new one is refused too, compare its issuer, audience and "
+         "type with the server's configuration."),
+    Kind("forbidden", 403, "You may not do this",
+         "The credentials are valid, but they do not permit this.",
+         "Ask the operator for the permission in `permission`, or call a model that you may call.",
+         ("permission", "model")),
     # 404, 405: the address
     Kind("unknown-prediction", 404, "There is no such prediction",
          "There is no prediction with this id, or none any more, or it is another subject's: finished ones "
@@ -154,6 +172,16 @@ KINDS = _table(
          "As many rows wait for the model as may wait (max_queue_rows); nothing was read or run.",
          _TRY_LATER + " Fewer callers, or more servers, make it rarer.",
          ("queued_rows", "limit", "retry_after_ms")),
+    Kind("tenant-limit", 429, "You have as much in the server as you may have",
+         "The tenant that the credentials name has reached its own limit: of concurrent requests, of queued "
+         "rows, or of requests per second. Other tenants are not affected; nothing was read or run.",
+         _TRY_LATER + " `what` says which limit it is; the operator sets it ([[auth.tenants]]).",
+         ("tenant", "what", "used", "limit", "retry_after_ms")),
+    Kind("too-many-bad-tokens", 429, "Too many tokens with a bad signature came from your address",
+         "To check a signature costs the server more than a request does, so an address whose tokens fail it "
+         "again and again is not heard for a while. Tokens that were good before are still taken.",
+         _TRY_LATER + " Find out which client sends tokens that nobody signed.",
+         ("retry_after_ms",)),
     Kind("too-many-predictions", 429, "Too many predictions are unfinished",
          "The predictions that are kept for clients, and are not finished yet, take up all the room "
          "(kept_predictions, kept_bytes); nothing was run.",
@@ -177,6 +205,10 @@ KINDS = _table(
          "The server is up, but this model is not ready yet.",
          "Wait until GET /v2/models/NAME/ready answers 200, or send it again after Retry-After.",
          ("model", "retry_after_ms")),
+    Kind("keys-unavailable", 503, "The token cannot be checked now",
+         "The server has no keys of the token's issuer, because it could not fetch them or they are too old.",
+         _TRY_LATER + " The operator finds the reason in the server's log.",
+         ("retry_after_ms",)),
     Kind("load-failed", 503, "The model could not be loaded",
          "The model's file could not be opened; the server's log says why. Sending again does not help.",
          "The operator has to correct the model or its settings and to start the server again.",

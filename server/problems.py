@@ -35,11 +35,20 @@ def _clipped(value: Any) -> Any:
 class Problem(Exception):
     """A refusal with its kind, a sentence for a person and members for a program."""
 
-    def __init__(self, slug: str, detail: str, *, close: bool = False, **members: Any) -> None:
+    def __init__(
+        self,
+        slug: str,
+        detail: str,
+        *,
+        close: bool = False,
+        headers: tuple[tuple[bytes, bytes], ...] = (),
+        **members: Any,
+    ) -> None:
         super().__init__(detail)
         self.kind = KINDS[slug]
         self.detail = _clipped(detail)
         self.close = close
+        self.headers = headers
         self.members = {name: _clipped(value) for name, value in members.items()}
 
     def reply(self, *headers: tuple[bytes, bytes], instance: str | None = None) -> Reply:
@@ -48,6 +57,7 @@ class Problem(Exception):
         `instance` is the path that was asked, where whoever answers knows it.
         """
         kind = self.kind
+        headers += self.headers
         body = {
             "type": f"/problems/{kind.slug}",
             "title": kind.title,
@@ -79,6 +89,16 @@ def from_error(error: Exception) -> Problem:
                 "queue-full",
                 str(error),
                 queued_rows=error.queued_rows,
+                limit=error.limit,
+                retry_after_s=error.retry_after_s,
+            )
+        case batching.TenantLimitError():
+            return Problem(
+                "tenant-limit",
+                str(error),
+                tenant=error.tenant,
+                what=error.what,
+                used=error.used,
                 limit=error.limit,
                 retry_after_s=error.retry_after_s,
             )

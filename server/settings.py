@@ -10,16 +10,26 @@ the file's list of models. Every value is checked where it was written, even one
 source overrides, so that a mistake is never hidden.
 """
 
-import difflib
 import ipaddress
-import reprlib
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta, inspect
+from msgspec import Meta
+
+from server.auth.settings import AuthSettings, read_auth
+from server.setting_values import (
+    SettingsError,
+    Table,
+    check,
+    check_table,
+    fields_of,
+    read_toml,
+    refused,
+    suggestion,
+    values_of,
+)
 
 ENV_PREFIX = "COBATCH_"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z"
@@ -35,10 +45,6 @@ Milliseconds = Annotated[float, Meta(ge=0, le=60_000)]
 Rows = Annotated[int, Meta(ge=1, le=LARGEST)]
 Bytes = Annotated[int, Meta(ge=0, le=LARGEST)]
 Threads = Annotated[int, Meta(ge=1, le=1024)]
-
-
-class SettingsError(Exception):
-    """A setting is refused. The text is one line for a person: key, expected, what came, where from."""
 
 
 class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -88,19 +94,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     server: ServerSettings
     models: tuple[ModelSettings, ...]
+    auth: AuthSettings | None = None
 
 
-class _Given(NamedTuple):
-    """A checked value with the places a message needs: its key path and its source."""
-
-    value: Any
-    key: str
-    source: str
-
-
-_Table = dict[str, _Given]
-SERVER_FIELDS = {field.name: field.type for field in msgspec.structs.fields(ServerSettings)}
-MODEL_FIELDS = {field.name: field.type for field in msgspec.structs.fields(ModelSettings)}
+SERVER_FIELDS = fields_of(ServerSettings)
+MODEL_FIELDS = fields_of(ModelSettings)
+_TABLES = ("server", "models", "auth")
 # `path` is the MODEL argument; as a variable it is called COBATCH_MODEL.
 _FLAG_TYPES: dict[str, Any] = {
     "config": Path,
@@ -121,7 +120,7 @@ def load_settings(config: Path | None, environ: Mapping[str, str], flags: Mappin
     path, origin = config, "flag --config"
     if path is None and "config" in over:
         path, origin = Path(over["config"].value), over["config"].source
-    server, models = _from_file(path, origin) if path is not None else ({}, [])
+    server, models, auth = _from_file(path, origin) if path is not None else ({}, [], None)
     server |= {name: given for name, given in over.items() if name in SERVER_FIELDS}
     if "model" in over:
         models = [{"path": over["model"]}]
@@ -129,10 +128,12 @@ def load_settings(config: Path | None, environ: Mapping[str, str], flags: Mappin
     if "name" in for_models and len(models) > 1:
         given = for_models["name"]
         raise SettingsError(f"{given.key}: names one model, but there are {len(models)} ({given.source})")
-    _check_host(server)
+    if auth is None:
+        _check_host(server)
     return Settings(
-        server=msgspec.convert(_values(server), ServerSettings),
+        server=msgspec.convert(values_of(server), ServerSettings),
         models=_build_models([table | for_models for table in models]),
+        auth=auth,
     )
 
 
@@ -156,32 +157,32 @@ def flag_name(setting: str) -> str:
     return "MODEL" if setting == "model" else "--" + setting.replace("_", "-")
 
 
-def _from_environ(environ: Mapping[str, str]) -> _Table:
-    table: _Table = {}
+def _from_environ(environ: Mapping[str, str]) -> Table:
+    table: Table = {}
     names = {env_name(setting): setting for setting in _FLAG_TYPES}
     for variable in sorted(name for name in environ if name.startswith(ENV_PREFIX)):
         # A Kubernetes Service named "cobatch" puts COBATCH_PORT=tcp://... and its like into every pod.
         linked = "_SERVICE_" in variable or "_TCP" in variable or environ[variable].startswith("tcp://")
         hint = "; Kubernetes sets it for a Service of this name: enableServiceLinks: false" if linked else ""
         if variable not in names:
-            near = hint or _suggestion(variable, names)
+            near = hint or suggestion(variable, names)
             raise SettingsError(f"{variable}: unknown environment variable{near}")
         source = f"environment variable {variable}{hint}"
         setting = names[variable]
-        table[setting] = _check(_key(setting), environ[variable], _FLAG_TYPES[setting], source, text=True)
+        table[setting] = check(_key(setting), environ[variable], _FLAG_TYPES[setting], source, text=True)
     return table
 
 
-def _from_flags(flags: Mapping[str, object]) -> _Table:
-    table: _Table = {}
+def _from_flags(flags: Mapping[str, object]) -> Table:
+    table: Table = {}
     for setting, value in flags.items():
         if value is None:
             continue
         if setting not in _FLAG_TYPES:
-            raise SettingsError(f"{flag_name(setting)}: unknown flag{_suggestion(setting, _FLAG_TYPES)}")
+            raise SettingsError(f"{flag_name(setting)}: unknown flag{suggestion(setting, _FLAG_TYPES)}")
         source = "argument MODEL" if setting == "model" else f"flag {flag_name(setting)}"
         given = str(value) if isinstance(value, Path) else value
-        table[setting] = _check(
+        table[setting] = check(
             _key(setting), given, _FLAG_TYPES[setting], source, text=isinstance(given, str)
         )
     return table
@@ -194,90 +195,53 @@ def _key(setting: str) -> str:
     return {"config": "config", "model": "models[0].path"}.get(setting, f"models[*].{setting}")
 
 
-def _from_file(path: Path, origin: str) -> tuple[_Table, list[_Table]]:
-    document = _read(path, origin)
+def _from_file(path: Path, origin: str) -> tuple[Table, list[Table], AuthSettings | None]:
+    document = read_toml(path, origin)
     source = f"file {path}"
     for key in document:
-        if key not in ("server", "models"):
-            raise SettingsError(f"{key}: unknown key{_belongs(key, ('server', 'models'))} ({source})")
-    server = _check_table("server", document.get("server", {}), SERVER_FIELDS, source)
+        if key not in _TABLES:
+            raise SettingsError(f"{key}: unknown key{_belongs(key, _TABLES)} ({source})")
+    server = check_table("server", document.get("server", {}), SERVER_FIELDS, source, _belongs)
     listed = document.get("models", [])
     if not isinstance(listed, list):
-        raise _refusal("models", "an array of tables, written [[models]]", listed, source)
+        raise refused("models", "an array of tables, written [[models]]", listed, source)
     models = []
     for index, table in enumerate(listed):
-        model = _check_table(f"models[{index}]", table, MODEL_FIELDS, source)
+        model = check_table(f"models[{index}]", table, MODEL_FIELDS, source, _belongs)
         if "path" not in model:
             raise SettingsError(f"models[{index}].path: missing; expected the model's file ({source})")
         given = model["path"]
         model["path"] = given._replace(value=str(path.parent / given.value))
         models.append(model)
-    return server, models
-
-
-def _read(path: Path, origin: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_bytes().decode())
-    except OSError as error:
-        raise SettingsError(f"config: cannot read {path}: {error.strerror} ({origin})") from None
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"config: {path} is not UTF-8: byte {error.start} ({origin})") from None
-    except tomllib.TOMLDecodeError as error:
-        raise SettingsError(f"config: {path} is not TOML: {error} ({origin})") from None
-
-
-def _check_table(where: str, table: object, fields: Mapping[str, Any], source: str) -> _Table:
-    if not isinstance(table, dict):
-        raise _refusal(where, "a table", table, source)
-    checked: _Table = {}
-    for key, value in table.items():
-        if key not in fields:
-            raise SettingsError(f"{where}.{key}: unknown key{_belongs(key, fields)} ({source})")
-        checked[key] = _check(f"{where}.{key}", value, fields[key], source)
-    return checked
-
-
-def _check(key: str, value: object, kind: Any, source: str, *, text: bool = False) -> _Given:
-    """Convert one value; `text` says that it came as text and is to be read as a number or truth."""
-    if kind is Path:
-        return _Given(value, key, source)
-    try:
-        return _Given(msgspec.convert(value, kind, strict=not text), key, source)
-    except msgspec.ValidationError:
-        raise _refusal(key, _describe(inspect.type_info(kind)), value, source, text=text) from None
-
-
-def _refusal(key: str, expected: str, value: object, source: str, *, text: bool = False) -> SettingsError:
-    # Variables and flags are always text; only in a file is it news that a value is.
-    came = reprlib.repr(value) if text else _describe_value(value)
-    return SettingsError(f"{key}: expected {expected}, got {came} ({source})")
+    auth = read_auth(document["auth"], path.parent, source) if "auth" in document else None
+    return server, models, auth
 
 
 def _belongs(key: str, known: Iterable[str]) -> str:
     """How to go on after an unknown key: the nearest known one, or the table it is a key of."""
-    near = _suggestion(key, known)
+    near = suggestion(key, known)
     if near or key not in _FLAG_TYPES:
         return near
     return "; it belongs in [server]" if key in SERVER_FIELDS else "; it belongs in [[models]]"
 
 
-def _check_host(server: _Table) -> None:
+def _check_host(server: Table) -> None:
     """Without authentication only this machine may call, unless the operator said otherwise."""
     host = server.get("host")
     allowed = server.get("allow_anonymous")
     if host is None or is_loopback(host.value) or (allowed is not None and allowed.value):
         return
     expected = "a loopback address (127.0.0.0/8, ::1 or localhost)"
-    why = "anyone who reaches it could call the models; --allow-anonymous permits that"
-    raise SettingsError(f"{_refusal(host.key, expected, host.value, host.source, text=True)}: {why}")
+    why = "anyone who reaches it could call the models; write [auth], or --allow-anonymous permits that"
+    raise SettingsError(f"{refused(host.key, expected, host.value, host.source, text=True)}: {why}")
 
 
-def _build_models(tables: list[_Table]) -> tuple[ModelSettings, ...]:
+def _build_models(tables: list[Table]) -> tuple[ModelSettings, ...]:
     if not tables:
         raise SettingsError("models: no model to serve; give MODEL, or [[models]] in a --config file")
     models: list[ModelSettings] = []
     for index, table in enumerate(tables):
-        model = msgspec.convert(_values(table), ModelSettings)
+        model = msgspec.convert(values_of(table), ModelSettings)
         path, name = table["path"], table.get("name", table["path"])
         if not Path(model.path).is_file():
             what = "a folder" if Path(model.path).is_dir() else "no file there"
@@ -285,7 +249,7 @@ def _build_models(tables: list[_Table]) -> tuple[ModelSettings, ...]:
                 f"{path.key}: expected a model file, got {model.path!r}: {what} ({path.source})"
             )
         key = f"models[{index}].name"
-        _check(key, model.name, Name, name.source if "name" in table else "the file's name; set name")
+        check(key, model.name, Name, name.source if "name" in table else "the file's name; set name")
         for other, earlier in enumerate(models):
             if earlier.name == model.name:
                 raise SettingsError(
@@ -293,53 +257,3 @@ def _build_models(tables: list[_Table]) -> tuple[ModelSettings, ...]:
                 )
         models.append(model)
     return tuple(models)
-
-
-def _values(table: _Table) -> dict[str, Any]:
-    return {name: given.value for name, given in table.items()}
-
-
-def _describe(info: inspect.Type) -> str:
-    """What a value of this type looks like: `an integer from 1 to 65536`."""
-    match info:
-        case inspect.Metadata(type=inner):
-            return _describe(inner)
-        case inspect.UnionType(types=types):
-            return " or ".join(_describe(one) for one in types if not isinstance(one, inspect.NoneType))
-        case inspect.IntType() | inspect.FloatType():
-            return f"{'an integer' if isinstance(info, inspect.IntType) else 'a number'} {_range(info)}"
-        case inspect.BoolType():
-            return "true or false"
-        case inspect.LiteralType(values=values):
-            return "one of " + ", ".join(sorted(str(value) for value in values))
-        case inspect.StrType(pattern=str(), max_length=most):
-            return f"1 to {most} letters, digits, '.', '_', '-', the first a letter or digit"
-        case _:
-            return "text that is not empty"
-
-
-def _range(info: inspect.IntType | inspect.FloatType) -> str:
-    if info.gt is not None:
-        return f"above {info.gt} and at most {info.le}"
-    return f"from {info.ge} to {info.le}"
-
-
-def _describe_value(value: object) -> str:
-    """A value as it came, short enough for one line."""
-    match value:
-        case bool():
-            return "true" if value else "false"
-        case str():
-            return f"the text {reprlib.repr(value)}"
-        case dict():
-            return "a table"
-        case list():
-            return "an array"
-        case _:
-            return reprlib.repr(value)
-
-
-def _suggestion(key: str, known: Iterable[str]) -> str:
-    """`; did you mean KNOWN?` for the nearest known key, or nothing where none is near."""
-    near = difflib.get_close_matches(key, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,58 @@
+"""The refusals of RFC 6750, 3: status, problem and WWW-Authenticate, in one place.
+
+None of them ever repeats the credential. Where the server knows its own address, each challenge leads to
+its metadata (RFC 9728, 5.1).
+"""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from server.problems import Problem
+
+WELL_KNOWN = "/.well-known/oauth-protected-resource"
+
+
+class Challenges:
+    """`resource` is this server's identifier for clients (RFC 9728), "" where it does not know it."""
+
+    def __init__(self, resource: str = "") -> None:
+        self.resource = resource
+        self._metadata = ""
+        if resource:
+            parts = urlsplit(resource)
+            # RFC 9728, 3.1: the well-known part goes between host and path.
+            self._metadata = f"{parts.scheme}://{parts.netloc}{WELL_KNOWN}{parts.path.rstrip('/')}"
+
+    def missing(self) -> Problem:
+        """No credentials. RFC 6750, 3.1: then the challenge has no error code."""
+        return Problem("unauthenticated", "this needs credentials", headers=self._challenge())
+
+    def invalid_request(self, detail: str) -> Problem:
+        """The credentials are malformed, or there are two of them."""
+        return Problem("bad-authorization", detail, headers=self._challenge("invalid_request", detail))
+
+    def invalid_token(self, detail: str) -> Problem:
+        """The token or key is not to be trusted. `detail` must not quote what an attacker wrote."""
+        return Problem("invalid-credentials", detail, headers=self._challenge("invalid_token", detail))
+
+    def insufficient_scope(self, permission: str, detail: str, model: str | None = None) -> Problem:
+        """The caller is known and may not do this."""
+        headers = self._challenge("insufficient_scope", detail, permission)
+        problem = Problem("forbidden", detail, headers=headers, permission=permission)
+        if model is not None:
+            problem.members["model"] = model
+        return problem
+
+    def _challenge(
+        self, error: str | None = None, detail: str = "", scope: str | None = None
+    ) -> tuple[tuple[bytes, bytes]]:
+        parameters = {"error": error, "error_description": detail if error else None, "scope": scope}
+        parameters["resource_metadata"] = self._metadata or None
+        said = [f'{name}="{_quotable(text)}"' for name, text in parameters.items() if text is not None]
+        return ((b"www-authenticate", f"Bearer {', '.join(said)}".strip().encode()),)
+
+
+def _quotable(text: str) -> str:
+    """RFC 6750, 3: printable ASCII without quotes and backslashes."""
+    return "".join(c if " " <= c <= "~" and c not in '"\\' else "'" for c in text)
