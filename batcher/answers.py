@@ -26,6 +26,8 @@ class Answers:
         """Tell the caller; its state is DONE, and rows or error are set."""
         if request.expiry is not None:
             request.expiry.cancel()
+        if request.tenant is not None and not isinstance(request, Part):
+            request.tenant.open_requests -= request.callers
         try:
             request.done()
         except Exception:

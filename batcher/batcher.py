@@ -41,6 +41,7 @@ from batcher.policy import Dispatch, Limits, WaitUntil, decide
 from batcher.queue import RequestQueue
 from batcher.request import Request, State
 from batcher.split import Part, cut, join, let_go
+from batcher.tenant import Tenant
 from engines.errors import EngineError
 
 log = logging.getLogger("cobatch.batcher")
@@ -113,11 +114,13 @@ class Batcher:
         """Whether not even one row would be accepted now."""
         return self._queue.rows >= self.max_queue_rows or self.closed is not None
 
-    def refusal(self, rows: int = 1) -> BatcherError | None:
-        """Why a request of so many rows would not be accepted now, or None."""
-        if self.closed is None and self._queue.rows + rows <= self.max_queue_rows:
-            return None
-        return self._why_not(rows)
+    def refusal(self, rows: int = 1, tenant: Tenant | None = None, callers: int = 1) -> BatcherError | None:
+        """Why a request of so many rows, for so many callers, would not be accepted now, or None."""
+        if self.closed is not None or self._queue.rows + rows > self.max_queue_rows:
+            return self._why_not(rows)
+        if tenant is not None and tenant.limited:
+            return tenant.refusal(callers, rows, self._clock(), self.drain_s)
+        return None
 
     def _why_not(self, rows: int) -> BatcherError:
         if self.closed is not None:
@@ -139,8 +142,16 @@ class Batcher:
         if self.closed is not None or self._queue.rows + request.rows > self.max_queue_rows:
             self.counters.refused += request.callers
             raise self._why_not(request.rows)
+        request.enqueued_s = now_s = self._clock()
+        tenant = request.tenant
+        if tenant is not None:
+            if tenant.limited:
+                refusal = tenant.refusal(request.callers, request.rows, now_s, self.drain_s)
+                if refusal is not None:
+                    self.counters.refused += request.callers
+                    raise refusal
+            tenant.enter(request.callers, now_s)
         self.counters.accepted += request.callers
-        request.enqueued_s = self._clock()
         if request.timeout_s is not None:
             request.expiry = self._loop.call_later(request.timeout_s, self._expire, request)
         if request.rows <= self.max_batch_size:
@@ -164,6 +175,8 @@ class Batcher:
         for request in requests:
             request.state = State.RUNNING
             request.enqueued_s = enqueued_s
+            if request.tenant is not None:
+                request.tenant.open_requests += request.callers
         self._dispatcher.retries.append(requests)
         self._decide_later()
 
@@ -172,6 +185,8 @@ class Batcher:
         if request.state not in (State.QUEUED, State.RUNNING):
             return
         self.counters.cancelled += request.callers
+        if request.tenant is not None:
+            request.tenant.open_requests -= request.callers
         if request.expiry is not None:
             request.expiry.cancel()
         self._withdraw(request)

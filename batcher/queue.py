@@ -58,6 +58,8 @@ class RequestQueue:
         group.line.append(request)
         group.rows += request.rows
         self.rows += request.rows
+        if request.tenant is not None:
+            request.tenant.queued_rows += request.rows
         request.group = group
         request.state = State.QUEUED
         return group
@@ -69,6 +71,8 @@ class RequestQueue:
         assert request.state is State.QUEUED
         request.state = State.CANCELLED
         request.payloads = ()
+        if request.tenant is not None:
+            request.tenant.queued_rows -= request.rows
         self._leave(group, request.rows)
         group.husks += 1
         if group.husks > _HUSKS_KEPT and group.husks * 2 > len(group.line):
@@ -91,6 +95,8 @@ class RequestQueue:
             line.popleft()
             request.state = State.RUNNING
             rows += request.rows
+            if request.tenant is not None:
+                request.tenant.queued_rows -= request.rows
             taken.append(request)
             if rows >= most_rows:
                 break

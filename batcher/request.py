@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from batcher.queue import Group
+    from batcher.tenant import Tenant
     from engines.base import RowShapes
 
 # One value for each input, in the signature's order: the rows' bytes (C order, little-endian), or
@@ -73,7 +74,8 @@ class Request:
     """One caller's rows. Subclass it and define `done`.
 
     `timeout_s`: if it is still queued so long after it was submitted, it is taken out and told so.
-    `callers`: how many it answers, for the counters. `priority`: the protocol's, 1 the highest, 0 for the
+    `callers`: how many it answers, for the counters. `tenant`: for whom, where callers are told apart.
+    `priority`: the protocol's, 1 the highest, 0 for the
     default. `partial`: if it is split and only some parts fail, it is answered with zeros in their place,
     and `failures` says which rows those are.
 
@@ -98,6 +100,7 @@ class Request:
         "row_shapes",
         "rows",
         "state",
+        "tenant",
         "timeout_s",
     )
 
@@ -106,6 +109,7 @@ class Request:
         self.row_shapes = row_shapes
         self.payloads = payloads
         self.callers = 1
+        self.tenant: Tenant | None = None
         self.state = State.NEW
         self.error: Exception | None = None
         self.batch: Batch | None = None

@@ -23,6 +23,7 @@ class Part(Request):
         self, whole: Request, payloads: list[Payload], rows: int, on_done: Callable[[Part], None]
     ) -> None:
         super().__init__(rows, whole.row_shapes, payloads)
+        self.tenant = whole.tenant
         self.on_done = on_done
         self.outputs: Sequence[np.ndarray[Any, Any]] = ()
 

@@ -1,24 +1,22 @@
 """For whom a request is run: what one tenant has in the batchers now, and how much it may have.
 
-One object per tenant for all models of a process; only the event loop touches it. The rate is a token
-bucket, kept as the one number that the generic cell rate algorithm needs (ATM Forum TM 4.0, 4.4.2): the
-time at which the bucket will be full again.
+One object per tenant for all models of a process; only the event loop touches it.
 """
 
 from __future__ import annotations
 
 import math
 
+from batcher.bucket import Bucket
 from batcher.errors import TenantLimitError, TooManyRowsError
 
 
 class Tenant:
-    """A tenant's account. Limits are None where there is none; `burst` goes with `requests_per_s`."""
+    """A tenant's account. Limits are None where there is none; without `burst`, one second's rate."""
 
     __slots__ = (
-        "_full_at_s",
-        "_interval_s",
-        "burst",
+        "__weakref__",
+        "bucket",
         "limited",
         "max_concurrent",
         "max_queue_rows",
@@ -39,12 +37,12 @@ class Tenant:
         self.name = name
         self.max_concurrent = max_concurrent
         self.max_queue_rows = max_queue_rows
-        self.burst = burst if burst is not None else math.ceil(requests_per_s or 1)
+        self.bucket: Bucket | None = None
+        if requests_per_s is not None:
+            self.bucket = Bucket(requests_per_s, burst or math.ceil(requests_per_s))
+        self.limited = any(limit is not None for limit in (max_concurrent, max_queue_rows, requests_per_s))
         self.open_requests = 0  # accepted and not answered yet
         self.queued_rows = 0  # of those, rows that have not been sent to an engine
-        self._interval_s = None if requests_per_s is None else 1 / requests_per_s
-        self._full_at_s = 0.0
-        self.limited = not (max_concurrent is max_queue_rows is requests_per_s is None)
 
     def refusal(
         self, requests: int, rows: int, now_s: float, drain_s: float
@@ -61,39 +59,19 @@ class Tenant:
             if rows > most:
                 return TooManyRowsError(rows, most)
             return TenantLimitError(self.name, "queued rows", self.queued_rows, most, drain_s)
-        if self._interval_s is not None:
-            over_s = self._after(requests, now_s) - now_s - self.burst * self._interval_s
-            if over_s > 1e-9:  # less is rounding
-                used = self.burst - self.remaining(now_s)
-                return TenantLimitError(self.name, "requests at once", used, self.burst, over_s)
+        bucket = self.bucket
+        if bucket is not None and (wait_s := bucket.wait_s(requests, now_s)) > 0:
+            used = bucket.burst - bucket.left(now_s)
+            return TenantLimitError(self.name, "requests at once", used, bucket.burst, wait_s)
         return None
 
     def enter(self, requests: int, now_s: float) -> None:
         """So many requests are accepted; `refusal` has been asked."""
         self.open_requests += requests
-        if self._interval_s is not None:
-            self._full_at_s = self._after(requests, now_s)
-
-    def _after(self, requests: int, now_s: float) -> float:
-        assert self._interval_s is not None
-        return max(self._full_at_s, now_s) + requests * self._interval_s
-
-    def remaining(self, now_s: float) -> int:
-        """Requests that the bucket would let through at once."""
-        if self._interval_s is None:
-            return self.burst
-        left_s = self.burst * self._interval_s - self.until_full_s(now_s)
-        return max(0, math.floor(left_s / self._interval_s + 1e-6))
-
-    def until_full_s(self, now_s: float) -> float:
-        """Seconds until the bucket is full if nothing more comes."""
-        return max(0.0, self._full_at_s - now_s)
-
-    @property
-    def window_s(self) -> float | None:
-        """Seconds in which an empty bucket fills, None without a rate."""
-        return None if self._interval_s is None else self.burst * self._interval_s
+        if self.bucket is not None:
+            self.bucket.take(requests, now_s)
 
     def idle(self, now_s: float) -> bool:
         """Whether forgetting this object would change nothing."""
-        return not self.open_requests and not self.queued_rows and self.until_full_s(now_s) == 0
+        at_rest = not self.open_requests and not self.queued_rows
+        return at_rest and (self.bucket is None or self.bucket.until_full_s(now_s) == 0)

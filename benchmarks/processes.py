@@ -41,10 +41,13 @@ def floor(size: int, content_type: str) -> Iterator[Server]:
 
 
 @contextmanager
-def cobatch(model: Path, name: str, fast_path: bool) -> Iterator[Server]:
-    """`cobatch serve MODEL` with default settings, ready to answer; ASGI only unless `fast_path`."""
+def cobatch(model: Path, name: str, fast_path: bool, config: Path | None = None) -> Iterator[Server]:
+    """`cobatch serve MODEL`, ready to answer; default settings but for what `config` says, and ASGI only
+    unless `fast_path`."""
     switch = "--fast-path" if fast_path else "--no-fast-path"
     command = ["server.cli", "serve", str(model), "--name", name, "--port", "0", switch]
+    if config is not None:
+        command += ["--config", str(config)]
     with _running("cobatch" if fast_path else "cobatch-asgi", command, "/v2/health/ready") as server:
         yield server
 

@@ -36,13 +36,23 @@ class Turn:
 
 
 def serve_turn(
-    who: str, server: Server, path: str, request: wire.Message, connections: int, seconds: int, trace: bool
+    who: str,
+    server: Server,
+    path: str,
+    request: wire.Message,
+    connections: int,
+    seconds: int,
+    trace: bool,
+    rotating: tuple[str, Sequence[str]] | None = None,
 ) -> Turn:
-    """Load on a server, which must be idle or become so. With `trace`, a rate between two batches."""
+    """Load on a server, which must be idle or become so. With `trace`, a rate between two batches.
+
+    `rotating` is a header's name and the values that the requests have in turn.
+    """
     wait_until_idle(server.pid)
     before = cpu_us(server.pid)
     url = f"http://{server.address}{path}"
-    load = run_wrk(url, request.body, request.headers, connections, seconds, trace)
+    load = run_wrk(url, request.body, request.headers, connections, seconds, trace, rotating)
     used = cpu_us(server.pid) - before
     return Turn(
         who,

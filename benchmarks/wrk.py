@@ -10,7 +10,7 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ wrk.method = "POST"
 wrk.body = file:read("*a")
 file:close()
 {headers}
+{rotate}
 {trace}
 function done(summary, latency, requests)
   local errors = summary.errors
@@ -31,6 +32,21 @@ function done(summary, latency, requests)
     errors.status, bad))
   if traced then traced() end
   io.write("}}\\n")
+end
+"""
+
+# Requests that differ in one header, in turn; made beforehand, so that they cost no more to send.
+_ROTATE = """
+local requests, at = {{}}, 0
+function init()
+  for value in io.lines({file}) do
+    wrk.headers[{name}] = value
+    requests[#requests + 1] = wrk.format()
+  end
+end
+function request()
+  at = at % #requests + 1
+  return requests[at]
 end
 """
 
@@ -91,17 +107,32 @@ def require_wrk() -> str:
 
 
 def run_wrk(
-    url: str, body: bytes, headers: Mapping[str, str], connections: int, seconds: int, trace: bool = False
+    url: str,
+    body: bytes,
+    headers: Mapping[str, str],
+    connections: int,
+    seconds: int,
+    trace: bool = False,
+    rotating: tuple[str, Sequence[str]] | None = None,
 ) -> Load:
-    """POST the body for `seconds` from `connections` connections; raises WrkError on any failed request."""
+    """POST the body for `seconds` from `connections` connections; raises WrkError on any failed request.
+
+    `rotating` is a header's name and the values that the requests have in turn.
+    """
     with tempfile.TemporaryDirectory(prefix="cobatch-wrk-") as folder:
         body_file, script = Path(folder, "body"), Path(folder, "post.lua")
         body_file.write_bytes(body)
+        rotate = ""
+        if rotating is not None:
+            values = Path(folder, "values")
+            values.write_text("\n".join(rotating[1]) + "\n")
+            rotate = _ROTATE.format(name=json.dumps(rotating[0]), file=json.dumps(str(values)))
         lines = [f"wrk.headers[{json.dumps(key)}] = {json.dumps(value)}" for key, value in headers.items()]
         script.write_text(
             _SCRIPT.format(
                 body_file=json.dumps(str(body_file)),
                 headers="\n".join(lines),
+                rotate=rotate,
                 trace=_TRACE if trace else "",
             )
         )

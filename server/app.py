@@ -15,6 +15,8 @@ from starlette.types import ASGIApp
 
 from engines.errors import EngineError
 from server.asgi import InferRoutes
+from server.auth.gate import Gate
+from server.auth.routes import auth_routes
 from server.batch_routes import BATCH, BatchRoute, batch_routes
 from server.core import Core
 from server.openapi import openapi_routes
@@ -33,12 +35,15 @@ def create_app(settings: Settings) -> ASGIApp:
     return build(Core(settings))
 
 
-def build(core: Core) -> InferRoutes:
+def build(core: Core) -> ASGIApp:
     """The application around a core that the caller keeps."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         core.loop = asyncio.get_running_loop()
+        if core.auth is not None:
+            core.auth.on_ready = core.tell_if_ready
+            await core.auth.start()
         # In the background: health must answer while a large model is being loaded.
         loading = [asyncio.create_task(_load(core, name)) for name in core.models]
         try:
@@ -50,13 +55,17 @@ def build(core: Core) -> InferRoutes:
             await asyncio.gather(*loading, return_exceptions=True)
             timeout_s = core.settings.server.drain_timeout_s
             await asyncio.gather(*[model.stop(timeout_s) for model in core.models.values()])
+            if core.auth is not None:
+                await core.auth.stop()
 
     handlers = {HTTPException: _http_error, Exception: _server_error}
-    routes = [*v2_routes(core), *batch_routes(), *v1_routes(core), *problem_pages()]
-    routes += openapi_routes(core)
+    routes = [*v2_routes(core), *batch_routes(), *v1_routes(core), *problem_pages(core)]
+    routes += [*openapi_routes(core), *auth_routes(core)]
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     app.router.redirect_slashes = False
-    return InferRoutes(app, core, {BATCH: BatchRoute(core, app)})
+    # Inside the gate: the items of a batch go through `app` as the caller of the batch.
+    routes_app = InferRoutes(app, core, {BATCH: BatchRoute(core, app)})
+    return routes_app if core.auth is None else Gate(routes_app, core.auth)
 
 
 async def _load(core: Core, name: str) -> None:
@@ -65,8 +74,7 @@ async def _load(core: Core, name: str) -> None:
     except EngineError as error:
         core.on_load_failed(name, error)
     else:
-        if core.ready:
-            core.on_ready()
+        core.tell_if_ready()
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

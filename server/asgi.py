@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server.auth.principal import principal_in
 from server.compression import compressed
 from server.core import Core, InferRequest, instance_of
 from server.limits import BodyError, read_body
@@ -49,8 +50,9 @@ class InferRoutes:
         core = self.core
         headers = dict(scope["headers"])
         reply = None
-        if core.draining or model.batcher is None or model.batcher.full:
-            reply = core.refusal(model)
+        principal = principal_in(scope)
+        if principal is not None or core.draining or model.batcher is None or model.batcher.full:
+            reply = core.refusal(model, principal)
         if reply is None:
             try:
                 json_length = None
@@ -63,7 +65,7 @@ class InferRoutes:
                 reply = error.problem.reply(instance=instance_of(model))
             else:
                 caller = _Caller(self._waiting, receive)
-                caller.request = core.infer(model, body, json_length, caller.on_reply)
+                caller.request = core.infer(model, body, json_length, caller.on_reply, principal)
                 reply = await caller.wait()
                 if reply is None:
                     return

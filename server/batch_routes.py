@@ -19,6 +19,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server.auth.permissions import INFER
+from server.auth.principal import principal_in
 from server.batch_items import SubCall, body_of, check_headers, checked, scope_of
 from server.batch_messages import (
     AnyItem,
@@ -34,6 +36,7 @@ from server.limits import BodyError, read_body
 from server.model import Model
 from server.problems import Problem, stopping
 from server.reply import JSON, Reply
+from server.v2_messages import InferMessage
 
 log = logging.getLogger("cobatch.batch")
 
@@ -120,6 +123,7 @@ class _Call:
         self._core = core
         self._app = app
         self._scope = scope
+        self._principal = principal_in(scope)
         self._replies: list[Reply | None] = [None] * len(items)
         self._open = len(items)
         self._bytes = 0  # of the answers that came through the application
@@ -141,7 +145,8 @@ class _Call:
             elif model is not None:
                 self._infer(index, item, model)
         for model, members in alike.items():
-            self._requests += submit_alike(self._core, model, members, partial(self._infer_alone, model))
+            alone = partial(self._infer_alone, model)
+            self._requests += submit_alike(self._core, model, members, alone, self._principal)
         if self._open:
             # Most are answered before anybody could have left, and a task costs as much as an item or two.
             timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._watch_for_leaving, receive)
@@ -181,11 +186,22 @@ class _Call:
 
     def _infer(self, index: int, item: AnyItem, model: Model) -> None:
         reply = partial(self._answer, index)
-        self._keep(self._core.infer(model, body_of(item), None, reply), item.url, reply)
+        request = self._infer_as_known(model, body_of(item), reply)
+        self._keep(request, item.url, reply)
 
     def _infer_alone(self, model: Model, member: Member) -> None:
         message, reply = member
-        self._keep(self._core.infer(model, message, None, reply), instance_of(model), reply)
+        self._keep(self._infer_as_known(model, message, reply), instance_of(model), reply)
+
+    def _infer_as_known(
+        self, model: Model, body: bytes | InferMessage, reply: Callable[[Reply], None]
+    ) -> InferRequest | None:
+        """As the caller of the batch, who may not use every model."""
+        principal = self._principal
+        if principal is not None and not principal.may_infer(model.name):
+            reply(self._core.forbidden(INFER, model.name).reply(instance=instance_of(model)))
+            return None
+        return self._core.infer(model, body, None, reply, principal)
 
     def _keep(self, request: InferRequest | None, instance: str, reply: Callable[[Reply], None]) -> None:
         if request is None:

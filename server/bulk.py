@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 
 from batcher.errors import BatchFailedError
 from batcher.request import Payload
+from batcher.tenant import Tenant
+from server.auth.principal import Principal
 from server.core import Core, InferRequest, ModelRequest, encoding_failed, instance_of
 from server.model import Model
 from server.problems import Problem, from_error
@@ -32,11 +34,13 @@ class BulkRequest(ModelRequest):
         model: Model,
         members: Sequence[Member],
         rows: Sequence[Payload],
+        tenant: Tenant | None,
     ) -> None:
         decoder = model.decoder
         super().__init__(len(members), decoder.row_shapes, [b"".join(rows)])  # type: ignore[arg-type]
         self.model = model
         self.callers = len(members)
+        self.tenant = tenant
         self.members = members
 
     def done(self) -> None:
@@ -65,28 +69,35 @@ class BulkRequest(ModelRequest):
         # Nobody has been told of a failure yet.
         batcher.counters.failed -= self.callers
         decode = self.model.decoder.decode_message
-        apart = [InferRequest(self.model, decode(message), reply) for message, reply in members]
+        apart = [InferRequest(self.model, decode(message), reply, self.tenant) for message, reply in members]
         batcher.run_again(list(apart), self.enqueued_s)
 
 
 def submit_alike(
-    core: Core, model: Model, members: Sequence[Member], by_itself: Callable[[Member], None]
+    core: Core,
+    model: Model,
+    members: Sequence[Member],
+    by_itself: Callable[[Member], None],
+    principal: Principal | None,
 ) -> list[BulkRequest]:
     """Submit members together, as far as they are alike; the others go to `by_itself`, each alone."""
+    may = principal is None or principal.may_infer(model.name)
     alike: list[Member] = []
     rows: list[Payload] = []
     for member in members:
-        row = None if core.draining or model.batcher is None else _row_of(model, member[0])
+        row = None if not may or core.draining or model.batcher is None else _row_of(model, member[0])
         if row is None:
             by_itself(member)
         else:
             alike.append(member)
             rows.append(row)
     requests = []
+    tenant = None if principal is None else principal.tenant
     # In pieces that the policy calls full: a larger one would go in a larger batch than pays.
     most = model.batcher.limits.full_rows if model.batcher is not None else 1
     for first in range(0, len(alike), most):
-        request = _submit(model, alike[first : first + most], rows[first : first + most], by_itself)
+        end = first + most
+        request = _submit(model, alike[first:end], rows[first:end], by_itself, tenant)
         if request is not None:
             requests.append(request)
     return requests
@@ -103,14 +114,18 @@ def _row_of(model: Model, message: InferMessage) -> Payload | None:
 
 
 def _submit(
-    model: Model, members: list[Member], rows: list[Payload], by_itself: Callable[[Member], None]
+    model: Model,
+    members: list[Member],
+    rows: list[Payload],
+    by_itself: Callable[[Member], None],
+    tenant: Tenant | None,
 ) -> BulkRequest | None:
     batcher = model.loaded_batcher
-    if batcher.refusal(len(members)) is not None:
+    if batcher.refusal(len(members), tenant, len(members)) is not None:
         # There may be room for some of them.
         for member in members:
             by_itself(member)
         return None
-    request = BulkRequest(model, members, rows)
+    request = BulkRequest(model, members, rows, tenant)
     batcher.submit(request)
     return request

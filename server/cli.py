@@ -24,6 +24,7 @@ from server.settings import (
     is_loopback,
     load_settings,
 )
+from server.token_cli import token_app
 
 app = typer.Typer(
     name="cobatch",
@@ -35,6 +36,7 @@ app = typer.Typer(
     # A traceback decorated with local variables could print a user's data.
     pretty_exceptions_enable=False,
 )
+app.add_typer(token_app, name="token")
 _DEFAULTS: dict[str, Any] = {
     field.name: field.default
     for struct in (ServerSettings, ModelSettings)
@@ -104,6 +106,9 @@ def serve(
     kept_bytes: Annotated[str | None, _flag("kept_bytes", "BYTES")] = None,
     kept_s: Annotated[str | None, _flag("kept_s", "SECONDS")] = None,
     max_wait_s: Annotated[str | None, _flag("max_wait_s", "SECONDS")] = None,
+    tls_cert: Annotated[str | None, _flag("tls_cert", "FILE")] = None,
+    tls_key: Annotated[str | None, _flag("tls_key", "FILE")] = None,
+    trusted_proxies: Annotated[str | None, _flag("trusted_proxies", "ADDRESSES")] = None,
     log_level: Annotated[str | None, _flag("log_level", "debug|info|warning|error")] = None,
     fast_path: Annotated[bool | None, _switch("fast_path")] = None,
     allow_anonymous: Annotated[bool | None, _switch("allow_anonymous")] = None,
@@ -154,9 +159,13 @@ def inspect_model(
 
 
 def _warn_if_open(settings: Settings) -> None:
+    host = settings.server.host
+    behind_tls = settings.server.tls_cert is not None or settings.server.trusted_proxies is not None
+    if settings.auth is not None and not is_loopback(host) and not behind_tls:
+        why = "whoever can listen on the way can use them; give --tls-cert, or a proxy and --trusted-proxies"
+        typer.echo(f"cobatch: warning: tokens travel to {host} without TLS: {why}", err=True)
     if not settings.server.allow_anonymous:
         return
-    host = settings.server.host
     who = "anyone on this machine" if is_loopback(host) else f"whoever reaches {host}"
     typer.echo(
         f"cobatch: warning: --allow-anonymous: {who} may call the models, without authentication", err=True

@@ -11,7 +11,11 @@ import logging
 from collections.abc import Callable
 
 from batcher.request import Request
+from batcher.tenant import Tenant
 from engines.errors import EngineError
+from server.auth.authenticator import Authenticator
+from server.auth.permissions import INFER
+from server.auth.principal import Principal
 from server.model import Model
 from server.problems import Problem, from_error, stopping
 from server.reply import Reply
@@ -34,8 +38,11 @@ class InferRequest(ModelRequest):
 
     __slots__ = ("id", "reply", "usage", "wants")
 
-    def __init__(self, model: Model, decoded: Decoded, reply: Callable[[Reply], None]) -> None:
+    def __init__(
+        self, model: Model, decoded: Decoded, reply: Callable[[Reply], None], tenant: Tenant | None
+    ) -> None:
         super().__init__(decoded.rows, decoded.row_shapes, decoded.payloads)
+        self.tenant = tenant
         self.priority, self.timeout_s, self.usage = decoded.wishes
         self.id: str | None = decoded.id
         self.wants: Wants = decoded.wants
@@ -70,10 +77,15 @@ def _log_load_failure(name: str, error: EngineError) -> None:
 
 
 class Core:
-    """All models of a process, and what both edges do with them."""
+    """All models of a process, and what both edges do with them. Raises SettingsError for bad key files.
+
+    `auth` is None where everybody is anonymous; principals are None then, too.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.auth = None if settings.auth is None else Authenticator(settings.auth)
+        self.shows_standing = settings.auth is not None and settings.auth.rate_limit_headers
         self.models = {model.name: Model(model) for model in settings.models}
         # What the fast path compares the request target with, byte for byte.
         self.infer_targets: dict[bytes, Model] = {}
@@ -84,22 +96,49 @@ class Core:
                 self.infer_paths[f"{base}/infer"] = model
         self.draining = False
         self.loop: asyncio.AbstractEventLoop | None = None  # set when the application starts
+        self._told = False
         # For whoever runs the process; until then there is nobody to tell.
         self.on_ready: Callable[[], None] = lambda: None
         self.on_load_failed: Callable[[str, EngineError], None] = _log_load_failure
 
+    def tell_if_ready(self) -> None:
+        """Call `on_ready` the first time that everything is ready; asked when a part of it has become so."""
+        if self.ready and not self._told:
+            self._told = True
+            self.on_ready()
+
     @property
     def ready(self) -> bool:
-        """Whether every model takes requests."""
-        return not self.draining and all(model.ready for model in self.models.values())
+        """Whether every model takes requests, and anybody's credentials can be checked."""
+        open_ = not self.draining and (self.auth is None or self.auth.ready)
+        return open_ and all(model.ready for model in self.models.values())
 
-    def refusal(self, model: Model) -> Reply | None:
+    def refusal(self, model: Model, principal: Principal | None) -> Reply | None:
         """The answer to a request that is not even read, or None. Asked when the headers are there."""
-        problem = stopping() if self.draining else model.refusal()
+        problem: Problem | None
+        if principal is not None and not principal.may_infer(model.name):
+            problem = self.forbidden(INFER, model.name)
+        elif self.draining:
+            problem = stopping()
+        else:
+            problem = model.refusal(None if principal is None else principal.tenant)
         return None if problem is None else problem.reply(instance=instance_of(model))
 
+    def forbidden(self, permission: str, model: str | None = None) -> Problem:
+        """A known caller lacks a permission; for `infer` and `metadata` of one model, with its name."""
+        assert self.auth is not None
+        detail = f"this needs the permission {permission}"
+        if model is not None:
+            detail = f"this needs the permission {permission} for the model {model!r}"
+        return self.auth.challenges.insufficient_scope(permission, detail, model)
+
     def infer(
-        self, model: Model, body: Body | InferMessage, json_length: int | None, reply: Callable[[Reply], None]
+        self,
+        model: Model,
+        body: Body | InferMessage,
+        json_length: int | None,
+        reply: Callable[[Reply], None],
+        principal: Principal | None,
     ) -> InferRequest | None:
         """Decode and submit. `reply` is called exactly once, at once or later, unless cancelled.
 
@@ -107,9 +146,10 @@ class Core:
         that is parsed already comes as its message.
         """
         batcher = model.batcher
-        if batcher is None or self.draining or batcher.full:
+        tenant = None if principal is None else principal.tenant
+        if batcher is None or self.draining or batcher.full or (tenant is not None and tenant.limited):
             # Asked again: between the headers and the body others may have come.
-            refusal = self.refusal(model)
+            refusal = self.refusal(model, principal)
             if refusal is not None:
                 reply(refusal)
                 return None
@@ -118,7 +158,7 @@ class Core:
                 decoded = model.decoder.decode_message(body)
             else:
                 decoded = model.decoder.decode(body, json_length)  # type: ignore[arg-type]  # no message
-            request = InferRequest(model, decoded, reply)
+            request = InferRequest(model, decoded, reply, tenant)
             batcher.submit(request)  # type: ignore[union-attr]  # None is always refused
             return request
         except Exception as error:  # noqa: BLE001 - `_refused` logs what is not expected

@@ -15,16 +15,21 @@ bytes mean the same thing, so this decides nothing that httptools has not decide
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
+from server.auth.authenticator import Authenticator
+from server.auth.bearer import credential_in
+from server.auth.principal import Principal
+from server.auth.standing import standing
 from server.compression import choose, compress
 from server.connection import BODY, NOTHING, Connection
 from server.core import Core, InferRequest, instance_of
 from server.model import Model
-from server.problems import too_large
+from server.problems import Problem, too_large
 from server.reply import Reply
 
 _KNOWN_BLOCKS = 4096
@@ -46,12 +51,19 @@ _NO_EVENT = _NoEvent()
 class Known:
     """What a header block said: all that the fast path needs to know of it."""
 
-    __slots__ = ("coding", "json_length", "keep_alive", "length", "model")
+    __slots__ = ("coding", "json_length", "keep_alive", "length", "model", "principal", "refusal")
 
     def __init__(
-        self, model: Model, length: int, json_length: int | None, keep_alive: bool, coding: bytes | None
+        self,
+        model: Model,
+        length: int,
+        json_length: int | None,
+        keep_alive: bool,
+        coding: bytes | None,
     ) -> None:
         self.model = model
+        self.principal: Principal | None = None
+        self.refusal: Problem | None = None
         self.length = length
         self.json_length = json_length
         self.keep_alive = keep_alive
@@ -103,6 +115,9 @@ class FastCycle:
 
     def _write(self, reply: Reply) -> None:
         self.response_complete = True
+        principal = self.known.principal
+        if principal is not None and self.protocol.core.shows_standing and principal.tenant.limited:
+            reply.headers += standing(principal.tenant, time.monotonic())
         if not self.disconnected:
             self.protocol.write_reply(reply, self.keep_alive)
 
@@ -136,8 +151,11 @@ class FastProtocol(Connection):
                 end = data.find(b"\r\n\r\n") + 4
                 known = self.known_blocks.get(data[:end])
                 if known is not None and len(data) - end == known.length:
-                    self._serve(known, data[end:])
-                    return
+                    principal = known.principal
+                    if principal is None or principal.expires_s > time.time():
+                        self._serve(known, data[end:])
+                        return
+                    del self.known_blocks[data[:end]]
                 self._chunk = data
         super().data_received(data)
         self._chunk = None
@@ -145,7 +163,8 @@ class FastProtocol(Connection):
     def _serve(self, known: Known, body: bytes) -> None:
         cycle = FastCycle(self, known)
         self.cycle = cycle  # type: ignore[assignment]
-        cycle.request = self.core.infer(known.model, body, known.json_length, cycle.reply)
+        core = self.core
+        cycle.request = core.infer(known.model, body, known.json_length, cycle.reply, known.principal)
 
     # The parser's callbacks
 
@@ -172,7 +191,11 @@ class FastProtocol(Connection):
         self.receiving = BODY
         cycle = FastCycle(self, known)
         self.cycle = cycle  # type: ignore[assignment]
-        refusal = self.core.refusal(known.model)
+        refusal: Reply | None
+        if known.refusal is not None:
+            refusal = known.refusal.reply(instance=instance_of(known.model))
+        else:
+            refusal = self.core.refusal(known.model, known.principal)
         if refusal is not None:
             cycle.reply(refusal)
         elif known.length > (limit := self.core.settings.server.max_body_bytes):
@@ -202,7 +225,22 @@ class FastProtocol(Connection):
                 return None
         if length < 0 or json_length == 0 or self.parser.get_http_version() != "1.1":
             return None
-        return Known(model, length, json_length, self.parser.should_keep_alive(), coding)
+        known = Known(model, length, json_length, self.parser.should_keep_alive(), coding)
+        return known if self.core.auth is None or self._recall_caller(self.core.auth, known) else None
+
+    def _recall_caller(self, auth: Authenticator, known: Known) -> bool:
+        """Note who calls, or why he may not. False where a signature has to be checked: that can wait
+        for the issuer's keys, which the long way does."""
+        recalled: Principal | Problem | None
+        try:
+            recalled = auth.recall(credential_in(self.headers, b"", auth.challenges))
+        except Problem as problem:
+            recalled = problem
+        if isinstance(recalled, Principal):
+            known.principal = recalled
+        else:
+            known.refusal = recalled
+        return recalled is not None
 
     def on_body(self, body: bytes) -> None:
         cycle = self.cycle
@@ -227,7 +265,9 @@ class FastProtocol(Connection):
             cycle.more_body = False
             self._remember(cycle)
             known = cycle.known
-            cycle.request = self.core.infer(known.model, cycle.body, known.json_length, cycle.reply)
+            cycle.request = self.core.infer(
+                known.model, cycle.body, known.json_length, cycle.reply, known.principal
+            )
 
     def _remember(self, cycle: FastCycle) -> None:
         """Keep the header block if this message came in one chunk with nothing else in it."""

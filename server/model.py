@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from batcher.batcher import Batcher
 from batcher.errors import BatcherError, EngineGoneError
+from batcher.tenant import Tenant
 from engines.errors import EngineError
 from engines.loader import load_engine
 from engines.worker import Worker
@@ -92,11 +93,11 @@ class Model:
         """Whether the engine has become unusable: only a new process helps."""
         return self.batcher is not None and isinstance(self.batcher.closed, EngineGoneError)
 
-    def refusal(self) -> Problem | None:
+    def refusal(self, tenant: Tenant | None = None) -> Problem | None:
         """Why a request would be refused before anybody reads its body, or None."""
         batcher = self.batcher
         if batcher is not None:
-            refusal: BatcherError | None = batcher.refusal()
+            refusal: BatcherError | None = batcher.refusal(tenant=tenant)
             return None if refusal is None else from_error(refusal)
         if self.load_error is not None:
             return Problem("load-failed", f"model {self.name!r} could not be loaded", model=self.name)

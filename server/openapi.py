@@ -25,7 +25,7 @@ from server.openapi_parts import HEADERS
 from server.openapi_schemas import schemas
 from server.openapi_v2 import V2, v2_paths
 from server.reply import JSON, Reply
-from server.routing import as_response
+from server.routing import as_response, guarded
 
 _HTML = b"text/html; charset=utf-8"
 _ABOUT = (
@@ -52,8 +52,8 @@ def openapi_routes(core: Core) -> list[Route]:
         return await _send(request, core, Reply(200, _HTML, (made.page(),), headers=PAGE_HEADERS))
 
     return [
-        Route("/openapi.json", document, methods=["GET"]),
-        Route("/docs", page, methods=["GET"]),
+        Route("/openapi.json", guarded(core, "metadata", document), methods=["GET"]),
+        Route("/docs", guarded(core, "metadata", page), methods=["GET"]),
     ]
 
 

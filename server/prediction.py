@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable
 
 from batcher.request import Request, State
+from batcher.tenant import Tenant
 from server import v1_encode
 from server.model import Model
 from server.v1_decode import Work
@@ -19,7 +20,7 @@ log = logging.getLogger("cobatch.server")
 class Prediction:
     """One prediction. `answer` is None until it is finished; `kept_bytes` is what it counts in a store."""
 
-    def __init__(self, subject: str, model: Model, work: Work) -> None:
+    def __init__(self, subject: str, model: Model, work: Work, tenant: Tenant | None = None) -> None:
         # Long enough that nobody finds another's by trying.
         self.id = secrets.token_urlsafe(18)
         self.subject = subject
@@ -29,7 +30,7 @@ class Prediction:
         self.finished_s = 0.0
         self.on_answer: Callable[[Prediction], None] | None = None
         self._model = model
-        self._request: PredictionRequest | None = PredictionRequest(self, model, work)
+        self._request: PredictionRequest | None = PredictionRequest(self, model, work, tenant)
         # To be waited for with `asyncio.wait`, which cancels nothing; None once `answer` is there.
         self.answered: asyncio.Future[Answer] | None = asyncio.get_running_loop().create_future()
 
@@ -84,11 +85,12 @@ class PredictionRequest(Request):
 
     __slots__ = ("_model", "_prediction", "_wants")
 
-    def __init__(self, prediction: Prediction, model: Model, work: Work) -> None:
+    def __init__(self, prediction: Prediction, model: Model, work: Work, tenant: Tenant | None) -> None:
         super().__init__(work.rows, work.row_shapes, work.payloads)
         self.priority = work.priority
         self.timeout_s = work.timeout_s
         self.partial = True
+        self.tenant = tenant
         self._prediction = prediction
         self._model = model
         self._wants = work.wants

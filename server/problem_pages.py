@@ -8,10 +8,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from server.core import Core
 from server.problem_kinds import KINDS, Kind
 from server.problem_members import ALWAYS, MEMBERS, SOMETIMES
 from server.problems import Problem
-from server.routing import problems_answered
+from server.routing import guarded
 
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem;"
@@ -27,7 +28,7 @@ _HEADERS = {
 }
 
 
-def problem_pages() -> list[Route]:
+def problem_pages(core: Core) -> list[Route]:
     """Both routes, for Starlette."""
 
     async def index(request: Request) -> Response:
@@ -41,8 +42,8 @@ def problem_pages() -> list[Route]:
         return _page(request, kind.title, _kind_html(kind), _kind_text(kind))
 
     return [
-        Route("/problems", problems_answered(index), methods=["GET"]),
-        Route("/problems/{slug}", problems_answered(page), methods=["GET"]),
+        Route("/problems", guarded(core, "open", index), methods=["GET"]),
+        Route("/problems/{slug}", guarded(core, "open", page), methods=["GET"]),
     ]
 
 

@@ -1,19 +1,26 @@
-"""What all Starlette routes share: JSON responses, finding the model, answering Problems."""
+"""What all Starlette routes share: permissions, JSON responses, finding the model, answering Problems."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import Literal
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from server.auth.permissions import INFER, METADATA
+from server.auth.principal import Principal, principal_in
 from server.core import Core
 from server.model import Model
 from server.problems import Problem
 from server.reply import JSON, Reply
 
 Endpoint = Callable[[Request], Awaitable[Response]]
+# What a route asks of its caller where callers are known. `open`: nothing, the gate lets everybody through
+# (`server.auth.gate.OPEN`). `known`: only that he is. `read` and `infer`: that he may do so with the model
+# in the path. `metadata` and `admin`: that permission.
+Needs = Literal["open", "known", "read", "infer", "metadata", "admin"]
 
 
 def json(value: object, status: int = 200) -> Response:
@@ -26,12 +33,20 @@ def find(core: Core, request: Request) -> Model:
     name = request.path_params["name"]
     model = core.models.get(name)
     if model is None:
-        raise Problem("unknown-model", f"there is no model {name!r}", model=name, models=list(core.models))
+        raise Problem("unknown-model", f"there is no model {name!r}", model=name, models=_seen(core, request))
     version = request.path_params.get("version", model.version)
     if version != model.version:
         detail = f"model {name!r} has no version {version!r}; it has {model.version!r}"
         raise Problem("unknown-version", detail, model=name, version=version, versions=[model.version])
     return model
+
+
+def _seen(core: Core, request: Request) -> list[str]:
+    """The models that the caller may know of."""
+    principal = principal_in(request.scope)
+    if core.auth is None:
+        return list(core.models)
+    return [name for name in core.models if principal is not None and principal.may_read(name)]
 
 
 def loaded(model: Model) -> Model:
@@ -43,16 +58,34 @@ def loaded(model: Model) -> Model:
     return model
 
 
-def problems_answered(endpoint: Endpoint) -> Endpoint:
-    """Answer a Problem that the endpoint raises."""
+def guarded(core: Core, needs: Needs, endpoint: Endpoint) -> Endpoint:
+    """The endpoint for callers who may use it; a Problem that it raises is answered."""
 
     async def answer(request: Request) -> Response:
         try:
+            principal = principal_in(request.scope)
+            if principal is not None:
+                _check(core, needs, principal, request.path_params.get("name", ""))
             return await endpoint(request)
         except Problem as problem:
             return as_response(problem.reply(instance=request.url.path))
 
     return answer
+
+
+def _check(core: Core, needs: Needs, principal: Principal, model: str) -> None:
+    """Raises Problem where the caller may not. Whether the model exists is not said before that."""
+    match needs:
+        case "open" | "known":
+            return
+        case "read":
+            missing = None if principal.may_read(model) else METADATA
+        case "infer":
+            missing = None if principal.may_infer(model) else INFER
+        case _:
+            missing = None if needs in principal.permissions else needs
+    if missing is not None:
+        raise core.forbidden(missing, model if needs in ("read", "infer") else None)
 
 
 def as_response(reply: Reply) -> Response:

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Iterator
@@ -22,18 +23,21 @@ from server.app import build
 from server.connection import Connection
 from server.core import Core
 from server.fastpath import make_protocol
+from server.setting_values import SettingsError
 from server.settings import Settings
 
 log = logging.getLogger("cobatch.server")
 
 _FAILED = 1
+_REFUSED = 2
 _BACKLOG = 2048
 
 
 def run(settings: Settings) -> int:
     """Serve until a signal comes. The exit status: 0 after a clean end, 1 if there is nothing to serve.
 
-    1: the address cannot be listened on, or a model cannot be loaded; a line on stderr says why.
+    1: the address cannot be listened on, or a model cannot be loaded. 2: a file that a setting names cannot
+    be used. A line on stderr says why.
     """
     logging.basicConfig(
         level=settings.server.log_level.upper(),
@@ -42,13 +46,19 @@ def run(settings: Settings) -> int:
     )
     http = settings.server
     try:
+        check_tls(http.tls_cert, http.tls_key)
+        server = Server(settings)
+    except SettingsError as error:
+        # What only shows when files are read: certificates, keys, secrets.
+        print(f"cobatch: {error}", file=sys.stderr, flush=True)
+        return _REFUSED
+    try:
         sockets = _listen(http.host, http.port)
     except OSError as error:
         # A name's error numbers are not the system's; for the others Python lengthens the text.
         why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
         print(f"cobatch: cannot listen on {http.host}, port {http.port}: {why}", file=sys.stderr, flush=True)
         return _FAILED
-    server = Server(settings)
     server.run(sockets)
     if any(model.worker_alive for model in server.core.models.values()):
         # Inside a library, which would abort if the interpreter were taken down around it.
@@ -56,6 +66,24 @@ def run(settings: Settings) -> int:
         sys.stderr.flush()
         os._exit(server.status)
     return server.status
+
+
+def check_tls(cert: str | None, key: str | None) -> None:
+    """Raises SettingsError where the certificate and key cannot be used."""
+    if cert is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, _no_password)
+    except (OSError, ValueError) as error:  # ssl's errors are OSErrors
+        # Which of the files cannot be read, the system's text does not say.
+        files = cert if key is None else f"{cert} with {key}"
+        why = error.strerror or getattr(error, "reason", None) or str(error)  # type: ignore[union-attr]
+        raise SettingsError(f"server.tls_cert: cannot use {files}: {why}") from None
+
+
+def _no_password() -> str:
+    """Called for an encrypted key; OpenSSL would ask on the terminal."""
+    raise ValueError("the key is encrypted")
 
 
 def _listen(host: str, port: int) -> list[socket.socket]:
@@ -94,7 +122,10 @@ class Server(uvicorn.Server):
                 log_level="warning",
                 access_log=False,
                 server_header=False,
-                proxy_headers=False,
+                proxy_headers=http.trusted_proxies is not None,
+                forwarded_allow_ips=http.trusted_proxies or "",
+                ssl_certfile=http.tls_cert,
+                ssl_keyfile=http.tls_key,
                 ws="none",
             )
         )
@@ -103,7 +134,10 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         for listener in [listener for server in self.servers for listener in server.sockets]:
             host, port = listener.getsockname()[:2]
-            print(f"cobatch: listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+            scheme = "https" if self.config.is_ssl else "http"
+            print(
+                f"cobatch: listening on {scheme}://{f'[{host}]' if ':' in host else host}:{port}", flush=True
+            )
 
     def _on_ready(self) -> None:
         # What is there now stays: the collector need not look at it again with each request.

@@ -84,6 +84,11 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     kept_bytes: Annotated[int, Meta(ge=4096, le=LARGEST, description="memory for kept predictions")] = 1 << 28
     kept_s: Annotated[Timeout, Meta(description="how long a finished prediction is kept")] = 600.0
     max_wait_s: Annotated[Seconds, Meta(description="longest wait that a client may ask for")] = 60.0
+    tls_cert: Annotated[Text | None, Meta(description="certificate chain (PEM); turns TLS on")] = None
+    tls_key: Annotated[Text | None, Meta(description="its private key (default: in the same file)")] = None
+    trusted_proxies: Annotated[
+        Text | None, Meta(description="addresses whose X-Forwarded-For/-Proto are believed, with commas")
+    ] = None
     log_level: Annotated[LogLevel, Meta(description="least severe messages to log")] = "info"
     fast_path: Annotated[bool, Meta(description="serve the infer routes below ASGI")] = True
     allow_anonymous: Annotated[bool, Meta(description="permit a host that others can reach")] = False
@@ -130,6 +135,10 @@ def load_settings(config: Path | None, environ: Mapping[str, str], flags: Mappin
         raise SettingsError(f"{given.key}: names one model, but there are {len(models)} ({given.source})")
     if auth is None:
         _check_host(server)
+    elif "allow_anonymous" in server and server["allow_anonymous"].value:
+        given = server["allow_anonymous"]
+        raise SettingsError(f"{given.key}: not together with [auth] ({given.source})")
+    _check_edge(server)
     return Settings(
         server=msgspec.convert(values_of(server), ServerSettings),
         models=_build_models([table | for_models for table in models]),
@@ -202,6 +211,9 @@ def _from_file(path: Path, origin: str) -> tuple[Table, list[Table], AuthSetting
         if key not in _TABLES:
             raise SettingsError(f"{key}: unknown key{_belongs(key, _TABLES)} ({source})")
     server = check_table("server", document.get("server", {}), SERVER_FIELDS, source, _belongs)
+    for name in ("tls_cert", "tls_key"):
+        if name in server:
+            server[name] = server[name]._replace(value=str(path.parent / server[name].value))
     listed = document.get("models", [])
     if not isinstance(listed, list):
         raise refused("models", "an array of tables, written [[models]]", listed, source)
@@ -234,6 +246,21 @@ def _check_host(server: Table) -> None:
     expected = "a loopback address (127.0.0.0/8, ::1 or localhost)"
     why = "anyone who reaches it could call the models; write [auth], or --allow-anonymous permits that"
     raise SettingsError(f"{refused(host.key, expected, host.value, host.source, text=True)}: {why}")
+
+
+def _check_edge(server: Table) -> None:
+    """TLS and the proxies in front."""
+    if "tls_key" in server and "tls_cert" not in server:
+        given = server["tls_key"]
+        raise SettingsError(f"{given.key}: needs tls_cert, the certificate ({given.source})")
+    given_proxies = server.get("trusted_proxies")
+    for address in given_proxies.value.split(",") if given_proxies is not None else ():
+        try:
+            ipaddress.ip_network(address.strip())
+        except ValueError:
+            expected = "addresses or networks (10.0.0.0/8), with commas between them"
+            assert given_proxies is not None
+            raise refused(given_proxies.key, expected, address, given_proxies.source, text=True) from None
 
 
 def _build_models(tables: list[Table]) -> tuple[ModelSettings, ...]:

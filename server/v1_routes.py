@@ -16,7 +16,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from batcher.errors import BatcherError
+from batcher.tenant import Tenant
 from server import v1_decode
+from server.auth.principal import principal_in, subject_in
 from server.compression import compressed
 from server.core import Core
 from server.limits import BodyError, read_body
@@ -25,8 +27,7 @@ from server.prediction import Prediction
 from server.predictions import Predictions
 from server.problems import from_error, stopping
 from server.reply import JSON, Reply
-from server.routing import as_response, find, problems_answered
-from server.subject import subject_of
+from server.routing import as_response, find, guarded
 from server.v1_content import fingerprint, read_content
 from server.v1_encode import Answer
 from server.v1_headers import Preferences, idempotency_key, preferences
@@ -45,8 +46,8 @@ def v1_routes(core: Core) -> list[Route]:
 
     # One route for both methods, so that the 405 for others names both.
     return [
-        Route("/v1/models/{name}/predictions", problems_answered(resource.post), methods=["POST"]),
-        Route("/v1/predictions/{id}", problems_answered(one), methods=["GET", "DELETE"]),
+        Route("/v1/models/{name}/predictions", guarded(core, "infer", resource.post), methods=["POST"]),
+        Route("/v1/predictions/{id}", guarded(core, "known", one), methods=["GET", "DELETE"]),
     ]
 
 
@@ -61,11 +62,13 @@ class _Resource:
     async def post(self, request: Request) -> Response:
         """Make a prediction, or join the one that the same Idempotency-Key has made."""
         model = find(self._core, request)
-        subject = subject_of(request)
+        subject = subject_in(request.scope)
+        principal = principal_in(request.scope)
+        tenant = None if principal is None else principal.tenant
         prefers = preferences(request)
         key = idempotency_key(request)
         if key is None or not self._kept.has_key(subject, key):
-            self._check_open(model)
+            self._check_open(model, tenant)
             if key is not None or prefers.respond_async:
                 self._kept.check_room(0)
         try:
@@ -85,9 +88,9 @@ class _Resource:
             prediction = self._kept.join(subject, *idempotency)
         if prediction is None:
             # Asked again: while the body came others may have come too, or the end.
-            self._check_open(model)
+            self._check_open(model, tenant)
             work = v1_decode.decode(content, model.decoder)
-            prediction = Prediction(subject, model, work)
+            prediction = Prediction(subject, model, work, tenant)
             self._start(prediction, work.bytes, idempotency, keep=prefers.respond_async or key is not None)
         if prefers.respond_async:
             return await self._respond_later(request, prediction, prefers)
@@ -113,12 +116,12 @@ class _Resource:
         return await self._object(request, prediction)
 
     def _find(self, request: Request) -> Prediction:
-        return self._kept.find(request.path_params["id"], subject_of(request))
+        return self._kept.find(request.path_params["id"], subject_in(request.scope))
 
-    def _check_open(self, model: Model) -> None:
+    def _check_open(self, model: Model, tenant: Tenant | None) -> None:
         if self._core.draining:
             raise stopping()
-        problem = model.refusal()
+        problem = model.refusal(tenant)
         if problem is not None:
             raise problem
 

@@ -8,7 +8,7 @@ from starlette.routing import Route
 
 from server import __version__
 from server.core import Core
-from server.routing import Endpoint, find, json, loaded, problems_answered
+from server.routing import Endpoint, Needs, find, guarded, json, loaded
 from server.v2_describe import config, index_entry, metadata, statistics
 
 # Only what works.
@@ -51,21 +51,21 @@ def v2_routes(core: Core) -> list[Route]:
     async def infer(request: Request) -> Response:
         raise AssertionError(f"InferRoutes serves {find(core, request).name}")
 
-    def of_model(path: str, endpoint: Endpoint, method: str) -> list[Route]:
+    def of_model(path: str, needs: Needs, endpoint: Endpoint, method: str) -> list[Route]:
         bases = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
-        return [Route(base + path, problems_answered(endpoint), methods=[method]) for base in bases]
+        return [Route(base + path, guarded(core, needs, endpoint), methods=[method]) for base in bases]
 
     return [
-        Route("/v2", problems_answered(server), methods=["GET"]),
+        Route("/v2", guarded(core, "known", server), methods=["GET"]),
         # How the protocol's OpenAPI document spells it.
-        Route("/v2/", problems_answered(server), methods=["GET"]),
-        Route("/v2/health/live", problems_answered(live), methods=["GET"]),
-        Route("/v2/health/ready", problems_answered(ready), methods=["GET"]),
-        Route("/v2/models/stats", problems_answered(all_stats), methods=["GET"]),
-        Route("/v2/repository/index", problems_answered(index), methods=["POST"]),
-        *of_model("", model, "GET"),
-        *of_model("/ready", model_ready, "GET"),
-        *of_model("/config", model_config, "GET"),
-        *of_model("/stats", model_stats, "GET"),
-        *of_model("/infer", infer, "POST"),
+        Route("/v2/", guarded(core, "known", server), methods=["GET"]),
+        Route("/v2/health/live", guarded(core, "open", live), methods=["GET"]),
+        Route("/v2/health/ready", guarded(core, "open", ready), methods=["GET"]),
+        Route("/v2/models/stats", guarded(core, "admin", all_stats), methods=["GET"]),
+        Route("/v2/repository/index", guarded(core, "admin", index), methods=["POST"]),
+        *of_model("", "read", model, "GET"),
+        *of_model("/ready", "open", model_ready, "GET"),
+        *of_model("/config", "read", model_config, "GET"),
+        *of_model("/stats", "admin", model_stats, "GET"),
+        *of_model("/infer", "infer", infer, "POST"),
     ]

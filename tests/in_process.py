@@ -57,6 +57,7 @@ async def in_process(
 
     core.on_load_failed = failed
     app = build(core)
+    assert isinstance(app, InferRoutes)
     starlette: Any = app.app
     # What goes wrong inside must come back as a response, as it does over a socket.
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import math
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ import numpy as np
 from onnx import TensorProto, helper
 
 import server.model
+from batcher.tenant import Tenant
 from engines.base import Engine
 from engines.loader import load_engine
 from server.app import build
 from server.asgi import InferRoutes
+from server.auth.principal import PRINCIPAL, Principal
 from server.core import Core
 from server.settings import ModelSettings, ServerSettings, Settings
-from server.subject import SUBJECT
 from tests import models
 from tests.serving import DEADLINE_S, GatedEngine
 
@@ -54,15 +56,21 @@ class App:
 
 
 class Subjects:
-    """What authentication will do: the subject is whatever the header says."""
+    """In place of the gate: the caller is whoever the header says."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         subject = dict(scope["headers"]).get(b"subject")
-        more = {} if subject is None else {SUBJECT: subject.decode()}
+        more = {} if subject is None else {PRINCIPAL: principal(subject.decode())}
         await self._app({**scope, **more}, receive, send)
+
+
+def principal(name: str) -> Principal:
+    """A caller who may run every model."""
+    may = frozenset(("infer", "metadata"))
+    return Principal(Tenant(name), name, permissions=may, expires_s=math.inf, rules={})
 
 
 @contextlib.asynccontextmanager
@@ -79,6 +87,7 @@ async def running(
     ready = asyncio.Event()
     core.on_ready = ready.set
     app = build(core)
+    assert isinstance(app, InferRoutes)
     transport = httpx.ASGITransport(Subjects(app))
     with mock.patch.object(server.model, "load_engine", load):
         async with (

@@ -28,6 +28,7 @@ from batcher.request import Request
 from engines.base import Engine, RowShapes
 from engines.errors import EngineError
 from engines.loader import load_engine
+from server.auth.settings import AuthSettings
 from server.core import Core
 from server.serve import Server
 from server.settings import ModelSettings, ServerSettings, Settings
@@ -306,6 +307,7 @@ def serve(
     *,
     engines: Mapping[str, Engine] | None = None,
     ready: bool = True,
+    auth: AuthSettings | None = None,
     **settings: Any,
 ) -> Iterator[Served]:
     """Serve `models` on a free port; `engines` by path go before what the files would be loaded with."""
@@ -316,7 +318,7 @@ def serve(
 
     http = ServerSettings(port=0, fast_path=fast, **{"drain_timeout_s": DEADLINE_S, **settings})
     with mock.patch.object(server.model, "load_engine", load):
-        served = Served(_Quiet(Settings(server=http, models=models)), fast)
+        served = Served(_Quiet(Settings(server=http, models=models, auth=auth)), fast)
         served.start(ready)
     try:
         yield served

@@ -24,7 +24,7 @@ class Principal:
     the key that vouched for the token is withdrawn.
     """
 
-    __slots__ = ("_may_infer", "_rules", "expires_s", "permissions", "subject", "tenant", "values")
+    __slots__ = ("__weakref__", "_rules", "expires_s", "permissions", "subject", "tenant", "values")
 
     def __init__(
         self,
@@ -42,14 +42,13 @@ class Principal:
         self.values = values
         self.expires_s = expires_s
         self._rules = rules
-        self._may_infer: dict[str, bool] = {}
 
     def may_infer(self, model: str) -> bool:
-        """Whether this caller may run the model; `model` is one that is served."""
-        may = self._may_infer.get(model)
-        if may is None:
-            may = self._may_infer[model] = self._permits(model)
-        return may
+        """Whether this caller may run the model."""
+        if INFER not in self.permissions and f"{INFER}:{model}" not in self.permissions:
+            return False
+        rule = self._rules.get(model)
+        return rule is None or self.tenant.name in rule.tenants or not self.values.isdisjoint(rule.scopes)
 
     def may_read(self, model: str) -> bool:
         """Whether it may see the model's metadata."""
@@ -59,12 +58,6 @@ class Principal:
     def is_admin(self) -> bool:
         """Whether it may see what concerns all callers."""
         return ADMIN in self.permissions
-
-    def _permits(self, model: str) -> bool:
-        if INFER not in self.permissions and f"{INFER}:{model}" not in self.permissions:
-            return False
-        rule = self._rules.get(model)
-        return rule is None or self.tenant.name in rule.tenants or not self.values.isdisjoint(rule.scopes)
 
 
 def principal_in(scope: Scope) -> Principal | None:

@@ -1,0 +1,71 @@
+"""Authentication in front of the ASGI application: nothing behind it runs for strangers.
+
+What is open to everybody is listed here; whatever else there is, or will be, needs a credential. What a
+known caller may do is said where the routes are (`server.routing.guarded`).
+"""
+
+from __future__ import annotations
+
+import re
+import time
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.auth.authenticator import Authenticator
+from server.auth.bearer import credential_in
+from server.auth.challenges import WELL_KNOWN
+from server.auth.principal import PRINCIPAL, Principal
+from server.auth.standing import standing
+from server.problems import Problem
+
+# Health, what problems mean, and where to get a token.
+OPEN = re.compile(
+    rf"/v2/health/(?:live|ready)|/v2/models/[^/]+(?:/versions/[^/]+)?/ready|/problems(?:/[^/]*)?|{WELL_KNOWN}(?:/.*)?"
+)
+
+
+class Gate:
+    """Puts the principal into the scope, or answers the refusal."""
+
+    def __init__(self, app: ASGIApp, auth: Authenticator) -> None:
+        self._app = app
+        self._auth = auth
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self._is_open(scope):
+            try:
+                principal = await self._principal(scope)
+            except Problem as problem:
+                reply = problem.reply(instance=scope["path"])
+                head = reply.header_list()
+                await send({"type": "http.response.start", "status": reply.status, "headers": head})
+                await send({"type": "http.response.body", "body": b"".join(reply.body)})
+                return
+            scope[PRINCIPAL] = principal
+            if self._auth.settings.rate_limit_headers and principal.tenant.limited:
+                send = _with_standing(send, principal)
+        await self._app(scope, receive, send)
+
+    async def _principal(self, scope: Scope) -> Principal:
+        auth = self._auth
+        credential = credential_in(scope["headers"], scope["query_string"], auth.challenges)
+        known = auth.recall(credential)
+        if isinstance(known, Principal):
+            return known
+        client = scope.get("client")
+        return await auth.authenticate(credential, client[0] if client else "")
+
+    @staticmethod
+    def _is_open(scope: Scope) -> bool:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        return scope["method"] in ("GET", "HEAD") and OPEN.fullmatch(path) is not None
+
+
+def _with_standing(send: Send, principal: Principal) -> Send:
+    async def send_with_standing(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            extra = standing(principal.tenant, time.monotonic())
+            message = {**message, "headers": [*message["headers"], *extra]}
+        await send(message)
+
+    return send_with_standing
