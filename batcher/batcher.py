@@ -26,20 +26,23 @@ import time
 from collections.abc import Callable
 
 from batcher.answers import Answers
-from batcher.cost import efficient_rows
 from batcher.counters import Counters
 from batcher.dispatcher import BatchWorker, Dispatcher
 from batcher.errors import (
     AbandonedError,
     BatcherError,
+    DeadlineTooShortError,
+    DeadlineUnreachableError,
     DrainingError,
+    ExecutionTimeoutError,
     ExpiredError,
     QueueFullError,
     TooManyRowsError,
 )
-from batcher.policy import Dispatch, Limits, WaitUntil, decide
-from batcher.queue import RequestQueue
-from batcher.request import Request, State
+from batcher.latency import Arrivals, LatencyModel
+from batcher.policy import DEADLINE, Dispatch, Limits, Now, WaitUntil, decide
+from batcher.queue import Group, Plan, RequestQueue
+from batcher.request import Batch, Request, State
 from batcher.split import Part, cut, join, let_go
 from batcher.tenant import Tenant
 from engines.errors import EngineError
@@ -65,6 +68,10 @@ class Batcher:
         *,
         max_queue_rows: int,
         max_delay_ms: float = 0.0,
+        latency_target_ms: float | None = None,
+        deadline_ms: float | None = None,
+        execution_timeout_ms: float | None = None,
+        on_hung: Callable[[], None] | None = None,
         loop: asyncio.AbstractEventLoop,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -72,16 +79,17 @@ class Batcher:
         self.name = name
         self.max_batch_size = engine.max_batch_size
         self.max_queue_rows = max_queue_rows
-        self.limits = Limits(
-            full_rows=efficient_rows(worker.warmup_us, engine.max_batch_size),
-            max_delay_s=max_delay_ms / 1000,
-            slots=engine.slots,
-        )
+        self.limits = Limits(max_delay_s=max_delay_ms / 1000, slots=engine.slots)
+        self.latency = LatencyModel(engine.max_batch_size, worker.warmup_us)
+        self._latency_target_s = math.inf if latency_target_ms is None else latency_target_ms / 1000
+        self._default_timeout_s = None if deadline_ms is None else deadline_ms / 1000
         self.counters = Counters()
         self.closed: BatcherError | None = None
         self._loop = loop
         self._clock = clock
-        self._queue = RequestQueue()
+        self._queue = RequestQueue(1, self.latency.row_s, ages=max_delay_ms > 0)
+        self._learn()
+        self._arrivals = Arrivals(clock())
         self._answers = Answers(name, self.counters, clock)
         self._dispatcher = Dispatcher(
             worker,
@@ -89,9 +97,15 @@ class Batcher:
             self.counters,
             loop,
             clock,
+            latency=self.latency,
             decide=self._decide,
             on_dead=self._on_engine_dead,
+            on_ran=self._on_ran,
+            on_hung=self._on_engine_hung,
+            execution_timeout_s=None if execution_timeout_ms is None else execution_timeout_ms / 1000,
         )
+        self.hung = False
+        self._reopen = on_hung
         self._decide_soon = False
         self._seen = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -103,6 +117,11 @@ class Batcher:
     def queued_rows(self) -> int:
         """Rows accepted and not yet sent to the engine."""
         return self._queue.rows
+
+    @property
+    def full_rows(self) -> int:
+        """Rows past which a batch gains nothing by growing, as far as is known now."""
+        return self._queue.full_rows
 
     @property
     def running_batches(self) -> int:
@@ -132,7 +151,7 @@ class Batcher:
     @property
     def drain_s(self) -> float:
         """Estimated seconds until what is queued now will have left, at the current pace."""
-        return self._queue.rows * self._dispatcher.row_s
+        return self._queue.rows * self._queue.row_s
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises what `refusal` says; then `request.done` is never called.
@@ -140,24 +159,23 @@ class Batcher:
         The request's payloads must stay unchanged until it is done or cancelled.
         """
         if self.closed is not None or self._queue.rows + request.rows > self.max_queue_rows:
-            self.counters.refused += request.callers
-            raise self._why_not(request.rows)
+            raise self._refuse(request, self._why_not(request.rows))
         request.enqueued_s = now_s = self._clock()
         tenant = request.tenant
+        if tenant is not None and tenant.limited:
+            refusal = tenant.refusal(request.callers, request.rows, now_s, self.drain_s)
+            if refusal is not None:
+                raise self._refuse(request, refusal)
+        timeout_s = self._default_timeout_s if request.timeout_s is None else request.timeout_s
+        if timeout_s is not None:
+            self._set_deadline(request, timeout_s, now_s)
         if tenant is not None:
-            if tenant.limited:
-                refusal = tenant.refusal(request.callers, request.rows, now_s, self.drain_s)
-                if refusal is not None:
-                    self.counters.refused += request.callers
-                    raise refusal
             tenant.enter(request.callers, now_s)
         self.counters.accepted += request.callers
-        if request.timeout_s is not None:
-            request.expiry = self._loop.call_later(request.timeout_s, self._expire, request)
         if request.rows <= self.max_batch_size:
             group = self._queue.push(request)
             dispatcher = self._dispatcher
-            if dispatcher.free_slots and (group.rows >= self.limits.full_rows or not dispatcher.running):
+            if dispatcher.free_slots and (group.rows >= self._queue.full_rows or not dispatcher.running):
                 self._decide_later()
             return
         request.parts = list(self._cut(request))
@@ -166,6 +184,29 @@ class Batcher:
             part.enqueued_s = request.enqueued_s
             self._queue.push(part)
         self._decide_later()
+
+    def _refuse(self, request: Request, why: BatcherError) -> BatcherError:
+        """Count it; the caller raises it."""
+        self.counters.refused += request.callers
+        self.counters.refusals[why.reason] += request.callers
+        return why
+
+    def _set_deadline(self, request: Request, timeout_s: float, now_s: float) -> None:
+        """Refuse a request that cannot be in time; else see to it that it leaves when it cannot any more."""
+        request.timeout_s = timeout_s
+        request.deadline_s = now_s + timeout_s
+        queue = self._queue
+        run_s = self.latency.expected_s(min(request.rows, self.max_batch_size))
+        run_s *= math.ceil(request.rows / self.max_batch_size)
+        if run_s > timeout_s:
+            raise self._refuse(request, DeadlineTooShortError(timeout_s, run_s))
+        ahead = queue.ahead_of(request.tenant)
+        batch_s = max(run_s, self.latency.expected_s(min(queue.full_rows, math.ceil(ahead) + request.rows)))
+        wait_s = max(0.0, self._dispatcher.free_s - now_s) + ahead * queue.row_s
+        if wait_s + batch_s > timeout_s:
+            late_s = wait_s + batch_s - timeout_s
+            raise self._refuse(request, DeadlineUnreachableError(timeout_s, wait_s + batch_s, late_s))
+        request.expiry = self._loop.call_later(timeout_s - run_s, self._expire, request)
 
     def run_again(self, requests: list[Request], enqueued_s: float) -> None:
         """Run rows that were accepted, in one request that failed, as requests of their own.
@@ -268,7 +309,7 @@ class Batcher:
         requests. Never waits for time to pass: a lone request leaves in the next iteration.
         """
         arriving = self.counters.accepted != self._seen
-        if arriving and iterations and self._queue.rows < self.limits.full_rows:
+        if arriving and iterations and self._queue.rows < self._queue.full_rows:
             self._seen = self.counters.accepted
             self._loop.call_soon(self._settle, iterations - 1)
         else:
@@ -284,23 +325,63 @@ class Batcher:
             if dispatcher.retries and dispatcher.free_slots:
                 dispatcher.send_retry()
                 continue
-            decision = decide(
-                self._queue.groups.values(),
-                self._clock(),
-                dispatcher.in_slots,
-                len(dispatcher.running),
-                self.closed is not None,
-                self.limits,
-            )
+            decision = decide(self._queue, self._now(), self.limits)
             if isinstance(decision, Dispatch):
-                requests = self._queue.take(decision.group, self.limits.full_rows)
-                dispatcher.send(requests, decision.reason)
+                self._send(decision.group, decision.reason)
                 continue
             if isinstance(decision, WaitUntil):
                 delay_s = max(0.0, decision.time_s - self._clock())
                 self._timer = self._loop.call_later(delay_s, self._decide)
             break
         self._check_drained()
+
+    def _now(self) -> Now:
+        dispatcher = self._dispatcher
+        now_s = self._clock()
+        waits = self.limits.max_delay_s > 0 and self._queue.rows > 0
+        return Now(
+            now_s,
+            dispatcher.in_slots,
+            len(dispatcher.running),
+            dispatcher.free_s,
+            self.latency.high_s(self._queue.rows) if waits else 0.0,
+            self._arrivals.rate(now_s, self.counters.accepted) if waits else None,
+            self.closed is not None,
+        )
+
+    def _send(self, group: Group, reason: str) -> None:
+        """Take a batch of the group and send it, if anybody in it can still be in time."""
+        queue = self._queue
+        plan = None
+        if queue.deadlines:
+            plan = Plan(max(self._clock(), self._dispatcher.free_s), self.latency)
+        taken = queue.take(group, queue.full_rows, plan)
+        if taken.requests:
+            self._dispatcher.send(taken.requests, DEADLINE if taken.capped else reason, taken.shares)
+        for request in taken.late:
+            self._fail_late(request)
+
+    def _fail_late(self, request: Request) -> None:
+        """It is out of the queue, because it cannot be in time any more."""
+        assert request.timeout_s is not None
+        if not isinstance(request, Part):
+            self.counters.expired += 1
+        self._answers.fail(request, ExpiredError(request.timeout_s))
+
+    def _on_ran(self, batch: Batch) -> None:
+        run_s = batch.finished_s - batch.started_s
+        self.latency.observe(batch.rows, run_s, batch.finished_s)
+        self._queue.settle(batch.shares, run_s, batch.rows)
+        self._learn()
+
+    def _learn(self) -> None:
+        """Let the queue know what the latency model has come to."""
+        most = self.latency.full_rows
+        if self._latency_target_s < math.inf:
+            # While a batch runs the next one gathers: a request waits for one and rides in one.
+            most = max(1, self.latency.most_rows(self._latency_target_s / 2, most))
+        self._queue.full_rows = most
+        self._queue.row_s = self.latency.row_s
 
     # The end
 
@@ -333,6 +414,29 @@ class Batcher:
         waiting = [request for retry in self._dispatcher.retries for request in retry]
         self._dispatcher.retries.clear()
         self._answers.fail_all(waiting + self._queue.take_all(), gone)
+
+    def _on_engine_hung(self, batch: Batch, limit_s: float) -> None:
+        error = ExecutionTimeoutError(self.name, limit_s)
+        log.critical("model %s: a batch of %d rows has not ended: %s", self.name, batch.rows, error)
+        self.counters.hung += 1
+        self.hung = True
+        self._answers.fail_all(batch.requests, error)
+        batch.requests = []
+        self._check_drained()
+        if self._reopen is None or self.closed is not None:
+            self._on_engine_dead(EngineError(str(error)))
+        else:
+            self._reopen()
+
+    def reopened(self, worker: BatchWorker) -> None:
+        """Another engine takes the place of one that hung; what waited for it goes on."""
+        self.hung = False
+        self._dispatcher.use(worker)
+        self._decide()
+
+    def gone(self, error: EngineError) -> None:
+        """There is no engine any more, and there will be none."""
+        self._on_engine_dead(error)
 
     def _fail_all(self, error: Exception) -> None:
         waiting = self._dispatcher.awaited() + self._queue.take_all()

@@ -32,8 +32,10 @@ class Counters:
         "failed",
         "failed_runs",
         "failed_s",
+        "hung",
         "last_finished_s",
         "reasons",
+        "refusals",
         "refused",
         "retries",
         "rows",
@@ -42,11 +44,13 @@ class Counters:
     def __init__(self) -> None:
         self.accepted = 0
         self.refused = 0
+        self.refusals: Counter[str] = Counter()  # by the word for why
         self.cancelled = 0
         self.expired = 0
         self.failed = 0
         self.failed_runs = 0
         self.failed_s = 0.0
+        self.hung = 0  # runs that did not end within the limit
         self.last_finished_s: float | None = None
         self.retries = 0
         self.rows = 0

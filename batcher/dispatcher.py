@@ -15,6 +15,8 @@ from typing import Protocol
 
 from batcher.answers import Answers
 from batcher.counters import Counters
+from batcher.fair import Share
+from batcher.latency import LatencyModel
 from batcher.packing import pack
 from batcher.policy import RETRY
 from batcher.request import Batch, Request, State
@@ -23,9 +25,6 @@ from engines.errors import EngineDeadError, EngineError
 from engines.worker import Deliver, Job, Outcome
 
 log = logging.getLogger("cobatch.batcher")
-
-# How fast the estimate of the time per row follows the engine: weight of the newest batch.
-_PACE_WEIGHT = 0.2
 
 
 class BatchWorker(Protocol):
@@ -41,7 +40,8 @@ class BatchWorker(Protocol):
 
 
 class Dispatcher:
-    """Of one model. `decide` is called when a slot may be filled, `on_dead` when the engine is gone."""
+    """Of one model. `decide` is called when a slot may be filled, `on_dead` when the engine is gone,
+    `on_ran` with each batch that ran, `on_hung` when one has not ended within `execution_timeout_s`."""
 
     def __init__(
         self,
@@ -51,22 +51,34 @@ class Dispatcher:
         loop: asyncio.AbstractEventLoop,
         clock: Callable[[], float],
         *,
+        latency: LatencyModel,
         decide: Callable[[], None],
         on_dead: Callable[[EngineError], None],
+        on_ran: Callable[[Batch], None],
+        on_hung: Callable[[Batch, float], None],
+        execution_timeout_s: float | None = None,
     ) -> None:
-        self.free_slots = list(range(worker.engine.slots))
-        self.running: set[Batch] = set()
+        self.running: dict[Batch, None] = {}  # in the order in which they run
         self.retries: deque[list[Request]] = deque()
-        rows, run_us = min(worker.warmup_us.items(), default=(1, 1000.0))
-        self.row_s = run_us / rows / 1e6
-        self._worker = worker
-        self._engine = worker.engine
+        self.free_s = 0.0  # when the engine is expected to have run what it has
+        self._latency = latency
+        self._on_ran = on_ran
+        self._on_hung = on_hung
+        self._execution_timeout_s = execution_timeout_s
+        self._watch: asyncio.TimerHandle | None = None
         self._answers = answers
         self._counters = counters
         self._loop = loop
         self._clock = clock
         self._decide = decide
         self._on_dead = on_dead
+        self.use(worker)
+
+    def use(self, worker: BatchWorker) -> None:
+        """Send to this worker from now on. What another still runs is not waited for any more."""
+        self._worker = worker
+        self._engine = worker.engine
+        self.free_slots = list(range(worker.engine.slots))
         worker.deliver = self._deliver
 
     @property
@@ -79,12 +91,14 @@ class Dispatcher:
         sent = [*self.retries, *(batch.requests for batch in self.running)]
         return [request for requests in sent for request in requests if request.state is State.RUNNING]
 
-    def send(self, requests: list[Request], reason: str) -> None:
+    def send(self, requests: list[Request], reason: str, shares: dict[Share, int] | None = None) -> None:
         """Pack a batch into a free slot and give it to the worker. There must be a free slot."""
         row_shapes = requests[0].row_shapes
         batch = Batch(requests, sum([request.rows for request in requests]), row_shapes, reason)
+        if shares is not None:
+            batch.shares = shares
         slot = self.free_slots.pop()
-        self.running.add(batch)
+        self.running[batch] = None
         batch.gathered_s = self._clock()
         job = Job(slot, batch.rows, row_shapes, batch)
         try:
@@ -95,8 +109,31 @@ class Dispatcher:
             outcome = Outcome(None, EngineError(f"packing failed: {error!r}"), self._clock(), self._clock())
             self._loop.call_soon(self._on_outcome, job, outcome)
             return
-        batch.dispatched_s = self._clock()
+        batch.dispatched_s = now_s = self._clock()
+        self.free_s = max(self.free_s, now_s) + self._latency.expected_s(batch.rows)
         self._worker.submit(job)
+        if self._execution_timeout_s is not None and self._watch is None:
+            self._watch_next()
+
+    def _watch_next(self) -> None:
+        """See to it that the batch that runs now ends; one behind it has not begun."""
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+        limit_s = self._execution_timeout_s
+        if limit_s is not None and self.running:
+            batch = next(iter(self.running))
+            self._watch = self._loop.call_later(limit_s, self._give_up, batch, limit_s)
+
+    def _give_up(self, batch: Batch, limit_s: float) -> None:
+        """The engine hangs. Its slots are its own until it comes back, if ever: nothing is free."""
+        self._watch = None
+        self.free_slots.clear()
+        waiting = [one.requests for one in self.running if one is not batch]
+        self.running.clear()
+        # They have not begun, and are as good as they were.
+        self.retries.extendleft(reversed(waiting))
+        self._on_hung(batch, limit_s)
 
     def send_retry(self) -> None:
         """Send the next half of a batch that failed, unless its callers are gone."""
@@ -115,7 +152,13 @@ class Dispatcher:
     def _on_outcome(self, job: Job, outcome: Outcome) -> None:
         batch = job.context
         assert isinstance(batch, Batch)
-        self.running.discard(batch)
+        if batch not in self.running:
+            return  # it was given up, and its slot with it
+        del self.running[batch]
+        if self._watch is not None:
+            self._watch_next()
+        # What is behind it begins now, however long it was expected to take.
+        self.free_s = self._clock() + sum([self._latency.expected_s(one.rows) for one in self.running])
         batch.started_s = outcome.started_s
         batch.finished_s = outcome.finished_s
         if outcome.error is not None:
@@ -123,7 +166,7 @@ class Dispatcher:
         else:
             assert outcome.outputs is not None
             batch.outputs = outcome.outputs
-            self.row_s += _PACE_WEIGHT * ((batch.finished_s - batch.started_s) / batch.rows - self.row_s)
+            self._on_ran(batch)
             self._decide()
             began_s = self._clock()
             self._hand_out(batch)

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 
 class BatcherError(Exception):
-    """Base of everything the batcher tells a caller instead of an answer."""
+    """Base of everything the batcher tells a caller instead of an answer. `reason`: a word to count it by."""
+
+    reason = "failed"
 
 
 class TooManyRowsError(BatcherError):
     """The request has more rows than the queue could ever hold."""
+
+    reason = "rows"
 
     def __init__(self, rows: int, limit: int) -> None:
         super().__init__(f"the request has {rows} rows, the queue holds at most {limit}")
@@ -23,6 +27,8 @@ class TooManyRowsError(BatcherError):
 class QueueFullError(BatcherError):
     """The queue has no room for the request now."""
 
+    reason = "queue"
+
     def __init__(self, queued_rows: int, limit: int, retry_after_s: float) -> None:
         super().__init__(f"{queued_rows} of {limit} rows are queued")
         self.queued_rows = queued_rows
@@ -32,6 +38,8 @@ class QueueFullError(BatcherError):
 
 class TenantLimitError(BatcherError):
     """The tenant has as much in here as it may have. `what` says which limit, `used` how much it has."""
+
+    reason = "tenant"
 
     def __init__(self, tenant: str, what: str, used: int, limit: int, retry_after_s: float) -> None:
         super().__init__(f"tenant {tenant!r} has {used} of {limit} {what}")
@@ -45,13 +53,52 @@ class TenantLimitError(BatcherError):
 class DrainingError(BatcherError):
     """The batcher takes no new requests because it is about to stop."""
 
+    reason = "draining"
+
+
+class DeadlineTooShortError(BatcherError):
+    """The request's time limit is shorter than its run takes, whoever else waits."""
+
+    reason = "deadline"
+
+    def __init__(self, timeout_s: float, run_s: float) -> None:
+        super().__init__(
+            f"the timeout of {timeout_s * 1e3:g} ms is shorter than a run takes, {run_s * 1e3:.3g} ms"
+        )
+        self.timeout_s = timeout_s
+        self.run_s = run_s
+
+
+class DeadlineUnreachableError(BatcherError):
+    """With what is queued before it, the request would not be answered in time."""
+
+    reason = "deadline"
+
+    def __init__(self, timeout_s: float, needed_s: float, retry_after_s: float) -> None:
+        super().__init__(
+            f"the timeout is {timeout_s * 1e3:g} ms, and with what waits now it would take "
+            f"{needed_s * 1e3:.3g} ms"
+        )
+        self.timeout_s = timeout_s
+        self.needed_s = needed_s
+        self.retry_after_s = retry_after_s
+
 
 class ExpiredError(BatcherError):
-    """The request's own time limit was over before its rows were sent to the engine."""
+    """The request's own time limit was over, or could not be kept any more, before its rows were run."""
 
     def __init__(self, timeout_s: float) -> None:
-        super().__init__(f"the request was still queued after its timeout of {timeout_s * 1e3:g} ms")
+        super().__init__(f"the request could not be run within its timeout of {timeout_s * 1e3:g} ms")
         self.timeout_s = timeout_s
+
+
+class ExecutionTimeoutError(BatcherError):
+    """The engine did not finish the request's batch within the model's limit."""
+
+    def __init__(self, model: str, limit_s: float) -> None:
+        super().__init__(f"model {model!r} did not finish within {limit_s * 1e3:g} ms")
+        self.model = model
+        self.limit_s = limit_s
 
 
 class AbandonedError(BatcherError):
@@ -69,6 +116,8 @@ class BatchFailedError(BatcherError):
 
 class EngineGoneError(BatcherError):
     """The engine is dead and cannot run anything any more."""
+
+    reason = "engine"
 
     def __init__(self, model: str, reference: str) -> None:
         super().__init__(f"the engine of model {model!r} is unusable (reference {reference})")

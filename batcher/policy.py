@@ -1,53 +1,101 @@
 """When a batch leaves: a pure function of what is queued, the clock and the limits.
 
-The theory in four lines. While the engine is idle, waiting can only add latency, so whatever is
-there leaves at once (unless `max_delay_s` asks for a wait, which runs from the oldest request).
-While the engine is busy, waiting is free, so the next batch grows until the engine is done. A full
-batch gains nothing from waiting, so it leaves as soon as a slot is free and lies ready when the
-engine finishes. What is full is `Limits.full_rows`: the size past which a row no longer gets cheaper
-(see `batcher.cost`), at most the largest batch the engine takes.
+The theory in five lines. While the engine is idle, waiting can only add latency, so whatever is there
+leaves at once (unless `max_delay_s` asks for a wait, which runs from the oldest request, and ends where a
+deadline does or where nobody else is to be expected). While the engine is busy, waiting is free, so the
+next batch grows until the engine is done. A full batch gains nothing from waiting, so it leaves as soon as
+a slot is free and lies ready when the engine finishes; but where tenants compete it is made up as late as
+that allows, so that whoever comes meanwhile is not a whole batch too late (Symphony, Chen et al., 2023,
+defers a batch for as long as that costs nothing). What is full is `full_rows`: the size past which a row
+no longer gets cheaper (see `batcher.cost`), at most the largest batch the engine takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-FULL = "full"
-IDLE = "idle"
-DELAY = "delay"
-DRAIN = "drain"
-RETRY = "retry"
+FULL = "full"  # it has grown as far as growing pays
+IDLE = "idle"  # the engine is idle
+SHAPE = "shape"  # the same, and what else waits has another shape
+DELAY = "delay"  # the oldest request has waited as long as it may for company
+DEADLINE = "deadline"  # a deadline leaves no time to wait or to grow
+DRAIN = "drain"  # the server stops
+RETRY = "retry"  # a part of a batch that failed
+
+# Before the running batch is expected to end, a full one is packed so early: what that takes, and what
+# timers are late by.
+LEAD_S = 0.002
 
 
 class GroupView(Protocol):
     """What the policy sees of a group: rows that may share a batch."""
 
+    rows: int
+
+
+G_co = TypeVar("G_co", bound=GroupView, covariant=True)
+
+
+class QueueView(Protocol[G_co]):
+    """What the policy sees of the queue. `oldest_s`, `next_group`: only where there are rows."""
+
+    rows: int
+
     @property
-    def rows(self) -> int: ...
+    def full_rows(self) -> int: ...
+
+    @property
+    def contended(self) -> bool: ...
+
+    @property
+    def next_group(self) -> G_co: ...
+
+    @property
+    def full_group(self) -> G_co | None: ...
 
     @property
     def oldest_s(self) -> float: ...
 
+    @property
+    def urgent_s(self) -> float: ...
 
-G = TypeVar("G", bound=GroupView)
+    @property
+    def shapes(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`full_rows` and `max_delay_s` decide; `slots` is how many batches the engine holds at once."""
+    """`max_delay_s` may be spent waiting for company; `slots` is how many batches the engine holds."""
 
-    full_rows: int
     max_delay_s: float
     slots: int
 
 
 @dataclass(frozen=True, slots=True)
-class Dispatch(Generic[G]):
+class Now:
+    """The moment of a decision. Times are seconds of the batcher's clock.
+
+    `running` batches are with the engine, `in_slots` (>= running) occupy its slots: a batch whose answers
+    are being handed out still holds its slot. `free_s`: when the engine is expected to be idle.
+    `run_s`: how long the next batch hardly ever takes. `rows_per_s`: how many rows arrive, None where that
+    is not known yet.
+    """
+
+    time_s: float
+    in_slots: int
+    running: int
+    free_s: float
+    run_s: float = 0.0
+    rows_per_s: float | None = None
+    draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch(Generic[G_co]):
     """Send a batch of this group now."""
 
-    group: G
+    group: G_co
     reason: str
 
 
@@ -58,32 +106,43 @@ class WaitUntil:
     time_s: float
 
 
-def decide(
-    groups: Iterable[G], now_s: float, in_slots: int, running: int, draining: bool, limits: Limits
-) -> Dispatch[G] | WaitUntil | None:
-    """What to do now.
+def decide(queue: QueueView[G_co], now: Now, limits: Limits) -> Dispatch[G_co] | WaitUntil | None:
+    """What to do now. None: wait until something is queued or done."""
+    if now.in_slots >= limits.slots or not queue.rows:
+        return None
+    if now.running:
+        return _while_busy(queue, now)
+    group = queue.next_group
+    if now.draining:
+        return Dispatch(group, DRAIN)
+    if group.rows >= queue.full_rows:
+        return Dispatch(group, FULL)
+    if limits.max_delay_s > 0:
+        return _after_a_wait(queue, now, limits.max_delay_s)
+    return Dispatch(group, SHAPE if queue.shapes > 1 else IDLE)
 
-    `running` batches are with the engine, `in_slots` (>= running) occupy its slots: a batch whose
-    answers are being handed out still holds its slot. None: wait until something is queued or done.
-    """
-    if in_slots >= limits.slots:
+
+def _while_busy(queue: QueueView[G_co], now: Now) -> Dispatch[G_co] | WaitUntil | None:
+    """Only a full batch leaves, and where tenants compete only when it is about to be run."""
+    full = queue.full_group
+    if full is None:
         return None
-    oldest: G | None = None
-    oldest_full: G | None = None
-    for group in groups:
-        if oldest is None or group.oldest_s < oldest.oldest_s:
-            oldest = group
-        if group.rows >= limits.full_rows and (oldest_full is None or group.oldest_s < oldest_full.oldest_s):
-            oldest_full = group
-    if oldest is None:
-        return None
-    if running:
-        return None if oldest_full is None else Dispatch(oldest_full, FULL)
-    # Idle. A group whose delay is over goes before a full one that came later: it waited longest.
-    due_s = oldest.oldest_s + limits.max_delay_s
-    if draining:
-        return Dispatch(oldest, DRAIN)
-    if now_s >= due_s:
-        full = oldest.rows >= limits.full_rows
-        return Dispatch(oldest, FULL if full else DELAY if limits.max_delay_s > 0 else IDLE)
-    return WaitUntil(due_s) if oldest_full is None else Dispatch(oldest_full, FULL)
+    if queue.contended and now.time_s < now.free_s - LEAD_S:
+        return WaitUntil(now.free_s - LEAD_S)
+    group = queue.next_group
+    return Dispatch(group if group.rows >= queue.full_rows else full, FULL)
+
+
+def _after_a_wait(queue: QueueView[G_co], now: Now, max_delay_s: float) -> Dispatch[G_co] | WaitUntil:
+    delay_s = queue.oldest_s + max_delay_s
+    urgent_s = queue.urgent_s - now.run_s
+    due_s = min(delay_s, urgent_s)
+    if now.time_s >= due_s:
+        return Dispatch(queue.next_group, DELAY if delay_s <= urgent_s else DEADLINE)
+    full = queue.full_group
+    if full is not None:
+        return Dispatch(full, FULL)
+    if now.rows_per_s is not None and now.rows_per_s * (due_s - now.time_s) < 0.5:
+        # Nobody is expected in the time that is left.
+        return Dispatch(queue.next_group, IDLE)
+    return WaitUntil(due_s)

@@ -1,115 +1,285 @@
-"""The queue: requests in arrival order, grouped by the shape of their rows.
+"""The queue: what may ride together, and whose turn it is.
 
-Rows of different shape cannot share a batch, so each shape has its own line and none waits behind
-another's. Invariants, held by every method:
+Rows of different shape cannot share a batch, so each shape is a group; within it each tenant has a flow,
+and within that the order is `Lines`'. Across groups each tenant's requests stand in one order as well,
+so that none of its shapes waits behind the others'. Whose turn it is says `batcher.fair`.
 
-* `rows` of a group is the sum of `rows` of its requests in state QUEUED; the queue's `rows` is the
-  sum over groups. Cancelled requests are in neither.
-* A group that has no rows is not in `groups`, so what is idle costs nothing.
-* Push, cancel and take are O(1) per request, amortised: a cancelled request stays in its line as a
-  husk without payload until the head reaches it, or until husks outnumber the living.
+Invariants, held by every method:
+
+* `rows` of a flow, a group, a share and the queue are each the sum over their requests in state QUEUED.
+* A flow or group without rows is gone, so what is idle costs nothing.
+* Push, cancel and take are O(log n) in tenants and O(1) in everything else, amortised.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from heapq import heappop, heappush
+from math import inf
+from typing import NamedTuple
 
+from batcher.fair import Share, Shares, Turns
+from batcher.latency import LatencyModel
+from batcher.lines import DEFAULT, Lines, level_of
 from batcher.request import Request, State
+from batcher.tenant import Tenant
 from engines.base import RowShapes
 
-_HUSKS_KEPT = 64
+
+class Flow:
+    """One tenant's requests of one shape."""
+
+    __slots__ = ("group", "in_turns", "lines", "rows", "share")
+
+    def __init__(self, group: Group, share: Share) -> None:
+        self.group = group
+        self.share = share
+        self.lines = Lines()
+        self.rows = 0
+        self.in_turns = False
 
 
 class Group:
-    """The line of requests whose rows have one shape."""
+    """All requests whose rows have one shape."""
 
-    __slots__ = ("husks", "line", "row_shapes", "rows")
+    __slots__ = ("flows", "row_shapes", "rows", "turns")
 
     def __init__(self, row_shapes: RowShapes) -> None:
         self.row_shapes = row_shapes
-        self.line: deque[Request] = deque()
         self.rows = 0
-        self.husks = 0
+        self.flows: dict[Share, Flow] = {}
+        self.turns: Turns[Flow] = Turns()
 
-    @property
-    def oldest_s(self) -> float:
-        """When the request at the head was queued; the group must have rows."""
-        line = self.line
-        while line[0].state is not State.QUEUED:
-            line.popleft()
-            self.husks -= 1
-        return line[0].enqueued_s
+
+class Taken(NamedTuple):
+    """A batch: its requests, those that were found to be too late for it and for any other, whether a
+    deadline kept it from growing, and the rows of each tenant."""
+
+    requests: list[Request]
+    late: list[Request]
+    capped: bool
+    shares: dict[Share, int]
+
+
+class Plan(NamedTuple):
+    """When a batch would start, and how long runs take: for requests that have a deadline."""
+
+    start_s: float
+    latency: LatencyModel
 
 
 class RequestQueue:
-    """All groups of one model."""
+    """Of one model. `full_rows`: what counts as a full batch. `row_s`: what a row is expected to cost.
 
-    __slots__ = ("groups", "rows")
+    `ages`: whether `oldest_s` and `urgent_s` will be asked for; they cost a little for each request.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, full_rows: int, row_s: float, *, ages: bool) -> None:
         self.groups: dict[RowShapes, Group] = {}
         self.rows = 0
+        self.row_s = row_s
+        self.deadlines = 0  # requests that have one
+        self._full_rows = full_rows
+        self._full: dict[Group, None] = {}
+        self._shares = Shares()
+        self._turns: Turns[Share] = Turns()
+        self._ages = ages
+        self._arrivals: deque[Request] = deque()
+        self._urgent: list[tuple[float, int, Request]] = []
+        self._number = 0
+
+    # What the policy sees
+
+    @property
+    def full_rows(self) -> int:
+        """How many rows make a full batch."""
+        return self._full_rows
+
+    @full_rows.setter
+    def full_rows(self, rows: int) -> None:
+        if rows != self._full_rows:
+            self._full_rows = rows
+            self._full = {group: None for group in self.groups.values() if group.rows >= rows}
+
+    @property
+    def contended(self) -> bool:
+        """Whether several tenants have rows."""
+        return self._shares.active > 1
+
+    @property
+    def shapes(self) -> int:
+        """How many groups there are."""
+        return len(self.groups)
+
+    @property
+    def next_group(self) -> Group:
+        """The group of the request whose turn it is; there must be one."""
+        request = self._turns.first().order.head()
+        assert request.flow is not None
+        return request.flow.group
+
+    @property
+    def full_group(self) -> Group | None:
+        """The group that has been full for longest."""
+        return next(iter(self._full), None)
+
+    @property
+    def oldest_s(self) -> float:
+        """When the oldest request was queued; there must be one, and `ages`."""
+        arrivals = self._arrivals
+        while arrivals[0].state is not State.QUEUED:
+            arrivals.popleft()
+        return arrivals[0].enqueued_s
+
+    @property
+    def urgent_s(self) -> float:
+        """The earliest deadline, infinite without; needs `ages`."""
+        urgent = self._urgent
+        while urgent and urgent[0][2].state is not State.QUEUED:
+            heappop(urgent)
+        return urgent[0][0] if urgent else inf
+
+    # In
 
     def push(self, request: Request) -> Group:
-        """Put a new request at the end of its group's line."""
+        """Put a new request in; it says when it was queued."""
         group = self.groups.get(request.row_shapes)
         if group is None:
             group = self.groups[request.row_shapes] = Group(request.row_shapes)
-        group.line.append(request)
-        group.rows += request.rows
-        self.rows += request.rows
-        if request.tenant is not None:
-            request.tenant.queued_rows += request.rows
-        request.group = group
+        share = self._shares.of(request.tenant)
+        flow = group.flows.get(share)
+        if flow is None:
+            flow = group.flows[share] = Flow(group, share)
+        rows = request.rows
+        request.flow = flow
         request.state = State.QUEUED
+        request.level = level_of(request.priority) if request.priority else DEFAULT
+        if not share.rows:
+            self._shares.wakes(share)
+        share.rows += rows
+        flow.rows += rows
+        group.rows += rows
+        self.rows += rows
+        flow.lines.push(request)
+        share.order.push(request)
+        if not flow.in_turns:
+            group.turns.add(flow)
+        if not share.in_turns:
+            self._turns.add(share)
+        if share.tenant is not None:
+            share.tenant.queued_rows += rows
+        if request.deadline_s != inf:
+            self.deadlines += 1
+        if group.rows >= self._full_rows:
+            self._full[group] = None
+        if self._ages:
+            self._note_age(request)
         return group
+
+    def _note_age(self, request: Request) -> None:
+        self._arrivals.append(request)
+        if request.deadline_s != inf:
+            self._number += 1
+            heappush(self._urgent, (request.deadline_s, self._number, request))
+
+    # Out
 
     def cancel(self, request: Request) -> None:
         """Take a queued request out; its memory is given back at once."""
-        group = request.group
-        assert group is not None
-        assert request.state is State.QUEUED
-        request.state = State.CANCELLED
+        self._remove(request, State.CANCELLED)
         request.payloads = ()
-        if request.tenant is not None:
-            request.tenant.queued_rows -= request.rows
-        self._leave(group, request.rows)
-        group.husks += 1
-        if group.husks > _HUSKS_KEPT and group.husks * 2 > len(group.line):
-            group.line = deque(r for r in group.line if r.state is State.QUEUED)
-            group.husks = 0
 
-    def take(self, group: Group, most_rows: int) -> list[Request]:
-        """Remove requests from the head, whole ones, up to `most_rows` rows but at least one request."""
-        taken: list[Request] = []
+    def _remove(self, request: Request, state: State) -> None:
+        assert request.state is State.QUEUED
+        flow = request.flow
+        assert flow is not None
+        request.state = state
+        request.flow = None
+        rows = request.rows
+        group, share = flow.group, flow.share
+        share.rows -= rows
+        flow.rows -= rows
+        group.rows -= rows
+        self.rows -= rows
+        flow.lines.leave()
+        share.order.leave()
+        if share.tenant is not None:
+            share.tenant.queued_rows -= rows
+        if request.deadline_s != inf:
+            self.deadlines -= 1
+        if not share.rows:
+            self._shares.sleeps(share)
+        if not flow.rows:
+            del group.flows[share]
+            if not group.rows:
+                del self.groups[group.row_shapes]
+        if group.rows < self._full_rows:
+            self._full.pop(group, None)
+        if not self.rows:
+            self._arrivals.clear()
+            self._urgent.clear()
+
+    def take(self, group: Group, most_rows: int, plan: Plan | None = None) -> Taken:
+        """Remove the next batch: whole requests, up to `most_rows` rows but at least one request.
+
+        Each row goes to the tenant whose turn it is. With a plan, a batch does not grow past what lets each
+        of its requests finish in time, unless enough others wait to fill it without the one that
+        cannot; that one is late then (early drop: Nexus, Shen et al., SOSP 2019).
+        """
+        requests: list[Request] = []
+        late: list[Request] = []
+        shares: dict[Share, int] = {}
         rows = 0
-        line = group.line
-        while line:
-            request = line[0]
-            if request.state is not State.QUEUED:
-                line.popleft()
-                group.husks -= 1
-                continue
-            if taken and rows + request.rows > most_rows:
+        tightest_s = inf
+        careful = plan is not None and self.deadlines > 0
+        while group.rows and rows < most_rows:
+            flow = group.turns.first()
+            request = flow.lines.head()
+            if requests and rows + request.rows > most_rows:
                 break
-            line.popleft()
-            request.state = State.RUNNING
+            if careful:
+                assert plan is not None
+                end_s = plan.start_s + plan.latency.high_s(rows + request.rows)
+                if request.deadline_s < end_s and self._is_late(request, group, most_rows, plan):
+                    self._remove(request, State.RUNNING)
+                    late.append(request)
+                    continue
+                tightest_s = min(tightest_s, request.deadline_s)
+                if requests and tightest_s < end_s:
+                    return Taken(requests, late, True, shares)
+            self._remove(request, State.RUNNING)
+            self._shares.served(flow.share, request.rows * self.row_s)
+            shares[flow.share] = shares.get(flow.share, 0) + request.rows
             rows += request.rows
-            if request.tenant is not None:
-                request.tenant.queued_rows -= request.rows
-            taken.append(request)
-            if rows >= most_rows:
-                break
-        self._leave(group, rows)
-        return taken
+            requests.append(request)
+        return Taken(requests, late, False, shares)
+
+    def _is_late(self, request: Request, group: Group, most_rows: int, plan: Plan) -> bool:
+        """Whether it can be in time neither alone nor in a batch as large as those behind it would make."""
+        if plan.start_s + plan.latency.expected_s(request.rows) > request.deadline_s:
+            return True
+        target = min(most_rows, self._full_rows)
+        crowded = group.rows - request.rows >= target
+        return crowded and plan.start_s + plan.latency.high_s(target) > request.deadline_s
 
     def take_all(self) -> list[Request]:
         """Empty the queue."""
-        return [request for group in list(self.groups.values()) for request in self.take(group, group.rows)]
+        return [
+            request
+            for group in list(self.groups.values())
+            for request in self.take(group, group.rows).requests
+        ]
 
-    def _leave(self, group: Group, rows: int) -> None:
-        group.rows -= rows
-        self.rows -= rows
-        if group.rows == 0:
-            # A request has at least one row, so no rows means nothing but husks.
-            del self.groups[group.row_shapes]
+    def settle(self, shares: dict[Share, int], run_s: float, rows: int) -> None:
+        """A batch of so many rows ran: its tenants pay for what it took, and not for what was expected."""
+        beyond_s = run_s / rows - self.row_s
+        for share, its_rows in shares.items():
+            share.owed_s += its_rows * beyond_s
+
+    def ahead_of(self, tenant: Tenant | None) -> float:
+        """Rows that will run before one that this tenant queues now, as far as shares foretell it."""
+        share = self._shares.of(tenant)
+        if self._shares.active < 1 or (self._shares.active == 1 and share.rows):
+            return float(self.rows)
+        weights = self._shares.active_weight + (0.0 if share.rows else share.weight)
+        return min(float(self.rows), share.rows * weights / share.weight)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
+from math import inf
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from batcher.queue import Group
+    from batcher.fair import Share
+    from batcher.queue import Flow
     from batcher.tenant import Tenant
     from engines.base import RowShapes
 
@@ -38,8 +40,9 @@ class Batch:
     """Requests that run together, and after the run what came of it.
 
     `outputs` are views of the slot's buffers, shape [rows, ...]: valid only inside `Request.done`.
-    `memo` is for whoever answers the requests, to do once per batch what would else be done once
-    per request (turn a whole output into JSON, say). Times are in seconds of the batcher's clock:
+    `shares` are the rows of each tenant. `memo` is for whoever answers the requests, to do once per batch
+    what would else be done once per request (turn a whole output into JSON, say). Times are in seconds of
+    the batcher's clock:
     `gathered_s` when its requests were taken from the queue, `dispatched_s` when their rows lay packed
     and the worker was told, `started_s` and `finished_s` of the run.
     """
@@ -54,6 +57,7 @@ class Batch:
         "requests",
         "row_shapes",
         "rows",
+        "shares",
         "started_s",
     )
 
@@ -62,6 +66,7 @@ class Batch:
         self.rows = rows
         self.row_shapes = row_shapes
         self.reason = reason
+        self.shares: dict[Share, int] = {}
         self.gathered_s = 0.0
         self.dispatched_s = 0.0
         self.started_s = 0.0
@@ -73,7 +78,8 @@ class Batch:
 class Request:
     """One caller's rows. Subclass it and define `done`.
 
-    `timeout_s`: if it is still queued so long after it was submitted, it is taken out and told so.
+    `timeout_s`: it must be answered so long after it was submitted. As soon as it is certain that it cannot
+    be, it is refused, or taken out of the queue and told so.
     `callers`: how many it answers, for the counters. `tenant`: for whom, where callers are told apart.
     `priority`: the protocol's, 1 the highest, 0 for the
     default. `partial`: if it is split and only some parts fail, it is answered with zeros in their place,
@@ -88,11 +94,13 @@ class Request:
     __slots__ = (
         "batch",
         "callers",
+        "deadline_s",
         "enqueued_s",
         "error",
         "expiry",
         "first_row",
-        "group",
+        "flow",
+        "level",
         "partial",
         "parts",
         "payloads",
@@ -115,7 +123,9 @@ class Request:
         self.batch: Batch | None = None
         self.first_row = 0
         self.enqueued_s = 0.0
-        self.group: Group | None = None
+        self.flow: Flow | None = None
+        self.deadline_s = inf
+        self.level = 0
         self.partial = False
         self.parts: list[Request] | None = None
         self.priority = 0

@@ -24,6 +24,9 @@ class Part(Request):
     ) -> None:
         super().__init__(rows, whole.row_shapes, payloads)
         self.tenant = whole.tenant
+        self.priority = whole.priority
+        self.deadline_s = whole.deadline_s
+        self.timeout_s = whole.timeout_s
         self.on_done = on_done
         self.outputs: Sequence[np.ndarray[Any, Any]] = ()
 

@@ -12,7 +12,10 @@ from batcher.errors import TenantLimitError, TooManyRowsError
 
 
 class Tenant:
-    """A tenant's account. Limits are None where there is none; without `burst`, one second's rate."""
+    """A tenant's account. Limits are None where there is none; without `burst`, one second's rate.
+
+    `weight`: its part of an engine beside other tenants that have work for it.
+    """
 
     __slots__ = (
         "__weakref__",
@@ -23,6 +26,7 @@ class Tenant:
         "name",
         "open_requests",
         "queued_rows",
+        "weight",
     )
 
     def __init__(
@@ -33,8 +37,10 @@ class Tenant:
         max_queue_rows: int | None = None,
         requests_per_s: float | None = None,
         burst: int | None = None,
+        weight: float = 1.0,
     ) -> None:
         self.name = name
+        self.weight = weight
         self.max_concurrent = max_concurrent
         self.max_queue_rows = max_queue_rows
         self.bucket: Bucket | None = None

@@ -38,22 +38,19 @@ class Model:
         self.batcher: Batcher | None = None
         self.load_error: EngineError | None = None
         self._worker: Worker | None = None
+        self._hung: list[Worker] = []
+        self._reopening: asyncio.Task[None] | None = None
 
     async def load(self) -> None:
         """Open the engine on its thread, warm it up, begin to accept. Raises EngineError."""
         loop = asyncio.get_running_loop()
-        opened: asyncio.Future[None] = loop.create_future()
         settings = self.settings
         try:
-            engine = load_engine(
-                settings.engine, settings.path, settings.max_batch_size, threads=settings.threads
-            )
-            self._worker = worker = Worker(engine, self.name)
-            worker.start(_resolver(loop, opened))
-            await opened
+            worker = await self._open()
         except EngineError as error:
             self.load_error = error
             raise
+        engine = worker.engine
         self.decoder = Decoder(engine.signature, settings.max_queue_rows)
         self.encoder = Encoder(self.name, self.version, engine.signature)
         self.batcher = Batcher(
@@ -61,6 +58,10 @@ class Model:
             worker,
             max_queue_rows=settings.max_queue_rows,
             max_delay_ms=settings.max_delay_ms,
+            latency_target_ms=settings.latency_target_ms,
+            deadline_ms=settings.deadline_ms,
+            execution_timeout_ms=settings.execution_timeout_ms,
+            on_hung=self._on_hung,
             loop=loop,
         )
         log.info(
@@ -68,8 +69,37 @@ class Model:
             self.name,
             engine.platform,
             engine.max_batch_size,
-            self.batcher.limits.full_rows,
+            self.batcher.full_rows,
         )
+
+    async def _open(self) -> Worker:
+        """A worker with an engine that is open and warm. Raises EngineError."""
+        loop = asyncio.get_running_loop()
+        opened: asyncio.Future[None] = loop.create_future()
+        settings = self.settings
+        engine = load_engine(
+            settings.engine, settings.path, settings.max_batch_size, threads=settings.threads
+        )
+        self._worker = worker = Worker(engine, self.name)
+        worker.start(_resolver(loop, opened))
+        await opened
+        return worker
+
+    def _on_hung(self) -> None:
+        """The engine does not come back. Its thread cannot be ended, but another engine can be opened."""
+        hung = self.engine_worker
+        hung.stop()  # it ends by itself should it ever come back
+        self._hung.append(hung)
+        self._reopening = asyncio.create_task(self._reopen())
+
+    async def _reopen(self) -> None:
+        try:
+            worker = await self._open()
+        except EngineError as error:
+            self.loaded_batcher.gone(error)
+        else:
+            log.warning("model %s: opened again after a run that did not end", self.name)
+            self.loaded_batcher.reopened(worker)
 
     @property
     def engine_worker(self) -> Worker:
@@ -86,7 +116,7 @@ class Model:
     @property
     def ready(self) -> bool:
         """Whether a request would be accepted, but for a full queue."""
-        return self.batcher is not None and self.batcher.closed is None
+        return self.batcher is not None and self.batcher.closed is None and not self.batcher.hung
 
     @property
     def dead(self) -> bool:
@@ -109,6 +139,8 @@ class Model:
             await self.batcher.drain(drain_timeout_s)
             counted = self.batcher.counters
             log.info("model %s: ran %d rows in %d batches", self.name, counted.rows, counted.batches)
+        if self._reopening is not None:
+            self._reopening.cancel()
         if self._worker is not None:
             self._worker.stop()
             # The thread is asked for, not slept for: it ends as soon as its last batch has. The time for
@@ -119,8 +151,9 @@ class Model:
 
     @property
     def worker_alive(self) -> bool:
-        """Whether the worker's thread runs."""
-        return self._worker is not None and not self._worker.join(0)
+        """Whether a worker's thread runs."""
+        workers = [*self._hung, *([] if self._worker is None else [self._worker])]
+        return any(not worker.join(0) for worker in workers)
 
 
 def _resolver(

@@ -177,6 +177,11 @@ KINDS = _table(
          "rows, or of requests per second. Other tenants are not affected; nothing was read or run.",
          _TRY_LATER + " `what` says which limit it is; the operator sets it ([[auth.tenants]]).",
          ("tenant", "what", "used", "limit", "retry_after_ms")),
+    Kind("deadline-unreachable", 429, "The request would not be answered in time",
+         "With what waits before it, the request would take longer than its time limit (V2 `timeout`, "
+         "`deadline_ms`, or the model's); it was not queued, so nothing was run in vain.",
+         _TRY_LATER + " Or allow more time.",
+         ("timeout_ms", "needed_ms", "retry_after_ms")),
     Kind("too-many-bad-tokens", 429, "Too many tokens with a bad signature came from your address",
          "To check a signature costs the server more than a request does, so an address whose tokens fail it "
          "again and again is not heard for a while. Tokens that were good before are still taken.",
@@ -226,7 +231,18 @@ KINDS = _table(
          "Send the same request to another server; give the operator the `reference` in the log.",
          ("model", "reference")),
     Kind("expired", 504, "The request's time limit was over before it could be run",
-         "The request has waited in the queue for as long as its `timeout` says; it was not run.",
+         "The request was accepted, and waited until it could not be answered within its time limit any "
+         "more; it was not run.",
          "Allow more time, send it when fewer others wait, or give it a higher priority.",
          ("timeout_ms",)),
+    Kind("deadline-too-short", 504, "The time limit is shorter than the model takes",
+         "The model takes longer for these rows than the request's time limit allows, even if nobody else "
+         "waits; it was not queued.",
+         "Allow at least `needed_ms`.",
+         ("timeout_ms", "needed_ms")),
+    Kind("execution-timeout", 504, "The model did not finish in time",
+         "The engine did not come back within the model's limit (execution_timeout_ms). It is opened again "
+         "where that is possible.",
+         "Send it again after a while. If it happens with these inputs each time, tell the operator.",
+         ("model", "limit_ms")),
 )  # fmt: skip

@@ -79,41 +79,47 @@ class Problem(Exception):
         return Reply(kind.status, PROBLEM_JSON, (text,), headers=headers, close=self.close)
 
 
+# Of each of the batcher's errors: the kind, which of its attributes become members as they are, and which,
+# in seconds, become members in milliseconds under another name.
+_FROM: dict[type[batching.BatcherError], tuple[str, tuple[str, ...], dict[str, str]]] = {
+    batching.QueueFullError: ("queue-full", ("queued_rows", "limit", "retry_after_s"), {}),
+    batching.TenantLimitError: (
+        "tenant-limit",
+        ("tenant", "what", "used", "limit", "retry_after_s"),
+        {},
+    ),
+    batching.TooManyRowsError: ("too-many-rows", ("rows", "limit"), {}),
+    batching.DeadlineUnreachableError: (
+        "deadline-unreachable",
+        ("retry_after_s",),
+        {"timeout_ms": "timeout_s", "needed_ms": "needed_s"},
+    ),
+    batching.DeadlineTooShortError: (
+        "deadline-too-short",
+        (),
+        {"timeout_ms": "timeout_s", "needed_ms": "run_s"},
+    ),
+    batching.ExpiredError: ("expired", (), {"timeout_ms": "timeout_s"}),
+    batching.ExecutionTimeoutError: ("execution-timeout", ("model",), {"limit_ms": "limit_s"}),
+    batching.BatchFailedError: ("run-failed", ("model", "reference"), {}),
+    batching.EngineGoneError: ("engine-dead", ("model", "reference"), {}),
+}
+
+
 def from_error(error: Exception) -> Problem:
     """The problem that an exception means to a caller; what is not known is `internal`."""
     match error:
         case Problem():
             return error
-        case batching.QueueFullError():
-            return Problem(
-                "queue-full",
-                str(error),
-                queued_rows=error.queued_rows,
-                limit=error.limit,
-                retry_after_s=error.retry_after_s,
-            )
-        case batching.TenantLimitError():
-            return Problem(
-                "tenant-limit",
-                str(error),
-                tenant=error.tenant,
-                what=error.what,
-                used=error.used,
-                limit=error.limit,
-                retry_after_s=error.retry_after_s,
-            )
-        case batching.TooManyRowsError():
-            return Problem("too-many-rows", str(error), rows=error.rows, limit=error.limit)
         case batching.DrainingError():
             return Problem("draining", str(error), close=True, retry_after_s=1)
-        case batching.ExpiredError():
-            return Problem("expired", str(error), timeout_ms=error.timeout_s * 1e3)
         case batching.AbandonedError():
             return Problem("abandoned", str(error), close=True, retry_after_s=1)
-        case batching.BatchFailedError():
-            return Problem("run-failed", str(error), model=error.model, reference=error.reference)
-        case batching.EngineGoneError():
-            return Problem("engine-dead", str(error), model=error.model, reference=error.reference)
+        case batching.BatcherError() if type(error) in _FROM:
+            slug, attributes, in_ms = _FROM[type(error)]
+            members = {name: getattr(error, name) for name in attributes}
+            members |= {name: getattr(error, seconds) * 1e3 for name, seconds in in_ms.items()}
+            return Problem(slug, str(error), **members)
         case _:
             return Problem("internal", "the server failed on this request; its log says why")
 

@@ -42,6 +42,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 Timeout = Annotated[float, Meta(gt=0, le=86_400)]
 Milliseconds = Annotated[float, Meta(ge=0, le=60_000)]
+TimeoutMs = Annotated[float, Meta(gt=0, le=86_400_000)]
 Rows = Annotated[int, Meta(ge=1, le=LARGEST)]
 Bytes = Annotated[int, Meta(ge=0, le=LARGEST)]
 Threads = Annotated[int, Meta(ge=1, le=1024)]
@@ -56,6 +57,15 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     engine: Annotated[EngineKind, Meta(description="what runs it")] = "auto"
     max_batch_size: Annotated[int, Meta(ge=1, le=65536, description="most rows in a batch")] = 64
     max_delay_ms: Annotated[Milliseconds, Meta(description="a row's longest wait for company")] = 0.0
+    latency_target_ms: Annotated[
+        TimeoutMs | None, Meta(description="keep batches so small that a request takes about so long")
+    ] = None
+    deadline_ms: Annotated[
+        TimeoutMs | None, Meta(description="time limit of a request that has none of its own")
+    ] = None
+    execution_timeout_ms: Annotated[
+        TimeoutMs | None, Meta(description="longest run before the engine counts as hung")
+    ] = None
     max_queue_rows: Annotated[Rows, Meta(description="rows that may wait (default: 16 batches, >= 1024)")] = 0
     threads: Annotated[Threads | None, Meta(description="the engine's threads (default: cores - 1)")] = None
 

@@ -1,0 +1,153 @@
+"""How long a run of so many rows takes: learned while serving, seeded by the warm-up.
+
+Clipper (Crankshaw et al., NSDI 2017) and Clockwork (Gujarati et al., OSDI 2020) build on the same
+observation: the time of a batch is predictable from its size, and the last few runs predict the next. For
+each bucket of sizes (1, 2, 3-4, 5-8, ...) the last runs are kept, at most `_KEPT` and none older than
+`_MEMORY_S` while there are newer ones; their median is what is expected, their 95th percentile what is
+planned with where a deadline depends on it. Between buckets the times are interpolated; they never
+fall as rows grow, whatever was measured.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Mapping
+
+from batcher.cost import efficient_rows
+
+_KEPT = 32
+_MEMORY_S = 5.0
+# So many of the newest runs are believed however old they are: there is nothing better.
+_ALWAYS = 4
+_HIGH = 0.95
+_RATE_WINDOW_S = 0.5
+_RATE_LEAST = 10
+
+
+class _Bucket:
+    """The runs of one range of sizes. `rows` is their mean size."""
+
+    __slots__ = ("expected_s", "high_s", "observed", "rows", "runs", "seed_s")
+
+    def __init__(self, rows: int, seed_s: float | None = None) -> None:
+        self.rows = float(rows)
+        self.seed_s = seed_s
+        self.observed = False
+        self.expected_s = self.high_s = seed_s or 0.0
+        self.runs: deque[tuple[float, int, float]] = deque(maxlen=_KEPT)  # when, rows, seconds
+
+    def observe(self, rows: int, run_s: float, now_s: float) -> None:
+        runs = self.runs
+        self.observed = True
+        runs.append((now_s, rows, run_s))
+        while len(runs) > _ALWAYS and runs[0][0] < now_s - _MEMORY_S:
+            runs.popleft()
+        times = sorted([run[2] for run in runs])
+        self.expected_s = times[len(times) // 2]
+        self.high_s = times[min(len(times) - 1, int(len(times) * _HIGH))]
+        self.rows = sum([run[1] for run in runs]) / len(runs)
+
+
+class LatencyModel:
+    """Of one engine. Times are seconds of a run, without the wait for it.
+
+    `seed_us` maps rows to microseconds, as the warm-up measured them. With none, a run is taken to cost a
+    millisecond, however many rows it has, until one has run.
+    """
+
+    def __init__(self, max_batch_size: int, seed_us: Mapping[int, float]) -> None:
+        self._most = max_batch_size
+        self._buckets: dict[int, _Bucket] = {}
+        self._rows: list[float] = []
+        self._expected_s: list[float] = []
+        self._high_s: list[float] = []
+        self.full_rows = max_batch_size
+        for rows, run_us in sorted(seed_us.items()) or [(max_batch_size, 1000.0)]:
+            self._buckets[(rows - 1).bit_length()] = _Bucket(rows, run_us / 1e6)
+        self._refresh()
+
+    def observe(self, rows: int, run_s: float, now_s: float) -> None:
+        """A batch of so many rows has run; `now_s` is when it ended."""
+        number = (rows - 1).bit_length()
+        bucket = self._buckets.get(number)
+        if bucket is None:
+            bucket = self._buckets[number] = _Bucket(rows)
+        bucket.observe(rows, run_s, now_s)
+        if bucket.seed_s is not None:
+            self._adapt_seeds(bucket.expected_s / bucket.seed_s)
+        self._refresh()
+
+    def _adapt_seeds(self, drift: float) -> None:
+        """The warm-up had the machine to itself. What has not run since is taken to have become as much
+        slower as what has, or sizes that are never used would look better than those that are."""
+        for bucket in self._buckets.values():
+            if not bucket.observed and bucket.seed_s is not None:
+                bucket.expected_s = bucket.high_s = bucket.seed_s * drift
+
+    def _refresh(self) -> None:
+        """The curves through the buckets' means, made monotone; and the size that growing pays up to."""
+        nodes = sorted([(one.rows, one.expected_s, one.high_s) for one in self._buckets.values()])
+        self._rows = [node[0] for node in nodes]
+        self._expected_s, self._high_s = [], []
+        expected_s = high_s = 0.0
+        for _, expected, high in nodes:
+            expected_s, high_s = max(expected_s, expected), max(high_s, high)
+            self._expected_s.append(expected_s)
+            self._high_s.append(high_s)
+        measured = dict(zip(map(round, self._rows), self._expected_s, strict=True))
+        self.full_rows = efficient_rows({n: s * 1e6 for n, s in measured.items()}, self._most)
+
+    def expected_s(self, rows: int) -> float:
+        """The time that a run of so many rows takes as often less as more."""
+        return self._at(self._expected_s, rows)
+
+    def high_s(self, rows: int) -> float:
+        """The time that it hardly ever exceeds."""
+        return self._at(self._high_s, rows)
+
+    @property
+    def row_s(self) -> float:
+        """Seconds per row in batches that are worth their size: one over the most rows per second."""
+        return self.expected_s(self.full_rows) / self.full_rows
+
+    def most_rows(self, budget_s: float, most: int) -> int:
+        """The largest batch, up to `most` rows, that hardly ever takes longer than the budget; 0 for none."""
+        if self.high_s(most) <= budget_s:
+            return most
+        low, high = 0, most
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.high_s(middle) <= budget_s else (low, middle)
+        return low
+
+    def _at(self, times_s: list[float], rows: int) -> float:
+        sizes = self._rows
+        index = bisect_left(sizes, rows)
+        if index == 0:
+            return times_s[0]
+        if index == len(sizes):
+            # Beyond what was ever run: as dear per row as the largest that was.
+            return times_s[-1] * rows / sizes[-1]
+        left, right = sizes[index - 1], sizes[index]
+        part = (rows - left) / (right - left)
+        return times_s[index - 1] + part * (times_s[index] - times_s[index - 1])
+
+
+class Arrivals:
+    """How many requests arrive in a second, of late."""
+
+    def __init__(self, now_s: float) -> None:
+        self._at_s = now_s
+        self._count = 0
+        self._rate: float | None = None
+
+    def rate(self, now_s: float, count: int) -> float | None:
+        """`count`: how many have come so far. None until the first second and ten of them are over."""
+        passed_s = now_s - self._at_s
+        if passed_s >= _RATE_WINDOW_S:
+            new = (count - self._count) / passed_s
+            known = self._rate is not None or count >= _RATE_LEAST
+            self._rate = new if known else None
+            self._at_s, self._count = now_s, count
+        return self._rate
