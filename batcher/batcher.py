@@ -25,19 +25,16 @@ import math
 import time
 from collections.abc import Callable
 
+from batcher.admission import Admission
 from batcher.answers import Answers
 from batcher.counters import Counters
 from batcher.dispatcher import BatchWorker, Dispatcher
 from batcher.errors import (
     AbandonedError,
     BatcherError,
-    DeadlineTooShortError,
-    DeadlineUnreachableError,
     DrainingError,
     ExecutionTimeoutError,
     ExpiredError,
-    QueueFullError,
-    TooManyRowsError,
 )
 from batcher.latency import Arrivals, LatencyModel
 from batcher.policy import DEADLINE, Dispatch, Limits, Now, WaitUntil, decide
@@ -78,17 +75,22 @@ class Batcher:
         engine = worker.engine
         self.name = name
         self.max_batch_size = engine.max_batch_size
-        self.max_queue_rows = max_queue_rows
         self.limits = Limits(max_delay_s=max_delay_ms / 1000, slots=engine.slots)
         self.latency = LatencyModel(engine.max_batch_size, worker.warmup_us)
         self._latency_target_s = math.inf if latency_target_ms is None else latency_target_ms / 1000
-        self._default_timeout_s = None if deadline_ms is None else deadline_ms / 1000
+        self._has_deadlines = deadline_ms is not None
         self.counters = Counters()
-        self.closed: BatcherError | None = None
         self._loop = loop
         self._clock = clock
         self._queue = RequestQueue(1, self.latency.row_s, ages=max_delay_ms > 0)
         self._learn()
+        self._admission = Admission(
+            self._queue,
+            self.latency,
+            max_batch_size=engine.max_batch_size,
+            max_queue_rows=max_queue_rows,
+            deadline_ms=deadline_ms,
+        )
         self._arrivals = Arrivals(clock())
         self._answers = Answers(name, self.counters, clock)
         self._dispatcher = Dispatcher(
@@ -131,44 +133,31 @@ class Batcher:
     @property
     def full(self) -> bool:
         """Whether not even one row would be accepted now."""
-        return self._queue.rows >= self.max_queue_rows or self.closed is not None
+        return self._admission.full
+
+    @property
+    def closed(self) -> BatcherError | None:
+        """Why nothing is accepted any more, None as long as something is."""
+        return self._admission.closed
 
     def refusal(self, rows: int = 1, tenant: Tenant | None = None, callers: int = 1) -> BatcherError | None:
         """Why a request of so many rows, for so many callers, would not be accepted now, or None."""
-        if self.closed is not None or self._queue.rows + rows > self.max_queue_rows:
-            return self._why_not(rows)
-        if tenant is not None and tenant.limited:
-            return tenant.refusal(callers, rows, self._clock(), self.drain_s)
-        return None
-
-    def _why_not(self, rows: int) -> BatcherError:
-        if self.closed is not None:
-            return self.closed
-        if rows > self.max_queue_rows:
-            return TooManyRowsError(rows, self.max_queue_rows)
-        return QueueFullError(self._queue.rows, self.max_queue_rows, self.drain_s)
-
-    @property
-    def drain_s(self) -> float:
-        """Estimated seconds until what is queued now will have left, at the current pace."""
-        return self._queue.rows * self._queue.row_s
+        return self._admission.refusal(rows, tenant, callers, self._clock())
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises what `refusal` says; then `request.done` is never called.
 
         The request's payloads must stay unchanged until it is done or cancelled.
         """
-        if self.closed is not None or self._queue.rows + request.rows > self.max_queue_rows:
-            raise self._refuse(request, self._why_not(request.rows))
         request.enqueued_s = now_s = self._clock()
-        tenant = request.tenant
-        if tenant is not None and tenant.limited:
-            refusal = tenant.refusal(request.callers, request.rows, now_s, self.drain_s)
-            if refusal is not None:
-                raise self._refuse(request, refusal)
-        timeout_s = self._default_timeout_s if request.timeout_s is None else request.timeout_s
-        if timeout_s is not None:
-            self._set_deadline(request, timeout_s, now_s)
+        admission, tenant = self._admission, request.tenant
+        if admission.full or tenant is not None or request.rows > 1:
+            self._refuse(request, admission.refusal(request.rows, tenant, request.callers, now_s))
+        if request.timeout_s is not None or self._has_deadlines:
+            self._refuse(request, admission.set_deadline(request, now_s, self._dispatcher.free_s))
+            assert request.timeout_s is not None
+            latest_s = request.timeout_s - admission.run_s(request.rows)
+            request.expiry = self._loop.call_later(latest_s, self._expire, request)
         if tenant is not None:
             tenant.enter(request.callers, now_s)
         self.counters.accepted += request.callers
@@ -185,28 +174,12 @@ class Batcher:
             self._queue.push(part)
         self._decide_later()
 
-    def _refuse(self, request: Request, why: BatcherError) -> BatcherError:
-        """Count it; the caller raises it."""
-        self.counters.refused += request.callers
-        self.counters.refusals[why.reason] += request.callers
-        return why
-
-    def _set_deadline(self, request: Request, timeout_s: float, now_s: float) -> None:
-        """Refuse a request that cannot be in time; else see to it that it leaves when it cannot any more."""
-        request.timeout_s = timeout_s
-        request.deadline_s = now_s + timeout_s
-        queue = self._queue
-        run_s = self.latency.expected_s(min(request.rows, self.max_batch_size))
-        run_s *= math.ceil(request.rows / self.max_batch_size)
-        if run_s > timeout_s:
-            raise self._refuse(request, DeadlineTooShortError(timeout_s, run_s))
-        ahead = queue.ahead_of(request.tenant)
-        batch_s = max(run_s, self.latency.expected_s(min(queue.full_rows, math.ceil(ahead) + request.rows)))
-        wait_s = max(0.0, self._dispatcher.free_s - now_s) + ahead * queue.row_s
-        if wait_s + batch_s > timeout_s:
-            late_s = wait_s + batch_s - timeout_s
-            raise self._refuse(request, DeadlineUnreachableError(timeout_s, wait_s + batch_s, late_s))
-        request.expiry = self._loop.call_later(timeout_s - run_s, self._expire, request)
+    def _refuse(self, request: Request, why: BatcherError | None) -> None:
+        """Count and raise the reason for not accepting it, if there is one."""
+        if why is not None:
+            self.counters.refused += request.callers
+            self.counters.refusals[why.reason] += request.callers
+            raise why
 
     def run_again(self, requests: list[Request], enqueued_s: float) -> None:
         """Run rows that were accepted, in one request that failed, as requests of their own.
@@ -321,10 +294,12 @@ class Batcher:
             self._timer.cancel()
             self._timer = None
         dispatcher = self._dispatcher
-        while True:
-            if dispatcher.retries and dispatcher.free_slots:
+        while dispatcher.free_slots:
+            if dispatcher.retries:
                 dispatcher.send_retry()
                 continue
+            if not self._queue.rows:
+                break
             decision = decide(self._queue, self._now(), self.limits)
             if isinstance(decision, Dispatch):
                 self._send(decision.group, decision.reason)
@@ -370,9 +345,9 @@ class Batcher:
 
     def _on_ran(self, batch: Batch) -> None:
         run_s = batch.finished_s - batch.started_s
-        self.latency.observe(batch.rows, run_s, batch.finished_s)
         self._queue.settle(batch.shares, run_s, batch.rows)
-        self._learn()
+        if self.latency.observe(batch.rows, run_s, batch.finished_s):
+            self._learn()
 
     def _learn(self) -> None:
         """Let the queue know what the latency model has come to."""
@@ -392,7 +367,7 @@ class Batcher:
         `AbandonedError`, and what still runs is left to the engine.
         """
         if self.closed is None:
-            self.closed = DrainingError(f"model {self.name!r} is about to stop")
+            self._admission.closed = DrainingError(f"model {self.name!r} is about to stop")
         self._drained = self._loop.create_future()
         self._decide()
         try:
@@ -409,7 +384,7 @@ class Batcher:
         log.error("model %s: %d requests were not done within %g s", self.name, abandoned, timeout_s)
 
     def _on_engine_dead(self, error: EngineError) -> None:
-        self.closed = gone = self._answers.engine_gone(str(error))
+        self._admission.closed = gone = self._answers.engine_gone(str(error))
         # What still runs comes back with an error of its own, or with answers after all.
         waiting = [request for retry in self._dispatcher.retries for request in retry]
         self._dispatcher.retries.clear()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 from batcher.lines import Lines
 
 if TYPE_CHECKING:
+    from batcher.queue import Flow
     from batcher.tenant import Tenant
 
 # Tenants that are idle are forgotten once there are so many more than others.
@@ -22,9 +23,13 @@ _IDLE_KEPT = 64
 
 
 class Share:
-    """What one tenant has had of one queue. `order`: its requests, whatever their shape."""
+    """What one tenant has had of one queue.
 
-    __slots__ = ("in_turns", "order", "owed_s", "rows", "start_s", "tenant", "weight")
+    `order`: its requests, whatever their shape; None as long as they have one shape only, whose flow's
+    order it is then.
+    """
+
+    __slots__ = ("flows", "in_turns", "order", "owed_s", "rows", "start_s", "tenant", "weight")
 
     def __init__(self, tenant: Tenant | None, weight: float) -> None:
         self.tenant = tenant
@@ -32,7 +37,8 @@ class Share:
         self.rows = 0  # queued
         self.start_s = 0.0  # virtual
         self.owed_s = 0.0  # what its rows took beyond what they were expected to
-        self.order = Lines()
+        self.order: Lines | None = None
+        self.flows: dict[Flow, None] = {}
         self.in_turns = False
 
     @property

@@ -13,6 +13,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping
+from math import inf
 
 from batcher.cost import efficient_rows
 
@@ -21,6 +22,7 @@ _MEMORY_S = 5.0
 # So many of the newest runs are believed however old they are: there is nothing better.
 _ALWAYS = 4
 _HIGH = 0.95
+_LEARN_S = 0.05
 _RATE_WINDOW_S = 0.5
 _RATE_LEAST = 10
 
@@ -28,19 +30,21 @@ _RATE_LEAST = 10
 class _Bucket:
     """The runs of one range of sizes. `rows` is their mean size."""
 
-    __slots__ = ("expected_s", "high_s", "observed", "rows", "runs", "seed_s")
+    __slots__ = ("expected_s", "high_s", "new", "observed", "rows", "runs", "seed_s")
 
     def __init__(self, rows: int, seed_s: float | None = None) -> None:
         self.rows = float(rows)
         self.seed_s = seed_s
         self.observed = False
+        self.new = False
         self.expected_s = self.high_s = seed_s or 0.0
         self.runs: deque[tuple[float, int, float]] = deque(maxlen=_KEPT)  # when, rows, seconds
 
-    def observe(self, rows: int, run_s: float, now_s: float) -> None:
+    def learn(self, now_s: float) -> None:
+        """Take in the runs that were added."""
         runs = self.runs
+        self.new = False
         self.observed = True
-        runs.append((now_s, rows, run_s))
         while len(runs) > _ALWAYS and runs[0][0] < now_s - _MEMORY_S:
             runs.popleft()
         times = sorted([run[2] for run in runs])
@@ -63,20 +67,33 @@ class LatencyModel:
         self._expected_s: list[float] = []
         self._high_s: list[float] = []
         self.full_rows = max_batch_size
+        self._learned_s = -inf
         for rows, run_us in sorted(seed_us.items()) or [(max_batch_size, 1000.0)]:
             self._buckets[(rows - 1).bit_length()] = _Bucket(rows, run_us / 1e6)
         self._refresh()
 
-    def observe(self, rows: int, run_s: float, now_s: float) -> None:
-        """A batch of so many rows has run; `now_s` is when it ended."""
+    def observe(self, rows: int, run_s: float, now_s: float) -> bool:
+        """A batch of so many rows has run; `now_s` is when it ended. Whether anything was learned.
+
+        Sorting a few dozen runs would cost as much as all else in a batch of one, so they are taken in
+        a few times a second, and at once where a size has never run.
+        """
         number = (rows - 1).bit_length()
         bucket = self._buckets.get(number)
         if bucket is None:
             bucket = self._buckets[number] = _Bucket(rows)
-        bucket.observe(rows, run_s, now_s)
+        bucket.runs.append((now_s, rows, run_s))
+        bucket.new = True
+        if bucket.observed and now_s < self._learned_s + _LEARN_S:
+            return False
+        self._learned_s = now_s
+        for each in self._buckets.values():
+            if each.new:
+                each.learn(now_s)
         if bucket.seed_s is not None:
             self._adapt_seeds(bucket.expected_s / bucket.seed_s)
         self._refresh()
+        return True
 
     def _adapt_seeds(self, drift: float) -> None:
         """The warm-up had the machine to itself. What has not run since is taken to have become as much

@@ -87,6 +87,7 @@ class RequestQueue:
         self._arrivals: deque[Request] = deque()
         self._urgent: list[tuple[float, int, Request]] = []
         self._number = 0
+        self._last: Flow | None = None  # of the newest request: the next is often alike
 
     # What the policy sees
 
@@ -114,7 +115,10 @@ class RequestQueue:
     @property
     def next_group(self) -> Group:
         """The group of the request whose turn it is; there must be one."""
-        request = self._turns.first().order.head()
+        share = self._turns.first()
+        if share.order is None:
+            return next(iter(share.flows)).group
+        request = share.order.head()
         assert request.flow is not None
         return request.flow.group
 
@@ -143,29 +147,26 @@ class RequestQueue:
 
     def push(self, request: Request) -> Group:
         """Put a new request in; it says when it was queued."""
-        group = self.groups.get(request.row_shapes)
-        if group is None:
-            group = self.groups[request.row_shapes] = Group(request.row_shapes)
-        share = self._shares.of(request.tenant)
-        flow = group.flows.get(share)
-        if flow is None:
-            flow = group.flows[share] = Flow(group, share)
+        flow = self._last
+        if (
+            flow is None
+            or not flow.rows
+            or flow.group.row_shapes != request.row_shapes
+            or flow.share.tenant is not request.tenant
+        ):
+            flow = self._last = self._flow_of(request)
         rows = request.rows
+        group, share = flow.group, flow.share
         request.flow = flow
         request.state = State.QUEUED
         request.level = level_of(request.priority) if request.priority else DEFAULT
-        if not share.rows:
-            self._shares.wakes(share)
-        share.rows += rows
         flow.rows += rows
+        share.rows += rows
         group.rows += rows
         self.rows += rows
         flow.lines.push(request)
-        share.order.push(request)
-        if not flow.in_turns:
-            group.turns.add(flow)
-        if not share.in_turns:
-            self._turns.add(share)
+        if share.order is not None:
+            share.order.push(request)
         if share.tenant is not None:
             share.tenant.queued_rows += rows
         if request.deadline_s != inf:
@@ -175,6 +176,26 @@ class RequestQueue:
         if self._ages:
             self._note_age(request)
         return group
+
+    def _flow_of(self, request: Request) -> Flow:
+        """The flow that a request belongs to, ready for it."""
+        group = self.groups.get(request.row_shapes)
+        if group is None:
+            group = self.groups[request.row_shapes] = Group(request.row_shapes)
+        share = self._shares.of(request.tenant)
+        if not share.rows:
+            self._shares.wakes(share)
+            self._turns.add(share)
+        flow = group.flows.get(share)
+        if flow is None:
+            flow = group.flows[share] = Flow(group, share)
+            if share.flows and share.order is None:
+                # From here on it needs an order of its own, until it has nothing queued.
+                (only,) = share.flows
+                share.order = only.lines.copy()
+            share.flows[flow] = None
+            group.turns.add(flow)
+        return flow
 
     def _note_age(self, request: Request) -> None:
         self._arrivals.append(request)
@@ -195,24 +216,30 @@ class RequestQueue:
         assert flow is not None
         request.state = state
         request.flow = None
-        rows = request.rows
+        flow.lines.leave()
+        if flow.share.order is not None:
+            flow.share.order.leave()
+        if request.deadline_s != inf:
+            self.deadlines -= 1
+        self._forget(flow, request.rows)
+
+    def _forget(self, flow: Flow, rows: int) -> None:
+        """So many rows of a flow are not queued any more."""
         group, share = flow.group, flow.share
         share.rows -= rows
         flow.rows -= rows
         group.rows -= rows
         self.rows -= rows
-        flow.lines.leave()
-        share.order.leave()
         if share.tenant is not None:
             share.tenant.queued_rows -= rows
-        if request.deadline_s != inf:
-            self.deadlines -= 1
-        if not share.rows:
-            self._shares.sleeps(share)
         if not flow.rows:
             del group.flows[share]
+            del share.flows[flow]
             if not group.rows:
                 del self.groups[group.row_shapes]
+            if not share.rows:
+                share.order = None
+                self._shares.sleeps(share)
         if group.rows < self._full_rows:
             self._full.pop(group, None)
         if not self.rows:
@@ -226,6 +253,10 @@ class RequestQueue:
         of its requests finish in time, unless enough others wait to fill it without the one that
         cannot; that one is late then (early drop: Nexus, Shen et al., SOSP 2019).
         """
+        if not self.deadlines and len(group.flows) == 1:
+            taken = self._take_plain(group, most_rows)
+            if taken is not None:
+                return taken
         requests: list[Request] = []
         late: list[Request] = []
         shares: dict[Share, int] = {}
@@ -253,6 +284,20 @@ class RequestQueue:
             rows += request.rows
             requests.append(request)
         return Taken(requests, late, False, shares)
+
+    def _take_plain(self, group: Group, most_rows: int) -> Taken | None:
+        """The same for one tenant without deadlines, all at once; None where it takes a closer look."""
+        (flow,) = group.flows.values()
+        share = flow.share
+        if share.order is not None:
+            return None
+        found = flow.lines.take(most_rows)
+        if found is None:
+            return None
+        requests, rows = found
+        self._forget(flow, rows)
+        self._shares.served(share, rows * self.row_s)
+        return Taken(requests, [], False, {share: rows})
 
     def _is_late(self, request: Request, group: Group, most_rows: int, plan: Plan) -> bool:
         """Whether it can be in time neither alone nor in a batch as large as those behind it would make."""

@@ -91,6 +91,9 @@ class Request:
     the loop again, which on a small model costs as much as the inference.
     """
 
+    flow: Flow | None  # set, like `level`, when it is queued
+    level: int
+
     __slots__ = (
         "batch",
         "callers",
@@ -123,9 +126,7 @@ class Request:
         self.batch: Batch | None = None
         self.first_row = 0
         self.enqueued_s = 0.0
-        self.flow: Flow | None = None
         self.deadline_s = inf
-        self.level = 0
         self.partial = False
         self.parts: list[Request] | None = None
         self.priority = 0

@@ -94,7 +94,7 @@ def submit_alike(
     requests = []
     tenant = None if principal is None else principal.tenant
     # In pieces that the policy calls full: a larger one would go in a larger batch than pays.
-    most = model.batcher.limits.full_rows if model.batcher is not None else 1
+    most = model.batcher.full_rows if model.batcher is not None else 1
     for first in range(0, len(alike), most):
         end = first + most
         request = _submit(model, alike[first:end], rows[first:end], by_itself, tenant)

@@ -42,7 +42,7 @@ def config(model: Model) -> Json:
         "input": [_config_tensor(spec) for spec in engine.signature.inputs],
         "output": [_config_tensor(spec) for spec in engine.signature.outputs],
         "dynamic_batching": {
-            "preferred_batch_size": [model.loaded_batcher.limits.full_rows],
+            "preferred_batch_size": [model.loaded_batcher.full_rows],
             "max_queue_delay_microseconds": round(model.settings.max_delay_ms * 1000),
             "default_queue_policy": {"max_queue_size": model.settings.max_queue_rows},
         },

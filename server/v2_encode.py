@@ -188,4 +188,9 @@ def _usage(request: Request, batch: Batch) -> bytes:
 
 def timing_of_batch(batch: Batch) -> bytes:
     """The part of Server-Timing that all requests of a batch share. Durations in milliseconds."""
-    return b", compute;dur=%.3f, batch;desc=%d" % ((batch.finished_s - batch.started_s) * 1e3, batch.rows)
+    compute_ms = (batch.finished_s - batch.started_s) * 1e3
+    return b", compute;dur=%.3f, batch;desc=%d, reason;desc=%b" % (
+        compute_ms,
+        batch.rows,
+        batch.reason.encode(),
+    )

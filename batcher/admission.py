@@ -1,0 +1,92 @@
+"""Who gets in: room in the queue, the tenant's limits, and a deadline that can be kept.
+
+A request that cannot be answered in time is better refused than queued: its caller can go elsewhere at
+once, and no engine time goes into an answer that nobody takes (Clockwork, Gujarati et al., OSDI 2020).
+What is foretold is hopeful: medians, and nobody else coming first.
+"""
+
+from __future__ import annotations
+
+import math
+
+from batcher.errors import (
+    BatcherError,
+    DeadlineTooShortError,
+    DeadlineUnreachableError,
+    QueueFullError,
+    TooManyRowsError,
+)
+from batcher.latency import LatencyModel
+from batcher.queue import RequestQueue
+from batcher.request import Request
+from batcher.tenant import Tenant
+
+
+class Admission:
+    """Of one model. `closed` is set once nothing more is accepted, to why."""
+
+    def __init__(
+        self,
+        queue: RequestQueue,
+        latency: LatencyModel,
+        *,
+        max_batch_size: int,
+        max_queue_rows: int,
+        deadline_ms: float | None,
+    ) -> None:
+        self.closed: BatcherError | None = None
+        self.max_queue_rows = max_queue_rows
+        self._queue = queue
+        self._latency = latency
+        self._max_batch_size = max_batch_size
+        self._default_timeout_s = None if deadline_ms is None else deadline_ms / 1000
+
+    @property
+    def full(self) -> bool:
+        """Whether not even one row would be accepted now."""
+        return self._queue.rows >= self.max_queue_rows or self.closed is not None
+
+    @property
+    def drain_s(self) -> float:
+        """Estimated seconds until what is queued now will have left, at the current pace."""
+        return self._queue.rows * self._queue.row_s
+
+    def refusal(self, rows: int, tenant: Tenant | None, callers: int, now_s: float) -> BatcherError | None:
+        """Why there is no room for so many rows, for so many callers of a tenant, or None."""
+        queue = self._queue
+        if self.closed is not None:
+            return self.closed
+        if queue.rows + rows > self.max_queue_rows:
+            if rows > self.max_queue_rows:
+                return TooManyRowsError(rows, self.max_queue_rows)
+            return QueueFullError(queue.rows, self.max_queue_rows, self.drain_s)
+        if tenant is not None and tenant.limited:
+            return tenant.refusal(callers, rows, now_s, self.drain_s)
+        return None
+
+    def set_deadline(self, request: Request, now_s: float, free_s: float) -> BatcherError | None:
+        """Give the request its deadline, if it or its model has one; why it cannot be kept, or None.
+
+        `free_s`: when the engine is expected to have run what it has.
+        """
+        timeout_s = self._default_timeout_s if request.timeout_s is None else request.timeout_s
+        if timeout_s is None:
+            return None
+        request.timeout_s = timeout_s
+        request.deadline_s = now_s + timeout_s
+        run_s = self.run_s(request.rows)
+        if run_s > timeout_s:
+            return DeadlineTooShortError(timeout_s, run_s)
+        queue = self._queue
+        ahead = queue.ahead_of(request.tenant)
+        its_batch = min(queue.full_rows, math.ceil(ahead) + request.rows)
+        batch_s = max(run_s, self._latency.expected_s(its_batch))
+        needed_s = max(0.0, free_s - now_s) + ahead * queue.row_s + batch_s
+        if needed_s > timeout_s:
+            return DeadlineUnreachableError(timeout_s, needed_s, needed_s - timeout_s)
+        return None
+
+    def run_s(self, rows: int) -> float:
+        """What so many rows take with the engine to themselves, in batches as large as it takes."""
+        most = self._max_batch_size
+        return self._latency.expected_s(min(rows, most)) * math.ceil(rows / most)
