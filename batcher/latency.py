@@ -39,6 +39,9 @@ class _Bucket:
         self.new = False
         self.expected_s = self.high_s = seed_s or 0.0
         self.runs: deque[tuple[float, int, float]] = deque(maxlen=_KEPT)  # when, rows, seconds
+        if seed_s is not None:
+            # Twice, so that one run that was held up does not make the size look bad.
+            self.runs.extend([(-inf, rows, seed_s)] * 2)
 
     def learn(self, now_s: float) -> None:
         """Take in the runs that were added."""
