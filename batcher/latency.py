@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Mapping
 from math import inf
 
-from batcher.cost import efficient_rows
+from batcher.cost import cost_over_best, efficient_rows
 
 _KEPT = 32
 _MEMORY_S = 5.0
@@ -23,6 +23,8 @@ _MEMORY_S = 5.0
 _ALWAYS = 4
 _HIGH = 0.95
 _LEARN_S = 0.05
+# What counts as full stays so until a row in such a batch costs so many times what it would at best.
+_WORTH_CHANGING = 1.1
 _RATE_WINDOW_S = 0.5
 _RATE_LEAST = 10
 
@@ -69,7 +71,7 @@ class LatencyModel:
         self._rows: list[float] = []
         self._expected_s: list[float] = []
         self._high_s: list[float] = []
-        self.full_rows = max_batch_size
+        self.full_rows = 0
         self._learned_s = -inf
         for rows, run_us in sorted(seed_us.items()) or [(max_batch_size, 1000.0)]:
             self._buckets[(rows - 1).bit_length()] = _Bucket(rows, run_us / 1e6)
@@ -115,8 +117,12 @@ class LatencyModel:
             expected_s, high_s = max(expected_s, expected), max(high_s, high)
             self._expected_s.append(expected_s)
             self._high_s.append(high_s)
-        measured = dict(zip(map(round, self._rows), self._expected_s, strict=True))
-        self.full_rows = efficient_rows({n: s * 1e6 for n, s in measured.items()}, self._most)
+        # At the buckets' upper ends: their means follow the batches that were made, and a size chosen by
+        # what was made because of it would creep.
+        largest = max(self._buckets)
+        run_us = {n: self.expected_s(n) * 1e6 for n in (min(1 << b, self._most) for b in range(largest + 1))}
+        if not self.full_rows or cost_over_best(run_us, self.full_rows) > _WORTH_CHANGING:
+            self.full_rows = efficient_rows(run_us, self._most)
 
     def expected_s(self, rows: int) -> float:
         """The time that a run of so many rows takes as often less as more."""
@@ -147,8 +153,10 @@ class LatencyModel:
         if index == 0:
             return times_s[0]
         if index == len(sizes):
-            # Beyond what was ever run: as dear per row as the largest that was.
-            return times_s[-1] * rows / sizes[-1]
+            # Beyond what was ever run: each further row as dear as between the two largest that were.
+            run_s = times_s[-1]
+            before = (sizes[-2], times_s[-2]) if len(sizes) > 1 else (0.0, 0.0)
+            return run_s + (run_s - before[1]) / (sizes[-1] - before[0]) * (rows - sizes[-1])
         left, right = sizes[index - 1], sizes[index]
         part = (rows - left) / (right - left)
         return times_s[index - 1] + part * (times_s[index] - times_s[index - 1])
