@@ -42,11 +42,6 @@ class Admission:
         self._default_timeout_s = None if deadline_ms is None else deadline_ms / 1000
 
     @property
-    def full(self) -> bool:
-        """Whether not even one row would be accepted now."""
-        return self._queue.rows >= self.max_queue_rows or self.closed is not None
-
-    @property
     def drain_s(self) -> float:
         """Estimated seconds until what is queued now will have left, at the current pace."""
         return self._queue.rows * self._queue.row_s
@@ -89,4 +84,7 @@ class Admission:
     def run_s(self, rows: int) -> float:
         """What so many rows take with the engine to themselves, in batches as large as it takes."""
         most = self._max_batch_size
-        return self._latency.expected_s(min(rows, most)) * math.ceil(rows / most)
+        if rows <= most:
+            return self._latency.expected_s(rows)
+        full, rest = divmod(rows, most)
+        return full * self._latency.expected_s(most) + (self._latency.expected_s(rest) if rest else 0.0)

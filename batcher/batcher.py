@@ -37,6 +37,7 @@ from batcher.errors import (
     ExpiredError,
 )
 from batcher.latency import Arrivals, LatencyModel
+from batcher.padding import Padder
 from batcher.policy import DEADLINE, Dispatch, Limits, Now, WaitUntil, decide
 from batcher.queue import Group, Plan, RequestQueue
 from batcher.request import Batch, Request, State
@@ -69,6 +70,7 @@ class Batcher:
         deadline_ms: float | None = None,
         execution_timeout_ms: float | None = None,
         on_hung: Callable[[], None] | None = None,
+        padder: Padder | None = None,
         loop: asyncio.AbstractEventLoop,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -79,7 +81,8 @@ class Batcher:
         self.latency = LatencyModel(engine.max_batch_size, worker.warmup_us)
         self._latency_target_s = math.inf if latency_target_ms is None else latency_target_ms / 1000
         self._has_deadlines = deadline_ms is not None
-        self.counters = Counters()
+        self.counters = Counters(padder)
+        self._padder = padder
         self._loop = loop
         self._clock = clock
         self._queue = RequestQueue(1, self.latency.row_s, ages=max_delay_ms > 0)
@@ -108,6 +111,7 @@ class Batcher:
         )
         self.hung = False
         self._reopen = on_hung
+        self._moment = Now(0.0, 0, 0, 0.0)
         self._decide_soon = False
         self._seen = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -133,7 +137,8 @@ class Batcher:
     @property
     def full(self) -> bool:
         """Whether not even one row would be accepted now."""
-        return self._admission.full
+        admission = self._admission
+        return self._queue.rows >= admission.max_queue_rows or admission.closed is not None
 
     @property
     def closed(self) -> BatcherError | None:
@@ -151,7 +156,9 @@ class Batcher:
         """
         request.enqueued_s = now_s = self._clock()
         admission, tenant = self._admission, request.tenant
-        if admission.full or tenant is not None or request.rows > 1:
+        if self._padder is not None:
+            self._refuse(request, self._padder.assign(request))
+        if self.full or tenant is not None or request.rows > 1:
             self._refuse(request, admission.refusal(request.rows, tenant, request.callers, now_s))
         if request.timeout_s is not None or self._has_deadlines:
             self._refuse(request, admission.set_deadline(request, now_s, self._dispatcher.free_s))
@@ -214,14 +221,20 @@ class Batcher:
         queued = [part for part in parts if part.state is State.QUEUED]
         if request.state is not State.QUEUED or not queued:
             return
+        rest_s = self._admission.run_s(sum([part.rows for part in queued]))
+        if len(queued) < len(parts) and self._clock() + rest_s < request.deadline_s:
+            # Some of it has left the queue since this was planned, and what is left takes less.
+            delay_s = request.deadline_s - rest_s - self._clock()
+            request.expiry = self._loop.call_later(delay_s, self._expire, request)
+            return
         assert request.timeout_s is not None
         error = ExpiredError(request.timeout_s)
-        self.counters.expired += 1
         if request.partial and len(queued) < len(parts):
             for part in queued:
                 self._queue.cancel(part)
                 self._answers.fail(part, error)
         else:
+            self.counters.expired += request.callers
             self._withdraw(request)
             self._answers.fail(request, error)
         self._check_drained()
@@ -238,12 +251,16 @@ class Batcher:
 
     def _cut(self, request: Request) -> list[Part]:
         unanswered = math.ceil(request.rows / self.max_batch_size)
+        expired = False
 
         def part_done(part: Part) -> None:
-            nonlocal unanswered
+            nonlocal unanswered, expired
             unanswered -= 1
             if request.state in (State.DONE, State.CANCELLED):
                 return
+            if not expired and isinstance(part.error, ExpiredError):
+                expired = True
+                self.counters.expired += request.callers
             if part.error is not None and not request.partial:
                 self._withdraw(request)
                 self._answers.fail(request, part.error)
@@ -312,17 +329,17 @@ class Batcher:
 
     def _now(self) -> Now:
         dispatcher = self._dispatcher
-        now_s = self._clock()
-        waits = self.limits.max_delay_s > 0 and self._queue.rows > 0
-        return Now(
-            now_s,
-            dispatcher.in_slots,
-            len(dispatcher.running),
-            dispatcher.free_s,
-            self.latency.high_s(self._queue.rows) if waits else 0.0,
-            self._arrivals.rate(now_s, self.counters.accepted) if waits else None,
-            self.closed is not None,
-        )
+        # One object, filled anew each time: there is a decision for every batch, and often two.
+        now = self._moment
+        now.time_s = self._clock()
+        now.in_slots = dispatcher.in_slots
+        now.running = len(dispatcher.running)
+        now.free_s = dispatcher.free_s
+        now.draining = self._admission.closed is not None
+        if self.limits.max_delay_s > 0:
+            now.run_s = self.latency.high_s(self._queue.rows)
+            now.rows_per_s = self._arrivals.rate(now.time_s, self.counters.accepted)
+        return now
 
     def _send(self, group: Group, reason: str) -> None:
         """Take a batch of the group and send it, if anybody in it can still be in time."""
@@ -340,7 +357,7 @@ class Batcher:
         """It is out of the queue, because it cannot be in time any more."""
         assert request.timeout_s is not None
         if not isinstance(request, Part):
-            self.counters.expired += 1
+            self.counters.expired += request.callers
         self._answers.fail(request, ExpiredError(request.timeout_s))
 
     def _on_ran(self, batch: Batch) -> None:
@@ -397,11 +414,11 @@ class Batcher:
         self.hung = True
         self._answers.fail_all(batch.requests, error)
         batch.requests = []
-        self._check_drained()
         if self._reopen is None or self.closed is not None:
             self._on_engine_dead(EngineError(str(error)))
         else:
             self._reopen()
+        self._check_drained()
 
     def reopened(self, worker: BatchWorker) -> None:
         """Another engine takes the place of one that hung; what waited for it goes on."""
@@ -412,6 +429,7 @@ class Batcher:
     def gone(self, error: EngineError) -> None:
         """There is no engine any more, and there will be none."""
         self._on_engine_dead(error)
+        self._check_drained()
 
     def _fail_all(self, error: Exception) -> None:
         waiting = self._dispatcher.awaited() + self._queue.take_all()

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 
+from math import prod
+from typing import TYPE_CHECKING
+
 from batcher.request import Batch
+
+if TYPE_CHECKING:
+    from batcher.padding import Padder
 
 
 class BatchFigures:
@@ -21,10 +27,28 @@ class BatchFigures:
         self.output_s = 0.0
 
 
+class PaddingFigures:
+    """Of one bucket. Elements are those of the inputs that may be padded; `elements` includes `padding`."""
+
+    __slots__ = ("batches", "elements", "padding", "rows")
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self.rows = 0
+        self.elements = 0
+        self.padding = 0
+
+    @property
+    def waste(self) -> float:
+        """Which part of the elements is padding."""
+        return self.padding / self.elements if self.elements else 0.0
+
+
 class Counters:
     """Since the model was loaded. Requests, except where the name says runs, rows or batches."""
 
     __slots__ = (
+        "_padder",
         "accepted",
         "by_rows",
         "cancelled",
@@ -34,6 +58,7 @@ class Counters:
         "failed_s",
         "hung",
         "last_finished_s",
+        "padding",
         "reasons",
         "refusals",
         "refused",
@@ -41,7 +66,9 @@ class Counters:
         "rows",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, padder: Padder | None = None) -> None:
+        self._padder = padder
+        self.padding: dict[tuple[int, ...], PaddingFigures] = {}  # by each length of the bucket
         self.accepted = 0
         self.refused = 0
         self.refusals: Counter[str] = Counter()  # by the word for why
@@ -77,3 +104,30 @@ class Counters:
         self.last_finished_s = batch.finished_s
         self.rows += batch.rows
         self.reasons[batch.reason] += 1
+        if self._padder is not None:
+            self._count_padding(batch, self._padder)
+
+    def _count_padding(self, batch: Batch, padder: Padder) -> None:
+        bucket = padder.bucket_of(batch.row_shapes)
+        figures = self.padding.get(bucket)
+        if figures is None:
+            figures = self.padding[bucket] = PaddingFigures()
+        figures.batches += 1
+        figures.rows += batch.rows
+        figures.elements += batch.rows * sum([prod(batch.row_shapes[index]) for index in padder.inputs])
+        for request in batch.requests:
+            if request.pad is not None:
+                figures.padding += request.rows * request.pad.row_padding
+
+    @property
+    def padding_total(self) -> PaddingFigures | None:
+        """Of all buckets together; None where nothing may be padded."""
+        if self._padder is None:
+            return None
+        total = PaddingFigures()
+        for figures in self.padding.values():
+            total.batches += figures.batches
+            total.rows += figures.rows
+            total.elements += figures.elements
+            total.padding += figures.padding
+        return total

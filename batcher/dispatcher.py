@@ -18,6 +18,7 @@ from batcher.counters import Counters
 from batcher.fair import Share
 from batcher.latency import LatencyModel
 from batcher.packing import pack
+from batcher.padding import Pad, cut_back
 from batcher.policy import RETRY
 from batcher.request import Batch, Request, State
 from engines.base import Engine
@@ -158,7 +159,8 @@ class Dispatcher:
         if self._watch is not None:
             self._watch_next()
         # What is behind it begins now, however long it was expected to take.
-        self.free_s = self._clock() + sum([self._latency.expected_s(one.rows) for one in self.running])
+        left_s = sum([self._latency.expected_s(one.rows) for one in self.running]) if self.running else 0.0
+        self.free_s = self._clock() + left_s
         batch.started_s = outcome.started_s
         batch.finished_s = outcome.finished_s
         if outcome.error is not None:
@@ -184,7 +186,23 @@ class Dispatcher:
             if request.state is State.RUNNING:
                 request.state = State.DONE
                 request.batch = batch
-                finish(request)
+                if request.pad is None:
+                    finish(request)
+                else:
+                    self._hand_out_cut(request, request.pad)
+
+    def _hand_out_cut(self, request: Request, pad: Pad) -> None:
+        """The same for one that was padded: its outputs are cut back to its own length."""
+        try:
+            own = cut_back(request, pad)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the caller must hear of it
+            request.batch = None
+            self._answers.fail_run(request, f"its outputs cannot be cut back: {error!r}")
+        else:
+            self._answers.finish(request)
+            if own is not None:
+                own.outputs = ()
+                own.memo = {}
 
     def _on_error(self, batch: Batch, error: EngineError) -> None:
         requests = [request for request in batch.requests if request.state is State.RUNNING]

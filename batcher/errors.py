@@ -1,7 +1,7 @@
 """Why a request was not accepted, or was accepted and could not be answered.
 
-Split by blame: `QueueFullError`, `TooManyRowsError` and `TenantLimitError` are about what the caller
-asks for, `DrainingError` is ours, `BatchFailedError` and `EngineGoneError` are the engine's.
+Split by blame: `QueueFullError`, `TooManyRowsError`, `TenantLimitError` and the two about lengths are
+about what the caller asks for, `DrainingError` is ours, `BatchFailedError` and `EngineGoneError` are the engine's.
 """
 
 from __future__ import annotations
@@ -48,6 +48,41 @@ class TenantLimitError(BatcherError):
         self.used = used
         self.limit = limit
         self.retry_after_s = retry_after_s
+
+
+class TooLongError(BatcherError):
+    """An axis of an input is longer than the largest length that the model's rows are padded to.
+
+    `expected` and `actual` are shapes, and `axis` counts, with the batch axis.
+    """
+
+    reason = "length"
+
+    def __init__(self, tensor: str, expected: list[int], actual: list[int], axis: int, limit: int) -> None:
+        super().__init__(
+            f"input {tensor!r} has {actual[axis]} elements along axis {axis}, at most {limit} fit"
+        )
+        self.tensor = tensor
+        self.expected = expected
+        self.actual = actual
+        self.limit = limit
+
+
+class LengthMismatchError(BatcherError):
+    """Two inputs that must have the same length have not."""
+
+    reason = "length"
+
+    def __init__(
+        self, tensor: str, expected: list[int], actual: list[int], axis: int, other: str, length: int
+    ) -> None:
+        super().__init__(
+            f"input {tensor!r} has {actual[axis]} elements along axis {axis}, {other!r} has {length}: "
+            "they must have the same length"
+        )
+        self.tensor = tensor
+        self.expected = [*expected[:axis], length, *expected[axis + 1 :]]
+        self.actual = actual
 
 
 class DrainingError(BatcherError):

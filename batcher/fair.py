@@ -9,7 +9,7 @@ Work-conserving: as long as anybody has rows, somebody's turn it is.
 
 from __future__ import annotations
 
-from heapq import heappop, heappush, heapreplace
+from heapq import heapify, heappop, heappush, heapreplace
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from batcher.lines import Lines
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Tenants that are idle are forgotten once there are so many more than others.
 _IDLE_KEPT = 64
+_HUSKS_KEPT = 64
 
 
 class Share:
@@ -73,13 +74,15 @@ class Turns(Generic[T]):
     """Those that have rows, by whose turn it is. O(log n) each.
 
     A heap with the start that each had when it was put in. Starts only grow, so the first one whose start
-    is still what it was is the earliest.
+    is still what it was is the earliest. One that has no rows any more stays until its turn comes, or until
+    the heap has doubled.
     """
 
-    __slots__ = ("_heap", "_number")
+    __slots__ = ("_heap", "_most", "_number")
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, T]] = []
+        self._most = _HUSKS_KEPT
         self._number = 0
 
     def add(self, one: T) -> None:
@@ -88,6 +91,20 @@ class Turns(Generic[T]):
             one.in_turns = True
             self._number += 1
             heappush(self._heap, (one.share.start_s, self._number, one))
+            if len(self._heap) > self._most:
+                self._drop_husks(one)
+
+    def _drop_husks(self, new: T) -> None:
+        """`new` is about to have rows."""
+        for _, _, one in self._heap:
+            one.in_turns = one.rows > 0 or one is new
+        self._heap = [entry for entry in self._heap if entry[2].in_turns]
+        heapify(self._heap)
+        self._most = 2 * len(self._heap) + _HUSKS_KEPT
+
+    def clear(self) -> None:
+        """Nobody has rows any more, nor will have."""
+        self._heap.clear()
 
     def first(self) -> T:
         """Whose turn it is; there must be one that has rows."""

@@ -69,6 +69,7 @@ class LatencyModel:
         self._most = max_batch_size
         self._buckets: dict[int, _Bucket] = {}
         self._rows: list[float] = []
+        self._known_s: dict[int, float] = {}
         self._expected_s: list[float] = []
         self._high_s: list[float] = []
         self.full_rows = 0
@@ -111,6 +112,7 @@ class LatencyModel:
         """The curves through the buckets' means, made monotone; and the size that growing pays up to."""
         nodes = sorted([(one.rows, one.expected_s, one.high_s) for one in self._buckets.values()])
         self._rows = [node[0] for node in nodes]
+        self._known_s.clear()
         self._expected_s, self._high_s = [], []
         expected_s = high_s = 0.0
         for _, expected, high in nodes:
@@ -126,7 +128,10 @@ class LatencyModel:
 
     def expected_s(self, rows: int) -> float:
         """The time that a run of so many rows takes as often less as more."""
-        return self._at(self._expected_s, rows)
+        known_s = self._known_s.get(rows)
+        if known_s is None:
+            known_s = self._known_s[rows] = self._at(self._expected_s, rows)
+        return known_s
 
     def high_s(self, rows: int) -> float:
         """The time that it hardly ever exceeds."""

@@ -7,21 +7,29 @@ from typing import Any
 
 import numpy as np
 
-from batcher.request import Request
+from batcher.padding import InputPad
+from batcher.request import Payload, Request
+
+Array = np.ndarray[Any, Any]
 
 
-def pack(requests: Sequence[Request], buffers: Sequence[np.ndarray[Any, Any]]) -> None:
+def pack(requests: Sequence[Request], buffers: Sequence[Array]) -> None:
     """Copy each request's rows behind one another into `buffers` and note where they begin.
 
     `buffers` are the slot's inputs, C-contiguous [max_batch_size, ...]; the requests' row shapes are
-    those of the buffers and their rows together fit.
+    those of the buffers, but for what is padded, and their rows together fit.
     """
     first_row = 0
+    padded = False
     for request in requests:
         request.first_row = first_row
         first_row += request.rows
+        if request.pad is not None:
+            padded = True
     for index, buffer in enumerate(buffers):
-        if buffer.dtype == object:
+        if padded:
+            _pack_padded(requests, index, buffer)
+        elif buffer.dtype == object:
             _pack_elements(requests, index, buffer)
         elif buffer.size:
             _pack_bytes(requests, index, buffer.data.cast("B"), buffer.nbytes // len(buffer))
@@ -34,9 +42,32 @@ def _pack_bytes(requests: Sequence[Request], index: int, target: memoryview, row
         target[at : at + request.rows * row_bytes] = request.payloads[index]  # type: ignore[assignment]
 
 
-def _pack_elements(requests: Sequence[Request], index: int, buffer: np.ndarray[Any, Any]) -> None:
+def _pack_elements(requests: Sequence[Request], index: int, buffer: Array) -> None:
     flat = buffer.reshape(-1)
     row_elements = flat.size // len(buffer)
     for request in requests:
         at = request.first_row * row_elements
         flat[at : at + request.rows * row_elements] = request.payloads[index]
+
+
+def _pack_padded(requests: Sequence[Request], index: int, buffer: Array) -> None:
+    """The same where some of the requests are shorter than their place; what is left of it is filled."""
+    for request in requests:
+        place = buffer[request.first_row : request.first_row + request.rows]
+        pad: InputPad | None = None if request.pad is None else request.pad.inputs[index]
+        if pad is None:
+            place[...] = _array(request.payloads[index], buffer.dtype, place.shape)
+        else:
+            shape = (request.rows, *pad.row_shape)
+            place[pad.body] = _array(request.payloads[index], buffer.dtype, shape)
+            for box in pad.rest:
+                place[box] = pad.value
+
+
+def _array(payload: Payload, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+    """A payload with its shape. Raises ValueError if it has another length."""
+    if isinstance(payload, list):
+        elements = np.empty(len(payload), object)
+        elements[:] = payload
+        return elements.reshape(shape)
+    return np.frombuffer(payload, dtype).reshape(shape)

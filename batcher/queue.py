@@ -14,7 +14,7 @@ Invariants, held by every method:
 from __future__ import annotations
 
 from collections import deque
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from math import inf
 from typing import NamedTuple
 
@@ -24,6 +24,8 @@ from batcher.lines import DEFAULT, Lines, level_of
 from batcher.request import Request, State
 from batcher.tenant import Tenant
 from engines.base import RowShapes
+
+_HUSKS_KEPT = 64
 
 
 class Flow:
@@ -86,6 +88,7 @@ class RequestQueue:
         self._ages = ages
         self._arrivals: deque[Request] = deque()
         self._urgent: list[tuple[float, int, Request]] = []
+        self._most_ages = _HUSKS_KEPT  # so many of both before those that left are dropped
         self._number = 0
         self._last: Flow | None = None  # of the newest request: the next is often alike
 
@@ -202,6 +205,11 @@ class RequestQueue:
         if request.deadline_s != inf:
             self._number += 1
             heappush(self._urgent, (request.deadline_s, self._number, request))
+        if len(self._arrivals) + len(self._urgent) > self._most_ages:
+            self._arrivals = deque([one for one in self._arrivals if one.state is State.QUEUED])
+            self._urgent = [entry for entry in self._urgent if entry[2].state is State.QUEUED]
+            heapify(self._urgent)
+            self._most_ages = 2 * (len(self._arrivals) + len(self._urgent)) + _HUSKS_KEPT
 
     # Out
 
@@ -237,6 +245,7 @@ class RequestQueue:
             del share.flows[flow]
             if not group.rows:
                 del self.groups[group.row_shapes]
+                group.turns.clear()  # its flows know it, and it would know them: nothing for the collector
             if not share.rows:
                 share.order = None
                 self._shares.sleeps(share)

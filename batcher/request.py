@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from batcher.fair import Share
+    from batcher.padding import Pad
     from batcher.queue import Flow
     from batcher.tenant import Tenant
     from engines.base import RowShapes
@@ -104,6 +105,7 @@ class Request:
         "first_row",
         "flow",
         "level",
+        "pad",
         "partial",
         "parts",
         "payloads",
@@ -132,6 +134,7 @@ class Request:
         self.priority = 0
         self.timeout_s: float | None = None
         self.expiry: Timer | None = None
+        self.pad: Pad | None = None  # `row_shapes` are its bucket's then
 
     def done(self) -> None:
         """Give the caller its answer. Must not raise; what it raises is logged and dropped."""

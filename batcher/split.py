@@ -27,6 +27,7 @@ class Part(Request):
         self.priority = whole.priority
         self.deadline_s = whole.deadline_s
         self.timeout_s = whole.timeout_s
+        self.pad = whole.pad
         self.on_done = on_done
         self.outputs: Sequence[np.ndarray[Any, Any]] = ()
 

@@ -8,6 +8,7 @@ from urllib.parse import unquote_to_bytes
 
 from starlette.types import Message, Scope
 
+from server.auth.bearer import names_token
 from server.batch_messages import AnyItem, Item
 from server.problems import Problem
 from server.reply import JSON, Reply
@@ -86,6 +87,8 @@ def body_of(item: AnyItem) -> bytes:
 def checked(item: AnyItem) -> tuple[str, bytes]:
     """The item's path, unquoted, and its query, if it is one that a batch may ask for. Raises Problem."""
     target, _, query = item.url.partition("?")
+    if names_token(query.encode()):
+        raise Problem("not-batchable", "a token does not belong in an item's url", field="url")
     path = unquote_to_bytes(target).decode(errors="replace")
     methods = [method for method, pattern in _ALLOWED if pattern.fullmatch(path)]
     if not methods:

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from msgspec import UNSET
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.auth.permissions import INFER
-from server.auth.principal import principal_in
+from server.auth.principal import Principal, principal_in
 from server.batch_items import SubCall, body_of, check_headers, checked, scope_of
 from server.batch_messages import (
     AnyItem,
@@ -34,7 +36,7 @@ from server.compression import compressed
 from server.core import Core, InferRequest, instance_of
 from server.limits import BodyError, read_body
 from server.model import Model
-from server.problems import Problem, stopping
+from server.problems import Problem, from_error, stopping
 from server.reply import JSON, Reply
 from server.v2_messages import InferMessage
 
@@ -48,8 +50,10 @@ WATCH_AFTER_S = 0.05
 def batch_routes() -> list[Route]:
     """The route, for Starlette's 405. `BatchRoute` serves it: the router would cost as much as some items."""
 
-    async def batch(_: Request) -> Response:
-        raise AssertionError("BatchRoute serves it")
+    async def batch(request: Request) -> Response:
+        # Only with a line's end behind it, which Starlette's pattern lets through.
+        path = request.url.path
+        raise HTTPException(404, f"there is nothing at {path!r}")
 
     return [Route(BATCH, batch, methods=["POST"])]
 
@@ -71,12 +75,25 @@ class BatchRoute:
             await send(start)
             await send({"type": "http.response.body", "body": b"".join(reply.body)})
 
+    def _check(self, principal: Principal) -> None:
+        """Raises Problem for a caller of whom no item would be taken, before the body is read."""
+        if not principal.permissions:
+            raise self._core.forbidden(INFER)
+        tenant = principal.tenant
+        if tenant.limited:
+            refusal = tenant.refusal(1, 1, time.monotonic(), 0.0)
+            if refusal is not None:
+                raise from_error(refusal)
+
     async def _reply(self, scope: Scope, receive: Receive) -> Reply | None:
         """The answer, None when the client has left. Raises Problem."""
         settings = self._core.settings.server
         if self._core.draining:
             raise stopping()
         headers = dict(scope["headers"])
+        principal = principal_in(scope)
+        if principal is not None:
+            self._check(principal)
         try:
             body = await read_body(headers, receive, settings.max_body_bytes)
         except BodyError as error:
@@ -219,7 +236,7 @@ class _Call:
                 check_headers(item.headers)
             path, query = checked(item)
         except Problem as problem:
-            self._answer(index, problem.reply(instance=item.url))
+            self._answer(index, problem.reply(instance=item.url.partition("?")[0]))
             return
         model = self._core.infer_paths.get(path) if item.method == "POST" else None
         if model is not None:

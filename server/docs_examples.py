@@ -14,8 +14,8 @@ _MOST_SHOWN = 1200
 _WIDTH = 76
 
 
-def request_example(path: str, media: str, example: Json) -> str:
-    """A request as a command, where a command line can hold it."""
+def request_example(path: str, media: str, example: Json, credentials: str = "") -> str:
+    """A request as a command, where a command line can hold it. `credentials` is a header of it."""
     value = example["value"]
     path = path.format_map(example.get("x-path", {}))
     if media == "application/json":
@@ -23,11 +23,11 @@ def request_example(path: str, media: str, example: Json) -> str:
     elif media == "multipart/form-data":
         body = " \\\n  ".join(f"-F {shlex.quote(f'{name}={pretty(part)}')}" for name, part in value.items())
     else:
-        return details(example["summary"], _binary(path, media, example))
-    return details(example["summary"], f"curl $URL{path} \\\n  {body}")
+        return details(example["summary"], _binary(path, media, example, credentials))
+    return details(example["summary"], f"curl $URL{path}{_line(credentials)} \\\n  {body}")
 
 
-def _binary(path: str, media: str, example: Json) -> str:
+def _binary(path: str, media: str, example: Json, credentials: str) -> str:
     """A binary body as a command: text, then zeros."""
     text = example["value"].rstrip("\0")
     zeros = len(example["value"]) - len(text)
@@ -35,7 +35,13 @@ def _binary(path: str, media: str, example: Json) -> str:
     parts += [f"head -c {zeros} /dev/zero"] if zeros else []
     headers = {"Content-Type": media, **example.get("x-headers", {})}
     lines = " \\\n  ".join(f"-H {shlex.quote(f'{name}: {value}')}" for name, value in headers.items())
-    return f"{{ {'; '.join(parts)}; }} |\n  curl $URL{path} --data-binary @- -o answer \\\n  {lines}"
+    curl = f"curl $URL{path}{_line(credentials)}"
+    return f"{{ {'; '.join(parts)}; }} |\n  {curl} --data-binary @- -o answer \\\n  {lines}"
+
+
+def _line(credentials: str) -> str:
+    # In double quotes, for the shell puts the variable's value in.
+    return f' -H "{credentials}"' if credentials else ""
 
 
 def details(summary: str, text: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from server.docs_examples import details, pretty, request_example
 from server.docs_style import STYLE
+from server.openapi_access import GUARDED
 from server.openapi_errors import ANYWHERE
 
 Json = dict[str, Any]
@@ -23,6 +24,9 @@ HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 )
+
+# What a request shows for each of the schemes.
+_CREDENTIALS = {"bearer": "Authorization: Bearer $TOKEN", "apiKey": "X-API-Key: $API_KEY"}
 
 
 def render(document: Json) -> str:
@@ -42,8 +46,42 @@ def render(document: Json) -> str:
         '<p>This page is <a href="openapi.json">openapi.json</a> for people; '
         'all <a href="problems">problems</a> have pages of their own. In the commands, '
         "<code>$URL</code> is where the server is: <code>URL=http://127.0.0.1:8000</code>.</p>\n"
+        f"{_access(document)}"
         f'{"".join(groups)}\n<h2 id="schemas">Schemas</h2>{"".join(schemas)}</main></body></html>\n'
     )
+
+
+def _scheme(document: Json) -> str:
+    """The way to authenticate that examples show."""
+    return str(next(iter(document["components"]["securitySchemes"])))
+
+
+def _access(document: Json) -> str:
+    """How to authenticate, where the server asks for it."""
+    schemes = document["components"].get("securitySchemes")
+    if not schemes:
+        return ""
+    ways = "".join(
+        f"<dt><code>{_CREDENTIALS[name]}</code></dt><dd>{escape(scheme['description'])}</dd>"
+        for name, scheme in schemes.items()
+    )
+    known = [slug for slug in GUARDED if slug in _slugs(document)]
+    return (
+        '<h2 id="access">Who may call</h2><p>One header, once, with each request but those that are open to '
+        f"everybody. <code>$TOKEN</code> and <code>$API_KEY</code> are yours.</p><dl>{ways}</dl>"
+        f"<p>On any path that is not open: {', '.join(map(_kind, known))}.</p>\n"
+    )
+
+
+def _slugs(document: Json) -> set[str]:
+    """The kinds of problems that are an answer of some operation."""
+    return {
+        slug
+        for methods in document["paths"].values()
+        for operation in methods.values()
+        for response in operation["responses"].values()
+        for slug in response["content"].get("application/problem+json", {}).get("examples", {})
+    }
 
 
 def _operations(document: Json, tag: str) -> list[tuple[str, str, Json]]:
@@ -94,10 +132,11 @@ def _operation(document: Json, path: str, method: str, operation: Json) -> str:
     parameters = operation.get("parameters", [])
     if parameters:
         parts.append(f"<h4>Parameters</h4><dl>{''.join(map(_parameter, parameters))}</dl>")
+    credentials = _CREDENTIALS[_scheme(document)] if "security" in operation else ""
     for media, content in operation.get("requestBody", {}).get("content", {}).items():
         parts.append(f"<h4>Body: <code>{media}</code></h4><p>{_type(content['schema'])}</p>")
         examples = content.get("examples", {}).values()
-        parts += [request_example(path, media, example) for example in examples]
+        parts += [request_example(path, media, example, credentials) for example in examples]
     good = {status: one for status, one in operation["responses"].items() if status < "300"}
     bad = {status: one for status, one in operation["responses"].items() if status >= "300"}
     parts += [_response(status, one) for status, one in good.items()]
@@ -133,7 +172,7 @@ def _response(status: str, response: Json) -> str:
 
 def _refusal(status: str, response: Json) -> str:
     examples = response["content"].get("application/problem+json", {}).get("examples", {})
-    kinds = [_kind(slug) for slug in examples if slug not in ANYWHERE]
+    kinds = [_kind(slug) for slug in examples if slug not in (*ANYWHERE, *GUARDED)]
     own = response["content"].get("application/json")
     if own:
         kinds.insert(0, f"{_type(own['schema'])}: {_text(response['description'].partition(' Or: ')[0])}")

@@ -113,6 +113,10 @@ class FastCycle:
         packing = protocol.loop.run_in_executor(None, compress, reply, coding)
         packing.add_done_callback(lambda done: self._write(reply if done.exception() else done.result()))
 
+    def refuse(self, refusal: Reply) -> None:
+        """Answer before the body is read, which is dropped then."""
+        self._write(refusal)
+
     def _write(self, reply: Reply) -> None:
         self.response_complete = True
         principal = self.known.principal
@@ -196,10 +200,14 @@ class FastProtocol(Connection):
             refusal = known.refusal.reply(instance=instance_of(known.model))
         else:
             refusal = self.core.refusal(known.model, known.principal)
+        limit = self.core.settings.server.max_body_bytes
+        if refusal is not None and known.length > limit:
+            refusal.close = True  # nobody reads so much only to drop it
+        elif known.length > limit:
+            refusal = too_large(known.length, limit).reply(instance=instance_of(known.model))
         if refusal is not None:
-            cycle.reply(refusal)
-        elif known.length > (limit := self.core.settings.server.max_body_bytes):
-            cycle.reply(too_large(known.length, limit).reply(instance=instance_of(known.model)))
+            # At once, not compressed in a thread: what follows must find the request answered.
+            cycle.refuse(refusal)
 
     def _recognise(self) -> Known | None:
         """What a plain request to an infer route says in its headers; None for any other request."""
@@ -246,7 +254,9 @@ class FastProtocol(Connection):
         cycle = self.cycle
         if not isinstance(cycle, FastCycle):
             super().on_body(body)
-        elif not cycle.response_complete:
+            return
+        self._body_bytes += len(body)
+        if not cycle.response_complete:
             if not cycle.body:
                 cycle.body = body
             elif type(cycle.body) is bytearray:
@@ -274,6 +284,7 @@ class FastProtocol(Connection):
         chunk = self._chunk
         if chunk is None or not cycle.keep_alive:
             return
+        assert self.core.auth is None or cycle.known.principal is not None
         end = chunk.find(b"\r\n\r\n") + 4
         if end > _KNOWN_BLOCK_BYTES or len(chunk) - end != cycle.known.length:
             return

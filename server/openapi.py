@@ -18,6 +18,7 @@ from server.compression import compressed
 from server.core import Core
 from server.docs_page import HEADERS as PAGE_HEADERS
 from server.docs_page import render
+from server.openapi_access import OF_AUTH, access_paths, complete, headers, security_schemes
 from server.openapi_errors import problem_examples
 from server.openapi_models import Described
 from server.openapi_native import ABOUT, BATCH, V1, about_paths, batch_path, native_paths
@@ -60,7 +61,19 @@ def openapi_routes(core: Core) -> list[Route]:
 def describe(core: Core) -> dict[str, Any]:
     """The OpenAPI document, with what the models that are loaded by now take."""
     models = Described(core)
+    auth = core.auth
     paths = v2_paths(models) | native_paths(models) | batch_path(models) | about_paths()
+    paths |= access_paths(auth, ABOUT)
+    for operations in paths.values():
+        for described in operations.values():
+            complete(described, auth)
+    components: dict[str, Any] = {
+        "schemas": schemas(models.signatures),
+        "headers": HEADERS | headers(auth),
+        "examples": problem_examples(left_out=OF_AUTH if auth is None else ()),
+    }
+    if auth is not None:
+        components["securitySchemes"] = security_schemes(auth)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -71,11 +84,7 @@ def describe(core: Core) -> dict[str, Any]:
         },
         "tags": [{"name": name, "description": text} for name, text in _TAGS.items()],
         "paths": paths,
-        "components": {
-            "schemas": schemas(models.signatures),
-            "headers": HEADERS,
-            "examples": problem_examples(),
-        },
+        "components": components,
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import msgspec
@@ -21,8 +21,11 @@ BODY = ("body-too-large", "bad-encoding", "unsupported-encoding", "not-json", "b
 RUN = (
     "unknown-tensor", "duplicate-tensor", "missing-tensor", "bad-parameter", "wrong-shape", "wrong-datatype",
     "wrong-data", "too-many-rows", "queue-full", "run-failed", "starting", "load-failed", "abandoned",
-    "engine-dead", "expired", "unknown-model",
+    "engine-dead", "expired", "deadline-unreachable", "deadline-too-short", "execution-timeout",
+    "unknown-model",
 )  # fmt: skip
+# Their answers say how to authenticate.
+CHALLENGED = frozenset(("bad-authorization", "unauthenticated", "invalid-credentials", "forbidden"))
 
 _X = "input 'x'"
 _REFERENCE = {"model": "scores", "reference": "3f9c2a10"}
@@ -43,6 +46,13 @@ _EXAMPLES: dict[str, tuple[str, Json]] = {
     "not-batchable": (
         "an item cannot have the header 'x-trace'",
         {"field": "headers", "allowed": ["accept", "content-type", "idempotency-key", "prefer"]},
+    ),
+    "bad-authorization": ("Authorization must be Bearer and one token", {}),
+    "unauthenticated": ("this needs credentials", {}),
+    "invalid-credentials": ("the token has expired", {}),
+    "forbidden": (
+        "this needs the permission infer for the model 'scores'",
+        {"permission": "infer", "model": "scores"},
     ),
     "unknown-prediction": ("there is no prediction 'none', or none any more", {}),
     "unknown-version": (
@@ -89,6 +99,18 @@ _EXAMPLES: dict[str, tuple[str, Json]] = {
         "1024 rows wait, the limit is 1024",
         {"queued_rows": 1024, "limit": 1024, "retry_after_s": 1},
     ),
+    "tenant-limit": (
+        "tenant 'search-team' has 8 of 8 concurrent requests",
+        {"tenant": "search-team", "what": "concurrent requests", "used": 8, "limit": 8, "retry_after_s": 1},
+    ),
+    "deadline-unreachable": (
+        "the request has 20 ms and would need 50 ms",
+        {"timeout_ms": 20.0, "needed_ms": 50.0, "retry_after_s": 0.03},
+    ),
+    "too-many-bad-tokens": (
+        "too many tokens from this address had a wrong signature",
+        {"retry_after_s": 0.05},
+    ),
     "too-many-predictions": (
         "1000 kept predictions with 4096000 bytes are not finished yet",
         {"limit": 1000, "limit_bytes": 268_435_456, "retry_after_s": 1},
@@ -100,18 +122,29 @@ _EXAMPLES: dict[str, tuple[str, Json]] = {
         {"body_bytes": 300_000_000, "limit_bytes": 268_433_408},
     ),
     "starting": ("model 'scores' is being loaded", {"model": "scores", "retry_after_s": 1}),
+    "keys-unavailable": ("the keys of the token's issuer are not to be had now", {"retry_after_s": 1}),
     "load-failed": ("model 'scores' could not be loaded", {"model": "scores"}),
     "draining": ("the server is about to stop", {"retry_after_s": 1}),
     "abandoned": ("the server stopped before the request was done", {"retry_after_s": 1}),
     "engine-dead": ("the engine of model 'scores' is unusable", _REFERENCE),
     "expired": ("the request waited 5 ms and was not run", {"timeout_ms": 5.0}),
+    "deadline-too-short": (
+        "the request has 1 ms, and its run alone takes 3 ms",
+        {"timeout_ms": 1.0, "needed_ms": 3.0},
+    ),
+    "execution-timeout": (
+        "the run took longer than 1000 ms",
+        {"model": "scores", "limit_ms": 1000.0},
+    ),
 }
 
 
-def problem_examples() -> Json:
-    """An example of each kind by its slug, with the body that the server would write."""
+def problem_examples(left_out: Collection[str] = ()) -> Json:
+    """An example of each other kind by its slug, with the body that the server would write."""
     examples = {}
     for slug, kind in KINDS.items():
+        if slug in left_out:
+            continue
         detail, members = _EXAMPLES[slug]
         text = b"".join(Problem(slug, detail, **members).reply().body)
         examples[slug] = {"summary": kind.title, "value": msgspec.json.decode(text)}
@@ -130,6 +163,13 @@ def problem_responses(slugs: Iterable[str]) -> Json:
 def _response(slugs: list[str]) -> Json:
     kinds = [KINDS[slug] for slug in slugs]
     types = {"type": {"enum": [f"/problems/{slug}" for slug in slugs]}}
+    headers = []
+    if any("retry_after_ms" in kind.members for kind in kinds):
+        headers.append("Retry-After")
+    if kinds[0].status == 405:
+        headers.append("Allow")
+    if not CHALLENGED.isdisjoint(slugs):
+        headers.append("WWW-Authenticate")
     response: Json = {
         "description": "; ".join(kind.title for kind in kinds),
         "content": {
@@ -139,8 +179,6 @@ def _response(slugs: list[str]) -> Json:
             }
         },
     }
-    if any("retry_after_ms" in kind.members for kind in kinds):
-        response["headers"] = {"Retry-After": {"$ref": "#/components/headers/Retry-After"}}
-    if kinds[0].status == 405:
-        response["headers"] = {"Allow": {"$ref": "#/components/headers/Allow"}}
+    if headers:
+        response["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in headers}
     return response

@@ -45,6 +45,7 @@ def native_paths(models: Described) -> Json:
     make = operation(
         "predict", V1, "Make a prediction", text,
         {"200": answer(*now, "Server-Timing", "Content-Encoding", "Preference-Applied"), "202": later},
+        needs="infer",
         problems=(*BODY, *RUN, "not-found", "unsupported-media-type", "idempotency-mismatch", "cancelled",
                   "too-many-predictions", "result-too-large"),
         parameters=[
@@ -66,10 +67,12 @@ def native_paths(models: Described) -> Json:
         "/v1/models/{name}/predictions": {"post": make},
         "/v1/predictions/{id}": {
             "get": operation("getPrediction", V1, "A prediction as it is now", "Of those that are kept.",
-                             {"200": found}, problems=problems, parameters=[of_one, wait, ACCEPT_ENCODING]),
+                             {"200": found}, needs="known", problems=problems,
+                             parameters=[of_one, wait, ACCEPT_ENCODING]),
             "delete": operation("cancelPrediction", V1, "Cancel a prediction",
                                 "Harmless where it is finished: the answer says what became of it.",
-                                {"200": gone}, problems=problems, parameters=[of_one, ACCEPT_ENCODING]),
+                                {"200": gone}, needs="known", problems=problems,
+                                parameters=[of_one, ACCEPT_ENCODING]),
         },
     }  # fmt: skip
 
@@ -104,6 +107,7 @@ def batch_path(models: Described) -> Json:
             "post": operation(
                 "batch", BATCH, "Many requests in one call", text,
                 {"200": answer("All answers.", "BatchResponse", {"responses": answers}, "Content-Encoding")},
+                needs="known",
                 problems=(*BODY, "duplicate-id", "too-many-items"),
                 parameters=[ACCEPT_ENCODING],
                 body={JSON: {"schema": ref("BatchRequest"), "examples": {"two": example}}},
@@ -125,18 +129,20 @@ def about_paths() -> Json:
     document = {"200": answer("OpenAPI 3.1.", {"type": "object", "required": ["openapi"]}, None)}
     return {
         "/openapi.json": {
-            "get": operation("getOpenApi", ABOUT, "This description", "For programs.", document)
+            "get": operation("getOpenApi", ABOUT, "This description", "For programs.", document,
+                             needs="metadata")
         },
         "/docs": {
             "get": operation("getDocs", ABOUT, "This description as a page", "For people.",
-                             page("The page.", "text/html"))
+                             page("The page.", "text/html"), needs="metadata")
         },
         "/problems": {
             "get": operation("getProblems", ABOUT, "All kinds of problems", "HTML for browsers, else text.",
-                             page("The list.", *both))
+                             page("The list.", *both), needs="open")
         },
         "/problems/{slug}": {
             "get": operation("getProblem", ABOUT, "One kind of problem", "What it means and what to do.",
-                             page("The page.", *both), problems=("not-found",), parameters=[slug])
+                             page("The page.", *both), needs="open", problems=("not-found",),
+                             parameters=[slug])
         },
     }  # fmt: skip

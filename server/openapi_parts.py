@@ -7,8 +7,8 @@ from typing import Any
 
 from engines.base import Signature
 from server import openapi_examples as examples
-from server.openapi_errors import problem_responses
 from server.openapi_schemas import ref
+from server.routing import Needs
 
 Json = dict[str, Any]
 JSON = "application/json"
@@ -147,27 +147,21 @@ def operation(
     description: str,
     answers: Mapping[str, Json],
     *,
+    needs: Needs,
     problems: Iterable[str] = (),
     parameters: Sequence[Json] = (),
     body: Json | None = None,
 ) -> Json:
-    """An operation with the answers of its own, and those that say what went wrong."""
-    responses = dict(answers)
-    for status, problem in problem_responses(problems).items():
-        given = responses.get(status)
-        if given is None:
-            responses[status] = problem
-        else:
-            # One status with a body of its own, or a problem.
-            content = given["content"] | problem["content"]
-            text = f"{given['description']} Or: {problem['description']}"
-            responses[status] = problem | {"description": text, "content": content}
+    """An operation with the answers of its own. `needs` is what its route says to `guarded`.
+
+    What it needs and what may go wrong is kept beside it until `server.openapi_access.complete`.
+    """
     made: Json = {"operationId": id_, "tags": [tag], "summary": summary, "description": description}
     if parameters:
         made["parameters"] = list(parameters)
     if body is not None:
         made["requestBody"] = {"required": True, "content": body}
-    return made | {"responses": dict(sorted(responses.items()))}
+    return made | {"responses": dict(answers), "x-needs": needs, "x-problems": tuple(problems)}
 
 
 def example(value: Any, model: str, what: str = "", json_length: int | None = None) -> Json:

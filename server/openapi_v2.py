@@ -20,6 +20,7 @@ from server.openapi_parts import (
     operation,
 )
 from server.openapi_schemas import ref
+from server.routing import Needs
 from server.v2_describe import config, index_entry, metadata, statistics
 from server.v2_routes import EXTENSIONS
 
@@ -49,7 +50,7 @@ def _of_server(models: Described) -> Json:
         example = {"name": "cobatch", "version": __version__, "extensions": EXTENSIONS}
         about = "Name, version and the extensions of the protocol that work."
         found = {"200": answer("The server's metadata.", "ServerMetadata", example)}
-        return {"get": operation(id_, V2, "Server metadata", about, found)}
+        return {"get": operation(id_, V2, "Server metadata", about, found, needs="known")}
 
     live = {
         "200": answer("The process is of use.", "Liveness", {"live": True}),
@@ -73,17 +74,21 @@ def _of_server(models: Described) -> Json:
     return {
         "/v2": server("getServer"),
         "/v2/": twin,
-        "/v2/health/live": {"get": operation("getLive", V2, "Is the process of use?", texts["live"], live)},
+        "/v2/health/live": {
+            "get": operation("getLive", V2, "Is the process of use?", texts["live"], live, needs="open")
+        },
         "/v2/health/ready": {
-            "get": operation("getReady", V2, "Are all models ready?", texts["ready"], ready)
+            "get": operation("getReady", V2, "Are all models ready?", texts["ready"], ready, needs="open")
         },
         "/v2/models/stats": {
-            "get": operation("getAllStats", V2, "All models' statistics", texts["stats"], stats)
+            "get": operation("getAllStats", V2, "All models' statistics", texts["stats"], stats,
+                             needs="admin")
         },
         "/v2/repository/index": {
-            "post": operation("getIndex", V2, "The models that are served", texts["index"], entries)
+            "post": operation("getIndex", V2, "The models that are served", texts["index"], entries,
+                              needs="admin")
         },
-    }
+    }  # fmt: skip
 
 
 def _stats(models: Described) -> Json:
@@ -94,11 +99,12 @@ def _of_model(models: Described, suffix: str, parameters: Sequence[Json]) -> Jso
     shown = models.shown
     not_loaded = (*_SIGNS, "starting", "load-failed")
 
-    def get(id_: str, summary: str, text: str, schema: str, example: Any) -> Json:
+    def get(id_: str, summary: str, text: str, schema: str, example: Any, needs: Needs = "read") -> Json:
         found = {"200": answer(f"{summary}.", schema, example)}
         described = operation(
-            id_ + suffix, V2, summary, text, found, problems=not_loaded, parameters=parameters
-        )
+            id_ + suffix, V2, summary, text, found,
+            needs=needs, problems=not_loaded, parameters=parameters,
+        )  # fmt: skip
         return {"get": described}
 
     ready = {
@@ -111,12 +117,12 @@ def _of_model(models: Described, suffix: str, parameters: Sequence[Json]) -> Jso
                 "ModelMetadata", shown and metadata(shown)),
         "/ready": {
             "get": operation("getModelReady" + suffix, V2, "Is the model ready?", about_ready, ready,
-                             problems=_SIGNS, parameters=parameters)
+                             needs="open", problems=_SIGNS, parameters=parameters)
         },
         "/config": get("getConfig", "Model configuration", "As Triton has it, where its clients look.",
                        "ModelConfiguration", shown and config(shown)),
         "/stats": get("getStats", "Model statistics", "Requests, batches and their times since loading.",
-                      "Statistics", shown and _stats(models)),
+                      "Statistics", shown and _stats(models), "admin"),
         "/infer": {"post": _infer(models, suffix, parameters)},
     }  # fmt: skip
 
@@ -139,7 +145,7 @@ def _infer(models: Described, suffix: str, parameters: Sequence[Json]) -> Json:
     )
     return operation(
         "infer" + suffix, V2, "Infer", text, {"200": good},
-        problems=(*BODY, *RUN, *_SIGNS, "bad-binary"),
+        needs="infer", problems=(*BODY, *RUN, *_SIGNS, "bad-binary"),
         parameters=[*parameters, JSON_LENGTH, ACCEPT_ENCODING],
         body=infer_body(models.signatures),
     )  # fmt: skip

@@ -37,6 +37,8 @@ def find(core: Core, request: Request) -> Model:
     version = request.path_params.get("version", model.version)
     if version != model.version:
         detail = f"model {name!r} has no version {version!r}; it has {model.version!r}"
+        if core.auth is not None and principal_in(request.scope) is None:
+            raise Problem("unknown-version", f"model {name!r} has no version {version!r}", model=name)
         raise Problem("unknown-version", detail, model=name, version=version, versions=[model.version])
     return model
 

@@ -77,7 +77,7 @@ def check_tls(cert: str | None, key: str | None) -> None:
     except (OSError, ValueError) as error:  # ssl's errors are OSErrors
         # Which of the files cannot be read, the system's text does not say.
         files = cert if key is None else f"{cert} with {key}"
-        why = error.strerror or getattr(error, "reason", None) or str(error)  # type: ignore[union-attr]
+        why = getattr(error, "strerror", None) or getattr(error, "reason", None) or str(error)
         raise SettingsError(f"server.tls_cert: cannot use {files}: {why}") from None
 
 

@@ -8,6 +8,7 @@ from starlette.routing import Route
 
 from server import __version__
 from server.core import Core
+from server.problems import Problem
 from server.routing import Endpoint, Needs, find, guarded, json, loaded
 from server.v2_describe import config, index_entry, metadata, statistics
 
@@ -49,7 +50,9 @@ def v2_routes(core: Core) -> list[Route]:
         return json([index_entry(model) for model in core.models.values()])
 
     async def infer(request: Request) -> Response:
-        raise AssertionError(f"InferRoutes serves {find(core, request).name}")
+        # `InferRoutes` serves those that exist.
+        find(core, request)
+        raise Problem("not-found", f"there is nothing at {request.url.path!r}")
 
     def of_model(path: str, needs: Needs, endpoint: Endpoint, method: str) -> list[Route]:
         bases = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")

@@ -10,6 +10,8 @@ from typing import Any
 from unittest import mock
 
 import httpx
+from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 import server.model
 from batcher.batcher import Batcher
@@ -18,6 +20,8 @@ from engines.errors import EngineError
 from engines.loader import load_engine
 from server.app import build
 from server.asgi import InferRoutes
+from server.auth.gate import Gate
+from server.auth.settings import AuthSettings
 from server.core import Core
 from server.settings import ModelSettings, ServerSettings, Settings
 from tests.serving import DEADLINE_S, GatedEngine
@@ -28,7 +32,8 @@ class InProcess:
     """A running application and a client for it."""
 
     core: Core
-    app: InferRoutes
+    app: ASGIApp
+    starlette: Starlette
     http: httpx.AsyncClient
 
     def batcher(self, name: str = "gate") -> Batcher:
@@ -40,7 +45,11 @@ class InProcess:
 
 @contextlib.asynccontextmanager
 async def in_process(
-    *models: ModelSettings, engines: Mapping[str, Engine] | None = None, ready: bool = True, **settings: Any
+    *models: ModelSettings,
+    engines: Mapping[str, Engine] | None = None,
+    ready: bool = True,
+    auth: AuthSettings | None = None,
+    **settings: Any,
 ) -> AsyncIterator[InProcess]:
     """The application with its lifespan; `engines` by path go before what the files would be loaded with."""
     fakes = engines or {}
@@ -48,7 +57,8 @@ async def in_process(
     def load(kind: str, path: str, max_batch_size: int, threads: int | None = None) -> Engine:
         return fakes.get(path) or load_engine(kind, path, max_batch_size, threads)
 
-    core = Core(Settings(server=ServerSettings(**{"drain_timeout_s": DEADLINE_S, **settings}), models=models))
+    http_settings = ServerSettings(**{"drain_timeout_s": DEADLINE_S, **settings})
+    core = Core(Settings(server=http_settings, models=models, auth=auth))
     loaded = asyncio.Event()
     core.on_ready = loaded.set
 
@@ -57,8 +67,9 @@ async def in_process(
 
     core.on_load_failed = failed
     app = build(core)
-    assert isinstance(app, InferRoutes)
-    starlette: Any = app.app
+    inner = app._app if isinstance(app, Gate) else app
+    assert isinstance(inner, InferRoutes)
+    starlette: Any = inner.app
     # What goes wrong inside must come back as a response, as it does over a socket.
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     with mock.patch.object(server.model, "load_engine", load):
@@ -70,7 +81,7 @@ async def in_process(
                 async with asyncio.timeout(DEADLINE_S):
                     await loaded.wait()
             try:
-                yield InProcess(core, app, http)
+                yield InProcess(core, app, starlette, http)
             finally:
                 for engine in fakes.values():
                     if isinstance(engine, GatedEngine):

@@ -204,6 +204,15 @@ def test_rfc8725_3_1_one_key_one_algorithm() -> None:
     assert not error.forged
 
 
+def test_rfc8725_3_1_even_if_a_key_of_another_algorithm_is_found() -> None:
+    class Careless(StaticKeys):
+        async def find(self, kid: str | None, algorithm: str) -> Key | None:
+            return signer("RS256").key()
+
+    same = Signer(signer("RS256").private, "PS256", "key-RS256")
+    assert "kid and alg" in refusal(same.token(), keys=Careless([])).detail
+
+
 @pytest.mark.parametrize("curve", [ec.SECP384R1(), ec.SECP521R1(), ec.SECP256K1()])
 def test_rfc8725_3_2_es256_with_another_curve(curve: ec.EllipticCurve) -> None:
     other = ec.generate_private_key(curve)
@@ -591,6 +600,14 @@ def test_rfc7519_7_2_header_and_payload_are_json_objects(text: bytes) -> None:
     error = refusal(signer().signed(good_head, text))
     assert not error.forged
     assert not refusal(signer().signed(text, as_json(good_claims()))).forged
+
+
+@pytest.mark.parametrize("claims", [{"scope": "\ud800"}, {"x": [{"\udfff": 1}]}, {"jti": "a\udc00\ud800"}])
+def test_rfc8259_8_2_halves_of_surrogate_pairs_anywhere(claims: dict[str, Any]) -> None:
+    refused_unchecked(signer().token(claims), "JSON")
+    refused_unchecked(signer().token(x=claims), "JSON")
+    # A whole pair is one character.
+    assert verify(signer().token({"scope": "\U0001f600"}))
 
 
 def test_rfc7515_4_duplicate_header_members() -> None:

@@ -5,8 +5,9 @@ remembered by a digest of the header that brought it: a principal until the toke
 withdrawn, a refusal that time will not mend for a minute. Both are bounded in number, the oldest goes
 first. API keys are looked up each time, since that costs a digest only.
 
-The digest, not the token, is the key: what is kept here is of no use to whoever reads it. A look-up's
-time tells nothing, since SHA-256 of what one does not know cannot be approached byte by byte.
+The digest, not the token, is the key here. (The fast path does keep the bytes of recent header blocks,
+tokens included, in this process's memory: server/fastpath.py.) A look-up's time tells nothing, since
+SHA-256 of what one does not know cannot be approached byte by byte.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class Authenticator:
         self._clock = clock
         self._now = wall_clock
         self._rules = {rule.model: rule for rule in settings.models}
+        self._named_scopes = {rule.scope for rule in settings.tenants}
+        self._named_scopes.update(scope for rule in settings.models for scope in rule.scopes)
         self._keys: dict[str, KeySource] = {one.issuer: self._source(one) for one in settings.issuers}
         self._verifier = TokenVerifier(settings, self._keys, wall_clock)
         self._api_keys = ApiKeys.read(Path(settings.api_keys_file)) if settings.api_keys_file else None
@@ -70,7 +73,10 @@ class Authenticator:
             return StaticKeys([load_secret(Path(issuer.secret_file))])
         if issuer.key_files:
             return StaticKeys(load_key_files([Path(name) for name in issuer.key_files], issuer.algorithms))
-        return FetchedKeys(issuer, self.settings, self._withdraw)
+        return FetchedKeys(issuer, self.settings, self._withdraw, on_ready=self._tell_ready)
+
+    def _tell_ready(self) -> None:
+        self.on_ready()
 
     async def start(self) -> None:
         """Begin to fetch keys; does not wait for them."""
@@ -93,7 +99,7 @@ class Authenticator:
             return self.challenges.missing()
         if credential.is_key:
             return self._by_api_key(credential.value)
-        digest = hashlib.sha256(credential.value).digest()
+        digest = _digest(credential)
         principal = self._remembered.get(digest)
         if principal is not None:
             if principal.expires_s > self._now():
@@ -157,18 +163,23 @@ class Authenticator:
 
     def _principal(self, verified: Verified) -> Principal:
         claims, issuer = verified.claims, verified.issuer
-        values = frozenset(_values(claims, issuer.permission_claims))
+        # Only what means something here: a token may be full of others' scopes.
+        found = _values(claims, issuer.permission_claims)
+        values = frozenset(
+            v for v in found if v in issuer.permissions or v in self._named_scopes or is_permission(v)
+        )
         if issuer.permissions:
             granted = frozenset(p for value in values for p in issuer.permissions.get(value, ()))
         else:
             granted = frozenset(filter(is_permission, values))
         name = claim_at(claims, issuer.tenant_claim)
         if len(self._keys) > 1:
-            # Two issuers may both know a "bob".
-            name = f"{issuer.name}/{name}"
+            # Two issuers may both know a "bob". An issuer's name has no "|", so this is no third one's.
+            name = f"{issuer.name}|{name}"
         return Principal(
             self.tenants.of(name, values),
-            f"token {issuer.issuer} {claims.get('sub', name)}",
+            # A token without sub is its tenant's: told apart from a sub of the same text.
+            f"token {issuer.issuer} {'sub ' + claims['sub'] if 'sub' in claims else 'tenant ' + name}",
             permissions=granted,
             values=values,
             expires_s=verified.expires_s,
@@ -200,7 +211,14 @@ def _values(claims: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
 
 
 def _digest(credential: Credential) -> bytes:
-    return hashlib.sha256(credential.value).digest()
+    """Of the token alone: one token is one, however the scheme before it is written."""
+    value = credential.value
+    if value[:7] != b"Bearer " or value[7:8] == b" " or value[-1:] == b" ":
+        scheme, _, token = value.strip().partition(b" ")
+        if scheme.lower() != b"bearer":
+            return hashlib.sha256(b"other " + value).digest()
+        return hashlib.sha256(token.strip()).digest()
+    return hashlib.sha256(value[7:]).digest()
 
 
 def _keep(store: dict[bytes, Any], digest: bytes, value: Any, most: int) -> None:

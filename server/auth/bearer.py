@@ -27,14 +27,21 @@ def credential_in(
 ) -> Credential | None:
     """The one credential of a request, None where there is none. Raises Problem for two."""
     found = [(name, value) for name, value in headers if name in (AUTHORIZATION, API_KEY)]
-    if b"access_token" in query or b"%" in query:
-        names = [unquote_plus(pair.partition("=")[0]) for pair in query.decode("latin-1").split("&")]
-        if "access_token" in names:
-            # Addresses end in logs and histories.
-            raise challenges.invalid_request("a token does not belong in the query: send Authorization")
+    if names_token(query):
+        # Addresses end in logs and histories.
+        raise challenges.invalid_request("a token does not belong in the query: send Authorization")
     if len(found) > 1:
         raise challenges.invalid_request("two credentials in one request: send one header, once")
     return Credential(found[0][1], found[0][0] == API_KEY) if found else None
+
+
+def names_token(query: bytes) -> bool:
+    """Whether a query has a token in it, as RFC 6750, 2.3 would."""
+    if b"access_token" not in query and b"%" not in query:
+        return False
+    return any(
+        unquote_plus(pair.partition("=")[0]) == "access_token" for pair in query.decode("latin-1").split("&")
+    )
 
 
 def token_of(authorization: bytes, challenges: Challenges) -> str:

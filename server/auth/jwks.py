@@ -86,7 +86,8 @@ class FetchedKeys:
     """Keys of an issuer's JWK set. Belongs to one event loop.
 
     `on_withdrawn` is told of each key that its issuer no longer publishes, or that became too old; a key
-    that stays keeps its object. `clock` is monotonic, in seconds, and must go with the loop's timers.
+    that stays keeps its object. `on_ready` is called when there are keys after there were none. `clock` is
+    monotonic, in seconds, and must go with the loop's timers.
     """
 
     def __init__(
@@ -96,10 +97,12 @@ class FetchedKeys:
         on_withdrawn: Callable[[Key], None],
         fetch: Fetch = fetch_url,
         clock: Callable[[], float] = time.monotonic,
+        on_ready: Callable[[], None] = lambda: None,
     ) -> None:
         self._issuer = issuer
         self._auth = auth
         self._on_withdrawn = on_withdrawn
+        self._on_ready = on_ready
         self._fetch = fetch
         self._clock = clock
         self._index = _Index()
@@ -206,6 +209,8 @@ class FetchedKeys:
             if key not in keys:
                 log.info("issuer %s withdrew key %r", self._issuer.name, key)
                 self._on_withdrawn(key)
+        if keys and not before:
+            self._on_ready()
 
     def _drop_stale(self) -> None:
         if self._clock() < self._stale_s:

@@ -29,6 +29,7 @@ log = logging.getLogger("cobatch.auth")
 Material = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey | bytes
 
 MAX_KID = 256
+_MOST_KEYS = 200
 # RFC 7518, 3.3. More than the upper bound takes milliseconds per token.
 _RSA_BITS = range(2048, 8193)
 _RSA_EXPONENT = 2**33
@@ -71,6 +72,8 @@ def parse_jwks(text: bytes, algorithms: Sequence[str]) -> list[Key]:
     listed = document.get("keys") if isinstance(document, dict) else None
     if not isinstance(listed, list):
         raise ValueError("it is not a JWK set: an object with a list 'keys'")  # noqa: TRY004 - a text's fault
+    if len(listed) > _MOST_KEYS:
+        raise ValueError(f"it has {len(listed)} keys, more than {_MOST_KEYS}")
     keys: list[Key] = []
     names: set[tuple[str | None, str]] = set()
     for jwk in listed:

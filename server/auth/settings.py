@@ -6,6 +6,7 @@ must be together is checked by `read_auth`, so that a mistake stops the start an
 """
 
 import ipaddress
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -68,6 +69,7 @@ class TenantRule(msgspec.Struct, frozen=True, kw_only=True):
     max_concurrent: Count | None = None  # requests that are accepted and not answered yet
     max_queue_rows: Count | None = None  # rows that wait for an engine, over all models
     requests_per_s: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+    weight: Annotated[float, Meta(ge=0.001, le=1000)] = 1.0  # its part beside other busy tenants
     burst: Count | None = None  # requests at once, beyond the rate; default: one second's, at least 1
 
 
@@ -174,6 +176,10 @@ def _check_together(auth: AuthSettings, source: str) -> None:
     for index, rule in enumerate(auth.tenants):
         if rule.tenant and rule.scope:
             raise SettingsError(f"auth.tenants[{index}]: tenant and scope together; give one ({source})")
+        if rule.tenant and len(auth.issuers) > 1 and "|" not in rule.tenant and not auth.api_keys_file:
+            names = ", ".join(issuer.name for issuer in auth.issuers)
+            what = "with several issuers a tenant is ISSUER'S NAME|TENANT"
+            raise SettingsError(f"auth.tenants[{index}].tenant: {what}; the issuers are {names} ({source})")
         if rule.burst is not None and rule.requests_per_s is None:
             raise SettingsError(f"auth.tenants[{index}].burst: needs requests_per_s ({source})")
     for index, rule_ in enumerate(auth.models):
@@ -182,6 +188,10 @@ def _check_together(auth: AuthSettings, source: str) -> None:
 
 
 def _check_issuer(where: str, issuer: Issuer, source: str) -> None:
+    for key in ("issuer", "name"):
+        if re.search(r"[\s|]", getattr(issuer, key)):
+            # They stand before tenants and subjects, and must not run into them.
+            raise refused(f"{where}.{key}", "text without spaces and |", getattr(issuer, key), source)
     ways = [name for name in ("jwks_url", "key_files", "secret_file") if getattr(issuer, name)]
     if len(ways) > 1:
         raise SettingsError(f"{where}: {' and '.join(ways)} together; give one ({source})")

@@ -42,7 +42,7 @@ class Tenants:
         if key not in self._kept:
             self._kept[key] = tenant
             if len(self._kept) > self._tidy_at:
-                self._tidy(key)
+                self._tidy()
         return tenant
 
     def _rule_for(self, name: str, values: Collection[str]) -> int:
@@ -62,12 +62,13 @@ class Tenants:
             max_queue_rows=rule.max_queue_rows,
             requests_per_s=rule.requests_per_s,
             burst=rule.burst,
+            weight=rule.weight,
         )
 
-    def _tidy(self, newest: _Key) -> None:
+    def _tidy(self) -> None:
         """Let go of those that nothing speaks for. The threshold doubles, so this is O(1) amortised."""
         now_s = self._clock()
-        self._kept = {
-            key: tenant for key, tenant in self._kept.items() if key == newest or not tenant.idle(now_s)
-        }
+        self._kept = {key: tenant for key, tenant in self._kept.items() if not tenant.idle(now_s)}
+        # Whoever is still here is used by somebody, and may spend its rate before that one goes.
+        self._kept = dict(self._all)
         self._tidy_at = max(self._least, 2 * len(self._kept))
