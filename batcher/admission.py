@@ -21,6 +21,11 @@ from batcher.queue import RequestQueue
 from batcher.request import Request
 from batcher.tenant import Tenant
 
+# A tenant may have so many times as much queued as there is room left (dynamic thresholds: Choudhury and
+# Hahne, IEEE/ACM Transactions on Networking, 1998). One alone fills 8/9 of the queue, and two 8/17 each;
+# what is left is for those that come, so that whoever floods the queue shuts nobody out.
+_SHARE_OF_ROOM = 8
+
 
 class Admission:
     """Of one model. `closed` is set once nothing more is accepted, to why."""
@@ -55,9 +60,11 @@ class Admission:
             if rows > self.max_queue_rows:
                 return TooManyRowsError(rows, self.max_queue_rows)
             return QueueFullError(queue.rows, self.max_queue_rows, self.drain_s)
-        if tenant is not None and tenant.limited:
-            return tenant.refusal(callers, rows, now_s, self.drain_s)
-        return None
+        if tenant is None:
+            return None
+        if queue.rows_of(tenant) > _SHARE_OF_ROOM * (self.max_queue_rows - queue.rows):
+            return QueueFullError(queue.rows, self.max_queue_rows, self.drain_s)
+        return tenant.refusal(callers, rows, now_s, self.drain_s) if tenant.limited else None
 
     def set_deadline(self, request: Request, now_s: float, free_s: float) -> BatcherError | None:
         """Give the request its deadline, if it or its model has one; why it cannot be kept, or None.

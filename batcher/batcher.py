@@ -163,7 +163,8 @@ class Batcher:
         if request.timeout_s is not None or self._has_deadlines:
             self._refuse(request, admission.set_deadline(request, now_s, self._dispatcher.free_s))
             assert request.timeout_s is not None
-            latest_s = request.timeout_s - admission.run_s(request.rows)
+            # Of a request that is split, the part that waits longest needs at least a run of its own.
+            latest_s = request.timeout_s - admission.run_s(min(request.rows, self.max_batch_size))
             request.expiry = self._loop.call_later(latest_s, self._expire, request)
         if tenant is not None:
             tenant.enter(request.callers, now_s)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-
 from math import prod
 from typing import TYPE_CHECKING
 

@@ -1,7 +1,7 @@
 """Why a request was not accepted, or was accepted and could not be answered.
 
-Split by blame: `QueueFullError`, `TooManyRowsError`, `TenantLimitError` and the two about lengths are
-about what the caller asks for, `DrainingError` is ours, `BatchFailedError` and `EngineGoneError` are the engine's.
+Split by blame: `QueueFullError`, `TooManyRowsError`, `TenantLimitError` and those about lengths are about
+what the caller asks for, `DrainingError` is ours, `BatchFailedError` and `EngineGoneError` are the engine's.
 """
 
 from __future__ import annotations

@@ -129,6 +129,11 @@ class Shares:
         self.active = 0  # tenants that have rows
         self.active_weight = 0.0
 
+    @property
+    def several(self) -> bool:
+        """Whether several tenants are known; those that are idle are, for a while."""
+        return len(self._of) > 1
+
     def of(self, tenant: Tenant | None) -> Share:
         """The tenant's share."""
         share = self._of.get(tenant)

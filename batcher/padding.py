@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from batcher.errors import BatcherError, LengthMismatchError, TooLongError
-from batcher.request import Batch, Payload, Request
+from batcher.request import Batch, Request
 from engines.base import RowShapes, Signature
 
 Index = tuple[slice, ...]
@@ -122,8 +122,8 @@ class Padder:
         request.row_shapes = pad.row_shapes
         return None
 
-    def add_masks(self, rows: int, row_shapes: list[tuple[int, ...]], payloads: list[Payload | None]) -> None:
-        """Make the masks that a caller left out, None in `payloads`: as long as what they are for, all ones."""
+    def add_masks(self, rows: int, row_shapes: list[tuple[int, ...]], payloads: list[Any]) -> None:
+        """Make the masks that a caller left out, None in `payloads`: all ones, as long as what they mask."""
         for told_from, mask in self.masks:
             if payloads[mask.tensor] is None:
                 size = row_shapes[told_from.tensor][told_from.axis]

@@ -4,9 +4,9 @@ The theory in five lines. While the engine is idle, waiting can only add latency
 leaves at once (unless `max_delay_s` asks for a wait, which runs from the oldest request, and ends where a
 deadline does or where nobody else is to be expected). While the engine is busy, waiting is free, so the
 next batch grows until the engine is done. A full batch gains nothing from waiting, so it leaves as soon as
-a slot is free and lies ready when the engine finishes; but where tenants compete it is made up as late as
-that allows, so that whoever comes meanwhile is not a whole batch too late (Symphony, Chen et al., 2023,
-defers a batch for as long as that costs nothing). What is full is `full_rows`: the size past which a row
+a slot is free and lies ready when the engine finishes; but where tenants or shapes compete it is made up as
+late as that allows, so that whoever comes meanwhile is not a whole batch too late (Symphony, Chen et al.,
+2023, defers a batch for as long as that costs nothing). What is full is `full_rows`: the size past which a row
 no longer gets cheaper (see `batcher.cost`), at most the largest batch the engine takes.
 """
 
@@ -17,7 +17,7 @@ from typing import Generic, Protocol, TypeVar
 
 FULL = "full"  # it has grown as far as growing pays
 IDLE = "idle"  # the engine is idle
-SHAPE = "shape"  # the same, and what else waits has another shape
+SHAPE = "shape"  # what else waits has another shape
 DELAY = "delay"  # the oldest request has waited as long as it may for company
 DEADLINE = "deadline"  # a deadline leaves no time to wait or to grow
 DRAIN = "drain"  # the server stops
@@ -31,7 +31,8 @@ LEAD_S = 0.002
 class GroupView(Protocol):
     """What the policy sees of a group: rows that may share a batch."""
 
-    rows: int
+    @property
+    def rows(self) -> int: ...
 
 
 G_co = TypeVar("G_co", bound=GroupView, covariant=True)
@@ -40,7 +41,8 @@ G_co = TypeVar("G_co", bound=GroupView, covariant=True)
 class QueueView(Protocol[G_co]):
     """What the policy sees of the queue. `oldest_s`, `next_group`: only where there are rows."""
 
-    rows: int
+    @property
+    def rows(self) -> int: ...
 
     @property
     def full_rows(self) -> int: ...
@@ -123,14 +125,15 @@ def decide(queue: QueueView[G_co], now: Now, limits: Limits) -> Dispatch[G_co] |
 
 
 def _while_busy(queue: QueueView[G_co], now: Now) -> Dispatch[G_co] | WaitUntil | None:
-    """Only a full batch leaves, and where tenants compete only when it is about to be run."""
-    full = queue.full_group
-    if full is None:
+    """Nothing leaves unless a batch is full. Where tenants or shapes compete, one leaves when it is about to
+    be run, and whose turn it is goes even if it has not filled a batch: always behind full ones, it would
+    wait for ever."""
+    if queue.full_group is None:
         return None
-    if queue.contended and now.time_s < now.free_s - LEAD_S:
+    if (queue.contended or queue.shapes > 1) and now.time_s < now.free_s - LEAD_S:
         return WaitUntil(now.free_s - LEAD_S)
     group = queue.next_group
-    return Dispatch(group if group.rows >= queue.full_rows else full, FULL)
+    return Dispatch(group, FULL if group.rows >= queue.full_rows else SHAPE)
 
 
 def _after_a_wait(queue: QueueView[G_co], now: Now, max_delay_s: float) -> Dispatch[G_co] | WaitUntil:

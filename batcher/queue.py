@@ -107,8 +107,8 @@ class RequestQueue:
 
     @property
     def contended(self) -> bool:
-        """Whether several tenants have rows."""
-        return self._shares.active > 1
+        """Whether several tenants have rows, or had lately: the next of them may come any moment."""
+        return self._shares.several
 
     @property
     def shapes(self) -> int:
@@ -329,6 +329,10 @@ class RequestQueue:
         beyond_s = run_s / rows - self.row_s
         for share, its_rows in shares.items():
             share.owed_s += its_rows * beyond_s
+
+    def rows_of(self, tenant: Tenant) -> int:
+        """Rows that a tenant has queued."""
+        return self._shares.of(tenant).rows
 
     def ahead_of(self, tenant: Tenant | None) -> float:
         """Rows that will run before one that this tenant queues now, as far as shares foretell it."""

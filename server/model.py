@@ -12,6 +12,7 @@ from batcher.tenant import Tenant
 from engines.errors import EngineError
 from engines.loader import load_engine
 from engines.worker import Worker
+from server.padding import make_padder
 from server.problems import Problem, from_error
 from server.settings import ModelSettings
 from server.v2_decode import Decoder
@@ -47,11 +48,12 @@ class Model:
         settings = self.settings
         try:
             worker = await self._open()
+            engine = worker.engine
+            padder = make_padder(self.name, settings.pad, engine.signature)
         except EngineError as error:
             self.load_error = error
             raise
-        engine = worker.engine
-        self.decoder = Decoder(engine.signature, settings.max_queue_rows)
+        self.decoder = Decoder(engine.signature, settings.max_queue_rows, padder)
         self.encoder = Encoder(self.name, self.version, engine.signature)
         self.batcher = Batcher(
             self.name,
@@ -62,6 +64,7 @@ class Model:
             deadline_ms=settings.deadline_ms,
             execution_timeout_ms=settings.execution_timeout_ms,
             on_hung=self._on_hung,
+            padder=padder,
             loop=loop,
         )
         log.info(
@@ -139,6 +142,14 @@ class Model:
             await self.batcher.drain(drain_timeout_s)
             counted = self.batcher.counters
             log.info("model %s: ran %d rows in %d batches", self.name, counted.rows, counted.batches)
+            padded = counted.padding_total
+            if padded is not None:
+                log.info(
+                    "model %s: %.1f %% of %d elements were padding",
+                    self.name,
+                    padded.waste * 100,
+                    padded.elements,
+                )
         if self._reopening is not None:
             self._reopening.cancel()
         if self._worker is not None:

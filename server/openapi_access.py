@@ -120,7 +120,9 @@ def complete(described: Json, auth: Authenticator | None) -> None:
     """Turn what `operation` has left beside an operation into answers, and say who may use it."""
     needs: Needs = described.pop("x-needs")
     slugs = set(described.pop("x-problems"))
-    if auth is not None:
+    if auth is None:
+        slugs -= OF_AUTH
+    else:
         described["description"] += f" {_SAID[needs]}"
     if auth is not None and needs != "open":
         described["security"] = [{name: []} for name in security_schemes(auth)]

@@ -127,13 +127,13 @@ _EXAMPLES: dict[str, tuple[str, Json]] = {
     "draining": ("the server is about to stop", {"retry_after_s": 1}),
     "abandoned": ("the server stopped before the request was done", {"retry_after_s": 1}),
     "engine-dead": ("the engine of model 'scores' is unusable", _REFERENCE),
-    "expired": ("the request waited 5 ms and was not run", {"timeout_ms": 5.0}),
+    "expired": ("the request could not be run within its timeout of 5 ms", {"timeout_ms": 5.0}),
     "deadline-too-short": (
         "the request has 1 ms, and its run alone takes 3 ms",
         {"timeout_ms": 1.0, "needed_ms": 3.0},
     ),
     "execution-timeout": (
-        "the run took longer than 1000 ms",
+        "model 'scores' did not finish within 1000 ms",
         {"model": "scores", "limit_ms": 1000.0},
     ),
 }

@@ -108,7 +108,7 @@ def batch_path(models: Described) -> Json:
                 "batch", BATCH, "Many requests in one call", text,
                 {"200": answer("All answers.", "BatchResponse", {"responses": answers}, "Content-Encoding")},
                 needs="known",
-                problems=(*BODY, "duplicate-id", "too-many-items"),
+                problems=(*BODY, "duplicate-id", "too-many-items", "forbidden", "tenant-limit"),
                 parameters=[ACCEPT_ENCODING],
                 body={JSON: {"schema": ref("BatchRequest"), "examples": {"two": example}}},
             )

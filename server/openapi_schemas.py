@@ -83,6 +83,7 @@ def _shown(kind: type[msgspec.Struct], name: str, **types: Any) -> Any:
 
 # The members' types, where they are not a number that counts something.
 _TEXT = {"type": "string"}
+_NUMBER = {"type": "number"}
 _TEXTS = {"type": "array", "items": _TEXT}
 # Long ones are cut, and end with "...".
 _SHAPE = {"type": "array", "items": {"type": ["integer", "string"]}}
@@ -90,12 +91,14 @@ _MEMBER_TYPES: dict[str, Json] = {
     "actual": {"anyOf": [_TEXT, _SHAPE]},
     "expected": {"anyOf": [_TEXT, _SHAPE]},
     "shape": _SHAPE,
-    "timeout_ms": {"type": "number"},
+    **dict.fromkeys(("limit_ms", "needed_ms", "timeout_ms"), _NUMBER),
     **dict.fromkeys(("allowed", "inputs", "models", "outputs", "supported", "versions"), _TEXTS),
     **dict.fromkeys(
-        ("datatype", "encoding", "field", "id", "model", "parameter", "reference", "tensor", "version"), _TEXT
+        ("datatype", "encoding", "field", "id", "model", "parameter", "permission", "reference", "tenant",
+         "tensor", "version", "what"),
+        _TEXT,
     ),
-}
+}  # fmt: skip
 
 
 def _problem() -> Json:

@@ -13,6 +13,8 @@ from engines.base import Signature, TensorSpec
 from engines.errors import EngineLoadError
 from server.pad_settings import PadSettings
 
+_MOST_BF16 = 3.38e38
+
 log = logging.getLogger("cobatch.model")
 
 
@@ -138,6 +140,7 @@ def _value(key: str, spec: TensorSpec, value: bool | float | str | None) -> Any:
         fits = value in (0, 1) and not isinstance(value, str)
     elif spec.datatype == "BF16" or kind == "f":
         fits = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = fits and (abs(float(value)) < _MOST_BF16 or spec.datatype != "BF16")
     elif isinstance(value, int) and not isinstance(value, bool):
         fits = np.iinfo(spec.dtype).min <= value <= np.iinfo(spec.dtype).max
     if fits and isinstance(value, str):

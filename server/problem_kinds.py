@@ -151,9 +151,11 @@ KINDS = _table(
          "Send fewer or shorter headers."),
     # 422: the request is one, but not for this model
     Kind("wrong-shape", 422, "A tensor has the wrong shape",
-         "A tensor's shape is not the model's, or its number of rows differs from the other inputs'.",
-         "Send the shape in `expected`, where -1 stands for any size; the first axis counts the rows.",
-         ("tensor", "expected", "actual")),
+         "A tensor's shape is not the model's, its number of rows differs from the other inputs', or an axis "
+         "that is padded is longer than the longest that is padded to, or not as long as another input's.",
+         "Send the shape in `expected`, where -1 stands for any size, but at most `limit` where that is "
+         "there; the first axis counts the rows.",
+         ("tensor", "expected", "actual", "limit")),
     Kind("wrong-datatype", 422, "A tensor has the wrong datatype",
          "A tensor's datatype is not the one that the model takes.",
          "Convert the data to the datatype in `expected`; the server never converts silently.",

@@ -33,7 +33,7 @@ MEMBERS = {
     "inputs": "names of the model's inputs",
     "left_bytes": "bytes that the body had left at that point",
     "left_over_bytes": "bytes after the last tensor",
-    "limit": "the most that is accepted, in the unit of the kind: rows, items or predictions",
+    "limit": "the most that is accepted, in the unit of the kind: rows, items, predictions or elements",
     "limit_ms": "the most time that is allowed, in milliseconds",
     "limit_bytes": "the most bytes that are accepted",
     "model": "the model's name",

@@ -89,6 +89,8 @@ _FROM: dict[type[batching.BatcherError], tuple[str, tuple[str, ...], dict[str, s
         {},
     ),
     batching.TooManyRowsError: ("too-many-rows", ("rows", "limit"), {}),
+    batching.TooLongError: ("wrong-shape", ("tensor", "expected", "actual", "limit"), {}),
+    batching.LengthMismatchError: ("wrong-shape", ("tensor", "expected", "actual"), {}),
     batching.DeadlineUnreachableError: (
         "deadline-unreachable",
         ("retry_after_s",),

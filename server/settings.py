@@ -19,6 +19,7 @@ import msgspec
 from msgspec import Meta
 
 from server.auth.settings import AuthSettings, read_auth
+from server.pad_settings import PadSettings, read_pad
 from server.setting_values import (
     SettingsError,
     Table,
@@ -68,6 +69,7 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     ] = None
     max_queue_rows: Annotated[Rows, Meta(description="rows that may wait (default: 16 batches, >= 1024)")] = 0
     threads: Annotated[Threads | None, Meta(description="the engine's threads (default: cores - 1)")] = None
+    pad: tuple[PadSettings, ...] = ()
 
     def __post_init__(self) -> None:
         """Fill in what follows from other fields, so that readers never meet "not set"."""
@@ -113,7 +115,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 SERVER_FIELDS = fields_of(ServerSettings)
-MODEL_FIELDS = fields_of(ModelSettings)
+# Without `pad`, whose tables are for a file only.
+MODEL_FIELDS = {name: kind for name, kind in fields_of(ModelSettings).items() if name != "pad"}
 _TABLES = ("server", "models", "auth")
 # `path` is the MODEL argument; as a variable it is called COBATCH_MODEL.
 _FLAG_TYPES: dict[str, Any] = {
@@ -229,7 +232,11 @@ def _from_file(path: Path, origin: str) -> tuple[Table, list[Table], AuthSetting
         raise refused("models", "an array of tables, written [[models]]", listed, source)
     models = []
     for index, table in enumerate(listed):
-        model = check_table(f"models[{index}]", table, MODEL_FIELDS, source, _belongs)
+        fields = MODEL_FIELDS | {"pad": Any}
+        model = check_table(f"models[{index}]", table, fields, source, _belongs)
+        if "pad" in model:
+            given = model["pad"]
+            model["pad"] = given._replace(value=read_pad(given.value, given.key, source))
         if "path" not in model:
             raise SettingsError(f"models[{index}].path: missing; expected the model's file ({source})")
         given = model["path"]

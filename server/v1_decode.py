@@ -112,7 +112,7 @@ def _query_options(query: Sequence[tuple[str, str]]) -> RawOptions:
 
 
 def _only_input(field: Field, decoder: Decoder) -> Field:
-    names = [spec.name for spec in decoder.signature.inputs]
+    names = [spec.name for spec in decoder.required]
     if len(names) != 1:
         detail = f"a body that is one tensor needs a model with one input, this one has {', '.join(names)}"
         raise Problem("bad-request", detail)
@@ -127,7 +127,7 @@ def _work(fields: Sequence[Field], options: Options, shapes: dict[str, list[int]
             raise Problem("bad-parameter", f"shapes: there is no part {name!r}", parameter="shapes")
     specs = decoder.signature.inputs
     names = [spec.name for spec in specs]
-    payloads: list[Payload] = [b""] * len(specs)
+    payloads: list[Any] = [None] * len(specs)
     row_shapes: list[tuple[int, ...]] = [()] * len(specs)
     rows = -1
     for field, tensor in zip(fields, tensors, strict=True):
@@ -138,6 +138,7 @@ def _work(fields: Sequence[Field], options: Options, shapes: dict[str, list[int]
             raise decoder.wrong_shape(tensor, specs[index], f"the other inputs have {rows} rows")
         rows = tensor.shape[0]
     timeout_s = None if options.deadline_ms is None else options.deadline_ms / 1000
+    decoder.add_masks(rows, row_shapes, payloads)
     return Work(rows, tuple(row_shapes), payloads, _wants(options, decoder), options.priority, timeout_s)
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import simdjson
 
 from batcher.errors import TooManyRowsError
+from batcher.padding import Padder
 from batcher.request import Payload
 from engines.base import RowShapes, Signature, TensorSpec
 from server.problems import Problem, from_error
@@ -62,7 +63,12 @@ class Decoded(NamedTuple):
 class Decoder:
     """Decodes infer requests for one model; `server.v1_decode` checks its tensors with the same methods."""
 
-    def __init__(self, signature: Signature, most_rows: int) -> None:
+    def __init__(self, signature: Signature, most_rows: int, padder: Padder | None = None) -> None:
+        self._padder = padder
+        masks = set() if padder is None else {mask.tensor for _, mask in padder.masks}
+        # What a caller must send, and the only input of it, if it is one.
+        self.required = [spec for index, spec in enumerate(signature.inputs) if index not in masks]
+        self._required = {spec.name for spec in self.required}
         self.most_rows = most_rows
         self.signature = signature
         self._specs = signature.inputs
@@ -154,11 +160,23 @@ class Decoder:
 
     def _decode_raw(self, body: Body) -> Decoded:
         """A body that is one row of the only input and nothing else; all outputs come as binary."""
-        if len(self._specs) != 1:
+        if len(self.required) != 1:
             detail = f"a raw body needs a model with one input, this one has {', '.join(self._names)}"
             raise Problem("bad-binary", detail, inputs=self._names)
-        row_shape, payload = read_raw(body, self._specs[0])
-        return Decoded(1, (row_shape,), [payload], None, self._all_binary)
+        row_shape, payload = read_raw(body, self.required[0])
+        if self._padder is None:
+            return Decoded(1, (row_shape,), [payload], None, self._all_binary)
+        index = self._specs.index(self.required[0])
+        row_shapes: list[tuple[int, ...]] = [()] * len(self._specs)
+        payloads: list[Any] = [None] * len(self._specs)
+        row_shapes[index], payloads[index] = row_shape, payload
+        self.add_masks(1, row_shapes, payloads)
+        return Decoded(1, tuple(row_shapes), payloads, None, self._all_binary)
+
+    def add_masks(self, rows: int, row_shapes: list[tuple[int, ...]], payloads: list[Any]) -> None:
+        """Make the inputs that a caller may leave out, and did: they are None in `payloads`."""
+        if self._padder is not None:
+            self._padder.add_masks(rows, row_shapes, payloads)
 
     def _decoded(
         self, message: InferMessage, rows: int, row_shapes: RowShapes, payloads: Sequence[Payload]
@@ -183,8 +201,8 @@ class Decoder:
         tensors = message.inputs
         if [tensor.name for tensor in tensors] != self._names:
             self.check_names(tensors)
-        payloads: list[Payload] = [b""] * len(tensors)
-        row_shapes: list[tuple[int, ...]] | None = None if self._fixed else [()] * len(tensors)
+        payloads: list[Any] = [None] * len(self._specs)
+        row_shapes: list[tuple[int, ...]] | None = None if self._fixed else [()] * len(self._specs)
         rows = -1
         offset = 0
         for position, tensor in enumerate(tensors):
@@ -216,7 +234,11 @@ class Decoder:
                 f"{len(tail) - offset} bytes are left over after the last binary tensor",
                 left_over_bytes=len(tail) - offset,
             )
-        return rows, self.row_shapes if row_shapes is None else tuple(row_shapes), payloads
+        if row_shapes is None:
+            return rows, self.row_shapes, payloads
+        if self._padder is not None:
+            self._padder.add_masks(rows, row_shapes, payloads)
+        return rows, tuple(row_shapes), payloads
 
     def _rows(self, tensor: InputTensor, spec: TensorSpec, others: int) -> int:
         """The first tensor's rows, where `others` is -1; a Problem for one that differs from the others'."""
@@ -229,7 +251,7 @@ class Decoder:
         return rows
 
     def check_names(self, tensors: list[InputTensor]) -> None:
-        """Raises Problem unless each input is there exactly once, and no others."""
+        """Raises Problem unless each input is there exactly once, but for masks, and no others."""
         seen = set()
         for tensor in tensors:
             if tensor.name not in self._names:
@@ -243,7 +265,7 @@ class Decoder:
                 raise Problem("duplicate-tensor", f"input {tensor.name!r} is given twice", tensor=tensor.name)
             seen.add(tensor.name)
         for name in self._names:
-            if name not in seen:
+            if name not in seen and name in self._required:
                 raise Problem("missing-tensor", f"input {name!r} is missing", tensor=name)
 
     def check_tensor(self, tensor: InputTensor, spec: TensorSpec) -> None:

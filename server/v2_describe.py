@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from batcher.counters import BatchFigures
+from batcher.counters import BatchFigures, Counters, PaddingFigures
 from engines.base import TensorSpec
 from server.model import Model
 
@@ -39,7 +39,10 @@ def config(model: Model) -> Json:
         "backend": engine.platform.partition("_")[0],
         "version_policy": {"specific": {"versions": [model.version]}},
         "max_batch_size": engine.max_batch_size,
-        "input": [_config_tensor(spec) for spec in engine.signature.inputs],
+        "input": [
+            _config_tensor(spec) | ({} if spec in model.decoder.required else {"optional": True})
+            for spec in engine.signature.inputs
+        ],
         "output": [_config_tensor(spec) for spec in engine.signature.outputs],
         "dynamic_batching": {
             "preferred_batch_size": [model.loaded_batcher.full_rows],
@@ -99,6 +102,27 @@ def statistics(model: Model) -> Json:
             }
             for rows, figures in sorted(by_rows.items())
         ],
+        **_padding(counters),
+    }
+
+
+def _padding(counters: Counters) -> Json:
+    """How much of what ran was padding, as a whole and for each bucket; nothing where nothing is padded."""
+    total = counters.padding_total
+    if total is None:
+        return {}
+    buckets = [
+        {"lengths": lengths, **_padded(figures)} for lengths, figures in sorted(counters.padding.items())
+    ]
+    return {"padding": {**_padded(total), "waste": round(total.waste, 6), "buckets": buckets}}
+
+
+def _padded(figures: PaddingFigures) -> Json:
+    return {
+        "batches": figures.batches,
+        "rows": figures.rows,
+        "elements": figures.elements,
+        "padding": figures.padding,
     }
 
 

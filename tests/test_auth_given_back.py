@@ -1,4 +1,4 @@
-"""Whatever end a request comes to, its tenant has back what it took; and where a tenant stands, in headers."""
+"""Whatever end a request comes to, its tenant has back what it took. Where it stands, in headers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ def stack() -> Iterator[contextlib.ExitStack]:
 @pytest.mark.parametrize("rows", [1, 4, 10])
 def test_a_client_that_leaves(running: Protected, stack: contextlib.ExitStack, rows: int) -> None:
     running.occupy(stack)
-    clients = [running.send(stack, data) for data in (infer(token("a"), *range(rows)), predict(token("a"), *range(rows)))]
+    clients = [
+        running.send(stack, data)
+        for data in (infer(token("a"), *range(rows)), predict(token("a"), *range(rows)))
+    ]
     assert running.account("a") == (2, 2 * rows)
     for client in clients:
         client.close()
@@ -122,7 +125,9 @@ def test_the_end_answers_what_was_accepted(running: Protected, stack: contextlib
     assert running.account("a") == (0, 0)
 
 
-def test_the_end_gives_up_what_takes_too_long(fast: bool, tmp_path: Path, stack: contextlib.ExitStack) -> None:
+def test_the_end_gives_up_what_takes_too_long(
+    fast: bool, tmp_path: Path, stack: contextlib.ExitStack
+) -> None:
     with protected(fast, tmp_path, tenants=RULES, server={"drain_timeout_s": 0.0}) as running:
         running.occupy(stack)
         clients = [running.send(stack, infer(token("a"), *range(rows))) for rows in (1, 10)]
@@ -133,7 +138,7 @@ def test_the_end_gives_up_what_takes_too_long(fast: bool, tmp_path: Path, stack:
         assert running.account("a") == (0, 0)
 
 
-# RateLimit (draft-ietf-httpapi-ratelimit-headers-10)
+# The headers RateLimit and RateLimit-Policy, as draft-ietf-httpapi-ratelimit-headers-10 has them
 
 
 def stands(answer: Answer) -> tuple[str, str]:
@@ -153,8 +158,13 @@ def test_where_a_tenant_stands(running: Protected) -> None:
         answer = running.ask(request)
         assert answer.status == 429
         assert stands(answer)[1].startswith('"requests";r=0;t=')
-    for request in (get_as(token("slow"), "/v2/models/gate"), get_as(token("slow"), "/none"), batch(token("slow"), item()),
-                    infer(token("slow", scope="admin"))):  # fmt: skip
+    slow = token("slow")
+    for request in (
+        get_as(slow, "/v2/models/gate"),
+        get_as(slow, "/none"),
+        batch(slow, item()),
+        infer(token("slow", scope="admin")),
+    ):
         assert stands(running.ask(request))[0] == policy
 
 
@@ -173,8 +183,15 @@ def test_where_a_tenant_stands_with_two_limits(running: Protected, stack: contex
 
 
 def test_nobody_else_is_told_where_he_stands(running: Protected) -> None:
-    for request in (infer(token("bob")), infer(token("bob", "admin")), predict(token("bob")), infer("x"), get("/v2"),
-                    get_as(token("slow"), "/v2/health/live")):  # fmt: skip
+    bob = token("bob")
+    for request in (
+        infer(bob),
+        infer(token("bob", "admin")),
+        predict(bob),
+        infer("x"),
+        get("/v2"),
+        get_as(token("slow"), "/v2/health/live"),
+    ):
         headers = running.ask(request).headers
         assert not headers.keys() & {"ratelimit", "ratelimit-policy"}
 

@@ -1,4 +1,4 @@
-"""A server and a real issuer (tests/issuer.py): tokens by client credentials, rotation, outage, unknown keys."""
+"""A server and a real issuer (tests/issuer.py): client credentials, rotation, outage, unknown keys."""
 
 from __future__ import annotations
 
@@ -59,7 +59,10 @@ def test_a_token_by_client_credentials(fast: bool, issuing: Issuer) -> None:
         assert served.ask(predict(alice)).status == 200
         assert served.ask(infer(bob)).slug == "forbidden"
         assert served.ask(get_as(bob, "/v2/models/gate")).status == 200
-        for other in (issuing.token("alice", "infer", "https://other.test/"), issuing.token("alice", resource=None)):
+        for other in (
+            issuing.token("alice", "infer", "https://other.test/"),
+            issuing.token("alice", resource=None),
+        ):
             refused(served.ask(infer(other)))
         assert issuing.jwks_requests == 1
 
@@ -135,7 +138,7 @@ def test_an_issuer_that_is_down_at_the_start(fast: bool, issuing: Issuer) -> Non
 def test_rfc7517_a_flood_of_unknown_kids_costs_the_issuer_one_request(fast: bool, issuing: Issuer) -> None:
     with serving(fast, issuing, jwks_cooldown_s=864_000.0) as served:
         good = issuing.token("alice", "infer")
-        head, claims, signature = good.split(".")
+        _, claims, signature = good.split(".")
         text = issuer.part(good, 0)
         assert served.ask(infer(good)).status == 200
         asked = issuing.jwks_requests

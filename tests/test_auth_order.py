@@ -121,7 +121,7 @@ def test_a_remembered_token_is_refused_once_its_key_is_withdrawn(running: Protec
     with running.served.connect() as client:
         for _ in range(3):
             assert client.ask(request).status == 200
-        with mock.patch.object(running.auth._keys[ISSUER], "recall", lambda kid, algorithm: None):
+        with mock.patch.object(running.auth._keys[ISSUER], "recall", return_value=None):
             running.served.call(lambda: running.auth._withdraw(key))
             for _ in range(2):
                 answer = client.ask(request)

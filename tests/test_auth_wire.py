@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests import tokens
 from tests.protected import METADATA, SIGNER, Protected, bearer, challenge, get_as, infer, protected, token
 from tests.serving import GATE, Answer, data_of, gate, get, post, rows_of
-from tests.tokens import AUDIENCE, ISSUER, NOW_S, hs256, unsigned
+from tests.tokens import AUDIENCE, ISSUER, NOW_S, Signer, hs256, unsigned
 
 RESOURCE = {"resource_metadata": METADATA}
 
@@ -62,7 +63,9 @@ def test_rfc9110_11_6_1_a_scheme_that_is_not_offered(running: Protected) -> None
         assert refused(answer, 401, "unauthenticated") == {}
 
 
-@pytest.mark.parametrize("value", ["Bearer", "Bearer a b", "Bearer a,b", 'Bearer "a"', "Bearer =", "Bearer ä"])
+@pytest.mark.parametrize(
+    "value", ["Bearer", "Bearer a b", "Bearer a,b", 'Bearer "a"', "Bearer =", "Bearer ä"]
+)
 def test_rfc6750_3_1_malformed(running: Protected, value: str) -> None:
     answer = running.ask(gate(1, headers={"Authorization": value}))
     assert refused(answer, 400, "bad-authorization", "invalid_request") == {}
@@ -95,7 +98,7 @@ HOSTILE = {
     "none": unsigned(b'{"alg":"none","typ":"at+jwt"}', tokens.as_json(tokens.good_claims()), b""),
     "confusion": hs256(secret=SIGNER.pem(), kid=SIGNER.kid),
     "stripped": SIGNER.token().rpartition(".")[0] + ".",
-    "forged": tokens.Signer(tokens.ec.generate_private_key(tokens.ec.SECP256R1()), "ES256", SIGNER.kid).token(),
+    "forged": Signer(ec.generate_private_key(ec.SECP256R1()), "ES256", SIGNER.kid).token(),
     "garbage": "garbage",
     "huge": "a" * 9000,
 }
@@ -187,11 +190,18 @@ def test_a_path_behind_a_proxys_prefix_or_an_odd_spelling_opens_nothing(running:
 
 
 def test_rfc9068_no_token_in_logs_or_answers(running: Protected, caplog: pytest.LogCaptureFixture) -> None:
-    secrets = [*HOSTILE.values(), token(), token(scope="metadata"), running.keys["job"], running.keys["job"][:-1]]
+    secrets = [
+        *HOSTILE.values(),
+        token(),
+        token(scope="metadata"),
+        running.keys["job"],
+        running.keys["job"][:-1],
+    ]
     with caplog.at_level(logging.DEBUG):
         for secret in secrets:
-            asked = [infer(secret), get_as(secret, "/v2"), get_as(secret, "/nothing"), get(f"/v2?access_token={secret}"),
-                     get_as(secret, f"/v2?access_token={secret}"), gate(1, headers={"X-API-Key": secret}),
+            asked = [infer(secret), get_as(secret, "/v2"), get_as(secret, "/nothing"),
+                     get(f"/v2?access_token={secret}"), get_as(secret, f"/v2?access_token={secret}"),
+                     gate(1, headers={"X-API-Key": secret}),
                      gate(1, headers={"Authorization": f"Bearer {secret} x"}),
                      infer(secret) + b"not HTTP\r\n\r\n"]  # fmt: skip
             answers = [running.ask(data) for data in asked]

@@ -98,7 +98,7 @@ async def test_items_ride_in_the_same_batches() -> None:
     async with gated() as (running, engine):
         answers = await ask(running, *map(infer, range(3)), get("/v2"), *map(infer, range(3, 10)))
         assert engine.ran == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-        assert answers[0]["headers"]["server-timing"].endswith("batch;desc=4")
+        assert answers[0]["headers"]["server-timing"].endswith("batch;desc=4, reason;desc=full")
 
 
 async def test_items_ride_with_other_callers() -> None:

@@ -22,6 +22,7 @@ from engines.base import DATATYPES, Signature, TensorSpec
 from server import openapi_examples, v1_decode
 from server.docs_page import render
 from server.openapi import describe
+from server.openapi_access import OF_AUTH
 from server.openapi_errors import problem_examples
 from server.problem_kinds import KINDS
 from server.problem_members import ALWAYS, MEMBERS, SOMETIMES
@@ -68,6 +69,32 @@ def check(document: Json, schema: Json, value: object) -> None:
     jsonschema_rs.validator_for(root).validate(value)
 
 
+def described(running: InProcess) -> set[tuple[str, str]]:
+    return {(path, method) for path, method, _ in operations(describe(running.core))}
+
+
+def served(running: InProcess) -> set[tuple[str, str]]:
+    """Paths and methods of the routes."""
+    routes = running.starlette.router.routes
+    assert len(routes) > 20
+    assert all(isinstance(route, Route) for route in routes)
+    return {
+        (route.path, method.lower())
+        for route in routes
+        if isinstance(route, Route)
+        for method in (route.methods or set()) - {"HEAD"}
+    }
+
+
+def slugs_of(operation: Json) -> set[str]:
+    """The kinds of problems among an operation's answers."""
+    return {
+        slug
+        for response in operation["responses"].values()
+        for slug in response["content"].get("application/problem+json", {}).get("examples", {})
+    }
+
+
 def media_of(response: Json, kind: str) -> Json:
     found: Json = response["content"][kind]
     return found
@@ -78,16 +105,7 @@ def media_of(response: Json, kind: str) -> Json:
 
 async def test_every_route_is_described_and_nothing_else() -> None:
     async with gated() as (running, _):
-        routes: Any = running.app.app
-        served = {
-            (route.path, method.lower())
-            for route in routes.router.routes
-            if isinstance(route, Route)
-            for method in (route.methods or set()) - {"HEAD"}
-        }
-        assert len(routes.router.routes) > 20
-        assert all(isinstance(route, Route) for route in routes.router.routes)
-        assert {(path, method) for path, method, _ in operations(describe(running.core))} == served
+        assert described(running) == served(running)
 
 
 async def test_the_document_is_valid(tmp_path: Path) -> None:
@@ -133,13 +151,10 @@ def test_every_problem_is_described() -> None:
 async def test_every_problem_is_an_answer_of_some_operation() -> None:
     async with gated() as (running, _):
         document = describe(running.core)
-    slugs = {
-        slug
-        for _, _, operation in operations(document)
-        for response in operation["responses"].values()
-        for slug in response["content"].get("application/problem+json", {}).get("examples", {})
-    }
-    assert slugs == set(KINDS) - IN_ITEMS
+    slugs = set().union(*[slugs_of(operation) for _, _, operation in operations(document)])
+    # Those of callers: tests/test_openapi_access.py.
+    assert slugs == set(KINDS) - IN_ITEMS - OF_AUTH
+    assert set(document["components"]["examples"]) == set(KINDS) - OF_AUTH
     assert set(document["components"]["schemas"]["Problem"]["properties"]) == {*ALWAYS, *SOMETIMES, *MEMBERS}
 
 

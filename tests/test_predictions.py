@@ -32,7 +32,7 @@ async def test_the_whole_object(app: App) -> None:
     usage = object_["usage"]
     assert (usage["rows"], usage["batch_rows"]) == (2, 2)
     assert all(isinstance(usage[name], int) and usage[name] > 0 for name in ("queue_us", "compute_us"))
-    assert answer.headers["server-timing"].endswith("batch;desc=2")
+    assert answer.headers["server-timing"].endswith("batch;desc=2, reason;desc=idle")
 
 
 async def test_only_the_outputs_that_are_asked_for(app: App) -> None:

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from batcher.errors import BatcherError, DeadlineTooShortError, DeadlineUnreachableError
 from engines.errors import EngineDeadError, EngineError, EngineRunError
+from server.auth.settings import AuthSettings, Issuer, TenantRule
 from server.problem_kinds import KINDS
 from server.problem_members import ALWAYS, SOMETIMES
 from tests.in_process import InProcess, gated
+from tests.protected import SIGNER, settings_in
 from tests.serving import GATE, GatedEngine, rows_of
+from tests.tokens import AUDIENCE, ISSUER, good_claims
 
 ROOT = Path(__file__).parents[1]
 PREDICTIONS = "/v1/models/gate/predictions"
 X: dict[str, Any] = {"name": "x", "shape": [1, 1], "datatype": "INT64", "data": [1]}
 NO_DATA = {name: value for name, value in X.items() if name != "data"}
 
-# Kinds that other tests provoke: those of the connection, and of predictions.
+# Kinds that other tests provoke: those of the connection, of the worker, and of predictions.
 ELSEWHERE = {
     "abandoned",
     "bad-http",
     "cancelled",
+    "execution-timeout",
     "expired",
     "headers-too-large",
     "idempotency-mismatch",
@@ -197,8 +203,72 @@ async def test_internal(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Mo
     assert caplog.text.count("secret") >= 2
 
 
+@pytest.mark.parametrize(
+    "error",
+    [DeadlineTooShortError(0.001, 0.003), DeadlineUnreachableError(0.02, 0.05, 0.03)],
+    ids=["deadline-too-short", "deadline-unreachable"],
+)
+async def test_refused_for_its_deadline(error: BatcherError, monkeypatch: pytest.MonkeyPatch) -> None:
+    def submit(_: object) -> None:
+        raise error
+
+    async with gated() as (running, _):
+        monkeypatch.setattr(running.batcher(), "submit", submit)
+        slug = "deadline-too-short" if isinstance(error, DeadlineTooShortError) else "deadline-unreachable"
+        problem = await ask(running, slug, infer(rows_of(1)))
+        assert problem["timeout_ms"] < problem["needed_ms"]
+
+
+# Who calls
+
+
+async def test_bad_authorization_unauthenticated_invalid_credentials_forbidden(tmp_path: Path) -> None:
+    auth, keys = settings_in(tmp_path, {"little": ("infer:none",)})
+    async with gated(auth=auth) as (running, _):
+        for slug, headers in (
+            ("bad-authorization", {"authorization": "Bearer two tokens"}),
+            ("unauthenticated", {}),
+            ("invalid-credentials", {"authorization": "Bearer token"}),
+            ("invalid-credentials", {"x-api-key": "key"}),
+            ("forbidden", {"x-api-key": keys["little"]}),
+        ):
+            for request in (infer(rows_of(1)), {"method": "GET", "url": "/v2/models/gate"}):
+                answer = await running.http.request(**{**request, "headers": headers})
+                problem = check(answer, slug, request["url"])
+                assert answer.headers["www-authenticate"].startswith("Bearer ")
+                assert ("permission" in problem) == (slug == "forbidden")
+
+
+async def test_tenant_limit(tmp_path: Path) -> None:
+    auth, keys = settings_in(tmp_path, {"slow": ("infer",)}, tenants=(TenantRule(requests_per_s=0.001),))
+    async with gated(auth=auth) as (running, _):
+        running.http.headers["x-api-key"] = keys["slow"]
+        assert (await running.http.request(**infer(rows_of(1)))).status_code == 200
+        problem = await ask(running, "tenant-limit", infer(rows_of(1)))
+        assert (problem["tenant"], problem["limit"]) == ("slow", 1)
+
+
+async def test_too_many_bad_tokens(tmp_path: Path) -> None:
+    auth, _ = settings_in(tmp_path)
+    async with gated(auth=auth) as (running, _):
+        assert running.core.auth is not None
+        for _ in range(100):
+            running.core.auth.failures.charge("127.0.0.1")
+        running.http.headers["authorization"] = f"Bearer {SIGNER.token(good_claims(time.time()))}"
+        await ask(running, "too-many-bad-tokens", infer(rows_of(1)))
+
+
+async def test_keys_unavailable() -> None:
+    # Nobody listens on port 1.
+    issuer = Issuer(issuer=ISSUER, name="test", jwks_url="http://127.0.0.1:1/jwks")
+    async with gated(auth=AuthSettings(issuers=(issuer,), audience=(AUDIENCE,)), ready=False) as (running, _):
+        running.http.headers["authorization"] = f"Bearer {SIGNER.token(good_claims(time.time()))}"
+        await ask(running, "keys-unavailable", infer(rows_of(1)))
+
+
 def test_every_kind_is_provoked_somewhere() -> None:
-    here = set(REQUESTS)
+    here = {*REQUESTS, "deadline-too-short", "deadline-unreachable"}
+    here |= {"bad-authorization", "unauthenticated", "invalid-credentials", "forbidden"}
     for name in globals():
         if name.startswith("test_"):
             here.add(name.removeprefix("test_").replace("_", "-"))

@@ -20,7 +20,7 @@ class Queued(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.queue = RequestQueue()
+        self.queue = RequestQueue(8, 0.001, ages=True)
         self.lines: dict[RowShapes, list[Request]] = {shapes: [] for shapes in SHAPES}
         self.gone: list[tuple[Request, State]] = []
         self.now_s = 0.0
@@ -59,7 +59,7 @@ class Queued(RuleBasedStateMachine):
     def take(self, data: st.DataObject, most_rows: int) -> None:
         group = data.draw(st.sampled_from(self.waiting()), label="group")
         line = self.lines[group.row_shapes]
-        taken = self.queue.take(group, most_rows)
+        taken = self.queue.take(group, most_rows).requests
         assert taken, "a group with rows gives at least one request"
         assert taken == line[: len(taken)], "from the head, whole and in order"
         del line[: len(taken)]
@@ -86,10 +86,14 @@ class Queued(RuleBasedStateMachine):
         assert self.queue.rows == sum(rows.values())
 
     @invariant()
-    def the_oldest_is_the_head(self) -> None:
-        for shapes, group in self.queue.groups.items():
-            assert group.row_shapes == shapes
-            assert group.oldest_s == self.lines[shapes][0].enqueued_s
+    def the_oldest_is_next(self) -> None:
+        waiting = [request for line in self.lines.values() for request in line]
+        if waiting:
+            oldest = min(waiting, key=lambda request: request.enqueued_s)
+            assert self.queue.oldest_s == oldest.enqueued_s
+            assert self.queue.next_group.row_shapes == oldest.row_shapes
+            full = [group for group in self.queue.groups.values() if group.rows >= self.queue.full_rows]
+            assert (self.queue.full_group in full) if full else self.queue.full_group is None
 
     @invariant()
     def states_are_right(self) -> None:
@@ -99,11 +103,12 @@ class Queued(RuleBasedStateMachine):
             assert request.state is state
 
     @invariant()
-    def husks_are_counted_and_few(self) -> None:
+    def husks_are_few(self) -> None:
         for shapes, group in self.queue.groups.items():
             living = len(self.lines[shapes])
-            assert group.husks == len(group.line) - living
-            assert group.husks <= max(64, living + 1)
+            (flow,) = group.flows.values()
+            assert flow.lines.queued == living
+            assert flow.lines._waiting <= 2 * living + 65
 
 
 Queued.TestCase.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)

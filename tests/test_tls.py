@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import ipaddress
 import ssl
 from collections.abc import Iterator
@@ -23,9 +23,9 @@ from cryptography.hazmat.primitives.serialization import (
 from typer.testing import CliRunner
 
 from server.cli import app
-from tests import tokens
 from tests.protected import SIGNER, Protected, infer, protected, token
 from tests.serving import Served, data_of, gate, gated, get
+from tests.tokens import Signer
 
 
 class Pair:
@@ -35,9 +35,9 @@ class Pair:
         self._key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "cobatch.test")])
         names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-        begin = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
+        begin = dt.datetime.now(dt.UTC) - dt.timedelta(days=1)
         builder = x509.CertificateBuilder(name, name, self._key.public_key(), x509.random_serial_number())
-        builder = builder.not_valid_before(begin).not_valid_after(begin + datetime.timedelta(days=30))
+        builder = builder.not_valid_before(begin).not_valid_after(begin + dt.timedelta(days=30))
         builder = builder.add_extension(names, critical=False)
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         self.certificate = builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM)
@@ -136,7 +136,7 @@ def charged() -> Iterator[list[str]]:
 
 def forge(running: Protected, number: int, **headers: str) -> int:
     """A token with a wrong signature, another one for each number."""
-    forged = tokens.Signer(tokens.ec.generate_private_key(tokens.ec.SECP256R1()), "ES256", SIGNER.kid)
+    forged = Signer(ec.generate_private_key(ec.SECP256R1()), "ES256", SIGNER.kid)
     answer = running.infer(forged.token({"jti": str(number)}), **headers)
     assert answer.status in (401, 429)
     return answer.status
@@ -168,7 +168,8 @@ def test_what_an_address_forges_costs_that_address(fast: bool, tmp_path: Path) -
         known = infer(token(), **first)
         assert running.ask(known).status == 200
         now_s = running.clock.monotonic()
-        with mock.patch.object(running.auth.failures, "_clock", lambda: now_s):
+        with mock.patch.object(running.auth.failures, "_clock") as clock:
+            clock.return_value = now_s
             assert [forge(running, n, **first) for n in range(102)] == [401] * 100 + [429] * 2
             answer = running.infer(token(jti="new"), **first)
             assert (answer.status, answer.slug) == (429, "too-many-bad-tokens")
@@ -179,5 +180,5 @@ def test_what_an_address_forges_costs_that_address(fast: bool, tmp_path: Path) -
             elsewhere = token(jti="new")
             assert running.infer(elsewhere, **second).status == 200
             assert running.infer(elsewhere, **first).status == 200
-            now_s += 0.05
+            clock.return_value = now_s + 0.05
             assert running.infer(token(jti="newer"), **first).status == 200

@@ -59,7 +59,8 @@ def test_the_date_and_no_server_header(served: Served) -> None:
 def test_server_timing(served: Served) -> None:
     answer = infer(served, "negate", {"inputs": [tensor("x", "FP32", [3, 3], [1] * 9)]})
     match = re.fullmatch(
-        r"queue;dur=(\d+\.\d{3}), compute;dur=(\d+\.\d{3}), batch;desc=3", answer.headers["server-timing"]
+        r"queue;dur=(\d+\.\d{3}), compute;dur=(\d+\.\d{3}), batch;desc=3, reason;desc=(?:idle|full)",
+        answer.headers["server-timing"],
     )
     assert match
     assert float(match[2]) >= 0
