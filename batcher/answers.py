@@ -54,7 +54,8 @@ class Answers:
     def fail_run(self, request: Request, why: str) -> None:
         """The engine failed on its rows. The caller gets a reference; the log has it beside `why`."""
         reference = secrets.token_hex(8)
-        log.error("model %s: a run failed (reference %s): %s", self._model, reference, why)
+        whose = "" if request.tenant is None else f" of tenant {request.tenant.name}"
+        log.error("model %s: a run%s failed (reference %s): %s", self._model, whose, reference, why)
         self.fail(request, BatchFailedError(self._model, reference))
 
     def engine_gone(self, why: str) -> EngineGoneError:

@@ -163,7 +163,7 @@ class Core:
             return request
         except Exception as error:  # noqa: BLE001 - `_refused` logs what is not expected
             # No name for the problem here: its traceback holds this frame, and the frame would hold it.
-            reply(_refused(model, error))
+            reply(_refused(model, error, tenant))
             return None
 
     def cancel(self, request: ModelRequest) -> None:
@@ -173,8 +173,9 @@ class Core:
         batcher.cancel(request)
 
 
-def _refused(model: Model, error: Exception) -> Reply:
+def _refused(model: Model, error: Exception, tenant: Tenant | None) -> Reply:
     problem = from_error(error)
     if problem.kind.slug == "internal":
-        log.error("model %s: an infer request failed", model.name, exc_info=error)
+        whose = "" if tenant is None else f" of tenant {tenant.name}"
+        log.error("model %s: an infer request%s failed", model.name, whose, exc_info=error)
     return problem.reply(instance=instance_of(model))

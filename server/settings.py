@@ -152,11 +152,9 @@ def load_settings(config: Path | None, environ: Mapping[str, str], flags: Mappin
         given = server["allow_anonymous"]
         raise SettingsError(f"{given.key}: not together with [auth] ({given.source})")
     _check_edge(server)
-    return Settings(
-        server=msgspec.convert(values_of(server), ServerSettings),
-        models=_build_models([table | for_models for table in models]),
-        auth=auth,
-    )
+    built = _build_models([table | for_models for table in models])
+    _check_rules(auth, [model.name for model in built], f"file {path}")
+    return Settings(server=msgspec.convert(values_of(server), ServerSettings), models=built, auth=auth)
 
 
 def is_loopback(host: str) -> bool:
@@ -263,6 +261,15 @@ def _check_host(server: Table) -> None:
     expected = "a loopback address (127.0.0.0/8, ::1 or localhost)"
     why = "anyone who reaches it could call the models; write [auth], or --allow-anonymous permits that"
     raise SettingsError(f"{refused(host.key, expected, host.value, host.source, text=True)}: {why}")
+
+
+def _check_rules(auth: AuthSettings | None, names: list[str], source: str) -> None:
+    """A rule for a model that is not served is a slip, and leaves the model that was meant without one."""
+    for index, rule in enumerate(auth.models if auth is not None else ()):
+        if rule.model not in names:
+            near = suggestion(rule.model, names) or f"; served are {', '.join(names)}"
+            key = f"auth.models[{index}].model"
+            raise SettingsError(f"{key}: there is no model {rule.model!r}{near} ({source})")
 
 
 def _check_edge(server: Table) -> None:

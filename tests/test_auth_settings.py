@@ -233,3 +233,15 @@ def test_where_keys_may_be_fetched(url: str) -> None:
 )  # fmt: skip
 def test_where_they_may_not(url: str) -> None:
     assert not is_safe_url(url)
+
+
+def test_a_rule_is_for_a_model_that_is_served(tmp_path: Path) -> None:
+    (tmp_path / "tiny.onnx").write_bytes(b"")
+    (tmp_path / "secret").write_text("x" * 32)
+    config = tmp_path / "cobatch.toml"
+    config.write_text(
+        '[[models]]\npath = "tiny.onnx"\n[auth]\naudience = "a"\n[[auth.issuers]]\nissuer = "i"\n'
+        'secret_file = "secret"\nalgorithms = ["HS256"]\n[[auth.models]]\nmodel = "tini"\nscopes = ["s"]\n'
+    )
+    with pytest.raises(SettingsError, match="there is no model 'tini'; did you mean tiny?"):
+        load_settings(config, {}, {})

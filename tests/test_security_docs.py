@@ -44,11 +44,13 @@ def section(title: str) -> str:
 
 
 def load(snippet: str, folder: Path) -> Settings:
-    """As `cobatch serve --config FILE MODEL` would."""
+    """As `cobatch serve --config FILE MODEL` would, the model being the one that a rule is about."""
     config = folder / "cobatch.toml"
     config.write_text(snippet)
     (folder / "model.onnx").write_bytes(b"")
-    return load_settings(config, {}, {"model": folder / "model.onnx"})
+    rules = tomllib.loads(snippet).get("auth", {}).get("models", [{"model": "model"}])
+    flags = {"model": folder / "model.onnx", "name": rules[0]["model"]}
+    return load_settings(config, {}, flags)
 
 
 @pytest.mark.parametrize("snippet", blocks(TEXT, "toml"))
