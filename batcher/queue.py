@@ -90,7 +90,10 @@ class RequestQueue:
         self._urgent: list[tuple[float, int, Request]] = []
         self._most_ages = _HUSKS_KEPT  # so many of both before those that left are dropped
         self._number = 0
-        self._last: Flow | None = None  # of the newest request: the next is often alike
+        # Of the newest request: the next is often alike. When it was all there was of its group, it is kept
+        # aside as it is, since to make it anew costs a lone request as much as to queue it.
+        self._last: Flow | None = None
+        self._aside = False
 
     # What the policy sees
 
@@ -153,10 +156,12 @@ class RequestQueue:
         flow = self._last
         if (
             flow is None
-            or not flow.rows
             or flow.group.row_shapes != request.row_shapes
             or flow.share.tenant is not request.tenant
+            or (not flow.rows and not self._is_back(flow))
         ):
+            if self._aside:
+                self._let_go()
             flow = self._last = self._flow_of(request)
         rows = request.rows
         group, share = flow.group, flow.share
@@ -179,6 +184,27 @@ class RequestQueue:
         if self._ages:
             self._note_age(request)
         return group
+
+    def _is_back(self, flow: Flow) -> bool:
+        """Whether a flow without rows was kept aside; it is where it was, then."""
+        share = flow.share
+        if not self._aside or self._shares.of(share.tenant) is not share:
+            return False
+        self._aside = False
+        self.groups[flow.group.row_shapes] = flow.group
+        self._shares.wakes(share)
+        self._turns.add(share)
+        flow.group.turns.add(flow)
+        return True
+
+    def _let_go(self) -> None:
+        """Forget the flow that was kept aside."""
+        self._aside = False
+        flow = self._last
+        assert flow is not None
+        del flow.share.flows[flow]
+        del flow.group.flows[flow.share]
+        flow.group.turns.clear()
 
     def _flow_of(self, request: Request) -> Flow:
         """The flow that a request belongs to, ready for it."""
@@ -240,7 +266,12 @@ class RequestQueue:
         self.rows -= rows
         if share.tenant is not None:
             share.tenant.queued_rows -= rows
-        if not flow.rows:
+        if not flow.rows and flow is self._last and len(share.flows) == len(group.flows) == 1:
+            self._aside = True
+            del self.groups[group.row_shapes]
+            share.order = None
+            self._shares.sleeps(share)
+        elif not flow.rows:
             del group.flows[share]
             del share.flows[flow]
             if not group.rows:
@@ -327,6 +358,8 @@ class RequestQueue:
     def settle(self, shares: dict[Share, int], run_s: float, rows: int) -> None:
         """A batch of so many rows ran: its tenants pay for what it took, and not for what was expected."""
         beyond_s = run_s / rows - self.row_s
+        if not self._shares.several:
+            return  # nobody else, nobody to be fair to
         for share, its_rows in shares.items():
             share.owed_s += its_rows * beyond_s
 
