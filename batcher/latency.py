@@ -25,12 +25,14 @@ _HIGH = 0.95
 _LEARN_S = 0.05
 # What counts as full stays so until a row in such a batch costs so many times what it would at best.
 _WORTH_CHANGING = 1.1
+# Or until it costs no more in a smaller one, but for so much.
+_AS_GOOD = 1.01
 _RATE_WINDOW_S = 0.5
 _RATE_LEAST = 10
 
 
 class _Bucket:
-    """The runs of one range of sizes. `rows` is their mean size."""
+    """The runs of one range of sizes. `rows` is their median size."""
 
     __slots__ = ("expected_s", "high_s", "new", "observed", "rows", "runs", "seed_s")
 
@@ -55,7 +57,8 @@ class _Bucket:
         times = sorted([run[2] for run in runs])
         self.expected_s = times[len(times) // 2]
         self.high_s = times[min(len(times) - 1, int(len(times) * _HIGH))]
-        self.rows = sum([run[1] for run in runs]) / len(runs)
+        # Not their mean: half of the runs are as large and as long, so that the two belong together.
+        self.rows = float(sorted([run[1] for run in runs])[len(runs) // 2])
 
 
 class LatencyModel:
@@ -109,7 +112,7 @@ class LatencyModel:
                 bucket.expected_s = bucket.high_s = bucket.seed_s * drift
 
     def _refresh(self) -> None:
-        """The curves through the buckets' means, made monotone; and the size that growing pays up to."""
+        """The curves through the buckets' medians, made monotone; and the size that growing pays up to."""
         nodes = sorted([(one.rows, one.expected_s, one.high_s) for one in self._buckets.values()])
         self._rows = [node[0] for node in nodes]
         self._known_s.clear()
@@ -119,12 +122,16 @@ class LatencyModel:
             expected_s, high_s = max(expected_s, expected), max(high_s, high)
             self._expected_s.append(expected_s)
             self._high_s.append(high_s)
-        # At the buckets' upper ends: their means follow the batches that were made, and a size chosen by
+        # At the buckets' upper ends: their medians follow the batches that were made, and a size chosen by
         # what was made because of it would creep.
         largest = max(self._buckets)
         run_us = {n: self.expected_s(n) * 1e6 for n in (min(1 << b, self._most) for b in range(largest + 1))}
-        if not self.full_rows or cost_over_best(run_us, self.full_rows) > _WORTH_CHANGING:
-            self.full_rows = efficient_rows(run_us, self._most)
+        full_rows, now = efficient_rows(run_us, self._most), self.full_rows
+        if now:
+            over_best = cost_over_best(run_us, now)
+            as_good = full_rows < now and cost_over_best(run_us, full_rows) <= over_best * _AS_GOOD
+        if not now or over_best > _WORTH_CHANGING or as_good:
+            self.full_rows = full_rows
 
     def expected_s(self, rows: int) -> float:
         """The time that a run of so many rows takes as often less as more."""
@@ -135,7 +142,8 @@ class LatencyModel:
 
     def high_s(self, rows: int) -> float:
         """The time that it hardly ever exceeds."""
-        return self._at(self._high_s, rows)
+        # Beyond what was ever run, the steeper of the two goes on.
+        return max(self._at(self._high_s, rows), self.expected_s(rows))
 
     @property
     def row_s(self) -> float:

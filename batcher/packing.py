@@ -52,14 +52,23 @@ def _pack_elements(requests: Sequence[Request], index: int, buffer: Array) -> No
 
 def _pack_padded(requests: Sequence[Request], index: int, buffer: Array) -> None:
     """The same where some of the requests are shorter than their place; what is left of it is filled."""
+    target = buffer.data.cast("B") if buffer.dtype != object and buffer.size else None
+    row_bytes = buffer.nbytes // len(buffer)
     for request in requests:
-        place = buffer[request.first_row : request.first_row + request.rows]
         pad: InputPad | None = None if request.pad is None else request.pad.inputs[index]
+        payload = request.payloads[index]
+        tail = b"" if pad is None else pad.tail if request.rows == 1 else None
+        if tail is not None and target is not None:
+            at, end = request.first_row * row_bytes, (request.first_row + request.rows) * row_bytes
+            middle = end - len(tail)
+            target[at:middle] = payload  # type: ignore[assignment]
+            target[middle:end] = tail
+            continue
+        place = buffer[request.first_row : request.first_row + request.rows]
         if pad is None:
-            place[...] = _array(request.payloads[index], buffer.dtype, place.shape)
+            place[...] = _array(payload, buffer.dtype, place.shape)
         else:
-            shape = (request.rows, *pad.row_shape)
-            place[pad.body] = _array(request.payloads[index], buffer.dtype, shape)
+            place[pad.body] = _array(payload, buffer.dtype, (request.rows, *pad.row_shape))
             for box in pad.rest:
                 place[box] = pad.value
 

@@ -29,6 +29,8 @@ from engines.base import RowShapes, Signature
 Index = tuple[slice, ...]
 # Of the pads that are kept: there are as many as lengths that callers send.
 _KEPT_PADS = 4096
+# Padding that is kept as bytes; longer ones are written by NumPy, which takes a microsecond to begin.
+_LONGEST_TAIL = 2048
 _ALL = slice(None)
 
 
@@ -69,12 +71,14 @@ class Length:
 
 class InputPad(NamedTuple):
     """One input of a padded request: its own row shape; where, in rows of the bucket's shape, its elements
-    go; and the rest, in boxes that do not overlap, which becomes `value`."""
+    go; and the rest, in boxes that do not overlap, which becomes `value`. `tail`: where a row is its elements
+    and then nothing but padding, and little of it, that as bytes."""
 
     row_shape: tuple[int, ...]
     body: Index
     rest: tuple[Index, ...]
     value: Any
+    tail: bytes | None
 
 
 class OutputCut(NamedTuple):
@@ -172,7 +176,10 @@ def _input_pad(short: tuple[int, ...], full: tuple[int, ...], value: Any) -> Inp
         if size != bucket:
             rest.append((*body, slice(size, bucket)))
         body.append(_ALL if size == bucket else slice(size))
-    return InputPad(short, tuple(body), tuple(rest), value)
+    size = (prod(full) - prod(short)) * getattr(value, "nbytes", _LONGEST_TAIL + 1)
+    behind = short[1:] == full[1:] and size <= _LONGEST_TAIL
+    tail = value.tobytes() * (prod(full) - prod(short)) if behind else None
+    return InputPad(short, tuple(body), tuple(rest), value, tail)
 
 
 def _output_cut(axes: list[tuple[int, int, int]] | None) -> OutputCut | None:
@@ -187,8 +194,8 @@ def _output_cut(axes: list[tuple[int, int, int]] | None) -> OutputCut | None:
 def cut_back(request: Request, pad: Pad) -> Batch | None:
     """Give a request that ran a batch of its own, in which its outputs have its own lengths.
 
-    None where there is nothing to cut. What is cut is a copy; an output that is not stays a view. Raises
-    ValueError where an output does not follow the input, as the configuration says that it does.
+    None where there is nothing to cut. They are valid only as long as the batch's. Raises ValueError where an
+    output does not follow the input, as the configuration says that it does.
     """
     if not any(pad.outputs):
         return None
@@ -212,5 +219,5 @@ def _cut(rows: np.ndarray[Any, Any], number: int, cut: OutputCut) -> np.ndarray[
         if rows.ndim <= axis or rows.shape[axis] != bucket:
             shape = list(rows.shape)
             raise ValueError(f"output {number} has shape {shape}, axis {axis} should be {bucket} long")
-    # A copy that lies in one piece: whoever encodes it counts on that.
+    # In one piece: whoever encodes it counts on that.
     return np.ascontiguousarray(rows[cut.body])

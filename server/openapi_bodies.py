@@ -76,6 +76,7 @@ class ConfigTensor(Body):
     name: str
     data_type: str
     dims: DynamicShape
+    optional: bool | UnsetType = UNSET
 
 
 class VersionPolicy(Body):
@@ -142,6 +143,7 @@ class ModelStatistics(Body):
     execution_count: Count
     inference_stats: InferenceStatistics
     batch_stats: list[BatchStatistics]
+    padding: dict[str, Any] | UnsetType = UNSET
 
 
 class Statistics(Body):

@@ -112,7 +112,11 @@ class FakeWorker:
         job = self._waiting.popleft()
         started_s = loop.time()
         self.ran.append((started_s, job.rows))
-        loop.call_later(self.run_s(job.rows), self._end, job, started_s)
+        loop.call_later(self.time_s(job), self._end, job, started_s)
+
+    def time_s(self, job: Job) -> float:
+        """How long a job runs."""
+        return self.run_s(job.rows)
 
     def _end(self, job: Job, started_s: float) -> None:
         rows = self.engine.buffers[job.slot][: job.rows]
@@ -159,17 +163,10 @@ class Call(Request):
         assert np.array_equal(self.answer, self.values * 2)
 
 
-def make_batcher(worker: FakeWorker, *, max_queue_rows: int = 1000, max_delay_ms: float = 0.0) -> Batcher:
+def make_batcher(worker: FakeWorker, *, max_queue_rows: int = 1000, **options: Any) -> Batcher:
     """A batcher on the running virtual loop."""
     loop = asyncio.get_running_loop()
-    return Batcher(
-        "fake",
-        worker,
-        max_queue_rows=max_queue_rows,
-        max_delay_ms=max_delay_ms,
-        loop=loop,
-        clock=loop.time,
-    )
+    return Batcher("fake", worker, max_queue_rows=max_queue_rows, loop=loop, clock=loop.time, **options)
 
 
 def calls(count: int, width: int = 2) -> list[Call]:

@@ -10,7 +10,8 @@ What each does about deadlines:
 * `SizeOrTimeout`: nothing while they wait (TorchServe's `responseTimeout` is about the worker); with
   `drops` it leaves out what is past its deadline when a batch is made up, which is kinder than most.
 * `TritonLike`: leaves out what is past its deadline when a batch is made up (queue policy REJECT, with the
-  request's own timeout), not what will be by the end of its run.
+  request's own timeout), not what will be by the end of its run. With `queue_timeout_ms` also what has
+  waited for so long: somebody who knows the deadline and a run's time can set that to the difference.
 * `Clipper`: the same, and takes requests earliest deadline first.
 """
 
@@ -47,6 +48,7 @@ class Baseline:
         self._most = max_batch_size
         self._max_queue_rows = max_queue_rows
         self._handover_s = handover_s
+        self._waits_s = inf
         self._queue: deque[SimulatedRequest] = deque()
         self._rows = 0
         self._busy = False
@@ -99,16 +101,15 @@ class Baseline:
         return taken
 
     def _drop_late(self) -> None:
-        """Answer those at the head whose deadline is over."""
+        """Answer those at the head whose deadline is over, or that have waited for too long."""
         queue, now_s = self._queue, self._loop.now_s
-        while queue and queue[0].deadline_s <= now_s:
+        while queue and (queue[0].deadline_s <= now_s or queue[0].enqueued_s + self._waits_s <= now_s):
             self._drop(queue.popleft())
 
     def _drop(self, request: SimulatedRequest) -> None:
         self._rows -= request.rows
-        assert request.timeout_s is not None
         request.state = State.DONE
-        request.error = ExpiredError(request.timeout_s)
+        request.error = ExpiredError(self._waits_s if request.timeout_s is None else request.timeout_s)
         request.done()
 
     def _run(self, requests: list[SimulatedRequest], reason: str) -> None:
@@ -221,6 +222,7 @@ class TritonLike(Baseline):
         max_queue_rows: float,
         preferred: tuple[int, ...] = (),
         delay_ms: float = 0.0,
+        queue_timeout_ms: float = inf,
         handover_s: float = 0.0,
     ) -> None:
         super().__init__(
@@ -233,6 +235,7 @@ class TritonLike(Baseline):
         self._preferred = sorted(preferred, reverse=True) or [max_batch_size]
         self._largest = max_batch_size
         self._delay_s = delay_ms / 1000
+        self._waits_s = queue_timeout_ms / 1000
 
     def _next(self) -> str | float:
         self._drop_late()

@@ -18,10 +18,12 @@ _CHUNK = 4096
 class Clockwork:
     """How long runs take. All policies of a comparison draw the same numbers in the same order."""
 
-    def __init__(self, profile: Profile, seed: int) -> None:
+    def __init__(self, loop: VirtualLoop, profile: Profile, seed: int) -> None:
+        self._loop = loop
         self._profile = profile
         self._numbers = self._drawn(np.random.default_rng([seed, 2]))
-        self.busy_s = 0.0
+        self._busy_s = 0.0
+        self._ends_s = 0.0
 
     @staticmethod
     def _drawn(rng: np.random.Generator) -> Iterator[float]:
@@ -29,10 +31,15 @@ class Clockwork:
             yield from rng.random(_CHUNK).tolist()
 
     def run_s(self, rows: int) -> float:
-        """Of the next run."""
+        """Of the next run, which begins now."""
         run_s = self._profile.draw_s(rows, next(self._numbers))
-        self.busy_s += run_s
+        self._busy_s += run_s
+        self._ends_s = self._loop.now_s + run_s
         return run_s
+
+    def busy_until(self, now_s: float) -> float:
+        """How long runs have taken so far, all together."""
+        return self._busy_s - max(0.0, self._ends_s - now_s)
 
 
 class SimulatedEngine:

@@ -91,7 +91,7 @@ class Run:
 def run(scenario: Scenario) -> Run:
     """Run it from an idle start to its end, where what is open stays open. Same seed, same run."""
     loop = VirtualLoop()
-    clockworks = [Clockwork(scenario.profile, scenario.seed + 1000 * n) for n in range(scenario.nodes)]
+    clockworks = [Clockwork(loop, scenario.profile, scenario.seed + 1000 * n) for n in range(scenario.nodes)]
     nodes = [_make_node(scenario, loop, clockwork) for clockwork in clockworks]
     route = make_router(scenario.router, nodes, scenario.seed)
     records = Records(loop)
@@ -109,7 +109,7 @@ def run(scenario: Scenario) -> Run:
         records,
         end_s,
         sum(node.open_requests for node in nodes),
-        sum(clockwork.busy_s for clockwork in clockworks),
+        sum(clockwork.busy_until(loop.now_s) for clockwork in clockworks),
         sum((node.batches for node in nodes), Counter()),
         sum((node.reasons for node in nodes), Counter()),
         time.perf_counter() - began_s,
