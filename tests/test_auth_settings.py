@@ -243,5 +243,5 @@ def test_a_rule_is_for_a_model_that_is_served(tmp_path: Path) -> None:
         '[[models]]\npath = "tiny.onnx"\n[auth]\naudience = "a"\n[[auth.issuers]]\nissuer = "i"\n'
         'secret_file = "secret"\nalgorithms = ["HS256"]\n[[auth.models]]\nmodel = "tini"\nscopes = ["s"]\n'
     )
-    with pytest.raises(SettingsError, match="there is no model 'tini'; did you mean tiny?"):
+    with pytest.raises(SettingsError, match=r"there is no model 'tini'; did you mean tiny\?"):
         load_settings(config, {}, {})

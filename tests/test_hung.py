@@ -17,7 +17,7 @@ def test_a_run_that_does_not_end(fast: bool) -> None:
     engine = GatedEngine()
     model = ModelSettings(path="gate", max_batch_size=4, execution_timeout_ms=50.0)
     with serve(fast, (model,), engines={"gate": engine}) as served, contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(server.model, "load_engine", lambda *_, **__: engine))
+        stack.enter_context(mock.patch.object(server.model, "load_engine", return_value=engine))
         client = stack.enter_context(served.connect())
         engine.hold()
         engine.may_open.clear()  # the next engine is not there at once

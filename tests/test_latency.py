@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 from collections.abc import Callable
 
@@ -136,8 +137,8 @@ def test_never_less_for_more_rows_and_never_below_the_centre(
     expected = [model.expected_s(rows) for rows in range(1, 65)]
     high = [model.high_s(rows) for rows in range(1, 65)]
     slack = 1 + 1e-9
-    assert all(left <= right * slack for left, right in zip(expected, expected[1:], strict=False))
-    assert all(left <= right * slack for left, right in zip(high, high[1:], strict=False))
+    assert all(left <= right * slack for left, right in itertools.pairwise(expected))
+    assert all(left <= right * slack for left, right in itertools.pairwise(high))
     assert all(centre <= quantile * slack for centre, quantile in zip(expected, high, strict=True))
     assert all(math.isfinite(one) and one > 0 for one in expected)
     assert 1 <= model.full_rows <= 32
