@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from math import inf
 from typing import Any
 
 from batcher.simulator.arrivals import Arrivals
@@ -27,6 +27,7 @@ _BASELINES: dict[str, Callable[..., Baseline]] = {
     "triton": TritonLike,
     "clipper": Clipper,
 }
+_GIVEN = ("max_batch_size", "max_queue_rows")  # a scenario has them for every policy
 POLICIES = (COBATCH, *_BASELINES)
 
 
@@ -127,12 +128,12 @@ def _make_node(scenario: Scenario, loop: VirtualLoop, clockwork: Clockwork) -> N
             clockwork=clockwork,
             handover_s=handover_s,
         )
-        return CobatchNode(worker, loop, max_queue_rows=scenario.queue_rows, **scenario.settings)
+        return CobatchNode(worker, loop, **{"max_queue_rows": scenario.queue_rows, **scenario.settings})
     make = _BASELINES[scenario.policy]
-    settings = {"max_batch_size": scenario.batch_rows, "handover_s": handover_s, **scenario.settings}
+    settings: dict[str, Any] = {"max_batch_size": scenario.batch_rows, "handover_s": handover_s}
     if make is not FixedWindow:
         settings["max_queue_rows"] = scenario.queue_rows
-    return make(loop, clockwork, **settings)
+    return make(loop, clockwork, **{**settings, **scenario.settings})
 
 
 def _traffic(
@@ -162,6 +163,10 @@ def _send(make: Callable[[Records], SimulatedRequest], records: Records, route: 
         records.refused(request, why_not)
 
 
-def offered_rate(arrivals: Arrivals | Closed) -> float:
-    """Requests per second; infinite where each waits for an answer."""
-    return inf if isinstance(arrivals, Closed) else arrivals.rate
+def settings_of(policy: str) -> tuple[dict[str, Any], list[str]]:
+    """A policy's settings with their types, and those that must be given."""
+    make = CobatchNode if policy == COBATCH else _BASELINES[policy]
+    parameters = inspect.signature(make).parameters.values()
+    found = [one for one in parameters if one.kind is one.KEYWORD_ONLY and one.name != "handover_s"]
+    needed = [one.name for one in found if one.default is one.empty and one.name not in _GIVEN]
+    return {one.name: one.annotation for one in found}, needed

@@ -10,6 +10,7 @@ Line = Sequence[tuple[float, float]]
 # Okabe and Ito's colours, told apart by most of those who see colours otherwise.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _WIDTH, _HEIGHT = 640, 380
+_FONT = 'font-family="sans-serif" font-size="12"'
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 36, 48
 
 
@@ -25,8 +26,7 @@ def chart(title: str, x_name: str, y_name: str, lines: Mapping[str, Line], dashe
         return _LEFT + across, _HEIGHT - _BOTTOM - up
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
-        'font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" {_FONT}>',
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
         _text(_WIDTH / 2, 20, title, "middle", 'font-size="14"'),
         _text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 12, x_name, "middle"),
