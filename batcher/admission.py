@@ -79,11 +79,13 @@ class Admission:
         run_s = self.run_s(request.rows)
         if run_s > timeout_s:
             return DeadlineTooShortError(timeout_s, run_s)
-        queue = self._queue
-        ahead = queue.ahead_of(request.tenant)
-        its_batch = min(queue.full_rows, math.ceil(ahead) + request.rows)
-        batch_s = max(run_s, self._latency.expected_s(its_batch))
-        needed_s = max(0.0, free_s - now_s) + ahead * queue.row_s + batch_s
+        full_rows = self._queue.full_rows
+        before, beside = divmod(math.ceil(self._queue.ahead_of(request.tenant)), full_rows)
+        if beside and beside + request.rows > full_rows:
+            before, beside = before + 1, 0
+        batch_s = max(run_s, self._latency.expected_s(min(full_rows, beside + request.rows)))
+        wait_s = before * self._latency.expected_s(full_rows)
+        needed_s = max(0.0, free_s - now_s) + wait_s + batch_s
         if needed_s > timeout_s:
             return DeadlineUnreachableError(timeout_s, needed_s, needed_s - timeout_s)
         return None

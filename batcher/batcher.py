@@ -38,7 +38,7 @@ from batcher.errors import (
 )
 from batcher.latency import Arrivals, LatencyModel
 from batcher.padding import Padder
-from batcher.policy import DEADLINE, Dispatch, Limits, Now, WaitUntil, decide
+from batcher.policy import DEADLINE, LEAD_S, Dispatch, Limits, Now, WaitUntil, decide
 from batcher.queue import Group, Plan, RequestQueue
 from batcher.request import Batch, Request, State
 from batcher.split import Part, cut, join, let_go
@@ -49,6 +49,8 @@ log = logging.getLogger("cobatch.batcher")
 
 # How many more iterations of the loop a batch may grow by while each brings someone new.
 _SETTLE_ITERATIONS = 6
+# Sums of times are not exact.
+_ROUNDING_S = 1e-6
 
 
 class Batcher:
@@ -162,10 +164,8 @@ class Batcher:
             self._refuse(request, admission.refusal(request.rows, tenant, request.callers, now_s))
         if request.timeout_s is not None or self._has_deadlines:
             self._refuse(request, admission.set_deadline(request, now_s, self._dispatcher.free_s))
-            assert request.timeout_s is not None
-            # Of a request that is split, the part that waits longest needs at least a run of its own.
-            latest_s = request.timeout_s - admission.run_s(min(request.rows, self.max_batch_size))
-            request.expiry = self._loop.call_later(latest_s, self._expire, request)
+            slack_s = self._slack_s(request, request.rows, now_s)
+            request.expiry = self._loop.call_later(slack_s, self._expire, request)
         if tenant is not None:
             tenant.enter(request.callers, now_s)
         self.counters.accepted += request.callers
@@ -216,17 +216,23 @@ class Batcher:
             let_go(request.parts)
         self._check_drained()
 
+    def _slack_s(self, request: Request, rows: int, now_s: float) -> float:
+        """How long so many rows of a request may still wait. Where some may be missing from its answer, it
+        is worth it as long as one batch of them can be run."""
+        if request.partial:
+            rows = min(rows, self.max_batch_size)
+        return request.deadline_s - self._admission.run_s(rows) - now_s
+
     def _expire(self, request: Request) -> None:
         """Its time is over: out of the queue. What already runs is answered, late or not."""
         parts = request.parts or [request]
         queued = [part for part in parts if part.state is State.QUEUED]
         if request.state is not State.QUEUED or not queued:
             return
-        rest_s = self._admission.run_s(sum([part.rows for part in queued]))
-        if len(queued) < len(parts) and self._clock() + rest_s < request.deadline_s:
-            # Some of it has left the queue since this was planned, and what is left takes less.
-            delay_s = request.deadline_s - rest_s - self._clock()
-            request.expiry = self._loop.call_later(delay_s, self._expire, request)
+        slack_s = self._slack_s(request, sum([part.rows for part in queued]), self._clock())
+        if slack_s > _ROUNDING_S:
+            # Parts have left the queue since this was planned, or runs have become faster.
+            request.expiry = self._loop.call_later(slack_s, self._expire, request)
             return
         assert request.timeout_s is not None
         error = ExpiredError(request.timeout_s)
@@ -338,7 +344,8 @@ class Batcher:
         now.free_s = dispatcher.free_s
         now.draining = self._admission.closed is not None
         if self.limits.max_delay_s > 0:
-            now.run_s = self.latency.high_s(self._queue.rows)
+            # Early enough for a timer that is late: when only the run is left, a request is taken out.
+            now.run_s = self.latency.high_s(min(self._queue.rows, self._queue.full_rows)) + LEAD_S
             now.rows_per_s = self._arrivals.rate(now.time_s, self.counters.accepted)
         return now
 

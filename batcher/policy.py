@@ -6,8 +6,8 @@ deadline does or where nobody else is to be expected). While the engine is busy,
 next batch grows until the engine is done. A full batch gains nothing from waiting, so it leaves as soon as
 a slot is free and lies ready when the engine finishes; but where tenants or shapes compete it is made up as
 late as that allows, so that whoever comes meanwhile is not a whole batch too late (Symphony, Chen et al.,
-2023, defers a batch for as long as that costs nothing). What is full is `full_rows`: the size past which a row
-no longer gets cheaper (see `batcher.cost`), at most the largest batch the engine takes.
+2023, defers a batch for as long as that costs nothing). What is full is `full_rows`: the size past which a
+row no longer gets cheaper (see `batcher.cost`), at most the largest batch the engine takes.
 """
 
 from __future__ import annotations

@@ -311,7 +311,8 @@ class RequestQueue:
             if careful:
                 assert plan is not None
                 end_s = plan.start_s + plan.latency.high_s(rows + request.rows)
-                if request.deadline_s < end_s and self._is_late(request, group, most_rows, plan):
+                others = rows + flow.rows - request.rows
+                if request.deadline_s != inf and self._is_late(request, others, most_rows, plan):
                     self._remove(request, State.RUNNING)
                     late.append(request)
                     continue
@@ -339,13 +340,16 @@ class RequestQueue:
         self._shares.served(share, rows * self.row_s)
         return Taken(requests, [], False, {share: rows})
 
-    def _is_late(self, request: Request, group: Group, most_rows: int, plan: Plan) -> bool:
-        """Whether it can be in time neither alone nor in a batch as large as those behind it would make."""
+    def _is_late(self, request: Request, others: int, most_rows: int, plan: Plan) -> bool:
+        """Whether it cannot be in time, or could be only in a batch that is not full although it might.
+
+        `others`: rows that might fill it, taken already or of the same tenant: that other tenants have many
+        more is no reason to take a turn away.
+        """
         if plan.start_s + plan.latency.expected_s(request.rows) > request.deadline_s:
             return True
         target = min(most_rows, self._full_rows)
-        crowded = group.rows - request.rows >= target
-        return crowded and plan.start_s + plan.latency.high_s(target) > request.deadline_s
+        return others >= target and plan.start_s + plan.latency.high_s(target) > request.deadline_s
 
     def take_all(self) -> list[Request]:
         """Empty the queue."""
