@@ -250,9 +250,9 @@ class RequestQueue:
         assert flow is not None
         request.state = state
         request.flow = None
-        flow.lines.leave(request)
+        flow.lines.leave()
         if flow.share.order is not None:
-            flow.share.order.leave(request)
+            flow.share.order.leave()
         if request.deadline_s != inf:
             self.deadlines -= 1
         self._forget(flow, request.rows)
