@@ -112,6 +112,7 @@ class Batcher:
             execution_timeout_s=None if execution_timeout_ms is None else execution_timeout_ms / 1000,
         )
         self.hung = False
+        self._lost = 0  # requests for want of time, when a batch was last made up
         self._reopen = on_hung
         self._moment = Now(0.0, 0, 0, 0.0)
         self._decide_soon = False
@@ -354,7 +355,10 @@ class Batcher:
         queue = self._queue
         plan = None
         if queue.deadlines:
-            plan = Plan(max(self._clock(), self._dispatcher.free_s), self.latency)
+            counters = self.counters
+            lost = counters.expired + counters.refusals["deadline"]
+            plan = Plan(max(self._clock(), self._dispatcher.free_s), self.latency, lost != self._lost)
+            self._lost = lost
         taken = queue.take(group, queue.full_rows, plan)
         if taken.requests:
             self._dispatcher.send(taken.requests, DEADLINE if taken.capped else reason, taken.shares)

@@ -47,18 +47,21 @@ class _Bucket:
             # Twice, so that one run that was held up does not make the size look bad.
             self.runs.extend([(-inf, rows, seed_s)] * 2)
 
-    def learn(self, now_s: float) -> None:
-        """Take in the runs that were added."""
+    def learn(self, now_s: float, more_row_s: float) -> None:
+        """Take in the runs that were added; `more_row_s` is what one row more costs at about this size.
+
+        Runs of different sizes are compared at their mean size: else the larger ones would make the high
+        quantile, and the median's time and the mean's rows would not belong together.
+        """
         runs = self.runs
         self.new = False
         self.observed = True
         while len(runs) > _ALWAYS and runs[0][0] < now_s - _MEMORY_S:
             runs.popleft()
-        times = sorted([run[2] for run in runs])
+        self.rows = mean = sum([run[1] for run in runs]) / len(runs)
+        times = sorted([run[2] + (mean - run[1]) * more_row_s for run in runs])
         self.expected_s = times[len(times) // 2]
         self.high_s = times[min(len(times) - 1, int(len(times) * _HIGH))]
-        # Not their mean: half of the runs are as large and as long, so that the two belong together.
-        self.rows = float(sorted([run[1] for run in runs])[len(runs) // 2])
 
 
 class LatencyModel:
@@ -80,6 +83,8 @@ class LatencyModel:
         for rows, run_us in sorted(seed_us.items()) or [(max_batch_size, 1000.0)]:
             self._buckets[(rows - 1).bit_length()] = _Bucket(rows, run_us / 1e6)
         self._refresh()
+        # What the seeds alone would say: for how the machine has changed since.
+        self._seeds = (self._rows, self._expected_s)
 
     def observe(self, rows: int, run_s: float, now_s: float) -> bool:
         """A batch of so many rows has run; `now_s` is when it ended. Whether anything was learned.
@@ -96,13 +101,21 @@ class LatencyModel:
         if bucket.observed and now_s < self._learned_s + _LEARN_S:
             return False
         self._learned_s = now_s
-        for each in self._buckets.values():
+        for number, each in self._buckets.items():
             if each.new:
-                each.learn(now_s)
-        if bucket.seed_s is not None:
-            self._adapt_seeds(bucket.expected_s / bucket.seed_s)
+                each.learn(now_s, self._more_row_s(number))
+        self._adapt_seeds(bucket.expected_s / self._seeded_s(bucket.rows))
         self._refresh()
         return True
+
+    def _more_row_s(self, number: int) -> float:
+        """What a row more costs within a bucket, as far as is known."""
+        low, high = (1 << number) // 2, 1 << number
+        return (self.expected_s(high) - self.expected_s(low)) / (high - low) if low else 0.0
+
+    def _seeded_s(self, rows: float) -> float:
+        sizes, times_s = self._seeds
+        return self._between(sizes, times_s, rows)
 
     def _adapt_seeds(self, drift: float) -> None:
         """The warm-up had the machine to itself. What has not run since is taken to have become as much
@@ -161,7 +174,10 @@ class LatencyModel:
         return low
 
     def _at(self, times_s: list[float], rows: int) -> float:
-        sizes = self._rows
+        return self._between(self._rows, times_s, rows)
+
+    @staticmethod
+    def _between(sizes: list[float], times_s: list[float], rows: float) -> float:
         index = bisect_left(sizes, rows)
         if index == 0:
             return times_s[0]

@@ -28,6 +28,12 @@ from engines.base import RowShapes
 _HUSKS_KEPT = 64
 
 
+# A request that still has this part of its timeout is never left out for the sake of larger batches; nor one
+# that makes a row no more than so many times as dear.
+_ENOUGH = 0.75
+_DEARER = 1.0
+
+
 class Flow:
     """One tenant's requests of one shape."""
 
@@ -68,6 +74,7 @@ class Plan(NamedTuple):
 
     start_s: float
     latency: LatencyModel
+    crowded: bool = False  # requests are lost for want of the engine's time
 
 
 class RequestQueue:
@@ -303,21 +310,26 @@ class RequestQueue:
         rows = 0
         tightest_s = inf
         careful = plan is not None and self.deadlines > 0
+        # Whose deadline is after this does not keep the batch from growing.
+        limit_s = -inf
+        if careful:
+            assert plan is not None
+            limit_s = plan.start_s + plan.latency.high_s(min(most_rows, group.rows))
         while group.rows and rows < most_rows:
             flow = group.turns.first()
             request = flow.lines.head()
             if requests and rows + request.rows > most_rows:
                 break
-            if careful:
+            if careful and (request.deadline_s < limit_s or request.rows > most_rows):
                 assert plan is not None
-                end_s = plan.start_s + plan.latency.high_s(rows + request.rows)
-                others = rows + flow.rows - request.rows
-                if request.deadline_s != inf and self._is_late(request, others, most_rows, plan):
+                if self._is_late(request, rows, flow, most_rows, plan):
                     self._remove(request, State.RUNNING)
                     late.append(request)
                     continue
                 tightest_s = min(tightest_s, request.deadline_s)
-                if requests and tightest_s < end_s:
+            if tightest_s < limit_s and requests:
+                assert plan is not None
+                if tightest_s < plan.start_s + plan.latency.high_s(rows + request.rows):
                     return Taken(requests, late, True, shares)
             self._remove(request, State.RUNNING)
             self._shares.served(flow.share, request.rows * self.row_s)
@@ -340,16 +352,32 @@ class RequestQueue:
         self._shares.served(share, rows * self.row_s)
         return Taken(requests, [], False, {share: rows})
 
-    def _is_late(self, request: Request, others: int, most_rows: int, plan: Plan) -> bool:
-        """Whether it cannot be in time, or could be only in a batch that is not full although it might.
+    def _is_late(self, request: Request, rows: int, flow: Flow, most_rows: int, plan: Plan) -> bool:
+        """Whether it cannot be in time even alone; or would keep the batch small, where that costs others
+        their answers. `rows` are in the batch already.
 
-        `others`: rows that might fill it, taken already or of the same tenant: that other tenants have many
-        more is no reason to take a turn away.
+        That is so where others of its tenant fill the batch without it, and where requests are lost for want
+        of engine time. Requests with little time left would make batches small there, those behind them would
+        have less left, and so on: goodput would collapse. Nobody loses that way a turn, while its tenant has
+        less than its part of the queue; nor a batch that takes no more than `_ENOUGH` of its timeout, so that
+        whoever never has time for a large one is served.
         """
-        if plan.start_s + plan.latency.expected_s(request.rows) > request.deadline_s:
+        latency, left_s = plan.latency, request.deadline_s - plan.start_s
+        if latency.expected_s(request.rows) > left_s:
             return True
-        target = min(most_rows, self._full_rows)
-        return others >= target and plan.start_s + plan.latency.high_s(target) > request.deadline_s
+        full = min(most_rows, self._full_rows)
+        if rows + flow.rows - request.rows >= full and left_s < latency.high_s(full):
+            return True
+        if not plan.crowded or request.timeout_s is None or self._shares.is_light(flow.share, self.rows):
+            return False
+        target = min(most_rows, rows + flow.group.rows)
+        fair_s = min(latency.high_s(target), request.timeout_s * _ENOUGH)
+        if left_s >= fair_s:
+            return False
+        small, fair = latency.most_rows(left_s, target), latency.most_rows(fair_s, target)
+        if not small or not fair:
+            return not small
+        return latency.expected_s(small) / small > _DEARER * latency.expected_s(fair) / fair
 
     def take_all(self) -> list[Request]:
         """Empty the queue."""
