@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from batcher.errors import BatchFailedError
+from batcher.errors import BatcherError, BatchFailedError
 from batcher.request import Payload
 from batcher.tenant import Tenant
 from server.auth.principal import Principal
@@ -127,5 +127,13 @@ def _submit(
             by_itself(member)
         return None
     request = BulkRequest(model, members, rows, tenant)
-    batcher.submit(request)
+    try:
+        batcher.submit(request)
+    except BatcherError as error:
+        # A deadline that all of them together cannot keep. Each is told, and counted, by itself.
+        batcher.counters.refused -= len(members)
+        batcher.counters.refusals[error.reason] -= len(members)
+        for member in members:
+            by_itself(member)
+        return None
     return request
