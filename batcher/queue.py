@@ -389,9 +389,9 @@ class RequestQueue:
 
     def settle(self, shares: dict[Share, int], run_s: float, rows: int) -> None:
         """A batch of so many rows ran: its tenants pay for what it took, and not for what was expected."""
-        beyond_s = run_s / rows - self.row_s
         if not self._shares.several:
             return  # nobody else, nobody to be fair to
+        beyond_s = run_s / rows - self.row_s
         for share, its_rows in shares.items():
             share.owed_s += its_rows * beyond_s
 

@@ -37,7 +37,7 @@ from server.core import Core, InferRequest, instance_of
 from server.limits import BodyError, read_body
 from server.model import Model
 from server.problems import Problem, from_error, stopping
-from server.reply import JSON, Reply
+from server.reply import JSON, Reply, send_reply
 from server.v2_messages import InferMessage
 
 log = logging.getLogger("cobatch.batch")
@@ -71,9 +71,7 @@ class BatchRoute:
         except Problem as problem:
             reply = problem.reply(instance=scope["path"])
         if reply is not None:
-            start = {"type": "http.response.start", "status": reply.status, "headers": reply.header_list()}
-            await send(start)
-            await send({"type": "http.response.body", "body": b"".join(reply.body)})
+            await send_reply(reply, send)
 
     def _check(self, principal: Principal) -> None:
         """Raises Problem for a caller of whom no item would be taken, before the body is read."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from starlette.types import Send
+
 JSON = b"application/json"
 OCTETS = b"application/octet-stream"
 
@@ -54,3 +56,9 @@ class Reply:
         if self.close:
             headers.append((b"connection", b"close"))
         return headers
+
+
+async def send_reply(reply: Reply, send: Send) -> None:
+    """The whole answer through ASGI. (`server.asgi` has its own lines: there each microsecond counts.)"""
+    await send({"type": "http.response.start", "status": reply.status, "headers": reply.header_list()})
+    await send({"type": "http.response.body", "body": b"".join(reply.body)})

@@ -17,6 +17,7 @@ from server.auth.challenges import WELL_KNOWN
 from server.auth.principal import PRINCIPAL, Principal
 from server.auth.standing import standing
 from server.problems import Problem
+from server.reply import send_reply
 
 # Health, what problems mean, and where to get a token.
 OPEN = re.compile(
@@ -36,10 +37,7 @@ class Gate:
             try:
                 principal = await self._principal(scope)
             except Problem as problem:
-                reply = problem.reply(instance=scope["path"])
-                head = reply.header_list()
-                await send({"type": "http.response.start", "status": reply.status, "headers": head})
-                await send({"type": "http.response.body", "body": b"".join(reply.body)})
+                await send_reply(problem.reply(instance=scope["path"]), send)
                 return
             scope[PRINCIPAL] = principal
             if self._auth.settings.rate_limit_headers and principal.tenant.limited:
@@ -49,9 +47,6 @@ class Gate:
     async def _principal(self, scope: Scope) -> Principal:
         auth = self._auth
         credential = credential_in(scope["headers"], scope["query_string"], auth.challenges)
-        known = auth.recall(credential)
-        if isinstance(known, Principal):
-            return known
         client = scope.get("client")
         return await auth.authenticate(credential, client[0] if client else "")
 
