@@ -125,6 +125,7 @@ class Shares:
 
     def __init__(self) -> None:
         self._of: dict[Tenant | None, Share] = {}
+        self._most = _IDLE_KEPT
         self.virtual_s = 0.0
         self.active = 0  # tenants that have rows
         self.active_weight = 0.0
@@ -138,7 +139,7 @@ class Shares:
         """The tenant's share."""
         share = self._of.get(tenant)
         if share is None:
-            if len(self._of) > 2 * self.active + _IDLE_KEPT:
+            if len(self._of) >= self._most:
                 self._forget_idle()
             share = self._of[tenant] = Share(tenant, 1.0 if tenant is None else tenant.weight)
         return share
@@ -170,3 +171,4 @@ class Shares:
             for tenant, share in self._of.items()
             if share.rows or share.start_s > self.virtual_s
         }
+        self._most = 2 * len(self._of) + _IDLE_KEPT

@@ -257,9 +257,9 @@ class RequestQueue:
         assert flow is not None
         request.state = state
         request.flow = None
-        flow.lines.leave()
+        flow.lines.leave(request)
         if flow.share.order is not None:
-            flow.share.order.leave()
+            flow.share.order.leave(request)
         if request.deadline_s != inf:
             self.deadlines -= 1
         self._forget(flow, request.rows)

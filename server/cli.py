@@ -24,6 +24,7 @@ from server.settings import (
     is_loopback,
     load_settings,
 )
+from server.simulate_cli import profile, simulate
 from server.token_cli import token_app
 
 app = typer.Typer(
@@ -159,6 +160,10 @@ def inspect_model(
         typer.echo(msgspec.json.format(msgspec.json.encode(described)))
     else:
         show(described)
+
+
+app.command()(simulate)
+app.command()(profile)
 
 
 def _warn_if_open(settings: Settings) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 
 import pytest
 from hypothesis import given
@@ -39,7 +38,7 @@ def served(lines: Lines) -> list[Request]:
         one = lines.head()
         assert one.state is State.QUEUED
         one.state = State.RUNNING
-        lines.leave()
+        lines.leave(one)
         order.append(one)
     return order
 
@@ -85,7 +84,7 @@ def test_nothing_waits_for_ever(low: int) -> None:
         lines.push(request(HIGHEST, now_s))
         one = lines.head()
         one.state = State.RUNNING
-        lines.leave()
+        lines.leave(one)
         if one is waiting:
             break
         now_s += 0.010
@@ -119,12 +118,14 @@ def test_against_a_sorted_list(steps: list[tuple[str, int, int]]) -> None:
                 model.append(request(number, now_s, rows))
                 lines.push(model[-1])
             case "leave" if model:
-                model.pop(number % len(model)).state = State.CANCELLED
-                lines.leave()
+                gone = model.pop(number % len(model))
+                gone.state = State.CANCELLED
+                lines.leave(gone)
             case "next" if model:
-                assert lines.head() is model.pop(0)
-                lines.head().state = State.RUNNING
-                lines.leave()
+                first = model.pop(0)
+                assert lines.head() is first
+                first.state = State.RUNNING
+                lines.leave(first)
             case "take" if model:
                 found = lines.take(number)
                 if found is None:
@@ -153,9 +154,8 @@ def test_those_that_left_are_dropped() -> None:
         one = request(1 + n % 7, 1.0)
         lines.push(one)
         one.state = State.CANCELLED
-        lines.leave()
-        kept: list[deque[Request]] = [lines._line, *lines._others.values()]
-        assert sum(map(len, kept)) <= 66
+        lines.leave(one)
+        assert len(lines._line) + len(lines._others) <= 66
     assert len(served(lines)) == 1
 
 
