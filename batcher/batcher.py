@@ -49,6 +49,10 @@ log = logging.getLogger("cobatch.batcher")
 
 # How many more iterations of the loop a batch may grow by while each brings someone new.
 _SETTLE_ITERATIONS = 6
+# After so many lone requests the next does not wait for that iteration either, where a run is so short that
+# somebody right behind it loses next to nothing.
+_ALONE = 16
+_SHORT_RUN_S = 0.0002
 # Sums of times are not exact.
 _ROUNDING_S = 1e-6
 
@@ -107,6 +111,7 @@ class Batcher:
             latency=self.latency,
             decide=self._decide,
             on_dead=self._on_engine_dead,
+            on_idle=self._on_idle,
             on_ran=self._on_ran,
             on_hung=self._on_engine_hung,
             execution_timeout_s=None if execution_timeout_ms is None else execution_timeout_ms / 1000,
@@ -115,6 +120,7 @@ class Batcher:
         self._lost = 0  # requests for want of time, when a batch was last made up
         self._reopen = on_hung
         self._moment = Now(0.0, 0, 0, 0.0)
+        self._alone = 0  # so many batches in a row were of one request with none behind it
         self._decide_soon = False
         self._seen = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -161,7 +167,8 @@ class Batcher:
         admission, tenant = self._admission, request.tenant
         if self._padder is not None:
             self._refuse(request, self._padder.assign(request))
-        if self.full or tenant is not None or request.rows > 1:
+        full = self._queue.rows >= admission.max_queue_rows or admission.closed is not None
+        if full or tenant is not None or request.rows > 1:
             self._refuse(request, admission.refusal(request.rows, tenant, request.callers, now_s))
         if request.timeout_s is not None or self._has_deadlines:
             self._refuse(request, admission.set_deadline(request, now_s, self._dispatcher.free_s))
@@ -174,7 +181,10 @@ class Batcher:
             group = self._queue.push(request)
             dispatcher = self._dispatcher
             if dispatcher.free_slots and (group.rows >= self._queue.full_rows or not dispatcher.running):
-                self._decide_later()
+                if self._alone < _ALONE or dispatcher.running or self._decide_soon or self._queue.deadlines:
+                    self._decide_later()
+                else:
+                    self._decide()
             return
         request.parts = list(self._cut(request))
         request.state = State.QUEUED
@@ -333,7 +343,8 @@ class Batcher:
                 delay_s = max(0.0, decision.time_s - self._clock())
                 self._timer = self._loop.call_later(delay_s, self._decide)
             break
-        self._check_drained()
+        if self._drained is not None:
+            self._check_drained()
 
     def _now(self) -> Now:
         dispatcher = self._dispatcher
@@ -361,6 +372,8 @@ class Batcher:
             self._lost = lost
         taken = queue.take(group, queue.full_rows, plan)
         if taken.requests:
+            alone = self._prompt and plan is None and len(taken.requests) == 1 and not queue.rows
+            self._alone = self._alone + 1 if alone else 0
             self._dispatcher.send(taken.requests, DEADLINE if taken.capped else reason, taken.shares)
         for request in taken.late:
             self._fail_late(request)
@@ -371,6 +384,14 @@ class Batcher:
         if not isinstance(request, Part):
             self.counters.expired += request.callers
         self._answers.fail(request, ExpiredError(request.timeout_s))
+
+    def _on_idle(self, batch: Batch) -> bool:
+        """A batch has ended. Whether others wait: then the engine has been given some of them."""
+        if not self._queue.rows and not self._dispatcher.retries:
+            return False
+        self._on_ran(batch)
+        self._decide()
+        return True
 
     def _on_ran(self, batch: Batch) -> None:
         run_s = batch.finished_s - batch.started_s
@@ -386,6 +407,7 @@ class Batcher:
             most = max(1, self.latency.most_rows(self._latency_target_s / 2, most))
         self._queue.full_rows = most
         self._queue.row_s = self.latency.row_s
+        self._prompt = self.latency.expected_s(1) <= _SHORT_RUN_S
 
     # The end
 

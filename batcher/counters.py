@@ -94,9 +94,14 @@ class Counters:
         if figures is None:
             figures = self.by_rows[batch.rows] = BatchFigures()
         figures.batches += 1
-        figures.requests += sum([request.callers for request in batch.requests])
-        gathered_s = batch.gathered_s
-        figures.queue_s += sum([(gathered_s - one.enqueued_s) * one.callers for one in batch.requests])
+        requests, gathered_s = batch.requests, batch.gathered_s
+        if len(requests) == 1:
+            (one,) = requests
+            figures.requests += one.callers
+            figures.queue_s += (gathered_s - one.enqueued_s) * one.callers
+        else:
+            figures.requests += sum([one.callers for one in requests])
+            figures.queue_s += sum([(gathered_s - one.enqueued_s) * one.callers for one in requests])
         figures.input_s += batch.dispatched_s - batch.gathered_s
         figures.compute_s += batch.finished_s - batch.started_s
         figures.output_s += output_s

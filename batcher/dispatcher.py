@@ -1,8 +1,8 @@
 """The way to the engine and back: slots, packing, the worker, handing out, trying halves again.
 
 A slot belongs to a batch from `send` until its rows are handed out, since callers read the slot's
-output buffers until then. When a batch comes back, `decide` is called first of all, so that the engine
-has its next batch before the answers of this one are written.
+output buffers until then. When a batch comes back and others wait, the engine is given its next one before the
+answers of this one are written; when nobody waits, what can be done after them is.
 """
 
 from __future__ import annotations
@@ -42,7 +42,11 @@ class BatchWorker(Protocol):
 
 class Dispatcher:
     """Of one model. `decide` is called when a slot may be filled, `on_dead` when the engine is gone,
-    `on_ran` with each batch that ran, `on_hung` when one has not ended within `execution_timeout_s`."""
+    `on_hung` when a batch has not ended within `execution_timeout_s`.
+
+    With each batch that ran `on_idle` is called first, to send the engine its next one before the answers
+    are written; it says whether it has done what `on_ran` does, which is called after them else.
+    """
 
     def __init__(
         self,
@@ -55,6 +59,7 @@ class Dispatcher:
         latency: LatencyModel,
         decide: Callable[[], None],
         on_dead: Callable[[EngineError], None],
+        on_idle: Callable[[Batch], bool],
         on_ran: Callable[[Batch], None],
         on_hung: Callable[[Batch, float], None],
         execution_timeout_s: float | None = None,
@@ -63,6 +68,7 @@ class Dispatcher:
         self.retries: deque[list[Request]] = deque()
         self.free_s = 0.0  # when the engine is expected to have run what it has
         self._latency = latency
+        self._on_idle = on_idle
         self._on_ran = on_ran
         self._on_hung = on_hung
         self._execution_timeout_s = execution_timeout_s
@@ -95,7 +101,8 @@ class Dispatcher:
     def send(self, requests: list[Request], reason: str, shares: dict[Share, int] | None = None) -> None:
         """Pack a batch into a free slot and give it to the worker. There must be a free slot."""
         row_shapes = requests[0].row_shapes
-        batch = Batch(requests, sum([request.rows for request in requests]), row_shapes, reason)
+        rows = requests[0].rows if len(requests) == 1 else sum([request.rows for request in requests])
+        batch = Batch(requests, rows, row_shapes, reason)
         if shares is not None:
             batch.shares = shares
         slot = self.free_slots.pop()
@@ -168,11 +175,12 @@ class Dispatcher:
         else:
             assert outcome.outputs is not None
             batch.outputs = outcome.outputs
-            self._on_ran(batch)
-            self._decide()
+            learnt = self._on_idle(batch)
             began_s = self._clock()
             self._hand_out(batch)
             self._counters.batch(batch, self._clock() - began_s)
+            if not learnt:
+                self._on_ran(batch)
             # Whoever keeps the batch must not keep the outputs, and batch and requests not each other.
             batch.outputs = ()
             batch.memo = {}

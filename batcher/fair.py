@@ -169,6 +169,6 @@ class Shares:
         self._of = {
             tenant: share
             for tenant, share in self._of.items()
-            if share.rows or share.start_s > self.virtual_s
+            if share.rows or share.flows or share.start_s > self.virtual_s
         }
         self._most = 2 * len(self._of) + _IDLE_KEPT

@@ -97,8 +97,8 @@ class RequestQueue:
         self._urgent: list[tuple[float, int, Request]] = []
         self._most_ages = _HUSKS_KEPT  # so many of both before those that left are dropped
         self._number = 0
-        # Of the newest request: the next is often alike. When it was all there was of its group, it is kept
-        # aside as it is, since to make it anew costs a lone request as much as to queue it.
+        # Of the newest request: the next is often alike. When it was all there was, it is kept aside as it is,
+        # and its tenant counts as active, since to make all that anew costs a lone request as much as to queue it.
         self._last: Flow | None = None
         self._aside = False
 
@@ -128,6 +128,8 @@ class RequestQueue:
     @property
     def next_group(self) -> Group:
         """The group of the request whose turn it is; there must be one."""
+        if len(self.groups) == 1:
+            return next(iter(self.groups.values()))
         share = self._turns.first()
         if share.order is None:
             return next(iter(share.flows)).group
@@ -165,11 +167,14 @@ class RequestQueue:
             flow is None
             or flow.group.row_shapes != request.row_shapes
             or flow.share.tenant is not request.tenant
-            or (not flow.rows and not self._is_back(flow))
+            or not (flow.rows or self._aside)
         ):
             if self._aside:
                 self._let_go()
             flow = self._last = self._flow_of(request)
+        elif self._aside:
+            self._aside = False
+            self.groups[request.row_shapes] = flow.group
         rows = request.rows
         group, share = flow.group, flow.share
         request.flow = flow
@@ -192,18 +197,6 @@ class RequestQueue:
             self._note_age(request)
         return group
 
-    def _is_back(self, flow: Flow) -> bool:
-        """Whether a flow without rows was kept aside; it is where it was, then."""
-        share = flow.share
-        if not self._aside or self._shares.of(share.tenant) is not share:
-            return False
-        self._aside = False
-        self.groups[flow.group.row_shapes] = flow.group
-        self._shares.wakes(share)
-        self._turns.add(share)
-        flow.group.turns.add(flow)
-        return True
-
     def _let_go(self) -> None:
         """Forget the flow that was kept aside."""
         self._aside = False
@@ -212,6 +205,7 @@ class RequestQueue:
         del flow.share.flows[flow]
         del flow.group.flows[flow.share]
         flow.group.turns.clear()
+        self._shares.sleeps(flow.share)
 
     def _flow_of(self, request: Request) -> Flow:
         """The flow that a request belongs to, ready for it."""
@@ -273,11 +267,10 @@ class RequestQueue:
         self.rows -= rows
         if share.tenant is not None:
             share.tenant.queued_rows -= rows
-        if not flow.rows and flow is self._last and len(share.flows) == len(group.flows) == 1:
+        if not self.rows and flow is self._last and len(share.flows) == len(group.flows) == 1:
             self._aside = True
             del self.groups[group.row_shapes]
             share.order = None
-            self._shares.sleeps(share)
         elif not flow.rows:
             del group.flows[share]
             del share.flows[flow]
