@@ -39,9 +39,11 @@ from batcher.errors import (
 from batcher.latency import Arrivals, LatencyModel
 from batcher.padding import Padder
 from batcher.policy import DEADLINE, LEAD_S, Dispatch, Limits, Now, WaitUntil, decide
-from batcher.queue import Group, Plan, RequestQueue
+from batcher.queue import Group, RequestQueue
 from batcher.request import Batch, Request, State
+from batcher.returns import Returns
 from batcher.split import Part, cut, join, let_go
+from batcher.taking import Plan
 from batcher.tenant import Tenant
 from engines.errors import EngineError
 
@@ -53,6 +55,9 @@ _SETTLE_ITERATIONS = 6
 # somebody right behind it loses next to nothing.
 _ALONE = 16
 _SHORT_RUN_S = 0.0002
+# Only for a run of this length can it pay to wait for those who have just been answered: it takes them about a
+# millisecond to come back.
+_LONG_RUN_S = 0.001
 # Sums of times are not exact.
 _ROUNDING_S = 1e-6
 
@@ -91,7 +96,9 @@ class Batcher:
         self._padder = padder
         self._loop = loop
         self._clock = clock
-        self._queue = RequestQueue(1, self.latency.row_s, ages=max_delay_ms > 0)
+        self._queue = RequestQueue(
+            1, self.latency.row_s, ages=max_delay_ms > 0, run_s=self.latency.expected_s
+        )
         self._learn()
         self._admission = Admission(
             self._queue,
@@ -120,6 +127,8 @@ class Batcher:
         self._lost = 0  # requests for want of time, when a batch was last made up
         self._reopen = on_hung
         self._moment = Now(0.0, 0, 0, 0.0)
+        self._returns = Returns()
+        self._waits = False  # for those who have just been answered
         self._alone = 0  # so many batches in a row were of one request with none behind it
         self._decide_soon = False
         self._seen = 0
@@ -181,7 +190,9 @@ class Batcher:
             group = self._queue.push(request)
             dispatcher = self._dispatcher
             if dispatcher.free_slots and (group.rows >= self._queue.full_rows or not dispatcher.running):
-                if self._alone < _ALONE or dispatcher.running or self._decide_soon or self._queue.deadlines:
+                if self._waits and group.rows < self._moment.company_rows:
+                    pass  # it is decided when they are all there, or when the time for that is over
+                elif self._alone < _ALONE or dispatcher.running or self._decide_soon or self._queue.deadlines:
                     self._decide_later()
                 else:
                     self._decide()
@@ -324,7 +335,7 @@ class Batcher:
             self._decide()
 
     def _decide(self) -> None:
-        self._decide_soon = False
+        self._decide_soon = self._waits = False
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -340,6 +351,7 @@ class Batcher:
                 self._send(decision.group, decision.reason)
                 continue
             if isinstance(decision, WaitUntil):
+                self._waits = self._moment.company_rows > 0
                 delay_s = max(0.0, decision.time_s - self._clock())
                 self._timer = self._loop.call_later(delay_s, self._decide)
             break
@@ -355,25 +367,32 @@ class Batcher:
         now.running = len(dispatcher.running)
         now.free_s = dispatcher.free_s
         now.draining = self._admission.closed is not None
-        if self.limits.max_delay_s > 0:
+        if self.limits.max_delay_s > 0 or self._queue.deadlines:
             # Early enough for a timer that is late: when only the run is left, a request is taken out.
             now.run_s = self.latency.high_s(min(self._queue.rows, self._queue.full_rows)) + LEAD_S
+        if self.limits.max_delay_s > 0:
             now.rows_per_s = self._arrivals.rate(now.time_s, self.counters.accepted)
         return now
 
     def _send(self, group: Group, reason: str) -> None:
         """Take a batch of the group and send it, if anybody in it can still be in time."""
         queue = self._queue
-        plan = None
+        most, plan = queue.full_rows, None
         if queue.deadlines:
             counters = self.counters
             lost = counters.expired + counters.refusals["deadline"]
             plan = Plan(max(self._clock(), self._dispatcher.free_s), self.latency, lost != self._lost)
             self._lost = lost
-        taken = queue.take(group, queue.full_rows, plan)
+            if plan.crowded and self._latency_target_s == math.inf:
+                most = self.latency.crowded_rows
+        taken = queue.take(group, most, plan)
         if taken.requests:
             alone = self._prompt and plan is None and len(taken.requests) == 1 and not queue.rows
             self._alone = self._alone + 1 if alone else 0
+            if self._slow:
+                self._returns.left(taken.requests)
+                self._moment.company_rows = 0
+                self._waits = False
             self._dispatcher.send(taken.requests, DEADLINE if taken.capped else reason, taken.shares)
         for request in taken.late:
             self._fail_late(request)
@@ -387,11 +406,23 @@ class Batcher:
 
     def _on_idle(self, batch: Batch) -> bool:
         """A batch has ended. Whether others wait: then the engine has been given some of them."""
+        if self._slow:
+            self._expect_back(batch)
         if not self._queue.rows and not self._dispatcher.retries:
             return False
         self._on_ran(batch)
         self._decide()
         return True
+
+    def _expect_back(self, batch: Batch) -> None:
+        """Those whom it answers may soon be back, and then it may pay to wait for them."""
+        now_s = self._clock()
+        self._returns.ended(now_s, len(batch.requests))
+        if not self._dispatcher.running and not self.limits.max_delay_s:
+            company = self._returns.company(self._queue.rows, self._queue.full_rows, self.latency)
+            if company is not None:
+                self._moment.company_rows, wait_s = company
+                self._moment.company_by_s = now_s + wait_s
 
     def _on_ran(self, batch: Batch) -> None:
         run_s = batch.finished_s - batch.started_s
@@ -408,6 +439,7 @@ class Batcher:
         self._queue.full_rows = most
         self._queue.row_s = self.latency.row_s
         self._prompt = self.latency.expected_s(1) <= _SHORT_RUN_S
+        self._slow = self.latency.expected_s(most) >= _LONG_RUN_S
 
     # The end
 

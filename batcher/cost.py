@@ -16,17 +16,19 @@ from math import inf
 BATCH_OVERHEAD_US = 100.0
 # A size counts as good enough when a row costs at most this many times the best size's.
 NEAR_BEST = 1.03
+# The same while requests are lost for want of the engine's time: then rows per second are all that counts.
+NEAR_BEST_CROWDED = 1.003
 
 
-def efficient_rows(run_us: Mapping[int, float], max_batch_size: int) -> int:
-    """Smallest batch size at which a row is about as cheap as it gets.
+def efficient_rows(run_us: Mapping[int, float], max_batch_size: int, near: float = NEAR_BEST) -> int:
+    """Smallest batch size at which a row is about as cheap as it gets: at most `near` times that.
 
     `run_us` maps rows to the microseconds of one run. Nothing measured: `max_batch_size`.
     """
     per_row = _per_row({rows: us for rows, us in run_us.items() if rows <= max_batch_size})
     if not per_row:
         return max_batch_size
-    good = min(per_row.values()) * NEAR_BEST
+    good = min(per_row.values()) * near
     return min(rows for rows, us in per_row.items() if us <= good)
 
 

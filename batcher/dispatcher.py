@@ -1,8 +1,8 @@
 """The way to the engine and back: slots, packing, the worker, handing out, trying halves again.
 
 A slot belongs to a batch from `send` until its rows are handed out, since callers read the slot's
-output buffers until then. When a batch comes back and others wait, the engine is given its next one before the
-answers of this one are written; when nobody waits, what can be done after them is.
+output buffers until then. When a batch comes back and others wait, the engine is given its next one before
+the answers of this one are written; when nobody waits, what can be done after them is.
 """
 
 from __future__ import annotations

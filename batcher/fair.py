@@ -160,9 +160,9 @@ class Shares:
         self.virtual_s = max(self.virtual_s, share.start_s)
         share.charge(cost_s)
 
-    def is_light(self, share: Share, rows: int) -> bool:
-        """Whether it has less than its part of so many rows, all that are queued."""
-        return share.rows * self.active_weight < share.weight * rows - 1e-9
+    def is_light(self, share: Share, rows: int, part: float = 1.0) -> bool:
+        """Whether it has less than its part, or that part of it, of so many rows, all that are queued."""
+        return share.rows * self.active_weight < part * share.weight * rows - 1e-9
 
     def _forget_idle(self) -> None:
         """Those that would start where the others are anyway. O(n), but each time for as many new ones."""

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Mapping
 from math import inf
 
-from batcher.cost import cost_over_best, efficient_rows
+from batcher.cost import NEAR_BEST_CROWDED, cost_over_best, efficient_rows
 
 _KEPT = 32
 _MEMORY_S = 5.0
@@ -78,7 +78,8 @@ class LatencyModel:
         self._known_s: dict[int, float] = {}
         self._expected_s: list[float] = []
         self._high_s: list[float] = []
-        self.full_rows = 0
+        self.full_rows = 0  # growing pays up to here
+        self.crowded_rows = 0  # the same while requests are lost for want of the engine's time
         self._learned_s = -inf
         for rows, run_us in sorted(seed_us.items()) or [(max_batch_size, 1000.0)]:
             self._buckets[(rows - 1).bit_length()] = _Bucket(rows, run_us / 1e6)
@@ -145,6 +146,7 @@ class LatencyModel:
             as_good = full_rows < now and cost_over_best(run_us, full_rows) <= over_best * _AS_GOOD
         if not now or over_best > _WORTH_CHANGING or as_good:
             self.full_rows = full_rows
+        self.crowded_rows = max(self.full_rows, efficient_rows(run_us, self._most, NEAR_BEST_CROWDED))
 
     def expected_s(self, rows: int) -> float:
         """The time that a run of so many rows takes as often less as more."""

@@ -2,12 +2,13 @@
 
 The theory in five lines. While the engine is idle, waiting can only add latency, so whatever is there
 leaves at once (unless `max_delay_s` asks for a wait, which runs from the oldest request, and ends where a
-deadline does or where nobody else is to be expected). While the engine is busy, waiting is free, so the
-next batch grows until the engine is done. A full batch gains nothing from waiting, so it leaves as soon as
-a slot is free and lies ready when the engine finishes; but where tenants or shapes compete it is made up as
-late as that allows, so that whoever comes meanwhile is not a whole batch too late (Symphony, Chen et al.,
-2023, defers a batch for as long as that costs nothing). What is full is `full_rows`: the size past which a
-row no longer gets cheaper (see `batcher.cost`), at most the largest batch the engine takes.
+deadline does or where nobody else is to be expected; or unless those who have just been answered are known
+to be back in no time, see `batcher.returns`). While the engine is busy, waiting is free, so the next batch
+grows until the engine is done. A full batch gains nothing from waiting, so it leaves as soon as a slot is
+free and lies ready when the engine finishes; but where tenants or shapes compete it is made up as late as
+that allows, so that whoever comes meanwhile is not a whole batch too late (Symphony, Chen et al., 2023,
+defers a batch for as long as that costs nothing). What is full is `full_rows`: the size past which a row no
+longer gets cheaper (see `batcher.cost`), at most the largest batch the engine takes.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ class Now:
     `running` batches are with the engine, `in_slots` (>= running) occupy its slots: a batch whose answers
     are being handed out still holds its slot. `free_s`: when the engine is expected to be idle.
     `run_s`: how long the next batch hardly ever takes. `rows_per_s`: how many rows arrive, None where that
-    is not known yet.
+    is not known yet. `company_rows`: those who have just been answered are expected to be back, so that so
+    many rows are there, by `company_by_s`; 0 where it does not pay to wait for them.
     """
 
     time_s: float
@@ -90,6 +92,8 @@ class Now:
     free_s: float
     run_s: float = 0.0
     rows_per_s: float | None = None
+    company_rows: int = 0
+    company_by_s: float = 0.0
     draining: bool = False
 
 
@@ -121,7 +125,18 @@ def decide(queue: QueueView[G_co], now: Now, limits: Limits) -> Dispatch[G_co] |
         return Dispatch(group, FULL)
     if limits.max_delay_s > 0:
         return _after_a_wait(queue, now, limits.max_delay_s)
-    return Dispatch(group, SHAPE if queue.shapes > 1 else IDLE)
+    if queue.shapes > 1:
+        return Dispatch(group, SHAPE)
+    return _with_company(queue, now) if now.company_rows else Dispatch(group, IDLE)
+
+
+def _with_company(queue: QueueView[G_co], now: Now) -> Dispatch[G_co] | WaitUntil:
+    """The engine has just become idle, and those who were answered will be back."""
+    group = queue.next_group
+    due_s = min(now.company_by_s, queue.urgent_s - now.run_s)
+    if now.time_s >= due_s:
+        return Dispatch(group, DELAY if due_s == now.company_by_s else DEADLINE)
+    return Dispatch(group, DELAY) if group.rows >= now.company_rows else WaitUntil(due_s)
 
 
 def _while_busy(queue: QueueView[G_co], now: Now) -> Dispatch[G_co] | WaitUntil | None:

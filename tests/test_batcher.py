@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -582,5 +583,37 @@ def test_rows_that_are_run_again_need_no_room() -> None:
                 assert isinstance(caller.answer, BatchFailedError)
             else:
                 caller.check()
+
+    run(main())
+
+
+def constant(run_s: float, rows: int) -> float:
+    return run_s
+
+
+def test_after_many_lone_requests_the_next_leaves_in_the_same_iteration() -> None:
+    """Where runs are so short that somebody right behind it loses next to nothing."""
+
+    async def main() -> None:
+        for run_s, at_once in ((0.0001, True), (0.010, False)):
+            worker = FakeWorker(FakeEngine(), partial(constant, run_s))
+            worker.warmup_us = {8: run_s * 1e6}
+            batcher = make_batcher(worker)
+            for number in range(20):
+                caller = Call([[number]])
+                batcher.submit(caller)
+                assert batcher.running_batches == int(at_once and number >= 16)
+                await asyncio.sleep(1)
+                caller.check()
+            # Many at once are noticed, and the lone one that left before them is not worth mentioning.
+            crowd = calls(8)
+            for caller in crowd:
+                batcher.submit(caller)
+            await asyncio.sleep(1)
+            for caller in crowd:
+                caller.check()
+            batcher.submit(Call([[1]]))
+            assert not batcher.running_batches
+            await asyncio.sleep(1)
 
     run(main())

@@ -159,6 +159,33 @@ def test_where_tenants_compete_a_batch_is_made_up_late(left_s: float, leaves: bo
     assert decided(full, now=replace(BUSY, free_s=free_s)) == Dispatch(full, FULL)
 
 
+COMPANY = Now(NOW_S, in_slots=0, running=0, free_s=NOW_S, company_rows=5, company_by_s=NOW_S + 0.002)
+
+
+@pytest.mark.parametrize(("rows", "leaves"), [(4, False), (5, True), (6, True)])
+def test_those_who_were_answered_are_waited_for_until_they_are_back(rows: int, leaves: bool) -> None:
+    decision = decide(Queue((Line(rows),)), COMPANY, EAGER)
+    assert decision == (Dispatch(Line(rows), DELAY) if leaves else WaitUntil(COMPANY.company_by_s))
+
+
+@pytest.mark.parametrize(("now_s", "leaves"), [(before(NOW_S + 0.002), False), (NOW_S + 0.002, True)])
+def test_and_no_longer_than_they_take(now_s: float, leaves: bool) -> None:
+    decision = decide(Queue((Line(4),)), replace(COMPANY, time_s=now_s), EAGER)
+    assert decision == (Dispatch(Line(4), DELAY) if leaves else WaitUntil(NOW_S + 0.002))
+
+
+@pytest.mark.parametrize(("run_s", "leaves"), [(0.099, False), (0.1, True)])
+def test_nor_past_a_deadline(run_s: float, leaves: bool) -> None:
+    queue = Queue((Line(4),), urgent_s=NOW_S + 0.1)
+    decision = decide(queue, replace(COMPANY, run_s=run_s), EAGER)
+    wait = WaitUntil(min(COMPANY.company_by_s, queue.urgent_s - run_s))
+    assert decision == (Dispatch(Line(4), DEADLINE) if leaves else wait)
+
+
+def test_nor_where_several_shapes_wait() -> None:
+    assert decide(Queue((Line(4), Line(1))), COMPANY, EAGER) == Dispatch(Line(4), SHAPE)
+
+
 def test_draining_waits_for_nobody() -> None:
     line = Line(1)
     assert decided(line, now=replace(IDLE_NOW, draining=True), limits=PATIENT) == Dispatch(line, DRAIN)

@@ -17,8 +17,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from batcher.latency import LatencyModel
 from batcher.lines import AGEING_S
-from batcher.queue import Plan, RequestQueue, Taken
+from batcher.queue import RequestQueue
 from batcher.request import Request, State
+from batcher.taking import Plan, Taken
 from batcher.tenant import Tenant
 from engines.base import RowShapes
 
@@ -117,11 +118,11 @@ class Queues(RuleBasedStateMachine):
                 assert tenant.queued_rows == rows == queue.rows_of(tenant)
         if not self.waiting:
             # The last one to leave an empty queue may still count: it is kept aside.
-            assert queue._shares.active == int(queue._aside)
+            assert queue.shares.active == int(queue._aside)
             return
-        assert queue._shares.active == len({one.tenant for one in self.waiting})
+        assert queue.shares.active == len({one.tenant for one in self.waiting})
         weights = {one.tenant: 1.0 if one.tenant is None else one.tenant.weight for one in self.waiting}
-        assert queue._shares.active_weight == pytest.approx(sum(weights.values()))
+        assert queue.shares.active_weight == pytest.approx(sum(weights.values()))
 
     @invariant()
     def what_the_policy_sees(self) -> None:

@@ -45,6 +45,14 @@ def test_it_is_near_the_bound(name: str, deadline_ms: float, load: float) -> Non
     assert of_bound(simulated(load_profile(name), deadline_ms, load)) > (0.98 if load < 1 else 0.97)
 
 
+def test_while_requests_are_lost_batches_grow_as_far_as_rows_get_cheaper() -> None:
+    # On this profile 64 rows are within 3 % of the cheapest, and 128 are the cheapest.
+    profile = load_profile("bert-large-a100")
+    before, beyond = (simulated(profile, 100, load).batches for load in (0.95, 2.0))
+    assert max(before) == 64
+    assert 64 < max(beyond) <= 128
+
+
 @pytest.mark.parametrize("load", [0.8, 0.95, 1.2, 2.0])
 @pytest.mark.parametrize(("deadline_ms", "least"), [(20, 0.7), (30, 0.7), (40, 0.9)])
 def test_a_deadline_of_hardly_two_runs_is_no_collapse(deadline_ms: float, least: float, load: float) -> None:

@@ -1,0 +1,66 @@
+"""Callers who wait for their answers come back together: how soon, and how many.
+
+Clients that send their next request when they have the answer to the last fall into two groups whose
+batches alternate, each of half the size it could have: one group is answered just after the other one's
+batch has left. Where a run of both together takes hardly longer than one of half of them, it pays to wait
+for those who have just been answered; and that is known after a few batches. Whether waiting pays is the
+one question of batching that Clipper (Crankshaw et al., NSDI 2017) leaves to a setting, its delayed
+batching.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from batcher.latency import LatencyModel
+from batcher.request import Request
+
+# The wait is no longer than this part of the run that could begin instead,
+_PART_OF_RUN = 0.25
+# and lets so many times as many rows through in a second.
+_GAIN = 1.05
+# So many batches in a row must have seen their callers back as soon.
+_SEEN = 4
+# Timers are late by so much, and so is whoever comes when one is due.
+_TIMER_S = 0.0005
+# Of those who come back, this part decides how long that takes; a wait is given so many times that.
+_MOST = 0.9
+_MARGIN = 2.0
+
+
+class Returns:
+    """Of one model. Times are seconds of the batcher's clock."""
+
+    def __init__(self) -> None:
+        self._ends: deque[tuple[float, int]] = deque(maxlen=2)  # when a batch ended, with so many requests
+        self._back_s: deque[float] = deque(maxlen=_SEEN)
+        self._part = 0.0  # of those that a batch answers, so many rows for each
+
+    def ended(self, now_s: float, requests: int) -> None:
+        """A batch of so many requests is about to be answered; there are some."""
+        self._ends.append((now_s, requests))
+
+    def left(self, requests: Sequence[Request]) -> None:
+        """These leave as a batch, in the order in which they came: were they those of a batch that ended?"""
+        first_s = requests[0].enqueued_s
+        for end_s, answered in reversed(self._ends):
+            if end_s <= first_s:
+                back = requests[: min(answered, len(requests))]
+                last = back[max(0, int(len(back) * _MOST) - 1)]
+                self._back_s.append(last.enqueued_s - end_s)
+                self._part = sum([request.rows for request in back]) / answered
+                return
+
+    def company(self, queued: int, full_rows: int, latency: LatencyModel) -> tuple[int, float] | None:
+        """For how many rows, and how many seconds, it pays to wait when the engine has just become idle."""
+        if len(self._back_s) < _SEEN or queued >= full_rows:
+            return None
+        wait_s = max(self._back_s) + _TIMER_S
+        now_rows = max(1, queued)
+        run_s = latency.expected_s(now_rows)
+        if wait_s > run_s * _PART_OF_RUN:
+            return None
+        rows = min(full_rows, queued + round(self._ends[-1][1] * self._part))
+        gain = rows / (latency.expected_s(rows) + wait_s) * run_s / now_rows
+        return (rows, wait_s * _MARGIN) if gain > _GAIN else None

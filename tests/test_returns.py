@@ -1,0 +1,152 @@
+"""Callers that wait for their answers ride together, where that pays; nobody waits for anybody else."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from statistics import fmean
+
+import pytest
+
+from batcher.policy import DEADLINE, DELAY, IDLE
+from tests.virtual import Call, FakeEngine, FakeWorker, make_batcher, run
+
+CALLERS = 16
+
+
+def steep(rows: int) -> float:
+    """Hardly dearer with more rows: both groups together are worth waiting for."""
+    return 0.010 + 0.0002 * rows
+
+
+def linear(rows: int) -> float:
+    """Nothing is gained by larger batches."""
+    return 0.002 * rows
+
+
+def quick(rows: int) -> float:
+    """Over before anybody could be back."""
+    return 0.0015
+
+
+class Again(Call):
+    """A caller that asks again `back_s` after its answer, `left` times, and whose deadline may be near."""
+
+    __slots__ = ("ask", "left")
+
+    def __init__(self, left: int, ask: Callable[[int], None]) -> None:
+        super().__init__([[1]])
+        self.left = left
+        self.ask = ask
+
+    def done(self) -> None:
+        super().done()
+        self.check()
+        if self.left:
+            self.ask(self.left - 1)
+
+
+def sizes(
+    run_s: Callable[[int], float],
+    back_s: float,
+    *,
+    times: int = 60,
+    timeout_s: float | None = None,
+    reasons: dict[str, int] | None = None,
+) -> list[int]:
+    """The batches that callers who ask so many times are answered in."""
+    worker = FakeWorker(FakeEngine(max_batch_size=64), run_s)
+    worker.warmup_us = {1 << power: run_s(1 << power) * 1e6 for power in range(7)}
+
+    async def main() -> None:
+        batcher = make_batcher(worker)
+        loop = asyncio.get_running_loop()
+
+        def submit(left: int) -> None:
+            caller = Again(left, lambda left: void(loop.call_later(back_s, submit, left)))
+            caller.timeout_s = timeout_s
+            batcher.submit(caller)
+
+        for number in range(CALLERS):
+            loop.call_later(0.0001 * number, submit, times)
+        await asyncio.sleep(times)
+        assert batcher.queued_rows == batcher.running_batches == 0
+        if reasons is not None:
+            reasons.update(batcher.counters.reasons)
+
+    run(main())
+    return [rows for _, rows in worker.ran]
+
+
+def void(_: object) -> None:
+    """Nothing."""
+
+
+@pytest.mark.parametrize("back_s", [0.0001, 0.001, 0.002])
+def test_two_groups_become_one(back_s: float) -> None:
+    reasons: dict[str, int] = {}
+    assert set(sizes(steep, back_s, reasons=reasons)[30:-2]) == {CALLERS}
+    assert reasons[DELAY] > 20
+
+
+@pytest.mark.parametrize(("run_s", "back_s"), [(linear, 0.0001), (quick, 0.001), (steep, 0.005)])
+def test_nobody_is_waited_for_where_that_does_not_pay(run_s: Callable[[int], float], back_s: float) -> None:
+    reasons: dict[str, int] = {}
+    sizes(run_s, back_s, reasons=reasons)
+    assert DELAY not in reasons
+
+
+def test_those_with_deadlines_wait_as_long_as_they_can() -> None:
+    reasons: dict[str, int] = {}
+    assert set(sizes(steep, 0.001, timeout_s=0.1, reasons=reasons)[30:-2]) == {CALLERS}
+    assert DEADLINE not in reasons
+
+
+def test_callers_at_random_are_not_waited_for() -> None:
+    """However many they are: that some come soon after a batch has ended does not make them callers of it."""
+
+    async def main() -> None:
+        chance = random.Random(1)
+        for load in (0.1, 0.5, 0.9):
+            worker = FakeWorker(FakeEngine(max_batch_size=64), steep)
+            worker.warmup_us = {1 << power: steep(1 << power) * 1e6 for power in range(7)}
+            batcher = make_batcher(worker)
+            callers = []
+            for _ in range(3000):
+                callers.append(Call([[1]]))
+                batcher.submit(callers[-1])
+                await asyncio.sleep(chance.expovariate(load * 64 / steep(64)))
+            await asyncio.sleep(1)
+            waited = batcher.counters.reasons[DELAY]
+            assert waited <= 0.01 * batcher.counters.batches
+            assert batcher.counters.reasons[IDLE] > 50
+
+    run(main())
+
+
+def test_who_does_not_come_back_is_waited_for_once() -> None:
+    """The wait is short, and what was expected is forgotten."""
+
+    async def main() -> None:
+        worker = FakeWorker(FakeEngine(max_batch_size=64), steep)
+        worker.warmup_us = {1 << power: steep(1 << power) * 1e6 for power in range(7)}
+        batcher = make_batcher(worker)
+        loop = asyncio.get_running_loop()
+
+        def submit(left: int) -> None:
+            batcher.submit(Again(left, lambda left: void(loop.call_later(0.001, submit, left))))
+
+        for number in range(CALLERS):
+            loop.call_later(0.0001 * number, submit, 30)
+        await asyncio.sleep(5)
+        late = []
+        for _ in range(20):
+            lone = Call([[1]])
+            batcher.submit(lone)
+            await asyncio.sleep(0.5)
+            lone.check()
+            late.append(lone.at_s - lone.enqueued_s - steep(1))
+        assert fmean(late) == pytest.approx(0.0, abs=1e-9)
+
+    run(main())
