@@ -55,7 +55,7 @@ _SETTLE_ITERATIONS = 6
 # somebody right behind it loses next to nothing.
 _ALONE = 16
 _SHORT_RUN_S = 0.0002
-# Only for a run of this length can it pay to wait for those who have just been answered: it takes them about a
+# Only for a run of this length can it pay to wait for those who have just been answered: they take about a
 # millisecond to come back.
 _LONG_RUN_S = 0.001
 # Sums of times are not exact.

@@ -1,8 +1,10 @@
-"""An open loop: requests leave at a constant rate whatever comes back, and are timed from when they should.
+"""An open loop: requests leave when they should, whatever comes back, and are timed from that moment.
 
 `python -m benchmarks.steady ADDRESS FILE --rate N --seconds N`: FILE holds the requests, each a line in
-base64 with all that goes over the wire; they are sent in turn. Prints one line of JSON. `select` and not
-`epoll`, because its time-outs are not rounded to milliseconds.
+base64 with all that goes over the wire; they are sent in turn, at a constant rate, or at the seconds that the
+lines of `--times FILE` give, over a free connection where there is one. Prints one line of JSON; `--records
+FILE` has each answer's status and seconds. It waits with `select`, whose time-outs are not rounded to
+milliseconds, for `epoll`, which does not look at each connection.
 """
 
 from __future__ import annotations
@@ -41,13 +43,19 @@ class Running:
     """A generator in a process of its own."""
 
     def __init__(
-        self, address: str, requests: Sequence[bytes], rate: float, seconds: float, connections: int
+        self,
+        address: str,
+        requests: Sequence[bytes],
+        rate: float,
+        seconds: float,
+        connections: int,
+        more: Sequence[str] = (),
     ) -> None:
         self._file = tempfile.NamedTemporaryFile("wb", suffix=".requests")  # noqa: SIM115 - closed in `result`
         self._file.write(b"\n".join(map(base64.b64encode, requests)))
         self._file.flush()
         command = [sys.executable, "-m", "benchmarks.steady", address, self._file.name, f"--rate={rate}"]
-        command += [f"--seconds={seconds}", f"--connections={connections}"]
+        command += [f"--seconds={seconds}", f"--connections={connections}", *more]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def result(self) -> Steady:
@@ -64,9 +72,12 @@ class _Connection:
         self.due: deque[float] = deque()
         self.data = b""
 
-    def answered(self) -> list[int]:
-        """Statuses of the answers that have come whole."""
-        self.data += self.socket.recv(1 << 16)
+    def answered(self) -> list[int] | None:
+        """Statuses of the answers that have come whole; None when the server has closed it."""
+        data = self.socket.recv(1 << 16)
+        if not data:
+            return None
+        self.data += data
         statuses: list[int] = []
         while True:
             end = self.data.find(b"\r\n\r\n")
@@ -78,41 +89,62 @@ class _Connection:
 
 
 def drive(
-    address: tuple[str, int], requests: Sequence[bytes], rate: float, seconds: float, connections: int
-) -> Steady:
-    """Send at a constant rate, one request after another over the connections in turn."""
-    open_ = [_Connection(address) for _ in range(connections)]
-    by_socket = {one.socket: one for one in open_}
-    took: list[float] = []
-    statuses: Counter[str] = Counter()
-    total = int(rate * seconds)
+    address: tuple[str, int], requests: Sequence[bytes], times_s: Sequence[float], connections: int
+) -> list[tuple[int, float]]:
+    """Send at these times, one request after another: statuses and seconds of the answers."""
+    events = select.epoll()  # first: `select` takes small numbers only
+    by_number: dict[int, _Connection] = {}
+
+    def connect() -> _Connection:
+        connection = _Connection(address)
+        by_number[connection.socket.fileno()] = connection
+        events.register(connection.socket, select.EPOLLIN)
+        return connection
+
+    # The one that was used last is the next: the server may close what has been idle for long.
+    free = deque(connect() for _ in range(connections))
+    answers: list[tuple[int, float]] = []
+    total = len(times_s)
     began = time.perf_counter() + 0.05
     sent = 0
-    while len(took) < total:
-        now = time.perf_counter()
-        while sent < total and began + sent / rate <= now:
-            connection = open_[sent % connections]
-            connection.due.append(began + sent / rate)
+    while len(answers) < total:
+        while sent < total and began + times_s[sent] <= time.perf_counter():
+            connection = free.pop() if free else connect()
+            connection.due.append(began + times_s[sent])
             connection.socket.sendall(requests[sent % len(requests)])
             sent += 1
-        wait_s = began + sent / rate - time.perf_counter() if sent < total else _LATE_S
-        ready, _, _ = select.select(list(by_socket), [], [], max(0.0, wait_s))
-        if not ready and sent == total:
+        wait_s = began + times_s[sent] - time.perf_counter() if sent < total else _LATE_S
+        if not select.select([events], [], [], max(0.0, wait_s))[0] and sent == total:
             break
-        for each in ready:
-            connection = by_socket[each]
-            for status in connection.answered():
-                took.append(time.perf_counter() - connection.due.popleft())
-                statuses[str(status)] += 1
-    for one in open_:
+        for number, _ in events.poll(0):
+            connection = by_number[number]
+            statuses = connection.answered()
+            now = time.perf_counter()
+            if statuses is None:
+                answers += [(0, now - due) for due in connection.due]
+                if not connection.due:
+                    free.remove(connection)
+                events.unregister(connection.socket)
+                del by_number[number]
+                connection.socket.close()
+                continue
+            answers += [(status, now - connection.due.popleft()) for status in statuses]
+            if statuses and not connection.due:
+                free.append(connection)
+    for one in by_number.values():
         one.socket.close()
-    ordered = sorted(took)
+    return answers
+
+
+def summary(answers: Sequence[tuple[int, float]]) -> Steady:
+    """Of all answers, whatever their status."""
+    ordered = sorted(took for _, took in answers)
     return Steady(
-        len(took),
+        len(ordered),
         ordered[len(ordered) // 2] * 1e6,
         ordered[int(len(ordered) * 0.99)] * 1e6,
         ordered[-1] * 1e6,
-        dict(statuses),
+        dict(Counter(str(status) for status, _ in answers)),
     )
 
 
@@ -120,13 +152,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.steady")
     parser.add_argument("address")
     parser.add_argument("file", type=Path)
-    parser.add_argument("--rate", type=float, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--rate", type=float, default=0.0)
+    parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--connections", type=int, default=16)
+    parser.add_argument("--times", type=Path)
+    parser.add_argument("--records", type=Path)
     options = parser.parse_args()
     host, _, port = options.address.rpartition(":")
     requests = [base64.b64decode(line) for line in options.file.read_bytes().splitlines()]
-    result = drive((host, int(port)), requests, options.rate, options.seconds, options.connections)
+    times_s = [number / options.rate for number in range(int(options.rate * options.seconds))]
+    if options.times is not None:
+        times_s = [float(line) for line in options.times.read_text().splitlines()]
+    answers = drive((host, int(port)), requests, times_s, options.connections)
+    if options.records is not None:
+        options.records.write_text("".join(f"{status} {took:.6f}\n" for status, took in answers))
+    result = summary(answers)
     print(json.dumps({name: getattr(result, name) for name in Steady.__slots__}))
 
 

@@ -1,0 +1,172 @@
+"""Does the simulator tell the truth? A real server and `cobatch simulate` with the same arrivals.
+
+`python -m benchmarks.truth [--model wide] [--seconds 10] [--rounds 3]`: measures the model's profile as
+`cobatch profile` does, then for each load a server on this machine is sent requests at random times
+(Poisson), each with a deadline, and the same times are played in the simulator. What is compared is goodput
+(answered within the deadline, counted from when they should have left) and the p99 of what was answered.
+The profile is measured in each round, just before, because the machine's speed drifts. Loads are parts of
+the profile's capacity under the deadline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from batcher.simulator.arrivals import Poisson, Recorded, Trace
+from batcher.simulator.bound import capacity
+from batcher.simulator.measure import measure
+from batcher.simulator.profile import Profile
+from batcher.simulator.results import results_of
+from batcher.simulator.scenario import Scenario, run
+from batcher.simulator.traffic import Caller
+from benchmarks import steady, wire
+from benchmarks.models import model_path
+from benchmarks.processes import Server, cobatch
+from engines.loader import load_engine
+
+LOADS = (0.5, 0.8, 1.2, 2.0)
+_CONNECTIONS = 256
+_BODIES = 32
+_MAX_BATCH_SIZE = 64
+_PROFILE_S = 4.0
+# Between the loop and the engine's thread, and back: two wake-ups and the work of the loop.
+_HANDOVER_MS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Of one run: answered in time, per second, and the p99 of what was answered, in ms."""
+
+    goodput: float
+    p99_ms: float
+
+
+def main() -> None:
+    """Measure, simulate, print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.truth")
+    parser.add_argument("--model", default="wide", choices=["wide", "magika"])
+    parser.add_argument("--deadline-ms", type=float, default=150.0)
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    found: dict[float, list[tuple[Seen, Seen]]] = {load: [] for load in LOADS}
+    for number in range(options.rounds):
+        profile = profile_of(options.model)
+        most, _ = capacity(profile, profile.max_rows, options.deadline_ms / 1000)
+        print(f"round {number + 1}: capacity {most:,.0f}/s", flush=True)
+        for load in LOADS:
+            times_s = arrivals(load * most, options.seconds, seed=number)
+            pair = real(options, times_s), simulated(options, profile, times_s)
+            found[load].append(pair)
+            print(f"  load {load:g}: real {shown(pair[0])}, simulated {shown(pair[1])}", flush=True)
+    print("| load | goodput/s, real | simulated | ratio | p99 ms, real | simulated | ratio |")
+    print("|---:" * 7 + "|")
+    for load, pairs in found.items():
+        print(f"| {load:g} | " + " | ".join(column(pairs, "goodput") + column(pairs, "p99_ms")) + " |")
+    if options.json is not None:
+        rows = [{"load": load, "rounds": [[vars_of(one) for one in pair] for pair in pairs]}
+                for load, pairs in found.items()]  # fmt: skip
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def vars_of(seen: Seen) -> dict[str, float]:
+    return {"goodput": seen.goodput, "p99_ms": seen.p99_ms}
+
+
+def shown(seen: Seen) -> str:
+    return f"{seen.goodput:,.0f}/s p99 {seen.p99_ms:.1f} ms"
+
+
+def column(pairs: Sequence[tuple[Seen, Seen]], name: str) -> list[str]:
+    """Medians of both, and the median of the rounds' ratios."""
+    real_, simulated_ = ([getattr(pair[which], name) for pair in pairs] for which in (0, 1))
+    ratio = median(s / r for r, s in zip(real_, simulated_, strict=True))
+    return [f"{median(real_):,.1f}", f"{median(simulated_):,.1f}", f"{ratio:.2f}"]
+
+
+def profile_of(model: str) -> Profile:
+    """As `cobatch profile` has it."""
+    engine = load_engine("auto", str(model_path(model)), _MAX_BATCH_SIZE, None)
+    engine.open()
+    try:
+        return measure(engine, model, _PROFILE_S)
+    finally:
+        engine.close()
+
+
+def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
+    """Poisson, the first at 0 s."""
+    times_s = []
+    for time_s in Poisson(rate).times(np.random.default_rng([seed, 7])):
+        if time_s >= seconds:
+            break
+        times_s.append(time_s)
+    return [time_s - times_s[0] for time_s in times_s]
+
+
+def real(options: argparse.Namespace, times_s: Sequence[float]) -> Seen:
+    """A server with default settings, sent the requests."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        cobatch(model_path(options.model), options.model, True) as server,
+    ):
+        times, records = Path(folder) / "times", Path(folder) / "records"
+        times.write_text("".join(f"{time_s:.6f}\n" for time_s in times_s))
+        more = [f"--times={times}", f"--records={records}"]
+        bodies = [request(options, server, seed) for seed in range(_BODIES)]
+        steady.Running(server.address, bodies, 0.0, 0.0, _CONNECTIONS, more).result()
+        answers = [line.split() for line in records.read_text().splitlines()]
+    took_s = [float(took) for status, took in answers if status == "200"]
+    return seen(options, took_s, times_s[-1])
+
+
+def request(options: argparse.Namespace, server: Server, seed: int) -> bytes:
+    """One row, with its deadline, as it goes over the wire."""
+    message = wire.encode(options.model, wire.rows_of(options.model, 1, seed), binary=True)
+    length = int(message.headers[wire.JSON_LENGTH])
+    text = json.loads(message.body[:length])
+    text["parameters"] = {**text.get("parameters", {}), "timeout": int(options.deadline_ms * 1000)}
+    head = json.dumps(text).encode()
+    body = head + message.body[length:]
+    lines = [
+        f"POST /v2/models/{options.model}/infer HTTP/1.1",
+        f"Host: {server.address}",
+        f"Content-Type: {message.headers['Content-Type']}",
+        f"{wire.JSON_LENGTH}: {len(head)}",
+        f"Content-Length: {len(body)}",
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def simulated(options: argparse.Namespace, profile: Profile, times_s: Sequence[float]) -> Seen:
+    """The same arrivals in virtual time."""
+    scenario = Scenario(
+        profile,
+        Trace([Recorded(time_s, 1, "") for time_s in times_s]),
+        (Caller(deadline_ms=options.deadline_ms),),
+        seconds=times_s[-1] + 10,
+        warmup_s=0.0,
+        max_batch_size=_MAX_BATCH_SIZE,
+        handover_ms=_HANDOVER_MS,
+    )
+    results = results_of(run(scenario))
+    good = results.total.goodput * scenario.seconds
+    return Seen(good / times_s[-1], results.total.latency_ms["p99"])
+
+
+def seen(options: argparse.Namespace, took_s: Sequence[float], seconds: float) -> Seen:
+    good = sum(took * 1000 <= options.deadline_ms for took in took_s)
+    return Seen(good / seconds, float(np.percentile(took_s, 99)) * 1000)
+
+
+if __name__ == "__main__":
+    main()
