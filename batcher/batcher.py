@@ -121,6 +121,7 @@ class Batcher:
             on_idle=self._on_idle,
             on_ran=self._on_ran,
             on_hung=self._on_engine_hung,
+            on_late=self._fail_late,
             execution_timeout_s=None if execution_timeout_ms is None else execution_timeout_ms / 1000,
         )
         self.hung = False
@@ -398,7 +399,7 @@ class Batcher:
             self._fail_late(request)
 
     def _fail_late(self, request: Request) -> None:
-        """It is out of the queue, because it cannot be in time any more."""
+        """It is not queued any more, because it cannot be in time."""
         assert request.timeout_s is not None
         if not isinstance(request, Part):
             self.counters.expired += request.callers

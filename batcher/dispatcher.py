@@ -42,7 +42,8 @@ class BatchWorker(Protocol):
 
 class Dispatcher:
     """Of one model. `decide` is called when a slot may be filled, `on_dead` when the engine is gone,
-    `on_hung` when a batch has not ended within `execution_timeout_s`.
+    `on_hung` when a batch has not ended within `execution_timeout_s`, `on_late` with a request that is not
+    sent again because it would be too late.
 
     With each batch that ran `on_idle` is called first, to send the engine its next one before the answers
     are written; it says whether it has done what `on_ran` does, which is called after them else.
@@ -62,6 +63,7 @@ class Dispatcher:
         on_idle: Callable[[Batch], bool],
         on_ran: Callable[[Batch], None],
         on_hung: Callable[[Batch, float], None],
+        on_late: Callable[[Request], None],
         execution_timeout_s: float | None = None,
     ) -> None:
         self.running: dict[Batch, None] = {}  # in the order in which they run
@@ -71,6 +73,7 @@ class Dispatcher:
         self._on_idle = on_idle
         self._on_ran = on_ran
         self._on_hung = on_hung
+        self._on_late = on_late
         self._execution_timeout_s = execution_timeout_s
         self._watch: asyncio.TimerHandle | None = None
         self._answers = answers
@@ -144,8 +147,17 @@ class Dispatcher:
         self._on_hung(batch, limit_s)
 
     def send_retry(self) -> None:
-        """Send the next half of a batch that failed, unless its callers are gone."""
-        requests = [request for request in self.retries.popleft() if request.state is State.RUNNING]
+        """Send the next half of a batch that failed, but for those whose callers are gone and those who would
+        be too late."""
+        requests = []
+        start_s = max(self._clock(), self.free_s)
+        for request in self.retries.popleft():
+            if request.state is not State.RUNNING:
+                continue
+            if request.deadline_s < start_s + self._latency.expected_s(request.rows):
+                self._on_late(request)
+            else:
+                requests.append(request)
         if requests:
             self._counters.retries += 1
             self.send(requests, RETRY)

@@ -68,7 +68,7 @@ def describe(core: Core) -> dict[str, Any]:
         for described in operations.values():
             complete(described, auth)
     components: dict[str, Any] = {
-        "schemas": schemas(models.signatures),
+        "schemas": schemas(models.signatures, models.required),
         "headers": HEADERS | headers(auth),
         "examples": problem_examples(left_out=OF_AUTH if auth is None else ()),
     }

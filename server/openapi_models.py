@@ -20,6 +20,8 @@ class Described:
         self.signatures: Mapping[str, Signature] = {
             model.name: model.engine_worker.engine.signature for model in self.loaded
         }
+        # By model the inputs that a request must have: the masks of what is padded are made where missing.
+        self.required = {model.name: [spec.name for spec in model.decoder.required] for model in self.loaded}
 
     @property
     def shown(self) -> Model | None:

@@ -26,8 +26,9 @@ def ref(name: str) -> Json:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def schemas(signatures: Signatures) -> Json:
-    """All of them by name. `signatures` are those of the loaded models."""
+def schemas(signatures: Signatures, required: Mapping[str, list[str]]) -> Json:
+    """All of them by name. `signatures` are those of the loaded models, `required` the names of the inputs
+    that each must be given."""
     tensor = _shown(v2_messages.InputTensor, "InputTensor", data=_V2_DATA, datatype=Datatype)
     requests = [
         _shown(v2_messages.InferMessage, "InferRequest", inputs=list[tensor]),  # type: ignore[valid-type]
@@ -42,7 +43,7 @@ def schemas(signatures: Signatures) -> Json:
     made: Json = dict(found)
     made["Prediction"]["properties"]["error"] = ref("Problem")
     made["Problem"] = _problem()
-    _narrow(made, signatures)
+    _narrow(made, signatures, required)
     for schema in made.values():
         schema["description"] = " ".join(schema["description"].split())
     return dict(sorted(made.items()))
@@ -121,7 +122,7 @@ def _problem() -> Json:
     }
 
 
-def _narrow(made: Json, signatures: Signatures) -> None:
+def _narrow(made: Json, signatures: Signatures, required: Mapping[str, list[str]]) -> None:
     """Say what the served models take, in place of what any model could take."""
     if not signatures:
         return
@@ -136,7 +137,7 @@ def _narrow(made: Json, signatures: Signatures) -> None:
                 "shape": {"minItems": axes, "maxItems": axes},
             }
             tensors.setdefault(f"{spec}", {"title": f"{spec.name} of {model}", "properties": narrow})
-        models.append(_inputs_of(model, signature.inputs))
+        models.append(_inputs_of(model, signature.inputs, required[model]))
     inputs = made["InferRequest"]["properties"]["inputs"]
     inputs["items"] = {"allOf": [inputs["items"], {"anyOf": list(tensors.values())}]}
     inputs["minItems"] = 1
@@ -148,11 +149,11 @@ def _narrow(made: Json, signatures: Signatures) -> None:
         options["outputs"]["anyOf"][0]["items"]["enum"] = names
 
 
-def _inputs_of(model: str, specs: Sequence[TensorSpec]) -> Json:
+def _inputs_of(model: str, specs: Sequence[TensorSpec], required: list[str]) -> Json:
     return {
         "title": f"Inputs of {model}",
         "type": "object",
-        "required": [spec.name for spec in specs],
+        "required": required,
         "additionalProperties": False,
         "properties": {spec.name: {"anyOf": _forms(spec)} for spec in specs},
     }

@@ -24,6 +24,7 @@ from batcher.errors import (
 )
 from batcher.policy import LEAD_S
 from batcher.tenant import Tenant
+from engines.errors import EngineRunError
 from tests.tenants import Metered, affine, flat, linear
 from tests.virtual import Call, make_batcher, run
 
@@ -521,5 +522,25 @@ def test_where_runs_take_what_is_foretold_nobody_is_answered_late(
                 assert caller.at_s <= caller.deadline_s + 1e-9
                 event("in time")
         assert batcher.counters.expired == sum(isinstance(c.answer, ExpiredError) for c in callers)
+
+    run(main())
+
+
+@pair
+def test_what_is_run_again_must_be_in_time_too(more_s: float, in_time: bool) -> None:
+    """A batch fails and is run again in halves; the second half would end at 30 ms."""
+
+    async def main() -> None:
+        worker = Metered(flat)
+        worker.engine.fails = lambda rows: EngineRunError("no") if len(rows) > 1 else None
+        batcher = make_batcher(worker)
+        first, second = call(), call(0.030 + more_s)
+        submit(batcher, first, second)
+        await asyncio.sleep(0.010 + EPSILON_S)
+        assert bool(second.answers) is not in_time  # told at once
+        await asyncio.sleep(1)
+        first.check()
+        check(second, in_time)
+        assert batcher.counters.expired == int(not in_time)
 
     run(main())

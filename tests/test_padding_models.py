@@ -222,6 +222,13 @@ def test_refusals_name_tensor_and_limit(served: Served) -> None:
     assert (missing.slug, missing.json["tensor"]) == ("missing-tensor", "ids")
 
 
+def test_the_description_asks_for_no_mask(served: Served) -> None:
+    schemas = served.ask(get("/openapi.json")).json["components"]["schemas"]
+    (inputs,) = schemas["PredictionRequest"]["properties"]["inputs"]["anyOf"]
+    assert inputs["required"] == ["ids"]
+    assert set(inputs["properties"]) == {"ids", "mask"}
+
+
 def test_statistics_and_configuration_say_it(served: Served) -> None:
     def padding() -> Any:
         return served.ask(get("/v2/models/text/stats")).json["model_stats"][0]["padding"]
