@@ -25,10 +25,13 @@ from batcher.tenant import Tenant
 # Hahne, IEEE/ACM Transactions on Networking, 1998). One alone fills 8/9 of the queue, and two 8/17 each;
 # what is left is for those that come, so that whoever floods the queue shuts nobody out.
 _SHARE_OF_ROOM = 8
+# Nobody is told to come back at once.
+_LEAST_S = 0.001
 
 
 class Admission:
-    """Of one model. `closed` is set once nothing more is accepted, to why."""
+    """Of one model. `closed` is set once nothing more is accepted, to why. `lanes`: how many engines share
+    the work."""
 
     def __init__(
         self,
@@ -40,6 +43,7 @@ class Admission:
         deadline_ms: float | None,
     ) -> None:
         self.closed: BatcherError | None = None
+        self.lanes = 1
         self.max_queue_rows = max_queue_rows
         self._queue = queue
         self._latency = latency
@@ -48,8 +52,8 @@ class Admission:
 
     @property
     def drain_s(self) -> float:
-        """Estimated seconds until what is queued now will have left, at the current pace."""
-        return self._queue.rows * self._queue.row_s
+        """Estimated seconds until what is queued now will have left, at the current pace; never none."""
+        return max(_LEAST_S, self._queue.rows * self._queue.row_s / self.lanes)
 
     def refusal(self, rows: int, tenant: Tenant | None, callers: int, now_s: float) -> BatcherError | None:
         """Why there is no room for so many rows, for so many callers of a tenant, or None."""
@@ -69,7 +73,7 @@ class Admission:
     def set_deadline(self, request: Request, now_s: float, free_s: float) -> BatcherError | None:
         """Give the request its deadline, if it or its model has one; why it cannot be kept, or None.
 
-        `free_s`: when the engine is expected to have run what it has.
+        `free_s`: when the first engine is expected to have run what it has.
         """
         timeout_s = self._default_timeout_s if request.timeout_s is None else request.timeout_s
         if timeout_s is None:
@@ -84,7 +88,7 @@ class Admission:
         if beside and beside + request.rows > full_rows:
             before, beside = before + 1, 0
         batch_s = max(run_s, self._latency.expected_s(min(full_rows, beside + request.rows)))
-        wait_s = before * self._latency.expected_s(full_rows)
+        wait_s = before / self.lanes * self._latency.expected_s(full_rows)
         needed_s = max(0.0, free_s - now_s) + wait_s + batch_s
         if needed_s > timeout_s:
             return DeadlineUnreachableError(timeout_s, needed_s, needed_s - timeout_s)

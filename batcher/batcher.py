@@ -1,4 +1,4 @@
-"""The batcher: admits requests, sends batches to the worker, hands the rows of each batch back.
+"""The batcher: admits requests, sends batches to the workers, hands the rows of each batch back.
 
 One per model, living on one event loop; every method runs there. The decisions are the policy's
 (`batcher.policy`), the order is the queue's (`batcher.queue`), the way to the engine and back is the
@@ -23,19 +23,21 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from batcher.admission import Admission
 from batcher.answers import Answers
 from batcher.counters import Counters
-from batcher.dispatcher import BatchWorker, Dispatcher
+from batcher.dispatcher import Dispatcher
 from batcher.errors import (
     AbandonedError,
     BatcherError,
     DrainingError,
+    EngineGoneError,
     ExecutionTimeoutError,
     ExpiredError,
 )
+from batcher.lane import BatchWorker, Lane
 from batcher.latency import Arrivals, LatencyModel
 from batcher.padding import Padder
 from batcher.policy import DEADLINE, LEAD_S, Dispatch, Limits, Now, WaitUntil, decide
@@ -63,33 +65,34 @@ _ROUNDING_S = 1e-6
 
 
 class Batcher:
-    """Gathers the requests for one model into batches for one opened worker.
+    """Gathers the requests for one model into batches for its opened workers, one for each of its engines.
 
-    `max_queue_rows` bounds what is queued, in rows, not counting what already runs. `clock` gives
-    seconds and must be monotonic. It is not `loop.time` because uvloop rounds that to milliseconds
-    and stops it during an iteration; on asyncio's own loops the two are the same clock.
+    `max_queue_rows` bounds what is queued, in rows, not counting what already runs. `clock` gives seconds
+    and must be monotonic. It is not `loop.time` because uvloop rounds that to milliseconds and stops it
+    during an iteration; on asyncio's own loops the two are the same clock. `on_lost` is told of each worker
+    whose engine died or hung, and which; it opens another one and tells `use`, or else `gone`.
     """
 
     def __init__(
         self,
         name: str,
-        worker: BatchWorker,
+        workers: Sequence[BatchWorker],
         *,
         max_queue_rows: int,
         max_delay_ms: float = 0.0,
         latency_target_ms: float | None = None,
         deadline_ms: float | None = None,
         execution_timeout_ms: float | None = None,
-        on_hung: Callable[[], None] | None = None,
+        on_lost: Callable[[BatchWorker, BatcherError], None] | None = None,
         padder: Padder | None = None,
         loop: asyncio.AbstractEventLoop,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        engine = worker.engine
+        engine = workers[0].engine
         self.name = name
         self.max_batch_size = engine.max_batch_size
         self.limits = Limits(max_delay_s=max_delay_ms / 1000, slots=engine.slots)
-        self.latency = LatencyModel(engine.max_batch_size, worker.warmup_us)
+        self.latency = LatencyModel(engine.max_batch_size, workers[0].warmup_us)
         self._latency_target_s = math.inf if latency_target_ms is None else latency_target_ms / 1000
         self._has_deadlines = deadline_ms is not None
         self.counters = Counters(padder)
@@ -107,26 +110,26 @@ class Batcher:
             max_queue_rows=max_queue_rows,
             deadline_ms=deadline_ms,
         )
+        self._admission.lanes = len(workers)
         self._arrivals = Arrivals(clock())
         self._answers = Answers(name, self.counters, clock)
         self._dispatcher = Dispatcher(
-            worker,
+            workers,
             self._answers,
             self.counters,
             loop,
             clock,
             latency=self.latency,
             decide=self._decide,
-            on_dead=self._on_engine_dead,
+            on_dead=self._on_dead,
             on_idle=self._on_idle,
             on_ran=self._on_ran,
-            on_hung=self._on_engine_hung,
+            on_hung=self._on_hung,
             on_late=self._fail_late,
             execution_timeout_s=None if execution_timeout_ms is None else execution_timeout_ms / 1000,
         )
-        self.hung = False
         self._lost = 0  # requests for want of time, when a batch was last made up
-        self._reopen = on_hung
+        self._on_lost = on_lost
         self._moment = Now(0.0, 0, 0, 0.0)
         self._returns = Returns()
         self._waits = False  # for those who have just been answered
@@ -151,7 +154,12 @@ class Batcher:
     @property
     def running_batches(self) -> int:
         """Batches that are with the engine."""
-        return len(self._dispatcher.running)
+        return self._dispatcher.running
+
+    @property
+    def lanes(self) -> int:
+        """Engines that can run something: none while one that hung is being replaced."""
+        return len(self._dispatcher.lanes)
 
     @property
     def full(self) -> bool:
@@ -189,11 +197,11 @@ class Batcher:
         self.counters.accepted += request.callers
         if request.rows <= self.max_batch_size:
             group = self._queue.push(request)
-            dispatcher = self._dispatcher
-            if dispatcher.free_slots and (group.rows >= self._queue.full_rows or not dispatcher.running):
+            lane = self._dispatcher.next_lane()
+            if lane is not None and (group.rows >= self._queue.full_rows or not lane.running):
                 if self._waits and group.rows < self._moment.company_rows:
                     pass  # it is decided when they are all there, or when the time for that is over
-                elif self._alone < _ALONE or dispatcher.running or self._decide_soon or self._queue.deadlines:
+                elif self._alone < _ALONE or lane.running or self._decide_soon or self._queue.deadlines:
                     self._decide_later()
                 else:
                     self._decide()
@@ -341,15 +349,18 @@ class Batcher:
             self._timer.cancel()
             self._timer = None
         dispatcher = self._dispatcher
-        while dispatcher.free_slots:
+        while True:
+            lane = dispatcher.next_lane()
+            if lane is None:
+                break
             if dispatcher.retries:
-                dispatcher.send_retry()
+                dispatcher.send_retry(lane)
                 continue
             if not self._queue.rows:
                 break
-            decision = decide(self._queue, self._now(), self.limits)
+            decision = decide(self._queue, self._now(lane), self.limits)
             if isinstance(decision, Dispatch):
-                self._send(decision.group, decision.reason)
+                self._send(lane, decision.group, decision.reason)
                 continue
             if isinstance(decision, WaitUntil):
                 self._waits = self._moment.company_rows > 0
@@ -359,14 +370,13 @@ class Batcher:
         if self._drained is not None:
             self._check_drained()
 
-    def _now(self) -> Now:
-        dispatcher = self._dispatcher
+    def _now(self, lane: Lane) -> Now:
         # One object, filled anew each time: there is a decision for every batch, and often two.
         now = self._moment
         now.time_s = self._clock()
-        now.in_slots = dispatcher.in_slots
-        now.running = len(dispatcher.running)
-        now.free_s = dispatcher.free_s
+        now.in_slots = lane.in_slots
+        now.running = len(lane.running)
+        now.free_s = lane.free_s
         now.draining = self._admission.closed is not None
         if self.limits.max_delay_s > 0 or self._queue.deadlines:
             # Early enough for a timer that is late: when only the run is left, a request is taken out.
@@ -375,14 +385,14 @@ class Batcher:
             now.rows_per_s = self._arrivals.rate(now.time_s, self.counters.accepted)
         return now
 
-    def _send(self, group: Group, reason: str) -> None:
+    def _send(self, lane: Lane, group: Group, reason: str) -> None:
         """Take a batch of the group and send it, if anybody in it can still be in time."""
         queue = self._queue
         most, plan = queue.full_rows, None
         if queue.deadlines:
             counters = self.counters
             lost = counters.expired + counters.refusals["deadline"]
-            plan = Plan(max(self._clock(), self._dispatcher.free_s), self.latency, lost != self._lost)
+            plan = Plan(max(self._clock(), lane.free_s), self.latency, lost != self._lost)
             self._lost = lost
             if plan.crowded and self._latency_target_s == math.inf:
                 most = self.latency.crowded_rows
@@ -394,7 +404,7 @@ class Batcher:
                 self._returns.left(taken.requests)
                 self._moment.company_rows = 0
                 self._waits = False
-            self._dispatcher.send(taken.requests, DEADLINE if taken.capped else reason, taken.shares)
+            self._dispatcher.send(lane, taken.requests, DEADLINE if taken.capped else reason, taken.shares)
         for request in taken.late:
             self._fail_late(request)
 
@@ -405,21 +415,24 @@ class Batcher:
             self.counters.expired += request.callers
         self._answers.fail(request, ExpiredError(request.timeout_s))
 
-    def _on_idle(self, batch: Batch) -> bool:
+    def _on_idle(self, lane: Lane, batch: Batch) -> bool:
         """A batch has ended. Whether others wait: then the engine has been given some of them."""
         if self._slow:
-            self._expect_back(batch)
+            self._expect_back(lane, batch)
         if not self._queue.rows and not self._dispatcher.retries:
             return False
         self._on_ran(batch)
         self._decide()
         return True
 
-    def _expect_back(self, batch: Batch) -> None:
-        """Those whom it answers may soon be back, and then it may pay to wait for them."""
+    def _expect_back(self, lane: Lane, batch: Batch) -> None:
+        """Those whom it answers may soon be back, and then it may pay to wait for them. With several engines
+        some are back while others run."""
+        if len(self._dispatcher.lanes) > 1:
+            return
         now_s = self._clock()
         self._returns.ended(now_s, len(batch.requests))
-        if not self._dispatcher.running and not self.limits.max_delay_s:
+        if not lane.running and not self.limits.max_delay_s:
             company = self._returns.company(self._queue.rows, self._queue.full_rows, self.latency)
             if company is not None:
                 self._moment.company_rows, wait_s = company
@@ -467,36 +480,59 @@ class Batcher:
         abandoned = self.counters.failed - failed
         log.error("model %s: %d requests were not done within %g s", self.name, abandoned, timeout_s)
 
-    def _on_engine_dead(self, error: EngineError) -> None:
-        self._admission.closed = gone = self._answers.engine_gone(str(error))
+    def _on_dead(self, lane: Lane, requests: list[Request], error: EngineError) -> None:
+        """What kills engines may be what is in these requests, so that they are not tried on another one. The
+        other lanes go on with what waits."""
+        first = lane.gone is None
+        if lane.gone is None:
+            lane.gone = self._answers.engine_gone(str(error))
+        self._answers.fail_all(requests, lane.gone)
+        if self._dispatcher.lanes:
+            self._lanes_changed()
+        elif first:
+            self._close(lane.gone)
+        if first and self._on_lost is not None and self._drained is None:
+            self._on_lost(lane.worker, lane.gone)
+
+    def _close(self, gone: EngineGoneError) -> None:
+        """There is no engine."""
+        self._admission.closed = gone
         # What still runs comes back with an error of its own, or with answers after all.
         waiting = [request for retry in self._dispatcher.retries for request in retry]
         self._dispatcher.retries.clear()
         self._answers.fail_all(waiting + self._queue.take_all(), gone)
 
-    def _on_engine_hung(self, batch: Batch, limit_s: float) -> None:
+    def _on_hung(self, lane: Lane, batch: Batch, limit_s: float) -> None:
         error = ExecutionTimeoutError(self.name, limit_s)
         log.critical("model %s: a batch of %d rows has not ended: %s", self.name, batch.rows, error)
         self.counters.hung += 1
-        self.hung = True
         self._answers.fail_all(batch.requests, error)
         batch.requests = []
-        if self._reopen is None or self.closed is not None:
-            self._on_engine_dead(EngineError(str(error)))
-        else:
-            self._reopen()
+        if self._on_lost is not None and self.closed is None:
+            # What waits goes on with the other lanes, or with the engine that is opened in place of this one.
+            self._lanes_changed()
+            self._on_lost(lane.worker, error)
+        elif not self._dispatcher.lanes:
+            self._close(self._answers.engine_gone(str(error)))
+        self._decide()
         self._check_drained()
 
-    def reopened(self, worker: BatchWorker) -> None:
-        """Another engine takes the place of one that hung; what waited for it goes on."""
-        self.hung = False
+    def use(self, worker: BatchWorker) -> None:
+        """Another engine, in place of one that hung or died; what waits goes on."""
+        if self._drained is None and isinstance(self.closed, EngineGoneError):
+            self._admission.closed = None
         self._dispatcher.use(worker)
+        self._lanes_changed()
         self._decide()
 
     def gone(self, error: EngineError) -> None:
-        """There is no engine any more, and there will be none."""
-        self._on_engine_dead(error)
-        self._check_drained()
+        """No other engine can be opened in place of one that hung or died."""
+        if not self._dispatcher.lanes:
+            self._close(self._answers.engine_gone(str(error)))
+            self._check_drained()
+
+    def _lanes_changed(self) -> None:
+        self._admission.lanes = max(1, len(self._dispatcher.lanes))
 
     def _fail_all(self, error: Exception) -> None:
         waiting = self._dispatcher.awaited() + self._queue.take_all()

@@ -1,4 +1,4 @@
-"""The way to the engine and back: slots, packing, the worker, handing out, trying halves again.
+"""The way to the engines and back: slots, packing, the workers, handing out, trying halves again.
 
 A slot belongs to a batch from `send` until its rows are handed out, since callers read the slot's
 output buffers until then. When a batch comes back and others wait, the engine is given its next one before
@@ -10,48 +10,36 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 from batcher.answers import Answers
 from batcher.counters import Counters
 from batcher.fair import Share
+from batcher.lane import BatchWorker, Lane
 from batcher.latency import LatencyModel
 from batcher.packing import pack
 from batcher.padding import Pad, cut_back
 from batcher.policy import RETRY
 from batcher.request import Batch, Request, State
-from engines.base import Engine
 from engines.errors import EngineDeadError, EngineError
-from engines.worker import Deliver, Job, Outcome
+from engines.worker import Job, Outcome
 
 log = logging.getLogger("cobatch.batcher")
 
 
-class BatchWorker(Protocol):
-    """What the batcher needs of `engines.worker.Worker`."""
-
-    deliver: Deliver | None
-    warmup_us: dict[int, float]
-
-    @property
-    def engine(self) -> Engine: ...
-
-    def submit(self, job: Job) -> None: ...
-
-
 class Dispatcher:
-    """Of one model. `decide` is called when a slot may be filled, `on_dead` when the engine is gone,
-    `on_hung` when a batch has not ended within `execution_timeout_s`, `on_late` with a request that is not
-    sent again because it would be too late.
+    """Of one model. `lanes` are those whose engines can run something. `decide` is called when a slot may be
+    filled. With each batch that ran `on_idle` is called first, to send the engine its next one before the
+    answers are written; it says whether it has done what `on_ran` does, which is called after them else.
 
-    With each batch that ran `on_idle` is called first, to send the engine its next one before the answers
-    are written; it says whether it has done what `on_ran` does, which is called after them else.
+    `on_dead`: with requests that a lane's engine could not run, nor can it anything else. `on_hung`: it has
+    not ended a batch within `execution_timeout_s`. `on_late`: a request is not sent again because it would
+    be too late.
     """
 
     def __init__(
         self,
-        worker: BatchWorker,
+        workers: Sequence[BatchWorker],
         answers: Answers,
         counters: Counters,
         loop: asyncio.AbstractEventLoop,
@@ -59,61 +47,85 @@ class Dispatcher:
         *,
         latency: LatencyModel,
         decide: Callable[[], None],
-        on_dead: Callable[[EngineError], None],
-        on_idle: Callable[[Batch], bool],
+        on_idle: Callable[[Lane, Batch], bool],
         on_ran: Callable[[Batch], None],
-        on_hung: Callable[[Batch, float], None],
+        on_dead: Callable[[Lane, list[Request], EngineError], None],
+        on_hung: Callable[[Lane, Batch, float], None],
         on_late: Callable[[Request], None],
         execution_timeout_s: float | None = None,
     ) -> None:
-        self.running: dict[Batch, None] = {}  # in the order in which they run
+        self.lanes: list[Lane] = []
         self.retries: deque[list[Request]] = deque()
-        self.free_s = 0.0  # when the engine is expected to have run what it has
-        self._latency = latency
+        self._all: dict[Lane, None] = {}  # with those that are dead and still have batches
+        self._decide = decide
         self._on_idle = on_idle
         self._on_ran = on_ran
+        self._on_dead = on_dead
         self._on_hung = on_hung
         self._on_late = on_late
+        self._latency = latency
         self._execution_timeout_s = execution_timeout_s
-        self._watch: asyncio.TimerHandle | None = None
         self._answers = answers
         self._counters = counters
         self._loop = loop
         self._clock = clock
-        self._decide = decide
-        self._on_dead = on_dead
-        self.use(worker)
+        for worker in workers:
+            self.use(worker)
 
     def use(self, worker: BatchWorker) -> None:
-        """Send to this worker from now on. What another still runs is not waited for any more."""
-        self._worker = worker
-        self._engine = worker.engine
-        self.free_slots = list(range(worker.engine.slots))
+        """Send to this worker too from now on."""
+        lane = Lane(worker)
+        self.lanes.append(lane)
+        self._all[lane] = None
         worker.deliver = self._deliver
 
+    def next_lane(self) -> Lane | None:
+        """Where the next batch would run first, of the lanes that have room for one."""
+        lanes = self.lanes
+        if len(lanes) == 1:
+            (lane,) = lanes
+            return lane if lane.free_slots else None
+        best: Lane | None = None
+        for lane in lanes:
+            if not lane.free_slots:
+                continue
+            if not lane.running:
+                return lane
+            if best is None or lane.free_s < best.free_s:
+                best = lane
+        return best
+
     @property
-    def in_slots(self) -> int:
-        """Batches that hold a slot: with the engine, or being handed out."""
-        return self._engine.slots - len(self.free_slots)
+    def free_s(self) -> float:
+        """When the first engine is expected to have run what it has."""
+        lanes = self.lanes
+        return lanes[0].free_s if len(lanes) == 1 else min([lane.free_s for lane in lanes], default=0.0)
+
+    @property
+    def running(self) -> int:
+        """Batches that are with an engine."""
+        return sum([len(lane.running) for lane in self._all])
 
     def awaited(self) -> list[Request]:
         """The requests that were sent, or wait to be sent again, and that somebody waits for."""
-        sent = [*self.retries, *(batch.requests for batch in self.running)]
+        sent = [*self.retries, *(batch.requests for lane in self._all for batch in lane.running)]
         return [request for requests in sent for request in requests if request.state is State.RUNNING]
 
-    def send(self, requests: list[Request], reason: str, shares: dict[Share, int] | None = None) -> None:
-        """Pack a batch into a free slot and give it to the worker. There must be a free slot."""
+    def send(
+        self, lane: Lane, requests: list[Request], reason: str, shares: dict[Share, int] | None = None
+    ) -> None:
+        """Pack a batch into a free slot and give it to the worker. The lane must have a free slot."""
         row_shapes = requests[0].row_shapes
         rows = requests[0].rows if len(requests) == 1 else sum([request.rows for request in requests])
-        batch = Batch(requests, rows, row_shapes, reason)
+        batch = Batch(requests, rows, row_shapes, reason, lane)
         if shares is not None:
             batch.shares = shares
-        slot = self.free_slots.pop()
-        self.running[batch] = None
+        slot = lane.free_slots.pop()
+        lane.running[batch] = None
         batch.gathered_s = self._clock()
-        job = Job(slot, batch.rows, row_shapes, batch)
+        job = Job(slot, rows, row_shapes, batch)
         try:
-            pack(requests, self._engine.inputs(slot, batch.rows, row_shapes))
+            pack(requests, lane.engine.inputs(slot, rows, row_shapes))
         except Exception as error:
             # Nothing was sent, so the batch fails here, like one that the engine refused.
             log.exception("packing a batch failed")
@@ -121,36 +133,38 @@ class Dispatcher:
             self._loop.call_soon(self._on_outcome, job, outcome)
             return
         batch.dispatched_s = now_s = self._clock()
-        self.free_s = max(self.free_s, now_s) + self._latency.expected_s(batch.rows)
-        self._worker.submit(job)
-        if self._execution_timeout_s is not None and self._watch is None:
-            self._watch_next()
+        lane.free_s = max(lane.free_s, now_s) + self._latency.expected_s(rows)
+        lane.worker.submit(job)
+        if self._execution_timeout_s is not None and lane.watch is None:
+            self._watch_next(lane)
 
-    def _watch_next(self) -> None:
+    def _watch_next(self, lane: Lane) -> None:
         """See to it that the batch that runs now ends; one behind it has not begun."""
-        if self._watch is not None:
-            self._watch.cancel()
-            self._watch = None
+        if lane.watch is not None:
+            lane.watch.cancel()
+            lane.watch = None
         limit_s = self._execution_timeout_s
-        if limit_s is not None and self.running:
-            batch = next(iter(self.running))
-            self._watch = self._loop.call_later(limit_s, self._give_up, batch, limit_s)
+        if limit_s is not None and lane.running:
+            batch = next(iter(lane.running))
+            lane.watch = self._loop.call_later(limit_s, self._give_up, lane, batch, limit_s)
 
-    def _give_up(self, batch: Batch, limit_s: float) -> None:
-        """The engine hangs. Its slots are its own until it comes back, if ever: nothing is free."""
-        self._watch = None
-        self.free_slots.clear()
-        waiting = [one.requests for one in self.running if one is not batch]
-        self.running.clear()
+    def _give_up(self, lane: Lane, batch: Batch, limit_s: float) -> None:
+        """The engine hangs. Its slots are its own until it comes back, if ever."""
+        lane.watch = None
+        if lane in self.lanes:
+            self.lanes.remove(lane)
+        del self._all[lane]
+        waiting = [one.requests for one in lane.running if one is not batch]
+        lane.running.clear()
         # They have not begun, and are as good as they were.
         self.retries.extendleft(reversed(waiting))
-        self._on_hung(batch, limit_s)
+        self._on_hung(lane, batch, limit_s)
 
-    def send_retry(self) -> None:
+    def send_retry(self, lane: Lane) -> None:
         """Send the next half of a batch that failed, but for those whose callers are gone and those who would
         be too late."""
         requests = []
-        start_s = max(self._clock(), self.free_s)
+        start_s = max(self._clock(), lane.free_s)
         for request in self.retries.popleft():
             if request.state is not State.RUNNING:
                 continue
@@ -160,10 +174,10 @@ class Dispatcher:
                 requests.append(request)
         if requests:
             self._counters.retries += 1
-            self.send(requests, RETRY)
+            self.send(lane, requests, RETRY)
 
     def _deliver(self, job: Job, outcome: Outcome) -> None:
-        """Called on the worker's thread: the one place where a thread calls into the loop."""
+        """Called on a worker's thread: the one place where a thread calls into the loop."""
         try:
             self._loop.call_soon_threadsafe(self._on_outcome, job, outcome)
         except RuntimeError:
@@ -172,22 +186,24 @@ class Dispatcher:
     def _on_outcome(self, job: Job, outcome: Outcome) -> None:
         batch = job.context
         assert isinstance(batch, Batch)
-        if batch not in self.running:
+        lane = batch.lane
+        running = lane.running
+        if batch not in running:
             return  # it was given up, and its slot with it
-        del self.running[batch]
-        if self._watch is not None:
-            self._watch_next()
+        del running[batch]
+        if lane.watch is not None:
+            self._watch_next(lane)
         # What is behind it begins now, however long it was expected to take.
-        left_s = sum([self._latency.expected_s(one.rows) for one in self.running]) if self.running else 0.0
-        self.free_s = self._clock() + left_s
+        left_s = sum([self._latency.expected_s(one.rows) for one in running]) if running else 0.0
+        lane.free_s = self._clock() + left_s
         batch.started_s = outcome.started_s
         batch.finished_s = outcome.finished_s
         if outcome.error is not None:
-            self._on_error(batch, outcome.error)
+            self._on_error(lane, batch, outcome.error)
         else:
             assert outcome.outputs is not None
             batch.outputs = outcome.outputs
-            learnt = self._on_idle(batch)
+            learnt = self._on_idle(lane, batch)
             began_s = self._clock()
             self._hand_out(batch)
             self._counters.batch(batch, self._clock() - began_s)
@@ -197,7 +213,9 @@ class Dispatcher:
             batch.outputs = ()
             batch.memo = {}
             batch.requests = []
-        self.free_slots.append(job.slot)
+        lane.free_slots.append(job.slot)
+        if len(self._all) > len(self.lanes) and lane not in self.lanes and not running:
+            self._all.pop(lane, None)  # it was dead, and this was its last batch
         self._decide()
 
     def _hand_out(self, batch: Batch) -> None:
@@ -224,12 +242,13 @@ class Dispatcher:
                 own.outputs = ()
                 own.memo = {}
 
-    def _on_error(self, batch: Batch, error: EngineError) -> None:
+    def _on_error(self, lane: Lane, batch: Batch, error: EngineError) -> None:
         requests = [request for request in batch.requests if request.state is State.RUNNING]
         self._counters.failed_runs += 1
         if isinstance(error, EngineDeadError):
-            self.retries.appendleft(requests)
-            self._on_dead(error)
+            if lane in self.lanes:
+                self.lanes.remove(lane)
+            self._on_dead(lane, requests, error)
         elif len(batch.requests) > 1:
             # Also with one left: what failed may have been the rows of somebody who is gone by now.
             half = len(requests) // 2

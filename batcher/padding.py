@@ -201,7 +201,7 @@ def cut_back(request: Request, pad: Pad) -> Batch | None:
         return None
     batch = request.batch
     assert batch is not None
-    own = Batch([], batch.rows, batch.row_shapes, batch.reason)
+    own = Batch([], batch.rows, batch.row_shapes, batch.reason, batch.lane)
     own.gathered_s, own.dispatched_s = batch.gathered_s, batch.dispatched_s
     own.started_s, own.finished_s = batch.started_s, batch.finished_s
     outputs = []

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from batcher.fair import Share
+    from batcher.lane import Lane
     from batcher.padding import Pad
     from batcher.queue import Flow
     from batcher.tenant import Tenant
@@ -40,18 +41,19 @@ class State(IntEnum):
 class Batch:
     """Requests that run together, and after the run what came of it.
 
-    `outputs` are views of the slot's buffers, shape [rows, ...]: valid only inside `Request.done`.
-    `shares` are the rows of each tenant. `memo` is for whoever answers the requests, to do once per batch
-    what would else be done once per request (turn a whole output into JSON, say). Times are in seconds of
-    the batcher's clock:
-    `gathered_s` when its requests were taken from the queue, `dispatched_s` when their rows lay packed
-    and the worker was told, `started_s` and `finished_s` of the run.
+    `outputs` are views of the slot's buffers, shape [rows, ...]: valid only inside `Request.done`. `shares`
+    are the rows of each tenant. `lane` is where it runs. `memo` is for whoever answers the requests, to do
+    once per batch what would else be done once per request (turn a whole output into JSON, say). Times are
+    in seconds of the batcher's clock: `gathered_s` when its requests were taken from the queue,
+    `dispatched_s` when their rows lay packed and the worker was told, `started_s` and `finished_s` of the
+    run.
     """
 
     __slots__ = (
         "dispatched_s",
         "finished_s",
         "gathered_s",
+        "lane",
         "memo",
         "outputs",
         "reason",
@@ -62,8 +64,11 @@ class Batch:
         "started_s",
     )
 
-    def __init__(self, requests: list[Request], rows: int, row_shapes: RowShapes, reason: str) -> None:
+    def __init__(
+        self, requests: list[Request], rows: int, row_shapes: RowShapes, reason: str, lane: Lane
+    ) -> None:
         self.requests = requests
+        self.lane = lane
         self.rows = rows
         self.row_shapes = row_shapes
         self.reason = reason

@@ -69,7 +69,8 @@ def join(whole: Request, parts: list[Part]) -> None:
     for part in parts:
         if part.batch is None:
             part.outputs = [_blank(output, part.rows) for output in ran]
-    whole.batch = batch = Batch([], max(b.rows for b in batches), whole.row_shapes, batches[0].reason)
+    first, rows = batches[0], max(b.rows for b in batches)
+    whole.batch = batch = Batch([], rows, whole.row_shapes, first.reason, first.lane)
     batch.gathered_s = batches[0].gathered_s
     batch.dispatched_s = batches[0].dispatched_s
     batch.started_s = batches[0].started_s

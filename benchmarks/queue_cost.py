@@ -95,7 +95,7 @@ class Bench:
         self._turn = 0
         self.batcher = Batcher(
             "stuck",
-            Stuck(),
+            [Stuck()],
             max_queue_rows=2 * queued + 100 * BATCH,
             loop=asyncio.get_running_loop(),
         )

@@ -7,7 +7,8 @@ import logging
 from collections.abc import Callable
 
 from batcher.batcher import Batcher
-from batcher.errors import BatcherError, EngineGoneError
+from batcher.errors import BatcherError, EngineGoneError, ExecutionTimeoutError
+from batcher.lane import BatchWorker
 from batcher.tenant import Tenant
 from engines.errors import EngineError
 from engines.loader import load_engine
@@ -57,13 +58,13 @@ class Model:
         self.encoder = Encoder(self.name, self.version, engine.signature)
         self.batcher = Batcher(
             self.name,
-            worker,
+            [worker],
             max_queue_rows=settings.max_queue_rows,
             max_delay_ms=settings.max_delay_ms,
             latency_target_ms=settings.latency_target_ms,
             deadline_ms=settings.deadline_ms,
             execution_timeout_ms=settings.execution_timeout_ms,
-            on_hung=self._on_hung,
+            on_lost=self._on_lost,
             padder=padder,
             loop=loop,
         )
@@ -88,6 +89,10 @@ class Model:
         await opened
         return worker
 
+    def _on_lost(self, worker: BatchWorker, why: BatcherError) -> None:
+        if isinstance(why, ExecutionTimeoutError):
+            self._on_hung()
+
     def _on_hung(self) -> None:
         """The engine does not come back. Its thread cannot be ended, but another engine can be opened."""
         hung = self.engine_worker
@@ -102,7 +107,7 @@ class Model:
             self.loaded_batcher.gone(error)
         else:
             log.warning("model %s: opened again after a run that did not end", self.name)
-            self.loaded_batcher.reopened(worker)
+            self.loaded_batcher.use(worker)
 
     @property
     def engine_worker(self) -> Worker:
@@ -119,7 +124,7 @@ class Model:
     @property
     def ready(self) -> bool:
         """Whether a request would be accepted, but for a full queue."""
-        return self.batcher is not None and self.batcher.closed is None and not self.batcher.hung
+        return self.batcher is not None and self.batcher.closed is None and self.batcher.lanes > 0
 
     @property
     def dead(self) -> bool:

@@ -86,7 +86,7 @@ class Stage:
         assert opened.get(timeout=WAIT_S) is None
         self.worker.warmup_us = {}  # whatever was measured here, batches grow to what the engine takes
         loop = asyncio.get_running_loop()
-        self.batcher = Batcher("fake", self.worker, max_queue_rows=10_000, loop=loop)
+        self.batcher = Batcher("fake", [self.worker], max_queue_rows=10_000, loop=loop)
 
     def shut(self) -> None:
         """From now on each run waits for a `go`."""

@@ -35,7 +35,7 @@ def padder(*buckets: int, outputs: tuple[Where, ...] = (ROW,), signature: Signat
 
 def make(worker: FakeWorker, made: Padder | None) -> Batcher:
     loop = asyncio.get_running_loop()
-    return Batcher("fake", worker, max_queue_rows=1000, padder=made, loop=loop, clock=loop.time)
+    return Batcher("fake", [worker], max_queue_rows=1000, padder=made, loop=loop, clock=loop.time)
 
 
 def widths(*sizes: int, rows: int = 1) -> list[Call]:

@@ -16,12 +16,14 @@ import server.model
 from batcher.batcher import Batcher
 from batcher.errors import (
     AbandonedError,
+    BatcherError,
     BatchFailedError,
     DrainingError,
     EngineGoneError,
     ExecutionTimeoutError,
     ExpiredError,
 )
+from batcher.lane import BatchWorker
 from batcher.request import State
 from engines.errors import EngineError, EngineRunError
 from engines.worker import Job
@@ -58,16 +60,16 @@ class House:
         self.workers = [worker, *(others or (FakeWorker(FakeEngine(slots=slots)),))]
         self.reopened_s: list[float] = []
         self.batcher: Batcher = make_batcher(
-            worker, execution_timeout_ms=LIMIT_S * 1000, on_hung=self._on_hung
+            worker, execution_timeout_ms=LIMIT_S * 1000, on_lost=self._on_lost
         )
 
-    def _on_hung(self) -> None:
+    def _on_lost(self, worker: BatchWorker, why: BatcherError) -> None:
         loop = asyncio.get_running_loop()
         self.reopened_s.append(loop.time() + REOPEN_S)
         loop.call_later(REOPEN_S, self._open, self.workers[len(self.reopened_s)])
 
     def _open(self, worker: FakeWorker) -> None:
-        self.batcher.reopened(worker)
+        self.batcher.use(worker)
 
     def submit(self, *callers: Call) -> None:
         for caller in callers:
@@ -82,11 +84,11 @@ def check_hung(*callers: Call) -> None:
 
 def check_at_rest(batcher: Batcher, slots: int = 2) -> None:
     """As it was before the first request."""
-    assert not batcher.hung
+    assert batcher.lanes == 1
     assert batcher.queued_rows == 0
     assert batcher.running_batches == 0
     assert not batcher._dispatcher.retries
-    assert sorted(batcher._dispatcher.free_slots) == list(range(slots))
+    assert sorted(batcher._dispatcher.lanes[0].free_slots) == list(range(slots))
 
 
 # The limit
@@ -123,7 +125,7 @@ def test_the_limit_is_of_a_run_and_not_of_the_wait_for_it(slots: int) -> None:
         for caller in callers:
             caller.check()
         assert house.batcher.counters.hung == 0
-        assert house.batcher._dispatcher._watch is None, "nothing runs, and nothing is watched"
+        assert house.batcher._dispatcher.lanes[0].watch is None, "nothing runs, and nothing is watched"
 
     run(main())
 
@@ -154,7 +156,7 @@ def test_what_had_not_begun_is_run_on_the_next_engine_and_before_what_is_queued(
         assert batcher.queued_rows == 4
         await asyncio.sleep(LIMIT_S + EPSILON_S)
         check_hung(*callers[:8])
-        assert batcher.hung
+        assert batcher.lanes == 0
         assert batcher.running_batches == 0
         assert batcher.queued_rows == 4, "accepted, and it may yet be answered"
         late = Call([[9, 9]])

@@ -166,7 +166,7 @@ class Call(Request):
 def make_batcher(worker: FakeWorker, *, max_queue_rows: int = 1000, **options: Any) -> Batcher:
     """A batcher on the running virtual loop."""
     loop = asyncio.get_running_loop()
-    return Batcher("fake", worker, max_queue_rows=max_queue_rows, loop=loop, clock=loop.time, **options)
+    return Batcher("fake", [worker], max_queue_rows=max_queue_rows, loop=loop, clock=loop.time, **options)
 
 
 def calls(count: int, width: int = 2) -> list[Call]:

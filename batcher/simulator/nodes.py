@@ -54,7 +54,7 @@ class CobatchNode:
         self.open_requests = 0
         self.batcher = Batcher(
             "simulated",
-            worker,
+            [worker],
             max_queue_rows=max_queue_rows,
             max_delay_ms=max_delay_ms,
             latency_target_ms=latency_target_ms,
