@@ -33,6 +33,7 @@ from batcher.errors import (
     AbandonedError,
     BatcherError,
     DrainingError,
+    EngineGoneError,
     ExecutionTimeoutError,
     ExpiredError,
 )
@@ -72,6 +73,7 @@ class Batcher:
         deadline_ms: float | None = None,
         execution_timeout_ms: float | None = None,
         on_hung: Callable[[], None] | None = None,
+        on_died: Callable[[], None] | None = None,
         padder: Padder | None = None,
         loop: asyncio.AbstractEventLoop,
         clock: Callable[[], float] = time.monotonic,
@@ -106,7 +108,7 @@ class Batcher:
             clock,
             latency=self.latency,
             decide=self._decide,
-            on_dead=self._on_engine_dead,
+            on_dead=self._on_engine_died,
             on_ran=self._on_ran,
             on_hung=self._on_engine_hung,
             execution_timeout_s=None if execution_timeout_ms is None else execution_timeout_ms / 1000,
@@ -114,6 +116,7 @@ class Batcher:
         self.hung = False
         self._lost = 0  # requests for want of time, when a batch was last made up
         self._reopen = on_hung
+        self._on_died = on_died
         self._moment = Now(0.0, 0, 0, 0.0)
         self._decide_soon = False
         self._seen = 0
@@ -412,6 +415,12 @@ class Batcher:
         abandoned = self.counters.failed - failed
         log.error("model %s: %d requests were not done within %g s", self.name, abandoned, timeout_s)
 
+    def _on_engine_died(self, error: EngineError) -> None:
+        was_open = self.closed is None
+        self._on_engine_dead(error)
+        if was_open and self._on_died is not None:
+            self._on_died()
+
     def _on_engine_dead(self, error: EngineError) -> None:
         self._admission.closed = gone = self._answers.engine_gone(str(error))
         # What still runs comes back with an error of its own, or with answers after all.
@@ -433,8 +442,10 @@ class Batcher:
         self._check_drained()
 
     def reopened(self, worker: BatchWorker) -> None:
-        """Another engine takes the place of one that hung; what waited for it goes on."""
+        """Another engine takes the place of one that hung or died; what waited for it goes on."""
         self.hung = False
+        if self._drained is None and isinstance(self.closed, EngineGoneError):
+            self._admission.closed = None
         self._dispatcher.use(worker)
         self._decide()
 

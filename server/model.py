@@ -12,6 +12,7 @@ from batcher.tenant import Tenant
 from engines.errors import EngineError
 from engines.loader import load_engine
 from engines.worker import Worker
+from server.engine_options import engine_options
 from server.padding import make_padder
 from server.problems import Problem, from_error
 from server.settings import ModelSettings
@@ -41,6 +42,8 @@ class Model:
         self._worker: Worker | None = None
         self._hung: list[Worker] = []
         self._reopening: asyncio.Task[None] | None = None
+        self._died = False
+        self._rebuilding = False
 
     async def load(self) -> None:
         """Open the engine on its thread, warm it up, begin to accept. Raises EngineError."""
@@ -64,6 +67,7 @@ class Model:
             deadline_ms=settings.deadline_ms,
             execution_timeout_ms=settings.execution_timeout_ms,
             on_hung=self._on_hung,
+            on_died=self._on_died,
             padder=padder,
             loop=loop,
         )
@@ -81,7 +85,7 @@ class Model:
         opened: asyncio.Future[None] = loop.create_future()
         settings = self.settings
         engine = load_engine(
-            settings.engine, settings.path, settings.max_batch_size, threads=settings.threads
+            settings.engine, settings.path, settings.max_batch_size, engine_options(settings)
         )
         self._worker = worker = Worker(engine, self.name)
         worker.start(_resolver(loop, opened))
@@ -95,13 +99,33 @@ class Model:
         self._hung.append(hung)
         self._reopening = asyncio.create_task(self._reopen())
 
+    def _on_died(self) -> None:
+        """The engine cannot run anything any more. One that is opened anew may; but only once, since what
+        kills engine after engine is not helped by more of them."""
+        if self._died:
+            return
+        self._died = self._rebuilding = True
+        self.engine_worker.stop()
+        self._reopening = asyncio.create_task(self._rebuild())
+
+    async def _rebuild(self) -> None:
+        try:
+            # Its thread frees what the next engine needs, and has answered all its batches by then.
+            if await asyncio.to_thread(self.engine_worker.join, _JOIN_S):
+                await self._reopen()
+            else:
+                log.critical("model %s: the dead engine does not let go", self.name)
+        finally:
+            self._rebuilding = False
+
     async def _reopen(self) -> None:
         try:
             worker = await self._open()
         except EngineError as error:
             self.loaded_batcher.gone(error)
         else:
-            log.warning("model %s: opened again after a run that did not end", self.name)
+            why = "its engine died" if self._rebuilding else "a run that did not end"
+            log.warning("model %s: opened again after %s", self.name, why)
             self.loaded_batcher.reopened(worker)
 
     @property
@@ -123,8 +147,9 @@ class Model:
 
     @property
     def dead(self) -> bool:
-        """Whether the engine has become unusable: only a new process helps."""
-        return self.batcher is not None and isinstance(self.batcher.closed, EngineGoneError)
+        """Whether the engine is unusable, and opening it anew did not help: only a new process does."""
+        gone = self.batcher is not None and isinstance(self.batcher.closed, EngineGoneError)
+        return gone and not self._rebuilding
 
     def refusal(self, tenant: Tenant | None = None) -> Problem | None:
         """Why a request would be refused before anybody reads its body, or None."""

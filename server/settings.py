@@ -11,6 +11,7 @@ source overrides, so that a mistake is never hidden.
 """
 
 import ipaddress
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +22,7 @@ from msgspec import Meta
 from server.auth.settings import AuthSettings, read_auth
 from server.pad_settings import PadSettings, read_pad
 from server.setting_values import (
+    Given,
     SettingsError,
     Table,
     check,
@@ -47,6 +49,8 @@ TimeoutMs = Annotated[float, Meta(gt=0, le=86_400_000)]
 Rows = Annotated[int, Meta(ge=1, le=LARGEST)]
 Bytes = Annotated[int, Meta(ge=0, le=LARGEST)]
 Threads = Annotated[int, Meta(ge=1, le=1024)]
+Device = Annotated[int, Meta(ge=0, le=1023)]
+TensorRTKind = Literal["tensorrt", "tensorrt-rtx"]
 
 
 class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -69,6 +73,21 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     ] = None
     max_queue_rows: Annotated[Rows, Meta(description="rows that may wait (default: 16 batches, >= 1024)")] = 0
     threads: Annotated[Threads | None, Meta(description="the engine's threads (default: cores - 1)")] = None
+    device: Annotated[Device, Meta(description="TensorRT: the GPU's number")] = 0
+    batch_buckets: Annotated[
+        Text | None,
+        Meta(description="TensorRT: sizes to round batches up to, 1,4,16 (default: powers of two)"),
+    ] = None
+    cuda_graphs: Annotated[
+        bool, Meta(description="TensorRT: replay batches as CUDA graphs, where cuda-bindings is installed")
+    ] = True
+    plan_cache: Annotated[
+        Text | None, Meta(description="TensorRT: folder of built plans (default: ~/.cache/cobatch/plans)")
+    ] = None
+    plan_host_code: Annotated[
+        bool, Meta(description="TensorRT: let a plan bring code for the CPU; version-compatible ones do")
+    ] = False
+    tensorrt_runtime: Annotated[TensorRTKind, Meta(description="which TensorRT to use")] = "tensorrt"
     pad: tuple[PadSettings, ...] = ()
 
     def __post_init__(self) -> None:
@@ -237,8 +256,9 @@ def _from_file(path: Path, origin: str) -> tuple[Table, list[Table], AuthSetting
             model["pad"] = given._replace(value=read_pad(given.value, given.key, source))
         if "path" not in model:
             raise SettingsError(f"models[{index}].path: missing; expected the model's file ({source})")
-        given = model["path"]
-        model["path"] = given._replace(value=str(path.parent / given.value))
+        for name in ("path", "plan_cache"):
+            if name in model:
+                model[name] = model[name]._replace(value=str(path.parent / model[name].value))
         models.append(model)
     auth = read_auth(document["auth"], path.parent, source) if "auth" in document else None
     return server, models, auth
@@ -287,6 +307,13 @@ def _check_edge(server: Table) -> None:
             raise refused(given_proxies.key, expected, address, given_proxies.source, text=True) from None
 
 
+def _check_buckets(given: Given | None) -> None:
+    if given is not None and not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", given.value):
+        raise refused(
+            given.key, "sizes with commas between them (1,4,16)", given.value, given.source, text=True
+        )
+
+
 def _build_models(tables: list[Table]) -> tuple[ModelSettings, ...]:
     if not tables:
         raise SettingsError("models: no model to serve; give MODEL, or [[models]] in a --config file")
@@ -299,6 +326,7 @@ def _build_models(tables: list[Table]) -> tuple[ModelSettings, ...]:
             raise SettingsError(
                 f"{path.key}: expected a model file, got {model.path!r}: {what} ({path.source})"
             )
+        _check_buckets(table.get("batch_buckets"))
         key = f"models[{index}].name"
         check(key, model.name, Name, name.source if "name" in table else "the file's name; set name")
         for other, earlier in enumerate(models):
