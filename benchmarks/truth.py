@@ -95,7 +95,7 @@ def column(pairs: Sequence[tuple[Seen, Seen]], name: str) -> list[str]:
 
 def profile_of(model: str) -> Profile:
     """As `cobatch profile` has it."""
-    engine = load_engine("auto", str(model_path(model)), _MAX_BATCH_SIZE, None)
+    engine = load_engine("auto", str(model_path(model)), _MAX_BATCH_SIZE)
     engine.open()
     try:
         return measure(engine, model, _PROFILE_S)

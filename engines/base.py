@@ -64,7 +64,8 @@ class Engine(Protocol):
     """Runs batches in slots: while one slot's batch runs, another's rows can be packed.
 
     `inputs` is called on the event loop's thread and only for a slot that nothing runs in; all else
-    on the one worker thread.
+    on the one worker thread. An engine whose batches run from `enqueue` on, rather than in `wait`, says
+    so with an attribute `asynchronous = True`.
     """
 
     platform: str

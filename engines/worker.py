@@ -1,9 +1,9 @@
 """The worker: one named thread per engine, which alone opens, runs and closes it.
 
 It takes jobs from a queue and gives an `Outcome` for each to `deliver`, on its own thread. It knows
-nothing of asyncio: what `deliver` does with it is the caller's matter. The next job is enqueued
-before the running one is waited for, as far as the engine has slots, so that an engine with
-asynchronous execution never runs dry. The Python work per batch is kept to a few calls, since it
+nothing of asyncio: what `deliver` does with it is the caller's matter. The next job is enqueued while
+the running one runs, as far as the engine has slots, so that an engine with asynchronous execution
+never runs dry. The Python work per batch is kept to a few calls, since it
 competes with the event loop for the interpreter lock.
 """
 
@@ -18,12 +18,15 @@ from collections.abc import Callable
 from typing import Any
 
 from engines.base import Array, Engine
-from engines.errors import EngineError, EngineLoadError, EngineRunError
+from engines.errors import EngineDeadError, EngineError, EngineLoadError, EngineRunError
 
 log = logging.getLogger("cobatch.worker")
 
 _WARMUP_S = 2.0
 _WARMUP_RUNS = 20
+# What part of the least time known a run is hardly ever shorter than, and what a timer is late by.
+_LIKELY = 0.9
+_TIMER_S = 0.00005
 
 
 class Job:
@@ -73,6 +76,11 @@ class Worker:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, name=f"cobatch-{name}", daemon=True)
         self._on_open: Callable[[EngineError | None], None] = lambda error: None
+        # See `Engine`: whether what was enqueued runs before it is waited for.
+        self._asynchronous = bool(getattr(engine, "asynchronous", False))
+        self._behind_s: dict[int, float] = {}
+        self._running: deque[tuple[Job, float]] = deque()
+        self._stopping = False
         self._finished_s = 0.0
         self._seen: dict[str, tuple[int, ...]] = {}
 
@@ -120,33 +128,60 @@ class Worker:
         return None
 
     def _run(self) -> None:
-        engine = self.engine
-        running: deque[tuple[Job, float]] = deque()
-        stopping = False
-        while not stopping or running:
-            job = None
-            if not stopping and len(running) < engine.slots:
-                try:
-                    job = self._jobs.get(block=not running)
-                    stopping = job is None
-                except queue.Empty:
-                    pass
-            if job is not None:
-                started_s = time.monotonic()
-                try:
-                    engine.enqueue(job.slot, job.rows, job.row_shapes)
-                except Exception as error:  # noqa: BLE001 - whatever an engine raises is its batch's alone
-                    self._give(job, Outcome(None, _as_engine_error(error), started_s, time.monotonic()))
-                else:
-                    running.append((job, started_s))
-                    if len(running) < engine.slots and not self._jobs.empty():
-                        continue
+        running = self._running
+        slots = self.engine.slots
+        while running or not self._stopping:
+            if not self._stopping and len(running) < slots and self._begin_next(self._patience_s()):
+                continue
             if running:
                 self._finish(*running.popleft())
 
+    def _patience_s(self) -> float | None:
+        """How long to wait for another job. None: until there is one.
+
+        An engine that runs by itself takes the next batch while one runs, and then needs nobody when that
+        one ends; but the thread cannot wait for a job and for the engine at once. So it waits for a job as
+        long as the batch that runs is likely to need, and for the engine from then on.
+        """
+        if not self._running:
+            return None
+        if not self._asynchronous:
+            return 0.0
+        job, started_s = self._running[0]
+        least_s = min([us for size, us in self.warmup_us.items() if size >= job.rows], default=0.0) / 1e6
+        if started_s < self._finished_s:
+            # It was enqueued behind another: its copies may be done. At best copying in, running and
+            # copying out of three batches overlap; what they do is learned from those that were waited for.
+            started_s = self._finished_s
+            least_s = self._behind_s.get(job.rows.bit_length(), least_s / 3)
+        return started_s + least_s * _LIKELY - _TIMER_S - time.monotonic()
+
+    def _begin_next(self, patience_s: float | None) -> bool:
+        """Take a job, once there is one, and enqueue it. False where none came."""
+        try:
+            if patience_s is None or patience_s > 0:
+                job = self._jobs.get(timeout=patience_s)
+            else:
+                job = self._jobs.get_nowait()
+        except queue.Empty:
+            return False
+        if job is None:
+            self._stopping = True
+            return True
+        started_s = time.monotonic()
+        try:
+            self.engine.enqueue(job.slot, job.rows, job.row_shapes)
+        except Exception as error:  # noqa: BLE001 - whatever an engine raises is its batch's alone
+            self._give(job, Outcome(None, _as_engine_error(error), started_s, time.monotonic()))
+        else:
+            self._running.append((job, started_s))
+        return True
+
     def _finish(self, job: Job, started_s: float) -> None:
         # An engine that runs one after another did not begin this one before the last one's end.
+        behind = started_s < self._finished_s
         started_s = max(started_s, self._finished_s)
+        waits_s = time.monotonic()
         try:
             outputs = self.engine.wait(job.slot)
             for spec, output in zip(self.engine.signature.outputs, outputs, strict=True):
@@ -157,7 +192,23 @@ class Worker:
         else:
             outcome = Outcome(outputs, None, started_s, time.monotonic())
         self._finished_s = outcome.finished_s
+        if (
+            self._asynchronous
+            and behind
+            and outcome.error is None
+            and outcome.finished_s - waits_s > _TIMER_S
+        ):
+            # It was not done before it was waited for, so this is when it was done.
+            self._learn(job.rows.bit_length(), outcome.finished_s - started_s)
+        # What waits goes first: the engine is idle, and this batch's callers lose a few microseconds.
+        while not self._stopping and len(self._running) < self.engine.slots and self._begin_next(0.0):
+            pass
         self._give(job, outcome)
+
+    def _learn(self, size: int, run_s: float) -> None:
+        """How long batches of about this size take behind another, rather too short than too long."""
+        known_s = self._behind_s.get(size, run_s)
+        self._behind_s[size] = known_s + (run_s - known_s) * (0.3 if run_s < known_s else 0.05)
 
     def _give(self, job: Job, outcome: Outcome) -> None:
         assert self.deliver is not None
@@ -185,7 +236,7 @@ class Worker:
                     continue
                 try:
                     self._warm_up_once(rows, shapes)
-                except EngineLoadError:
+                except (EngineLoadError, EngineDeadError):
                     raise
                 except Exception as error:  # noqa: BLE001 - zeros may be no valid input; others may be
                     log.warning("%s: warming up with %d rows of zeros: %s", self._thread.name, rows, error)

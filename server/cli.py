@@ -13,6 +13,7 @@ import msgspec
 import typer
 
 from server import __version__
+from server.build_cli import build
 from server.setting_values import SettingsError
 from server.settings import (
     MODEL_FIELDS,
@@ -98,6 +99,13 @@ def serve(
     execution_timeout_ms: Annotated[str | None, _flag("execution_timeout_ms", "MS")] = None,
     max_queue_rows: Annotated[str | None, _flag("max_queue_rows", "ROWS")] = None,
     threads: Annotated[str | None, _flag("threads", "N")] = None,
+    instances: Annotated[str | None, _flag("instances", "N")] = None,
+    devices: Annotated[str | None, _flag("devices", "0,1")] = None,
+    batch_buckets: Annotated[str | None, _flag("batch_buckets", "SIZES")] = None,
+    cuda_graphs: Annotated[bool | None, _switch("cuda_graphs")] = None,
+    plan_cache: Annotated[str | None, _flag("plan_cache", "FOLDER")] = None,
+    plan_host_code: Annotated[bool | None, _switch("plan_host_code")] = None,
+    tensorrt_runtime: Annotated[str | None, _flag("tensorrt_runtime", "tensorrt|tensorrt-rtx")] = None,
     host: Annotated[str | None, _flag("host", "ADDRESS")] = None,
     port: Annotated[str | None, _flag("port", "PORT")] = None,
     drain_timeout_s: Annotated[str | None, _flag("drain_timeout_s", "SECONDS")] = None,
@@ -162,6 +170,7 @@ def inspect_model(
         show(described)
 
 
+app.command()(build)
 app.command()(simulate)
 app.command()(profile)
 

@@ -1,10 +1,11 @@
-"""One served model: its worker, its batcher, its codec, and how far along it is."""
+"""One served model: its workers, its batcher, its codec, and how far along it is."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from batcher.batcher import Batcher
 from batcher.errors import BatcherError, EngineGoneError, ExecutionTimeoutError
@@ -13,6 +14,7 @@ from batcher.tenant import Tenant
 from engines.errors import EngineError
 from engines.loader import load_engine
 from engines.worker import Worker
+from server.engine_options import Place, engine_options, places
 from server.padding import make_padder
 from server.problems import Problem, from_error
 from server.settings import ModelSettings
@@ -39,17 +41,21 @@ class Model:
         self.settings = settings
         self.batcher: Batcher | None = None
         self.load_error: EngineError | None = None
-        self._worker: Worker | None = None
+        self._workers: list[Worker] = []
+        self._places: dict[Worker, Place] = {}
         self._hung: list[Worker] = []
-        self._reopening: asyncio.Task[None] | None = None
+        self._died: set[Place] = set()  # whose engine has died once
+        self._rebuilding = 0
+        self._reopening: set[asyncio.Task[None]] = set()
 
     async def load(self) -> None:
         """Open the engine on its thread, warm it up, begin to accept. Raises EngineError."""
         loop = asyncio.get_running_loop()
         settings = self.settings
         try:
-            worker = await self._open()
-            engine = worker.engine
+            for place in places(settings):
+                await self._open(place)
+            engine = self._workers[0].engine
             padder = make_padder(self.name, settings.pad, engine.signature)
         except EngineError as error:
             self.load_error = error
@@ -58,7 +64,7 @@ class Model:
         self.encoder = Encoder(self.name, self.version, engine.signature)
         self.batcher = Batcher(
             self.name,
-            [worker],
+            self._workers,
             max_queue_rows=settings.max_queue_rows,
             max_delay_ms=settings.max_delay_ms,
             latency_target_ms=settings.latency_target_ms,
@@ -68,52 +74,74 @@ class Model:
             padder=padder,
             loop=loop,
         )
+        several = "" if len(self._workers) == 1 else f"{len(self._workers)} engines, "
         log.info(
-            "model %s: ready (%s, batches of up to %d rows, full at %d)",
+            "model %s: ready (%s%s, batches of up to %d rows, full at %d)",
             self.name,
+            several,
             engine.platform,
             engine.max_batch_size,
             self.batcher.full_rows,
         )
 
-    async def _open(self) -> Worker:
+    async def _open(self, place: Place) -> Worker:
         """A worker with an engine that is open and warm. Raises EngineError."""
         loop = asyncio.get_running_loop()
         opened: asyncio.Future[None] = loop.create_future()
         settings = self.settings
         engine = load_engine(
-            settings.engine, settings.path, settings.max_batch_size, threads=settings.threads
+            settings.engine, settings.path, settings.max_batch_size, engine_options(settings, place)
         )
-        self._worker = worker = Worker(engine, self.name)
+        worker = Worker(engine, f"{self.name}{place.suffix}")
+        self._workers = [one for one in self._workers if self._places.get(one) != place] + [worker]
+        self._places[worker] = place
         worker.start(_resolver(loop, opened))
         await opened
         return worker
 
-    def _on_lost(self, worker: BatchWorker, why: BatcherError) -> None:
+    def _on_lost(self, lost: BatchWorker, why: BatcherError) -> None:
+        worker = next(one for one in self._workers if one is lost)
+        place = self._places[worker]
+        worker.stop()  # it ends with its last batch; one that hangs, should it ever come back
         if isinstance(why, ExecutionTimeoutError):
-            self._on_hung()
+            # Its thread cannot be ended, but another engine can be opened.
+            self._hung.append(worker)
+            self._start(self._reopen(place, "a run that did not end"))
+        elif place not in self._died:
+            # Only once, since what kills engine after engine is not helped by more of them.
+            self._died.add(place)
+            self._rebuilding += 1
+            self._start(self._rebuild(worker, place))
 
-    def _on_hung(self) -> None:
-        """The engine does not come back. Its thread cannot be ended, but another engine can be opened."""
-        hung = self.engine_worker
-        hung.stop()  # it ends by itself should it ever come back
-        self._hung.append(hung)
-        self._reopening = asyncio.create_task(self._reopen())
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._reopening.add(task)
+        task.add_done_callback(self._reopening.discard)
 
-    async def _reopen(self) -> None:
+    async def _rebuild(self, worker: Worker, place: Place) -> None:
         try:
-            worker = await self._open()
+            # Its thread frees what the next engine needs, and has answered all its batches by then.
+            if await asyncio.to_thread(worker.join, _JOIN_S):
+                await self._reopen(place, "its engine died")
+            else:
+                log.critical("model %s: the dead engine does not let go", self.name)
+        finally:
+            self._rebuilding -= 1
+
+    async def _reopen(self, place: Place, why: str) -> None:
+        try:
+            worker = await self._open(place)
         except EngineError as error:
+            log.critical("model %s: no engine could be opened after %s: %s", self.name, why, error)
             self.loaded_batcher.gone(error)
         else:
-            log.warning("model %s: opened again after a run that did not end", self.name)
+            log.warning("model %s: opened again after %s", self.name, why)
             self.loaded_batcher.use(worker)
 
     @property
     def engine_worker(self) -> Worker:
-        """The worker; only when `batcher` is not None."""
-        assert self._worker is not None
-        return self._worker
+        """The first worker; only when `batcher` is not None."""
+        return self._workers[0]
 
     @property
     def loaded_batcher(self) -> Batcher:
@@ -128,8 +156,9 @@ class Model:
 
     @property
     def dead(self) -> bool:
-        """Whether the engine has become unusable: only a new process helps."""
-        return self.batcher is not None and isinstance(self.batcher.closed, EngineGoneError)
+        """Whether no engine is usable, and opening it anew did not help: only a new process does."""
+        gone = self.batcher is not None and isinstance(self.batcher.closed, EngineGoneError)
+        return gone and not self._rebuilding
 
     def refusal(self, tenant: Tenant | None = None) -> Problem | None:
         """Why a request would be refused before anybody reads its body, or None."""
@@ -155,21 +184,21 @@ class Model:
                     padded.waste * 100,
                     padded.elements,
                 )
-        if self._reopening is not None:
-            self._reopening.cancel()
-        if self._worker is not None:
-            self._worker.stop()
-            # The thread is asked for, not slept for: it ends as soon as its last batch has. The time for
-            # a batch that outlived the draining is already over.
-            stuck = self.batcher is not None and self.batcher.running_batches
-            if not await asyncio.to_thread(self._worker.join, 0 if stuck else _JOIN_S):
-                log.error("model %s: the worker is still busy; it ends with the process", self.name)
+        for task in self._reopening:
+            task.cancel()
+        for worker in self._workers:
+            worker.stop()
+        # The threads are asked for, not slept for: each ends as soon as its last batch has. The time for
+        # a batch that outlived the draining is already over.
+        until_s = 0 if self.batcher is not None and self.batcher.running_batches else _JOIN_S
+        for worker in self._workers:
+            if not await asyncio.to_thread(worker.join, until_s):
+                log.error("model %s: a worker is still busy; it ends with the process", self.name)
 
     @property
     def worker_alive(self) -> bool:
         """Whether a worker's thread runs."""
-        workers = [*self._hung, *([] if self._worker is None else [self._worker])]
-        return any(not worker.join(0) for worker in workers)
+        return any(not worker.join(0) for worker in [*self._hung, *self._workers])
 
 
 def _resolver(

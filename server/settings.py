@@ -11,6 +11,7 @@ source overrides, so that a mistake is never hidden.
 """
 
 import ipaddress
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +22,7 @@ from msgspec import Meta
 from server.auth.settings import AuthSettings, read_auth
 from server.pad_settings import PadSettings, read_pad
 from server.setting_values import (
+    Given,
     SettingsError,
     Table,
     check,
@@ -47,6 +49,7 @@ TimeoutMs = Annotated[float, Meta(gt=0, le=86_400_000)]
 Rows = Annotated[int, Meta(ge=1, le=LARGEST)]
 Bytes = Annotated[int, Meta(ge=0, le=LARGEST)]
 Threads = Annotated[int, Meta(ge=1, le=1024)]
+TensorRTKind = Literal["tensorrt", "tensorrt-rtx"]
 
 
 class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -69,6 +72,26 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     ] = None
     max_queue_rows: Annotated[Rows, Meta(description="rows that may wait (default: 16 batches, >= 1024)")] = 0
     threads: Annotated[Threads | None, Meta(description="the engine's threads (default: cores - 1)")] = None
+    instances: Annotated[
+        int, Meta(ge=1, le=64, description="engines that share the queue, on each device")
+    ] = 1
+    devices: Annotated[
+        Text, Meta(description="TensorRT: the GPUs, as CUDA counts them, that share the queue")
+    ] = "0"
+    batch_buckets: Annotated[
+        Text | None,
+        Meta(description="TensorRT: sizes to round batches up to, 1,4,16 (default: powers of two)"),
+    ] = None
+    cuda_graphs: Annotated[
+        bool, Meta(description="TensorRT: replay batches as CUDA graphs, where cuda-bindings is installed")
+    ] = True
+    plan_cache: Annotated[
+        Text | None, Meta(description="TensorRT: folder of built plans (default: ~/.cache/cobatch/plans)")
+    ] = None
+    plan_host_code: Annotated[
+        bool, Meta(description="TensorRT: let a plan bring code for the CPU; version-compatible ones do")
+    ] = False
+    tensorrt_runtime: Annotated[TensorRTKind, Meta(description="which TensorRT to use")] = "tensorrt"
     pad: tuple[PadSettings, ...] = ()
 
     def __post_init__(self) -> None:
@@ -231,17 +254,30 @@ def _from_file(path: Path, origin: str) -> tuple[Table, list[Table], AuthSetting
     models = []
     for index, table in enumerate(listed):
         fields = MODEL_FIELDS | {"pad": Any}
-        model = check_table(f"models[{index}]", table, fields, source, _belongs)
+        model = check_table(f"models[{index}]", _with_lists_as_text(table), fields, source, _belongs)
         if "pad" in model:
             given = model["pad"]
             model["pad"] = given._replace(value=read_pad(given.value, given.key, source))
         if "path" not in model:
             raise SettingsError(f"models[{index}].path: missing; expected the model's file ({source})")
-        given = model["path"]
-        model["path"] = given._replace(value=str(path.parent / given.value))
+        for name in ("path", "plan_cache"):
+            if name in model:
+                model[name] = model[name]._replace(value=str(path.parent / model[name].value))
         models.append(model)
     auth = read_auth(document["auth"], path.parent, source) if "auth" in document else None
     return server, models, auth
+
+
+def _with_lists_as_text(table: Any) -> Any:
+    """`devices = [0, 1]` is what a file says where a flag says 0,1."""
+    if not isinstance(table, dict):
+        return table
+    lists = {
+        name: ",".join(map(str, table[name]))
+        for name in ("batch_buckets", "devices")
+        if isinstance(table.get(name), list) and all(type(one) is int for one in table[name])
+    }
+    return table | lists
 
 
 def _belongs(key: str, known: Iterable[str]) -> str:
@@ -287,6 +323,16 @@ def _check_edge(server: Table) -> None:
             raise refused(given_proxies.key, expected, address, given_proxies.source, text=True) from None
 
 
+_SIZES = (re.compile(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*"), "sizes with commas between them (1,4,16)")
+_NUMBERS = (re.compile(r"\d{1,4}(,\d{1,4})*"), "numbers with commas between them (0,1)")
+
+
+def _check_list(given: Given | None, kind: tuple[re.Pattern[str], str]) -> None:
+    pattern, expected = kind
+    if given is not None and not pattern.fullmatch(given.value):
+        raise refused(given.key, expected, given.value, given.source, text=True)
+
+
 def _build_models(tables: list[Table]) -> tuple[ModelSettings, ...]:
     if not tables:
         raise SettingsError("models: no model to serve; give MODEL, or [[models]] in a --config file")
@@ -299,6 +345,8 @@ def _build_models(tables: list[Table]) -> tuple[ModelSettings, ...]:
             raise SettingsError(
                 f"{path.key}: expected a model file, got {model.path!r}: {what} ({path.source})"
             )
+        _check_list(table.get("batch_buckets"), _SIZES)
+        _check_list(table.get("devices"), _NUMBERS)
         key = f"models[{index}].name"
         check(key, model.name, Name, name.source if "name" in table else "the file's name; set name")
         for other, earlier in enumerate(models):

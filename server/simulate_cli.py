@@ -130,10 +130,10 @@ def profile(
 
     from batcher.simulator.measure import measure
     from engines.errors import EngineError
-    from engines.loader import load_engine
+    from engines.loader import EngineOptions, load_engine
 
     try:
-        opened = load_engine(engine, str(model), max_batch_size, threads)
+        opened = load_engine(engine, str(model), max_batch_size, EngineOptions(threads))
         try:
             opened.open()
             document: dict[str, Any] = measure(opened, model.stem, seconds).as_json()

@@ -22,7 +22,7 @@ def install() -> None:
     loader.ENGINES["onnxruntime"] = _gated
 
 
-def _gated(*arguments: Any, **options: Any) -> Any:
+def _gated(path: str, max_batch_size: int, options: Any) -> Any:
     from engines.base import Array  # noqa: PLC0415
     from engines.onnxruntime import OnnxRuntimeEngine  # noqa: PLC0415
 
@@ -40,7 +40,7 @@ def _gated(*arguments: Any, **options: Any) -> Any:
                 _hold(gate)
             return super().wait(slot)
 
-    return Gated(*arguments, **options)
+    return Gated(path, max_batch_size, options.threads)
 
 
 def _hold(gate: socket.socket) -> None:

@@ -17,7 +17,7 @@ import server.model
 from batcher.batcher import Batcher
 from engines.base import Engine
 from engines.errors import EngineError
-from engines.loader import load_engine
+from engines.loader import EngineOptions, load_engine
 from server.app import build
 from server.asgi import InferRoutes
 from server.auth.gate import Gate
@@ -54,8 +54,8 @@ async def in_process(
     """The application with its lifespan; `engines` by path go before what the files would be loaded with."""
     fakes = engines or {}
 
-    def load(kind: str, path: str, max_batch_size: int, threads: int | None = None) -> Engine:
-        return fakes.get(path) or load_engine(kind, path, max_batch_size, threads)
+    def load(kind: str, path: str, max_batch_size: int, options: EngineOptions) -> Engine:
+        return fakes.get(path) or load_engine(kind, path, max_batch_size, options)
 
     http_settings = ServerSettings(**{"drain_timeout_s": DEADLINE_S, **settings})
     core = Core(Settings(server=http_settings, models=models, auth=auth))

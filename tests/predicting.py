@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 import server.model
 from batcher.tenant import Tenant
 from engines.base import Engine
-from engines.loader import load_engine
+from engines.loader import EngineOptions, load_engine
 from server.app import build
 from server.asgi import InferRoutes
 from server.auth.principal import PRINCIPAL, Principal
@@ -80,8 +80,8 @@ async def running(
     """Run the application with these models; `engines` by path go before what the files would load."""
     fakes = engines or {}
 
-    def load(kind: str, path: str, max_batch_size: int, threads: int | None = None) -> Engine:
-        return fakes.get(path) or load_engine(kind, path, max_batch_size, threads)
+    def load(kind: str, path: str, max_batch_size: int, options: EngineOptions) -> Engine:
+        return fakes.get(path) or load_engine(kind, path, max_batch_size, options)
 
     core = Core(Settings(server=ServerSettings(**settings), models=served))
     ready = asyncio.Event()

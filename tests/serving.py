@@ -27,7 +27,7 @@ from batcher.batcher import Batcher
 from batcher.request import Request
 from engines.base import Engine, RowShapes
 from engines.errors import EngineError
-from engines.loader import load_engine
+from engines.loader import EngineOptions, load_engine
 from server.auth.settings import AuthSettings
 from server.core import Core
 from server.serve import Server
@@ -300,6 +300,18 @@ class Served:
         assert not self._thread.is_alive()
 
 
+def opened_again(served: Served, name: str = "gate") -> None:
+    """Wait until the attempt to open an engine anew is over, whatever came of it."""
+    done = threading.Event()
+
+    def wait() -> None:
+        tasks = asyncio.gather(*served.core.models[name]._reopening, return_exceptions=True)
+        tasks.add_done_callback(lambda _: done.set())
+
+    served.call(wait)
+    assert done.wait(DEADLINE_S)
+
+
 @contextlib.contextmanager
 def serve(
     fast: bool,
@@ -313,8 +325,8 @@ def serve(
     """Serve `models` on a free port; `engines` by path go before what the files would be loaded with."""
     fakes = engines or {}
 
-    def load(kind: str, path: str, max_batch_size: int, threads: int | None = None) -> Engine:
-        return fakes.get(path) or load_engine(kind, path, max_batch_size, threads)
+    def load(kind: str, path: str, max_batch_size: int, options: EngineOptions) -> Engine:
+        return fakes.get(path) or load_engine(kind, path, max_batch_size, options)
 
     http = ServerSettings(port=0, fast_path=fast, **{"drain_timeout_s": DEADLINE_S, **settings})
     with mock.patch.object(server.model, "load_engine", load):

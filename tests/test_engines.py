@@ -11,7 +11,7 @@ from onnx import TensorProto
 
 from engines.base import DATATYPES, Array, RowShapes, Signature, TensorSpec
 from engines.errors import EngineError, EngineLoadError, EngineRunError
-from engines.loader import load_engine
+from engines.loader import EngineOptions, load_engine
 from engines.onnxruntime import OnnxRuntimeEngine
 from engines.worker import Worker
 from tests import models
@@ -253,14 +253,15 @@ def test_loader_picks_by_name_or_suffix(tmp_path: Path) -> None:
 
 
 def test_loader_refuses_what_there_is_no_engine_for() -> None:
-    with pytest.raises(EngineLoadError, match="'tensorrt' is not part of this release"):
-        load_engine("tensorrt", "model.plan", 4)
-    with pytest.raises(EngineLoadError, match=r"model\.plan"):
-        load_engine("auto", "model.plan", 4)
+    with pytest.raises(EngineLoadError, match="'openvino' is not part of this release; there is onnxrun"):
+        load_engine("openvino", "model.onnx", 4)
+    for kind in ("auto", "tensorrt"):
+        with pytest.raises(EngineLoadError, match=r"model\.pt; expected an \.onnx, \.plan or \.engine file"):
+            load_engine(kind, "model.pt", 4)
 
 
 def test_an_engine_whose_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(path: str, max_batch_size: int, threads: int | None) -> OnnxRuntimeEngine:
+    def missing(path: str, max_batch_size: int, options: EngineOptions) -> OnnxRuntimeEngine:
         raise ImportError("no library")
 
     monkeypatch.setitem(load_engine.__globals__["ENGINES"], "onnxruntime", missing)

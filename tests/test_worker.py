@@ -38,6 +38,7 @@ class Gated:
         self.rows = [0] * slots
         self.events: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.threads: set[str] = set()
+        self.asynchronous = False
         self.gate: threading.Semaphore | None = None
         self.fails: Callable[[str, Array], None] = lambda what, rows: None
         self.answer: Callable[[Array], Array] = lambda rows: rows * 2
@@ -209,6 +210,65 @@ def test_the_next_batch_is_enqueued_before_the_running_one_is_waited_for() -> No
     engine.gate.release()
     served.outcome(third)
     served.end()
+
+
+def test_an_engine_that_runs_by_itself_gets_the_next_batch_while_one_runs() -> None:
+    engine = Gated(slots=2)
+    engine.asynchronous = True
+    served = Served(engine)
+    # What the warm-up found: nobody need look after the engine for a minute, unless both slots run.
+    served.worker.warmup_us = {4: 60e6}
+    first = served.submit(0, 1)
+    assert engine.next() == "enqueue 0"
+    second = served.submit(1, 2)
+    assert [engine.next(), engine.next()] == ["enqueue 1", "wait 0"]
+    served.outcome(first)
+    # It waits for a third now, and a stop ends that.
+    assert engine.seen() == []
+    served.worker.stop()
+    served.outcome(second)
+    assert served.worker.join(WAIT_S)
+
+
+def test_an_engine_that_runs_by_itself_is_waited_for_once_it_may_be_done() -> None:
+    engine = Gated(slots=2)
+    engine.asynchronous = True
+    served = Served(engine)
+    served.worker.warmup_us = {1: 100.0, 4: 60e6}
+    assert served.outcome(served.submit(0, 1)).error is None
+    served.end()
+
+
+def test_what_waits_is_enqueued_before_the_last_answers_are_delivered() -> None:
+    engine = Gated(slots=2)
+    served = Served(engine)
+    engine.gate = threading.Semaphore(0)
+    seen: list[str] = []
+    deliver = served.deliver
+
+    def look(job: Job, outcome: Outcome) -> None:
+        seen.extend(engine.seen())
+        deliver(job, outcome)
+
+    served.worker.deliver = look
+    first = served.submit(0, 1)
+    assert [engine.next(), engine.next()] == ["enqueue 0", "wait 0"]
+    second = served.submit(1, 2)
+    engine.gate.release()
+    served.outcome(first)
+    assert seen == ["enqueue 1"]
+    engine.gate.release()
+    served.outcome(second)
+    served.end()
+
+
+def test_an_engine_that_dies_of_its_warm_up_is_not_served() -> None:
+    engine = Gated()
+    engine.fails = rejecting("wait", EngineDeadError("gone"), 0)
+    worker = Worker(engine, "fake")
+    assert isinstance(start(worker), EngineDeadError)
+    assert worker.join(WAIT_S)
+    assert engine.seen()[-1] == "close"
 
 
 def test_no_more_than_the_slots_run() -> None:

@@ -1,0 +1,253 @@
+"""TensorRT on one GPU, driven by the worker's thread alone.
+
+The thread opens the GPU's context, loads the plan, allocates all memory and, at the end, frees it. In
+between a batch costs it a few calls: set the shapes if they changed, copy in, execute, copy out, record an
+event, and later one wait for that event; or, with CUDA graphs, launch, record, wait.
+
+TensorRT's and PyCUDA's objects must be gone before the context is, and must go on this thread. An exception
+holds the frames it went through and with them such objects, so what is raised from here is made anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from engines.base import Array, RowShapes, Signature
+from engines.errors import EngineDeadError, EngineError, EngineLoadError, EngineRunError
+from engines.tensorrt.driver import Device, as_engine_error, is_sticky
+from engines.tensorrt.errors_log import ErrorLog, make_log
+from engines.tensorrt.graphs import CaptureError, load_graphs
+from engines.tensorrt.memory import Needs, OutOfMemoryError, show_bytes, working_memory
+from engines.tensorrt.module import load_tensorrt
+from engines.tensorrt.recorder import make_recorder
+from engines.tensorrt.slot import Plan, Slot
+from engines.tensorrt.tensors import Buckets, estimate_buffers, read_tensors
+
+log = logging.getLogger("cobatch.tensorrt")
+
+_OUT_OF_MEMORY = re.compile(r"out ?of ?memory", re.IGNORECASE)
+
+
+class TensorRTEngine:
+    """A plan in `slots` slots. `max_batch_size` becomes the plan's where that is smaller.
+
+    `buckets`: batch sizes to round up to, powers of two by default. `graphs`: replay CUDA graphs where
+    cuda-bindings is installed and the rows' shapes are fixed. `host_code`: the plan may bring code for the
+    CPU, as version-compatible ones do. `plan_source` answers the plan's bytes; it is
+    called with the GPU's context current, so it may build.
+    """
+
+    platform = "tensorrt_plan"
+    # A batch runs from `enqueue` on: the worker may enqueue the next while this one runs.
+    asynchronous = True
+
+    def __init__(
+        self,
+        path: str,
+        max_batch_size: int,
+        *,
+        device: int = 0,
+        buckets: Sequence[int] | None = None,
+        slots: int = 2,
+        runtime: str = "tensorrt",
+        graphs: bool = True,
+        host_code: bool = False,
+        plan_source: Callable[[], bytes] | None = None,
+    ) -> None:
+        self.path = path
+        self.max_batch_size = max_batch_size
+        self.slots = slots
+        self._bucket_sizes = buckets
+        self._runtime_kind = runtime
+        self._graphs = graphs
+        self._host_code = host_code
+        self._plan_source = plan_source or Path(path).read_bytes
+        self._device = Device(device)
+        self._gpu = f"GPU {device}"
+        self._signature: Signature | None = None
+        self._slots: list[Slot] = []
+        self._runtime: Any = None
+        self._engine: Any = None
+        self._recorder: Any = None
+        self._log: ErrorLog | None = None
+        self._needs: Needs | None = None
+        self._free = 0
+        self._dead = ""
+
+    @property
+    def signature(self) -> Signature:
+        """The model's tensors. Raises RuntimeError before `open`."""
+        if self._signature is None:
+            raise RuntimeError("the engine is not open")
+        return self._signature
+
+    # Opening and closing
+
+    def open(self) -> None:
+        """Load and allocate. Raises EngineLoadError."""
+        try:
+            self._open()
+        except Exception as error:  # noqa: BLE001 - TensorRT's own have no common base
+            failure = self._load_failure(error)
+        else:
+            return
+        raise failure
+
+    def _open(self) -> None:
+        tensorrt = load_tensorrt(self._runtime_kind)
+        trt = tensorrt.trt
+        self._device.open()
+        self._log = make_log(trt)
+        self._recorder = make_recorder(trt)
+        data = self._plan_source()
+        self._runtime = trt.Runtime(self._log.logger)
+        self._runtime.error_recorder = self._recorder
+        self._runtime.engine_host_code_allowed = self._host_code
+        self._free, _ = self._device.memory()
+        self._engine = self._runtime.deserialize_cuda_engine(data)
+        if self._engine is None:
+            sizes = f"the plan has {show_bytes(len(data))}, {show_bytes(self._free)} are free on {self._gpu}"
+            raise EngineLoadError(
+                f"TensorRT {tensorrt.version} cannot load the plan of {self.path} ({sizes})"
+            )
+        signature, profiles = read_tensors(self._engine)
+        buckets = Buckets(signature, profiles, self.max_batch_size, self._bucket_sizes)
+        if signature.fixed_batch is None and buckets.max_batch_size < self.max_batch_size:
+            log.warning(
+                "%s: the plan takes %d rows at most, max_batch_size is %d",
+                self.path,
+                buckets.max_batch_size,
+                self.max_batch_size,
+            )
+        self.max_batch_size = buckets.max_batch_size
+        self._free, _ = self._device.memory()
+        working = max(working_memory(self._engine, profile.index) for profile in profiles)
+        buffers = estimate_buffers(signature, profiles, buckets)
+        self._needs = Needs(self.slots, buckets.sizes[-1], working, buffers)
+        self._fill_slots(Plan(trt, self._recorder, working, signature, profiles, buckets))
+        log.info(
+            "%s: TensorRT %s on %s, %d slots, batches of %s rows, %s beside the weights, CUDA graphs %s",
+            self.path,
+            tensorrt.version,
+            self._gpu,
+            self.slots,
+            ", ".join(map(str, buckets.sizes)),
+            show_bytes(self._needs.total),
+            "on" if self._prepare() else "off",
+        )
+
+    def _fill_slots(self, plan: Plan) -> None:
+        for _ in range(self.slots):
+            self._slots.append(Slot(plan, self._device))
+            self._slots[-1].open(self._engine)
+        outputs, sizes = self._slots[0].measure()
+        self._signature = replace(plan.signature, outputs=outputs)
+        assert self._needs is not None
+        self._needs = replace(self._needs, buffers=sum(sizes))
+        for slot in self._slots:
+            slot.allocate(sizes)
+
+    def _prepare(self) -> bool:
+        """Whether batches are replayed as graphs. A model that fails on zeros may take other rows."""
+        driver = load_graphs() if self._graphs else None
+        for slot in self._slots:
+            try:
+                captured = slot.prepare(driver)
+            except (CaptureError, EngineRunError) as error:
+                text = "; ".join([str(error), *self._details()])
+                if is_sticky(text):
+                    raise EngineDeadError(text) from None
+                captured = False
+                what = "no CUDA graph" if isinstance(error, CaptureError) else "a run with zeros failed"
+                log.warning("%s: %s: %s", self.path, what, text)
+                slot.recover()
+                slot.drop_graphs()
+                driver = None
+        return captured
+
+    def _load_failure(self, error: Exception) -> EngineLoadError:
+        text = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
+        text = "; ".join([text, *self._details()])
+        if isinstance(as_engine_error(error), EngineDeadError) or is_sticky(text):
+            self._dead = text
+        memory = isinstance(error, OutOfMemoryError) or _OUT_OF_MEMORY.search(text)
+        if memory and self._needs is not None:
+            return EngineLoadError(self._needs.refusal(self._gpu, text, self._free))
+        return EngineLoadError(text)
+
+    def close(self) -> None:
+        """Free everything; after a sticky error the context takes it along."""
+        dead = bool(self._dead)
+        slots, self._slots = self._slots, []
+        for slot in slots:
+            try:
+                slot.release(dead)
+            except Exception as error:  # noqa: BLE001 - PyCUDA's; what cannot be freed goes with the context
+                log.warning("%s: closing: %s", self.path, error)
+                dead = True
+                slot.release(dead)
+        self._engine = self._runtime = None
+        still_read = [slot.still_read() for slot in slots]
+        if any(still_read):
+            log.warning("%s: outputs are still read; the GPU's context stays", self.path)
+            self._device.keep(slots, dead)
+            return
+        if dead:
+            self._device.close(dead)  # what follows then calls nothing any more
+        for slot in slots:
+            slot.free()
+        self._recorder = None
+        self._device.close(dead)
+
+    # Batches
+
+    def inputs(self, slot: int, rows: int, row_shapes: RowShapes) -> tuple[Array, ...]:
+        """The slot's page-locked input buffers. Raises EngineRunError for shapes that no profile takes."""
+        return self._slots[slot].inputs(rows, row_shapes)
+
+    def enqueue(self, slot: int, rows: int, row_shapes: RowShapes) -> None:
+        """Start the batch on the slot's stream; nothing here waits for the GPU."""
+        if self._dead:
+            raise EngineDeadError(self._dead)
+        try:
+            self._slots[slot].enqueue(rows, row_shapes)
+            return
+        except Exception as error:  # noqa: BLE001 - PyCUDA's and TensorRT's have no common base
+            failure = self._run_failure(slot, error)
+        raise failure
+
+    def wait(self, slot: int) -> tuple[Array, ...]:
+        """Wait for it; the one wait of a batch."""
+        if self._dead:
+            raise EngineDeadError(self._dead)
+        try:
+            return self._slots[slot].wait()
+        except Exception as error:  # noqa: BLE001 - the same
+            failure = self._run_failure(slot, error)
+        raise failure
+
+    def _run_failure(self, slot: int, error: Exception) -> EngineError:
+        """What to raise for a batch that failed; the slot can take the next unless the engine is dead."""
+        failure = as_engine_error(error)
+        text = "; ".join([str(failure), *self._details()])
+        if not isinstance(failure, EngineDeadError) and not is_sticky(text):
+            try:
+                self._slots[slot].recover()
+            except Exception as later:  # noqa: BLE001 - the same
+                text = f"{text}; {as_engine_error(later)}"
+            else:
+                return EngineRunError(text)
+        self._dead = f"{self._gpu}: {text}"
+        return EngineDeadError(self._dead)
+
+    def _details(self) -> list[str]:
+        """What TensorRT has said of errors since it was last asked, each once."""
+        entries = [] if self._recorder is None else self._recorder.take()
+        said = [] if self._log is None else self._log.take()
+        words = [entry.partition(": ")[2] for entry in entries]
+        return [*entries, *(line for line in said if not any(each in line for each in words))]

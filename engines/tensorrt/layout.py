@@ -1,0 +1,104 @@
+"""How a batch lies in a slot's buffers: shapes, what is copied where, and the outputs as arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from engines.base import Array, RowShapes, Signature, TensorSpec
+from engines.errors import EngineRunError
+from engines.tensorrt.graphs import Graph
+
+Shape = tuple[int, ...]
+
+
+class ProfileContext:
+    """An execution context, and the layout that its shapes are set to."""
+
+    __slots__ = ("context", "layout")
+
+    def __init__(self, context: Any) -> None:
+        self.context = context
+        self.layout: Layout | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Layout:
+    """How a batch of a bucket and of these row shapes lies in the buffers."""
+
+    profile: ProfileContext
+    shapes: list[tuple[str, tuple[int, ...]]]
+    copies_in: list[tuple[int, Array]]
+    copies_out: list[tuple[Array, int]]
+    outputs: tuple[Array, ...]
+    graph: Graph | None = None
+
+
+def set_shapes(context: Any, shapes: Sequence[tuple[str, Shape]]) -> None:
+    """Raises EngineRunError that names the input whose shape is refused."""
+    for name, shape in shapes:
+        if not context.set_input_shape(name, shape):
+            raise EngineRunError(f"TensorRT does not take shape {list(shape)} for input {name!r}")
+
+
+def infer(context: Any, shapes: Sequence[tuple[str, Shape]], outputs: Sequence[TensorSpec]) -> list[Shape]:
+    """Set these shapes and answer the outputs'. Raises EngineRunError that names the tensor."""
+    set_shapes(context, shapes)
+    missing = context.infer_shapes()
+    if missing:
+        raise EngineRunError(f"TensorRT cannot infer shapes: {', '.join(missing)} are not specified")
+    found = [tuple(context.get_tensor_shape(spec.name)) for spec in outputs]
+    for spec, shape in zip(outputs, found, strict=True):
+        if -1 in shape:
+            raise EngineRunError(
+                f"output {spec.name!r} has a shape that depends on the data, {list(shape)}: "
+                "it is not known which of its elements are whose"
+            )
+    return found
+
+
+def lay_out(
+    profile: ProfileContext,
+    signature: Signature,
+    bucket: int,
+    row_shapes: RowShapes,
+    hosts: Sequence[Array],
+    memory: Sequence[Any],
+) -> Layout:
+    """A batch of `bucket` rows of these shapes, to which the context is set.
+
+    `hosts` and `memory`: each tensor's buffers, inputs first.
+
+    Raises EngineRunError that names the tensor that cannot be laid out.
+    """
+    inputs, count = signature.inputs, len(signature.inputs)
+    shapes = [(spec.name, (bucket, *shape)) for spec, shape in zip(inputs, row_shapes, strict=True)]
+    profile.layout = None
+    output_shapes = infer(profile.context, shapes, signature.outputs)
+    copies_in, copies_out, outputs = [], [], []
+    for index, (spec, (_, shape)) in enumerate(zip(inputs, shapes, strict=True)):
+        size = prod(shape) * spec.dtype.itemsize
+        if size:
+            copies_in.append((int(memory[index]), hosts[index][:size]))
+    for index, (spec, shape) in enumerate(zip(signature.outputs, output_shapes, strict=True), count):
+        size = prod(shape) * spec.dtype.itemsize
+        if shape[0] != bucket or size > len(hosts[index]):
+            raise EngineRunError(
+                f"output {spec.name!r} does not follow the batch axis, or outgrows the largest batch: "
+                f"{bucket} rows give shape {list(shape)}"
+            )
+        if size:
+            copies_out.append((hosts[index][:size], int(memory[index])))
+        outputs.append(hosts[index][:size].view(spec.dtype).reshape(shape))
+    profile.layout = layout = Layout(profile, shapes, copies_in, copies_out, tuple(outputs))
+    return layout
+
+
+def view_rows(host: Array, spec: TensorSpec, row_shape: tuple[int, ...]) -> Array:
+    """As many rows of this shape as fit the buffer."""
+    elements = prod(row_shape)
+    items = host[: len(host) // spec.dtype.itemsize * spec.dtype.itemsize].view(spec.dtype)
+    rows = len(items) // max(1, elements)
+    return items[: rows * elements].reshape(rows, *row_shape)

@@ -1,0 +1,36 @@
+"""What the fake's own tests share."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+
+def in_thread(work: Callable[[], Any]) -> Any:
+    """Run it on a thread of its own; what it answers, or raises."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.extend((work(), None))
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            outcome.extend((None, error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def broke(fake: Any, *expected: str) -> None:
+    """That just these rules were broken, in this order; each by a part of its text."""
+    found = fake.violations()
+    if len(found) != len(expected) or any(
+        part not in text for part, text in zip(expected, found, strict=True)
+    ):
+        pytest.fail(f"expected {list(expected)}, the fake tells {found}")

@@ -1,0 +1,91 @@
+"""What TensorRT calls back: loggers, error recorders and progress monitors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .versions import Enum, package
+
+
+class ILogger:
+    """To be subclassed; `log` may be called from any thread."""
+
+    class Severity(Enum):
+        INTERNAL_ERROR = 0
+        ERROR = 1
+        WARNING = 2
+        INFO = 3
+        VERBOSE = 4
+
+    INTERNAL_ERROR = Severity.INTERNAL_ERROR
+    ERROR = Severity.ERROR
+    WARNING = Severity.WARNING
+    INFO = Severity.INFO
+    VERBOSE = Severity.VERBOSE
+
+    def __init__(self) -> None:
+        pass
+
+    def log(self, severity: Severity, msg: str) -> None:
+        raise NotImplementedError
+
+
+class Logger(ILogger):
+    """Writes to standard error."""
+
+    def __init__(self, min_severity: ILogger.Severity = ILogger.Severity.WARNING) -> None:
+        super().__init__()
+        self.min_severity = min_severity
+
+    def log(self, severity: ILogger.Severity, msg: str) -> None:
+        if severity.value <= self.min_severity.value:
+            print(f"[{severity.name}] {msg}")  # noqa: T201 - what it is for
+
+
+class IErrorRecorder:
+    """To be subclassed; `report_error` may be called from any thread."""
+
+    def __init__(self) -> None:
+        pass
+
+
+class IProgressMonitor:
+    """To be subclassed."""
+
+    def __init__(self) -> None:
+        pass
+
+
+class Told:
+    """What an object tells its errors to: the logger, and the error recorder where it has one."""
+
+    def __init__(self, logger: ILogger, recorder: Any = None) -> None:
+        # As pybind11: an `ILogger` whose __init__ was not called, or something else, is refused.
+        if not isinstance(logger, ILogger):
+            raise TypeError(f"incompatible constructor arguments: {logger!r} is no ILogger")
+        self.logger = logger
+        self.recorder = recorder
+
+    def error(self, code: str, text: str) -> None:
+        """Tell an error, `code` by its name in ErrorCodeTRT."""
+        value = package().ErrorCodeTRT[code]
+        line = f"Error Code {int(value)}: {text}"
+        self.logger.log(ILogger.Severity.ERROR, line)
+        if self.recorder is not None:
+            self.recorder.report_error(value, text)
+
+
+class WithRecorder:
+    """An object with an `error_recorder`, which what it makes takes over."""
+
+    _told: Told
+
+    @property
+    def error_recorder(self) -> Any:
+        return self._told.recorder
+
+    @error_recorder.setter
+    def error_recorder(self, recorder: Any) -> None:
+        if recorder is not None and not isinstance(recorder, IErrorRecorder):
+            raise TypeError(f"{recorder!r} is no IErrorRecorder")
+        self._told.recorder = recorder

@@ -1,0 +1,176 @@
+"""Runtime and engine: a plan read back."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from . import planting
+from .context import IExecutionContext
+from .driver import Owned, has_context, violate
+from .logs import ILogger, Told, WithRecorder
+from .plan import Plan, PlanError, Profile, Shape, Tensor, read_tensors
+from .versions import only_in, package, with_versions
+
+
+class Runtime(WithRecorder):
+    """Reads plans."""
+
+    def __init__(self, logger: ILogger) -> None:
+        self._told = Told(logger)
+        self.engine_host_code_allowed = False
+
+    def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
+        """None where it cannot be read; the logger knows why."""
+        why = planting.take("deserialize_cuda_engine") or self._wrong()
+        if why is None:
+            try:
+                plan = Plan.from_bytes(bytes(serialized_engine))
+                why = self._refusal(plan)
+            except PlanError as error:
+                why = "INTERNAL_ERROR", str(error)
+        if why is None:
+            try:
+                return ICudaEngine._make(plan, Told(self._told.logger, self._told.recorder))
+            except MemoryError as error:
+                why = (
+                    "FAILED_ALLOCATION",
+                    f"Requested amount of GPU memory ({error} bytes) could not be allocated.",
+                )
+        self._told.error(*why)
+        return None
+
+    def _wrong(self) -> tuple[str, str] | None:
+        if has_context():
+            return None
+        violate("deserialize_cuda_engine: no CUDA context is current")
+        return "INVALID_STATE", "Cuda Runtime (invalid device context)"
+
+    def _refusal(self, plan: Plan) -> tuple[str, str] | None:
+        version = package().__version__
+        if plan.version_compatible and not self.engine_host_code_allowed:
+            return "INVALID_STATE", "The engine contains a lean runtime, but host code is not allowed."
+        if plan.version != version and not plan.version_compatible:
+            return "INTERNAL_ERROR", (
+                "The engine plan file is not compatible with this version of TensorRT, "
+                f"expecting library version {version} got {plan.version}, please rebuild."
+            )
+        if plan.compute_capability != "9.0" and not plan.hardware_compatible:
+            return "INTERNAL_ERROR", (
+                "The engine plan file is generated on an incompatible device, "
+                f"expecting compute 9.0 got compute {plan.compute_capability}, please rebuild."
+            )
+        return None
+
+
+@with_versions
+class ICudaEngine(WithRecorder, Owned):
+    """A plan with its weights in device memory."""
+
+    _plan: Plan
+    _tensors: list[Tensor]
+
+    def __init__(self) -> None:
+        raise TypeError("tensorrt.ICudaEngine: No constructor defined!")
+
+    @classmethod
+    def _make(cls, plan: Plan, told: Told) -> ICudaEngine:
+        engine = cls.__new__(cls)
+        Owned.__init__(engine, len(plan.model))
+        engine._plan = plan
+        engine._told = told
+        engine._tensors = read_tensors(plan.model, plan.tensors)
+        return engine
+
+    def _tensor(self, name: str) -> Tensor | None:
+        found = next((tensor for tensor in self._tensors if tensor.name == name), None)
+        if found is None:
+            self._told.error("INVALID_ARGUMENT", f"Given invalid tensor name: {name}.")
+        return found
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self._tensors)
+
+    @property
+    def num_optimization_profiles(self) -> int:
+        # A model without dynamic axes has one as well, which says nothing.
+        return max(1, len(self._plan.profiles))
+
+    def get_tensor_name(self, index: int) -> str:
+        return self._tensors[index].name
+
+    def get_tensor_mode(self, name: str) -> Any:
+        found = self._tensor(name)
+        return package().TensorIOMode[("OUTPUT", "INPUT")[found.is_input] if found else "NONE"]
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        found = self._tensor(name)
+        return package().DataType[found.dtype if found else "FLOAT"]
+
+    def get_tensor_shape(self, name: str) -> Shape:
+        found = self._tensor(name)
+        return found.shape if found else (-1,)
+
+    def get_tensor_location(self, name: str) -> Any:
+        found = self._tensor(name)
+        return package().TensorLocation[found.location if found else "DEVICE"]
+
+    def get_tensor_format(self, name: str, profile_index: int = 0) -> Any:
+        found = self._tensor(name)
+        return package().TensorFormat[found.format if found else "LINEAR"]
+
+    def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[Shape]:
+        found = self._tensor(name)
+        if found is None or not found.is_input or not 0 <= profile_index < self.num_optimization_profiles:
+            self._told.error("INVALID_ARGUMENT", f"No profile {profile_index} for tensor {name}.")
+            return []
+        return list(self._ranges(profile_index).get(name, (found.shape,) * 3))
+
+    def _ranges(self, profile_index: int) -> Profile:
+        return self._plan.profiles[profile_index] if self._plan.profiles else {}
+
+    def is_shape_inference_io(self, name: str) -> bool:
+        found = self._tensor(name)
+        return found is not None and found.is_shape
+
+    @only_in("10.16.1.11", "11.4.0.106")
+    def get_aliased_input_tensor(self, name: str) -> str | None:
+        found = self._tensor(name)
+        return found.aliased if found else None
+
+    @only_in("10.0.1", "10.16.1.11")
+    def get_device_memory_size_for_profile(self, profile_index: int) -> int:
+        return self._working_bytes(profile_index)
+
+    @only_in("10.16.1.11", "11.4.0.106")
+    def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
+        return self._working_bytes(profile_index)
+
+    def _working_bytes(self, profile_index: int) -> int:
+        """As much as its inputs take at their largest, as if there were one layer."""
+        ranges = self._ranges(profile_index)
+        return sum(
+            prod(ranges[tensor.name][2] if tensor.name in ranges else tensor.shape) * tensor.item_bytes
+            for tensor in self._tensors
+            if tensor.is_input
+        )
+
+    def create_execution_context(self, strategy: Any = None) -> IExecutionContext | None:
+        """None where it cannot be made; the logger knows why."""
+        why = planting.take("create_execution_context")
+        if why is None and not has_context():
+            violate("create_execution_context: no CUDA context is current")
+            why = "INVALID_STATE", "Cuda Runtime (invalid device context)"
+        managed = strategy is not None and strategy.name == "USER_MANAGED"
+        profiles = range(self.num_optimization_profiles)
+        size = 0 if managed else max(map(self._working_bytes, profiles))
+        if why is None and self.on_its_thread("create_execution_context"):
+            try:
+                return IExecutionContext._make(
+                    self, size, managed, Told(self._told.logger, self._told.recorder)
+                )
+            except MemoryError:
+                why = "FAILED_ALLOCATION", f"Requested size was {size} bytes. Cuda Runtime (out of memory)"
+        self._told.error(*(why or ("INVALID_STATE", "wrong thread")))
+        return None
