@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,13 +41,16 @@ def floor(size: int, content_type: str) -> Iterator[Server]:
 
 
 @contextmanager
-def cobatch(model: Path, name: str, fast_path: bool, config: Path | None = None) -> Iterator[Server]:
-    """`cobatch serve MODEL`, ready to answer; default settings but for what `config` says, and ASGI only
-    unless `fast_path`."""
+def cobatch(
+    model: Path, name: str, fast_path: bool, config: Path | None = None, flags: Sequence[str] = ()
+) -> Iterator[Server]:
+    """`cobatch serve MODEL`, ready to answer; default settings but for what `config` and `flags` say, and
+    ASGI only unless `fast_path`."""
     switch = "--fast-path" if fast_path else "--no-fast-path"
     command = ["server.cli", "serve", str(model), "--name", name, "--port", "0", switch]
     if config is not None:
         command += ["--config", str(config)]
+    command += flags
     with _running("cobatch" if fast_path else "cobatch-asgi", command, "/v2/health/ready") as server:
         yield server
 

@@ -8,6 +8,7 @@ stands still while its gate is shut. Nothing here sleeps: a test waits for the s
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import json
