@@ -62,5 +62,7 @@ class Returns:
         if wait_s > run_s * _PART_OF_RUN:
             return None
         rows = min(full_rows, queued + round(self._ends[-1][1] * self._part))
-        gain = rows / (latency.expected_s(rows) + wait_s) * run_s / now_rows
+        # All of them in one run, and a wait each time; or in two, where nobody has to be waited for.
+        both_s = run_s + latency.expected_s(max(1, rows - now_rows))
+        gain = both_s / (latency.expected_s(rows) + wait_s)
         return (rows, wait_s * _MARGIN) if gain > _GAIN else None

@@ -201,8 +201,8 @@ class Worker:
             # It was not done before it was waited for, so this is when it was done.
             self._learn(job.rows.bit_length(), outcome.finished_s - started_s)
         # What waits goes first: the engine is idle, and this batch's callers lose a few microseconds.
-        while not self._stopping and len(self._running) < self.engine.slots and self._begin_next(0.0):
-            pass
+        while not self._jobs.empty() and not self._stopping and len(self._running) < self.engine.slots:
+            self._begin_next(0.0)
         self._give(job, outcome)
 
     def _learn(self, size: int, run_s: float) -> None:

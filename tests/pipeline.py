@@ -148,6 +148,9 @@ class Jobs:
                 timer.cancel()
         return self.get_nowait()
 
+    def empty(self) -> bool:
+        return not self._jobs
+
     def get_nowait(self) -> Job | None:
         if not self._jobs:
             raise queue.Empty

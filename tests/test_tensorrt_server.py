@@ -107,6 +107,27 @@ def test_other_gpus_go_on(cuda: FakeCuda, tmp_path: Path) -> None:
         assert running.ask(get("/v2/models/gate1/ready")).status == 200
 
 
+def test_one_model_on_two_gpus(cuda: FakeCuda, tmp_path: Path) -> None:
+    """Whatever happens to one GPU, the other one serves; the first gets an engine again, once."""
+    path = models.write(tmp_path, models.pick(), "gate.onnx")
+    model = ModelSettings(
+        path=path, engine="tensorrt", devices="0,1", max_batch_size=8, plan_cache=str(tmp_path / "plans")
+    )
+    with serve(True, (model,)) as running:
+        batcher = running.batcher()
+        assert batcher.lanes == 2
+        for lanes in (2, 2, 1):  # the first dies, the second, and the first again
+            assert running.ask(gate(DEADLY)).slug == "engine-dead"
+            assert data_of(running.ask(gate(1))) == [20]
+            assert running.ask(get("/v2/models/gate/ready")).status == 200
+            opened_again(running)
+            assert batcher.lanes == lanes
+            assert live(running).status == 200
+        assert running.ask(gate(DEADLY)).slug == "engine-dead"
+        assert running.ask(gate(2)).slug == "engine-dead"
+        assert live(running).status == 503
+
+
 def test_callers_in_flight_when_the_gpu_faults_are_all_answered(cuda: FakeCuda, tmp_path: Path) -> None:
     with served(tmp_path) as running, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(running.connect()) for _ in range(30)]
