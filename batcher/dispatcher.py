@@ -22,7 +22,7 @@ from batcher.padding import Pad, cut_back
 from batcher.policy import RETRY
 from batcher.request import Batch, Request, State
 from engines.errors import EngineDeadError, EngineError
-from engines.worker import Job, Outcome
+from engines.jobs import Job, Outcome
 
 log = logging.getLogger("cobatch.batcher")
 

@@ -11,7 +11,7 @@ from typing import Protocol
 from batcher.errors import EngineGoneError
 from batcher.request import Batch, Timer
 from engines.base import Engine
-from engines.worker import Deliver, Job
+from engines.jobs import Deliver, Job
 
 
 class BatchWorker(Protocol):

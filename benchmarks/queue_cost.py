@@ -25,7 +25,7 @@ from batcher.queue import Group
 from batcher.request import Request
 from batcher.tenant import Tenant
 from engines.base import RowShapes, Signature, TensorSpec
-from engines.worker import Deliver, Job
+from engines.jobs import Deliver, Job
 
 QUEUED = (100, 10_000, 100_000)
 TENANTS = (0, 1, 1_000)

@@ -15,10 +15,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 from engines.base import Array, Engine
 from engines.errors import EngineDeadError, EngineError, EngineLoadError, EngineRunError
+from engines.jobs import Deliver, Job, Outcome
 
 log = logging.getLogger("cobatch.worker")
 
@@ -27,39 +27,6 @@ _WARMUP_RUNS = 20
 # What part of the least time known a run is hardly ever shorter than, and what a timer is late by.
 _LIKELY = 0.9
 _TIMER_S = 0.00005
-
-
-class Job:
-    """A batch whose rows lie in a slot's input buffers. `context` is the batcher's own."""
-
-    __slots__ = ("context", "row_shapes", "rows", "slot")
-
-    def __init__(self, slot: int, rows: int, row_shapes: tuple[tuple[int, ...], ...], context: Any) -> None:
-        self.slot = slot
-        self.rows = rows
-        self.row_shapes = row_shapes
-        self.context = context
-
-
-class Outcome:
-    """Outputs or error of a job, and when it ran (`time.monotonic` seconds)."""
-
-    __slots__ = ("error", "finished_s", "outputs", "started_s")
-
-    def __init__(
-        self,
-        outputs: tuple[Array, ...] | None,
-        error: EngineError | None,
-        started_s: float,
-        finished_s: float,
-    ) -> None:
-        self.outputs = outputs
-        self.error = error
-        self.started_s = started_s
-        self.finished_s = finished_s
-
-
-Deliver = Callable[[Job, Outcome], None]
 
 
 class Worker:

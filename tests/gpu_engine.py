@@ -17,10 +17,11 @@ import pytest
 
 from engines.base import Array
 from engines.errors import EngineError
+from engines.jobs import Job, Outcome
 from engines.tensorrt import driver
 from engines.tensorrt.build import BuildOptions, build_plan
 from engines.tensorrt.engine import TensorRTEngine
-from engines.worker import Job, Outcome, Worker
+from engines.worker import Worker
 from tests.fakecuda.control import FakeCuda
 from tests.gpu_tier import require_fake_gpu
 

@@ -26,7 +26,8 @@ from batcher.request import Request
 from batcher.simulator.loop import Timer
 from engines.base import Array, RowShapes, Signature, TensorSpec
 from engines.errors import EngineError
-from engines.worker import Job, Worker
+from engines.jobs import Job
+from engines.worker import Worker
 
 WAIT_S = 20
 

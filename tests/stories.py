@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from batcher.request import Batch, Request, State
 from engines.base import RowShapes
 from engines.errors import EngineDeadError, EngineError, EngineRunError
-from engines.worker import Deliver, Job, Outcome
+from engines.jobs import Deliver, Job, Outcome
 from tests.virtual import Array, FakeEngine
 
 POISON = -666

@@ -12,7 +12,7 @@ from batcher.batcher import Batcher
 from batcher.errors import QueueFullError
 from batcher.request import Batch
 from batcher.tenant import Tenant
-from engines.worker import Job
+from engines.jobs import Job
 from tests.virtual import Call, FakeEngine, FakeWorker
 
 # Seconds of a run by its rows.

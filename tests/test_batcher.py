@@ -21,7 +21,7 @@ from batcher.errors import (
 )
 from batcher.request import State
 from engines.errors import EngineDeadError, EngineRunError
-from engines.worker import Outcome
+from engines.jobs import Outcome
 from tests.virtual import Call, FakeEngine, FakeWorker, calls, make_batcher, run
 
 RUN_S = 0.010

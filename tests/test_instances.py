@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 
+import server.model
 from server.settings import ModelSettings
 from tests import models
 from tests.serving import DEADLINE_S, GatedEngine, data_of, gate, get, opened_again, serve
@@ -45,9 +46,10 @@ def test_one_that_hangs_leaves_the_other_at_work() -> None:
     engines = [GatedEngine(), GatedEngine(), GatedEngine()]
     model = ModelSettings(path="gate", max_batch_size=4, instances=2, execution_timeout_ms=50.0)
     with (
-        mock.patch("tests.serving.load_engine", side_effect=list(engines)),
+        mock.patch("tests.serving.load_engine", side_effect=engines[:2]),
         serve(True, (model,)) as served,
         served.connect() as client,
+        mock.patch.object(server.model, "load_engine", return_value=engines[2]),
     ):
         engines[0].hold()
         engines[2].may_open.clear()  # the one that is opened in its place is not there at once

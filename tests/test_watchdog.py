@@ -26,7 +26,7 @@ from batcher.errors import (
 from batcher.lane import BatchWorker
 from batcher.request import State
 from engines.errors import EngineError, EngineRunError
-from engines.worker import Job
+from engines.jobs import Job
 from server.model import Model
 from server.settings import ModelSettings
 from tests.serving import DEADLINE_S, GatedEngine

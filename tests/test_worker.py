@@ -18,7 +18,8 @@ import pytest
 
 from engines.base import Array, RowShapes, Signature, TensorSpec
 from engines.errors import EngineDeadError, EngineError, EngineLoadError, EngineRunError
-from engines.worker import Job, Outcome, Worker, batch_sizes
+from engines.jobs import Job, Outcome
+from engines.worker import Worker, batch_sizes
 
 WAIT_S = 20
 SHAPES: RowShapes = ((2,),)

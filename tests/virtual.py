@@ -17,7 +17,7 @@ from batcher.batcher import Batcher
 from batcher.request import Request
 from engines.base import RowShapes, Signature, TensorSpec
 from engines.errors import EngineError
-from engines.worker import Deliver, Job, Outcome
+from engines.jobs import Deliver, Job, Outcome
 
 Array = np.ndarray[Any, Any]
 

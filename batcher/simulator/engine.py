@@ -10,7 +10,7 @@ import numpy as np
 from batcher.simulator.loop import VirtualLoop
 from batcher.simulator.profile import Profile
 from engines.base import Array, RowShapes, Signature
-from engines.worker import Deliver, Job, Outcome
+from engines.jobs import Deliver, Job, Outcome
 
 _CHUNK = 4096
 
