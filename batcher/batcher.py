@@ -20,7 +20,6 @@ Guarantees:
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -29,27 +28,21 @@ from batcher.admission import Admission
 from batcher.answers import Answers
 from batcher.counters import Counters
 from batcher.dispatcher import Dispatcher
+from batcher.ending import Ending
 from batcher.errors import (
-    AbandonedError,
     BatcherError,
-    DrainingError,
-    EngineGoneError,
-    ExecutionTimeoutError,
-    ExpiredError,
 )
 from batcher.lane import BatchWorker, Lane
 from batcher.latency import Arrivals, LatencyModel
+from batcher.leaving import Leaving
 from batcher.padding import Padder
 from batcher.policy import DEADLINE, LEAD_S, Dispatch, Limits, Now, WaitUntil, decide
 from batcher.queue import Group, RequestQueue
 from batcher.request import Batch, Request, State
 from batcher.returns import Returns
-from batcher.split import Part, cut, join, let_go
 from batcher.taking import Plan
 from batcher.tenant import Tenant
 from engines.errors import EngineError
-
-log = logging.getLogger("cobatch.batcher")
 
 # How many more iterations of the loop a batch may grow by while each brings someone new.
 _SETTLE_ITERATIONS = 6
@@ -60,8 +53,6 @@ _SHORT_RUN_S = 0.0002
 # Only for a run of this length can it pay to wait for those who have just been answered: they take about a
 # millisecond to come back.
 _LONG_RUN_S = 0.001
-# Sums of times are not exact.
-_ROUNDING_S = 1e-6
 
 
 class Batcher:
@@ -113,6 +104,26 @@ class Batcher:
         self._admission.lanes = len(workers)
         self._arrivals = Arrivals(clock())
         self._answers = Answers(name, self.counters, clock)
+        self._ending = Ending(
+            name,
+            self._queue,
+            self._admission,
+            self._answers,
+            self.counters,
+            loop,
+            decide=self._decide,
+            on_lost=on_lost,
+        )
+        self._leaving = Leaving(
+            self._queue,
+            self._admission,
+            self._answers,
+            self.counters,
+            loop,
+            clock,
+            max_batch_size=engine.max_batch_size,
+            on_left=self._ending.check_drained,
+        )
         self._dispatcher = Dispatcher(
             workers,
             self._answers,
@@ -121,15 +132,15 @@ class Batcher:
             clock,
             latency=self.latency,
             decide=self._decide,
-            on_dead=self._on_dead,
+            on_dead=self._ending.on_dead,
             on_idle=self._on_idle,
             on_ran=self._on_ran,
-            on_hung=self._on_hung,
-            on_late=self._fail_late,
+            on_hung=self._ending.on_hung,
+            on_late=self._leaving.fail_late,
             execution_timeout_s=None if execution_timeout_ms is None else execution_timeout_ms / 1000,
         )
+        self._ending.dispatcher = self._dispatcher
         self._lost = 0  # requests for want of time, when a batch was last made up
-        self._on_lost = on_lost
         self._moment = Now(0.0, 0, 0, 0.0)
         self._returns = Returns()
         self._waits = False  # for those who have just been answered
@@ -137,7 +148,6 @@ class Batcher:
         self._decide_soon = False
         self._seen = 0
         self._timer: asyncio.TimerHandle | None = None
-        self._drained: asyncio.Future[None] | None = None
 
     # Admission
 
@@ -190,8 +200,7 @@ class Batcher:
             self._refuse(request, admission.refusal(request.rows, tenant, request.callers, now_s))
         if request.timeout_s is not None or self._has_deadlines:
             self._refuse(request, admission.set_deadline(request, now_s, self._dispatcher.free_s))
-            slack_s = self._slack_s(request, request.rows, now_s)
-            request.expiry = self._loop.call_later(slack_s, self._expire, request)
+            self._leaving.watch(request, now_s)
         if tenant is not None:
             tenant.enter(request.callers, now_s)
         self.counters.accepted += request.callers
@@ -206,7 +215,7 @@ class Batcher:
                 else:
                     self._decide()
             return
-        request.parts = list(self._cut(request))
+        request.parts = list(self._leaving.cut(request))
         request.state = State.QUEUED
         for part in request.parts:
             part.enqueued_s = request.enqueued_s
@@ -235,90 +244,7 @@ class Batcher:
 
     def cancel(self, request: Request) -> None:
         """The caller does not want the answer any more. Harmless when it is already finished."""
-        if request.state not in (State.QUEUED, State.RUNNING):
-            return
-        self.counters.cancelled += request.callers
-        if request.tenant is not None:
-            request.tenant.open_requests -= request.callers
-        if request.expiry is not None:
-            request.expiry.cancel()
-        self._withdraw(request)
-        if request.parts is not None:
-            let_go(request.parts)
-        self._check_drained()
-
-    def _slack_s(self, request: Request, rows: int, now_s: float) -> float:
-        """How long so many rows of a request may still wait. Where some may be missing from its answer, it
-        is worth it as long as one batch of them can be run."""
-        if request.partial:
-            rows = min(rows, self.max_batch_size)
-        return request.deadline_s - self._admission.run_s(rows) - now_s
-
-    def _expire(self, request: Request) -> None:
-        """Its time is over: out of the queue. What already runs is answered, late or not."""
-        parts = request.parts or [request]
-        queued = [part for part in parts if part.state is State.QUEUED]
-        if request.state is not State.QUEUED or not queued:
-            return
-        slack_s = self._slack_s(request, sum([part.rows for part in queued]), self._clock())
-        if slack_s > _ROUNDING_S:
-            # Parts have left the queue since this was planned, or runs have become faster.
-            request.expiry = self._loop.call_later(slack_s, self._expire, request)
-            return
-        assert request.timeout_s is not None
-        error = ExpiredError(request.timeout_s)
-        if request.partial and len(queued) < len(parts):
-            for part in queued:
-                self._queue.cancel(part)
-                self._answers.fail(part, error)
-        else:
-            self.counters.expired += request.callers
-            self._withdraw(request)
-            self._answers.fail(request, error)
-        self._check_drained()
-
-    def _withdraw(self, request: Request) -> None:
-        if request.parts is not None:
-            for part in request.parts:
-                if part.state in (State.QUEUED, State.RUNNING):
-                    self._withdraw(part)
-        elif request.state is State.QUEUED:
-            self._queue.cancel(request)
-        # Running rows cannot be taken out of the batch; `_hand_out` passes over them.
-        request.state = State.CANCELLED
-
-    def _cut(self, request: Request) -> list[Part]:
-        unanswered = math.ceil(request.rows / self.max_batch_size)
-        expired = False
-
-        def part_done(part: Part) -> None:
-            nonlocal unanswered, expired
-            unanswered -= 1
-            if request.state in (State.DONE, State.CANCELLED):
-                return
-            if not expired and isinstance(part.error, ExpiredError):
-                expired = True
-                self.counters.expired += request.callers
-            if part.error is not None and not request.partial:
-                self._withdraw(request)
-                self._answers.fail(request, part.error)
-            elif unanswered == 0:
-                self._join(request, parts)
-
-        parts = cut(request, self.max_batch_size, part_done)
-        return parts
-
-    def _join(self, request: Request, parts: list[Part]) -> None:
-        first_error = next((part.error for part in parts if part.error is not None), None)
-        if first_error is not None and all(part.error is not None for part in parts):
-            self._answers.fail(request, first_error)
-            return
-        try:
-            join(request, parts)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the caller must hear of it
-            self._answers.fail_run(request, f"its parts cannot be put together: {error!r}")
-        else:
-            self._answers.finish(request)
+        self._leaving.cancel(request)
 
     # Decision and dispatch
 
@@ -367,8 +293,8 @@ class Batcher:
                 delay_s = max(0.0, decision.time_s - self._clock())
                 self._timer = self._loop.call_later(delay_s, self._decide)
             break
-        if self._drained is not None:
-            self._check_drained()
+        if self._admission.closed is not None:
+            self._ending.check_drained()
 
     def _now(self, lane: Lane) -> Now:
         # One object, filled anew each time: there is a decision for every batch, and often two.
@@ -406,14 +332,7 @@ class Batcher:
                 self._waits = False
             self._dispatcher.send(lane, taken.requests, DEADLINE if taken.capped else reason, taken.shares)
         for request in taken.late:
-            self._fail_late(request)
-
-    def _fail_late(self, request: Request) -> None:
-        """It is not queued any more, because it cannot be in time."""
-        assert request.timeout_s is not None
-        if not isinstance(request, Part):
-            self.counters.expired += request.callers
-        self._answers.fail(request, ExpiredError(request.timeout_s))
+            self._leaving.fail_late(request)
 
     def _on_idle(self, lane: Lane, batch: Batch) -> bool:
         """A batch has ended. Whether others wait: then the engine has been given some of them."""
@@ -463,85 +382,12 @@ class Batcher:
         False if that took longer than `timeout_s`: whatever was not answered by then was answered with
         `AbandonedError`, and what still runs is left to the engine.
         """
-        if self.closed is None:
-            self._admission.closed = DrainingError(f"model {self.name!r} is about to stop")
-        self._drained = self._loop.create_future()
-        self._decide()
-        try:
-            await asyncio.wait_for(self._drained, timeout_s)
-        except TimeoutError:
-            self._abandon(timeout_s)
-            return False
-        return True
-
-    def _abandon(self, timeout_s: float) -> None:
-        failed = self.counters.failed
-        self._fail_all(AbandonedError(f"model {self.name!r} stopped before the request was done"))
-        abandoned = self.counters.failed - failed
-        log.error("model %s: %d requests were not done within %g s", self.name, abandoned, timeout_s)
-
-    def _on_dead(self, lane: Lane, requests: list[Request], error: EngineError) -> None:
-        """What kills engines may be what is in these requests, so that they are not tried on another one. The
-        other lanes go on with what waits."""
-        first = lane.gone is None
-        if lane.gone is None:
-            lane.gone = self._answers.engine_gone(str(error))
-        self._answers.fail_all(requests, lane.gone)
-        if self._dispatcher.lanes:
-            self._lanes_changed()
-        elif first:
-            self._close(lane.gone)
-        if first and self._on_lost is not None and self._drained is None:
-            self._on_lost(lane.worker, lane.gone)
-
-    def _close(self, gone: EngineGoneError) -> None:
-        """There is no engine."""
-        self._admission.closed = gone
-        # What still runs comes back with an error of its own, or with answers after all.
-        waiting = [request for retry in self._dispatcher.retries for request in retry]
-        self._dispatcher.retries.clear()
-        self._answers.fail_all(waiting + self._queue.take_all(), gone)
-
-    def _on_hung(self, lane: Lane, batch: Batch, limit_s: float) -> None:
-        error = ExecutionTimeoutError(self.name, limit_s)
-        log.critical("model %s: a batch of %d rows has not ended: %s", self.name, batch.rows, error)
-        self.counters.hung += 1
-        self._answers.fail_all(batch.requests, error)
-        batch.requests = []
-        if self._on_lost is not None and self.closed is None:
-            # What waits goes on with the other lanes, or with the engine that is opened in place of this one.
-            self._lanes_changed()
-            self._on_lost(lane.worker, error)
-        elif not self._dispatcher.lanes:
-            self._close(self._answers.engine_gone(str(error)))
-        self._decide()
-        self._check_drained()
+        return await self._ending.drain(timeout_s)
 
     def use(self, worker: BatchWorker) -> None:
         """Another engine, in place of one that hung or died; what waits goes on."""
-        if self._drained is None and isinstance(self.closed, EngineGoneError):
-            self._admission.closed = None
-        self._dispatcher.use(worker)
-        self._lanes_changed()
-        self._decide()
+        self._ending.use(worker)
 
     def gone(self, error: EngineError) -> None:
         """No other engine can be opened in place of one that hung or died."""
-        if not self._dispatcher.lanes:
-            self._close(self._answers.engine_gone(str(error)))
-            self._check_drained()
-
-    def _lanes_changed(self) -> None:
-        self._admission.lanes = max(1, len(self._dispatcher.lanes))
-
-    def _fail_all(self, error: Exception) -> None:
-        waiting = self._dispatcher.awaited() + self._queue.take_all()
-        self._dispatcher.retries.clear()
-        self._answers.fail_all(waiting, error)
-
-    def _check_drained(self) -> None:
-        if self._drained is None or self._drained.done():
-            return
-        # A batch that runs for nobody is not waited for: its callers left or were answered already.
-        if not self._queue.rows and not self._dispatcher.awaited():
-            self._drained.set_result(None)
+        self._ending.gone(error)
