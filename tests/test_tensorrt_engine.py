@@ -292,6 +292,23 @@ def test_profiles_for_short_and_long_rows(cuda: FakeCuda) -> None:
             start(engine, 0, np.ones((3, 64), np.float32))
 
 
+def test_shapes_take_turns_on_one_context(cuda: FakeCuda, mode: str) -> None:
+    """Where rows vary, a context's shapes are set anew whenever the last batch's were others."""
+    with opened(engine_of(models.negate(width="width"), "x:1x1/4x8/8x16")) as engine:
+        for turn in range(12):
+            width = (3, 16, 5)[turn % 3]
+            rows = np.arange(2 * width, dtype=np.float32).reshape(2, width) + turn
+            (answer,) = run(engine, rows, slot=turn % 2)
+            assert np.array_equal(answer, -rows)
+
+
+def test_an_engine_is_closed_while_a_batch_runs(cuda: FakeCuda, mode: str, graphs: bool) -> None:
+    """Nothing is freed under it. What comes of it nobody asks any more."""
+    with opened(engine_of(models.negate(width=4), graphs=graphs)) as engine:
+        start(engine, 0, floats([1, 2, 3, 4]))
+        start(engine, 1, floats([5, 6, 7, 8]))
+
+
 def test_many_shapes_are_forgotten_again(cuda: FakeCuda) -> None:
     with opened(engine_of(models.negate(width="width"), "x:1x1/8x8/8x600")) as engine:
         for width in range(1, 600):
