@@ -34,16 +34,26 @@ DATATYPES: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """An input or output. `shape` is that of one row, without the batch axis; -1: may vary."""
+    """An input or output. `shape` is that of one row, without the batch axis; -1: may vary.
+
+    `ranges`: smallest and largest shapes of a row that the engine takes; a row must lie within one pair of
+    them. Empty: whatever `shape` says.
+    """
 
     name: str
     datatype: str
     shape: tuple[int, ...]
+    ranges: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """The NumPy dtype that carries `datatype`."""
         return DATATYPES[self.datatype]
+
+    @property
+    def least_row(self) -> tuple[int, ...]:
+        """The smallest shape of a row: where an axis may vary, 1 or what the engine takes at least."""
+        return self.ranges[0][0] if self.ranges else tuple(abs(size) for size in self.shape)
 
     @property
     def row_elements(self) -> int:

@@ -192,8 +192,7 @@ class Worker:
         to the largest size, which always runs: memory that is not there had better show at load.
         """
         engine = self.engine
-        # An axis of any size, -1, is warmed up at 1.
-        shapes = tuple(tuple(abs(size) for size in spec.shape) for spec in engine.signature.inputs)
+        shapes = tuple(spec.least_row for spec in engine.signature.inputs)
         sizes = batch_sizes(engine.signature.fixed_batch, engine.max_batch_size)
         until_s = time.monotonic() + _WARMUP_S
         for _ in range(_WARMUP_RUNS):

@@ -286,6 +286,9 @@ class Decoder:
         for size, expected in zip(shape[1:], spec.shape, strict=True):
             if size < 0 or expected not in (size, -1):
                 raise self.wrong_shape(tensor, spec, None)
+        if spec.ranges and not any(_within(low, shape[1:], high) for low, high in spec.ranges):
+            shown = " or ".join(f"{list(low)} to {list(high)}" for low, high in spec.ranges)
+            raise self.wrong_shape(tensor, spec, f"the engine takes rows of {shown}")
         if not prod(shape) and prod(size or 1 for size in shape) > _MOST_EMPTY:
             raise self.wrong_shape(tensor, spec, "an axis is too large")
 
@@ -329,6 +332,10 @@ class Decoder:
             if output.parameters and output.parameters.get(name):
                 raise Problem("bad-parameter", f"{name} is not supported", parameter=name)
         return index
+
+
+def _within(low: Sequence[int], shape: Sequence[int], high: Sequence[int]) -> bool:
+    return all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
 
 
 def _only(parameters: Parameters | None, name: str) -> object:

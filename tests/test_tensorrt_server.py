@@ -19,8 +19,8 @@ from server.model import Model
 from server.settings import ModelSettings
 from tests import models
 from tests.fakecuda.control import ILLEGAL_ADDRESS, FakeCuda
-from tests.gpu_engine import cuda
-from tests.serving import Answer, Served, data_of, gate, get, opened_again, serve
+from tests.gpu_engine import cuda, plan_of
+from tests.serving import Answer, Served, data_of, gate, get, opened_again, post, serve
 
 __all__ = ["cuda"]  # the fixture
 
@@ -126,6 +126,25 @@ def test_one_model_on_two_gpus(cuda: FakeCuda, tmp_path: Path) -> None:
         assert running.ask(gate(DEADLY)).slug == "engine-dead"
         assert running.ask(gate(2)).slug == "engine-dead"
         assert live(running).status == 503
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
+def test_rows_that_the_plan_does_not_take_are_the_callers_fault(
+    cuda: FakeCuda, tmp_path: Path, fast: bool
+) -> None:
+    plan = tmp_path / "gate.plan"
+    plan.write_bytes(plan_of(models.negate(width="width"), "x:1x2/4x16/8x32"))
+    with serve(fast, (ModelSettings(path=str(plan), max_batch_size=8),)) as running:
+        for width, status in ((1, 422), (2, 200), (32, 200), (33, 422)):
+            tensor = {"name": "x", "shape": [1, width], "datatype": "FP32", "data": [1.0] * width}
+            answer = running.ask(post("/v2/models/gate/infer", {"inputs": [tensor]}))
+            assert answer.status == status
+            if status == 422:
+                assert answer.slug == "wrong-shape"
+                assert "the engine takes rows of [2] to [32]" in answer.json["detail"]
+        headers = {"Content-Type": "application/json"}
+        native = running.ask(post("/v1/models/gate/predictions", {"inputs": {"x": [[1.0]]}}, headers))
+        assert (native.status, native.slug) == (422, "wrong-shape")
 
 
 def test_callers_in_flight_when_the_gpu_faults_are_all_answered(cuda: FakeCuda, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def measure(
     """The profile of an open engine. In rounds over all sizes, so that a slow second of the machine does not
     fall on one size alone; at least three rounds, and more until `seconds` are over."""
     sizes = _sizes(engine)
-    shapes = tuple(tuple(abs(size) for size in spec.shape) for spec in engine.signature.inputs)
+    shapes = tuple(spec.least_row for spec in engine.signature.inputs)
     times: dict[int, list[float]] = {rows: [] for rows in sizes}
     for rows in sizes:
         _run_s(engine, rows, shapes, clock)  # the first run allocates

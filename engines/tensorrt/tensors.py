@@ -7,7 +7,7 @@ run in the first of the smallest batch sizes ("buckets") that some profile takes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -80,7 +80,17 @@ def read_tensors(engine: Any) -> tuple[Signature, tuple[Profile, ...]]:
                 f"output {spec.name!r}: its first axis is {firsts[spec.name]}, it should {expected}"
             )
     signature = Signature(tuple(inputs), tuple(outputs), None if first == -1 else first)
-    return signature, tuple(_profile(engine, signature, n) for n in range(engine.num_optimization_profiles))
+    profiles = tuple(_profile(engine, signature, n) for n in range(engine.num_optimization_profiles))
+    ranged = tuple(_with_ranges(spec, index, profiles) for index, spec in enumerate(inputs))
+    return replace(signature, inputs=ranged), profiles
+
+
+def _with_ranges(spec: TensorSpec, index: int, profiles: Sequence[Profile]) -> TensorSpec:
+    """The input with the row shapes that the profiles take, where they vary."""
+    if spec.row_elements >= 0:
+        return spec
+    pairs = [(profile.least[index][1:], profile.most[index][1:]) for profile in profiles]
+    return replace(spec, ranges=tuple(dict.fromkeys(pairs)))
 
 
 def _read(engine: Any, what: str, name: str) -> tuple[TensorSpec, int]:
