@@ -21,6 +21,7 @@ class EngineOptions:
 
     threads: int | None = None
     device: int = 0
+    slots: int = 2
     batch_buckets: tuple[int, ...] | None = None
     tensorrt_runtime: str = "tensorrt"
     cuda_graphs: bool = True
@@ -45,6 +46,7 @@ def _tensorrt(path: str, max_batch_size: int, options: EngineOptions) -> Engine:
         max_batch_size,
         device=options.device,
         buckets=options.batch_buckets,
+        slots=options.slots,
         runtime=options.tensorrt_runtime,
         graphs=options.cuda_graphs,
         host_code=options.plan_host_code,

@@ -100,6 +100,7 @@ def serve(
     max_queue_rows: Annotated[str | None, _flag("max_queue_rows", "ROWS")] = None,
     threads: Annotated[str | None, _flag("threads", "N")] = None,
     instances: Annotated[str | None, _flag("instances", "N")] = None,
+    slots: Annotated[str | None, _flag("slots", "N")] = None,
     devices: Annotated[str | None, _flag("devices", "0,1")] = None,
     batch_buckets: Annotated[str | None, _flag("batch_buckets", "SIZES")] = None,
     cuda_graphs: Annotated[bool | None, _switch("cuda_graphs")] = None,

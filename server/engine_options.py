@@ -34,6 +34,7 @@ def engine_options(settings: ModelSettings, place: Place) -> EngineOptions:
     return EngineOptions(
         threads=settings.threads or _threads(settings),
         device=place.device,
+        slots=settings.slots,
         batch_buckets=None if buckets is None else tuple(int(size) for size in buckets.split(",")),
         tensorrt_runtime=settings.tensorrt_runtime,
         cuda_graphs=settings.cuda_graphs,

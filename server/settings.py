@@ -78,6 +78,9 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     devices: Annotated[
         Text, Meta(description="TensorRT: the GPUs, as CUDA counts them, that share the queue")
     ] = "0"
+    slots: Annotated[
+        int, Meta(ge=2, le=8, description="TensorRT: batches under way on an engine at once")
+    ] = 2
     batch_buckets: Annotated[
         Text | None,
         Meta(description="TensorRT: sizes to round batches up to, 1,4,16 (default: powers of two)"),

@@ -36,6 +36,7 @@ def test_flags(model: Path) -> None:
     flags = {
         "threads": "2",
         "devices": "1",
+        "slots": "3",
         "batch_buckets": "1,4,64",
         "cuda_graphs": False,
         "plan_cache": "~/plans",
@@ -47,6 +48,7 @@ def test_flags(model: Path) -> None:
     assert engine_options(settings, place) == EngineOptions(
         threads=2,
         device=1,
+        slots=3,
         batch_buckets=(1, 4, 64),
         tensorrt_runtime="tensorrt-rtx",
         cuda_graphs=False,
