@@ -208,7 +208,7 @@ class Batcher:
             group = self._queue.push(request)
             lane = self._dispatcher.next_lane()
             if lane is not None and (group.rows >= self._queue.full_rows or not lane.running):
-                if self._waits and group.rows < self._moment.company_rows:
+                if self._waits and group.rows < self._moment.company_rows and request.timeout_s is None:
                     pass  # it is decided when they are all there, or when the time for that is over
                 elif self._alone < _ALONE or lane.running or self._decide_soon or self._queue.deadlines:
                     self._decide_later()

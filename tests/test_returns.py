@@ -9,7 +9,7 @@ from statistics import fmean
 
 import pytest
 
-from batcher.policy import DEADLINE, DELAY, IDLE
+from batcher.policy import DEADLINE, DELAY, IDLE, LEAD_S
 from tests.virtual import Call, FakeEngine, FakeWorker, make_batcher, run
 
 CALLERS = 16
@@ -101,6 +101,39 @@ def test_those_with_deadlines_wait_as_long_as_they_can() -> None:
     reasons: dict[str, int] = {}
     assert set(sizes(steep, 0.001, timeout_s=0.1, reasons=reasons)[30:-2]) == {CALLERS}
     assert DEADLINE not in reasons
+
+
+def test_whoever_comes_meanwhile_and_has_no_time_ends_the_wait() -> None:
+    async def main() -> None:
+        worker = FakeWorker(FakeEngine(max_batch_size=64), steep)
+        worker.warmup_us = {1 << power: steep(1 << power) * 1e6 for power in range(7)}
+        batcher = make_batcher(worker)
+        loop = asyncio.get_running_loop()
+
+        def submit(left: int) -> None:
+            # Half of them are back after 0.2 ms, the others after 2 ms.
+            back_s = 0.002 if left % 2 else 0.0002
+            batcher.submit(Again(left, lambda left: void(loop.call_later(back_s, submit, left))))
+
+        for number in range(CALLERS):
+            loop.call_later(0.0001 * number, submit, 60 + number)
+        await asyncio.sleep(0.5)
+        tight = Call([[1]])
+        tight.timeout_s = steep(CALLERS + 1) + LEAD_S / 4
+
+        def come_in_a_wait() -> None:
+            if batcher._waits and batcher.queued_rows >= 2:
+                batcher.submit(tight)
+            else:
+                loop.call_later(0.00005, come_in_a_wait)
+
+        come_in_a_wait()
+        await asyncio.sleep(1)
+        tight.check()
+        assert tight.at_s <= tight.deadline_s
+        assert batcher.counters.reasons[DEADLINE] == 1
+
+    run(main())
 
 
 def test_callers_at_random_are_not_waited_for() -> None:
