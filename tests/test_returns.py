@@ -132,7 +132,7 @@ def test_whoever_comes_meanwhile_and_has_no_time_ends_the_wait() -> None:
         tight.check()
         assert tight.at_s <= tight.deadline_s
         assert tight.batch is not None
-        assert tight.batch.gathered_s == tight.enqueued_s  # with all that were there
+        assert tight.batch.gathered_s < tight.enqueued_s + 0.0002  # as soon as nobody comes any more
         assert batcher.counters.reasons[DEADLINE] == 1
 
     run(main())
