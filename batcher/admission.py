@@ -19,7 +19,9 @@ from batcher.errors import (
 from batcher.latency import LatencyModel
 from batcher.queue import RequestQueue
 from batcher.request import Request
+from batcher.shapes import ShapeTimes
 from batcher.tenant import Tenant
+from engines.base import RowShapes
 
 # A tenant may have so many times as much queued as there is room left (dynamic thresholds: Choudhury and
 # Hahne, IEEE/ACM Transactions on Networking, 1998). One alone fills 8/9 of the queue, and two 8/17 each;
@@ -37,6 +39,7 @@ class Admission:
         self,
         queue: RequestQueue,
         latency: LatencyModel,
+        times: ShapeTimes,
         *,
         max_batch_size: int,
         max_queue_rows: int,
@@ -47,6 +50,7 @@ class Admission:
         self.max_queue_rows = max_queue_rows
         self._queue = queue
         self._latency = latency
+        self._times = times
         self._max_batch_size = max_batch_size
         self._default_timeout_s = None if deadline_ms is None else deadline_ms / 1000
 
@@ -80,24 +84,25 @@ class Admission:
             return None
         request.timeout_s = timeout_s
         request.deadline_s = now_s + timeout_s
-        run_s = self.run_s(request.rows)
+        run_s = self.run_s(request.rows, request.row_shapes)
         if run_s > timeout_s:
             return DeadlineTooShortError(timeout_s, run_s)
         full_rows = self._queue.full_rows
         before, beside = divmod(math.ceil(self._queue.ahead_of(request.tenant)), full_rows)
         if beside and beside + request.rows > full_rows:
             before, beside = before + 1, 0
-        batch_s = max(run_s, self._latency.expected_s(min(full_rows, beside + request.rows)))
+        beside_s = self._times.of(request.row_shapes).expected_s(min(full_rows, beside + request.rows))
+        batch_s = max(run_s, beside_s)
         wait_s = before / self.lanes * self._latency.expected_s(full_rows)
         needed_s = max(0.0, free_s - now_s) + wait_s + batch_s
         if needed_s > timeout_s:
             return DeadlineUnreachableError(timeout_s, needed_s, needed_s - timeout_s)
         return None
 
-    def run_s(self, rows: int) -> float:
+    def run_s(self, rows: int, row_shapes: RowShapes) -> float:
         """What so many rows take with the engine to themselves, in batches as large as it takes."""
-        most = self._max_batch_size
+        most, times = self._max_batch_size, self._times.of(row_shapes)
         if rows <= most:
-            return self._latency.expected_s(rows)
+            return times.expected_s(rows)
         full, rest = divmod(rows, most)
-        return full * self._latency.expected_s(most) + (self._latency.expected_s(rest) if rest else 0.0)
+        return full * times.expected_s(most) + (times.expected_s(rest) if rest else 0.0)

@@ -40,6 +40,7 @@ from batcher.policy import DEADLINE, LEAD_S, Dispatch, Limits, Now, WaitUntil, d
 from batcher.queue import Group, RequestQueue
 from batcher.request import Batch, Request, State
 from batcher.returns import Returns
+from batcher.shapes import ShapeTimes
 from batcher.taking import Plan
 from batcher.tenant import Tenant
 from engines.errors import EngineError
@@ -84,6 +85,8 @@ class Batcher:
         self.max_batch_size = engine.max_batch_size
         self.limits = Limits(max_delay_s=max_delay_ms / 1000, slots=engine.slots)
         self.latency = LatencyModel(engine.max_batch_size, workers[0].warmup_us)
+        vary = any(spec.row_elements < 0 for spec in engine.signature.inputs)
+        self._times = ShapeTimes(self.latency, vary=vary)
         self._latency_target_s = math.inf if latency_target_ms is None else latency_target_ms / 1000
         self._has_deadlines = deadline_ms is not None
         self.counters = Counters(padder)
@@ -97,6 +100,7 @@ class Batcher:
         self._admission = Admission(
             self._queue,
             self.latency,
+            self._times,
             max_batch_size=engine.max_batch_size,
             max_queue_rows=max_queue_rows,
             deadline_ms=deadline_ms,
@@ -130,7 +134,7 @@ class Batcher:
             self.counters,
             loop,
             clock,
-            latency=self.latency,
+            times=self._times,
             decide=self._decide,
             on_dead=self._ending.on_dead,
             on_idle=self._on_idle,
@@ -306,7 +310,8 @@ class Batcher:
         now.draining = self._admission.closed is not None
         if self.limits.max_delay_s > 0 or self._queue.deadlines:
             # Early enough for a timer that is late: when only the run is left, a request is taken out.
-            now.run_s = self.latency.high_s(min(self._queue.rows, self._queue.full_rows)) + LEAD_S
+            times = self._times.of(self._queue.next_group.row_shapes)
+            now.run_s = times.high_s(min(self._queue.rows, self._queue.full_rows)) + LEAD_S
         if self.limits.max_delay_s > 0:
             now.rows_per_s = self._arrivals.rate(now.time_s, self.counters.accepted)
         return now
@@ -318,7 +323,8 @@ class Batcher:
         if queue.deadlines:
             counters = self.counters
             lost = counters.expired + counters.refusals["deadline"]
-            plan = Plan(max(self._clock(), lane.free_s), self.latency, lost != self._lost)
+            times = self._times.of(group.row_shapes)
+            plan = Plan(max(self._clock(), lane.free_s), times, lost != self._lost)
             self._lost = lost
             if plan.crowded and self._latency_target_s == math.inf:
                 most = self.latency.crowded_rows
@@ -360,7 +366,7 @@ class Batcher:
     def _on_ran(self, batch: Batch) -> None:
         run_s = batch.finished_s - batch.started_s
         self._queue.settle(batch.shares, run_s, batch.rows)
-        if self.latency.observe(batch.rows, run_s, batch.finished_s):
+        if self._times.observe(batch.row_shapes, batch.rows, run_s, batch.finished_s):
             self._learn()
 
     def _learn(self) -> None:

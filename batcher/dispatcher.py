@@ -16,11 +16,11 @@ from batcher.answers import Answers
 from batcher.counters import Counters
 from batcher.fair import Share
 from batcher.lane import BatchWorker, Lane
-from batcher.latency import LatencyModel
 from batcher.packing import pack
 from batcher.padding import Pad, cut_back
 from batcher.policy import RETRY
 from batcher.request import Batch, Request, State
+from batcher.shapes import ShapeTimes
 from engines.errors import EngineDeadError, EngineError
 from engines.jobs import Job, Outcome
 
@@ -45,7 +45,7 @@ class Dispatcher:
         loop: asyncio.AbstractEventLoop,
         clock: Callable[[], float],
         *,
-        latency: LatencyModel,
+        times: ShapeTimes,
         decide: Callable[[], None],
         on_idle: Callable[[Lane, Batch], bool],
         on_ran: Callable[[Batch], None],
@@ -63,7 +63,7 @@ class Dispatcher:
         self._on_dead = on_dead
         self._on_hung = on_hung
         self._on_late = on_late
-        self._latency = latency
+        self._times = times
         self._execution_timeout_s = execution_timeout_s
         self._answers = answers
         self._counters = counters
@@ -133,7 +133,7 @@ class Dispatcher:
             self._loop.call_soon(self._on_outcome, job, outcome)
             return
         batch.dispatched_s = now_s = self._clock()
-        lane.free_s = max(lane.free_s, now_s) + self._latency.expected_s(rows)
+        lane.free_s = max(lane.free_s, now_s) + self._times.of(row_shapes).expected_s(rows)
         lane.worker.submit(job)
         if self._execution_timeout_s is not None and lane.watch is None:
             self._watch_next(lane)
@@ -168,7 +168,7 @@ class Dispatcher:
         for request in self.retries.popleft():
             if request.state is not State.RUNNING:
                 continue
-            if request.deadline_s < start_s + self._latency.expected_s(request.rows):
+            if request.deadline_s < start_s + self._times.of(request.row_shapes).expected_s(request.rows):
                 self._on_late(request)
             else:
                 requests.append(request)
@@ -194,7 +194,9 @@ class Dispatcher:
         if lane.watch is not None:
             self._watch_next(lane)
         # What is behind it begins now, however long it was expected to take.
-        left_s = sum([self._latency.expected_s(one.rows) for one in running]) if running else 0.0
+        left_s = 0.0
+        for one in running:
+            left_s += self._times.of(one.row_shapes).expected_s(one.rows)
         lane.free_s = self._clock() + left_s
         batch.started_s = outcome.started_s
         batch.finished_s = outcome.finished_s

@@ -70,7 +70,7 @@ class Leaving:
         is worth it as long as one batch of them can be run."""
         if request.partial:
             rows = min(rows, self._max_batch_size)
-        return request.deadline_s - self._admission.run_s(rows) - now_s
+        return request.deadline_s - self._admission.run_s(rows, request.row_shapes) - now_s
 
     def _expire(self, request: Request) -> None:
         """Its time is over: out of the queue. What already runs is answered, late or not."""

@@ -14,8 +14,8 @@ from math import inf
 from typing import TYPE_CHECKING, NamedTuple
 
 from batcher.fair import Share
-from batcher.latency import LatencyModel
 from batcher.request import Request, State
+from batcher.shapes import RunTimes
 
 if TYPE_CHECKING:
     from batcher.queue import Flow, Group, RequestQueue
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
     """When a batch would start, and how long runs take: for requests that have a deadline."""
 
     start_s: float
-    latency: LatencyModel
+    latency: RunTimes
     crowded: bool = False  # requests are lost for want of the engine's time
 
 
