@@ -27,7 +27,12 @@ class Answers:
         if request.expiry is not None:
             request.expiry.cancel()
         if request.tenant is not None and not isinstance(request, Part):
-            request.tenant.open_requests -= request.callers
+            tenant, callers = request.tenant, request.callers
+            tenant.open_requests -= callers
+            if request.error is None:
+                tenant.figures.answered += callers
+            else:
+                tenant.figures.failed += callers
         try:
             request.done()
         except Exception:

@@ -170,6 +170,23 @@ class Batcher:
         """Batches that are with the engine."""
         return self._dispatcher.running
 
+    def open_requests(self) -> tuple[dict[int, int], int]:
+        """For who watches: queued rows by priority, and how many requests are not answered yet."""
+        queued = self._queue.waiting()
+        rows: dict[int, int] = {}
+        for request in queued:
+            rows[request.level] = rows.get(request.level, 0) + request.rows
+        return rows, sum([request.callers for request in [*queued, *self._dispatcher.awaited()]])
+
+    @property
+    def all_lanes(self) -> list[Lane]:
+        """Engines that can run something, each with what it has."""
+        return self._dispatcher.lanes
+
+    def watch_batches(self, on_batch: Callable[[Batch], None] | None) -> None:
+        """Tell of each batch that is over; see `Dispatcher`. None: nobody any more."""
+        self._dispatcher.on_batch = on_batch
+
     @property
     def lanes(self) -> int:
         """Engines that can run something: none while one that hung is being replaced."""
@@ -231,6 +248,8 @@ class Batcher:
         if why is not None:
             self.counters.refused += request.callers
             self.counters.refusals[why.reason] += request.callers
+            if request.tenant is not None:
+                request.tenant.figures.refused += request.callers
             raise why
 
     def run_again(self, requests: list[Request], enqueued_s: float) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from math import prod
+from math import ceil, prod
 from typing import TYPE_CHECKING
 
-from batcher.request import Batch
+from batcher.samples import FULL, Samples
 
 if TYPE_CHECKING:
     from batcher.padding import Padder
+    from batcher.request import Batch, Request
+
+
+# Batches are told apart by which part of them was padding, in steps of 5 %, rounded up.
+PADDING_STEPS = 20
 
 
 class BatchFigures:
@@ -43,6 +48,16 @@ class PaddingFigures:
         return self.padding / self.elements if self.elements else 0.0
 
 
+class EngineFigures:
+    """Of one of a model's engines: runs, failed ones included, and the seconds that they took."""
+
+    __slots__ = ("busy_s", "runs")
+
+    def __init__(self) -> None:
+        self.busy_s = 0.0
+        self.runs = 0
+
+
 class Counters:
     """Since the model was loaded. Requests, except where the name says runs, rows or batches."""
 
@@ -51,6 +66,7 @@ class Counters:
         "accepted",
         "by_rows",
         "cancelled",
+        "engines",
         "expired",
         "failed",
         "failed_runs",
@@ -58,16 +74,23 @@ class Counters:
         "hung",
         "last_finished_s",
         "padding",
+        "padding_shares",
+        "queue_delays",
         "reasons",
         "refusals",
         "refused",
         "retries",
         "rows",
+        "run_times",
     )
 
     def __init__(self, padder: Padder | None = None) -> None:
         self._padder = padder
         self.padding: dict[tuple[int, ...], PaddingFigures] = {}  # by each length of the bucket
+        self.padding_shares = [0] * (PADDING_STEPS + 1)  # batches, by how much of them was padding
+        self.queue_delays = Samples()  # of requests that ran: from acceptance until their batch was gathered
+        self.run_times = Samples()  # of batches
+        self.engines: list[EngineFigures] = []  # by their lanes' numbers
         self.accepted = 0
         self.refused = 0
         self.refusals: Counter[str] = Counter()  # by the word for why
@@ -88,23 +111,37 @@ class Counters:
         """Batches that ran."""
         return self.reasons.total()
 
-    def batch(self, batch: Batch, output_s: float) -> None:
-        """Count a batch that ran, and whose answers took `output_s` seconds to write."""
+    def batch(self, batch: Batch) -> None:
+        """Count a batch that ran, and whose answers are written."""
         figures = self.by_rows.get(batch.rows)
         if figures is None:
             figures = self.by_rows[batch.rows] = BatchFigures()
         figures.batches += 1
         requests, gathered_s = batch.requests, batch.gathered_s
-        if len(requests) == 1:
-            (one,) = requests
-            figures.requests += one.callers
-            figures.queue_s += (gathered_s - one.enqueued_s) * one.callers
+        waiting = self.queue_delays.values
+        first = requests[0]
+        if len(requests) == 1 and first.callers == 1:
+            # Lone requests pay for all of this by themselves.
+            delay_s = gathered_s - first.enqueued_s
+            figures.requests += 1
+            figures.queue_s += delay_s
+            waiting.append(delay_s)
         else:
-            figures.requests += sum([one.callers for one in requests])
-            figures.queue_s += sum([(gathered_s - one.enqueued_s) * one.callers for one in requests])
-        figures.input_s += batch.dispatched_s - batch.gathered_s
-        figures.compute_s += batch.finished_s - batch.started_s
-        figures.output_s += output_s
+            delays = _delays(requests, gathered_s)
+            figures.requests += len(delays)
+            figures.queue_s += sum(delays)
+            waiting += delays
+        run_s = batch.finished_s - batch.started_s
+        figures.input_s += batch.dispatched_s - gathered_s
+        figures.compute_s += run_s
+        figures.output_s += batch.answered_s - batch.answering_s
+        if first.tenant is not None:
+            _charge_tenants(batch, run_s)
+        runs = self.run_times.values
+        runs.append(run_s)
+        if len(waiting) >= FULL or len(runs) >= FULL:
+            self.queue_delays.count_in()
+            self.run_times.count_in()
         self.last_finished_s = batch.finished_s
         self.rows += batch.rows
         self.reasons[batch.reason] += 1
@@ -118,10 +155,11 @@ class Counters:
             figures = self.padding[bucket] = PaddingFigures()
         figures.batches += 1
         figures.rows += batch.rows
-        figures.elements += batch.rows * sum([prod(batch.row_shapes[index]) for index in padder.inputs])
-        for request in batch.requests:
-            if request.pad is not None:
-                figures.padding += request.rows * request.pad.row_padding
+        elements = batch.rows * sum([prod(batch.row_shapes[index]) for index in padder.inputs])
+        padding = sum([one.rows * one.pad.row_padding for one in batch.requests if one.pad is not None])
+        figures.elements += elements
+        figures.padding += padding
+        self.padding_shares[ceil(padding * PADDING_STEPS / elements) if elements else 0] += 1
 
     @property
     def padding_total(self) -> PaddingFigures | None:
@@ -135,3 +173,21 @@ class Counters:
             total.elements += figures.elements
             total.padding += figures.padding
         return total
+
+
+def _delays(requests: list[Request], gathered_s: float) -> list[float]:
+    """What each caller's request waited."""
+    delays = [gathered_s - one.enqueued_s for one in requests]
+    callers = [one.callers for one in requests]
+    if callers.count(1) == len(callers):
+        return delays
+    # One request for many callers, or the further parts of a split one, which are nobody's.
+    return [delay for delay, times in zip(delays, callers, strict=True) for _ in range(times)]
+
+
+def _charge_tenants(batch: Batch, run_s: float) -> None:
+    for share, rows in batch.shares.items():
+        if share.tenant is not None:
+            figures = share.tenant.figures
+            figures.rows += rows
+            figures.engine_s += run_s * rows / batch.rows

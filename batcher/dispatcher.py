@@ -11,9 +11,10 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import count
 
 from batcher.answers import Answers
-from batcher.counters import Counters
+from batcher.counters import Counters, EngineFigures
 from batcher.fair import Share
 from batcher.lane import BatchWorker, Lane
 from batcher.packing import pack
@@ -26,6 +27,8 @@ from engines.jobs import Job, Outcome
 
 log = logging.getLogger("cobatch.batcher")
 
+_NUMBERS = count(1)
+
 
 class Dispatcher:
     """Of one model. `lanes` are those whose engines can run something. `decide` is called when a slot may be
@@ -34,7 +37,8 @@ class Dispatcher:
 
     `on_dead`: with requests that a lane's engine could not run, nor can it anything else. `on_hung`: it has
     not ended a batch within `execution_timeout_s`. `on_late`: a request is not sent again because it would
-    be too late.
+    be too late. `on_batch` may be set, to be told of each batch that came back once its answers are written,
+    while its requests are still in it; it must not raise, nor keep the requests.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class Dispatcher:
         on_late: Callable[[Request], None],
         execution_timeout_s: float | None = None,
     ) -> None:
+        self.on_batch: Callable[[Batch], None] | None = None
         self.lanes: list[Lane] = []
         self.retries: deque[list[Request]] = deque()
         self._all: dict[Lane, None] = {}  # with those that are dead and still have batches
@@ -74,7 +79,12 @@ class Dispatcher:
 
     def use(self, worker: BatchWorker) -> None:
         """Send to this worker too from now on."""
-        lane = Lane(worker)
+        engines = self._counters.engines
+        taken = {lane.number for lane in self.lanes}
+        number = next(number for number in range(len(taken) + 1) if number not in taken)
+        if number == len(engines):
+            engines.append(EngineFigures())
+        lane = Lane(worker, number, engines[number])
         self.lanes.append(lane)
         self._all[lane] = None
         worker.deliver = self._deliver
@@ -117,10 +127,10 @@ class Dispatcher:
         """Pack a batch into a free slot and give it to the worker. The lane must have a free slot."""
         row_shapes = requests[0].row_shapes
         rows = requests[0].rows if len(requests) == 1 else sum([request.rows for request in requests])
-        batch = Batch(requests, rows, row_shapes, reason, lane)
+        slot = lane.free_slots.pop()
+        batch = Batch(requests, rows, row_shapes, reason, lane, next(_NUMBERS), slot)
         if shares is not None:
             batch.shares = shares
-        slot = lane.free_slots.pop()
         lane.running[batch] = None
         batch.gathered_s = self._clock()
         job = Job(slot, rows, row_shapes, batch)
@@ -200,15 +210,27 @@ class Dispatcher:
         lane.free_s = self._clock() + left_s
         batch.started_s = outcome.started_s
         batch.finished_s = outcome.finished_s
+        figures = lane.figures
+        figures.runs += 1
+        figures.busy_s += outcome.finished_s - outcome.started_s
         if outcome.error is not None:
+            batch.failed = True
+            batch.answering_s = self._clock()
             self._on_error(lane, batch, outcome.error)
+            batch.answered_s = self._clock()
+            if self.on_batch is not None:
+                self.on_batch(batch)
+            batch.requests = []
         else:
             assert outcome.outputs is not None
             batch.outputs = outcome.outputs
             learnt = self._on_idle(lane, batch)
-            began_s = self._clock()
+            batch.answering_s = self._clock()
             self._hand_out(batch)
-            self._counters.batch(batch, self._clock() - began_s)
+            batch.answered_s = self._clock()
+            self._counters.batch(batch)
+            if self.on_batch is not None:
+                self.on_batch(batch)
             if not learnt:
                 self._on_ran(batch)
             # Whoever keeps the batch must not keep the outputs, and batch and requests not each other.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from batcher.counters import EngineFigures
 from batcher.errors import EngineGoneError
 from batcher.request import Batch, Timer
 from engines.base import Engine
@@ -28,12 +29,15 @@ class BatchWorker(Protocol):
 
 class Lane:
     """Of one worker. `free_s`: when its engine is expected to have run what it has. `gone`: what its
-    callers are told, once the engine has died."""
+    callers are told, once the engine has died. `number`: its place among the model's lanes; the lane that is
+    opened instead of it inherits that, and `figures` with it."""
 
-    __slots__ = ("engine", "free_s", "free_slots", "gone", "running", "watch", "worker")
+    __slots__ = ("engine", "figures", "free_s", "free_slots", "gone", "number", "running", "watch", "worker")
 
-    def __init__(self, worker: BatchWorker) -> None:
+    def __init__(self, worker: BatchWorker, number: int, figures: EngineFigures) -> None:
         self.worker = worker
+        self.number = number
+        self.figures = figures
         self.engine = worker.engine
         self.free_slots = list(range(worker.engine.slots))
         self.running: dict[Batch, None] = {}  # in the order in which they run

@@ -145,3 +145,8 @@ class Leaving:
             self._answers.fail_run(request, f"its parts cannot be put together: {error!r}")
         else:
             self._answers.finish(request)
+            batch = request.batch
+            assert batch is not None
+            # As in the dispatcher: whoever keeps the batch must not keep the outputs.
+            batch.outputs = ()
+            batch.memo = {}

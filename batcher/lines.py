@@ -55,6 +55,12 @@ class Lines:
         twin._waiting, twin.queued = self._waiting, self.queued
         return twin
 
+    def living(self) -> list[Request]:
+        """All of them, in no particular order."""
+        queued = State.QUEUED
+        both = [*self._line, *[request for _, _, request in self._others]]
+        return [request for request in both if request.state is queued]
+
     def push(self, request: Request) -> None:
         """At the end of its level's line."""
         if request.level == self._level:

@@ -204,6 +204,7 @@ def cut_back(request: Request, pad: Pad) -> Batch | None:
     own = Batch([], batch.rows, batch.row_shapes, batch.reason, batch.lane)
     own.gathered_s, own.dispatched_s = batch.gathered_s, batch.dispatched_s
     own.started_s, own.finished_s = batch.started_s, batch.finished_s
+    own.joined = (batch,)
     outputs = []
     for number, (output, cut) in enumerate(zip(batch.outputs, pad.outputs, strict=True)):
         rows = output[request.first_row : request.first_row + request.rows]

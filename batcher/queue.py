@@ -312,6 +312,11 @@ class RequestQueue:
         for share, its_rows in shares.items():
             share.owed_s += its_rows * beyond_s
 
+    def waiting(self) -> list[Request]:
+        """All that are queued, in no particular order. Takes as long as there are many."""
+        flows = [flow for group in self.groups.values() for flow in group.flows.values()]
+        return [request for flow in flows for request in flow.lines.living()]
+
     def rows_of(self, tenant: Tenant) -> int:
         """Rows that a tenant has queued."""
         return self.shares.of(tenant).rows

@@ -45,27 +45,44 @@ class Batch:
     are the rows of each tenant. `lane` is where it runs. `memo` is for whoever answers the requests, to do
     once per batch what would else be done once per request (turn a whole output into JSON, say). Times are
     in seconds of the batcher's clock: `gathered_s` when its requests were taken from the queue,
-    `dispatched_s` when their rows lay packed and the worker was told, `started_s` and `finished_s` of the
-    run.
+    `dispatched_s` when their rows lay packed and the worker was told (0: packing failed), `started_s` and
+    `finished_s` of the run, `answering_s` and `answered_s` when its answers began to be written and were.
+
+    `number` counts the batches of a process from 1; it is 0 where this is one request's alone and stands for
+    those in `joined`, in which it or its parts rode. `slot` is where it lay. `failed`: there were no answers
+    but errors, or none yet.
     """
 
     __slots__ = (
+        "answered_s",
+        "answering_s",
         "dispatched_s",
+        "failed",
         "finished_s",
         "gathered_s",
+        "joined",
         "lane",
         "memo",
+        "number",
         "outputs",
         "reason",
         "requests",
         "row_shapes",
         "rows",
         "shares",
+        "slot",
         "started_s",
     )
 
     def __init__(
-        self, requests: list[Request], rows: int, row_shapes: RowShapes, reason: str, lane: Lane
+        self,
+        requests: list[Request],
+        rows: int,
+        row_shapes: RowShapes,
+        reason: str,
+        lane: Lane,
+        number: int = 0,
+        slot: int = 0,
     ) -> None:
         self.requests = requests
         self.lane = lane
@@ -77,6 +94,12 @@ class Batch:
         self.dispatched_s = 0.0
         self.started_s = 0.0
         self.finished_s = 0.0
+        self.answering_s = 0.0
+        self.answered_s = 0.0
+        self.number = number
+        self.slot = slot
+        self.failed = False
+        self.joined: Sequence[Batch] = ()
         self.outputs: Sequence[np.ndarray[Any, Any]] = ()
         self.memo: dict[Any, Any] = {}
 

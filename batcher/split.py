@@ -75,6 +75,7 @@ def join(whole: Request, parts: list[Part]) -> None:
     batch.dispatched_s = batches[0].dispatched_s
     batch.started_s = batches[0].started_s
     batch.finished_s = batch.started_s + sum(b.finished_s - b.started_s for b in batches)
+    batch.joined = batches
     batch.outputs = [np.concatenate(rows) for rows in zip(*(part.outputs for part in parts), strict=True)]
     whole.first_row = 0
     whole.state = State.DONE

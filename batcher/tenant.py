@@ -11,6 +11,44 @@ from batcher.bucket import Bucket
 from batcher.errors import TenantLimitError, TooManyRowsError
 
 
+class Figures:
+    """What an account has had so far, in requests. `rows`, and `engine_s`, its part of the runs that they
+    rode in, do not count what is run again after a failure."""
+
+    __slots__ = ("answered", "engine_s", "failed", "refused", "rows")
+
+    def __init__(self) -> None:
+        self.answered = 0
+        self.failed = 0
+        self.refused = 0
+        self.rows = 0
+        self.engine_s = 0.0
+
+    def add(self, other: Figures, sign: int = 1) -> None:
+        """Count another's, too."""
+        self.answered += sign * other.answered
+        self.failed += sign * other.failed
+        self.refused += sign * other.refused
+        self.rows += sign * other.rows
+        self.engine_s += sign * other.engine_s
+
+    def copy(self) -> Figures:
+        """As they are now."""
+        copied = Figures()
+        copied.add(self)
+        return copied
+
+    def less(self, earlier: Figures) -> Figures:
+        """What came since."""
+        since = self.copy()
+        since.add(earlier, -1)
+        return since
+
+    def any(self) -> bool:
+        """Whether there was anything."""
+        return bool(self.answered or self.failed or self.refused or self.rows)
+
+
 class Tenant:
     """A tenant's account. Limits are None where there is none; without `burst`, one second's rate.
 
@@ -20,6 +58,7 @@ class Tenant:
     __slots__ = (
         "__weakref__",
         "bucket",
+        "figures",
         "limited",
         "max_concurrent",
         "max_queue_rows",
@@ -47,6 +86,7 @@ class Tenant:
         if requests_per_s is not None:
             self.bucket = Bucket(requests_per_s, burst or math.ceil(requests_per_s))
         self.limited = any(limit is not None for limit in (max_concurrent, max_queue_rows, requests_per_s))
+        self.figures = Figures()
         self.open_requests = 0  # accepted and not answered yet
         self.queued_rows = 0  # of those, rows that have not been sent to an engine
 

@@ -19,13 +19,21 @@ from server.auth.gate import Gate
 from server.auth.routes import auth_routes
 from server.batch_routes import BATCH, BatchRoute, batch_routes
 from server.core import Core
+from server.dashboard import dashboard_routes
+from server.explain import explain_routes
+from server.gpu import Gpus
+from server.live import Live
+from server.metrics_route import metrics_routes
+from server.observed import Observed
 from server.openapi import openapi_routes
 from server.problem_pages import problem_pages
 from server.problems import Problem
+from server.profiling import profile_routes
 from server.routing import as_response
 from server.settings import Settings
 from server.v1_routes import v1_routes
 from server.v2_routes import v2_routes
+from server.watchers import Watchers
 
 log = logging.getLogger("cobatch.server")
 
@@ -37,35 +45,51 @@ def create_app(settings: Settings) -> ASGIApp:
 
 def build(core: Core) -> ASGIApp:
     """The application around a core that the caller keeps."""
+    watchers = Watchers(core)
+    gpus = Gpus()
+    live = Live(core, watchers.recent)
+    core.on_draining.append(live.close)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         core.loop = asyncio.get_running_loop()
+        watchers.start()
+        core.observer.lag.start(core.loop)
+        await asyncio.to_thread(gpus.open)
         if core.auth is not None:
             core.auth.on_ready = core.tell_if_ready
             await core.auth.start()
         # In the background: health must answer while a large model is being loaded.
+        ticking = asyncio.create_task(live.run())
         loading = [asyncio.create_task(_load(core, name)) for name in core.models]
         try:
             yield
         finally:
             core.draining = True
-            for task in loading:
+            live.close()
+            for task in (ticking, *loading):
                 task.cancel()
-            await asyncio.gather(*loading, return_exceptions=True)
+            await asyncio.gather(ticking, *loading, return_exceptions=True)
             timeout_s = core.settings.server.drain_timeout_s
             await asyncio.gather(*[model.stop(timeout_s) for model in core.models.values()])
             if core.auth is not None:
                 await core.auth.stop()
+            await watchers.stop()
+            core.observer.lag.stop()
+            gpus.close()
 
     handlers = {HTTPException: _http_error, Exception: _server_error}
     routes = [*v2_routes(core), *batch_routes(), *v1_routes(core), *problem_pages(core)]
-    routes += [*openapi_routes(core), *auth_routes(core)]
+    routes += [*openapi_routes(core), *auth_routes(core), *metrics_routes(core, gpus)]
+    routes += [*explain_routes(core, watchers.recent), *profile_routes(core), *dashboard_routes(core, live)]
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     app.router.redirect_slashes = False
     # Inside the gate: the items of a batch go through `app` as the caller of the batch.
     routes_app = InferRoutes(app, core, {BATCH: BatchRoute(core, app)})
-    return routes_app if core.auth is None else Gate(routes_app, core.auth)
+    if core.auth is not None:
+        gate = Gate(routes_app, core.auth, open_metrics=core.settings.server.metrics_open)
+        return Observed(gate, core)
+    return Observed(routes_app, core)
 
 
 async def _load(core: Core, name: str) -> None:
@@ -74,6 +98,7 @@ async def _load(core: Core, name: str) -> None:
     except EngineError as error:
         core.on_load_failed(name, error)
     else:
+        core.observer.watch(core.models[name])
         core.tell_if_ready()
 
 

@@ -15,6 +15,7 @@ from server.compression import compressed
 from server.core import Core, InferRequest, instance_of
 from server.limits import BodyError, read_body
 from server.problems import Problem
+from server.record import note, record_in
 from server.reply import Reply
 
 # An answer that takes longer than once to twice this is worth a task that notices the client leave.
@@ -44,6 +45,9 @@ class InferRoutes:
             model = self._paths.get(path)
             if model is None:
                 app = self._direct.get(path, app)
+                record = record_in(scope)
+                if app is not self.app and record is not None:
+                    record.route = path
         if model is None:
             await app(scope, receive, send)
             return
@@ -65,13 +69,16 @@ class InferRoutes:
                 reply = error.problem.reply(instance=instance_of(model))
             else:
                 caller = _Caller(self._waiting, receive)
-                caller.request = core.infer(model, body, json_length, caller.on_reply, principal)
+                caller.request = core.infer(
+                    model, body, json_length, caller.on_reply, principal, record_in(scope)
+                )
                 reply = await caller.wait()
                 if reply is None:
                     return
         if b"accept-encoding" in headers:
             least_bytes = core.settings.server.compress_min_bytes
             reply = await compressed(reply, headers[b"accept-encoding"], least_bytes)
+        note(scope, reply.slug, reply.request_id)
         body = b"".join(reply.body)
         head = reply.header_list(len(body))
         await send({"type": "http.response.start", "status": reply.status, "headers": head})

@@ -11,6 +11,7 @@ from starlette.types import Message, Scope
 from server.auth.bearer import names_token
 from server.batch_messages import AnyItem, Item
 from server.problems import Problem
+from server.record import RECORD
 from server.reply import JSON, Reply
 
 _MODEL = r"/v2/models/[^/]+(?:/versions/[^/]+)?"
@@ -30,8 +31,8 @@ _CARRIED = frozenset(
     (b"authorization", b"cookie", b"host", b"traceparent", b"tracestate", b"user-agent", b"x-api-key",
      b"x-request-id")
 )  # fmt: skip
-# What the router found out about the outer call.
-_ROUTED = frozenset(("app", "app_root_path", "endpoint", "path_params", "route", "router"))
+# What the router found out about the outer call, and the record of that.
+_ROUTED = frozenset(("app", "app_root_path", "endpoint", "path_params", "route", "router", RECORD))
 
 
 def scope_of(item: AnyItem, path: str, query: bytes, body: bytes, outer: Scope) -> Scope:

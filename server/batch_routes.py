@@ -71,7 +71,7 @@ class BatchRoute:
         except Problem as problem:
             reply = problem.reply(instance=scope["path"])
         if reply is not None:
-            await send_reply(reply, send)
+            await send_reply(reply, scope, send)
 
     def _check(self, principal: Principal) -> None:
         """Raises Problem for a caller of whom no item would be taken, before the body is read."""
@@ -135,6 +135,7 @@ class _Call:
     ) -> None:
         self.items = items
         self._models = models
+        self._counted = list(models)  # with those that only a closer look has shown
         self._core = core
         self._app = app
         self._scope = scope
@@ -149,6 +150,7 @@ class _Call:
 
     async def answers(self, receive: Receive) -> list[Reply] | None:
         """All items' replies in order; None when the client left before there were all."""
+        began_s = time.monotonic()
         for index, model in enumerate(self._models):
             if model is None:
                 self._start_unusual(index, self.items[index])
@@ -176,7 +178,20 @@ class _Call:
                     self._leave()
                 # They and this object keep each other, until the next garbage collection.
                 self._requests.clear()
-        return [reply for reply in self._replies if reply is not None]
+        replies = [reply for reply in self._replies if reply is not None]
+        self._count(replies, time.monotonic() - began_s)
+        return replies
+
+    def _count(self, replies: list[Reply], duration_s: float) -> None:
+        """Each infer item is a request for its model. It took as long as the call: nobody has it sooner."""
+        alike = set(self._counted)
+        if len(alike) == 1 and None not in alike and not any([reply.slug for reply in replies]):
+            (model,) = alike
+            model.traffic.count_alike(len(replies), duration_s)  # type: ignore[union-attr]  # not None
+            return
+        for model, reply in zip(self._counted, replies, strict=True):
+            if model is not None:
+                model.traffic.count(reply.status, reply.slug, duration_s)
 
     def _watch_for_leaving(self, receive: Receive) -> None:
         self._watcher = asyncio.create_task(self._watch(receive))
@@ -238,6 +253,7 @@ class _Call:
             return
         model = self._core.infer_paths.get(path) if item.method == "POST" else None
         if model is not None:
+            self._counted[index] = model
             self._infer(index, item, model)
         else:
             through = self._through_app(index, item, path, query)

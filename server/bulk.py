@@ -39,6 +39,7 @@ class BulkRequest(ModelRequest):
         decoder = model.decoder
         super().__init__(len(members), decoder.row_shapes, [b"".join(rows)])  # type: ignore[arg-type]
         self.model = model
+        self.record = None
         self.callers = len(members)
         self.tenant = tenant
         self.members = members
@@ -133,6 +134,8 @@ def _submit(
         # A deadline that all of them together cannot keep. Each is told, and counted, by itself.
         batcher.counters.refused -= len(members)
         batcher.counters.refusals[error.reason] -= len(members)
+        if tenant is not None:
+            tenant.figures.refused -= len(members)
         for member in members:
             by_itself(member)
         return None

@@ -14,6 +14,7 @@ import typer
 
 from server import __version__
 from server.build_cli import build
+from server.seeing_cli import explain, trace
 from server.setting_values import SettingsError
 from server.settings import (
     MODEL_FIELDS,
@@ -123,6 +124,12 @@ def serve(
     tls_key: Annotated[str | None, _flag("tls_key", "FILE")] = None,
     trusted_proxies: Annotated[str | None, _flag("trusted_proxies", "ADDRESSES")] = None,
     log_level: Annotated[str | None, _flag("log_level", "debug|info|warning|error")] = None,
+    access_log: Annotated[str | None, _flag("access_log", "off|text|json")] = None,
+    access_log_level: Annotated[str | None, _flag("access_log_level", "info|warning|error")] = None,
+    tracing: Annotated[bool | None, _switch("tracing")] = None,
+    trace_sample: Annotated[str | None, _flag("trace_sample", "0..1")] = None,
+    trace_endpoint: Annotated[str | None, _flag("trace_endpoint", "URL")] = None,
+    metrics_open: Annotated[bool | None, _switch("metrics_open")] = None,
     fast_path: Annotated[bool | None, _switch("fast_path")] = None,
     allow_anonymous: Annotated[bool | None, _switch("allow_anonymous")] = None,
 ) -> None:
@@ -174,6 +181,8 @@ def inspect_model(
 app.command()(build)
 app.command()(simulate)
 app.command()(profile)
+app.command()(explain)
+app.command()(trace)
 
 
 def _warn_if_open(settings: Settings) -> None:

@@ -72,8 +72,10 @@ def compress(reply: Reply, coding: bytes) -> Reply:
         (_pack(reply.body, coding),),
         timing=reply.timing,
         json_length=reply.json_length,
+        request_id=reply.request_id,
         headers=(*reply.headers, (b"content-encoding", coding), (b"vary", b"accept-encoding")),
         close=reply.close,
+        slug=reply.slug,
     )
 
 

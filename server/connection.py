@@ -155,14 +155,18 @@ class Connection(HttpToolsProtocol):
         if self._farewell is not None:
             return
         if self._owes_answer():
-            self._farewell = problem.reply()
+            self._farewell = self._last_reply(problem)
             if self.receiving == BODY:
                 self.pipeline.popleft()  # the request that this is about, the newest
             self.flow.pause_reading()
         elif self.receiving == BODY and self.cycle.response_started:
             self.transport.close()
         else:
-            self.write_reply(problem.reply(), keep_alive=False)
+            self.write_reply(self._last_reply(problem), keep_alive=False)
+
+    def _last_reply(self, problem: Problem) -> Reply:
+        self.core.observer.http["", "", problem.kind.status, problem.kind.slug] += 1
+        return problem.reply()
 
     # Bytes in
 
@@ -224,13 +228,16 @@ class Connection(HttpToolsProtocol):
 
     # Bytes out
 
-    def write_reply(self, reply: Reply, keep_alive: bool) -> None:
-        """Write a whole response and go on with the connection, or end it."""
+    def write_reply(self, reply: Reply, keep_alive: bool) -> float | None:
+        """Write a whole response and go on with the connection, or end it. When it was written, None where
+        nobody is there to read it."""
         transport = self.transport
         if transport.is_closing():
-            return
+            return None
         pieces: list[bytes | memoryview] = [STATUS_LINE[reply.status], self._default_headers()]
         pieces.append(b"content-type: %b\r\ncontent-length: %d\r\n" % (reply.content_type, reply.length))
+        if reply.request_id is not None:
+            pieces.append(b"x-request-id: %b\r\n" % reply.request_id)
         if reply.timing is not None:
             pieces.append(b"server-timing: %b\r\n" % reply.timing)
         if reply.json_length is not None:
@@ -246,6 +253,7 @@ class Connection(HttpToolsProtocol):
         if not keep_alive:
             transport.close()
         self.on_response_complete()
+        return self._since_s
 
     def _default_headers(self) -> bytes:
         """Uvicorn's default headers (the date) as bytes; made anew when uvicorn does, each second."""

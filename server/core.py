@@ -17,7 +17,9 @@ from server.auth.authenticator import Authenticator
 from server.auth.permissions import INFER
 from server.auth.principal import Principal
 from server.model import Model
+from server.observe import Observer
 from server.problems import Problem, from_error, stopping
+from server.record import Record
 from server.reply import Reply
 from server.settings import Settings
 from server.v2_decode import Body, Decoded, Wants
@@ -27,10 +29,11 @@ log = logging.getLogger("cobatch.server")
 
 
 class ModelRequest(Request):
-    """A request that knows its model."""
+    """A request that knows its model, and how those who watch the server know it: None where nobody does."""
 
-    __slots__ = ("model",)
+    __slots__ = ("model", "record")
     model: Model
+    record: Record | None
 
 
 class InferRequest(ModelRequest):
@@ -48,8 +51,11 @@ class InferRequest(ModelRequest):
         self.wants: Wants = decoded.wants
         self.model = model
         self.reply = reply
+        self.record = None
 
     def done(self) -> None:
+        if self.record is not None:
+            self.record.ran(self)
         try:
             if self.error is None:
                 reply = self.model.encoder.encode(self, self.wants, self.id, self.usage)
@@ -87,6 +93,7 @@ class Core:
         self.auth = None if settings.auth is None else Authenticator(settings.auth)
         self.shows_standing = settings.auth is not None and settings.auth.rate_limit_headers
         self.models = {model.name: Model(model) for model in settings.models}
+        self.observer = Observer(self.models, None if self.auth is None else self.auth.tenants)
         # What the fast path compares the request target with, byte for byte.
         self.infer_targets: dict[bytes, Model] = {}
         self.infer_paths: dict[str, Model] = {}  # the same as text
@@ -95,6 +102,8 @@ class Core:
                 self.infer_targets[f"{base}/infer".encode()] = model
                 self.infer_paths[f"{base}/infer"] = model
         self.draining = False
+        # Called when draining begins: what would go on for good has to end then.
+        self.on_draining: list[Callable[[], None]] = []
         self.loop: asyncio.AbstractEventLoop | None = None  # set when the application starts
         self._told = False
         # For whoever runs the process; until then there is nobody to tell.
@@ -139,11 +148,12 @@ class Core:
         json_length: int | None,
         reply: Callable[[Reply], None],
         principal: Principal | None,
+        record: Record | None = None,
     ) -> InferRequest | None:
         """Decode and submit. `reply` is called exactly once, at once or later, unless cancelled.
 
         None when it was called already. `json_length` is Inference-Header-Content-Length's value. A body
-        that is parsed already comes as its message.
+        that is parsed already comes as its message. `record` gets what there is to say of it.
         """
         batcher = model.batcher
         tenant = None if principal is None else principal.tenant
@@ -159,6 +169,9 @@ class Core:
             else:
                 decoded = model.decoder.decode(body, json_length)  # type: ignore[arg-type]  # no message
             request = InferRequest(model, decoded, reply, tenant)
+            if record is not None:
+                request.record = record
+                record.rows = request.rows
             batcher.submit(request)  # type: ignore[union-attr]  # None is always refused
             return request
         except Exception as error:  # noqa: BLE001 - `_refused` logs what is not expected

@@ -29,7 +29,9 @@ from server.compression import choose, compress
 from server.connection import BODY, NOTHING, Connection
 from server.core import Core, InferRequest, instance_of
 from server.model import Model
+from server.observe import LEFT, LEFT_SLUG
 from server.problems import Problem, too_large
+from server.record import INFER_ROUTE, MARKS, Record, reply_headers
 from server.reply import Reply
 
 _KNOWN_BLOCKS = 4096
@@ -51,7 +53,17 @@ _NO_EVENT = _NoEvent()
 class Known:
     """What a header block said: all that the fast path needs to know of it."""
 
-    __slots__ = ("coding", "json_length", "keep_alive", "length", "model", "principal", "refusal")
+    __slots__ = (
+        "coding",
+        "json_length",
+        "keep_alive",
+        "length",
+        "marks",
+        "model",
+        "path",
+        "principal",
+        "refusal",
+    )
 
     def __init__(
         self,
@@ -60,6 +72,7 @@ class Known:
         json_length: int | None,
         keep_alive: bool,
         coding: bytes | None,
+        path: str,
     ) -> None:
         self.model = model
         self.principal: Principal | None = None
@@ -68,6 +81,9 @@ class Known:
         self.json_length = json_length
         self.keep_alive = keep_alive
         self.coding = coding
+        self.path = path
+        # Headers that are another request's no more: under which name the caller knows this one.
+        self.marks: list[tuple[bytes, bytes]] = []
 
 
 class FastCycle:
@@ -81,6 +97,8 @@ class FastCycle:
         "message_event",
         "more_body",
         "protocol",
+        "received_s",
+        "record",
         "request",
         "response_complete",
     )
@@ -89,6 +107,9 @@ class FastCycle:
         self.protocol = protocol
         self.known = known
         self.keep_alive = known.keep_alive
+        self.received_s = time.monotonic()
+        # Only where somebody wants it.
+        self.record = self._begin() if known.marks or protocol.core.observer.watched else None
         self.disconnected = False
         self.response_complete = False
         self.message_event = _NO_EVENT
@@ -104,7 +125,12 @@ class FastCycle:
     def reply(self, reply: Reply) -> None:
         """Answer the request. Called once, unless the connection was lost first."""
         protocol = self.protocol
-        self.request = None  # or the two would keep each other until the next garbage collection
+        # Not kept, or the two would keep each other until the next garbage collection.
+        request, self.request = self.request, None
+        if reply.request_id is None and self.record is None:
+            self.record = self._new_record()
+            if request is not None:
+                self.record.ran(request)
         coding = self.known.coding
         if coding is None or reply.length < protocol.core.settings.server.compress_min_bytes:
             self._write(reply)
@@ -112,6 +138,25 @@ class FastCycle:
         # In a thread: it would hold up everybody else.
         packing = protocol.loop.run_in_executor(None, compress, reply, coding)
         packing.add_done_callback(lambda done: self._write(reply if done.exception() else done.result()))
+
+    def _begin(self) -> Record:
+        known, core = self.known, self.protocol.core
+        record = self._new_record()
+        for name, value in known.marks:
+            record.mark(name, value)
+        if core.observer.watched:
+            core.observer.begin(record)
+        return record
+
+    def _new_record(self) -> Record:
+        known = self.known
+        record = Record("", "POST", known.path, self.received_s)
+        record.route = INFER_ROUTE
+        record.scheme = "https" if self.protocol.config.is_ssl else "http"
+        record.model = known.model.name
+        if known.principal is not None:
+            record.tenant = known.principal.tenant.name
+        return record
 
     def refuse(self, refusal: Reply) -> None:
         """Answer before the body is read, which is dropped then."""
@@ -122,8 +167,36 @@ class FastCycle:
         principal = self.known.principal
         if principal is not None and self.protocol.core.shows_standing and principal.tenant.limited:
             reply.headers += standing(principal.tenant, time.monotonic())
-        if not self.disconnected:
-            self.protocol.write_reply(reply, self.keep_alive)
+        if self.record is not None or reply.request_id is None:
+            self._name(reply)
+        written_s = None if self.disconnected else self.protocol.write_reply(reply, self.keep_alive)
+        if written_s is not None:
+            self.known.model.fast_traffic.count(reply.status, reply.slug, written_s - self.received_s)
+            if self.record is not None:
+                self._tell(self.record, reply.status, reply.slug, written_s)
+
+    def _name(self, reply: Reply) -> None:
+        """The caller's id goes before ours; what is not an infer request's answer in a batch has none yet."""
+        if self.record is None:
+            self.record = self._new_record()
+        record = self.record
+        if not record.request_id and reply.request_id is not None:
+            record.request_id = reply.request_id.decode()
+        reply.request_id = None
+        reply.headers += reply_headers(record)
+
+    def leave(self) -> None:
+        """The client is gone before it was answered."""
+        core = self.protocol.core
+        if self.request is not None:
+            core.cancel(self.request)
+        self.known.model.fast_traffic.count(LEFT, LEFT_SLUG, 0.0)
+        if self.record is not None:
+            self._tell(self.record, LEFT, LEFT_SLUG, time.monotonic())
+
+    def _tell(self, record: Record, status: int, slug: str, answered_s: float) -> None:
+        record.status, record.slug, record.answered_s = status, slug, answered_s
+        self.protocol.core.observer.request_done(record)
 
 
 class FastProtocol(Connection):
@@ -142,11 +215,11 @@ class FastProtocol(Connection):
         self._chunk: bytes | None = None
 
     def connection_lost(self, exc: Exception | None) -> None:
-        cycles = (self.cycle, self.ahead)
+        cycles = dict.fromkeys((self.cycle, self.ahead))
         super().connection_lost(exc)
         for cycle in cycles:
-            if isinstance(cycle, FastCycle) and cycle.request is not None and not cycle.response_complete:
-                self.core.cancel(cycle.request)
+            if isinstance(cycle, FastCycle) and not cycle.response_complete:
+                cycle.leave()
 
     def data_received(self, data: bytes) -> None:
         if not self.receiving:
@@ -168,7 +241,9 @@ class FastProtocol(Connection):
         cycle = FastCycle(self, known)
         self.cycle = cycle  # type: ignore[assignment]
         core = self.core
-        cycle.request = core.infer(known.model, body, known.json_length, cycle.reply, known.principal)
+        cycle.request = core.infer(
+            known.model, body, known.json_length, cycle.reply, known.principal, cycle.record
+        )
 
     # The parser's callbacks
 
@@ -220,6 +295,7 @@ class FastProtocol(Connection):
         length = -1
         json_length: int | None = None
         coding: bytes | None = None
+        marks: list[tuple[bytes, bytes]] = []
         for name, value in self.headers:
             if name == b"content-length":
                 length = int(value)
@@ -229,11 +305,15 @@ class FastProtocol(Connection):
                 json_length = int(value)
             elif name == b"accept-encoding":
                 coding = choose(value)
+            elif name in MARKS:
+                marks.append((name, value))
             elif name in _UNUSUAL:
                 return None
         if length < 0 or json_length == 0 or self.parser.get_http_version() != "1.1":
             return None
-        known = Known(model, length, json_length, self.parser.should_keep_alive(), coding)
+        keep_alive = self.parser.should_keep_alive()
+        known = Known(model, length, json_length, keep_alive, coding, self.url.decode("ascii"))
+        known.marks = marks
         return known if self.core.auth is None or self._recall_caller(self.core.auth, known) else None
 
     def _recall_caller(self, auth: Authenticator, known: Known) -> bool:
@@ -276,13 +356,13 @@ class FastProtocol(Connection):
             self._remember(cycle)
             known = cycle.known
             cycle.request = self.core.infer(
-                known.model, cycle.body, known.json_length, cycle.reply, known.principal
+                known.model, cycle.body, known.json_length, cycle.reply, known.principal, cycle.record
             )
 
     def _remember(self, cycle: FastCycle) -> None:
         """Keep the header block if this message came in one chunk with nothing else in it."""
         chunk = self._chunk
-        if chunk is None or not cycle.keep_alive:
+        if chunk is None or not cycle.keep_alive or cycle.known.marks:
             return
         assert self.core.auth is None or cycle.known.principal is not None
         end = chunk.find(b"\r\n\r\n") + 4

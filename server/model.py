@@ -15,6 +15,7 @@ from engines.errors import EngineError
 from engines.loader import load_engine
 from engines.worker import Worker
 from server.engine_options import Place, engine_options, places
+from server.observe import Traffic
 from server.padding import make_padder
 from server.problems import Problem, from_error
 from server.settings import ModelSettings
@@ -41,6 +42,8 @@ class Model:
         self.settings = settings
         self.batcher: Batcher | None = None
         self.load_error: EngineError | None = None
+        self.traffic = Traffic()  # of all that does not come over the fast path
+        self.fast_traffic = Traffic()
         self._workers: list[Worker] = []
         self._places: dict[Worker, Place] = {}
         self._hung: list[Worker] = []
@@ -165,6 +168,8 @@ class Model:
         batcher = self.batcher
         if batcher is not None:
             refusal: BatcherError | None = batcher.refusal(tenant=tenant)
+            if refusal is not None and tenant is not None:
+                tenant.figures.refused += 1
             return None if refusal is None else from_error(refusal)
         if self.load_error is not None:
             return Problem("load-failed", f"model {self.name!r} could not be loaded", model=self.name)

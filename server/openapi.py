@@ -20,10 +20,12 @@ from server.docs_page import HEADERS as PAGE_HEADERS
 from server.docs_page import render
 from server.openapi_access import OF_AUTH, access_paths, complete, headers, security_schemes
 from server.openapi_errors import problem_examples
+from server.openapi_live import dashboard_paths
 from server.openapi_models import Described
 from server.openapi_native import ABOUT, BATCH, V1, about_paths, batch_path, native_paths
 from server.openapi_parts import HEADERS
 from server.openapi_schemas import schemas
+from server.openapi_seeing import seeing_paths
 from server.openapi_v2 import V2, v2_paths
 from server.reply import JSON, Reply
 from server.routing import as_response, guarded
@@ -32,7 +34,8 @@ _HTML = b"text/html; charset=utf-8"
 _ABOUT = (
     "An inference server that turns many concurrent callers into one batch. Whatever goes wrong is answered "
     "with `application/problem+json`; its `type` leads to a page that says what to do. Methods that a path "
-    "does not list are answered with 405 and the header `Allow`; HEAD goes wherever GET does."
+    "does not list are answered with 405 and the header `Allow`; HEAD goes wherever GET does. Each answer "
+    "has `X-Request-Id`, the caller's where he sent one."
 )
 _TAGS = {
     V2: "What clients of Triton and KServe speak: tensors in JSON or as binary.",
@@ -63,7 +66,7 @@ def describe(core: Core) -> dict[str, Any]:
     models = Described(core)
     auth = core.auth
     paths = v2_paths(models) | native_paths(models) | batch_path(models) | about_paths()
-    paths |= access_paths(auth, ABOUT)
+    paths |= access_paths(auth, ABOUT) | dashboard_paths() | seeing_paths()
     for operations in paths.values():
         for described in operations.values():
             complete(described, auth)

@@ -55,6 +55,7 @@ _EXAMPLES: dict[str, tuple[str, Json]] = {
         {"permission": "infer", "model": "scores"},
     ),
     "unknown-prediction": ("there is no prediction 'none', or none any more", {}),
+    "unknown-request": ("there was no request 'none', or it is too long ago", {"id": "none"}),
     "unknown-version": (
         "model 'scores' has no version '9'; it has '1'",
         {"model": "scores", "version": "9", "versions": ["1"]},
@@ -63,6 +64,7 @@ _EXAMPLES: dict[str, tuple[str, Json]] = {
     "not-found": ("there is nothing at /v2/x", {}),
     "method-not-allowed": ("/v2 takes GET, HEAD, got DELETE", {"allowed": ["GET", "HEAD"]}),
     "receive-timeout": ("the request did not arrive within 30 s", {}),
+    "profile-running": ("somebody else records a profile now", {"retry_after_s": 60}),
     "cancelled": (
         "the prediction was cancelled before it was done",
         {"prediction": {"id": "pYk3", "status": "cancelled", "model": "scores"}},

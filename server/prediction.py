@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import Callable
 
 from batcher.request import Request, State
 from batcher.tenant import Tenant
 from server import v1_encode
 from server.model import Model
+from server.record import Record
 from server.v1_decode import Work
 from server.v1_encode import Answer
 
@@ -20,7 +22,14 @@ log = logging.getLogger("cobatch.server")
 class Prediction:
     """One prediction. `answer` is None until it is finished; `kept_bytes` is what it counts in a store."""
 
-    def __init__(self, subject: str, model: Model, work: Work, tenant: Tenant | None = None) -> None:
+    def __init__(
+        self,
+        subject: str,
+        model: Model,
+        work: Work,
+        tenant: Tenant | None = None,
+        record: Record | None = None,
+    ) -> None:
         # Long enough that nobody finds another's by trying.
         self.id = secrets.token_urlsafe(18)
         self.subject = subject
@@ -30,7 +39,7 @@ class Prediction:
         self.finished_s = 0.0
         self.on_answer: Callable[[Prediction], None] | None = None
         self._model = model
-        self._request: PredictionRequest | None = PredictionRequest(self, model, work, tenant)
+        self._request: PredictionRequest | None = PredictionRequest(self, model, work, tenant, record)
         # To be waited for with `asyncio.wait`, which cancels nothing; None once `answer` is there.
         self.answered: asyncio.Future[Answer] | None = asyncio.get_running_loop().create_future()
 
@@ -83,9 +92,16 @@ class Prediction:
 class PredictionRequest(Request):
     """A prediction's rows in the batcher."""
 
-    __slots__ = ("_model", "_prediction", "_wants")
+    __slots__ = ("_model", "_prediction", "_record", "_wants")
 
-    def __init__(self, prediction: Prediction, model: Model, work: Work, tenant: Tenant | None) -> None:
+    def __init__(
+        self,
+        prediction: Prediction,
+        model: Model,
+        work: Work,
+        tenant: Tenant | None,
+        record: Record | None,
+    ) -> None:
         super().__init__(work.rows, work.row_shapes, work.payloads)
         self.priority = work.priority
         self.timeout_s = work.timeout_s
@@ -93,10 +109,16 @@ class PredictionRequest(Request):
         self.tenant = tenant
         self._prediction = prediction
         self._model = model
+        self._record = record
+        if record is not None:
+            record.model = model.name
+            record.rows = work.rows
         self._wants = work.wants
 
     def done(self) -> None:
         id_, name = self._prediction.id, self._model.name
+        if self._record is not None:
+            self._record.ran(self)
         try:
             if self.error is None:
                 specs = self._model.decoder.signature.outputs
@@ -106,4 +128,8 @@ class PredictionRequest(Request):
         except Exception as error:
             log.exception("model %s: encoding prediction %s failed", name, id_)
             answer = v1_encode.failed(id_, name, error)
+        status, slug = 200, ""
+        if answer.problem is not None:
+            status, slug = answer.problem.kind.status, answer.problem.kind.slug
+        self._model.traffic.count(status, slug, time.monotonic() - self.enqueued_s)
         self._prediction.settle(answer)

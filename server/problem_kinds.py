@@ -102,6 +102,10 @@ KINDS = _table(
          "There is no prediction with this id, or none any more, or it is another subject's: finished ones "
          "are kept for a limited time (kept_s), in limited number and size (kept_predictions, kept_bytes).",
          "Fetch a prediction soon after it is done, as the subject that made it."),
+    Kind("unknown-request", 404, "There was no such request",
+         "No recent request had this X-Request-Id: only the last ones are kept, and only in this process.",
+         "Ask sooner, and ask the server that answered it.",
+         ("id",)),
     Kind("unknown-version", 404, "The model has no such version",
          "The model is served here, but not in this version.",
          "Use the version that `versions` names, or leave it out of the address.",
@@ -118,6 +122,10 @@ KINDS = _table(
          "Use a method that the header Allow names.",
          ("allowed",)),
     # 409: somebody else's doing
+    Kind("profile-running", 409, "A profile is being recorded already",
+         "The server records one profile at a time (POST /v1/profile), and somebody else is at it.",
+         _TRY_LATER,
+         ("retry_after_ms",)),
     Kind("cancelled", 409, "The prediction was cancelled",
          "While this request waited for its prediction, another one cancelled it (DELETE).",
          "To have it made after all, send it again with another Idempotency-Key."),

@@ -76,7 +76,7 @@ class Problem(Exception):
         if kind.status == 405:
             headers += ((b"allow", ", ".join(self.members["allowed"]).encode()),)
         text = msgspec.json.encode(body)
-        return Reply(kind.status, PROBLEM_JSON, (text,), headers=headers, close=self.close)
+        return Reply(kind.status, PROBLEM_JSON, (text,), headers=headers, close=self.close, slug=kind.slug)
 
 
 # Of each of the batcher's errors: the kind, which of its attributes become members as they are, and which,

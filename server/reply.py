@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from starlette.types import Send
+from starlette.types import Scope, Send
+
+from server.record import note
 
 JSON = b"application/json"
 OCTETS = b"application/octet-stream"
@@ -14,11 +16,22 @@ class Reply:
     """Status, content type, body in pieces, and the headers that only some answers have.
 
     `timing` is the value of Server-Timing. `json_length` is the V2 binary extension's
-    Inference-Header-Content-Length. `headers` are further ones, names in lower case. `close` ends the
-    connection after this answer.
+    Inference-Header-Content-Length. `request_id` is for X-Request-Id, where it is known to whoever makes the
+    answer; who sends it may know better. `headers` are further ones, names in lower case. `close` ends the
+    connection after this answer. `slug`: the kind of problem that it tells of.
     """
 
-    __slots__ = ("body", "close", "content_type", "headers", "json_length", "status", "timing")
+    __slots__ = (
+        "body",
+        "close",
+        "content_type",
+        "headers",
+        "json_length",
+        "request_id",
+        "slug",
+        "status",
+        "timing",
+    )
 
     def __init__(
         self,
@@ -28,16 +41,20 @@ class Reply:
         *,
         timing: bytes | None = None,
         json_length: int | None = None,
+        request_id: bytes | None = None,
         headers: tuple[tuple[bytes, bytes], ...] = (),
         close: bool = False,
+        slug: str = "",
     ) -> None:
         self.status = status
         self.content_type = content_type
         self.body = body
         self.timing = timing
         self.json_length = json_length
+        self.request_id = request_id
         self.headers = headers
         self.close = close
+        self.slug = slug
 
     @property
     def length(self) -> int:
@@ -58,7 +75,8 @@ class Reply:
         return headers
 
 
-async def send_reply(reply: Reply, send: Send) -> None:
+async def send_reply(reply: Reply, scope: Scope, send: Send) -> None:
     """The whole answer through ASGI. (`server.asgi` has its own lines: there each microsecond counts.)"""
+    note(scope, reply.slug)
     await send({"type": "http.response.start", "status": reply.status, "headers": reply.header_list()})
     await send({"type": "http.response.body", "body": b"".join(reply.body)})

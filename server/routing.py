@@ -8,12 +8,14 @@ from typing import Literal
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from server.auth.permissions import INFER, METADATA
 from server.auth.principal import Principal, principal_in
 from server.core import Core
 from server.model import Model
 from server.problems import Problem
+from server.record import note
 from server.reply import JSON, Reply
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -70,6 +72,9 @@ def guarded(core: Core, needs: Needs, endpoint: Endpoint) -> Endpoint:
                 _check(core, needs, principal, request.path_params.get("name", ""))
             return await endpoint(request)
         except Problem as problem:
+            model = core.models.get(request.path_params["name"]) if needs == "infer" else None
+            if model is not None:
+                model.traffic.count(problem.kind.status, problem.kind.slug, 0.0)
             return as_response(problem.reply(instance=request.url.path))
 
     return answer
@@ -90,8 +95,17 @@ def _check(core: Core, needs: Needs, principal: Principal, model: str) -> None:
         raise core.forbidden(missing, model if needs in ("read", "infer") else None)
 
 
+class _ReplyResponse(Response):
+    slug = ""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        note(scope, self.slug)
+        await super().__call__(scope, receive, send)
+
+
 def as_response(reply: Reply) -> Response:
     """A reply for Starlette."""
-    response = Response(b"".join(reply.body), reply.status)
+    response = _ReplyResponse(b"".join(reply.body), reply.status)
     response.raw_headers = reply.header_list()
+    response.slug = reply.slug
     return response

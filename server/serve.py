@@ -19,6 +19,7 @@ import uvicorn
 
 from engines.errors import EngineError
 from server import uvicorn_parts
+from server.access_log import JsonFormatter
 from server.app import build
 from server.connection import Connection
 from server.core import Core
@@ -45,6 +46,9 @@ def run(settings: Settings) -> int:
         stream=sys.stderr,
     )
     http = settings.server
+    if http.access_log == "json":
+        for handler in logging.root.handlers:
+            handler.setFormatter(JsonFormatter())
     try:
         check_tls(http.tls_cert, http.tls_key)
         server = Server(settings)
@@ -173,6 +177,8 @@ class Server(uvicorn.Server):
         if self.core.draining and self._drain is None:
             log.info("draining: no new requests, %g s at most", self.core.settings.server.drain_timeout_s)
             self._drain = asyncio.create_task(self._drain_all())
+            for end in self.core.on_draining:
+                end()
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -42,6 +42,8 @@ Text = Annotated[str, Meta(min_length=1)]
 Name = Annotated[str, Meta(pattern=NAME_PATTERN, max_length=128)]
 EngineKind = Literal["auto", "onnxruntime", "tensorrt"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+AccessLog = Literal["off", "text", "json"]
+AccessLogLevel = Literal["info", "warning", "error"]
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 Timeout = Annotated[float, Meta(gt=0, le=86_400)]
 Milliseconds = Annotated[float, Meta(ge=0, le=60_000)]
@@ -128,6 +130,24 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         Text | None, Meta(description="addresses whose X-Forwarded-For/-Proto are believed, with commas")
     ] = None
     log_level: Annotated[LogLevel, Meta(description="least severe messages to log")] = "info"
+    access_log: Annotated[AccessLog, Meta(description="a line on stderr for each request, and its form")] = (
+        "off"
+    )
+    access_log_level: Annotated[
+        AccessLogLevel,
+        Meta(description="which: info all, warning those refused or failed, error those failed"),
+    ] = "info"
+    tracing: Annotated[bool, Meta(description="send OpenTelemetry traces (needs cobatch[otel])")] = False
+    trace_sample: Annotated[
+        float, Meta(ge=0, le=1, description="part of the requests to trace whose callers do not say")
+    ] = 1.0
+    trace_endpoint: Annotated[
+        Text | None,
+        Meta(description="collector, http://HOST:4318 (default: as OTEL_EXPORTER_OTLP_ENDPOINT says)"),
+    ] = None
+    metrics_open: Annotated[
+        bool, Meta(description="with [auth]: let anybody read /metrics, without a credential")
+    ] = False
     fast_path: Annotated[bool, Meta(description="serve the infer routes below ASGI")] = True
     allow_anonymous: Annotated[bool, Meta(description="permit a host that others can reach")] = False
 

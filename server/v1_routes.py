@@ -26,6 +26,7 @@ from server.model import Model
 from server.prediction import Prediction
 from server.predictions import Predictions
 from server.problems import from_error, stopping
+from server.record import record_in
 from server.reply import JSON, Reply
 from server.routing import as_response, find, guarded
 from server.v1_content import fingerprint, read_content
@@ -90,7 +91,7 @@ class _Resource:
             # Asked again: while the body came others may have come too, or the end.
             self._check_open(model, tenant)
             work = v1_decode.decode(content, model.decoder)
-            prediction = Prediction(subject, model, work, tenant)
+            prediction = Prediction(subject, model, work, tenant, record_in(request.scope))
             self._start(prediction, work.bytes, idempotency, keep=prefers.respond_async or key is not None)
         if prefers.respond_async:
             return await self._respond_later(request, prediction, prefers)

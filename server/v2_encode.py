@@ -19,6 +19,7 @@ import orjson
 from batcher.request import Batch, Request
 from engines.base import Signature
 from server.reply import JSON, OCTETS, Reply
+from server.request_id import id_lead
 from server.v2_decode import Wants
 
 _KEPT_FRAMES = 1024
@@ -39,37 +40,40 @@ class Encoder:
         self._names = [msgspec.json.encode(spec.name) for spec in signature.outputs]
         self._frames: dict[tuple[Wants, int, Shapes], list[bytes]] = {}
 
-    def encode(self, request: Request, wants: Wants, request_id: str | None, usage: bool = False) -> Reply:
+    def encode(self, request: Request, wants: Wants, message_id: str | None, usage: bool = False) -> Reply:
         """The reply to a request that ran; call it inside `Request.done`. `usage`: say so in the body too."""
         batch = request.batch
         assert batch is not None
-        memo = batch.memo
-        shapes = memo.get("shapes")
-        if shapes is None:
-            shapes = memo["shapes"] = tuple([output.shape[1:] for output in batch.outputs])
-            memo["timing"] = timing_of_batch(batch)
-        timing = b"queue;dur=%.3f%b" % ((batch.dispatched_s - request.enqueued_s) * 1e3, memo["timing"])
+        shared = batch.memo.get("shared")
+        if shared is None:
+            shapes = tuple([output.shape[1:] for output in batch.outputs])
+            shared = batch.memo["shared"] = shapes, timing_of_batch(batch), id_lead(batch)
+        shapes, shared_timing, lead_of_id = shared
+        timing = b"queue;dur=%.3f%b" % ((batch.dispatched_s - request.enqueued_s) * 1e3, shared_timing)
+        # One that rode in a batch of its own making (a split one, say) gets its id elsewhere.
+        request_id = b"%b%d" % (lead_of_id, request.first_row) if lead_of_id else None
         start = self._start
-        if request_id is not None:
-            start += b',"id":' + msgspec.json.encode(request_id)
+        if message_id is not None:
+            start += b',"id":' + msgspec.json.encode(message_id)
         if usage:
             start += _usage(request, batch)
         rows = request.rows
         first = request.first_row
         frame = self._frame(wants, rows, shapes)
         if len(wants) != 1:
-            return self._mixed(batch, first, rows, wants, start, timing, frame)
+            return self._mixed(batch, first, rows, wants, start, timing, request_id, frame)
         # One output is the common case, and spelled out.
         index, binary = wants[0]
         lead, end = frame
         if not binary:
             text = self._json_data(batch, index, first, rows)
-            return Reply(200, JSON, (start, lead, text, end), timing=timing)
+            return Reply(200, JSON, (start, lead, text, end), timing=timing, request_id=request_id)
         if self._specs[index].datatype == "BYTES":
-            return self._mixed(batch, first, rows, wants, start, timing, frame)
+            return self._mixed(batch, first, rows, wants, start, timing, request_id, frame)
         data = self._binary_rows(batch, index, first, rows)
         json_length = len(start) + len(lead) + len(end)
-        return Reply(200, OCTETS, (start, lead, end, data), timing=timing, json_length=json_length)
+        body = (start, lead, end, data)
+        return Reply(200, OCTETS, body, timing=timing, json_length=json_length, request_id=request_id)
 
     def _mixed(
         self,
@@ -79,6 +83,7 @@ class Encoder:
         wants: Wants,
         start: bytes,
         timing: bytes,
+        request_id: bytes | None,
         frame: list[bytes],
     ) -> Reply:
         pieces: list[bytes | memoryview] = [start]
@@ -96,8 +101,9 @@ class Encoder:
         pieces.append(frame[-1])
         if any(binary for _, binary in wants):
             json_length = sum(map(len, pieces))
-            return Reply(200, OCTETS, pieces + tail, timing=timing, json_length=json_length)
-        return Reply(200, JSON, pieces, timing=timing)
+            body = pieces + tail
+            return Reply(200, OCTETS, body, timing=timing, json_length=json_length, request_id=request_id)
+        return Reply(200, JSON, pieces, timing=timing, request_id=request_id)
 
     def _json_data(self, batch: Batch, index: int, first: int, rows: int) -> bytes:
         """Text of some rows of an output: the elements without brackets, flat."""

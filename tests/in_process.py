@@ -23,6 +23,7 @@ from server.asgi import InferRoutes
 from server.auth.gate import Gate
 from server.auth.settings import AuthSettings
 from server.core import Core
+from server.observed import Observed
 from server.settings import ModelSettings, ServerSettings, Settings
 from tests.serving import DEADLINE_S, GatedEngine
 
@@ -67,7 +68,8 @@ async def in_process(
 
     core.on_load_failed = failed
     app = build(core)
-    inner = app._app if isinstance(app, Gate) else app
+    assert isinstance(app, Observed)
+    inner = app.app._app if isinstance(app.app, Gate) else app.app
     assert isinstance(inner, InferRoutes)
     starlette: Any = inner.app
     # What goes wrong inside must come back as a response, as it does over a socket.

@@ -24,6 +24,7 @@ from server.app import build
 from server.asgi import InferRoutes
 from server.auth.principal import PRINCIPAL, Principal
 from server.core import Core
+from server.observed import Observed
 from server.settings import ModelSettings, ServerSettings, Settings
 from tests import models
 from tests.serving import DEADLINE_S, GatedEngine
@@ -34,7 +35,7 @@ GATE = "/v1/models/gate/predictions"
 class App:
     """A running application and a client for it."""
 
-    def __init__(self, app: InferRoutes, core: Core, client: httpx.AsyncClient) -> None:
+    def __init__(self, app: Observed, core: Core, client: httpx.AsyncClient) -> None:
         self.app = app
         self.core = core
         self.client = client
@@ -87,11 +88,13 @@ async def running(
     ready = asyncio.Event()
     core.on_ready = ready.set
     app = build(core)
-    assert isinstance(app, InferRoutes)
+    assert isinstance(app, Observed)
+    inner = app.app
+    assert isinstance(inner, InferRoutes)
     transport = httpx.ASGITransport(Subjects(app))
     with mock.patch.object(server.model, "load_engine", load):
         async with (
-            app.app.router.lifespan_context(app.app),  # type: ignore[attr-defined]
+            inner.app.router.lifespan_context(inner.app),  # type: ignore[attr-defined]
             httpx.AsyncClient(transport=transport, base_url="http://test") as client,
         ):
             await asyncio.wait_for(ready.wait(), DEADLINE_S)

@@ -21,6 +21,7 @@ from batcher.batcher import Batcher
 from server.auth import api_keys
 from server.auth.authenticator import Authenticator
 from server.auth.settings import AuthSettings, Issuer
+from server.live import Live
 from server.settings import ModelSettings
 from tests import tokens
 from tests.serving import GATE, Answer, Client, GatedEngine, Served, post, rows_of, serve
@@ -129,9 +130,11 @@ def protected(
     clock = Clock()
     make = functools.partial(Authenticator, wall_clock=clock.wall, clock=clock.monotonic)
     batcher = functools.partial(Batcher, clock=clock.monotonic)
+    live = functools.partial(Live, wall_clock=clock.wall)
     with (
         mock.patch("server.core.Authenticator", make),
         mock.patch("server.model.Batcher", batcher),
+        mock.patch("server.app.Live", live),
         mock.patch("server.fastpath.time", clock.module),
         mock.patch("server.auth.gate.time", clock.module),
         mock.patch("server.batch_routes.time", clock.module),

@@ -323,13 +323,13 @@ def serve(
     auth: AuthSettings | None = None,
     **settings: Any,
 ) -> Iterator[Served]:
-    """Serve `models` on a free port; `engines` by path go before what the files would be loaded with."""
+    """Serve `models`, on a free port unless one is given; `engines` by path go before what the files would be loaded with."""
     fakes = engines or {}
 
     def load(kind: str, path: str, max_batch_size: int, options: EngineOptions) -> Engine:
         return fakes.get(path) or load_engine(kind, path, max_batch_size, options)
 
-    http = ServerSettings(port=0, fast_path=fast, **{"drain_timeout_s": DEADLINE_S, **settings})
+    http = ServerSettings(fast_path=fast, **{"port": 0, "drain_timeout_s": DEADLINE_S, **settings})
     with mock.patch.object(server.model, "load_engine", load):
         served = Served(_Quiet(Settings(server=http, models=models, auth=auth)), fast)
         served.start(ready)

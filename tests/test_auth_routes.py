@@ -26,7 +26,7 @@ async def test_every_route_is_open_on_purpose_or_closed(tmp_path: Path) -> None:
     model = ModelSettings(path="gate", max_batch_size=4)
     async with in_process(model, engines={"gate": GatedEngine()}, auth=auth) as running:
         app = running.starlette
-        fill = {"{name}": "gate", "{version}": "1", "{id}": "x", "{slug}": "draining"}
+        fill = {"{name}": "gate", "{version}": "1", "{id}": "x", "{slug}": "draining", "{file}": "style.css"}
         paths: dict[str, set[str]] = {}
         for route in app.routes:
             assert isinstance(route, Route), "what is it, and who may ask it?"
@@ -58,7 +58,7 @@ async def test_every_route_is_open_on_purpose_or_closed(tmp_path: Path) -> None:
             for path in (
                 "/v2/health/live", "/v2/health/ready", "/v2/models/gate/ready",
                 "/v2/models/gate/versions/1/ready", "/problems", "/problems/draining",
-                "/.well-known/oauth-protected-resource",
+                "/.well-known/oauth-protected-resource", "/dashboard", "/dashboard/static/style.css",
             )
         }  # fmt: skip
 

@@ -35,6 +35,7 @@ ELSEWHERE = {
     "expired",
     "headers-too-large",
     "idempotency-mismatch",
+    "profile-running",
     "receive-timeout",
     "result-too-large",
     "too-many-predictions",
@@ -71,6 +72,7 @@ REQUESTS: dict[str, list[dict[str, Any]]] = {
         {"method": "GET", "url": "/v2/models/none"},
         {"method": "POST", "url": "/v2/models/none/infer", "json": {}},
     ],
+    "unknown-request": [{"method": "GET", "url": "/v1/requests/none"}],
     "unknown-prediction": [{"method": "GET", "url": "/v1/predictions/none"}],
     "not-found": [
         {"method": "GET", "url": url} for url in ("/", "/v2/x", "/v2/models/gate/infer/", "/problems/none")

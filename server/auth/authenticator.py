@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,11 @@ from server.auth.tenants import Tenants
 from server.auth.tokens import TokenError, TokenVerifier, Verified, claim_at
 from server.problems import Problem
 
+# What comes of a credential that is looked at: who it is, from memory or not, or why nobody.
+RESULTS = (
+    *("verified", "remembered", "key"),
+    *("missing", "invalid", "forged", "refused-again", "unknown-key", "throttled", "keys-unavailable"),
+)
 _REFUSED_S = 60.0
 _REFUSALS = 4096
 KeySource = StaticKeys | FetchedKeys
@@ -66,6 +72,9 @@ class Authenticator:
         self._of_api_key: dict[str, Principal] = {}
         self._refused: dict[bytes, tuple[str, float]] = {}  # why, and until when
         self._vouched: dict[Key, WeakSet[Principal]] = {}
+        # How often credentials were looked at, by what came of it. The fast path does not ask again for
+        # header blocks that it knows.
+        self.results: Counter[str] = Counter(dict.fromkeys(RESULTS, 0))
         self.on_ready: Callable[[], None] = lambda: None  # called when an issuer's keys are there
 
     def _source(self, issuer: Issuer) -> KeySource:
@@ -96,6 +105,7 @@ class Authenticator:
     def recall(self, credential: Credential | None) -> Principal | Problem | None:
         """What is known without checking a signature; None: ask `authenticate`."""
         if credential is None:
+            self.results["missing"] += 1
             return self.challenges.missing()
         if credential.is_key:
             return self._by_api_key(credential.value)
@@ -103,10 +113,12 @@ class Authenticator:
         principal = self._remembered.get(digest)
         if principal is not None:
             if principal.expires_s > self._now():
+                self.results["remembered"] += 1
                 return principal
             del self._remembered[digest]
         refused = self._refused.get(digest)
         if refused is not None and refused[1] > self._clock():
+            self.results["refused-again"] += 1
             return self.challenges.invalid_token(refused[0])
         return None
 
@@ -118,10 +130,11 @@ class Authenticator:
         if known is not None:
             raise known
         assert credential is not None
-        token = token_of(credential.value, self.challenges)
+        token = self._token_in(credential)
         try:
             verified = await self._verifier.verify(token, lambda: self._check_failures(address))
         except TokenError as error:
+            self.results["forged" if error.forged else "invalid"] += 1
             if error.forged:
                 self.failures.charge(address)
             if error.remember:
@@ -129,16 +142,26 @@ class Authenticator:
                 _keep(self._refused, _digest(credential), (error.detail, until_s), _REFUSALS)
             raise self.challenges.invalid_token(error.detail) from None
         except KeysUnavailableError as error:
+            self.results["keys-unavailable"] += 1
             detail = "the keys of the token's issuer are not to be had now"
             raise Problem("keys-unavailable", detail, retry_after_s=error.retry_after_s) from None
+        self.results["verified"] += 1
         principal = self._principal(verified)
         self._vouched.setdefault(verified.key, WeakSet()).add(principal)
         _keep(self._remembered, _digest(credential), principal, self.settings.remembered_tokens)
         return principal
 
+    def _token_in(self, credential: Credential) -> str:
+        try:
+            return token_of(credential.value, self.challenges)
+        except Problem:
+            self.results["invalid"] += 1
+            raise
+
     def _check_failures(self, address: str) -> None:
         wait_s = self.failures.wait_s(address)
         if wait_s > 0:
+            self.results["throttled"] += 1
             detail = "too many tokens from this address had a wrong signature"
             raise Problem("too-many-bad-tokens", detail, retry_after_s=wait_s)
 
@@ -146,6 +169,7 @@ class Authenticator:
         found = None
         if self._api_keys is not None:
             found = self._api_keys.find(presented.decode("latin-1"), self._now())
+        self.results["unknown-key" if found is None else "key"] += 1
         if found is None:
             return self.challenges.invalid_token("the API key is not known, or it has expired")
         principal = self._of_api_key.get(found.id)

@@ -19,25 +19,29 @@ from server.auth.standing import standing
 from server.problems import Problem
 from server.reply import send_reply
 
-# Health, what problems mean, and where to get a token.
+# Health, what problems mean, where to get a token, and the live page without what it shows.
 OPEN = re.compile(
-    rf"/v2/health/(?:live|ready)|/v2/models/[^/]+(?:/versions/[^/]+)?/ready|/problems(?:/[^/]*)?|{WELL_KNOWN}(?:/.*)?"
+    r"/v2/health/(?:live|ready)|/v2/models/[^/]+(?:/versions/[^/]+)?/ready|/problems(?:/[^/]*)?"
+    rf"|/dashboard(?:/static/[^/]*)?|{WELL_KNOWN}(?:/.*)?"
 )
+# With the setting `metrics_open`.
+OPEN_WITH_METRICS = re.compile(rf"{OPEN.pattern}|/metrics")
 
 
 class Gate:
     """Puts the principal into the scope, or answers the refusal."""
 
-    def __init__(self, app: ASGIApp, auth: Authenticator) -> None:
+    def __init__(self, app: ASGIApp, auth: Authenticator, *, open_metrics: bool = False) -> None:
         self._app = app
         self._auth = auth
+        self._open = OPEN_WITH_METRICS if open_metrics else OPEN
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._is_open(scope):
             try:
                 principal = await self._principal(scope)
             except Problem as problem:
-                await send_reply(problem.reply(instance=scope["path"]), send)
+                await send_reply(problem.reply(instance=scope["path"]), scope, send)
                 return
             scope[PRINCIPAL] = principal
             if self._auth.settings.rate_limit_headers and principal.tenant.limited:
@@ -50,10 +54,9 @@ class Gate:
         client = scope.get("client")
         return await auth.authenticate(credential, client[0] if client else "")
 
-    @staticmethod
-    def _is_open(scope: Scope) -> bool:
+    def _is_open(self, scope: Scope) -> bool:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        return scope["method"] in ("GET", "HEAD") and OPEN.fullmatch(path) is not None
+        return scope["method"] in ("GET", "HEAD") and self._open.fullmatch(path) is not None
 
 
 def _with_standing(send: Send, principal: Principal) -> Send:

@@ -8,9 +8,12 @@ from weakref import WeakValueDictionary
 
 from batcher.tenant import Tenant
 from server.auth.settings import TenantRule
+from server.tenant_totals import TenantTotals, Total
 
 _Key = tuple[str, int]  # the tenant's name, and which rule holds for it
 _KEPT = 10_000
+# So many of them are shown by name where what tenants have had is shown.
+SHOWN = 20
 
 
 class Tenants:
@@ -26,7 +29,9 @@ class Tenants:
         clock: Callable[[], float] = time.monotonic,
         *,
         kept: int = _KEPT,
+        shown: int = SHOWN,
     ) -> None:
+        self._totals = TenantTotals(shown, clock)
         self._rules = rules
         self._clock = clock
         self._all: WeakValueDictionary[_Key, Tenant] = WeakValueDictionary()
@@ -39,11 +44,16 @@ class Tenants:
         tenant = self._all.get(key)
         if tenant is None:
             self._all[key] = tenant = self._made(*key)
+            self._totals.add(tenant)
         if key not in self._kept:
             self._kept[key] = tenant
             if len(self._kept) > self._tidy_at:
                 self._tidy()
         return tenant
+
+    def totals(self) -> list[tuple[str, Total]]:
+        """What the busiest tenants have had, by name, and all others together."""
+        return self._totals.totals()
 
     def _rule_for(self, name: str, values: Collection[str]) -> int:
         """The index of the first rule that fits, -1 where none does."""

@@ -1,0 +1,166 @@
+"""What is counted of requests, and who else is told of them.
+
+Counting is always on, so it has to cost next to nothing: an answer with rows is an element appended to a list
+(`batcher.samples`), any other one a count in a dict. Records of single requests (`server.record`) are made
+only where somebody wants them, and what that one raises never reaches a request.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from batcher.batcher import Batcher
+from batcher.request import Batch
+from batcher.samples import FULL, Samples
+from server.loop_lag import LoopLag
+from server.record import Record
+
+if TYPE_CHECKING:
+    from server.auth.tenants import Tenants
+    from server.model import Model
+    from server.tenant_totals import Total
+
+log = logging.getLogger("cobatch.observe")
+
+# What stands for the status where the client left before there was one, as nginx has it.
+LEFT = 499
+LEFT_SLUG = "client-left"
+
+RecordSink = Callable[[Record], None]
+BatchSink = Callable[[Batcher, Batch], None]
+
+
+class Traffic:
+    """Inference requests for one model. `durations` of those that were answered with rows: from complete
+    headers until the answer was written. `problems`: all others, by status and kind of problem."""
+
+    __slots__ = ("durations", "problems")
+
+    def __init__(self) -> None:
+        self.durations = Samples()
+        self.problems: Counter[tuple[int, str]] = Counter()
+
+    def count(self, status: int, slug: str, duration_s: float) -> None:
+        """Count an answer."""
+        if status != 200:
+            self.problems[status, slug] += 1
+            return
+        values = self.durations.values
+        values.append(duration_s)
+        if len(values) >= FULL:
+            self.durations.count_in()
+
+    def count_alike(self, answers: int, duration_s: float) -> None:
+        """Count so many answers with rows that were given together."""
+        values = self.durations.values
+        values += [duration_s] * answers
+        if len(values) >= FULL:
+            self.durations.count_in()
+
+    def plus(self, other: Traffic) -> Traffic:
+        """That of both."""
+        both = Traffic()
+        both.durations = self.durations.plus(other.durations)
+        both.problems = self.problems + other.problems
+        return both
+
+
+class Observer:
+    """Of one process. `http`: answers of everything but the fast path, by route, method, status and kind of
+    problem; the route is empty where there is none."""
+
+    def __init__(self, models: Mapping[str, Model], tenants: Tenants | None) -> None:
+        self.models = models
+        self._tenants = tenants
+        self.lag = LoopLag()
+        self.http: Counter[tuple[str, str, int, str]] = Counter()
+        self.watched = False  # whether anybody wants records
+        self._begin: list[RecordSink] = []
+        self._requests: list[RecordSink] = []
+        self._recorded: list[RecordSink] = []
+        self._batches: list[BatchSink] = []
+
+    def add(
+        self,
+        *,
+        begin: RecordSink | None = None,
+        requests: RecordSink | None = None,
+        recorded: RecordSink | None = None,
+        batches: BatchSink | None = None,
+    ) -> None:
+        """Tell these from now on: of each request when its headers are there, and when it is answered or its
+        client has left; `recorded` only of those that have a record anyhow (all but most good ones of the
+        fast path); of each batch when it is dealt with, its requests still in it. They must be quick, and may
+        keep records and batches."""
+        if recorded is not None:
+            self._recorded.append(recorded)
+        if begin is not None:
+            self._begin.append(begin)
+        if requests is not None:
+            self._requests.append(requests)
+        if batches is not None:
+            self._batches.append(batches)
+        self._changed()
+
+    def remove(
+        self,
+        *,
+        begin: RecordSink | None = None,
+        requests: RecordSink | None = None,
+        batches: BatchSink | None = None,
+    ) -> None:
+        """Tell these no more."""
+        if begin is not None:
+            self._begin.remove(begin)
+        if requests is not None:
+            self._requests.remove(requests)
+        if batches is not None:
+            self._batches.remove(batches)
+        self._changed()
+
+    def _changed(self) -> None:
+        self.watched = bool(self._begin or self._requests)
+        for model in self.models.values():
+            self.watch(model)
+
+    @property
+    def traffic(self) -> dict[str, Traffic]:
+        """By model, whichever way it came."""
+        return {name: model.fast_traffic.plus(model.traffic) for name, model in self.models.items()}
+
+    def tenants(self) -> list[tuple[str, Total]]:
+        """What the busiest tenants have had, by name, and all others together; none where nobody is known."""
+        return [] if self._tenants is None else self._tenants.totals()
+
+    def watch(self, model: Model) -> None:
+        """See to it that batches of a model that has been loaded are told of, if anybody wants them."""
+        batcher = model.batcher
+        if batcher is not None:
+            batcher.watch_batches(partial(self._batch_done, batcher) if self._batches else None)
+
+    def begin(self, record: Record) -> None:
+        """A request's headers are there."""
+        for sink in self._begin:
+            _tell(sink, record)
+
+    def request_done(self, record: Record) -> None:
+        """It is answered, or its client has left."""
+        for sink in self._requests:
+            _tell(sink, record)
+        for sink in self._recorded:
+            _tell(sink, record)
+
+    def _batch_done(self, batcher: Batcher, batch: Batch) -> None:
+        for sink in self._batches:
+            _tell(sink, batcher, batch)
+
+
+def _tell(sink: Callable[..., None], *what: Any) -> None:
+    try:
+        sink(*what)
+    except Exception:
+        log.exception("whoever watches requests failed")

@@ -1,0 +1,46 @@
+"""The live page in the API's description."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from server.openapi_native import ABOUT
+from server.openapi_parts import in_path, operation
+
+Json = dict[str, Any]
+
+_EVENTS = (
+    "Server-sent events. `hello` first: what is served, its settings, and the last five minutes; then `tick` "
+    "once a second: what each model did in it. What is in them follows the page and may change with it: "
+    "for programs of your own there is `/metrics`."
+)
+
+
+def dashboard_paths() -> Json:
+    """The page, its files and its feed."""
+
+    def text(description: str, *media: str) -> Json:
+        return {
+            "200": {
+                "description": description,
+                "content": {one: {"schema": {"type": "string"}} for one in media},
+            }
+        }
+
+    file = in_path("file", "A file's name.", example="style.css")
+    files = ("text/css", "text/javascript", "image/svg+xml", "text/html")
+    return {
+        "/dashboard": {
+            "get": operation("getDashboard", ABOUT, "The live page", "For people who watch the node.",
+                             text("The page. It shows nothing by itself.", "text/html"), needs="open")
+        },
+        "/dashboard/static/{file}": {
+            "get": operation("getDashboardFile", ABOUT, "A file of the live page", "Style, scripts, icon.",
+                             text("The file.", *files), needs="open", problems=("not-found",),
+                             parameters=[file])
+        },
+        "/dashboard/events": {
+            "get": operation("getDashboardEvents", ABOUT, "What the live page shows", _EVENTS,
+                             text("Events, until one side ends it.", "text/event-stream"), needs="admin")
+        },
+    }  # fmt: skip
