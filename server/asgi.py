@@ -44,10 +44,7 @@ class InferRoutes:
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             model = self._paths.get(path)
             if model is None:
-                app = self._direct.get(path, app)
-                record = record_in(scope)
-                if app is not self.app and record is not None:
-                    record.route = path
+                app = self._other(scope, path)
         if model is None:
             await app(scope, receive, send)
             return
@@ -83,6 +80,13 @@ class InferRoutes:
         head = reply.header_list(len(body))
         await send({"type": "http.response.start", "status": reply.status, "headers": head})
         await send({"type": "http.response.body", "body": body})
+
+    def _other(self, scope: Scope, path: str) -> ASGIApp:
+        direct = self._direct.get(path)
+        record = record_in(scope)
+        if direct is not None and record is not None:
+            record.route = path
+        return direct or self.app
 
 
 class _Caller:

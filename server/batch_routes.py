@@ -185,7 +185,7 @@ class _Call:
     def _count(self, replies: list[Reply], duration_s: float) -> None:
         """Each infer item is a request for its model. It took as long as the call: nobody has it sooner."""
         alike = set(self._counted)
-        if len(alike) == 1 and None not in alike and not any([reply.slug for reply in replies]):
+        if len(alike) == 1 and None not in alike and not any(reply.slug for reply in replies):
             (model,) = alike
             model.traffic.count_alike(len(replies), duration_s)  # type: ignore[union-attr]  # not None
             return

@@ -29,7 +29,7 @@ from server.compression import choose, compress
 from server.connection import BODY, NOTHING, Connection
 from server.core import Core, InferRequest, instance_of
 from server.model import Model
-from server.observe import LEFT, LEFT_SLUG
+from server.observe import LEFT, LEFT_SLUG, Observer
 from server.problems import Problem, too_large
 from server.record import INFER_ROUTE, MARKS, Record, reply_headers
 from server.reply import Reply
@@ -109,7 +109,7 @@ class FastCycle:
         self.keep_alive = known.keep_alive
         self.received_s = time.monotonic()
         # Only where somebody wants it.
-        self.record = self._begin() if known.marks or protocol.core.observer.watched else None
+        self.record = self._begin() if known.marks or protocol.observer.watched else None
         self.disconnected = False
         self.response_complete = False
         self.message_event = _NO_EVENT
@@ -125,12 +125,12 @@ class FastCycle:
     def reply(self, reply: Reply) -> None:
         """Answer the request. Called once, unless the connection was lost first."""
         protocol = self.protocol
-        # Not kept, or the two would keep each other until the next garbage collection.
-        request, self.request = self.request, None
         if reply.request_id is None and self.record is None:
+            # Not an answer that says by its id where it rode.
             self.record = self._new_record()
-            if request is not None:
-                self.record.ran(request)
+            if self.request is not None:
+                self.record.ran(self.request)
+        self.request = None  # or the two would keep each other until the next garbage collection
         coding = self.known.coding
         if coding is None or reply.length < protocol.core.settings.server.compress_min_bytes:
             self._write(reply)
@@ -160,6 +160,8 @@ class FastCycle:
 
     def refuse(self, refusal: Reply) -> None:
         """Answer before the body is read, which is dropped then."""
+        if self.record is None:
+            self.record = self._new_record()
         self._write(refusal)
 
     def _write(self, reply: Reply) -> None:
@@ -167,19 +169,17 @@ class FastCycle:
         principal = self.known.principal
         if principal is not None and self.protocol.core.shows_standing and principal.tenant.limited:
             reply.headers += standing(principal.tenant, time.monotonic())
-        if self.record is not None or reply.request_id is None:
-            self._name(reply)
+        if self.record is not None:
+            self._name(reply, self.record)
         written_s = None if self.disconnected else self.protocol.write_reply(reply, self.keep_alive)
         if written_s is not None:
             self.known.model.fast_traffic.count(reply.status, reply.slug, written_s - self.received_s)
             if self.record is not None:
                 self._tell(self.record, reply.status, reply.slug, written_s)
 
-    def _name(self, reply: Reply) -> None:
-        """The caller's id goes before ours; what is not an infer request's answer in a batch has none yet."""
-        if self.record is None:
-            self.record = self._new_record()
-        record = self.record
+    @staticmethod
+    def _name(reply: Reply, record: Record) -> None:
+        """The caller's id goes before ours."""
         if not record.request_id and reply.request_id is not None:
             record.request_id = reply.request_id.decode()
         reply.request_id = None
@@ -200,8 +200,9 @@ class FastCycle:
 
 
 class FastProtocol(Connection):
-    """One connection. `core` and `known_blocks` are set by `make_protocol`."""
+    """One connection. `core`, `observer` and `known_blocks` are set by `make_protocol`."""
 
+    observer: Observer
     known_blocks: dict[bytes, Known]
 
     def __init__(
@@ -376,4 +377,6 @@ class FastProtocol(Connection):
 
 def make_protocol(core: Core) -> type[FastProtocol]:
     """The protocol class for one server, to be given to uvicorn as `http`."""
-    return type("CobatchProtocol", (FastProtocol,), {"core": core, "known_blocks": {}})
+    return type(
+        "CobatchProtocol", (FastProtocol,), {"core": core, "observer": core.observer, "known_blocks": {}}
+    )

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import secrets
 import socket
 import time
 from collections import deque
@@ -210,9 +208,6 @@ def _event(kind: bytes, data: bytes) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (kind, data)
 
 
-_INSTANCE = secrets.token_hex(8)
-
-
 def hello(core: Core, started: float) -> dict[str, Any]:
     """What a page has to know of the server once. No secrets: of files that hold some, not even the names."""
     models = {}
@@ -227,7 +222,6 @@ def hello(core: Core, started: float) -> dict[str, Any]:
         }
     values, own = _settings(core.settings.server)
     return {
-        "instance": f"{os.getpid()}-{_INSTANCE}",
         "version": __version__,
         "host": socket.gethostname(),
         "started": started,

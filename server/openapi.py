@@ -20,7 +20,7 @@ from server.docs_page import HEADERS as PAGE_HEADERS
 from server.docs_page import render
 from server.openapi_access import OF_AUTH, access_paths, complete, headers, security_schemes
 from server.openapi_errors import problem_examples
-from server.openapi_live import dashboard_paths
+from server.openapi_live import dashboard_paths, metrics_paths
 from server.openapi_models import Described
 from server.openapi_native import ABOUT, BATCH, V1, about_paths, batch_path, native_paths
 from server.openapi_parts import HEADERS
@@ -66,7 +66,7 @@ def describe(core: Core) -> dict[str, Any]:
     models = Described(core)
     auth = core.auth
     paths = v2_paths(models) | native_paths(models) | batch_path(models) | about_paths()
-    paths |= access_paths(auth, ABOUT) | dashboard_paths() | seeing_paths()
+    paths |= access_paths(auth, ABOUT) | dashboard_paths() | metrics_paths() | seeing_paths()
     for operations in paths.values():
         for described in operations.values():
             complete(described, auth)

@@ -1,4 +1,4 @@
-"""The live page in the API's description."""
+"""What is for those who watch the server, in the API's description: the live page and the metrics."""
 
 from __future__ import annotations
 
@@ -44,3 +44,16 @@ def dashboard_paths() -> Json:
                              text("Events, until one side ends it.", "text/event-stream"), needs="admin")
         },
     }  # fmt: skip
+
+
+def metrics_paths() -> Json:
+    """What Prometheus reads."""
+    formats = ("text/plain", "application/openmetrics-text")
+    found = {
+        "description": "The metrics now.",
+        "content": {media: {"schema": {"type": "string"}} for media in formats},
+    }
+    about = "For Prometheus, or as OpenMetrics where `Accept` asks for it. docs/metrics.md lists all."
+    return {
+        "/metrics": {"get": operation("getMetrics", ABOUT, "Metrics", about, {"200": found}, needs="admin")}
+    }

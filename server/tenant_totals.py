@@ -1,9 +1,9 @@
 """What tenants have had, for those who watch: the busiest by name, all others together.
 
 There may be any number of tenants, and time series must not grow with them. Each account counts for itself
-(`batcher.tenant.Figures`); here the counts are gathered into totals when somebody asks. A name has a total of
-its own from the time on at which it was found among the busiest; what it had before stays in `other`. It loses
-it to a name that has lately been much busier. So no total ever goes back, but one may begin anew at 0.
+(`batcher.tenant.Figures`); here the counts are gathered into totals when somebody asks. A name has a total
+of its own from the time on at which it was found among the busiest; what it had before stays in `other`. It
+loses it to a name that has lately been much busier. So no total ever goes back, but one may begin anew at 0.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
 import time
 from collections.abc import Callable
 from random import random
@@ -49,14 +50,15 @@ from batcher.request import Batch
 from server import __version__
 from server.record import Record
 
-# Of a caller's header: whether it is one, and whether the caller traces this request.
+# Of a caller's header: whether it is one, and whether the caller traces this request. A later version may
+# have more behind it.
 _TRACEPARENT = re.compile(
-    r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]([0-9a-f])(?:-.*)?"
+    r"(?:(00)|(?!ff)[0-9a-f]{2})-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]([0-9a-f])(?(1)|(?:-.*)?)"
 )
 # How long after its first request's end a batch is waited for by those of its requests that end later.
 _CLOSE_AFTER_S = 1.0
 _MOST_LINKS = 1024
-_FLUSH_MS = 5000
+_STOP_S = 3.0
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
@@ -88,7 +90,8 @@ class Tracing:
             shutdown_on_exit=False,
         )
         target = None if endpoint is None else f"{endpoint.rstrip('/')}/v1/traces"
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=target)))
+        self._exporter = OTLPSpanExporter(endpoint=target)
+        self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
         self._tracer = self._provider.get_tracer("cobatch", __version__)
         self._clock = clock
         self._wall_clock = wall_clock
@@ -107,7 +110,7 @@ class Tracing:
             if self._draw() >= self._ratio:
                 return
             context = None
-        elif int(parent[1], 16) & 1:
+        elif int(parent[2], 16) & 1:
             carrier = {"traceparent": record.traceparent, "tracestate": record.tracestate}
             context = _PROPAGATOR.extract(carrier)
         else:
@@ -171,11 +174,15 @@ class Tracing:
             span.end(self._ns(batch.answered_s or batch.finished_s))
 
     def stop(self) -> None:
-        """Send what is left; gives up after a few seconds."""
+        """Send what is left. Gives up after a few seconds: the end waits for no receiver that is gone."""
         for batch in list(self._open):
             self._close(batch)
-        self._provider.force_flush(_FLUSH_MS)
-        self._provider.shutdown()
+        sending = threading.Thread(target=self._provider.shutdown, name="cobatch-traces", daemon=True)
+        sending.start()
+        sending.join(_STOP_S)
+        if sending.is_alive():
+            self._exporter.shutdown()  # type: ignore[no-untyped-call]  # it waits to try again
+            sending.join(_STOP_S)
 
     def _ns(self, time_s: float) -> int:
         return int((time_s + self._offset_s) * 1e9)

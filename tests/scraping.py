@@ -23,15 +23,17 @@ class Scrape:
                 assert key not in self._values, f"{key} twice"
                 self._values[key] = sample.value
 
-    def value(self, name: str, **labels: str) -> float | None:
+    def value(self, name: str, /, **labels: str) -> float | None:
         """The value of one series, None where there is no such series."""
         return self._values.get((f"cobatch_{name}", _key(labels)))
 
     def of(self, name: str) -> dict[Labels, float]:
         """All series of one name, by labels."""
-        return {labels: value for (found, labels), value in self._values.items() if found == f"cobatch_{name}"}
+        return {
+            labels: value for (found, labels), value in self._values.items() if found == f"cobatch_{name}"
+        }
 
-    def buckets(self, name: str, **labels: str) -> dict[str, float]:
+    def buckets(self, name: str, /, **labels: str) -> dict[str, float]:
         """A histogram's buckets, by their upper bound."""
         found = {}
         for key, value in self.of(f"{name}_bucket").items():

@@ -90,7 +90,7 @@ def test_the_page_shows_what_metrics_say_under_load(browser: Browser) -> None:
         row = page.locator("#refusals tbody tr")
         expect(row.locator("td").nth(1)).to_have_text(f"{bad}")
         for name in ("requests", "latency", "batch"):
-            expect(page.locator(f"#t-{name}")).not_to_have_text("–")
+            expect(page.locator(f"#t-{name}")).to_have_text(re.compile("[0-9]"))
         expect(page.locator("#c-timeline canvas")).to_have_attribute(
             "aria-label", re.compile("engine was busy")
         )
@@ -118,31 +118,33 @@ def test_it_comes_back_after_a_restart_and_keeps_what_it_knew(browser: Browser) 
 
 def test_it_asks_for_a_token_and_keeps_it_in_the_tab_only(browser: Browser, tmp_path: Path) -> None:
     rules = (TenantRule(tenant="red", weight=3.0),)
-    with protected(True, tmp_path, keys={"ops": ("admin",)}, tenants=rules) as running:
-        with page_at(browser, address(running.served)) as page:
-            expect(page.locator("#login")).to_be_visible()
-            expect(page.locator("#main")).to_be_hidden()
-            expect(page.locator("#token")).to_be_focused()
-            page.keyboard.type(token("red"))
-            page.keyboard.press("Enter")
-            expect(page.locator("#why")).to_have_text("This one lacks the permission admin.")
-            page.keyboard.type("nonsense")
-            page.keyboard.press("Enter")
-            expect(page.locator("#why")).not_to_have_text("This one lacks the permission admin.")
-            expect(page.locator("#token")).to_have_value("")
-            page.keyboard.type(running.keys["ops"])
-            page.keyboard.press("Enter")
-            expect(page.locator("#main")).to_be_visible()
-            assert page.context.cookies() == []
-            assert page.evaluate("() => localStorage.length") == 0
-            assert running.infer(token("red"), 1, 2).status == 200
-            expect(page.locator("#tenants td.name")).to_have_text("red")
-            expect(page.locator("#tenants tbody td").nth(3)).to_have_text("3")
-            page.reload()
-            expect(page.locator("#main")).to_be_visible()
-            page.click("#forget")
-            expect(page.locator("#login")).to_be_visible()
-            assert page.evaluate("() => sessionStorage.length") == 0
+    with (
+        protected(True, tmp_path, keys={"ops": ("admin",)}, tenants=rules) as running,
+        page_at(browser, address(running.served)) as page,
+    ):
+        expect(page.locator("#login")).to_be_visible()
+        expect(page.locator("#main")).to_be_hidden()
+        expect(page.locator("#token")).to_be_focused()
+        page.keyboard.type(token("red"))
+        page.keyboard.press("Enter")
+        expect(page.locator("#why")).to_have_text("This one lacks the permission admin.")
+        page.keyboard.type("nonsense")
+        page.keyboard.press("Enter")
+        expect(page.locator("#why")).not_to_have_text("This one lacks the permission admin.")
+        expect(page.locator("#token")).to_have_value("")
+        page.keyboard.type(running.keys["ops"])
+        page.keyboard.press("Enter")
+        expect(page.locator("#main")).to_be_visible()
+        assert page.context.cookies() == []
+        assert page.evaluate("() => localStorage.length") == 0
+        assert running.infer(token("red"), 1, 2).status == 200
+        expect(page.locator("#tenants td.name")).to_have_text("red")
+        expect(page.locator("#tenants tbody td").nth(3)).to_have_text("3")
+        page.reload()
+        expect(page.locator("#main")).to_be_visible()
+        page.click("#forget")
+        expect(page.locator("#login")).to_be_visible()
+        assert page.evaluate("() => sessionStorage.length") == 0
 
 
 def test_a_jwt_is_good_too_until_it_expires(browser: Browser, tmp_path: Path) -> None:
@@ -178,14 +180,14 @@ def test_the_keyboard_reaches_a_moment_in_all_charts_and_a_batch(browser: Browse
 
 def test_pausing_holds_what_is_shown(browser: Browser) -> None:
     with gated(True) as (served, _), page_at(browser, address(served)) as page:
-        expect(page.locator("#link")).to_have_text("live")
+        shows(page, "dd[data-total=requests]", 0)
         page.click("#pause")
         expect(page.locator("#link")).to_have_text("paused")
-        shown = page.locator("dd[data-total=requests]").inner_text()
         served.ask(gate(1))
-        seen = served.call(lambda: None)  # the request is counted by now
-        assert seen is None
-        expect(page.locator("dd[data-total=requests]")).to_have_text(shown)
+        # Two more seconds are told of, in a page of which only this one takes notice.
+        with page_at(browser, address(served)) as other:
+            shows(other, "dd[data-total=requests]", 1)
+        shows(page, "dd[data-total=requests]", 0)
         page.click("#pause")
         shows(page, "dd[data-total=requests]", 1)
 
@@ -194,14 +196,16 @@ def test_pausing_holds_what_is_shown(browser: Browser) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_the_screen_and_can_be_read(browser: Browser, width: int, scheme: str) -> None:
     size = {"width": width, "height": 800}
-    with gated(True) as (served, _):
-        with page_at(browser, address(served), viewport=size, color_scheme=scheme) as page:
-            load(served)
-            shows(page, "dd[data-total=requests]", _CALLERS * _EACH)
-            assert page.evaluate("() => document.documentElement.scrollWidth") == width
-            assert page.evaluate(_CONTRAST) >= 4.5
-            if width < 600:
-                assert page.evaluate(_SMALLEST_BUTTON) >= 24
+    with (
+        gated(True) as (served, _),
+        page_at(browser, address(served), viewport=size, color_scheme=scheme) as page,
+    ):
+        load(served)
+        shows(page, "dd[data-total=requests]", _CALLERS * _EACH)
+        assert page.evaluate("() => document.documentElement.scrollWidth") == width
+        assert page.evaluate(_CONTRAST) >= 4.5
+        if width < 600:
+            assert page.evaluate(_SMALLEST_BUTTON) >= 24
 
 
 def test_several_models_are_told_apart(browser: Browser) -> None:
@@ -221,7 +225,8 @@ def test_several_models_are_told_apart(browser: Browser) -> None:
 _CONTRAST = """() => {
   const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
   const light = (text) => {
-    const [r, g, b] = rgb(text).slice(0, 3).map((one) => one / 255).map((one) => one <= 0.04045 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4);
+    const linear = (one) => one <= 0.04045 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4;
+    const [r, g, b] = rgb(text).slice(0, 3).map((one) => linear(one / 255));
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
   const behind = (node) => {

@@ -50,27 +50,27 @@ def test_answers_are_counted_with_their_durations(gates: Gated) -> None:
 
 def test_refusals_are_counted_by_status_and_kind(gates: Gated) -> None:
     served, _ = gates
-    assert served.ask(post(GATE, b"{")).slug == "bad-json"
-    assert served.ask(post(GATE, {"inputs": []})).slug == "wrong-inputs"
-    assert served.ask(post(GATE, {"inputs": []})).slug == "wrong-inputs"
+    assert served.ask(post(GATE, b"{")).slug == "not-json"
+    assert served.ask(post(GATE, {"inputs": []})).slug == "missing-tensor"
+    assert served.ask(post(GATE, {"inputs": []})).slug == "missing-tensor"
     now = scrape(served)
-    assert now.value(REQUESTS, model="gate", code="400", reason="bad-json") == 1
-    assert now.value(REQUESTS, model="gate", code="400", reason="wrong-inputs") == 2
+    assert now.value(REQUESTS, model="gate", code="400", reason="not-json") == 1
+    assert now.value(REQUESTS, model="gate", code="400", reason="missing-tensor") == 2
     assert now.value(REQUESTS, model="gate", code="200", reason="") == 0
     assert now.value("request_duration_seconds_count", model="gate") == 0
 
 
 def test_a_full_queue_is_a_reason() -> None:
-    with gated(True, max_queue_rows=1) as (served, engine), contextlib.ExitStack() as stack:
+    with gated(True, max_queue_rows=4) as (served, engine), contextlib.ExitStack() as stack:
         held(served, engine, stack)
         queued = stack.enter_context(served.connect())
-        queued.send(gate(9))
-        served.until(lambda: served.batcher().queued_rows == 1)
+        queued.send(gate(6, 7, 8, 9))
+        served.until(lambda: served.batcher().queued_rows == 4)
         assert served.ask(gate(10)).slug == "queue-full"
         now = scrape(served)
         assert now.value(REQUESTS, model="gate", code="429", reason="queue-full") == 1
-        assert now.value("queue_rows", model="gate", priority="4") == 1
-        assert now.value("queue_limit_rows", model="gate") == 1
+        assert now.value("queue_rows", model="gate", priority="4") == 4
+        assert now.value("queue_limit_rows", model="gate") == 4
         assert now.value("requests_in_flight", model="gate") == 3
         assert now.value("engine_slots_in_use", model="gate", engine="0") == 2
         engine.release()
@@ -117,15 +117,16 @@ def test_rows_that_wait_are_counted_by_priority() -> None:
 
 def test_each_item_of_a_batch_is_a_request(gates: Gated) -> None:
     served, _ = gates
-    good = {"method": "POST", "url": GATE, "body": rows_of(1)}
-    quoted = {"method": "POST", "url": GATE.replace("gate", "g%61te"), "body": rows_of(2)}
-    bad = {"method": "POST", "url": GATE, "body": {"inputs": []}}
-    health = {"method": "GET", "url": "/v2/health/live"}
-    assert served.ask(post("/batch", {"requests": [good, good, quoted, bad, health]})).status == 200
-    assert served.ask(post("/batch", {"requests": [good] * 7})).status == 200
+    urls = (GATE, GATE, GATE.replace("gate", "g%61te"))
+    good = [{"id": str(n), "method": "POST", "url": url, "body": rows_of(1)} for n, url in enumerate(urls)]
+    bad = {"id": "bad", "method": "POST", "url": GATE, "body": {"inputs": []}}
+    health = {"id": "health", "method": "GET", "url": "/v2/health/live"}
+    assert served.ask(post("/batch", {"requests": [*good, bad, health]})).status == 200
+    alike = [{**good[0], "id": str(n)} for n in range(7)]
+    assert served.ask(post("/batch", {"requests": alike})).status == 200
     now = scrape(served)
     assert now.value(REQUESTS, model="gate", code="200", reason="") == 10
-    assert now.value(REQUESTS, model="gate", code="400", reason="wrong-inputs") == 1
+    assert now.value(REQUESTS, model="gate", code="400", reason="missing-tensor") == 1
     assert now.value("queue_delay_seconds_count", model="gate") == 10
     assert now.value("http_requests_total", route="/batch", method="POST", code="200", reason="") == 2
 
@@ -134,11 +135,11 @@ def test_predictions_are_requests(gates: Gated) -> None:
     served, _ = gates
     target = "/v1/models/gate/predictions"
     json = {"Content-Type": "application/json"}
-    assert served.ask(post(target, rows_of(1), json)).status == 200
+    assert served.ask(post(target, {"inputs": {"x": [[1]]}}, json)).status == 200
     assert served.ask(post(target, b"{", json)).status == 400
     now = scrape(served)
     assert now.value(REQUESTS, model="gate", code="200", reason="") == 1
-    assert now.value(REQUESTS, model="gate", code="400", reason="bad-json") == 1
+    assert now.value(REQUESTS, model="gate", code="400", reason="not-json") == 1
     route = "/v1/models/{name}/predictions"
     assert now.value("http_requests_total", route=route, method="POST", code="200", reason="") == 1
 
@@ -147,7 +148,7 @@ def test_no_request_makes_a_series_of_its_own(gates: Gated) -> None:
     served, _ = gates
     for path in ("/a", "/b", "/v2/models/none/infer", "/v2/models/nada"):
         assert served.ask(get(path)).status in (404, 405)
-    assert served.ask(get("/a", "BREW")).status == 404
+    assert served.ask(get("/a", "PROPFIND")).status == 404
     series = [dict(labels) for labels in scrape(served).of("http_requests_total")]
     assert {one["route"] for one in series} <= {"", *routes()}
     assert {one["method"] for one in series} <= {"GET", "POST", "other"}
@@ -218,14 +219,16 @@ def states(now: Scrape) -> list[str]:
 def test_open_metrics_for_who_asks(gates: Gated) -> None:
     served, _ = gates
     assert served.ask(gate(1)).status == 200
-    ask = get("/metrics").replace(b"\r\n\r\n", b"\r\nAccept: application/openmetrics-text; version=1.0.0\r\n\r\n")
+    ask = get("/metrics").replace(
+        b"\r\n\r\n", b"\r\nAccept: application/openmetrics-text; version=1.0.0\r\n\r\n"
+    )
     answer = served.ask(ask)
     assert answer.headers["content-type"].startswith("application/openmetrics-text")
     text = answer.body.decode()
     assert text.endswith("# EOF\n")
     assert text.count("# EOF") == 1
     # The strict parser takes it.
-    kinds = {family.name: family.type for family in open_metrics(text)}
+    kinds = {family.name: family.type for family in open_metrics(text)}  # type: ignore[no-untyped-call]
     assert kinds["cobatch_requests"] == "counter"
     assert kinds["cobatch_request_duration_seconds"] == "histogram"
     assert kinds["cobatch_build"] == "info"

@@ -259,6 +259,9 @@ servers = st.builds(
     receive_timeout_s=st.floats(0, 86_400, exclude_min=True),
     max_body_bytes=st.integers(1, 2**31 - 1),
     log_level=st.sampled_from(["debug", "info", "warning", "error"]),
+    access_log=st.sampled_from(["off", "text", "json"]),
+    trace_sample=st.floats(0, 1),
+    trace_endpoint=st.sampled_from([None, "http://collector:4318"]),
     fast_path=st.booleans(),
 )
 
@@ -272,7 +275,7 @@ def test_every_way_in_gives_the_same_settings(
     model.write_bytes(b"")
     values = msgspec.structs.asdict(server)
     text = {key: as_text(value) for key, value in values.items() if value is not None}
-    quoted = {key: f"'{text[key]}'" if key in ("host", "log_level") else text[key] for key in text}
+    quoted = {key: f"'{text[key]}'" if isinstance(values[key], str) else text[key] for key in text}
     table = "".join(f"{key} = {value}\n" for key, value in quoted.items())
     by_file = from_file(folder, "[server]\n" + table, model=model)
     by_variable = load_settings(None, {env_name(key): value for key, value in text.items()}, {"model": model})

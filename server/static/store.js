@@ -14,10 +14,11 @@ export class Store {
   // After a restart of the server the seconds before it stay, as far as they are within what is kept.
   welcome(hello) {
     const first = hello.history[0]?.time ?? Infinity;
-    const known = this.hello?.instance === hello.instance ? [] : this.ticks;
     this.hello = hello;
-    this.ticks = known.filter((tick) => tick.time < first).concat(hello.history);
+    this.ticks = this.ticks.filter((tick) => tick.time < first).concat(hello.history);
     if (!(this.model in hello.models)) this.model = Object.keys(hello.models)[0];
+    // What is only told of the newest second, told now.
+    if (this.last) Object.assign(this.last, { totals: hello.totals, timeline: hello.timeline });
     this.trim();
   }
 
