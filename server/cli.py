@@ -13,6 +13,7 @@ import msgspec
 import typer
 
 from server import __version__
+from server.bench_cli import bench
 from server.build_cli import build
 from server.setting_values import SettingsError
 from server.settings import (
@@ -173,6 +174,7 @@ def inspect_model(
 app.command()(build)
 app.command()(simulate)
 app.command()(profile)
+app.command()(bench)
 
 
 def _warn_if_open(settings: Settings) -> None:
