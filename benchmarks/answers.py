@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,18 +20,23 @@ class WrongAnswerError(Exception):
 
 
 def check(address: str, path: str, model: str, file: Path, binary: bool) -> None:
-    """Send different requests of one to three rows at once; raises WrongAnswerError on a difference.
+    """Send different V2 requests of one to three rows at once; raises WrongAnswerError on a difference."""
+
+    def ask(rows: wire.Array) -> wire.Array:
+        return wire.decode(wire.post(address, path, wire.encode(model, rows, binary)))
+
+    compare(ask, model, file, most_rows=3)
+
+
+def compare(ask: Callable[[wire.Array], wire.Array], model: str, file: Path, most_rows: int) -> None:
+    """Ask for different rows from several threads at once; raises WrongAnswerError on a difference.
 
     Batches formed from several callers give other roundings than single rows, hence the tolerance;
     a neighbour's row is far outside it.
     """
     session = make_session(file, default_threads())
     name = wire.INPUTS[model].name
-    inputs = [wire.rows_of(model, 1 + seed % 3, seed) for seed in range(_REQUESTS)]
-
-    def ask(rows: wire.Array) -> wire.Array:
-        return wire.decode(wire.post(address, path, wire.encode(model, rows, binary)))
-
+    inputs = [wire.rows_of(model, 1 + seed % most_rows, seed) for seed in range(_REQUESTS)]
     with ThreadPoolExecutor(_CALLERS) as callers:
         answers = list(callers.map(ask, inputs))
     for seed, (rows, answer) in enumerate(zip(inputs, answers, strict=True)):

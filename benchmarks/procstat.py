@@ -1,4 +1,4 @@
-"""CPU time of a server's processes, from /proc.
+"""CPU time and memory of a server's processes, from /proc.
 
 schedstat counts nanoseconds on a CPU for each thread; /proc/PID/stat counts ticks of 10 ms and is
 only the fallback, for kernels built without it. A thread that has ended is no longer counted, which
@@ -37,10 +37,14 @@ def descendants(pid: int) -> list[int]:
 
 def _process_us(pid: int) -> float:
     total_ns = 0
-    for task in (_PROC / str(pid) / "task").iterdir():
+    try:
+        tasks = list((_PROC / str(pid) / "task").iterdir())
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    for task in tasks:
         try:
             total_ns += int((task / "schedstat").read_text().split()[0])
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
             if task.exists():
                 return _ticks_us(pid)
     return total_ns / 1e3
@@ -49,3 +53,12 @@ def _process_us(pid: int) -> float:
 def _ticks_us(pid: int) -> float:
     fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) * 1e6 / os.sysconf("SC_CLK_TCK")
+
+
+def memory_bytes(pid: int) -> int:
+    """Proportional set size: what is its own, and its part of what it shares; 0 if it has ended."""
+    try:
+        text = (_PROC / str(pid) / "smaps_rollup").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next(int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith("Pss:"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import json
 import re
 import select
@@ -66,15 +67,38 @@ class Running:
 
 
 class _Connection:
+    """Where a server that does not accept connections keeps nobody else's request from leaving in time."""
+
     def __init__(self, address: tuple[str, int]) -> None:
-        self.socket = socket.create_connection(address)
+        self.socket = socket.socket()
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.setblocking(False)
+        self.socket.connect_ex(address)
+        self.connected = False
         self.due: deque[float] = deque()
         self.data = b""
+        self._unsent = b""
+
+    def send(self, data: bytes) -> None:
+        """Now, or once it is connected. That the server has closed it is seen where its answers are read."""
+        if not self.connected:
+            self._unsent += data
+            return
+        with contextlib.suppress(ConnectionError):
+            self.socket.sendall(data)
+
+    def connect(self) -> None:
+        """The attempt has ended, well or not; what then is read shows which."""
+        self.connected = True
+        self.socket.setblocking(True)
+        self.send(self._unsent)
 
     def answered(self) -> list[int] | None:
         """Statuses of the answers that have come whole; None when the server has closed it."""
-        data = self.socket.recv(1 << 16)
+        try:
+            data = self.socket.recv(1 << 16)
+        except OSError:
+            return None
         if not data:
             return None
         self.data += data
@@ -98,7 +122,7 @@ def drive(
     def connect() -> _Connection:
         connection = _Connection(address)
         by_number[connection.socket.fileno()] = connection
-        events.register(connection.socket, select.EPOLLIN)
+        events.register(connection.socket, select.EPOLLOUT)
         return connection
 
     # The one that was used last is the next: the server may close what has been idle for long.
@@ -111,13 +135,17 @@ def drive(
         while sent < total and began + times_s[sent] <= time.perf_counter():
             connection = free.pop() if free else connect()
             connection.due.append(began + times_s[sent])
-            connection.socket.sendall(requests[sent % len(requests)])
+            connection.send(requests[sent % len(requests)])
             sent += 1
         wait_s = began + times_s[sent] - time.perf_counter() if sent < total else _LATE_S
         if not select.select([events], [], [], max(0.0, wait_s))[0] and sent == total:
             break
         for number, _ in events.poll(0):
             connection = by_number[number]
+            if not connection.connected:
+                connection.connect()
+                events.modify(connection.socket, select.EPOLLIN)
+                continue
             statuses = connection.answered()
             now = time.perf_counter()
             if statuses is None:

@@ -15,7 +15,7 @@ from benchmarks.procstat import cpu_us
 from benchmarks.wrk import Load, WrkError, run_wrk
 
 _IDLE_WINDOW_S = 0.05
-_IDLE_US = 2_000
+_IDLE_SHARE = 0.04
 _IDLE_TIMEOUT_S = 30.0
 
 
@@ -100,14 +100,15 @@ def steady_rate(load: Load) -> float:
     return (last - first) / (middle[1] - middle[0]) * 1e6
 
 
-def wait_until_idle(pid: int) -> None:
-    """Wait while the process works off what a client that has left had sent it."""
+def wait_until_idle(pid: int, share: float = _IDLE_SHARE) -> None:
+    """Wait while the process works off what a client that has left had sent it: until it takes no more than
+    this share of a core."""
     give_up = time.monotonic() + _IDLE_TIMEOUT_S
     before = cpu_us(pid)
     while time.monotonic() < give_up:
         time.sleep(_IDLE_WINDOW_S)
         now = cpu_us(pid)
-        if now - before < _IDLE_US:
+        if now - before < share * _IDLE_WINDOW_S * 1e6:
             return
         before = now
     raise WrkError(f"process {pid} is still busy {_IDLE_TIMEOUT_S:.0f} s after its clients left")

@@ -13,6 +13,7 @@ import msgspec
 import typer
 
 from server import __version__
+from server.bench_cli import bench
 from server.build_cli import build
 from server.seeing_cli import explain, trace
 from server.setting_values import SettingsError
@@ -183,6 +184,7 @@ app.command()(simulate)
 app.command()(profile)
 app.command()(explain)
 app.command()(trace)
+app.command()(bench)
 
 
 def _warn_if_open(settings: Settings) -> None:

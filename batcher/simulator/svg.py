@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from math import ceil, floor, log10
 
@@ -14,8 +14,18 @@ _FONT = 'font-family="sans-serif" font-size="12"'
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 36, 48
 
 
-def chart(title: str, x_name: str, y_name: str, lines: Mapping[str, Line], dashed: Sequence[str] = ()) -> str:
-    """A chart of named lines, from 0 upwards on the y axis; those in `dashed` are dashed."""
+def chart(
+    title: str,
+    x_name: str,
+    y_name: str,
+    lines: Mapping[str, Line],
+    dashed: Sequence[str] = (),
+    x_text: Callable[[float], str] = "{:g}".format,
+) -> str:
+    """A chart of named lines, from 0 upwards on the y axis; those in `dashed` are dashed.
+
+    `x_text`: what stands at a tick, where x is not what it is drawn at, as on a logarithmic axis.
+    """
     points = [point for line in lines.values() for point in line] or [(0.0, 0.0)]
     xs = _ticks(min(x for x, _ in points), max(x for x, _ in points))
     ys = _ticks(0.0, max(y for _, y in points))
@@ -35,7 +45,7 @@ def chart(title: str, x_name: str, y_name: str, lines: Mapping[str, Line], dashe
     for x in xs:
         left, bottom = at(x, ys[0])
         parts.append(_stroke([(left, bottom), at(x, ys[-1])], "#e0e0e0", 1))
-        parts.append(_text(left, bottom + 16, f"{x:g}", "middle"))
+        parts.append(_text(left, bottom + 16, x_text(x), "middle"))
     for y in ys:
         left, bottom = at(xs[0], y)
         parts.append(_stroke([(left, bottom), at(xs[-1], y)], "#e0e0e0", 1))

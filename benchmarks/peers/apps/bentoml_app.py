@@ -1,0 +1,41 @@
+"""BentoML: a service with a batchable API over NumPy arrays; no access log, no metrics, no traces."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import bentoml
+import numpy as np
+import shared
+from bentoml.validators import DType
+
+_DTYPE = "int32" if shared.NAME == "magika" else "float32"
+
+
+@bentoml.service(
+    workers=1,
+    traffic={"timeout": shared.DEADLINE_MS / 1000 if shared.DEADLINE_MS else 60, "max_concurrency": 4096},
+    logging={"access": {"enabled": False}},
+    metrics={"enabled": False},
+)
+class Predictor:
+    """`{"x": [[...]]}` to `[[...]]`."""
+
+    def __init__(self) -> None:
+        self.model = shared.Model()
+
+    @bentoml.api(
+        batchable=True,
+        max_batch_size=shared.MAX_BATCH,
+        # A goal that its dispatcher works towards, and refuses what would miss it.
+        max_latency_ms=shared.DEADLINE_MS or 60_000,
+    )
+    def predict(self, x: Annotated[np.ndarray, DType(_DTYPE)]) -> Annotated[np.ndarray, DType("float32")]:
+        return self.model(x)
+
+
+if __name__ == "__main__":
+    command = ["bentoml", "serve", "bentoml_app:Predictor", "--host=127.0.0.1", f"--port={shared.PORT}"]
+    os.execv(sys.executable, [sys.executable, "-m", *command])

@@ -1,0 +1,59 @@
+"""What the peers' apps have in common: what they are told, and the model, which counts its runs.
+
+The session has the settings that cobatch's engine gives its own, so nobody's engine is faster than another's.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+PORT = int(os.environ.get("PEER_PORT", "8000"))
+NAME = os.environ.get("PEER_MODEL_NAME", "")
+MAX_BATCH = int(os.environ.get("PEER_MAX_BATCH", "64"))
+MAX_WAIT_MS = 2
+# Set for the overload case only: each framework then refuses or gives up late requests in its own way.
+DEADLINE_MS = int(os.environ.get("PEER_DEADLINE_MS", "0"))
+
+_COUNTS = struct.Struct("=qq")
+
+
+class Model:
+    """ONNX Runtime over a batch of rows, one input and one output."""
+
+    def __init__(self) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = int(os.environ["PEER_THREADS"])
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self._session = onnxruntime.InferenceSession(
+            os.environ["PEER_MODEL"], options, providers=["CPUExecutionProvider"]
+        )
+        self.input, self.output = self._session.get_inputs()[0], self._session.get_outputs()[0]
+        self.elements = int(self.input.shape[1])
+        self.dtype: np.dtype[Any] = np.dtype("<i4" if "int32" in self.input.type else "<f4")
+        for rows in (1, MAX_BATCH):
+            self._session.run(None, {self.input.name: np.zeros((rows, self.elements), self.dtype)})
+        self._counts = _counts()
+
+    def __call__(self, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """One run; the benchmark reads from the counts how large batches were."""
+        # Not its own sums: mosec has a process for each route, and they take turns.
+        runs, done = _COUNTS.unpack_from(self._counts)
+        _COUNTS.pack_into(self._counts, 0, runs + 1, done + len(rows))
+        result: np.ndarray[Any, Any] = self._session.run(None, {self.input.name: rows})[0]
+        return result
+
+    def stack(self, bodies: list[bytes]) -> np.ndarray[Any, Any]:
+        """Rows that came as bytes, as one array."""
+        return np.frombuffer(b"".join(bodies), self.dtype).reshape(len(bodies), self.elements)
+
+
+def _counts() -> mmap.mmap:
+    with open(os.environ["PEER_COUNTS"], "r+b") as file:  # noqa: PTH123 - for its number
+        return mmap.mmap(file.fileno(), _COUNTS.size)

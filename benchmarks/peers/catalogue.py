@@ -1,0 +1,135 @@
+"""Who is compared, in what version, with which bodies, and how each is told what to do.
+
+The versions are the latest on 24 Nov 2026; a newer one is a change to this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+_ENGINE = ("onnxruntime==1.32.0", "numpy==2.4.6")
+
+
+class Body(StrEnum):
+    """What a request's body and its answer's are. PLAIN is `{"x": [...]}`, RAW a row's bytes and no more."""
+
+    V2_JSON = "V2 JSON"
+    V2_BINARY = "V2 binary"
+    PLAIN = "JSON"
+    BATCHED = "JSON, nested"
+    RAW = "raw"
+
+    @property
+    def kind(self) -> str:
+        """What it is compared with: text with text, bytes with bytes."""
+        return "binary" if self in {Body.V2_BINARY, Body.RAW} else "JSON"
+
+
+V2_PATH = "/v2/models/{model}/infer"
+V2_READY = "/v2/models/{model}/ready"
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """One server: its environment, its app in `apps/`, and a path for each body that it takes.
+
+    `package` is the one whose version is reported; `python` an interpreter that its packages insist on;
+    `deadline` how it is told of one in the overload case. `frozen` means that it may be stopped (SIGSTOP)
+    while others are measured.
+    """
+
+    name: str
+    title: str
+    package: str
+    requirements: tuple[str, ...]
+    paths: dict[Body, str]
+    ready: str
+    deadline: str
+    python: str | None = None
+    frozen: bool = True
+    start_s: float = 60.0
+
+    @property
+    def app(self) -> str:
+        return f"{self.name}_app.py"
+
+
+OURS = Peer(
+    "cobatch",
+    "cobatch",
+    "cobatch",
+    (),
+    {Body.V2_JSON: V2_PATH, Body.V2_BINARY: V2_PATH},
+    "/v2/health/ready",
+    "each request's `timeout`",
+)
+OTHERS = (
+    Peer(
+        "mosec",
+        "mosec",
+        "mosec",
+        ("mosec==0.9.8", "orjson==3.13.0", *_ENGINE),
+        {Body.PLAIN: "/predict", Body.RAW: "/raw"},
+        "/metrics",
+        "`--timeout`",
+    ),
+    Peer(
+        "starlette",
+        "Starlette recipe",
+        "starlette",
+        ("starlette==1.10.0", "uvicorn[standard]==0.54.0", "orjson==3.13.0", *_ENGINE),
+        {Body.PLAIN: "/predict", Body.RAW: "/raw"},
+        "/health",
+        "`asyncio.wait_for`",
+    ),
+    Peer(
+        "triton",
+        "Triton (PyTriton)",
+        "nvidia-pytriton",
+        ("nvidia-pytriton==0.7.0", _ENGINE[0]),  # it wants an older NumPy
+        {Body.V2_JSON: V2_PATH, Body.V2_BINARY: V2_PATH},
+        V2_READY,
+        "its queue policy",
+        python="/usr/bin/python3.11",
+        frozen=False,  # its processes take each other for dead when they go on
+    ),
+    Peer(
+        "mlserver",
+        "MLServer",
+        "mlserver",
+        ("mlserver==1.7.1", *_ENGINE),
+        {Body.V2_JSON: V2_PATH},
+        V2_READY,
+        "none to be had",
+    ),
+    Peer(
+        "litserve",
+        "LitServe",
+        "litserve",
+        ("litserve==0.2.19", *_ENGINE),
+        {Body.PLAIN: "/predict"},
+        "/health",
+        "`timeout`",
+    ),
+    Peer(
+        "bentoml",
+        "BentoML",
+        "bentoml",
+        ("bentoml==1.4.40", *_ENGINE),
+        {Body.BATCHED: "/predict"},
+        "/readyz",
+        "`timeout` and `max_latency_ms`",
+    ),
+    Peer(
+        "ray",
+        "Ray Serve",
+        "ray",
+        ("ray[serve]==2.60.0", "orjson==3.13.0", *_ENGINE),
+        {Body.PLAIN: "/", Body.RAW: "/"},
+        "/",
+        "`request_timeout_s` and `max_queued_requests`",
+        start_s=120.0,
+    ),
+)
+PEERS = (OURS, *OTHERS)

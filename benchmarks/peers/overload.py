@@ -1,0 +1,123 @@
+"""Overload: requests come at 1.5 times what a server manages, and an answer after the deadline is worth
+nothing.
+
+An open loop of random (Poisson) arrivals; latency counts from when a request should have left. A server's
+capacity is its own, the better of two closed loops just before, in the same round; then it is started again
+with the deadline told to it in the way that its framework has, and goodput is what it answers with 200
+within the deadline, per second.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from batcher.simulator.arrivals import Poisson
+from benchmarks import steady, wire
+from benchmarks.peers import bodies
+from benchmarks.peers.catalogue import OURS, Body, Peer
+from benchmarks.peers.servers import Running, started
+from benchmarks.peers.turns import measured, warm_up
+
+MODEL = "wide"
+FACTOR = 1.5
+DEADLINE_MS = 100
+_CAPACITY_CONNECTIONS = (64, 256)
+_OPEN_CONNECTIONS = 256
+_BODIES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Overload:
+    """Per second: what the server managed, what was offered, what was answered with 200, and in time."""
+
+    model: str
+    peer: str
+    body: str
+    round: int
+    capacity: float
+    offered: float
+    answered: float
+    goodput: float
+    refused: float
+    p50_ms: float
+    p99_ms: float
+
+    @property
+    def share(self) -> float:
+        """Goodput as a part of capacity."""
+        return self.goodput / self.capacity
+
+
+def body_of(peer: Peer) -> Body:
+    """Bytes where the server takes them."""
+    return min(peer.paths, key=lambda body: body.kind != "binary")
+
+
+def measure(peer: Peer, python: Path, max_batch: int, seconds: int, number: int) -> Overload:
+    """Raises MissingError where the server does not start."""
+    body = body_of(peer)
+    with started(peer, MODEL, python, max_batch) as running:
+        warm_up(running, body)
+        capacity = max(measured(running, body, many, 2, number).per_s for many in _CAPACITY_CONNECTIONS)
+    with started(peer, MODEL, python, max_batch, DEADLINE_MS) as running:
+        warm_up(running, body)
+        times_s = arrivals(FACTOR * capacity, seconds, number)
+        answers = _drive(running, body, times_s)
+    span_s = times_s[-1]
+    took_ms = np.array([took * 1000 for status, took in answers if status == 200] or [0.0])
+    good = int(np.count_nonzero((took_ms > 0) & (took_ms <= DEADLINE_MS)))
+    answered = sum(status == 200 for status, _ in answers)
+    return Overload(
+        MODEL,
+        peer.name,
+        body.value,
+        number,
+        capacity,
+        len(times_s) / span_s,
+        answered / span_s,
+        good / span_s,
+        (len(times_s) - answered) / span_s,
+        float(np.percentile(took_ms, 50)),
+        float(np.percentile(took_ms, 99)),
+    )
+
+
+def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
+    """Poisson, from 0 s."""
+    times_s: list[float] = []
+    for time_s in Poisson(rate).times(np.random.default_rng([seed, 11])):
+        if time_s >= seconds:
+            break
+        times_s.append(time_s)
+    return times_s
+
+
+def shown(one: Overload) -> str:
+    return (
+        f"overload {one.peer:10} capacity {one.capacity:7,.0f}/s offered {one.offered:7,.0f}/s "
+        f"goodput {one.goodput:7,.0f}/s ({one.share:.0%} of capacity)  "
+        f"p50 {one.p50_ms:,.0f} p99 {one.p99_ms:,.0f} ms"
+    )
+
+
+def _drive(running: Running, body: Body, times_s: list[float]) -> list[tuple[int, float]]:
+    """Status (0: the connection was closed) and seconds of every answer."""
+    requests = [_request(running, body, seed) for seed in range(_BODIES)]
+    with tempfile.TemporaryDirectory(prefix="cobatch-peers-") as folder:
+        times, records = Path(folder, "times"), Path(folder, "records")
+        times.write_text("".join(f"{time_s:.6f}\n" for time_s in times_s))
+        more = [f"--times={times}", f"--records={records}"]
+        steady.Running(running.address, requests, 0.0, 0.0, _OPEN_CONNECTIONS, more).result()
+        lines = [line.split() for line in records.read_text().splitlines()]
+    return [(int(status), float(took)) for status, took in lines]
+
+
+def _request(running: Running, body: Body, seed: int) -> bytes:
+    message = bodies.encode(body, running.model, wire.rows_of(running.model, 1, seed))
+    if running.peer is OURS:
+        message = bodies.with_deadline(message, DEADLINE_MS)
+    return bodies.on_the_wire(message, running.address, running.path(body))

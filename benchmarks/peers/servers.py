@@ -1,0 +1,196 @@
+"""The servers that are compared: started, stopped while others have their turn, ended with all they began."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.models import model_path
+from benchmarks.offline import default_threads
+from benchmarks.peers.catalogue import OURS, Body, Peer
+from benchmarks.peers.environments import FOLDER, MissingError
+from benchmarks.processes import ROOT
+from benchmarks.procstat import descendants, memory_bytes
+
+_APPS = Path(__file__).parent / "apps"
+_COUNTS = struct.Struct("=qq")
+_STOP_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What the model was asked for so far."""
+
+    runs: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A server with one model, ready to answer."""
+
+    peer: Peer
+    model: str
+    pid: int
+    address: str
+    counts_file: Path
+
+    def path(self, body: Body) -> str:
+        return self.peer.paths[body].format(model=self.model)
+
+    def url(self, body: Body) -> str:
+        return f"http://{self.address}{self.path(body)}"
+
+    def counts(self) -> Counts:
+        """By the model's own count: cobatch's statistics, or what a peer's app has written down."""
+        if self.peer is OURS:
+            said = json.loads(_get(self.address, f"/v2/models/{self.model}/stats")[1])["model_stats"][0]
+            return Counts(said["execution_count"], said["inference_count"])
+        return Counts(*_COUNTS.unpack(self.counts_file.read_bytes()))
+
+    def memory(self) -> int:
+        """Bytes of all its processes, what they share counted once."""
+        return sum(memory_bytes(each) for each in descendants(self.pid))
+
+    def pause(self) -> None:
+        """Stop all its processes, so that what it does while idle costs nobody else."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: int) -> None:
+        if self.peer.frozen:
+            for each in descendants(self.pid):
+                _kill(each, number)
+
+
+@contextmanager
+def started(peer: Peer, model: str, python: Path, max_batch: int, deadline_ms: int = 0) -> Iterator[Running]:
+    """The server with this model. Raises MissingError where it does not start."""
+    folder = FOLDER / peer.name
+    folder.mkdir(parents=True, exist_ok=True)
+    counts, log = folder / f"{model}.counts", folder / f"{model}.log"
+    counts.write_bytes(bytes(_COUNTS.size))
+    port, *spare = _free_ports(3)
+    told = {
+        "PEER_PORT": str(port),
+        "PEER_SPARE_PORT": str(spare[0]),
+        "PEER_SPARE_PORT_2": str(spare[1]),
+        "PEER_FOLDER": str(folder),
+        "PEER_MODEL": str(model_path(model)),
+        "PEER_MODEL_NAME": model,
+        "PEER_MAX_BATCH": str(max_batch),
+        "PEER_DEADLINE_MS": str(deadline_ms),
+        "PEER_THREADS": str(default_threads()),
+        "PEER_COUNTS": str(counts),
+    }
+    command = [str(python), peer.app]
+    if peer is OURS:
+        command = [str(python), "-m", "server.cli", "serve", told["PEER_MODEL"], f"--name={model}"]
+        command += [f"--port={port}", f"--max-batch-size={max_batch}"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT if peer is OURS else _APPS,
+            env=_environment(python) | told,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        running = Running(peer, model, process.pid, f"127.0.0.1:{port}", counts)
+        _wait_until_ready(running, process, log)
+        yield running
+    finally:
+        _end(process)
+
+
+def _environment(python: Path) -> dict[str, str]:
+    """Ours without what a person's own servers or Python are told; the environment's programs come first."""
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("COBATCH_", "PYTHON", "VIRTUAL_ENV"))
+    }
+    path = f"{python.parent}{os.pathsep}{kept.get('PATH', '')}"
+    return kept | {"PATH": path, "PYTHONUNBUFFERED": "1", "BENTOML_DO_NOT_TRACK": "True", "DO_NOT_TRACK": "1"}
+
+
+def _wait_until_ready(running: Running, process: subprocess.Popen[bytes], log: Path) -> None:
+    peer = running.peer
+    give_up = time.monotonic() + peer.start_s
+    while process.poll() is None and time.monotonic() < give_up:
+        if _get(running.address, peer.ready.format(model=running.model))[0] == 200:
+            return
+        time.sleep(0.05)
+    ended = process.poll()
+    why = f"ended with status {ended}" if ended is not None else f"was not ready in {peer.start_s:.0f} s"
+    last = " | ".join(log.read_text(errors="replace").strip().splitlines()[-4:])
+    raise MissingError(f"{peer.title} {why}: {last} ({log})")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ask it to end, wait, and make an end of what it left behind."""
+    pids = descendants(process.pid)
+    began = {each: _start_time(each) for each in pids}
+    for each in pids:
+        _kill(each, signal.SIGCONT)
+    process.terminate()
+    try:
+        process.wait(_STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for each in pids[1:]:
+        # The same number may be another's process by now; the same start time may not.
+        if began[each] is not None and _start_time(each) == began[each]:
+            _kill(each, signal.SIGKILL)
+
+
+def _start_time(pid: int) -> str | None:
+    try:
+        return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[19]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def _kill(pid: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _free_ports(many: int) -> list[int]:
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(many)]
+    ports = [listener.getsockname()[1] for listener in listeners]
+    for listener in listeners:
+        listener.close()
+    return ports
+
+
+def _get(address: str, path: str) -> tuple[int, bytes]:
+    """Status and body; status 0 where nobody answers."""
+    connection = http.client.HTTPConnection(address, timeout=5)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read()
+    except (OSError, http.client.HTTPException):
+        return 0, b""
+    finally:
+        connection.close()
+
+
+OUR_PYTHON = Path(sys.executable)

@@ -1,0 +1,155 @@
+"""The results as tables of text: figures of each server, and how far ahead of each other one cobatch is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from statistics import median
+
+from benchmarks.peers.catalogue import OURS, PEERS
+from benchmarks.peers.results import Results, middle, pick, ratio
+from benchmarks.peers.turns import Turn
+
+_Ratio = tuple[float, float, float]
+_Choice = Callable[[list[_Ratio]], _Ratio]
+TITLES = {peer.name: peer.title for peer in PEERS}
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The first two columns are words, the others figures."""
+
+    title: str
+    heads: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        """With columns in line, so that it can be read as it is."""
+        widths = [max(len(row[at]) for row in [self.heads, *self.rows]) for at in range(len(self.heads))]
+        rule = ["-" * width if at < 2 else "-" * (width - 1) + ":" for at, width in enumerate(widths)]
+        lines = [_line(self.heads, widths), "| " + " | ".join(rule) + " |"]
+        return "\n".join([*lines, *(_line(row, widths) for row in self.rows)])
+
+
+def tables(results: Results) -> list[Table]:
+    """In the order of what they say first: the ratios, then the figures, then overload."""
+    found = [_ahead(results)] if any(name != OURS.name for name in results.peers()) else []
+    cases = dict.fromkeys((turn.model, turn.kind) for turn in results.turns)
+    found += [_figures(results.turns, model, kind) for model, kind in cases]
+    return [*found, _overload(results)] if results.overload else found
+
+
+def _figures(turns: list[Turn], model: str, kind: str) -> Table:
+    ours = pick(turns, model=model, kind=kind)
+    levels = sorted({turn.connections for turn in ours})
+    heads = ["server", "body"]
+    heads += [f"{level} conn.: req/s, p50/p99 ms, CPU us, batch" for level in levels]
+    heads += ["MB", "failed"]
+    rows = []
+    for peer in dict.fromkeys(turn.peer for turn in ours):
+        mine = pick(ours, peer=peer)
+        cells = [_cell(pick(mine, connections=level)) for level in levels]
+        memory = f"{max(turn.memory for turn in mine) / 1e6:,.0f}"
+        failed = f"{sum(turn.failures for turn in mine):,}"
+        rows.append([TITLES[peer], mine[0].body, *cells, memory, failed])
+    return Table(f"{model}, {kind}", heads, rows)
+
+
+def _cell(turns: list[Turn]) -> str:
+    if not turns:
+        return ""
+    latency = f"{_ms(middle(turns, 'p50_us'))}/{_ms(middle(turns, 'p99_us'))}"
+    cpu, batch = middle(turns, "cpu_us"), middle(turns, "batch")
+    return f"{middle(turns, 'per_s'):,.0f}, {latency}, {short(cpu)}, {batch:.0f}"
+
+
+def _overload(results: Results) -> Table:
+    heads = [
+        "server",
+        "body",
+        "capacity/s",
+        "offered/s",
+        "200s/s",
+        "in time/s",
+        "in time / capacity",
+        "p50/p99 ms",
+    ]
+    rows = []
+    for peer in dict.fromkeys(one.peer for one in results.overload):
+        ones = [one for one in results.overload if one.peer == peer]
+
+        def mid(name: str, ones: list[object] = list(ones)) -> float:  # noqa: B006 - bound here on purpose
+            return median(float(getattr(one, name)) for one in ones)
+
+        counts = [f"{mid(name):,.0f}" for name in ("capacity", "offered", "answered", "goodput")]
+        latency = f"{mid('p50_ms'):,.0f}/{mid('p99_ms'):,.0f}"
+        rows.append([TITLES[peer], ones[0].body, *counts, f"{mid('share'):.0%}", latency])
+    return Table("overload: 1.5 times capacity, 100 ms deadline, wide", heads, rows)
+
+
+def _ahead(results: Results) -> Table:
+    """Ratios formed within each round; of several cases the one that is worst for us."""
+    turns = results.turns
+    heads = ["", "", "CPU, tiny JSON", "CPU, tiny binary", "req/s, tiny", "req/s, wide", "unloaded p50, tiny"]
+    heads += ["req/s, magika", "p50, magika"]
+    rows = []
+    for peer in results.peers():
+        if peer == OURS.name:
+            continue
+        row = [TITLES[peer], "theirs / ours"]
+        row += [_cpu(turns, peer, kind) for kind in ("JSON", "binary")]
+        row += [
+            _worst(turns, peer, "per_s", model, lambda level: level >= 16, max) for model in ("tiny", "wide")
+        ]
+        row.append(_worst(turns, peer, "p50_us", "tiny", lambda level: level == 1, min))
+        row.append(_worst(turns, peer, "per_s", "magika", lambda level: level >= 16, max))
+        row.append(_worst(turns, peer, "p50_us", "magika", lambda level: level >= 16, min))
+        rows.append(row)
+    return Table(
+        "beside cobatch (64 connections for CPU; worst of 16 and more for req/s; medians of rounds)",
+        heads,
+        rows,
+    )
+
+
+def _cpu(turns: list[Turn], peer: str, kind: str) -> str:
+    return _said(ratio(turns, peer, lambda turn: turn.cpu_us, model="tiny", connections=64, kind=kind))
+
+
+def _worst(
+    turns: list[Turn], peer: str, name: str, model: str, levels: Callable[[int], bool], worse: _Choice
+) -> str:
+    cases = dict.fromkeys(
+        (turn.connections, turn.kind)
+        for turn in pick(turns, model=model, peer=peer)
+        if levels(turn.connections)
+    )
+    found = [
+        ratio(turns, peer, lambda turn: float(getattr(turn, name)), model=model, connections=level, kind=kind)
+        for level, kind in cases
+    ]
+    known = [one for one in found if one is not None]
+    return _said(worse(known)) if known else ""
+
+
+def _said(found: _Ratio | None) -> str:
+    if found is None:
+        return ""
+    return f"{found[0]:.2f} ({found[1]:.2f}-{found[2]:.2f})"
+
+
+def short(value: float) -> str:
+    return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _ms(us: float) -> str:
+    value = us / 1000
+    return f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 10 else f"{value:,.0f}"
+
+
+def _line(cells: Iterable[str], widths: list[int]) -> str:
+    padded = (
+        cell.ljust(width) if at < 2 else cell.rjust(width)
+        for at, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    )
+    return "| " + " | ".join(padded) + " |"

@@ -1,0 +1,222 @@
+"""The request path and nothing else, in one process: bytes handed to the protocol, answers taken from it.
+
+No sockets, and an engine that does nothing; but the real protocol, batcher, worker thread and uvloop. So what one
+more request costs can be counted in instructions, or measured without the noise of a client. `floor` is uvicorn
+with an application that answers a fixed body, driven in the same way: what cobatch is compared with.
+
+`python -m benchmarks.request_path LIBRARY` is what `benchmarks.guard` runs under callgrind: LIBRARY switches the
+counting on and off (made by the guard from benchmarks/counting.c).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import gc
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import numpy as np
+import uvicorn
+import uvloop
+
+from benchmarks import wire
+from benchmarks.floor_app import make_app
+from engines import loader
+from engines.base import Array, RowShapes, Signature, TensorSpec
+from server.asgi import InferRoutes
+from server.serve import Server
+from server.settings import ModelSettings, ServerSettings, Settings
+
+MODEL = "tiny"
+# What is counted: for each case who serves, the body, and how many callers ask at once.
+CASES = {
+    "floor, 64 at once": ("floor", False, 64),
+    "floor, alone": ("floor", False, 1),
+    "JSON, 64 at once": ("fast", False, 64),
+    "binary, 64 at once": ("fast", True, 64),
+    "JSON, alone": ("fast", False, 1),
+    "JSON, 64 at once, through ASGI": ("asgi", False, 64),
+}
+FLOOR_BYTES = 157  # as long as a JSON answer of tiny
+REQUESTS = 512
+_WARM_UP = 512
+_ADDRESS = ("127.0.0.1", 1)
+
+
+class Idle:
+    """An engine whose runs take no time."""
+
+    platform = "idle"
+    slots = 2
+    max_batch_size = 64
+    signature = Signature((TensorSpec("x", "FP32", (16,)),), (TensorSpec("y", "FP32", (8,)),))
+
+    def __init__(self) -> None:
+        self._inputs = [np.zeros((64, 16), np.float32) for _ in range(self.slots)]
+        self._outputs = np.random.default_rng(3).standard_normal((64, 8), dtype=np.float32)
+        self._rows = [0] * self.slots
+
+    def open(self) -> None:
+        """Nothing to load."""
+
+    def inputs(self, slot: int, rows: int, row_shapes: RowShapes) -> tuple[Array, ...]:  # noqa: ARG002
+        return (self._inputs[slot],)
+
+    def enqueue(self, slot: int, rows: int, row_shapes: RowShapes) -> None:  # noqa: ARG002
+        self._rows[slot] = rows
+
+    def wait(self, slot: int) -> tuple[Array, ...]:
+        return (self._outputs[: self._rows[slot]],)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+class Answered:
+    """Counts answers, and sets `all` when as many as expected have been written."""
+
+    def __init__(self) -> None:
+        self.all = asyncio.Event()
+        self._missing = 0
+
+    def expect(self, many: int) -> None:
+        self.all.clear()
+        self._missing = many
+
+    def one(self) -> None:
+        self._missing -= 1
+        if not self._missing:
+            self.all.set()
+
+
+class Wire(asyncio.Transport):
+    """Takes what a protocol writes: a head with its body at once, or one after the other."""
+
+    def __init__(self, answered: Answered) -> None:
+        super().__init__({"peername": _ADDRESS, "sockname": _ADDRESS})
+        self._answered = answered
+        self._head = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        # Uvicorn writes its head and an ASGI application's body apart.
+        whole = bytes(data)
+        end = whole.find(b"\r\n\r\n")
+        if not self._head:
+            assert whole.startswith(b"HTTP/1.1 200"), whole[:200]
+            self._head = end + 4 == len(whole)
+        else:
+            self._head = False
+        if not self._head:
+            self._answered.one()
+
+    def is_closing(self) -> bool:
+        return False
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+
+class Path:
+    """Requests through one protocol class, `callers` of them at once."""
+
+    def __init__(self, make: Callable[[], Any], request: bytes, callers: int) -> None:
+        self._answered = Answered()
+        self._protocols = [make() for _ in range(callers)]
+        self._request = request
+        for protocol in self._protocols:
+            protocol.connection_made(Wire(self._answered))
+
+    async def serve(self, requests: int) -> None:
+        """At least so many, each caller waiting for its answer."""
+        callers, answered, request = len(self._protocols), self._answered, self._request
+        for _ in range(-(-requests // callers)):
+            answered.expect(callers)
+            for protocol in self._protocols:
+                protocol.data_received(request)
+            await answered.all.wait()
+
+
+@contextlib.asynccontextmanager
+async def paths() -> AsyncIterator[dict[str, Path]]:
+    """All cases, warm."""
+    loader.ENGINES["onnxruntime"] = lambda *_: Idle()
+    async with contextlib.AsyncExitStack() as stack:
+        makers = {
+            "fast": await stack.enter_async_context(_cobatch(fast_path=True)),
+            "asgi": await stack.enter_async_context(_cobatch(fast_path=False)),
+            "floor": _maker(uvicorn.Config(make_app(FLOOR_BYTES, "application/json"), http="httptools")),
+        }
+        found = {
+            case: Path(makers[who], _request(binary), callers)
+            for case, (who, binary, callers) in CASES.items()
+        }
+        for path in found.values():
+            await path.serve(_WARM_UP)
+        # As the server does when it is ready; a collection would fall into one case or another by chance.
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        yield found
+
+
+@contextlib.asynccontextmanager
+async def _cobatch(*, fast_path: bool) -> AsyncIterator[Callable[[], Any]]:
+    model = ModelSettings(path="tiny.onnx", name=MODEL)
+    server = Server(Settings(server=ServerSettings(fast_path=fast_path), models=(model,)))
+    loaded = asyncio.Event()
+    server.core.on_ready = loaded.set
+    app: Any = server.config.app
+    assert isinstance(app, InferRoutes)
+    starlette: Any = app.app
+    async with starlette.router.lifespan_context(starlette):
+        await loaded.wait()
+        yield _maker(server.config, server.server_state)
+
+
+def _maker(config: uvicorn.Config, state: Any = None) -> Callable[[], Any]:
+    config.load()
+    state = state or uvicorn.Server(config).server_state
+    return lambda: config.http_protocol_class(  # type: ignore[operator,union-attr]
+        config=config, server_state=state, app_state={}, _loop=asyncio.get_running_loop()
+    )
+
+
+def _request(binary: bool) -> bytes:
+    message = wire.encode(MODEL, wire.rows_of(MODEL, 1, 5), binary)
+    lines = [f"POST /v2/models/{MODEL}/infer HTTP/1.1", "Host: 127.0.0.1:8000"]
+    lines += [f"Content-Length: {len(message.body)}"]
+    lines += [f"{name}: {value}" for name, value in message.headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + message.body
+
+
+async def timed(rounds: int) -> dict[str, list[float]]:
+    """Microseconds of CPU per request, of all threads; every case in each round."""
+    found: dict[str, list[float]] = {case: [] for case in CASES}
+    async with paths() as cases:
+        for _ in range(rounds):
+            for case, path in cases.items():
+                began = time.process_time()
+                await path.serve(REQUESTS)
+                found[case].append((time.process_time() - began) / REQUESTS * 1e6)
+    return found
+
+
+async def _counted(library: ctypes.CDLL) -> None:
+    async with paths() as cases:
+        for case, path in cases.items():
+            library.begin()
+            await path.serve(REQUESTS)
+            library.end(case.encode())
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Under callgrind: each case is one part of its output, named after the case."""
+    uvloop.run(_counted(ctypes.CDLL(arguments[0])))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

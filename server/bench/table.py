@@ -1,0 +1,105 @@
+"""The report on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from server.bench.capacity import Capacity
+from server.bench.results import Figures, Results
+from server.inspect import PIPE_WIDTH
+
+_SHOWN = ("p50", "p90", "p99", "p99.9", "max")
+_MOST_KINDS = 12
+
+
+def show(title: str, found: Sequence[Results], capacity: Capacity | None) -> None:
+    """All of it, on stdout."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=PIPE_WIDTH)
+    console.print(Text(title, "bold"), soft_wrap=True)
+    console.print(_main(found, [one.held for one in capacity.tried] if capacity is not None else []))
+    # Of a search, what it ended with: the others' figures are in the table.
+    for results in found if capacity is None else found[-1:]:
+        _details(console, results, f"{_load(results)}: " if len(found) > 1 else "")
+    if capacity is not None:
+        console.print(Text(capacity.sentence(), "bold"), soft_wrap=True)
+
+
+def plain_table(*columns: str) -> Table:
+    """A table without lines; the first column to the left, the others to the right."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+    return table
+
+
+def _main(found: Sequence[Results], held: Sequence[bool]) -> Table:
+    several = any(results.callers for results in found)
+    table = plain_table(
+        "load", *(["tenant"] if several else []), "offered/s", "answered/s", "good/s",
+        *(f"{name} ms" for name in _SHOWN), "failed", "batch", *(["held"] if held else []),
+    )  # fmt: skip
+    for number, results in enumerate(found):
+        batch = "-" if results.mean_batch is None else f"{results.mean_batch:.1f}"
+        for figures in (results.total, *results.callers):
+            whole = figures is results.total
+            seconds = results.measured_s or 1e-9
+            answered = results.answered_rate if whole else figures.answered / seconds
+            table.add_row(
+                _load(results) if whole else "",
+                *([figures.name] if several else []),
+                f"{figures.requests / seconds:,.0f}",
+                f"{answered:,.0f}",
+                f"{figures.good_rate:,.0f}",
+                *(f"{figures.latency_ms[name]:,.2f}" for name in _SHOWN),
+                _failed(figures),
+                batch if whole else "",
+                *(["yes" if held[number] else "no"] if held and whole else []),
+            )
+    return table
+
+
+def _load(results: Results) -> str:
+    return f"{results.connections} connections" if results.rate is None else per_s(results.rate)
+
+
+def per_s(rate: float) -> str:
+    """A rate with as many digits as tell it from its neighbours."""
+    return f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.3g}/s"
+
+
+def _failed(figures: Figures) -> str:
+    if not figures.failed:
+        return "0"
+    return f"{figures.failed:,} ({figures.failed / max(1, figures.requests):.1%})"
+
+
+def _details(console: Console, results: Results, which: str) -> None:
+    def say(text: str, style: str = "") -> None:
+        console.print(Text(which + text, style), soft_wrap=True)
+
+    for kind, count, said in results.errors_said()[:_MOST_KINDS]:
+        say(f"{count:,} x {kind}{': ' if said else ''}{said}", "red")
+    if results.server is not None:
+        server = results.server
+        say(
+            f"the server counted {server['inferences']:,.0f} inferences in {server['executions']:,.0f} runs "
+            f"({server['mean_batch']:.1f} each); in the mean {server['queue_ms']:.2f} ms in the queue, "
+            f"{server['compute_ms']:.2f} ms in the run"
+        )
+    generator = results.generator
+    shares = ", ".join(f"{share:.0%}" for share in generator.cpu_shares)
+    text = f"generator: CPU {shares} of a core, {generator.connections} connections"
+    if results.rate is not None:
+        text += f", sent {generator.late_ms['p99']:.2f} ms late (p99)"
+        text += f"; from the sending p99 was {results.sent_latency_ms['p99']:,.2f} ms"
+    say(text)
+    for limit in generator.limits:
+        say(f"the generator was the bottleneck: {limit}", "bold red")
+    for note in generator.notes:
+        say(f"note: {note}")
