@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from time import time
-from typing import Any, Literal, TextIO
+from typing import Literal, TextIO
 
 import msgspec
 
@@ -34,8 +34,11 @@ _LONGEST_PATH = 500
 _FLUSH_S = 0.05
 _MOST_CHUNKS = 100
 _JOIN_S = 5.0
+_NAMES = {number: name for name, number in LEVELS.items()}
 # What stands in a readable line without quotes.
 _WORD = re.compile(r"[!#-~]+")
+_TRACE_ID = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-")
+_encode = msgspec.json.Encoder().encode
 
 
 def level_of(status: int) -> int:
@@ -45,59 +48,98 @@ def level_of(status: int) -> int:
     return logging.WARNING if status >= 400 else logging.INFO
 
 
-def _utc(time_s: float) -> str:
-    return datetime.fromtimestamp(time_s, UTC).isoformat(timespec="milliseconds")
+class Line(msgspec.Struct, omit_defaults=True):
+    """What a line says, in this order; what it has nothing to say about is left out. Times in microseconds."""
+
+    time: str
+    level: str
+    request_id: str
+    method: str
+    path: str
+    status: int
+    problem: str = ""
+    tenant: str = ""
+    model: str = ""
+    rows: int = 0
+    batch: int = 0
+    batch_rows: int = 0
+    reason: str = ""
+    queue_us: int = 0
+    compute_us: int = 0
+    total_us: int = 0
+    trace_id: str = ""
 
 
-def _path(record: Record) -> str:
-    # A prediction's id is all that it takes to read it, where nobody is asked who he is.
-    path = record.route if "{id}" in record.route else record.path
-    return path if len(path) <= _LONGEST_PATH else path[:_LONGEST_PATH] + "..."
-
-
-def fields(record: Record, now_s: float) -> dict[str, Any]:
-    """What a line says, in order; what there is nothing to say about is left out. Times in microseconds."""
+def line_of(record: Record, now: str) -> Line:
+    """The line of a request. `now`: the time, as text."""
+    line = Line(
+        now,
+        _NAMES[level_of(record.status)],
+        record.request_id,
+        record.method,
+        # A prediction's id is all that it takes to read it, where nobody is asked who he is.
+        record.route if "{id}" in record.route else record.path[:_LONGEST_PATH],
+        record.status,
+        record.slug,
+        record.tenant,
+        record.model,
+        record.rows,
+        total_us=round((record.answered_s - record.received_s) * 1e6),
+        trace_id=_trace_id(record),
+    )
     batch = record.batch
-    said: dict[str, Any] = {
-        "time": _utc(now_s),
-        "level": logging.getLevelName(level_of(record.status)).lower(),
-        "request_id": record.request_id,
-        "method": record.method,
-        "path": _path(record),
-        "status": record.status,
-        "problem": record.slug,
-        "tenant": record.tenant,
-        "model": record.model,
-        "rows": record.rows,
-    }
     if batch is not None:
-        said |= {
-            "batch": batch.number,
-            "batch_rows": batch.rows,
-            "reason": batch.reason,
-            "queue_us": round(record.queue_s * 1e6),
-            "compute_us": round(record.compute_s * 1e6),
-        }
-    said["total_us"] = round((record.answered_s - record.received_s) * 1e6)
-    if record.traceparent:
-        said["traceparent"] = record.traceparent
-    return {name: value for name, value in said.items() if value not in ("", 0) or name == "status"}
+        line.batch = batch.number
+        line.batch_rows = batch.rows
+        line.reason = batch.reason
+        line.queue_us = round((batch.dispatched_s - record.enqueued_s) * 1e6)
+        line.compute_us = round((batch.finished_s - batch.started_s) * 1e6)
+    return line
 
 
-def as_json(said: dict[str, Any]) -> str:
+def _trace_id(record: Record) -> str:
+    """Where its spans are; of one that is not traced here, where its caller's may be."""
+    if record.traceresponse:
+        return record.traceresponse[3:35].decode()
+    found = _TRACE_ID.match(record.traceparent) if record.traceparent else None
+    return "" if found is None else found[1]
+
+
+class Times:
+    """Moments as text (RFC 3339, UTC, milliseconds); makes all but the milliseconds once a second."""
+
+    def __init__(self) -> None:
+        self._second = -1
+        self._text = ""
+
+    def text(self, time_s: float) -> str:
+        """`time_s`: since the epoch."""
+        second = int(time_s)
+        if second != self._second:
+            self._second = second
+            self._text = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        return f"{self._text}.{int((time_s - second) * 1000):03}Z"
+
+
+_REST = [name for name in Line.__struct_fields__ if name not in ("time", "level", "status", "method", "path")]
+
+
+def as_json(line: Line) -> str:
     """One line of JSON."""
-    return msgspec.json.encode(said).decode() + "\n"
+    return _encode(line).decode() + "\n"
 
 
-def as_text(said: dict[str, Any]) -> str:
+def as_text(line: Line) -> str:
     """One line for people: who asked for what, then the rest by name."""
-    head = [str(said.pop("time")), f"{said.pop('level').upper():<7}"]
-    head += [_word(said.pop(name)) for name in ("status", "method", "path") if name in said]
-    return " ".join([*head, *[f"{name}={_word(value)}" for name, value in said.items()]]) + "\n"
+    words = [f"{line.time} {line.level.upper():<7} {line.status} {_word(line.method)} {_word(line.path)}"]
+    for name in _REST:
+        value = getattr(line, name)
+        if value:
+            words.append(f"{name}={value if type(value) is int else _word(value)}")
+    return " ".join(words) + "\n"
 
 
-def _word(value: object) -> str:
-    text = str(value)
+def _word(text: str) -> str:
     # Quoted where it could be taken for two words, or for the end of the line.
     return text if _WORD.fullmatch(text) else json.dumps(text)
 
@@ -111,7 +153,9 @@ class AccessLog:
     def __init__(
         self, style: Style, least: int, stream: TextIO | None = None, clock: Callable[[], float] = time
     ) -> None:
-        self._format = as_json if style == "json" else as_text
+        self._json = style == "json"
+        self._format = as_json if self._json else as_text
+        self._times = Times()
         self._least = least
         self._stream = stream
         self._clock = clock
@@ -134,7 +178,7 @@ class AccessLog:
         if not lines and self._loop is not None:
             # Many at once: to wake the thread costs more than a line.
             self._loop.call_later(_FLUSH_S, self.flush)
-        lines.append(self._format(fields(record, self._clock())))
+        lines.append(self._format(line_of(record, self._times.text(self._clock()))))
 
     def flush(self) -> None:
         """Give the lines that there are to the thread, or drop them where it is far behind."""
@@ -147,9 +191,15 @@ class AccessLog:
             return
         if self._dropped:
             dropped, self._dropped = self._dropped, 0
-            said = {"time": _utc(self._clock()), "level": "warning", "dropped_lines": dropped}
-            lines.insert(0, self._format(said))
+            lines.insert(0, self._dropped_line(dropped))
         self._chunks.put("".join(lines))
+
+    def _dropped_line(self, dropped: int) -> str:
+        now = self._times.text(self._clock())
+        if self._json:
+            said = {"time": now, "level": "warning", "dropped_lines": dropped}
+            return _encode(said).decode() + "\n"
+        return f"{now} WARNING dropped_lines={dropped}\n"
 
     def stop(self) -> None:
         """Write what is left. Whoever reads the lines has a few seconds for them."""
@@ -174,7 +224,7 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         said = {
-            "time": _utc(record.created),
+            "time": Times().text(record.created),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),

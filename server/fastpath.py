@@ -139,13 +139,15 @@ class FastCycle:
         packing = protocol.loop.run_in_executor(None, compress, reply, coding)
         packing.add_done_callback(lambda done: self._write(reply if done.exception() else done.result()))
 
-    def _begin(self) -> Record:
-        known, core = self.known, self.protocol.core
+    def _begin(self) -> Record | None:
+        marks, observer = self.known.marks, self.protocol.observer
+        drawn = observer.draw()
+        if not (drawn or marks or observer.each):
+            return None
         record = self._new_record()
-        for name, value in known.marks:
+        for name, value in marks:
             record.mark(name, value)
-        if core.observer.watched:
-            core.observer.begin(record)
+        observer.begin(record, drawn)
         return record
 
     def _new_record(self) -> Record:
@@ -191,12 +193,11 @@ class FastCycle:
         if self.request is not None:
             core.cancel(self.request)
         self.known.model.fast_traffic.count(LEFT, LEFT_SLUG, 0.0)
-        if self.record is not None:
-            self._tell(self.record, LEFT, LEFT_SLUG, time.monotonic())
+        self._tell(self.record or self._new_record(), LEFT, LEFT_SLUG, time.monotonic())
 
     def _tell(self, record: Record, status: int, slug: str, answered_s: float) -> None:
         record.status, record.slug, record.answered_s = status, slug, answered_s
-        self.protocol.core.observer.request_done(record)
+        self.protocol.observer.request_done(record)
 
 
 class FastProtocol(Connection):

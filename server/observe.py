@@ -11,13 +11,14 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from batcher.batcher import Batcher
 from batcher.request import Batch
 from batcher.samples import FULL, Samples
 from server.loop_lag import LoopLag
 from server.record import Record
+from server.request_id import new_id
 
 if TYPE_CHECKING:
     from server.auth.tenants import Tenants
@@ -32,6 +33,14 @@ LEFT_SLUG = "client-left"
 
 RecordSink = Callable[[Record], None]
 BatchSink = Callable[[Batcher, Batch], None]
+
+
+class Sampler(Protocol):
+    """Wants records of some requests, and decides of which when they come."""
+
+    def draw(self) -> bool: ...
+
+    def begin(self, record: Record, drawn: bool) -> None: ...
 
 
 class Traffic:
@@ -78,10 +87,12 @@ class Observer:
         self._tenants = tenants
         self.lag = LoopLag()
         self.http: Counter[tuple[str, str, int, str]] = Counter()
-        self.watched = False  # whether anybody wants records
+        self.watched = False  # whether anybody may want a record of a good request
         self._begin: list[RecordSink] = []
         self._requests: list[RecordSink] = []
         self._recorded: list[RecordSink] = []
+        self._sampler: Sampler | None = None
+        self.each = False  # whether anybody wants a record of each request
         self._batches: list[BatchSink] = []
 
     def add(
@@ -123,7 +134,8 @@ class Observer:
         self._changed()
 
     def _changed(self) -> None:
-        self.watched = bool(self._begin or self._requests)
+        self.each = bool(self._begin or self._requests)
+        self.watched = self.each or self._sampler is not None
         for model in self.models.values():
             self.watch(model)
 
@@ -142,13 +154,27 @@ class Observer:
         if batcher is not None:
             batcher.watch_batches(partial(self._batch_done, batcher) if self._batches else None)
 
-    def begin(self, record: Record) -> None:
-        """A request's headers are there."""
+    def sample(self, sampler: Sampler) -> None:
+        """Let it draw which requests have a record although nothing else calls for one, and tell it of all
+        records' beginnings."""
+        self._sampler = sampler
+        self._changed()
+
+    def draw(self) -> bool:
+        """Whether the lot falls on a request that has just come."""
+        return self._sampler is not None and self._sampler.draw()
+
+    def begin(self, record: Record, drawn: bool = False) -> None:
+        """A request's headers are there. `drawn`: what `draw` said of it."""
         for sink in self._begin:
             _tell(sink, record)
+        if self._sampler is not None:
+            _tell(self._sampler.begin, record, drawn)
 
     def request_done(self, record: Record) -> None:
-        """It is answered, or its client has left."""
+        """It is answered, or its client has left; then it may have no id yet."""
+        if not record.request_id:
+            record.request_id = new_id()
         for sink in self._requests:
             _tell(sink, record)
         for sink in self._recorded:

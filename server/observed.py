@@ -37,7 +37,7 @@ class Observed:
         scope[RECORD] = record
         observer = self._core.observer
         if observer.watched:
-            observer.begin(record)
+            observer.begin(record, observer.draw())
 
         async def send_observed(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -116,13 +116,3 @@ class Record:
         self.rows = request.rows
         self.batch = request.batch
         self.enqueued_s = request.enqueued_s
-
-    @property
-    def queue_s(self) -> float:
-        """In the queue and being packed, as Server-Timing counts it; 0 where it rode in no batch."""
-        return 0.0 if self.batch is None else max(0.0, self.batch.dispatched_s - self.enqueued_s)
-
-    @property
-    def compute_s(self) -> float:
-        """In the engine, with all of its batch."""
-        return 0.0 if self.batch is None else self.batch.finished_s - self.batch.started_s

@@ -1,8 +1,8 @@
 """Traces by OpenTelemetry: a span for each request, and one for each batch, linked to the requests in it.
 
     POST /v2/models/{name}/infer   (server; the caller's span is its parent, where there is one)
-    ├─ queue     until a batch was made up; linked, like the two below, to the batch
-    ├─ batch     packed, in a slot of the engine, until the run began
+    ├─ queue     until a batch was made up
+    ├─ batch     packed, in a slot of the engine, until the run began; linked to the batch's span
     └─ compute   the run
     batch NAME   (a trace of its own: several callers' requests ride in it; links to each of them)
 
@@ -65,7 +65,7 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 class Tracing:
     """A sink for records. `ratio`: the part of the requests to trace whose callers have not decided.
 
-    `clock` is the server's monotonic clock, `wall_clock` the time of the spans. `draw` is the lot.
+    `clock` is the server's monotonic clock, `wall_clock` the time of the spans. `lot` draws from 0 to 1.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class Tracing:
         *,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
-        draw: Callable[[], float] = random,
+        lot: Callable[[], float] = random,
     ) -> None:
         self._ratio = ratio
-        self._draw = draw
+        self._lot = lot
         resource = Resource.create({SERVICE_VERSION: __version__})
         if str(resource.attributes.get(SERVICE_NAME, "")).startswith("unknown_service"):
             resource = resource.merge(Resource({SERVICE_NAME: "cobatch"}))
@@ -103,11 +103,15 @@ class Tracing:
         """Begin, for requests on this loop."""
         self._loop = loop
 
-    def begin(self, record: Record) -> None:
-        """Decide whether to trace it, and if so, give it its span. Its headers have been looked at."""
+    def draw(self) -> bool:
+        """Whether the lot falls on a request that has just come."""
+        return self._lot() < self._ratio
+
+    def begin(self, record: Record, drawn: bool) -> None:
+        """Give it its span, if it is to be traced; its headers have been read. `drawn`: the lot's word."""
         parent = _TRACEPARENT.fullmatch(record.traceparent) if record.traceparent else None
         if parent is None:
-            if self._draw() >= self._ratio:
+            if not drawn:
                 return
             context = None
         elif int(parent[2], 16) & 1:
@@ -142,11 +146,11 @@ class Tracing:
         inside = set_span_in_context(span)
         mine = span.get_span_context()
         rode_in = batch.joined or (batch,)
-        links = [Link(self._span_of(one, record.model, mine)) for one in rode_in]
-        for name, from_s, to_s in (
-            ("queue", record.enqueued_s, batch.gathered_s),
-            ("batch", batch.gathered_s, batch.started_s),
-            ("compute", batch.started_s, batch.finished_s),
+        of_batches = [Link(self._span_of(one, record.model, mine)) for one in rode_in]
+        for name, from_s, to_s, links in (
+            ("queue", record.enqueued_s, batch.gathered_s, ()),
+            ("batch", batch.gathered_s, batch.started_s, of_batches),
+            ("compute", batch.started_s, batch.finished_s, ()),
         ):
             stage = self._tracer.start_span(name, inside, links=links, start_time=self._ns(from_s))
             stage.end(self._ns(max(from_s, to_s)))

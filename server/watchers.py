@@ -25,11 +25,16 @@ class Watchers:
         self._log: AccessLog | None = None
         if settings.access_log != "off":
             self._log = AccessLog(settings.access_log, LEVELS[settings.access_log_level])
-            observer.add(requests=self._log.request_done)
+            if settings.access_log_level == "info":
+                observer.add(requests=self._log.request_done)
+            else:
+                # What was refused, failed or left has a record anyhow.
+                observer.add(recorded=self._log.request_done)
         self.tracing: Tracing | None = None
         if settings.tracing:
             self.tracing = _tracing(settings.trace_sample, settings.trace_endpoint)
-            observer.add(begin=self.tracing.begin, requests=self.tracing.request_done)
+            observer.sample(self.tracing)
+            observer.add(recorded=self.tracing.request_done)
 
     def start(self) -> None:
         """Begin, on the running loop."""

@@ -16,7 +16,7 @@ import pytest
 
 from engines.errors import EngineRunError
 from server import access_log
-from server.access_log import AccessLog, JsonFormatter, as_json, as_text, fields, level_of
+from server.access_log import AccessLog, JsonFormatter, Times, as_json, as_text, level_of, line_of
 from server.record import Record
 from tests import protected as guarded
 from tests.serving import GATE, Client, Served, gate, gated, get, post, rows_of
@@ -47,7 +47,7 @@ def asked(fast: bool, *requests: bytes, **settings: Any) -> list[dict[str, Any]]
 @BOTH
 def test_a_good_request(fast: bool) -> None:
     (line,) = asked(fast, gate(1, 2, headers={"X-Request-Id": "abc-1"}))
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", line.pop("time"))
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("time"))
     times = {name: line.pop(name) for name in ("queue_us", "compute_us", "total_us")}
     assert times["total_us"] >= times["queue_us"] > 0
     assert line.pop("batch") > 0
@@ -159,17 +159,17 @@ def test_nobody_writes_lines_of_his_own() -> None:
     record = Record("id", "GET", '/a\n{"status": 200}\r "\x1b[2J', 0.0)
     record.status = 404
     for form in (as_json, as_text):
-        line = form(fields(record, 0.0))
+        line = form(line_of(record, "now"))
         assert line.count("\n") == 1
         assert line.endswith("\n")
         assert "\x1b" not in line
         assert "\r" not in line
-    assert json.loads(as_json(fields(record, 0.0)))["path"] == record.path
+    assert json.loads(as_json(line_of(record, "now")))["path"] == record.path
 
 
 def test_a_long_path_is_cut() -> None:
     record = Record("id", "GET", "/" + "x" * 10_000, 0.0)
-    assert len(fields(record, 0.0)["path"]) < 600
+    assert len(line_of(record, "now").path) < 600
 
 
 # Readable lines
@@ -178,8 +178,8 @@ def test_a_long_path_is_cut() -> None:
 def test_lines_for_people() -> None:
     record = Record("id-1", "POST", GATE, 1.0)
     record.status, record.slug, record.model, record.answered_s = 429, "queue-full", "gate", 1.0005
-    assert as_text(fields(record, 0.25)) == (
-        "1970-01-01T00:00:00.250+00:00 WARNING 429 POST /v2/models/gate/infer "
+    assert as_text(line_of(record, "now")) == (
+        "now WARNING 429 POST /v2/models/gate/infer "
         "request_id=id-1 problem=queue-full model=gate total_us=500\n"
     )
 
@@ -191,6 +191,23 @@ def test_lines_for_people() -> None:
 )  # fmt: skip
 def test_levels(status: int, level: int) -> None:
     assert level_of(status) == level
+
+
+def test_times() -> None:
+    times = Times()
+    moments = (0.25, 0.9999, 1.0, 1_700_000_000.5)
+    assert [times.text(moment) for moment in moments] == [
+        "1970-01-01T00:00:00.250Z", "1970-01-01T00:00:00.999Z", "1970-01-01T00:00:01.000Z",
+        "2023-11-14T22:13:20.500Z",
+    ]  # fmt: skip
+
+
+@BOTH
+def test_the_trace_of_a_caller(fast: bool) -> None:
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    headers = [{"traceparent": value} for value in (f"00-{trace}-b7ad6b7169203331-01", "x\ty", trace)]
+    lines = asked(fast, *[gate(1, headers=each) for each in headers])
+    assert [line.get("trace_id") for line in lines] == [trace, None, None]
 
 
 # Writing

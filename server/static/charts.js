@@ -230,7 +230,10 @@ export class Plot {
     context.lineWidth = 3;
     context.strokeStyle = theme.get("card");
     context.fillStyle = theme.get("soft");
-    for (const [y, text] of this.labels ?? []) {
+    let before = Infinity;
+    for (const [y, text] of (this.labels ?? []).sort((one, other) => other[0] - one[0])) {
+      if (before - y < 15) continue; // they would stand in each other
+      before = y;
       // Above its line, but for the uppermost one.
       const above = y > 14;
       context.textBaseline = above ? "bottom" : "top";
