@@ -42,8 +42,10 @@ CASES = {
     "JSON, 64 at once, through ASGI": ("asgi", False, 64),
 }
 FLOOR_BYTES = 157  # as long as a JSON answer of tiny
-REQUESTS = 512
+REQUESTS = 256
+_REPEATS = 3
 _WARM_UP = 512
+_KEEP_ALIVE_S = 3600  # connections that wait for their case to come are not closed
 _ADDRESS = ("127.0.0.1", 1)
 
 
@@ -148,7 +150,15 @@ async def paths() -> AsyncIterator[dict[str, Path]]:
         makers = {
             "fast": await stack.enter_async_context(_cobatch(fast_path=True)),
             "asgi": await stack.enter_async_context(_cobatch(fast_path=False)),
-            "floor": _maker(uvicorn.Config(make_app(FLOOR_BYTES, "application/json"), http="httptools")),
+            "floor": _maker(
+                uvicorn.Config(
+                    make_app(FLOOR_BYTES, "application/json"),
+                    http="httptools",
+                    timeout_keep_alive=_KEEP_ALIVE_S,
+                    access_log=False,
+                    log_config=None,
+                )
+            ),
         }
         found = {
             case: Path(makers[who], _request(binary), callers)
@@ -166,7 +176,8 @@ async def paths() -> AsyncIterator[dict[str, Path]]:
 @contextlib.asynccontextmanager
 async def _cobatch(*, fast_path: bool) -> AsyncIterator[Callable[[], Any]]:
     model = ModelSettings(path="tiny.onnx", name=MODEL)
-    server = Server(Settings(server=ServerSettings(fast_path=fast_path), models=(model,)))
+    http = ServerSettings(fast_path=fast_path, keep_alive_s=_KEEP_ALIVE_S)
+    server = Server(Settings(server=http, models=(model,)))
     loaded = asyncio.Event()
     server.core.on_ready = loaded.set
     app: Any = server.config.app
@@ -207,10 +218,11 @@ async def timed(rounds: int) -> dict[str, list[float]]:
 
 async def _counted(library: ctypes.CDLL) -> None:
     async with paths() as cases:
-        for case, path in cases.items():
-            library.begin()
-            await path.serve(REQUESTS)
-            library.end(case.encode())
+        for _ in range(_REPEATS):
+            for case, path in cases.items():
+                library.begin()
+                await path.serve(REQUESTS)
+                library.end(case.encode())
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -113,7 +113,6 @@ def bench(
         raise _end(str(error), 1) from None
     from server.bench.document import as_html, as_json, show_report
 
-    show_report(report)
     try:
         if json_file is not None:
             json_file.write_text(as_json(report))
@@ -121,6 +120,7 @@ def bench(
             html_file.write_text(as_html(report))
     except OSError as error:
         raise _end(f"{error.filename}: {error.strerror}", 1) from None
+    show_report(report)
     if report.bad:
         raise typer.Exit(1)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -168,7 +171,7 @@ def test_a_trace_is_played(node: Any, tmp_path: Path) -> None:
 
 
 def test_capacity_is_searched(node: Any, tmp_path: Path) -> None:
-    """Nobody answers within a nanosecond: the search goes down to the rate that is too low to say anything."""
+    """Nobody answers within a nanosecond: the search goes down to a rate too low to say anything."""
     served, _ = node
     limit = ("--find-capacity", "--slo-ms", "0.000001")
     document = done(served, tmp_path, "--shape", "x=1", *limit, "--rate", "250", "--seconds", "0.1")
@@ -223,6 +226,42 @@ def test_what_is_refused(node: Any, arguments: tuple[str, ...], says: str) -> No
     served, _ = node
     more = () if not arguments or arguments[0] == "--shape" else ("--shape", "x=1")
     assert says in refused(served, *arguments, *more)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_reports_what_it_has(node: Any, tmp_path: Path) -> None:
+    served, _ = node
+    file = tmp_path / "figures.json"
+    command = [
+        sys.executable,
+        "-m",
+        "server.cli",
+        "bench",
+        url_of(served),
+        "--shape",
+        "x=1",
+        "--json",
+        str(file),
+    ]
+    with subprocess.Popen(
+        [*command, "--seconds", "1000", "--processes", "2", "--warmup-s", "0.1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        printed, errors = process.communicate(timeout=30)
+    assert line.startswith("16 connections ")
+    assert "Traceback" not in errors
+    assert process.returncode == 0
+    assert "(interrupted)" in printed
+    document = json.loads(file.read_text())
+    assert document["interrupted"]
+    (run,) = document["runs"]
+    assert 0 < run["measured_s"] < 1000
+    assert run["answered_rate"] > 0
 
 
 def test_nobody_answers() -> None:

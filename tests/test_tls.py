@@ -93,6 +93,21 @@ def test_the_key_may_be_in_the_certificates_file(fast: bool, pair: Pair, tmp_pat
         ask_over_tls(served, str(both))
 
 
+def test_load_over_tls(files: tuple[str, str]) -> None:
+    """`cobatch bench` asks who the server is, and goes on if it is told not to, or who may say so."""
+    with gated(True, tls_cert=files[0], tls_key=files[1]) as (served, _):
+        command = ["bench", f"https://127.0.0.1:{served.server.port}", "--shape", "x=1", "--quiet"]
+        command += ["--seconds", "0.2", "--warmup-s", "0"]
+        refused = CliRunner().invoke(app, command)
+        assert refused.exit_code == 1
+        assert "certificate" in refused.stderr
+        for more in (["--ca-file", files[0]], ["--insecure"]):
+            done = CliRunner().invoke(app, [*command, *more])
+            assert done.exit_code == 0, done.output
+            assert "16 connections" in done.stdout
+        assert "No such file" in CliRunner().invoke(app, [*command, "--ca-file", "gone.pem"]).stderr
+
+
 def refusal(folder: Path, *flags: str) -> str:
     """The one line on stderr that `cobatch serve` ends with, without the folder's name."""
     model = folder / "model.onnx"

@@ -99,10 +99,9 @@ class Read:
         self._whole: list[dict[str, np.ndarray[Any, Any]]] = []
         for text in texts:
             self._read(text)
-        columns = list(self._columns.values())
+        lengths = {len(column) for column in self._columns.values()}
         if self._whole:
-            columns.append(self._whole)
-        lengths = {len(column) for column in columns}
+            lengths.add(len(self._whole))
         if len(lengths) != 1 or (self._whole and self._columns) or 0 in lengths:
             raise UsageError(f"{flag}: the files do not have equally many rows, one or more")
         self.count = lengths.pop()

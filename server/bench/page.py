@@ -17,7 +17,7 @@ body{margin:0 auto;max-width:84rem;padding:1.5rem 1rem 4rem;font:16px/1.5 system
 color:var(--fg);background:var(--bg)}
 h1{font-size:1.6rem;margin:0}h2{font-size:1.25rem;margin:2.5rem 0 .5rem}
 .soft{color:var(--soft)}.bad{color:var(--bad);font-weight:600}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1rem}
+.charts{margin-top:1rem;display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1rem}
 figure{margin:0;border:1px solid var(--line);border-radius:6px;overflow:hidden}svg{display:block;width:100%}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.2rem .8rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
@@ -79,7 +79,7 @@ def _one(results: Results) -> str:
     lines = [
         f'<p class="bad">The generator was the bottleneck: {escape(limit)}.</p>' for limit in generator.limits
     ]
-    lines += [f"<p>{escape(note)}.</p>" for note in generator.notes]
+    lines += [f"<p>Note: {escape(note)}.</p>" for note in generator.notes]
     lines.append(
         f'<p class="soft">Measured for {results.measured_s:.1f} s after the warm-up. Generator: CPU {shares} '
         f"of a core, {generator.connections} connections, sends {late:.2f} ms late (p99).</p>"
@@ -128,7 +128,7 @@ def _thinned(points: list[tuple[float, float]], most: int = 400) -> list[tuple[f
 
 
 def _as_part(nines: float) -> str:
-    return f"{100 * (1 - 10**-nines):.6g}%"
+    return f"{100 * (1 - 10**-nines):.10g}%" if nines == int(nines) else ""
 
 
 def _latency_over_time(results: Results) -> str:

@@ -71,8 +71,8 @@ def ask(
     address: Address, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
 ) -> Reply:
     """One request on a connection of its own; `path` is below the base. Raises BenchError."""
-    context = address.context() if address.tls else None
     try:
+        context = address.context()
         connection: http.client.HTTPConnection
         if context is not None:
             connection = http.client.HTTPSConnection(address.host, address.port, timeout=30, context=context)
