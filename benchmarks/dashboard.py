@@ -113,7 +113,7 @@ def looking(server: Server, key: str) -> Iterator[None]:
     response = connection.getresponse()
 
     def read() -> None:
-        with suppress(OSError, AttributeError, ValueError):
+        with suppress(OSError, http.client.HTTPException):  # the other thread ends it
             while response.read1(1 << 16):
                 pass
 

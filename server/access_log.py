@@ -49,7 +49,7 @@ def level_of(status: int) -> int:
 
 
 class Line(msgspec.Struct, omit_defaults=True):
-    """What a line says, in this order; what it has nothing to say about is left out. Times in microseconds."""
+    """What a line says, in this order, but for what there is nothing to say about. Times in microseconds."""
 
     time: str
     level: str

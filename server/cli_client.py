@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 
 import typer
 
-TOKEN_VARIABLE = "COBATCH_TOKEN"  # noqa: S105 - the variable's name
+from server.settings import TOKEN_VARIABLE
+
 _TIMEOUT_S = 10.0
 
 Url = Annotated[str, typer.Option("--url", metavar="URL", help="The server's address.")]

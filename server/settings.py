@@ -35,6 +35,8 @@ from server.setting_values import (
 )
 
 ENV_PREFIX = "COBATCH_"
+# For the commands that ask a server (`cobatch explain`); no setting of a server's.
+TOKEN_VARIABLE = "COBATCH_TOKEN"  # noqa: S105 - the variable's name
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z"
 LARGEST = 2**31 - 1
 
@@ -226,7 +228,8 @@ def flag_name(setting: str) -> str:
 def _from_environ(environ: Mapping[str, str]) -> Table:
     table: Table = {}
     names = {env_name(setting): setting for setting in _FLAG_TYPES}
-    for variable in sorted(name for name in environ if name.startswith(ENV_PREFIX)):
+    ours = {name for name in environ if name.startswith(ENV_PREFIX)}
+    for variable in sorted(ours - {TOKEN_VARIABLE}):
         # A Kubernetes Service named "cobatch" puts COBATCH_PORT=tcp://... and its like into every pod.
         linked = "_SERVICE_" in variable or "_TCP" in variable or environ[variable].startswith("tcp://")
         hint = "; Kubernetes sets it for a Service of this name: enableServiceLinks: false" if linked else ""

@@ -66,7 +66,8 @@ class Sample(NamedTuple):
 def trace_text(
     batches: Sequence[BatchEvent], samples: Sequence[Sample], begin_s: float, about: dict[str, Any]
 ) -> Iterator[bytes]:
-    """The file, in pieces. Its times begin at `begin_s`; `about` is for whoever reads it as text."""
+    """The file, in pieces. Its times begin at `begin_s`, or with what had begun before that; `about` is for
+    whoever reads it as text."""
     layout = _Layout(batches, samples, begin_s)
     yield b'{"displayTimeUnit":"ms","otherData":%b,"traceEvents":[\n' % msgspec.json.encode(about)
     yield _lines(layout.names())
@@ -89,7 +90,10 @@ class _Layout:
     """Where each event stands."""
 
     def __init__(self, batches: Sequence[BatchEvent], samples: Sequence[Sample], begin_s: float) -> None:
-        self._begin_s = begin_s
+        # Who had been queued before is there too, and viewers drop what is before 0.
+        queued_s = [queued_s for batch in batches for queued_s, _ in batch.requests]
+        gathered_s = [batch.gathered_s for batch in batches]
+        self._begin_s = min([begin_s, *queued_s, *gathered_s])
         models = dict.fromkeys(model for sample in samples for model in sample.queued_rows)
         models |= dict.fromkeys(batch.model for batch in batches)
         self._models = {model: number for number, model in enumerate(models)}
@@ -118,7 +122,7 @@ class _Layout:
         yield self._at(sample.time_s, "C", "loop is late by", _THREADS, _LOOP, args=late)
         for model, rows in sample.queued_rows.items():
             process = _FIRST_REQUESTS + self._models[model]
-            yield self._at(sample.time_s, "C", "queued rows", process, 0, args={"rows": rows})
+            yield self._at(sample.time_s, "C", "queued", process, 0, args={"rows": rows})
 
     def batch(self, batch: BatchEvent) -> Iterator[Event]:
         """All that there is of one batch."""
@@ -135,7 +139,7 @@ class _Layout:
         slots, track = _FIRST_SLOTS + number, _slot_track(batch.lane, batch.slot)
         worker = self._workers[number, batch.lane]
         ran = batch.finished_s > 0
-        name = f"{batch.rows} rows, {batch.reason}"
+        name = f"{batch.rows} row{'' if batch.rows == 1 else 's'}, {batch.reason}"
         yield self._slice(batch.gathered_s, batch.answered_s, name, slots, track, said)
         for what, from_s, to_s in _stages(batch):
             yield self._slice(from_s, to_s, what, slots, track)
@@ -149,7 +153,8 @@ class _Layout:
         for queued_s, rows in batch.requests:
             self._request += 1
             where = (_FIRST_REQUESTS + number, 0)
-            its: dict[str, Any] = {"cat": "request", "id": self._request}
+            # An id of this group alone: its waits are shown in it, not beside all groups.
+            its: dict[str, Any] = {"cat": "request", "id2": {"local": self._request}}
             args = {"rows": rows, "batch": batch.number}
             yield self._at(queued_s, "b", "queued", *where, args=args, **its)
             yield self._at(batch.gathered_s, "e", "queued", *where, **its)

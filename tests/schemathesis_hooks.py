@@ -20,7 +20,7 @@ def before_call(context: HookContext, case: Case[Any], kwargs: dict[str, object]
     if meta is None or not meta.generation.mode.is_positive:
         return
     size = len(str(case.body))
-    if case.media_type not in RAW and size % 4:
+    if case.media_type is not None and case.media_type not in RAW and size % 4:
         case.query.clear()
         case.headers.pop("Inference-Header-Content-Length", None)
     if size % 3:

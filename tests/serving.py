@@ -323,7 +323,8 @@ def serve(
     auth: AuthSettings | None = None,
     **settings: Any,
 ) -> Iterator[Served]:
-    """Serve `models`, on a free port unless one is given; `engines` by path go before what the files would be loaded with."""
+    """Serve `models`, on a free port unless one is given; `engines` by path go before what the files would be
+    loaded with."""
     fakes = engines or {}
 
     def load(kind: str, path: str, max_batch_size: int, options: EngineOptions) -> Engine:

@@ -95,3 +95,19 @@ def test_none_where_the_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
     assert not gpus.some
     assert gpus.read() == []
     gpus.close()
+
+
+def test_a_real_one() -> None:
+    gpus = Gpus()
+    gpus.open()
+    if not gpus.some:
+        pytest.skip("needs a GPU of NVIDIA's, its driver and nvidia-ml-py")
+    try:
+        found = gpus.read()
+    finally:
+        gpus.close()
+    for gpu in found:
+        assert 0 < gpu.used_bytes <= gpu.memory_bytes
+        assert gpu.utilization is None or 0 <= gpu.utilization <= 1
+        assert gpu.name
+        assert gpu.uuid.startswith(("GPU-", "MIG-"))

@@ -87,7 +87,7 @@ def test_loop_worker_and_slots_are_tracks() -> None:
 
 def test_the_wait_of_each_request_and_the_way_of_each_batch() -> None:
     events = trace(batch(1), batch(2, 0.01))["traceEvents"]
-    waits = [(one["ph"], one["id"], one["ts"]) for one in events if one.get("cat") == "request"]
+    waits = [(one["ph"], one["id2"]["local"], one["ts"]) for one in events if one.get("cat") == "request"]
     assert waits == [
         ("b", 1, 0), ("e", 1, 1000), ("b", 2, 500), ("e", 2, 1000),
         ("b", 3, 10_000), ("e", 3, 11_000), ("b", 4, 10_500), ("e", 4, 11_000),
@@ -104,11 +104,11 @@ def test_curves() -> None:
     curves = [(one["name"], one["ts"], one["args"]) for one in events if one["ph"] == "C"]
     assert curves == [
         ("loop is late by", 0, {"ms": 0.5}),
-        ("queued rows", 0, {"rows": 4}),
-        ("queued rows", 0, {"rows": 0}),
+        ("queued", 0, {"rows": 4}),
+        ("queued", 0, {"rows": 0}),
         ("loop is late by", 10_000, {"ms": 0}),
-        ("queued rows", 10_000, {"rows": 5}),
-        ("queued rows", 10_000, {"rows": 1}),
+        ("queued", 10_000, {"rows": 5}),
+        ("queued", 10_000, {"rows": 1}),
     ]
 
 
@@ -132,6 +132,12 @@ def test_one_that_could_not_be_packed_ran_nowhere() -> None:
     assert "threads: worker 0 of m" not in found
     assert found["slots of m: engine 0, slot 1"][0]["args"]["failed"] is True
     assert all(one["dur"] >= 0 for events in found.values() for one in events)
+
+
+def test_what_had_begun_before_is_not_before_zero() -> None:
+    events = trace(batch(1, 4.5), samples=[Sample(5.0, 0.0, {})], begin_s=5.0)["traceEvents"]
+    assert min(one["ts"] for one in events if "ts" in one) == 0
+    assert [one["ts"] for one in events if one["ph"] == "C"] == [500_000]
 
 
 @pytest.mark.parametrize("count", [0, 1, 499, 500, 501, 1000])
@@ -185,7 +191,7 @@ def test_a_server_at_work(fast: bool) -> None:
     assert document["otherData"]["batches"] == 2
     assert document["otherData"]["batches_left_out"] == 0
     curves = {one["name"] for one in document["traceEvents"] if one["ph"] == "C"}
-    assert curves == {"loop is late by", "queued rows"}
+    assert curves == {"loop is late by", "queued"}
 
 
 def nobody_records(served: Served) -> bool:

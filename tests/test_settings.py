@@ -239,6 +239,11 @@ def test_other_hosts(host: str) -> None:
     assert not is_loopback(host)
 
 
+def test_the_variable_of_other_commands_is_none_of_ours(model: Path) -> None:
+    flags = {"model": model}
+    assert load_settings(None, {"COBATCH_TOKEN": "t"}, flags) == load_settings(None, {}, flags)
+
+
 def test_settings_have_names_that_do_not_meet() -> None:
     assert not SERVER_FIELDS.keys() & MODEL_FIELDS.keys()
     assert env_name("max_batch_size") == "COBATCH_MAX_BATCH_SIZE"

@@ -1,6 +1,6 @@
 // What a recent request waited for, asked by its id.
 
-import { element } from "./charts.js";
+import { element } from "./dom.js";
 import { credentials } from "./feed.js";
 import { duration } from "./format.js";
 

@@ -1,6 +1,7 @@
 // Puts the page together: the feed on one side, charts and tables on the other.
 
-import { Cursor, element, setText, theme } from "./charts.js";
+import { Cursor } from "./charts.js";
+import { element, setText, theme } from "./dom.js";
 import { Explainer } from "./explain.js";
 import { Feed, hasToken, remember } from "./feed.js";
 import { count, duration, percent } from "./format.js";

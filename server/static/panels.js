@@ -1,6 +1,7 @@
 // Which charts there are, and what each draws.
 
-import { TimeChart, theme } from "./charts.js";
+import { TimeChart } from "./charts.js";
+import { theme } from "./dom.js";
 import { count, duration, percent } from "./format.js";
 import { Latencies, sum } from "./store.js";
 

@@ -1,6 +1,6 @@
 // What is better read than drawn: figures of the last ten seconds, tenants, refusals, totals, settings.
 
-import { element, setText } from "./charts.js";
+import { element, setText } from "./dom.js";
 import { count, duration, long, percent, whole } from "./format.js";
 import { latencyOf } from "./panels.js";
 import { sum, tally } from "./store.js";
@@ -38,7 +38,7 @@ export function tiles(store, seconds) {
   big("t-busy", percent(mean(last, (one) => one.busy)));
   const loop = mean(last, (one) => one.loop ?? 0);
   const lag = last.reduce((worst, one) => Math.max(worst, one.lag), 0);
-  setText(byId("s-busy"), `event loop ${percent(loop)} · lag ${duration(lag)}`);
+  setText(byId("s-busy"), `loop ${percent(loop)} · lag ${duration(lag)}`);
   big("t-queue", `${count(now.queued ?? 0)} rows`);
   setText(byId("s-queue"), `${count(now.running ?? 0)} ${now.running === 1 ? "batch" : "batches"} with the engine`);
   big("t-lost", `${count(lost)} /s`);

@@ -1,6 +1,7 @@
 // The last batches one by one: when each was packed, ran and was answered, and when the engine was idle.
 
-import { element, Figure, setText, theme } from "./charts.js";
+import { Figure } from "./charts.js";
+import { element, setText, theme } from "./dom.js";
 import { count, duration, percent } from "./format.js";
 
 // As the server sends a batch; times are microseconds since the first one was gathered.

@@ -1,0 +1,148 @@
+// One chart's drawing: from times and values to places on a canvas.
+
+import { theme } from "./dom.js";
+
+const BOTTOM = 20;
+const TOP = 8;
+// Seconds that are further apart than this are not joined: nothing is known of what lies between.
+const GAP_S = 2.6;
+
+export class Plot {
+  constructor(context, width, height, now, windowS) {
+    Object.assign(this, { context, width, height, now, windowS });
+    this.bottom = height - BOTTOM;
+    this.secondWidth = width / windowS;
+  }
+
+  x(time) {
+    return this.width * (1 - (this.now - time) / this.windowS);
+  }
+
+  // A second ends at its time: this is where its cell begins.
+  cell(second) {
+    // On whole pixels, so that neighbours neither overlap nor leave a line between them.
+    const right = Math.round(Math.min(this.width, this.x(second.time)));
+    const left = Math.round(Math.max(0, this.x(second.time - second.span)));
+    return [left, Math.max(1, right - left)];
+  }
+
+  linear(most) {
+    const top = nice(Math.max(most, 1e-9));
+    this.y = (value) => this.bottom - (value / top) * (this.bottom - TOP);
+    return top;
+  }
+
+  log(least, most) {
+    const low = Math.log(least);
+    const span = Math.log(most) - low;
+    this.y = (value) => this.bottom - ((Math.log(Math.max(value, least)) - low) / span) * (this.bottom - TOP);
+  }
+
+  // Lines across, each with what it stands for.
+  grid(values, text) {
+    const { context } = this;
+    context.lineWidth = 1;
+    context.strokeStyle = theme.get("line");
+    for (const value of values) {
+      const y = Math.round(this.y(value)) + 0.5;
+      context.beginPath();
+      context.moveTo(0, y);
+      context.lineTo(this.width, y);
+      context.stroke();
+    }
+    // After the lines and before the data, which may cover them.
+    this.labels = values.map((value) => [this.y(value), text(value)]);
+  }
+
+  writeLabels() {
+    const { context } = this;
+    context.textAlign = "left";
+    context.lineJoin = "round";
+    context.lineWidth = 3;
+    context.strokeStyle = theme.get("card");
+    context.fillStyle = theme.get("soft");
+    let before = Infinity;
+    for (const [y, text] of (this.labels ?? []).sort((one, other) => other[0] - one[0])) {
+      if (before - y < 15) continue; // they would stand in each other
+      before = y;
+      // Above its line, but for the uppermost one.
+      const above = y > 14;
+      context.textBaseline = above ? "bottom" : "top";
+      context.strokeText(text, 2, above ? y - 1 : y + 3);
+      context.fillText(text, 2, above ? y - 1 : y + 3);
+    }
+  }
+
+  times() {
+    this.writeLabels();
+    const { context } = this;
+    const step = this.windowS > 120 ? 60 : this.windowS > 60 ? 30 : 15;
+    context.fillStyle = theme.get("soft");
+    context.textBaseline = "alphabetic";
+    for (let back = 0; back < this.windowS; back += step) {
+      context.textAlign = back === 0 ? "right" : "center";
+      const text = back === 0 ? "now" : step === 60 ? `−${back / 60} min` : `−${back} s`;
+      context.fillText(text, this.x(this.now - back), this.height - 5);
+    }
+  }
+
+  // Runs of seconds without a gap.
+  runs(seconds) {
+    const runs = [];
+    let before;
+    for (const second of seconds) {
+      if (!before || second.time - before.time > GAP_S) runs.push([]);
+      runs.at(-1).push(second);
+      before = second;
+    }
+    return runs;
+  }
+
+  line(seconds, of, color, { width = 1.6, fill = false } = {}) {
+    const { context } = this;
+    context.strokeStyle = context.fillStyle = theme.get(color);
+    context.lineWidth = width;
+    context.lineJoin = "round";
+    for (const run of this.runs(seconds.filter((second) => of(second) != null))) {
+      const points = run.map((second) => [this.x(second.time), this.y(of(second))]);
+      // A second by itself is a line too.
+      if (points.length === 1) points.unshift([points[0][0] - this.secondWidth, points[0][1]]);
+      context.beginPath();
+      points.forEach(([x, y], index) => (index ? context.lineTo(x, y) : context.moveTo(x, y)));
+      context.stroke();
+      if (fill) {
+        context.lineTo(points.at(-1)[0], this.bottom);
+        context.lineTo(points[0][0], this.bottom);
+        context.globalAlpha = 0.14;
+        context.fill();
+        context.globalAlpha = 1;
+      }
+    }
+  }
+
+  block(second, upper, lower, color, alpha = 1) {
+    const [x, width] = this.cell(second);
+    this.context.globalAlpha = alpha;
+    this.context.fillStyle = color;
+    this.context.fillRect(x, upper, width, lower - upper);
+    this.context.globalAlpha = 1;
+  }
+
+  cursor(time) {
+    const x = Math.round(this.x(time)) + 0.5;
+    this.context.strokeStyle = theme.get("fg");
+    this.context.lineWidth = 1;
+    this.context.globalAlpha = 0.6;
+    this.context.beginPath();
+    this.context.moveTo(x, 0);
+    this.context.lineTo(x, this.bottom);
+    this.context.stroke();
+    this.context.globalAlpha = 1;
+  }
+}
+
+// The next number above that people can halve.
+export function nice(value) {
+  const power = 10 ** Math.floor(Math.log10(value));
+  return power * [1, 2, 4, 6, 8, 10].find((step) => value <= step * power * 1.0001);
+}
