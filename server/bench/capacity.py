@@ -23,8 +23,7 @@ from server.bench.tally import Tally
 BAD_PART = 0.01
 _DOUBT = 0.05
 _NEAR = 1.05  # the search ends where what holds and what does not are this near
-_BACK = 0.97  # the next rate to confirm where one did not hold
-_MOST_BACK = 5
+_BACKS = (0, 0.03, 0.06, 0.12, 0.24, 0.48)  # below what the search found: the rates to confirm, one by one
 
 
 @dataclass(frozen=True)
@@ -122,15 +121,14 @@ def find(
     good, bad, limited = _bracket(start, least, attempt_twice)
     if good is None:
         return Capacity(slo_ms, None, bad, (), limited, tried)
-    rate = good
-    for _ in range(_MOST_BACK):
+    for back in _BACKS:
+        rate = good * (1 - back)
         confirmed: list[Tried] = []
         while len(confirmed) < trials and all(one.held for one in confirmed):
             confirmed.append(attempt(rate, confirms=True))
         if confirmed[-1].held:
             return Capacity(slo_ms, rate, bad, confirmed, limited, tried)
         bad, limited = rate, confirmed[-1].limited
-        rate *= _BACK
     return Capacity(slo_ms, None, bad, (), limited, tried)
 
 
