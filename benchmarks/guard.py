@@ -1,10 +1,11 @@
 """Has the request path become more than 10 % costlier? Seconds, and the same answer each time, so CI can ask.
 
-`python -m benchmarks.guard [--update] [--time]`: what a request costs (`benchmarks.request_path`) is counted in
-instructions under valgrind's callgrind, which does not vary with the machine's load, and divided by what the floor
-costs in the same run: so another processor or another build of Python hardly changes it. Without valgrind or a C
-compiler, or with `--time`, CPU time stands for instructions, and only a difference of 25 % counts. The baseline,
-guard.json, has figures for each minor version of Python; it is changed by `--update` alone.
+`python -m benchmarks.guard [--update] [--time]`: what a request costs (`benchmarks.request_path`) is counted
+in instructions under valgrind's callgrind, which does not vary with the machine's load, and divided by what
+the floor costs in the same run: so another processor or another build of Python hardly changes it. Without
+valgrind or a C compiler, or with `--time`, CPU time stands for instructions, and only a difference of 25 %
+counts. The baseline, guard.json, has figures for each minor version of Python; it is changed by `--update`
+alone.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def costlier(found: Mapping[str, float], baseline: Mapping[str, float], toleranc
 
 
 def counted() -> dict[str, float] | None:
-    """Instructions per request in each case, the fewest of some repeats; None where they cannot be counted."""
+    """Instructions per request in each case, the fewest of some repeats; None where they cannot be
+    counted."""
     valgrind = shutil.which("valgrind")
     compiler = shutil.which("cc") or shutil.which("g++")
     if valgrind is None or compiler is None:
@@ -88,7 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
     """0; 1 where a case has become costlier, or has no baseline."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.guard", description=__doc__.splitlines()[0])
     parser.add_argument("--update", action="store_true", help="make what is found the baseline")
-    parser.add_argument("--time", action="store_true", help="by CPU time, even where instructions can be counted")
+    parser.add_argument(
+        "--time", action="store_true", help="by CPU time, even where instructions can be counted"
+    )
     options = parser.parse_args(arguments)
     costs = None if options.time else counted()
     method = "time" if costs is None else "instructions"

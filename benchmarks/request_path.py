@@ -1,11 +1,12 @@
 """The request path and nothing else, in one process: bytes handed to the protocol, answers taken from it.
 
-No sockets, and an engine that does nothing; but the real protocol, batcher, worker thread and uvloop. So what one
-more request costs can be counted in instructions, or measured without the noise of a client. `floor` is uvicorn
-with an application that answers a fixed body, driven in the same way: what cobatch is compared with.
+No sockets, and an engine that does nothing; but the real protocol, batcher, worker thread and uvloop. So
+what one more request costs can be counted in instructions, or measured without the noise of a client.
+`floor` is uvicorn with an application that answers a fixed body, driven in the same way: what cobatch is
+compared with.
 
-`python -m benchmarks.request_path LIBRARY` is what `benchmarks.guard` runs under callgrind: LIBRARY switches the
-counting on and off (made by the guard from benchmarks/counting.c).
+`python -m benchmarks.request_path LIBRARY` is what `benchmarks.guard` runs under callgrind: LIBRARY switches
+the counting on and off (made by the guard from benchmarks/counting.c).
 """
 
 from __future__ import annotations
@@ -181,7 +182,8 @@ async def _cobatch(*, fast_path: bool) -> AsyncIterator[Callable[[], Any]]:
     loaded = asyncio.Event()
     server.core.on_ready = loaded.set
     app: Any = server.config.app
-    assert isinstance(app, InferRoutes)
+    while not isinstance(app, InferRoutes):
+        app = app.app
     starlette: Any = app.app
     async with starlette.router.lifespan_context(starlette):
         await loaded.wait()
@@ -191,9 +193,8 @@ async def _cobatch(*, fast_path: bool) -> AsyncIterator[Callable[[], Any]]:
 def _maker(config: uvicorn.Config, state: Any = None) -> Callable[[], Any]:
     config.load()
     state = state or uvicorn.Server(config).server_state
-    return lambda: config.http_protocol_class(  # type: ignore[operator,union-attr]
-        config=config, server_state=state, app_state={}, _loop=asyncio.get_running_loop()
-    )
+    make: Any = config.http_protocol_class
+    return lambda: make(config=config, server_state=state, app_state={}, _loop=asyncio.get_running_loop())
 
 
 def _request(binary: bool) -> bytes:
