@@ -19,6 +19,10 @@ from batcher.cost import NEAR_BEST_CROWDED, cost_over_best, efficient_rows
 
 _KEPT = 32
 _MEMORY_S = 5.0
+# What a size was measured to take so long ago says less than what the warm-up and other sizes say. Each time
+# that this is found so it is twice as long: a size that is no good is tried less and less often.
+_STALE_S = 10.0
+_MOST_STALE_S = 600.0
 # So many of the newest runs are believed however old they are: there is nothing better.
 _ALWAYS = 4
 _HIGH = 0.95
@@ -34,11 +38,13 @@ _RATE_LEAST = 10
 class _Bucket:
     """The runs of one range of sizes. `rows` is their median size."""
 
-    __slots__ = ("expected_s", "high_s", "new", "observed", "rows", "runs", "seed_s")
+    __slots__ = ("expected_s", "high_s", "new", "observed", "rows", "runs", "seed_rows", "seed_s", "stale_s")
 
     def __init__(self, rows: int, seed_s: float | None = None) -> None:
         self.rows = float(rows)
+        self.seed_rows = rows
         self.seed_s = seed_s
+        self.stale_s = _STALE_S
         self.observed = False
         self.new = False
         self.expected_s = self.high_s = seed_s or 0.0
@@ -46,6 +52,15 @@ class _Bucket:
         if seed_s is not None:
             # Twice, so that one run that was held up does not make the size look bad.
             self.runs.extend([(-inf, rows, seed_s)] * 2)
+
+    def forget(self) -> None:
+        """Only the warm-up's word counts again, where there is one."""
+        if self.seed_s is not None:
+            self.observed = False
+            self.stale_s = min(2 * self.stale_s, _MOST_STALE_S)
+            self.rows = float(self.seed_rows)
+            self.runs.clear()
+            self.runs.extend([(-inf, self.seed_rows, self.seed_s)] * 2)
 
     def learn(self, now_s: float, more_row_s: float) -> None:
         """Take in the runs that were added; `more_row_s` is what one row more costs at about this size.
@@ -105,7 +120,7 @@ class LatencyModel:
         for number, each in self._buckets.items():
             if each.new:
                 each.learn(now_s, self._more_row_s(number))
-        self._adapt_seeds(bucket.expected_s / self._seeded_s(bucket.rows))
+        self._adapt_seeds(bucket.expected_s / self._seeded_s(bucket.rows), now_s)
         self._refresh()
         return True
 
@@ -118,10 +133,15 @@ class LatencyModel:
         sizes, times_s = self._seeds
         return self._between(sizes, times_s, rows)
 
-    def _adapt_seeds(self, drift: float) -> None:
+    def _adapt_seeds(self, drift: float, now_s: float) -> None:
         """The warm-up had the machine to itself. What has not run since is taken to have become as much
-        slower as what has, or sizes that are never used would look better than those that are."""
+        slower as what has, or sizes that are never used would look better than those that are. So is a larger
+        size than batches grow to that has not run for long: one that was slow while something else held the
+        machine up would look so for ever, since nobody would try it again."""
         for bucket in self._buckets.values():
+            unused = bucket.observed and bucket.rows > self.full_rows
+            if unused and bucket.runs[-1][0] < now_s - bucket.stale_s:
+                bucket.forget()
             if not bucket.observed and bucket.seed_s is not None:
                 bucket.expected_s = bucket.high_s = bucket.seed_s * drift
 

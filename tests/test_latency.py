@@ -296,3 +296,18 @@ def test_a_wait_for_company_ends_where_none_is_expected() -> None:
         assert batcher.counters.reasons["delay"] >= 1
 
     run(main())
+
+
+def test_a_size_that_was_slow_for_a_while_is_tried_again() -> None:
+    """Something else had the machine: large batches took three times as long, and then nobody made any."""
+    seeds = {1: 2_000.0, 8: 3_000.0, 64: 6_000.0}
+    model = LatencyModel(64, seeds)
+    assert model.full_rows == 64
+    for number in range(20):
+        model.observe(64, 0.060, 1 + 0.1 * number)
+        model.observe(8, 0.003, 1.05 + 0.1 * number)
+    assert model.full_rows < 64
+    for number in range(200):
+        model.observe(8, 0.003, 3.1 + 0.1 * number)
+    assert model.full_rows == 64
+    assert model.expected_s(64) == pytest.approx(0.006, rel=0.01)
