@@ -29,9 +29,7 @@ from batcher.answers import Answers
 from batcher.counters import Counters
 from batcher.dispatcher import Dispatcher
 from batcher.ending import Ending
-from batcher.errors import (
-    BatcherError,
-)
+from batcher.errors import BatcherError
 from batcher.lane import BatchWorker, Lane
 from batcher.latency import Arrivals, LatencyModel
 from batcher.leaving import Leaving

@@ -1,5 +1,7 @@
-"""The end: of an engine that dies or hangs, and of the batcher when the server stops. Nothing accepted is
-lost."""
+"""The end: of an engine that dies or hangs, and of the batcher when the server stops.
+
+Nothing that was accepted is lost in either.
+"""
 
 from __future__ import annotations
 

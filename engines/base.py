@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
@@ -30,6 +31,11 @@ DATATYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(np.uint16),
     "BYTES": np.dtype(object),
 }
+
+
+def within(low: Sequence[int], shape: Sequence[int], high: Sequence[int]) -> bool:
+    """Whether each axis of a shape lies between those of two others of as many axes."""
+    return all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ anew each time costs more than `run`, so models with strings or with outputs of 
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from math import prod
 
@@ -20,6 +19,7 @@ import numpy as np
 import onnxruntime as ort
 
 from engines.base import Array, RowShapes, Signature, TensorSpec
+from engines.cores import cores
 from engines.errors import EngineLoadError, EngineRunError
 
 _TYPES = {
@@ -73,7 +73,7 @@ class OnnxRuntimeEngine:
     def __init__(self, path: str, max_batch_size: int, threads: int | None = None) -> None:
         self.path = path
         self.max_batch_size = max_batch_size
-        self._threads = threads or max(1, _cores() - 1)
+        self._threads = threads or max(1, cores() - 1)
         self._signature: Signature | None = None
         self._session: ort.InferenceSession | None = None
         self._slots = [_Slot() for _ in range(self.slots)]
@@ -209,13 +209,6 @@ class OnnxRuntimeEngine:
         for spec, part in zip(self.signature.outputs, parts, strict=True):
             io.bind_output(spec.name, "cpu", 0, part.dtype.type, part.shape, part.ctypes.data)
         return io, parts
-
-
-def _cores() -> int:
-    """Those that this process may use: a container's share can be far below the machine's count."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _probe(session: ort.InferenceSession, signature: Signature, max_batch_size: int) -> bool:

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from server.cli_end import end
+
 _ARRIVALS = "poisson|constant|bursty|diurnal|FILE"
 
 
@@ -108,9 +110,9 @@ def bench(
     try:
         report = run(read(context.params), Progress(quiet))
     except UsageError as error:
-        raise _end(str(error), 2) from None
+        raise end(str(error), 2) from None
     except BenchError as error:
-        raise _end(str(error), 1) from None
+        raise end(str(error), 1) from None
     from server.bench.document import as_html, as_json, show_report
 
     try:
@@ -119,13 +121,7 @@ def bench(
         if html_file is not None:
             html_file.write_text(as_html(report))
     except OSError as error:
-        raise _end(f"{error.filename}: {error.strerror}", 1) from None
+        raise end(f"{error.filename}: {error.strerror}", 1) from None
     show_report(report)
     if report.bad:
         raise typer.Exit(1)
-
-
-def _end(message: str, status: int) -> typer.Exit:
-    """Say why on stderr, in one line; the caller raises what comes back."""
-    typer.echo(f"cobatch: {' '.join(message.split())}", err=True)
-    return typer.Exit(status)

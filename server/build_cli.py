@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from server.cli_end import end
+
 if TYPE_CHECKING:
     from engines.tensorrt.build import BuildOptions
     from engines.tensorrt.manifest import Manifest
@@ -84,9 +86,9 @@ def build(
     try:
         manifest = _build(model, plan, options)
     except EngineError as error:
-        raise _end(str(error), 1) from None
+        raise end(str(error), 1) from None
     except OSError as error:
-        raise _end(f"cannot write {plan}: {error.strerror}", 1) from None
+        raise end(f"cannot write {plan}: {error.strerror}", 1) from None
     typer.echo(_told(plan, manifest, time.monotonic() - began))
 
 
@@ -95,11 +97,11 @@ def _check_files(model: Path, plan: Path) -> None:
     from engines.tensorrt.cache import PLAN_SUFFIXES
 
     if not model.is_file():
-        raise _end(f"{model}: {'a folder' if model.is_dir() else 'no file there'}", 1)
+        raise end(f"{model}: {'a folder' if model.is_dir() else 'no file there'}", 1)
     if plan.suffix not in PLAN_SUFFIXES:
-        raise _end(f"{plan}: a plan's name ends in {' or '.join(PLAN_SUFFIXES)}", 2)
+        raise end(f"{plan}: a plan's name ends in {' or '.join(PLAN_SUFFIXES)}", 2)
     if not plan.parent.is_dir() or not os.access(plan.parent, os.W_OK):
-        raise _end(f"cannot write into {plan.parent}", 1)
+        raise end(f"cannot write into {plan.parent}", 1)
 
 
 def _build(model: Path, plan: Path, options: "BuildOptions") -> "Manifest":
@@ -119,7 +121,7 @@ def _build(model: Path, plan: Path, options: "BuildOptions") -> "Manifest":
             made = building.build(model, options, progress)
         except Exception:
             if interrupted():
-                raise _end("interrupted", 130) from None
+                raise end("interrupted", 130) from None
             raise
     manifest = manifests.built(asked, made)
     manifests.write_plan(plan, made.plan, manifest)
@@ -174,9 +176,3 @@ def _told(plan: Path, manifest: "Manifest", seconds: float) -> str:
     else:
         lines.append(f"  batch fixed at {manifest.max_batch_size} rows")
     return "\n".join(lines)
-
-
-def _end(message: str, status: int) -> typer.Exit:
-    """Say why on stderr, in one line; the caller raises what comes back."""
-    typer.echo(f"cobatch: {' '.join(message.split())}", err=True)
-    return typer.Exit(status)

@@ -15,6 +15,7 @@ import typer
 from server import __version__
 from server.bench_cli import bench
 from server.build_cli import build
+from server.cli_end import end
 from server.seeing_cli import explain, trace
 from server.setting_values import SettingsError
 from server.settings import (
@@ -144,7 +145,7 @@ def serve(
     try:
         settings = load_settings(config, os.environ, flags)
     except SettingsError as error:
-        raise _end(str(error), 2) from None
+        raise end(str(error), 2) from None
     _warn_if_open(settings)
     from server.serve import run
 
@@ -165,14 +166,14 @@ def inspect_model(
         # since what is set for a server must not change what a file is said to hold.
         settings = load_settings(None, {}, {"model": model, "engine": engine, "name": "model"}).models[0]
     except SettingsError as error:
-        raise _end(str(error), 1) from None
+        raise end(str(error), 1) from None
     from engines.errors import EngineError
     from server.inspect import describe, show
 
     try:
         described = describe(model, settings.engine, settings.max_batch_size)
     except EngineError as error:
-        raise _end(str(error), 1) from None
+        raise end(str(error), 1) from None
     if as_json:
         typer.echo(msgspec.json.format(msgspec.json.encode(described)))
     else:
@@ -199,12 +200,6 @@ def _warn_if_open(settings: Settings) -> None:
     typer.echo(
         f"cobatch: warning: --allow-anonymous: {who} may call the models, without authentication", err=True
     )
-
-
-def _end(message: str, status: int) -> typer.Exit:
-    """Say why on stderr, in one line; the caller raises what comes back."""
-    typer.echo(f"cobatch: {' '.join(message.split())}", err=True)
-    return typer.Exit(status)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """From a model's settings to its engines, and what each of them asks."""
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
+from engines.cores import cores
 from engines.loader import EngineOptions
 from server.settings import ModelSettings
 
@@ -47,5 +47,4 @@ def _threads(settings: ModelSettings) -> int | None:
     """Several engines share the cores that one would have; None: what an engine takes for itself."""
     if settings.instances == 1:
         return None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, (cores - 1) // settings.instances)
+    return max(1, (cores() - 1) // settings.instances)

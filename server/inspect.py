@@ -7,16 +7,13 @@ a model that could not be served fails here with the same message.
 from pathlib import Path
 from typing import TypedDict
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from engines.base import Signature, TensorSpec
 from engines.loader import load_engine
 from server.settings import EngineKind
-
-# A pipe has no width of its own, and names folded to 80 columns could not be searched for.
-PIPE_WIDTH = 200
+from server.terminal import stdout
 
 
 class Tensor(TypedDict):
@@ -92,9 +89,7 @@ def shape_text(shape: list[int]) -> str:
 
 def show(model: Description) -> None:
     """Print a heading, how rows are batched, and the tensors, on stdout."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=PIPE_WIDTH)
+    console = stdout()
     size = model["batch_size"]
     rows = "any number of rows" if size is None else f"fixed at {size} rows; fewer are padded"
     heading = Text.assemble((model["name"], "bold"), f"  {model['platform']}  {model['path']}")

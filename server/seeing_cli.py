@@ -14,6 +14,7 @@ from urllib.parse import quote
 import typer
 
 from server.cli_client import DEFAULT_URL, CallError, TokenFile, Url, call
+from server.cli_end import end
 
 
 def explain(
@@ -26,7 +27,7 @@ def explain(
     try:
         found = json.loads(call("GET", url, f"/v1/requests/{quote(request_id, safe='')}", token_file))
     except CallError as error:
-        raise _end(error) from None
+        raise end(str(error), 1) from None
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
@@ -52,12 +53,7 @@ def trace(
         part.replace(path)
     except CallError as error:
         part.unlink()
-        raise _end(error) from None
+        raise end(str(error), 1) from None
     except OSError as error:
-        raise _end(error) from None
+        raise end(str(error), 1) from None
     typer.echo(f"{path}: open it in https://ui.perfetto.dev or chrome://tracing")
-
-
-def _end(error: Exception) -> typer.Exit:
-    typer.echo(f"cobatch: {' '.join(str(error).split())}", err=True)
-    return typer.Exit(1)

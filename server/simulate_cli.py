@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from server.cli_end import end
+
 if TYPE_CHECKING:
     from batcher.simulator.results import Results
     from batcher.simulator.scenario import Scenario
@@ -94,7 +96,7 @@ def simulate(
         )
         results = _run_all(simulate_spec.scenarios(asked))
     except (simulate_spec.SpecError, ProfileError, TraceError) as error:
-        raise _end(str(error), 2) from None
+        raise end(str(error), 2) from None
     simulate_show.show(asked.profile, results)
     try:
         if json_file is not None:
@@ -102,7 +104,7 @@ def simulate(
         if plot is not None:
             plot.write_text(simulate_show.plot(asked.profile, results))
     except OSError as error:
-        raise _end(f"{error.filename}: {error.strerror}", 1) from None
+        raise end(f"{error.filename}: {error.strerror}", 1) from None
 
 
 def _run_all(scenarios: list[tuple[str, float | None, Scenario]]) -> list[tuple[str, float | None, Results]]:
@@ -140,7 +142,7 @@ def profile(
         finally:
             opened.close()
     except EngineError as error:
-        raise _end(str(error), 1) from None
+        raise end(str(error), 1) from None
     text = json.dumps(document, indent=2)
     if output is None:
         typer.echo(text)
@@ -148,10 +150,4 @@ def profile(
     try:
         output.write_text(text + "\n")
     except OSError as error:
-        raise _end(f"{output}: {error.strerror}", 1) from None
-
-
-def _end(message: str, status: int) -> typer.Exit:
-    """Say why on stderr, in one line; the caller raises what comes back."""
-    typer.echo(f"cobatch: {' '.join(message.split())}", err=True)
-    return typer.Exit(status)
+        raise end(f"{output}: {error.strerror}", 1) from None

@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from batcher.simulator.profile import Profile
 from batcher.simulator.results import Figures, Results
 from batcher.simulator.svg import Line, chart
-from server.inspect import PIPE_WIDTH
+from server.terminal import plain_table, stdout
 
 Found = Sequence[tuple[str, float | None, Results]]  # policy as it was given, load, results
 
 
 def show(profile: Profile, found: Found) -> None:
     """The tables, on stdout."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=PIPE_WIDTH)
+    console = stdout()
     console.print(Text(profile.name, "bold"), soft_wrap=True)
     console.print(_policies(found))
     if any(len(results.tenants) > 1 for _, _, results in found):
@@ -31,15 +28,8 @@ def show(profile: Profile, found: Found) -> None:
     console.print(f"{came:,} requests in {took_s:.1f} s")
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
-    return table
-
-
 def _policies(found: Found) -> Table:
-    table = _table(
+    table = plain_table(
         "policy", "load", "offered/s", "goodput/s", "bound/s", "of bound", "p50 ms", "p99 ms", "late",
         "expired", "refused", "batch", "busy", "left because",
     )  # fmt: skip
@@ -64,7 +54,9 @@ def _policies(found: Found) -> Table:
 
 
 def _tenants(found: Found) -> Table:
-    table = _table("tenant", "policy", "load", "goodput/s", "rows", "p50 ms", "p99 ms", "expired", "refused")
+    table = plain_table(
+        "tenant", "policy", "load", "goodput/s", "rows", "p50 ms", "p99 ms", "expired", "refused"
+    )
     for name, load, results in found:
         for tenant, figures in results.tenants.items():
             table.add_row(

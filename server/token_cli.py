@@ -18,6 +18,7 @@ import typer
 
 from server.auth.api_keys import mint as mint_api_key
 from server.auth.settings import AuthSettings, read_auth
+from server.cli_end import end
 from server.setting_values import SettingsError, check, read_toml, refused
 from server.token_files import (
     ADDRESS,
@@ -242,5 +243,4 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except SettingsError as error:
-        typer.echo(f"cobatch: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from None
+        raise end(str(error), 2) from None

@@ -16,7 +16,7 @@ import simdjson
 from batcher.errors import TooManyRowsError
 from batcher.padding import Padder
 from batcher.request import Payload
-from engines.base import RowShapes, Signature, TensorSpec
+from engines.base import RowShapes, Signature, TensorSpec, within
 from server.problems import Problem, from_error
 from server.v2_binary import binary_size, read_binary, read_raw
 from server.v2_data import JsonReader
@@ -286,7 +286,7 @@ class Decoder:
         for size, expected in zip(shape[1:], spec.shape, strict=True):
             if size < 0 or expected not in (size, -1):
                 raise self.wrong_shape(tensor, spec, None)
-        if spec.ranges and not any(_within(low, shape[1:], high) for low, high in spec.ranges):
+        if spec.ranges and not any(within(low, shape[1:], high) for low, high in spec.ranges):
             shown = " or ".join(f"{list(low)} to {list(high)}" for low, high in spec.ranges)
             raise self.wrong_shape(tensor, spec, f"the engine takes rows of {shown}")
         if not prod(shape) and prod(size or 1 for size in shape) > _MOST_EMPTY:
@@ -332,10 +332,6 @@ class Decoder:
             if output.parameters and output.parameters.get(name):
                 raise Problem("bad-parameter", f"{name} is not supported", parameter=name)
         return index
-
-
-def _within(low: Sequence[int], shape: Sequence[int], high: Sequence[int]) -> bool:
-    return all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
 
 
 def _only(parameters: Parameters | None, name: str) -> object:

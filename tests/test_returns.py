@@ -9,6 +9,7 @@ from statistics import fmean
 
 import pytest
 
+from batcher.batcher import Batcher
 from batcher.policy import DEADLINE, DELAY, IDLE, LEAD_S
 from tests.virtual import Call, FakeEngine, FakeWorker, make_batcher, run
 
@@ -47,6 +48,36 @@ class Again(Call):
             self.ask(self.left - 1)
 
 
+def warmed_up(run_s: Callable[[int], float]) -> FakeWorker:
+    """Takes batches of up to 64 rows, and its warm-up has found what they take."""
+    worker = FakeWorker(FakeEngine(max_batch_size=64), run_s)
+    worker.warmup_us = {1 << power: run_s(1 << power) * 1e6 for power in range(7)}
+    return worker
+
+
+def ask_again_and_again(
+    batcher: Batcher,
+    times: Callable[[int], int],
+    back_s: Callable[[int], float],
+    timeout_s: float | None = None,
+) -> None:
+    """Callers of whom each asks again `times(its number)` times: after the answer to a request with so many
+    more to come, it is back in `back_s(more)`."""
+    loop = asyncio.get_running_loop()
+
+    def submit(left: int) -> None:
+        caller = Again(left, lambda less: void(loop.call_later(back_s(left), submit, less)))
+        caller.timeout_s = timeout_s
+        batcher.submit(caller)
+
+    for number in range(CALLERS):
+        loop.call_later(0.0001 * number, submit, times(number))
+
+
+def void(_: object) -> None:
+    """Nothing."""
+
+
 def sizes(
     run_s: Callable[[int], float],
     back_s: float,
@@ -56,20 +87,11 @@ def sizes(
     reasons: dict[str, int] | None = None,
 ) -> list[int]:
     """The batches that callers who ask so many times are answered in."""
-    worker = FakeWorker(FakeEngine(max_batch_size=64), run_s)
-    worker.warmup_us = {1 << power: run_s(1 << power) * 1e6 for power in range(7)}
+    worker = warmed_up(run_s)
 
     async def main() -> None:
         batcher = make_batcher(worker)
-        loop = asyncio.get_running_loop()
-
-        def submit(left: int) -> None:
-            caller = Again(left, lambda left: void(loop.call_later(back_s, submit, left)))
-            caller.timeout_s = timeout_s
-            batcher.submit(caller)
-
-        for number in range(CALLERS):
-            loop.call_later(0.0001 * number, submit, times)
+        ask_again_and_again(batcher, lambda number: times, lambda left: back_s, timeout_s)
         await asyncio.sleep(times)
         assert batcher.queued_rows == batcher.running_batches == 0
         if reasons is not None:
@@ -77,10 +99,6 @@ def sizes(
 
     run(main())
     return [rows for _, rows in worker.ran]
-
-
-def void(_: object) -> None:
-    """Nothing."""
 
 
 @pytest.mark.parametrize("back_s", [0.0001, 0.001, 0.002])
@@ -105,18 +123,10 @@ def test_those_with_deadlines_wait_as_long_as_they_can() -> None:
 
 def test_whoever_comes_meanwhile_and_has_no_time_ends_the_wait() -> None:
     async def main() -> None:
-        worker = FakeWorker(FakeEngine(max_batch_size=64), steep)
-        worker.warmup_us = {1 << power: steep(1 << power) * 1e6 for power in range(7)}
-        batcher = make_batcher(worker)
+        batcher = make_batcher(warmed_up(steep))
         loop = asyncio.get_running_loop()
-
-        def submit(left: int) -> None:
-            # Half of them are back after 0.2 ms, the others after 2 ms.
-            back_s = 0.002 if left % 2 else 0.0002
-            batcher.submit(Again(left, lambda left: void(loop.call_later(back_s, submit, left))))
-
-        for number in range(CALLERS):
-            loop.call_later(0.0001 * number, submit, 60 + number)
+        # Half of them are back after 0.2 ms, the others after 2 ms.
+        ask_again_and_again(batcher, lambda number: 60 + number, lambda left: 0.002 if left % 2 else 0.0002)
         await asyncio.sleep(0.5)
         tight = Call([[1]])
         tight.timeout_s = steep(CALLERS + 1) + LEAD_S / 4
@@ -144,9 +154,7 @@ def test_callers_at_random_are_not_waited_for() -> None:
     async def main() -> None:
         chance = random.Random(1)
         for load in (0.1, 0.5, 0.9):
-            worker = FakeWorker(FakeEngine(max_batch_size=64), steep)
-            worker.warmup_us = {1 << power: steep(1 << power) * 1e6 for power in range(7)}
-            batcher = make_batcher(worker)
+            batcher = make_batcher(warmed_up(steep))
             callers = []
             for _ in range(3000):
                 callers.append(Call([[1]]))
@@ -164,16 +172,8 @@ def test_who_does_not_come_back_is_waited_for_once() -> None:
     """The wait is short, and what was expected is forgotten."""
 
     async def main() -> None:
-        worker = FakeWorker(FakeEngine(max_batch_size=64), steep)
-        worker.warmup_us = {1 << power: steep(1 << power) * 1e6 for power in range(7)}
-        batcher = make_batcher(worker)
-        loop = asyncio.get_running_loop()
-
-        def submit(left: int) -> None:
-            batcher.submit(Again(left, lambda left: void(loop.call_later(0.001, submit, left))))
-
-        for number in range(CALLERS):
-            loop.call_later(0.0001 * number, submit, 30)
+        batcher = make_batcher(warmed_up(steep))
+        ask_again_and_again(batcher, lambda number: 30, lambda left: 0.001)
         await asyncio.sleep(5)
         late = []
         for _ in range(20):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from engines.base import RowShapes, Signature, TensorSpec
+from engines.base import RowShapes, Signature, TensorSpec, within
 from engines.errors import EngineLoadError, EngineRunError
 
 # BF16's bits travel in uint16: TensorRT's own `nptype` knows no NumPy type for it.
@@ -197,8 +197,7 @@ class Buckets:
 
 def _within(low: Shape, shape: Shape, high: Shape) -> bool:
     # Too few rows are no reason: missing ones are added.
-    pairs = zip(low[1:], shape[1:], high[1:], strict=True)
-    return shape[0] <= high[0] and all(a <= b <= c for a, b, c in pairs)
+    return shape[0] <= high[0] and within(low[1:], shape[1:], high[1:])
 
 
 def estimate_buffers(signature: Signature, profiles: Sequence[Profile], buckets: Buckets) -> int:

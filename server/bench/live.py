@@ -13,8 +13,9 @@ from rich.live import Live
 from rich.text import Text
 
 from server.bench.histogram import Histogram
-from server.bench.table import per_s, plain_table
+from server.bench.table import per_s
 from server.bench.tally import Interval, Tally
+from server.terminal import plain_table
 
 _RECENT_S = 1.0
 _LINE_S = 5.0  # where there is no terminal, a line now and then
@@ -87,7 +88,9 @@ def _line(what: str, since_s: float, one: Interval, seconds: float) -> str:
 
 
 def _view(what: str, tally: Tally, since_s: float, recent: Interval, recent_s: float) -> Group:
-    table = plain_table("", "offered/s", "answered/s", "p50 ms", "p90 ms", "p99 ms", "max ms", "batch")
+    table = plain_table(
+        "", "offered/s", "answered/s", "p50 ms", "p90 ms", "p99 ms", "max ms", "batch", no_wrap=True
+    )
     errors: Counter[str] = Counter()
     whole = Interval()
     for one in tally.callers:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from server.bench.capacity import Capacity
 from server.bench.results import Figures, Results
-from server.inspect import PIPE_WIDTH
+from server.terminal import plain_table, stdout
 
 _SHOWN = ("p50", "p90", "p99", "p99.9", "max")
 _MOST_KINDS = 12
@@ -18,9 +18,7 @@ _MOST_KINDS = 12
 
 def show(title: str, found: Sequence[Results], capacity: Capacity | None) -> None:
     """All of it, on stdout."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=PIPE_WIDTH)
+    console = stdout()
     console.print(Text(title, "bold"), soft_wrap=True)
     console.print(_main(found, [one.held for one in capacity.tried] if capacity is not None else []))
     # Of a search, what it ended with: the others' figures are in the table.
@@ -30,19 +28,12 @@ def show(title: str, found: Sequence[Results], capacity: Capacity | None) -> Non
         console.print(Text(capacity.sentence(), "bold"), soft_wrap=True)
 
 
-def plain_table(*columns: str) -> Table:
-    """A table without lines; the first column to the left, the others to the right."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
-    return table
-
-
 def _main(found: Sequence[Results], held: Sequence[bool]) -> Table:
     several = any(results.callers for results in found)
     table = plain_table(
         "load", *(["tenant"] if several else []), "offered/s", "answered/s", "good/s",
         *(f"{name} ms" for name in _SHOWN), "failed", "batch", *(["held"] if held else []),
+        no_wrap=True,
     )  # fmt: skip
     for number, results in enumerate(found):
         batch = "-" if results.mean_batch is None else f"{results.mean_batch:.1f}"
