@@ -205,20 +205,25 @@ class Batcher:
         """Why a request of so many rows, for so many callers, would not be accepted now, or None."""
         return self._admission.refusal(rows, tenant, callers, self._clock())
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, *, counts: bool = True) -> None:
         """Queue a request. Raises what `refusal` says; then `request.done` is never called.
+
+        `counts`: whether a refusal is what its callers are told, and counted; not where each of them will be
+        tried by itself.
 
         The request's payloads must stay unchanged until it is done or cancelled.
         """
         request.enqueued_s = now_s = self._clock()
         admission, tenant = self._admission, request.tenant
         if self._padder is not None:
-            self._refuse(request, self._padder.assign(request))
+            self._refuse(request, self._padder.assign(request), counts)
         full = self._queue.rows >= admission.max_queue_rows or admission.closed is not None
         if full or tenant is not None or request.rows > 1:
-            self._refuse(request, admission.refusal(request.rows, tenant, request.callers, now_s))
+            why = admission.refusal(request.rows, tenant, request.callers, now_s)
+            self._refuse(request, why, counts)
         if request.timeout_s is not None or self._has_deadlines:
-            self._refuse(request, admission.set_deadline(request, now_s, self._dispatcher.free_s))
+            why = admission.set_deadline(request, now_s, self._dispatcher.free_s)
+            self._refuse(request, why, counts)
             self._leaving.watch(request, now_s)
         if tenant is not None:
             tenant.enter(request.callers, now_s)
@@ -241,14 +246,16 @@ class Batcher:
             self._queue.push(part)
         self._decide_later()
 
-    def _refuse(self, request: Request, why: BatcherError | None) -> None:
+    def _refuse(self, request: Request, why: BatcherError | None, counts: bool) -> None:
         """Count and raise the reason for not accepting it, if there is one."""
-        if why is not None:
+        if why is None:
+            return
+        if counts:
             self.counters.refused += request.callers
             self.counters.refusals[why.reason] += request.callers
             if request.tenant is not None:
                 request.tenant.figures.refused += request.callers
-            raise why
+        raise why
 
     def run_again(self, requests: list[Request], enqueued_s: float) -> None:
         """Run rows that were accepted, in one request that failed, as requests of their own.

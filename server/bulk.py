@@ -121,21 +121,11 @@ def _submit(
     by_itself: Callable[[Member], None],
     tenant: Tenant | None,
 ) -> BulkRequest | None:
-    batcher = model.loaded_batcher
-    if batcher.refusal(len(members), tenant, len(members)) is not None:
-        # There may be room for some of them.
-        for member in members:
-            by_itself(member)
-        return None
     request = BulkRequest(model, members, rows, tenant)
     try:
-        batcher.submit(request)
-    except BatcherError as error:
-        # A deadline that all of them together cannot keep. Each is told, and counted, by itself.
-        batcher.counters.refused -= len(members)
-        batcher.counters.refusals[error.reason] -= len(members)
-        if tenant is not None:
-            tenant.figures.refused -= len(members)
+        model.loaded_batcher.submit(request, counts=False)
+    except BatcherError:
+        # There may be room for some of them, or time. Each is told, and counted, by itself.
         for member in members:
             by_itself(member)
         return None
