@@ -3,6 +3,10 @@
 A request that cannot be answered in time is better refused than queued: its caller can go elsewhere at
 once, and no engine time goes into an answer that nobody takes (Clockwork, Gujarati et al., OSDI 2020).
 What is foretold is hopeful: medians, and nobody else coming first.
+
+It is foretold from runs, and what is refused does not run: where runs were slow once, all would be refused
+for ever. So while the engine is idle and no run says how long they take now, one request is let in all the
+same.
 """
 
 from __future__ import annotations
@@ -29,6 +33,11 @@ from engines.base import RowShapes
 _SHARE_OF_ROOM = 8
 # Nobody is told to come back at once.
 _LEAST_S = 0.001
+# After so long without a run it is doubted how long one takes,
+_DOUBT_S = 1.0
+# by those that would have less than this part of their timeout to spare. (With next to nothing to spare a
+# request is let in, and too late when its batch is made up.)
+_TO_SPARE = 0.1
 
 
 class Admission:
@@ -44,6 +53,7 @@ class Admission:
         max_batch_size: int,
         max_queue_rows: int,
         deadline_ms: float | None,
+        now_s: float,
     ) -> None:
         self.closed: BatcherError | None = None
         self.lanes = 1
@@ -53,6 +63,7 @@ class Admission:
         self._times = times
         self._max_batch_size = max_batch_size
         self._default_timeout_s = None if deadline_ms is None else deadline_ms / 1000
+        self._tried_s = now_s  # when the last request was let in to find out
 
     @property
     def drain_s(self) -> float:
@@ -77,14 +88,18 @@ class Admission:
     def set_deadline(self, request: Request, now_s: float, free_s: float) -> BatcherError | None:
         """Give the request its deadline, if it or its model has one; why it cannot be kept, or None.
 
-        `free_s`: when the first engine is expected to have run what it has.
+        `free_s`: when the first engine is expected to have run what it has. One that is let in to find out
+        how long a run takes has no deadline from here on: it is run and answered, late or not.
         """
         timeout_s = self._default_timeout_s if request.timeout_s is None else request.timeout_s
         if timeout_s is None:
             return None
         request.timeout_s = timeout_s
-        request.deadline_s = now_s + timeout_s
         run_s = self.run_s(request.rows, request.row_shapes)
+        if run_s > timeout_s * (1 - _TO_SPARE) and self._is_trial(request, now_s, free_s):
+            self._tried_s = now_s
+            return None
+        request.deadline_s = now_s + timeout_s
         if run_s > timeout_s:
             return DeadlineTooShortError(timeout_s, run_s)
         full_rows = self._queue.full_rows
@@ -98,6 +113,13 @@ class Admission:
         if needed_s > timeout_s:
             return DeadlineUnreachableError(timeout_s, needed_s, needed_s - timeout_s)
         return None
+
+    def _is_trial(self, request: Request, now_s: float, free_s: float) -> bool:
+        """Whether to let it in to find out how long it takes; nobody has to wait for it."""
+        if self._queue.rows or free_s > now_s or now_s - self._tried_s < _DOUBT_S:
+            return False
+        rows = min(request.rows, self._max_batch_size)
+        return now_s - self._times.of(request.row_shapes).ran_s(rows) >= _DOUBT_S
 
     def run_s(self, rows: int, row_shapes: RowShapes) -> float:
         """What so many rows take with the engine to themselves, in batches as large as it takes."""

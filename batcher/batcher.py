@@ -102,6 +102,7 @@ class Batcher:
             max_batch_size=engine.max_batch_size,
             max_queue_rows=max_queue_rows,
             deadline_ms=deadline_ms,
+            now_s=clock(),
         )
         self._admission.lanes = len(workers)
         self._arrivals = Arrivals(clock())
@@ -224,7 +225,8 @@ class Batcher:
         if request.timeout_s is not None or self._has_deadlines:
             why = admission.set_deadline(request, now_s, self._dispatcher.free_s)
             self._refuse(request, why, counts)
-            self._leaving.watch(request, now_s)
+            if request.deadline_s < math.inf:
+                self._leaving.watch(request, now_s)
         if tenant is not None:
             tenant.enter(request.callers, now_s)
         self.counters.accepted += request.callers

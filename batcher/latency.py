@@ -180,6 +180,11 @@ class LatencyModel:
         # Beyond what was ever run, the steeper of the two goes on.
         return max(self._at(self._high_s, rows), self.expected_s(rows))
 
+    def ran_s(self, rows: int) -> float:
+        """When a run of about so many rows last ended; long ago where none has."""
+        bucket = self._buckets.get((rows - 1).bit_length())
+        return -inf if bucket is None or not bucket.runs else bucket.runs[-1][0]
+
     @property
     def row_s(self) -> float:
         """Seconds per row in batches that are worth their size: one over the most rows per second."""

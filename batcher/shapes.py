@@ -7,6 +7,7 @@ Where rows have one shape, or run times do not depend on it, all factors stay 1.
 
 from __future__ import annotations
 
+from math import inf
 from typing import Protocol
 
 from batcher.latency import LatencyModel
@@ -30,15 +31,18 @@ class RunTimes(Protocol):
 
     def most_rows(self, budget_s: float, most: int) -> int: ...
 
+    def ran_s(self, rows: int) -> float: ...
+
 
 class _Scaled:
     """Of one shape."""
 
-    __slots__ = ("_latency", "factor")
+    __slots__ = ("_latency", "factor", "last_s")
 
     def __init__(self, latency: LatencyModel) -> None:
         self._latency = latency
         self.factor = 1.0
+        self.last_s = -inf
 
     def expected_s(self, rows: int) -> float:
         return self._latency.expected_s(rows) * self.factor
@@ -48,6 +52,10 @@ class _Scaled:
 
     def most_rows(self, budget_s: float, most: int) -> int:
         return self._latency.most_rows(budget_s / self.factor, most)
+
+    def ran_s(self, rows: int) -> float:
+        # Either may be what has changed.
+        return min(self.last_s, self._latency.ran_s(rows))
 
 
 class ShapeTimes:
@@ -81,6 +89,7 @@ class ShapeTimes:
                 del self._shapes[next(iter(self._shapes))]
             scaled = self._shapes[row_shapes] = _Scaled(self._latency)
             scaled.factor = ratio
+        scaled.last_s = now_s
         usual = abs(ratio - scaled.factor) < _USUAL * scaled.factor
         scaled.factor += (ratio - scaled.factor) * _GAIN
         return usual and self._latency.observe(rows, run_s / scaled.factor, now_s)

@@ -71,12 +71,12 @@ def test_a_deadline_that_long_rows_cannot_keep_is_refused_and_short_rows_keep() 
         batcher = make_batcher(worker)
         for width in (1, 4) * 5:
             batcher.submit(Call([[7] * width]))
-            await asyncio.sleep(1)
+            await asyncio.sleep(0.1)
         timeout_s = 2 * affine(1)
         short, long = Call([[7]]), Call([[7] * 4])
         short.timeout_s = long.timeout_s = timeout_s
         batcher.submit(short)
-        await asyncio.sleep(1)
+        await asyncio.sleep(0.1)
         short.check()
         assert short.at_s <= short.deadline_s
         with pytest.raises(DeadlineTooShortError) as refused:
