@@ -5,11 +5,13 @@ Each row goes to the tenant whose turn it is, but
 * a batch does not grow past what lets each of its requests finish in time, unless enough others wait to fill
   it without the one that cannot; that one is late then (early drop: Nexus, Shen et al., SOSP 2019);
 * the rows of a light tenant, which has much less queued than its part, do not ride with so many of others
-  that the run would take them much longer; in every other batch at most, so that this costs others little.
+  that the run would take them much longer, and do not take turns with them either but leave together; in
+  every other batch at most, so that this costs others little.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import inf
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -60,6 +62,7 @@ class Taking:
         self._plan = plan if queue.deadlines else None
         self._queued = queue.rows
         self._rows = self._light_rows = 0
+        self._light: dict[Flow, None] = {}  # of tenants that are, with rows in the batch
         self._considerate = may_be_short and queue.shares.active > 1
         self._tightest_s = inf
         # Whose deadline is after this does not keep the batch from growing.
@@ -72,8 +75,11 @@ class Taking:
         queue, group, most_rows = self._queue, self._group, self._most_rows
         taken = Taken([], [], False, {})
         requests, shares = taken.requests, taken.shares
+        next_flow: Callable[[], Flow | None] = group.turns.first
         while group.rows and self._rows < most_rows:
-            flow = group.turns.first()
+            flow = next_flow()
+            if flow is None:
+                break
             request = flow.lines.head()
             rows = self._rows + request.rows
             if requests and rows > most_rows:
@@ -86,8 +92,9 @@ class Taking:
                 if requests and self._would_make_late(rows, self._plan):
                     return taken._replace(capped=True)
             if self._considerate and self._would_hold_up(request, flow, rows):
-                queue.was_short = True
-                break
+                queue.was_short, self._considerate = True, False
+                next_flow = self._next_light
+                continue
             queue.remove(request, State.RUNNING)
             queue.shares.served(flow.share, request.rows * queue.row_s)
             shares[flow.share] = shares.get(flow.share, 0) + request.rows
@@ -95,11 +102,16 @@ class Taking:
             requests.append(request)
         return taken
 
+    def _next_light(self) -> Flow | None:
+        """Where only light tenants' rows may still ride: one that has some."""
+        return next((flow for flow in self._light if flow.rows), None)
+
     def _would_hold_up(self, request: Request, flow: Flow, rows: int) -> bool:
         """Whether a batch of so many rows would make those of light tenants in it wait for the others'."""
         queue = self._queue
         if queue.shares.is_light(flow.share, self._queued, _MUCH_LESS):
             self._light_rows += request.rows
+            self._light[flow] = None
             return False
         return self._light_rows > 0 and queue.run_s(rows) > _HELD_UP * queue.run_s(self._light_rows)
 

@@ -201,7 +201,8 @@ def test_a_flood_costs_a_light_tenant_one_batch(part: float, requests: int) -> N
 
 
 @pytest.mark.parametrize(
-    ("curve", "full_rows", "part"), [(affine, 8, 0.005), (affine, 8, 0.02), (linear, 1, 0.02)]
+    ("curve", "full_rows", "part"),
+    [(affine, 8, 0.005), (affine, 8, 0.02), (affine, 8, 0.1), (affine, 8, 0.2), (linear, 1, 0.02)],
 )
 def test_a_flood_costs_a_light_tenant_one_batch_where_larger_ones_take_longer(
     curve: Curve, full_rows: int, part: float
