@@ -54,6 +54,9 @@ def simulate(
     max_batch_size: Annotated[int | None, typer.Option(metavar="ROWS", min=1)] = None,
     max_queue_rows: Annotated[int | None, typer.Option(metavar="ROWS", min=1)] = None,
     handover_ms: Annotated[float, typer.Option(metavar="MS", help="Loop to engine, and back.")] = 0.0,
+    request_us: Annotated[
+        float, typer.Option(metavar="US", min=0.0, help="Of the event loop, for each request; one node only.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(metavar="N", help="Same seed, same figures.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="All figures.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Goodput, or batch sizes.")] = None,
@@ -74,6 +77,8 @@ def simulate(
     from batcher.simulator.arrivals import TraceError
     from server import simulate_show, simulate_spec
 
+    if request_us and nodes > 1:
+        raise end("--request-us is of one node's event loop: --nodes must be 1", 2)
     try:
         asked = simulate_spec.Asked(
             profile=load_profile(profile),
@@ -91,6 +96,7 @@ def simulate(
                 "max_batch_size": max_batch_size,
                 "max_queue_rows": max_queue_rows,
                 "handover_ms": handover_ms,
+                "request_us": request_us,
                 "seed": seed,
             },
         )

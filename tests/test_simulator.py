@@ -125,6 +125,37 @@ def test_handing_over_costs_a_lone_request_both_ways() -> None:
     assert results.total.latency_ms["p50"] == pytest.approx(1.5)
 
 
+def test_the_event_loop_costs_a_lone_request_its_time() -> None:
+    results = simulated(Scenario(CONSTANT, Even(100), seconds=1, request_us=500))
+    assert results.total.latency_ms["p50"] == pytest.approx(1.5)
+
+
+def test_where_the_event_loop_is_the_bottleneck_the_engine_has_time() -> None:
+    # Runs of a millisecond for up to 64 rows; the loop manages 1,000 requests a second.
+    ran = run(Scenario(CONSTANT, Closed(64), seconds=5, request_us=1000))
+    results = results_of(ran)
+    assert results.total.goodput == pytest.approx(1000, rel=0.02)
+    assert results.utilisation < 0.9
+
+
+def test_requests_wait_for_a_busy_event_loop_from_when_they_should_have_come() -> None:
+    """A loop that takes 1 ms for each request is a queue (M/D/1) of its own before the engine, which takes no
+    time. Half of it is spent on the answer, which waits for others that came meanwhile."""
+    instant = Profile.linear("instant", 1e-3, 0, 1)
+    load = 0.5
+    ran = run(Scenario(instant, Poisson(load * 1000), seconds=60, request_us=1000))
+    latencies = ran.records.arrays()["latencies"]
+    queue_ms = load / (2 * (1 - load))
+    assert 1 + 0.7 * queue_ms <= latencies.mean() * 1000 <= 1 + 1.5 * queue_ms
+
+
+def test_the_engine_does_not_wait_for_a_busy_event_loop() -> None:
+    # Both are busy for nearly all the time that there is: two slots, so that the next batch lies ready.
+    one = Profile.linear("one at a time", 1000, 0, 1)
+    ran = run(Scenario(one, Closed(8), seconds=5, max_batch_size=1, request_us=800))
+    assert results_of(ran).total.goodput == pytest.approx(1000, rel=0.05)
+
+
 def test_backlogged_tenants_have_their_shares() -> None:
     weights = {"a": 1.0, "b": 2.0, "c": 4.0}
     callers = tuple(Caller(name, weight=weight) for name, weight in weights.items())

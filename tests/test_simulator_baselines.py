@@ -22,7 +22,7 @@ class Bench:
     def __init__(self, kind: Any, **settings: Any) -> None:
         self.loop = VirtualLoop()
         profile = Profile.linear("linear", RUN_MS * 1000, 1000, 64)
-        self.node: Baseline = kind(self.loop, Clockwork(self.loop, profile, 1), **settings)
+        self.node: Baseline = kind(self.loop, Clockwork(profile, 1), **settings)
         self.records = Records(self.loop)
         self.began: list[tuple[float, int]] = []
         run = self.node._run

@@ -117,7 +117,7 @@ class Baseline:
         rows = sum([request.rows for request in requests])
         self.batches[rows] += 1
         self.reasons[reason] += 1
-        run_s = self._clockwork.run_s(rows) + 2 * self._handover_s
+        run_s = self._clockwork.run_s(rows, self._loop.now_s) + 2 * self._handover_s
         self._loop.call_later(run_s, self._ran, requests, rows, run_s)
 
     def _ran(self, requests: list[SimulatedRequest], rows: int, run_s: float) -> None:

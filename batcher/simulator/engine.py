@@ -18,8 +18,7 @@ _CHUNK = 4096
 class Clockwork:
     """How long runs take. All policies of a comparison draw the same numbers in the same order."""
 
-    def __init__(self, loop: VirtualLoop, profile: Profile, seed: int) -> None:
-        self._loop = loop
+    def __init__(self, profile: Profile, seed: int) -> None:
         self._profile = profile
         self._numbers = self._drawn(np.random.default_rng([seed, 2]))
         self._busy_s = 0.0
@@ -30,11 +29,11 @@ class Clockwork:
         while True:
             yield from rng.random(_CHUNK).tolist()
 
-    def run_s(self, rows: int) -> float:
-        """Of the next run, which begins now."""
+    def run_s(self, rows: int, began_s: float) -> float:
+        """Of the next run, which begins now, or has while the loop did something else."""
         run_s = self._profile.draw_s(rows, next(self._numbers))
         self._busy_s += run_s
-        self._ends_s = self._loop.now_s + run_s
+        self._ends_s = began_s + run_s
         return run_s
 
     def busy_until(self, now_s: float) -> float:
@@ -97,31 +96,37 @@ class SimulatedWorker:
 
     def submit(self, job: Job) -> None:
         """Run this job after those submitted before."""
+        at_s = self._loop.now_s
         if self._handover_s:
-            self._loop.call_later(self._handover_s, self._arrive, job)
+            at_s += self._handover_s
+            self._loop.call_at(at_s, self._arrive, job, at_s)
         else:
-            self._arrive(job)
+            self._arrive(job, at_s)
 
-    def _arrive(self, job: Job) -> None:
+    # The engine does not wait for the loop: what happens here happens at its own time, however late the loop
+    # comes to call it.
+
+    def _arrive(self, job: Job, at_s: float) -> None:
         self._waiting.append(job)
         if not self._busy:
-            self._start()
+            self._start(at_s)
 
-    def _start(self) -> None:
+    def _start(self, at_s: float) -> None:
         self._busy = True
         job = self._waiting.popleft()
-        self._loop.call_later(self._clockwork.run_s(job.rows), self._end, job, self._loop.now_s)
+        end_s = at_s + self._clockwork.run_s(job.rows, at_s)
+        self._loop.call_at(end_s, self._end, job, at_s, end_s)
 
-    def _end(self, job: Job, started_s: float) -> None:
-        outcome = Outcome((), None, started_s, self._loop.now_s)
+    def _end(self, job: Job, started_s: float, ended_s: float) -> None:
+        outcome = Outcome((), None, started_s, ended_s)
         if self._waiting:
-            self._start()
+            self._start(ended_s)
         else:
             self._busy = False
         deliver: Callable[[Job, Outcome], None] | None = self.deliver
         assert deliver is not None
         if self._handover_s:
-            self._loop.call_later(self._handover_s, deliver, job, outcome)
+            self._loop.call_at(ended_s + self._handover_s, deliver, job, outcome)
         else:
             deliver(job, outcome)
 

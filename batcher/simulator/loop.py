@@ -29,12 +29,16 @@ class Timer:
 
 class VirtualLoop:
     """Starts at 0 s. What happens at one time happens in the order: arrivals, then timers, and after
-    each what it called for soon."""
+    each what it called for soon.
 
-    __slots__ = ("_number", "_ready", "_timers", "now_s")
+    Callbacks take no time unless they `spend` some; what is due meanwhile happens late. `due_s` is when what
+    happens now should have.
+    """
+
+    __slots__ = ("_number", "_ready", "_timers", "due_s", "now_s")
 
     def __init__(self) -> None:
-        self.now_s = 0.0
+        self.now_s = self.due_s = 0.0
         self._ready: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._number = 0
@@ -51,10 +55,18 @@ class VirtualLoop:
 
     def call_later(self, delay_s: float, callback: Callable[..., object], *args: Any) -> Timer:
         """After so many seconds."""
+        return self.call_at(self.now_s + delay_s, callback, *args)
+
+    def call_at(self, due_s: float, callback: Callable[..., object], *args: Any) -> Timer:
+        """At this time, or at once where it is over."""
         timer = Timer(callback, args)
         self._number += 1
-        heappush(self._timers, (self.now_s + delay_s, self._number, timer))
+        heappush(self._timers, (due_s, self._number, timer))
         return timer
+
+    def spend(self, seconds: float) -> None:
+        """What runs now takes so long."""
+        self.now_s += seconds
 
     def run(self, times: Iterator[float], arrive: Callable[[], object], end_s: float = inf) -> None:
         """Call `arrive` at each of the times, which must not fall, and everything in between.
@@ -72,12 +84,15 @@ class VirtualLoop:
                 self.now_s = max(self.now_s, end_s) if end_s < inf else self.now_s
                 return
             if next_s <= due_s:
-                self.now_s = now_s = next_s
-                while next_s == now_s:
+                # Those that are due by now; who comes while they are seen to waits for his turn.
+                self.now_s = now_s = max(self.now_s, next_s)
+                while next_s <= now_s:
+                    self.due_s = next_s
                     arrive()
                     next_s = next(times, inf)
                 continue
             timer = heappop(timers)[2]
             if timer.callback is not None:
                 self.now_s = max(self.now_s, due_s)
+                self.due_s = due_s
                 timer.callback(*timer.args)

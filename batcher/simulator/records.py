@@ -19,10 +19,15 @@ ANSWERED, EXPIRED, FAILED, REFUSED = range(4)
 
 
 class Records:
-    """One entry for each request that was answered, given up, or refused; `came` counts those that came."""
+    """One entry for each request that was answered, given up, or refused; `came` counts those that came.
 
-    def __init__(self, loop: VirtualLoop) -> None:
+    The loop is busy for `each_s` with each that comes, and with each that is answered. Latency counts from
+    when it should have come.
+    """
+
+    def __init__(self, loop: VirtualLoop, each_s: float = 0.0) -> None:
         self._loop = loop
+        self._each_s = each_s
         self.came = 0
         self.refusals: Counter[str] = Counter()
         # Told of each end, and whether the request had been accepted.
@@ -33,21 +38,28 @@ class Records:
         self._rows = array("H")
         self._fates = array("B")
 
+    def comes(self, request: SimulatedRequest) -> None:
+        """It is read, and is about to be submitted."""
+        self.came += 1
+        request.came_s = self._loop.due_s
+        self._loop.spend(self._each_s)
+
     def done(self, request: SimulatedRequest) -> None:
         """It has its answer, or an error instead."""
         error = request.error
         fate = ANSWERED if error is None else EXPIRED if isinstance(error, ExpiredError) else FAILED
-        self._add(request, fate, request.enqueued_s)
+        self._add(request, fate)
 
     def refused(self, request: SimulatedRequest, why: str) -> None:
         """It was not accepted."""
         self.refusals[why] += 1
-        self._add(request, REFUSED, self._loop.now_s)
+        self._add(request, REFUSED)
 
-    def _add(self, request: SimulatedRequest, fate: int, began_s: float) -> None:
+    def _add(self, request: SimulatedRequest, fate: int) -> None:
+        self._loop.spend(self._each_s)
         now_s = self._loop.now_s
         self._ends.append(now_s)
-        self._latencies.append(now_s - began_s)
+        self._latencies.append(now_s - request.came_s)
         self._callers.append(request.caller)
         self._rows.append(request.rows)
         self._fates.append(fate)

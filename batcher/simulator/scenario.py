@@ -46,7 +46,8 @@ class Scenario:
     """What is simulated. `settings` are the policy's own (`window_ms`, say; cobatch's: `max_delay_ms`...).
 
     `seconds` are measured after `warmup_s` that are not. `handover_ms`: between the loop and the engine,
-    there and back each. `max_queue_rows` None: the server's default.
+    there and back each. `request_us`: what the loop is busy with for each request, half of it when it comes
+    and half when it is answered; one node only. `max_queue_rows` None: the server's default.
     """
 
     profile: Profile
@@ -62,6 +63,7 @@ class Scenario:
     max_queue_rows: int | None = None
     slots: int = 2
     handover_ms: float = 0.0
+    request_us: float = 0.0
     seed: int = 1
 
     @property
@@ -92,10 +94,10 @@ class Run:
 def run(scenario: Scenario) -> Run:
     """Run it from an idle start to its end, where what is open stays open. Same seed, same run."""
     loop = VirtualLoop()
-    clockworks = [Clockwork(loop, scenario.profile, scenario.seed + 1000 * n) for n in range(scenario.nodes)]
+    clockworks = [Clockwork(scenario.profile, scenario.seed + 1000 * n) for n in range(scenario.nodes)]
     nodes = [_make_node(scenario, loop, clockwork) for clockwork in clockworks]
     route = make_router(scenario.router, nodes, scenario.seed)
-    records = Records(loop)
+    records = Records(loop, scenario.request_us / 2e6)
     end_s = scenario.warmup_s + scenario.seconds
     times, send = _traffic(scenario, loop, records, route)
     began_s = time.perf_counter()
@@ -156,7 +158,7 @@ def _traffic(
 
 def _send(make: Callable[[Records], SimulatedRequest], records: Records, route: Callable[[], Node]) -> None:
     request = make(records)
-    records.came += 1
+    records.comes(request)
     request.node = node = route()
     why_not = node.submit(request)
     if why_not is not None:

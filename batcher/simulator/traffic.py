@@ -39,14 +39,15 @@ class Caller:
 
 
 class SimulatedRequest(Request):
-    """A request that tells the records when it is done."""
+    """A request that tells the records when it is done. `came_s`: when it should have come."""
 
-    __slots__ = ("caller", "node", "records")
+    __slots__ = ("caller", "came_s", "node", "records")
 
     def __init__(self, caller: int, rows: int, records: Records) -> None:
         super().__init__(rows, _SHAPES, ())
         self.caller = caller
         self.records = records
+        self.came_s = 0.0
         self.node: Node
 
     def done(self) -> None:
