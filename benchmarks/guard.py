@@ -67,7 +67,8 @@ def counted() -> dict[str, float] | None:
         done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"benchmarks.request_path failed under callgrind: {done.stderr[-2000:]}")
-        return _read(Path(folder))
+        costs = _read(Path(folder))
+        return {case: costs[case] for case in CASES}
 
 
 def _read(folder: Path) -> dict[str, float]:

@@ -29,7 +29,7 @@ def policy() -> QueuePolicy | None:
     """Who waits longer than the deadline is refused."""
     if not shared.DEADLINE_MS:
         return None
-    return QueuePolicy(TimeoutAction.REJECT, shared.DEADLINE_MS * 1000)
+    return QueuePolicy(TimeoutAction.REJECT, shared.DEADLINE_MS * 1000, max_queue_size=shared.MAX_QUEUE)
 
 
 if __name__ == "__main__":
