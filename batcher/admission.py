@@ -33,6 +33,7 @@ from engines.base import RowShapes
 _SHARE_OF_ROOM = 8
 # Nobody is told to come back at once.
 _LEAST_S = 0.001
+_MOST_AROUND = 0.25  # of a timeout
 # After so long without a run it is doubted how long one takes,
 _DOUBT_S = 1.0
 # by those that would have less than this part of their timeout to spare. (With next to nothing to spare a
@@ -85,9 +86,13 @@ class Admission:
             return QueueFullError(queue.rows, self.max_queue_rows, self.drain_s)
         return tenant.refusal(callers, rows, now_s, self.drain_s) if tenant.limited else None
 
-    def set_deadline(self, request: Request, now_s: float, free_s: float) -> BatcherError | None:
+    def set_deadline(
+        self, request: Request, now_s: float, free_s: float, around_s: float
+    ) -> BatcherError | None:
         """Give the request its deadline, if it or its model has one; why it cannot be kept, or None.
 
+        The deadline is when its run must have ended: earlier than the caller's by `around_s`, what passes
+        before and after, but by no more than a part of the timeout: that is not foretold as well as runs are.
         `free_s`: when the first engine is expected to have run what it has. One that is let in to find out
         how long a run takes has no deadline from here on: it is run and answered, late or not.
         """
@@ -95,13 +100,14 @@ class Admission:
         if timeout_s is None:
             return None
         request.timeout_s = timeout_s
+        left_s = timeout_s - min(around_s, timeout_s * _MOST_AROUND)
         run_s = self.run_s(request.rows, request.row_shapes)
-        if run_s > timeout_s * (1 - _TO_SPARE) and self._is_trial(request, now_s, free_s):
+        if run_s > left_s * (1 - _TO_SPARE) and self._is_trial(request, now_s, free_s):
             self._tried_s = now_s
             return None
-        request.deadline_s = now_s + timeout_s
-        if run_s > timeout_s:
-            return DeadlineTooShortError(timeout_s, run_s)
+        request.deadline_s = now_s + left_s
+        if run_s > left_s:
+            return DeadlineTooShortError(timeout_s, run_s + timeout_s - left_s)
         full_rows = self._queue.full_rows
         before, beside = divmod(math.ceil(self._queue.ahead_of(request.tenant)), full_rows)
         if beside and beside + request.rows > full_rows:
@@ -110,8 +116,8 @@ class Admission:
         batch_s = max(run_s, beside_s)
         wait_s = before / self.lanes * self._latency.expected_s(full_rows)
         needed_s = max(0.0, free_s - now_s) + wait_s + batch_s
-        if needed_s > timeout_s:
-            return DeadlineUnreachableError(timeout_s, needed_s, needed_s - timeout_s)
+        if needed_s > left_s:
+            return DeadlineUnreachableError(timeout_s, needed_s + timeout_s - left_s, needed_s - left_s)
         return None
 
     def _is_trial(self, request: Request, now_s: float, free_s: float) -> bool:

@@ -223,7 +223,7 @@ class Batcher:
             why = admission.refusal(request.rows, tenant, request.callers, now_s)
             self._refuse(request, why, counts)
         if request.timeout_s is not None or self._has_deadlines:
-            why = admission.set_deadline(request, now_s, self._dispatcher.free_s)
+            why = admission.set_deadline(request, now_s, self._dispatcher.free_s, self._dispatcher.around_s)
             self._refuse(request, why, counts)
             if request.deadline_s < math.inf:
                 self._leaving.watch(request, now_s)

@@ -28,6 +28,8 @@ from engines.jobs import Job, Outcome
 log = logging.getLogger("cobatch.batcher")
 
 _NUMBERS = count(1)
+# What part of a new measurement goes into what is known.
+_GAIN = 0.1
 
 
 class Dispatcher:
@@ -59,6 +61,9 @@ class Dispatcher:
         execution_timeout_s: float | None = None,
     ) -> None:
         self.on_batch: Callable[[Batch], None] | None = None
+        # What comes on top of queue and run, as things are: a request lies unread for as long as a finished
+        # batch lies unnoticed, and then answers are written one after another.
+        self.around_s = 0.0
         self.lanes: list[Lane] = []
         self.retries: deque[list[Request]] = deque()
         self._all: dict[Lane, None] = {}  # with those that are dead and still have batches
@@ -207,7 +212,8 @@ class Dispatcher:
         left_s = 0.0
         for one in running:
             left_s += self._times.of(one.row_shapes).expected_s(one.rows)
-        lane.free_s = self._clock() + left_s
+        now_s = self._clock()
+        lane.free_s = now_s + left_s
         batch.started_s = outcome.started_s
         batch.finished_s = outcome.finished_s
         figures = lane.figures
@@ -228,6 +234,8 @@ class Dispatcher:
             batch.answering_s = self._clock()
             self._hand_out(batch)
             batch.answered_s = self._clock()
+            around_s = now_s + batch.answered_s - 2 * batch.finished_s
+            self.around_s += (around_s - self.around_s) * _GAIN
             self._counters.batch(batch)
             if self.on_batch is not None:
                 self.on_batch(batch)

@@ -98,7 +98,8 @@ class DeadlineTooShortError(BatcherError):
 
     def __init__(self, timeout_s: float, run_s: float) -> None:
         super().__init__(
-            f"the timeout of {timeout_s * 1e3:g} ms is shorter than a run takes, {run_s * 1e3:.3g} ms"
+            f"the timeout of {timeout_s * 1e3:g} ms is shorter than a run and its answer take, "
+            f"{run_s * 1e3:.3g} ms"
         )
         self.timeout_s = timeout_s
         self.run_s = run_s
