@@ -12,6 +12,7 @@ from benchmarks import wire
 from benchmarks.peers import bodies, page
 from benchmarks.peers.bars import bars
 from benchmarks.peers.catalogue import OURS, PEERS, Body
+from benchmarks.peers.goals import goals
 from benchmarks.peers.overload import Overload, arrivals, body_of
 from benchmarks.peers.results import Results, ratio, read
 from benchmarks.peers.tables import Table, tables
@@ -82,6 +83,27 @@ def test_ratios_are_formed_within_a_round() -> None:
     found = ratio(_turns(), "mosec", lambda turn: turn.cpu_us, model="tiny")
     assert found == (2.0, 2.0, 3.0)  # the ratio of the medians would say 2.0 to 2.0 and hide the 3
     assert ratio(_turns(), "ray", lambda turn: turn.cpu_us) is None
+
+
+def test_a_goal_is_met_in_its_worst_case_or_not_at_all() -> None:
+    ours = [replace(TURN, kind=kind, cpu_us=10.0) for kind in ("JSON", "binary")]
+    good = [replace(turn, peer="mosec", cpu_us=14.0, per_s=20_000.0) for turn in ours]
+    bad = [good[0], replace(good[1], cpu_us=12.0, per_s=31_000.0)]
+    far = [replace(turn, peer="ray", cpu_us=1000.0, per_s=300.0) for turn in ours]
+    for theirs, nearest, met in ((good, "1.40", "yes"), (bad, "1.20", "**no**")):
+        rows = {row[0]: row[1:] for row in goals(Results({}, {}, turns=[*ours, *theirs, *far]))}
+        assert rows["CPU per request, tiny: 1.3 times less than mosec's"][1:] == [nearest, met]
+        assert rows["CPU per request, tiny: 5 times less than the five others'"][1:] == ["100.00", "yes"]
+        who, _, more = rows["requests/s, tiny, 16 and more connections: more than each"]
+        assert who.startswith("mosec")
+        assert more == met
+        assert not any("magika" in goal or "overload" in goal for goal in rows)  # not measured
+
+
+@pytest.mark.parametrize(("goodput", "met"), [(89.0, "**no**"), (91.0, "yes")])
+def test_goodput_in_overload_is_compared_with_our_own_capacity(goodput: float, met: str) -> None:
+    ours = Overload("wide", "cobatch", "V2 binary", 0, 100.0, 150.0, 95.0, goodput, 50.0, 90.0, 99.0)
+    assert goals(Results({}, {}, overload=[ours]))[0][2:] == [f"{goodput:.0f}%", met]
 
 
 def test_results_are_written_and_read_again(tmp_path: Path) -> None:

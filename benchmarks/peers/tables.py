@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from benchmarks.peers.catalogue import OURS, PEERS
+from benchmarks.peers.goals import goals
 from benchmarks.peers.results import Results, middle, pick, ratio
 from benchmarks.peers.turns import Turn
 
@@ -33,7 +34,10 @@ class Table:
 
 def tables(results: Results) -> list[Table]:
     """In the order of what they say first: the ratios, then the figures, then overload."""
-    found = [_ahead(results)] if any(name != OURS.name for name in results.peers()) else []
+    found = []
+    if any(name != OURS.name for name in results.peers()):
+        met = Table("is cobatch ahead?", ["goal", "nearest", "times ours", "met"], goals(results))
+        found = [met, _ahead(results)]
     cases = dict.fromkeys((turn.model, turn.kind) for turn in results.turns)
     found += [_figures(results.turns, model, kind) for model, kind in cases]
     return [*found, _overload(results)] if results.overload else found
