@@ -6,16 +6,18 @@ Same handler core as `server.fastpath`, and for requests that the fast path hand
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 
+import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.auth.principal import principal_in
 from server.compression import compressed
 from server.core import Core, InferRequest, instance_of
 from server.limits import BodyError, read_body
+from server.model import Model
 from server.problems import Problem
-from server.record import note, record_in
+from server.record import SEEN, Seen
 from server.reply import Reply
 
 # An answer that takes longer than once to twice this is worth a task that notices the client leave.
@@ -26,8 +28,9 @@ _JSON_LENGTH = b"inference-header-content-length"
 class InferRoutes:
     """Answers POST /v2/models/NAME/infer itself and leaves everything else to `app`.
 
-    Outermost, before the router and its middleware: they cost as much as the whole request. For the
-    same reason POST requests to the paths in `direct` go to their applications from here.
+    Behind nothing but `server.observed` and the gate, before the router and its middleware: they cost as
+    much as the whole request. For the same reason POST requests to the paths in `direct` go to their
+    applications from here.
     """
 
     def __init__(self, app: ASGIApp, core: Core, direct: Mapping[str, ASGIApp]) -> None:
@@ -37,99 +40,90 @@ class InferRoutes:
         self._paths = core.infer_paths
         self._waiting = _Waiting(core)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        model = None
-        app = self.app
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Whoever it is for answers it; to find him takes no coroutine."""
         if scope["type"] == "http" and scope["method"] == "POST":
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             model = self._paths.get(path)
-            if model is None:
-                app = self._other(scope, path)
-        if model is None:
-            await app(scope, receive, send)
-            return
+            if model is not None:
+                return self._infer(model, scope, receive, send)
+            direct = self._direct.get(path)
+            if direct is not None:
+                scope[SEEN].route = path
+                return direct(scope, receive, send)
+        return self.app(scope, receive, send)
+
+    async def _infer(self, model: Model, scope: Scope, receive: Receive, send: Send) -> None:
         core = self.core
-        headers = dict(scope["headers"])
+        seen: Seen = scope[SEEN]
+        headers = seen.headers
         reply = None
         principal = principal_in(scope)
         if principal is not None or core.draining or model.batcher is None or model.batcher.full:
             reply = core.refusal(model, principal)
         if reply is None:
             try:
-                json_length = None
-                if _JSON_LENGTH in headers:
-                    json_length = _json_length(headers, scope["headers"])
+                json_length = _json_length(headers, scope["headers"]) if _JSON_LENGTH in headers else None
                 body = await read_body(headers, receive, core.settings.server.max_body_bytes)
             except BodyError as error:
                 if error.problem is None:
                     return  # the client has left
                 reply = error.problem.reply(instance=instance_of(model))
             else:
-                caller = _Caller(self._waiting, receive)
-                caller.request = core.infer(
-                    model, body, json_length, caller.on_reply, principal, record_in(scope)
-                )
-                reply = await caller.wait()
+                caller = _Caller(self._waiting, receive, self._waiting.new_future(), seen)
+                caller.request = core.infer(model, body, json_length, caller.on_reply, principal, seen.record)
+                waiting = self._waiting.callers
+                waiting[caller] = None
+                try:
+                    reply = await caller.answer
+                except asyncio.CancelledError:
+                    # The server cancels this task.
+                    caller.leave()
+                    raise
+                finally:
+                    waiting.pop(caller, None)
+                    caller.request = None  # or the two would keep each other until the next collection
                 if reply is None:
                     return
         if b"accept-encoding" in headers:
             least_bytes = core.settings.server.compress_min_bytes
             reply = await compressed(reply, headers[b"accept-encoding"], least_bytes)
-        note(scope, reply.slug, reply.request_id)
         body = b"".join(reply.body)
         head = reply.header_list(len(body))
+        seen.note_infer(model, reply.slug, reply.request_id, head)
         await send({"type": "http.response.start", "status": reply.status, "headers": head})
         await send({"type": "http.response.body", "body": body})
 
-    def _other(self, scope: Scope, path: str) -> ASGIApp:
-        direct = self._direct.get(path)
-        record = record_in(scope)
-        if direct is not None and record is not None:
-            record.route = path
-        return direct or self.app
 
+class _Caller(msgspec.Struct, eq=False):
+    """A caller's task while its request is in the batcher. `answer`: None if he left before there was one."""
 
-class _Caller:
-    """A caller's task while its request is in the batcher."""
-
-    __slots__ = ("_answer", "_receive", "_waiting", "old", "request")
-
-    def __init__(self, waiting: _Waiting, receive: Receive) -> None:
-        self._waiting = waiting
-        self._receive = receive
-        self._answer = waiting.new_future()
-        self.request: InferRequest | None = None
-        self.old = False
+    waiting: _Waiting
+    receive: Receive
+    answer: asyncio.Future[Reply | None]
+    seen: Seen
+    request: InferRequest | None = None
+    old: bool = False
 
     def on_reply(self, reply: Reply) -> None:
         """What the core calls, once."""
-        if not self._answer.done():
-            self._answer.set_result(reply)
-
-    async def wait(self) -> Reply | None:
-        """The reply, or None when the client left before there was one."""
-        callers = self._waiting.callers
-        callers[self] = None
-        try:
-            return await self._answer
-        except asyncio.CancelledError:
-            # The server cancels this task.
-            self._leave()
-            raise
-        finally:
-            callers.pop(self, None)
-            self.request = None  # or the two would keep each other until the next garbage collection
+        if reply.request_id is None and self.request is not None and self.seen.record is None:
+            # Not an answer that says by its id where it rode.
+            self.seen.make_record().ran(self.request)
+        if not self.answer.done():
+            self.answer.set_result(reply)
 
     async def watch(self) -> None:
         """Wait for the client to leave: after the body, that is all `receive` has to say."""
-        await self._receive()
-        if not self._answer.done():
-            self._leave()
-            self._answer.set_result(None)
+        await self.receive()
+        if not self.answer.done():
+            self.leave()
+            self.answer.set_result(None)
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """Nobody waits for the answer any more."""
         if self.request is not None:
-            self._waiting.core.cancel(self.request)
+            self.waiting.core.cancel(self.request)
 
 
 class _Waiting:

@@ -11,7 +11,7 @@ from starlette.types import Message, Scope
 from server.auth.bearer import names_token
 from server.batch_messages import AnyItem, Item
 from server.problems import Problem
-from server.record import RECORD
+from server.record import SEEN
 from server.reply import JSON, Reply
 
 _MODEL = r"/v2/models/[^/]+(?:/versions/[^/]+)?"
@@ -32,7 +32,7 @@ _CARRIED = frozenset(
      b"x-request-id")
 )  # fmt: skip
 # What the router found out about the outer call, and the record of that.
-_ROUTED = frozenset(("app", "app_root_path", "endpoint", "path_params", "route", "router", RECORD))
+_ROUTED = frozenset(("app", "app_root_path", "endpoint", "path_params", "route", "router", SEEN))
 
 
 def scope_of(item: AnyItem, path: str, query: bytes, body: bytes, outer: Scope) -> Scope:

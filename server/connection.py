@@ -55,11 +55,28 @@ class _Flow(FlowControl):
             super().resume_reading()
 
 
+class _Defaults:
+    """Uvicorn's default headers (the date) as bytes; made anew when uvicorn does, each second."""
+
+    __slots__ = ("headers", "text")
+
+    def __init__(self) -> None:
+        self.headers: list[tuple[bytes, bytes]] | None = None
+        self.text = b""
+
+    def renew(self, headers: list[tuple[bytes, bytes]]) -> None:
+        """From now on these."""
+        self.text = b"".join([b"%b: %b\r\n" % header for header in headers])
+        self.headers = headers
+
+
+_DEFAULTS = _Defaults()
+
+
 class Connection(HttpToolsProtocol):
     """One connection. `core` is set by whoever makes the class for a server."""
 
     core: Core
-    _date_headers: tuple[list[tuple[bytes, bytes]] | None, bytes] = (None, b"")
 
     def __init__(
         self,
@@ -69,6 +86,7 @@ class Connection(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.core = self.core  # found with fewer steps than the class's
         self.receiving = NOTHING
         # With requests in the pipeline, `cycle` is the newest; this is the one being answered.
         self.ahead: RequestResponseCycle | None = None
@@ -235,39 +253,31 @@ class Connection(HttpToolsProtocol):
         transport = self.transport
         if transport.is_closing():
             return None
-        pieces: list[bytes | memoryview] = [STATUS_LINE[reply.status], self._default_headers()]
+        if _DEFAULTS.headers is not self.server_state.default_headers:
+            _DEFAULTS.renew(self.server_state.default_headers)
+        length = sum(map(len, reply.body))
         request_id, timing = reply.request_id, reply.timing
         if request_id is not None and timing is not None:
             # An infer request's good answer: one step instead of three.
-            pieces.append(_ANSWERED % (reply.content_type, reply.length, request_id, timing))
+            head = _ANSWERED % (reply.content_type, length, request_id, timing)
         else:
-            pieces.append(b"content-type: %b\r\ncontent-length: %d\r\n" % (reply.content_type, reply.length))
+            head = b"content-type: %b\r\ncontent-length: %d\r\n" % (reply.content_type, length)
             if timing is not None:
-                pieces.append(b"server-timing: %b\r\n" % timing)
+                head += b"server-timing: %b\r\n" % timing
             if request_id is not None:
-                pieces.append(b"x-request-id: %b\r\n" % request_id)
+                head += b"x-request-id: %b\r\n" % request_id
         if reply.json_length is not None:
-            pieces.append(b"inference-header-content-length: %d\r\n" % reply.json_length)
+            head += b"inference-header-content-length: %d\r\n" % reply.json_length
         if reply.headers:
-            pieces.extend([b"%b: %b\r\n" % header for header in reply.headers])
+            head += b"".join([b"%b: %b\r\n" % header for header in reply.headers])
         if reply.close or not keep_alive:
             keep_alive = False
-            pieces.append(b"connection: close\r\n")
-        pieces.append(b"\r\n")
-        pieces.extend(reply.body)
-        transport.write(b"".join(pieces))
+            head += b"connection: close\r\n"
+        transport.write(b"".join((STATUS_LINE[reply.status], _DEFAULTS.text, head, b"\r\n", *reply.body)))
         if not keep_alive:
             transport.close()
         self.on_response_complete()
         return self._since_s
-
-    def _default_headers(self) -> bytes:
-        """Uvicorn's default headers (the date) as bytes; made anew when uvicorn does, each second."""
-        headers = self.server_state.default_headers
-        cls = type(self)
-        if cls._date_headers[0] is not headers:
-            cls._date_headers = (headers, b"".join([b"%b: %b\r\n" % header for header in headers]))
-        return cls._date_headers[1]
 
     def on_response_complete(self) -> None:
         # Uvicorn arms a keep-alive timer here for each response; `_tick` needs only the time.
@@ -281,7 +291,8 @@ class Connection(HttpToolsProtocol):
         elif self._farewell is not None:
             self.write_reply(self._farewell, keep_alive=False)
             return
-        self.flow.resume_reading()
+        if self.flow.read_paused:
+            self.flow.resume_reading()
 
     def pause_writing(self) -> None:
         # The client does not read its answers: take no more requests from it until it does.

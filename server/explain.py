@@ -58,19 +58,28 @@ class Recent:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._batches: deque[Kept] = deque(maxlen=_MOST_BATCHES)
+        # What a `Kept` is made of: it is made when somebody asks.
+        self._batches: deque[tuple[str, Batch, list[float], list[int], list[str]]]
+        self._batches = deque(maxlen=_MOST_BATCHES)
         self._records: dict[str, Record] = {}
 
     def on_batch(self, batcher: Batcher, batch: Batch) -> None:
         """Keep it, without its requests."""
         requests = batch.requests
+        if len(requests) == 1:
+            # Lone requests pay for all of this by themselves.
+            one = requests[0]
+            rows = [] if batch.rows == 1 else [batch.rows]
+            tenants = [] if one.tenant is None else [one.tenant.name]
+            self._batches.append((batcher.name, batch, [one.enqueued_s], rows, tenants))
+            return
         queued_s = [one.enqueued_s for one in requests]
         alike = len(requests) == batch.rows
         rows = [] if alike else [one.rows for one in requests]
         # Without authentication nobody has a tenant.
         first = requests[0].tenant if requests else None
         tenants = [] if first is None else [one.tenant.name if one.tenant else "" for one in requests]
-        self._batches.append(Kept(batcher.name, batch, queued_s, rows, tenants))
+        self._batches.append((batcher.name, batch, queued_s, rows, tenants))
 
     def on_request(self, record: Record) -> None:
         """Keep it, unless its id says where it rode."""
@@ -82,7 +91,7 @@ class Recent:
 
     def last(self, model: str, most: int) -> list[Kept]:
         """The newest batches of a model, the newest last."""
-        found = [kept for kept in reversed(self._batches) if kept.model == model]
+        found = [Kept(*kept) for kept in reversed(self._batches) if kept[0] == model]
         return found[most - 1 :: -1] if len(found) >= most else found[::-1]
 
     def explain(self, request_id: str) -> dict[str, Any]:
@@ -157,9 +166,8 @@ class Recent:
     def _waited_for(self, model: str, from_s: float, batch: Batch) -> list[dict[str, Any]]:
         """The runs of other batches between its coming and its own batch's run."""
         waits = []
-        for kept in self._batches:
-            one = kept.batch
-            if kept.model != model or one is batch or one.lane is not batch.lane:
+        for name, one, *_ in self._batches:
+            if name != model or one is batch or one.lane is not batch.lane:
                 continue
             overlap_s = min(one.finished_s, batch.started_s) - max(one.started_s, from_s)
             if overlap_s > 0:
@@ -167,7 +175,7 @@ class Recent:
         return waits
 
     def _kept(self, number: int) -> Kept | None:
-        return next((kept for kept in self._batches if kept.batch.number == number), None)
+        return next((Kept(*kept) for kept in self._batches if kept[1].number == number), None)
 
 
 def _us(seconds: float) -> int:

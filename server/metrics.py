@@ -69,9 +69,9 @@ class Metrics:
             for (status, slug), count in traffic.problems.items():
                 requests[name, status, slug] = count
         for model in self._core.models.values():
-            fast = model.fast_traffic
-            http[INFER_ROUTE, "POST", 200, ""] += fast.durations.count
-            for (status, slug), count in fast.problems.items():
+            infer = model.infer_traffic
+            http[INFER_ROUTE, "POST", 200, ""] += infer.durations.count
+            for (status, slug), count in infer.problems.items():
                 http[INFER_ROUTE, "POST", status, slug] += count
         yield _counter(names.REQUESTS, requests.items())
         yield _times(names.DURATION, durations)

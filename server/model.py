@@ -42,8 +42,8 @@ class Model:
         self.settings = settings
         self.batcher: Batcher | None = None
         self.load_error: EngineError | None = None
-        self.traffic = Traffic()  # of all that does not come over the fast path
-        self.fast_traffic = Traffic()
+        self.traffic = Traffic()  # of all that does not come to the infer route
+        self.infer_traffic = Traffic()
         self._workers: list[Worker] = []
         self._places: dict[Worker, Place] = {}
         self._hung: list[Worker] = []

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from batcher.batcher import Batcher
@@ -30,6 +29,8 @@ log = logging.getLogger("cobatch.observe")
 # What stands for the status where the client left before there was one, as nginx has it.
 LEFT = 499
 LEFT_SLUG = "client-left"
+
+_FAILED = "whoever watches requests failed"
 
 RecordSink = Callable[[Record], None]
 BatchSink = Callable[[Batcher, Batch], None]
@@ -79,8 +80,8 @@ class Traffic:
 
 
 class Observer:
-    """Of one process. `http`: answers of everything but the fast path, by route, method, status and kind of
-    problem; the route is empty where there is none."""
+    """Of one process. `http`: answers of everything but the infer route, by route, method, status and kind
+    of problem; the route is empty where there is none."""
 
     def __init__(self, models: Mapping[str, Model], tenants: Tenants | None) -> None:
         self.models = models
@@ -105,8 +106,8 @@ class Observer:
     ) -> None:
         """Tell these from now on: of each request when its headers are there, and when it is answered or its
         client has left; `recorded` only of those that have a record anyhow (all but most good ones of the
-        fast path); of each batch when it is dealt with, its requests still in it. They must be quick, and may
-        keep records and batches."""
+        infer route); of each batch when it is dealt with, its requests still in it. They must be quick, and
+        may keep records and batches."""
         if recorded is not None:
             self._recorded.append(recorded)
         if begin is not None:
@@ -142,7 +143,7 @@ class Observer:
     @property
     def traffic(self) -> dict[str, Traffic]:
         """By model, whichever way it came."""
-        return {name: model.fast_traffic.plus(model.traffic) for name, model in self.models.items()}
+        return {name: model.infer_traffic.plus(model.traffic) for name, model in self.models.items()}
 
     def tenants(self) -> list[tuple[str, Total]]:
         """What the busiest tenants have had, by name, and all others together; none where nobody is known."""
@@ -152,7 +153,7 @@ class Observer:
         """See to it that batches of a model that has been loaded are told of, if anybody wants them."""
         batcher = model.batcher
         if batcher is not None:
-            batcher.watch_batches(partial(self._batch_done, batcher) if self._batches else None)
+            batcher.watch_batches(_Ended(batcher, model, tuple(self._batches)).batch)
 
     def sample(self, sampler: Sampler) -> None:
         """Let it draw which requests have a record although nothing else calls for one, and tell it of all
@@ -180,13 +181,30 @@ class Observer:
         for sink in self._recorded:
             _tell(sink, record)
 
-    def _batch_done(self, batcher: Batcher, batch: Batch) -> None:
-        for sink in self._batches:
-            _tell(sink, batcher, batch)
+
+class _Ended:
+    """Is told of each batch of one model that is over, and tells the sinks."""
+
+    __slots__ = ("_batcher", "_durations", "_sinks")
+
+    def __init__(self, batcher: Batcher, model: Model, sinks: tuple[BatchSink, ...]) -> None:
+        self._batcher = batcher
+        self._durations = model.infer_traffic.durations
+        self._sinks = sinks
+
+    def batch(self, batch: Batch) -> None:
+        # Those that rode in it have appended theirs.
+        if len(self._durations.values) >= FULL:
+            self._durations.count_in()
+        for sink in self._sinks:
+            try:
+                sink(self._batcher, batch)
+            except Exception:
+                log.exception(_FAILED)
 
 
 def _tell(sink: Callable[..., None], *what: Any) -> None:
     try:
         sink(*what)
     except Exception:
-        log.exception("whoever watches requests failed")
+        log.exception(_FAILED)

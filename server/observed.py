@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import time
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.auth.principal import principal_in
 from server.core import Core
 from server.observe import LEFT, LEFT_SLUG
-from server.record import INFER_ROUTE, MARKS, RECORD, Record, reply_headers
+from server.record import INFER_ROUTE, MARKS, SEEN, Record, Seen
 
 # The standard ones; others are a client's invention, and must not become so many time series.
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"))
@@ -28,54 +28,45 @@ class Observed:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        path = scope["path"]
-        record = Record("", scope["method"], path, time.monotonic())
-        record.scheme = scope.get("scheme", "http")
-        for name, value in scope["headers"]:
-            if name in MARKS:
-                record.mark(name, value)
-        scope[RECORD] = record
+        headers = dict(scope["headers"])
+        seen = scope[SEEN] = Seen(scope, send, time.monotonic(), headers)
         observer = self._core.observer
-        if observer.watched:
-            observer.begin(record, observer.draw())
-
-        async def send_observed(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                record.status = message["status"]
-                message["headers"] = [*message.get("headers", ()), *reply_headers(record)]
-            await send(message)
-
+        if observer.watched or not MARKS.isdisjoint(headers):
+            record = seen.make_record()
+            if observer.watched:
+                observer.begin(record, observer.draw())
         try:
-            await self.app(scope, receive, send_observed)
+            await self.app(scope, receive, seen.send)
         except Exception:
             # Whoever runs the application answers it, or has no more to answer to.
-            record.status = record.status or _FAILED
-            record.slug = record.slug or "internal"
+            seen.status = seen.status or _FAILED
+            seen.slug = seen.slug or "internal"
             raise
         finally:
-            self._done(scope, record)
+            del scope[SEEN]  # or the two would keep each other until the next garbage collection
+            model = seen.model
+            if model is None:
+                self._done(scope, seen, seen.record or seen.make_record())
+            else:
+                # It rode in a batch; that it is counted in is seen to once for each batch.
+                model.infer_traffic.durations.values.append(time.monotonic() - seen.received_s)
 
-    def _done(self, scope: Scope, record: Record) -> None:
+    def _done(self, scope: Scope, seen: Seen, record: Record) -> None:
         record.answered_s = time.monotonic()
-        if not record.status:
-            record.status, record.slug = LEFT, LEFT_SLUG
-        self._note_route(scope, record)
+        record.status, record.slug = (seen.status, seen.slug) if seen.status else (LEFT, LEFT_SLUG)
         principal = principal_in(scope)
         if principal is not None:
             record.tenant = principal.tenant.name
         observer = self._core.observer
-        method = record.method if record.method in _METHODS else "other"
-        observer.http[record.route, method, record.status, record.slug] += 1
-        observer.request_done(record)
-
-    def _note_route(self, scope: Scope, record: Record) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         model = self._core.infer_paths.get(path) if record.method == "POST" else None
         if model is None:
-            route = scope.get("route")
             # A route that the router did not come to (the gate refused it) has no name here.
-            record.route = record.route or getattr(route, "path", "")
-            return
-        record.route = INFER_ROUTE
-        record.model = model.name
-        model.traffic.count(record.status, record.slug, record.answered_s - record.received_s)
+            record.route = seen.route or getattr(scope.get("route"), "path", "")
+            method = record.method if record.method in _METHODS else "other"
+            observer.http[record.route, method, record.status, record.slug] += 1
+        else:
+            record.route = INFER_ROUTE
+            record.model = model.name
+            model.infer_traffic.count(record.status, record.slug, record.answered_s - record.received_s)
+        observer.request_done(record)

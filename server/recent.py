@@ -148,7 +148,7 @@ class ModelRecent:
         batcher = self.model.batcher
         if batcher is None:
             return Second(state=state_of(self.model, draining), did=Figures())
-        traffics = (self.model.traffic, self.model.fast_traffic)
+        traffics = (self.model.traffic, self.model.infer_traffic)
         before, self.total = self.total, figures(batcher, traffics)
         latency = traffics[0].durations.counts() + traffics[1].durations.counts()
         lately, self._latency = latency - self._latency, latency

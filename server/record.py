@@ -1,22 +1,26 @@
 """One request as whoever watches the server sees it: who asked what, what came of it, and when.
 
-Made when the headers are there, and only where somebody wants records; filled on the way; handed to the
-sinks (`server.observe`) when the answer is written. It keeps no tensors, no headers and no credentials.
+Made only where somebody wants it, when the headers are there; or when the answer is, if that does not say
+by its id where the request rode. Filled on the way, and handed to the sinks (`server.observe`) when the
+answer is written. It keeps no tensors, no headers and no credentials.
 """
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any
 
-from starlette.types import Scope
+import msgspec
+from starlette.types import Message, Scope, Send
 
 from server.request_id import new_id, sane
 
 if TYPE_CHECKING:
     from batcher.request import Batch, Request
+    from server.model import Model
 
 # Where it is in the ASGI scope.
-RECORD = "cobatch.record"
+SEEN = "cobatch.seen"
 REQUEST_ID = b"x-request-id"
 TRACEPARENT = b"traceparent"
 TRACESTATE = b"tracestate"
@@ -28,18 +32,16 @@ INFER_ROUTE = "/v2/models/{name}/infer"
 
 
 def record_in(scope: Scope) -> Record | None:
-    """The request's record, None where nobody wants one."""
-    record: Record | None = scope.get(RECORD)
-    return record
+    """The record of a request through ASGI, made if it has none yet; None where nobody sees it."""
+    seen: Seen | None = scope.get(SEEN)
+    return None if seen is None else seen.record or seen.make_record()
 
 
-def note(scope: Scope, slug: str, request_id: bytes | None = None) -> None:
-    """Write down with which kind of problem a request through ASGI is answered, and its id if it has none."""
-    record: Record | None = scope.get(RECORD)
-    if record is not None:
-        record.slug = slug or record.slug
-        if request_id is not None and not record.request_id:
-            record.request_id = request_id.decode()
+def note(scope: Scope, slug: str) -> None:
+    """Write down with which kind of problem a request through ASGI is answered."""
+    seen: Seen | None = scope.get(SEEN)
+    if seen is not None:
+        seen.slug = slug or seen.slug
 
 
 def reply_headers(record: Record) -> tuple[tuple[bytes, bytes], ...]:
@@ -50,7 +52,7 @@ def reply_headers(record: Record) -> tuple[tuple[bytes, bytes], ...]:
     return (named, (TRACERESPONSE, record.traceresponse)) if record.traceresponse else (named,)
 
 
-class Record:
+class Record(msgspec.Struct, eq=False):
     """One request. Times are seconds of `time.monotonic`, 0 where it did not come so far.
 
     `route` is the path with its parameters' names (`/v2/models/{name}/infer`), empty where there is none.
@@ -59,46 +61,24 @@ class Record:
     is the header that the answer gets then.
     """
 
-    __slots__ = (
-        "answered_s",
-        "batch",
-        "enqueued_s",
-        "method",
-        "model",
-        "path",
-        "received_s",
-        "request_id",
-        "route",
-        "rows",
-        "scheme",
-        "slug",
-        "status",
-        "tenant",
-        "trace",
-        "traceparent",
-        "traceresponse",
-        "tracestate",
-    )
-
-    def __init__(self, request_id: str, method: str, path: str, received_s: float) -> None:
-        self.request_id = request_id
-        self.method = method
-        self.path = path
-        self.route = ""
-        self.scheme = "http"
-        self.received_s = received_s
-        self.enqueued_s = 0.0
-        self.answered_s = 0.0
-        self.model = ""
-        self.tenant = ""
-        self.status = 0
-        self.slug = ""
-        self.rows = 0
-        self.batch: Batch | None = None
-        self.traceparent = ""
-        self.traceresponse = b""
-        self.tracestate = ""
-        self.trace: Any = None
+    request_id: str
+    method: str
+    path: str
+    received_s: float
+    route: str = ""
+    scheme: str = "http"
+    enqueued_s: float = 0.0
+    answered_s: float = 0.0
+    model: str = ""
+    tenant: str = ""
+    status: int = 0
+    slug: str = ""
+    rows: int = 0
+    batch: Batch | None = None
+    traceparent: str = ""
+    traceresponse: bytes = b""
+    tracestate: str = ""
+    trace: Any = None
 
     def mark(self, name: bytes, value: bytes) -> None:
         """Note a header, if it says under which name the caller knows the request. The first one counts."""
@@ -116,3 +96,54 @@ class Record:
         self.rows = request.rows
         self.batch = request.batch
         self.enqueued_s = request.enqueued_s
+
+
+class Seen(msgspec.Struct, eq=False):
+    """A request through ASGI as `server.observed` sees it; what is known of the answer once there is one.
+
+    Its record is made where somebody wants one, and for every answer but one that says by its id where it
+    rode; only of those `model` is set, and nothing else is known of the answer. `headers`: the last of each
+    name.
+    """
+
+    scope: Scope
+    send_on: Send
+    received_s: float
+    headers: dict[bytes, bytes]
+    record: Record | None = None
+    model: Model | None = None
+    route: str = ""
+    status: int = 0
+    slug: str = ""
+    request_id: bytes | None = None
+
+    def make_record(self) -> Record:
+        """Its record, from now on."""
+        scope = self.scope
+        record = self.record = Record("", scope["method"], scope["path"], self.received_s)
+        record.scheme = scope.get("scheme", "http")
+        for name, value in scope["headers"]:
+            if name in MARKS:
+                record.mark(name, value)
+        return record
+
+    def note_infer(
+        self, model: Model, slug: str, request_id: bytes | None, head: list[tuple[bytes, bytes]]
+    ) -> None:
+        """Write down how an infer request is about to be answered. `head`: the answer's headers."""
+        if request_id is not None and self.record is None:
+            self.model = model
+            head.append((REQUEST_ID, request_id))
+        else:
+            self.slug, self.request_id = slug, request_id
+
+    def send(self, message: Message) -> Awaitable[None]:
+        """Send it on, the answer's head with its id. No coroutine: that would cost more than this does."""
+        if self.model is None and message["type"] == "http.response.start":
+            self.status = message["status"]
+            record = self.record or self.make_record()
+            if self.request_id is not None and not record.request_id:
+                # The caller's id goes before ours.
+                record.request_id = self.request_id.decode()
+            message["headers"] = [*message.get("headers", ()), *reply_headers(record)]
+        return self.send_on(message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 from starlette.types import Scope, Send
 
 from server.record import note
@@ -12,49 +13,26 @@ JSON = b"application/json"
 OCTETS = b"application/octet-stream"
 
 
-class Reply:
+class Reply(msgspec.Struct, eq=False, gc=False):
     """Status, content type, body in pieces, and the headers that only some answers have.
 
     `timing` is the value of Server-Timing. `json_length` is the V2 binary extension's
     Inference-Header-Content-Length. `request_id` is for X-Request-Id, where it is known to whoever makes the
     answer; who sends it may know better. `headers` are further ones, names in lower case. `close` ends the
     connection after this answer. `slug`: the kind of problem that it tells of.
+
+    A struct, since one is made for every request; nothing in it leads back to it, so `gc=False`.
     """
 
-    __slots__ = (
-        "body",
-        "close",
-        "content_type",
-        "headers",
-        "json_length",
-        "request_id",
-        "slug",
-        "status",
-        "timing",
-    )
-
-    def __init__(
-        self,
-        status: int,
-        content_type: bytes,
-        body: Sequence[bytes | memoryview],
-        *,
-        timing: bytes | None = None,
-        json_length: int | None = None,
-        request_id: bytes | None = None,
-        headers: tuple[tuple[bytes, bytes], ...] = (),
-        close: bool = False,
-        slug: str = "",
-    ) -> None:
-        self.status = status
-        self.content_type = content_type
-        self.body = body
-        self.timing = timing
-        self.json_length = json_length
-        self.request_id = request_id
-        self.headers = headers
-        self.close = close
-        self.slug = slug
+    status: int
+    content_type: bytes
+    body: Sequence[bytes | memoryview]
+    timing: bytes | None = None
+    json_length: int | None = None
+    request_id: bytes | None = None
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    close: bool = False
+    slug: str = ""
 
     @property
     def length(self) -> int:

@@ -20,6 +20,7 @@ from batcher.request import Batch
 _SANE = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._:=@+-]{0,127}")
 # No other process has this.
 _PROCESS = secrets.token_hex(4)
+_LEAD = f"{_PROCESS}-%x.".encode()
 _OF_BATCH = re.compile(rf"{_PROCESS}-([0-9a-f]{{1,15}})\.(\d{{1,9}})")
 _numbers = count(1)
 
@@ -36,7 +37,7 @@ def new_id() -> str:
 
 def id_lead(batch: Batch) -> bytes:
     """What the ids of all requests in a batch begin with; empty where the batch is one request's alone."""
-    return b"%b-%x." % (_PROCESS.encode(), batch.number) if batch.number else b""
+    return _LEAD % batch.number if batch.number else b""
 
 
 def place_of(request_id: str) -> tuple[int, int] | None:

@@ -136,6 +136,7 @@ def protected(
         mock.patch("server.model.Batcher", batcher),
         mock.patch("server.app.Live", live),
         mock.patch("server.fastpath.time", clock.module),
+        mock.patch("server.fast_cycle.time", clock.module),
         mock.patch("server.auth.gate.time", clock.module),
         mock.patch("server.batch_routes.time", clock.module),
         serve(fast, models, engines=engines, auth=auth, **(server or {})) as served,

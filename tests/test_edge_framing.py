@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-import server.fastpath
+import server.known_blocks
 from tests.serving import (
     DEADLINE_S,
     GATE,
@@ -313,7 +313,7 @@ def test_no_more_than_so_many_blocks_are_kept(
         return
     known = protocol.known_blocks
     limit = len(known) + 3
-    monkeypatch.setattr(server.fastpath, "_KNOWN_BLOCKS", limit)
+    monkeypatch.setattr(server.known_blocks, "_MOST_BLOCKS", limit)
     for n in range(10):
         assert data_of(client.ask(gate(7, headers={"X": str(n)}))) == [14]
     assert len(known) == limit

@@ -8,14 +8,21 @@ import pytest
 
 from batcher.batcher import Batcher
 from batcher.request import Batch
+from batcher.samples import FULL
+from engines.errors import EngineError
 from server.record import Record
-from tests.serving import Served, gate, gated
+from tests.serving import GatedEngine, Served, gate, gated
 
 
 @pytest.fixture(params=[True, False], ids=["fast path", "ASGI"])
-def served(request: pytest.FixtureRequest) -> Iterator[Served]:
-    with gated(request.param) as (server, _):
-        yield server
+def both(request: pytest.FixtureRequest) -> Iterator[tuple[Served, GatedEngine]]:
+    with gated(request.param) as (server, engine):
+        yield server, engine
+
+
+@pytest.fixture
+def served(both: tuple[Served, GatedEngine]) -> Served:
+    return both[0]
 
 
 class Sink:
@@ -93,3 +100,28 @@ def test_refusals_have_records_with_their_kind(served: Served) -> None:
     assert served.ask(gate(1).replace(b'"x"', b'"z"')).slug == "unknown-tensor"
     (record,) = served.call(sink.done.copy)
     assert (record.status, record.slug, record.batch) == (400, "unknown-tensor", None)
+
+
+def test_an_answer_that_says_where_it_rode_has_no_record(both: tuple[Served, GatedEngine]) -> None:
+    served, engine = both
+    sink = Sink()
+    served.call(lambda: served.core.observer.add(recorded=sink.done.append))
+    assert served.ask(gate(1)).status == 200
+    assert not served.call(sink.done.copy)
+    assert served.ask(gate(1, headers={"X-Request-Id": "mine"})).headers["x-request-id"] == "mine"
+    engine.fails = lambda _: EngineError("it cannot")
+    failed = served.ask(gate(1, 2))
+    assert failed.status == 500
+    first, second = served.call(sink.done.copy)
+    assert (first.request_id, first.status, first.rows) == ("mine", 200, 1)
+    assert (second.request_id, second.status) == (failed.headers["x-request-id"], 500)
+    assert (second.slug, second.rows) == ("run-failed", 2)
+
+
+def test_durations_are_counted_in_once_there_are_many(served: Served) -> None:
+    durations = served.core.models["gate"].infer_traffic.durations
+    served.call(lambda: durations.values.extend([0.001] * FULL))
+    assert served.ask(gate(1)).status == 200
+    # Through ASGI an answer is counted behind its batch.
+    assert len(served.call(durations.values.copy)) == (0 if served.fast else 1)
+    assert served.call(lambda: durations.count) == FULL + 1

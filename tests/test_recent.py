@@ -120,9 +120,9 @@ def test_answers_of_both_edges_are_taken_together() -> None:
     async def main() -> None:
         model.batcher = make_batcher(FakeWorker(FakeEngine()))
         model.traffic.count(200, "", 1.5 * EDGES_S[0])
-        model.fast_traffic.count(200, "", 1.5 * EDGES_S[0])
-        model.fast_traffic.count(200, "", 2 * EDGES_S[-1])
-        model.fast_traffic.count(429, "queue-full", 0.0)
+        model.infer_traffic.count(200, "", 1.5 * EDGES_S[0])
+        model.infer_traffic.count(200, "", 2 * EDGES_S[-1])
+        model.infer_traffic.count(429, "queue-full", 0.0)
         model.traffic.count(429, "queue-full", 0.0)
         model.traffic.count(503, "draining", 0.0)
         second = recent.second()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from engines.base import DATATYPES
-from server.fastpath import FastCycle
+from server.fast_cycle import FastCycle
 from tests import wire
 from tests.serving import Served, data_of, get, post
 from tests.wire import ADD, BINARY, ONNX_TYPES, K, X, fp32, infer, parts, tensor
