@@ -1,8 +1,8 @@
 """The batcher: admits requests, sends batches to the workers, hands the rows of each batch back.
 
-One per model, living on one event loop; every method runs there. The decisions are the policy's
-(`batcher.policy`), the order is the queue's (`batcher.queue`), the way to the engine and back is the
-dispatcher's (`batcher.dispatcher`); this file lets requests in, and brings the three together.
+One per model, living on one event loop; every method runs there. What leaves when
+is decided in `batcher.deciding`, the order is the queue's (`batcher.queue`), the way to the engine and back
+is the dispatcher's (`batcher.dispatcher`); this file lets requests in.
 
 Guarantees:
 
@@ -27,31 +27,20 @@ from collections.abc import Callable, Sequence
 from batcher.admission import Admission
 from batcher.answers import Answers
 from batcher.counters import Counters
+from batcher.deciding import Deciding
 from batcher.dispatcher import Dispatcher
 from batcher.ending import Ending
 from batcher.errors import BatcherError
 from batcher.lane import BatchWorker, Lane
-from batcher.latency import Arrivals, LatencyModel
+from batcher.latency import LatencyModel
 from batcher.leaving import Leaving
 from batcher.padding import Padder
-from batcher.policy import DEADLINE, LEAD_S, Dispatch, Limits, Now, WaitUntil, decide
-from batcher.queue import Group, RequestQueue
+from batcher.policy import Limits
+from batcher.queue import RequestQueue
 from batcher.request import Batch, Request, State
-from batcher.returns import Returns
 from batcher.shapes import ShapeTimes
-from batcher.taking import Plan
 from batcher.tenant import Tenant
 from engines.errors import EngineError
-
-# How many more iterations of the loop a batch may grow by while each brings someone new.
-_SETTLE_ITERATIONS = 6
-# After so many lone requests the next does not wait for that iteration either, where a run is so short that
-# somebody right behind it loses next to nothing.
-_ALONE = 16
-_SHORT_RUN_S = 0.0002
-# Only for a run of this length can it pay to wait for those who have just been answered: they take about a
-# millisecond to come back.
-_LONG_RUN_S = 0.001
 
 
 class Batcher:
@@ -84,8 +73,7 @@ class Batcher:
         self.limits = Limits(max_delay_s=max_delay_ms / 1000, slots=engine.slots)
         self.latency = LatencyModel(engine.max_batch_size, workers[0].warmup_us)
         vary = any(spec.row_elements < 0 for spec in engine.signature.inputs)
-        self._times = ShapeTimes(self.latency, vary=vary)
-        self._latency_target_s = math.inf if latency_target_ms is None else latency_target_ms / 1000
+        times = ShapeTimes(self.latency, vary=vary)
         self._has_deadlines = deadline_ms is not None
         self.counters = Counters(padder)
         self._padder = padder
@@ -94,18 +82,27 @@ class Batcher:
         self._queue = RequestQueue(
             1, self.latency.row_s, ages=max_delay_ms > 0, run_s=self.latency.expected_s
         )
-        self._learn()
         self._admission = Admission(
             self._queue,
             self.latency,
-            self._times,
+            times,
             max_batch_size=engine.max_batch_size,
             max_queue_rows=max_queue_rows,
             deadline_ms=deadline_ms,
             now_s=clock(),
         )
         self._admission.lanes = len(workers)
-        self._arrivals = Arrivals(clock())
+        self._deciding = deciding = Deciding(
+            self._queue,
+            self.latency,
+            times,
+            self._admission,
+            self.counters,
+            loop,
+            clock,
+            limits=self.limits,
+            latency_target_s=math.inf if latency_target_ms is None else latency_target_ms / 1000,
+        )
         self._answers = Answers(name, self.counters, clock)
         self._ending = Ending(
             name,
@@ -114,7 +111,7 @@ class Batcher:
             self._answers,
             self.counters,
             loop,
-            decide=self._decide,
+            decide=deciding.decide,
             on_lost=on_lost,
         )
         self._leaving = Leaving(
@@ -133,24 +130,18 @@ class Batcher:
             self.counters,
             loop,
             clock,
-            times=self._times,
-            decide=self._decide,
+            times=times,
+            decide=deciding.decide,
             on_dead=self._ending.on_dead,
-            on_idle=self._on_idle,
-            on_ran=self._on_ran,
+            on_idle=deciding.on_idle,
+            on_ran=deciding.on_ran,
             on_hung=self._ending.on_hung,
             on_late=self._leaving.fail_late,
             execution_timeout_s=None if execution_timeout_ms is None else execution_timeout_ms / 1000,
         )
-        self._ending.dispatcher = self._dispatcher
-        self._lost = 0  # requests for want of time, when a batch was last made up
-        self._moment = Now(0.0, 0, 0, 0.0)
-        self._returns = Returns()
-        self._waits = False  # for those who have just been answered
-        self._alone = 0  # so many batches in a row were of one request with none behind it
-        self._decide_soon = False
-        self._seen = 0
-        self._timer: asyncio.TimerHandle | None = None
+        self._ending.dispatcher = deciding.dispatcher = self._dispatcher
+        deciding.on_late = self._leaving.fail_late
+        deciding.check_drained = self._ending.check_drained
 
     # Admission
 
@@ -234,19 +225,14 @@ class Batcher:
             group = self._queue.push(request)
             lane = self._dispatcher.next_lane()
             if lane is not None and (group.rows >= self._queue.full_rows or not lane.running):
-                if self._waits and group.rows < self._moment.company_rows and request.timeout_s is None:
-                    pass  # it is decided when they are all there, or when the time for that is over
-                elif self._alone < _ALONE or lane.running or self._decide_soon or self._queue.deadlines:
-                    self._decide_later()
-                else:
-                    self._decide()
+                self._deciding.came(group, request, lane)
             return
         request.parts = list(self._leaving.cut(request))
         request.state = State.QUEUED
         for part in request.parts:
             part.enqueued_s = request.enqueued_s
             self._queue.push(part)
-        self._decide_later()
+        self._deciding.decide_later()
 
     def _refuse(self, request: Request, why: BatcherError | None, counts: bool) -> None:
         """Count and raise the reason for not accepting it, if there is one."""
@@ -270,141 +256,11 @@ class Batcher:
             if request.tenant is not None:
                 request.tenant.open_requests += request.callers
         self._dispatcher.retries.append(requests)
-        self._decide_later()
+        self._deciding.decide_later()
 
     def cancel(self, request: Request) -> None:
         """The caller does not want the answer any more. Harmless when it is already finished."""
         self._leaving.cancel(request)
-
-    # Decision and dispatch
-
-    def _decide_later(self) -> None:
-        if not self._decide_soon:
-            self._decide_soon = True
-            self._seen = self.counters.accepted
-            self._loop.call_soon(self._settle, _SETTLE_ITERATIONS)
-
-    def _settle(self, iterations: int) -> None:
-        """Decide once an iteration of the loop has brought nobody new.
-
-        While sockets are being read one after another, the next request is microseconds away and the
-        loop has nothing better to do than to read it; a batch that leaves in between costs a wake-up
-        of the worker, two hand-overs of the interpreter lock and a callback, about as much as ten
-        requests. Never waits for time to pass: a lone request leaves in the next iteration.
-        """
-        arriving = self.counters.accepted != self._seen
-        if arriving and iterations and self._queue.rows < self._queue.full_rows:
-            self._seen = self.counters.accepted
-            self._loop.call_soon(self._settle, iterations - 1)
-        else:
-            self._decide()
-
-    def _decide(self) -> None:
-        self._decide_soon = self._waits = False
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        dispatcher = self._dispatcher
-        while True:
-            lane = dispatcher.next_lane()
-            if lane is None:
-                break
-            if dispatcher.retries:
-                dispatcher.send_retry(lane)
-                continue
-            if not self._queue.rows:
-                break
-            decision = decide(self._queue, self._now(lane), self.limits)
-            if isinstance(decision, Dispatch):
-                self._send(lane, decision.group, decision.reason)
-                continue
-            if isinstance(decision, WaitUntil):
-                self._waits = self._moment.company_rows > 0
-                delay_s = max(0.0, decision.time_s - self._clock())
-                self._timer = self._loop.call_later(delay_s, self._decide)
-            break
-        if self._admission.closed is not None:
-            self._ending.check_drained()
-
-    def _now(self, lane: Lane) -> Now:
-        # One object, filled anew each time: there is a decision for every batch, and often two.
-        now = self._moment
-        now.time_s = self._clock()
-        now.in_slots = lane.in_slots
-        now.running = len(lane.running)
-        now.free_s = lane.free_s
-        now.draining = self._admission.closed is not None
-        if self.limits.max_delay_s > 0 or self._queue.deadlines:
-            # Early enough for a timer that is late: when only the run is left, a request is taken out.
-            times = self._times.of(self._queue.next_group.row_shapes)
-            now.run_s = times.high_s(min(self._queue.rows, self._queue.full_rows)) + LEAD_S
-        if self.limits.max_delay_s > 0:
-            now.rows_per_s = self._arrivals.rate(now.time_s, self.counters.accepted)
-        return now
-
-    def _send(self, lane: Lane, group: Group, reason: str) -> None:
-        """Take a batch of the group and send it, if anybody in it can still be in time."""
-        queue = self._queue
-        most, plan = queue.full_rows, None
-        if queue.deadlines:
-            counters = self.counters
-            lost = counters.expired + counters.refusals["deadline"]
-            times = self._times.of(group.row_shapes)
-            plan = Plan(max(self._clock(), lane.free_s), times, lost != self._lost)
-            self._lost = lost
-            if plan.crowded and self._latency_target_s == math.inf:
-                most = self.latency.crowded_rows
-        taken = queue.take(group, most, plan)
-        if taken.requests:
-            alone = self._prompt and plan is None and len(taken.requests) == 1 and not queue.rows
-            self._alone = self._alone + 1 if alone else 0
-            if self._slow:
-                self._returns.left(taken.requests)
-                self._moment.company_rows = 0
-                self._waits = False
-            self._dispatcher.send(lane, taken.requests, DEADLINE if taken.capped else reason, taken.shares)
-        for request in taken.late:
-            self._leaving.fail_late(request)
-
-    def _on_idle(self, lane: Lane, batch: Batch) -> bool:
-        """A batch has ended. Whether others wait: then the engine has been given some of them."""
-        if self._slow:
-            self._expect_back(lane, batch)
-        if not self._queue.rows and not self._dispatcher.retries:
-            return False
-        self._on_ran(batch)
-        self._decide()
-        return True
-
-    def _expect_back(self, lane: Lane, batch: Batch) -> None:
-        """Those whom it answers may soon be back, and then it may pay to wait for them. With several engines
-        some are back while others run."""
-        if len(self._dispatcher.lanes) > 1:
-            return
-        now_s = self._clock()
-        self._returns.ended(now_s, len(batch.requests))
-        if not lane.running and not self.limits.max_delay_s:
-            company = self._returns.company(self._queue.rows, self._queue.full_rows, self.latency)
-            if company is not None:
-                self._moment.company_rows, wait_s = company
-                self._moment.company_by_s = now_s + wait_s
-
-    def _on_ran(self, batch: Batch) -> None:
-        run_s = batch.finished_s - batch.started_s
-        self._queue.settle(batch.shares, run_s, batch.rows)
-        if self._times.observe(batch.row_shapes, batch.rows, run_s, batch.finished_s):
-            self._learn()
-
-    def _learn(self) -> None:
-        """Let the queue know what the latency model has come to."""
-        most = self.latency.full_rows
-        if self._latency_target_s < math.inf:
-            # While a batch runs the next one gathers: a request waits for one and rides in one.
-            most = max(1, self.latency.most_rows(self._latency_target_s / 2, most))
-        self._queue.full_rows = most
-        self._queue.row_s = self.latency.row_s
-        self._prompt = self.latency.expected_s(1) <= _SHORT_RUN_S
-        self._slow = self.latency.expected_s(most) >= _LONG_RUN_S
 
     # The end
 

@@ -101,7 +101,7 @@ class Bench:
         )
         for request in self.make(BATCH + queued):
             self.batcher.submit(request)
-        self.batcher._decide()  # noqa: SLF001 - the first batch takes the only slot
+        self.batcher._deciding.decide()  # noqa: SLF001 - the first batch takes the only slot
         assert self.batcher.queued_rows == queued
 
     def make(self, count: int) -> list[Request]:

@@ -67,7 +67,7 @@ def learn(batcher: Batcher, run_s: float) -> None:
     """Let it learn that runs take so long now."""
     for n in range(200):
         batcher.latency.observe(1 << n % 4, run_s, n * 0.050)
-    batcher._learn()
+    batcher._deciding.learn()
 
 
 # At admission

@@ -132,7 +132,7 @@ def test_whoever_comes_meanwhile_and_has_no_time_ends_the_wait() -> None:
         tight.timeout_s = steep(CALLERS + 1) + LEAD_S / 4
 
         def come_in_a_wait() -> None:
-            if batcher._waits and batcher.queued_rows >= 2:
+            if batcher._deciding._waits and batcher.queued_rows >= 2:
                 batcher.submit(tight)
             else:
                 loop.call_later(0.00005, come_in_a_wait)
