@@ -16,7 +16,9 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -28,9 +30,10 @@ from rich.table import Table
 
 from benchmarks import wire
 from benchmarks.models import OUT, model_path
-from benchmarks.processes import Server, cobatch
-from benchmarks.steady import Running, Steady
+from benchmarks.open_loop import Load, constant, drive
+from benchmarks.processes import cobatch
 from benchmarks.turns import Turn, serve_turn, wait_until_idle
+from server.bench.tally import Count
 
 _TOKENS = 10_000
 _ISSUER, _AUDIENCE, _KID = "https://issuer.bench.invalid", "https://cobatch.bench.invalid", "bench"
@@ -105,26 +108,37 @@ def cost(rounds: int, seconds: int, tokens: Tokens, console: Console) -> dict[st
     return turns
 
 
-def flood(rounds: int, seconds: int, tokens: Tokens, console: Console) -> list[tuple[Steady, Steady, Steady]]:
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Of one load: what came of it by kind, and microseconds to the right answers, 0 where there are none."""
+
+    p50_us: float
+    p99_us: float
+    max_us: float
+    answers: dict[str, int]
+
+
+def flood(rounds: int, seconds: int, tokens: Tokens, console: Console) -> list[tuple[Seen, Seen, Seen]]:
     """For each round: good alone, good beside the flood, and what the flood was answered."""
     bad_per_s = 5 * _GOOD_PER_S
-    good = [_raw(tokens.token(number)) for number in range(16)]
+    good = Load([_raw(tokens.token(number)) for number in range(16)], constant(_GOOD_PER_S, seconds))
     results = []
     with cobatch(model_path("tiny"), "tiny", True, tokens.config) as server:
-        _steady(server, good, _GOOD_PER_S, 1).result()
+        drive(server.address, good)
         for number in range(rounds):
             bad = [_raw(tokens.token(n, forged=True)) for n in range(bad_per_s * seconds)]
             wait_until_idle(server.pid)
-            alone = _steady(server, good, _GOOD_PER_S, seconds).result()
-            attack = _steady(server, bad, bad_per_s, seconds)
-            beside = _steady(server, good, _GOOD_PER_S, seconds).result()
-            results.append((alone, beside, attack.result()))
+            (alone,) = drive(server.address, good)
+            beside, attack = drive(server.address, good, Load(bad, constant(bad_per_s, seconds)))
+            results.append((_seen(alone), _seen(beside), _seen(attack)))
             console.print(f"  flood {number + 1} of {rounds}", style="dim")
     return results
 
 
-def _steady(server: Server, requests: list[bytes], rate: float, seconds: float) -> Running:
-    return Running(server.address, requests, rate, seconds, 16)
+def _seen(of: Count) -> Seen:
+    latency = of.latency
+    answers = {"200": latency.count, **of.errors} if latency.count else dict(of.errors)
+    return Seen(latency.quantile_us(0.5), latency.quantile_us(0.99), latency.most_us, answers)
 
 
 def _raw(token: str) -> bytes:
@@ -157,18 +171,17 @@ def main() -> int:
     for who, name in names.items():
         table.add_row(name, f"{median(turn.cpu_us for turn in turns[who]):.1f}", f"{ratios[who]:.3f}")
     Console().print(table)
-    table = Table(f"good requests, {_GOOD_PER_S}/s", "p50 us", "p99 us", "max us", "statuses")
+    table = Table(f"good requests, {_GOOD_PER_S}/s", "p50 us", "p99 us", "max us", "answers")
     for column, name in enumerate(("alone", f"beside {5 * _GOOD_PER_S}/s forged", "the forged ones")):
         runs = [each[column] for each in floods]
-        statuses: dict[str, int] = {}
+        answers: Counter[str] = Counter()
         for run in runs:
-            for status, count in run.statuses.items():
-                statuses[status] = statuses.get(status, 0) + count
+            answers.update(run.answers)
         table.add_row(name, *[f"{median(getattr(run, key) for run in runs):.0f}" for key in
-                              ("p50_us", "p99_us", "max_us")], str(statuses))  # fmt: skip
+                              ("p50_us", "p99_us", "max_us")], str(dict(answers)))  # fmt: skip
     Console().print(table)
     if options.json:
-        flooded = [[{n: getattr(run, n) for n in Steady.__slots__} for run in each] for each in floods]
+        flooded = [[asdict(run) for run in each] for each in floods]
         options.json.write_text(json.dumps({"ratios": ratios, "flood": flooded}, indent=2))
     return 1 if options.check and ratios["same"] > _MOST else 0
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +26,13 @@ from batcher.simulator.profile import Profile
 from batcher.simulator.results import results_of
 from batcher.simulator.scenario import Scenario, run
 from batcher.simulator.traffic import Caller
-from benchmarks import steady, wire
+from benchmarks import wire
 from benchmarks.models import model_path
+from benchmarks.open_loop import Load, drive
 from benchmarks.processes import Server, cobatch
 from engines.loader import load_engine
 
 LOADS = (0.5, 0.8, 1.2, 2.0)
-_CONNECTIONS = 256
 _BODIES = 32
 _MAX_BATCH_SIZE = 64
 _PROFILE_S = 4.0
@@ -115,18 +114,10 @@ def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
 
 def real(options: argparse.Namespace, times_s: Sequence[float]) -> Seen:
     """A server with default settings, sent the requests."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        cobatch(model_path(options.model), options.model, True) as server,
-    ):
-        times, records = Path(folder) / "times", Path(folder) / "records"
-        times.write_text("".join(f"{time_s:.6f}\n" for time_s in times_s))
-        more = [f"--times={times}", f"--records={records}"]
+    with cobatch(model_path(options.model), options.model, True) as server:
         bodies = [request(options, server, seed) for seed in range(_BODIES)]
-        steady.Running(server.address, bodies, 0.0, 0.0, _CONNECTIONS, more).result()
-        answers = [line.split() for line in records.read_text().splitlines()]
-    took_s = [float(took) for status, took in answers if status == "200"]
-    return seen(options, took_s, times_s[-1])
+        (all_,) = drive(server.address, Load(bodies, times_s), deadline_s=options.deadline_ms / 1000)
+    return Seen(all_.good / times_s[-1], all_.latency.quantile_us(0.99) / 1000)
 
 
 def request(options: argparse.Namespace, server: Server, seed: int) -> bytes:
@@ -161,11 +152,6 @@ def simulated(options: argparse.Namespace, profile: Profile, times_s: Sequence[f
     results = results_of(run(scenario))
     good = results.total.goodput * scenario.seconds
     return Seen(good / times_s[-1], results.total.latency_ms["p99"])
-
-
-def seen(options: argparse.Namespace, took_s: Sequence[float], seconds: float) -> Seen:
-    good = sum(took * 1000 <= options.deadline_ms for took in took_s)
-    return Seen(good / seconds, float(np.percentile(took_s, 99)) * 1000)
 
 
 if __name__ == "__main__":

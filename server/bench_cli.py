@@ -107,6 +107,9 @@ def bench(
     from server.bench.live import Progress
     from server.bench.runner import run
 
+    for file in (json_file, html_file):
+        if file is not None and not file.parent.is_dir():
+            raise end(f"{file.parent}: there is no such folder", 2)
     try:
         report = run(read(context.params), Progress(quiet))
     except UsageError as error:
@@ -115,6 +118,7 @@ def bench(
         raise end(str(error), 1) from None
     from server.bench.document import as_html, as_json, show_report
 
+    show_report(report)
     try:
         if json_file is not None:
             json_file.write_text(as_json(report))
@@ -122,6 +126,5 @@ def bench(
             html_file.write_text(as_html(report))
     except OSError as error:
         raise end(f"{error.filename}: {error.strerror}", 1) from None
-    show_report(report)
     if report.bad:
         raise typer.Exit(1)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from server.bench.capacity import Capacity, Tried, bad_part, find, sure_part
 from server.bench.plan import Trial
 from server.bench.results import Results
+from server.bench.runner import trial_s
 from server.bench.tally import Tally
 
 
@@ -62,6 +63,9 @@ def test_a_rate_that_does_not_hold_again_is_not_claimed() -> None:
     assert found.failed_rate is not None
     assert found.failed_rate >= 90
     assert "did not hold" in found.sentence()
+    # Who is named after others could not be confirmed had more chances to be lucky.
+    assert found.before > 0
+    assert f"at least {sure_part(5, found.before):.0%} of" in found.sentence()
 
 
 def test_what_never_holds_is_said() -> None:
@@ -83,11 +87,20 @@ def test_the_generators_limit_is_no_claim_about_the_server() -> None:
 
 def test_how_sure_so_many_trials_make() -> None:
     # Clopper and Pearson's one-sided bound for n of n: alpha to the 1/n.
-    assert sure_part(1) == pytest.approx(0.05)
-    assert sure_part(5) == pytest.approx(0.5493, abs=1e-4)
-    assert sure_part(59) == pytest.approx(0.95, abs=1e-3)
+    assert sure_part(1, 0) == pytest.approx(0.025)
+    assert sure_part(5, 0) == pytest.approx(0.4782, abs=1e-4)
+    # However many rates have their chance, one in twenty is wrong at most.
+    assert sum(sure_part(1, before) for before in range(60)) == pytest.approx(0.05)
     sentence = search(lambda rate, _: float(rate > 200), 100.0).sentence()
-    assert "5 of 5 trials held (p99 12.00 to 12.00 ms), so with 95 % confidence at least 55%" in sentence
+    assert "5 of 5 trials held (p99 12.00 to 12.00 ms), so with 95 % confidence at least 48%" in sentence
+
+
+def test_trials_are_long_enough_to_tell() -> None:
+    assert trial_s(10.0, 5000.0, 50.0) == 10.0
+    assert trial_s(2.0, 250.0, 50.0) == 4.0  # a thousand requests
+    assert trial_s(2.0, 1.0, 50.0) == 10.0  # but not for ever
+    # A queue that grows by a tenth of a second each second is past 1 s after ten of them.
+    assert trial_s(2.0, 5000.0, 1000.0) == 20.0
 
 
 def test_a_failure_is_a_request_that_took_too_long() -> None:

@@ -102,9 +102,15 @@ def test_rates_in_turn_tables_and_a_page(node: Any, tmp_path: Path) -> None:
     titles = {one.text for one in root.iter("{http://www.w3.org/2000/svg}text")}
     assert {
         "Latency distribution", "Latency of what was due then", "Throughput against offered rate",
-        "Batch sizes", "Throughput and offered rate",
+        "Batch sizes (0: nothing was answered)", "Throughput and offered rate",
     } <= titles  # fmt: skip
-    assert any(cell.text == "  <a>" for cell in root.iter("td"))
+    assert any(cell.text == "<a>" for cell in root.iter("td"))
+    # Each tenant's answers are counted by when they came, as those of all are.
+    for one in document["runs"]:
+        assert one["total"]["answered_rate"] == pytest.approx(
+            sum(caller["answered_rate"] for caller in one["callers"]), abs=1e-3
+        )
+    assert fast["callers"][0]["good_rate"] is None  # it has no deadline
 
 
 def test_what_is_printed(node: Any) -> None:
@@ -173,12 +179,15 @@ def test_a_trace_is_played(node: Any, tmp_path: Path) -> None:
 def test_capacity_is_searched(node: Any, tmp_path: Path) -> None:
     """Nobody answers within a nanosecond: the search goes down to a rate too low to say anything."""
     served, _ = node
-    limit = ("--find-capacity", "--slo-ms", "0.000001")
+    page = tmp_path / "page.html"
+    limit = ("--find-capacity", "--slo-ms", "0.000001", "--html", str(page))
     document = done(served, tmp_path, "--shape", "x=1", *limit, "--rate", "250", "--seconds", "0.1")
     found = document["capacity"]
     assert [one["rate"] for one in found["tried"]] == [250, 250, 200, 200]
     assert [run["rate"] for run in document["runs"]] == [250, 250, 200, 200]
     assert not any(one["held"] for one in found["tried"])
+    assert all(run["total"]["good_rate"] == 0 for run in document["runs"])  # the limit is a deadline
+    assert ">held</th>" in page.read_text()
     assert found["sentence"].startswith("No rate was found with p99 within 1e-06 ms: at 200.0 per second")
 
 
@@ -212,6 +221,8 @@ def test_models_are_found_and_described(tmp_path: Path) -> None:
         (("--slo-ms", "5"), "--find-capacity and --slo-ms go together"),
         (("--rate", "fast"), "numbers with commas"),
         (("--rate", "0"), "more than 0"),
+        (("--arrivals", "bursty"), "give --rate"),
+        (("--json", "/no/such/folder/x.json"), "/no/such/folder: there is no such folder"),
         (("--arrivals", "sometimes"), "poisson, constant, bursty, diurnal or a trace's file"),
         (("--shape", "x"), "NAME="),
         (("--shape", "x=0"), "whole numbers from 1"),
@@ -261,7 +272,17 @@ def test_an_interrupted_run_reports_what_it_has(node: Any, tmp_path: Path) -> No
     assert document["interrupted"]
     (run,) = document["runs"]
     assert 0 < run["measured_s"] < 1000
-    assert run["answered_rate"] > 0
+    assert run["total"]["answered_rate"] > 0
+    # Those that waited are no secret.
+    assert set(run["total"]["errors"]) <= {"stopped before its answer"}
+
+
+def test_a_file_that_cannot_be_written_loses_no_figures(node: Any, tmp_path: Path) -> None:
+    served, _ = node
+    result = command(served, "--shape", "x=1", "--json", tmp_path)
+    assert result.exit_code == 1
+    assert "Is a directory" in result.stderr
+    assert "16 connections" in result.stdout
 
 
 def test_nobody_answers() -> None:

@@ -13,9 +13,9 @@ from server.bench.plan import NewKind, Pulse, Samples, Trial
 from server.bench.tally import Tally
 
 
-def tally() -> Tally:
+def tally(seconds: float = 5.0) -> Tally:
     """Two and a half seconds of ten requests each, each tenth of them refused; the last second is slower."""
-    found = Tally(Trial(Even(10.0), 4, 5.0), [None])
+    found = Tally(Trial(Even(10.0), 4, seconds), [None])
     found.take(0, NewKind(1, "429 queue-full", "no room"))
     rows = [
         (n / 10, n / 10, n / 10, n / 10 + (0.02 if n >= 10 else 0.01), n % 10 == 9, 0, 3) for n in range(25)
@@ -26,11 +26,11 @@ def tally() -> Tally:
     return found
 
 
-def shown(terminal: bool, quiet: bool = False) -> str:
+def shown(terminal: bool, quiet: bool = False, seconds: float = 5.0) -> str:
     text = io.StringIO()
     console = Console(file=text, force_terminal=terminal, width=200, color_system=None, highlight=False)
     with Progress(quiet, console) as progress:
-        progress.look("10/s", tally())
+        progress.look("10/s", tally(seconds))
         progress.say("a word")
     return text.getvalue()
 
@@ -53,6 +53,12 @@ def test_a_pipe_gets_a_line_now_and_then() -> None:
         "10/s   2.5 s: 10/s offered, 9/s answered, p50 20.00 ms, p99 20.00 ms, 1 failed",
         "a word",
     ]
+
+
+def test_in_a_long_run_too_it_is_the_last_second_that_is_shown() -> None:
+    """Charts of it have intervals of six seconds."""
+    assert "p50 20.00 ms" in shown(terminal=False, seconds=600.0)
+    assert shown(terminal=False, seconds=600.0) == shown(terminal=False)
 
 
 def test_quiet_is_quiet() -> None:

@@ -143,8 +143,8 @@ async def test_a_stalled_server_is_charged_for_all_who_would_have_asked() -> Non
     moment = sorted(due)[39]
     early = [(one_due, one_done) for one_due, one_done in zip(due, done, strict=True) if one_due < moment]
     assert all(one_done >= moment for _, one_done in early)
-    assert told.tally.latency.most_us >= 39 / 500 * 1e6
-    assert told.tally.latency.quantile_us(0.5) >= 13 / 500 * 1e6
+    assert told.tally.total.latency.most_us >= 39 / 500 * 1e6
+    assert told.tally.total.latency.quantile_us(0.5) >= 13 / 500 * 1e6
     assert all(one_sent >= one_due for one_due, one_sent in zip(due, sent, strict=True))
 
 
@@ -168,7 +168,7 @@ async def test_who_waits_for_a_connection_waits_on_the_servers_account() -> None
     assert told.done.connections == 2
     assert not told.errors
     # The seventh was due 25 ms after the second, and by then nobody was answered.
-    assert told.tally.latency.most_us >= 25_000
+    assert told.tally.total.latency.most_us >= 25_000
     assert any("waited for a connection" in note for note in notes(told.tally, local=False))
 
 
@@ -265,7 +265,7 @@ async def test_what_is_due_in_the_warm_up_is_not_counted() -> None:
         told = await run(planned(server.port), 200.0, 0.1, 4, warmup_s=0.1025)
     assert len(told.column("due")) == 40
     assert told.tally.callers[0].due == 20
-    assert sum(one.due for one in told.tally.intervals.values()) == 40
+    assert told.tally.intervals.sum(range(3)).due == 40
 
 
 async def test_a_run_can_be_stopped() -> None:
@@ -277,7 +277,34 @@ async def test_a_run_can_be_stopped() -> None:
         asyncio.get_running_loop().call_later(0.02, driver.stop)
         await driver.run(monotonic())
     assert told.done is not None
-    assert not told.rows
+    # What the server owed is counted, or a stall would be hidden from whoever presses Ctrl-C.
+    assert told.errors == {"stopped before its answer": 2}
+    assert told.said["stopped before its answer"].startswith("the first had waited for 0.0")
+
+
+async def test_what_waits_when_a_run_is_stopped_is_counted() -> None:
+    async with serving(lambda _: asyncio.Event().wait()) as server:  # type: ignore[arg-type,return-value]
+        trial = Trial(Even(500.0), 1, 1e6)
+        told = Told(trial)
+        driver = OpenLoop(planned(server.port), trial, 1, told, 0, 1)
+        await driver.prepare()
+        told.tally.begin(monotonic())
+        running = asyncio.ensure_future(driver.run(told.tally._start_s))
+        while len(driver._waiting) < 4:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0)
+        driver.stop()
+        await running
+    assert told.errors["stopped before its answer"] == 1
+    assert told.errors["stopped before it was sent"] >= 4
+
+
+async def test_what_we_do_between_two_requests_is_none_of_the_servers() -> None:
+    """In a closed loop a request is due when it is sent, not when the last answer came."""
+    async with serving(lambda _: asyncio.sleep(0, GOOD)) as server:
+        told = await run(planned(server.port), None, 0.05, 1)
+    assert told.column("due") == told.column("sent")
+    done = told.column("done")
+    assert all(sent > before for sent, before in zip(told.column("sent")[1:], done, strict=False))
 
 
 def test_a_generator_that_is_late_or_busy_says_so() -> None:
@@ -286,7 +313,14 @@ def test_a_generator_that_is_late_or_busy_says_so() -> None:
     tally.late.add(np.array([100.0] * 200))
     tally.done[0] = Done(0.5, 1.0, 1)
     assert limits(tally) == []
-    tally.late.add(np.array([3000.0] * 20))
+    tally.late.add(np.array([3000.0] * 9))
+    assert limits(tally) == []  # nine of 209 that the machine woke late are no evidence
+    tally.late.add(np.array([3000.0] * 11))
+    (late,) = limits(tally)
+    assert "it did not keep up" in late
+    tally.done[0] = Done(0.2, 1.0, 1)
+    (late,) = limits(tally)
+    assert "the machine did not let it run in time (it used 20% of a core)" in late
     tally.done[1] = Done(0.95, 1.0, 1)
     late_and_busy = limits(tally)
     assert "95% of a core" in late_and_busy[0]

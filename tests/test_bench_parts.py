@@ -22,7 +22,7 @@ from server.bench.histogram import Histogram
 from server.bench.plan import Address, Expected, Plan, Prepared, Trial
 from server.bench.schedule import choices, schedule
 from server.bench.target import Tensor, parse_url
-from server.bench.wire import decode, encode, same
+from server.bench.wire import decode, encode, request, same
 
 HEAD = b"HTTP/1.1 200 OK\r\nServer-Timing: queue;dur=0.1, batch;desc=12\r\n"
 WHOLE = HEAD + b"Content-Length: 5\r\n\r\nhello"
@@ -131,6 +131,13 @@ def test_what_is_wrong_with_an_answer() -> None:
         decode(b"", b'{"predictions": []}')
 
 
+def test_a_request_names_one_host() -> None:
+    address = Address("h", 80)
+    assert request(address, "/x", {}, b"") == b"POST /x HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\n"
+    named = request(address, "/x", {"host": "other"}, b"")
+    assert named == b"POST /x HTTP/1.1\r\nhost: other\r\nContent-Length: 0\r\n\r\n"
+
+
 IDS = Tensor("ids", "INT64", (-1, -1))
 
 
@@ -219,6 +226,8 @@ def test_callers_are_told_apart(tmp_path: Path) -> None:
     for wrong in ("a", "share=0", "share=x", "colour=red", "token_file=/gone", "rows=0", "deadline_ms=0"):
         with pytest.raises(UsageError):
             callers([wrong], default)
+    with pytest.raises(UsageError, match="same name"):
+        callers(["name=a", "name=a"], default)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +245,15 @@ def test_urls(text: str, address: Address, model: str | None, version: str | Non
 
 
 def test_a_url_that_is_none() -> None:
-    for text in ("ftp://h", "http://", "http://h:port", "http://h:0"):
+    # Credentials in it would not be sent, and would be printed.
+    for text in (
+        "ftp://h",
+        "http://",
+        "http://h:port",
+        "http://h:0",
+        "http://me:secret@h",
+        "http://h/?key=1",
+    ):
         with pytest.raises(UsageError):
             parse_url(text, None, False)
     assert Address("::1", 9).authority == "[::1]:9"

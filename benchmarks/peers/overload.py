@@ -9,14 +9,14 @@ Goodput is what it answers with 200 within the deadline, per second.
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from batcher.simulator.arrivals import Poisson
-from benchmarks import steady, wire
+from benchmarks import wire
+from benchmarks.open_loop import Load, drive
 from benchmarks.peers import bodies
 from benchmarks.peers.catalogue import OURS, Body, Peer
 from benchmarks.peers.servers import Running, started
@@ -26,7 +26,6 @@ MODEL = "wide"
 FACTOR = 1.5
 DEADLINE_MS = 100
 _CAPACITY_CONNECTIONS = (64, 256)
-_OPEN_CONNECTIONS = 256
 _BODIES = 32
 # As many requests are let in as a server answers in this part of the deadline, where it has such a limit.
 _QUEUE_PART = 0.7
@@ -70,11 +69,10 @@ def measure(peer: Peer, python: Path, max_batch: int, seconds: int, number: int)
     with started(peer, MODEL, python, max_batch, DEADLINE_MS, max_queue) as running:
         warm_up(running, body)
         times_s = arrivals(FACTOR * capacity, seconds, number)
-        answers = _drive(running, body, times_s)
+        requests = [_request(running, body, seed) for seed in range(_BODIES)]
+        (all_,) = drive(running.address, Load(requests, times_s), deadline_s=DEADLINE_MS / 1000)
     span_s = times_s[-1]
-    took_ms = np.array([took * 1000 for status, took in answers if status == 200] or [0.0])
-    good = int(np.count_nonzero((took_ms > 0) & (took_ms <= DEADLINE_MS)))
-    answered = sum(status == 200 for status, _ in answers)
+    answered = all_.latency.count
     return Overload(
         MODEL,
         peer.name,
@@ -83,10 +81,10 @@ def measure(peer: Peer, python: Path, max_batch: int, seconds: int, number: int)
         capacity,
         len(times_s) / span_s,
         answered / span_s,
-        good / span_s,
+        all_.good / span_s,
         (len(times_s) - answered) / span_s,
-        float(np.percentile(took_ms, 50)),
-        float(np.percentile(took_ms, 99)),
+        all_.latency.quantile_us(0.5) / 1000,
+        all_.latency.quantile_us(0.99) / 1000,
     )
 
 
@@ -106,18 +104,6 @@ def shown(one: Overload) -> str:
         f"goodput {one.goodput:7,.0f}/s ({one.share:.0%} of capacity)  "
         f"p50 {one.p50_ms:,.0f} p99 {one.p99_ms:,.0f} ms"
     )
-
-
-def _drive(running: Running, body: Body, times_s: list[float]) -> list[tuple[int, float]]:
-    """Status (0: the connection was closed) and seconds of every answer."""
-    requests = [_request(running, body, seed) for seed in range(_BODIES)]
-    with tempfile.TemporaryDirectory(prefix="cobatch-peers-") as folder:
-        times, records = Path(folder, "times"), Path(folder, "records")
-        times.write_text("".join(f"{time_s:.6f}\n" for time_s in times_s))
-        more = [f"--times={times}", f"--records={records}"]
-        steady.Running(running.address, requests, 0.0, 0.0, _OPEN_CONNECTIONS, more).result()
-        lines = [line.split() for line in records.read_text().splitlines()]
-    return [(int(status), float(took)) for status, took in lines]
 
 
 def _request(running: Running, body: Body, seed: int) -> bytes:

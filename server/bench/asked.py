@@ -86,6 +86,8 @@ def read(options: Mapping[str, Any]) -> Asked:
             raise UsageError(f"--{name.replace('_', '-')}: must be more than 0")
     recorded, at_rates = trace(options["arrivals"]), rates(options["rate"])
     open_loop = bool(at_rates) or recorded is not None or slo_ms is not None
+    if options["arrivals"] != "poisson" and not open_loop:
+        raise UsageError("--arrivals: in a closed loop requests leave when answers come: give --rate")
     connections = options["connections"] or (_OPEN_CONNECTIONS if open_loop else _CLOSED_CONNECTIONS)
     seconds, warmup_s = options["seconds"], options["warmup_s"]
     if seconds is None:

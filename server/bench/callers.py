@@ -33,7 +33,10 @@ class Caller:
 
 def callers(texts: Sequence[str], default: Caller) -> list[Caller]:
     """One for each `name=a,share=2,...`; `default` has what they do not say. Raises UsageError."""
-    return [_caller(text, default, number) for number, text in enumerate(texts)] or [default]
+    found = [_caller(text, default, number) for number, text in enumerate(texts)] or [default]
+    if len({one.name for one in found}) < len(found):
+        raise UsageError("--tenant: two have the same name")
+    return found
 
 
 def _caller(text: str, default: Caller, number: int) -> Caller:

@@ -5,8 +5,10 @@ request that took too long, or else a server that refuses would seem to have end
 trial hang together (one long queue makes thousands late), so to count them as if each were a throw of a coin
 would claim far too much. What is independent are trials: the rate that a search has found is tried again some
 times, with other moments of sending each time, and the statement is about trials. If all n of n hold, the
-chance p that one holds is at least the p with p^n = 0.05, or we have seen what happens to one in twenty
-(Clopper and Pearson's bound, 1934).
+chance p that one holds is at least the p with p^n = alpha, or we have seen what has a chance of alpha at most
+(Clopper and Pearson's bound, 1934). Where a rate cannot be confirmed a lower one is tried, and the first that
+is lucky is named: so alpha is 0.025 for the first, half of that for the second and so on, which is 0.05 at
+most for all of them together.
 
 While it searches, a trial that does not hold is tried once more: a disturbance would send the search astray.
 """
@@ -52,7 +54,7 @@ class Capacity:
     """What was found. `rate` None: nothing that could be confirmed.
 
     `failed_rate`: the lowest that did not hold; `confirmed`: the trials at `rate`; `limited`: the generator,
-    not the server, is why there is no more.
+    not the server, is why there is no more; `before`: how many higher rates could not be confirmed.
     """
 
     slo_ms: float
@@ -61,6 +63,7 @@ class Capacity:
     confirmed: Sequence[Tried]
     limited: bool
     tried: Sequence[Tried]
+    before: int = 0
 
     def sentence(self) -> str:
         """The statement, for a person."""
@@ -71,7 +74,8 @@ class Capacity:
         p99s = [one.p99_ms for one in self.confirmed]
         text = (
             f"{self.rate:,.0f} requests per second with {limit}: {n} of {n} trials held (p99 {min(p99s):.2f} "
-            f"to {max(p99s):.2f} ms), so with 95 % confidence at least {sure_part(n):.0%} of such trials do."
+            f"to {max(p99s):.2f} ms), so with 95 % confidence at least {sure_part(n, self.before):.0%} "
+            "of such trials do."
         )
         if self.limited:
             return f"At least {text} The generator could not offer more; the server may take it."
@@ -89,16 +93,19 @@ class Capacity:
         )
 
 
-def sure_part(trials: int) -> float:
-    """If all of so many trials held: the least part of trials that hold, with 95 % confidence."""
-    return float(_DOUBT ** (1 / trials))
+def sure_part(trials: int, before: int) -> float:
+    """If all of so many trials held: the least part of trials that hold, with 95 % confidence.
+
+    `before`: how many rates had the chance to be named before this one.
+    """
+    return float((_DOUBT / 2 ** (before + 1)) ** (1 / trials))
 
 
 def bad_part(tally: Tally, slo_ms: float) -> float:
     """The part of a trial's requests that were too late or failed."""
-    due = sum(one.due for one in tally.callers)
-    failed = sum(sum(one.errors.values()) for one in tally.callers)
-    return (failed + tally.latency.over(slo_ms * 1000)) / due if due else 1.0
+    total = tally.total
+    failed = sum(total.errors.values())
+    return (failed + total.latency.over(slo_ms * 1000)) / total.due if total.due else 1.0
 
 
 def find(
@@ -121,13 +128,13 @@ def find(
     good, bad, limited = _bracket(start, least, attempt_twice)
     if good is None:
         return Capacity(slo_ms, None, bad, (), limited, tried)
-    for back in _BACKS:
+    for before, back in enumerate(_BACKS):
         rate = good * (1 - back)
         confirmed: list[Tried] = []
         while len(confirmed) < trials and all(one.held for one in confirmed):
             confirmed.append(attempt(rate, confirms=True))
         if confirmed[-1].held:
-            return Capacity(slo_ms, rate, bad, confirmed, limited, tried)
+            return Capacity(slo_ms, rate, bad, confirmed, limited, tried, before)
         bad, limited = rate, confirmed[-1].limited
     return Capacity(slo_ms, None, bad, (), limited, tried)
 

@@ -13,8 +13,8 @@ from server.bench.plan import Prepared
 class Owner(Protocol):
     """Who is told."""
 
-    def answered(self, connection: Connection) -> None:
-        """`connection.answer` is the answer to `connection.request`."""
+    def answered(self, connection: Connection, now: float) -> None:
+        """`connection.answer` is the answer to `connection.request`; its last part came `now`."""
         ...
 
     def failed(self, connection: Connection, kind: str, said: str) -> None:
@@ -42,16 +42,17 @@ class Connection(asyncio.Protocol):
         """It is open."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but its class
 
-    def send(self, request: Prepared, due: float, taken: float) -> None:
+    def send(self, request: Prepared, due: float, taken: float, now: float) -> None:
         """Ask. The connection is free."""
         self.request = request
         self.due = due
         self.taken = taken
-        self.sent = monotonic()
+        self.sent = now
         self._transport.write(request.data)
 
     def data_received(self, data: bytes) -> None:
         """A part of the answer."""
+        now = monotonic()  # before it is read: that takes a microsecond of ours
         try:
             whole = self.answer.feed(data)
         except Malformed as error:
@@ -62,12 +63,12 @@ class Connection(asyncio.Protocol):
         if self.request is None:  # a server's word about an idle connection, before it closes it
             self.close()
             return
-        self._owner.answered(self)
+        self._owner.answered(self, now)
 
     def connection_lost(self, error: Exception | None) -> None:
         """The server closed it, or we did."""
         if self.request is not None and self.answer.ended():
-            self._owner.answered(self)
+            self._owner.answered(self, monotonic())
         if self.request is not None:
             when = "connection closed within an answer" if self.answer.begun else "connection closed"
             self._fail(when, str(error or ""))

@@ -19,6 +19,7 @@ from server.bench.target import reason
 
 _FLUSH_S = 0.1
 _LOOK_S = 0.5  # how often it is looked for requests that wait too long
+_STOPPED = "stopped before its answer"
 
 Tell = Callable[[Ready | Samples | NewKind | Pulse | Done | Failed], None]
 
@@ -62,6 +63,7 @@ class Driver(ABC):
         self._begin(at_s)
         await self._over
         flushing.cancel()
+        self._leave(monotonic())
         self._flush(again=False)
         self._tell(self._done())
         for task in self._opening:
@@ -78,6 +80,13 @@ class Driver(ABC):
         self._end_s = min(self._end_s, monotonic())
         if not self._over.done():
             self._over.set_result(None)
+
+    def _leave(self, now: float) -> None:
+        """Note what has no answer yet, which there is only where the trial was stopped."""
+        open_ = [one for one in self._connections if one.request is not None]
+        said = f"the first had waited for {now - min(one.due for one in open_):.3f} s" if open_ else ""
+        for connection in open_:
+            self.failed(connection, _STOPPED, said)
 
     # Connections.
 
@@ -118,9 +127,8 @@ class Driver(ABC):
 
     # Answers.
 
-    def answered(self, connection: Connection) -> None:
+    def answered(self, connection: Connection, now: float) -> None:
         """Note it, and use the connection again."""
-        now = monotonic()
         request, answer = connection.request, connection.answer
         assert request is not None
         kind = 0
@@ -132,7 +140,7 @@ class Driver(ABC):
         self._samples.extend((*times, kind, request.caller, answer.batch))
         connection.request = None
         if answer.keeps and not connection.closing:
-            self._free(connection, now)
+            self._free(connection)
         else:
             connection.close()
 
@@ -153,7 +161,7 @@ class Driver(ABC):
         self._samples.extend((*times, monotonic(), number, request.caller, 0))
 
     @abstractmethod
-    def _free(self, connection: Connection, now: float) -> None:
+    def _free(self, connection: Connection) -> None:
         """It can be used again."""
 
     def _kind(self, name: str, said: Callable[[], str]) -> int:

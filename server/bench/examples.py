@@ -55,7 +55,7 @@ class Drawn:
         if len(spans) != len(free):
             raise UsageError(
                 f"input {one.name!r} has shape {shape}: give --shape {one.name}=SIZE"
-                f"{',SIZE' * (len(free) - 1)} for its {len(free)} axes of variable size"
+                f"{',SIZE' * (len(free) - 1)} for what varies in it"
                 if free
                 else f"--shape: input {one.name!r} has no axis of variable size"
             )

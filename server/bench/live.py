@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
 from time import monotonic
 from types import TracebackType
 from typing import Self
@@ -13,8 +11,9 @@ from rich.live import Live
 from rich.text import Text
 
 from server.bench.histogram import Histogram
+from server.bench.intervals import Interval
 from server.bench.table import per_s
-from server.bench.tally import Interval, Tally
+from server.bench.tally import Tally
 from server.terminal import plain_table
 
 _RECENT_S = 1.0
@@ -62,20 +61,11 @@ class Progress:
 
 def _recent(tally: Tally, since_s: float) -> tuple[Interval, float]:
     """What happened in the last second, as far as it is told, and how long that is."""
-    # Samples are told ten times a second: the interval that has only just begun is not whole.
-    last = int(since_s / tally.interval_s) - 1
-    count = max(1, round(_RECENT_S / tally.interval_s))
-    sums = Interval()
-    numbers: Sequence[int] = range(max(0, last - count), max(0, last))
-    for number in numbers:
-        one = tally.intervals.get(number, Interval())
-        sums.due += one.due
-        sums.answered += one.answered
-        sums.rows += one.rows
-        sums.with_rows += one.with_rows
-        sums.latency.merge(one.latency)
-        sums.errors.update(one.errors)
-    return sums, max(len(numbers), 1) * tally.interval_s
+    each_s = tally.recent.each_s
+    # Samples are told ten times a second: of the last two intervals not all is known.
+    last = int(since_s / each_s) - 1
+    numbers = range(max(0, last - round(_RECENT_S / each_s)), max(0, last))
+    return tally.recent.sum(numbers), max(len(numbers), 1) * each_s
 
 
 def _line(what: str, since_s: float, one: Interval, seconds: float) -> str:
@@ -91,14 +81,9 @@ def _view(what: str, tally: Tally, since_s: float, recent: Interval, recent_s: f
     table = plain_table(
         "", "offered/s", "answered/s", "p50 ms", "p90 ms", "p99 ms", "max ms", "batch", no_wrap=True
     )
-    errors: Counter[str] = Counter()
-    whole = Interval()
-    for one in tally.callers:
-        whole.due += one.due
-        errors.update(one.errors)
-    whole.answered = tally.answered
+    total = tally.total
+    whole = Interval(total.due, total.latency, total.errors, total.answered)
     whole_s = max(1e-9, min(since_s, tally.trial.lasts_s) - tally.trial.warmup_s)
-    whole.latency = tally.latency
     for name, figures, seconds in (("last second", recent, recent_s), ("all", whole, whole_s)):
         table.add_row(
             name,
@@ -115,7 +100,7 @@ def _view(what: str, tally: Tally, since_s: float, recent: Interval, recent_s: f
         phase = " (waiting for the last answers)"
     head = Text(f"{what}: {max(0.0, since_s):.1f} of {tally.trial.lasts_s:.1f} s{phase}", "bold")
     foot = [Text(f"{waiting:,} under way, generator's CPU {cpu or '-'}")]
-    foot += [Text(f"{count:,} x {kind}", "red") for kind, count in errors.most_common(_KINDS)]
+    foot += [Text(f"{count:,} x {kind}", "red") for kind, count in total.errors.most_common(_KINDS)]
     return Group(head, table, *foot)
 
 

@@ -33,19 +33,22 @@ class ClosedLoop(Driver):
     def _go(self) -> None:
         self._begun = True
         for connection in list(self._connections):
-            self._free(connection, monotonic())
+            self._free(connection)
         while len(self._connections) + len(self._opening) < self._most:
             self._open()
 
-    def _free(self, connection: Connection, now: float) -> None:
+    def _free(self, connection: Connection) -> None:
+        request = next(self._choices)
+        # Due when it is sent: what was done since the answer is none of the server's.
+        now = monotonic()
         if now < self._end_s:
-            connection.send(next(self._choices), now, now)
+            connection.send(request, now, now, now)
         else:
             self._end_if_over()
 
     def _opened(self, connection: Connection) -> None:
         if self._begun:
-            self._free(connection, monotonic())
+            self._free(connection)
 
     def _not_opened(self, began_s: float, why: str) -> None:
         self._lost((began_s, began_s, began_s), next(self._choices), "cannot connect", why)
@@ -121,7 +124,7 @@ class OpenLoop(Driver):
         while self._usable:
             connection = self._usable.pop()
             if not connection.closing:
-                connection.send(request, due, now)
+                connection.send(request, due, now, now)
                 return
         self._waiting.append((due, now, request))
         self._open_more()
@@ -131,17 +134,17 @@ class OpenLoop(Driver):
         if opening < len(self._waiting) and len(self._connections) + opening < self._most:
             self._open()
 
-    def _free(self, connection: Connection, now: float) -> None:
+    def _free(self, connection: Connection) -> None:
         if self._waiting:
             due, taken, request = self._waiting.popleft()
-            connection.send(request, due, taken)
+            connection.send(request, due, taken, monotonic())
             return
         self._usable.append(connection)
-        if now >= self._end_s:
+        if self._next_s == inf:
             self._end_if_over()
 
     def _opened(self, connection: Connection) -> None:
-        self._free(connection, monotonic())
+        self._free(connection)
 
     def _not_opened(self, began_s: float, why: str) -> None:
         if self._waiting:
@@ -161,6 +164,11 @@ class OpenLoop(Driver):
         if self._waiting:
             self._open_more()
         self._end_if_over()
+
+    def _leave(self, now: float) -> None:
+        while self._waiting:
+            self._give_up("stopped before it was sent")
+        super()._leave(now)
 
     def _look(self, now: float) -> None:
         super()._look(now)

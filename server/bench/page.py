@@ -8,7 +8,8 @@ from math import log10
 
 from batcher.simulator.svg import Line, chart
 from server.bench.capacity import Capacity
-from server.bench.results import Figures, Results
+from server.bench.results import Results
+from server.bench.table import cells
 
 _STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--soft:#59636e;--line:#d8dee4;--bad:#b3261e}
@@ -22,6 +23,8 @@ figure{margin:0;border:1px solid var(--line);border-radius:6px;overflow:hidden}s
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.2rem .8rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th:first-child,td:first-child{text-align:left;padding-left:0}td.text{text-align:left;white-space:normal}
+svg rect{fill:var(--bg)}svg text{fill:var(--fg)}polyline[stroke="#e0e0e0"]{stroke:var(--line)}
+polyline[stroke="#000000"]{stroke:var(--fg)}
 """
 _MOST_LINES = 7
 
@@ -31,7 +34,7 @@ def page(title: str, about: Sequence[str], found: Sequence[Results], capacity: C
     parts = [f"<h1>{escape(title)}</h1>", *(f'<p class="soft">{escape(line)}</p>' for line in about)]
     if capacity is not None:
         parts.append(f"<p><b>{escape(capacity.sentence())}</b></p>")
-    parts.append(_table(found))
+    parts.append(_table(found, capacity))
     if len(found) > 1:
         parts.append(_figures([_throughput(found), _rates_latency(found), _distribution(found)]))
     parts += [_one(results) for results in found]
@@ -49,27 +52,11 @@ def load_name(results: Results) -> str:
     return f"{results.rate:,.0f} requests per second"
 
 
-def _table(found: Sequence[Results]) -> str:
-    heads = ["load", "offered/s", "answered/s", "good/s", "p50 ms", "p90 ms", "p99 ms", "p99.9 ms", "max ms"]
-    heads += ["failed", "mean batch"]
-    rows = []
-    for results in found:
-        batch = "" if results.mean_batch is None else f"{results.mean_batch:.1f}"
-        rows.append(_row(load_name(results), results.total, results, results.answered_rate, batch))
-        for one in results.callers:
-            rate = one.answered / (results.measured_s or 1e-9)
-            rows.append(_row(f"  {one.name}", one, results, rate, ""))
+def _table(found: Sequence[Results], capacity: Capacity | None) -> str:
+    heads, *rows = cells(found, capacity)
     head = "".join(f"<th>{name}</th>" for name in heads)
-    return f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
-
-
-def _row(name: str, one: Figures, results: Results, answered: float, batch: str) -> str:
-    latency = [f"{one.latency_ms[part]:,.2f}" for part in ("p50", "p90", "p99", "p99.9", "max")]
-    offered = one.requests / (results.measured_s or 1e-9)
-    cells = [name, f"{offered:,.0f}", f"{answered:,.0f}", f"{one.good_rate:,.0f}", *latency]
-    return (
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in [*cells, f"{one.failed:,}", batch]) + "</tr>"
-    )
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def _one(results: Results) -> str:
@@ -149,12 +136,11 @@ def _rates_over_time(results: Results) -> str:
 
 
 def _batches(results: Results) -> str:
-    told = [one for one in results.moments if one.most_batch]
     lines: dict[str, Line] = {
-        "largest": [(one.s, one.most_batch) for one in told],
-        "mean, as requests see it": [(one.s, one.mean_batch) for one in told],
+        "largest": [(one.s, one.most_batch) for one in results.moments],
+        "mean, as requests see it": [(one.s, one.mean_batch) for one in results.moments],
     }
-    return chart("Batch sizes", "s", "rows", lines)
+    return chart("Batch sizes (0: nothing was answered)", "s", "rows", lines)
 
 
 def _errors(results: Results) -> str:
@@ -166,18 +152,24 @@ def _errors(results: Results) -> str:
 
 
 def _throughput(found: Sequence[Results]) -> str:
-    points = sorted(found, key=lambda one: one.offered_rate)
+    points = sorted((one.total for one in found), key=lambda one: one.offered_rate)
     lines: dict[str, Line] = {
         "offered": [(one.offered_rate, one.offered_rate) for one in points],
         "answered": [(one.offered_rate, one.answered_rate) for one in points],
-        "good": [(one.offered_rate, one.total.good_rate) for one in points],
     }
-    return chart("Throughput against offered rate", "offered per second", "per second", lines, ["offered"])
+    good = [(one.offered_rate, one.good_rate) for one in points if one.good_rate is not None]
+    return chart(
+        "Throughput against offered rate",
+        "offered per second",
+        "per second",
+        lines | ({"good": good} if good else {}),
+        ["offered"],
+    )
 
 
 def _rates_latency(found: Sequence[Results]) -> str:
-    points = sorted(found, key=lambda one: one.offered_rate)
+    points = sorted((one.total for one in found), key=lambda one: one.offered_rate)
     lines: dict[str, Line] = {
-        name: [(one.offered_rate, one.total.latency_ms[name]) for one in points] for name in ("p99", "p50")
+        name: [(one.offered_rate, one.latency_ms[name]) for one in points] for name in ("p99", "p50")
     }
     return chart("Latency against offered rate", "offered per second", "ms", lines)

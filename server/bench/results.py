@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from server.bench.histogram import Histogram
-from server.bench.tally import Interval, Tally
+from server.bench.intervals import Interval
+from server.bench.tally import Count, Tally
 from server.bench.target import Statistics
 from server.bench.verdict import limits, notes
 
@@ -20,13 +20,16 @@ _ROUND = 4
 class Figures:
     """Of all requests, or of one caller's. Rates are per second, latencies milliseconds.
 
-    `good`: right answers within the deadline, or right answers where there is none.
+    `answered_rate`: right answers by when they came, whenever they were due. `good_rate`: those within the
+    deadline, of what was due; None where nobody has one.
     """
 
     name: str
     requests: int
     answered: int
-    good_rate: float
+    offered_rate: float
+    answered_rate: float
+    good_rate: float | None
     latency_ms: Mapping[str, float]
     errors: Mapping[str, int]
 
@@ -70,8 +73,6 @@ class Results:
     rate: float | None
     connections: int
     measured_s: float
-    offered_rate: float
-    answered_rate: float
     total: Figures
     callers: Sequence[Figures]
     sent_latency_ms: Mapping[str, float]
@@ -100,16 +101,13 @@ def results_of(
 ) -> Results:
     """Sum up. `local`: the server is on this machine."""
     seconds = tally.measured_s or 1e-9
+    deadlines_s = tally.deadlines_s
     callers = [
-        _figures(name, one.due, one.good / seconds, one.latency, one.errors)
-        for name, one in zip(names, tally.callers, strict=True)
+        _figures(name, one, seconds, deadline_s is not None)
+        for name, one, deadline_s in zip(names, tally.callers, deadlines_s, strict=True)
     ]
-    errors: Counter[str] = Counter()
-    for one in tally.callers:
-        errors.update(one.errors)
-    due = sum(one.due for one in tally.callers)
-    good = sum(one.good for one in tally.callers)
-    total = _figures("all", due, good / seconds, tally.latency, errors)
+    whole = tally.total
+    total = _figures("all", whole, seconds, any(one is not None for one in deadlines_s))
     # Each batch of n rows is told by the n that were in it, so an answer stands for 1/n of a batch.
     told, batches = sum(tally.batches.values()), sum(n / rows for rows, n in tally.batches.items())
     done = [tally.done[number] for number in sorted(tally.done)]
@@ -117,8 +115,6 @@ def results_of(
         rate=rate,
         connections=tally.trial.connections,
         measured_s=tally.measured_s,
-        offered_rate=due / seconds,
-        answered_rate=tally.answered / seconds,
         total=total,
         callers=callers if len(callers) > 1 else (),
         sent_latency_ms=_latency(tally.sent_latency),
@@ -137,14 +133,22 @@ def results_of(
         ),
         server=None if server is None or not server.executions else _server(server),
         moments=_moments(tally),
-        buckets=tally.latency.buckets(),
+        buckets=whole.latency.buckets(),
         sent_buckets=tally.sent_latency.buckets(),
     )
 
 
-def _figures(name: str, due: int, good_rate: float, latency: Histogram, errors: Mapping[str, int]) -> Figures:
-    ordered = dict(sorted(errors.items(), key=lambda one: -one[1]))
-    return Figures(name, due, latency.count, good_rate, _latency(latency), ordered)
+def _figures(name: str, of: Count, seconds: float, deadline: bool) -> Figures:
+    return Figures(
+        name=name,
+        requests=of.due,
+        answered=of.latency.count,
+        offered_rate=of.due / seconds,
+        answered_rate=of.answered / seconds,
+        good_rate=of.good / seconds if deadline else None,
+        latency_ms=_latency(of.latency),
+        errors=dict(of.errors.most_common()),
+    )
 
 
 def _latency(of: Histogram) -> dict[str, float]:
@@ -164,14 +168,11 @@ def _server(counted: Statistics) -> dict[str, float]:
 
 
 def _moments(tally: Tally) -> list[Moment]:
-    last = round(tally.trial.lasts_s / tally.interval_s)
+    each_s = tally.intervals.each_s
+    last = round(tally.trial.lasts_s / each_s)
     if tally.stopped_s is not None:
-        last = int(tally.stopped_s / tally.interval_s)
-    each_s = tally.interval_s
-    return [
-        _moment((number + 1) * each_s, tally.intervals.get(number, Interval()), each_s)
-        for number in range(last)
-    ]
+        last = int(tally.stopped_s / each_s)
+    return [_moment((number + 1) * each_s, tally.intervals[number], each_s) for number in range(last)]
 
 
 def _moment(end_s: float, one: Interval, seconds: float) -> Moment:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from batcher.simulator.arrivals import Trace
 from server.bench.asked import Asked
+from server.bench.callers import Caller
 from server.bench.capacity import BAD_PART, Capacity, Tried, bad_part, find
 from server.bench.errors import BenchError
 from server.bench.fleet import Fleet
@@ -25,6 +26,15 @@ _ESTIMATE_CONNECTIONS = 32
 _LEAST_REQUESTS = 1000  # of a trial of a search
 _LONGEST = 5  # times as long as was asked for, it may take to get them
 _START_PART = 0.7  # of what a closed loop gets through
+# A trial of a search lasts so many times the limit: a queue that grows by one part in 20 would not show else.
+_LIMITS = 20
+
+
+def trial_s(asked_s: float, rate: float, slo_ms: float) -> float:
+    """How long a trial of a search lasts."""
+    # p99 of fewer than some hundred requests would be their maximum.
+    seconds = min(_LONGEST * asked_s, max(asked_s, _LEAST_REQUESTS / rate))
+    return max(seconds, _LIMITS * slo_ms / 1000)
 
 
 class _Interrupted(Exception):
@@ -100,17 +110,14 @@ class _Runner:
         connections = max(self.asked.processes, min(_ESTIMATE_CONNECTIONS, self.asked.connections))
         trial = Trial(None, connections, _ESTIMATE_S, self.asked.warmup_s)
         results, _ = self._trial(f"estimate, {connections} connections", trial, None)
-        self.progress.say(f"a closed loop gets {results.answered_rate:,.0f}/s through")
-        return results.answered_rate * _START_PART
+        self.progress.say(f"a closed loop gets {results.total.answered_rate:,.0f}/s through")
+        return results.total.answered_rate * _START_PART
 
     def _attempt(self, rate: float, confirms: bool) -> Tried:
         slo_ms = self.asked.slo_ms
         assert slo_ms is not None
         what = f"{'confirming ' if confirms else ''}{per_s(rate)}"
-        # p99 of fewer than some hundred requests would be their maximum.
-        longest_s = _LONGEST * self.asked.seconds
-        seconds = min(longest_s, max(self.asked.seconds, _LEAST_REQUESTS / rate))
-        results, tally = self._run(what, rate, seconds)
+        results, tally = self._run(what, rate, trial_s(self.asked.seconds, rate, slo_ms))
         part = bad_part(tally, slo_ms)
         failed_part = results.total.failed / max(1, results.total.requests)
         p99_ms = results.total.latency_ms["p99"] if failed_part <= BAD_PART else float("inf")
@@ -130,7 +137,8 @@ class _Runner:
         self._trials += 1
         trial = Trial(arrivals, asked.connections, seconds, asked.warmup_s, self._trials)
         results, tally = self._trial(what, trial, rate)
-        self.report.results.append(results)
+        if tally.measured_s:
+            self.report.results.append(results)
         if self.fleet.interrupted:
             raise _Interrupted
         return results, tally
@@ -138,10 +146,14 @@ class _Runner:
     def _trial(self, what: str, trial: Trial, rate: float | None) -> tuple[Results, Tally]:
         headers: Mapping[str, str] = self.asked.callers[0].headers
         address = self.plan.address
-        deadlines = [caller.deadline_ms for caller in self.asked.callers]
-        tally = Tally(trial, [None if one is None else one / 1000 for one in deadlines])
+        tally = Tally(trial, [self._deadline_s(caller) for caller in self.asked.callers])
         before = statistics(address, self.model, headers)
         self.fleet.run(trial, tally, lambda: self.progress.look(what, tally))
         after = statistics(address, self.model, headers)
         counted = after.since(before) if before is not None and after is not None else None
         return results_of(tally, rate, self.plan.names, is_loopback(address.host), counted), tally
+
+    def _deadline_s(self, caller: Caller) -> float | None:
+        """Until when an answer is good: in a search no later than the limit."""
+        bounds_ms = [one for one in (caller.deadline_ms, self.asked.slo_ms) if one is not None]
+        return min(bounds_ms) / 1000 if bounds_ms else None

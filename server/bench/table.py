@@ -1,11 +1,10 @@
-"""The report on the terminal."""
+"""The report on the terminal, and the table that it shares with the page."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from server.bench.capacity import Capacity
@@ -20,7 +19,11 @@ def show(title: str, found: Sequence[Results], capacity: Capacity | None) -> Non
     """All of it, on stdout."""
     console = stdout()
     console.print(Text(title, "bold"), soft_wrap=True)
-    console.print(_main(found, [one.held for one in capacity.tried] if capacity is not None else []))
+    heads, *rows = cells(found, capacity)
+    table = plain_table(*heads, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
     # Of a search, what it ended with: the others' figures are in the table.
     for results in found if capacity is None else found[-1:]:
         _details(console, results, f"{_load(results)}: " if len(found) > 1 else "")
@@ -28,31 +31,37 @@ def show(title: str, found: Sequence[Results], capacity: Capacity | None) -> Non
         console.print(Text(capacity.sentence(), "bold"), soft_wrap=True)
 
 
-def _main(found: Sequence[Results], held: Sequence[bool]) -> Table:
+def cells(found: Sequence[Results], capacity: Capacity | None) -> list[list[str]]:
+    """The heads of a table, and its rows: one for each trial, and then one for each of its callers."""
     several = any(results.callers for results in found)
-    table = plain_table(
-        "load", *(["tenant"] if several else []), "offered/s", "answered/s", "good/s",
-        *(f"{name} ms" for name in _SHOWN), "failed", "batch", *(["held"] if held else []),
-        no_wrap=True,
-    )  # fmt: skip
+    good = any(results.total.good_rate is not None for results in found)
+    held = [one.held for one in capacity.tried] if capacity is not None else []
+    heads = [
+        "load",
+        *(["tenant"] if several else []),
+        "offered/s",
+        "answered/s",
+        *(["good/s"] if good else []),
+    ]
+    heads += [*(f"{name} ms" for name in _SHOWN), "failed", "batch", *(["held"] if held else [])]
+    rows = [heads]
     for number, results in enumerate(found):
         batch = "-" if results.mean_batch is None else f"{results.mean_batch:.1f}"
-        for figures in (results.total, *results.callers):
-            whole = figures is results.total
-            seconds = results.measured_s or 1e-9
-            answered = results.answered_rate if whole else figures.answered / seconds
-            table.add_row(
-                _load(results) if whole else "",
-                *([figures.name] if several else []),
-                f"{figures.requests / seconds:,.0f}",
-                f"{answered:,.0f}",
-                f"{figures.good_rate:,.0f}",
-                *(f"{figures.latency_ms[name]:,.2f}" for name in _SHOWN),
-                _failed(figures),
+        for one in (results.total, *results.callers):
+            whole = one is results.total
+            row = [_load(results) if whole else "", *([one.name] if several else [])]
+            row += [f"{one.offered_rate:,.0f}", f"{one.answered_rate:,.0f}"]
+            if good:
+                row.append("" if one.good_rate is None else f"{one.good_rate:,.0f}")
+            row += [
+                *(f"{one.latency_ms[name]:,.2f}" for name in _SHOWN),
+                _failed(one),
                 batch if whole else "",
-                *(["yes" if held[number] else "no"] if held and whole else []),
-            )
-    return table
+            ]
+            if held:
+                row.append(("yes" if held[number] else "no") if whole else "")
+            rows.append(row)
+    return rows
 
 
 def _load(results: Results) -> str:

@@ -16,6 +16,7 @@ from server.bench.plan import Address
 
 _IN_PATH = re.compile(r"^(.*?)(?:/v2(?:/models/([^/]+)(?:/versions/([^/]+))?(?:/infer)?)?)?/?$")
 _SAID_MOST = 300
+_STATISTICS_S = 3.0
 
 
 class Reply(NamedTuple):
@@ -59,6 +60,9 @@ def parse_url(text: str, ca_file: str | None, insecure: bool) -> tuple[Address, 
         port = 0
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
         raise UsageError(f"expected http://HOST[:PORT] or https://..., got {text!r}")
+    if parts.username or parts.password or parts.query:
+        # They would not be sent, and would stand in the report.
+        raise UsageError("the URL has a user, a password or a query: use --token-file, --api-key or --header")
     found = _IN_PATH.match(parts.path)
     assert found is not None
     base, model, version = found.groups()
@@ -68,16 +72,23 @@ def parse_url(text: str, ca_file: str | None, insecure: bool) -> tuple[Address, 
 
 
 def ask(
-    address: Address, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
+    address: Address,
+    method: str,
+    path: str,
+    headers: Mapping[str, str],
+    body: bytes | None = None,
+    timeout_s: float = 30.0,
 ) -> Reply:
     """One request on a connection of its own; `path` is below the base. Raises BenchError."""
     try:
         context = address.context()
         connection: http.client.HTTPConnection
         if context is not None:
-            connection = http.client.HTTPSConnection(address.host, address.port, timeout=30, context=context)
+            connection = http.client.HTTPSConnection(
+                address.host, address.port, timeout=timeout_s, context=context
+            )
         else:
-            connection = http.client.HTTPConnection(address.host, address.port, timeout=30)
+            connection = http.client.HTTPConnection(address.host, address.port, timeout=timeout_s)
         try:
             connection.request(method, address.base + path, body, dict(headers))
             answer = connection.getresponse()
@@ -117,7 +128,7 @@ def _tensor(found: Any) -> Tensor:
 def _only_model(address: Address, headers: Mapping[str, str]) -> str:
     reply = ask(address, "POST", "/v2/repository/index", headers, b"{}")
     if reply.status in (401, 403):
-        raise BenchError(f"POST /v2/repository/index: {reply.status}: {reply.said()}")
+        raise BenchError(f"POST /v2/repository/index: {reply.status}: {reply.said()}; or give --model")
     try:
         names = sorted({str(one["name"]) for one in json.loads(reply.body)})
     except (ValueError, KeyError, TypeError):
@@ -145,7 +156,9 @@ class Statistics(NamedTuple):
 def statistics(address: Address, model: Described, headers: Mapping[str, str]) -> Statistics | None:
     """Triton's statistics of the model; None where the server has none to show."""
     try:
-        one = _object(ask(address, "GET", f"{model.path}/stats", headers))["model_stats"][0]
+        # Whoever stops a load because the server stands still does not want to wait for it.
+        reply = ask(address, "GET", f"{model.path}/stats", headers, timeout_s=_STATISTICS_S)
+        one = _object(reply)["model_stats"][0]
         spent = one["inference_stats"]
         return Statistics(
             int(one["inference_count"]),

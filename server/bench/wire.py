@@ -66,7 +66,9 @@ def _packed(array: np.ndarray[Any, Any], datatype: str) -> bytes:
 
 def request(address: Address, path: str, headers: Mapping[str, str], body: bytes) -> bytes:
     """All of a POST as it goes over the wire."""
-    lines = [f"POST {address.base}{path} HTTP/1.1", f"Host: {address.authority}"]
+    lines = [f"POST {address.base}{path} HTTP/1.1"]
+    if not any(name.lower() == "host" for name in headers):
+        lines.append(f"Host: {address.authority}")
     lines += [f"{name}: {value}" for name, value in headers.items()]
     lines.append(f"Content-Length: {len(body)}")
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
