@@ -17,6 +17,7 @@ import ctypes
 import gc
 import sys
 import time
+import unittest.mock
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ from server.serve import Server
 from server.settings import ModelSettings, ServerSettings, Settings
 
 MODEL = "tiny"
+ELEMENTS = 16
 # What is counted: for each case who serves, the body, and how many callers ask at once.
 CASES = {
     "floor, 64 at once": ("floor", False, 64),
@@ -47,19 +49,20 @@ REQUESTS = 256
 _REPEATS = 3
 _WARM_UP = 512
 _KEEP_ALIVE_S = 3600  # connections that wait for their case to come are not closed
+_READ = 1 << 18  # what uvloop reads at once
 _ADDRESS = ("127.0.0.1", 1)
 
 
 class Idle:
-    """An engine whose runs take no time."""
+    """An engine whose runs take no time; a row is so many floats."""
 
     platform = "idle"
     slots = 2
     max_batch_size = 64
-    signature = Signature((TensorSpec("x", "FP32", (16,)),), (TensorSpec("y", "FP32", (8,)),))
 
-    def __init__(self) -> None:
-        self._inputs = [np.zeros((64, 16), np.float32) for _ in range(self.slots)]
+    def __init__(self, elements: int) -> None:
+        self.signature = Signature((TensorSpec("x", "FP32", (elements,)),), (TensorSpec("y", "FP32", (8,)),))
+        self._inputs = [np.zeros((64, elements), np.float32) for _ in range(self.slots)]
         self._outputs = np.random.default_rng(3).standard_normal((64, 8), dtype=np.float32)
         self._rows = [0] * self.slots
 
@@ -126,31 +129,37 @@ class Wire(asyncio.Transport):
 class Path:
     """Requests through one protocol class, `callers` of them at once."""
 
-    def __init__(self, make: Callable[[], Any], request: bytes, callers: int) -> None:
+    def __init__(self, make: Callable[[], Any], requests: Sequence[bytes], callers: int) -> None:
         self._answered = Answered()
         self._protocols = [make() for _ in range(callers)]
-        self._request = request
+        # Callers have the requests in turn. What is long comes in the pieces that uvloop reads.
+        self._pieces = [
+            [request[at : at + _READ] for at in range(0, len(request), _READ)]
+            for request in (requests[caller % len(requests)] for caller in range(callers))
+        ]
         for protocol in self._protocols:
             protocol.connection_made(Wire(self._answered))
 
-    async def serve(self, requests: int) -> None:
-        """At least so many, each caller waiting for its answer."""
-        callers, answered, request = len(self._protocols), self._answered, self._request
-        for _ in range(-(-requests // callers)):
+    async def serve(self, requests: int) -> int:
+        """At least so many, each caller waiting for its answer; how many it were."""
+        callers, answered = len(self._protocols), self._answered
+        rounds = -(-requests // callers)
+        for _ in range(rounds):
             answered.expect(callers)
-            for protocol in self._protocols:
-                protocol.data_received(request)
+            for protocol, pieces in zip(self._protocols, self._pieces, strict=True):
+                for piece in pieces:
+                    protocol.data_received(piece)
             await answered.all.wait()
+        return rounds * callers
 
 
 @contextlib.asynccontextmanager
 async def paths() -> AsyncIterator[dict[str, Path]]:
     """All cases, warm."""
-    loader.ENGINES["onnxruntime"] = lambda *_: Idle()
     async with contextlib.AsyncExitStack() as stack:
         makers = {
-            "fast": await stack.enter_async_context(_cobatch(fast_path=True)),
-            "asgi": await stack.enter_async_context(_cobatch(fast_path=False)),
+            "fast": await stack.enter_async_context(serving()),
+            "asgi": await stack.enter_async_context(serving(fast_path=False)),
             "floor": _maker(
                 uvicorn.Config(
                     make_app(FLOOR_BYTES, "application/json"),
@@ -162,7 +171,7 @@ async def paths() -> AsyncIterator[dict[str, Path]]:
             ),
         }
         found = {
-            case: Path(makers[who], _request(binary), callers)
+            case: Path(makers[who], [request_of(binary)], callers)
             for case, (who, binary, callers) in CASES.items()
         }
         for path in found.values():
@@ -175,19 +184,23 @@ async def paths() -> AsyncIterator[dict[str, Path]]:
 
 
 @contextlib.asynccontextmanager
-async def _cobatch(*, fast_path: bool) -> AsyncIterator[Callable[[], Any]]:
-    model = ModelSettings(path="tiny.onnx", name=MODEL)
+async def serving(
+    models: Sequence[str] = (MODEL,), elements: int = ELEMENTS, *, fast_path: bool = True
+) -> AsyncIterator[Callable[[], Any]]:
+    """cobatch with these models, all alike; what makes a connection's protocol."""
+    settings = tuple(ModelSettings(path="idle.onnx", name=name) for name in models)
     http = ServerSettings(fast_path=fast_path, keep_alive_s=_KEEP_ALIVE_S)
-    server = Server(Settings(server=http, models=(model,)))
+    server = Server(Settings(server=http, models=settings))
     loaded = asyncio.Event()
     server.core.on_ready = loaded.set
     app: Any = server.config.app
     while not isinstance(app, InferRoutes):
         app = app.app
     starlette: Any = app.app
-    async with starlette.router.lifespan_context(starlette):
-        await loaded.wait()
-        yield _maker(server.config, server.server_state)
+    with unittest.mock.patch.dict(loader.ENGINES, onnxruntime=lambda *_: Idle(elements)):
+        async with starlette.router.lifespan_context(starlette):
+            await loaded.wait()
+            yield _maker(server.config, server.server_state)
 
 
 def _maker(config: uvicorn.Config, state: Any = None) -> Callable[[], Any]:
@@ -197,9 +210,11 @@ def _maker(config: uvicorn.Config, state: Any = None) -> Callable[[], Any]:
     return lambda: make(config=config, server_state=state, app_state={}, _loop=asyncio.get_running_loop())
 
 
-def _request(binary: bool) -> bytes:
-    message = wire.encode(MODEL, wire.rows_of(MODEL, 1, 5), binary)
-    lines = [f"POST /v2/models/{MODEL}/infer HTTP/1.1", "Host: 127.0.0.1:8000"]
+def request_of(binary: bool, model: str = MODEL, elements: int = ELEMENTS) -> bytes:
+    """One row for a model, as it goes over the wire."""
+    row = np.random.default_rng(5).standard_normal((1, elements), dtype=np.float32)
+    message = wire.encode(MODEL, row, binary)
+    lines = [f"POST /v2/models/{model}/infer HTTP/1.1", "Host: 127.0.0.1:8000"]
     lines += [f"Content-Length: {len(message.body)}"]
     lines += [f"{name}: {value}" for name, value in message.headers.items()]
     return "\r\n".join([*lines, "", ""]).encode() + message.body

@@ -62,7 +62,7 @@ OURS = Peer(
     (),
     {Body.V2_JSON: V2_PATH, Body.V2_BINARY: V2_PATH},
     "/v2/health/ready",
-    "each request's `timeout`",
+    "each request's `timeout`, `--max-queue-rows`",
 )
 OTHERS = (
     Peer(
@@ -72,7 +72,7 @@ OTHERS = (
         ("mosec==0.9.8", "orjson==3.13.0", *_ENGINE),
         {Body.PLAIN: "/predict", Body.RAW: "/raw"},
         "/metrics",
-        "`--timeout`",
+        "`--timeout`, `--capacity`",
     ),
     Peer(
         "starlette",
@@ -81,7 +81,7 @@ OTHERS = (
         ("starlette==1.10.0", "uvicorn[standard]==0.54.0", "orjson==3.13.0", *_ENGINE),
         {Body.PLAIN: "/predict", Body.RAW: "/raw"},
         "/health",
-        "`asyncio.wait_for`",
+        "`asyncio.wait_for`, a bounded queue",
     ),
     Peer(
         "triton",
@@ -90,7 +90,7 @@ OTHERS = (
         ("nvidia-pytriton==0.7.0", _ENGINE[0]),  # it wants an older NumPy
         {Body.V2_JSON: V2_PATH, Body.V2_BINARY: V2_PATH},
         V2_READY,
-        "its queue policy",
+        "its queue policy's time",
         python="/usr/bin/python3.11",
         frozen=False,  # its processes take each other for dead when they go on
     ),
@@ -119,7 +119,7 @@ OTHERS = (
         ("bentoml==1.4.40", *_ENGINE),
         {Body.BATCHED: "/predict"},
         "/readyz",
-        "`timeout` and `max_latency_ms`",
+        "`timeout`, `max_latency_ms`, `max_concurrency`",
     ),
     Peer(
         "ray",
@@ -128,7 +128,7 @@ OTHERS = (
         ("ray[serve]==2.60.0", "orjson==3.13.0", *_ENGINE),
         {Body.PLAIN: "/", Body.RAW: "/"},
         "/",
-        "`request_timeout_s` and `max_queued_requests`",
+        "`request_timeout_s`, `max_ongoing_requests`, `max_queued_requests`; its HAProxy refuses none",
         start_s=120.0,
     ),
 )

@@ -77,8 +77,13 @@ class Running:
 
 
 @contextmanager
-def started(peer: Peer, model: str, python: Path, max_batch: int, deadline_ms: int = 0) -> Iterator[Running]:
-    """The server with this model. Raises MissingError where it does not start."""
+def started(
+    peer: Peer, model: str, python: Path, max_batch: int, deadline_ms: int = 0, max_queue: int = 0
+) -> Iterator[Running]:
+    """The server with this model. Raises MissingError where it does not start.
+
+    `deadline_ms` and `max_queue` (how many requests it may have at once), where given, in the peer's own way.
+    """
     folder = FOLDER / peer.name
     folder.mkdir(parents=True, exist_ok=True)
     counts, log = folder / f"{model}.counts", folder / f"{model}.log"
@@ -93,6 +98,7 @@ def started(peer: Peer, model: str, python: Path, max_batch: int, deadline_ms: i
         "PEER_MODEL_NAME": model,
         "PEER_MAX_BATCH": str(max_batch),
         "PEER_DEADLINE_MS": str(deadline_ms),
+        "PEER_MAX_QUEUE": str(max_queue),
         "PEER_THREADS": str(default_threads()),
         "PEER_COUNTS": str(counts),
     }
@@ -100,6 +106,7 @@ def started(peer: Peer, model: str, python: Path, max_batch: int, deadline_ms: i
     if peer is OURS:
         command = [str(python), "-m", "server.cli", "serve", told["PEER_MODEL"], f"--name={model}"]
         command += [f"--port={port}", f"--max-batch-size={max_batch}"]
+        command += [f"--max-queue-rows={max_queue}"] if max_queue else []
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,

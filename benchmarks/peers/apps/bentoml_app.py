@@ -16,7 +16,10 @@ _DTYPE = "int32" if shared.NAME == "magika" else "float32"
 
 @bentoml.service(
     workers=1,
-    traffic={"timeout": shared.DEADLINE_MS / 1000 if shared.DEADLINE_MS else 60, "max_concurrency": 4096},
+    traffic={
+        "timeout": shared.DEADLINE_MS / 1000 if shared.DEADLINE_MS else 60,
+        "max_concurrency": shared.MAX_QUEUE,
+    },
     logging={"access": {"enabled": False}},
     metrics={"enabled": False},
 )

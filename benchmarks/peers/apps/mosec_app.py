@@ -57,7 +57,7 @@ class Raw(Worker):
 if __name__ == "__main__":
     timeout_ms = shared.DEADLINE_MS or 60_000
     sys.argv[1:] = ["--address=127.0.0.1", f"--port={shared.PORT}", f"--timeout={timeout_ms}"]
-    sys.argv += ["--log-level=warning", "--capacity=4096"]
+    sys.argv += ["--log-level=warning", f"--capacity={shared.MAX_QUEUE}"]
     server = Server()
     size, wait_ms = shared.MAX_BATCH, shared.MAX_WAIT_MS
     routes = {"/predict": Json, "/raw": Raw}

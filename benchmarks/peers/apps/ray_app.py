@@ -25,8 +25,8 @@ from starlette.responses import Response
 
 @serve.deployment(
     num_replicas=1,
-    max_ongoing_requests=4096,
-    max_queued_requests=256 if shared.DEADLINE_MS else -1,
+    max_ongoing_requests=shared.MAX_QUEUE,
+    max_queued_requests=max(1, shared.MAX_QUEUE // 4) if shared.DEADLINE_MS else -1,
     ray_actor_options={"num_cpus": 1},
 )
 class Predictor:

@@ -19,6 +19,8 @@ MAX_BATCH = int(os.environ.get("PEER_MAX_BATCH", "64"))
 MAX_WAIT_MS = 2
 # Set for the overload case only: each framework then refuses or gives up late requests in its own way.
 DEADLINE_MS = int(os.environ.get("PEER_DEADLINE_MS", "0"))
+# How many requests may be inside at once; as good as unlimited but in the overload case.
+MAX_QUEUE = int(os.environ.get("PEER_MAX_QUEUE", "0")) or 4096
 
 _COUNTS = struct.Struct("=qq")
 

@@ -56,7 +56,7 @@ async def work(queue: asyncio.Queue[_Waiting]) -> None:
 
 @contextlib.asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
-    app.state.queue = asyncio.Queue()
+    app.state.queue = asyncio.Queue(shared.MAX_QUEUE)
     task = asyncio.create_task(work(app.state.queue))
     yield
     task.cancel()
@@ -87,6 +87,10 @@ async def late(_request: Request, _error: Exception) -> Response:
     return Response(b"too late", 504)
 
 
+async def full(_request: Request, _error: Exception) -> Response:
+    return Response(b"too many wait", 503)
+
+
 async def health(_request: Request) -> Response:
     return Response(b"ok")
 
@@ -97,7 +101,7 @@ app = Starlette(
         Route("/raw", predict_raw, methods=["POST"]),
         Route("/health", health),
     ],
-    exception_handlers={TimeoutError: late},
+    exception_handlers={TimeoutError: late, asyncio.QueueFull: full},
     lifespan=lifespan,
 )
 
