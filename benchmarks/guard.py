@@ -2,10 +2,9 @@
 
 `python -m benchmarks.guard [--update] [--time]`: what a request costs (`benchmarks.request_path`) is counted
 in instructions under valgrind's callgrind, which does not vary with the machine's load, and divided by what
-the floor costs in the same run: so another processor or another build of Python hardly changes it. Without
-valgrind or a C compiler, or with `--time`, CPU time stands for instructions, and only a difference of 25 %
-counts. The baseline, guard.json, has figures for each minor version of Python; it is changed by `--update`
-alone.
+the floor costs in the same run: so another processor or another build of Python hardly changes it. With
+`--time`, CPU time stands for instructions, and only a difference of 25 % counts. The baseline, guard.json,
+has figures for each minor version of Python; it is changed by `--update` alone.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import uvloop
@@ -48,18 +47,30 @@ def costlier(found: Mapping[str, float], baseline: Mapping[str, float], toleranc
     return [case for case, ratio in found.items() if ratio > baseline.get(case, 0.0) * (1 + tolerance)]
 
 
-def counted() -> dict[str, float] | None:
-    """Instructions per request in each case, the fewest of some repeats; None where they cannot be
-    counted."""
-    valgrind = shutil.which("valgrind")
-    compiler = shutil.which("cc") or shutil.which("g++")
-    if valgrind is None or compiler is None:
-        return None
+def advice(worse: Sequence[str], method: str) -> str:
+    """What a person does about cases that have become costlier."""
+    named = "; ".join(worse)
+    time = "" if method == "instructions" else " --time"
+    return (
+        f"costlier than the baseline by more than {TOLERANCE[method]:.0%}: {named}\n"
+        f"Not meant? `git bisect run python -m benchmarks.guard{time}` finds the commit.\n"
+        f"The price of something wanted? `python -m benchmarks.guard --update{time}`, and commit guard.json\n"
+        "with a word on what is paid for."
+    )
+
+
+def tools() -> tuple[str, str] | None:
+    """valgrind and a C compiler; None where one is missing."""
+    valgrind, compiler = shutil.which("valgrind"), shutil.which("cc") or shutil.which("g++")
+    return None if valgrind is None or compiler is None else (valgrind, compiler)
+
+
+def counted(valgrind: str, compiler: str) -> dict[str, float]:
+    """Instructions per request in each case, the fewest of some repeats."""
     with tempfile.TemporaryDirectory(prefix="cobatch-guard-") as folder:
         library, out = Path(folder, "counting.so"), Path(folder, "out")
         built = [compiler, "-shared", "-fPIC", "-x", "c", str(_COUNTING), "-o", str(library)]
-        if subprocess.run(built, capture_output=True, check=False).returncode:
-            return None  # valgrind without its headers
+        subprocess.run(built, check=True)
         command = [valgrind, "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={out}"]
         command += [sys.executable, "-m", "benchmarks.request_path", str(library)]
         # The order of sets and dicts of text must not differ from run to run.
@@ -68,7 +79,7 @@ def counted() -> dict[str, float] | None:
         if done.returncode:
             raise RuntimeError(f"benchmarks.request_path failed under callgrind: {done.stderr[-2000:]}")
         costs = _read(Path(folder))
-        return {case: costs[case] for case in CASES}
+    return {case: costs[case] for case in CASES}
 
 
 def _read(folder: Path) -> dict[str, float]:
@@ -88,16 +99,20 @@ def measured() -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0; 1 where a case has become costlier, or has no baseline."""
+    """0; 1 where a case has become costlier; 2 where there is nothing to count or to compare with."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.guard", description=__doc__.splitlines()[0])
     parser.add_argument("--update", action="store_true", help="make what is found the baseline")
-    parser.add_argument(
-        "--time", action="store_true", help="by CPU time, even where instructions can be counted"
-    )
+    parser.add_argument("--time", action="store_true", help="by CPU time, where there is no valgrind")
     options = parser.parse_args(arguments)
-    costs = None if options.time else counted()
-    method = "time" if costs is None else "instructions"
-    costs = measured() if costs is None else costs
+    method = "time" if options.time else "instructions"
+    found_tools = tools()
+    if options.time:
+        costs = measured()
+    elif found_tools is None:
+        print("needs valgrind and a C compiler (apt-get install valgrind g++); or --time", file=sys.stderr)
+        return 2
+    else:
+        costs = counted(*found_tools)
     found = ratios(costs)
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     known = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
@@ -113,10 +128,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if not baseline:
         print(f"no baseline of {method} for Python {python}: add one with --update")
-        return 1
+        return 2
     worse = costlier(found, baseline, TOLERANCE[method])
-    for case in worse:
-        print(f"costlier by more than {TOLERANCE[method]:.0%}: {case}. If that is meant: --update")
+    if worse:
+        print(advice(worse, method))
     return 1 if worse else 0
 
 

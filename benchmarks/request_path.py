@@ -17,6 +17,7 @@ import ctypes
 import gc
 import sys
 import time
+import unittest.mock
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -139,15 +140,17 @@ class Path:
         for protocol in self._protocols:
             protocol.connection_made(Wire(self._answered))
 
-    async def serve(self, requests: int) -> None:
-        """At least so many, each caller waiting for its answer."""
+    async def serve(self, requests: int) -> int:
+        """At least so many, each caller waiting for its answer; how many it were."""
         callers, answered = len(self._protocols), self._answered
-        for _ in range(-(-requests // callers)):
+        rounds = -(-requests // callers)
+        for _ in range(rounds):
             answered.expect(callers)
             for protocol, pieces in zip(self._protocols, self._pieces, strict=True):
                 for piece in pieces:
                     protocol.data_received(piece)
             await answered.all.wait()
+        return rounds * callers
 
 
 @contextlib.asynccontextmanager
@@ -185,7 +188,6 @@ async def serving(
     models: Sequence[str] = (MODEL,), elements: int = ELEMENTS, *, fast_path: bool = True
 ) -> AsyncIterator[Callable[[], Any]]:
     """cobatch with these models, all alike; what makes a connection's protocol."""
-    loader.ENGINES["onnxruntime"] = lambda *_: Idle(elements)
     settings = tuple(ModelSettings(path="idle.onnx", name=name) for name in models)
     http = ServerSettings(fast_path=fast_path, keep_alive_s=_KEEP_ALIVE_S)
     server = Server(Settings(server=http, models=settings))
@@ -195,9 +197,10 @@ async def serving(
     while not isinstance(app, InferRoutes):
         app = app.app
     starlette: Any = app.app
-    async with starlette.router.lifespan_context(starlette):
-        await loaded.wait()
-        yield _maker(server.config, server.server_state)
+    with unittest.mock.patch.dict(loader.ENGINES, onnxruntime=lambda *_: Idle(elements)):
+        async with starlette.router.lifespan_context(starlette):
+            await loaded.wait()
+            yield _maker(server.config, server.server_state)
 
 
 def _maker(config: uvicorn.Config, state: Any = None) -> Callable[[], Any]:

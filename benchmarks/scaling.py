@@ -6,7 +6,7 @@ without sockets (`benchmarks.request_path`), connections against a real server w
 length and the number of tenants in the batcher alone (`benchmarks.queue_cost`). To each line a curve of the
 form that is to be expected is fitted (least squares on relative errors), and its slope is what one more of
 it costs. Prints and writes benchmarks/results/scaling (`--quick`, or a part: benchmarks/out/scaling). About
-three minutes.
+three minutes. docs/scaling.md says what the figures mean.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -31,8 +32,10 @@ from benchmarks.scaling_fit import Line, growth, verdict
 
 _INTRODUCTION = """\
 Made by `python -m benchmarks.scaling`: do not edit. CPU per request in microseconds; the growth is the
-last figure's to the first's, and what explains it is fitted. Nothing may grow faster than in proportion,
-and nothing at all with what is idle.
+last figure's to the first's, and what explains it is fitted ([what it means](../../../docs/scaling.md)).
+A cost may not grow at all with the size of a batch or with what is idle; not as fast as the square root of
+connections, queued requests or tenants; and no faster than in proportion with floats in a row and models
+that are asked.
 """
 _CASES: dict[str, Callable[[bool], list[Line]]] = {
     "batch": lambda quick: uvloop.run(cases.batch(quick)),
@@ -80,7 +83,7 @@ def write(lines: Sequence[Line], folder: Path) -> None:
     ]
     for axis in dict.fromkeys(line.axis for line in lines):
         mine = [line for line in lines if line.axis == axis]
-        name = axis.split(" (")[0].replace(" ", "-")
+        name = re.sub(r"\W+", "-", axis.removesuffix(" (floats)")).strip("-")
         (folder / f"{name}.svg").write_text(_plot(axis, mine))
         parts += [f"## By {axis}\n", _table(mine), f"\n![{axis}]({name}.svg)\n"]
     (folder / "README.md").write_text("\n".join(parts))
@@ -96,13 +99,16 @@ def _table(lines: Sequence[Line]) -> str:
 
 
 def _plot(axis: str, lines: Sequence[Line]) -> str:
-    """Both the measured points and the fitted curve, over the binary logarithm of x."""
+    """Both the measured points and the fitted curves; over the binary logarithm of x, where not all of these
+    are straight lines."""
+    straight = all(line.straight for line in lines)
     drawn = {}
     for line in lines:
-        drawn[line.name] = [(_log(x), y) for x, y in line.points]
-        drawn[f"{line.name}, fitted"] = [(_log(x), y) for x, y in line.fitted]
+        for name, points in ((line.name, line.points), (f"{line.name}, fitted", line.fitted)):
+            drawn[name] = points if straight else [(_log(x), y) for x, y in points]
     dashed = [name for name in drawn if name.endswith(", fitted")]
-    return chart(f"CPU per request by {axis}", axis, "microseconds", drawn, dashed, _size)
+    ticks = "{:,.0f}".format if straight else _size
+    return chart(f"CPU per request by {axis}", axis, "microseconds", drawn, dashed, ticks)
 
 
 def _size(x: float) -> str:

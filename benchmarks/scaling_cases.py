@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import resource
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -12,10 +13,10 @@ from statistics import median
 
 from benchmarks import queue_cost, wire
 from benchmarks.models import model_path
-from benchmarks.processes import Server, cobatch
+from benchmarks.processes import Server, cobatch, floor
 from benchmarks.procstat import cpu_us
-from benchmarks.request_path import Path, request_of, serving
-from benchmarks.scaling_fit import Line, Point, fit
+from benchmarks.request_path import FLOOR_BYTES, Path, request_of, serving
+from benchmarks.scaling_fit import FLAT, LINEAR, SHALLOW, Line, Point, fit
 from benchmarks.turns import wait_until_idle
 from benchmarks.wrk import run_wrk
 
@@ -27,6 +28,7 @@ IDLE = (0, 64, 256, 1_024, 4_032)
 QUEUED = (100, 1_000, 10_000, 100_000)
 TENANTS = (1, 10, 100, 1_000, 10_000)
 _AT_ONCE = 64
+_FILES = 8_192  # 4,096 connections, in this process or in wrk's, and in the server's
 _ROUNDS, _QUICK_ROUNDS = 15, 3
 _ROUND_BYTES = 1 << 25  # of requests, in a round of a size
 
@@ -40,7 +42,7 @@ async def batch(quick: bool) -> list[Line]:
             paths = {size: Path(make, [request], size) for size in _some(BATCHES, quick)}
             points = await _timed(paths, dict.fromkeys(paths, 512), quick)
             words = "{a} us are the request's own; {b} us are the batch's, and are shared (error {error})"
-            lines.append(fit("batch size", kind, points, lambda size: 1 / size, words))
+            lines.append(fit("batch size", kind, points, _shared, words, FLAT))
     return lines
 
 
@@ -56,7 +58,7 @@ async def row(quick: bool) -> list[Line]:
                 path = Path(make, [request], 8)
                 points += await _timed({elements: path}, {elements: many}, quick)
         words = "{a} us and {b} us for each float, which is decoding and the one copy (error {error})"
-        lines.append(fit("row size (floats)", kind, points, float, words))
+        lines.append(fit(f"row size in {kind} (floats)", kind, points, float, words, LINEAR))
     return lines
 
 
@@ -72,42 +74,67 @@ async def models(quick: bool) -> list[Line]:
             one += await _timed({many: path}, {many: 512}, quick)
             path = Path(make, requests, _AT_ONCE)
             spread += await _timed({many: path}, {many: 512}, quick)
+    still = "{a} us, and {b} us for an idle model (error {error})"
     words = "{a} us, and {b} us for each model asked, of which each gets a batch of its own (error {error})"
     return [
-        fit("number of models", "all ask one", one, float, "{a} us, and {b} us for an idle model", idle=True),
-        fit("number of models", "all are asked", spread, float, words),
+        fit("number of models", "all ask one", one, float, still, FLAT),
+        fit("number of models", "all are asked", spread, float, words, LINEAR),
     ]
 
 
 def connections(quick: bool) -> list[Line]:
-    """A real server and wrk: so many connections that ask, or 64 that ask and so many that do not."""
+    """A real server and wrk: so many connections that ask, or 64 that ask and so many that do not; and bare
+    uvicorn, for what the sockets themselves cost."""
+    allow_files(_FILES)
     message = wire.encode("tiny", wire.rows_of("tiny", 1, 5), binary=False)
     asking: dict[int, list[float]] = {many: [] for many in _some(CONNECTIONS, quick)}
+    bare: dict[int, list[float]] = {many: [] for many in asking}
     idle: dict[int, list[float]] = {many: [] for many in _some(IDLE, quick)}
-    with cobatch(model_path("tiny"), "tiny", True, flags=["--max-queue-rows", "8192"]) as server:
-        _load(server, message, _AT_ONCE)
+    # No connection is refused for a full queue, nor closed while it is held.
+    flags = ["--max-queue-rows", "8192", "--keep-alive-s", "600"]
+    with (
+        cobatch(model_path("tiny"), "tiny", True, flags=flags) as server,
+        floor(FLOOR_BYTES, "application/json") as uvicorn,
+    ):
+        for each in (server, uvicorn):
+            _load(each, message, _AT_ONCE)
         for _ in range(1 if quick else 3):
             for many, found in asking.items():
                 found.append(_load(server, message, many))
+                bare[many].append(_load(uvicorn, message, many))
             for many, found in idle.items():
                 with _held(server, many):
                     found.append(_load(server, message, _AT_ONCE))
-    words = "{a} us, and {b} us for a batch, with its two wake-ups, shared by who asks (error {error})"
-    still = "{a} us, and {b} us for an idle one"
+    words = "{a} us, and {b} us for a wake-up (cobatch: of two threads), shared by who asks (error {error})"
+    still = "{a} us, and {b} us for an idle one (error {error})"
     return [
-        fit("connections", "all ask", _medians(asking), lambda many: 1 / many, words),
-        fit("connections", "64 ask, these do not", _medians(idle), float, still, idle=True),
+        fit("connections", "all ask", _medians(asking), _shared, words, SHALLOW),
+        fit("connections", "bare uvicorn, all ask", _medians(bare), _shared, words, SHALLOW),
+        fit("connections", "64 ask, these do not", _medians(idle), float, still, FLAT),
     ]
+
+
+def allow_files(many: int) -> None:
+    """This process, and those that it starts, may have so many files open. Raises OSError with what to do."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < many:
+        if hard != resource.RLIM_INFINITY and hard < many:
+            raise OSError(f"{many} open files are needed and {hard} allowed: ulimit -Hn {many}, as root")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (many, hard))
+
+
+def _shared(many: float) -> float:
+    return 1 / many
 
 
 async def queue(quick: bool) -> list[Line]:
     """So many requests queued: the batcher's part of submitting, cancelling and dispatching one."""
     lines = []
+    words = "{a} us, and {b} us each time that the queue doubles, as a heap may (error {error})"
     for kind in (queue_cost.Kind(0), queue_cost.Kind(1_000, deadlines=True, priorities=True)):
         benches = {many: queue_cost.Bench(kind, many) for many in _some(QUEUED, quick)}
         for name, points in _operations(benches, quick).items():
-            words = "{a} us, and {b} us each time that the queue doubles, as a heap may (error {error})"
-            lines.append(fit("queue length", f"{name} ({kind})", points, log2, words))
+            lines.append(fit(f"queue length ({kind})", name, points, log2, words, SHALLOW))
     return lines
 
 
@@ -115,7 +142,8 @@ async def tenants(quick: bool) -> list[Line]:
     """So many tenants share 10,000 queued requests."""
     benches = {many: queue_cost.Bench(queue_cost.Kind(many), 10_000) for many in _some(TENANTS, quick)}
     words = "{a} us, and {b} us each time that tenants double: a heap of whose turn it is (error {error})"
-    return [fit("tenants", name, points, log2, words) for name, points in _operations(benches, quick).items()]
+    found = _operations(benches, quick)
+    return [fit("tenants", name, points, log2, words, SHALLOW) for name, points in found.items()]
 
 
 def _some(sizes: tuple[int, ...], quick: bool) -> tuple[int, ...]:
@@ -130,8 +158,8 @@ async def _timed(paths: Mapping[int, Path], requests: Mapping[int, int], quick: 
         for _ in range(_QUICK_ROUNDS if quick else _ROUNDS):
             for size, path in paths.items():
                 began = time.process_time()
-                await path.serve(requests[size])
-                found[size].append((time.process_time() - began) / requests[size] * 1e6)
+                served = await path.serve(requests[size])
+                found[size].append((time.process_time() - began) / served * 1e6)
     return _medians(found)
 
 

@@ -9,22 +9,25 @@ from math import log
 import numpy as np
 
 Point = tuple[float, float]
-# What is idle may cost no more than the noise of a measurement.
+# What a measurement may be off by.
 _NOISE = 1.3
-# And what grows may do so in proportion, with as much noise in the exponent.
-_LINEAR = 1.1
+# How fast a cost may grow, as a power of x: not at all; as a heap's logarithm and colder caches do, while a
+# walk over all would be 1; in proportion.
+FLAT, SHALLOW, LINEAR = 0.0, 0.5, 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """`idle`: what grows has nothing to do, so the cost may not. Times are microseconds per request."""
+    """`power`: the fastest that the cost may grow. `straight`: the fitted curve is a line over x. Times are
+    microseconds per request."""
 
     axis: str
     name: str
     points: list[Point]
     fitted: list[Point]
     explained: str
-    idle: bool
+    power: float
+    straight: bool
 
 
 def fit(
@@ -33,8 +36,7 @@ def fit(
     points: Sequence[Point],
     term: Callable[[float], float],
     words: str,
-    *,
-    idle: bool = False,
+    power: float,
 ) -> Line:
     """Points and a + b * term(x) through them; `words` has {a}, {b} and {error}, the mean relative one."""
     xs, ys = [x for x, _ in points], np.array([y for _, y in points])
@@ -44,7 +46,7 @@ def fit(
     fitted = [(x, float(a + b * term(x))) for x in xs]
     error = float(np.mean([abs(y - at) / y for (_, at), y in zip(fitted, ys, strict=True)]))
     explained = words.format(a=_short(a), b=_short(b), error=f"{error:.0%}")
-    return Line(axis, name, list(points), fitted, explained, idle)
+    return Line(axis, name, list(points), fitted, explained, power, term is float)
 
 
 def growth(line: Line) -> float:
@@ -53,13 +55,10 @@ def growth(line: Line) -> float:
 
 
 def verdict(line: Line) -> bool:
-    """Whether it grows as it may: not at all where idle, else no faster than in proportion, between any
-    point and the last."""
-    if line.idle:
-        return growth(line) <= _NOISE
+    """Whether it grows no faster than it may, between any point and the last."""
     last_x, last_y = line.points[-1]
     return all(
-        log(last_y / y) <= _LINEAR * log(last_x / x) + log(_NOISE) for x, y in line.points[:-1] if x > 0
+        log(last_y / y) <= line.power * log(last_x / max(x, 1.0)) + log(_NOISE) for x, y in line.points[:-1]
     )
 
 

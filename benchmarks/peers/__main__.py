@@ -28,7 +28,7 @@ from benchmarks.report import describe_machine
 from benchmarks.wrk import WrkError, require_wrk
 
 # Connections and seconds: magika's batch of 64 takes a third of a second or more, so a turn must see several.
-_MODELS = {"tiny": ((1, 16, 64, 256), 2), "wide": ((16, 64, 256), 2), "magika": ((1, 64), 4)}
+_MODELS = {"tiny": ((1, 16, 64, 256), 2), "wide": ((16, 64, 256), 2), "magika": ((1, 16, 64, 256), 4)}
 _SECTIONS = (*_MODELS, "overload")
 _OVERLOAD_S = 6
 _MAX_WAIT_MS = 2  # as apps/shared.py has it
@@ -56,7 +56,7 @@ class Bench:
         """Environments and versions."""
         for peer in self._options.peers:
             try:
-                python = OUR_PYTHON if peer is OURS else python_of(peer)
+                python = OUR_PYTHON if peer is OURS else python_of(peer, self._options.environments)
                 self.results.versions[peer.name] = versions_of(peer, python)
                 self._pythons[peer.name] = python
             except MissingError as error:
@@ -153,12 +153,19 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     names = tuple(peer.name for peer in PEERS)
     parser.add_argument("--peers", type=_some(names), default=names, help=f"some of {','.join(names)}")
     parser.add_argument(
-        "--connections", type=_numbers, help="with each model (default: 1,16,64,256; fewer where slow)"
+        "--connections", type=_numbers, help="with each model (default: 1,16,64,256; wide: not 1)"
     )
     parser.add_argument("--rounds", type=int, help="of the closed loops (default: 3; magika has one less)")
     parser.add_argument("--seconds", type=int, help="of each turn (default: 2; magika: 4)")
     parser.add_argument("--overload-rounds", type=int, help="(default: 1)", default=1)
     parser.add_argument("--max-batch", type=int, default=64, help="rows in a batch at most (default: 64)")
+    parser.add_argument(
+        "--environments",
+        type=Path,
+        metavar="FOLDER",
+        default=FOLDER,
+        help="where the peers' environments are, or are to be (default: benchmarks/out/peers)",
+    )
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="where to write")
     options = parser.parse_args(arguments)
     options.rounds = options.rounds or (1 if options.quick else 3)

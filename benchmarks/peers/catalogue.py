@@ -62,7 +62,7 @@ OURS = Peer(
     (),
     {Body.V2_JSON: V2_PATH, Body.V2_BINARY: V2_PATH},
     "/v2/health/ready",
-    "each request's `timeout`",
+    "each request's `timeout`, `--max-queue-rows`",
 )
 OTHERS = (
     Peer(
@@ -90,7 +90,7 @@ OTHERS = (
         ("nvidia-pytriton==0.7.0", _ENGINE[0]),  # it wants an older NumPy
         {Body.V2_JSON: V2_PATH, Body.V2_BINARY: V2_PATH},
         V2_READY,
-        "its queue policy: time and size",
+        "its queue policy's time",
         python="/usr/bin/python3.11",
         frozen=False,  # its processes take each other for dead when they go on
     ),
@@ -128,7 +128,7 @@ OTHERS = (
         ("ray[serve]==2.60.0", "orjson==3.13.0", *_ENGINE),
         {Body.PLAIN: "/", Body.RAW: "/"},
         "/",
-        "`request_timeout_s`, `max_ongoing_requests`, `max_queued_requests`",
+        "`request_timeout_s`, `max_ongoing_requests`, `max_queued_requests`; its HAProxy refuses none",
         start_s=120.0,
     ),
 )

@@ -1,4 +1,4 @@
-"""A virtual environment for each peer, below benchmarks/out/peers; made again when its packages change."""
+"""A virtual environment for each peer; made again when its packages change. It cannot be moved."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class MissingError(Exception):
     """A peer cannot be run here; the text says why."""
 
 
-def python_of(peer: Peer) -> Path:
+def python_of(peer: Peer, environments: Path = FOLDER) -> Path:
     """The interpreter of the peer's environment, which is made where missing. Raises MissingError."""
-    folder = FOLDER / peer.name
+    folder = environments.absolute() / peer.name
     python = folder / "venv" / "bin" / "python"
     stamp = folder / "installed.json"
     base = _base(peer)

@@ -106,6 +106,7 @@ def started(
     if peer is OURS:
         command = [str(python), "-m", "server.cli", "serve", told["PEER_MODEL"], f"--name={model}"]
         command += [f"--port={port}", f"--max-batch-size={max_batch}"]
+        command += [f"--max-queue-rows={max_queue}"] if max_queue else []
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,

@@ -33,14 +33,23 @@ class Table:
 
 
 def tables(results: Results) -> list[Table]:
-    """In the order of what they say first: the ratios, then the figures, then overload."""
-    found = []
-    if any(name != OURS.name for name in results.peers()):
-        met = Table("is cobatch ahead?", ["goal", "nearest", "times ours", "met"], goals(results))
-        found = [met, _ahead(results)]
+    """In the order of what they say first: the goals, the ratios, then the figures, then overload."""
+    found = [_goals(results), _ahead(results)] if any(name != OURS.name for name in results.peers()) else []
     cases = dict.fromkeys((turn.model, turn.kind) for turn in results.turns)
     found += [_figures(results.turns, model, kind) for model, kind in cases]
     return [*found, _overload(results)] if results.overload else found
+
+
+def _goals(results: Results) -> Table:
+    rows = []
+    for goal in goals(results):
+        found = "" if goal.found is None else f"{goal.found:.2f}"
+        met = {True: "yes", False: "no", None: "cannot be said"}[goal.met]
+        if goal.missing:
+            met += f" (not measured: {', '.join(TITLES[peer] for peer in goal.missing)})"
+        rows.append([goal.text, goal.where, f"{goal.at_least:g}", found, met])
+    heads = ["how many times better", "worst case", "at least", "found", "met"]
+    return Table("goals (medians of ratios within a round; the worst of all servers and cases)", heads, rows)
 
 
 def _figures(turns: list[Turn], model: str, kind: str) -> Table:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import shared
@@ -28,7 +27,8 @@ class Runtime(MLModel):
 
 
 if __name__ == "__main__":
-    folder = Path(tempfile.mkdtemp(prefix="mlserver-", dir=os.environ["PEER_FOLDER"]))
+    folder = Path(os.environ["PEER_FOLDER"], "settings")
+    folder.mkdir(exist_ok=True)
     settings = {
         "host": "127.0.0.1",
         "http_port": shared.PORT,
