@@ -4,14 +4,16 @@
 `cobatch profile` does, then for each load a server on this machine is sent requests at random times
 (Poisson), each with a deadline, and the same times are played in the simulator. What is compared is goodput
 (answered within the deadline, counted from when they should have left) and the p99 of what was answered.
-The profile is measured in each round, just before, because the machine's speed drifts. Loads are parts of
-the profile's capacity under the deadline.
+What HTTP costs server and generator is measured too, for the two share a core (`--request-us` of the
+simulator). The profile is measured in each round, just before, because the machine's speed drifts. Loads
+are parts of the profile's capacity under the deadline.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,9 @@ _MAX_BATCH_SIZE = 64
 _PROFILE_S = 4.0
 # Between the loop and the engine's thread, and back: two wake-ups and the work of the loop.
 _HANDOVER_MS = 0.1
+# To find out what HTTP costs on both sides: parts of the capacity, for so long each.
+_TRIED_LOADS = (0.1, 0.5)
+_TRIED_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +66,11 @@ def main() -> None:
     for number in range(options.rounds):
         profile = profile_of(options.model)
         most, _ = capacity(profile, profile.max_rows, options.deadline_ms / 1000)
-        print(f"round {number + 1}: capacity {most:,.0f}/s", flush=True)
+        us = request_us(options, most)
+        print(f"round {number + 1}: capacity {most:,.0f}/s, a request {us:.0f} us of HTTP", flush=True)
         for load in LOADS:
             times_s = arrivals(load * most, options.seconds, seed=number)
-            pair = real(options, times_s), simulated(options, profile, times_s)
+            pair = real(options, times_s), simulated(options, profile, us, times_s)
             found[load].append(pair)
             print(f"  load {load:g}: real {shown(pair[0])}, simulated {shown(pair[1])}", flush=True)
     print("| load | goodput/s, real | simulated | ratio | p99 ms, real | simulated | ratio |")
@@ -138,7 +144,33 @@ def request(options: argparse.Namespace, server: Server, seed: int) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-def simulated(options: argparse.Namespace, profile: Profile, times_s: Sequence[float]) -> Seen:
+def request_us(options: argparse.Namespace, most: float) -> float:
+    """What a request costs the server's event loop and the generator, which share the core that the engine
+    leaves: what more of them cost more, in microseconds."""
+    figures = []
+    for load in _TRIED_LOADS:
+        times_s = arrivals(load * most, _TRIED_S, seed=0)
+        with cobatch(model_path(options.model), options.model, True) as server:
+            bodies = [request(options, server, seed) for seed in range(_BODIES)]
+            before_us = _loop_us(server.pid) + _own_us()
+            drive(server.address, Load(bodies, times_s))
+            figures.append((len(times_s), _loop_us(server.pid) + _own_us() - before_us))
+    (few, few_us), (many, many_us) = figures
+    return (many_us - few_us) / (many - few)
+
+
+def _loop_us(pid: int) -> float:
+    """Of the first thread alone, which the event loop runs on."""
+    return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[0]) / 1e3
+
+
+def _own_us() -> float:
+    """Of this process and of its children that have ended: generators."""
+    who = (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in who) * 1e6
+
+
+def simulated(options: argparse.Namespace, profile: Profile, us: float, times_s: Sequence[float]) -> Seen:
     """The same arrivals in virtual time."""
     scenario = Scenario(
         profile,
@@ -148,6 +180,7 @@ def simulated(options: argparse.Namespace, profile: Profile, times_s: Sequence[f
         warmup_s=0.0,
         max_batch_size=_MAX_BATCH_SIZE,
         handover_ms=_HANDOVER_MS,
+        request_us=us,
     )
     results = results_of(run(scenario))
     good = results.total.goodput * scenario.seconds
