@@ -39,8 +39,8 @@ class Dispatcher:
 
     `on_dead`: with requests that a lane's engine could not run, nor can it anything else. `on_hung`: it has
     not ended a batch within `execution_timeout_s`. `on_late`: a request is not sent again because it would
-    be too late. `on_batch` may be set, to be told of each batch that came back once its answers are written,
-    while its requests are still in it; it must not raise, nor keep the requests.
+    be too late. `on_batch` may be set, to be told of each batch that came back or was given up, once its
+    answers are written, while its requests are still in it; it must not raise, nor keep the requests.
     """
 
     def __init__(
@@ -173,7 +173,12 @@ class Dispatcher:
         lane.running.clear()
         # They have not begun, and are as good as they were.
         self.retries.extendleft(reversed(waiting))
+        now_s = self._clock()
+        batch.started_s = max(batch.dispatched_s, now_s - limit_s)  # the engine has yet to say when
+        batch.finished_s = batch.answering_s = now_s
+        _note_failed(batch, batch.requests)
         self._on_hung(lane, batch, limit_s)
+        self._over(batch)
 
     def send_retry(self, lane: Lane) -> None:
         """Send the next half of a batch that failed, but for those whose callers are gone and those who would
@@ -220,13 +225,9 @@ class Dispatcher:
         figures.runs += 1
         figures.busy_s += outcome.finished_s - outcome.started_s
         if outcome.error is not None:
-            batch.failed = True
             batch.answering_s = self._clock()
             self._on_error(lane, batch, outcome.error)
-            batch.answered_s = self._clock()
-            if self.on_batch is not None:
-                self.on_batch(batch)
-            batch.requests = []
+            self._over(batch)
         else:
             assert outcome.outputs is not None
             batch.outputs = outcome.outputs
@@ -250,6 +251,13 @@ class Dispatcher:
             self._all.pop(lane, None)  # it was dead, and this was its last batch
         self._decide()
 
+    def _over(self, batch: Batch) -> None:
+        """A batch that failed is dealt with."""
+        batch.answered_s = self._clock()
+        if self.on_batch is not None:
+            self.on_batch(batch)
+        batch.requests = []
+
     def _hand_out(self, batch: Batch) -> None:
         finish = self._answers.finish
         for request in batch.requests:
@@ -266,7 +274,6 @@ class Dispatcher:
         try:
             own = cut_back(request, pad)
         except Exception as error:  # noqa: BLE001 - whatever it is, the caller must hear of it
-            request.batch = None
             self._answers.fail_run(request, f"its outputs cannot be cut back: {error!r}")
         else:
             self._answers.finish(request)
@@ -277,6 +284,7 @@ class Dispatcher:
     def _on_error(self, lane: Lane, batch: Batch, error: EngineError) -> None:
         requests = [request for request in batch.requests if request.state is State.RUNNING]
         self._counters.failed_runs += 1
+        _note_failed(batch, requests)
         if isinstance(error, EngineDeadError):
             if lane in self.lanes:
                 self.lanes.remove(lane)
@@ -287,3 +295,10 @@ class Dispatcher:
             self.retries.extendleft(part for part in (requests[half:], requests[:half]) if part)
         elif requests:
             self._answers.fail_run(requests[0], str(error))
+
+
+def _note_failed(batch: Batch, requests: list[Request]) -> None:
+    """There are no rows, and those who are told so, or lose their patience now, rode in this batch."""
+    batch.failed = True
+    for request in requests:
+        request.batch = batch

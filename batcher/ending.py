@@ -108,7 +108,6 @@ class Ending:
         log.critical("model %s: a batch of %d rows has not ended: %s", self.name, batch.rows, error)
         self._counters.hung += 1
         self._answers.fail_all(batch.requests, error)
-        batch.requests = []
         if self._on_lost is not None and self._admission.closed is None:
             # What waits goes on with the other lanes, or with the engine that is opened in place of this one.
             self._lanes_changed()

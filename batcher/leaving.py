@@ -127,6 +127,7 @@ class Leaving:
                 self._counters.expired += request.callers
             if part.error is not None and not request.partial:
                 self._withdraw(request)
+                request.batch = part.batch  # where it failed, if it had come so far
                 self._answers.fail(request, part.error)
             elif unanswered == 0:
                 self._join(request, parts)

@@ -115,7 +115,8 @@ class Request:
     and `failures` says which rows those are.
 
     `done` is called on the event loop exactly once for each accepted request that was not
-    cancelled: with `error` set, or with `batch` and `first_row` saying where its rows are.
+    cancelled: with `error` set, and `batch` where it has failed in one; or with `batch` and `first_row`
+    saying where its rows are.
     A plain callback and not an `asyncio.Future`: a future schedules each of its callbacks through
     the loop again, which on a small model costs as much as the inference.
     """

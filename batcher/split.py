@@ -33,7 +33,8 @@ class Part(Request):
 
     def done(self) -> None:
         try:
-            if self.batch is not None:
+            if self.error is None:
+                assert self.batch is not None
                 end = self.first_row + self.rows
                 # A copy: the engine writes the next batch into these buffers.
                 self.outputs = [output[self.first_row : end].copy() for output in self.batch.outputs]
@@ -64,10 +65,10 @@ def join(whole: Request, parts: list[Part]) -> None:
     the first part's way to the engine and the sum of the runs; `rows` is the largest batch that a part
     rode in. Raises ValueError where the parts' outputs differ in shape but for the rows.
     """
-    batches = [part.batch for part in parts if part.batch is not None]
-    ran = next(part.outputs for part in parts if part.batch is not None)
+    batches = [part.batch for part in parts if part.error is None and part.batch is not None]
+    ran = next(part.outputs for part in parts if part.error is None)
     for part in parts:
-        if part.batch is None:
+        if part.error is not None:
             part.outputs = [_blank(output, part.rows) for output in ran]
     first, rows = batches[0], max(b.rows for b in batches)
     whole.batch = batch = Batch([], rows, whole.row_shapes, first.reason, first.lane)

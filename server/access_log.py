@@ -92,7 +92,7 @@ def line_of(record: Record, now: str) -> Line:
         line.batch = batch.number
         line.batch_rows = batch.rows
         line.reason = batch.reason
-        line.queue_us = round((batch.dispatched_s - record.enqueued_s) * 1e6)
+        line.queue_us = round(((batch.dispatched_s or batch.gathered_s) - record.enqueued_s) * 1e6)
         line.compute_us = round((batch.finished_s - batch.started_s) * 1e6)
     return line
 

@@ -18,6 +18,7 @@ from server.asgi import InferRoutes
 from server.auth.gate import Gate
 from server.auth.routes import auth_routes
 from server.batch_routes import BATCH, BatchRoute, batch_routes
+from server.batch_seen import ItemsSeen
 from server.core import Core
 from server.dashboard import dashboard_routes
 from server.explain import explain_routes
@@ -85,7 +86,9 @@ def build(core: Core) -> ASGIApp:
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     app.router.redirect_slashes = False
     # Inside the gate: the items of a batch go through `app` as the caller of the batch.
-    routes_app = InferRoutes(app, core, {BATCH: BatchRoute(core, app)})
+    routes_app = InferRoutes(
+        app, core, {BATCH: BatchRoute(core, app, ItemsSeen(watchers.recent, watchers.tracing))}
+    )
     if core.auth is not None:
         gate = Gate(routes_app, core.auth, open_metrics=core.settings.server.metrics_open)
         return Observed(gate, core)

@@ -109,21 +109,22 @@ def decode_batch(body: bytes | bytearray, limit: int) -> Sequence[Item]:
     return items
 
 
-def encode_batch(items: Sequence[AnyItem], replies: Sequence[Reply]) -> bytes:
-    """The answer: one object for each item, in the items' order."""
+def encode_batch(items: Sequence[AnyItem], replies: Sequence[Reply], call_id: bytes) -> bytes:
+    """The answer: one object for each item, in the items' order, with ids that follow from the call's."""
     pieces: list[bytes | memoryview] = []
     lead = b'{"responses":[{"id":'
-    for item, reply in zip(items, replies, strict=True):
+    for n, (item, reply) in enumerate(zip(items, replies, strict=True)):
         if reply.timing is not None and reply.content_type is JSON and not reply.headers:
             # A good answer, spelled out: nothing in it needs escaping.
             pieces.append(
-                b'%b%b,"status":%d,"headers":{"content-type":"application/json","server-timing":"%b"},"body":'
-                % (lead, _encode(item.id), reply.status, reply.timing)
+                b'%b%b,"status":%d,"headers":{"content-type":"application/json","x-request-id":"%b.%d",'
+                b'"server-timing":"%b"},"body":'
+                % (lead, _encode(item.id), reply.status, call_id, n, reply.timing)
             )
             pieces.extend(reply.body)
         else:
             pieces.append(b'%b%b,"status":%d,"headers":' % (lead, _encode(item.id), reply.status))
-            pieces.append(_encode(_headers_of(reply)))
+            pieces.append(_encode(_headers_of(reply) | {"x-request-id": f"{call_id.decode()}.{n}"}))
             if reply.length:
                 pieces.append(b',"body":')
                 pieces.extend(reply.body if b"json" in reply.content_type else (_text(reply),))

@@ -31,13 +31,17 @@ from server.batch_messages import (
     decode_infer_batch,
     encode_batch,
 )
-from server.bulk import BulkRequest, Member, submit_alike
+from server.batch_seen import Items, ItemsSeen
+from server.bulk import Member, submit_alike
 from server.compression import compressed
 from server.core import Core, InferRequest, instance_of
 from server.limits import BodyError, read_body
 from server.model import Model
+from server.observe import LEFT, LEFT_SLUG
 from server.problems import Problem, from_error, stopping
+from server.record import SEEN, Record, Seen, record_in
 from server.reply import JSON, Reply, send_reply
+from server.request_id import new_id
 from server.v2_messages import InferMessage
 
 log = logging.getLogger("cobatch.batch")
@@ -61,9 +65,10 @@ def batch_routes() -> list[Route]:
 class BatchRoute:
     """POST /batch as ASGI; `app` is the application for the items that are not infer requests."""
 
-    def __init__(self, core: Core, app: ASGIApp) -> None:
+    def __init__(self, core: Core, app: ASGIApp, seen: ItemsSeen) -> None:
         self._core = core
         self._app = app
+        self._seen = seen
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -98,12 +103,21 @@ class BatchRoute:
             if error.problem is None:
                 return None
             raise error.problem from None
+        record = record_in(scope) or Record("", "POST", BATCH, time.monotonic())
+        if principal is not None:
+            record.tenant = principal.tenant.name
         call = _Call(self._core, self._app, scope, *_parse(self._core, body, settings.max_batch_items))
-        replies = await call.answers(receive)
-        if replies is None:
-            return None
+        try:
+            replies = await call.answers(receive)
+            if replies is None:
+                return None
+            record.request_id = record.request_id or new_id()
+            await self._seen.all_done(record, call, replies, time.monotonic())
+        finally:
+            call.let_go()
         closing = any(reply.close for reply in replies)
-        reply = Reply(200, JSON, (encode_batch(call.items, replies),), close=closing)
+        text = encode_batch(call.items, replies, record.request_id.encode())
+        reply = Reply(200, JSON, (text,), close=closing)
         return await compressed(reply, headers.get(b"accept-encoding", b""), settings.compress_min_bytes)
 
 
@@ -127,15 +141,13 @@ def _models_of(core: Core, items: Sequence[AnyItem]) -> _Models:
     return [paths.get(item.url) if item.method == "POST" and not item.headers else None for item in items]
 
 
-class _Call:
+class _Call(Items):
     """One call's items on their way."""
 
     def __init__(
         self, core: Core, app: ASGIApp, scope: Scope, items: Sequence[AnyItem], models: _Models
     ) -> None:
-        self.items = items
-        self._models = models
-        self._counted = list(models)  # with those that only a closer look has shown
+        super().__init__(items, models)
         self._core = core
         self._app = app
         self._scope = scope
@@ -143,32 +155,31 @@ class _Call:
         self._replies: list[Reply | None] = [None] * len(items)
         self._open = len(items)
         self._bytes = 0  # of the answers that came through the application
-        self._requests: list[InferRequest | BulkRequest] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._watcher: asyncio.Task[None] | None = None
         self._done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
     async def answers(self, receive: Receive) -> list[Reply] | None:
         """All items' replies in order; None when the client left before there were all."""
-        began_s = time.monotonic()
-        for index, model in enumerate(self._models):
+        models = self.models.copy()
+        for index, model in enumerate(models):
             if model is None:
                 self._start_unusual(index, self.items[index])
         # After the tasks are made: they run before the batcher, told by the first of these, decides.
         alike: dict[Model, list[Member]] = {}
-        for index, (item, model) in enumerate(zip(self.items, self._models, strict=True)):
+        for index, (item, model) in enumerate(zip(self.items, models, strict=True)):
             if model is not None and type(item) is InferItem and item.message is not UNSET:
-                alike.setdefault(model, []).append((item.message, partial(self._answer, index)))
+                alike.setdefault(model, []).append((item.message, index))
             elif model is not None:
                 self._infer(index, item, model)
         for model, members in alike.items():
-            alone = partial(self._infer_alone, model)
-            self._requests += submit_alike(self._core, model, members, alone, self._principal)
+            self.together += submit_alike(self._core, model, members, self, self._principal)
         if self._open:
             # Most are answered before anybody could have left, and a task costs as much as an item or two.
             timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._watch_for_leaving, receive)
             try:
                 if not await self._done:
+                    self._count_left()
                     return None
             finally:
                 timer.cancel()
@@ -176,22 +187,26 @@ class _Call:
                     self._watcher.cancel()
                 if self._open:
                     self._leave()
-                # They and this object keep each other, until the next garbage collection.
-                self._requests.clear()
         replies = [reply for reply in self._replies if reply is not None]
-        self._count(replies, time.monotonic() - began_s)
+        self._count(replies, time.monotonic() - self.began_s)
         return replies
 
     def _count(self, replies: list[Reply], duration_s: float) -> None:
         """Each infer item is a request for its model. It took as long as the call: nobody has it sooner."""
-        alike = set(self._counted)
+        alike = set(self.models)
         if len(alike) == 1 and None not in alike and not any(reply.slug for reply in replies):
             (model,) = alike
             model.traffic.count_alike(len(replies), duration_s)  # type: ignore[union-attr]  # not None
             return
-        for model, reply in zip(self._counted, replies, strict=True):
+        for model, reply in zip(self.models, replies, strict=True):
             if model is not None:
                 model.traffic.count(reply.status, reply.slug, duration_s)
+
+    def _count_left(self) -> None:
+        """The client will not read any of the answers."""
+        for model in self.models:
+            if model is not None:
+                model.traffic.count(LEFT, LEFT_SLUG, 0.0)
 
     def _watch_for_leaving(self, receive: Receive) -> None:
         self._watcher = asyncio.create_task(self._watch(receive))
@@ -203,25 +218,27 @@ class _Call:
             self._done.set_result(False)
 
     def _leave(self) -> None:
-        for request in self._requests:
+        for request in [*self.together, *self.alone.values()]:
             self._core.cancel(request)
         for task in self._tasks:
             task.cancel()
 
-    def _answer(self, index: int, reply: Reply) -> None:
+    def answer(self, index: int, reply: Reply) -> None:
+        """An item's answer is there."""
         self._replies[index] = reply
         self._open -= 1
         if not self._open and not self._done.done():
             self._done.set_result(True)
 
     def _infer(self, index: int, item: AnyItem, model: Model) -> None:
-        reply = partial(self._answer, index)
-        request = self._infer_as_known(model, body_of(item), reply)
-        self._keep(request, item.url, reply)
+        request = self._infer_as_known(model, body_of(item), partial(self.answer, index))
+        self._keep(index, request, item.url)
 
-    def _infer_alone(self, model: Model, member: Member) -> None:
-        message, reply = member
-        self._keep(self._infer_as_known(model, message, reply), instance_of(model), reply)
+    def by_itself(self, model: Model, member: Member) -> None:
+        """Ask for a member as if it had come alone."""
+        message, index = member
+        request = self._infer_as_known(model, message, partial(self.answer, index))
+        self._keep(index, request, instance_of(model))
 
     def _infer_as_known(
         self, model: Model, body: bytes | InferMessage, reply: Callable[[Reply], None]
@@ -233,15 +250,15 @@ class _Call:
             return None
         return self._core.infer(model, body, None, reply, principal)
 
-    def _keep(self, request: InferRequest | None, instance: str, reply: Callable[[Reply], None]) -> None:
+    def _keep(self, index: int, request: InferRequest | None, instance: str) -> None:
         if request is None:
             return
         if any(binary for _, binary in request.wants):
             self._core.cancel(request)
             detail = "a batch's answers are JSON and carry no binary tensors"
-            reply(Problem("not-batchable", detail, field="body").reply(instance=instance))
+            self.answer(index, Problem("not-batchable", detail, field="body").reply(instance=instance))
             return
-        self._requests.append(request)
+        self.runs(index, request)
 
     def _start_unusual(self, index: int, item: AnyItem) -> None:
         try:
@@ -249,11 +266,11 @@ class _Call:
                 check_headers(item.headers)
             path, query = checked(item)
         except Problem as problem:
-            self._answer(index, problem.reply(instance=item.url.partition("?")[0]))
+            self.answer(index, problem.reply(instance=item.url.partition("?")[0]))
             return
         model = self._core.infer_paths.get(path) if item.method == "POST" else None
         if model is not None:
-            self._counted[index] = model
+            self.models[index] = model
             self._infer(index, item, model)
         else:
             through = self._through_app(index, item, path, query)
@@ -262,10 +279,16 @@ class _Call:
     async def _through_app(self, index: int, item: AnyItem, path: str, query: bytes) -> None:
         sub_call = SubCall(body_of(item))
         scope = scope_of(item, path, query, sub_call.body, self._scope)
+        record = self.records[index] = Record("", item.method, path, time.monotonic())
+        headers = dict(scope["headers"])
+        seen = scope[SEEN] = Seen(scope, sub_call.send, record.received_s, headers, record=record)
         try:
             await self._app(scope, sub_call.receive, sub_call.send)
         except Exception:
-            log.exception("an item of a batch failed: %s %s", item.method, path)
+            log.exception("an item of a batch failed: %s %r", item.method, path)
+        del scope[SEEN]  # or the two would keep each other until the next garbage collection
+        record.answered_s, record.slug = time.monotonic(), seen.slug
+        record.route = getattr(scope.get("route"), "path", "")
         reply = sub_call.reply()
         self._bytes += reply.length
         limit = self._core.settings.server.max_body_bytes
@@ -274,4 +297,4 @@ class _Call:
             detail = "the answers of this batch are larger than a body may be"
             problem = Problem("result-too-large", detail, body_bytes=self._bytes, limit_bytes=limit)
             reply = problem.reply(instance=item.url)
-        self._answer(index, reply)
+        self.answer(index, reply)

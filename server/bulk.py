@@ -8,10 +8,12 @@ by itself; where their run fails, they are run again in halves, and only those t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
 
 from batcher.errors import BatcherError, BatchFailedError
-from batcher.request import Payload
+from batcher.request import Payload, Request
 from batcher.tenant import Tenant
 from server.auth.principal import Principal
 from server.core import Core, InferRequest, ModelRequest, encoding_failed, instance_of
@@ -20,20 +22,32 @@ from server.problems import Problem, from_error
 from server.reply import Reply
 from server.v2_messages import InferMessage
 
-# An item: its message, and what to call with its reply.
-Member = tuple[InferMessage, Callable[[Reply], None]]
+# An item: its message, and its place in the call.
+Member = tuple[InferMessage, int]
+
+
+class Caller(Protocol):
+    """The call. `answer` gives an item its reply; `by_itself` asks for a member as if it had come alone;
+    `runs` is told of the request that an item is in after all, or failed in."""
+
+    def answer(self, index: int, reply: Reply) -> None: ...
+
+    def by_itself(self, model: Model, member: Member) -> None: ...
+
+    def runs(self, index: int, request: ModelRequest) -> None: ...
 
 
 class BulkRequest(ModelRequest):
     """One row for each member."""
 
-    __slots__ = ("members",)
+    __slots__ = ("caller", "members")
 
     def __init__(
         self,
         model: Model,
         members: Sequence[Member],
         rows: Sequence[Payload],
+        caller: Caller,
         tenant: Tenant | None,
     ) -> None:
         decoder = model.decoder
@@ -43,14 +57,18 @@ class BulkRequest(ModelRequest):
         self.callers = len(members)
         self.tenant = tenant
         self.members = members
+        self.caller = caller
 
     def done(self) -> None:
         members, self.members = self.members, ()
         if isinstance(self.error, BatchFailedError):
             self._run_apart(members)
             return
-        for message, reply in members:
-            reply(self._reply_to(message))
+        caller = self.caller
+        for message, index in members:
+            if self.error is not None:
+                caller.runs(index, self)
+            caller.answer(index, self._reply_to(message))
             self.first_row += 1
 
     def _reply_to(self, message: InferMessage) -> Reply:
@@ -69,26 +87,30 @@ class BulkRequest(ModelRequest):
         batcher = self.model.loaded_batcher
         # Nobody has been told of a failure yet.
         batcher.counters.failed -= self.callers
-        decode = self.model.decoder.decode_message
-        apart = [InferRequest(self.model, decode(message), reply, self.tenant) for message, reply in members]
-        batcher.run_again(list(apart), self.enqueued_s)
+        decode, answer = self.model.decoder.decode_message, self.caller.answer
+        apart: list[Request] = []
+        for message, index in members:
+            request = InferRequest(self.model, decode(message), partial(answer, index), self.tenant)
+            self.caller.runs(index, request)
+            apart.append(request)
+        batcher.run_again(apart, self.enqueued_s)
 
 
 def submit_alike(
     core: Core,
     model: Model,
     members: Sequence[Member],
-    by_itself: Callable[[Member], None],
+    caller: Caller,
     principal: Principal | None,
 ) -> list[BulkRequest]:
-    """Submit members together, as far as they are alike; the others go to `by_itself`, each alone."""
+    """Submit members together, as far as they are alike; the others go each by itself."""
     may = principal is None or principal.may_infer(model.name)
     alike: list[Member] = []
     rows: list[Payload] = []
     for member in members:
         row = None if not may or core.draining or model.batcher is None else _row_of(model, member[0])
         if row is None:
-            by_itself(member)
+            caller.by_itself(model, member)
         else:
             alike.append(member)
             rows.append(row)
@@ -98,7 +120,7 @@ def submit_alike(
     most = model.batcher.full_rows if model.batcher is not None else 1
     for first in range(0, len(alike), most):
         end = first + most
-        request = _submit(model, alike[first:end], rows[first:end], by_itself, tenant)
+        request = _submit(model, alike[first:end], rows[first:end], caller, tenant)
         if request is not None:
             requests.append(request)
     return requests
@@ -118,15 +140,15 @@ def _submit(
     model: Model,
     members: list[Member],
     rows: list[Payload],
-    by_itself: Callable[[Member], None],
+    caller: Caller,
     tenant: Tenant | None,
 ) -> BulkRequest | None:
-    request = BulkRequest(model, members, rows, tenant)
+    request = BulkRequest(model, members, rows, caller, tenant)
     try:
         model.loaded_batcher.submit(request, counts=False)
     except BatcherError:
         # There may be room for some of them, or time. Each is told, and counted, by itself.
         for member in members:
-            by_itself(member)
+            caller.by_itself(model, member)
         return None
     return request

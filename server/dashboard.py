@@ -22,6 +22,7 @@ from server.routing import guarded
 _FOLDER = Path(__file__).with_name("static")
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _PAGE = "index.html"
+_EVENTS = "text/event-stream"
 _HEADERS = {
     # Scripts, styles and the feed are this server's own, and nothing is written into the page as HTML.
     "content-security-policy": (
@@ -64,12 +65,13 @@ def dashboard_routes(core: Core, live: Live) -> list[Route]:
         return files[name].answer(request)
 
     async def events(request: Request) -> Response:
-        return StreamingResponse(
-            live.stream(principal_in(request.scope)),
-            media_type="text/event-stream",
-            # What stands in between must not collect it.
-            headers={"cache-control": "no-store", "x-accel-buffering": "no"},
-        )
+        # What stands in between must not collect it.
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        if request.method == "HEAD":
+            # It would wait for an end that does not come.
+            return Response(media_type=_EVENTS, headers=headers)
+        stream = live.stream(principal_in(request.scope))
+        return StreamingResponse(stream, media_type=_EVENTS, headers=headers)
 
     return [
         Route("/dashboard", guarded(core, "open", page), methods=["GET"]),

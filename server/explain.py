@@ -8,9 +8,10 @@ and costs each request the tenth of a microsecond.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -31,6 +32,12 @@ from server.routing import guarded, json
 
 _MOST_BATCHES = 1024
 _MOST_RECORDS = 2048
+_MOST_ITEMS = 16_384
+# Of a path this much is kept.
+LONGEST_PATH = 500
+_LONGEST_PARENT = 128
+# An item of a batch call: the call's id, and the item's place (`server.batch_seen`).
+_ITEM = re.compile(r"(.+)\.([0-9]{1,5})")
 
 WHY = {
     policy.FULL: "it had grown as far as growing pays",
@@ -39,7 +46,8 @@ WHY = {
     policy.DELAY: "its oldest request had waited for company as long as it may, or that company was there",
     policy.DEADLINE: "a deadline left no time to wait, or to grow",
     policy.DRAIN: "the server was about to stop",
-    policy.RETRY: "it is a part of a batch that failed, run again to find the request that is to blame",
+    policy.RETRY: "it is a part of a batch that failed, run again to find the request that is to blame, "
+    "or it lay behind a run that hung",
 }
 
 
@@ -62,20 +70,25 @@ class Recent:
         self._batches: deque[tuple[str, Batch, list[float], list[int], list[str]]]
         self._batches = deque(maxlen=_MOST_BATCHES)
         self._records: dict[str, Record] = {}
+        self._items: dict[str, Sequence[bytes | Record]] = {}  # by the call's id
+        self._items_kept = 0
 
     def on_batch(self, batcher: Batcher, batch: Batch) -> None:
         """Keep it, without its requests."""
         requests = batch.requests
-        if len(requests) == 1:
+        if len(requests) == 1 and requests[0].callers <= 1:
             # Lone requests pay for all of this by themselves.
             one = requests[0]
             rows = [] if batch.rows == 1 else [batch.rows]
             tenants = [] if one.tenant is None else [one.tenant.name]
             self._batches.append((batcher.name, batch, [one.enqueued_s], rows, tenants))
             return
+        if len(requests) != batch.rows:
+            # Items of a batch call that came together are a request each (the further parts of one are none).
+            requests = [one for one in requests for _ in range(one.callers or 1)]
         queued_s = [one.enqueued_s for one in requests]
         alike = len(requests) == batch.rows
-        rows = [] if alike else [one.rows for one in requests]
+        rows = [] if alike else [one.rows // (one.callers or 1) for one in requests]
         # Without authentication nobody has a tenant.
         first = requests[0].tenant if requests else None
         tenants = [] if first is None else [one.tenant.name if one.tenant else "" for one in requests]
@@ -83,11 +96,22 @@ class Recent:
 
     def on_request(self, record: Record) -> None:
         """Keep it, unless its id says where it rode."""
+        # What is kept must not be as long as a caller likes. The rest has been read by now.
+        record.path = record.path[:LONGEST_PATH]
+        record.traceparent, record.tracestate = record.traceparent[:_LONGEST_PARENT], ""
         if place_of(record.request_id) is None:
             self._records.pop(record.request_id, None)  # an id that comes again is the newest
             self._records[record.request_id] = record
             if len(self._records) > _MOST_RECORDS:
                 del self._records[next(iter(self._records))]
+
+    def on_items(self, call_id: str, items: Sequence[bytes | Record]) -> None:
+        """Keep what is known of a batch call's items, in order: ids that say where they rode, or records."""
+        kept = self._items
+        self._items_kept += len(items) - len(kept.pop(call_id, ()))
+        kept[call_id] = items
+        while self._items_kept > _MOST_ITEMS and len(kept) > 1:
+            self._items_kept -= len(kept.pop(next(iter(kept))))
 
     def last(self, model: str, most: int) -> list[Kept]:
         """The newest batches of a model, the newest last."""
@@ -97,11 +121,21 @@ class Recent:
     def explain(self, request_id: str) -> dict[str, Any]:
         """All that is known of it. Raises Problem where that is nothing."""
         record = self._records.get(request_id)
-        found = self._of_record(record) if record is not None else self._by_place(request_id)
+        found = self._of_record(record) if record is not None else self._of_item(request_id)
+        found = found or self._by_place(request_id)
         if found is None:
             detail = f"there was no request {request_id!r}, or it is too long ago"
             raise Problem("unknown-request", detail, id=request_id)
         return found
+
+    def _of_item(self, request_id: str) -> dict[str, Any] | None:
+        named = _ITEM.fullmatch(request_id)
+        items = () if named is None else self._items.get(named[1], ())
+        if named is None or int(named[2]) >= len(items):
+            return None
+        item = items[int(named[2])]
+        found = self._of_record(item) if isinstance(item, Record) else self._by_place(item.decode())
+        return None if found is None else found | {"id": request_id}
 
     def _by_place(self, request_id: str) -> dict[str, Any] | None:
         place = place_of(request_id)
@@ -113,7 +147,9 @@ class Recent:
         if place[1] not in firsts:
             return None
         index = firsts.index(place[1])
-        said = {"id": request_id, "model": kept.model, "status": 200, "rows": rows[index]}
+        said: dict[str, Any] = {"id": request_id, "model": kept.model, "rows": rows[index]}
+        if not kept.batch.failed:
+            said["status"] = 200
         if kept.tenants:
             said["tenant"] = kept.tenants[index]
         return self._complete(said, kept.queued_s[index], kept.batch.answered_s, [kept.batch])
@@ -125,6 +161,8 @@ class Recent:
         said |= {"status": record.status}
         said |= {"problem": record.slug} if record.slug else {}
         said |= {"rows": record.rows} if record.rows else {}
+        items = self._items.get(record.request_id)
+        said |= {"items": len(items)} if items else {}
         batch = record.batch
         batches = [] if batch is None else list(batch.joined) or [batch]
         return self._complete(said, record.enqueued_s or record.received_s, record.answered_s, batches)
@@ -156,6 +194,8 @@ class Recent:
             "slot": batch.slot,
             "compute_us": _us(batch.finished_s - batch.started_s),
         }
+        if batch.failed:
+            said["failed"] = True
         if kept is not None and kept.tenants:
             shares: dict[str, int] = {}
             for tenant, rows in zip(kept.tenants, kept.rows or [1] * len(kept.tenants), strict=True):
@@ -184,10 +224,11 @@ def _us(seconds: float) -> int:
 
 def _times(from_s: float, to_s: float, first: Batch, last: Batch) -> dict[str, int]:
     """Stages one after another; of a request in several batches, its runs are one stage."""
+    packed_s = first.dispatched_s or first.started_s  # packing it failed
     return {
         "queue": _us(first.gathered_s - from_s),
-        "pack": _us(first.dispatched_s - first.gathered_s),
-        "wait_for_engine": _us(first.started_s - first.dispatched_s),
+        "pack": _us(packed_s - first.gathered_s),
+        "wait_for_engine": _us(first.started_s - packed_s),
         "compute": _us(last.finished_s - first.started_s),
         "answer": _us(to_s - last.finished_s),
         "total": _us(to_s - from_s),
@@ -197,6 +238,9 @@ def _times(from_s: float, to_s: float, first: Batch, last: Batch) -> dict[str, i
 def _in_words(said: dict[str, Any]) -> Iterable[str]:
     times = said["times_us"]
     total = f"{times['total'] / 1000:.2f} ms"
+    if "items" in said:
+        yield f"It took {total} for {_counted(said['items'], 'item')}: ask for {said['id']}.0 and so on."
+        return
     if "batches" not in said:
         slug = said.get("problem")
         why = f": {KINDS[slug].title}" if slug in KINDS else ""
@@ -211,6 +255,8 @@ def _in_words(said: dict[str, Any]) -> Iterable[str]:
             f"It rode in batch {batch['number']} with {_counted(batch['rows'], 'row')}{others}, "
             f"which left because {batch['why']} ({batch['reason']})."
         )
+        if "failed" in batch:
+            yield "That batch failed, or did not end in time."
     waited = said["waited_for"]
     for wait in waited:
         of_batch = f"batch {wait['batch']} ({_counted(wait['rows'], 'row')})"

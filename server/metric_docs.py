@@ -59,13 +59,14 @@ _NOTES = """\
   empty where there is none, and where the caller was refused before his route was looked for.
 * `reason` of batches: `full`, `idle` and so on, as [scheduling.md](scheduling.md) explains them.
 * `tenant`: the 20 busiest by name, `other` for the rest. Who is among them counts from the time on at which he
-  was found to be; a tenant gives way to another that is twice as busy, and its series end then.
+  was found to be; a tenant gives way to another that is twice as busy, and its series end then. A tenant whose own
+  name is `other` is counted there.
 * `result` of `cobatch_auth_results_total`: `verified`, `remembered` or `key` where a caller became known;
   `missing`, `invalid`, `forged`, `refused-again`, `unknown-key`, `throttled` or `keys-unavailable` where not. The
   fast path looks at a credential once for as long as a client repeats its headers, so these are no requests.
 
-Each item of a `POST /batch` and each prediction counts as an inference request of its model; in
-`cobatch_http_requests_total` the call is one request.
+Each infer item of a `POST /batch` and each prediction counts as an inference request of its model (an item took as long
+as its call); in `cobatch_http_requests_total` the call is one request.
 
 GPUs are there where NVIDIA's NVML is, and the package `nvidia-ml-py` (`pip install cobatch[nvml]`). Of the process
 itself there are `process_*` (Linux) and `python_gc_*`, as `prometheus_client` has them.

@@ -89,11 +89,16 @@ def batch_path(models: Described) -> Json:
                "status": 400,
                "detail": "'/batch' cannot be asked for in a batch", "field": "url"}  # fmt: skip
     answers = [
-        {"id": "about", "status": 200, "headers": {"content-type": JSON}, "body": {"name": "cobatch"}},
+        {
+            "id": "about",
+            "status": 200,
+            "headers": {"content-type": JSON, "x-request-id": "a49bc15c-r5.0"},
+            "body": {"name": "cobatch"},
+        },
         {
             "id": "odd",
             "status": 400,
-            "headers": {"content-type": "application/problem+json"},
+            "headers": {"content-type": "application/problem+json", "x-request-id": "a49bc15c-r5.1"},
             "body": refused,
         },
     ]

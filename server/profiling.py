@@ -17,6 +17,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from batcher.batcher import Batcher
 from batcher.request import Batch
@@ -44,6 +45,18 @@ class Recorder:
         self.samples: list[Sample] = []
         self.left_out = 0
         self._requests = 0
+        self._told = False
+
+    def start(self) -> None:
+        """Be told of batches."""
+        self._told = True
+        self._core.observer.add(batches=self.on_batch)
+
+    def stop(self) -> None:
+        """Be told of no more."""
+        if self._told:
+            self._told = False
+            self._core.observer.remove(batches=self.on_batch)
 
     def on_batch(self, batcher: Batcher, batch: Batch) -> None:
         """A batch is over."""
@@ -95,21 +108,27 @@ class Recorder:
         }
 
 
+class _Recording(StreamingResponse):
+    """The answer. However it ends, also where it has not come to its first piece, `over` is called."""
+
+    over: Callable[[], None]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.over()
+
+
 def profile_routes(core: Core) -> list[Route]:
     """The route, for Starlette."""
     recording: list[Recorder] = []
 
-    async def record(seconds: float) -> AsyncIterator[bytes]:
-        recorder = Recorder(core)
-        core.observer.add(batches=recorder.on_batch)
-        recording.append(recorder)
-        try:
-            # Sends the headers.
-            yield b""
-            await recorder.watch(seconds)
-        finally:
-            core.observer.remove(batches=recorder.on_batch)
-            recording.remove(recorder)
+    async def record(recorder: Recorder, seconds: float) -> AsyncIterator[bytes]:
+        # Sends the headers.
+        yield b""
+        await recorder.watch(seconds)
+        recorder.stop()
         about = recorder.about(seconds)
         for piece in trace_text(recorder.batches, recorder.samples, recorder.begin_s, about):
             yield piece
@@ -125,7 +144,18 @@ def profile_routes(core: Core) -> list[Route]:
             raise Problem("profile-running", detail, retry_after_s=MOST_S)
         name = datetime.now(UTC).strftime("cobatch-%Y%m%dT%H%M%SZ.trace.json")
         headers = {"content-disposition": f'attachment; filename="{name}"', "cache-control": "no-store"}
-        return StreamingResponse(record(seconds), media_type="application/json", headers=headers)
+        recorder = Recorder(core)
+        # Before anything is awaited: of several who ask at once, one records.
+        recording.append(recorder)
+        recorder.start()
+
+        def over() -> None:
+            recorder.stop()
+            recording.remove(recorder)
+
+        response = _Recording(record(recorder, seconds), media_type="application/json", headers=headers)
+        response.over = over
+        return response
 
     return [Route("/v1/profile", guarded(core, "admin", profile), methods=["POST"])]
 

@@ -6,6 +6,7 @@ Registered by server/cli.py.
 from __future__ import annotations
 
 import json
+import math
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -45,15 +46,16 @@ def trace(
     token_file: TokenFile = None,
 ) -> None:
     """Record what the scheduler of a running server does, for https://ui.perfetto.dev or chrome://tracing."""
+    if not 0 < seconds < math.inf:
+        raise end(f"--seconds: expected a number over 0, got {seconds:g}", 1)
     path = output or Path(f"cobatch-{datetime.now().astimezone():%Y%m%dT%H%M%S}.trace.json")
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:
             call("POST", url, f"/v1/profile?seconds={seconds:g}", token_file, wait_s=seconds, keep=file.write)
         part.replace(path)
-    except CallError as error:
-        part.unlink()
+    except (CallError, OSError) as error:
         raise end(str(error), 1) from None
-    except OSError as error:
-        raise end(str(error), 1) from None
+    finally:
+        part.unlink(missing_ok=True)
     typer.echo(f"{path}: open it in https://ui.perfetto.dev or chrome://tracing")

@@ -4,6 +4,7 @@ There may be any number of tenants, and time series must not grow with them. Eac
 (`batcher.tenant.Figures`); here the counts are gathered into totals when somebody asks. A name has a total
 of its own from the time on at which it was found among the busiest; what it had before stays in `other`. It
 loses it to a name that has lately been much busier. So no total ever goes back, but one may begin anew at 0.
+A tenant that calls itself `other` is one of the others.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class TenantTotals:
     def _choose(self) -> None:
         """Who has a total of his own."""
         named, busy = self._named, self._busy
-        waiting = sorted((name for name in busy if name not in named), key=busy.__getitem__)
+        waiting = sorted((name for name in busy if name not in named and name != OTHER), key=busy.__getitem__)
         while waiting and self._most:
             name = waiting.pop()
             if len(named) >= self._most:

@@ -4,6 +4,7 @@
     ├─ queue     until a batch was made up
     ├─ batch     packed, in a slot of the engine, until the run began; linked to the batch's span
     └─ compute   the run
+    POST /batch                    (the same; an item of it is a span of this kind inside it)
     batch NAME   (a trace of its own: several callers' requests ride in it; links to each of them)
 
 Whether a request is traced is decided when its headers are there (head sampling): as its caller has decided,
@@ -19,6 +20,7 @@ OTEL_BSP_*.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import threading
 import time
@@ -60,6 +62,8 @@ _CLOSE_AFTER_S = 1.0
 _MOST_LINKS = 1024
 _STOP_S = 3.0
 _PROPAGATOR = TraceContextTextMapPropagator()
+# It warns of each `tracestate` that is none, with as much of it as its sender likes.
+logging.getLogger("opentelemetry.trace.span").setLevel(logging.ERROR)
 
 
 class Tracing:
@@ -142,6 +146,14 @@ class Tracing:
             self._stages(span, record, record.batch)
         span.end(self._ns(record.answered_s))
 
+    def item_done(self, call: Record, item: Record) -> None:
+        """Make the spans of a batch call's item inside the call's, if that is traced."""
+        if call.trace is not None:
+            item.trace = self._tracer.start_span(
+                item.method, set_span_in_context(call.trace), start_time=self._ns(item.received_s)
+            )
+            self.request_done(item)
+
     def _stages(self, span: Span, record: Record, batch: Batch) -> None:
         inside = set_span_in_context(span)
         mine = span.get_span_context()
@@ -166,6 +178,8 @@ class Tracing:
                 attributes=_batch_attributes(batch, model),
                 start_time=self._ns(batch.gathered_s),
             )
+            if batch.failed:
+                span.set_status(StatusCode.ERROR)
             if self._loop is not None:
                 # Those who ride in it are answered now or soon.
                 self._loop.call_later(_CLOSE_AFTER_S, self._close, batch)
@@ -224,6 +238,6 @@ def _batch_attributes(batch: Batch, model: str) -> dict[str, AttributeValue]:
         "cobatch.batch.rows": batch.rows,
         "cobatch.batch.reason": batch.reason,
         "cobatch.batch.slot": batch.slot,
-        "cobatch.batch.input_us": round((batch.dispatched_s - batch.gathered_s) * 1e6),
+        "cobatch.batch.input_us": round(max(0.0, batch.dispatched_s - batch.gathered_s) * 1e6),
         "cobatch.batch.compute_us": round((batch.finished_s - batch.started_s) * 1e6),
     }

@@ -263,11 +263,11 @@ class Served:
                 batcher.__dict__["submit"] = self._noticed(batcher.submit)
                 batcher.__dict__["cancel"] = self._noticed(batcher.cancel)
 
-    def _noticed(self, method: Callable[[Any], None]) -> Callable[[Request], None]:
+    def _noticed(self, method: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(method)
-        def call(request: Request) -> None:
+        def call(request: Request, **options: Any) -> None:
             try:
-                method(request)
+                method(request, **options)
             finally:
                 with self._changed:
                     self._changed.notify_all()

@@ -14,7 +14,7 @@ import pytest
 from server import dashboard
 from tests.in_process import gated
 from tests.protected import protected, token
-from tests.serving import DEADLINE_S, Served
+from tests.serving import DEADLINE_S, Served, get
 from tests.serving import gated as served_gate
 
 FOLDER = Path(dashboard.__file__).with_name("static")
@@ -160,6 +160,15 @@ def watching(served: Served) -> Iterator[Iterator[str]]:
         lines = feed.iter_lines()
         assert next(lines) == "event: hello"
         yield lines
+
+
+def test_who_asks_for_the_feeds_head_alone_does_not_wait_for_its_end() -> None:
+    with served_gate(True) as (served, _), served.connect() as client:
+        client.send(b"HEAD /dashboard/events HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client._until(b"\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+        client.send(get("/v2/health/live"))
+        # The connection goes on.
+        assert client._until(b"\r\n\r\n").startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize("fast", [True, False])

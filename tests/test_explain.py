@@ -160,6 +160,26 @@ def test_only_the_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         assert served.ask(get(f"/v1/requests/{refused[0]}")).status == 404
 
 
+@BOTH
+def test_what_is_kept_is_not_as_long_as_a_caller_likes(fast: bool) -> None:
+    with gated(fast) as (served, _):
+        long = {"traceparent": "0" * 9000, "tracestate": "a=b," * 4000}
+        given = id_of(served.ask(get("/none/" + "x" * 20_000).replace(b"\r\n\r\n", lines(long))))
+        found = explained(served, given)
+        kept = [
+            sink.__self__._records[given]  # type: ignore[attr-defined]  # a bound method
+            for sink in served.core.observer._recorded
+        ]
+    assert found["path"] == "/none/" + "x" * 494
+    for record in kept:
+        assert len(record.path) + len(record.traceparent) + len(record.tracestate) < 1000
+
+
+def lines(headers: dict[str, str]) -> bytes:
+    """More headers, and the end."""
+    return "".join(f"\r\n{name}: {value}" for name, value in headers.items()).encode() + b"\r\n\r\n"
+
+
 def test_every_reason_has_its_words() -> None:
     reasons = {value for name, value in vars(policy).items() if name.isupper() and isinstance(value, str)}
     assert set(explain.WHY) == reasons

@@ -54,6 +54,14 @@ def test_the_image_is_made_from_files_that_are_there() -> None:
     assert f"nvcr.io/nvidia/tensorrt:{tag}" in DOCS
 
 
+def test_the_script_runs_all_that_needs_a_gpu() -> None:
+    script = (ROOT / "scripts" / "gpu-check").read_text()
+    (listed,) = re.findall(r"^tests=\((.*)\)$", script, re.MULTILINE)
+    mark = "pytest.mark." + "gpu"
+    marked = {path for path in (ROOT / "tests").glob("test_*.py") if mark in path.read_text()}
+    assert {ROOT / path for path in listed.split()} == marked
+
+
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", DOCS):
         assert (ROOT / "docs" / target).is_file(), target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -97,11 +98,14 @@ def test_none_where_the_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
     gpus.close()
 
 
+@pytest.mark.gpu
 def test_a_real_one() -> None:
     gpus = Gpus()
     gpus.open()
     if not gpus.some:
-        pytest.skip("needs a GPU of NVIDIA's, its driver and nvidia-ml-py")
+        # In ./scripts/gpu-check there is one.
+        why_not = pytest.fail if os.environ.get("GPU_CHECK") else pytest.skip
+        why_not("needs a GPU of NVIDIA's, its driver and nvidia-ml-py")
     try:
         found = gpus.read()
     finally:

@@ -26,6 +26,11 @@ def test_a_run_that_does_not_end(fast: bool) -> None:
         answer = client.answer()
         assert (answer.status, answer.slug) == (504, "execution-timeout")
         assert answer.json["limit_ms"] == 50
+        told = served.ask(get(f"/v1/requests/{answer.headers['x-request-id']}")).json
+        (batch,) = told["batches"]
+        assert (batch["failed"], batch["rows"], batch["requests"]) == (True, 1, 1)
+        assert told["times_us"]["compute"] >= 49_000
+        assert "That batch failed, or did not end in time." in told["in_words"]
         assert served.ask(get("/v2/models/gate/ready")).status == 503
         assert served.ask(get("/v2/health/live")).status == 200
         waiting = stack.enter_context(served.connect())

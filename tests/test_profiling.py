@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections import defaultdict
@@ -17,6 +18,7 @@ from engines.errors import EngineRunError
 from server import profiling
 from server.cli import app
 from server.trace_events import BatchEvent, Sample, trace_text
+from tests import in_process
 from tests import protected as guarded
 from tests.serving import Client, Served, gate, gated, get, post
 
@@ -140,13 +142,15 @@ def test_what_had_begun_before_is_not_before_zero() -> None:
     assert [one["ts"] for one in events if one["ph"] == "C"] == [500_000]
 
 
-@pytest.mark.parametrize("count", [0, 1, 499, 500, 501, 1000])
-def test_it_comes_in_pieces_and_is_one_document(count: int) -> None:
-    batches = [batch(number) for number in range(count)]
+@pytest.mark.parametrize(("count", "requests"), [(0, 0), (1, 2), (499, 2), (500, 2), (1000, 2), (3, 5000)])
+def test_it_comes_in_small_pieces_and_is_one_document(count: int, requests: int) -> None:
+    """Small also where batches are large: between two pieces others have their turn."""
+    batches = [batch(number, requests=[(0.0, 1)] * requests) for number in range(count)]
     pieces = list(trace_text(batches, [Sample(0.0, 0.0, {})] * count, 0.0, {}))
-    assert len(pieces) == 3 + 2 * ((count + 499) // 500)
+    assert all(piece.count(b'"ph"') <= 500 for piece in pieces)
     document = json.loads(b"".join(pieces))
     assert len([one for one in document["traceEvents"] if one["name"] == "pack"]) == count
+    assert len([one for one in document["traceEvents"] if one["ph"] == "b"]) == count * requests
 
 
 # Recording
@@ -215,6 +219,14 @@ def test_only_one_at_a_time_and_a_client_that_leaves_ends_it() -> None:
         assert nobody_records(served)
 
 
+async def test_of_several_who_ask_at_once_one_records() -> None:
+    async with in_process.gated() as (running, _):
+        asking = [running.http.post("/v1/profile?seconds=0.01") for _ in range(3)]
+        answers = await asyncio.gather(*asking)
+        assert sorted(answer.status_code for answer in answers) == [200, 409, 409]
+        assert (await running.http.post("/v1/profile?seconds=0.01")).status_code == 200
+
+
 def test_what_is_over_the_limit_is_left_out_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiling, "_MOST_REQUESTS", 2)
     with gated(True) as (served, _), recording(served) as client:
@@ -265,4 +277,13 @@ def test_the_command_that_is_refused_leaves_no_file(tmp_path: Path) -> None:
         nowhere = command(served, "--seconds", "0.01", "-o", str(tmp_path / "none" / "x"))
     assert (told.exit_code, nowhere.exit_code) == (1, 1)
     assert "seconds must be a number over 0 and up to 60" in told.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
+def test_a_time_that_nobody_can_wait_for(seconds: str, tmp_path: Path) -> None:
+    with gated(True) as (served, _):
+        told = command(served, f"--seconds={seconds}", "-o", str(tmp_path / "x"))
+    assert told.exit_code == 1
+    assert f"--seconds: expected a number over 0, got {seconds}" in told.stderr
     assert list(tmp_path.iterdir()) == []

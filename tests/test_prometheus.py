@@ -8,8 +8,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from server.auth.authenticator import RESULTS
 from server.metric_docs import markdown
 from server.metric_names import FAMILIES
+from server.metrics import STATES
+from server.problem_kinds import KINDS
 from server.record import Record
 from tests.prometheus import prometheus, promtool
 from tests.protected import protected, token
@@ -153,3 +156,13 @@ def test_what_is_asked_for_is_there() -> None:
         for name, labels in re.findall(r"\b(cobatch_\w+)\{([^}]*)\}", one):
             used = set(re.findall(r"(\w+)\s*[=!]", labels)) - {"instance", "job"}
             assert used <= set(series[name].labels), one
+
+
+def test_the_rules_ask_for_values_that_labels_have() -> None:
+    """A reason or state that there is none of would switch an alert off, or keep it from leaving one out."""
+    known = {"reason": set(KINDS), "state": set(STATES), "result": set(RESULTS)}
+    asked = re.findall(r'(reason|state|result)(?:=|!=|=~|!~)"([^"]+)"', RULES.read_text())
+    assert {label for label, _ in asked} == {"reason", "state", "result"}
+    for label, pattern in asked:
+        for one in pattern.split("|"):
+            assert any(re.fullmatch(one, value) for value in known[label]), (label, one)

@@ -57,6 +57,17 @@ def test_all_by_name_where_there_are_few() -> None:
     assert (bob.answered, bob.queued_rows) == (1, 0)
 
 
+def test_a_tenant_called_other_is_one_of_the_others() -> None:
+    """Or there would be two series of that name."""
+    tenants = Tenants(2)
+    tenants.ask(OTHER, 9)
+    tenants.ask("ann", 3)
+    tenants.ask("bob", 2)
+    tenants.ask("cid", 1)
+    assert [name for name, _ in tenants.totals.totals()] == ["ann", "bob", OTHER]
+    assert tenants.shown == {"ann": 3, "bob": 2, OTHER: 10}
+
+
 def test_the_busiest_have_names_and_the_others_are_one() -> None:
     tenants = Tenants(2)
     for n in range(50):

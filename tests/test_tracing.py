@@ -129,7 +129,9 @@ def test_errors_are_the_servers_not_the_callers(fast: bool) -> None:
         assert served.ask(gate(1)).status == 500
         assert served.ask(get("/none")).status == 404
     by_status = {
-        attributes(one)["http.response.status_code"]: one for one in got.spans if not one.parent_span_id
+        attributes(one)["http.response.status_code"]: one
+        for one in got.spans
+        if one.kind == Span.SPAN_KIND_SERVER
     }
     assert {status: one.status.code for status, one in by_status.items()} == {
         400: Status.STATUS_CODE_UNSET,
@@ -139,6 +141,9 @@ def test_errors_are_the_servers_not_the_callers(fast: bool) -> None:
     assert attributes(by_status[400])["cobatch.problem"] == "not-json"
     assert "error.type" not in attributes(by_status[400])
     assert attributes(by_status[500])["error.type"] == "run-failed"
+    (of_batch,) = got.named("batch gate")
+    assert of_batch.status.code == Status.STATUS_CODE_ERROR
+    assert set(inside(got, by_status[500])) == {"queue", "batch", "compute"}
     # A path that nobody serves is no name: there would be as many as callers can think of.
     assert by_status[404].name == "GET"
     assert "http.route" not in attributes(by_status[404])

@@ -24,7 +24,7 @@ from batcher.errors import (
     ExpiredError,
 )
 from batcher.lane import BatchWorker
-from batcher.request import State
+from batcher.request import Batch, Request, State
 from engines.errors import EngineError, EngineRunError
 from engines.jobs import Job
 from server.model import Model
@@ -171,6 +171,44 @@ def test_what_had_not_begun_is_run_on_the_next_engine_and_before_what_is_queued(
         assert batcher.counters.failed == 8
         assert batcher.counters.reasons["retry"] == 1
         check_at_rest(batcher)
+
+    run(main())
+
+
+def test_who_watches_batches_is_told_of_it_once() -> None:
+    """With its requests, which know it; also that which was sent behind it, when it has run elsewhere."""
+
+    async def main() -> None:
+        house = House(Hanging(0))
+        told: list[tuple[Batch, list[Request]]] = []
+        house.batcher.watch_batches(lambda batch: told.append((batch, list(batch.requests))))
+        callers = calls(16)
+        house.submit(*callers)
+        await asyncio.sleep(COMES_BACK_S + 1)
+        check_hung(*callers[:8])
+        assert [requests for _, requests in told] == [callers[:8], callers[8:]]
+        (hung, _), (good, _) = told
+        assert [caller.batch for caller in callers] == [hung] * 8 + [good] * 8
+        assert (hung.failed, good.failed) == (True, False)
+        times = [hung.gathered_s, hung.dispatched_s, hung.started_s, hung.finished_s, hung.answered_s]
+        assert times == pytest.approx([0, 0, 0, LIMIT_S, LIMIT_S])
+        assert not hung.requests
+
+    run(main())
+
+
+def test_a_run_behind_another_began_when_that_ended() -> None:
+    async def main() -> None:
+        house = House(Hanging(1))
+        told: list[Batch] = []
+        house.batcher.watch_batches(told.append)
+        callers = calls(16)
+        house.submit(*callers)
+        await asyncio.sleep(1)
+        check_hung(*callers[8:])
+        hung = told[1]
+        assert (hung.dispatched_s, hung.started_s) == pytest.approx((0, RUN_S))
+        assert hung.finished_s == pytest.approx(RUN_S + LIMIT_S)
 
     run(main())
 
