@@ -49,9 +49,12 @@ class _Bucket:
         self.new = False
         self.expected_s = self.high_s = seed_s or 0.0
         self.runs: deque[tuple[float, int, float]] = deque(maxlen=_KEPT)  # when, rows, seconds
-        if seed_s is not None:
+        self._sow()
+
+    def _sow(self) -> None:
+        if self.seed_s is not None:
             # Twice, so that one run that was held up does not make the size look bad.
-            self.runs.extend([(-inf, rows, seed_s)] * 2)
+            self.runs.extend([(-inf, self.seed_rows, self.seed_s)] * 2)
 
     def forget(self) -> None:
         """Only the warm-up's word counts again, where there is one."""
@@ -60,7 +63,7 @@ class _Bucket:
             self.stale_s = min(2 * self.stale_s, _MOST_STALE_S)
             self.rows = float(self.seed_rows)
             self.runs.clear()
-            self.runs.extend([(-inf, self.seed_rows, self.seed_s)] * 2)
+            self._sow()
 
     def learn(self, now_s: float, more_row_s: float) -> None:
         """Take in the runs that were added; `more_row_s` is what one row more costs at about this size.
