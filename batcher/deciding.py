@@ -190,7 +190,7 @@ class Deciding:
         if len(self.dispatcher.lanes) > 1:
             return
         now_s = self._clock()
-        self._returns.ended(now_s, len(batch.requests))
+        self._returns.ended(now_s, batch)
         if not lane.running and not self._limits.max_delay_s:
             company = self._returns.company(self._queue.rows, self._queue.full_rows, self._latency)
             if company is not None:

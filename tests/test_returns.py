@@ -10,7 +10,12 @@ from statistics import fmean
 import pytest
 
 from batcher.batcher import Batcher
+from batcher.counters import EngineFigures
+from batcher.lane import Lane
+from batcher.latency import LatencyModel
 from batcher.policy import DEADLINE, DELAY, IDLE, LEAD_S
+from batcher.request import Batch
+from batcher.returns import Returns
 from tests.virtual import Call, FakeEngine, FakeWorker, make_batcher, run
 
 CALLERS = 16
@@ -101,7 +106,7 @@ def sizes(
     return [rows for _, rows in worker.ran]
 
 
-@pytest.mark.parametrize("back_s", [0.0001, 0.001, 0.002])
+@pytest.mark.parametrize("back_s", [0.0001, 0.001, 0.002, 0.003])
 def test_two_groups_become_one(back_s: float) -> None:
     reasons: dict[str, int] = {}
     assert set(sizes(steep, back_s, reasons=reasons)[30:-2]) == {CALLERS}
@@ -113,6 +118,31 @@ def test_nobody_is_waited_for_where_that_does_not_pay(run_s: Callable[[int], flo
     reasons: dict[str, int] = {}
     sizes(run_s, back_s, reasons=reasons)
     assert DELAY not in reasons
+
+
+@pytest.mark.parametrize(("unnoticed_s", "waits"), [(0.0, False), (0.002, True)])
+def test_an_engine_that_stands_idle_after_each_run_should_run_less_often(
+    unnoticed_s: float, waits: bool
+) -> None:
+    """Two runs of 8 ms, or one of 14 after a wait of 1.5 ms: it depends on what else a run costs."""
+    latency = LatencyModel(16, {8: 8000.0, 16: 14000.0})
+    returns = Returns()
+    lane = Lane(FakeWorker(FakeEngine()), 0, EngineFigures())
+    for number in range(12):
+        end_s = number * 0.010
+        batch = Batch([Call([[1]]) for _ in range(8)], 8, ((1,),), IDLE, lane)
+        batch.gathered_s = batch.dispatched_s = end_s - 0.008
+        batch.finished_s = end_s - unnoticed_s
+        returns.ended(end_s, batch)
+        for request in batch.requests:
+            request.enqueued_s = end_s + 0.0015
+        returns.left(batch.requests)
+    company = returns.company(8, 16, latency)
+    assert (company is not None) == waits
+    if company is not None:
+        rows, wait_s = company
+        assert rows == 16
+        assert wait_s == pytest.approx(0.004)
 
 
 def test_those_with_deadlines_wait_as_long_as_they_can() -> None:
