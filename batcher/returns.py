@@ -18,11 +18,11 @@ from batcher.latency import LatencyModel
 from batcher.request import Batch, Request
 
 # The wait is no longer than this part of the run that it is for,
-_PART_OF_RUN = 0.3
+_PART_OF_RUN = 0.4
 # and lets so many times as many rows through in a second.
 _GAIN = 1.05
-# So many batches in a row must have seen their callers back as soon.
-_SEEN = 6
+# Of so many batches all but one must have seen their callers back as soon.
+_SEEN = 10
 # Timers are late by so much, and so is whoever comes when one is due.
 _TIMER_S = 0.0005
 # Of those who come back, this part decides how long that takes; a wait is given so many times that.
@@ -39,12 +39,16 @@ class Returns:
         self._ends: deque[tuple[float, int]] = deque(maxlen=2)  # when a batch ended, with so many requests
         self._back_s: deque[float] = deque(maxlen=_SEEN)
         self._part = 0.0  # of those that a batch answers, so many rows for each
-        self._between_s = 0.0  # what comes on top of each run: until its end is noticed, and packing
+        # For so long the engine stands idle with each run: packing, starting, noticing its end.
+        self._between_s = 0.0
+        self._finished_s = 0.0
 
     def ended(self, now_s: float, batch: Batch) -> None:
         """This batch is about to be answered."""
         self._ends.append((now_s, len(batch.requests)))
-        between_s = now_s - batch.finished_s + batch.dispatched_s - batch.gathered_s
+        free_s = max(batch.gathered_s, self._finished_s)
+        self._finished_s = batch.finished_s
+        between_s = batch.started_s - free_s + now_s - batch.finished_s
         self._between_s += (between_s - self._between_s) * _NEW
 
     def left(self, requests: Sequence[Request]) -> None:
@@ -62,7 +66,8 @@ class Returns:
         """For how many rows, and how many seconds, it pays to wait when the engine has just become idle."""
         if len(self._back_s) < _SEEN or queued >= full_rows:
             return None
-        wait_s = max(self._back_s) + _TIMER_S
+        back_s = sorted(self._back_s)
+        wait_s = back_s[-2] + _TIMER_S  # one may have been held up
         rows = min(full_rows, queued + round(self._ends[-1][1] * self._part))
         run_s = latency.expected_s(rows)
         most_s = run_s * _PART_OF_RUN
@@ -72,5 +77,5 @@ class Returns:
         # nobody is there yet, whoever comes first would not leave alone but with some of the others.
         now_rows = queued or max(1, rows // 2)
         both_s = latency.expected_s(now_rows) + latency.expected_s(max(1, rows - now_rows)) + self._between_s
-        gain = both_s / (run_s + sum(self._back_s) / _SEEN)
+        gain = both_s / (run_s + back_s[_SEEN // 2])
         return (rows, min(wait_s * _MARGIN, most_s)) if gain > _GAIN else None

@@ -131,7 +131,7 @@ def test_an_engine_that_stands_idle_after_each_run_should_run_less_often(
     for number in range(12):
         end_s = number * 0.010
         batch = Batch([Call([[1]]) for _ in range(8)], 8, ((1,),), IDLE, lane)
-        batch.gathered_s = batch.dispatched_s = end_s - 0.008
+        batch.gathered_s = batch.started_s = end_s - 0.009
         batch.finished_s = end_s - unnoticed_s
         returns.ended(end_s, batch)
         for request in batch.requests:
