@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Mapping
 import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.auth.principal import principal_in
+from server.auth.principal import PRINCIPAL
 from server.compression import compressed
 from server.core import Core, InferRequest, instance_of
 from server.limits import BodyError, read_body
@@ -58,7 +58,7 @@ class InferRoutes:
         seen: Seen = scope[SEEN]
         headers = seen.headers
         reply = None
-        principal = principal_in(scope)
+        principal = scope.get(PRINCIPAL)
         if principal is not None or core.draining or model.batcher is None or model.batcher.full:
             reply = core.refusal(model, principal)
         if reply is None:

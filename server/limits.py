@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
-from starlette.types import Receive
+from starlette.types import Message, Receive
 
 from server.compression import decompress
 from server.problems import Problem, too_large
@@ -24,7 +24,14 @@ async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int
     length = headers.get(b"content-length", b"0")
     if length.isdigit() and (len(length) > 18 or int(length) > limit):
         raise BodyError(too_large(int(length[:18]), limit))
-    body = await _receive_all(receive, limit)
+    message = await receive()
+    if message["type"] == "http.request" and not message.get("more_body", False):
+        # At once, as small ones come; another coroutine would cost more than all of this.
+        body: bytes | bytearray = message.get("body", b"")
+        if len(body) > limit:
+            raise BodyError(too_large(len(body), limit))
+    else:
+        body = await _receive_all(message, receive, limit)
     coding = headers.get(b"content-encoding")
     if coding is None:
         return body
@@ -35,13 +42,7 @@ async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int
         raise BodyError(problem) from None
 
 
-async def _receive_all(receive: Receive, limit: int) -> bytes | bytearray:
-    message = await receive()
-    if message["type"] == "http.request" and not message.get("more_body", False):
-        body: bytes = message.get("body", b"")
-        if len(body) > limit:
-            raise BodyError(too_large(len(body), limit))
-        return body
+async def _receive_all(message: Message, receive: Receive, limit: int) -> bytearray:
     pieces = bytearray()
     while message["type"] == "http.request":
         pieces += message.get("body", b"")
