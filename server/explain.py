@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
-from itertools import accumulate
+from itertools import accumulate, chain, islice
 from typing import Any, NamedTuple
 
 from starlette.requests import Request
@@ -30,12 +30,12 @@ from server.record import Record
 from server.request_id import place_of
 from server.routing import guarded, json
 
-_MOST_BATCHES = 1024
+# Of all models together; each has its share.
+_MOST_BATCHES = 4096
 _MOST_RECORDS = 2048
 _MOST_ITEMS = 16_384
 # Of a path this much is kept.
 LONGEST_PATH = 500
-_LONGEST_PARENT = 128
 # An item of a batch call: the call's id, and the item's place (`server.batch_seen`).
 _ITEM = re.compile(r"(.+)\.([0-9]{1,5})")
 
@@ -61,14 +61,17 @@ class Kept(NamedTuple):
     tenants: list[str]
 
 
-class Recent:
-    """The last batches and records; `on_batch` and `on_request` are for the observer."""
+_Parts = tuple[str, Batch, list[float], list[int], list[str]]
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+
+class Recent:
+    """The last batches, of so many models, and records; `on_batch` and `on_request` are for the observer."""
+
+    def __init__(self, models: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        # What a `Kept` is made of: it is made when somebody asks.
-        self._batches: deque[tuple[str, Batch, list[float], list[int], list[str]]]
-        self._batches = deque(maxlen=_MOST_BATCHES)
+        # By model, what a `Kept` is made of: it is made when somebody asks.
+        most = _MOST_BATCHES // models
+        self._batches: defaultdict[str, deque[_Parts]] = defaultdict(lambda: deque(maxlen=most))
         self._records: dict[str, Record] = {}
         self._items: dict[str, Sequence[bytes | Record]] = {}  # by the call's id
         self._items_kept = 0
@@ -81,7 +84,7 @@ class Recent:
             one = requests[0]
             rows = [] if batch.rows == 1 else [batch.rows]
             tenants = [] if one.tenant is None else [one.tenant.name]
-            self._batches.append((batcher.name, batch, [one.enqueued_s], rows, tenants))
+            self._batches[batcher.name].append((batcher.name, batch, [one.enqueued_s], rows, tenants))
             return
         if len(requests) != batch.rows:
             # Items of a batch call that came together are a request each (the further parts of one are none).
@@ -92,13 +95,13 @@ class Recent:
         # Without authentication nobody has a tenant.
         first = requests[0].tenant if requests else None
         tenants = [] if first is None else [one.tenant.name if one.tenant else "" for one in requests]
-        self._batches.append((batcher.name, batch, queued_s, rows, tenants))
+        self._batches[batcher.name].append((batcher.name, batch, queued_s, rows, tenants))
 
     def on_request(self, record: Record) -> None:
         """Keep it, unless its id says where it rode."""
         # What is kept must not be as long as a caller likes. The rest has been read by now.
         record.path = record.path[:LONGEST_PATH]
-        record.traceparent, record.tracestate = record.traceparent[:_LONGEST_PARENT], ""
+        record.tracestate = ""
         if place_of(record.request_id) is None:
             self._records.pop(record.request_id, None)  # an id that comes again is the newest
             self._records[record.request_id] = record
@@ -115,8 +118,8 @@ class Recent:
 
     def last(self, model: str, most: int) -> list[Kept]:
         """The newest batches of a model, the newest last."""
-        found = [Kept(*kept) for kept in reversed(self._batches) if kept[0] == model]
-        return found[most - 1 :: -1] if len(found) >= most else found[::-1]
+        newest = list(islice(reversed(self._batches.get(model, ())), most))
+        return [Kept(*kept) for kept in reversed(newest)]
 
     def explain(self, request_id: str) -> dict[str, Any]:
         """All that is known of it. Raises Problem where that is nothing."""
@@ -206,8 +209,8 @@ class Recent:
     def _waited_for(self, model: str, from_s: float, batch: Batch) -> list[dict[str, Any]]:
         """The runs of other batches between its coming and its own batch's run."""
         waits = []
-        for name, one, *_ in self._batches:
-            if name != model or one is batch or one.lane is not batch.lane:
+        for _, one, *_ in self._batches.get(model, ()):
+            if one is batch or one.lane is not batch.lane:
                 continue
             overlap_s = min(one.finished_s, batch.started_s) - max(one.started_s, from_s)
             if overlap_s > 0:
@@ -215,7 +218,8 @@ class Recent:
         return waits
 
     def _kept(self, number: int) -> Kept | None:
-        return next((Kept(*kept) for kept in self._batches if kept[1].number == number), None)
+        kept = chain.from_iterable(self._batches.values())
+        return next((Kept(*one) for one in kept if one[1].number == number), None)
 
 
 def _us(seconds: float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 from typing import Any, NamedTuple
@@ -10,13 +11,13 @@ log = logging.getLogger("cobatch.gpu")
 
 
 class Gpu(NamedTuple):
-    """One GPU now. `utilization` is from 0 to 1, None where the GPU does not say."""
+    """One GPU now; `utilization` is from 0 to 1. None is what the GPU does not say."""
 
     number: int
     name: str
     uuid: str
-    memory_bytes: int
-    used_bytes: int
+    memory_bytes: int | None
+    used_bytes: int | None
     utilization: float | None
 
 
@@ -64,13 +65,16 @@ class Gpus:
 
     def _read(self, index: int, handle: Any) -> Gpu:
         nvml = self._nvml
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-        try:
-            utilization = nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
-        except nvml.NVMLError:
-            utilization = None  # a part of a GPU (MIG) does not say
         name, uuid = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetUUID(handle)
-        return Gpu(index, _text(name), _text(uuid), int(memory.total), int(memory.used), utilization)
+        total = used = utilization = None
+        # A GPU that shares the machine's memory has no figures of its own, a part of one (MIG) does not say
+        # how busy it is.
+        with contextlib.suppress(nvml.NVMLError):
+            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+            total, used = int(memory.total), int(memory.used)
+        with contextlib.suppress(nvml.NVMLError):
+            utilization = nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+        return Gpu(index, _text(name), _text(uuid), total, used, utilization)
 
 
 def _text(value: str | bytes) -> str:

@@ -203,10 +203,14 @@ def _engines(loaded: Loaded) -> Iterator[Metric]:
 
 def _gpus(gpus: Sequence[Gpu]) -> Iterator[Metric]:
     yield _info(names.GPU_INFO, [(gpu.number, gpu.name, gpu.uuid) for gpu in gpus])
-    yield _gauge(names.GPU_MEMORY, [((gpu.number,), gpu.memory_bytes) for gpu in gpus])
-    yield _gauge(names.GPU_MEMORY_USED, [((gpu.number,), gpu.used_bytes) for gpu in gpus])
-    busy = [(gpu.number, gpu.utilization) for gpu in gpus]
-    yield _gauge(names.GPU_BUSY, [((index,), share) for index, share in busy if share is not None])
+    figures: tuple[tuple[Family, Callable[[Gpu], float | None]], ...] = (
+        (names.GPU_MEMORY, lambda gpu: gpu.memory_bytes),
+        (names.GPU_MEMORY_USED, lambda gpu: gpu.used_bytes),
+        (names.GPU_BUSY, lambda gpu: gpu.utilization),
+    )
+    for family, figure in figures:
+        said = [(gpu.number, figure(gpu)) for gpu in gpus]
+        yield _gauge(family, [((number,), value) for number, value in said if value is not None])
 
 
 def _counter(family: Family, rows: Rows) -> Metric:

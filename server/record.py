@@ -25,6 +25,9 @@ REQUEST_ID = b"x-request-id"
 TRACEPARENT = b"traceparent"
 TRACESTATE = b"tracestate"
 TRACERESPONSE = b"traceresponse"
+# A record is kept, so what is in it must not be as long as a caller likes.
+_LONGEST_PARENT = 128
+_LONGEST_STATE = 2048
 # Headers that say under which name the caller knows a request.
 MARKS = frozenset((REQUEST_ID, TRACEPARENT, TRACESTATE))
 # Both edges serve it, and the router names it for none of them.
@@ -85,11 +88,14 @@ class Record(msgspec.Struct, eq=False):
         if name == REQUEST_ID:
             self.request_id = self.request_id or sane(value) or ""
         elif name == TRACEPARENT:
-            self.traceparent = self.traceparent or value.decode("latin-1")
+            self.traceparent = self.traceparent or value[:_LONGEST_PARENT].decode("latin-1")
         elif name == TRACESTATE:
-            # There may be several; together they are one list.
+            # There may be several; together they are one list. A long one need not be passed on (W3C Trace
+            # Context, "tracestate limits"), and a part of one would be wrong.
             state = value.decode("latin-1")
-            self.tracestate = f"{self.tracestate},{state}" if self.tracestate else state
+            state = f"{self.tracestate},{state}" if self.tracestate else state
+            if len(state) <= _LONGEST_STATE:
+                self.tracestate = state
 
     def ran(self, request: Request) -> None:
         """The batcher is done with it."""

@@ -18,16 +18,17 @@ from batcher.request import Batch
 
 # What UUIDs, ULIDs, Amazon's (Root=1-...), Heroku's and nginx's ids are made of.
 _SANE = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._:=@+-]{0,127}")
-# No other process has this.
+# No other process has this. A caller's id that begins so is that of another request.
 _PROCESS = secrets.token_hex(4)
+_OURS = f"{_PROCESS}-".encode()
 _LEAD = f"{_PROCESS}-%x.".encode()
 _OF_BATCH = re.compile(rf"{_PROCESS}-([0-9a-f]{{1,15}})\.(\d{{1,9}})")
 _numbers = count(1)
 
 
 def sane(value: bytes) -> str | None:
-    """The id as text, if it is one that may stand anywhere; else None."""
-    return value.decode("ascii") if _SANE.fullmatch(value) else None
+    """The id as text, if it is one that may stand anywhere and is not one of ours; else None."""
+    return value.decode("ascii") if _SANE.fullmatch(value) and not value.startswith(_OURS) else None
 
 
 def new_id() -> str:

@@ -20,7 +20,7 @@ class Watchers:
 
     def __init__(self, core: Core) -> None:
         settings, observer = core.settings.server, core.observer
-        self.recent = Recent()
+        self.recent = Recent(max(1, len(core.models)))
         observer.add(recorded=self.recent.on_request, batches=self.recent.on_batch)
         self._log: AccessLog | None = None
         if settings.access_log != "off":

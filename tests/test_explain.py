@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ from batcher import policy
 from engines.errors import EngineRunError
 from server import explain
 from server.cli import app
+from server.record import Record
 from server.request_id import place_of
 from tests import protected as guarded
 from tests.serving import GATE, Answer, Client, GatedEngine, Served, gate, gated, get, post
+from tests.virtual import Call, FakeEngine, FakeWorker, make_batcher, run
 
 BOTH = pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
 STAGES = ("queue", "pack", "wait_for_engine", "compute", "answer")
@@ -158,6 +162,46 @@ def test_only_the_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         assert statuses == [404, 200, 200]
         # Being asked is a request too.
         assert served.ask(get(f"/v1/requests/{refused[0]}")).status == 404
+
+
+def test_a_busy_model_leaves_the_others_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explain, "_MOST_BATCHES", 6)
+
+    async def main() -> None:
+        recent = explain.Recent(models=2)
+        for name in ("busy", "idle"):
+            batcher = make_batcher(FakeWorker(FakeEngine()))
+            batcher.name = name
+            batcher.watch_batches(partial(recent.on_batch, batcher))
+            for call in [Call([[1]]) for _ in range(10 if name == "busy" else 2)]:
+                batcher.submit(call)
+                await asyncio.sleep(1)
+        assert [len(recent.last(name, 40)) for name in ("busy", "idle", "none")] == [3, 2, 0]
+        numbers = [kept.batch.number for kept in recent.last("busy", 2)]
+        assert numbers == sorted(numbers)
+        assert len(numbers) == 2
+
+    run(main())
+
+
+@BOTH
+def test_an_id_of_ours_names_one_request_only(fast: bool) -> None:
+    with gated(fast) as (served, _):
+        for request in (gate(1), get("/none")):
+            first = id_of(served.ask(request))
+            before = explained(served, first)
+            again = id_of(served.ask(post(GATE, b"{", {"X-Request-Id": first})))
+            assert again != first
+            after = explained(served, first)
+            assert (after["status"], after["time"]) == (before["status"], before["time"])
+
+
+def test_a_list_of_states_is_kept_whole_or_not_at_all() -> None:
+    record = Record("", "GET", "/", 0.0)
+    record.mark(b"tracestate", b"a=1")
+    record.mark(b"tracestate", b"b=" + b"2" * 9000)
+    record.mark(b"tracestate", b"c=3")
+    assert record.tracestate == "a=1,c=3"
 
 
 @BOTH

@@ -19,13 +19,15 @@ class NvmlError(Exception):
 
 
 class Nvml:
-    """Two GPUs: one says how busy it is, the other does not. `lost` ones answer nothing."""
+    """Two GPUs: one says how busy it is, the other does not. `lost` ones answer nothing, `sharing` ones have
+    no memory of their own."""
 
     NVMLError = NvmlError
 
     def __init__(self) -> None:
         self.open = 0
         self.lost: set[int] = set()
+        self.sharing: set[int] = set()
 
     def nvmlInit(self) -> None:  # noqa: N802 - NVML's name, like those below
         self.open += 1
@@ -41,8 +43,8 @@ class Nvml:
 
     def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:  # noqa: N802
         assert self.open
-        if handle in self.lost:
-            raise NvmlError("GPU is lost")
+        if handle in self.lost | self.sharing:
+            raise NvmlError("Not Supported")
         return SimpleNamespace(total=80_000, used=20_000 + handle)
 
     def nvmlDeviceGetUtilizationRates(self, handle: int) -> Any:  # noqa: N802
@@ -51,6 +53,8 @@ class Nvml:
         return SimpleNamespace(gpu=35, memory=1)
 
     def nvmlDeviceGetName(self, handle: int) -> str | bytes:  # noqa: N802
+        if handle in self.lost:
+            raise NvmlError("GPU is lost")
         return b"Old" if handle else "New"
 
     def nvmlDeviceGetUUID(self, handle: int) -> str:  # noqa: N802
@@ -73,9 +77,13 @@ def test_each_gpu_is_there(nvml: Nvml) -> None:
         assert now.value("gpu_memory_used_bytes", gpu="1") == 20_001
         assert now.value("gpu_utilization_ratio", gpu="0") == 0.35
         assert now.value("gpu_utilization_ratio", gpu="1") is None
-        nvml.lost.add(0)
+        nvml.sharing.add(0)
         now = scrape(served)
         assert now.value("gpu_memory_bytes", gpu="0") is None
+        assert now.value("gpu_utilization_ratio", gpu="0") == 0.35
+        nvml.lost.add(0)
+        now = scrape(served)
+        assert now.value("gpu_info", gpu="0", name="New", uuid="GPU-0") is None
         assert now.value("gpu_memory_bytes", gpu="1") == 80_000
     assert nvml.open == 0
 
@@ -111,7 +119,9 @@ def test_a_real_one() -> None:
     finally:
         gpus.close()
     for gpu in found:
-        assert 0 < gpu.used_bytes <= gpu.memory_bytes
+        if gpu.memory_bytes is not None:
+            assert gpu.used_bytes is not None
+            assert 0 < gpu.used_bytes <= gpu.memory_bytes
         assert gpu.utilization is None or 0 <= gpu.utilization <= 1
         assert gpu.name
         assert gpu.uuid.startswith(("GPU-", "MIG-"))

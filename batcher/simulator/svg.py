@@ -11,7 +11,9 @@ Line = Sequence[tuple[float, float]]
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _WIDTH, _HEIGHT = 640, 380
 _FONT = 'font-family="sans-serif" font-size="12"'
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 36, 48
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 36, 48
+# The names of the lines stand beside the chart, where no line runs through them.
+_KEY, _CHARACTER = 40, 7
 
 
 def chart(
@@ -30,14 +32,16 @@ def chart(
     xs = _ticks(min(x for x, _ in points), max(x for x, _ in points))
     ys = _ticks(0.0, max(y for _, y in points))
 
+    width = _WIDTH + _KEY + _CHARACTER * max(map(len, lines), default=0)
+
     def at(x: float, y: float) -> tuple[float, float]:
         across = (x - xs[0]) / (xs[-1] - xs[0]) * (_WIDTH - _LEFT - _RIGHT)
         up = (y - ys[0]) / (ys[-1] - ys[0]) * (_HEIGHT - _TOP - _BOTTOM)
         return _LEFT + across, _HEIGHT - _BOTTOM - up
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" {_FONT}>',
-        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {_HEIGHT}" {_FONT}>',
+        f'<rect width="{width}" height="{_HEIGHT}" fill="white"/>',
         _text(_WIDTH / 2, 20, title, "middle", 'font-size="14"'),
         _text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 12, x_name, "middle"),
         _text(16, _HEIGHT / 2, y_name, "middle", f'transform="rotate(-90 16 {_HEIGHT / 2:g})"'),
@@ -60,8 +64,8 @@ def chart(
                 for x, y in (at(*point) for point in line)
             ]
         height = _TOP + 14 + 16 * number
-        parts.append(_stroke([(_LEFT + 10, height - 4), (_LEFT + 34, height - 4)], colour, 2, dash))
-        parts.append(_text(_LEFT + 40, height, name))
+        parts.append(_stroke([(_WIDTH, height - 4), (_WIDTH + 24, height - 4)], colour, 2, dash))
+        parts.append(_text(_WIDTH + 30, height, name))
     return "\n".join([*parts, "</svg>", ""])
 
 
