@@ -12,9 +12,9 @@ import shared
 from bentoml.validators import DType
 
 _DTYPE = "int32" if shared.NAME == "magika" else "float32"
-# A goal that its dispatcher works towards, and refuses what would miss it. Until it has learned what a request
-# takes, it also takes a fifteenth of that for it, so that with the default, a minute, whoever comes alone waits
-# for company for two thirds of a second. A few times what 256 callers have to wait at worst.
+# A goal that its dispatcher works towards, and refuses what would miss it. Until it has learned what a
+# request takes, it takes a fifteenth of the goal for it: with the default, a minute, whoever comes alone
+# waits for company for two thirds of a second. This is a few times what 256 callers have to wait at worst.
 _GOAL_MS = shared.DEADLINE_MS or (10_000 if shared.NAME == "magika" else 2_000)
 
 
