@@ -113,6 +113,11 @@ class Counters:
         return Counter(self._reasons)
 
     @property
+    def lost(self) -> int:
+        """Requests that were refused or given up for want of the engine's time."""
+        return self.expired + self.refusals["deadline"]
+
+    @property
     def batches(self) -> int:
         """Batches that ran."""
         return sum(self._reasons.values())

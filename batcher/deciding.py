@@ -68,6 +68,7 @@ class Deciding:
         self._returns = Returns()
         self._moment = Now(0.0, 0, 0, 0.0)
         self._lost = 0  # requests for want of time, when a batch was last made up
+        self._crowded = False  # there were some since the one before
         self._waits = False  # for those who have just been answered
         self._alone = 0  # so many batches in a row were of one request with none behind it
         self._soon = False  # it is going to be decided
@@ -142,6 +143,7 @@ class Deciding:
         now.running = len(lane.running)
         now.free_s = lane.free_s
         now.draining = self._admission.closed is not None
+        now.crowded = self._queue.deadlines > 0 and (self._crowded or self._counters.lost != self._lost)
         if self._limits.max_delay_s > 0 or self._queue.deadlines:
             # Early enough for a timer that is late: when only the run is left, a request is taken out.
             times = self._times.of(self._queue.next_group.row_shapes)
@@ -155,10 +157,10 @@ class Deciding:
         queue = self._queue
         most, plan = queue.full_rows, None
         if queue.deadlines:
-            counters = self._counters
-            lost = counters.expired + counters.refusals["deadline"]
+            lost = self._counters.lost
             times = self._times.of(group.row_shapes)
-            plan = Plan(max(self._clock(), lane.free_s), times, lost != self._lost)
+            self._crowded = lost != self._lost
+            plan = Plan(max(self._clock(), lane.free_s), times, self._crowded)
             self._lost = lost
             if plan.crowded and self._latency_target_s == math.inf:
                 most = self._latency.crowded_rows

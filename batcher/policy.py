@@ -5,10 +5,11 @@ leaves at once (unless `max_delay_s` asks for a wait, which runs from the oldest
 deadline does or where nobody else is to be expected; or unless those who have just been answered are known
 to be back in no time, see `batcher.returns`). While the engine is busy, waiting is free, so the next batch
 grows until the engine is done. A full batch gains nothing from waiting, so it leaves as soon as a slot is
-free and lies ready when the engine finishes; but where tenants or shapes compete it is made up as late as
-that allows, so that whoever comes meanwhile is not a whole batch too late (Symphony, Chen et al., 2023,
-defers a batch for as long as that costs nothing). What is full is `full_rows`: the size past which a row no
-longer gets cheaper (see `batcher.cost`), at most the largest batch the engine takes.
+free and lies ready when the engine finishes; but where tenants or shapes compete, or deadlines are missed, it
+is made up as late as that allows, so that whoever comes meanwhile is not a whole batch too late and those in
+it are as fresh as can be (Symphony, Chen et al., 2023, defers a batch for as long as that costs nothing).
+What is full is `full_rows`: the size past which a row no longer gets cheaper (see `batcher.cost`), at most
+the largest batch the engine takes.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ class Now:
     are being handed out still holds its slot. `free_s`: when the engine is expected to be idle.
     `run_s`: how long the next batch hardly ever takes. `rows_per_s`: how many rows arrive, None where that
     is not known yet. `company_rows`: those who have just been answered are expected to be back, so that so
-    many rows are there, by `company_by_s`; 0 where it does not pay to wait for them.
+    many rows are there, by `company_by_s`; 0 where it does not pay to wait for them. `crowded`: requests are
+    lost for want of the engine's time.
     """
 
     time_s: float
@@ -95,6 +97,7 @@ class Now:
     company_rows: int = 0
     company_by_s: float = 0.0
     draining: bool = False
+    crowded: bool = False
 
 
 @dataclass(slots=True)
@@ -140,12 +143,12 @@ def _with_company(queue: QueueView[G_co], now: Now) -> Dispatch[G_co] | WaitUnti
 
 
 def _while_busy(queue: QueueView[G_co], now: Now) -> Dispatch[G_co] | WaitUntil | None:
-    """Nothing leaves unless a batch is full. Where tenants or shapes compete, one leaves when it is about to
-    be run, and whose turn it is goes even if it has not filled a batch: always behind full ones, it would
-    wait for ever."""
+    """Nothing leaves unless a batch is full. Where tenants or shapes compete, or requests are lost, one leaves
+    when it is about to be run, and whose turn it is goes even if it has not filled a batch: always behind full
+    ones, it would wait for ever."""
     if queue.full_group is None:
         return None
-    if (queue.contended or queue.shapes > 1) and now.time_s < now.free_s - LEAD_S:
+    if (queue.contended or queue.shapes > 1 or now.crowded) and now.time_s < now.free_s - LEAD_S:
         return WaitUntil(now.free_s - LEAD_S)
     group = queue.next_group
     return Dispatch(group, FULL if group.rows >= queue.full_rows else SHAPE)

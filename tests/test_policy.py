@@ -157,6 +157,8 @@ def test_where_tenants_compete_a_batch_is_made_up_late(left_s: float, leaves: bo
     came = decided(full, now=replace(BUSY, free_s=free_s), contended=True)
     assert came == (Dispatch(full, FULL) if leaves else WaitUntil(free_s - LEAD_S))
     assert decided(full, now=replace(BUSY, free_s=free_s)) == Dispatch(full, FULL)
+    # So it is where requests are lost, whoever's they are.
+    assert decided(full, now=replace(BUSY, free_s=free_s, crowded=True)) == came
 
 
 COMPANY = Now(NOW_S, in_slots=0, running=0, free_s=NOW_S, company_rows=5, company_by_s=NOW_S + 0.002)
@@ -201,6 +203,7 @@ NOWS = st.builds(
     run_s=st.floats(0, 0.1),
     rows_per_s=st.none() | st.floats(0, 1000),
     draining=st.booleans(),
+    crowded=st.booleans(),
 ).map(lambda now: replace(now, running=min(now.running, now.in_slots)))
 
 
