@@ -144,8 +144,8 @@ def _with_company(queue: QueueView[G_co], now: Now) -> Dispatch[G_co] | WaitUnti
 
 def _while_busy(queue: QueueView[G_co], now: Now) -> Dispatch[G_co] | WaitUntil | None:
     """Nothing leaves unless a batch is full. Where tenants or shapes compete, or requests are lost, one
-    leaves when it is about to be run, and whose turn it is goes even if it has not filled a batch: always behind
-    full ones, it would wait for ever."""
+    leaves when it is about to be run, and whose turn it is goes even if it has not filled a batch: always
+    behind full ones, it would wait for ever."""
     if queue.full_group is None:
         return None
     if (queue.contended or queue.shapes > 1 or now.crowded) and now.time_s < now.free_s - LEAD_S:
