@@ -56,7 +56,7 @@ class Seen:
 def main() -> None:
     """Measure, simulate, print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.truth")
-    parser.add_argument("--model", default="wide", choices=["wide", "magika"])
+    parser.add_argument("--model", default="wide", choices=["wide", "deep", "magika"])
     parser.add_argument("--deadline-ms", type=float, default=150.0)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--rounds", type=int, default=3)

@@ -33,6 +33,7 @@ class Tensor:
 INPUTS = {
     "tiny": Tensor("x", "FP32", 16),
     "wide": Tensor("x", "FP32", 512),
+    "deep": Tensor("x", "FP32", 512),
     "magika": Tensor("bytes", "INT32", 2048),
 }
 _DTYPES = {"FP32": np.dtype("<f4"), "INT32": np.dtype("<i4")}
