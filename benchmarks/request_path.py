@@ -30,6 +30,7 @@ from benchmarks.floor_app import make_app
 from engines import loader
 from engines.base import Array, RowShapes, Signature, TensorSpec
 from server.asgi import InferRoutes
+from server.memory import keep_freed_memory
 from server.serve import Server
 from server.settings import ModelSettings, ServerSettings, Settings
 
@@ -188,6 +189,7 @@ async def serving(
     models: Sequence[str] = (MODEL,), elements: int = ELEMENTS, *, fast_path: bool = True
 ) -> AsyncIterator[Callable[[], Any]]:
     """cobatch with these models, all alike; what makes a connection's protocol."""
+    keep_freed_memory()  # as the command does
     settings = tuple(ModelSettings(path="idle.onnx", name=name) for name in models)
     http = ServerSettings(fast_path=fast_path, keep_alive_s=_KEEP_ALIVE_S)
     server = Server(Settings(server=http, models=settings))

@@ -24,6 +24,7 @@ from server.app import build
 from server.connection import Connection
 from server.core import Core
 from server.fastpath import make_protocol
+from server.memory import keep_freed_memory
 from server.setting_values import SettingsError
 from server.settings import Settings
 
@@ -49,6 +50,7 @@ def run(settings: Settings) -> int:
     if http.access_log == "json":
         for handler in logging.root.handlers:
             handler.setFormatter(JsonFormatter())
+    keep_freed_memory()
     try:
         check_tls(http.tls_cert, http.tls_key)
         server = Server(settings)

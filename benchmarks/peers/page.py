@@ -36,9 +36,9 @@ In a closed loop the mean latency is connections divided by requests/s whatever 
 that is as fast as another can have a tenth of its latency there: the goal for magika's median latency can
 only be met over servers that batching makes slower.
 
-BentoML has a goal for its latency of 2 s here, 10 s for magika (its default is a minute, which refuses nobody,
-but makes a caller who comes alone wait a little longer still): what its dispatcher takes for too late it
-refuses, and those are its failures.
+BentoML has a goal for its latency of 2 s here, 10 s for magika (its default is a minute, which refuses
+nobody, but makes a caller who comes alone wait a little longer still): what its dispatcher takes for too late
+it refuses, and those are its failures.
 """
 
 
