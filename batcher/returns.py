@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from math import inf
 
 from batcher.latency import LatencyModel
 from batcher.request import Batch, Request
@@ -58,7 +59,8 @@ class Returns:
             if end_s <= first_s:
                 back = requests[: min(answered, len(requests))]
                 last = back[max(0, int(len(back) * _MOST) - 1)]
-                self._back_s.append(last.enqueued_s - end_s)
+                # Who comes in larger numbers than were answered comes of himself: they all do, then.
+                self._back_s.append(last.enqueued_s - end_s if len(requests) <= answered else inf)
                 self._part = sum([request.rows for request in back]) / answered
                 return
 
