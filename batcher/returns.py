@@ -59,7 +59,7 @@ class Returns:
             if end_s <= first_s:
                 back = requests[: min(answered, len(requests))]
                 last = back[max(0, int(len(back) * _MOST) - 1)]
-                # Who comes in larger numbers than were answered comes of himself: they all do, then.
+                # Where more come than were answered, they come of their own accord.
                 self._back_s.append(last.enqueued_s - end_s if len(requests) <= answered else inf)
                 self._part = sum([request.rows for request in back]) / answered
                 return
