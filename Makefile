@@ -11,7 +11,7 @@ test: ## everything CI runs
 	./scripts/test
 
 bench: install ## the overhead table of the README (needs wrk: apt-get install wrk)
-	.venv/bin/python -m benchmarks.overhead
+	.venv/bin/python -m benchmarks.request_cost.overhead
 
 demo: ## a real model, many callers
 	./scripts/demo

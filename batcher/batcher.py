@@ -1,8 +1,8 @@
 """The batcher: admits requests, sends batches to the workers, hands the rows of each batch back.
 
 One per model, living on one event loop; every method runs there. What leaves when
-is decided in `batcher.deciding`, the order is the queue's (`batcher.queue`), the way to the engine and back
-is the dispatcher's (`batcher.dispatcher`); this file lets requests in.
+is decided in `batcher.scheduling.scheduler`, the order is the queue's (`batcher.scheduling.queue`), the way
+to the engine and back is the dispatcher's (`batcher.lanes`); this file lets requests in.
 
 Guarantees:
 
@@ -24,23 +24,23 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
-from batcher.admission import Admission
-from batcher.answers import Answers
-from batcher.counters import Counters
-from batcher.deciding import Deciding
-from batcher.dispatcher import Dispatcher
-from batcher.ending import Ending
-from batcher.errors import BatcherError
-from batcher.lane import BatchWorker, Lane
-from batcher.latency import LatencyModel
-from batcher.leaving import Leaving
-from batcher.padding import Padder
-from batcher.policy import Limits
-from batcher.queue import RequestQueue
-from batcher.request import Batch, Request, State
-from batcher.shapes import ShapeTimes
-from batcher.tenant import Tenant
-from engines.errors import EngineError
+from cobatch.batcher.completion import Answers
+from cobatch.batcher.ending import Ending
+from cobatch.batcher.errors import BatcherError
+from cobatch.batcher.lane import BatchWorker, Lane
+from cobatch.batcher.lanes import Dispatcher
+from cobatch.batcher.leaving import Leaving
+from cobatch.batcher.request import Batch, Request, State
+from cobatch.batcher.rows.padding import Padder
+from cobatch.batcher.scheduling.admission import Admission
+from cobatch.batcher.scheduling.policy import Limits
+from cobatch.batcher.scheduling.queue import RequestQueue
+from cobatch.batcher.scheduling.run_times import LatencyModel
+from cobatch.batcher.scheduling.scheduler import Deciding
+from cobatch.batcher.scheduling.shapes import ShapeTimes
+from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.batcher.statistics import Counters
+from cobatch.engines.errors import EngineError
 
 
 class Batcher:

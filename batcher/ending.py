@@ -9,21 +9,21 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from batcher.admission import Admission
-from batcher.answers import Answers
-from batcher.counters import Counters
-from batcher.dispatcher import Dispatcher
-from batcher.errors import (
+from cobatch.batcher.completion import Answers
+from cobatch.batcher.errors import (
     AbandonedError,
     BatcherError,
     DrainingError,
     EngineGoneError,
     ExecutionTimeoutError,
 )
-from batcher.lane import BatchWorker, Lane
-from batcher.queue import RequestQueue
-from batcher.request import Batch, Request
-from engines.errors import EngineError
+from cobatch.batcher.lane import BatchWorker, Lane
+from cobatch.batcher.lanes import Dispatcher
+from cobatch.batcher.request import Batch, Request
+from cobatch.batcher.scheduling.admission import Admission
+from cobatch.batcher.scheduling.queue import RequestQueue
+from cobatch.batcher.statistics import Counters
+from cobatch.engines.errors import EngineError
 
 log = logging.getLogger("cobatch.batcher")
 

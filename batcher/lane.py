@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from batcher.counters import EngineFigures
-from batcher.errors import EngineGoneError
-from batcher.request import Batch, Timer
-from engines.base import Engine
-from engines.jobs import Deliver, Job
+from cobatch.batcher.errors import EngineGoneError
+from cobatch.batcher.request import Batch, Timer
+from cobatch.batcher.statistics import EngineFigures
+from cobatch.engines.base import Engine
+from cobatch.engines.jobs import Deliver, Job
 
 
 class BatchWorker(Protocol):

@@ -10,13 +10,13 @@ import asyncio
 import math
 from collections.abc import Callable
 
-from batcher.admission import Admission
-from batcher.answers import Answers
-from batcher.counters import Counters
-from batcher.errors import ExpiredError
-from batcher.queue import RequestQueue
-from batcher.request import Request, State
-from batcher.split import Part, cut, join, let_go
+from cobatch.batcher.completion import Answers
+from cobatch.batcher.errors import ExpiredError
+from cobatch.batcher.request import Request, State
+from cobatch.batcher.rows.splitting import Part, cut, join, let_go
+from cobatch.batcher.scheduling.admission import Admission
+from cobatch.batcher.scheduling.queue import RequestQueue
+from cobatch.batcher.statistics import Counters
 
 # Sums of times are not exact.
 _ROUNDING_S = 1e-6

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import numpy as np
 
-    from batcher.fair import Share
-    from batcher.lane import Lane
-    from batcher.padding import Pad
-    from batcher.queue import Flow
-    from batcher.tenant import Tenant
-    from engines.base import RowShapes
+    from cobatch.batcher.lane import Lane
+    from cobatch.batcher.rows.padding import Pad
+    from cobatch.batcher.scheduling.fair_queueing import Share
+    from cobatch.batcher.scheduling.queue import Flow
+    from cobatch.batcher.scheduling.tenant import Tenant
+    from cobatch.engines.base import RowShapes
 
 # One value for each input, in the signature's order: the rows' bytes (C order, little-endian), or
 # for a BYTES tensor the list of its elements.

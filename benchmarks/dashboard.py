@@ -24,11 +24,11 @@ from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
 
-from benchmarks import wire
-from benchmarks.models import OUT, model_path
-from benchmarks.processes import Server, cobatch
-from benchmarks.procstat import cpu_us
-from server.auth import api_keys
+from benchmarks.common import wire
+from benchmarks.common.models import OUT, model_path
+from benchmarks.common.processes import Server, cobatch
+from benchmarks.common.procstat import cpu_us
+from cobatch.server.auth import api_keys
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 _PATH = "/v2/models/wide/infer"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from engines.base import Array
-from engines.errors import EngineError
+from cobatch.engines.base import Array
+from cobatch.engines.errors import EngineError
 
 
 class Job:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.base import Engine
-from engines.errors import EngineLoadError
+from cobatch.engines.base import Engine
+from cobatch.engines.errors import EngineLoadError
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +30,15 @@ class EngineOptions:
 
 
 def _onnxruntime(path: str, max_batch_size: int, options: EngineOptions) -> Engine:
-    from engines.onnxruntime import OnnxRuntimeEngine  # noqa: PLC0415 - load only the library that is used
+    from cobatch.engines.onnxruntime import OnnxRuntimeEngine  # noqa: PLC0415 - load only the library that is used
 
     return OnnxRuntimeEngine(path, max_batch_size, options.threads)
 
 
 def _tensorrt(path: str, max_batch_size: int, options: EngineOptions) -> Engine:
-    from engines.tensorrt.build import BuildOptions  # noqa: PLC0415 - the same
-    from engines.tensorrt.cache import plan_source  # noqa: PLC0415
-    from engines.tensorrt.engine import TensorRTEngine  # noqa: PLC0415
+    from cobatch.engines.tensorrt.engine import TensorRTEngine  # noqa: PLC0415
+    from cobatch.engines.tensorrt.plans.build import BuildOptions  # noqa: PLC0415 - the same
+    from cobatch.engines.tensorrt.plans.cache import plan_source  # noqa: PLC0415
 
     built_for = BuildOptions(max_batch_size=max_batch_size, runtime=options.tensorrt_runtime)
     return TensorRTEngine(

@@ -18,9 +18,9 @@ from math import prod
 import numpy as np
 import onnxruntime as ort
 
-from engines.base import Array, RowShapes, Signature, TensorSpec
-from engines.cores import cores
-from engines.errors import EngineLoadError, EngineRunError
+from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec
+from cobatch.engines.cores import cores
+from cobatch.engines.errors import EngineLoadError, EngineRunError
 
 _TYPES = {
     "tensor(bool)": "BOOL",

@@ -16,9 +16,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from engines.base import Array, Engine
-from engines.errors import EngineDeadError, EngineError, EngineLoadError, EngineRunError
-from engines.jobs import Deliver, Job, Outcome
+from cobatch.engines.base import Array, Engine
+from cobatch.engines.errors import EngineDeadError, EngineError, EngineLoadError, EngineRunError
+from cobatch.engines.jobs import Deliver, Job, Outcome
 
 log = logging.getLogger("cobatch.worker")
 

@@ -1,3 +1,1 @@
-"""The HTTP edge of cobatch: settings, routes, wire formats, the command line."""
-
-__version__ = "0.1.0"
+"""The HTTP edge: settings, routes, wire formats, the command line."""

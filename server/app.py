@@ -13,28 +13,28 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from engines.errors import EngineError
-from server.asgi import InferRoutes
-from server.auth.gate import Gate
-from server.auth.routes import auth_routes
-from server.batch_routes import BATCH, BatchRoute, batch_routes
-from server.batch_seen import ItemsSeen
-from server.core import Core
-from server.dashboard import dashboard_routes
-from server.explain import explain_routes
-from server.gpu import Gpus
-from server.live import Live
-from server.metrics_route import metrics_routes
-from server.observed import Observed
-from server.openapi import openapi_routes
-from server.problem_pages import problem_pages
-from server.problems import Problem
-from server.profiling import profile_routes
-from server.routing import as_response
-from server.settings import Settings
-from server.v1_routes import v1_routes
-from server.v2_routes import v2_routes
-from server.watchers import Watchers
+from cobatch.engines.errors import EngineError
+from cobatch.server.api.metrics_route import metrics_routes
+from cobatch.server.api.oauth import auth_routes
+from cobatch.server.api.problems import problem_pages
+from cobatch.server.api.profile import profile_routes
+from cobatch.server.api.routing import as_response
+from cobatch.server.api.v2 import v2_routes
+from cobatch.server.auth.gate import Gate
+from cobatch.server.batch.routes import BATCH, BatchRoute, batch_routes
+from cobatch.server.batch.spans import ItemsSeen
+from cobatch.server.dashboard import dashboard_routes
+from cobatch.server.dashboard.feed import Live
+from cobatch.server.edge.asgi import InferRoutes
+from cobatch.server.edge.observed import Observed
+from cobatch.server.http.problem import Problem
+from cobatch.server.inference.service import Core
+from cobatch.server.observability.gpu import Gpus
+from cobatch.server.observability.history import explain_routes
+from cobatch.server.openapi import openapi_routes
+from cobatch.server.predictions.routes import v1_routes
+from cobatch.server.settings.schema import Settings
+from cobatch.server.watchers import Watchers
 
 log = logging.getLogger("cobatch.server")
 

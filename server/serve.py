@@ -17,16 +17,16 @@ from types import FrameType
 
 import uvicorn
 
-from engines.errors import EngineError
-from server import uvicorn_parts
-from server.access_log import JsonFormatter
-from server.app import build
-from server.connection import Connection
-from server.core import Core
-from server.fastpath import make_protocol
-from server.memory import keep_freed_memory
-from server.setting_values import SettingsError
-from server.settings import Settings
+from cobatch.engines.errors import EngineError
+from cobatch.server.app import build
+from cobatch.server.edge import uvicorn_parts
+from cobatch.server.edge.connection import Connection
+from cobatch.server.edge.fast_path import make_protocol
+from cobatch.server.inference.service import Core
+from cobatch.server.memory import keep_freed_memory
+from cobatch.server.observability.access_log import JsonFormatter
+from cobatch.server.settings.schema import Settings
+from cobatch.server.settings.values import SettingsError
 
 log = logging.getLogger("cobatch.server")
 

@@ -6,13 +6,13 @@ import asyncio
 import importlib.util
 from typing import TYPE_CHECKING
 
-from server.access_log import LEVELS, AccessLog
-from server.core import Core
-from server.explain import Recent
-from server.setting_values import SettingsError
+from cobatch.server.inference.service import Core
+from cobatch.server.observability.access_log import LEVELS, AccessLog
+from cobatch.server.observability.history import Recent
+from cobatch.server.settings.values import SettingsError
 
 if TYPE_CHECKING:
-    from server.tracing import Tracing
+    from cobatch.server.observability.tracing import Tracing
 
 
 class Watchers:
@@ -56,6 +56,6 @@ def _tracing(ratio: float, endpoint: str | None) -> Tracing:
     # A heavy import, and an extra: for those who trace.
     if importlib.util.find_spec("opentelemetry") is None:
         raise SettingsError("server.tracing: needs OpenTelemetry's libraries: pip install 'cobatch[otel]'")
-    from server.tracing import Tracing  # noqa: PLC0415 - see above
+    from cobatch.server.observability.tracing import Tracing  # noqa: PLC0415 - see above
 
     return Tracing(ratio, endpoint)

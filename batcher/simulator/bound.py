@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import inf
 
-from batcher.simulator.profile import Profile
+from cobatch.batcher.simulator.profile import Profile
 
 _STEPS = 200
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from batcher.simulator.loop import VirtualLoop
-from batcher.simulator.profile import Profile
-from engines.base import Array, RowShapes, Signature
-from engines.jobs import Deliver, Job, Outcome
+from cobatch.batcher.simulator.clock import VirtualLoop
+from cobatch.batcher.simulator.profile import Profile
+from cobatch.engines.base import Array, RowShapes, Signature
+from cobatch.engines.jobs import Deliver, Job, Outcome
 
 _CHUNK = 4096
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from batcher.simulator.profile import Profile
-from engines.base import Engine
-from engines.worker import batch_sizes
+from cobatch.batcher.simulator.profile import Profile
+from cobatch.engines.base import Engine
+from cobatch.engines.worker import batch_sizes
 
 LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 _LEAST_RUNS = 3

@@ -9,11 +9,11 @@ from typing import Literal, Protocol, cast
 
 import numpy as np
 
-from batcher.batcher import Batcher
-from batcher.errors import BatcherError
-from batcher.simulator.engine import SimulatedWorker
-from batcher.simulator.loop import VirtualLoop
-from batcher.simulator.traffic import SimulatedRequest
+from cobatch.batcher.batcher import Batcher
+from cobatch.batcher.errors import BatcherError
+from cobatch.batcher.simulator.clock import VirtualLoop
+from cobatch.batcher.simulator.engine import SimulatedWorker
+from cobatch.batcher.simulator.traffic import SimulatedRequest
 
 Router = Literal["round-robin", "least-loaded", "two-choices"]
 ROUTERS: tuple[Router, ...] = ("round-robin", "least-loaded", "two-choices")

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from batcher.errors import ExpiredError
+from cobatch.batcher.errors import ExpiredError
 
 if TYPE_CHECKING:
-    from batcher.simulator.loop import VirtualLoop
-    from batcher.simulator.traffic import SimulatedRequest
+    from cobatch.batcher.simulator.clock import VirtualLoop
+    from cobatch.batcher.simulator.traffic import SimulatedRequest
 
 ANSWERED, EXPIRED, FAILED, REFUSED = range(4)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from batcher.simulator.bound import capacity, path_bound
-from batcher.simulator.records import ANSWERED, EXPIRED, FAILED, REFUSED
-from batcher.simulator.scenario import Closed, Run, Scenario
-from batcher.simulator.traffic import Traffic
+from cobatch.batcher.simulator.bound import capacity, path_bound
+from cobatch.batcher.simulator.records import ANSWERED, EXPIRED, FAILED, REFUSED
+from cobatch.batcher.simulator.scenario import Closed, Run, Scenario
+from cobatch.batcher.simulator.traffic import Traffic
 
 Array = np.ndarray[Any, Any]
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)

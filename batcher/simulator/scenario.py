@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from batcher.simulator.arrivals import Arrivals
-from batcher.simulator.baselines import Baseline, Clipper, FixedWindow, SizeOrTimeout, TritonLike
-from batcher.simulator.engine import Clockwork, SimulatedWorker
-from batcher.simulator.loop import VirtualLoop
-from batcher.simulator.nodes import CobatchNode, Node, Router, make_router
-from batcher.simulator.profile import Profile
-from batcher.simulator.records import Records
-from batcher.simulator.traffic import Caller, SimulatedRequest, Traffic
+from benchmarks.scheduling.baselines import Baseline, Clipper, FixedWindow, SizeOrTimeout, TritonLike
+from cobatch.batcher.simulator.arrivals import Arrivals
+from cobatch.batcher.simulator.clock import VirtualLoop
+from cobatch.batcher.simulator.engine import Clockwork, SimulatedWorker
+from cobatch.batcher.simulator.nodes import CobatchNode, Node, Router, make_router
+from cobatch.batcher.simulator.profile import Profile
+from cobatch.batcher.simulator.records import Records
+from cobatch.batcher.simulator.traffic import Caller, SimulatedRequest, Traffic
 
 COBATCH = "cobatch"
 _BASELINES: dict[str, Callable[..., Baseline]] = {

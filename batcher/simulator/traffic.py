@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from batcher.request import Request
-from batcher.simulator.arrivals import Arrivals, Trace, TraceError
-from batcher.tenant import Tenant
+from cobatch.batcher.request import Request
+from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.batcher.simulator.arrivals import Arrivals, Trace, TraceError
 
 if TYPE_CHECKING:
-    from batcher.simulator.nodes import Node
-    from batcher.simulator.records import Records
+    from cobatch.batcher.simulator.nodes import Node
+    from cobatch.batcher.simulator.records import Records
 
 _CHUNK = 4096
 _SHAPES = ((1,),)

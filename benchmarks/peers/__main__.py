@@ -16,23 +16,24 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import answers, wire
+from benchmarks.common import wire
+from benchmarks.common.processes import ROOT
+from benchmarks.common.wrk import WrkError, require_wrk
 from benchmarks.peers import overload, page, turns
 from benchmarks.peers.catalogue import OURS, PEERS, Peer
 from benchmarks.peers.environments import FOLDER, MissingError, python_of, versions_of
 from benchmarks.peers.results import Results
 from benchmarks.peers.servers import OUR_PYTHON, Running, started
 from benchmarks.peers.tables import tables
-from benchmarks.processes import ROOT
-from benchmarks.report import describe_machine
-from benchmarks.wrk import WrkError, require_wrk
+from benchmarks.request_cost import answers
+from benchmarks.request_cost.report import describe_machine
 
 # Connections and seconds: magika's batch of 64 takes a third of a second or more, so a turn must see several.
 _MODELS = {"tiny": ((1, 16, 64, 256), 2), "wide": ((16, 64, 256), 2), "magika": ((1, 16, 64, 256), 4)}
 _SECTIONS = (*_MODELS, "overload")
 _OVERLOAD_S = 6
 _MAX_WAIT_MS = 2  # as apps/shared.py has it
-_CHECKED = 32  # as benchmarks.answers has it
+_CHECKED = 32  # as benchmarks.request_cost.answers has it
 _CANNOT = (MissingError, answers.WrongAnswerError, wire.RefusedError, WrkError, OSError)
 
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import orjson
 
-from benchmarks import wire
+from benchmarks.common import wire
 from benchmarks.peers.catalogue import Body
 
 _JSON = {"Content-Type": "application/json"}

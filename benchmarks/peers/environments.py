@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.models import OUT
+from benchmarks.common.models import OUT
 from benchmarks.peers.catalogue import Peer
 
 FOLDER = OUT / "peers"

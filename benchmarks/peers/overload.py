@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from batcher.simulator.arrivals import Poisson
-from benchmarks import wire
-from benchmarks.open_loop import Load, drive
+from benchmarks.common import wire
+from benchmarks.common.open_loop import Load, drive
 from benchmarks.peers import bodies
 from benchmarks.peers.catalogue import OURS, Body, Peer
 from benchmarks.peers.servers import Running, started
 from benchmarks.peers.turns import measured, warm_up
+from cobatch.batcher.simulator.arrivals import Poisson
 
 MODEL = "wide"
 FACTOR = 1.5

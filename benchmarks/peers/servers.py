@@ -16,12 +16,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.models import model_path
-from benchmarks.offline import default_threads
+from benchmarks.common.models import model_path
+from benchmarks.common.offline import default_threads
+from benchmarks.common.processes import ROOT
+from benchmarks.common.procstat import descendants, memory_bytes
 from benchmarks.peers.catalogue import OURS, Body, Peer
 from benchmarks.peers.environments import FOLDER, MissingError
-from benchmarks.processes import ROOT
-from benchmarks.procstat import descendants, memory_bytes
 
 _APPS = Path(__file__).parent / "apps"
 _COUNTS = struct.Struct("=qq")
@@ -104,7 +104,7 @@ def started(
     }
     command = [str(python), peer.app]
     if peer is OURS:
-        command = [str(python), "-m", "server.cli", "serve", told["PEER_MODEL"], f"--name={model}"]
+        command = [str(python), "-m", "cobatch", "serve", told["PEER_MODEL"], f"--name={model}"]
         command += [f"--port={port}", f"--max-batch-size={max_batch}"]
         command += [f"--max-queue-rows={max_queue}"] if max_queue else []
     with log.open("wb") as output:

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks import answers, wire
-from benchmarks.models import model_path
+from benchmarks.common import wire
+from benchmarks.common.models import model_path
+from benchmarks.common.procstat import cpu_us
+from benchmarks.common.turns import wait_until_idle
+from benchmarks.common.wrk import run_wrk
 from benchmarks.peers import bodies
 from benchmarks.peers.catalogue import Body
 from benchmarks.peers.servers import Running
-from benchmarks.procstat import cpu_us
-from benchmarks.turns import wait_until_idle
-from benchmarks.wrk import run_wrk
+from benchmarks.request_cost import answers
 
 # LitServe polls, which takes a seventh of a core; who works off a backlog takes all of one.
 _IDLE_SHARE = 0.35

@@ -17,16 +17,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engines.base import Array, RowShapes, Signature
-from engines.errors import EngineDeadError, EngineError, EngineLoadError, EngineRunError
-from engines.tensorrt.driver import Device, as_engine_error, is_sticky
-from engines.tensorrt.errors_log import ErrorLog, make_log
-from engines.tensorrt.graphs import CaptureError, load_graphs
-from engines.tensorrt.memory import Needs, OutOfMemoryError, show_bytes, working_memory
-from engines.tensorrt.module import load_tensorrt
-from engines.tensorrt.recorder import make_recorder
-from engines.tensorrt.slot import Plan, Slot
-from engines.tensorrt.tensors import Buckets, estimate_buffers, read_tensors
+from cobatch.engines.base import Array, RowShapes, Signature
+from cobatch.engines.errors import EngineDeadError, EngineError, EngineLoadError, EngineRunError
+from cobatch.engines.tensorrt.api import load_tensorrt
+from cobatch.engines.tensorrt.cuda import Device, as_engine_error, is_sticky
+from cobatch.engines.tensorrt.diagnostics import make_recorder
+from cobatch.engines.tensorrt.errors_log import ErrorLog, make_log
+from cobatch.engines.tensorrt.graphs import CaptureError, load_graphs
+from cobatch.engines.tensorrt.memory import Needs, OutOfMemoryError, show_bytes, working_memory
+from cobatch.engines.tensorrt.slot import Plan, Slot
+from cobatch.engines.tensorrt.tensors import Buckets, estimate_buffers, read_tensors
 
 log = logging.getLogger("cobatch.tensorrt")
 

@@ -10,8 +10,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from engines.errors import EngineDeadError, EngineError, EngineRunError
-from engines.tensorrt.driver import CallError, is_sticky
+from cobatch.engines.errors import EngineDeadError, EngineError, EngineRunError
+from cobatch.engines.tensorrt.cuda import CallError, is_sticky
 
 
 class CaptureError(EngineRunError):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from engines.base import Array, RowShapes, Signature, TensorSpec
-from engines.errors import EngineRunError
-from engines.tensorrt.graphs import Graph
+from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec
+from cobatch.engines.errors import EngineRunError
+from cobatch.engines.tensorrt.graphs import Graph
 
 Shape = tuple[int, ...]
 

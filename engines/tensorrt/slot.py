@@ -25,13 +25,13 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from engines.base import Array, RowShapes, Signature, TensorSpec
-from engines.errors import EngineLoadError, EngineRunError
-from engines.tensorrt.driver import Device
-from engines.tensorrt.graphs import Graph
-from engines.tensorrt.layout import Layout, ProfileContext, infer, lay_out, set_shapes, view_rows
-from engines.tensorrt.memory import OutOfMemoryError
-from engines.tensorrt.tensors import Buckets, Profile
+from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec
+from cobatch.engines.errors import EngineLoadError, EngineRunError
+from cobatch.engines.tensorrt.cuda import Device
+from cobatch.engines.tensorrt.graphs import Graph
+from cobatch.engines.tensorrt.layout import Layout, ProfileContext, infer, lay_out, set_shapes, view_rows
+from cobatch.engines.tensorrt.memory import OutOfMemoryError
+from cobatch.engines.tensorrt.tensors import Buckets, Profile
 
 _KEPT = 256  # row shapes, and numbers of rows of a shape, that are remembered
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from engines.base import RowShapes, Signature, TensorSpec, within
-from engines.errors import EngineLoadError, EngineRunError
+from cobatch.engines.base import RowShapes, Signature, TensorSpec, within
+from cobatch.engines.errors import EngineLoadError, EngineRunError
 
 # BF16's bits travel in uint16: TensorRT's own `nptype` knows no NumPy type for it.
 _DATATYPES = {

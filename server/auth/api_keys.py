@@ -34,8 +34,16 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from server.auth.permissions import is_permission
-from server.setting_values import Given, SettingsError, Table, check_table, fields_of, read_toml, refused
+from cobatch.server.auth.permissions import is_permission
+from cobatch.server.settings.values import (
+    Given,
+    SettingsError,
+    Table,
+    check_table,
+    fields_of,
+    read_toml,
+    refused,
+)
 
 _SHAPE = re.compile(r"cb_([a-z2-7]{12})_([A-Za-z0-9_-]{43})")
 _ID = re.compile(r"[a-z2-7]{12}")

@@ -6,7 +6,7 @@ withdrawn, a refusal that time will not mend for a minute. Both are bounded in n
 first. API keys are looked up each time, since that costs a digest only.
 
 The digest, not the token, is the key here. (The fast path does keep the bytes of recent header blocks,
-tokens included, in this process's memory: server/fastpath.py.) A look-up's time tells nothing, since
+tokens included, in this process's memory: server/edge/fast_path.py.) A look-up's time tells nothing, since
 SHA-256 of what one does not know cannot be approached byte by byte.
 """
 
@@ -20,18 +20,18 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
-from server.auth.api_keys import ApiKeys
-from server.auth.bearer import Credential, token_of
-from server.auth.challenges import Challenges
-from server.auth.failures import Failures
-from server.auth.jwks import FetchedKeys, KeysUnavailableError, StaticKeys
-from server.auth.keys import Key, load_key_files, load_secret
-from server.auth.permissions import is_permission
-from server.auth.principal import Principal
-from server.auth.settings import AuthSettings, Issuer
-from server.auth.tenants import Tenants
-from server.auth.tokens import TokenError, TokenVerifier, Verified, claim_at
-from server.problems import Problem
+from cobatch.server.auth.api_keys import ApiKeys
+from cobatch.server.auth.bearer import Credential, token_of
+from cobatch.server.auth.challenges import Challenges
+from cobatch.server.auth.jwks import FetchedKeys, KeysUnavailableError, StaticKeys
+from cobatch.server.auth.keys import Key, load_key_files, load_secret
+from cobatch.server.auth.permissions import is_permission
+from cobatch.server.auth.principal import Principal
+from cobatch.server.auth.tenants import Tenants
+from cobatch.server.auth.throttle import Failures
+from cobatch.server.auth.tokens import TokenError, TokenVerifier, Verified, claim_at
+from cobatch.server.http.problem import Problem
+from cobatch.server.settings.auth import AuthSettings, Issuer
 
 # What comes of a credential that is looked at: who it is, from memory or not, or why nobody.
 RESULTS = (

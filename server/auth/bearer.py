@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 from urllib.parse import unquote_plus
 
-from server.auth.challenges import Challenges
+from cobatch.server.auth.challenges import Challenges
 
 AUTHORIZATION = b"authorization"
 API_KEY = b"x-api-key"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
-from server.problems import Problem
+from cobatch.server.http.problem import Problem
 
 WELL_KNOWN = "/.well-known/oauth-protected-resource"
 

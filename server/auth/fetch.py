@@ -23,7 +23,7 @@ from urllib import request
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 
-from server.auth.settings import Issuer, is_safe_url
+from cobatch.server.settings.auth import Issuer, is_safe_url
 
 TIMEOUT_S = 10.0
 MAX_BYTES = 1 << 20

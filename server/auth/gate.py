@@ -1,7 +1,7 @@
 """Authentication in front of the ASGI application: nothing behind it runs for strangers.
 
 What is open to everybody is listed here; whatever else there is, or will be, needs a credential. What a
-known caller may do is said where the routes are (`server.routing.guarded`).
+known caller may do is said where the routes are (`server.api.routing.guarded`).
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.auth.authenticator import Authenticator
-from server.auth.bearer import credential_in
-from server.auth.challenges import WELL_KNOWN
-from server.auth.principal import PRINCIPAL, Principal
-from server.auth.standing import standing
-from server.problems import Problem
-from server.reply import send_reply
+from cobatch.server.auth.authenticator import Authenticator
+from cobatch.server.auth.bearer import credential_in
+from cobatch.server.auth.challenges import WELL_KNOWN
+from cobatch.server.auth.principal import PRINCIPAL, Principal
+from cobatch.server.auth.standing import standing
+from cobatch.server.http.problem import Problem
+from cobatch.server.http.reply import send_reply
 
 # Health, what problems mean, where to get a token, and the live page without what it shows.
 OPEN = re.compile(

@@ -14,9 +14,9 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from server.auth.fetch import Fetch, Fetched, fetch_keys, fetch_url
-from server.auth.keys import Key, parse_jwks
-from server.auth.settings import AuthSettings, Issuer
+from cobatch.server.auth.fetch import Fetch, Fetched, fetch_keys, fetch_url
+from cobatch.server.auth.keys import Key, parse_jwks
+from cobatch.server.settings.auth import AuthSettings, Issuer
 
 __all__ = ["FetchedKeys", "KeysUnavailableError", "StaticKeys"]
 

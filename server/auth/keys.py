@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from jwt import PyJWTError
 from jwt.algorithms import Algorithm, ECAlgorithm, HMACAlgorithm, OKPAlgorithm, RSAAlgorithm
 
-from server.setting_values import SettingsError
+from cobatch.server.settings.values import SettingsError
 
 log = logging.getLogger("cobatch.auth")
 

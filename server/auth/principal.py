@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from starlette.types import Scope
 
-from batcher.tenant import Tenant
-from server.auth.permissions import ADMIN, INFER, METADATA
-from server.auth.settings import ModelRule
+from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.server.auth.permissions import ADMIN, INFER, METADATA
+from cobatch.server.settings.auth import ModelRule
 
 # Where the gate puts it in the ASGI scope, which no client can reach.
 PRINCIPAL = "cobatch.principal"

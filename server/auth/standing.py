@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from batcher.tenant import Tenant
+from cobatch.batcher.scheduling.tenant import Tenant
 
 
 def standing(tenant: Tenant, now_s: float) -> tuple[tuple[bytes, bytes], ...]:

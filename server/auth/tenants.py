@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from weakref import WeakValueDictionary
 
-from batcher.tenant import Tenant
-from server.auth.settings import TenantRule
-from server.tenant_totals import TenantTotals, Total
+from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.server.auth.tenant_totals import TenantTotals, Total
+from cobatch.server.settings.auth import TenantRule
 
 _Key = tuple[str, int]  # the tenant's name, and which rule holds for it
 _KEPT = 10_000

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import jwt
 
-from server.auth.compact import header_and_claims
-from server.auth.jwks import FetchedKeys, StaticKeys
-from server.auth.keys import MAX_KID, Key
-from server.auth.settings import AuthSettings, Issuer
+from cobatch.server.auth.compact import header_and_claims
+from cobatch.server.auth.jwks import FetchedKeys, StaticKeys
+from cobatch.server.auth.keys import MAX_KID, Key
+from cobatch.server.settings.auth import AuthSettings, Issuer
 
 _ACCESS_TOKEN = frozenset({"at+jwt", "application/at+jwt"})
 # What issuers write that do not know RFC 9068. Not just anything: the types of other kinds of token

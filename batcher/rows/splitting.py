@@ -1,0 +1,99 @@
+"""A request with more rows than one batch takes: cut into parts, and put together again.
+
+The parts are ordinary requests in the queue and ride with whatever else fits. The caller hears once:
+when all parts are answered, or when the first one fails, which cancels the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from cobatch.batcher.request import Batch, Payload, Request, State
+
+
+class Part(Request):
+    """Some consecutive rows of a larger request; keeps a copy of its outputs until all are there."""
+
+    __slots__ = ("on_done", "outputs")
+
+    def __init__(
+        self, whole: Request, payloads: list[Payload], rows: int, on_done: Callable[[Part], None]
+    ) -> None:
+        super().__init__(rows, whole.row_shapes, payloads)
+        self.tenant = whole.tenant
+        self.priority = whole.priority
+        self.deadline_s = whole.deadline_s
+        self.timeout_s = whole.timeout_s
+        self.pad = whole.pad
+        self.on_done = on_done
+        self.outputs: Sequence[np.ndarray[Any, Any]] = ()
+
+    def done(self) -> None:
+        try:
+            if self.error is None:
+                assert self.batch is not None
+                end = self.first_row + self.rows
+                # A copy: the engine writes the next batch into these buffers.
+                self.outputs = [output[self.first_row : end].copy() for output in self.batch.outputs]
+        except Exception as error:  # noqa: BLE001 - out of memory, say: the whole must hear of it
+            self.batch = None
+            self.error = error
+        self.on_done(self)
+
+
+def cut(whole: Request, most_rows: int, on_done: Callable[[Part], None]) -> list[Part]:
+    """Cut `whole` into parts of at most `most_rows` rows. Payloads are sliced as views, not copied."""
+    views = [p if isinstance(p, list) else memoryview(p).cast("B") for p in whole.payloads]
+    per_row = [len(view) // whole.rows for view in views]
+    parts: list[Part] = []
+    for first in range(0, whole.rows, most_rows):
+        end = min(first + most_rows, whole.rows)
+        payloads: list[Payload] = [v[first * n : end * n] for v, n in zip(views, per_row, strict=True)]
+        part = Part(whole, payloads, end - first, on_done)
+        part.callers = 0 if parts else 1  # together they answer one
+        parts.append(part)
+    return parts
+
+
+def join(whole: Request, parts: list[Part]) -> None:
+    """Give `whole` the outputs of all its parts, in order, as if one batch had run them.
+
+    At least one part has run; the rows of those that failed are zeros (b"" for BYTES). The times are
+    the first part's way to the engine and the sum of the runs; `rows` is the largest batch that a part
+    rode in. Raises ValueError where the parts' outputs differ in shape but for the rows.
+    """
+    batches = [part.batch for part in parts if part.error is None and part.batch is not None]
+    ran = next(part.outputs for part in parts if part.error is None)
+    for part in parts:
+        if part.error is not None:
+            part.outputs = [_blank(output, part.rows) for output in ran]
+    first, rows = batches[0], max(b.rows for b in batches)
+    whole.batch = batch = Batch([], rows, whole.row_shapes, first.reason, first.lane)
+    batch.gathered_s = batches[0].gathered_s
+    batch.dispatched_s = batches[0].dispatched_s
+    batch.started_s = batches[0].started_s
+    batch.finished_s = batch.started_s + sum(b.finished_s - b.started_s for b in batches)
+    batch.joined = batches
+    batch.outputs = [np.concatenate(rows) for rows in zip(*(part.outputs for part in parts), strict=True)]
+    whole.first_row = 0
+    whole.state = State.DONE
+
+
+def _blank(like: np.ndarray[Any, Any], rows: int) -> np.ndarray[Any, Any]:
+    shape = (rows, *like.shape[1:])
+    return np.full(shape, b"", object) if like.dtype == object else np.zeros(shape, like.dtype)
+
+
+def let_go(parts: list[Request]) -> None:
+    """Parts know their whole and it them: undo that, and do not keep their outputs."""
+    for part in parts:
+        assert isinstance(part, Part)
+        part.on_done = _nobody
+        part.outputs = ()
+
+
+def _nobody(part: Part) -> None:
+    """Who hears of a part whose whole is answered already."""

@@ -1,0 +1,55 @@
+"""Requests as bytes, sent at given moments with the generator of `cobatch bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cobatch.batcher.simulator.arrivals import Recorded, Trace
+from cobatch.server.loadtest.fleet import Fleet
+from cobatch.server.loadtest.messages import Address, Plan, Prepared, Trial
+from cobatch.server.loadtest.tally import Count, Tally
+
+_CONNECTIONS = 16_384  # at most: a server shall see each request when it is due
+_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Requests, in turn as they go over the wire, at these moments from the start on."""
+
+    requests: Sequence[bytes]
+    times_s: Sequence[float]
+
+
+def drive(address: str, *loads: Load, deadline_s: float | None = None, processes: int = 1) -> list[Count]:
+    """What came of each load, all sent together to HOST:PORT. Latencies are from when a request was due."""
+    host, _, port = address.rpartition(":")
+    names = [str(number) for number in range(len(loads))]
+    sent = [Recorded(at, 1, name) for name, load in zip(names, loads, strict=True) for at in load.times_s]
+    sent.sort(key=lambda one: one.time_s)
+    plan = Plan(
+        address=Address(host, int(port)),
+        requests={
+            (number, 1): [Prepared(one, number, 0) for one in load.requests]
+            for number, load in enumerate(loads)
+        },
+        names=names,
+        shares=[1.0] * len(loads),
+        rows=[1] * len(loads),
+        timeout_s=_TIMEOUT_S,
+    )
+    trace = Trace(sent)
+    # The last one is due within the trial.
+    trial = Trial(trace, _CONNECTIONS, trace.requests[-1].time_s + 1e-6)
+    tally = Tally(trial, [deadline_s] * len(loads))
+    with Fleet(plan, processes) as fleet:
+        fleet.run(trial, tally, lambda: None)
+    if fleet.interrupted:
+        raise KeyboardInterrupt
+    return tally.callers
+
+
+def constant(rate: float, seconds: float) -> list[float]:
+    """Moments at a constant rate."""
+    return [number / rate for number in range(int(rate * seconds))]

@@ -1,0 +1,107 @@
+"""The servers under test, as processes on free loopback ports, each with its output in a file."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.common.models import OUT
+
+ROOT = Path(__file__).parents[2]
+_LISTENING = re.compile(r"listening on http://(\S+)")
+_START_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 40.0
+
+
+class StartError(Exception):
+    """A server did not start; the text has the end of what it printed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server: its process and its HOST:PORT."""
+
+    pid: int
+    address: str
+
+
+@contextmanager
+def floor(size: int, content_type: str) -> Iterator[Server]:
+    """Bare uvicorn that answers `size` fixed bytes."""
+    with _running("floor", ["benchmarks.request_cost.floor_app", str(size), content_type], None) as server:
+        yield server
+
+
+@contextmanager
+def cobatch(
+    model: Path, name: str, fast_path: bool, config: Path | None = None, flags: Sequence[str] = ()
+) -> Iterator[Server]:
+    """`cobatch serve MODEL`, ready to answer; default settings but for what `config` and `flags` say, and
+    ASGI only unless `fast_path`."""
+    switch = "--fast-path" if fast_path else "--no-fast-path"
+    command = ["cobatch", "serve", str(model), "--name", name, "--port", "0", switch]
+    if config is not None:
+        command += ["--config", str(config)]
+    command += flags
+    with _running("cobatch" if fast_path else "cobatch-asgi", command, "/v2/health/ready") as server:
+        yield server
+
+
+@contextmanager
+def _running(name: str, module: list[str], ready: str | None) -> Iterator[Server]:
+    log = OUT / "logs" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    # A variable left over from someone's own server must not change what is measured.
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("COBATCH_")}
+    environ["PYTHONUNBUFFERED"] = "1"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *module],
+            cwd=ROOT,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        yield Server(process.pid, _wait_until_up(name, process, log, ready))
+    finally:
+        process.terminate()
+        try:
+            process.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_until_up(name: str, process: subprocess.Popen[bytes], log: Path, ready: str | None) -> str:
+    """HOST:PORT once the server says it listens and answers 200 at `ready`."""
+    give_up = time.monotonic() + _START_TIMEOUT_S
+    while process.poll() is None and time.monotonic() < give_up:
+        said = _LISTENING.search(log.read_text(errors="replace"))
+        if said and (ready is None or _answers(said[1], ready)):
+            return said[1]
+        time.sleep(0.02)
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    ended = process.poll()
+    why = f"ended with status {ended}" if ended is not None else f"not ready in {_START_TIMEOUT_S:.0f} s"
+    raise StartError(f"{name}: {why}; it printed:\n{tail}")
+
+
+def _answers(address: str, path: str) -> bool:
+    connection = http.client.HTTPConnection(address, timeout=5)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()

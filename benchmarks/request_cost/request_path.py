@@ -1,0 +1,253 @@
+"""The request path and nothing else, in one process: bytes handed to the protocol, answers taken from it.
+
+No sockets, and an engine that does nothing; but the real protocol, batcher, worker thread and uvloop. So
+what one more request costs can be counted in instructions, or measured without the noise of a client.
+`floor` is uvicorn with an application that answers a fixed body, driven in the same way: what cobatch is
+compared with.
+
+`python -m benchmarks.request_cost.request_path LIBRARY` is what `benchmarks.request_cost.guard` runs under
+callgrind: LIBRARY switches the counting on and off (made by the guard from
+benchmarks/request_cost/counting.c).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import gc
+import sys
+import time
+import unittest.mock
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import numpy as np
+import uvicorn
+import uvloop
+
+from benchmarks.common import wire
+from benchmarks.request_cost.floor_app import make_app
+from cobatch.engines import loader
+from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec
+from cobatch.server.edge.asgi import InferRoutes
+from cobatch.server.memory import keep_freed_memory
+from cobatch.server.serve import Server
+from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings
+
+MODEL = "tiny"
+ELEMENTS = 16
+# What is counted: for each case who serves, the body, and how many callers ask at once.
+CASES = {
+    "floor, 64 at once": ("floor", False, 64),
+    "floor, alone": ("floor", False, 1),
+    "JSON, 64 at once": ("fast", False, 64),
+    "binary, 64 at once": ("fast", True, 64),
+    "JSON, alone": ("fast", False, 1),
+    "JSON, 64 at once, through ASGI": ("asgi", False, 64),
+}
+FLOOR_BYTES = 157  # as long as a JSON answer of tiny
+REQUESTS = 256
+_REPEATS = 3
+_WARM_UP = 512
+_KEEP_ALIVE_S = 3600  # connections that wait for their case to come are not closed
+_READ = 1 << 18  # what uvloop reads at once
+_ADDRESS = ("127.0.0.1", 1)
+
+
+class Idle:
+    """An engine whose runs take no time; a row is so many floats."""
+
+    platform = "idle"
+    slots = 2
+    max_batch_size = 64
+
+    def __init__(self, elements: int) -> None:
+        self.signature = Signature((TensorSpec("x", "FP32", (elements,)),), (TensorSpec("y", "FP32", (8,)),))
+        self._inputs = [np.zeros((64, elements), np.float32) for _ in range(self.slots)]
+        self._outputs = np.random.default_rng(3).standard_normal((64, 8), dtype=np.float32)
+        self._rows = [0] * self.slots
+
+    def open(self) -> None:
+        """Nothing to load."""
+
+    def inputs(self, slot: int, rows: int, row_shapes: RowShapes) -> tuple[Array, ...]:  # noqa: ARG002
+        return (self._inputs[slot],)
+
+    def enqueue(self, slot: int, rows: int, row_shapes: RowShapes) -> None:  # noqa: ARG002
+        self._rows[slot] = rows
+
+    def wait(self, slot: int) -> tuple[Array, ...]:
+        return (self._outputs[: self._rows[slot]],)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+class Answered:
+    """Counts answers, and sets `all` when as many as expected have been written."""
+
+    def __init__(self) -> None:
+        self.all = asyncio.Event()
+        self._missing = 0
+
+    def expect(self, many: int) -> None:
+        self.all.clear()
+        self._missing = many
+
+    def one(self) -> None:
+        self._missing -= 1
+        if not self._missing:
+            self.all.set()
+
+
+class Wire(asyncio.Transport):
+    """Takes what a protocol writes: a head with its body at once, or one after the other."""
+
+    def __init__(self, answered: Answered) -> None:
+        super().__init__({"peername": _ADDRESS, "sockname": _ADDRESS})
+        self._answered = answered
+        self._head = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        # Uvicorn writes its head and an ASGI application's body apart.
+        whole = bytes(data)
+        end = whole.find(b"\r\n\r\n")
+        if not self._head:
+            assert whole.startswith(b"HTTP/1.1 200"), whole[:200]
+            self._head = end + 4 == len(whole)
+        else:
+            self._head = False
+        if not self._head:
+            self._answered.one()
+
+    def is_closing(self) -> bool:
+        return False
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+
+class Path:
+    """Requests through one protocol class, `callers` of them at once."""
+
+    def __init__(self, make: Callable[[], Any], requests: Sequence[bytes], callers: int) -> None:
+        self._answered = Answered()
+        self._protocols = [make() for _ in range(callers)]
+        # Callers have the requests in turn. What is long comes in the pieces that uvloop reads.
+        self._pieces = [
+            [request[at : at + _READ] for at in range(0, len(request), _READ)]
+            for request in (requests[caller % len(requests)] for caller in range(callers))
+        ]
+        for protocol in self._protocols:
+            protocol.connection_made(Wire(self._answered))
+
+    async def serve(self, requests: int) -> int:
+        """At least so many, each caller waiting for its answer; how many it were."""
+        callers, answered = len(self._protocols), self._answered
+        rounds = -(-requests // callers)
+        for _ in range(rounds):
+            answered.expect(callers)
+            for protocol, pieces in zip(self._protocols, self._pieces, strict=True):
+                for piece in pieces:
+                    protocol.data_received(piece)
+            await answered.all.wait()
+        return rounds * callers
+
+
+@contextlib.asynccontextmanager
+async def paths() -> AsyncIterator[dict[str, Path]]:
+    """All cases, warm."""
+    async with contextlib.AsyncExitStack() as stack:
+        makers = {
+            "fast": await stack.enter_async_context(serving()),
+            "asgi": await stack.enter_async_context(serving(fast_path=False)),
+            "floor": _maker(
+                uvicorn.Config(
+                    make_app(FLOOR_BYTES, "application/json"),
+                    http="httptools",
+                    timeout_keep_alive=_KEEP_ALIVE_S,
+                    access_log=False,
+                    log_config=None,
+                )
+            ),
+        }
+        found = {
+            case: Path(makers[who], [request_of(binary)], callers)
+            for case, (who, binary, callers) in CASES.items()
+        }
+        for path in found.values():
+            await path.serve(_WARM_UP)
+        # As the server does when it is ready; a collection would fall into one case or another by chance.
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        yield found
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    models: Sequence[str] = (MODEL,), elements: int = ELEMENTS, *, fast_path: bool = True
+) -> AsyncIterator[Callable[[], Any]]:
+    """cobatch with these models, all alike; what makes a connection's protocol."""
+    keep_freed_memory()  # as the command does
+    settings = tuple(ModelSettings(path="idle.onnx", name=name) for name in models)
+    http = ServerSettings(fast_path=fast_path, keep_alive_s=_KEEP_ALIVE_S)
+    server = Server(Settings(server=http, models=settings))
+    loaded = asyncio.Event()
+    server.core.on_ready = loaded.set
+    app: Any = server.config.app
+    while not isinstance(app, InferRoutes):
+        app = app.app
+    starlette: Any = app.app
+    with unittest.mock.patch.dict(loader.ENGINES, onnxruntime=lambda *_: Idle(elements)):
+        async with starlette.router.lifespan_context(starlette):
+            await loaded.wait()
+            yield _maker(server.config, server.server_state)
+
+
+def _maker(config: uvicorn.Config, state: Any = None) -> Callable[[], Any]:
+    config.load()
+    state = state or uvicorn.Server(config).server_state
+    make: Any = config.http_protocol_class
+    return lambda: make(config=config, server_state=state, app_state={}, _loop=asyncio.get_running_loop())
+
+
+def request_of(binary: bool, model: str = MODEL, elements: int = ELEMENTS) -> bytes:
+    """One row for a model, as it goes over the wire."""
+    row = np.random.default_rng(5).standard_normal((1, elements), dtype=np.float32)
+    message = wire.encode(MODEL, row, binary)
+    lines = [f"POST /v2/models/{model}/infer HTTP/1.1", "Host: 127.0.0.1:8000"]
+    lines += [f"Content-Length: {len(message.body)}"]
+    lines += [f"{name}: {value}" for name, value in message.headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + message.body
+
+
+async def timed(rounds: int) -> dict[str, list[float]]:
+    """Microseconds of CPU per request, of all threads; every case in each round."""
+    found: dict[str, list[float]] = {case: [] for case in CASES}
+    async with paths() as cases:
+        for _ in range(rounds):
+            for case, path in cases.items():
+                began = time.process_time()
+                await path.serve(REQUESTS)
+                found[case].append((time.process_time() - began) / REQUESTS * 1e6)
+    return found
+
+
+async def _counted(library: ctypes.CDLL) -> None:
+    async with paths() as cases:
+        for _ in range(_REPEATS):
+            for case, path in cases.items():
+                library.begin()
+                await path.serve(REQUESTS)
+                library.end(case.encode())
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Under callgrind: each case is one part of its output, named after the case."""
+    uvloop.run(_counted(ctypes.CDLL(arguments[0])))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

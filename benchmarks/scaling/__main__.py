@@ -1,0 +1,134 @@
+"""What a request costs as something grows: nothing may grow worse than linear, or with what is idle.
+
+`python -m benchmarks.scaling [--quick] [--only batch,row,models,connections,queue,tenants] [--check]`: CPU
+time per request, of all threads. Batch size, row size and number of models are measured in one process
+without sockets (`benchmarks.request_cost.request_path`), connections against a real server with `wrk`, the
+queue's length and the number of tenants in the batcher alone (`benchmarks.scaling.queue_cost`). To each line
+a curve of the form that is to be expected is fitted (least squares on relative errors), and its slope is what
+one more of it costs. Prints and writes benchmarks/results/scaling (`--quick`, or a part:
+benchmarks/out/scaling). About three minutes. docs/scaling.md says what the figures mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from math import log2
+from pathlib import Path
+
+import uvloop
+
+from benchmarks.common.models import OUT
+from benchmarks.common.processes import ROOT
+from benchmarks.request_cost.report import describe_machine
+from benchmarks.scaling import cases
+from benchmarks.scaling.fit import Line, growth, verdict
+from cobatch.batcher.simulator.svg import chart
+
+_INTRODUCTION = """\
+Made by `python -m benchmarks.scaling`: do not edit. CPU per request in microseconds; the growth is the
+last figure's to the first's, and what explains it is fitted ([what it means](../../../docs/scaling.md)).
+A cost may not grow at all with the size of a batch or with what is idle; not as fast as the square root of
+connections, queued requests or tenants; and no faster than in proportion with floats in a row and models
+that are asked.
+"""
+_CASES: dict[str, Callable[[bool], list[Line]]] = {
+    "batch": lambda quick: uvloop.run(cases.batch(quick)),
+    "row": lambda quick: uvloop.run(cases.row(quick)),
+    "models": lambda quick: uvloop.run(cases.models(quick)),
+    "connections": cases.connections,
+    "queue": lambda quick: asyncio.run(cases.queue(quick)),
+    "tenants": lambda quick: asyncio.run(cases.tenants(quick)),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0; with --check 1 where something grows faster than it may."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a few short rounds of the ends: does it work")
+    parser.add_argument("--only", default=",".join(_CASES), help=f"some of {','.join(_CASES)}")
+    parser.add_argument("--check", action="store_true", help="end with 1 where something grows too fast")
+    parser.add_argument("--results", type=Path, metavar="FOLDER")
+    options = parser.parse_args(arguments)
+    asked = options.only.split(",")
+    if unknown := [name for name in asked if name not in _CASES]:
+        parser.error(f"{', '.join(unknown)}: not one of {', '.join(_CASES)}")
+    lines: list[Line] = []
+    for name in asked:
+        lines += (found := _CASES[name](options.quick))
+        print("\n".join(_printed(line) for line in found), flush=True)
+    whole = not options.quick and asked == list(_CASES)
+    folder = options.results or (ROOT / "benchmarks" / "results" / "scaling" if whole else OUT / "scaling")
+    write(lines, folder)
+    bad = [line.name for line in lines if not verdict(line)]
+    print(f"written to {folder}" + (f"; too fast: {', '.join(bad)}" if bad else ""))
+    return 1 if options.check and bad else 0
+
+
+def write(lines: Sequence[Line], folder: Path) -> None:
+    """scaling.json, a plot for each x axis, and README.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = describe_machine()
+    document = {"machine": machine, "lines": [asdict(line) for line in lines]}
+    (folder / "scaling.json").write_text(json.dumps(document, indent=1) + "\n")
+    parts = [
+        "# What a request costs as something grows\n",
+        _INTRODUCTION,
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}.\n",
+    ]
+    for axis in dict.fromkeys(line.axis for line in lines):
+        mine = [line for line in lines if line.axis == axis]
+        name = re.sub(r"\W+", "-", axis.removesuffix(" (floats)")).strip("-")
+        (folder / f"{name}.svg").write_text(_plot(axis, mine))
+        parts += [f"## By {axis}\n", _table(mine), f"\n![{axis}]({name}.svg)\n"]
+    (folder / "README.md").write_text("\n".join(parts))
+
+
+def _table(lines: Sequence[Line]) -> str:
+    rows = []
+    for line in lines:
+        figures = ", ".join(f"{x:g}: {_us(y)}" for x, y in line.points)
+        said = "" if verdict(line) else " **too fast**"
+        rows.append(f"| {line.name} | {figures} | {growth(line):.2f}{said} | {line.explained} |")
+    return "\n".join(["| | us by size | growth | what explains it |", "|---|---|---:|---|", *rows])
+
+
+def _plot(axis: str, lines: Sequence[Line]) -> str:
+    """Both the measured points and the fitted curves; over the binary logarithm of x, where not all of these
+    are straight lines."""
+    straight = all(line.straight for line in lines)
+    drawn = {}
+    for line in lines:
+        for name, points in ((line.name, line.points), (f"{line.name}, fitted", line.fitted)):
+            drawn[name] = points if straight else [(_log(x), y) for x, y in points]
+    dashed = [name for name in drawn if name.endswith(", fitted")]
+    ticks = "{:,.0f}".format if straight else _size
+    return chart(f"CPU per request by {axis}", axis, "microseconds", drawn, dashed, ticks)
+
+
+def _size(x: float) -> str:
+    size = 2**x
+    return f"{size:.3g}" if size < 1000 else f"{size / 1024:.3g}k"
+
+
+def _log(x: float) -> float:
+    return log2(max(x, 1.0))  # none stands at one
+
+
+def _us(value: float) -> str:
+    return f"{value:,.2f}" if value < 10 else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _printed(line: Line) -> str:
+    figures = "  ".join(f"{x:g}: {_us(y)}" for x, y in line.points)
+    mark = "" if verdict(line) else "  TOO FAST"
+    return f"{line.axis}; {line.name}: {figures}\n    growth {growth(line):.2f}{mark}; {line.explained}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

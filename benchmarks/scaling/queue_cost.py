@@ -1,0 +1,202 @@
+"""What submit, cancel and dispatch cost by how much is queued: `python -m benchmarks.scaling.queue_cost
+[--check]`.
+
+The batcher itself in a loop of its own, before an engine that never ends: microseconds of processor time for
+each request submitted, cancelled or taken into a batch of 64 while 100, 10,000 and 100,000 others are queued.
+The state stays what it is: what is submitted is cancelled again, what is taken is submitted again. Of many
+short rounds, in turns, the median; `--check` fails where the time grows to more than twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from cobatch.batcher.batcher import Batcher
+from cobatch.batcher.request import Request
+from cobatch.batcher.scheduling.queue import Group
+from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.engines.base import RowShapes, Signature, TensorSpec
+from cobatch.engines.jobs import Deliver, Job
+
+QUEUED = (100, 10_000, 100_000)
+TENANTS = (0, 1, 1_000)
+BATCH = 64
+ROUNDS = 200
+MOST_GROWTH = 2.0
+OPERATIONS = ("submit", "cancel", "dispatch")
+ROW_SHAPES: RowShapes = ((1,),)
+PAYLOADS = [bytes(8)]
+
+
+class Ask(Request):
+    """A caller that is never answered."""
+
+    def done(self) -> None:
+        """Nobody listens."""
+
+
+class Stuck:
+    """An engine, and its worker, that takes batches and ends none."""
+
+    platform = "stuck"
+    max_batch_size = BATCH
+    slots = 1
+    signature = Signature((TensorSpec("x", "INT64", (1,)),), (TensorSpec("y", "INT64", (1,)),), None)
+
+    def __init__(self) -> None:
+        self.deliver: Deliver | None = None
+        self.warmup_us = {BATCH: 1000.0}
+        self._buffer = np.zeros((BATCH, 1), np.int64)
+
+    @property
+    def engine(self) -> Any:
+        return self
+
+    def inputs(self, *_: object) -> tuple[np.ndarray[Any, Any], ...]:
+        """One for all."""
+        return (self._buffer,)
+
+    def submit(self, job: Job) -> None:
+        """It never comes back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What the requests are like: of so many tenants (0: nobody is told apart), with a deadline or without,
+    of one priority or several."""
+
+    tenants: int
+    deadlines: bool = False
+    priorities: bool = False
+
+    def __str__(self) -> str:
+        who = {0: "no tenants", 1: "1 tenant"}.get(self.tenants, f"{self.tenants:,} tenants")
+        more = [word for word, has in (("deadlines", self.deadlines), ("priorities", self.priorities)) if has]
+        return ", ".join([who, *more])
+
+
+class Bench:
+    """A batcher with so many requests queued behind a batch that runs."""
+
+    def __init__(self, kind: Kind, queued: int) -> None:
+        self._kind = kind
+        self._chance = random.Random(1)
+        tenants = [Tenant(f"t{n}") for n in range(kind.tenants)]
+        self._tenants: list[Tenant | None] = list(tenants) or [None]
+        self._turn = 0
+        self.batcher = Batcher(
+            "stuck",
+            [Stuck()],
+            max_queue_rows=2 * queued + 100 * BATCH,
+            loop=asyncio.get_running_loop(),
+        )
+        for request in self.make(BATCH + queued):
+            self.batcher.submit(request)
+        self.batcher._deciding.decide()  # noqa: SLF001 - the first batch takes the only slot
+        assert self.batcher.queued_rows == queued
+
+    def make(self, count: int) -> list[Request]:
+        return [self._make() for _ in range(count)]
+
+    def _make(self) -> Request:
+        request = Ask(1, ROW_SHAPES, PAYLOADS)
+        request.tenant = self._tenants[self._turn % len(self._tenants)]
+        self._turn += 1
+        if self._kind.deadlines:
+            request.timeout_s = 1e6 + self._chance.random()
+        if self._kind.priorities:
+            request.priority = self._chance.randint(1, 8)
+        return request
+
+    def round(self) -> dict[str, float]:
+        """Microseconds for each request, of each operation."""
+        batcher = self.batcher
+        came = self.make(BATCH)
+        submit_us = timed(came, batcher.submit)
+        self._chance.shuffle(came)
+        cancel_us = timed(came, batcher.cancel)
+        began = time.thread_time_ns()
+        taken = self._take()
+        dispatch_us = (time.thread_time_ns() - began) / 1000 / len(taken)
+        for request in self.make(len(taken)):
+            batcher.submit(request)
+        return {"submit": submit_us, "cancel": cancel_us, "dispatch": dispatch_us}
+
+    def _take(self) -> list[Request]:
+        """What a dispatch is, but for the packing: whose turn it is, and a batch of that out of the queue."""
+        queue = self.batcher._queue  # noqa: SLF001
+        group: Group = queue.next_group
+        taken = queue.take(group, BATCH)
+        queue.settle(taken.shares, 0.001, BATCH)
+        for request in taken.requests:
+            if request.expiry is not None:
+                request.expiry.cancel()
+        return taken.requests
+
+
+def timed(requests: list[Request], operation: Callable[[Request], None]) -> float:
+    """Microseconds for each."""
+    began = time.thread_time_ns()
+    for request in requests:
+        operation(request)
+    return (time.thread_time_ns() - began) / 1000 / len(requests)
+
+
+def measure(kind: Kind) -> dict[str, list[float]]:
+    """Microseconds by operation, one for each number queued."""
+    benches = [Bench(kind, queued) for queued in QUEUED]
+    rounds: list[list[dict[str, float]]] = [[] for _ in benches]
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    for _ in range(ROUNDS):
+        for bench, results in zip(benches, rounds, strict=True):
+            results.append(bench.round())
+    gc.enable()
+    gc.unfreeze()
+    return {
+        operation: [median(one[operation] for one in results) for results in rounds]
+        for operation in OPERATIONS
+    }
+
+
+def kinds() -> Iterator[Kind]:
+    for tenants in TENANTS:
+        yield Kind(tenants)
+    yield Kind(1, deadlines=True)
+    yield Kind(1_000, deadlines=True, priorities=True)
+
+
+async def table() -> float:
+    """Print it; the largest growth."""
+    print(f"us per request, median of {ROUNDS} rounds of {BATCH}; what is queued:")
+    print("| requests | operation | " + " | ".join(f"{queued:,}" for queued in QUEUED) + " | growth |")
+    print("|---|---|" + "---:|" * (len(QUEUED) + 1))
+    worst = 0.0
+    for kind in kinds():
+        for operation, times_us in measure(kind).items():
+            growth = times_us[-1] / times_us[0]
+            worst = max(worst, growth)
+            cells = " | ".join(f"{us:.2f}" for us in times_us)
+            print(f"| {kind} | {operation} | {cells} | {growth:.2f} |")
+    print(f"largest growth: {worst:.2f} (at most {MOST_GROWTH:g} is meant)")
+    return worst
+
+
+def main() -> int:
+    worst = asyncio.run(table())
+    return int("--check" in sys.argv[1:] and worst > MOST_GROWTH)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

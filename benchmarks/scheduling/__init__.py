@@ -1,0 +1,1 @@
+"""The scheduler beside other policies, and the simulator beside a real server."""

@@ -1,0 +1,1 @@
+"""Routes that describe: V2 metadata, metrics, problems, profiles, explained requests."""

@@ -1,0 +1,110 @@
+"""GET /problems and /problems/SLUG: where the `type` of a problem leads. HTML for browsers, else text."""
+
+from __future__ import annotations
+
+import html
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from cobatch.server.api.routing import guarded
+from cobatch.server.http.problem import Problem
+from cobatch.server.http.problem_kinds import KINDS, Kind
+from cobatch.server.http.problem_members import ALWAYS, MEMBERS, SOMETIMES
+from cobatch.server.inference.service import Core
+
+_STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem;"
+    "color:#1b1f24;background:#fff}code{font-family:ui-monospace,monospace}"
+    "dt{margin-top:.5rem}dd{margin-left:1.5rem}"
+    "@media(prefers-color-scheme:dark){body{color:#e6e6e6;background:#15181c}a{color:#8ab4f8}}"
+)
+_HEADERS = {
+    # A page needs nothing but its own style, and shows nothing that anybody sent.
+    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'",
+    "x-content-type-options": "nosniff",
+    "vary": "accept",
+}
+
+
+def problem_pages(core: Core) -> list[Route]:
+    """Both routes, for Starlette."""
+
+    async def index(request: Request) -> Response:
+        return _page(request, "Problems", _index_html(), _index_text())
+
+    async def page(request: Request) -> Response:
+        slug = request.path_params["slug"]
+        kind = KINDS.get(slug)
+        if kind is None:
+            raise Problem("not-found", f"there is no problem {slug!r}; GET /problems lists them")
+        return _page(request, kind.title, _kind_html(kind), _kind_text(kind))
+
+    return [
+        Route("/problems", guarded(core, "open", index), methods=["GET"]),
+        Route("/problems/{slug}", guarded(core, "open", page), methods=["GET"]),
+    ]
+
+
+def members_of(kind: Kind) -> dict[str, str]:
+    """What a body of this kind may have beside what every body has."""
+    return SOMETIMES | {name: MEMBERS[name] for name in kind.members}
+
+
+def _page(request: Request, title: str, body: str, text: str) -> Response:
+    if "text/html" not in request.headers.get("accept", ""):
+        return Response(text, media_type="text/plain", headers=_HEADERS)
+    page = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>\n'
+        f"<body>{body}</body></html>\n"
+    )
+    return Response(page, media_type="text/html", headers=_HEADERS)
+
+
+def _index_text() -> str:
+    width = max(map(len, KINDS))
+    lines = [f"{kind.status}  {kind.slug:{width}}  {kind.title}" for kind in KINDS.values()]
+    return "\n".join([*lines, "", "Each has a page: /problems/SLUG", ""])
+
+
+def _index_html() -> str:
+    items = [
+        f'<dt>{kind.status} <a href="/problems/{kind.slug}"><code>{kind.slug}</code></a></dt>'
+        f"<dd>{html.escape(kind.title)}</dd>\n"
+        for kind in KINDS.values()
+    ]
+    return f"<h1>Problems</h1>\n<dl>{''.join(items)}</dl>"
+
+
+def _kind_text(kind: Kind) -> str:
+    members = [f"  {name}: {text}" for name, text in (ALWAYS | members_of(kind)).items()]
+    return "\n".join(
+        [
+            f"{kind.status} {kind.slug}: {kind.title}",
+            "",
+            kind.meaning,
+            "",
+            f"What to do: {kind.remedy}",
+            "",
+            "Members of the body:",
+            *members,
+            "",
+        ]
+    )
+
+
+def _kind_html(kind: Kind) -> str:
+    members = [
+        f"<dt><code>{name}</code></dt><dd>{html.escape(text)}</dd>\n"
+        for name, text in (ALWAYS | members_of(kind)).items()
+    ]
+    return (
+        f"<h1>{html.escape(kind.title)}</h1>\n"
+        f"<p>Status {kind.status}, type <code>/problems/{kind.slug}</code></p>\n"
+        f"<p>{html.escape(kind.meaning)}</p>\n"
+        f"<h2>What to do</h2>\n<p>{html.escape(kind.remedy)}</p>\n"
+        f"<h2>Members of the body</h2>\n<dl>{''.join(members)}</dl>\n"
+        '<p><a href="/problems">All problems</a></p>'
+    )

@@ -1,0 +1,1 @@
+"""POST /batch: many infer requests in one call."""

@@ -1,0 +1,1 @@
+"""Replies, problems, bodies, compression, request ids: the ground that every route stands on."""

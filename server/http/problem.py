@@ -1,0 +1,142 @@
+"""What went wrong, and the body that says so (RFC 9457); `server.http.problem_kinds` has the table of kinds.
+
+A `Problem` is raised by the wire formats and made from the batcher's errors by `from_error`; nothing
+else in the server decides a status code. The body is `application/problem+json`; `error` repeats the
+detail for V2 clients, which look for nothing else. Extra members are for programs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+
+from cobatch.batcher import errors as batching
+from cobatch.server.http.problem_kinds import KINDS, Kind
+from cobatch.server.http.reply import Reply
+
+__all__ = ["KINDS", "PROBLEM_JSON", "Kind", "Problem", "from_error", "too_large"]
+
+PROBLEM_JSON = b"application/problem+json"
+# What a caller sent may be quoted, but not at the length of a body.
+_LONGEST = 1000
+
+
+def _clipped(value: Any) -> Any:
+    """The value, or as much of a long text or list as a person would read."""
+    if isinstance(value, str) and len(value) > _LONGEST:
+        return value[:_LONGEST] + "..."
+    if isinstance(value, list) and len(value) > _LONGEST:
+        return [*value[:_LONGEST], "..."]
+    return value
+
+
+class Problem(Exception):
+    """A refusal with its kind, a sentence for a person and members for a program."""
+
+    def __init__(
+        self,
+        slug: str,
+        detail: str,
+        *,
+        close: bool = False,
+        headers: tuple[tuple[bytes, bytes], ...] = (),
+        **members: Any,
+    ) -> None:
+        super().__init__(detail)
+        self.kind = KINDS[slug]
+        self.detail = _clipped(detail)
+        self.close = close
+        self.headers = headers
+        self.members = {name: _clipped(value) for name, value in members.items()}
+
+    def reply(self, *headers: tuple[bytes, bytes], instance: str | None = None) -> Reply:
+        """The answer that tells the caller. `retry_after_s` also becomes the header, rounded up.
+
+        `instance` is the path that was asked, where whoever answers knows it.
+        """
+        kind = self.kind
+        headers += self.headers
+        body = {
+            "type": f"/problems/{kind.slug}",
+            "title": kind.title,
+            "status": kind.status,
+            "detail": self.detail,
+            "error": self.detail,
+            **self.members,
+        }
+        if instance is not None:
+            body["instance"] = instance
+        retry_after_s = body.pop("retry_after_s", None)
+        if retry_after_s is not None:
+            # RFC 9110, 10.2.3: whole seconds; rounding up keeps the promise.
+            headers += ((b"retry-after", b"%d" % max(1, math.ceil(retry_after_s))),)
+            body["retry_after_ms"] = max(1, math.ceil(retry_after_s * 1000))
+        if kind.status == 405:
+            headers += ((b"allow", ", ".join(self.members["allowed"]).encode()),)
+        text = msgspec.json.encode(body)
+        return Reply(kind.status, PROBLEM_JSON, (text,), headers=headers, close=self.close, slug=kind.slug)
+
+
+# Of each of the batcher's errors: the kind, which of its attributes become members as they are, and which,
+# in seconds, become members in milliseconds under another name.
+_FROM: dict[type[batching.BatcherError], tuple[str, tuple[str, ...], dict[str, str]]] = {
+    batching.QueueFullError: ("queue-full", ("queued_rows", "limit", "retry_after_s"), {}),
+    batching.TenantLimitError: (
+        "tenant-limit",
+        ("tenant", "what", "used", "limit", "retry_after_s"),
+        {},
+    ),
+    batching.TooManyRowsError: ("too-many-rows", ("rows", "limit"), {}),
+    batching.TooLongError: ("wrong-shape", ("tensor", "expected", "actual", "limit"), {}),
+    batching.LengthMismatchError: ("wrong-shape", ("tensor", "expected", "actual"), {}),
+    batching.DeadlineUnreachableError: (
+        "deadline-unreachable",
+        ("retry_after_s",),
+        {"timeout_ms": "timeout_s", "needed_ms": "needed_s"},
+    ),
+    batching.DeadlineTooShortError: (
+        "deadline-too-short",
+        (),
+        {"timeout_ms": "timeout_s", "needed_ms": "run_s"},
+    ),
+    batching.ExpiredError: ("expired", (), {"timeout_ms": "timeout_s"}),
+    batching.ExecutionTimeoutError: ("execution-timeout", ("model",), {"limit_ms": "limit_s"}),
+    batching.BatchFailedError: ("run-failed", ("model", "reference"), {}),
+    batching.EngineGoneError: ("engine-dead", ("model", "reference"), {}),
+}
+
+
+def from_error(error: Exception) -> Problem:
+    """The problem that an exception means to a caller; what is not known is `internal`."""
+    match error:
+        case Problem():
+            return error
+        case batching.DrainingError():
+            return Problem("draining", str(error), close=True, retry_after_s=1)
+        case batching.AbandonedError():
+            return Problem("abandoned", str(error), close=True, retry_after_s=1)
+        case batching.BatcherError() if type(error) in _FROM:
+            slug, attributes, in_ms = _FROM[type(error)]
+            members = {name: getattr(error, name) for name in attributes}
+            members |= {name: getattr(error, seconds) * 1e3 for name, seconds in in_ms.items()}
+            return Problem(slug, str(error), **members)
+        case _:
+            return Problem("internal", "the server failed on this request; its log says why")
+
+
+def too_large(length: int, limit: int) -> Problem:
+    """A body over the limit. The connection ends: reading the rest only to drop it would be the attack."""
+    return Problem(
+        "body-too-large",
+        f"the body has {length} bytes or more, the limit is {limit}",
+        close=True,
+        body_bytes=length,
+        limit_bytes=limit,
+    )
+
+
+def stopping() -> Problem:
+    """The server takes nothing new because it is about to stop."""
+    return Problem("draining", "the server is about to stop", close=True, retry_after_s=1)

@@ -1,0 +1,60 @@
+"""An answer before it has become HTTP: what the handler core makes and both edges write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+from starlette.types import Scope, Send
+
+from cobatch.server.observability.record import note
+
+JSON = b"application/json"
+OCTETS = b"application/octet-stream"
+
+
+class Reply(msgspec.Struct, eq=False, gc=False):
+    """Status, content type, body in pieces, and the headers that only some answers have.
+
+    `timing` is the value of Server-Timing. `json_length` is the V2 binary extension's
+    Inference-Header-Content-Length. `request_id` is for X-Request-Id, where it is known to whoever makes the
+    answer; who sends it may know better. `headers` are further ones, names in lower case. `close` ends the
+    connection after this answer. `slug`: the kind of problem that it tells of.
+
+    A struct, since one is made for every request; nothing in it leads back to it, so `gc=False`.
+    """
+
+    status: int
+    content_type: bytes
+    body: Sequence[bytes | memoryview]
+    timing: bytes | None = None
+    json_length: int | None = None
+    request_id: bytes | None = None
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    close: bool = False
+    slug: str = ""
+
+    @property
+    def length(self) -> int:
+        """Bytes of the body. Counted when asked: an answer within a batch is not."""
+        return sum(map(len, self.body))
+
+    def header_list(self, length: int | None = None) -> list[tuple[bytes, bytes]]:
+        """All headers, as ASGI wants them; `length` where the body's is known."""
+        length = self.length if length is None else length
+        headers = [(b"content-type", self.content_type), (b"content-length", b"%d" % length)]
+        if self.timing is not None:
+            headers.append((b"server-timing", self.timing))
+        if self.json_length is not None:
+            headers.append((b"inference-header-content-length", b"%d" % self.json_length))
+        headers.extend(self.headers)
+        if self.close:
+            headers.append((b"connection", b"close"))
+        return headers
+
+
+async def send_reply(reply: Reply, scope: Scope, send: Send) -> None:
+    """Send the whole answer through ASGI. (`server.edge.asgi` writes its own; microseconds count there.)"""
+    note(scope, reply.slug)
+    await send({"type": "http.response.start", "status": reply.status, "headers": reply.header_list()})
+    await send({"type": "http.response.body", "body": b"".join(reply.body)})

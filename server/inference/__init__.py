@@ -1,0 +1,1 @@
+"""Models, and the one place that decides whether a request may enter."""

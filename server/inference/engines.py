@@ -1,0 +1,50 @@
+"""From a model's settings to its engines, and what each of them asks."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from cobatch.engines.cores import cores
+from cobatch.engines.loader import EngineOptions
+from cobatch.server.settings.schema import ModelSettings
+
+
+class Place(NamedTuple):
+    """Where one of a model's engines runs: the GPU, and its number there. `alone`: there is no other."""
+
+    device: int
+    instance: int
+    alone: bool
+
+    @property
+    def suffix(self) -> str:
+        """For the thread's name."""
+        return "" if self.alone else f"-{self.device}.{self.instance}"
+
+
+def places(settings: ModelSettings) -> list[Place]:
+    """One for each engine: `instances` on each of the `devices`."""
+    devices = [int(number) for number in settings.devices.split(",")]
+    alone = len(devices) * settings.instances == 1
+    return [Place(device, number, alone) for number in range(settings.instances) for device in devices]
+
+
+def engine_options(settings: ModelSettings, place: Place) -> EngineOptions:
+    """`batch_buckets` and `devices` have been checked with the settings."""
+    buckets = settings.batch_buckets
+    return EngineOptions(
+        threads=settings.threads or _threads(settings),
+        device=place.device,
+        slots=settings.slots,
+        batch_buckets=None if buckets is None else tuple(int(size) for size in buckets.split(",")),
+        tensorrt_runtime=settings.tensorrt_runtime,
+        cuda_graphs=settings.cuda_graphs,
+        plan_cache=None if settings.plan_cache is None else Path(settings.plan_cache).expanduser(),
+        plan_host_code=settings.plan_host_code,
+    )
+
+
+def _threads(settings: ModelSettings) -> int | None:
+    """Several engines share the cores that one would have; None: what an engine takes for itself."""
+    if settings.instances == 1:
+        return None
+    return max(1, (cores() - 1) // settings.instances)

@@ -1,0 +1,228 @@
+"""One served model: its workers, its batcher, its codec, and how far along it is."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from cobatch.batcher.batcher import Batcher
+from cobatch.batcher.errors import BatcherError, EngineGoneError, ExecutionTimeoutError
+from cobatch.batcher.lane import BatchWorker
+from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.engines.errors import EngineError
+from cobatch.engines.loader import load_engine
+from cobatch.engines.worker import Worker
+from cobatch.server.http.problem import Problem, from_error
+from cobatch.server.inference.engines import Place, engine_options, places
+from cobatch.server.inference.padding import make_padder
+from cobatch.server.observability.observer import Traffic
+from cobatch.server.settings.schema import ModelSettings
+from cobatch.server.v2.decode import Decoder
+from cobatch.server.v2.encode import Encoder
+
+log = logging.getLogger("cobatch.model")
+
+_JOIN_S = 5.0
+
+
+class Model:
+    """A model from its settings on. `batcher` is None until the engine is open.
+
+    `decoder` and `encoder` exist when `batcher` does.
+    """
+
+    decoder: Decoder
+    encoder: Encoder
+
+    def __init__(self, settings: ModelSettings) -> None:
+        self.name = settings.name
+        self.version = settings.model_version
+        self.settings = settings
+        self.batcher: Batcher | None = None
+        self.load_error: EngineError | None = None
+        self.traffic = Traffic()  # of all that does not come to the infer route
+        self.infer_traffic = Traffic()
+        self._workers: list[Worker] = []
+        self._places: dict[Worker, Place] = {}
+        self._hung: list[Worker] = []
+        self._died: set[Place] = set()  # whose engine has died once
+        self._rebuilding = 0
+        self._reopening: set[asyncio.Task[None]] = set()
+
+    async def load(self) -> None:
+        """Open the engine on its thread, warm it up, begin to accept. Raises EngineError."""
+        loop = asyncio.get_running_loop()
+        settings = self.settings
+        try:
+            for place in places(settings):
+                await self._open(place)
+            engine = self._workers[0].engine
+            padder = make_padder(self.name, settings.pad, engine.signature)
+        except EngineError as error:
+            self.load_error = error
+            raise
+        self.decoder = Decoder(engine.signature, settings.max_queue_rows, padder)
+        self.encoder = Encoder(self.name, self.version, engine.signature)
+        self.batcher = Batcher(
+            self.name,
+            self._workers,
+            max_queue_rows=settings.max_queue_rows,
+            max_delay_ms=settings.max_delay_ms,
+            latency_target_ms=settings.latency_target_ms,
+            deadline_ms=settings.deadline_ms,
+            execution_timeout_ms=settings.execution_timeout_ms,
+            on_lost=self._on_lost,
+            padder=padder,
+            loop=loop,
+        )
+        several = "" if len(self._workers) == 1 else f"{len(self._workers)} engines, "
+        log.info(
+            "model %s: ready (%s%s, batches of up to %d rows, full at %d)",
+            self.name,
+            several,
+            engine.platform,
+            engine.max_batch_size,
+            self.batcher.full_rows,
+        )
+
+    async def _open(self, place: Place) -> Worker:
+        """A worker with an engine that is open and warm. Raises EngineError."""
+        loop = asyncio.get_running_loop()
+        opened: asyncio.Future[None] = loop.create_future()
+        settings = self.settings
+        engine = load_engine(
+            settings.engine, settings.path, settings.max_batch_size, engine_options(settings, place)
+        )
+        worker = Worker(engine, f"{self.name}{place.suffix}")
+        self._workers = [one for one in self._workers if self._places.get(one) != place] + [worker]
+        self._places[worker] = place
+        worker.start(_resolver(loop, opened))
+        await opened
+        return worker
+
+    def _on_lost(self, lost: BatchWorker, why: BatcherError) -> None:
+        worker = next(one for one in self._workers if one is lost)
+        place = self._places[worker]
+        worker.stop()  # it ends with its last batch; one that hangs, should it ever come back
+        if isinstance(why, ExecutionTimeoutError):
+            # Its thread cannot be ended, but another engine can be opened.
+            self._hung.append(worker)
+            self._start(self._reopen(place, "a run that did not end"))
+        elif place not in self._died:
+            # Only once, since what kills engine after engine is not helped by more of them.
+            self._died.add(place)
+            self._rebuilding += 1
+            self._start(self._rebuild(worker, place))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._reopening.add(task)
+        task.add_done_callback(self._reopening.discard)
+
+    async def _rebuild(self, worker: Worker, place: Place) -> None:
+        try:
+            # Its thread frees what the next engine needs, and has answered all its batches by then.
+            if await asyncio.to_thread(worker.join, _JOIN_S):
+                await self._reopen(place, "its engine died")
+            else:
+                log.critical("model %s: the dead engine does not let go", self.name)
+        finally:
+            self._rebuilding -= 1
+
+    async def _reopen(self, place: Place, why: str) -> None:
+        try:
+            worker = await self._open(place)
+        except EngineError as error:
+            log.critical("model %s: no engine could be opened after %s: %s", self.name, why, error)
+            self.loaded_batcher.gone(error)
+        else:
+            log.warning("model %s: opened again after %s", self.name, why)
+            self.loaded_batcher.use(worker)
+
+    @property
+    def engine_worker(self) -> Worker:
+        """The first worker; only when `batcher` is not None."""
+        return self._workers[0]
+
+    @property
+    def loaded_batcher(self) -> Batcher:
+        """The batcher; only when `batcher` is not None."""
+        assert self.batcher is not None
+        return self.batcher
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would be accepted, but for a full queue."""
+        return self.batcher is not None and self.batcher.closed is None and self.batcher.lanes > 0
+
+    @property
+    def dead(self) -> bool:
+        """Whether no engine is usable, and opening it anew did not help: only a new process does."""
+        gone = self.batcher is not None and isinstance(self.batcher.closed, EngineGoneError)
+        return gone and not self._rebuilding
+
+    def refusal(self, tenant: Tenant | None = None) -> Problem | None:
+        """Why a request would be refused before anybody reads its body, or None."""
+        batcher = self.batcher
+        if batcher is not None:
+            refusal: BatcherError | None = batcher.refusal(tenant=tenant)
+            if refusal is not None and tenant is not None:
+                tenant.figures.refused += 1
+            return None if refusal is None else from_error(refusal)
+        if self.load_error is not None:
+            return Problem("load-failed", f"model {self.name!r} could not be loaded", model=self.name)
+        return Problem("starting", f"model {self.name!r} is being loaded", model=self.name, retry_after_s=1)
+
+    async def stop(self, drain_timeout_s: float) -> None:
+        """Answer what was accepted, then end the worker."""
+        if self.batcher is not None:
+            await self.batcher.drain(drain_timeout_s)
+            counted = self.batcher.counters
+            log.info("model %s: ran %d rows in %d batches", self.name, counted.rows, counted.batches)
+            padded = counted.padding_total
+            if padded is not None:
+                log.info(
+                    "model %s: %.1f %% of %d elements were padding",
+                    self.name,
+                    padded.waste * 100,
+                    padded.elements,
+                )
+        for task in self._reopening:
+            task.cancel()
+        for worker in self._workers:
+            worker.stop()
+        # The threads are asked for, not slept for: each ends as soon as its last batch has. The time for
+        # a batch that outlived the draining is already over.
+        until_s = 0 if self.batcher is not None and self.batcher.running_batches else _JOIN_S
+        for worker in self._workers:
+            if not await asyncio.to_thread(worker.join, until_s):
+                log.error("model %s: a worker is still busy; it ends with the process", self.name)
+
+    @property
+    def worker_alive(self) -> bool:
+        """Whether a worker's thread runs."""
+        return any(not worker.join(0) for worker in [*self._hung, *self._workers])
+
+
+def _resolver(
+    loop: asyncio.AbstractEventLoop, opened: asyncio.Future[None]
+) -> Callable[[EngineError | None], None]:
+    """What a worker calls on its thread once its engine is open or has failed to."""
+
+    def settle(error: EngineError | None) -> None:
+        if opened.cancelled():
+            return
+        if error is None:
+            opened.set_result(None)
+        else:
+            opened.set_exception(error)
+
+    def on_open(error: EngineError | None) -> None:
+        try:
+            loop.call_soon_threadsafe(settle, error)
+        except RuntimeError:
+            log.warning("the event loop was closed while a model was being loaded")
+
+    return on_open

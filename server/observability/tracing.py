@@ -1,0 +1,243 @@
+"""Traces by OpenTelemetry: a span for each request, and one for each batch, linked to the requests in it.
+
+    POST /v2/models/{name}/infer   (server; the caller's span is its parent, where there is one)
+    ├─ queue     until a batch was made up
+    ├─ batch     packed, in a slot of the engine, until the run began; linked to the batch's span
+    └─ compute   the run
+    POST /batch                    (the same; an item of it is a span of this kind inside it)
+    batch NAME   (a trace of its own: several callers' requests ride in it; links to each of them)
+
+Whether a request is traced is decided when its headers are there (head sampling): as its caller has decided,
+who says so in `traceparent`, and else by lot. For one that is not there is nothing but that decision. Spans
+are made when the request is over, with the times that were taken anyhow, and sent by a thread of the SDK's.
+
+What a request is answered has `traceresponse` (W3C Trace Context, level 3): where to find its trace.
+
+OpenTelemetry's own variables hold: OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES, OTEL_EXPORTER_OTLP_*,
+OTEL_BSP_*.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable
+from random import random
+
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
+from opentelemetry.sdk.trace import SpanLimits, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON
+from opentelemetry.semconv.attributes import error_attributes as error
+from opentelemetry.semconv.attributes import http_attributes as http
+from opentelemetry.semconv.attributes import network_attributes as network
+from opentelemetry.semconv.attributes import url_attributes as url
+from opentelemetry.trace import (
+    INVALID_SPAN,
+    Link,
+    Span,
+    SpanContext,
+    SpanKind,
+    StatusCode,
+    set_span_in_context,
+)
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.util.types import AttributeValue
+
+from cobatch import __version__
+from cobatch.batcher.request import Batch
+from cobatch.server.observability.record import Record
+
+# Of a caller's header: whether it is one, and whether the caller traces this request. A later version may
+# have more behind it.
+_TRACEPARENT = re.compile(
+    r"(?:(00)|(?!ff)[0-9a-f]{2})-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]([0-9a-f])(?(1)|(?:-.*)?)"
+)
+# How long after its first request's end a batch is waited for by those of its requests that end later.
+_CLOSE_AFTER_S = 1.0
+_MOST_LINKS = 1024
+_STOP_S = 3.0
+_PROPAGATOR = TraceContextTextMapPropagator()
+# It warns of each `tracestate` that is none, with as much of it as its sender likes.
+logging.getLogger("opentelemetry.trace.span").setLevel(logging.ERROR)
+
+
+class Tracing:
+    """A sink for records. `ratio`: the part of the requests to trace whose callers have not decided.
+
+    `clock` is the server's monotonic clock, `wall_clock` the time of the spans. `lot` draws from 0 to 1.
+    """
+
+    def __init__(
+        self,
+        ratio: float,
+        endpoint: str | None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+        lot: Callable[[], float] = random,
+    ) -> None:
+        self._ratio = ratio
+        self._lot = lot
+        resource = Resource.create({SERVICE_VERSION: __version__})
+        if str(resource.attributes.get(SERVICE_NAME, "")).startswith("unknown_service"):
+            resource = resource.merge(Resource({SERVICE_NAME: "cobatch"}))
+        self._provider = TracerProvider(
+            resource=resource,
+            # Decided here, before there is a span.
+            sampler=ALWAYS_ON,
+            span_limits=SpanLimits(max_links=_MOST_LINKS),
+            shutdown_on_exit=False,
+        )
+        target = None if endpoint is None else f"{endpoint.rstrip('/')}/v1/traces"
+        self._exporter = OTLPSpanExporter(endpoint=target)
+        self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
+        self._tracer = self._provider.get_tracer("cobatch", __version__)
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._offset_s = 0.0
+        self._open: dict[Batch, Span] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin, for requests on this loop."""
+        self._loop = loop
+
+    def draw(self) -> bool:
+        """Whether the lot falls on a request that has just come."""
+        return self._lot() < self._ratio
+
+    def begin(self, record: Record, drawn: bool) -> None:
+        """Give it its span, if it is to be traced; its headers have been read. `drawn`: the lot's word."""
+        parent = _TRACEPARENT.fullmatch(record.traceparent) if record.traceparent else None
+        if parent is None:
+            if not drawn:
+                return
+            context = None
+        elif int(parent[2], 16) & 1:
+            carrier = {"traceparent": record.traceparent, "tracestate": record.tracestate}
+            context = _PROPAGATOR.extract(carrier)
+        else:
+            return
+        # Monotonic time drifts from the clocks of others.
+        self._offset_s = self._wall_clock() - self._clock()
+        record.trace = span = self._tracer.start_span(
+            record.method, context, SpanKind.SERVER, start_time=self._ns(record.received_s)
+        )
+        mine = span.get_span_context()
+        record.traceresponse = b"00-%032x-%016x-01" % (mine.trace_id, mine.span_id)
+
+    def request_done(self, record: Record) -> None:
+        """Make its spans, if it is traced."""
+        span: Span | None = record.trace
+        if span is None:
+            return
+        record.trace = None  # it and the span would keep each other
+        if record.route:
+            span.update_name(f"{record.method} {record.route}")
+        span.set_attributes(_attributes(record))
+        if record.status >= 500:
+            span.set_status(StatusCode.ERROR)
+        if record.batch is not None:
+            self._stages(span, record, record.batch)
+        span.end(self._ns(record.answered_s))
+
+    def item_done(self, call: Record, item: Record) -> None:
+        """Make the spans of a batch call's item inside the call's, if that is traced."""
+        if call.trace is not None:
+            item.trace = self._tracer.start_span(
+                item.method, set_span_in_context(call.trace), start_time=self._ns(item.received_s)
+            )
+            self.request_done(item)
+
+    def _stages(self, span: Span, record: Record, batch: Batch) -> None:
+        inside = set_span_in_context(span)
+        mine = span.get_span_context()
+        rode_in = batch.joined or (batch,)
+        of_batches = [Link(self._span_of(one, record.model, mine)) for one in rode_in]
+        for name, from_s, to_s, links in (
+            ("queue", record.enqueued_s, batch.gathered_s, ()),
+            ("batch", batch.gathered_s, batch.started_s, of_batches),
+            ("compute", batch.started_s, batch.finished_s, ()),
+        ):
+            stage = self._tracer.start_span(name, inside, links=links, start_time=self._ns(from_s))
+            stage.end(self._ns(max(from_s, to_s)))
+
+    def _span_of(self, batch: Batch, model: str, request: SpanContext) -> SpanContext:
+        """The batch's span, linked to this request of it."""
+        span = self._open.get(batch)
+        if span is None:
+            span = self._open[batch] = self._tracer.start_span(
+                f"batch {model}",
+                # A trace of its own, whatever is current.
+                set_span_in_context(INVALID_SPAN),
+                attributes=_batch_attributes(batch, model),
+                start_time=self._ns(batch.gathered_s),
+            )
+            if batch.failed:
+                span.set_status(StatusCode.ERROR)
+            if self._loop is not None:
+                # Those who ride in it are answered now or soon.
+                self._loop.call_later(_CLOSE_AFTER_S, self._close, batch)
+        span.add_link(request)
+        return span.get_span_context()
+
+    def _close(self, batch: Batch) -> None:
+        span = self._open.pop(batch, None)
+        if span is not None:
+            span.end(self._ns(batch.answered_s or batch.finished_s))
+
+    def stop(self) -> None:
+        """Send what is left. Gives up after a few seconds: the end waits for no receiver that is gone."""
+        for batch in list(self._open):
+            self._close(batch)
+        sending = threading.Thread(target=self._provider.shutdown, name="cobatch-traces", daemon=True)
+        sending.start()
+        sending.join(_STOP_S)
+        if sending.is_alive():
+            self._exporter.shutdown()  # type: ignore[no-untyped-call]  # it waits to try again
+            sending.join(_STOP_S)
+
+    def _ns(self, time_s: float) -> int:
+        return int((time_s + self._offset_s) * 1e9)
+
+
+def _attributes(record: Record) -> dict[str, AttributeValue]:
+    """By the semantic conventions for HTTP servers; our own begin with `cobatch.`."""
+    found: dict[str, AttributeValue] = {
+        http.HTTP_REQUEST_METHOD: record.method,
+        http.HTTP_RESPONSE_STATUS_CODE: record.status,
+        url.URL_PATH: record.path,
+        url.URL_SCHEME: record.scheme,
+        network.NETWORK_PROTOCOL_VERSION: "1.1",
+        "cobatch.request.id": record.request_id,
+    }
+    if record.route:
+        found[http.HTTP_ROUTE] = record.route
+    if record.status >= 500:
+        found[error.ERROR_TYPE] = record.slug or str(record.status)
+    if record.slug:
+        found["cobatch.problem"] = record.slug
+    if record.tenant:
+        found["cobatch.tenant"] = record.tenant
+    if record.model:
+        found["cobatch.model"] = record.model
+    if record.rows:
+        found["cobatch.rows"] = record.rows
+    return found
+
+
+def _batch_attributes(batch: Batch, model: str) -> dict[str, AttributeValue]:
+    return {
+        "cobatch.model": model,
+        "cobatch.batch.number": batch.number,
+        "cobatch.batch.rows": batch.rows,
+        "cobatch.batch.reason": batch.reason,
+        "cobatch.batch.slot": batch.slot,
+        "cobatch.batch.input_us": round(max(0.0, batch.dispatched_s - batch.gathered_s) * 1e6),
+        "cobatch.batch.compute_us": round((batch.finished_s - batch.started_s) * 1e6),
+    }

@@ -1,0 +1,1 @@
+"""The native resource: predictions that may outlive their request."""

@@ -1,0 +1,177 @@
+"""The prediction as an object: what it is now, or what became of it.
+
+Fields that have nothing to say are left out. An answer is made inside `Request.done`, while the
+outputs are valid, and is text from then on: what is kept is what will be sent.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import orjson
+
+from cobatch.batcher.errors import ExpiredError
+from cobatch.batcher.request import Request
+from cobatch.engines.base import Array, TensorSpec
+from cobatch.server.http.problem import Problem, from_error
+from cobatch.server.predictions.decode import Wants
+from cobatch.server.v2.encode import timing_of_batch
+
+COMPLETED = "completed"
+INCOMPLETE = "incomplete"
+FAILED = "failed"
+CANCELLED = "cancelled"
+EXPIRED = "expired"
+QUEUED = "queued"
+RUNNING = "running"
+
+
+class Answer(NamedTuple):
+    """The end of a prediction. `problem` is what a request that waited for it is answered with instead."""
+
+    status: str
+    text: bytes
+    problem: Problem | None = None
+    timing: bytes | None = None
+
+
+# First and last row of what could not be done, both included.
+Ranges = list[tuple[int, int]]
+
+
+def unfinished(id_: str, status: str, model: str) -> bytes:
+    """The object of a prediction that has not been answered."""
+    return msgspec.json.encode({"id": id_, "status": status, "model": model})
+
+
+def cancelled(id_: str, model: str) -> Answer:
+    """The object of a prediction that nobody wanted any more."""
+    fields = {"id": id_, "status": CANCELLED, "model": model}
+    problem = Problem("cancelled", "the prediction was cancelled before it was done", prediction=fields)
+    return Answer(CANCELLED, msgspec.json.encode(fields), problem)
+
+
+def failed(id_: str, model: str, error: Exception) -> Answer:
+    """The object of a prediction that could not be made; the same problem is in it and goes with it."""
+    status = EXPIRED if isinstance(error, ExpiredError) else FAILED
+    fields: dict[str, Any] = {"id": id_, "status": status, "model": model}
+    problem = from_error(error)
+    body = msgspec.json.decode(problem.reply().body[0])
+    # The member for V2 clients, which repeats the detail.
+    del body["error"]
+    problem.members["prediction"] = fields
+    return Answer(status, msgspec.json.encode(fields | {"error": body}), problem)
+
+
+def done(id_: str, model: str, specs: tuple[TensorSpec, ...], wants: Wants, request: Request) -> Answer:
+    """The object of a prediction that ran, wholly or for some of its rows; call it in `Request.done`."""
+    batch = request.batch
+    assert batch is not None
+    failures = request.failures
+    missing = _merged([(first, first + rows - 1) for first, rows, _ in failures])
+    fields: dict[str, Any] = {
+        "id": id_,
+        "status": INCOMPLETE if failures else COMPLETED,
+        "model": model,
+    }
+    if failures:
+        problem = from_error(failures[0][2])
+        fields["incomplete_details"] = {
+            "reason": problem.kind.slug,
+            "detail": problem.detail,
+            "rows": missing,
+        }
+    end = request.first_row + request.rows
+    fields["outputs"] = {
+        specs[index].name: _output(specs[index], batch.outputs[index][request.first_row : end], best, missing)
+        for index, best in wants
+    }
+    queue_s = batch.dispatched_s - request.enqueued_s
+    fields["usage"] = {
+        "rows": request.rows,
+        "batch_rows": batch.rows,
+        "queue_us": round(queue_s * 1e6),
+        "compute_us": round((batch.finished_s - batch.started_s) * 1e6),
+    }
+    timing = b"queue;dur=%.3f%b" % (queue_s * 1e3, timing_of_batch(batch))
+    return Answer(fields["status"], msgspec.json.encode(fields), timing=timing)
+
+
+def _merged(ranges: Ranges) -> Ranges:
+    """The same rows in as few ranges as possible."""
+    merged: Ranges = []
+    for first, last in ranges:
+        if merged and merged[-1][1] == first - 1:
+            merged[-1] = (merged[-1][0], last)
+        else:
+            merged.append((first, last))
+    return merged
+
+
+def _output(spec: TensorSpec, rows: Array, best: int | None, missing: Ranges) -> dict[str, Any]:
+    """`shape` is always that of the whole output, also where only its best scores are shown."""
+    fields: dict[str, Any] = {"dtype": _dtype_name(spec), "shape": rows.shape}
+    values = _widened(spec, rows)
+    if best is None or values.ndim < 2:
+        fields["data"] = _with_nulls(values, missing, _nested)
+    else:
+        fields["top_k"] = _with_nulls(values, missing, lambda some: _dumps(_top(some, best)))
+    return fields
+
+
+def _dtype_name(spec: TensorSpec) -> str:
+    return {"BYTES": "bytes", "BF16": "bfloat16"}.get(spec.datatype, spec.dtype.name)
+
+
+def _widened(spec: TensorSpec, rows: Array) -> Array:
+    """BF16 travels as bits; as numbers they are float32's upper half."""
+    return (rows.astype(np.uint32) << 16).view(np.float32) if spec.datatype == "BF16" else rows
+
+
+def _with_nulls(values: Array, missing: Ranges, encode: Any) -> msgspec.Raw:
+    """JSON of all rows, null for each that is missing."""
+    if not missing:
+        return msgspec.Raw(encode(values))
+    pieces: list[bytes] = []
+    edges = [(-1, -1), *missing, (len(values), len(values))]
+    for (_, last), (first, end) in pairwise(edges):
+        if first > last + 1:
+            pieces.append(encode(values[last + 1 : first])[1:-1])
+        if first < len(values):
+            pieces += [b"null"] * (end - first + 1)
+    return msgspec.Raw(b"[" + b",".join(pieces) + b"]")
+
+
+def _nested(values: Array) -> bytes:
+    if values.dtype == object:
+        return msgspec.json.encode(_text(values.tolist()))
+    return _dumps(np.ascontiguousarray(values))
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_text(one) for one in value]
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def _dumps(value: Any) -> bytes:
+    # Float32 with as few digits as keep its value, and null for what is not finite.
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _top(values: Array, most: int) -> list[Any]:
+    """The best scores along the last axis: descending, of equal ones the first first, NaN after all."""
+    if values.ndim > 1:
+        return [_top(row, most) for row in values]
+    keys = np.where(np.isnan(values), -np.inf, values) if values.dtype.kind == "f" else values
+    candidates = np.arange(len(keys))
+    if most < len(keys):
+        least = np.partition(keys, len(keys) - most)[len(keys) - most]
+        candidates = np.flatnonzero(keys >= least)
+    # Sorted from the back, so that equal ones come out back to front, and then turned round.
+    backwards = candidates[::-1]
+    order = backwards[np.argsort(keys[backwards], kind="stable")][::-1][:most]
+    return [{"index": index, "score": values[index]} for index in order]

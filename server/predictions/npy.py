@@ -1,0 +1,110 @@
+"""Tensors in NumPy's .npy format -> payloads. Nothing is unpickled and nothing is executed.
+
+The header is read by NumPy's own reader, which evaluates literals only, from a bounded number of bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import tokenize
+import warnings
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from cobatch.batcher.request import Payload
+from cobatch.engines.base import DATATYPES, TensorSpec
+from cobatch.server.http.problem import Problem
+
+MAGIC = np.lib.format.MAGIC_PREFIX
+# NumPy writes 64 or 128 bytes; more than some axes and one plain dtype is no header of a tensor.
+_MOST_HEADER = 2048
+_READERS: dict[tuple[int, int], Callable[..., tuple[tuple[int, ...], bool, np.dtype[Any]]]] = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+_UNREADABLE = (
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, SyntaxError, MemoryError,
+    RecursionError, tokenize.TokenError, Warning,
+)  # fmt: skip
+_NAMES = {dtype.name: name for name, dtype in DATATYPES.items() if name not in ("BF16", "BYTES")}
+
+
+def datatype_of(name: str) -> str | None:
+    """The V2 datatype that a V2 or NumPy name (float32, f4, <f4) means; None where there is none."""
+    if name in DATATYPES:
+        return name
+    return _ALIASES.get(name)
+
+
+def _aliases() -> dict[str, str]:
+    aliases = {"bytes": "BYTES", "bfloat16": "BF16"}
+    for dtype_name, datatype in _NAMES.items():
+        text = np.dtype(dtype_name).str
+        aliases |= {dtype_name: datatype, text: datatype, text[1:]: datatype}
+    return aliases
+
+
+_ALIASES = _aliases()
+
+
+def read_npy(
+    data: memoryview, spec: TensorSpec, check: Callable[[list[int], str], None]
+) -> tuple[list[int], Payload]:
+    """Shape and payload of a .npy file. Raises Problem, or what `check` does of shape and V2 datatype.
+
+    Byte and Fortran order are undone. Fixed-length byte strings and text become BYTES elements; as in
+    NumPy, NULs at their ends are lost.
+    """
+    shape, fortran, dtype, rest = _header(data, spec)
+    datatype = _NAMES.get(dtype.name, "BYTES" if dtype.kind in "SU" and dtype.itemsize else dtype.name)
+    check(shape, datatype)
+    expected = prod(shape) * dtype.itemsize
+    if len(rest) != expected:
+        raise _wrong(
+            spec,
+            f"shape {shape} of {dtype.name} takes {expected} bytes, the .npy file has {len(rest)}",
+            expected_bytes=expected,
+            actual_bytes=len(rest),
+        )
+    if not expected:
+        return shape, [] if datatype == "BYTES" else b""
+    array = np.frombuffer(rest, dtype)
+    if fortran:
+        array = np.ascontiguousarray(array.reshape(shape[::-1]).T).reshape(-1)
+    if datatype == "BYTES":
+        return shape, _elements(array, spec)
+    if datatype == "BOOL" and array.view(np.uint8).max() > 1:
+        raise _wrong(spec, "bytes must be 0 or 1")
+    little = array.astype(dtype.newbyteorder("<"), copy=False)
+    return shape, little.data.cast("B")
+
+
+def _header(data: memoryview, spec: TensorSpec) -> tuple[list[int], bool, np.dtype[Any], memoryview]:
+    head = io.BytesIO(bytes(data[: _MOST_HEADER + 12]))
+    try:
+        version = np.lib.format.read_magic(head)
+        if version not in _READERS:
+            raise ValueError(f"version {version} is not supported")
+        with warnings.catch_warnings():
+            # Headers that only Python 2 wrote, and worse.
+            warnings.simplefilter("error")
+            shape, fortran, dtype = _READERS[version](head, max_header_size=_MOST_HEADER)
+    except _UNREADABLE as error:
+        raise _wrong(spec, f"the .npy header cannot be read: {str(error)[:200]}") from None
+    return [int(size) for size in shape], fortran, dtype, data[head.tell() :]
+
+
+def _elements(array: np.ndarray[Any, Any], spec: TensorSpec) -> list[bytes]:
+    try:
+        values = array.tolist()
+        return values if array.dtype.kind == "S" else [value.encode() for value in values]
+    except ValueError as error:
+        raise _wrong(spec, f"the .npy file's text is not Unicode: {error}") from None
+
+
+def _wrong(spec: TensorSpec, why: str, **members: Any) -> Problem:
+    detail = f"input {spec.name!r} ({spec.datatype}): {why}"
+    return Problem("wrong-data", detail, tensor=spec.name, datatype=spec.datatype, **members)

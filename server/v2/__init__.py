@@ -1,0 +1,1 @@
+"""The Open Inference Protocol V2: bodies to rows, outputs to bodies."""

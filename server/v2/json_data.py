@@ -1,0 +1,201 @@
+"""Tensor data in JSON -> the bytes that are copied into the batch.
+
+Three ways, chosen by size and form; the figures are `benchmarks/request_cost/codec.py`'s:
+
+* flat and small: msgspec makes a typed list, `struct` packs it; nothing of NumPy, whose calls cost
+  more than the work on a few numbers;
+* flat and large: simdjson, which has parsed the whole message (`server.v2.messages`), writes the
+  numbers into a buffer without a Python object for each;
+* nested, or anything the first two reject: plain lists and `numpy.array`, which also finds ragged
+  data, and where the caller is told what is wrong.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+import simdjson
+
+from cobatch.batcher.request import Payload
+from cobatch.engines.base import TensorSpec
+from cobatch.server.http.problem import Problem
+
+_SMALL_BYTES = 8192
+_STRUCT = {
+    "BOOL": "?", "INT8": "b", "INT16": "h", "INT32": "i", "INT64": "q",
+    "UINT8": "B", "UINT16": "H", "UINT32": "I", "UINT64": "Q",
+    "FP16": "e", "FP32": "f", "FP64": "d",
+}  # fmt: skip
+_LISTS: dict[str, Callable[[Any], list[Any]]] = {
+    "b": msgspec.json.Decoder(list[bool]).decode,
+    "i": msgspec.json.Decoder(list[int]).decode,
+    "u": msgspec.json.Decoder(list[int]).decode,
+    "f": msgspec.json.Decoder(list[float]).decode,
+}
+_WORDS = {"b": "true or false", "i": "integers", "u": "integers that are not negative", "f": "numbers"}
+# What a malformed or unfitting value makes the quick ways raise; the careful way then says what it is.
+_UNFIT = (msgspec.MsgspecError, struct.error, OverflowError, TypeError, ValueError)
+
+
+class JsonReader:
+    """Reads the JSON data of one input tensor."""
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self._spec = spec
+        self._dtype = spec.dtype.newbyteorder("<") if spec.datatype != "BYTES" else spec.dtype
+        self._code = _STRUCT.get(spec.datatype)
+        self._list = _LISTS.get(self._dtype.kind) if self._code else None
+        self._packers: dict[int, Callable[..., bytes]] = {}
+
+    def read(self, data: msgspec.Raw, shape: list[int], elements: int) -> Payload:
+        """The data as little-endian bytes in C order (BYTES: a list), or a Problem.
+
+        `shape` is the whole shape, batch axis included, of `elements` elements.
+        """
+        raw = memoryview(data)
+        try:
+            if self._list is not None and len(raw) <= _SMALL_BYTES:
+                return self._packer(elements)(*self._list(raw))
+        except _UNFIT:
+            pass
+        return self._read_carefully(raw, shape, elements)
+
+    def _packer(self, elements: int) -> Callable[..., bytes]:
+        packer = self._packers.get(elements)
+        if packer is None:
+            if len(self._packers) >= 256:
+                self._packers.clear()
+            packer = self._packers[elements] = struct.Struct(f"<{elements}{self._code}").pack
+        return packer
+
+    def read_array(self, array: simdjson.Array, elements: int) -> Payload | None:
+        """The same from what simdjson parsed; None where `read` has to have a look at the text."""
+        kind = self._dtype.kind
+        if self._code is None or kind == "b":
+            return None
+        try:
+            # simdjson would flatten nested data without noticing ragged rows.
+            buffer = array.as_buffer(of_type="d" if kind == "f" else "u" if kind == "u" else "i")
+            wide = np.frombuffer(buffer, {"f": np.float64, "u": np.uint64, "i": np.int64}[kind])
+            return self._narrow(wide).data.cast("B") if wide.size == elements else None
+        except _UNFIT:
+            return None
+
+    def _narrow(self, wide: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        dtype = self._dtype
+        if dtype.kind == "f":
+            with np.errstate(over="ignore"):
+                narrow = wide.astype(dtype)
+            if not np.isfinite(narrow).all():
+                raise self._wrong("a number is too large")
+            return narrow
+        if wide.dtype.kind in "iu" and wide.size:
+            range_ = np.iinfo(dtype)
+            low, high = int(wide.min()), int(wide.max())
+            if low < range_.min or high > range_.max:
+                found = low if low < range_.min else high
+                raise self._wrong(f"{found} is out of range")
+        return wide.astype(dtype)
+
+    def read_nested(
+        self, data: msgspec.Raw | bytes | bytearray, check: Callable[[list[int]], None]
+    ) -> tuple[list[int], Payload]:
+        """Data whose nesting is its shape: the shape, which `check` may refuse, and what `read` answers."""
+        values = self._parse(memoryview(data))
+        shape = _shape(values)
+        check(shape)
+        return shape, self._convert(_flatten(values, len(shape), self._wrong))
+
+    def _parse(self, raw: memoryview) -> list[Any]:
+        if self._spec.datatype == "BF16":
+            raise self._wrong("it travels as binary only, JSON has no numbers of this kind")
+        try:
+            values = msgspec.json.decode(raw)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise self._wrong(f"its data cannot be read: {error}") from None
+        if not isinstance(values, list):
+            raise self._wrong("its data is not an array")
+        return values
+
+    def _read_carefully(self, raw: memoryview, shape: list[int], elements: int) -> Payload:
+        if not raw:
+            raise Problem("missing-tensor", f"input {self._spec.name!r} has no data", tensor=self._spec.name)
+        commas = bytes(raw).count(b",") if self._code else 0
+        if commas >= max(elements, 1) and raw[0] == ord("["):
+            # Among n numbers there are n - 1 commas, however they are nested. To decode first and count
+            # then would let a body of empty arrays become objects twenty times its size.
+            raise self._wrong(
+                f"shape {shape} has {elements} elements, the data has {commas + 1}",
+                shape=shape,
+                expected_elements=elements,
+                actual_elements=commas + 1,
+            )
+        flat = _flatten(self._parse(raw), len(shape), self._wrong)
+        if len(flat) != elements:
+            raise self._wrong(
+                f"shape {shape} has {elements} elements, the data has {len(flat)}",
+                shape=shape,
+                expected_elements=elements,
+                actual_elements=len(flat),
+            )
+        return self._convert(flat)
+
+    def _convert(self, flat: list[Any]) -> Payload:
+        if self._spec.datatype == "BYTES":
+            return [self._to_bytes(value) for value in flat]
+        return self._to_array(flat).data.cast("B") if flat else b""
+
+    def _to_bytes(self, value: object) -> bytes:
+        if not isinstance(value, str):
+            raise self._wrong(f"expected strings, got {_name(value)}")
+        return value.encode()
+
+    def _to_array(self, flat: list[Any]) -> np.ndarray[Any, Any]:
+        kind = self._dtype.kind
+        allowed = {"b": (bool,), "f": (int, float)}.get(kind, (int,))
+        for value in flat:
+            if not isinstance(value, allowed) or (isinstance(value, bool) and kind != "b"):
+                raise self._wrong(f"expected {_WORDS[kind]}, got {_name(value)}")
+        if kind == "b":
+            return np.array(flat, self._dtype)
+        wide = np.float64 if kind == "f" else np.uint64 if min(flat) >= 0 else np.int64
+        try:
+            return self._narrow(np.array(flat, wide))
+        except OverflowError:
+            raise self._wrong("a number is too large") from None
+
+    def _wrong(self, why: str, **members: Any) -> Problem:
+        spec = self._spec
+        detail = f"input {spec.name!r} ({spec.datatype}): {why}"
+        return Problem("wrong-data", detail, tensor=spec.name, datatype=spec.datatype, **members)
+
+
+def _shape(values: Any) -> list[int]:
+    """The shape of nested lists, as their first elements have it."""
+    shape = []
+    while isinstance(values, list):
+        shape.append(len(values))
+        values = values[0] if values else None
+    return shape
+
+
+def _flatten(values: list[Any], depth: int, wrong: Callable[..., Problem]) -> list[Any]:
+    """Row-major elements of a nested list at most `depth` deep whose rows have equal lengths."""
+    while values and isinstance(values[0], list):
+        depth -= 1
+        if depth <= 0:
+            raise wrong("the data is nested deeper than its shape")
+        width = len(values[0])
+        if not all(isinstance(value, list) and len(value) == width for value in values):
+            raise wrong("the data is ragged: rows differ in length or depth")
+        values = [element for value in values for element in value]
+    return values
+
+
+def _name(value: object) -> str:
+    names = {str: "a string", bool: "true or false", int: "an integer", float: "a fraction", list: "an array"}
+    return "null" if value is None else names.get(type(value), "an object")

@@ -1,0 +1,386 @@
+"""Fair between tenants: shares of engine time, a light tenant beside a flood, no credit, bounded waits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cobatch.batcher.scheduling.fair_queueing import Share, Shares
+from cobatch.batcher.scheduling.policy import LEAD_S
+from cobatch.batcher.scheduling.tenant import Tenant
+from tests.support.virtual.loop import Call, make_batcher, run
+from tests.support.virtual.tenants import Metered, Tenants, affine, flat, linear, percentile
+
+WEIGHTS = (1.0, 2.0, 4.0)
+SHARES = [weight / sum(WEIGHTS) for weight in WEIGHTS]
+BATCHES = 1000
+Curve = Callable[[int], float]
+
+
+def three() -> tuple[Tenant, Tenant, Tenant]:
+    one, two, four = (Tenant(f"weight {weight:g}", weight=weight) for weight in WEIGHTS)
+    return one, two, four
+
+
+def measured(
+    worker: Metered,
+    rows: tuple[int, int, int] = (1, 1, 1),
+    width: tuple[int, int, int] = (1, 1, 1),
+    batches: int = BATCHES,
+) -> list[float]:
+    """The parts of engine time that backlogged tenants of weights 1:2:4 get."""
+    parts: list[float] = []
+
+    async def main() -> None:
+        tenants = three()
+        callers = Tenants(make_batcher(worker, max_queue_rows=10_000))
+        for tenant, its_rows, its_width in zip(tenants, rows, width, strict=True):
+            callers.backlog(tenant, 60, its_rows, its_width)
+        await worker.until(batches)
+        parts.extend(worker.parts(*tenants))
+        await callers.stop()
+
+    run(main())
+    return parts
+
+
+# Shares
+
+
+@pytest.mark.parametrize("curve", [flat, affine, linear])
+def test_backlogged_tenants_get_their_shares(curve: Curve) -> None:
+    assert measured(Metered(curve)) == pytest.approx(SHARES, rel=0.02)
+
+
+@pytest.mark.parametrize("rows", [(1, 2, 3), (3, 2, 1), (8, 1, 1), (1, 1, 8), (20, 1, 3)])
+@pytest.mark.parametrize("curve", [flat, affine])
+def test_whoever_asks_for_many_rows_at_once_gets_no_more(curve: Curve, rows: tuple[int, int, int]) -> None:
+    assert measured(Metered(curve), rows) == pytest.approx(SHARES, rel=0.02)
+
+
+# Of the last one's thousand batches the first tenant has 30: one more or less is 3 % of its share.
+@pytest.mark.parametrize(
+    ("width", "batches"), [((1, 2, 3), 1000), ((3, 2, 1), 1000), ((1, 1, 9), 1000), ((9, 1, 3), 4000)]
+)
+@pytest.mark.parametrize("curve", [flat, affine])
+def test_whoever_has_dear_rows_gets_fewer_of_them(
+    curve: Curve, width: tuple[int, int, int], batches: int
+) -> None:
+    """Shapes do not ride together, and their runs cost one, two, three or nine times as much."""
+    worker = Metered(curve, wide=float)
+    assert measured(worker, width=width, batches=batches) == pytest.approx(SHARES, rel=0.02)
+
+
+def test_time_is_shared_also_while_it_varies() -> None:
+    chance = np.random.default_rng(5)
+    worker = Metered(lambda rows: 0.010 * chance.choice([0.8, 1.0, 1.0, 1.0, 4.0]))
+    worker.warmup_us = {8: 10_000.0}
+    assert measured(worker) == pytest.approx(SHARES, rel=0.02)
+
+
+def test_time_is_shared_however_wrong_the_warm_up_was() -> None:
+    worker = Metered(flat)
+    worker.warmup_us = {8: 1e-3}
+    assert measured(worker) == pytest.approx(SHARES, rel=0.02)
+
+
+def test_tenants_of_one_weight_get_the_same() -> None:
+    async def main() -> None:
+        worker = Metered(flat)
+        callers = Tenants(make_batcher(worker))
+        tenants = [Tenant(f"t{n}") for n in range(7)]
+        for n, tenant in enumerate(tenants):
+            callers.backlog(tenant, 9 + n)
+        await worker.until(BATCHES)
+        assert worker.parts(*tenants) == pytest.approx([1 / 7] * 7, rel=0.02)
+        await callers.stop()
+
+    run(main())
+
+
+def test_those_that_nobody_told_apart_are_one_tenant() -> None:
+    async def main() -> None:
+        worker = Metered(flat)
+        callers = Tenants(make_batcher(worker))
+        tenant = Tenant("told")
+        callers.backlog(tenant, 20)
+
+        class Anybody(Call):
+            def done(self) -> None:
+                super().done()
+                if worker.batches < BATCHES:
+                    callers.batcher.submit(Anybody([[1]]))
+
+        for _ in range(20):
+            callers.batcher.submit(Anybody([[1]]))
+        await worker.until(BATCHES)
+        used_s = worker.used_s
+        assert used_s[None] == pytest.approx(used_s[tenant], rel=0.02)
+        await callers.stop()
+
+    run(main())
+
+
+# Work-conserving
+
+
+def test_a_share_that_is_not_used_is_the_others() -> None:
+    async def main() -> None:
+        worker = Metered(flat)
+        callers = Tenants(make_batcher(worker))
+        small, large = Tenant("small", weight=1), Tenant("large", weight=1000)
+        callers.backlog(small, 40)
+        await worker.until(100)
+        callers.ask(large)
+        await worker.until(200)
+        # All of it but that one row, and the engine never stood still.
+        assert worker.parts(small)[0] == 1
+        assert worker.used_s[large] == pytest.approx(0.010 / 8)
+        starts_s = [start_s for start_s, _ in worker.ran]
+        assert np.diff(starts_s) == pytest.approx(0.010)
+        assert [rows for _, rows in worker.ran[1:]] == [8] * (len(worker.ran) - 1)
+        await callers.stop()
+
+    run(main())
+
+
+@pytest.mark.parametrize("curve", [flat, affine])
+def test_with_several_tenants_and_shapes_the_engine_never_stands_still(curve: Curve) -> None:
+    async def main() -> None:
+        worker = Metered(curve)
+        callers = Tenants(make_batcher(worker))
+        for n, tenant in enumerate(three()):
+            callers.backlog(tenant, 30, width=1 + n)
+        await worker.until(200)
+        starts_s = [start_s for start_s, _ in worker.ran]
+        runs_s = [curve(rows) for _, rows in worker.ran]
+        assert np.diff(starts_s) == pytest.approx(runs_s[:-1])
+        await callers.stop()
+
+    run(main())
+
+
+# A light tenant beside a flood
+
+
+def light_p99_s(curve: Curve, flood_rate: float | None, part: float, requests: int = 1000) -> float:
+    """The light tenant asks for `part` of what the engine can do, the other for `flood_rate` times that, or
+    for as much as the queue holds."""
+    result: list[float] = []
+
+    async def main() -> None:
+        worker = Metered(curve)
+        callers = Tenants(make_batcher(worker))
+        light, flood = Tenant("light"), Tenant("flood")
+        capacity = 8 / curve(8)
+        callers.poisson(light, part * capacity)
+        if flood_rate is None:
+            callers.backlog(flood, 888)
+        elif flood_rate:
+            callers.poisson(flood, flood_rate * capacity)
+        await asyncio.sleep(requests / (part * capacity))
+        await callers.stop()
+        assert not callers.refused[light], "the flood shut it out"
+        assert callers.refused[flood] or not flood_rate
+        result.append(percentile(callers.latencies_s[light], 0.99))
+
+    run(main())
+    return result[0]
+
+
+@pytest.mark.parametrize(("part", "requests"), [(0.02, 300), (0.1, 1000), (0.3, 1000)])
+def test_a_flood_costs_a_light_tenant_one_batch(part: float, requests: int) -> None:
+    alone_s, beside_s = (light_p99_s(flat, rate, part, requests) for rate in (0, 10))
+    assert beside_s <= 1.2 * alone_s + flat(8)
+
+
+@pytest.mark.parametrize(
+    ("curve", "full_rows", "part"),
+    [(affine, 8, 0.005), (affine, 8, 0.02), (affine, 8, 0.1), (affine, 8, 0.2), (linear, 1, 0.02)],
+)
+def test_a_flood_costs_a_light_tenant_one_batch_where_larger_ones_take_longer(
+    curve: Curve, full_rows: int, part: float
+) -> None:
+    """Its row does not ride with those of the flood, which would take it longer."""
+    alone_s, beside_s = (light_p99_s(curve, rate, part, 400) for rate in (0, 10))
+    assert beside_s <= 1.2 * alone_s + curve(full_rows)
+
+
+def test_a_light_tenant_makes_every_other_batch_small_at_most() -> None:
+    """Otherwise one that always has a row queued would cost everybody the gain of batching."""
+
+    async def main() -> None:
+        worker = Metered(affine)
+        callers = Tenants(make_batcher(worker))
+        light, flood = Tenant("light"), Tenant("flood")
+        callers.backlog(flood, 100)
+        callers.backlog(light, 1)
+        await worker.until(100)
+        sizes = [rows for _, rows in worker.ran[2:]]
+        assert min(sizes) == 1
+        assert all(one == 8 or other == 8 for one, other in pairwise(sizes))
+        await callers.stop()
+
+    run(main())
+
+
+def test_a_flood_of_one_shape_does_not_keep_another_waiting() -> None:
+    """Ray Serve, Triton: whatever fills batches goes first, and what does not waits for ever."""
+
+    async def main() -> None:
+        worker = Metered(flat)
+        callers = Tenants(make_batcher(worker))
+        flood, rare = Tenant("flood"), Tenant("rare")
+        callers.ask(rare, width=3)  # it is known: from now on batches are made up late
+        callers.backlog(flood, 100)
+        await worker.until(10)
+        for _ in range(20):
+            asked = callers.ask(rare, width=3)
+            await asyncio.sleep(0.0371)
+            assert asked.at_s - asked.enqueued_s <= 0.020 + LEAD_S + 1e-9
+        await callers.stop()
+
+    run(main())
+
+
+def test_a_rare_shape_of_the_same_tenant_keeps_its_place_in_the_line() -> None:
+    async def main() -> None:
+        worker = Metered(flat)
+        callers = Tenants(make_batcher(worker))
+        tenant = Tenant("one")
+        callers.backlog(tenant, 80)
+        await worker.until(10)
+        asked = callers.ask(tenant, width=3)
+        await asyncio.sleep(1)
+        # 80 rows were there before it: ten batches, the one that runs, the one that lies ready, its own.
+        assert asked.at_s - asked.enqueued_s <= 0.130
+        await callers.stop()
+
+    run(main())
+
+
+# The queue's room
+
+
+@pytest.mark.parametrize("floods", [1, 2, 5])
+def test_whoever_floods_the_queue_leaves_room_for_others(floods: int) -> None:
+    async def main() -> None:
+        callers = Tenants(make_batcher(Metered(lambda rows: 1000.0), max_queue_rows=1000))
+        tenants = [Tenant(f"flood {n}") for n in range(floods)]
+        while not all(callers.refused[tenant] for tenant in tenants):
+            for tenant in tenants:
+                callers.try_to_ask(tenant)
+        queued = [tenant.queued_rows for tenant in tenants]
+        assert max(queued) - min(queued) <= 8
+        room = 1000 - sum(queued)
+        assert room >= 1000 // (8 * floods + 1)
+        callers.ask(Tenant("late"), rows=room)
+
+    run(main())
+
+
+# No credit
+
+
+@pytest.mark.parametrize("weight", [1.0, 5.0])
+def test_whoever_returns_from_idleness_has_saved_up_nothing(weight: float) -> None:
+    async def main() -> None:
+        worker = Metered(flat)
+        callers = Tenants(make_batcher(worker))
+        away, there = Tenant("away", weight=weight), Tenant("there")
+        callers.ask(away)
+        callers.backlog(there, 40)
+        await worker.until(500)
+        before_s = worker.used_s.copy()
+        callers.backlog(away, 40)
+        await worker.until(600)
+        used_s = [worker.used_s[tenant] - before_s[tenant] for tenant in (away, there)]
+        assert used_s[0] / sum(used_s) == pytest.approx(weight / (weight + 1), abs=0.02)
+        await callers.stop()
+
+    run(main())
+
+
+def test_coming_and_going_earns_nothing() -> None:
+    """One that lets its queue run empty again and again gets no more than one that stays."""
+
+    async def main() -> None:
+        worker = Metered(flat)
+        callers = Tenants(make_batcher(worker))
+        stays, comes = Tenant("stays"), Tenant("comes")
+        callers.backlog(stays, 40)
+        while worker.batches < BATCHES:
+            gone = asyncio.Event()
+            for n in range(12):
+                callers.ask(comes, then=gone.set if n == 11 else None)
+            await gone.wait()
+        assert worker.used_s[comes] <= 1.02 * worker.used_s[stays]
+        await callers.stop()
+
+    run(main())
+
+
+# The account
+
+
+def test_a_start_never_goes_back_and_what_was_too_much_is_kept() -> None:
+    share = Share(None, 2.0)
+    share.charge(4.0)
+    assert share.start_s == 2.0
+    share.owed_s = -3.0
+    share.charge(1.0)
+    assert (share.start_s, share.owed_s) == (2.0, -2.0)
+    share.charge(4.0)
+    assert (share.start_s, share.owed_s) == (3.0, 0.0)
+
+
+def test_tenants_that_are_idle_are_forgotten() -> None:
+    shares = Shares()
+    busy = shares.of(Tenant("busy"))
+    shares.wakes(busy)
+    busy.rows = 1
+    for n in range(10_000):
+        shares.of(Tenant(f"t{n}"))
+        assert len(shares._of) <= 70
+    assert shares.of(busy.tenant) is busy
+
+
+# Whatever comes
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    weights=st.lists(st.sampled_from([0.5, 1.0, 2.0, 8.0]), min_size=2, max_size=5),
+    sizes=st.lists(st.tuples(st.integers(1, 10), st.integers(1, 2)), min_size=5, max_size=5),
+    curve=st.sampled_from([flat, affine]),
+)
+def test_everybody_gets_a_share_and_a_bounded_wait(
+    weights: list[float], sizes: list[tuple[int, int]], curve: Curve
+) -> None:
+    async def main() -> None:
+        worker = Metered(curve)
+        callers = Tenants(make_batcher(worker))
+        tenants = [Tenant(f"t{n}", weight=weight) for n, weight in enumerate(weights)]
+        for tenant, (rows, width) in zip(tenants, sizes, strict=False):
+            callers.backlog(tenant, 20, rows, width)
+        await worker.until(300)
+        whole = sum(weights)
+        total_s = sum(worker.used_s.values())
+        # SFQ's bound (Goyal et al., theorem 1): two flows differ by at most one of the largest request of
+        # each. Beside it, what lies in two slots is charged when it has run.
+        largest_s = 4 * curve(8) * 2
+        for tenant, weight in zip(tenants, weights, strict=True):
+            assert abs(worker.used_s[tenant] - total_s * weight / whole) <= largest_s
+        for tenant, weight, (rows, _) in zip(tenants, weights, sizes, strict=False):
+            # 20 of it were queued at most, and it is served at its share of the slowest rate.
+            bound_s = 20 * rows * curve(1) * whole / weight + 2 * largest_s
+            assert max(callers.latencies_s[tenant], default=0.0) <= bound_s
+        await callers.stop()
+
+    run(main())

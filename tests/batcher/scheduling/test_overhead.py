@@ -1,0 +1,67 @@
+"""What passes before a request is read and after its run counts for its deadline too."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from cobatch.batcher.errors import DeadlineTooShortError
+from cobatch.batcher.scheduling.admission import _MOST_AROUND
+from cobatch.engines.jobs import Job, Outcome
+from tests.support.virtual.loop import Call, make_batcher, run
+from tests.support.virtual.tenants import Metered, affine
+
+EPSILON_S = 1e-5
+
+
+class Unnoticed(Metered):
+    """Its outcomes lie unnoticed for a while, as where the event loop is busy."""
+
+    def __init__(self, lag_s: float) -> None:
+        super().__init__(affine)
+        self.lag_s = lag_s
+
+    def late(self, job: Job, outcome: Outcome) -> None:
+        loop = asyncio.get_running_loop()
+        loop.call_later(self.lag_s, self._on_time, job, outcome)
+
+    def begin(self) -> None:
+        assert self.deliver is not None
+        self._on_time = self.deliver
+        self.deliver = self.late
+
+
+def call(timeout_s: float) -> Call:
+    one = Call([[7]])
+    one.timeout_s = timeout_s
+    return one
+
+
+@pytest.mark.parametrize(("lag_s", "around_s"), [(0.0, 0.0), (0.0005, 0.001), (0.1, 1.0)])
+@pytest.mark.parametrize(("more_s", "in_time"), [(-EPSILON_S, False), (EPSILON_S, True)])
+def test_who_would_be_answered_late_by_a_busy_loop_is_refused(
+    lag_s: float, around_s: float, more_s: float, in_time: bool
+) -> None:
+    """`around_s`: the lag twice, before it is read and before it is answered; up to a part of the timeout."""
+
+    async def main() -> None:
+        worker = Unnoticed(lag_s)
+        batcher = make_batcher(worker)
+        worker.begin()
+        for _ in range(100):
+            batcher.submit(Call([[7]]))
+            await asyncio.sleep(0.2)
+        timeout_s = min(affine(1) + around_s, affine(1) / (1 - _MOST_AROUND))
+        one = call(timeout_s + more_s)
+        if in_time:
+            batcher.submit(one)
+            await asyncio.sleep(1)
+            one.check()
+            assert lag_s > timeout_s or one.at_s <= one.enqueued_s + timeout_s + more_s - lag_s
+        else:
+            with pytest.raises(DeadlineTooShortError) as refused:
+                batcher.submit(one)
+            assert refused.value.run_s > timeout_s + more_s
+
+    run(main())

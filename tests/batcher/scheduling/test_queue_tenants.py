@@ -1,0 +1,302 @@
+"""The queue with tenants, priorities and deadlines against a model of it.
+
+No loss, no duplicate, sums that add up, what is kept of those that left is bounded; each tenant's part of
+what was served differs from its share by no more than start-time fair queueing allows; and a request waits
+for no more than that.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import inf
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from cobatch.batcher.request import Request, State
+from cobatch.batcher.scheduling.formation import Plan, Taken
+from cobatch.batcher.scheduling.priority import AGEING_S
+from cobatch.batcher.scheduling.queue import RequestQueue
+from cobatch.batcher.scheduling.run_times import LatencyModel
+from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.engines.base import RowShapes
+
+SHAPES: list[RowShapes] = [((),), ((2,),), ((3,), (1, 4))]
+WEIGHTS = (1.0, 1.0, 3.0, 0.5)
+FULL_ROWS = 8
+MOST_ROWS = 9  # of one request
+ROW_S = 0.001
+RUN_US = {1: 1_000.0, 8: 8_000.0}
+
+
+class Queued(Request):
+    """Knows what had been served, and what stood before it, when it was queued."""
+
+    __slots__ = ("before", "served")
+
+    before: int
+    served: int
+
+
+class Queues(RuleBasedStateMachine):
+    """What both machines do. `waiting` is everything that should be queued."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue = RequestQueue(FULL_ROWS, ROW_S, ages=True)
+        self.tenants = [None, *(Tenant(f"t{n}", weight=weight) for n, weight in enumerate(WEIGHTS))]
+        self.waiting: list[Queued] = []
+        self.left: list[tuple[Queued, State]] = []
+        self.now_s = 0.0
+        self.latency = LatencyModel(FULL_ROWS, RUN_US)
+        self.served = 0  # rows
+        self.most = 0  # were queued at once
+
+    def push(self, tenant: int, shape: int, rows: int, priority: int = 0, timeout_s: float = inf) -> None:
+        request = Queued(rows, SHAPES[shape], [b"payload"] * len(SHAPES[shape]))
+        request.tenant = self.tenants[tenant]
+        request.priority = priority
+        request.deadline_s = self.now_s + timeout_s
+        request.enqueued_s = self.now_s
+        request.before = sum(one.rows for one in self.waiting if one.tenant is request.tenant)
+        request.served = self.served
+        self.queue.push(request)
+        self.waiting.append(request)
+
+    def cancel_one(self, number: int) -> None:
+        request = self.waiting.pop(number % len(self.waiting))
+        self.queue.cancel(request)
+        assert request.payloads == ()
+        self.left.append((request, State.CANCELLED))
+
+    def took(self, taken: Taken) -> int:
+        """Check what any batch is, and count it; its rows."""
+        requests = taken.requests
+        for request in (*requests, *taken.late):
+            assert isinstance(request, Queued)
+            self.waiting.remove(request)
+            self.left.append((request, State.RUNNING))
+        rows = sum(request.rows for request in requests)
+        assert rows <= FULL_ROWS or len(requests) == 1
+        assert len({request.row_shapes for request in requests}) <= 1
+        by_tenant = Counter[Tenant | None]()
+        for request in requests:
+            by_tenant[request.tenant] += request.rows
+        assert {share.tenant: its_rows for share, its_rows in taken.shares.items()} == by_tenant
+        self.served += rows
+        return rows
+
+    @rule(tenant=st.integers(0, 4), shape=st.integers(0, 2))
+    def one_comes_and_goes_many_times(self, tenant: int, shape: int) -> None:
+        for n in range(80):
+            self.push((tenant + n % 2) % 5, shape, 1, timeout_s=1.0)
+            self.cancel_one(-1)
+
+    @rule(passed_s=st.sampled_from([0.001, 0.5, 1.5]))
+    def wait(self, passed_s: float) -> None:
+        self.now_s += passed_s
+
+    @invariant()
+    def sums_add_up(self) -> None:
+        queue = self.queue
+        assert queue.rows == sum(one.rows for one in self.waiting)
+        assert queue.deadlines == sum(one.deadline_s < inf for one in self.waiting)
+        shapes = {one.row_shapes for one in self.waiting}
+        assert set(queue.groups) == shapes
+        assert queue.shapes == len(shapes)
+        for row_shapes, group in queue.groups.items():
+            alike = [one for one in self.waiting if one.row_shapes == row_shapes]
+            assert group.rows == sum(one.rows for one in alike)
+            for share, flow in group.flows.items():
+                assert flow.rows == sum(one.rows for one in alike if one.tenant is share.tenant) > 0
+            assert {share.tenant for share in group.flows} == {one.tenant for one in alike}
+        for tenant in self.tenants:
+            rows = sum(one.rows for one in self.waiting if one.tenant is tenant)
+            if tenant is not None:
+                assert tenant.queued_rows == rows == queue.rows_of(tenant)
+        if not self.waiting:
+            # The last one to leave an empty queue may still count: it is kept aside.
+            assert queue.shares.active == int(queue._aside)
+            return
+        assert queue.shares.active == len({one.tenant for one in self.waiting})
+        weights = {one.tenant: 1.0 if one.tenant is None else one.tenant.weight for one in self.waiting}
+        assert queue.shares.active_weight == pytest.approx(sum(weights.values()))
+
+    @invariant()
+    def what_the_policy_sees(self) -> None:
+        queue = self.queue
+        if not self.waiting:
+            assert queue.full_group is None
+            return
+        assert queue.oldest_s == min(one.enqueued_s for one in self.waiting)
+        assert queue.urgent_s == min(one.deadline_s for one in self.waiting)
+        assert queue.next_group in queue.groups.values()
+        full = [group for group in queue.groups.values() if group.rows >= FULL_ROWS]
+        assert (queue.full_group in full) if full else queue.full_group is None
+
+    @invariant()
+    def states_are_right(self) -> None:
+        assert all(one.state is State.QUEUED and one.flow is not None for one in self.waiting)
+        assert all(one.state is state and one.flow is None for one, state in self.left)
+
+    @invariant()
+    def what_left_is_forgotten(self) -> None:
+        """Whatever comes and goes without being taken."""
+        queue, living = self.queue, len(self.waiting)
+        self.most = max(self.most, living)
+        assert len(queue._turns._heap) <= 2 * 5 + 64 + 1
+        assert len(queue._arrivals) + len(queue._urgent) <= 2 * 2 * (self.most + 1) + 64
+        for group in queue.groups.values():
+            assert len(group.turns._heap) <= 2 * 5 + 64 + 1
+            for flow in group.flows.values():
+                assert flow.lines._waiting <= 2 * living + 65
+
+
+class Anything(Queues):
+    """Priorities, deadlines, batches of any group, runs that cost anything."""
+
+    @rule(
+        tenant=st.integers(0, 4),
+        shape=st.integers(0, 2),
+        rows=st.integers(1, MOST_ROWS),
+        priority=st.sampled_from([0, 0, 1, 4, 8]),
+        timeout_s=st.sampled_from([inf, inf, 0.002, 0.006, 0.02, 2.0]),
+    )
+    def comes(self, tenant: int, shape: int, rows: int, priority: int, timeout_s: float) -> None:
+        self.now_s += 1e-4
+        self.push(tenant, shape, rows, priority, timeout_s)
+
+    @rule()
+    def take_all(self) -> None:
+        taken = self.queue.take_all()
+        assert sorted(map(id, taken)) == sorted(map(id, self.waiting))
+        for request in self.waiting:
+            self.left.append((request, State.RUNNING))
+        self.waiting.clear()
+
+    @precondition(lambda self: self.waiting)
+    @rule(number=st.integers(0, 100))
+    def leaves(self, number: int) -> None:
+        self.cancel_one(number)
+
+    @precondition(lambda self: self.waiting)
+    @rule(number=st.integers(0, 2), factor=st.sampled_from([0.1, 1.0, 7.0]))
+    def a_batch_of_any_group(self, number: int, factor: float) -> None:
+        groups = list(self.queue.groups.values())
+        group = groups[number % len(groups)]
+        heads = self.heads(group.row_shapes)
+        taken = self.queue.take(group, FULL_ROWS)
+        assert taken.requests
+        assert taken.requests[0] in heads
+        rows = self.took(taken)
+        self.queue.settle(taken.shares, factor * rows * ROW_S, rows)
+
+    def heads(self, row_shapes: RowShapes) -> list[Queued]:
+        """Of each tenant the one that is next, by priority and age."""
+        heads: dict[Tenant | None, Queued] = {}
+        for one in self.waiting:
+            if one.row_shapes == row_shapes:
+                best = heads.get(one.tenant)
+                if best is None or self.rank(one) < self.rank(best):
+                    heads[one.tenant] = one
+        return list(heads.values())
+
+    @staticmethod
+    def rank(one: Queued) -> float:
+        return one.enqueued_s + one.level * AGEING_S
+
+    @precondition(lambda self: self.waiting)
+    @rule(ahead_s=st.sampled_from([0.0, 0.002, 0.010]))
+    def a_batch_in_time(self, ahead_s: float) -> None:
+        plan = Plan(self.now_s + ahead_s, self.latency)
+        queued = {id(one) for one in self.waiting}
+        taken = self.queue.take(self.queue.next_group, FULL_ROWS, plan)
+        assert taken.requests or taken.late
+        rows = self.took(taken)
+        requests = taken.requests
+        if len(requests) > 1:
+            end_s = plan.start_s + self.latency.high_s(rows)
+            assert end_s <= min(one.deadline_s for one in requests)
+        for one in requests:
+            assert plan.start_s + self.latency.expected_s(one.rows) <= one.deadline_s
+        full_s = plan.start_s + self.latency.high_s(FULL_ROWS)
+        for one in taken.late:
+            assert id(one) in queued
+            # Not in time by itself, or not in a full batch while others can make one.
+            alone_s = plan.start_s + self.latency.expected_s(one.rows)
+            assert alone_s > one.deadline_s or full_s > one.deadline_s
+        assert not taken.capped or any(one.deadline_s < inf for one in (*requests, *self.waiting))
+
+
+class Fair(Queues):
+    """Batches of whose turn it is, where a row costs the same in all of them: shares and waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows_of: Counter[Tenant | None] = Counter()
+        # Since when two tenants have both been waiting: what each had been served by then.
+        self.both: dict[tuple[int, int], tuple[int, int]] = {}
+
+    @rule(tenant=st.integers(0, 4), shape=st.integers(0, 2), rows=st.integers(1, MOST_ROWS))
+    def comes(self, tenant: int, shape: int, rows: int) -> None:
+        self.now_s += 1e-4
+        self.push(tenant, shape, rows)
+
+    @rule(tenant=st.integers(0, 4), shape=st.integers(0, 2), rows=st.integers(1, MOST_ROWS))
+    def a_flood_comes(self, tenant: int, shape: int, rows: int) -> None:
+        for _ in range(30):
+            self.comes(tenant, shape, rows)
+
+    @precondition(lambda self: self.waiting)
+    @rule(number=st.integers(0, 100))
+    def leaves(self, number: int) -> None:
+        self.cancel_one(number)
+
+    @precondition(lambda self: self.waiting)
+    @rule(times=st.integers(1, 20))
+    def batches(self, times: int) -> None:
+        for _ in range(times):
+            if self.waiting:
+                taken = self.queue.take(self.queue.next_group, FULL_ROWS)
+                for share, its_rows in taken.shares.items():
+                    self.rows_of[share.tenant] += its_rows
+                rows = self.took(taken)
+                self.queue.settle(taken.shares, rows * ROW_S, rows)
+                self.nobody_waits_for_longer_than_its_share_takes(taken)
+                self.shares_are_kept()
+
+    def nobody_waits_for_longer_than_its_share_takes(self, taken: Taken) -> None:
+        weights = [1.0, *WEIGHTS]
+        for request in taken.requests:
+            assert isinstance(request, Queued)
+            weight = 1.0 if request.tenant is None else request.tenant.weight
+            # Its own tenant's rows before it, at its share; and of each tenant one batch that was early.
+            bound = (request.before + request.rows) * sum(weights) / weight
+            slack = sum(2 * (MOST_ROWS + FULL_ROWS) * (1 + other / weight) for other in weights)
+            assert self.served - request.served <= bound + slack
+
+    @invariant()
+    def shares_are_kept(self) -> None:
+        """Theorem 1 of Goyal, Vin and Cheng: while both wait, what two tenants get, divided by their weights,
+        differs by at most the largest request of each; here, of a batch that is filled up from one shape."""
+        waiting = {one.tenant for one in self.waiting}
+        for one in range(5):
+            for other in range(one):
+                pair = (self.tenants[one], self.tenants[other])
+                if not waiting >= set(pair):
+                    self.both.pop((one, other), None)
+                    continue
+                now = (self.rows_of[pair[0]], self.rows_of[pair[1]])
+                since = self.both.setdefault((one, other), now)
+                weights = [1.0 if tenant is None else tenant.weight for tenant in pair]
+                parts = [(now[n] - since[n]) / weights[n] for n in (0, 1)]
+                most = (MOST_ROWS + FULL_ROWS) * sum(1 / weight for weight in weights)
+                assert abs(parts[0] - parts[1]) <= most
+
+
+Anything.TestCase.settings = settings(deadline=None, max_examples=100, stateful_step_count=50)
+Fair.TestCase.settings = settings(deadline=None, max_examples=100, stateful_step_count=50)
+TestAnything = Anything.TestCase
+TestFair = Fair.TestCase

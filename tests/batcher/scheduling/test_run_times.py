@@ -1,0 +1,313 @@
+"""What is expected of a run: learned from the last ones, seeded by the warm-up, monotone in rows."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cobatch.batcher.scheduling.run_times import Arrivals, LatencyModel
+from tests.support.virtual.loop import Call, make_batcher, run
+from tests.support.virtual.tenants import Metered, affine, flat, linear
+
+MAGIKA_US = {1: 10_000.0, 2: 20_500.0, 4: 41_000.0, 8: 84_000.0}
+LEARN_S = 0.05
+EPSILON_MS = 1e-6  # times in virtual time are sums
+
+
+def learn(model: LatencyModel, rows: int, run_s: float, times: int, now_s: float = 0.0) -> float:
+    """Let it observe so many runs, and take them all in; when the last one ended."""
+    for _ in range(times):
+        now_s += LEARN_S
+        model.observe(rows, run_s, now_s)
+    return now_s
+
+
+# Seeds
+
+
+def test_the_warm_up_is_believed_until_something_has_run() -> None:
+    model = LatencyModel(8, MAGIKA_US)
+    for rows, run_us in MAGIKA_US.items():
+        assert model.expected_s(rows) == model.high_s(rows) == pytest.approx(run_us / 1e6)
+    assert model.expected_s(3) == pytest.approx((0.0205 + 0.041) / 2)
+
+
+def test_without_a_warm_up_a_run_takes_a_millisecond() -> None:
+    model = LatencyModel(16, {})
+    assert {model.expected_s(rows) for rows in (1, 7, 16)} == {0.001}
+    assert model.full_rows == 16
+
+
+def test_one_slow_run_does_not_make_a_size_look_bad() -> None:
+    model = LatencyModel(8, MAGIKA_US)
+    model.observe(1, 10.0, 1.0)
+    assert model.expected_s(1) == pytest.approx(0.010)
+    assert model.high_s(1) == pytest.approx(10.0)
+
+
+def test_what_has_not_run_drifts_with_what_has() -> None:
+    """Twice as slow as in the warm-up: sizes that nobody made are so, too."""
+    model = LatencyModel(8, MAGIKA_US)
+    learn(model, 1, 0.020, 10)
+    for rows, run_us in MAGIKA_US.items():
+        assert model.expected_s(rows) == pytest.approx(2 * run_us / 1e6)
+    assert model.full_rows == 1
+    # And what did run is not touched when another size drifts.
+    learn(model, 8, 0.084, 10, now_s=1.0)
+    assert model.expected_s(1) == pytest.approx(0.020)
+    assert model.expected_s(8) == pytest.approx(0.084)
+
+
+# Learning
+
+
+def test_old_behaviour_is_forgotten_in_seconds() -> None:
+    """At 20 batches a second: after the memory's five seconds nothing of the old is left."""
+    model = LatencyModel(8, {8: 10_000.0})
+    now_s = learn(model, 8, 0.010, 200)
+    learn(model, 8, 0.050, 17, now_s)
+    assert model.expected_s(8) == pytest.approx(0.050), "the median follows within 17 runs"
+    learn(model, 8, 0.050, 100, now_s)
+    assert model.expected_s(8) == model.high_s(8) == pytest.approx(0.050)
+    now_s = learn(model, 8, 0.010, 32, now_s + 10)
+    assert model.high_s(8) == pytest.approx(0.010)
+
+
+@pytest.mark.parametrize(("gap_s", "believed"), [(5.0 - 4 * LEARN_S, True), (5.0 + LEARN_S, False)])
+def test_what_is_older_than_the_memory_is_not_believed(gap_s: float, believed: bool) -> None:
+    model = LatencyModel(8, {8: 10_000.0})
+    now_s = 1.0
+    for _ in range(32):
+        model.observe(8, 0.010, now_s)
+    for n in range(4):
+        model.observe(8, 0.050, now_s + gap_s + n * LEARN_S)
+    assert model.expected_s(8) == pytest.approx(0.010 if believed else 0.050)
+
+
+def test_runs_between_two_looks_are_not_lost() -> None:
+    model = LatencyModel(8, {8: 10_000.0})
+    assert model.observe(8, 0.030, 1.0)
+    for n in range(10):
+        assert not model.observe(8, 0.030, 1.0 + n * LEARN_S / 11)
+    assert model.expected_s(8) == pytest.approx(0.010)
+    assert model.observe(8, 0.030, 1.0 + LEARN_S)
+    assert model.expected_s(8) == pytest.approx(0.030)
+
+
+def test_a_size_that_never_ran_is_learned_at_once() -> None:
+    model = LatencyModel(64, {64: 10_000.0})
+    assert model.observe(64, 0.010, 1.0)
+    assert model.observe(3, 0.002, 1.0)
+    assert model.expected_s(3) == pytest.approx(0.002)
+    assert model.expected_s(1) == pytest.approx(0.002), "nothing smaller ever ran"
+
+
+def test_the_quantile_is_above_the_centre() -> None:
+    chance = np.random.default_rng(1)
+    model = LatencyModel(8, {8: 10_000.0})
+    times = chance.gamma(20, 0.0005, 32)
+    for n, run_s in enumerate(times):
+        model.observe(8, float(run_s), n * LEARN_S)
+    assert model.expected_s(8) == pytest.approx(float(np.median(times)), rel=0.02)
+    assert model.high_s(8) == pytest.approx(float(np.quantile(times, 0.95)), rel=0.1)
+
+
+RUNS = st.lists(
+    st.tuples(st.integers(1, 32), st.floats(1e-6, 10), st.sampled_from([0.0, 0.01, 0.06, 7.0])), max_size=40
+)
+SEEDS = st.dictionaries(st.sampled_from([1, 2, 4, 8, 16, 32]), st.floats(0.1, 1e7))
+
+
+@given(seeds=SEEDS, runs=RUNS)
+def test_never_less_for_more_rows_and_never_below_the_centre(
+    seeds: dict[int, float], runs: list[tuple[int, float, float]]
+) -> None:
+    model = LatencyModel(32, seeds)
+    now_s = 0.0
+    for rows, run_s, gap_s in runs:
+        now_s += gap_s
+        model.observe(rows, run_s, now_s)
+    expected = [model.expected_s(rows) for rows in range(1, 65)]
+    high = [model.high_s(rows) for rows in range(1, 65)]
+    slack = 1 + 1e-9
+    assert all(left <= right * slack for left, right in itertools.pairwise(expected))
+    assert all(left <= right * slack for left, right in itertools.pairwise(high))
+    assert all(centre <= quantile * slack for centre, quantile in zip(expected, high, strict=True))
+    assert all(math.isfinite(one) and one > 0 for one in expected)
+    assert 1 <= model.full_rows <= 32
+    assert model.row_s > 0
+
+
+@given(seeds=SEEDS, budget_s=st.floats(0, 20), most=st.integers(1, 32))
+def test_the_largest_batch_that_fits_a_budget(seeds: dict[int, float], budget_s: float, most: int) -> None:
+    model = LatencyModel(32, seeds)
+    rows = model.most_rows(budget_s, most)
+    assert rows == max((n for n in range(1, most + 1) if model.high_s(n) <= budget_s), default=0)
+
+
+# What is full
+
+
+@pytest.mark.parametrize(
+    ("run_us", "full_rows"),
+    [
+        (dict.fromkeys((1, 2, 4, 8, 16), 10000.0), 16),
+        ({rows: 4_000 + 2_000.0 * rows for rows in (1, 2, 4, 8, 16)}, 16),
+        ({rows: 1_000.0 * max(rows, 4) for rows in (1, 2, 4, 8, 16)}, 4),
+        (MAGIKA_US | {16: 170_000.0}, 1),
+    ],
+    ids=["flat", "affine", "full at four", "Magika"],
+)
+def test_a_batch_grows_only_as_long_as_growing_pays(run_us: dict[int, float], full_rows: int) -> None:
+    model = LatencyModel(16, run_us)
+    assert model.full_rows == full_rows
+
+
+@pytest.mark.parametrize(
+    ("run_us", "full_rows"),
+    [
+        (dict.fromkeys((1, 2, 4, 8, 16), 10000.0), 16),
+        ({rows: 4_000 + 2_000.0 * rows for rows in (1, 2, 4, 8, 16)}, 16),
+        ({rows: 10_500.0 * rows for rows in (1, 2, 4, 8, 16)}, 1),
+        (MAGIKA_US | {16: 170_000.0}, 1),
+    ],
+    ids=["flat", "affine", "linear", "Magika"],
+)
+def test_the_same_is_learned_without_a_warm_up(run_us: dict[int, float], full_rows: int) -> None:
+    """As soon as there were batches of these sizes."""
+    model = LatencyModel(16, {})
+    now_s = 0.0
+    for _ in range(3):
+        for rows, us in run_us.items():
+            now_s = learn(model, rows, us / 1e6, 20, now_s)
+    assert model.full_rows == full_rows
+
+
+@pytest.mark.parametrize("curve", [flat, affine, linear])
+def test_what_is_full_stays_while_batches_of_all_sizes_run(curve: Callable[[int], float]) -> None:
+    """Noise of a tenth, sizes as they come: it does not creep."""
+    chance = np.random.default_rng(3)
+    model = LatencyModel(8, {rows: curve(rows) * 1e6 for rows in (1, 2, 4, 8)})
+    full = model.full_rows
+    for n in range(3000):
+        rows = int(chance.integers(1, full + 1))
+        model.observe(rows, curve(rows) * float(chance.uniform(0.95, 1.05)), n * 0.02)
+        assert model.full_rows == full
+
+
+def test_a_model_that_turns_out_to_gain_nothing_stops_batching() -> None:
+    async def main() -> None:
+        worker = Metered(linear)
+        worker.warmup_us = dict.fromkeys((1, 2, 4, 8), 10_000.0)
+        batcher = make_batcher(worker)
+        assert batcher.full_rows == 8
+        for rows in (1, 2, 4, 8):
+            for _ in range(20):
+                batcher.submit(Call([[1]] * rows))
+                await asyncio.sleep(0.2)
+        assert batcher.full_rows == 1
+        ran = len(worker.ran)
+        for _ in range(20):
+            batcher.submit(Call([[1]]))
+        await asyncio.sleep(1)
+        assert [rows for _, rows in worker.ran[ran:]] == [1] * 20
+
+    run(main())
+
+
+# A target for latency
+
+
+@pytest.mark.parametrize(
+    ("target_ms", "full_rows"),
+    [
+        (40.0 - EPSILON_MS, 7),
+        (40.0 + EPSILON_MS, 8),
+        (24.0 + EPSILON_MS, 4),
+        (12.0 + EPSILON_MS, 1),
+        (1.0, 1),
+        (1e6, 8),
+    ],
+)
+def test_under_a_latency_target_two_runs_fit(target_ms: float, full_rows: int) -> None:
+    async def main() -> None:
+        batcher = make_batcher(Metered(affine), latency_target_ms=target_ms)
+        assert batcher.full_rows == full_rows
+
+    run(main())
+
+
+@pytest.mark.parametrize("target_ms", [16.0, 24.0, 40.0])
+def test_a_latency_target_is_kept_at_the_load_that_it_leaves(target_ms: float) -> None:
+    """As many callers as two batches take: each waits for one and rides in one."""
+
+    async def main() -> None:
+        batcher = make_batcher(Metered(affine), latency_target_ms=target_ms + EPSILON_MS)
+        times_s: list[float] = []
+
+        class Again(Call):
+            def done(self) -> None:
+                super().done()
+                times_s.append(self.at_s - self.enqueued_s)
+                if self.at_s < 5:
+                    batcher.submit(Again([[1]]))
+
+        for _ in range(2 * batcher.full_rows):
+            batcher.submit(Again([[1]]))
+        await asyncio.sleep(6)
+        assert max(times_s) <= (target_ms + EPSILON_MS) / 1000
+        assert len(times_s) > 500
+
+    run(main())
+
+
+# How many come
+
+
+def test_arrivals_are_counted_once_they_are_enough() -> None:
+    arrivals = Arrivals(0.0)
+    assert arrivals.rate(0.4, 400) is None, "not yet"
+    assert arrivals.rate(0.5, 500) == pytest.approx(1000)
+    assert arrivals.rate(0.9, 5000) == pytest.approx(1000), "the last window's"
+    assert arrivals.rate(1.5, 600) == pytest.approx(100)
+    few = Arrivals(0.0)
+    assert few.rate(1.0, 9) is None
+    assert few.rate(2.0, 10) == pytest.approx(1)
+
+
+def test_a_wait_for_company_ends_where_none_is_expected() -> None:
+    async def main() -> None:
+        worker = Metered()
+        batcher = make_batcher(worker, max_delay_ms=50)
+        for _ in range(12):
+            alone = Call([[1]])
+            batcher.submit(alone)
+            await asyncio.sleep(1)
+        # Known by then: one a second, so a twentieth of one in the time that may be waited.
+        assert alone.at_s - alone.enqueued_s == pytest.approx(0.010)
+        assert batcher.counters.reasons["idle"] >= 1
+        assert batcher.counters.reasons["delay"] >= 1
+
+    run(main())
+
+
+def test_a_size_that_was_slow_for_a_while_is_tried_again() -> None:
+    """Something else had the machine: large batches took three times as long, and then nobody made any."""
+    seeds = {1: 2_000.0, 8: 3_000.0, 64: 6_000.0}
+    model = LatencyModel(64, seeds)
+    assert model.full_rows == 64
+    for number in range(20):
+        model.observe(64, 0.060, 1 + 0.1 * number)
+        model.observe(8, 0.003, 1.05 + 0.1 * number)
+    assert model.full_rows < 64
+    for number in range(200):
+        model.observe(8, 0.003, 3.1 + 0.1 * number)
+    assert model.full_rows == 64
+    assert model.expected_s(64) == pytest.approx(0.006, rel=0.01)

@@ -1,0 +1,242 @@
+"""Building with TensorRT 10.0, 10.16 and 11.4 as the stand-ins have them, and from a file to an engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks import gpu
+from cobatch.engines.errors import EngineLoadError
+from cobatch.engines.loader import EngineOptions, load_engine
+from cobatch.engines.tensorrt.api import load_tensorrt
+from cobatch.engines.tensorrt.plans import build as building
+from cobatch.engines.tensorrt.plans.build import BuildOptions, build
+from cobatch.engines.tensorrt.plans.cache import given_plan, plan_source
+from cobatch.engines.tensorrt.plans.manifest import Machine, mismatch, read_manifest, this_machine
+from cobatch.server.cli import app
+from tests.support.gpu.fakecuda.control import FakeCuda
+from tests.support.gpu.tier import environment, require_fake_gpu
+from tests.support.http.process import Cobatch
+from tests.support.models import models
+from tests.support.models.plan_models import unsupported
+
+VERSIONS = ("10.0.1", "10.16.1.11", "11.4.0.106")
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeCuda]:
+    made = require_fake_gpu()
+    load_tensorrt().trt.versions.use(None)
+    yield made
+    load_tensorrt().trt.versions.use(None)
+    assert made.violations() == []
+
+
+@pytest.fixture(params=VERSIONS)
+def version(request: pytest.FixtureRequest, fake: FakeCuda) -> str:
+    use(request.param)
+    return str(request.param)
+
+
+def use(version: str) -> None:
+    load_tensorrt().trt.versions.use(version)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return Path(models.write(tmp_path, models.negate()))
+
+
+def told(plan: bytes) -> dict[str, Any]:
+    """What the builder was asked, as a stand-in's plan has it in its second line."""
+    answer: dict[str, Any] = json.loads(plan.split(b"\n", 2)[1])
+    return answer
+
+
+def test_every_option_reaches_the_builder(
+    version: str, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = told(build(model, BuildOptions()).plan)
+    assert plain["profiles"] == [{"x": [[1, 3], [64, 3], [64, 3]]}]
+    assert not plain["hardware_compatible"]
+    assert not plain["version_compatible"]
+    options = BuildOptions(
+        profiles=("1/2/4", "4/8/16"),
+        workspace_mb=16,
+        timing_cache=tmp_path / "timings",
+        hardware_compatible=True,
+        version_compatible=True,
+    )
+    everything = told(build(model, options).plan)
+    assert everything["profiles"] == [{"x": [[1, 3], [2, 3], [4, 3]]}, {"x": [[4, 3], [8, 3], [16, 3]]}]
+    assert everything["hardware_compatible"]
+    assert everything["version_compatible"]
+    assert everything["version"] == version
+    # A flag's number that this version does not know would have been an error in the log.
+    assert caplog.records == []
+
+
+def test_timings_are_kept_and_anothers_are_begun_anew(
+    version: str, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    timings = tmp_path / "timings"
+    options = BuildOptions(timing_cache=timings)
+    build(model, options)
+    kept = timings.read_bytes()
+    assert version.encode() in kept
+    build(model, options)
+    assert caplog.records == []
+    timings.write_bytes(b"another GPU's")
+    build(model, options)
+    assert timings.read_bytes() == kept
+    assert "does not fit" in caplog.text
+    timings.unlink()
+    timings.mkdir()
+    with pytest.raises(EngineLoadError, match="cannot read the timing cache"):
+        build(model, options)
+
+
+def test_the_parsers_errors(version: str, tmp_path: Path) -> None:
+    with pytest.raises(EngineLoadError) as refused:
+        build(Path(models.write(tmp_path, unsupported())), BuildOptions())
+    assert "node 'blocks.0/det' (Det): unsupported node: No importer registered for op: Det" in str(
+        refused.value
+    )
+
+
+def test_a_builder_that_cannot_be_made(model: Path, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    trt = load_tensorrt().trt
+
+    def nothing(logger: Any) -> None:
+        logger.log(trt.ILogger.Severity.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(trt, "Builder", nothing)
+    with pytest.raises(
+        EngineLoadError, match="cannot build here: CUDA initialization failure with error: 35"
+    ):
+        build(model, BuildOptions())
+
+
+def test_this_machine_is_told_by_the_driver(version: str) -> None:
+    runtime = load_tensorrt()
+    assert this_machine(runtime) == Machine("tensorrt", version, "Fake GPU 0", "9.0")
+    assert this_machine(runtime, 1).gpu == "Fake GPU 1"
+    with pytest.raises(EngineLoadError, match="there is no GPU 2"):
+        this_machine(runtime, 2)
+
+
+@pytest.mark.parametrize(("flag", "runs"), [("--version-compatible", True), ("--hardware-compatible", False)])
+def test_a_plan_of_10_on_11(fake: FakeCuda, model: Path, tmp_path: Path, flag: str, runs: bool) -> None:
+    """In a folder of its own, where there is no model to build anew from."""
+    use("10.16")
+    plan = tmp_path / "apart" / "m.plan"
+    plan.parent.mkdir()
+    built = CliRunner().invoke(app, ["build", str(model), "-o", str(plan), flag])
+    assert built.exit_code == 0, built.output
+    use("11.4")
+    machine, manifest = this_machine(load_tensorrt()), read_manifest(plan)
+    assert manifest is not None
+    assert (mismatch(manifest, machine) is None) == runs
+    if runs:
+        assert given_plan(plan, machine) == plan.read_bytes()
+        return
+    with pytest.raises(
+        EngineLoadError, match=r"was built by tensorrt 10\.16\.1\.11, and here is 11\.4\.0\.106"
+    ):
+        load_and_run(plan, EngineOptions())
+
+
+def load_and_run(path: Path, options: EngineOptions) -> None:
+    engine = load_engine("tensorrt", path, 8, options)
+    try:
+        engine.open()
+        x = np.arange(9, dtype=np.float32).reshape(3, 3)
+        (y,) = gpu.run(engine, [x])
+        assert np.array_equal(y, -x)
+    finally:
+        engine.close()
+
+
+def test_a_model_is_built_on_first_use_and_started_from_the_cache_then(
+    version: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Path] = []
+
+    def counted(model: Path, *arguments: Any) -> Any:
+        built.append(model)
+        return build(model, *arguments)
+
+    monkeypatch.setattr(building, "build", counted)
+    options = EngineOptions(plan_cache=tmp_path / "plans")
+    load_and_run(model, options)
+    load_and_run(model, options)
+    assert built == [model]
+    # Another GPU is another machine, although it is of the same kind: its name is part of the key here.
+    load_and_run(model, EngineOptions(plan_cache=tmp_path / "plans", device=1))
+    assert built == [model, model]
+    use("11.4" if version.startswith("10") else "10.16")
+    load_and_run(model, options)
+    assert built == [model] * 3
+
+
+def test_a_version_compatible_plan_needs_the_operators_word(
+    fake: FakeCuda, model: Path, tmp_path: Path
+) -> None:
+    plan = tmp_path / "m.plan"
+    built = CliRunner().invoke(app, ["build", str(model), "-o", str(plan), "--version-compatible"])
+    assert built.exit_code == 0, built.output
+    load_and_run(plan, EngineOptions(plan_host_code=True))
+    with pytest.raises(EngineLoadError):
+        load_and_run(plan, EngineOptions())
+
+
+def test_a_plan_is_shown_as_what_it_serves(fake: FakeCuda, model: Path) -> None:
+    plan = model.with_suffix(".plan")
+    assert CliRunner().invoke(app, ["build", str(model), "--max-batch-size", "4"]).exit_code == 0
+    shown = CliRunner().invoke(app, ["inspect", str(plan), "--json"])
+    assert shown.exit_code == 0, shown.output
+    described = json.loads(shown.stdout)
+    assert (described["platform"], described["inputs"][0]["shape"]) == ("tensorrt_plan", [-1, 3])
+
+
+def test_the_plans_bytes_are_checked_before_they_are_loaded(
+    fake: FakeCuda, model: Path, tmp_path: Path
+) -> None:
+    plan = tmp_path / "apart" / "m.plan"
+    plan.parent.mkdir()
+    assert CliRunner().invoke(app, ["build", str(model), "-o", str(plan)]).exit_code == 0
+    plan.write_bytes(plan.read_bytes() + b" ")
+    with pytest.raises(EngineLoadError, match="SHA-256"):
+        plan_source(plan, BuildOptions())()
+
+
+def test_serve_builds_on_first_use_and_starts_from_the_cache_then(
+    fake: FakeCuda, model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "plans"
+    arguments = (
+        model,
+        "--engine",
+        "tensorrt",
+        "--plan-cache",
+        folder,
+        "--max-batch-size",
+        "8",
+        "--port",
+        "0",
+    )
+    for word in ("building a plan of", f"plan {folder}"):
+        with Cobatch(tmp_path, *arguments, env=environment()) as server:
+            connection = server.ready().connect()
+            assert connection.infer("model", [[1.0, 2.0, 3.0]]).rows == [[-1.0, -2.0, -3.0]]
+            assert server.stop() == 0, server.stderr
+        assert word in server.stderr
+    assert "building" not in server.stderr
+    assert folder.stat().st_mode & 0o777 == 0o700

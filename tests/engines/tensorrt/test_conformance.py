@@ -1,0 +1,262 @@
+"""The stand-ins, and what the engine uses, against NVIDIA's own bindings of three versions.
+
+The bindings are small wheels, fetched once into the cache. They import without TensorRT over a library that
+defines the ten functions they link to; nothing of it is ever called.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.gpu.fakecuda.build import CannotBuildError, once, pip, run
+from tests.support.paths import ROOT
+
+ENGINE = sorted((ROOT / "engines" / "tensorrt").rglob("*.py"))
+WHEELS = {
+    "10.0.1": "tensorrt-cu12-bindings==10.0.1",
+    "10.16.1.11": "tensorrt-cu13-bindings==10.16.1.11",
+    "11.4.0.106": "tensorrt-cu13-bindings==11.4.0.106",
+}
+# The oldest has no wheel for Python 3.13 and later.
+HERE_ARE = [version for version in WHEELS if version != "10.0.1" or sys.version_info < (3, 13)]
+LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
+FUNCTIONS = (
+    "createInferBuilder_INTERNAL",
+    "createInferRefitter_INTERNAL",
+    "createInferRuntime_INTERNAL",
+    "createNvOnnxParser_INTERNAL",
+    "createNvOnnxParserRefitter_INTERNAL",
+    "getBuilderPluginRegistry",
+    "getInferLibVersion",
+    "getNvOnnxParserVersion",
+    "getPluginRegistry",
+    "initLibNvInferPlugins",
+)
+
+stand_ins: Any = importlib.import_module("tests.support.gpu.stand_ins.tensorrt")
+versions: Any = importlib.import_module("tests.support.gpu.stand_ins.tensorrt.versions")
+
+Described = dict[str, dict[str, Any]]
+
+
+def _fetch(version: str, folder: Path) -> None:
+    pip("download", "--no-deps", "--only-binary", ":all:", "-d", str(folder), WHEELS[version])
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        wheel.extractall(folder)
+    source = folder / "empty.c"
+    source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in FUNCTIONS))
+    for library in LIBRARIES:
+        name = f"lib{library}.so.{version.partition('.')[0]}"
+        run(["gcc", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", str(folder / name), str(source)])
+
+
+@functools.cache
+def _read(version: str) -> Described:
+    python = f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+    folder = once(f"tensorrt-{version}-{python}", lambda part: _fetch(version, part))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "support" / "gpu" / "stand_ins" / "read_bindings.py")],
+        env={**os.environ, "LD_LIBRARY_PATH": str(folder), "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["version"] == version
+    classes: Described = told["classes"]
+    return classes
+
+
+def real(version: str) -> Described:
+    """What the bindings declare; skips, or fails under CI, where they cannot be had."""
+    try:
+        return _read(version)
+    except CannotBuildError as error:
+        why = f"NVIDIA's bindings {version} cannot be had here: {error}"
+    if os.environ.get("CI"):
+        pytest.fail(why)
+    pytest.skip(why)
+
+
+@pytest.fixture(params=HERE_ARE)
+def version(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A version, which the stand-ins are for the time of the test."""
+    versions.use(request.param)
+    yield request.param
+    versions.use()
+
+
+def classes() -> dict[str, type]:
+    return {name: value for name, value in vars(stand_ins).items() if isinstance(value, type)}
+
+
+def enumerations() -> dict[str, Any]:
+    return {name: value for name, value in classes().items() if issubclass(value, versions.Enum)}
+
+
+def attributes(cls: type) -> set[str]:
+    """What is public of a class: what it and its bases define, and what they set on `self`."""
+    names: set[str] = set()
+    for base in cls.__mro__:
+        if not base.__module__.startswith("tests.support.gpu.stand_ins"):
+            continue
+        names |= {name for name in vars(base) if not name.startswith("_")}
+        for node in ast.walk(ast.parse(inspect.getsource(base))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _is_self(node.value):
+                names |= {node.attr} if not node.attr.startswith("_") else set()
+    return names
+
+
+def _is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
+
+
+# `Owned` is how the stand-ins hold memory; these are its own.
+OURS = {"on_its_thread"}
+
+
+def test_the_wheels_are_of_the_versions_that_are_stood_in_for() -> None:
+    assert tuple(WHEELS) == versions.VERSIONS
+
+
+def test_every_enumeration_is_theirs_member_by_member(version: str) -> None:
+    theirs = real(version)
+    found = {
+        name: {str(key): int(value.value) for key, value in cls.__members__.items()}
+        for name, cls in enumerations().items()
+    }
+    assert found == {name: theirs[name]["enum"] for name in found}
+    assert len(found) > 8
+
+
+def test_every_class_and_member_is_theirs(version: str) -> None:
+    theirs = real(version)
+    for name, cls in classes().items():
+        if name in enumerations():
+            continue
+        assert name in theirs, f"{version} has no {name}"
+        members = theirs[name]["members"]
+        unknown = attributes(cls) - OURS - set(members)
+        if issubclass(cls, bytes):
+            unknown -= set(dir(bytes))
+        assert not unknown, f"{version}: {name} has no {sorted(unknown)}"
+
+
+def test_every_method_takes_their_parameters_by_their_names(version: str) -> None:
+    theirs = real(version)
+    checked = 0
+    for name, cls in classes().items():
+        if name in enumerations():
+            continue
+        for method, function in inspect.getmembers(cls, inspect.isfunction):
+            told = theirs[name]["members"].get(method)
+            hidden = method.startswith("_") and method not in {"__init__", "__bool__"}
+            if method in OURS or hidden or not told:
+                continue
+            ours = [parameter for parameter in inspect.signature(function).parameters if parameter != "self"]
+            assert ours in told, f"{version}: {name}.{method} takes {told}, ours {ours}"
+            checked += 1
+    assert checked > 40
+
+
+def test_a_method_is_one_and_a_property_is_one(version: str) -> None:
+    theirs = real(version)
+    for name, cls in classes().items():
+        for attribute in set() if name in enumerations() else attributes(cls) - OURS:
+            kind = theirs.get(name, {}).get("members", {}).get(attribute)
+            if kind is not None:
+                is_method = inspect.isfunction(getattr(cls, attribute, None))
+                assert is_method == isinstance(kind, list), f"{version}: {name}.{attribute}"
+
+
+def test_what_a_version_lacks_the_stand_in_lacks(version: str) -> None:
+    theirs = real(version)
+    for cls, member, _, _ in versions._versioned:
+        has = member in theirs[cls.__name__]["members"]
+        assert hasattr(cls, member) == has, f"{version}: {cls.__name__}.{member}"
+
+
+def test_what_the_engine_overrides_is_called_as_it_expects(version: str) -> None:
+    from cobatch.engines.tensorrt.diagnostics import make_recorder  # noqa: PLC0415
+    from cobatch.engines.tensorrt.errors_log import make_log  # noqa: PLC0415 - not to be needed by the tests above
+    from cobatch.engines.tensorrt.plans.progress import make_watch  # noqa: PLC0415
+
+    theirs = real(version)
+    made = {
+        "ILogger": make_log(stand_ins).logger,
+        "IErrorRecorder": make_recorder(stand_ins),
+        "IProgressMonitor": make_watch(stand_ins, lambda _phase, _fraction: True).monitor,
+    }
+    for name, instance in made.items():
+        for method, told in theirs[name]["members"].items():
+            if not isinstance(told, list) or method == "__init__":
+                continue
+            ours = list(inspect.signature(getattr(instance, method)).parameters)
+            # They are called by position, and some of theirs have no names.
+            assert len(ours) == len(told[0]), f"{version}: {name}.{method}{told[0]}, ours {ours}"
+
+
+def _used() -> tuple[set[str], set[tuple[str, str]]]:
+    """Attributes that the engine's code asks for, and pairs of strings, such as ("BuilderFlag", "FP16")."""
+    names: set[str] = set()
+    pairs: set[tuple[str, str]] = set()
+    for path in ENGINE:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                names.add(node.attr)
+            if isinstance(node, ast.Call):
+                told = [
+                    a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)
+                ]
+                names |= set(told[:1])  # hasattr(engine, "…") and the like
+                pairs |= {(told[0], told[1])} if len(told) == 2 else set()
+            if isinstance(node, ast.For) and isinstance(node.iter, ast.Tuple):
+                names |= {
+                    a.value
+                    for a in node.iter.elts
+                    if isinstance(a, ast.Constant) and isinstance(a.value, str)
+                }
+    return names, pairs
+
+
+def test_the_stand_ins_have_every_name_of_theirs_that_the_engine_uses() -> None:
+    theirs = {
+        name for version in HERE_ARE for cls in real(version).values() for name in cls.get("members", ())
+    }
+    ours: set[str] = {member for _, member, _, _ in versions._versioned}
+    for name, cls in classes().items():
+        ours |= set() if name in enumerations() else attributes(cls)
+    # Callbacks are the engine's to define; a name without an underscore may be anybody's.
+    callbacks = {
+        name for cls in ("IErrorRecorder", "IProgressMonitor") for name in real("11.4.0.106")[cls]["members"]
+    }
+    used = {name for name in _used()[0] if "_" in name and not name.startswith("_")}
+    assert used & theirs - callbacks - ours == set()
+    assert len(used & theirs) > 20
+
+
+def test_every_enumerator_that_the_engine_asks_for_is_in_some_version() -> None:
+    asked = {pair for pair in _used()[1] if pair[0] in enumerations()}
+    known = {
+        (name, member)
+        for version in HERE_ARE
+        for name, cls in real(version).items()
+        for member in cls.get("enum", ())
+    }
+    assert asked <= known
+    assert ("NetworkDefinitionCreationFlag", "STRONGLY_TYPED") in asked

@@ -1,0 +1,84 @@
+"""docs/gpu.md, deploy/Dockerfile.gpu and scripts/gpu-check: what of them shows without a GPU."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from inspect import signature
+from pathlib import Path
+
+import pytest
+import typer
+
+from cobatch.engines.loader import EngineOptions
+from cobatch.server.cli.build import build
+from cobatch.server.settings.schema import MODEL_FIELDS, env_name
+from tests.support.paths import ROOT
+
+DOCS = (ROOT / "docs" / "gpu.md").read_text()
+DOCKERFILE = (ROOT / "deploy" / "Dockerfile.gpu").read_text()
+
+
+def options_of_build() -> set[str]:
+    app = typer.Typer(add_completion=False)
+    app.command()(build)
+    return {
+        option
+        for parameter in typer.main.get_command(app).params
+        for option in parameter.opts
+        if option.startswith("--") and option not in {"--output", "--help"}
+    }
+
+
+def test_the_flags_of_build_are_all_told() -> None:
+    told = set(re.findall(r"^\| `(--[a-z-]+)", DOCS, re.MULTILINE))
+    assert told == options_of_build()
+    assert len(signature(build).parameters) == len(told) + 2  # MODEL and -o
+
+
+def test_the_settings_are_all_told_with_their_names() -> None:
+    told = set(re.findall(r"^\| `(\w+) = ", DOCS, re.MULTILINE))
+    others = {"engine", "devices", "instances"}
+    mine = set(EngineOptions.__dataclass_fields__) - {"threads", "device"} | others
+    assert told == mine
+    assert told <= set(MODEL_FIELDS)
+
+
+def test_the_image_is_made_from_files_that_are_there() -> None:
+    for line in re.findall(r"^COPY (.*) \S+$", DOCKERFILE, re.MULTILINE):
+        for source in line.split():
+            assert (ROOT / source).exists(), source
+    (variable,) = re.findall(r"^ENV (COBATCH_\w+)=", DOCKERFILE, re.MULTILINE)
+    assert variable in {env_name(setting) for setting in MODEL_FIELDS}
+    (tag,) = re.findall(r"^ARG TAG=(\S+)$", DOCKERFILE, re.MULTILINE)
+    assert f"nvcr.io/nvidia/tensorrt:{tag}" in DOCS
+
+
+def test_the_script_runs_all_that_needs_a_gpu() -> None:
+    script = (ROOT / "scripts" / "gpu-check").read_text()
+    (listed,) = re.findall(r"^tests=\((.*)\)$", script, re.MULTILINE)
+    mark = "pytest.mark." + "gpu"
+    marked = {path for path in (ROOT / "tests").rglob("test_*.py") if mark in path.read_text()}
+    assert {ROOT / path for path in listed.split()} == marked
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", DOCS):
+        assert (ROOT / "docs" / target).is_file(), target
+
+
+@pytest.mark.slow
+def test_a_machine_without_a_gpu_is_told_so(tmp_path: Path) -> None:
+    """With nothing on the path but what the script needs before it asks for nvidia-smi."""
+    for tool in ("bash", "dirname", "env"):
+        found = subprocess.run(["sh", "-c", f"command -v {tool}"], capture_output=True, text=True, check=True)
+        (tmp_path / tool).symlink_to(found.stdout.strip())
+    done = subprocess.run(
+        [ROOT / "scripts" / "gpu-check"],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip() == "cobatch: needs an NVIDIA GPU with its driver: there is no nvidia-smi here"

@@ -1,0 +1,43 @@
+"""test_gpu.py in a process with the fake GPU: its logic runs before there is a real one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.gpu.tier import environment
+from tests.support.paths import ROOT
+
+# Left out: what the stand-ins cannot do (BF16 through ONNX Runtime, kernels of our own, for the illegal
+# access), and what only takes long here.
+PARTS = "cache or compatible or types or profiles or steady or memory"
+
+
+@pytest.mark.slow
+def test_the_gpu_tests_pass_on_the_fake_gpu(tmp_path: Path) -> None:
+    lines = tmp_path / "lines"
+    environ = environment() | {
+        "GPU_CHECK": "1",
+        "GPU_SECONDS": "1",
+        "GPU_SUSTAINED_SECONDS": "1",
+        "GPU_REPORT": str(lines),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-q",
+        "-k",
+        PARTS,
+        "tests/engines/tensorrt/test_gpu.py",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
+    noted = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert {section for section, _ in noted} == {"build", "accuracy", "profiles", "sustained", "faults"}

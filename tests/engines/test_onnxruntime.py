@@ -1,0 +1,299 @@
+"""ONNX Runtime on real files: what is bound, padded, refused, and what a failing run leaves behind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx import TensorProto
+
+from cobatch.engines.base import DATATYPES, Array, RowShapes, Signature, TensorSpec
+from cobatch.engines.errors import EngineError, EngineLoadError, EngineRunError
+from cobatch.engines.loader import EngineOptions, load_engine
+from cobatch.engines.onnxruntime import OnnxRuntimeEngine
+from cobatch.engines.worker import Worker
+from tests.support.models import models
+
+ELEMENT_TYPES = {
+    "BOOL": TensorProto.BOOL,
+    "UINT8": TensorProto.UINT8,
+    "UINT16": TensorProto.UINT16,
+    "UINT32": TensorProto.UINT32,
+    "UINT64": TensorProto.UINT64,
+    "INT8": TensorProto.INT8,
+    "INT16": TensorProto.INT16,
+    "INT32": TensorProto.INT32,
+    "INT64": TensorProto.INT64,
+    "FP16": TensorProto.FLOAT16,
+    "FP32": TensorProto.FLOAT,
+    "FP64": TensorProto.DOUBLE,
+}
+
+
+def opened(folder: Path, data: bytes, max_batch_size: int = 4) -> OnnxRuntimeEngine:
+    engine = OnnxRuntimeEngine(models.write(folder, data), max_batch_size, threads=1)
+    engine.open()
+    return engine
+
+
+def refused(folder: Path, data: bytes, max_batch_size: int = 4) -> str:
+    engine = OnnxRuntimeEngine(models.write(folder, data), max_batch_size, threads=1)
+    with pytest.raises(EngineLoadError) as caught:
+        engine.open()
+    engine.close()
+    return str(caught.value)
+
+
+def run(engine: OnnxRuntimeEngine, *inputs: Array, slot: int = 0) -> tuple[Array, ...]:
+    """Pack, run, and take copies, as the batcher does."""
+    shapes: RowShapes = tuple(array.shape[1:] for array in inputs)
+    rows = len(inputs[0])
+    for buffer, array in zip(engine.inputs(slot, len(inputs[0]), shapes), inputs, strict=True):
+        assert len(buffer) >= rows
+        assert buffer.shape[1:] == array.shape[1:]
+        assert buffer.flags.c_contiguous
+        buffer[:rows] = array
+    engine.enqueue(slot, rows, shapes)
+    return tuple(output.copy() for output in engine.wait(slot))
+
+
+def floats(*rows: list[float]) -> Array:
+    return np.array(rows, np.float32)
+
+
+def test_signature_leaves_the_batch_axis_out(tmp_path: Path) -> None:
+    assert opened(tmp_path, models.two_inputs()).signature == Signature(
+        inputs=(TensorSpec("x", "FP32", (2,)), TensorSpec("k", "INT64", (1,))),
+        outputs=(TensorSpec("total", "FP32", (2,)), TensorSpec("count", "INT64", (1,))),
+        fixed_batch=None,
+    )
+    x = opened(tmp_path, models.sum_rows()).signature.inputs[0]
+    assert (x.shape, x.row_elements, x.dtype) == ((-1,), -1, np.dtype(np.float32))
+    assert TensorSpec("t", "INT8", (2, 3)).row_elements == 6
+    assert TensorSpec("t", "INT8", ()).row_elements == 1
+
+
+def test_signature_is_there_only_once_open(tmp_path: Path) -> None:
+    engine = OnnxRuntimeEngine(models.write(tmp_path, models.negate()), 4)
+    with pytest.raises(RuntimeError, match="not open"):
+        _ = engine.signature
+
+
+def test_every_run_reads_the_buffers_anew_and_writes_the_same_outputs(tmp_path: Path) -> None:
+    engine = opened(tmp_path, models.negate())
+    (buffer,) = engine.inputs(0, 1, ((3,),))
+    buffer[:2] = 1
+    engine.enqueue(0, 2, ((3,),))
+    (first,) = engine.wait(0)
+    assert (first == -1).all()
+    buffer[:2] = 5
+    engine.enqueue(0, 2, ((3,),))
+    (second,) = engine.wait(0)
+    assert (second == -5).all()
+    assert second.shape == (2, 3)
+    assert np.shares_memory(first, second)
+    assert engine.inputs(0, 1, ((3,),))[0] is buffer
+
+
+def test_slots_have_memory_of_their_own(tmp_path: Path) -> None:
+    engine = opened(tmp_path, models.negate())
+    for slot in range(engine.slots):
+        engine.inputs(slot, 1, ((3,),))[0][:1] = slot + 1
+        engine.enqueue(slot, 1, ((3,),))
+    outputs = [engine.wait(slot)[0] for slot in range(engine.slots)]
+    assert [output[0, 0] for output in outputs] == [-1, -2]
+    assert not np.shares_memory(outputs[0], outputs[1])
+
+
+def test_every_number_of_rows(tmp_path: Path) -> None:
+    engine = opened(tmp_path, models.negate(), max_batch_size=5)
+    for rows in (5, 1, 4, 2, 3, 5):
+        x = np.arange(rows * 3, dtype=np.float32).reshape(rows, 3)
+        assert np.array_equal(run(engine, x)[0], -x)
+
+
+def test_inputs_of_two_types(tmp_path: Path) -> None:
+    engine = opened(tmp_path, models.two_inputs())
+    total, count = run(engine, floats([1, 2], [3, 4]), np.array([[10], [20]], np.int64))
+    assert total.tolist() == [[11, 12], [23, 24]]
+    assert count.tolist() == [[20], [40]]
+
+
+@pytest.mark.parametrize("datatype", ELEMENT_TYPES)
+def test_every_datatype(tmp_path: Path, datatype: str) -> None:
+    engine = opened(tmp_path, models.identity(ELEMENT_TYPES[datatype]))
+    assert engine.signature.inputs[0].datatype == datatype
+    x = np.array([[0, 1], [1, 0], [1, 1]], DATATYPES[datatype])
+    (y,) = run(engine, x)
+    assert y.dtype == DATATYPES[datatype]
+    assert np.array_equal(x, y)
+
+
+def test_strings(tmp_path: Path) -> None:
+    engine = opened(tmp_path, models.identity(TensorProto.STRING))
+    x = np.array([["a", "é"], ["", "longer than a word"]], object)
+    assert run(engine, x)[0].tolist() == x.tolist()
+    as_bytes = np.array([[b"a", "é".encode()]], object)
+    assert run(engine, as_bytes)[0].tolist() == [["a", "é"]]
+    with pytest.raises(EngineRunError, match="utf-8"):
+        run(engine, np.array([[b"\xff", b""]], object))
+    assert run(engine, x)[0].tolist() == x.tolist()
+
+
+def test_widths_come_and_go(tmp_path: Path) -> None:
+    """A wider row replaces the memory; bindings to the old one must not be used again."""
+    engine = opened(tmp_path, models.sum_rows())
+    for width in (2, 7, 2, 1, 100, 7, 2):
+        x = np.full((3, width), 2, np.float32)
+        assert run(engine, x)[0].tolist() == [[2 * width]] * 3
+
+
+def test_all_widths_share_the_widest_ones_memory(tmp_path: Path) -> None:
+    engine = opened(tmp_path, models.sum_rows())
+    before = engine.inputs(0, 1, ((2,),))[0]
+    wide = engine.inputs(0, 1, ((9,),))[0]
+    assert not np.shares_memory(before, wide)
+    assert np.shares_memory(engine.inputs(0, 1, ((2,),))[0], wide), "the narrow memory was kept beside it"
+
+
+def test_the_binding_that_was_not_used_for_longest_goes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cobatch.engines.onnxruntime._KEPT_BINDINGS", 2)
+    engine = opened(tmp_path, models.negate())
+    for rows in (1, 2, 1, 3):
+        run(engine, np.ones((rows, 3), np.float32))
+    assert [rows for rows, _ in engine._slots[0].bindings] == [1, 3]
+
+
+def test_rows_of_no_elements(tmp_path: Path) -> None:
+    assert run(opened(tmp_path, models.sum_rows()), np.zeros((2, 0), np.float32))[0].tolist() == [[0], [0]]
+
+
+def test_more_shapes_than_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cobatch.engines.onnxruntime._KEPT_BINDINGS", 3)
+    engine = opened(tmp_path, models.sum_rows())
+    for width in [*range(1, 9), 1, 8]:
+        for rows in (1, 2, 3, 4):
+            assert run(engine, np.ones((rows, width), np.float32))[0].tolist() == [[width]] * rows
+        assert len(engine._slots[0].bindings) <= 3
+        assert len(engine._slots[0].inputs) <= 3
+
+
+def test_outputs_whose_shape_the_values_decide(tmp_path: Path) -> None:
+    """Left to ONNX Runtime in a kept binding, the second shape would fail against the first's memory."""
+    engine = opened(tmp_path, models.value_sets_width())
+    for width in (2, 5, 1, 3):
+        assert run(engine, floats([1], [width]))[0].shape == (2, width)
+
+
+@pytest.mark.parametrize("fixed", [1, 3])
+def test_a_fixed_first_axis_is_filled_up_with_zeros(tmp_path: Path, fixed: int) -> None:
+    engine = opened(tmp_path, models.negate(batch=fixed), max_batch_size=64)
+    assert engine.signature.fixed_batch == fixed
+    assert engine.max_batch_size == fixed
+    x = np.arange(fixed * 3, dtype=np.float32).reshape(fixed, 3)
+    for rows in range(fixed, 0, -1):
+        assert np.array_equal(run(engine, x[:rows])[0], -x[:rows])
+    (buffer,) = engine.inputs(0, 1, ((3,),))
+    assert (buffer[1:] == 0).all(), "rows of an earlier batch would be computed again"
+
+
+def test_a_failing_run_names_the_reason_and_the_next_one_works(tmp_path: Path) -> None:
+    engine = opened(tmp_path, models.pick())
+    with pytest.raises(EngineRunError, match="out of data bounds"):
+        run(engine, np.array([[0], [7]], np.int64))
+    assert run(engine, np.array([[0], [2]], np.int64))[0].tolist() == [[10], [30]]
+
+
+def test_a_model_that_refuses_zeros_is_served(tmp_path: Path) -> None:
+    engine = opened(tmp_path, models.never_zero())
+    assert run(engine, np.array([[1], [2]], np.int64))[0].tolist() == [[10], [10]]
+
+
+def test_what_cannot_be_batched_is_refused_by_name(tmp_path: Path) -> None:
+    assert "input 's' is a scalar" in refused(tmp_path, models.scalar())
+    assert "first axes differ" in refused(tmp_path, models.two_inputs(2, 1))
+    assert "'x' 2, 'k' batch" in refused(tmp_path, models.two_inputs(2, "batch"))
+    assert "first axis is fixed at 0" in refused(tmp_path, models.negate(batch=0))
+    assert "output 'y': its first axis is 1" in refused(tmp_path, models.total_only())
+    assert "output 'y' does not follow the batch axis: 2 rows gave [4, 3]" in refused(
+        tmp_path, models.two_rows_each()
+    )
+    message = refused(tmp_path, models.identity(TensorProto.BFLOAT16))
+    assert "input 'x' has type tensor(bfloat16), which is not supported" in message
+
+
+def test_a_batch_of_one_shows_too_that_an_output_does_not_follow(tmp_path: Path) -> None:
+    assert "1 rows gave [2, 3]" in refused(tmp_path, models.two_rows_each(), max_batch_size=1)
+
+
+def test_files_that_are_no_model(tmp_path: Path) -> None:
+    assert "cannot load" in refused(tmp_path, b"not a model")
+    engine = OnnxRuntimeEngine(str(tmp_path / "missing.onnx"), 4)
+    with pytest.raises(EngineLoadError, match=r"missing\.onnx"):
+        engine.open()
+
+
+def test_threads_leave_a_core_to_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, threads in ((1, 1), (2, 1), (8, 7)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
+        assert OnnxRuntimeEngine("x.onnx", 4)._threads == threads
+    assert OnnxRuntimeEngine("x.onnx", 4, threads=3)._threads == 3
+
+
+def test_loader_picks_by_name_or_suffix(tmp_path: Path) -> None:
+    path = models.write(tmp_path, models.negate())
+    for kind in ("auto", "onnxruntime"):
+        engine = load_engine(kind, path, 7)
+        assert (engine.platform, engine.max_batch_size) == ("onnxruntime_onnx", 7)
+    assert load_engine("auto", Path(path), 7).platform == "onnxruntime_onnx"
+
+
+def test_loader_refuses_what_there_is_no_engine_for() -> None:
+    with pytest.raises(EngineLoadError, match="'openvino' is not part of this release; there is onnxrun"):
+        load_engine("openvino", "model.onnx", 4)
+    for kind in ("auto", "tensorrt"):
+        with pytest.raises(EngineLoadError, match=r"model\.pt; expected an \.onnx, \.plan or \.engine file"):
+            load_engine(kind, "model.pt", 4)
+
+
+def test_an_engine_whose_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(path: str, max_batch_size: int, options: EngineOptions) -> OnnxRuntimeEngine:
+        raise ImportError("no library")
+
+    monkeypatch.setitem(load_engine.__globals__["ENGINES"], "onnxruntime", missing)
+    with pytest.raises(EngineLoadError, match="cannot be used here: no library"):
+        load_engine("onnxruntime", "model.onnx", 4)
+
+
+def load(engine: OnnxRuntimeEngine) -> tuple[Worker, EngineError | None]:
+    """Open and warm up on a worker's thread, to its end."""
+    answers: list[EngineError | None] = []
+    worker = Worker(engine, "test")
+    worker.start(answers.append)
+    worker.stop()
+    assert worker.join(30)
+    (error,) = answers
+    return worker, error
+
+
+def test_warm_up_of_a_real_session(tmp_path: Path) -> None:
+    worker, error = load(OnnxRuntimeEngine(models.write(tmp_path, models.negate()), 6, threads=1))
+    assert error is None
+    assert list(worker.warmup_us) == [1, 2, 4, 6]
+    assert min(worker.warmup_us.values()) > 0
+
+
+def test_warm_up_of_a_fixed_first_axis_runs_that_size_alone(tmp_path: Path) -> None:
+    worker, error = load(OnnxRuntimeEngine(models.write(tmp_path, models.negate(batch=3)), 64, threads=1))
+    assert error is None
+    assert list(worker.warmup_us) == [3]
+
+
+def test_rows_that_are_not_each_others_are_refused(tmp_path: Path) -> None:
+    _, error = load(OnnxRuntimeEngine(models.write(tmp_path, models.every_pair()), 4, threads=1))
+    assert isinstance(error, EngineLoadError)
+    assert "the shape of a row depends on how many rows there are: [1] and, with 2 rows, [2]" in str(error)

@@ -1,0 +1,78 @@
+"""The pages and the table that explain the problems, and that they say what the code does."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+
+from cobatch.server.http.problem_kinds import KINDS
+from cobatch.server.http.problem_members import MEMBERS, SOMETIMES
+from tests.support.http.in_process import gated
+from tests.support.paths import ROOT
+
+# Pages
+
+
+async def test_each_kind_has_a_page_in_html_and_text() -> None:
+    async with gated() as (running, _):
+        for slug, kind in KINDS.items():
+            text = await running.http.get(f"/problems/{slug}")
+            assert text.headers["content-type"] == "text/plain; charset=utf-8"
+            assert text.text.startswith(f"{kind.status} {slug}: {kind.title}\n")
+            for part in (kind.meaning, kind.remedy, *(f"  {name}: " for name in kind.members)):
+                assert part in text.text
+            page = await running.http.get(f"/problems/{slug}", headers={"accept": "text/html,*/*;q=0.8"})
+            assert page.headers["content-type"] == "text/html; charset=utf-8"
+            assert page.headers["vary"] == "accept"
+            assert f"<code>/problems/{slug}</code>" in page.text
+            assert not re.search(r"https?://|<script|<link|\bsrc=|@import|url\(", page.text)
+
+
+async def test_the_list_of_kinds() -> None:
+    async with gated() as (running, _):
+        text = (await running.http.get("/problems")).text
+        page = (await running.http.get("/problems", headers={"accept": "text/html"})).text
+        for slug in KINDS:
+            assert re.search(rf"^\d+  {slug} ", text, re.MULTILINE)
+            assert f'href="/problems/{slug}"' in page
+
+
+# The table
+
+
+def test_every_kind_is_explained() -> None:
+    for slug, kind in KINDS.items():
+        assert re.fullmatch(r"[a-z]+(-[a-z]+)*", slug)
+        assert 400 <= kind.status < 600
+        for text in (kind.meaning, kind.remedy):
+            assert text[0].isupper()
+            assert text.endswith(".")
+        assert len(set(kind.members)) == len(kind.members)
+    used = {name for kind in KINDS.values() for name in kind.members}
+    assert used == set(MEMBERS)
+
+
+def problems_in_the_code() -> Iterator[tuple[str, set[str], str]]:
+    """Slug, members and place of every Problem that is made in server/."""
+    for path in sorted((ROOT / "server").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Problem":
+                slug = node.args[0]
+                if isinstance(slug, ast.Constant) and isinstance(slug.value, str):
+                    members = {keyword.arg for keyword in node.keywords if keyword.arg is not None}
+                    yield slug.value, members, f"{path.name}:{node.lineno}"
+
+
+def test_every_kind_is_raised_with_its_own_members() -> None:
+    raised = set()
+    for slug, given, where in problems_in_the_code():
+        raised.add(slug)
+        given -= {"close", "headers", *SOMETIMES}
+        members = {{"retry_after_s": "retry_after_ms"}.get(name, name) for name in given}
+        assert members <= set(KINDS[slug].members), where
+    text = "".join(
+        path.read_text() for path in (ROOT / "server").rglob("*.py") if path.name != "problem_kinds.py"
+    )
+    for slug in set(KINDS) - raised:
+        assert f'"{slug}"' in text, slug

@@ -1,0 +1,161 @@
+"""When credentials are looked at: before the body and before the queue, and again when they have ended."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+
+from tests.support.auth.protected import Protected, get_as, infer, protected, token
+from tests.support.auth.tokens import ISSUER
+from tests.support.http.serving import DEADLINE_S, GATE, data_of, gate, get, post, rows_of
+
+
+@pytest.fixture(scope="module", params=["fast", "asgi"])
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Protected]:
+    folder = tmp_path_factory.mktemp("auth")
+    with protected(request.param == "fast", folder, keys={"job": ("infer",)}) as running:
+        yield running
+
+
+def head_of(request: bytes, *more: str) -> bytes:
+    """A request's headers, its body left out."""
+    head = request[: request.index(b"\r\n\r\n") + 2]
+    return head + "".join(f"{line}\r\n" for line in more).encode() + b"\r\n"
+
+
+@pytest.mark.parametrize("expect", [(), ("Expect: 100-continue",)])
+@pytest.mark.parametrize("where", [GATE, "/batch", "/v1/models/gate/predictions", "/v2/models/none/infer"])
+def test_refused_before_the_body_is_read(running: Protected, where: str, expect: tuple[str, ...]) -> None:
+    cases = [
+        (post(where, rows_of(1)), 401),
+        (post(where, rows_of(1), {"Authorization": "Bearer a b"}), 400),
+        (post(where, rows_of(1), {"Authorization": "Bearer x"}), 401),
+        (post(where, rows_of(1), {"X-API-Key": "x"}), 401),
+    ]
+    if where != "/batch":
+        cases.append((post(where, rows_of(1), {"Authorization": f"Bearer {token(scope='admin')}"}), 403))
+    for request, status in cases:
+        with running.served.connect() as client:
+            # Nobody says "100 Continue" first.
+            assert client.ask(head_of(request, *expect)).status == status
+
+
+def test_a_good_caller_is_asked_for_the_body(running: Protected) -> None:
+    request = infer(token(), 4)
+    with running.served.connect() as client:
+        assert client.ask(head_of(request, "Expect: 100-continue")).status == 100
+        assert data_of(client.ask(request[request.index(b"\r\n\r\n") + 4 :])) == [8]
+
+
+def test_after_a_refusal_the_connection_goes_on(running: Protected) -> None:
+    with running.served.connect() as client:
+        assert client.ask(gate(1)).status == 401
+        assert data_of(client.ask(infer(token(), 2))) == [4]
+        assert client.ask(gate(1)).status == 401
+        assert client.ask(infer(token(scope="admin"), 2)).status == 403
+        assert data_of(client.ask(infer(token(), 3))) == [6]
+
+
+def test_refused_before_a_queue_slot_and_whatever_state_the_model_is_in(running: Protected) -> None:
+    batcher = running.served.batcher()
+    counted = (batcher.counters.accepted, batcher.counters.refused)
+    for request in (gate(1), infer("x"), infer(token(scope="admin"))):
+        assert running.ask(request).status in (401, 403)
+    assert (batcher.counters.accepted, batcher.counters.refused) == counted
+    running.engine.hold()
+    with contextlib.ExitStack() as stack:
+        waiting = []
+        while not batcher.full:
+            accepted = batcher.counters.accepted
+            waiting.append(stack.enter_context(running.served.connect()))
+            waiting[-1].send(infer(token("bob"), *[2] * min(40, 100 - batcher.queued_rows)))
+            running.served.until(lambda before=accepted: batcher.counters.accepted > before)  # type: ignore[misc]
+            if len(waiting) == 1:
+                running.engine.began.get(timeout=DEADLINE_S)
+        assert running.ask(gate(1)).status == 401
+        assert running.ask(infer(token(scope="admin"))).status == 403
+        assert running.ask(infer(token())).slug == "queue-full"
+        running.engine.release()
+        assert {client.answer().status for client in waiting} == {200}
+
+
+def test_pipelined_requests_are_each_their_own_callers(running: Protected) -> None:
+    with running.served.connect() as client:
+        client.send(infer(token(), 1) + gate(2) + infer(token(scope="admin"), 3) + infer(token(), 4))
+        assert [client.answer().status for _ in range(4)] == [200, 401, 403, 200]
+
+
+# What is remembered
+
+
+def remembered(running: Protected, client_request: bytes) -> None:
+    """Send it until the server knows its header block, where it keeps such."""
+    with running.served.connect() as client:
+        for _ in range(3):
+            assert client.ask(client_request).status == 200
+
+
+def test_a_remembered_token_is_refused_once_it_has_expired(running: Protected) -> None:
+    request = infer(token(jti="ends"))
+    with running.served.connect() as client:
+        for _ in range(3):
+            assert client.ask(request).status == 200
+        # It ends 600 s after its beginning, and 10 s of leeway later.
+        running.clock.ahead_s += 600
+        assert client.ask(request).status == 200
+        running.clock.ahead_s += 10
+        for _ in range(2):
+            answer = client.ask(request)
+            assert (answer.status, answer.slug) == (401, "invalid-credentials")
+            assert "expired" in answer.json["detail"]
+        running.clock.ahead_s -= 610
+
+
+def test_a_remembered_token_is_refused_once_its_key_is_withdrawn(running: Protected) -> None:
+    request = infer(token(jti="withdrawn"))
+    key = running.auth._keys[ISSUER].recall("key-ES256", "ES256")
+    assert key is not None
+    with running.served.connect() as client:
+        for _ in range(3):
+            assert client.ask(request).status == 200
+        with mock.patch.object(running.auth._keys[ISSUER], "recall", return_value=None):
+            running.served.call(lambda: running.auth._withdraw(key))
+            for _ in range(2):
+                answer = client.ask(request)
+                assert (answer.status, answer.slug) == (401, "invalid-credentials")
+        # It is back; the refusal was not kept.
+        assert client.ask(request).status == 200
+
+
+def test_a_good_token_is_checked_once(running: Protected) -> None:
+    fresh = infer(token(jti="once"))
+    remembered(running, fresh)
+    with mock.patch("cobatch.server.auth.tokens._check_signature", side_effect=AssertionError):
+        remembered(running, fresh)
+        assert running.ask(head_of(fresh, "X-Other: 1") + fresh.partition(b"\r\n\r\n")[2]).status == 200
+
+
+def test_an_api_key_ends_on_a_remembered_header_block(running: Protected) -> None:
+    request = gate(1, headers={"X-API-Key": running.keys["job"]})
+    keys = running.auth._api_keys
+    assert keys is not None
+    with running.served.connect() as client:
+        assert client.ask(request).status == 200
+        (principal,) = running.auth._of_api_key.values()
+        (entry,) = keys._keys.values()
+        principal.expires_s = running.clock.wall() - 1
+        with mock.patch.dict(keys._keys, {entry.id: entry._replace(expires_s=principal.expires_s)}):
+            assert client.ask(request).slug == "invalid-credentials"
+
+
+# What is open
+
+
+def test_open_routes_ask_for_nothing_and_health_is_there_for_probes(running: Protected) -> None:
+    for target in ("/v2/health/live", "/v2/health/ready", "/v2/models/gate/ready", "/problems"):
+        assert running.ask(get(target)).status == 200
+        # Whatever is in the header: a probe must not depend on an issuer.
+        assert running.ask(get_as("x", target)).status == 200

@@ -1,0 +1,162 @@
+"""What a hostile review of the authentication found, as tests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cobatch.server.auth.authenticator import Authenticator
+from cobatch.server.auth.bearer import Credential
+from cobatch.server.auth.principal import Principal
+from cobatch.server.auth.throttle import Failures
+from tests.support.auth import tokens
+from tests.support.auth.protected import (
+    SIGNER,
+    Protected,
+    batch,
+    bearer,
+    get_as,
+    infer,
+    item,
+    protected,
+    settings_in,
+    token,
+)
+from tests.support.http.serving import GATE, data_of, gate, post, rows_of
+
+GZIP = {"Accept-Encoding": "gzip"}
+
+
+@pytest.fixture(params=["fast", "asgi"])
+def packing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Protected]:
+    """A server that compresses every answer."""
+    with protected(request.param == "fast", tmp_path, server={"compress_min_bytes": 0}) as running:
+        yield running
+
+
+def test_a_compressed_refusal_is_the_only_answer(packing: Protected) -> None:
+    """It went to a thread, and meanwhile the request was served as if it had not been refused."""
+    for _ in range(3):
+        with packing.served.connect() as client:
+            for _ in range(3):
+                client.send(gate(1, headers=GZIP))
+                answer = client.answer()
+                assert answer.status == 401
+            client.send(infer(token(scope="metadata"), 1, **GZIP))
+            assert client.answer().status == 403
+            client.send(infer(token(), 1))
+            assert data_of(client.answer()) == [2]
+    assert packing.served.batcher().counters.accepted == 3
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
+def test_a_body_of_megabytes_is_no_framing(fast: bool, tmp_path: Path) -> None:
+    """On the fast path, what came in later reads counted as endless framing: 431."""
+    with protected(fast, tmp_path) as running:
+        padded = rows_of(1) | {"parameters": {f"padding{n}": "x" * 16_000 for n in range(200)}}
+        for _ in range(2):
+            assert data_of(running.ask(post(GATE, padded, bearer(token())))) == [2]
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
+def test_a_refused_body_is_dropped_and_the_connection_goes_on(fast: bool, tmp_path: Path) -> None:
+    with protected(fast, tmp_path) as running, running.served.connect() as client:
+        padded = rows_of(1) | {"parameters": {"padding": "x" * (1 << 20)}}
+        assert client.ask(post(GATE, padded)).status == 401
+        assert data_of(client.ask(infer(token(), 4))) == [8]
+
+
+def test_one_token_is_remembered_once_however_it_is_written(tmp_path: Path) -> None:
+    with protected(True, tmp_path) as running:
+        good = token()
+        for spaces in range(1, 10):
+            for scheme in ("Bearer", "bearer", "BEARER"):
+                header = {"Authorization": f"{scheme}{' ' * spaces}{good}"}
+                assert data_of(running.ask(gate(1, headers=header))) == [2]
+        assert len(running.auth._remembered) == 1
+
+
+def test_only_scopes_that_mean_something_are_kept(tmp_path: Path) -> None:
+    with protected(True, tmp_path) as running:
+        good = token(scope="infer " + " ".join(f"x{n}" for n in range(500)))
+        assert data_of(running.infer(good, 1)) == [2]
+        recalled = running.auth.recall(Credential(f"Bearer {good}".encode(), is_key=False))
+        assert isinstance(recalled, Principal)
+        assert recalled.values == {"infer"}
+
+
+def test_addresses_that_never_failed_are_heard_in_an_attack_from_many() -> None:
+    now_s = 0.0
+    failures = Failures(lambda: now_s)
+    attackers = [f"2001:db8:{n:x}::1" for n in range(200)]
+    for address in attackers:
+        failures.charge(address)
+    for step in range(20_000):
+        now_s = step / 5000
+        address = attackers[step % len(attackers)]
+        if failures.wait_s(address) == 0:
+            failures.charge(address)
+        assert failures.wait_s("192.0.2.7") == 0
+    assert any(failures.wait_s(address) > 0 for address in attackers)
+
+
+def test_a_token_without_sub_is_not_the_subject_of_that_name(tmp_path: Path) -> None:
+    auth, _ = settings_in(tmp_path)
+    relaxed = tuple(
+        type(one)(
+            issuer=one.issuer,
+            name=one.name,
+            key_files=one.key_files,
+            tenant_claim="org",
+            required_claims=("iss", "exp", "aud"),
+        )
+        for one in auth.issuers
+    )
+    authenticator = Authenticator(
+        type(auth)(issuers=relaxed, audience=auth.audience), wall_clock=lambda: tokens.NOW_S
+    )
+    subjects = set()
+    for claims in ({"org": "bob", "sub": None}, {"org": "other", "sub": "bob"}):
+        signed = SIGNER.token(claims)
+        principal = asyncio.run(
+            authenticator.authenticate(Credential(f"Bearer {signed}".encode(), is_key=False), "")
+        )
+        subjects.add(principal.subject)
+    assert len(subjects) == 2
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
+def test_nothing_is_read_of_a_batch_whose_caller_may_do_nothing(fast: bool, tmp_path: Path) -> None:
+    with protected(fast, tmp_path) as running:
+        whole = batch(token(scope="nothing"), item())
+        head = whole[: whole.index(b"\r\n\r\n") + 4]
+        with running.served.connect() as client:
+            client.send(head)
+            assert (client.answer()).slug == "forbidden"
+
+
+def test_tokens_do_not_belong_in_an_items_url_either(tmp_path: Path) -> None:
+    with protected(True, tmp_path) as running:
+        answer = running.ask(batch(token(), item("/v2?access_token=SECRET", "GET")))
+        assert b"SECRET" not in answer.body.replace(b'"id":"/v2?access_token=SECRET"', b"")
+        assert answer.json["responses"][0]["status"] == 400
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
+@pytest.mark.parametrize("path", ["/batch%0A", GATE + "%0A"])
+def test_an_encoded_line_end_is_not_found(fast: bool, path: str, tmp_path: Path) -> None:
+    with protected(fast, tmp_path) as running:
+        assert running.ask(post(path, rows_of(1), bearer(token()))).slug == "not-found"
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
+def test_strangers_do_not_learn_versions(fast: bool, tmp_path: Path) -> None:
+    with protected(fast, tmp_path) as running:
+        target = "/v2/models/gate/versions/9/ready"
+        stranger = running.ask(f"GET {target} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
+        assert stranger.slug == "unknown-version"
+        assert "versions" not in stranger.json
+        assert running.ask(get_as(token(), "/v2/models/gate/versions/9")).json["versions"] == ["1"]

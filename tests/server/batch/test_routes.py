@@ -1,0 +1,203 @@
+"""POST /batch: each item its own answer, all of them in one queue at once."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cobatch.engines.errors import EngineDeadError, EngineRunError
+from cobatch.server.settings.schema import ModelSettings
+from tests.support.http import serving
+from tests.support.http.batching import ask, data, get, infer, slug
+from tests.support.http.in_process import gated, in_process
+from tests.support.http.serving import GATE, rows_of
+from tests.support.models import models
+
+
+async def test_each_item_has_its_own_answer_in_order() -> None:
+    async with gated() as (running, _):
+        answers = await ask(
+            running,
+            infer(1),
+            get("/v2/models/gate"),
+            {**infer(2), "body": {"inputs": []}},
+            infer(3, 30, 31),
+            {**infer(4), "url": "/v2/models/none/infer"},
+            get("/v2/health/ready"),
+            infer(5),
+        )
+        assert data(answers[0]) == [2]
+        assert answers[0]["headers"]["content-type"] == "application/json"
+        assert answers[0]["headers"]["server-timing"].startswith("queue;dur=")
+        assert answers[1]["body"] == (await running.http.get("/v2/models/gate")).json()
+        assert slug(answers[2]) == "missing-tensor"
+        assert data(answers[3]) == [60, 62]
+        assert slug(answers[4]) == "unknown-model"
+        assert answers[5]["body"] == {"ready": True}
+        assert data(answers[6]) == [10]
+
+
+async def test_an_item_is_answered_with_the_very_bytes_that_its_own_call_gets() -> None:
+    message = rows_of(7, id='"ü\\')
+    async with gated() as (running, _):
+        alone = await running.http.post(GATE, json=message)
+        whole = await running.http.post("/batch", json={"requests": [{**infer(0), "body": message}]})
+        assert b'"body":' + alone.content + b"}]}" in whole.content
+
+
+X = {"name": "x", "datatype": "FP32", "shape": [1, 3], "data": [1, 2, 3]}
+MESSAGES: list[Any] = [
+    {"inputs": [X]},
+    {"inputs": [X], "id": "é"},
+    {"inputs": [X | {"data": [[1, 2, 3]]}]},
+    {"inputs": [X | {"shape": [2, 3], "data": [1, 2, 3, 4, 5, 6]}]},
+    {"inputs": [X], "outputs": [{"name": "y"}], "unknown": 1},
+    {"inputs": [X], "parameters": {"priority": 1}},
+    {"inputs": [X], "parameters": {"headers": 1}},
+    {"inputs": [X | {"parameters": {"binary_data_size": 12}}]},
+    {"inputs": [X | {"data": [1, 2]}]},
+    {"inputs": [X | {"data": [1, 2, "3"]}]},
+    {"inputs": [X | {"data": [1, 2, 1e39]}]},
+    {"inputs": [X | {"data": None}]},
+    {"inputs": [{name: value for name, value in X.items() if name != "data"}]},
+    {"inputs": [X | {"shape": [1, 4]}]},
+    {"inputs": [X | {"shape": []}]},
+    {"inputs": [X | {"shape": [0, 3]}]},
+    {"inputs": [X | {"datatype": "FP64"}]},
+    {"inputs": [X | {"name": "z"}]},
+    {"inputs": [X, X]},
+    {"inputs": []},
+    {"inputs": {}},
+    None,
+    {"inputs": [X | {"shape": [900, 3], "data": [0.25] * 2700}]},
+]
+
+
+@pytest.mark.parametrize("together", [True, False])
+async def test_whatever_is_said_of_a_message_is_said_of_it_as_an_item(together: bool, tmp_path: Path) -> None:
+    """By itself an infer message is parsed with the batch; beside bodies that are none, after it."""
+    path = models.write(tmp_path, models.negate(width=3), "negate.onnx")
+    url = "/v2/models/negate/infer"
+    async with in_process(ModelSettings(path=path, threads=1)) as running:
+        alone = [await running.http.post(url, content=json.dumps(message)) for message in MESSAGES]
+        items = [{"id": str(n), "url": url, "method": "POST", "body": m} for n, m in enumerate(MESSAGES)]
+        if together:
+            answers = await ask(running, *items)
+        else:
+            answers = [(await ask(running, item))[0] for item in items]
+    for one, answer in zip(alone, answers, strict=True):
+        assert (answer["status"], answer["body"]) == (one.status_code, one.json())
+    assert {each["status"] for each in answers} == {200, 400, 422}
+
+
+async def test_items_ride_in_the_same_batches() -> None:
+    async with gated() as (running, engine):
+        answers = await ask(running, *map(infer, range(3)), get("/v2"), *map(infer, range(3, 10)))
+        assert engine.ran == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+        assert answers[0]["headers"]["server-timing"].endswith("batch;desc=4, reason;desc=full")
+
+
+async def test_items_ride_with_other_callers() -> None:
+    async with gated() as (running, engine):
+        other = running.http.post(GATE, json=rows_of(9))
+        await asyncio.gather(ask(running, infer(1), infer(2)), other)
+        assert sorted(engine.ran[0]) == [1, 2, 9]
+
+
+async def test_no_items() -> None:
+    async with gated() as (running, _):
+        assert await ask(running) == []
+
+
+async def test_an_item_that_the_engine_fails_on_fails_alone(caplog: pytest.LogCaptureFixture) -> None:
+    async with gated() as (running, engine):
+        engine.fails = lambda rows: EngineRunError("no twos") if (rows == 2).any() else None
+        answers = await ask(running, *map(infer, range(4)))
+        assert [each["status"] for each in answers] == [200, 200, 500, 200]
+        assert slug(answers[2]) == "run-failed"
+        assert answers[2]["body"]["reference"] in caplog.text
+
+
+async def test_items_beyond_the_queue_are_refused_each_for_itself() -> None:
+    async with gated(max_queue_rows=3) as (running, _):
+        answers = await ask(running, infer(0), infer(1, 1, 2, 3), infer(2), infer(3), infer(4))
+        assert [each["status"] for each in answers] == [200, 429, 200, 200, 429]
+        assert slug(answers[4]) == "queue-full"
+        assert answers[4]["headers"]["retry-after"] == "1"
+        assert answers[4]["body"]["queued_rows"] == 3
+
+
+async def test_a_dead_engine(caplog: pytest.LogCaptureFixture) -> None:
+    async with gated() as (running, engine):
+        engine.fails = lambda rows: EngineDeadError("gone")
+        answers = await ask(running, infer(0), get("/v2"))
+        assert slug(answers[0]) == "engine-dead"
+        assert answers[1]["status"] == 200
+
+
+async def test_urls_may_be_quoted_and_versioned_and_have_a_query() -> None:
+    async with gated() as (running, engine):
+        urls = ["/v2/models/g%61te/infer", "/v2/models/gate/versions/1/infer", GATE + "?x=1"]
+        answers = await ask(running, *[{**infer(n), "url": url} for n, url in enumerate(urls)])
+        assert [data(each) for each in answers] == [[0], [2], [4]]
+        assert [sorted(rows) for rows in engine.ran] == [[0, 1, 2]]
+
+
+async def test_plain_headers_are_taken() -> None:
+    headers = {"Content-Type": "application/json; charset=utf-8", "ACCEPT": "*/*"}
+    async with gated() as (running, _):
+        answers = await ask(running, infer(1, headers=headers), get("/v2", headers=headers))
+        assert [each["status"] for each in answers] == [200, 200]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_over_sockets(fast: bool) -> None:
+    """Also through uvicorn, where a connection goes on after a batch."""
+    items = [*map(infer, range(6)), get("/v2"), get("/batch")]
+    with serving.gated(fast) as (served, engine), served.connect() as client:
+        engine.ran.clear()
+        for _ in range(2):
+            answers = client.ask(serving.post("/batch", {"requests": items})).json["responses"]
+            assert [data(each) for each in answers[:6]] == [[2 * n] for n in range(6)]
+            assert [each["status"] for each in answers[6:]] == [200, 400]
+        assert engine.ran == [[0, 1, 2, 3], [4, 5]] * 2
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_connection_that_is_lost(fast: bool) -> None:
+    with serving.gated(fast) as (served, engine):
+        engine.hold()
+        with served.connect() as client:
+            client.send(serving.post("/batch", {"requests": [*map(infer, range(12))]}))
+            engine.began.get(timeout=serving.DEADLINE_S)
+        served.until(lambda: served.batcher().counters.cancelled == 12)
+
+
+async def test_compression_both_ways() -> None:
+    async with gated(compress_min_bytes=1) as (running, _):
+        packed = gzip.compress(json.dumps({"requests": [infer(1)]}).encode())
+        headers = {"content-encoding": "gzip", "accept-encoding": "gzip"}
+        response = await running.http.post("/batch", content=packed, headers=headers)
+        assert response.headers["content-encoding"] == "gzip"
+        assert data(response.json()["responses"][0]) == [2]
+
+
+async def test_other_methods_of_the_route() -> None:
+    async with gated() as (running, _):
+        response = await running.http.get("/batch")
+        assert slug(response) == "method-not-allowed"
+        assert response.headers["allow"] == "POST"
+
+
+async def test_while_draining() -> None:
+    async with gated() as (running, _):
+        running.core.draining = True
+        response = await running.http.post("/batch", json={"requests": [infer(1)]})
+        assert slug(response) == "draining"
+        assert response.headers["connection"] == "close"
+        assert response.headers["retry-after"] == "1"

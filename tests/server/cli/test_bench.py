@@ -1,0 +1,291 @@
+"""`cobatch bench` against real servers: tables, files, checks, credentials, refusals."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from cobatch.server.cli.bench import bench
+from tests.support.auth.protected import protected, token
+from tests.support.http.serving import GatedEngine, Served, gated
+from tests.support.http.wire import serve_models
+
+APP = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+APP.command("bench")(bench)
+# As little as there can be: what is measured is not the point.
+SHORT = ("--seconds", "0.3", "--warmup-s", "0", "--quiet")
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[tuple[Served, GatedEngine]]:
+    with gated(fast=True) as found:
+        yield found
+
+
+def url_of(served: Served) -> str:
+    return f"http://127.0.0.1:{served.server.port}"
+
+
+def command(served: Served, *arguments: str | Path) -> Result:
+    return CliRunner().invoke(APP, [url_of(served), *SHORT, *(str(argument) for argument in arguments)])
+
+
+def done(served: Served, tmp_path: Path, *arguments: str | Path, status: int = 0) -> Any:
+    """The JSON of a run that ends with this status."""
+    file = tmp_path / "figures.json"
+    result = command(served, "--json", file, *arguments)
+    assert result.exit_code == status, result.output
+    document = json.loads(file.read_text())
+    for run in document["runs"]:
+        total = run["total"]
+        assert total["requests"] == total["answered"] + sum(total["errors"].values())
+    return document
+
+
+def refused(served: Served, *arguments: str | Path, status: int = 2) -> str:
+    result = command(served, *arguments)
+    assert result.exit_code == status, result.output
+    assert not result.stdout
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("more", [(), ("--binary", "--rows", "3", "--processes", "2")])
+def test_a_closed_loop(node: Any, tmp_path: Path, more: tuple[str, ...]) -> None:
+    served, engine = node
+    before = len(engine.ran)
+    document = done(served, tmp_path, "--connections", "4", "--shape", "x=1", *more)
+    (run,) = document["runs"]
+    assert document["target"]["model"] == "gate"
+    assert run["rate"] is None
+    assert run["total"]["answered"] > 0
+    assert not run["total"]["errors"]
+    assert run["generator"]["processes"] == (2 if more else 1)
+    assert run["generator"]["connections"] == 4
+    assert (
+        run["server"]["executions"] == len(engine.ran) - before - 1
+    )  # the first request was none of the load
+    # Batches are of 3 or 1 to 4 rows, and each answer says of how many.
+    assert set(run["batches"]) <= ({"3"} if more else {"1", "2", "3", "4"})
+    assert sum(run["batches"].values()) == run["total"]["answered"]
+
+
+def test_rates_in_turn_tables_and_a_page(node: Any, tmp_path: Path) -> None:
+    served, _ = node
+    page = tmp_path / "page.html"
+    document = done(
+        served, tmp_path, "--rate", "50,200", "--shape", "x=1", "--arrivals", "constant", "--html", page,
+        "--tenant", "name=<a>,priority=1", "--tenant", "name=b,deadline_ms=20000,share=3",
+    )  # fmt: skip
+    slow, fast = document["runs"]
+    assert (slow["total"]["requests"], fast["total"]["requests"]) == (14, 59)
+    assert [one["name"] for one in fast["callers"]] == ["<a>", "b"]
+    assert sum(one["requests"] for one in fast["callers"]) == 59
+    assert fast["total"]["good_rate"] == pytest.approx(59 / 0.3, rel=0.01)
+    assert sum(count for _, count in fast["buckets"]) == 59
+    text = page.read_text()
+    assert "<script" not in text
+    assert "//" not in text.replace("http://www.w3.org/2000/svg", "").replace(url_of(served), "")
+    root = ET.fromstring(text.removeprefix("<!doctype html>").replace('<meta charset="utf-8">', "")
+                         .replace('initial-scale=1">', 'initial-scale=1"/>'))  # fmt: skip
+    titles = {one.text for one in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {
+        "Latency distribution", "Latency of what was due then", "Throughput against offered rate",
+        "Batch sizes (0: nothing was answered)", "Throughput and offered rate",
+    } <= titles  # fmt: skip
+    assert any(cell.text == "<a>" for cell in root.iter("td"))
+    # Each tenant's answers are counted by when they came, as those of all are.
+    for one in document["runs"]:
+        assert one["total"]["answered_rate"] == pytest.approx(
+            sum(caller["answered_rate"] for caller in one["callers"]), abs=1e-3
+        )
+    assert fast["callers"][0]["good_rate"] is None  # it has no deadline
+
+
+def test_what_is_printed(node: Any) -> None:
+    served, _ = node
+    result = command(served, "--rate", "100", "--shape", "x=1")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith(f"gate at {url_of(served)} (cobatch")
+    assert lines[0].endswith("JSON, open loop, poisson arrivals, answers not checked")
+    assert lines[1].split()[:3] == ["load", "offered/s", "answered/s"]
+    assert lines[2].startswith("100/s ")
+    assert any(line.startswith("the server counted ") for line in lines)
+    assert any("answers are few" in line for line in lines)
+    assert not result.stderr
+
+
+def test_answers_are_checked(node: Any, tmp_path: Path) -> None:
+    """The model doubles; the first expectation is right, the second is wrong, the third only later."""
+    served, engine = node
+    x, y = tmp_path / "x.npy", tmp_path / "y.npy"
+    np.save(x, np.arange(6).reshape(6, 1))
+    np.save(y, 2 * np.arange(6).reshape(6, 1))
+    good = done(served, tmp_path, "--input", f"x={x}", "--expect", f"y={y}", "--connections", "2", "--binary")
+    assert not good["runs"][0]["total"]["errors"]
+    lines = tmp_path / "y.jsonl"
+    lines.write_text("".join(f'{{"y": [{2 * n + (n == 5)}]}}\n' for n in range(6)))
+    said = refused(served, "--input", f"x={x}", "--expect", lines, status=1)
+    assert "a first answer is wrong (input 5): output 'y' is not what is expected" in said
+
+    def wait(slot: int) -> tuple[np.ndarray[Any, Any], ...]:
+        """Right for the six that are tried first, one by one; wrong under load."""
+        wrong = len(engine.ran) >= 6
+        return tuple(part + wrong for part in GatedEngine.wait(engine, slot))
+
+    engine.ran.clear()
+    engine.__dict__["wait"] = wait
+    try:
+        bad = done(served, tmp_path, "--input", f"x={x}", "--expect", f"y={y}", status=1)
+        assert bad["runs"][0]["total"]["errors"].keys() == {"wrong answer"}
+    finally:
+        del engine.__dict__["wait"]
+
+
+def test_another_server_can_be_the_reference(node: Any, tmp_path: Path) -> None:
+    served, _ = node
+    document = done(served, tmp_path, "--shape", "x=1", "--rows", "2", "--expect", url_of(served))
+    assert document["load"]["expect"] == [url_of(served)]
+    assert not document["runs"][0]["total"]["errors"]
+
+
+def test_a_trace_is_played(node: Any, tmp_path: Path) -> None:
+    served, engine = node
+    trace = tmp_path / "trace.csv"
+    trace.write_text("0,1,a\n0.01,4,b\n0.02,2\n")
+    engine.ran.clear()
+    document = done(
+        served, tmp_path, "--arrivals", trace, "--shape", "x=1", "--values", "x=3:3", "--seconds", "9",
+        "--tenant", "name=a", "--tenant", "name=b",
+    )  # fmt: skip
+    assert [one["requests"] for one in document["runs"][0]["callers"]] == [2, 1]
+    # Beside a first request of each tenant.
+    assert sum(map(len, engine.ran)) == 1 + 1 + 7
+    assert "tenant 'b' that no --tenant" in refused(served, "--arrivals", trace, "--tenant", "name=a")
+
+
+def test_capacity_is_searched(node: Any, tmp_path: Path) -> None:
+    """Nobody answers within a nanosecond: the search goes down to a rate too low to say anything."""
+    served, _ = node
+    page = tmp_path / "page.html"
+    limit = ("--find-capacity", "--slo-ms", "0.000001", "--html", str(page))
+    document = done(served, tmp_path, "--shape", "x=1", *limit, "--rate", "250", "--seconds", "0.1")
+    found = document["capacity"]
+    assert [one["rate"] for one in found["tried"]] == [250, 250, 200, 200]
+    assert [run["rate"] for run in document["runs"]] == [250, 250, 200, 200]
+    assert not any(one["held"] for one in found["tried"])
+    assert all(run["total"]["good_rate"] == 0 for run in document["runs"])  # the limit is a deadline
+    assert ">held</th>" in page.read_text()
+    assert found["sentence"].startswith("No rate was found with p99 within 1e-06 ms: at 200.0 per second")
+
+
+def test_tokens_of_tenants(tmp_path: Path) -> None:
+    with protected(True, tmp_path) as node:
+        file = tmp_path / "token"
+        file.write_text(token("alice"))
+        document = done(node.served, tmp_path, "--shape", "x=1", "--model", "gate", "--token-file", file)
+        assert not document["runs"][0]["total"]["errors"]
+        assert token("alice") not in json.dumps(document)
+        says = refused(node.served, "--shape", "x=1", "--model", "gate", status=1)
+        assert "401" in says
+        both = ("--shape", "x=1", "--tenant", f"name=a,token_file={file}", "--tenant", "name=nobody")
+        assert "nobody: a first request was answered with 401" in refused(
+            node.served, *both, "--model", "gate", status=1
+        )
+
+
+def test_models_are_found_and_described(tmp_path: Path) -> None:
+    with serve_models(True, tmp_path) as served:
+        assert "which model? The server has " in refused(served)
+        assert "404" in refused(served, "--model", "missing", status=1)
+        document = done(served, tmp_path, "--model", "negate", "--connections", "1")
+        assert document["runs"][0]["total"]["answered"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--find-capacity",), "--find-capacity and --slo-ms go together"),
+        (("--slo-ms", "5"), "--find-capacity and --slo-ms go together"),
+        (("--rate", "fast"), "numbers with commas"),
+        (("--rate", "0"), "more than 0"),
+        (("--arrivals", "bursty"), "give --rate"),
+        (("--json", "/no/such/folder/x.json"), "/no/such/folder: there is no such folder"),
+        (("--arrivals", "sometimes"), "poisson, constant, bursty, diurnal or a trace's file"),
+        (("--shape", "x"), "NAME="),
+        (("--shape", "x=0"), "whole numbers from 1"),
+        (("--values", "x=9:1"), "LOW must not be more than HIGH"),
+        (("--header", "none"), "NAME: VALUE"),
+        (("--deadline-ms", "0"), "more than 0"),
+        (("--expect", "y.npy"), "--expect FILE needs --input FILE"),
+        ((), "give --shape x=SIZE"),
+    ],
+)
+def test_what_is_refused(node: Any, arguments: tuple[str, ...], says: str) -> None:
+    served, _ = node
+    more = () if not arguments or arguments[0] == "--shape" else ("--shape", "x=1")
+    assert says in refused(served, *arguments, *more)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_reports_what_it_has(node: Any, tmp_path: Path) -> None:
+    served, _ = node
+    file = tmp_path / "figures.json"
+    command = [
+        sys.executable,
+        "-m",
+        "cobatch",
+        "bench",
+        url_of(served),
+        "--shape",
+        "x=1",
+        "--json",
+        str(file),
+    ]
+    with subprocess.Popen(
+        [*command, "--seconds", "1000", "--processes", "2", "--warmup-s", "0.1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        printed, errors = process.communicate(timeout=30)
+    assert line.startswith("16 connections ")
+    assert "Traceback" not in errors
+    assert process.returncode == 0
+    assert "(interrupted)" in printed
+    document = json.loads(file.read_text())
+    assert document["interrupted"]
+    (run,) = document["runs"]
+    assert 0 < run["measured_s"] < 1000
+    assert run["total"]["answered_rate"] > 0
+    # Those that waited are no secret.
+    assert set(run["total"]["errors"]) <= {"stopped before its answer"}
+
+
+def test_a_file_that_cannot_be_written_loses_no_figures(node: Any, tmp_path: Path) -> None:
+    served, _ = node
+    result = command(served, "--shape", "x=1", "--json", tmp_path)
+    assert result.exit_code == 1
+    assert "Is a directory" in result.stderr
+    assert "16 connections" in result.stdout
+
+
+def test_nobody_answers() -> None:
+    result = CliRunner().invoke(APP, ["http://127.0.0.1:1", *SHORT])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("cobatch: 127.0.0.1:1: ")

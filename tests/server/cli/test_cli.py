@@ -1,0 +1,208 @@
+"""The command line: what reaches the server, what is refused and how, what `inspect` shows."""
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from onnx import TensorProto, helper
+from typer.testing import CliRunner, Result
+
+from cobatch import __version__
+from cobatch.server.cli import app
+from cobatch.server.cli.inspect import shape_text
+from cobatch.server.settings.schema import MODEL_FIELDS, SERVER_FIELDS, ServerSettings, Settings, flag_name
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
+    """Settings that reached the server; it is replaced here, and ends at once with status 7."""
+    seen: list[Settings] = []
+
+    def run(settings: Settings) -> int:
+        seen.append(settings)
+        return 7
+
+    module = ModuleType("cobatch.server.serve")
+    module.__dict__["run"] = run
+    monkeypatch.setitem(sys.modules, "cobatch.server.serve", module)
+    return seen
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "sum.onnx"
+    path.write_bytes(onnx_model("batch"))
+    return path
+
+
+def onnx_model(batch: str | int, columns: str | int = 16) -> bytes:
+    """total[batch, 1] = the sum of x[batch, columns] over its columns, as float32."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, columns])
+    total = helper.make_tensor_value_info("total", TensorProto.FLOAT, [batch, 1])
+    axes = helper.make_tensor("axes", TensorProto.INT64, [1], [1])
+    node = helper.make_node("ReduceSum", ["x", "axes"], ["total"])
+    graph = helper.make_graph([node], "sum", [x], [total], [axes])
+    opset = [helper.make_opsetid("", 17)]
+    return bytes(helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString())
+
+
+def cobatch(*arguments: str | Path, env: dict[str, str] | None = None) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env=env)
+
+
+def refused(result: Result) -> str:
+    """The one line on stderr that the command ended with."""
+    assert isinstance(result.exception, SystemExit)
+    assert result.stdout == ""
+    assert result.stderr.startswith("cobatch: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr.removeprefix("cobatch: ").rstrip()
+
+
+def test_every_setting_has_a_flag() -> None:
+    text = cobatch("serve", "--help").stdout
+    for setting in [*SERVER_FIELDS, *(MODEL_FIELDS.keys() - {"path"})]:
+        assert f"  {flag_name(setting)} " in text
+
+
+def test_serve_hands_over_settings_and_ends_with_the_servers_status(
+    served: list[Settings], model: Path
+) -> None:
+    result = cobatch("serve", model)
+    assert (result.exit_code, result.output) == (7, "")
+    assert served[0].server == ServerSettings()
+    assert [one.name for one in served[0].models] == ["sum"]
+
+
+def test_serve_takes_file_variables_and_flags(served: list[Settings], model: Path, tmp_path: Path) -> None:
+    config = tmp_path / "cobatch.toml"
+    config.write_text(
+        "[server]\nport = 1\nlog_level = 'error'\n[[models]]\npath = 'sum.onnx'\nmax_batch_size = 8\n"
+    )
+    flags = ["--port", "3", "--name", "mine", "--no-fast-path"]
+    cobatch("serve", "--config", config, *flags, env={"COBATCH_PORT": "2", "COBATCH_MAX_DELAY_MS": "0.5"})
+    assert served[0].server == ServerSettings(port=3, log_level="error", fast_path=False)
+    only = served[0].models[0]
+    assert (only.name, only.max_batch_size, only.max_delay_ms) == ("mine", 8, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        ("--port", "x", "server.port: expected an integer from 0 to 65535, got 'x' (flag --port)"),
+        ("--port", "-1", "server.port: expected an integer from 0 to 65535, got '-1' (flag --port)"),
+        ("--config", "gone.toml", "config: cannot read gone.toml: No such file or directory (flag --config)"),
+        ("--host", "0.0.0.0", "server.host: expected a loopback address"),
+    ],
+)
+def test_refused_settings_are_one_line_and_status_2(
+    served: list[Settings], model: Path, flag: str, value: str, expected: str
+) -> None:
+    result = cobatch("serve", model, flag, value)
+    assert result.exit_code == 2
+    assert refused(result).startswith(expected)
+    assert not served
+
+
+def test_serve_needs_a_model(served: list[Settings]) -> None:
+    result = cobatch("serve")
+    assert result.exit_code == 2
+    assert refused(result).startswith("models: no model to serve; give MODEL")
+
+
+def test_allow_anonymous_is_said_at_start(served: list[Settings], model: Path) -> None:
+    result = cobatch("serve", model, "--allow-anonymous", "--host", "0.0.0.0")
+    assert served[0].server.host == "0.0.0.0"
+    assert result.stderr == (
+        "cobatch: warning: --allow-anonymous: whoever reaches 0.0.0.0 may call the models, "
+        "without authentication\n"
+    )
+    assert "anyone on this machine" in cobatch("serve", model, "--allow-anonymous").stderr
+
+
+def test_unknown_flags_are_refused(served: list[Settings], model: Path) -> None:
+    result = cobatch("serve", model, "--max-batch", "3")
+    assert result.exit_code == 2
+    assert "--max-batch-size" in result.stderr
+
+
+def test_version() -> None:
+    assert cobatch("--version").stdout == f"cobatch {__version__}\n"
+
+
+def test_version_is_the_distributions() -> None:
+    try:
+        installed = metadata.version("cobatch")
+    except metadata.PackageNotFoundError:
+        pytest.skip("cobatch is not installed, only on the path")
+    assert installed == __version__
+
+
+def test_help_loads_neither_uvicorn_nor_an_engine() -> None:
+    script = (
+        "import sys, cobatch.server.cli; "
+        "print([m for m in ('uvicorn', 'starlette', 'onnxruntime', 'numpy', 'rich') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
+
+
+def test_inspect_shows_the_signature(model: Path) -> None:
+    result = cobatch("inspect", model)
+    assert result.exit_code == 0
+    heading, batch, _, x, total = result.stdout.splitlines()
+    assert heading.split() == ["sum", "onnxruntime_onnx", str(model)]
+    assert batch == "batch: axis 0 of every tensor, any number of rows"
+    assert x.split() == ["input", "x", "FP32", "float32", "[batch,", "16]"]
+    assert total.split() == ["output", "total", "FP32", "float32", "[batch,", "1]"]
+
+
+def test_inspect_as_json(model: Path) -> None:
+    assert json.loads(cobatch("inspect", model, "--json").stdout) == {
+        "name": "sum",
+        "path": str(model),
+        "platform": "onnxruntime_onnx",
+        "batch_axis": 0,
+        "batch_size": None,
+        "inputs": [{"name": "x", "datatype": "FP32", "dtype": "float32", "shape": [-1, 16]}],
+        "outputs": [{"name": "total", "datatype": "FP32", "dtype": "float32", "shape": [-1, 1]}],
+    }
+
+
+def test_inspect_shows_a_fixed_batch_and_free_axes(tmp_path: Path) -> None:
+    model = tmp_path / "fixed.onnx"
+    model.write_bytes(onnx_model(4, "columns"))
+    text = cobatch("inspect", model).stdout
+    assert "axis 0 of every tensor, fixed at 4 rows; fewer are padded" in text
+    assert "[4, ?]" in text
+    assert json.loads(cobatch("inspect", model, "--json").stdout)["batch_size"] == 4
+
+
+def test_inspect_ignores_the_servers_variables(model: Path) -> None:
+    assert cobatch("inspect", model, env={"COBATCH_PORT": "x"}).exit_code == 0
+
+
+def test_inspect_says_in_one_line_why_a_model_does_not_load(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"not a model")
+    for path in (broken, tmp_path / "gone.onnx", tmp_path):
+        result = cobatch("inspect", path)
+        assert result.exit_code == 1
+        assert path.name in refused(result)
+
+
+def test_inspect_refuses_an_unknown_engine(model: Path) -> None:
+    result = cobatch("inspect", model, "--engine", "abacus")
+    assert result.exit_code == 1
+    assert refused(result).startswith("models[*].engine: expected one of auto, onnxruntime, tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("shape", "text"), [([-1], "[batch]"), ([-1, 16], "[batch, 16]"), ([8, -1, 3], "[8, ?, 3]")]
+)
+def test_shapes(shape: list[int], text: str) -> None:
+    assert shape_text(shape) == text

@@ -1,0 +1,165 @@
+"""`cobatch token mint`: the token is what the configured server expects, or the command says why not."""
+
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, rsa
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    KeySerializationEncryption,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
+from jwt.algorithms import OKPAlgorithm
+
+from cobatch.server.cli.token_keys import load_signer
+from tests.support.auth.token_commands import ADDRESS, ISSUER, done, folder, made, refused, verified
+
+__all__ = ["folder", "made"]  # fixtures
+
+
+def test_mint_takes_its_claims_from_flags(made: Path) -> None:
+    key = made / "dev-key.pem"
+    flags = ["--issuer", ISSUER, "--audience", ADDRESS, "--tenant", "t", "--scope", "infer:a admin"]
+    claims = verified(done("mint", "--key", key, *flags, "--expires-in", "90s").rstrip("\n"), made)
+    assert (claims["sub"], claims["scope"], claims["client_id"]) == ("t", "infer:a admin", "cobatch-token")
+    assert claims["exp"] - claims["iat"] == 90
+
+
+def test_no_two_tokens_are_the_same(made: Path) -> None:
+    config = made / "cobatch.toml"
+    ids = {verified(done("mint", "--config", config).rstrip("\n"), made)["jti"] for _ in range(5)}
+    assert len(ids) == 5
+
+
+def test_flags_of_mint_win_over_the_file(made: Path) -> None:
+    flags = ["--issuer", "https://other.example", "--audience", "elsewhere", "--kid", "k", "--alg", "PS256"]
+    minted = done("mint", "--config", made / "cobatch.toml", *flags).rstrip("\n")
+    claims = jwt.decode(minted, options={"verify_signature": False})
+    assert (claims["iss"], claims["aud"]) == ("https://other.example", "elsewhere")
+    assert jwt.get_unverified_header(minted) == {"typ": "at+jwt", "alg": "PS256", "kid": "k"}
+
+
+def test_mint_uses_the_claims_that_the_issuer_is_configured_with(folder: Path) -> None:
+    config = folder / "cobatch.toml"
+    config.write_text(config.read_text() + 'tenant_claim = "org"\npermission_claims = ["scp"]\n')
+    claims = verified(done("mint", "--config", config, "--tenant", "acme").rstrip("\n"), folder)
+    assert (claims["org"], claims["scp"], claims["sub"]) == ("acme", "infer metadata", "acme")
+    assert "scope" not in claims
+
+
+def test_mint_finds_the_issuer_that_has_the_key(folder: Path) -> None:
+    done("keypair", "-o", folder / "second", "--alg", "EdDSA")
+    config = folder / "cobatch.toml"
+    second = '\n[[auth.issuers]]\nissuer = "https://second.invalid"\nkey_files = ["second.jwks.json"]\n'
+    config.write_text(config.read_text() + second)
+    minted = done("mint", "--config", config, "--key", folder / "second.pem").rstrip("\n")
+    assert jwt.decode(minted, options={"verify_signature": False})["iss"] == "https://second.invalid"
+    assert jwt.get_unverified_header(minted)["alg"] == "EdDSA"
+
+
+def test_mint_signs_for_a_public_key_in_pem(folder: Path) -> None:
+    signer = load_signer(folder / "dev-key.pem")
+    assert not isinstance(signer.key, bytes)
+    public = signer.key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    (folder / "public.pem").write_bytes(public)
+    config = folder / "cobatch.toml"
+    config.write_text(config.read_text().replace("dev-jwks.json", "public.pem").replace("RS256", "PS256"))
+    minted = done("mint", "--config", config).rstrip("\n")
+    assert jwt.get_unverified_header(minted)["alg"] == "PS256"
+
+
+def test_mint_signs_with_a_secret(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("s" * 32 + "\n")
+    secret.chmod(0o600)
+    config = tmp_path / "cobatch.toml"
+    config.write_text(
+        "[auth]\naudience = ['here']\n[[auth.issuers]]\nissuer = 'me'\n"
+        "secret_file = 'secret'\nalgorithms = ['HS256']\n"
+    )
+    minted = done("mint", "--config", config, "--key", secret).rstrip("\n")
+    assert jwt.decode(minted, b"s" * 32, ["HS256"], audience="here", issuer="me")["sub"] == "me"
+    assert jwt.get_unverified_header(minted) == {"typ": "at+jwt", "alg": "HS256"}
+
+
+def test_mint_refuses_a_token_that_nobody_would_take(folder: Path) -> None:
+    key, config = folder / "dev-key.pem", folder / "cobatch.toml"
+    wanted = "give --config, or --issuer and --audience: a token is of one, for the other"
+    assert refused("mint", "--key", key) == wanted
+    assert refused("mint", "--key", key, "--issuer", ISSUER) == wanted
+    assert refused("mint", "--config", config, "--alg", "ES256") == (
+        "alg: expected one of RS256, PS256, got 'ES256' (flag --alg)"
+    )
+    done("keypair", "-o", folder / "other", "--alg", "ES256")
+    assert refused("mint", "--config", config, "--key", folder / "other.pem") == (
+        f"auth.issuers: the key is not among any issuer's key_files or secret_file (file {config})"
+    )
+    config.write_text("[auth]\napi_keys_file = 'api-keys.toml'\n")
+    assert refused("mint", "--config", config).startswith("auth.issuers: missing; the server takes API keys")
+    config.write_text("")
+    assert refused("mint", "--config", config).startswith("auth: missing; the server would not ask")
+    assert refused("mint", "--config", folder / "gone").startswith("config: cannot read ")
+
+
+@pytest.mark.parametrize("text", ["", "0s", "1", "h", "-1h", "1.5h", "1w", "999999s", "٣h", "1h\n"])
+def test_a_time_is_a_number_and_its_unit(text: str, made: Path) -> None:
+    assert refused("mint", "--config", made / "cobatch.toml", "--expires-in", text) == (
+        f"expires-in: expected 90s, 30m, 12h or 7d, got {text!r} (flag --expires-in)"
+    )
+
+
+def pem(key: Any, encryption: KeySerializationEncryption | None = None) -> bytes:
+    made = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption or NoEncryption())
+    assert isinstance(made, bytes)
+    return made
+
+
+WEAK = "no server takes this key; expected RSA of 2048 bits at least, P-256 or Ed25519"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (pem(rsa.generate_private_key(65537, 1024)), WEAK),
+        (pem(ec.generate_private_key(ec.SECP384R1())), WEAK),
+        (pem(ed448.Ed448PrivateKey.generate()), "not an RSA, P-256 or Ed25519 key"),
+        (
+            pem(ec.generate_private_key(ec.SECP256R1()), BestAvailableEncryption(b"x")),
+            "the key is encrypted; take one without a passphrase",
+        ),
+        (b"-----BEGIN PUBLIC KEY-----\nnothing\n-----END PUBLIC KEY-----\n", "not a private key in PEM"),
+    ],
+)
+def test_a_key_that_cannot_sign_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "key.pem"
+    path.write_bytes(content)
+    assert (
+        refused("mint", "--key", path, "--issuer", "a", "--audience", "b")
+        == f"{path}: {message} (flag --key)"
+    )
+
+
+def test_a_short_secret_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_text("short")
+    assert "fewer than 32" in refused("mint", "--key", path, "--issuer", "a", "--audience", "b")
+
+
+def test_rfc7638_3_1_kid_is_the_thumbprint(tmp_path: Path) -> None:
+    # RFC 8037, A.1 and A.3: a private key and its public half's thumbprint.
+    private = OKPAlgorithm.from_jwk(
+        {
+            "kty": "OKP",
+            "crv": "Ed25519",
+            "d": "nWGxne_9WmC6hEr0kuwsxERJxWl7MmkZcDusAxyuf2A",
+            "x": "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo",
+        }
+    )
+    path = tmp_path / "key.pem"
+    path.write_bytes(pem(private))
+    assert load_signer(path).kid == "kPrK_qmxVWaYVA9wwBF6Iuo3vVzz7TxHCTwXBygrS4k"

@@ -1,0 +1,357 @@
+"""The access log: a line for each request on both edges, what is in it, and what is never in it."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import re
+import threading
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from cobatch.engines.errors import EngineRunError
+from cobatch.server.observability import access_log
+from cobatch.server.observability.access_log import (
+    AccessLog,
+    JsonFormatter,
+    Times,
+    as_json,
+    as_text,
+    level_of,
+    line_of,
+)
+from cobatch.server.observability.record import Record
+from tests.support.auth import protected as guarded
+from tests.support.http.serving import GATE, Client, Served, gate, gated, get, post, rows_of
+
+BOTH = pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
+
+
+def lines_of(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def asked(fast: bool, *requests: bytes, **settings: Any) -> list[dict[str, Any]]:
+    """The lines that these requests make, one after another on one connection."""
+    settings = {"access_log": "json", **settings}
+    with (
+        mock.patch("sys.stderr", io.StringIO()) as stream,
+        gated(fast, **settings) as (served, _),
+        served.connect() as client,
+    ):
+        for request in requests:
+            client.ask(request)
+    return lines_of(stream.getvalue())
+
+
+# What is in a line
+
+
+@BOTH
+def test_a_good_request(fast: bool) -> None:
+    (line,) = asked(fast, gate(1, 2, headers={"X-Request-Id": "abc-1"}))
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("time"))
+    times = {name: line.pop(name) for name in ("queue_us", "compute_us", "total_us")}
+    assert times["total_us"] >= times["queue_us"] > 0
+    assert line.pop("batch") > 0
+    assert line == {
+        "level": "info",
+        "request_id": "abc-1",
+        "method": "POST",
+        "path": GATE,
+        "status": 200,
+        "model": "gate",
+        "rows": 2,
+        "batch_rows": 2,
+        "reason": "idle",
+    }
+
+
+@BOTH
+def test_refused_and_failed_ones(fast: bool) -> None:
+    odd = rows_of(1) | {"inputs": []}
+    lines = asked(fast, post(GATE, b"{"), post(GATE, odd), get("/v2/models/none"), get("/v2/health/live"))
+    said = [(line["level"], line["status"], line.get("problem")) for line in lines]
+    assert said == [
+        ("warning", 400, "not-json"),
+        ("warning", 400, "missing-tensor"),
+        ("warning", 404, "unknown-model"),
+        ("info", 200, None),
+    ]
+    assert [line["path"] for line in lines] == [GATE, GATE, "/v2/models/none", "/v2/health/live"]
+    assert all(line["request_id"] for line in lines)
+    assert len({line["request_id"] for line in lines}) == 4
+
+
+@BOTH
+def test_the_engines_failure_is_an_error_and_says_in_which_batch(fast: bool) -> None:
+    with (
+        mock.patch("sys.stderr", io.StringIO()) as stream,
+        gated(fast, access_log="json") as (served, engine),
+    ):
+        engine.fails = lambda x: EngineRunError("no")
+        assert served.ask(gate(1)).status == 500
+    (line,) = lines_of(stream.getvalue())
+    assert (line["level"], line["status"], line["problem"], line["rows"]) == ("error", 500, "run-failed", 1)
+
+
+@BOTH
+@pytest.mark.parametrize(("level", "statuses"), [("info", [200, 400]), ("warning", [400]), ("error", [])])
+def test_which_lines_there_are(fast: bool, level: str, statuses: list[int]) -> None:
+    lines = asked(fast, gate(1), post(GATE, b"{"), access_log_level=level)
+    assert [line["status"] for line in lines] == statuses
+
+
+@BOTH
+def test_a_client_that_left(fast: bool) -> None:
+    with (
+        mock.patch("sys.stderr", io.StringIO()) as stream,
+        gated(fast, access_log="json") as (served, engine),
+    ):
+        counters = served.batcher().counters
+        engine.hold()
+        client = served.connect()
+        client.send(gate(1))
+        served.until(lambda: counters.accepted > 0)
+        client.close()
+        served.until(lambda: counters.cancelled > 0)
+        engine.release()
+    (line,) = lines_of(stream.getvalue())
+    assert (line["status"], line["problem"]) == (499, "client-left")
+
+
+@BOTH
+def test_predictions_have_their_batch_too_and_their_ids_are_not_told(fast: bool) -> None:
+    body = {"inputs": {"x": [[1], [2]]}}
+    headers = {"Content-Type": "application/json"}
+    lines = asked(fast, post("/v1/models/gate/predictions", body, headers), get("/v1/predictions/secret"))
+    assert (lines[0]["model"], lines[0]["rows"], lines[0]["batch_rows"]) == ("gate", 2, 2)
+    assert lines[1]["path"] == "/v1/predictions/{id}"
+
+
+@BOTH
+def test_off_says_nothing(fast: bool) -> None:
+    assert asked(fast, gate(1), post(GATE, b"{"), access_log="off") == []
+
+
+# What is never in it
+
+
+@BOTH
+def test_credentials_and_data_never(fast: bool, tmp_path: Path) -> None:
+    token, forged = guarded.token(), guarded.token() + "x"
+    settings = {"access_log": "json"}
+    with (
+        mock.patch("sys.stderr", io.StringIO()) as stream,
+        guarded.protected(fast, tmp_path, keys={"team": ("infer",)}, server=settings) as p,
+    ):
+        for credential in (token, token, forged):
+            p.ask(post(f"{GATE}?secret=4711", rows_of(815), guarded.bearer(credential)))
+        key = p.keys["team"]
+        p.ask(post(GATE, rows_of(815), {"X-API-Key": key}))
+        p.ask(get(f"/v2?access_token={token}"))
+    text = stream.getvalue()
+    lines = lines_of(text)
+    assert [line["status"] for line in lines] == [200, 200, 401, 200, 400]
+    assert [line.get("tenant") for line in lines] == ["alice", "alice", None, "team", None]
+    for secret in (token, forged, key, "4711", "815", "1630", token.split(".")[2]):
+        assert secret not in text
+
+
+def test_nobody_writes_lines_of_his_own() -> None:
+    record = Record("id", "GET", '/a\n{"status": 200}\r "\x1b[2J', 0.0)
+    record.status = 404
+    for form in (as_json, as_text):
+        line = form(line_of(record, "now"))
+        assert line.count("\n") == 1
+        assert line.endswith("\n")
+        assert "\x1b" not in line
+        assert "\r" not in line
+    assert json.loads(as_json(line_of(record, "now")))["path"] == record.path
+
+
+def test_a_long_path_is_cut() -> None:
+    record = Record("id", "GET", "/" + "x" * 10_000, 0.0)
+    assert len(line_of(record, "now").path) < 600
+
+
+# Readable lines
+
+
+def test_lines_for_people() -> None:
+    record = Record("id-1", "POST", GATE, 1.0)
+    record.status, record.slug, record.model, record.answered_s = 429, "queue-full", "gate", 1.0005
+    assert as_text(line_of(record, "now")) == (
+        "now WARNING 429 POST /v2/models/gate/infer "
+        "request_id=id-1 problem=queue-full model=gate total_us=500\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "level"),
+    [(200, logging.INFO), (399, logging.INFO), (400, logging.WARNING), (499, logging.WARNING),
+     (500, logging.ERROR)],
+)  # fmt: skip
+def test_levels(status: int, level: int) -> None:
+    assert level_of(status) == level
+
+
+def test_times() -> None:
+    times = Times()
+    moments = (0.25, 0.9999, 1.0, 1_700_000_000.5)
+    assert [times.text(moment) for moment in moments] == [
+        "1970-01-01T00:00:00.250Z", "1970-01-01T00:00:00.999Z", "1970-01-01T00:00:01.000Z",
+        "2023-11-14T22:13:20.500Z",
+    ]  # fmt: skip
+
+
+@BOTH
+def test_the_trace_of_a_caller(fast: bool) -> None:
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    headers = [{"traceparent": value} for value in (f"00-{trace}-b7ad6b7169203331-01", "x\ty", trace)]
+    lines = asked(fast, *[gate(1, headers=each) for each in headers])
+    assert [line.get("trace_id") for line in lines] == [trace, None, None]
+
+
+# Writing
+
+
+class _Stuck(io.StringIO):
+    """A reader that takes nothing until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taking = threading.Event()
+        self.gate = threading.Event()
+
+    def write(self, text: str) -> int:
+        self.taking.set()
+        assert self.gate.wait(20)
+        return super().write(text)
+
+
+def _done(status: int = 200) -> Record:
+    record = Record("id", "GET", "/v2", 0.0)
+    record.status = status
+    return record
+
+
+async def test_a_slow_reader_holds_nobody_up_and_what_is_dropped_is_counted() -> None:
+    stream = _Stuck()
+    log = AccessLog("json", logging.INFO, stream)
+    log.start(asyncio.get_running_loop())
+    log._loop = None  # it flushes when this says so
+    log.request_done(_done())
+    log.flush()
+    assert stream.taking.wait(20)
+    # The thread stands still with the first line: so many more chunks lie ready, and the rest is dropped.
+    for _ in range(access_log._MOST_CHUNKS + 3):
+        log.request_done(_done())
+        log.flush()
+    stream.gate.set()
+    log.request_done(_done())
+    await asyncio.to_thread(_emptied, log)
+    log.flush()
+    await asyncio.to_thread(log.stop)
+    lines = lines_of(stream.getvalue())
+    dropped = [line["dropped_lines"] for line in lines if "dropped_lines" in line]
+    assert dropped == [3]
+    assert len(lines) - len(dropped) == access_log._MOST_CHUNKS + 2
+
+
+def _emptied(log: AccessLog) -> None:
+    while not log._chunks.empty():
+        pass
+
+
+async def test_lines_are_written_without_being_asked_for() -> None:
+    stream = _Stuck()
+    log = AccessLog("text", logging.INFO, stream)
+    log.start(asyncio.get_running_loop())
+    stream.gate.set()
+    log.request_done(_done())
+    await asyncio.to_thread(stream.taking.wait, 20)
+    assert stream.taking.is_set()
+    await asyncio.to_thread(log.stop)
+    assert stream.getvalue().count("\n") == 1
+
+
+async def test_a_reader_that_is_gone_ends_the_writing_and_nothing_else() -> None:
+    stream = io.StringIO()
+    stream.close()
+    log = AccessLog("text", logging.INFO, stream)
+    log.start(asyncio.get_running_loop())
+    log.request_done(_done())
+    await asyncio.to_thread(log.stop)
+    log.request_done(_done())
+    log.flush()
+
+
+def test_the_servers_other_messages_in_the_same_form() -> None:
+    exc_info = (ValueError, ValueError("why\nnot"), None)
+    made = logging.LogRecord("cobatch.server", logging.ERROR, __file__, 1, "it %s", ("broke",), exc_info)
+    (line,) = lines_of(JsonFormatter().format(made))
+    assert (line["level"], line["logger"], line["message"]) == ("error", "cobatch.server", "it broke")
+    assert "ValueError: why\nnot" in line["exception"]
+
+
+# The id
+
+
+@BOTH
+def test_a_sane_id_is_taken_and_returned(fast: bool) -> None:
+    with gated(fast) as (served, _):
+        for given in ("a", "0b5c9e0e-7b1c-4a7e", "Root=1-67a:b@c.d_e+f", "x" * 128):
+            assert served.ask(gate(1, headers={"x-request-id": given})).headers["x-request-id"] == given
+            assert served.ask(post(GATE, b"{", {"X-Request-ID": given})).headers["x-request-id"] == given
+
+
+@BOTH
+def test_any_other_is_passed_over(fast: bool) -> None:
+    with gated(fast) as (served, _):
+        for given in ("", " ", "a b", "x" * 129, "../x", "é", "<b>", '"', "a/b", "a\tb", "-a"):
+            answer = served.ask(gate(1, headers={"X-Request-Id": given}))
+            assert answer.status == 200
+            assert re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]+\.0", answer.headers["x-request-id"]), given
+
+
+@BOTH
+def test_each_answer_has_an_id_of_its_own(fast: bool) -> None:
+    requests = [
+        gate(1),
+        gate(1),
+        gate(2, 3),
+        gate(1, 2, 3, 4, 5, 6),
+        post(GATE, b"{"),
+        get("/v2"),
+        get("/none"),
+    ]
+    with gated(fast) as (served, _), served.connect() as client:
+        found = [_id(client, request) for request in requests]
+        assert len(set(found)) == len(found)
+
+
+def _id(client: Client, request: bytes) -> str:
+    return client.ask(request).headers["x-request-id"]
+
+
+def test_ids_on_a_known_header_block_are_each_requests_own() -> None:
+    """The fast path remembers header blocks, but none that says under which name its request is known."""
+    with gated(True) as (served, _), served.connect() as client:
+        same = gate(1, headers={"X-Request-Id": "mine"})
+        assert [_id(client, same) for _ in range(3)] == ["mine"] * 3
+        assert _blocks(served) == 0
+        plain = gate(1)
+        found = [_id(client, plain) for _ in range(3)]
+        assert len(set(found)) == 3
+        assert _blocks(served) == 1
+
+
+def _blocks(served: Served) -> int:
+    (connection,) = served.call(served.connections)
+    return len(connection.known_blocks)

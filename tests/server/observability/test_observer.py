@@ -1,0 +1,127 @@
+"""Who is told of requests and batches, and what happens to what those raise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from cobatch.batcher.batcher import Batcher
+from cobatch.batcher.durations import FULL
+from cobatch.batcher.request import Batch
+from cobatch.engines.errors import EngineError
+from cobatch.server.observability.record import Record
+from tests.support.http.serving import GatedEngine, Served, gate, gated
+
+
+@pytest.fixture(params=[True, False], ids=["fast path", "ASGI"])
+def both(request: pytest.FixtureRequest) -> Iterator[tuple[Served, GatedEngine]]:
+    with gated(request.param) as (server, engine):
+        yield server, engine
+
+
+@pytest.fixture
+def served(both: tuple[Served, GatedEngine]) -> Served:
+    return both[0]
+
+
+class Sink:
+    """Keeps what it is told, and what it saw of it."""
+
+    def __init__(self) -> None:
+        self.begun: list[Record] = []
+        self.done: list[Record] = []
+        self.batches: list[tuple[str, int, int]] = []
+
+    def begin(self, record: Record) -> None:
+        assert record.status == 0
+        self.begun.append(record)
+
+    def batch(self, batcher: Batcher, batch: Batch) -> None:
+        self.batches.append((batcher.name, batch.rows, len(batch.requests)))
+
+
+def test_a_request_is_told_of_twice_and_its_batch_once(served: Served) -> None:
+    sink = Sink()
+    observer = served.core.observer
+    served.call(lambda: observer.add(begin=sink.begin, requests=sink.done.append, batches=sink.batch))
+    assert served.ask(gate(1, 2)).status == 200
+    (record,) = served.call(sink.done.copy)
+    assert sink.begun == [record]
+    assert (record.status, record.slug, record.model, record.rows) == (200, "", "gate", 2)
+    assert record.route == "/v2/models/{name}/infer"
+    batch = record.batch
+    assert batch is not None
+    times = [
+        record.received_s, record.enqueued_s, batch.gathered_s, batch.dispatched_s, batch.started_s,
+        batch.finished_s, batch.answering_s, record.answered_s,
+    ]  # fmt: skip
+    assert times == sorted(times)
+    assert times[0] > 0
+    assert sink.batches == [("gate", 2, 1)]
+
+
+def test_who_is_removed_hears_no_more(served: Served) -> None:
+    sink = Sink()
+    observer = served.core.observer
+    kept = served.call(lambda: observer.watched)
+    served.call(lambda: observer.add(begin=sink.begin, requests=sink.done.append, batches=sink.batch))
+    assert served.call(lambda: observer.watched)
+    # Bound methods are equal, not the same: `remove` is asked for the equal one.
+    served.call(lambda: observer.remove(begin=sink.begin, requests=sink.done.append, batches=sink.batch))
+    assert served.call(lambda: observer.watched) is kept
+    assert served.ask(gate(1)).status == 200
+    assert not sink.begun
+    assert not sink.done
+    assert not sink.batches
+
+
+def test_what_a_watcher_raises_reaches_no_request(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    sink = Sink()
+
+    def angry(*_: object) -> None:
+        raise RuntimeError("not with me")
+
+    observer = served.core.observer
+    served.call(lambda: observer.add(begin=angry, requests=angry, batches=angry))
+    served.call(lambda: observer.add(begin=sink.begin, requests=sink.done.append, batches=sink.batch))
+    with served.connect() as client:
+        for _ in range(3):
+            assert client.ask(gate(1)).status == 200
+    # On the loop: an answer is written before anybody is told of it.
+    assert served.call(lambda: (len(sink.begun), len(sink.done), len(sink.batches))) == (3, 3, 3)
+    assert served.call(lambda: served.batcher().running_batches) == 0
+    assert caplog.text.count("RuntimeError: not with me") == 9
+
+
+def test_refusals_have_records_with_their_kind(served: Served) -> None:
+    sink = Sink()
+    served.call(lambda: served.core.observer.add(requests=sink.done.append))
+    assert served.ask(gate(1).replace(b'"x"', b'"z"')).slug == "unknown-tensor"
+    (record,) = served.call(sink.done.copy)
+    assert (record.status, record.slug, record.batch) == (400, "unknown-tensor", None)
+
+
+def test_an_answer_that_says_where_it_rode_has_no_record(both: tuple[Served, GatedEngine]) -> None:
+    served, engine = both
+    sink = Sink()
+    served.call(lambda: served.core.observer.add(recorded=sink.done.append))
+    assert served.ask(gate(1)).status == 200
+    assert not served.call(sink.done.copy)
+    assert served.ask(gate(1, headers={"X-Request-Id": "mine"})).headers["x-request-id"] == "mine"
+    engine.fails = lambda _: EngineError("it cannot")
+    failed = served.ask(gate(1, 2))
+    assert failed.status == 500
+    first, second = served.call(sink.done.copy)
+    assert (first.request_id, first.status, first.rows) == ("mine", 200, 1)
+    assert (second.request_id, second.status) == (failed.headers["x-request-id"], 500)
+    assert (second.slug, second.rows) == ("run-failed", 2)
+
+
+def test_durations_are_counted_in_once_there_are_many(served: Served) -> None:
+    durations = served.core.models["gate"].infer_traffic.durations
+    served.call(lambda: durations.values.extend([0.001] * FULL))
+    assert served.ask(gate(1)).status == 200
+    # Through ASGI an answer is counted behind its batch.
+    assert len(served.call(durations.values.copy)) == (0 if served.fast else 1)
+    assert served.call(lambda: durations.count) == FULL + 1

@@ -1,0 +1,313 @@
+"""Settings: the order of their sources, and what a refusal says."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cobatch.server.settings.schema import (
+    MODEL_FIELDS,
+    SERVER_FIELDS,
+    ModelSettings,
+    ServerSettings,
+    Settings,
+    env_name,
+    flag_name,
+    is_loopback,
+    load_settings,
+)
+from cobatch.server.settings.values import SettingsError
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A file where a model is expected; settings never look inside."""
+    path = tmp_path / "tiny.onnx"
+    path.write_bytes(b"")
+    return path
+
+
+def from_file(folder: Path, text: str, environ: Mapping[str, str] | None = None, **flags: object) -> Settings:
+    config = folder / "cobatch.toml"
+    config.write_text(text)
+    return load_settings(config, environ or {}, flags)
+
+
+def refusal(folder: Path, text: str, environ: Mapping[str, str] | None = None, **flags: object) -> str:
+    """The one line that these settings are refused with, without the folder's name."""
+    with pytest.raises(SettingsError) as caught:
+        from_file(folder, text, environ, **flags)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.replace(f"{folder}/", "")
+
+
+MODELS = '[[models]]\npath = "tiny.onnx"\n'
+
+
+def test_a_model_alone_is_enough(model: Path) -> None:
+    settings = load_settings(None, {}, {"model": model})
+    assert settings.server == ServerSettings()
+    assert settings.models == (ModelSettings(path=str(model)),)
+    assert settings.models[0].name == "tiny"
+
+
+def test_queue_rows_follow_the_batch_size() -> None:
+    assert ModelSettings(path="a").max_queue_rows == 1024
+    assert ModelSettings(path="a", max_batch_size=128).max_queue_rows == 2048
+    assert ModelSettings(path="a", max_queue_rows=8).max_queue_rows == 8
+
+
+def test_flags_win_over_variables_over_file_over_defaults(model: Path, tmp_path: Path) -> None:
+    text = "[server]\nport = 1\nkeep_alive_s = 1\nlog_level = 'error'\n" + MODELS + "max_batch_size = 1\n"
+    environ = {"COBATCH_PORT": "2", "COBATCH_KEEP_ALIVE_S": "2", "COBATCH_MAX_BATCH_SIZE": "2", "PATH": "x"}
+    settings = from_file(tmp_path, text, environ, port="3", host=None)
+    assert settings.server == ServerSettings(port=3, keep_alive_s=2.0, log_level="error")
+    assert settings.models[0].max_batch_size == 2
+
+
+def test_what_is_set_for_models_by_flag_holds_for_every_model(model: Path, tmp_path: Path) -> None:
+    text = MODELS + MODELS + "name = 'other'\nmax_delay_ms = 3\n"
+    settings = from_file(tmp_path, text, max_delay_ms="1.5")
+    assert [one.max_delay_ms for one in settings.models] == [1.5, 1.5]
+    assert [one.name for one in settings.models] == ["tiny", "other"]
+
+
+def test_a_model_given_replaces_the_files_list(model: Path, tmp_path: Path) -> None:
+    text = MODELS + MODELS + "name = 'other'\n"
+    settings = from_file(tmp_path, text, model=model, name="mine")
+    assert [one.name for one in settings.models] == ["mine"]
+    settings = from_file(tmp_path, text, {"COBATCH_MODEL": str(model)})
+    assert [one.name for one in settings.models] == ["tiny"]
+
+
+def test_paths_in_a_file_are_relative_to_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert Path(from_file(tmp_path, MODELS).models[0].path).samefile(model)
+    absolute = f'[[models]]\npath = "{model}"\n'
+    assert Path(from_file(elsewhere, absolute).models[0].path).samefile(model)
+    assert Path(load_settings(None, {}, {"model": "../tiny.onnx"}).models[0].path).samefile(model)
+
+
+def test_the_file_may_be_named_by_a_variable(model: Path, tmp_path: Path) -> None:
+    config = tmp_path / "cobatch.toml"
+    config.write_text(MODELS)
+    assert load_settings(None, {"COBATCH_CONFIG": str(config)}, {}).models[0].name == "tiny"
+    with pytest.raises(SettingsError, match=r"cannot read nowhere\.toml.*variable COBATCH_CONFIG"):
+        load_settings(None, {"COBATCH_CONFIG": "nowhere.toml"}, {})
+    assert load_settings(config, {"COBATCH_CONFIG": "nowhere.toml"}, {}).models[0].name == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("port = 1", "port: unknown key; it belongs in [server] (file cobatch.toml)"),
+        ("max_delay_ms = 1", "max_delay_ms: unknown key; it belongs in [[models]] (file cobatch.toml)"),
+        ("[sever]", "sever: unknown key; did you mean server? (file cobatch.toml)"),
+        ("[zzz]", "zzz: unknown key (file cobatch.toml)"),
+        ("[server]\nprot = 1", "server.prot: unknown key; did you mean port? (file cobatch.toml)"),
+        ("server = 1", "server: expected a table, got 1 (file cobatch.toml)"),
+        ("[server]\nport = '1'", "server.port: expected an integer from 0 to 65535, got the text '1' (file"),
+        ("[server]\nport = true", "server.port: expected an integer from 0 to 65535, got true (file"),
+        ("[server]\nport = 1.0", "server.port: expected an integer from 0 to 65535, got 1.0 (file"),
+        ("[server]\nport = []", "server.port: expected an integer from 0 to 65535, got an array (file"),
+        ("[server]\nport = {}", "server.port: expected an integer from 0 to 65535, got a table (file"),
+        ("[server]\nkeep_alive_s = nan", "server.keep_alive_s: expected a number from 0 to 86400, got nan"),
+        (
+            "[server]\nreceive_timeout_s = 0",
+            "server.receive_timeout_s: expected a number above 0 and at most 86400, got 0 (file",
+        ),
+        ("[server]\nfast_path = 1", "server.fast_path: expected true or false, got 1 (file"),
+        ("[server]\nhost = ''", "server.host: expected text that is not empty, got the text '' (file"),
+        (
+            "[server]\nlog_level = 'loud'",
+            "server.log_level: expected one of debug, error, info, warning, got the text 'loud' (file",
+        ),
+        ("[models]", "models: expected an array of tables, written [[models]], got a table (file"),
+        ("models = [1]", "models[0]: expected a table, got 1 (file cobatch.toml)"),
+        ("[[models]]", "models[0].path: missing; expected the model's file (file cobatch.toml)"),
+        (MODELS + "[[models]]\npaht = ''", "models[1].paht: unknown key; did you mean path? (file"),
+        (
+            MODELS + MODELS + "max_batch_size = 0",
+            "models[1].max_batch_size: expected an integer from 1 to 65536, got 0 (file cobatch.toml)",
+        ),
+        (MODELS + "threads = 0", "models[0].threads: expected an integer from 1 to 1024, got 0 (file"),
+        (
+            MODELS + "name = 'a/b'",
+            "models[0].name: expected 1 to 128 letters, digits, '.', '_', '-', the first a letter or digit",
+        ),
+        (
+            MODELS + "[[models]]\npath = 'gone.onnx'",
+            "models[1].path: expected a model file, got 'gone.onnx': no file there (file cobatch.toml)",
+        ),
+        (MODELS + MODELS, "models[1].name: 'tiny' is already models[0]'s name (file cobatch.toml)"),
+        ("", "models: no model to serve; give MODEL, or [[models]] in a --config file"),
+        ("port = ", "config: cobatch.toml is not TOML: Invalid value (at end of document) (flag --config)"),
+    ],
+)
+def test_a_file_is_refused_by_key_and_expectation(
+    model: Path, tmp_path: Path, text: str, expected: str
+) -> None:
+    assert refusal(tmp_path, text).startswith(expected)
+
+
+def test_a_folder_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    message = refusal(tmp_path, "[[models]]\npath = 'tiny'")
+    assert message == "models[0].path: expected a model file, got 'tiny': a folder (file cobatch.toml)"
+
+
+def test_a_mistake_is_refused_even_where_it_would_be_overridden(model: Path, tmp_path: Path) -> None:
+    assert "got -1 (file" in refusal(tmp_path, "[server]\nport = -1\n" + MODELS, port="1")
+    assert "(environment variable COBATCH_PORT)" in refusal(tmp_path, MODELS, {"COBATCH_PORT": "x"}, port="1")
+
+
+def test_refusals_name_the_variable_or_the_flag(model: Path, tmp_path: Path) -> None:
+    environ = {"COBATCH_MAX_BATCH_SIZE": "many"}
+    wanted = "models[*].max_batch_size: expected an integer from 1 to 65536, got 'many'"
+    assert refusal(tmp_path, MODELS, environ) == f"{wanted} (environment variable COBATCH_MAX_BATCH_SIZE)"
+    assert refusal(tmp_path, MODELS, max_batch_size="many") == f"{wanted} (flag --max-batch-size)"
+    missing = refusal(tmp_path, MODELS, model="gone.onnx")
+    assert missing == (
+        "models[0].path: expected a model file, got 'gone.onnx': no file there (argument MODEL)"
+    )
+    assert refusal(tmp_path, MODELS, prot=1) == "--prot: unknown flag; did you mean port?"
+
+
+def test_unknown_variables_are_refused(model: Path, tmp_path: Path) -> None:
+    message = refusal(tmp_path, MODELS, {"COBATCH_PROT": "1"})
+    assert message == "COBATCH_PROT: unknown environment variable; did you mean COBATCH_PORT?"
+
+
+def test_variables_that_kubernetes_sets_are_explained(model: Path, tmp_path: Path) -> None:
+    for variable in ("COBATCH_PORT", "COBATCH_SERVICE_HOST", "COBATCH_PORT_8000_TCP_ADDR"):
+        message = refusal(tmp_path, MODELS, {variable: "tcp://10.0.0.1:8000"})
+        assert "enableServiceLinks: false" in message
+
+
+def test_one_name_cannot_be_given_to_several_models(model: Path, tmp_path: Path) -> None:
+    message = refusal(tmp_path, MODELS + MODELS + "name = 'other'\n", name="mine")
+    assert message == "models[*].name: names one model, but there are 2 (flag --name)"
+
+
+def test_a_files_name_that_is_no_models_name_needs_one(tmp_path: Path) -> None:
+    (tmp_path / "my model.onnx").write_bytes(b"")
+    text = "[[models]]\npath = 'my model.onnx'\n"
+    message = refusal(tmp_path, text)
+    assert message.startswith("models[0].name: expected 1 to 128 letters")
+    assert message.endswith("got the text 'my model' (the file's name; set name)")
+    assert from_file(tmp_path, text, name="mine").models[0].name == "mine"
+
+
+def test_a_config_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"^config: cannot read .*: Is a directory \(flag --config\)$"):
+        load_settings(tmp_path, {}, {})
+    binary = tmp_path / "binary.toml"
+    binary.write_bytes(b"ab\xff")
+    with pytest.raises(SettingsError, match=r"binary\.toml is not UTF-8: byte 2 \(flag --config\)$"):
+        load_settings(binary, {}, {})
+
+
+def test_other_hosts_need_allow_anonymous(model: Path, tmp_path: Path) -> None:
+    message = refusal(tmp_path, "[server]\nhost = '0.0.0.0'\n" + MODELS)
+    assert message.startswith("server.host: expected a loopback address (127.0.0.0/8, ::1 or localhost), ")
+    assert "got '0.0.0.0' (file cobatch.toml)" in message
+    assert message.endswith("--allow-anonymous permits that")
+    open_to_all = from_file(tmp_path, MODELS, {"COBATCH_ALLOW_ANONYMOUS": "true"}, host="0.0.0.0")
+    assert open_to_all.server.host == "0.0.0.0"
+    assert refusal(tmp_path, "[server]\nallow_anonymous = true\n" + MODELS, host="::", allow_anonymous=False)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.255.0.9", "::1", "localhost", "LOCALHOST"])
+def test_loopback_hosts(host: str) -> None:
+    assert is_loopback(host)
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["0.0.0.0", "::", "192.168.1.1", "128.0.0.1", "example.org", "localhost.example.org", "127.1", "0"],
+)
+def test_other_hosts(host: str) -> None:
+    assert not is_loopback(host)
+
+
+def test_the_variable_of_other_commands_is_none_of_ours(model: Path) -> None:
+    flags = {"model": model}
+    assert load_settings(None, {"COBATCH_TOKEN": "t"}, flags) == load_settings(None, {}, flags)
+
+
+def test_settings_have_names_that_do_not_meet() -> None:
+    assert not SERVER_FIELDS.keys() & MODEL_FIELDS.keys()
+    assert env_name("max_batch_size") == "COBATCH_MAX_BATCH_SIZE"
+    assert flag_name("max_batch_size") == "--max-batch-size"
+
+
+def test_settings_do_not_change() -> None:
+    with pytest.raises(AttributeError):
+        ServerSettings().port = 1  # type: ignore[misc]
+    with pytest.raises(msgspec.ValidationError, match="unknown field"):
+        msgspec.convert({"prot": 1}, ServerSettings)
+
+
+servers = st.builds(
+    ServerSettings,
+    port=st.integers(0, 65535),
+    keep_alive_s=st.floats(0, 86_400),
+    receive_timeout_s=st.floats(0, 86_400, exclude_min=True),
+    max_body_bytes=st.integers(1, 2**31 - 1),
+    log_level=st.sampled_from(["debug", "info", "warning", "error"]),
+    access_log=st.sampled_from(["off", "text", "json"]),
+    trace_sample=st.floats(0, 1),
+    trace_endpoint=st.sampled_from([None, "http://collector:4318"]),
+    fast_path=st.booleans(),
+)
+
+
+@given(server=servers)
+def test_every_way_in_gives_the_same_settings(
+    tmp_path_factory: pytest.TempPathFactory, server: ServerSettings
+) -> None:
+    folder = tmp_path_factory.mktemp("ways")
+    model = folder / "tiny.onnx"
+    model.write_bytes(b"")
+    values = msgspec.structs.asdict(server)
+    text = {key: as_text(value) for key, value in values.items() if value is not None}
+    quoted = {key: f"'{text[key]}'" if isinstance(values[key], str) else text[key] for key in text}
+    table = "".join(f"{key} = {value}\n" for key, value in quoted.items())
+    by_file = from_file(folder, "[server]\n" + table, model=model)
+    by_variable = load_settings(None, {env_name(key): value for key, value in text.items()}, {"model": model})
+    by_flag = load_settings(None, {}, {**text, "model": model})
+    assert by_file.server == by_variable.server == by_flag.server == server
+
+
+def as_text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    st.lists,
+    max_leaves=4,
+)
+
+
+@given(setting=st.sampled_from(sorted(SERVER_FIELDS | MODEL_FIELDS)), value=anything)
+def test_any_flag_value_is_taken_or_refused_by_name(setting: str, value: object) -> None:
+    try:
+        settings = load_settings(None, {}, {"model": __file__, setting: value})
+    except SettingsError as error:
+        refused = str(error)
+    else:
+        refused = ""
+        holder = settings.server if setting in SERVER_FIELDS else settings.models[0]
+        taken = getattr(holder, setting)
+        assert not isinstance(taken, float) or math.isfinite(taken)
+    assert not refused or flag_name(setting) in refused

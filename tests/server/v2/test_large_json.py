@@ -1,0 +1,47 @@
+"""Large JSON goes through simdjson: when it does, what it must not let pass, and its own limits."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from cobatch.engines.base import Signature, TensorSpec
+from cobatch.server.http.problem import Problem
+from cobatch.server.v2.decode import Decoder
+from cobatch.server.v2.messages import LARGE_BYTES, MOST_LARGE_BYTES, parse_large
+
+WIDTH = 2000
+DECODER = Decoder(Signature((TensorSpec("x", "FP32", (WIDTH,)),), (TensorSpec("y", "FP32", (1,)),)), 1000)
+
+
+def message(data: list[object], **more: object) -> bytes:
+    tensor = {"name": "x", "shape": [1, WIDTH], "datatype": "FP32", "data": data}
+    return json.dumps({"inputs": [tensor], **more}).encode()
+
+
+def test_a_flat_message_takes_the_quick_way_and_keeps_its_values() -> None:
+    values: list[object] = [n / 8 for n in range(WIDTH)]
+    body = message(values, id="a", outputs=[{"name": "y"}])
+    assert len(body) >= LARGE_BYTES
+    assert parse_large(body) is not None
+    decoded = DECODER.decode(body, None)
+    assert np.frombuffer(decoded.payloads[0], "<f4").tolist() == values  # type: ignore[arg-type]
+    assert decoded.id == "a"
+
+
+@pytest.mark.parametrize(
+    "inner", [[[7.25] * 900], [[]], [[1.0, 2.0], []], [[[1.0]]]], ids=["longer", "empty", "even", "deep"]
+)
+def test_rows_hidden_within_a_row_are_refused(inner: list[object]) -> None:
+    """Flattened by simdjson they would be more or fewer numbers than their place in the batch takes."""
+    data = [0.5, *inner, *[0.5] * (WIDTH - 1 - len(inner))]
+    with pytest.raises(Problem) as refused:
+        DECODER.decode(message(data), None)
+    assert refused.value.kind.slug == "wrong-data"
+
+
+def test_the_longest_array_that_simdjson_meets_is_shorter_than_it_can_count() -> None:
+    """Beyond 2**24 - 1 elements pysimdjson 7.0.2 writes past its memory; each takes two bytes at least."""
+    assert MOST_LARGE_BYTES < 2 * 2**24

@@ -1,0 +1,103 @@
+"""The whole application in the test's own event loop, through httpx: no sockets, no threads but engines'."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import httpx
+from starlette.applications import Starlette
+from starlette.types import ASGIApp
+
+import cobatch.server.inference.model
+from cobatch.batcher.batcher import Batcher
+from cobatch.engines.base import Engine
+from cobatch.engines.errors import EngineError
+from cobatch.engines.loader import EngineOptions, load_engine
+from cobatch.server.app import build
+from cobatch.server.auth.gate import Gate
+from cobatch.server.edge.asgi import InferRoutes
+from cobatch.server.edge.observed import Observed
+from cobatch.server.inference.service import Core
+from cobatch.server.settings.auth import AuthSettings
+from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings
+from tests.support.http.serving import DEADLINE_S, GatedEngine
+
+
+@dataclass
+class InProcess:
+    """A running application and a client for it."""
+
+    core: Core
+    app: ASGIApp
+    starlette: Starlette
+    http: httpx.AsyncClient
+
+    def batcher(self, name: str = "gate") -> Batcher:
+        """A loaded model's batcher."""
+        batcher = self.core.models[name].batcher
+        assert batcher is not None
+        return batcher
+
+
+@contextlib.asynccontextmanager
+async def in_process(
+    *models: ModelSettings,
+    engines: Mapping[str, Engine] | None = None,
+    ready: bool = True,
+    auth: AuthSettings | None = None,
+    **settings: Any,
+) -> AsyncIterator[InProcess]:
+    """The application with its lifespan; `engines` by path go before what the files would be loaded with."""
+    fakes = engines or {}
+
+    def load(kind: str, path: str, max_batch_size: int, options: EngineOptions) -> Engine:
+        return fakes.get(path) or load_engine(kind, path, max_batch_size, options)
+
+    http_settings = ServerSettings(**{"drain_timeout_s": DEADLINE_S, **settings})
+    core = Core(Settings(server=http_settings, models=models, auth=auth))
+    loaded = asyncio.Event()
+    core.on_ready = loaded.set
+
+    def failed(name: str, error: EngineError) -> None:
+        loaded.set()
+
+    core.on_load_failed = failed
+    app = build(core)
+    assert isinstance(app, Observed)
+    inner = app.app._app if isinstance(app.app, Gate) else app.app
+    assert isinstance(inner, InferRoutes)
+    starlette: Any = inner.app
+    # What goes wrong inside must come back as a response, as it does over a socket.
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    with mock.patch.object(cobatch.server.inference.model, "load_engine", load):
+        async with (
+            starlette.router.lifespan_context(starlette),
+            httpx.AsyncClient(transport=transport, base_url="http://test") as http,
+        ):
+            if ready:
+                async with asyncio.timeout(DEADLINE_S):
+                    await loaded.wait()
+            try:
+                yield InProcess(core, app, starlette, http)
+            finally:
+                for engine in fakes.values():
+                    if isinstance(engine, GatedEngine):
+                        engine.may_open.set()
+                        engine.release()
+
+
+@contextlib.asynccontextmanager
+async def gated(
+    *, max_queue_rows: int = 1000, ready: bool = True, engine: GatedEngine | None = None, **settings: Any
+) -> AsyncIterator[tuple[InProcess, GatedEngine]]:
+    """One model, `gate`, whose engine the test holds; batches of at most 4 rows."""
+    engine = engine or GatedEngine()
+    model = ModelSettings(path="gate", max_batch_size=engine.max_batch_size, max_queue_rows=max_queue_rows)
+    async with in_process(model, engines={"gate": engine}, ready=ready, **settings) as running:
+        engine.ran.clear()  # the warm-up's
+        yield running, engine

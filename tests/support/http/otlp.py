@@ -1,0 +1,93 @@
+"""A receiver of traces: OTLP over HTTP on loopback, with OpenTelemetry's own messages."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+from tests.support.http.serving import DEADLINE_S
+
+
+class Receiver:
+    """What has come: spans with what they belong to."""
+
+    def __init__(self, port: int) -> None:
+        self.endpoint = f"http://127.0.0.1:{port}"
+        self.paths: list[str] = []
+        self.spans: list[Span] = []
+        self.resource: dict[str, Any] = {}
+        self.scope = ""
+        self._changed = threading.Condition()
+
+    def take(self, path: str, message: ExportTraceServiceRequest) -> None:
+        """One export."""
+        with self._changed:
+            self.paths.append(path)
+            for group in message.resource_spans:
+                self.resource = attributes(group.resource)
+                for scoped in group.scope_spans:
+                    self.scope = scoped.scope.name
+                    self.spans += scoped.spans
+            self._changed.notify_all()
+
+    def wait(self, condition: Callable[[list[Span]], bool]) -> list[Span]:
+        """All spans, once this holds of them."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: condition(self.spans), DEADLINE_S), self.spans
+            return list(self.spans)
+
+    def named(self, name: str) -> list[Span]:
+        """Those of a name."""
+        return [span for span in self.spans if span.name == name]
+
+
+def attributes(holder: Any) -> dict[str, Any]:
+    """The attributes of a span, a resource or a link."""
+    return {pair.key: _value(pair.value) for pair in holder.attributes}
+
+
+def _value(value: AnyValue) -> Any:
+    return getattr(value, str(value.WhichOneof("value")))
+
+
+@contextlib.contextmanager
+def receiver(status: int = 200) -> Iterator[Receiver]:
+    """One that listens, and answers each export with this status."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            if self.headers.get("content-encoding") == "gzip":
+                body = gzip.decompress(body)
+            got.take(self.path, ExportTraceServiceRequest.FromString(body))
+            answer = ExportTraceServiceResponse().SerializeToString()
+            self.send_response(status)
+            self.send_header("content-type", "application/x-protobuf")
+            self.send_header("content-length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - its name in the base
+            """Nothing: what comes is looked at."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    got = Receiver(server.server_address[1])
+    thread = threading.Thread(target=server.serve_forever, name="otlp")
+    thread.start()
+    try:
+        yield got
+    finally:
+        server.shutdown()
+        thread.join(DEADLINE_S)
+        server.server_close()

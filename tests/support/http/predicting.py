@@ -1,0 +1,208 @@
+"""The application in this process, through httpx, with its lifespan run; for tests of the native resource."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import math
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import httpx
+import numpy as np
+from onnx import TensorProto, helper
+
+import cobatch.server.inference.model
+from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.engines.base import Engine
+from cobatch.engines.loader import EngineOptions, load_engine
+from cobatch.server.app import build
+from cobatch.server.auth.principal import PRINCIPAL, Principal
+from cobatch.server.edge.asgi import InferRoutes
+from cobatch.server.edge.observed import Observed
+from cobatch.server.inference.service import Core
+from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings
+from tests.support.http.serving import DEADLINE_S, GatedEngine
+from tests.support.models import models
+
+GATE = "/v1/models/gate/predictions"
+
+
+class App:
+    """A running application and a client for it."""
+
+    def __init__(self, app: Observed, core: Core, client: httpx.AsyncClient) -> None:
+        self.app = app
+        self.core = core
+        self.client = client
+
+    async def predict(
+        self, model: str, message: object, headers: Mapping[str, str] | None = None
+    ) -> httpx.Response:
+        """POST a prediction in JSON."""
+        return await self.client.post(f"/v1/models/{model}/predictions", json=message, headers=headers)
+
+    async def later(self, *rows: int, headers: Mapping[str, str] | None = None, **more: Any) -> str:
+        """Start a prediction of `gate` that is answered later: where it is."""
+        prefer = {"Prefer": "respond-async"} | dict(headers or {})
+        answer = await self.predict("gate", rows_of(*rows, **more), prefer)
+        assert answer.status_code == 202, answer.text
+        location = answer.headers["location"]
+        assert location == f"/v1/predictions/{answer.json()['id']}"
+        return str(location)
+
+
+class Subjects:
+    """In place of the gate: the caller is whoever the header says."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        subject = dict(scope["headers"]).get(b"subject")
+        more = {} if subject is None else {PRINCIPAL: principal(subject.decode())}
+        await self._app({**scope, **more}, receive, send)
+
+
+def principal(name: str) -> Principal:
+    """A caller who may run every model."""
+    may = frozenset(("infer", "metadata"))
+    return Principal(Tenant(name), name, permissions=may, expires_s=math.inf, rules={})
+
+
+@contextlib.asynccontextmanager
+async def running(
+    served: tuple[ModelSettings, ...], engines: Mapping[str, Engine] | None = None, **settings: Any
+) -> AsyncIterator[App]:
+    """Run the application with these models; `engines` by path go before what the files would load."""
+    fakes = engines or {}
+
+    def load(kind: str, path: str, max_batch_size: int, options: EngineOptions) -> Engine:
+        return fakes.get(path) or load_engine(kind, path, max_batch_size, options)
+
+    core = Core(Settings(server=ServerSettings(**settings), models=served))
+    ready = asyncio.Event()
+    core.on_ready = ready.set
+    app = build(core)
+    assert isinstance(app, Observed)
+    inner = app.app
+    assert isinstance(inner, InferRoutes)
+    transport = httpx.ASGITransport(Subjects(app))
+    with mock.patch.object(cobatch.server.inference.model, "load_engine", load):
+        async with (
+            inner.app.router.lifespan_context(inner.app),  # type: ignore[attr-defined]
+            httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+        ):
+            await asyncio.wait_for(ready.wait(), DEADLINE_S)
+            try:
+                yield App(app, core, client)
+            finally:
+                for engine in fakes.values():
+                    if isinstance(engine, GatedEngine):
+                        engine.release()
+
+
+@contextlib.asynccontextmanager
+async def gated(*, hold: bool = True, **settings: Any) -> AsyncIterator[tuple[App, GatedEngine]]:
+    """The application with one model, `gate`, at most 4 rows a batch, 8 may wait, held from the start."""
+    engine = GatedEngine()
+    model = ModelSettings(path="gate", max_batch_size=engine.max_batch_size, max_queue_rows=8)
+    async with running((model,), {"gate": engine}, **settings) as app:
+        engine.ran.clear()  # what the warm-up ran
+        if hold:
+            engine.hold()
+        yield app, engine
+
+
+@contextlib.asynccontextmanager
+async def small_models(folder: Path) -> AsyncIterator[App]:
+    """The application with real models, batches of 4 rows, 50 rows in the queue, bodies up to 100 kB."""
+    files = {
+        "add": models.two_inputs(),
+        "negate": models.negate(width=3),
+        "any-size": any_size(),
+        "pick": models.pick(),
+        "text": models.identity(TensorProto.STRING, "width"),
+        "truth": models.identity(TensorProto.BOOL, 2),
+        "half": models.identity(TensorProto.FLOAT16, 3),
+    }
+    settings = tuple(
+        ModelSettings(
+            path=models.write(folder, data, f"{name}.onnx"), max_batch_size=4, max_queue_rows=50, threads=1
+        )
+        for name, data in files.items()
+    )
+    async with running(settings, max_body_bytes=100_000) as app:
+        yield app
+
+
+def any_size() -> bytes:
+    """y = -x, FP32 [batch, any, any]."""
+    shape = ["batch", "width", "height"]
+    nodes = [helper.make_node("Neg", ["x"], ["y"])]
+    return models.model(nodes, [("x", TensorProto.FLOAT, shape)], [("y", TensorProto.FLOAT, shape)])
+
+
+def outputs(answer: httpx.Response) -> Any:
+    """The outputs of a prediction that was completed."""
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json()["status"] == "completed"
+    return answer.json()["outputs"]
+
+
+def b64(array: np.ndarray[Any, Any], dtype: str | None = None) -> dict[str, Any]:
+    """A tensor as JSON carries bytes."""
+    data = base64.b64encode(array.tobytes()).decode()
+    return {"b64": data, "dtype": dtype or array.dtype.name, "shape": list(array.shape)}
+
+
+async def began(engine: GatedEngine) -> list[int]:
+    """Wait until a batch has begun and stands still: its first column."""
+    return await asyncio.to_thread(engine.began.get, timeout=DEADLINE_S)
+
+
+def rows_of(*rows: int, **more: Any) -> dict[str, Any]:
+    """A request for `gate`: one number in each row."""
+    return {"inputs": {"x": [[row] for row in rows]}, **more}
+
+
+async def leave(
+    app: App, path: str, message: object, engine: GatedEngine, headers: Mapping[str, str]
+) -> None:
+    """A client that sends a request and leaves once its batch has begun."""
+    body = json.dumps(message, separators=(",", ":")).encode()  # as httpx writes it
+    sent = False
+
+    async def receive() -> dict[str, Any]:
+        nonlocal sent
+        if not sent:
+            sent = True
+            return {"type": "http.request", "body": body, "more_body": False}
+        await began(engine)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        """Nobody is there."""
+
+    fields = {"content-type": "application/json"} | dict(headers)
+    scope = {
+        "type": "http", "http_version": "1.1", "method": "POST", "path": path, "raw_path": path.encode(),
+        "query_string": b"", "root_path": "", "scheme": "http", "server": ("test", 80),
+        "headers": [(name.lower().encode(), value.encode()) for name, value in fields.items()],
+    }  # fmt: skip
+    await asyncio.wait_for(app.app(scope, receive, send), DEADLINE_S)
+
+
+def slug(answer: httpx.Response) -> str:
+    """Which problem an answer is."""
+    assert answer.headers["content-type"] == "application/problem+json"
+    problem = answer.json()
+    assert problem["status"] == answer.status_code
+    assert problem["title"]
+    assert problem["instance"]
+    return str(problem["type"]).removeprefix("/problems/")

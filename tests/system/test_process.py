@@ -1,0 +1,274 @@
+"""The process's life by the real console command: start, health, signals, the end, and what goes wrong."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.http.process import Answer, Cobatch, Connection
+from tests.support.models import models
+from tests.support.models.gate import HOLD
+
+FAST = pytest.mark.parametrize("path", ["--fast-path", "--no-fast-path"])
+HELD_ROW = [float(HOLD)] * 3
+
+
+@pytest.fixture
+def negate(tmp_path: Path) -> str:
+    """y = -x, FP32 [batch, 3], served under the name `negate`."""
+    return models.write(tmp_path, models.negate(), "negate.onnx")
+
+
+@pytest.fixture
+def gated(tmp_path: Path, negate: str) -> Iterator[Cobatch]:
+    """A server whose runs with HOLD in them stand still."""
+    with Cobatch(tmp_path, negate, "--port", "0", gate=True) as server:
+        yield server.ready()
+
+
+def check_refused_for_good(answer: Answer) -> None:
+    """A request was answered as a server does that is about to stop."""
+    assert answer.status == 503
+    assert answer.json["type"] == "/problems/draining"
+    assert int(answer.headers["retry-after"]) >= 1
+    assert answer.headers["connection"] == "close"
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_whole_life(tmp_path: Path, negate: str, sent: signal.Signals) -> None:
+    with Cobatch(tmp_path, negate, "--port", "0") as server:
+        assert server.port != 0
+        assert server.line("cobatch: ready: ") == "negate"
+        caller = server.connect()
+        assert caller.get("/v2/health/ready").status == 200
+        assert caller.infer("negate", [[1, 2, 3], [4, 5, 6]]).rows == [[-1, -2, -3], [-4, -5, -6]]
+        server.signal(sent)
+        assert server.wait() == 0
+        assert [line.partition(" on ")[0] for line in server.stdout] == [
+            "cobatch: listening",
+            "cobatch: ready: negate",
+        ]
+        assert "Traceback" not in server.stderr
+        assert "ran 2 rows in 1 batches" in server.stderr
+
+
+def test_health_turns_with_the_model(tmp_path: Path, negate: str) -> None:
+    with Cobatch(tmp_path, negate, "--port", "0", gate=True, opening=True) as server:
+        server.held()
+        caller = server.connect()
+        assert caller.get("/v2/health/ready").status == 503
+        assert caller.get("/v2/models/negate/ready").status == 503
+        early = caller.infer("negate", [[1, 2, 3]])
+        assert early.status == 503
+        assert early.json["type"] == "/problems/starting"
+        assert int(early.headers["retry-after"]) >= 1
+        server.release()
+        server.ready()
+        caller = server.connect()
+        assert caller.get("/v2/health/ready").status == 200
+        assert caller.get("/v2/models/negate/ready").status == 200
+        assert server.stop() == 0
+
+
+def test_a_signal_while_a_model_is_being_loaded_is_a_clean_end(tmp_path: Path, negate: str) -> None:
+    with Cobatch(tmp_path, negate, "--port", "0", gate=True, opening=True) as server:
+        server.held()
+        caller = server.connect()
+        server.signal()
+        check_refused_for_good(caller.infer("negate", [[1, 2, 3]]))
+        server.release()
+        assert server.wait() == 0
+        assert "Traceback" not in server.stderr
+        assert not any(line.startswith("cobatch: ready") for line in server.stdout)
+
+
+@FAST
+def test_what_was_accepted_is_answered_after_the_signal(tmp_path: Path, negate: str, path: str) -> None:
+    with Cobatch(tmp_path, negate, "--port", "0", path, gate=True) as server:
+        server.ready()
+        running, first, second, half, late, new = (server.connect() for _ in range(6))
+        running.send_infer("negate", [HELD_ROW])
+        server.held()
+        first.send_infer("negate", [[1, 2, 3]])
+        second.send_infer("negate", [[4, 5, 6], [7, 8, 9]])
+        rest = half.send_half("negate", [[1, 2, 3]])
+        # Answered later than the others were read: their bytes lay in front of this one's.
+        late.get("/v2/health/live")
+        server.signal()
+        server.not_ready(late)
+        assert late.get("/v2/health/live").status == 200
+        half.send_rest(rest)
+        check_refused_for_good(half.answer())
+        for connection in (late, new, Connection(server.port)):
+            check_refused_for_good(connection.infer("negate", [[1, 2, 3]]))
+            connection.close()
+        server.release()
+        assert running.answer().rows == [[-value for value in HELD_ROW]]
+        assert first.answer().rows == [[-1, -2, -3]]
+        assert second.answer().rows == [[-4, -5, -6], [-7, -8, -9]]
+        assert server.wait() == 0
+        assert "ran 4 rows in 2 batches" in server.stderr
+
+
+def test_a_second_signal_ends_it_at_once(gated: Cobatch) -> None:
+    running, probe = gated.connect(), gated.connect()
+    running.send_infer("negate", [HELD_ROW])
+    gated.held()
+    gated.signal()
+    gated.not_ready(probe)
+    gated.signal()
+    assert gated.wait() == 128 + signal.SIGTERM
+
+
+@FAST
+def test_what_takes_longer_than_the_drain_limit_is_told_so(tmp_path: Path, negate: str, path: str) -> None:
+    arguments = (negate, "--port", "0", path, "--drain-timeout-s", "0.5")
+    with Cobatch(tmp_path, *arguments, gate=True) as server:
+        server.ready()
+        running, queued, probe = server.connect(), server.connect(), server.connect()
+        running.send_infer("negate", [HELD_ROW])
+        server.held()
+        queued.send_infer("negate", [[1, 2, 3]])
+        probe.get("/v2/health/live")
+        server.signal()
+        for caller in (running, queued):
+            answer = caller.answer()
+            assert answer.status == 503
+            assert answer.json["type"] == "/problems/abandoned"
+            assert answer.headers["connection"] == "close"
+        # The gate stays shut: the run never ends, the process does.
+        assert server.wait() == 0
+        assert "model negate: 2 requests were not done within 0.5 s" in server.stderr
+
+
+def test_a_model_that_cannot_be_loaded_ends_it_with_one_line(tmp_path: Path) -> None:
+    bad = models.write(tmp_path, models.scalar(), "bad.onnx")
+    with Cobatch(tmp_path, bad, "--port", "0", "--log-level", "warning") as server:
+        assert server.wait() == 1
+        (line,) = server.stderr.splitlines()
+        assert line.startswith("cobatch: model bad cannot be loaded: ")
+        assert "'s'" in line
+
+
+def test_a_file_that_is_no_model_ends_it_with_one_line(tmp_path: Path, negate: str) -> None:
+    garbage = models.write(tmp_path, b"not a model\n" * 40, "garbage.onnx")
+    config = tmp_path / "cobatch.toml"
+    config.write_text(f'[[models]]\npath = "{negate}"\n\n[[models]]\npath = "{garbage}"\n')
+    with Cobatch(tmp_path, "--config", config, "--port", "0", "--log-level", "warning") as server:
+        assert server.wait() == 1
+        (line,) = server.stderr.splitlines()
+        assert line.startswith("cobatch: model garbage cannot be loaded: ")
+        assert garbage in line
+
+
+def test_a_port_in_use_ends_it_with_one_line(tmp_path: Path, negate: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with Cobatch(tmp_path, negate, "--port", str(port)) as server:
+            assert server.wait() == 1
+            assert server.stdout == []
+            assert (
+                server.stderr == f"cobatch: cannot listen on 127.0.0.1, port {port}: Address already in use\n"
+            )
+
+
+def test_a_host_that_is_not_ours_ends_it_with_one_line(tmp_path: Path, negate: str) -> None:
+    with Cobatch(tmp_path, negate, "--host", "127.0.0.1.2", "--allow-anonymous", "--port", "0") as server:
+        assert server.wait() == 1
+        assert "cobatch: cannot listen on 127.0.0.1.2, port 0: " in server.stderr
+        assert "Traceback" not in server.stderr
+
+
+def test_models_do_not_wait_for_each_other(tmp_path: Path, negate: str) -> None:
+    other = models.write(tmp_path, models.sum_rows(), "sum.onnx")
+    config = tmp_path / "cobatch.toml"
+    config.write_text(f'[[models]]\npath = "{negate}"\n\n[[models]]\nname = "sum"\npath = "{other}"\n')
+    with Cobatch(tmp_path, "--config", config, "--port", "0", gate=True) as server:
+        assert server.line("cobatch: ready: ") == "negate, sum"
+        running, queued, free = server.connect(), server.connect(), server.connect()
+        running.send_infer("negate", [HELD_ROW])
+        server.held()
+        queued.send_infer("negate", [[1, 2, 3]])
+        for width in range(1, 20):
+            assert free.infer("sum", [[1.0] * width]).rows == [[width]]
+        server.release()
+        assert running.answer().rows == [[-value for value in HELD_ROW]]
+        assert queued.answer().rows == [[-1, -2, -3]]
+        assert server.stop() == 0
+
+
+@FAST
+def test_an_engine_error_is_one_callers_and_can_be_found_in_the_log(tmp_path: Path, path: str) -> None:
+    pick = models.write(tmp_path, models.pick(), "pick.onnx")
+    with Cobatch(tmp_path, pick, "--port", "0", path, gate=True) as server:
+        server.ready()
+        running, probe, *callers = (server.connect() for _ in range(10))
+        running.send_infer("pick", [[HOLD]], "INT64")
+        server.held()
+        for number, caller in enumerate(callers):
+            caller.send_infer("pick", [[number % 3 if number != 5 else 99]], "INT64")
+        probe.get("/v2/health/live")
+        server.release()
+        assert running.answer().rows == [[10]]
+        for number, caller in enumerate(callers):
+            answer = caller.answer()
+            if number != 5:
+                assert answer.rows == [[10 * (number % 3 + 1)]]
+                continue
+            assert answer.status == 500
+            problem = answer.json
+            assert problem["model"] == "pick"
+            assert problem["reference"] in problem["error"]
+            assert "Gather" not in problem["error"], "the engine's words stay in the log"
+            (line,) = [line for line in server.stderr.splitlines() if problem["reference"] in line]
+            assert "model pick" in line
+            assert "Gather" in line
+        assert callers[5].infer("pick", [[2]], "INT64").rows == [[30]]
+        assert server.stop() == 0
+        ran = re.search(r"ran (\d+) rows in (\d+) batches", server.stderr)
+        assert ran is not None
+        assert int(ran[1]) == 9
+        assert int(ran[2]) <= 2 + 2 * 3, "one batch, and the halves of it that were needed"
+
+
+def test_a_users_own_modules_in_the_working_directory_do_not_win(tmp_path: Path, negate: str) -> None:
+    for name in ("server", "batcher", "engines"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('the user\\'s own {name}.py')\n")
+    with Cobatch(tmp_path, negate, "--port", "0", cwd=tmp_path) as server:
+        assert server.ready().connect().infer("negate", [[1, 2, 3]]).rows == [[-1, -2, -3]]
+        assert server.stop() == 0
+
+
+def test_a_model_whose_first_axis_is_fixed_is_served_padded(tmp_path: Path) -> None:
+    fixed = models.write(tmp_path, models.negate(batch=4), "fixed.onnx")
+    with Cobatch(tmp_path, fixed, "--port", "0", gate=True) as server:
+        server.ready()
+        running, probe, *callers = (server.connect() for _ in range(8))
+        assert running.infer("fixed", [[1, 2, 3]]).rows == [[-1, -2, -3]]
+        eleven = [[float(row), 0.5, 1] for row in range(11)]
+        assert running.infer("fixed", eleven).rows == [[-value for value in row] for row in eleven]
+        running.send_infer("fixed", [HELD_ROW])
+        server.held()
+        for number, caller in enumerate(callers):
+            caller.send_infer("fixed", [[number, 1, 2]])
+        probe.get("/v2/health/live")
+        server.release()
+        assert running.answer().rows == [[-value for value in HELD_ROW]]
+        for number, caller in enumerate(callers):
+            assert caller.answer().rows == [[-number, -1, -2]]
+        assert server.stop() == 0
+        assert "batches of up to 4 rows" in server.stderr
+
+
+def test_variables_of_the_environment_reach_the_server(tmp_path: Path, negate: str) -> None:
+    with Cobatch(
+        tmp_path, env={"COBATCH_MODEL": negate, "COBATCH_PORT": "0", "COBATCH_NAME": "minus"}
+    ) as server:
+        assert server.line("cobatch: ready: ") == "minus"
+        assert server.connect().infer("minus", [[1, 2, 3]]).rows == [[-1, -2, -3]]
+        assert server.stop() == 0

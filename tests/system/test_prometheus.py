@@ -1,0 +1,169 @@
+"""A real Prometheus scrapes a real server; its promtool checks what lies in deploy/."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+from cobatch.server.api.metrics import STATES
+from cobatch.server.auth.authenticator import RESULTS
+from cobatch.server.http.problem_kinds import KINDS
+from cobatch.server.observability.metric_families import FAMILIES
+from cobatch.server.observability.record import Record
+from tests.support.auth.protected import protected, token
+from tests.support.http.prometheus import prometheus, promtool
+from tests.support.http.serving import DEADLINE_S, Served, gate, gated, get
+from tests.support.paths import ROOT
+
+DEPLOY = ROOT / "deploy"
+METRICS = ROOT / "docs" / "metrics.md"
+RULES = DEPLOY / "prometheus" / "alerts.yml"
+CONFIG = DEPLOY / "prometheus" / "prometheus.yml"
+DASHBOARD = DEPLOY / "grafana" / "cobatch.json"
+
+
+def scraped(served: Served) -> threading.Semaphore:
+    """Is released by each scrape."""
+    scrapes = threading.Semaphore(0)
+
+    def done(record: Record) -> None:
+        if record.path == "/metrics" and record.status == 200:
+            scrapes.release()
+
+    served.call(lambda: served.core.observer.add(requests=done))
+    return scrapes
+
+
+def config_for(port: int, folder: Path, more: str = "") -> Path:
+    """The one in deploy/, for a server on this port that is scraped ten times a second."""
+    text = CONFIG.read_text()
+    for ours, the_tests in (
+        ("localhost:8000", f"127.0.0.1:{port}"),
+        ("scrape_interval: 15s", "scrape_interval: 100ms\n  scrape_timeout: 100ms"),
+        ("alerts.yml", str(RULES)),
+    ):
+        assert ours in text
+        text = text.replace(ours, the_tests)
+    path = folder / "prometheus.yml"
+    path.write_text(text.replace("    static_configs:", f"{more}    static_configs:"))
+    return path
+
+
+def wait_for(scrapes: threading.Semaphore) -> None:
+    """Two more: when the second begins, the first has been taken in; and one that may have begun before."""
+    for _ in range(3):
+        assert scrapes.acquire(timeout=DEADLINE_S)
+
+
+def drain(scrapes: threading.Semaphore) -> None:
+    while scrapes.acquire(blocking=False):
+        pass
+
+
+def test_prometheus_scrapes_it(tmp_path: Path) -> None:
+    with gated(True) as (served, _):
+        scrapes = scraped(served)
+        with prometheus(config_for(served.server.port, tmp_path), tmp_path) as running:
+            with served.connect() as client:
+                for _ in range(7):
+                    assert client.ask(gate(1)).status == 200
+            drain(scrapes)
+            wait_for(scrapes)
+            (target,) = running.ask("targets")["activeTargets"]
+            assert (target["health"], target["lastError"]) == ("up", "")
+            requests = running.values('cobatch_requests_total{model="gate", code="200"}')
+            assert [value for _, value in requests] == [7]
+            median = running.values(
+                "histogram_quantile(0.5, sum by (le) (cobatch_request_duration_seconds_bucket))"
+            )
+            assert [0 < value < DEADLINE_S for _, value in median] == [True]
+            kinds = running.ask("targets/metadata", metric="cobatch_queue_delay_seconds")
+            assert [one["type"] for one in kinds] == ["histogram"]
+            groups = running.ask("rules")["groups"]
+            assert [rule["name"] for group in groups for rule in group["rules"]] == alerts()
+
+
+def test_it_shows_its_credentials(tmp_path: Path) -> None:
+    with protected(True, tmp_path) as server:
+        (tmp_path / "token").write_text(token("prometheus", "admin"))
+        more = f"    authorization:\n      credentials_file: {tmp_path / 'token'}\n"
+        scrapes = scraped(server.served)
+        with prometheus(config_for(server.served.server.port, tmp_path, more), tmp_path) as running:
+            wait_for(scrapes)
+            assert [value for _, value in running.values("cobatch_ready")] == [1]
+
+
+def test_promtool_likes_the_text() -> None:
+    with gated(True) as (served, _):
+        served.ask(gate(1))
+        said = promtool("check", "metrics", stdin=served.ask(get("/metrics")).body.decode())
+    # Of names that are not ours (python_gc_*) it says nothing either.
+    assert said == ""
+
+
+# What lies in deploy/
+
+
+def alerts() -> list[str]:
+    return re.findall(r"- alert: (\w+)", RULES.read_text())
+
+
+def test_the_configuration_and_its_rules() -> None:
+    assert "SUCCESS" in promtool("check", "config", CONFIG)
+    assert f"{len(alerts())} rules found" in promtool("check", "rules", "--lint=all", "--lint-fatal", RULES)
+    assert "SUCCESS" in promtool("test", "rules", RULES.with_name("alerts_test.yml"))
+
+
+def test_each_alert_is_tested_and_explained() -> None:
+    tested = RULES.with_name("alerts_test.yml").read_text()
+    assert set(re.findall(r'alertname="(\w+)"', tested)) == set(alerts())
+    assert re.findall(r"^\| `(Cobatch\w+)`", METRICS.read_text(), re.MULTILINE) == alerts()
+
+
+def expressions() -> list[str]:
+    """The dashboard's, with Grafana's variables filled in."""
+    dashboard: dict[str, Any] = json.loads(DASHBOARD.read_text())
+    found = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    return [re.sub(r"\$(instance|model|job)", ".*", one).replace("$__rate_interval", "1m") for one in found]
+
+
+def test_the_dashboard_asks_in_promql(tmp_path: Path) -> None:
+    rules = [{"record": f"panel:{n}", "expr": one} for n, one in enumerate(expressions())]
+    # JSON is YAML.
+    path = tmp_path / "panels.yml"
+    path.write_text(json.dumps({"groups": [{"name": "panels", "rules": rules}]}))
+    assert f"{len(rules)} rules found" in promtool("check", "rules", path)
+
+
+def test_what_is_asked_for_is_there() -> None:
+    endings = {
+        "counter": ("_total",),
+        "gauge": ("",),
+        "histogram": ("_bucket", "_sum", "_count"),
+        "info": ("_info",),
+    }
+    series = {family.name + ending: family for family in FAMILIES for ending in endings[family.kind]}
+    asked = [
+        *expressions(),
+        *re.findall(r"(?:expr: (?:\|\n)?)(.*?)(?=\n +(?:for|labels):)", RULES.read_text(), re.DOTALL),
+    ]
+    names = {name for one in asked for name in re.findall(r"\bcobatch_\w+", one)}
+    assert names <= set(series)
+    assert len(names) > 25
+    for one in asked:
+        for name, labels in re.findall(r"\b(cobatch_\w+)\{([^}]*)\}", one):
+            used = set(re.findall(r"(\w+)\s*[=!]", labels)) - {"instance", "job"}
+            assert used <= set(series[name].labels), one
+
+
+def test_the_rules_ask_for_values_that_labels_have() -> None:
+    """A reason or state that there is none of would switch an alert off, or keep it from leaving one out."""
+    known = {"reason": set(KINDS), "state": set(STATES), "result": set(RESULTS)}
+    asked = re.findall(r'(reason|state|result)(?:=|!=|=~|!~)"([^"]+)"', RULES.read_text())
+    assert {label for label, _ in asked} == {"reason", "state", "result"}
+    for label, pattern in asked:
+        for one in pattern.split("|"):
+            assert any(re.fullmatch(one, value) for value in known[label]), (label, one)
