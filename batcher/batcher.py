@@ -35,9 +35,8 @@ from cobatch.batcher.rows.padding import Padder
 from cobatch.batcher.scheduling.admission import Admission
 from cobatch.batcher.scheduling.policy import Limits
 from cobatch.batcher.scheduling.queue import RequestQueue
-from cobatch.batcher.scheduling.run_times import LatencyModel
+from cobatch.batcher.scheduling.run_times import LatencyModel, ShapeTimes
 from cobatch.batcher.scheduling.scheduler import Deciding
-from cobatch.batcher.scheduling.shapes import ShapeTimes
 from cobatch.batcher.scheduling.tenant import Tenant
 from cobatch.batcher.statistics import Counters
 from cobatch.engines.errors import EngineError

@@ -20,7 +20,7 @@ from cobatch.batcher.rows.packing import pack
 from cobatch.batcher.rows.padding import Pad, cut_back
 from cobatch.batcher.scheduling.fair_queueing import Share
 from cobatch.batcher.scheduling.policy import RETRY
-from cobatch.batcher.scheduling.shapes import ShapeTimes
+from cobatch.batcher.scheduling.run_times import ShapeTimes
 from cobatch.batcher.statistics import Counters, EngineFigures
 from cobatch.engines.errors import EngineDeadError, EngineError
 from cobatch.engines.jobs import Job, Outcome

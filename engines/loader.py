@@ -1,4 +1,7 @@
-"""From a setting to an engine. A new engine is one file and one line in ENGINES."""
+"""How many processors there are to share.
+
+From a setting to an engine. A new engine is one file and one line in ENGINES.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,13 @@ from pathlib import Path
 
 from cobatch.engines.base import Engine
 from cobatch.engines.errors import EngineLoadError
+
+
+def cores() -> int:
+    """Those that this process may use: a container's share can be far below the machine's count."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @dataclass(frozen=True, slots=True)

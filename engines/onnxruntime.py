@@ -19,8 +19,8 @@ import numpy as np
 import onnxruntime as ort
 
 from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec
-from cobatch.engines.cores import cores
 from cobatch.engines.errors import EngineLoadError, EngineRunError
+from cobatch.engines.loader import cores
 
 _TYPES = {
     "tensor(bool)": "BOOL",

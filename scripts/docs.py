@@ -10,8 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from cobatch.server.http.problem_kinds import KINDS
-from cobatch.server.http.problem_members import ALWAYS, MEMBERS, SOMETIMES
+from cobatch.server.http.problem_kinds import ALWAYS, KINDS, MEMBERS, SOMETIMES
 from cobatch.server.observability.metric_families import FAMILIES, Family
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from cobatch.engines.errors import EngineError
-from cobatch.server.api.metrics_route import metrics_routes
+from cobatch.server.api.metrics import metrics_routes
 from cobatch.server.api.oauth import auth_routes
 from cobatch.server.api.problems import problem_pages
 from cobatch.server.api.profile import profile_routes

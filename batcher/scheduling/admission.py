@@ -22,8 +22,7 @@ from cobatch.batcher.errors import (
 )
 from cobatch.batcher.request import Request
 from cobatch.batcher.scheduling.queue import RequestQueue
-from cobatch.batcher.scheduling.run_times import LatencyModel
-from cobatch.batcher.scheduling.shapes import ShapeTimes
+from cobatch.batcher.scheduling.run_times import LatencyModel, ShapeTimes
 from cobatch.batcher.scheduling.tenant import Tenant
 from cobatch.engines.base import RowShapes
 

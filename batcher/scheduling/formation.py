@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cobatch.batcher.request import Request, State
 from cobatch.batcher.scheduling.fair_queueing import Share
-from cobatch.batcher.scheduling.shapes import RunTimes
+from cobatch.batcher.scheduling.run_times import RunTimes
 
 if TYPE_CHECKING:
     from cobatch.batcher.scheduling.queue import Flow, Group, RequestQueue

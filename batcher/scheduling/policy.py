@@ -9,7 +9,7 @@ slot is free and lies ready when the engine finishes; but where tenants or shape
 missed, it is made up as late as that allows, so that whoever comes meanwhile is not a whole batch too late
 and those in it are as fresh as can be (Symphony, Chen et al., 2023, defers a batch for as long as that costs
 nothing). What is full is `full_rows`: the size past which a row no longer gets cheaper (see
-`batcher.scheduling.cost`), at most the largest batch the engine takes.
+`batcher.scheduling.run_times`), at most the largest batch the engine takes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,11 @@
-"""How long a run of so many rows takes: learned while serving, seeded by the warm-up.
+"""Which batch size is worth growing to, from measured run times.
+
+On a GPU and on wide CPU models a row gets cheaper the more rows share a run; on others (Magika on
+one core: 10 ms for one row, 84 ms for eight) it does not, and a larger batch only makes everyone
+wait for everyone. Clipper (Crankshaw et al., NSDI 2017) searches for the size by additive increase;
+here the sizes were already timed by the warm-up, so it can be read off.
+
+How long a run of so many rows takes: learned while serving, seeded by the warm-up.
 
 Clipper (Crankshaw et al., NSDI 2017) and Clockwork (Gujarati et al., OSDI 2020) build on the same
 observation: the time of a batch is predictable from its size, and the last few runs predict the next. For
@@ -6,6 +13,12 @@ each bucket of sizes (1, 2, 3-4, 5-8, ...) the last runs are kept, at most `_KEP
 `_MEMORY_S` while there are newer ones; their median is what is expected, their 95th percentile what is
 planned with where a deadline depends on it. Between buckets the times are interpolated; they never
 fall as rows grow, whatever was measured.
+
+What a run takes where rows vary in shape: longer rows cost more, whatever the batch's size.
+
+One curve by rows is learned (`batcher.scheduling.run_times`), and for each shape how many times as long its
+runs take as those of the first shape that was seen. A shape that has not run yet is taken to cost what that
+one does. Where rows have one shape, or run times do not depend on it, all factors stay 1.
 """
 
 from __future__ import annotations
@@ -14,8 +27,40 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping
 from math import inf
+from typing import Protocol
 
-from cobatch.batcher.scheduling.cost import NEAR_BEST_CROWDED, cost_over_best, efficient_rows
+from cobatch.engines.base import RowShapes
+
+# What a batch costs beside the engine's run: waking the worker, the callback, taking a slot. Counted
+# in so that a model whose own run is almost free is still batched as far as it goes.
+BATCH_OVERHEAD_US = 100.0
+# A size counts as good enough when a row costs at most this many times the best size's.
+NEAR_BEST = 1.03
+# The same while requests are lost for want of the engine's time: then rows per second are all that counts.
+NEAR_BEST_CROWDED = 1.003
+
+
+def efficient_rows(run_us: Mapping[int, float], max_batch_size: int, near: float = NEAR_BEST) -> int:
+    """Smallest batch size at which a row is about as cheap as it gets: at most `near` times that.
+
+    `run_us` maps rows to the microseconds of one run. Nothing measured: `max_batch_size`.
+    """
+    per_row = _per_row({rows: us for rows, us in run_us.items() if rows <= max_batch_size})
+    if not per_row:
+        return max_batch_size
+    good = min(per_row.values()) * near
+    return min(rows for rows, us in per_row.items() if us <= good)
+
+
+def cost_over_best(run_us: Mapping[int, float], rows: int) -> float:
+    """How many times the best size's cost a row has at this size; infinite where that was not measured."""
+    per_row = _per_row(run_us)
+    return per_row[rows] / min(per_row.values()) if rows in per_row else inf
+
+
+def _per_row(run_us: Mapping[int, float]) -> dict[int, float]:
+    return {rows: (us + BATCH_OVERHEAD_US) / rows for rows, us in run_us.items()}
+
 
 _KEPT = 32
 _MEMORY_S = 5.0
@@ -238,3 +283,85 @@ class Arrivals:
             self._rate = new if known else None
             self._at_s, self._count = now_s, count
         return self._rate
+
+
+_MOST_SHAPES = 256
+# No shape is taken to be so many times as dear as another.
+_MOST = 1000.0
+# A run that takes longer or shorter by more than this part is not as expected.
+_USUAL = 0.1
+# What part of a new measurement goes into what is known.
+_GAIN = 0.2
+
+
+class RunTimes(Protocol):
+    """Seconds of a run of so many rows, as `LatencyModel` has them."""
+
+    def expected_s(self, rows: int) -> float: ...
+
+    def high_s(self, rows: int) -> float: ...
+
+    def most_rows(self, budget_s: float, most: int) -> int: ...
+
+    def ran_s(self, rows: int) -> float: ...
+
+
+class _Scaled:
+    """Of one shape."""
+
+    __slots__ = ("_latency", "factor", "last_s")
+
+    def __init__(self, latency: LatencyModel) -> None:
+        self._latency = latency
+        self.factor = 1.0
+        self.last_s = -inf
+
+    def expected_s(self, rows: int) -> float:
+        return self._latency.expected_s(rows) * self.factor
+
+    def high_s(self, rows: int) -> float:
+        return self._latency.high_s(rows) * self.factor
+
+    def most_rows(self, budget_s: float, most: int) -> int:
+        return self._latency.most_rows(budget_s / self.factor, most)
+
+    def ran_s(self, rows: int) -> float:
+        # Either may be what has changed.
+        return min(self.last_s, self._latency.ran_s(rows))
+
+
+class ShapeTimes:
+    """Of one engine. `vary`: whether rows may differ in shape."""
+
+    def __init__(self, latency: LatencyModel, *, vary: bool) -> None:
+        self._latency = latency
+        self._vary = vary
+        self._shapes: dict[RowShapes, _Scaled] = {}
+        self._first: RowShapes | None = None
+
+    def of(self, row_shapes: RowShapes) -> RunTimes:
+        """The times of runs of rows of this shape."""
+        return self._shapes.get(row_shapes, self._latency) if self._vary else self._latency
+
+    def observe(self, row_shapes: RowShapes, rows: int, run_s: float, now_s: float) -> bool:
+        """A batch has run; whether anything was learned about run times by rows."""
+        if self._vary and row_shapes != self._first:
+            if self._first is not None:
+                return self._learn(row_shapes, rows, run_s, now_s)
+            self._first = row_shapes  # what the others are compared with
+        return self._latency.observe(rows, run_s, now_s)
+
+    def _learn(self, row_shapes: RowShapes, rows: int, run_s: float, now_s: float) -> bool:
+        """This run is one more measurement of the shape's factor; and of the curve, where it is as expected:
+        a shape that has become dearer must not make all others look so."""
+        ratio = min(max(run_s / max(self._latency.expected_s(rows), 1e-9), 1 / _MOST), _MOST)
+        scaled = self._shapes.get(row_shapes)
+        if scaled is None:
+            if len(self._shapes) >= _MOST_SHAPES:
+                del self._shapes[next(iter(self._shapes))]
+            scaled = self._shapes[row_shapes] = _Scaled(self._latency)
+            scaled.factor = ratio
+        scaled.last_s = now_s
+        usual = abs(ratio - scaled.factor) < _USUAL * scaled.factor
+        scaled.factor += (ratio - scaled.factor) * _GAIN
+        return usual and self._latency.observe(rows, run_s / scaled.factor, now_s)

@@ -19,8 +19,7 @@ from cobatch.batcher.scheduling.arrivals import Returns
 from cobatch.batcher.scheduling.formation import Plan
 from cobatch.batcher.scheduling.policy import DEADLINE, LEAD_S, Dispatch, Limits, Now, WaitUntil, decide
 from cobatch.batcher.scheduling.queue import Group, RequestQueue
-from cobatch.batcher.scheduling.run_times import Arrivals, LatencyModel
-from cobatch.batcher.scheduling.shapes import ShapeTimes
+from cobatch.batcher.scheduling.run_times import Arrivals, LatencyModel, ShapeTimes
 from cobatch.batcher.statistics import Counters
 
 # How many more iterations of the loop a batch may grow by while each brings someone new.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cobatch.batcher.simulator.profile import Profile
+from cobatch.batcher.simulator.engine import Profile
 from cobatch.engines.base import Engine
 from cobatch.engines.worker import batch_sizes
 

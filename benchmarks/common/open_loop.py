@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cobatch.batcher.simulator.arrivals import Recorded, Trace
+from cobatch.batcher.simulator.traffic import Recorded, Trace
 from cobatch.server.loadtest.fleet import Fleet
 from cobatch.server.loadtest.messages import Address, Plan, Prepared, Trial
 from cobatch.server.loadtest.tally import Count, Tally

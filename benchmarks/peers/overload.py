@@ -20,7 +20,7 @@ from benchmarks.peers import bodies
 from benchmarks.peers.catalogue import OURS, Body, Peer
 from benchmarks.peers.servers import Running, started
 from benchmarks.peers.turns import measured, warm_up
-from cobatch.batcher.simulator.arrivals import Poisson
+from cobatch.batcher.simulator.traffic import Poisson
 
 MODEL = "wide"
 FACTOR = 1.5

@@ -16,13 +16,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cobatch.batcher.simulator.arrivals import Arrivals, Bursty, Poisson
-from cobatch.batcher.simulator.bound import capacity
-from cobatch.batcher.simulator.profile import Profile, load_profile
-from cobatch.batcher.simulator.results import Results, results_of
-from cobatch.batcher.simulator.scenario import COBATCH, Scenario, run
+from cobatch.batcher.simulator.engine import Profile, load_profile
+from cobatch.batcher.simulator.scenario import COBATCH, Results, Scenario, capacity, results_of, run
 from cobatch.batcher.simulator.svg import Line, chart
-from cobatch.batcher.simulator.traffic import Caller
+from cobatch.batcher.simulator.traffic import Arrivals, Bursty, Caller, Poisson
 
 LOADS = (0.5, 0.8, 0.95, 1.2, 2.0)
 _PLOTS = Path(__file__).parents[2] / "docs" / "plots"

@@ -25,13 +25,10 @@ from benchmarks.common import wire
 from benchmarks.common.models import model_path
 from benchmarks.common.open_loop import Load, drive
 from benchmarks.common.processes import Server, cobatch
-from cobatch.batcher.simulator.arrivals import Poisson, Recorded, Trace
-from cobatch.batcher.simulator.bound import capacity
+from cobatch.batcher.simulator.engine import Profile
 from cobatch.batcher.simulator.measure import measure
-from cobatch.batcher.simulator.profile import Profile
-from cobatch.batcher.simulator.results import results_of
-from cobatch.batcher.simulator.scenario import Scenario, run
-from cobatch.batcher.simulator.traffic import Caller
+from cobatch.batcher.simulator.scenario import Scenario, capacity, results_of, run
+from cobatch.batcher.simulator.traffic import Caller, Poisson, Recorded, Trace
 from cobatch.engines.loader import load_engine
 
 LOADS = (0.5, 0.8, 1.2, 2.0)

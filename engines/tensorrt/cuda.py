@@ -1,4 +1,6 @@
-"""CUDA's driver through PyCUDA: the only file that imports it.
+"""What an engine asks of its GPU's memory, and what would fit where it is too much.
+
+CUDA's driver through PyCUDA: the only file that imports it.
 
 Every object made here belongs to the thread that made it, and goes there: PyCUDA's context stack is the
 thread's own, and what is dropped on another thread is not freed but leaked. For that reason page-locked
@@ -10,6 +12,11 @@ avoid that, but PyCUDA 2026.1's `register_host_memory` crashes with NumPy 2.)
 What PyCUDA says of an error is its class and one line, "cuMemAlloc failed: out of memory". Most errors
 that come out of a queued operation are sticky: the context answers them to every later call, and only a
 new one helps. So whatever is not known to be harmless counts as the end of the engine.
+
+CUDA graphs through NVIDIA's cuda-bindings, on PyCUDA's stream: PyCUDA itself knows none.
+
+Optional: without the package a batch is enqueued call by call. A graph holds the copies and the kernels of
+one batch size in one slot and is launched with one call.
 """
 
 from __future__ import annotations
@@ -19,12 +26,77 @@ import importlib
 import re
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from cobatch.engines.base import Array
 from cobatch.engines.errors import EngineDeadError, EngineError, EngineLoadError, EngineRunError
+
+_SHARE = 0.95
+_UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+
+
+class OutOfMemoryError(EngineLoadError):
+    """An allocation at load failed. `what` and how many bytes."""
+
+    def __init__(self, what: str, size: int) -> None:
+        super().__init__(f"{show_bytes(size)} for {what}")
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Bytes on the GPU, beside the weights. `working`: TensorRT's own, of a slot's execution contexts;
+    `buffers`: a slot's inputs and outputs, at `rows` rows."""
+
+    slots: int
+    rows: int
+    working: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        """Of all slots."""
+        return self.slots * (self.working + self.buffers)
+
+    def fitting_rows(self, free: int) -> int:
+        """The largest batch that would fit. Both kinds of memory grow about as the rows do; a little is left
+        for what grows otherwise."""
+        return min(self.rows, int(free * _SHARE) * self.rows // max(1, self.total))
+
+    def refusal(self, gpu: str, failed: str, free: int) -> str:
+        """What to tell who asked for the model. `free`: before anything of this was allocated."""
+        rows = self.fitting_rows(free)
+        if rows >= self.rows:
+            hint = "which should have been enough: another process may have taken it meanwhile"
+        elif rows:
+            hint = f"max_batch_size = {rows} would fit, with a plan that is built for it"
+        else:
+            hint = "not even one row would fit"
+        return (
+            f"{gpu} is out of memory: {failed}. Beside its weights the model needs {show_bytes(self.total)} "
+            f"for batches of {self.rows} rows ({self.slots} slots, each {show_bytes(self.working)} for "
+            f"TensorRT and {show_bytes(self.buffers)} for inputs and outputs); {show_bytes(free)} were free; "
+            f"{hint}"
+        )
+
+
+def working_memory(engine: Any, profile: int) -> int:
+    """Bytes that an execution context of this profile takes; 0 where this TensorRT does not say."""
+    for name in ("get_device_memory_size_for_profile_v2", "get_device_memory_size_for_profile"):
+        if hasattr(engine, name):
+            return max(0, int(getattr(engine, name)(profile)))
+    return 0
+
+
+def show_bytes(size: int) -> str:
+    """Such as "1.5 GiB"."""
+    for unit, name in _UNITS:
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size} bytes"
+
 
 _INSTALL = "pip install 'cobatch[tensorrt]'"
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: not ordered with the default stream, which libraries use
@@ -207,3 +279,83 @@ class Device:
         except self.cuda.MemoryError:
             pass
         raise MemoryError
+
+
+class CaptureError(EngineRunError):
+    """This work cannot be captured; it can be enqueued all the same."""
+
+
+def load_graphs() -> Any | None:
+    """cuda-bindings' driver module, None where it is not installed or finds no driver. Raises CallError."""
+    try:
+        driver = importlib.import_module("cuda.bindings.driver")
+        # It looks for the driver's library at the first call.
+        (code,) = driver.cuInit(0)
+    except (ImportError, RuntimeError, OSError):
+        return None
+    if code != driver.CUresult.CUDA_SUCCESS:
+        raise CallError(_words(driver, "cuInit", code))
+    return driver
+
+
+def _words(driver: Any, name: str, code: Any) -> str:
+    _, text = driver.cuGetErrorString(code)
+    return f"{name} failed: {text.decode() if isinstance(text, bytes) else code}"
+
+
+class Graph:
+    """A captured and instantiated graph. Belongs to the thread and the context that it was made in."""
+
+    def __init__(self, driver: Any, stream: int, work: Callable[[], None]) -> None:
+        """Capture what `work` enqueues on the stream (a handle). The same work must have run there before.
+
+        Raises CaptureError, or what `work` raises, and the stream can be used on; or EngineDeadError.
+        """
+        self._driver = driver
+        self._stream = driver.CUstream(stream)
+        self._launch = driver.cuGraphLaunch
+        self._done = driver.CUresult.CUDA_SUCCESS
+        self._exec: Any = None
+        # Other threads go on with their own work meanwhile.
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._call(driver.cuStreamBeginCapture, self._stream, mode)
+        failed = True
+        try:
+            work()
+            failed = False
+        finally:
+            code, graph = driver.cuStreamEndCapture(self._stream)
+            if failed and code == self._done and int(graph):
+                driver.cuGraphDestroy(graph)
+        if code != self._done:
+            raise self._not_ended(code)
+        self._exec = self._call(driver.cuGraphInstantiate, graph, 0)
+        self._call(driver.cuGraphDestroy, graph)
+
+    def launch(self) -> None:
+        """Enqueue all of it. Raises CallError."""
+        (code,) = self._launch(self._exec, self._stream)
+        if code != self._done:
+            raise CallError(_words(self._driver, "cuGraphLaunch", code))
+
+    def close(self) -> None:
+        """Free it. Raises as the constructor does."""
+        made, self._exec = self._exec, None
+        if made is not None:
+            self._call(self._driver.cuGraphExecDestroy, made)
+
+    def _not_ended(self, code: Any) -> EngineError:
+        """Why there is no graph. A stream that is still being captured can be used for nothing else."""
+        text = _words(self._driver, "cuStreamEndCapture", code)
+        if is_sticky(text):
+            return EngineDeadError(text)
+        asked, status = self._driver.cuStreamIsCapturing(self._stream)
+        free = self._driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
+        return CaptureError(text) if asked == self._done and status == free else EngineDeadError(text)
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        code, *results = function(*arguments)
+        if code != self._done:
+            text = _words(self._driver, function.__name__, code)
+            raise EngineDeadError(text) if is_sticky(text) else CaptureError(text)
+        return results[0] if results else None

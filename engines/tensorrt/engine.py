@@ -20,11 +20,18 @@ from typing import Any
 from cobatch.engines.base import Array, RowShapes, Signature
 from cobatch.engines.errors import EngineDeadError, EngineError, EngineLoadError, EngineRunError
 from cobatch.engines.tensorrt.api import load_tensorrt
-from cobatch.engines.tensorrt.cuda import Device, as_engine_error, is_sticky
-from cobatch.engines.tensorrt.diagnostics import make_recorder
-from cobatch.engines.tensorrt.errors_log import ErrorLog, make_log
-from cobatch.engines.tensorrt.graphs import CaptureError, load_graphs
-from cobatch.engines.tensorrt.memory import Needs, OutOfMemoryError, show_bytes, working_memory
+from cobatch.engines.tensorrt.cuda import (
+    CaptureError,
+    Device,
+    Needs,
+    OutOfMemoryError,
+    as_engine_error,
+    is_sticky,
+    load_graphs,
+    show_bytes,
+    working_memory,
+)
+from cobatch.engines.tensorrt.diagnostics import ErrorLog, make_log, make_recorder
 from cobatch.engines.tensorrt.slot import Plan, Slot
 from cobatch.engines.tensorrt.tensors import Buckets, estimate_buffers, read_tensors
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec
 from cobatch.engines.errors import EngineRunError
-from cobatch.engines.tensorrt.graphs import Graph
+from cobatch.engines.tensorrt.cuda import Graph
 
 Shape = tuple[int, ...]
 

@@ -27,10 +27,8 @@ from typing import Any
 
 from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec
 from cobatch.engines.errors import EngineLoadError, EngineRunError
-from cobatch.engines.tensorrt.cuda import Device
-from cobatch.engines.tensorrt.graphs import Graph
+from cobatch.engines.tensorrt.cuda import Device, Graph, OutOfMemoryError
 from cobatch.engines.tensorrt.layout import Layout, ProfileContext, infer, lay_out, set_shapes, view_rows
-from cobatch.engines.tensorrt.memory import OutOfMemoryError
 from cobatch.engines.tensorrt.tensors import Buckets, Profile
 
 _KEPT = 256  # row shapes, and numbers of rows of a shape, that are remembered

@@ -1,15 +1,22 @@
 """The metrics as they are now, read from the counters when somebody asks: a request pays for none of this.
 
-`Metrics.families` makes them one after another; `server.api.metrics_route` has them turned into text.
+`Metrics.families` makes them one after another; `server.api.metrics` has them turned into text.
+
+GET /metrics: Prometheus' text format, or OpenMetrics for those who ask for it.
+
+A scrape must not hold up requests: the text is made one family after another, and between them the loop does
+what there is to do.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -17,16 +24,24 @@ from prometheus_client.core import (
     InfoMetricFamily,
     Metric,
 )
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from cobatch import __version__
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.durations import EDGES_S, Samples
 from cobatch.batcher.scheduling.priority import DEFAULT
 from cobatch.batcher.statistics import PADDING_STEPS
+from cobatch.server.api.routing import as_response, guarded
+from cobatch.server.http.compression import compressed
+from cobatch.server.http.reply import Reply
 from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Core
 from cobatch.server.observability import metric_families as names
-from cobatch.server.observability.gpu import Gpu
+from cobatch.server.observability.gpu import Gpu, Gpus
 from cobatch.server.observability.metric_families import SHARE_BOUNDS, TIME_BOUNDS, Family
 from cobatch.server.observability.record import INFER_ROUTE
 
@@ -247,3 +262,42 @@ def _times(family: Family, rows: Iterable[tuple[tuple[str, ...], Samples]]) -> M
         ]
         metric.add_metric(labels, [*buckets, ("+Inf", float(upto[-1]))], samples.sum_s)
     return metric
+
+
+METRICS = "/metrics"
+_EOF = b"# EOF\n"
+
+
+class _One(Collector):
+    """What the encoders take for a registry, with one family."""
+
+    def __init__(self, metric: Metric) -> None:
+        self._metric = metric
+
+    def collect(self) -> Iterable[Metric]:
+        return (self._metric,)
+
+
+def metrics_routes(core: Core, gpus: Gpus) -> list[Route]:
+    """The route. Where callers are known it needs `admin`, unless `metrics_open` lets everybody read it."""
+    metrics = Metrics(core)
+    process = CollectorRegistry()
+    ProcessCollector(registry=process)
+    GCCollector(registry=process)
+
+    async def scrape(request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        seen = await asyncio.to_thread(gpus.read) if gpus.some else []
+        pieces: list[bytes] = []
+        for metric in [*metrics.families(seen), *process.collect()]:
+            pieces.append(encode(_One(metric)).removesuffix(_EOF))
+            await asyncio.sleep(0)
+        if content_type.startswith("application/openmetrics-text"):
+            pieces.append(_EOF)
+        reply = Reply(
+            200, content_type.encode(), (b"".join(pieces),), headers=((b"cache-control", b"no-store"),)
+        )
+        accept = request.headers.get("accept-encoding", "").encode("latin-1")
+        return as_response(await compressed(reply, accept, core.settings.server.compress_min_bytes))
+
+    return [Route(METRICS, guarded(core, "admin", scrape), methods=["GET"])]

@@ -10,8 +10,8 @@ from starlette.routing import Route
 
 from cobatch.server.api.routing import guarded, json
 from cobatch.server.auth.challenges import WELL_KNOWN
-from cobatch.server.auth.permissions import ADMIN, INFER, METADATA
 from cobatch.server.inference.service import Core
+from cobatch.server.settings.auth import ADMIN, INFER, METADATA
 
 
 def auth_routes(core: Core) -> list[Route]:

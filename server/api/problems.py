@@ -10,8 +10,7 @@ from starlette.routing import Route
 
 from cobatch.server.api.routing import guarded
 from cobatch.server.http.problem import Problem
-from cobatch.server.http.problem_kinds import KINDS, Kind
-from cobatch.server.http.problem_members import ALWAYS, MEMBERS, SOMETIMES
+from cobatch.server.http.problem_kinds import ALWAYS, KINDS, MEMBERS, SOMETIMES, Kind
 from cobatch.server.inference.service import Core
 
 _STYLE = (

@@ -10,13 +10,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from cobatch.server.auth.permissions import INFER, METADATA
 from cobatch.server.auth.principal import Principal, principal_in
 from cobatch.server.http.problem import Problem
 from cobatch.server.http.reply import JSON, Reply
 from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Core
 from cobatch.server.observability.record import note
+from cobatch.server.settings.auth import INFER, METADATA
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 # What a route asks of its caller where callers are known. `open`: nothing, the gate lets everybody through

@@ -34,7 +34,7 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from cobatch.server.auth.permissions import is_permission
+from cobatch.server.settings.auth import is_permission
 from cobatch.server.settings.values import (
     Given,
     SettingsError,

@@ -21,17 +21,16 @@ from typing import Any
 from weakref import WeakSet
 
 from cobatch.server.auth.api_keys import ApiKeys
-from cobatch.server.auth.bearer import Credential, token_of
 from cobatch.server.auth.challenges import Challenges
+from cobatch.server.auth.credentials import Credential, token_of
 from cobatch.server.auth.jwks import FetchedKeys, KeysUnavailableError, StaticKeys
 from cobatch.server.auth.keys import Key, load_key_files, load_secret
-from cobatch.server.auth.permissions import is_permission
 from cobatch.server.auth.principal import Principal
 from cobatch.server.auth.tenants import Tenants
 from cobatch.server.auth.throttle import Failures
 from cobatch.server.auth.tokens import TokenError, TokenVerifier, Verified, claim_at
 from cobatch.server.http.problem import Problem
-from cobatch.server.settings.auth import AuthSettings, Issuer
+from cobatch.server.settings.auth import AuthSettings, Issuer, is_permission
 
 # What comes of a credential that is looked at: who it is, from memory or not, or why nobody.
 RESULTS = (

@@ -12,10 +12,10 @@ import time
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cobatch.server.auth.authenticator import Authenticator
-from cobatch.server.auth.bearer import credential_in
 from cobatch.server.auth.challenges import WELL_KNOWN
+from cobatch.server.auth.credentials import credential_in
 from cobatch.server.auth.principal import PRINCIPAL, Principal
-from cobatch.server.auth.standing import standing
+from cobatch.server.auth.tenants import standing
 from cobatch.server.http.problem import Problem
 from cobatch.server.http.reply import send_reply
 

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from starlette.types import Scope
 
 from cobatch.batcher.scheduling.tenant import Tenant
-from cobatch.server.auth.permissions import ADMIN, INFER, METADATA
-from cobatch.server.settings.auth import ModelRule
+from cobatch.server.settings.auth import ADMIN, INFER, METADATA, ModelRule
 
 # Where the gate puts it in the ASGI scope, which no client can reach.
 PRINCIPAL = "cobatch.principal"

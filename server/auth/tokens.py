@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jwt
 
-from cobatch.server.auth.compact import header_and_claims
+from cobatch.server.auth.credentials import header_and_claims
 from cobatch.server.auth.jwks import FetchedKeys, StaticKeys
 from cobatch.server.auth.keys import MAX_KID, Key
 from cobatch.server.settings.auth import AuthSettings, Issuer

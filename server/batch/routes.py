@@ -21,16 +21,19 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cobatch.server.auth.permissions import INFER
 from cobatch.server.auth.principal import Principal, principal_in
 from cobatch.server.batch.bulk import Member, submit_alike
-from cobatch.server.batch.items import SubCall, body_of, check_headers, checked, scope_of
-from cobatch.server.batch.messages import (
+from cobatch.server.batch.items import (
     AnyItem,
     InferItem,
+    SubCall,
+    body_of,
+    check_headers,
+    checked,
     decode_batch,
     decode_infer_batch,
     encode_batch,
+    scope_of,
 )
 from cobatch.server.batch.spans import Items, ItemsSeen
 from cobatch.server.http.body import BodyError, read_body
@@ -42,6 +45,7 @@ from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Core, InferRequest, instance_of
 from cobatch.server.observability.observer import LEFT, LEFT_SLUG
 from cobatch.server.observability.record import SEEN, Record, Seen, record_in
+from cobatch.server.settings.auth import INFER
 from cobatch.server.v2.messages import InferMessage
 
 log = logging.getLogger("cobatch.batch")

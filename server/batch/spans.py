@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cobatch.server.batch.messages import AnyItem
+from cobatch.server.batch.items import AnyItem
 from cobatch.server.http.reply import Reply
 from cobatch.server.http.request_id import place_of
 from cobatch.server.inference.model import Model

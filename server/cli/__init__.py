@@ -15,10 +15,10 @@ import typer
 from cobatch import __version__
 from cobatch.server.cli.bench import bench
 from cobatch.server.cli.build import build
-from cobatch.server.cli.end import end
 from cobatch.server.cli.observe import explain, trace
 from cobatch.server.cli.simulate import profile, simulate
 from cobatch.server.cli.token import token_app
+from cobatch.server.console import end
 from cobatch.server.settings.schema import (
     MODEL_FIELDS,
     SERVER_FIELDS,

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from cobatch.server.cli.end import end
+from cobatch.server.console import end
 
 _ARRIVALS = "poisson|constant|bursty|diurnal|FILE"
 

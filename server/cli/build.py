@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cobatch.server.cli.end import end
+from cobatch.server.console import end
 
 if TYPE_CHECKING:
     from cobatch.engines.tensorrt.plans.build import BuildOptions

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cobatch.server.cli.end import end
+from cobatch.server.console import end
 
 if TYPE_CHECKING:
-    from cobatch.batcher.simulator.results import Results
-    from cobatch.batcher.simulator.scenario import Scenario
+    from cobatch.batcher.simulator.scenario import Results, Scenario
 
 _ARRIVALS = "poisson|bursty|diurnal|even|FILE"
 
@@ -67,14 +66,14 @@ def simulate(
     be compared with it, each with its settings: --policy triton:preferred=32/64,delay_ms=5. The bound is
     what no policy could exceed; docs/scheduling.md has the argument.
     """
-    from cobatch.batcher.simulator.profile import ProfileError, included, load_profile
+    from cobatch.batcher.simulator.engine import ProfileError, included, load_profile
 
     if listing or profile is None:
         for name in included():
             found = load_profile(name)
             typer.echo(f"{name}: {found.name}. Source: {found.source}.")
         raise typer.Exit(0 if listing else 2)
-    from cobatch.batcher.simulator.arrivals import TraceError
+    from cobatch.batcher.simulator.traffic import TraceError
     from cobatch.server.cli import simulate_show, simulate_spec
 
     if request_us and nodes > 1:
@@ -114,8 +113,7 @@ def simulate(
 
 
 def _run_all(scenarios: list[tuple[str, float | None, Scenario]]) -> list[tuple[str, float | None, Results]]:
-    from cobatch.batcher.simulator.results import results_of
-    from cobatch.batcher.simulator.scenario import run
+    from cobatch.batcher.simulator.scenario import results_of, run
 
     return [(name, load, results_of(run(scenario))) for name, load, scenario in scenarios]
 

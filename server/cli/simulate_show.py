@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from cobatch.batcher.simulator.profile import Profile
-from cobatch.batcher.simulator.results import Figures, Results
+from cobatch.batcher.simulator.engine import Profile
+from cobatch.batcher.simulator.scenario import Figures, Results
 from cobatch.batcher.simulator.svg import Line, chart
 from cobatch.server.console import plain_table, stdout
 

@@ -7,12 +7,19 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from cobatch.batcher.simulator.arrivals import Arrivals, Bursty, Diurnal, Even, Poisson, Trace, read_trace
-from cobatch.batcher.simulator.bound import capacity
+from cobatch.batcher.simulator.engine import Profile
 from cobatch.batcher.simulator.nodes import ROUTERS, Router
-from cobatch.batcher.simulator.profile import Profile
-from cobatch.batcher.simulator.scenario import POLICIES, Closed, Scenario, settings_of
-from cobatch.batcher.simulator.traffic import Caller
+from cobatch.batcher.simulator.scenario import POLICIES, Closed, Scenario, capacity, settings_of
+from cobatch.batcher.simulator.traffic import (
+    Arrivals,
+    Bursty,
+    Caller,
+    Diurnal,
+    Even,
+    Poisson,
+    Trace,
+    read_trace,
+)
 
 _PROCESSES: dict[str, Callable[[float], Arrivals]] = {
     "poisson": Poisson,

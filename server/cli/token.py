@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal
 import typer
 
 from cobatch.server.auth.api_keys import mint as mint_api_key
-from cobatch.server.cli.end import end
 from cobatch.server.cli.token_files import (
     ADDRESS,
     PRIVATE,
@@ -28,6 +27,7 @@ from cobatch.server.cli.token_files import (
     model_name,
     write,
 )
+from cobatch.server.console import end
 from cobatch.server.settings.auth import AuthSettings, read_auth
 from cobatch.server.settings.values import SettingsError, check, read_toml, refused
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
-from cobatch.server.auth.standing import standing
+from cobatch.server.auth.tenants import standing
 from cobatch.server.edge.header_cache import Known
 from cobatch.server.http.compression import compress
 from cobatch.server.http.reply import Reply

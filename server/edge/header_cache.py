@@ -13,7 +13,7 @@ import msgspec
 from httptools import HttpRequestParser
 
 from cobatch.server.auth.authenticator import Authenticator
-from cobatch.server.auth.bearer import credential_in
+from cobatch.server.auth.credentials import credential_in
 from cobatch.server.auth.principal import Principal
 from cobatch.server.http.compression import choose
 from cobatch.server.http.problem import Problem

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from cobatch.engines.cores import cores
-from cobatch.engines.loader import EngineOptions
+from cobatch.engines.loader import EngineOptions, cores
 from cobatch.server.settings.schema import ModelSettings
 
 

@@ -14,13 +14,13 @@ from cobatch.batcher.request import Request
 from cobatch.batcher.scheduling.tenant import Tenant
 from cobatch.engines.errors import EngineError
 from cobatch.server.auth.authenticator import Authenticator
-from cobatch.server.auth.permissions import INFER
 from cobatch.server.auth.principal import Principal
 from cobatch.server.http.problem import Problem, from_error, stopping
 from cobatch.server.http.reply import Reply
 from cobatch.server.inference.model import Model
 from cobatch.server.observability.observer import Observer
 from cobatch.server.observability.record import Record
+from cobatch.server.settings.auth import INFER
 from cobatch.server.settings.schema import Settings
 from cobatch.server.v2.decode import Body, Decoded, Wants
 from cobatch.server.v2.messages import InferMessage

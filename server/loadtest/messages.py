@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cobatch.batcher.simulator.arrivals import Arrivals
+from cobatch.batcher.simulator.traffic import Arrivals
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cobatch.batcher.simulator.arrivals import (
+from cobatch.batcher.simulator.traffic import (
     Arrivals,
     Bursty,
     Diurnal,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from cobatch.batcher.simulator.arrivals import Trace
+from cobatch.batcher.simulator.traffic import Trace
 from cobatch.server.loadtest.callers import Caller
 from cobatch.server.loadtest.capacity import BAD_PART, Capacity, Tried, bad_part, find
 from cobatch.server.loadtest.errors import BenchError

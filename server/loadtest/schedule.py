@@ -7,7 +7,7 @@ from itertools import cycle, islice, takewhile
 
 import numpy as np
 
-from cobatch.batcher.simulator.arrivals import Trace
+from cobatch.batcher.simulator.traffic import Trace
 from cobatch.server.loadtest.messages import Plan, Prepared, Trial
 
 _CHUNK = 4096

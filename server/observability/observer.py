@@ -21,8 +21,7 @@ from cobatch.server.observability.event_loop import LoopLag
 from cobatch.server.observability.record import Record
 
 if TYPE_CHECKING:
-    from cobatch.server.auth.tenant_totals import Total
-    from cobatch.server.auth.tenants import Tenants
+    from cobatch.server.auth.tenants import Tenants, Total
     from cobatch.server.inference.model import Model
 
 log = logging.getLogger("cobatch.observe")

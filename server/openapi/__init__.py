@@ -18,14 +18,20 @@ from cobatch.server.api.routing import as_response, guarded
 from cobatch.server.http.compression import compressed
 from cobatch.server.http.reply import JSON, Reply
 from cobatch.server.inference.service import Core
-from cobatch.server.openapi.access import OF_AUTH, access_paths, complete, headers, security_schemes
-from cobatch.server.openapi.errors import problem_examples
+from cobatch.server.openapi.document import (
+    HEADERS,
+    OF_AUTH,
+    Described,
+    access_paths,
+    complete,
+    headers,
+    problem_examples,
+    security_schemes,
+)
 from cobatch.server.openapi.live import dashboard_paths, metrics_paths
-from cobatch.server.openapi.models import Described
 from cobatch.server.openapi.native import ABOUT, BATCH, V1, about_paths, batch_path, native_paths
 from cobatch.server.openapi.page import HEADERS as PAGE_HEADERS
 from cobatch.server.openapi.page import render
-from cobatch.server.openapi.parts import HEADERS
 from cobatch.server.openapi.schemas import schemas
 from cobatch.server.openapi.seeing import seeing_paths
 from cobatch.server.openapi.v2 import V2, v2_paths

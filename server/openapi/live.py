@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from cobatch.server.openapi.document import in_path, operation
 from cobatch.server.openapi.native import ABOUT
-from cobatch.server.openapi.parts import in_path, operation
 
 Json = dict[str, Any]
 

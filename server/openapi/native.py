@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from cobatch.server.openapi import examples
-from cobatch.server.openapi.errors import BODY, RUN
-from cobatch.server.openapi.models import Described
-from cobatch.server.openapi.parts import (
+from cobatch.server.openapi.document import (
     ACCEPT_ENCODING,
+    BODY,
     IDEMPOTENCY_KEY,
     JSON,
+    RUN,
+    Described,
     answer,
     in_path,
     in_query,

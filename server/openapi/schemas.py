@@ -9,10 +9,10 @@ import msgspec
 from msgspec import Meta
 
 from cobatch.engines.base import Signature, TensorSpec
-from cobatch.server.batch import messages as batch_messages
-from cobatch.server.http.problem_members import ALWAYS, MEMBERS, SOMETIMES
+from cobatch.server.batch import items as batch_messages
+from cobatch.server.http.problem_kinds import ALWAYS, MEMBERS, SOMETIMES
 from cobatch.server.openapi.bodies import ANSWERS, Datatype
-from cobatch.server.predictions import messages as v1_messages
+from cobatch.server.predictions import decode as v1_messages
 from cobatch.server.v2 import messages as v2_messages
 
 Json = dict[str, Any]

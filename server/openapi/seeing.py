@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from cobatch.server.api.profile import DEFAULT_S, MOST_S
+from cobatch.server.openapi.document import answer, in_path, operation
 from cobatch.server.openapi.native import ABOUT
-from cobatch.server.openapi.parts import answer, in_path, operation
 
 Json = dict[str, Any]
 

@@ -7,15 +7,15 @@ from typing import Any
 
 from cobatch import __version__
 from cobatch.server.api.routing import Needs
-from cobatch.server.api.v2 import EXTENSIONS
-from cobatch.server.api.v2_describe import config, index_entry, metadata, statistics
+from cobatch.server.api.v2 import EXTENSIONS, config, index_entry, metadata, statistics
 from cobatch.server.openapi import examples
-from cobatch.server.openapi.errors import BODY, RUN
-from cobatch.server.openapi.models import Described
-from cobatch.server.openapi.parts import (
+from cobatch.server.openapi.document import (
     ACCEPT_ENCODING,
+    BODY,
     JSON_LENGTH,
     OCTETS,
+    RUN,
+    Described,
     answer,
     header_refs,
     in_path,

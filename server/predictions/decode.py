@@ -1,4 +1,6 @@
-"""A prediction's request -> rows, row shapes and payloads, checked against the model's signature.
+"""What the JSON of a prediction's request may hold, as types: msgspec checks it while it parses.
+
+A prediction's request -> rows, row shapes and payloads, checked against the model's signature.
 
 Whatever form the tensors come in, shape and datatype are the model's or the request is refused: nothing
 is converted silently. The checks are those of the V2 decoder, in the same words.
@@ -10,19 +12,58 @@ import base64
 import binascii
 from collections.abc import Sequence
 from math import prod
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from cobatch.batcher.request import Payload
 from cobatch.engines.base import RowShapes, TensorSpec
 from cobatch.server.http.problem import Problem
 from cobatch.server.predictions.content import JSON, MULTIPART, NPY, OPTIONS_PART, Content, Field
-from cobatch.server.predictions.messages import Encoded, FormOptions, JsonRequest, Options, RawOptions
 from cobatch.server.predictions.npy import datatype_of, read_npy
 from cobatch.server.v2.binary import read_binary, read_raw
 from cobatch.server.v2.decode import Decoder
 from cobatch.server.v2.messages import InputTensor, WantedOutput
+
+_Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+_Axis = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+
+
+class Options(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What a request says beside its tensors. Raw bodies have it in the query."""
+
+    outputs: list[str] | None = None
+    deadline_ms: Annotated[float, Meta(gt=0, le=86_400_000)] | None = None
+    priority: Annotated[int, Meta(ge=0, le=2**32 - 1)] = 0
+    top_k: _Count | dict[str, _Count] | None = None
+
+
+class JsonRequest(Options, kw_only=True, forbid_unknown_fields=True):
+    """A whole request in JSON."""
+
+    inputs: dict[str, msgspec.Raw]
+
+
+class FormOptions(Options, kw_only=True, forbid_unknown_fields=True):
+    """The part "request" of a form: raw parts hold one row, unless their shape is given here."""
+
+    shapes: dict[str, list[_Axis]] = {}
+
+
+class RawOptions(Options, kw_only=True, forbid_unknown_fields=True):
+    """The query of a raw body, which is one row unless its shape is given here."""
+
+    shape: list[_Axis] | None = None
+
+
+class Encoded(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A tensor inside JSON as bytes: little-endian, C order, in base64. `dtype` is V2's or NumPy's name."""
+
+    b64: str
+    dtype: str
+    shape: list[_Axis]
+
 
 # Which outputs a caller wants: (index in the signature, how many of the best scores, None for all data).
 Wants = tuple[tuple[int, int | None], ...]

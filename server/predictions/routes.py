@@ -1,4 +1,6 @@
-"""The native resource: POST /v1/models/NAME/predictions, and the predictions themselves.
+"""The request headers of the native resource: Prefer (RFC 7240) and Idempotency-Key.
+
+The native resource: POST /v1/models/NAME/predictions, and the predictions themselves.
 
 A request that waits for its prediction gets the object, or the problem that came of it with the object as
 its member `prediction`. GET and DELETE of a prediction answer 200 with the object whatever is in it.
@@ -10,6 +12,7 @@ is about to ask again.
 from __future__ import annotations
 
 import asyncio
+from typing import NamedTuple
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,7 +24,7 @@ from cobatch.server.api.routing import as_response, find, guarded
 from cobatch.server.auth.principal import principal_in, subject_in
 from cobatch.server.http.body import BodyError, read_body
 from cobatch.server.http.compression import compressed
-from cobatch.server.http.problem import from_error, stopping
+from cobatch.server.http.problem import Problem, from_error, stopping
 from cobatch.server.http.reply import JSON, Reply
 from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Core
@@ -29,9 +32,44 @@ from cobatch.server.observability.record import record_in
 from cobatch.server.predictions import decode as v1_decode
 from cobatch.server.predictions.content import fingerprint, read_content
 from cobatch.server.predictions.encode import Answer
-from cobatch.server.predictions.headers import Preferences, idempotency_key, preferences
-from cobatch.server.predictions.prediction import Prediction
-from cobatch.server.predictions.store import Predictions
+from cobatch.server.predictions.store import Prediction, Predictions
+
+_MOST_KEY = 255
+
+
+class Preferences(NamedTuple):
+    """What the client would like: an answer at once and the result later; seconds to wait for it."""
+
+    respond_async: bool
+    wait_s: int | None
+
+
+def preferences(request: Request) -> Preferences:
+    """Preferences that are unknown or malformed are passed over, as the RFC asks; of two, the first holds."""
+    found: dict[str, str] = {}
+    for header in request.headers.getlist("prefer"):
+        # No preference that is known here has a comma or a semicolon in its value.
+        for item in header.split(","):
+            name, _, value = item.partition(";")[0].partition("=")
+            found.setdefault(name.strip().lower(), value.strip().strip('"'))
+    wait = found.get("wait", "")
+    wait_s = int(wait) if wait.isascii() and wait.isdigit() and len(wait) < 10 else None
+    return Preferences("respond-async" in found, wait_s)
+
+
+def idempotency_key(request: Request) -> str | None:
+    """The key, as opaque text, or None. Raises Problem where it is none."""
+    keys = request.headers.getlist("idempotency-key")
+    if not keys:
+        return None
+    key = keys[0]
+    if len(keys) > 1 or not 1 <= len(key) <= _MOST_KEY or not all(" " <= char <= "~" for char in key):
+        raise Problem(
+            "bad-parameter",
+            f"Idempotency-Key must be one value of 1 to {_MOST_KEY} printable ASCII characters",
+            parameter="Idempotency-Key",
+        )
+    return key
 
 
 class _LeftError(Exception):

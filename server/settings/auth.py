@@ -1,9 +1,16 @@
-"""`[auth]` of the configuration file: who may call.
+"""What a caller may: `infer` (all models), `infer:MODEL`, `metadata`, `admin`.
+
+`admin` reads statistics, metrics, the repository and the dashboard; it does not include `infer`. Whoever
+may infer with a model may read that model's metadata too, for no V2 client works without it.
+
+`[auth]` of the configuration file: who may call.
 
 Only in the file: it is a table of tables, and secrets do not belong into flags or variables. Files are
 relative to the configuration's folder. What a value must be stands in its field; what several of them
 must be together is checked by `read_auth`, so that a mistake stops the start and not a caller.
 """
+
+from __future__ import annotations
 
 import ipaddress
 import re
@@ -14,7 +21,6 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
-from cobatch.server.auth.permissions import is_permission
 from cobatch.server.settings.values import (
     Given,
     SettingsError,
@@ -24,6 +30,17 @@ from cobatch.server.settings.values import (
     refused,
     values_of,
 )
+
+INFER = "infer"
+METADATA = "metadata"
+ADMIN = "admin"
+_PERMISSION = re.compile(r"infer|infer:[A-Za-z0-9][A-Za-z0-9._-]*|metadata|admin")
+
+
+def is_permission(text: str) -> bool:
+    """Whether the word is one of ours."""
+    return _PERMISSION.fullmatch(text) is not None
+
 
 Algorithm = Literal["RS256", "PS256", "ES256", "EdDSA", "HS256"]
 Text = Annotated[str, Meta(min_length=1)]

@@ -8,9 +8,8 @@ import pytest
 
 from benchmarks.scheduling.baselines import Baseline, Clipper, FixedWindow, SizeOrTimeout, TritonLike
 from cobatch.batcher.simulator.clock import VirtualLoop
-from cobatch.batcher.simulator.engine import Clockwork
-from cobatch.batcher.simulator.profile import Profile
-from cobatch.batcher.simulator.records import ANSWERED, EXPIRED, Records
+from cobatch.batcher.simulator.engine import Clockwork, Profile
+from cobatch.batcher.simulator.nodes import ANSWERED, EXPIRED, Records
 from cobatch.batcher.simulator.traffic import SimulatedRequest
 
 RUN_MS = 10.0

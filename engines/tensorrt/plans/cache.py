@@ -23,10 +23,9 @@ from cobatch.engines.errors import EngineLoadError
 from cobatch.engines.tensorrt.api import load_tensorrt
 from cobatch.engines.tensorrt.plans import build as building
 from cobatch.engines.tensorrt.plans import manifest as manifests
-from cobatch.engines.tensorrt.plans.build import BuildOptions
+from cobatch.engines.tensorrt.plans.build import BuildOptions, Progress
 from cobatch.engines.tensorrt.plans.files import sha256
 from cobatch.engines.tensorrt.plans.manifest import Machine, Manifest
-from cobatch.engines.tensorrt.plans.progress import Progress
 
 log = logging.getLogger("cobatch.tensorrt")
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cobatch.batcher.scheduling.cost import BATCH_OVERHEAD_US, NEAR_BEST, efficient_rows
+from cobatch.batcher.scheduling.run_times import BATCH_OVERHEAD_US, NEAR_BEST, efficient_rows
 
 POWERS = [1, 2, 4, 8, 16, 32, 64]
 

@@ -7,8 +7,7 @@ import asyncio
 import pytest
 
 from cobatch.batcher.errors import DeadlineTooShortError
-from cobatch.batcher.scheduling.run_times import LatencyModel
-from cobatch.batcher.scheduling.shapes import ShapeTimes
+from cobatch.batcher.scheduling.run_times import LatencyModel, ShapeTimes
 from tests.support.virtual.loop import Call, make_batcher, run
 from tests.support.virtual.tenants import Metered, affine
 

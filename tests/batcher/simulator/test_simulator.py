@@ -10,14 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cobatch.batcher.simulator.arrivals import Bursty, Diurnal, Even, Poisson, TraceError, read_trace
-from cobatch.batcher.simulator.bound import capacity, path_bound
 from cobatch.batcher.simulator.clock import VirtualLoop
+from cobatch.batcher.simulator.engine import Profile, ProfileError, included, load_profile
 from cobatch.batcher.simulator.nodes import Router
-from cobatch.batcher.simulator.profile import Profile, ProfileError, included, load_profile
-from cobatch.batcher.simulator.results import Results, results_of
-from cobatch.batcher.simulator.scenario import POLICIES, Closed, Scenario, run
-from cobatch.batcher.simulator.traffic import Caller
+from cobatch.batcher.simulator.scenario import (
+    POLICIES,
+    Closed,
+    Results,
+    Scenario,
+    capacity,
+    path_bound,
+    results_of,
+    run,
+)
+from cobatch.batcher.simulator.traffic import Bursty, Caller, Diurnal, Even, Poisson, TraceError, read_trace
 
 LINEAR = Profile.linear("linear", fixed_us=5000, row_us=100, max_rows=64)
 CONSTANT = Profile.linear("constant", fixed_us=1000, row_us=0, max_rows=8)

@@ -15,11 +15,10 @@ from onnx import TensorProto
 
 from cobatch.engines.errors import EngineLoadError
 from cobatch.engines.tensorrt.api import load_tensorrt
-from cobatch.engines.tensorrt.errors_log import make_log
+from cobatch.engines.tensorrt.diagnostics import make_log
 from cobatch.engines.tensorrt.plans import build as building
-from cobatch.engines.tensorrt.plans.build import BuildOptions, Built, build, build_plan, flags_of
+from cobatch.engines.tensorrt.plans.build import BuildOptions, Built, Phases, build, build_plan, flags_of
 from cobatch.engines.tensorrt.plans.profiles import as_spec, make_profiles
-from cobatch.engines.tensorrt.plans.progress import Phases
 from tests.support.models import models
 from tests.support.models.plan_models import RTX, convolution, magika_path, require_builder, unsupported
 

@@ -192,9 +192,8 @@ def test_what_a_version_lacks_the_stand_in_lacks(version: str) -> None:
 
 
 def test_what_the_engine_overrides_is_called_as_it_expects(version: str) -> None:
-    from cobatch.engines.tensorrt.diagnostics import make_recorder  # noqa: PLC0415
-    from cobatch.engines.tensorrt.errors_log import make_log  # noqa: PLC0415 - not to be needed by the tests above
-    from cobatch.engines.tensorrt.plans.progress import make_watch  # noqa: PLC0415
+    from cobatch.engines.tensorrt.diagnostics import make_log, make_recorder  # noqa: PLC0415
+    from cobatch.engines.tensorrt.plans.build import make_watch  # noqa: PLC0415
 
     theirs = real(version)
     made = {

@@ -6,8 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 
-from cobatch.server.http.problem_kinds import KINDS
-from cobatch.server.http.problem_members import MEMBERS, SOMETIMES
+from cobatch.server.http.problem_kinds import KINDS, MEMBERS, SOMETIMES
 from tests.support.http.in_process import gated
 from tests.support.paths import ROOT
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from cobatch.engines.errors import EngineRunError
 from cobatch.server.api import profile as profiling
-from cobatch.server.api.trace_events import BatchEvent, Sample, trace_text
+from cobatch.server.api.profile import BatchEvent, Sample, trace_text
 from cobatch.server.cli import app
 from tests.support.auth import protected as guarded
 from tests.support.http import in_process

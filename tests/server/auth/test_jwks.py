@@ -18,8 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm
 
-from cobatch.server.auth.fetch import Fetched
-from cobatch.server.auth.jwks import FetchedKeys, KeysUnavailableError, StaticKeys
+from cobatch.server.auth.jwks import Fetched, FetchedKeys, KeysUnavailableError, StaticKeys
 from cobatch.server.auth.keys import Key, load_key_files, load_secret, parse_jwks
 from cobatch.server.settings.auth import REQUIRED_CLAIMS, Issuer
 from cobatch.server.settings.values import SettingsError

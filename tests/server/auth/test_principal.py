@@ -7,9 +7,8 @@ import math
 import pytest
 
 from cobatch.batcher.scheduling.tenant import Tenant
-from cobatch.server.auth.permissions import is_permission
 from cobatch.server.auth.principal import PRINCIPAL, Principal, principal_in, subject_in
-from cobatch.server.settings.auth import ModelRule
+from cobatch.server.settings.auth import ModelRule, is_permission
 
 
 def principal(

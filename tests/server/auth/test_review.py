@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cobatch.server.auth.authenticator import Authenticator
-from cobatch.server.auth.bearer import Credential
+from cobatch.server.auth.credentials import Credential
 from cobatch.server.auth.principal import Principal
 from cobatch.server.auth.throttle import Failures
 from tests.support.auth import tokens

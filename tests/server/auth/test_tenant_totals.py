@@ -7,7 +7,7 @@ import gc
 import pytest
 
 from cobatch.batcher.scheduling.tenant import Tenant
-from cobatch.server.auth.tenant_totals import OTHER, TenantTotals
+from cobatch.server.auth.tenants import OTHER, TenantTotals
 
 
 class Clock:

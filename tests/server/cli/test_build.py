@@ -97,7 +97,7 @@ def test_an_unknown_or_missing_runtime(tmp_path: Path, monkeypatch: pytest.Monke
 # Ends itself by SIGINT when the build has begun: the handler runs in the midst of TensorRT's calls.
 INTERRUPTED = """
 import os, signal, sys
-import cobatch.engines.tensorrt.plans.progress as progress
+import cobatch.engines.tensorrt.plans.build as progress
 start = progress.Phases.start
 def begun(self, *arguments):
     os.kill(os.getpid(), signal.SIGINT)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cobatch.batcher.simulator.arrivals import Even
+from cobatch.batcher.simulator.traffic import Even
 from cobatch.server.loadtest.drivers import Driver
 from cobatch.server.loadtest.generator import ClosedLoop, OpenLoop
 from cobatch.server.loadtest.messages import (

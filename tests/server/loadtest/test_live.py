@@ -7,7 +7,7 @@ import io
 import numpy as np
 from rich.console import Console
 
-from cobatch.batcher.simulator.arrivals import Even
+from cobatch.batcher.simulator.traffic import Even
 from cobatch.server.loadtest.live import Progress
 from cobatch.server.loadtest.messages import NewKind, Pulse, Samples, Trial
 from cobatch.server.loadtest.tally import Tally

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cobatch.batcher.simulator.arrivals import Even, Poisson, read_trace
+from cobatch.batcher.simulator.traffic import Even, Poisson, read_trace
 from cobatch.engines.base import DATATYPES
 from cobatch.server.loadtest.answers import Answer, Malformed
 from cobatch.server.loadtest.callers import Caller, callers

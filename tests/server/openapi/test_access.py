@@ -18,7 +18,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from cobatch.server.auth.gate import OPEN
 from cobatch.server.http.problem_kinds import KINDS
 from cobatch.server.openapi import describe
-from cobatch.server.openapi.access import OF_AUTH
+from cobatch.server.openapi.document import OF_AUTH
 from cobatch.server.settings.auth import TenantRule
 from tests.server.openapi.test_openapi import (
     IN_ITEMS,

@@ -19,12 +19,10 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from starlette.routing import Route
 
 from cobatch.engines.base import DATATYPES, Signature, TensorSpec
-from cobatch.server.http.problem_kinds import KINDS
-from cobatch.server.http.problem_members import ALWAYS, MEMBERS, SOMETIMES
+from cobatch.server.http.problem_kinds import ALWAYS, KINDS, MEMBERS, SOMETIMES
 from cobatch.server.openapi import describe
 from cobatch.server.openapi import examples as openapi_examples
-from cobatch.server.openapi.access import OF_AUTH
-from cobatch.server.openapi.errors import problem_examples
+from cobatch.server.openapi.document import OF_AUTH, problem_examples
 from cobatch.server.openapi.page import render
 from cobatch.server.predictions import decode as v1_decode
 from cobatch.server.predictions.content import JSON, Content, Field

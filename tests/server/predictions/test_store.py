@@ -16,8 +16,7 @@ from cobatch.engines.errors import EngineRunError
 from cobatch.server.http.problem import Problem
 from cobatch.server.inference.model import Model
 from cobatch.server.predictions.decode import Work
-from cobatch.server.predictions.prediction import Prediction
-from cobatch.server.predictions.store import OVERHEAD_BYTES, Predictions
+from cobatch.server.predictions.store import OVERHEAD_BYTES, Prediction, Predictions
 from cobatch.server.settings.schema import ModelSettings, ServerSettings
 from cobatch.server.v2.decode import Decoder
 from tests.support.virtual.loop import FakeEngine, FakeWorker, make_batcher, run

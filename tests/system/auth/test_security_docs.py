@@ -17,7 +17,7 @@ from cobatch.server.auth.jwks import StaticKeys
 from cobatch.server.auth.tokens import TokenError, TokenVerifier
 from cobatch.server.http.problem_kinds import KINDS
 from cobatch.server.openapi import describe
-from cobatch.server.openapi.access import OF_AUTH
+from cobatch.server.openapi.document import OF_AUTH
 from cobatch.server.settings.auth import AuthSettings, Issuer, ModelRule, TenantRule
 from cobatch.server.settings.schema import Settings, load_settings
 from tests.server.openapi.test_openapi import operations, served
