@@ -28,7 +28,7 @@ from cobatch.server.dashboard.feed import Live
 from cobatch.server.edge.asgi import InferRoutes
 from cobatch.server.edge.observed import Observed
 from cobatch.server.http.problem import Problem
-from cobatch.server.inference.service import Core
+from cobatch.server.inference.service import Inference
 from cobatch.server.observability.gpu import Gpus
 from cobatch.server.observability.history import explain_routes
 from cobatch.server.openapi import openapi_routes
@@ -41,10 +41,10 @@ log = logging.getLogger("cobatch.server")
 
 def create_app(settings: Settings) -> ASGIApp:
     """The whole server as one ASGI application; its lifespan loads the models and stops them."""
-    return build(Core(settings))
+    return build(Inference(settings))
 
 
-def build(core: Core) -> ASGIApp:
+def build(core: Inference) -> ASGIApp:
     """The application around a core that the caller keeps."""
     watchers = Watchers(core)
     gpus = Gpus()
@@ -95,7 +95,7 @@ def build(core: Core) -> ASGIApp:
     return Observed(routes_app, core)
 
 
-async def _load(core: Core, name: str) -> None:
+async def _load(core: Inference, name: str) -> None:
     try:
         await core.models[name].load()
     except EngineError as error:

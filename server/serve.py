@@ -22,7 +22,7 @@ from cobatch.server.app import build
 from cobatch.server.edge import uvicorn_parts
 from cobatch.server.edge.connection import Connection
 from cobatch.server.edge.fast_path import make_protocol
-from cobatch.server.inference.service import Core
+from cobatch.server.inference.service import Inference
 from cobatch.server.memory import keep_freed_memory
 from cobatch.server.observability.access_log import JsonFormatter
 from cobatch.server.settings.schema import Settings
@@ -110,7 +110,7 @@ class Server(uvicorn.Server):
     """Uvicorn's server that answers what it accepted before it ends."""
 
     def __init__(self, settings: Settings) -> None:
-        self.core = core = Core(settings)
+        self.core = core = Inference(settings)
         self.status = 0
         self._drain: asyncio.Task[None] | None = None
         core.on_ready = self._on_ready
@@ -200,7 +200,7 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _protocol(core: Core) -> type[asyncio.Protocol] | str:
+def _protocol(core: Inference) -> type[asyncio.Protocol] | str:
     """What uvicorn is to speak HTTP with."""
     missing = uvicorn_parts.missing()
     if missing is not None:

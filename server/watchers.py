@@ -6,7 +6,7 @@ import asyncio
 import importlib.util
 from typing import TYPE_CHECKING
 
-from cobatch.server.inference.service import Core
+from cobatch.server.inference.service import Inference
 from cobatch.server.observability.access_log import LEVELS, AccessLog
 from cobatch.server.observability.history import Recent
 from cobatch.server.settings.values import SettingsError
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Watchers:
     """Of one process. Raises SettingsError where one is asked for whose libraries are not there."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Inference) -> None:
         settings, observer = core.settings.server, core.observer
         self.recent = Recent(max(1, len(core.models)))
         observer.add(recorded=self.recent.on_request, batches=self.recent.on_batch)

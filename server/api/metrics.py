@@ -39,7 +39,7 @@ from cobatch.server.api.routing import as_response, guarded
 from cobatch.server.http.compression import compressed
 from cobatch.server.http.reply import Reply
 from cobatch.server.inference.model import Model
-from cobatch.server.inference.service import Core
+from cobatch.server.inference.service import Inference
 from cobatch.server.observability import metric_families as names
 from cobatch.server.observability.gpu import Gpu, Gpus
 from cobatch.server.observability.metric_families import SHARE_BOUNDS, TIME_BOUNDS, Family
@@ -55,7 +55,7 @@ _AT = np.searchsorted(EDGES_S, TIME_BOUNDS) + 1
 class Metrics:
     """Of one process."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Inference) -> None:
         self._core = core
 
     def families(self, gpus: Sequence[Gpu]) -> Iterator[Metric]:
@@ -278,7 +278,7 @@ class _One(Collector):
         return (self._metric,)
 
 
-def metrics_routes(core: Core, gpus: Gpus) -> list[Route]:
+def metrics_routes(core: Inference, gpus: Gpus) -> list[Route]:
     """The route. Where callers are known it needs `admin`, unless `metrics_open` lets everybody read it."""
     metrics = Metrics(core)
     process = CollectorRegistry()

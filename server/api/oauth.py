@@ -10,11 +10,11 @@ from starlette.routing import Route
 
 from cobatch.server.api.routing import guarded, json
 from cobatch.server.auth.challenges import WELL_KNOWN
-from cobatch.server.inference.service import Core
+from cobatch.server.inference.service import Inference
 from cobatch.server.settings.auth import ADMIN, INFER, METADATA
 
 
-def auth_routes(core: Core) -> list[Route]:
+def auth_routes(core: Inference) -> list[Route]:
     """The route, where the server knows its own address; none without."""
     auth = core.auth
     if auth is None or not auth.challenges.resource:

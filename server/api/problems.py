@@ -11,7 +11,7 @@ from starlette.routing import Route
 from cobatch.server.api.routing import guarded
 from cobatch.server.http.problem import Problem
 from cobatch.server.http.problem_kinds import ALWAYS, KINDS, MEMBERS, SOMETIMES, Kind
-from cobatch.server.inference.service import Core
+from cobatch.server.inference.service import Inference
 
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem;"
@@ -27,7 +27,7 @@ _HEADERS = {
 }
 
 
-def problem_pages(core: Core) -> list[Route]:
+def problem_pages(core: Inference) -> list[Route]:
     """Both routes, for Starlette."""
 
     async def index(request: Request) -> Response:

@@ -41,7 +41,7 @@ from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.request import Batch
 from cobatch.server.api.routing import guarded
 from cobatch.server.http.problem import Problem, stopping
-from cobatch.server.inference.service import Core
+from cobatch.server.inference.service import Inference
 
 Event = dict[str, Any]
 
@@ -236,7 +236,7 @@ _MOST_REQUESTS = 500_000
 class Recorder:
     """What has been seen so far. `clock` is the batchers'."""
 
-    def __init__(self, core: Core, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, core: Inference, clock: Callable[[], float] = time.monotonic) -> None:
         self._core = core
         self._clock = clock
         self.begin_s = clock()
@@ -319,7 +319,7 @@ class _Recording(StreamingResponse):
             self.over()
 
 
-def profile_routes(core: Core) -> list[Route]:
+def profile_routes(core: Inference) -> list[Route]:
     """The route, for Starlette."""
     recording: list[Recorder] = []
 

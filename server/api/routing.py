@@ -14,7 +14,7 @@ from cobatch.server.auth.principal import Principal, principal_in
 from cobatch.server.http.problem import Problem
 from cobatch.server.http.reply import JSON, Reply
 from cobatch.server.inference.model import Model
-from cobatch.server.inference.service import Core
+from cobatch.server.inference.service import Inference
 from cobatch.server.observability.record import note
 from cobatch.server.settings.auth import INFER, METADATA
 
@@ -30,7 +30,7 @@ def json(value: object, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, media_type=JSON.decode())
 
 
-def find(core: Core, request: Request) -> Model:
+def find(core: Inference, request: Request) -> Model:
     """The model that the path names, and its version if the path names one, or a Problem."""
     name = request.path_params["name"]
     model = core.models.get(name)
@@ -45,7 +45,7 @@ def find(core: Core, request: Request) -> Model:
     return model
 
 
-def _seen(core: Core, request: Request) -> list[str]:
+def _seen(core: Inference, request: Request) -> list[str]:
     """The models that the caller may know of."""
     principal = principal_in(request.scope)
     if core.auth is None:
@@ -62,7 +62,7 @@ def loaded(model: Model) -> Model:
     return model
 
 
-def guarded(core: Core, needs: Needs, endpoint: Endpoint) -> Endpoint:
+def guarded(core: Inference, needs: Needs, endpoint: Endpoint) -> Endpoint:
     """The endpoint for callers who may use it; a Problem that it raises is answered."""
 
     async def answer(request: Request) -> Response:
@@ -80,7 +80,7 @@ def guarded(core: Core, needs: Needs, endpoint: Endpoint) -> Endpoint:
     return answer
 
 
-def _check(core: Core, needs: Needs, principal: Principal, model: str) -> None:
+def _check(core: Inference, needs: Needs, principal: Principal, model: str) -> None:
     """Raises Problem where the caller may not. Whether the model exists is not said before that."""
     match needs:
         case "open" | "known":

@@ -18,7 +18,7 @@ from cobatch.engines.base import TensorSpec
 from cobatch.server.api.routing import Endpoint, Needs, find, guarded, json, loaded
 from cobatch.server.http.problem import Problem
 from cobatch.server.inference.model import Model
-from cobatch.server.inference.service import Core
+from cobatch.server.inference.service import Inference
 
 Json = dict[str, object]
 # How Triton's model configuration calls the datatypes that it does not call TYPE_ and their name.
@@ -150,7 +150,7 @@ def _duration(count: int, seconds: float) -> Json:
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "parameters", "statistics"]
 
 
-def v2_routes(core: Core) -> list[Route]:
+def v2_routes(core: Inference) -> list[Route]:
     """All of them, for Starlette. Infer stands here for its 404 and 405; `InferRoutes` serves it."""
 
     async def server(_: Request) -> Response:

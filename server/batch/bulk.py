@@ -19,7 +19,13 @@ from cobatch.server.auth.principal import Principal
 from cobatch.server.http.problem import Problem, from_error
 from cobatch.server.http.reply import Reply
 from cobatch.server.inference.model import Model
-from cobatch.server.inference.service import Core, InferRequest, ModelRequest, encoding_failed, instance_of
+from cobatch.server.inference.service import (
+    Inference,
+    InferRequest,
+    ModelRequest,
+    encoding_failed,
+    instance_of,
+)
 from cobatch.server.v2.messages import InferMessage
 
 # An item: its message, and its place in the call.
@@ -97,7 +103,7 @@ class BulkRequest(ModelRequest):
 
 
 def submit_alike(
-    core: Core,
+    core: Inference,
     model: Model,
     members: Sequence[Member],
     caller: Caller,

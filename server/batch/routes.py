@@ -42,7 +42,7 @@ from cobatch.server.http.problem import Problem, from_error, stopping
 from cobatch.server.http.reply import JSON, Reply, send_reply
 from cobatch.server.http.request_id import new_id
 from cobatch.server.inference.model import Model
-from cobatch.server.inference.service import Core, InferRequest, instance_of
+from cobatch.server.inference.service import Inference, InferRequest, instance_of
 from cobatch.server.observability.observer import LEFT, LEFT_SLUG
 from cobatch.server.observability.record import SEEN, Record, Seen, record_in
 from cobatch.server.settings.auth import INFER
@@ -69,7 +69,7 @@ def batch_routes() -> list[Route]:
 class BatchRoute:
     """POST /batch as ASGI; `app` is the application for the items that are not infer requests."""
 
-    def __init__(self, core: Core, app: ASGIApp, seen: ItemsSeen) -> None:
+    def __init__(self, core: Inference, app: ASGIApp, seen: ItemsSeen) -> None:
         self._core = core
         self._app = app
         self._seen = seen
@@ -129,7 +129,7 @@ class BatchRoute:
 _Models = Sequence[Model | None]
 
 
-def _parse(core: Core, body: bytes | bytearray, limit: int) -> tuple[Sequence[AnyItem], _Models]:
+def _parse(core: Inference, body: bytes | bytearray, limit: int) -> tuple[Sequence[AnyItem], _Models]:
     """The items and their models. Raises Problem."""
     quick = decode_infer_batch(body, limit)
     if quick is not None:
@@ -140,7 +140,7 @@ def _parse(core: Core, body: bytes | bytearray, limit: int) -> tuple[Sequence[An
     return items, _models_of(core, items)
 
 
-def _models_of(core: Core, items: Sequence[AnyItem]) -> _Models:
+def _models_of(core: Inference, items: Sequence[AnyItem]) -> _Models:
     paths = core.infer_paths
     return [paths.get(item.url) if item.method == "POST" and not item.headers else None for item in items]
 
@@ -149,7 +149,7 @@ class _Call(Items):
     """One call's items on their way."""
 
     def __init__(
-        self, core: Core, app: ASGIApp, scope: Scope, items: Sequence[AnyItem], models: _Models
+        self, core: Inference, app: ASGIApp, scope: Scope, items: Sequence[AnyItem], models: _Models
     ) -> None:
         super().__init__(items, models)
         self._core = core

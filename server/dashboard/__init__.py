@@ -17,7 +17,7 @@ from cobatch.server.api.routing import guarded
 from cobatch.server.auth.principal import principal_in
 from cobatch.server.dashboard.feed import Live
 from cobatch.server.http.problem import Problem
-from cobatch.server.inference.service import Core
+from cobatch.server.inference.service import Inference
 
 _FOLDER = Path(__file__).with_name("static")
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -51,7 +51,7 @@ class _File:
         return Response(self._body, media_type=self._type, headers=self._headers)
 
 
-def dashboard_routes(core: Core, live: Live) -> list[Route]:
+def dashboard_routes(core: Inference, live: Live) -> list[Route]:
     """The page, its files and its feed, for Starlette."""
     files = {path.name: _File(path) for path in sorted(_FOLDER.iterdir()) if path.suffix in _TYPES}
 

@@ -24,7 +24,7 @@ from cobatch.batcher.durations import EDGES_S
 from cobatch.server.auth.principal import Principal
 from cobatch.server.dashboard.seconds import ModelRecent, Second, size_bins, timeline
 from cobatch.server.http.problem_kinds import KINDS
-from cobatch.server.inference.service import Core
+from cobatch.server.inference.service import Inference
 from cobatch.server.observability.history import WHY, Recent
 
 log = logging.getLogger("cobatch.live")
@@ -69,7 +69,7 @@ class Live:
 
     def __init__(
         self,
-        core: Core,
+        core: Inference,
         explained: Recent,
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -209,7 +209,7 @@ def _event(kind: bytes, data: bytes) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (kind, data)
 
 
-def hello(core: Core, started: float) -> dict[str, Any]:
+def hello(core: Inference, started: float) -> dict[str, Any]:
     """What a page has to know of the server once. No secrets: of files that hold some, not even the names."""
     models = {}
     for name, model in core.models.items():

@@ -17,7 +17,7 @@ from cobatch.server.http.compression import compressed
 from cobatch.server.http.problem import Problem
 from cobatch.server.http.reply import Reply
 from cobatch.server.inference.model import Model
-from cobatch.server.inference.service import Core, InferRequest, instance_of
+from cobatch.server.inference.service import Inference, InferRequest
 from cobatch.server.observability.record import SEEN, Seen
 
 # An answer that takes longer than once to twice this is worth a task that notices the client leave.
@@ -33,7 +33,7 @@ class InferRoutes:
     applications from here.
     """
 
-    def __init__(self, app: ASGIApp, core: Core, direct: Mapping[str, ASGIApp]) -> None:
+    def __init__(self, app: ASGIApp, core: Inference, direct: Mapping[str, ASGIApp]) -> None:
         self.app = app
         self._direct = direct
         self.core = core
@@ -59,16 +59,17 @@ class InferRoutes:
         headers = seen.headers
         reply = None
         principal = scope.get(PRINCIPAL)
-        if principal is not None or core.draining or model.batcher is None or model.batcher.full:
-            reply = core.refusal(model, principal)
-        if reply is None:
+        problem = core.admit(model, principal)
+        if problem is not None:
+            reply = problem.reply(instance=model.infer_path)
+        else:
             try:
                 json_length = _json_length(headers, scope["headers"]) if _JSON_LENGTH in headers else None
                 body = await read_body(headers, receive, core.settings.server.max_body_bytes)
             except BodyError as error:
                 if error.problem is None:
                     return  # the client has left
-                reply = error.problem.reply(instance=instance_of(model))
+                reply = error.problem.reply(instance=model.infer_path)
             else:
                 caller = _Caller(self._waiting, receive, self._waiting.new_future(), seen)
                 caller.request = core.infer(model, body, json_length, caller.on_reply, principal, seen.record)
@@ -133,7 +134,7 @@ class _Waiting:
     anybody could have left, so a sweep gives the task only to those that it meets a second time.
     """
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Inference) -> None:
         self.core = core
         self.callers: dict[_Caller, None] = {}
         self._tasks: dict[_Caller, asyncio.Task[None]] = {}

@@ -26,7 +26,7 @@ from uvicorn.server import ServerState
 
 from cobatch.server.http.problem import Problem, stopping
 from cobatch.server.http.reply import Reply
-from cobatch.server.inference.service import Core
+from cobatch.server.inference.service import Inference
 
 # Past this, headers that are still coming are refused. What one read brings may be more.
 _HEADERS_BYTES = 65536
@@ -76,7 +76,7 @@ _DEFAULTS = _Defaults()
 class Connection(HttpToolsProtocol):
     """One connection. `core` is set by whoever makes the class for a server."""
 
-    core: Core
+    core: Inference
 
     def __init__(
         self,

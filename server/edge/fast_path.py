@@ -24,7 +24,7 @@ from cobatch.server.edge.fast_cycle import FastCycle
 from cobatch.server.edge.header_cache import Known, recognise, remember
 from cobatch.server.http.problem import too_large
 from cobatch.server.http.reply import Reply
-from cobatch.server.inference.service import Core, instance_of
+from cobatch.server.inference.service import Inference
 from cobatch.server.observability.observer import Observer
 
 
@@ -116,17 +116,16 @@ class FastProtocol(Connection):
 
     def _refusal(self, known: Known) -> Reply | None:
         """The answer to a request whose body need not be read, or None."""
-        refusal: Reply | None
-        if known.refusal is not None:
-            refusal = known.refusal.reply(instance=instance_of(known.model))
-        else:
-            refusal = self.core.refusal(known.model, known.principal)
+        problem = known.refusal or self.core.admit(known.model, known.principal)
         limit = self.core.settings.server.max_body_bytes
-        if known.length > limit:
-            if refusal is None:
-                return too_large(known.length, limit).reply(instance=instance_of(known.model))
-            refusal.close = True  # nobody reads so much only to drop it
-        return refusal
+        too_long = known.length > limit
+        if too_long and problem is None:
+            problem = too_large(known.length, limit)
+        if problem is None:
+            return None
+        reply = problem.reply(instance=known.model.infer_path)
+        reply.close |= too_long  # reading so much only to drop it would be the attack
+        return reply
 
     def on_body(self, body: bytes) -> None:
         cycle = self.cycle
@@ -160,7 +159,7 @@ class FastProtocol(Connection):
             )
 
 
-def make_protocol(core: Core) -> type[FastProtocol]:
+def make_protocol(core: Inference) -> type[FastProtocol]:
     """The protocol class for one server, to be given to uvicorn as `http`."""
     return type(
         "CobatchProtocol", (FastProtocol,), {"core": core, "observer": core.observer, "known_blocks": {}}

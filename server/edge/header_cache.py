@@ -18,7 +18,7 @@ from cobatch.server.auth.principal import Principal
 from cobatch.server.http.compression import choose
 from cobatch.server.http.problem import Problem
 from cobatch.server.inference.model import Model
-from cobatch.server.inference.service import Core
+from cobatch.server.inference.service import Inference
 from cobatch.server.observability.record import MARKS
 
 _MOST_BLOCKS = 4096
@@ -48,7 +48,7 @@ class Known(msgspec.Struct, eq=False):
     refusal: Problem | None = None
 
 
-def recognise(core: Core, parser: HttpRequestParser, url: bytes, headers: Headers) -> Known | None:
+def recognise(core: Inference, parser: HttpRequestParser, url: bytes, headers: Headers) -> Known | None:
     """What a plain request to an infer route says in its headers; None for any other request."""
     model = core.infer_targets.get(url)
     if model is None or parser.get_method() != b"POST":

@@ -8,7 +8,7 @@ import time
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cobatch.server.auth.principal import principal_in
-from cobatch.server.inference.service import Core
+from cobatch.server.inference.service import Inference
 from cobatch.server.observability.observer import LEFT, LEFT_SLUG
 from cobatch.server.observability.record import INFER_ROUTE, MARKS, SEEN, Record, Seen
 
@@ -20,7 +20,7 @@ _FAILED = 500
 class Observed:
     """The application, watched."""
 
-    def __init__(self, app: ASGIApp, core: Core) -> None:
+    def __init__(self, app: ASGIApp, core: Inference) -> None:
         self.app = app
         self._core = core
 

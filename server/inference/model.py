@@ -39,6 +39,7 @@ class Model:
     def __init__(self, settings: ModelSettings) -> None:
         self.name = settings.name
         self.version = settings.model_version
+        self.infer_path = f"/v2/models/{settings.name}/infer"  # without a version: `instance` in problems
         self.settings = settings
         self.batcher: Batcher | None = None
         self.load_error: EngineError | None = None
@@ -171,6 +172,10 @@ class Model:
             if refusal is not None and tenant is not None:
                 tenant.figures.refused += 1
             return None if refusal is None else from_error(refusal)
+        return self.unavailable()
+
+    def unavailable(self) -> Problem:
+        """Return the problem of a request for a model that is not loaded."""
         if self.load_error is not None:
             return Problem("load-failed", f"model {self.name!r} could not be loaded", model=self.name)
         return Problem("starting", f"model {self.name!r} is being loaded", model=self.name, retry_after_s=1)

@@ -1,13 +1,15 @@
-"""The handler core: what an infer request goes through, whichever edge brought it.
+"""All models of a process, and the path of one infer request through them.
 
-`server.edge.fast_path` (below ASGI) and `server.edge.asgi` both do: find the model, `refusal` when the
-headers are there, `infer` when the body is, `cancel` when the caller leaves. The reply comes by callback.
+Both edges (`server.edge.fast_path` below ASGI, `server.edge.asgi`), POST /batch and predictions use it:
+`admit` once the headers have arrived, `infer` with the body, `cancel` if the client disconnects. The reply
+comes by callback.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 
 from cobatch.batcher.request import Request
@@ -61,7 +63,7 @@ class InferRequest(ModelRequest):
             if self.error is None:
                 reply = self.model.encoder.encode(self, self.wants, self.id, self.usage)
             else:
-                reply = from_error(self.error).reply(instance=instance_of(self.model))
+                reply = from_error(self.error).reply(instance=self.model.infer_path)
         except Exception as error:  # noqa: BLE001 - logged there
             reply = encoding_failed(self.model, error)
         self.reply(reply)
@@ -71,19 +73,19 @@ def encoding_failed(model: Model, error: Exception) -> Reply:
     """What the caller is told when its answer could not be written; the log says why."""
     log.error("model %s: encoding an answer failed", model.name, exc_info=error)
     problem = Problem("internal", "the server failed to encode the answer; its log says why")
-    return problem.reply(instance=instance_of(model))
+    return problem.reply(instance=model.infer_path)
 
 
 def instance_of(model: Model) -> str:
-    """What a problem's `instance` says on the infer routes: the same for both edges and all versions."""
-    return f"/v2/models/{model.name}/infer"
+    """Return the `instance` of problems on the infer routes: the same for both edges and all versions."""
+    return model.infer_path
 
 
 def _log_load_failure(name: str, error: EngineError) -> None:
     log.critical("model %s cannot be loaded: %s", name, error)
 
 
-class Core:
+class Inference:
     """All models of a process, and what both edges do with them. Raises SettingsError for bad key files.
 
     `auth` is None where everybody is anonymous; principals are None then, too.
@@ -123,16 +125,44 @@ class Core:
         open_ = not self.draining and (self.auth is None or self.auth.ready)
         return open_ and all(model.ready for model in self.models.values())
 
-    def refusal(self, model: Model, principal: Principal | None) -> Reply | None:
-        """The answer to a request that is not even read, or None. Asked when the headers are there."""
-        problem: Problem | None
-        if principal is not None and not principal.may_infer(model.name):
-            problem = self.forbidden(INFER, model.name)
-        elif self.draining:
-            problem = stopping()
-        else:
-            problem = model.refusal(None if principal is None else principal.tenant)
-        return None if problem is None else problem.reply(instance=instance_of(model))
+    def admit(self, model: Model, principal: Principal | None) -> Problem | None:
+        """Decide whether a request may enter now; return the problem if it may not.
+
+        Nothing else decides this. It is asked before the body is read, and again before it is decoded.
+        """
+        batcher = model.batcher
+        tenant = None
+        if principal is not None:
+            if not principal.may_infer(model.name):
+                return self.forbidden(INFER, model.name)
+            tenant = principal.tenant
+        if self.draining:
+            return stopping()
+        if batcher is None:
+            return model.unavailable()
+        if not batcher.full and (tenant is None or not tenant.limited):
+            return None
+        refusal = batcher.refusal(tenant=tenant)
+        if refusal is None:
+            return None
+        if tenant is not None:
+            tenant.figures.refused += 1
+        return from_error(refusal)
+
+    def admit_call(self, principal: Principal | None) -> Problem | None:
+        """Decide whether a call with requests for several models may enter; each is admitted by itself later.
+
+        The problem is one that every request of the call would have.
+        """
+        if self.draining:
+            return stopping()
+        if principal is None:
+            return None
+        if not principal.permissions:
+            return self.forbidden(INFER)
+        tenant = principal.tenant
+        refusal = tenant.refusal(1, 1, time.monotonic(), 0.0) if tenant.limited else None
+        return None if refusal is None else from_error(refusal)
 
     def forbidden(self, permission: str, model: str | None = None) -> Problem:
         """A known caller lacks a permission; for `infer` and `metadata` of one model, with its name."""
@@ -156,14 +186,11 @@ class Core:
         None when it was called already. `json_length` is Inference-Header-Content-Length's value. A body
         that is parsed already comes as its message. `record` gets what there is to say of it.
         """
-        batcher = model.batcher
         tenant = None if principal is None else principal.tenant
-        if batcher is None or self.draining or batcher.full or (tenant is not None and tenant.limited):
-            # Asked again: between the headers and the body others may have come.
-            refusal = self.refusal(model, principal)
-            if refusal is not None:
-                reply(refusal)
-                return None
+        problem = self.admit(model, principal)
+        if problem is not None:
+            reply(problem.reply(instance=model.infer_path))
+            return None
         try:
             if type(body) is InferMessage:
                 decoded = model.decoder.decode_message(body)
@@ -173,7 +200,7 @@ class Core:
             if record is not None:
                 request.record = record
                 record.rows = request.rows
-            batcher.submit(request)  # type: ignore[union-attr]  # None is always refused
+            model.batcher.submit(request)  # type: ignore[union-attr]  # None is never admitted
             return request
         except Exception as error:  # noqa: BLE001 - `_refused` logs what is not expected
             # No name for the problem here: its traceback holds this frame, and the frame would hold it.
@@ -192,4 +219,4 @@ def _refused(model: Model, error: Exception, tenant: Tenant | None) -> Reply:
     if problem.kind.slug == "internal":
         whose = "" if tenant is None else f" of tenant {tenant.name}"
         log.error("model %s: an infer request%s failed", model.name, whose, exc_info=error)
-    return problem.reply(instance=instance_of(model))
+    return problem.reply(instance=model.infer_path)

@@ -27,7 +27,7 @@ from cobatch.server.api.routing import guarded, json
 from cobatch.server.http.problem import Problem
 from cobatch.server.http.problem_kinds import KINDS
 from cobatch.server.http.request_id import place_of
-from cobatch.server.inference.service import Core
+from cobatch.server.inference.service import Inference
 from cobatch.server.observability.record import Record
 
 # Of all models together; each has its share.
@@ -273,7 +273,7 @@ def _counted(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
-def explain_routes(core: Core, recent: Recent) -> list[Route]:
+def explain_routes(core: Inference, recent: Recent) -> list[Route]:
     """The route, for Starlette."""
 
     async def explain(request: Request) -> Response:

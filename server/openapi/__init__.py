@@ -17,7 +17,7 @@ from cobatch import __version__
 from cobatch.server.api.routing import as_response, guarded
 from cobatch.server.http.compression import compressed
 from cobatch.server.http.reply import JSON, Reply
-from cobatch.server.inference.service import Core
+from cobatch.server.inference.service import Inference
 from cobatch.server.openapi.document import (
     HEADERS,
     OF_AUTH,
@@ -51,7 +51,7 @@ _TAGS = {
 }
 
 
-def openapi_routes(core: Core) -> list[Route]:
+def openapi_routes(core: Inference) -> list[Route]:
     """Both routes, for Starlette."""
     made = _Made(core)
 
@@ -67,7 +67,7 @@ def openapi_routes(core: Core) -> list[Route]:
     ]
 
 
-def describe(core: Core) -> dict[str, Any]:
+def describe(core: Inference) -> dict[str, Any]:
     """The OpenAPI document, with what the models that are loaded by now take."""
     models = Described(core)
     auth = core.auth
@@ -100,7 +100,7 @@ def describe(core: Core) -> dict[str, Any]:
 class _Made:
     """The document and the page, kept until another model is loaded."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Inference) -> None:
         self._core = core
         self._loaded: list[str] | None = None
         self._document = b""
@@ -123,6 +123,6 @@ class _Made:
         return self._page
 
 
-async def _send(request: Request, core: Core, reply: Reply) -> Response:
+async def _send(request: Request, core: Inference, reply: Reply) -> Response:
     accept = request.headers.get("accept-encoding", "").encode("latin-1")
     return as_response(await compressed(reply, accept, core.settings.server.compress_min_bytes))

@@ -26,7 +26,7 @@ from cobatch.server.auth.challenges import WELL_KNOWN
 from cobatch.server.http.problem import PROBLEM_JSON, Problem
 from cobatch.server.http.problem_kinds import KINDS
 from cobatch.server.inference.model import Model
-from cobatch.server.inference.service import Core
+from cobatch.server.inference.service import Inference
 from cobatch.server.openapi import examples
 from cobatch.server.openapi.schemas import ref
 
@@ -388,7 +388,7 @@ def _merged(answers: Json, problems: Json) -> Json:
 class Described:
     """The served models as the description needs them: all their names, and those that are loaded."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Inference) -> None:
         self.names = list(core.models)
         self.all: list[Model] = list(core.models.values())
         self.loaded: list[Model] = [model for model in self.all if model.batcher is not None]

@@ -27,7 +27,7 @@ from cobatch.server.http.compression import compressed
 from cobatch.server.http.problem import Problem, from_error, stopping
 from cobatch.server.http.reply import JSON, Reply
 from cobatch.server.inference.model import Model
-from cobatch.server.inference.service import Core
+from cobatch.server.inference.service import Inference
 from cobatch.server.observability.record import record_in
 from cobatch.server.predictions import decode as v1_decode
 from cobatch.server.predictions.content import fingerprint, read_content
@@ -76,7 +76,7 @@ class _LeftError(Exception):
     """The client has left; nobody reads what is answered."""
 
 
-def v1_routes(core: Core) -> list[Route]:
+def v1_routes(core: Inference) -> list[Route]:
     """All of them, for Starlette."""
     resource = _Resource(core)
 
@@ -93,7 +93,7 @@ def v1_routes(core: Core) -> list[Route]:
 class _Resource:
     """The endpoints, and the predictions that they keep."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Inference) -> None:
         self._core = core
         self._settings = core.settings.server
         self._kept = Predictions(core.settings.server)

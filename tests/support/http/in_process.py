@@ -22,7 +22,7 @@ from cobatch.server.app import build
 from cobatch.server.auth.gate import Gate
 from cobatch.server.edge.asgi import InferRoutes
 from cobatch.server.edge.observed import Observed
-from cobatch.server.inference.service import Core
+from cobatch.server.inference.service import Inference
 from cobatch.server.settings.auth import AuthSettings
 from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings
 from tests.support.http.serving import DEADLINE_S, GatedEngine
@@ -32,7 +32,7 @@ from tests.support.http.serving import DEADLINE_S, GatedEngine
 class InProcess:
     """A running application and a client for it."""
 
-    core: Core
+    core: Inference
     app: ASGIApp
     starlette: Starlette
     http: httpx.AsyncClient
@@ -59,7 +59,7 @@ async def in_process(
         return fakes.get(path) or load_engine(kind, path, max_batch_size, options)
 
     http_settings = ServerSettings(**{"drain_timeout_s": DEADLINE_S, **settings})
-    core = Core(Settings(server=http_settings, models=models, auth=auth))
+    core = Inference(Settings(server=http_settings, models=models, auth=auth))
     loaded = asyncio.Event()
     core.on_ready = loaded.set
 

@@ -24,7 +24,7 @@ from cobatch.server.app import build
 from cobatch.server.auth.principal import PRINCIPAL, Principal
 from cobatch.server.edge.asgi import InferRoutes
 from cobatch.server.edge.observed import Observed
-from cobatch.server.inference.service import Core
+from cobatch.server.inference.service import Inference
 from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings
 from tests.support.http.serving import DEADLINE_S, GatedEngine
 from tests.support.models import models
@@ -35,7 +35,7 @@ GATE = "/v1/models/gate/predictions"
 class App:
     """A running application and a client for it."""
 
-    def __init__(self, app: Observed, core: Core, client: httpx.AsyncClient) -> None:
+    def __init__(self, app: Observed, core: Inference, client: httpx.AsyncClient) -> None:
         self.app = app
         self.core = core
         self.client = client
@@ -84,7 +84,7 @@ async def running(
     def load(kind: str, path: str, max_batch_size: int, options: EngineOptions) -> Engine:
         return fakes.get(path) or load_engine(kind, path, max_batch_size, options)
 
-    core = Core(Settings(server=ServerSettings(**settings), models=served))
+    core = Inference(Settings(server=ServerSettings(**settings), models=served))
     ready = asyncio.Event()
     core.on_ready = ready.set
     app = build(core)

@@ -29,7 +29,7 @@ from cobatch.batcher.request import Request
 from cobatch.engines.base import Engine, RowShapes
 from cobatch.engines.errors import EngineError
 from cobatch.engines.loader import EngineOptions, load_engine
-from cobatch.server.inference.service import Core
+from cobatch.server.inference.service import Inference
 from cobatch.server.serve import Server
 from cobatch.server.settings.auth import AuthSettings
 from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings
@@ -228,7 +228,7 @@ class Served:
         self._thread = threading.Thread(target=server.run, name="served")
 
     @property
-    def core(self) -> Core:
+    def core(self) -> Inference:
         """The handler core; use it on the loop (`call`), or read numbers of it."""
         return self.server.core
 
