@@ -1,5 +1,5 @@
 # One command each; CI runs the same ones.
-.PHONY: install check test bench demo lock
+.PHONY: install check test bench demo docs lock
 
 install: ## make or update .venv
 	./scripts/_env
@@ -15,6 +15,9 @@ bench: install ## the overhead table of the README (needs wrk: apt-get install w
 
 demo: ## a real model, many callers
 	./scripts/demo
+
+docs: install ## the documentation site, in benchmarks/out/site
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --quiet
 
 lock: install ## bring requirements.lock up to date, keeping the comment at its head
 	.venv/bin/python -m pip install -qq uv
