@@ -1,7 +1,8 @@
-"""GET /.well-known/oauth-protected-resource: where clients learn whom to ask for a token (RFC 9728)."""
+"""GET /.well-known/oauth-protected-resource: the issuers whose tokens this server accepts (RFC 9728)."""
 
 from __future__ import annotations
 
+from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
@@ -9,18 +10,20 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from cobatch.server.api.routing import guarded, json
+from cobatch.server.auth.authenticator import Authenticator
 from cobatch.server.auth.challenges import WELL_KNOWN
 from cobatch.server.inference.service import Inference
 from cobatch.server.settings.auth import ADMIN, INFER, METADATA
 
 
-def auth_routes(core: Inference) -> list[Route]:
-    """The route, where the server knows its own address; none without."""
-    auth = core.auth
-    if auth is None or not auth.challenges.resource:
-        return []
-    # `resource` must be exactly what the client asked about (RFC 9728, 3.3).
-    document = {
+def metadata_path(auth: Authenticator) -> str:
+    """Return the metadata's path: the well-known part, then the resource's own path (RFC 9728, 3.1)."""
+    return WELL_KNOWN + urlsplit(auth.challenges.resource).path.rstrip("/")
+
+
+def metadata_document(auth: Authenticator) -> dict[str, Any]:
+    """Return the metadata. `resource` is exactly the identifier that clients use (RFC 9728, 3.3)."""
+    return {
         "resource": auth.challenges.resource,
         "authorization_servers": [issuer.issuer for issuer in auth.settings.issuers],
         "scopes_supported": [INFER, METADATA, ADMIN],
@@ -28,8 +31,15 @@ def auth_routes(core: Inference) -> list[Route]:
         "resource_name": "cobatch",
     }
 
+
+def auth_routes(core: Inference) -> list[Route]:
+    """Return the route, or none where the server does not know its own address."""
+    auth = core.auth
+    if auth is None or not auth.challenges.resource:
+        return []
+    document = metadata_document(auth)
+
     async def metadata(_: Request) -> Response:
         return json(document)
 
-    path = urlsplit(auth.challenges.resource).path.rstrip("/")
-    return [Route(WELL_KNOWN + path, guarded(core, "open", metadata), methods=["GET"])]
+    return [Route(metadata_path(auth), guarded(core, "open", metadata), methods=["GET"])]

@@ -1,99 +1,180 @@
-"""Requests that really run, for the API's description: a row of zeros for each model that is loaded.
+"""Examples for the OpenAPI document: requests that run as they stand, one row of zeros for each loaded model.
 
-Zeros are values of every datatype, are in range wherever the model takes indices, and are ASCII as bytes,
-so that even a binary body can stand in a JSON document.
-
-The examples on the API's page: requests as commands that can be pasted, answers as JSON.
+Zero is a value of every datatype, is in range where a model takes indices, and is ASCII as bytes, so that a
+binary body can be written in JSON too.
 """
 
 from __future__ import annotations
 
 import base64
-import json
-import shlex
-from html import escape
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
 import msgspec
 
+from cobatch import __version__
 from cobatch.engines.base import Signature, TensorSpec
+from cobatch.server.api.v2 import EXTENSIONS, config, index_entry, metadata, statistics
+from cobatch.server.inference.model import Model
+from cobatch.server.inference.service import Inference
 
 Json = dict[str, Any]
-# A model whose row is longer has no example: nobody would read it.
-_MOST_ELEMENTS = 4096
-# Where NumPy's name of what carries a datatype is not the datatype's.
+JSON = "application/json"
+FORM = "multipart/form-data"
+OCTETS = "application/octet-stream"
+
+# Models with longer rows get no example: it would be too long to read.
+_ELEMENTS_LIMIT = 4096
+# Datatypes that the answer names differently from the NumPy type that carries them.
 _DTYPES = {"BYTES": "bytes", "BF16": "bfloat16"}
 
 
+class LoadedModels:
+    """The served models: `all` of them, and the `loaded` ones with signatures and required inputs by name."""
+
+    def __init__(self, core: Inference) -> None:
+        self.names = list(core.models)
+        self.all: list[Model] = list(core.models.values())
+        self.loaded = [model for model in self.all if model.batcher is not None]
+        self.signatures: Mapping[str, Signature] = {
+            model.name: model.engine_worker.engine.signature for model in self.loaded
+        }
+        # Without the masks that padding makes where the request has none.
+        self.required = {model.name: [spec.name for spec in model.decoder.required] for model in self.loaded}
+        # The model in the examples of answers.
+        self.shown = next((one for one in self.loaded if has_example(self.signatures[one.name])), None)
+
+
+def add_examples(operations: Mapping[str, Json], models: LoadedModels) -> None:
+    """Add requests and answers of the loaded models to the operations, which come by `operationId`."""
+    body = operations["predict"]["requestBody"]["content"][FORM]["schema"]["properties"]
+    for name in sorted({spec.name for one in models.signatures.values() for spec in one.inputs}):
+        text = "nested lists in JSON, or with its own Content-Type raw bytes or a .npy file"
+        body[name] = {"type": "array", "description": text}
+    for model, signature in models.signatures.items():
+        if has_example(signature):
+            for id_, media, key, example in _requests(model, signature):
+                content = operations[id_]["requestBody"]["content"][media]
+                content.setdefault("examples", {})[key] = example
+    shown = models.shown
+    if shown is not None:
+        predict = prediction(models.signatures[shown.name])
+        item = {"method": "POST", "url": f"/v1/models/{shown.name}/predictions", "body": predict}
+        batch = operations["batch"]["requestBody"]["content"][JSON]["examples"]["two"]["value"]
+        batch["requests"].append({"id": "predict", **item})
+    for id_, answer in _answers(models).items():
+        operations[id_]["responses"]["200"]["content"][JSON]["example"] = answer
+    # Examples in operations.json have another model's name.
+    for id_, status, member in (
+        ("getModelReady", "200", "name"),
+        ("getModelReady", "503", "name"),
+        ("predict", "202", "model"),
+        ("cancelPrediction", "200", "model"),
+    ):
+        example = operations[id_]["responses"][status]["content"][JSON]["example"]
+        example[member] = (shown or models.all[0]).name
+
+
+def _answers(models: LoadedModels) -> Json:
+    """Return examples of 200 answers by `operationId`."""
+    server = {"name": "cobatch", "version": __version__, "extensions": EXTENSIONS}
+    answers: Json = {
+        "getServer": server,
+        "getServerSlash": server,
+        "getAllStats": {"model_stats": [statistics(model) for model in models.loaded[:1]]},
+        "getIndex": [index_entry(model) for model in models.all],
+    }
+    shown = models.shown
+    if shown is None:
+        return answers
+    signature = models.signatures[shown.name]
+    predicted = _prediction_answer(shown.name, signature)
+    return answers | {
+        "getModel": metadata(shown),
+        "getConfig": config(shown),
+        "getStats": {"model_stats": [statistics(shown)]},
+        "infer": _infer_answer(shown.name, shown.version, signature),
+        "predict": predicted,
+        "getPrediction": predicted,
+    }
+
+
+def _requests(model: str, signature: Signature) -> Iterator[tuple[str, str, str, Json]]:
+    """Yield `operationId`, media type, key and example of each way to send a row to the model."""
+
+    def example(value: Any, form: str = "", **headers: str) -> Json:
+        made: Json = {"summary": f"One row for {model}{form}", "value": value, "x-path": {"name": model}}
+        return made | ({"x-headers": headers} if headers else {})
+
+    if (message := infer_json(signature)) is not None:
+        yield "infer", JSON, model, example(message)
+    length = "Inference-Header-Content-Length"
+    binary, json_length = infer_binary(signature)
+    yield "infer", OCTETS, model, example(binary, ": JSON, then its bytes", **{length: str(json_length)})
+    if (raw := raw_tensor(signature)) is not None:
+        yield "infer", OCTETS, f"{model}-raw", example(raw, " as bytes alone", **{length: "0"})
+        yield "predict", OCTETS, model, example(raw, " as bytes alone")
+    yield "predict", JSON, model, example(prediction(signature))
+    inputs = {spec.name: _nested(spec) for spec in signature.inputs}
+    yield "predict", FORM, model, example(inputs | {"request": {"priority": 1}})
+
+
 def has_example(signature: Signature) -> bool:
-    """Whether a row is short enough to be shown."""
-    return sum(prod(_row(spec)) for spec in (*signature.inputs, *signature.outputs)) <= _MOST_ELEMENTS
+    """Return whether a row is short enough to be shown."""
+    return sum(prod(_row(spec)) for spec in (*signature.inputs, *signature.outputs)) <= _ELEMENTS_LIMIT
 
 
 def infer_json(signature: Signature) -> Json | None:
-    """An infer request in JSON; None where JSON has no word for a datatype."""
+    """Return an infer request in JSON, or None where JSON cannot express a datatype."""
     if any(spec.datatype == "BF16" for spec in signature.inputs):
         return None
     return {"id": "1", "inputs": [_tensor(spec) | {"data": _flat(spec)} for spec in signature.inputs]}
 
 
 def infer_binary(signature: Signature) -> tuple[str, int]:
-    """An infer request with binary tensors both ways, as text, and the length of its JSON."""
-    message = {
-        "inputs": [
-            _tensor(spec) | {"parameters": {"binary_data_size": len(_bytes(spec))}}
-            for spec in signature.inputs
-        ],
-        "parameters": {"binary_data_output": True},
-    }
+    """Return an infer request with binary inputs and outputs, as text, and the length of its JSON."""
+    inputs = [
+        _tensor(spec) | {"parameters": {"binary_data_size": len(_bytes(spec))}} for spec in signature.inputs
+    ]
+    message = {"inputs": inputs, "parameters": {"binary_data_output": True}}
     text = msgspec.json.encode(message).decode()
     return text + "".join(_bytes(spec) for spec in signature.inputs), len(text)
 
 
-def infer_answer(model: str, version: str, signature: Signature) -> Json:
-    """What comes of it, but for the values."""
-    outputs = [_tensor(spec) | {"data": _flat(spec)} for spec in signature.outputs]
-    return {"model_name": model, "model_version": version, "id": "1", "outputs": outputs}
-
-
 def raw_tensor(signature: Signature) -> str | None:
-    """A body that is one row of the only input; None where there are several."""
+    """Return a body that is one row of the only input, or None where that is not possible."""
     if len(signature.inputs) != 1 or signature.inputs[0].shape.count(-1) > 1:
         return None
     spec = signature.inputs[0]
-    # Elsewhere an element of BYTES has its length before it; here the whole body is one.
+    # Elsewhere each element of BYTES follows its length; here the whole body is one element.
     if spec.datatype != "BYTES":
         return _bytes(spec)
     return "text" if prod(_row(spec)) == 1 else None
 
 
 def prediction(signature: Signature) -> Json:
-    """A prediction's request in JSON."""
+    """Return the request for a prediction in JSON."""
     return {"inputs": {spec.name: _nested(spec) for spec in signature.inputs}, "deadline_ms": 60_000}
 
 
-def form(signature: Signature) -> Json:
-    """The parts of a form, each of them JSON."""
-    return {spec.name: _nested(spec) for spec in signature.inputs} | {"request": {"priority": 1}}
+def _infer_answer(model: str, version: str, signature: Signature) -> Json:
+    outputs = [_tensor(spec) | {"data": _flat(spec)} for spec in signature.outputs]
+    return {"model_name": model, "model_version": version, "id": "1", "outputs": outputs}
 
 
-def prediction_answer(model: str, signature: Signature) -> Json:
-    """What comes of it, but for the values."""
-    return {
-        "id": "kQ0vR1mXbq8sWc3LtZ5dYg6h",
-        "status": "completed",
-        "model": model,
-        "outputs": {
-            spec.name: {
-                "dtype": _DTYPES.get(spec.datatype, spec.dtype.name),
-                "shape": [1, *_row(spec)],
-                "data": _zeros(spec),
-            }
-            for spec in signature.outputs
-        },
-        "usage": {"rows": 1, "batch_rows": 16, "queue_us": 213, "compute_us": 1480},
+def _prediction_answer(model: str, signature: Signature) -> Json:
+    outputs = {
+        spec.name: {
+            "dtype": _DTYPES.get(spec.datatype, spec.dtype.name),
+            "shape": [1, *_row(spec)],
+            "data": _zeros(spec),
+        }
+        for spec in signature.outputs
     }
+    usage = {"rows": 1, "batch_rows": 16, "queue_us": 213, "compute_us": 1480}
+    head = {"id": "kQ0vR1mXbq8sWc3LtZ5dYg6h", "status": "completed", "model": model}
+    return head | {"outputs": outputs, "usage": usage}
 
 
 def _row(spec: TensorSpec) -> list[int]:
@@ -122,7 +203,7 @@ def _zeros(spec: TensorSpec) -> Any:
 
 
 def _nested(spec: TensorSpec) -> Any:
-    """As nested lists, or where JSON has no numbers of the kind, as base64."""
+    """Return the row as nested lists, or as base64 where JSON has no such numbers."""
     if spec.datatype != "BF16":
         return _zeros(spec)
     data = base64.b64encode(_bytes(spec).encode()).decode()
@@ -130,64 +211,6 @@ def _nested(spec: TensorSpec) -> Any:
 
 
 def _bytes(spec: TensorSpec) -> str:
-    """The row as binary, as text. An element of BYTES is its length, here 0, and as many bytes."""
+    """Return the row's bytes as text. An element of BYTES is its length, here 0, and that number of bytes."""
     size = 4 if spec.datatype == "BYTES" else spec.dtype.itemsize
     return "\0" * (size * prod(_row(spec)))
-
-
-# Longer examples are cut: they are there to be read.
-_MOST_SHOWN = 1200
-_WIDTH = 76
-
-
-def request_example(path: str, media: str, example: Json, credentials: str = "") -> str:
-    """A request as a command, where a command line can hold it. `credentials` is a header of it."""
-    value = example["value"]
-    path = path.format_map(example.get("x-path", {}))
-    if media == "application/json":
-        body = f"--json {shlex.quote(pretty(value))}"
-    elif media == "multipart/form-data":
-        body = " \\\n  ".join(f"-F {shlex.quote(f'{name}={pretty(part)}')}" for name, part in value.items())
-    else:
-        return details(example["summary"], _binary(path, media, example, credentials))
-    return details(example["summary"], f"curl $URL{path}{_line(credentials)} \\\n  {body}")
-
-
-def _binary(path: str, media: str, example: Json, credentials: str) -> str:
-    """A binary body as a command: text, then zeros."""
-    text = example["value"].rstrip("\0")
-    zeros = len(example["value"]) - len(text)
-    parts = [f"printf %s {shlex.quote(text)}"] if text else []
-    parts += [f"head -c {zeros} /dev/zero"] if zeros else []
-    headers = {"Content-Type": media, **example.get("x-headers", {})}
-    lines = " \\\n  ".join(f"-H {shlex.quote(f'{name}: {value}')}" for name, value in headers.items())
-    curl = f"curl $URL{path}{_line(credentials)}"
-    return f"{{ {'; '.join(parts)}; }} |\n  {curl} --data-binary @- -o answer \\\n  {lines}"
-
-
-def _line(credentials: str) -> str:
-    # In double quotes, for the shell puts the variable's value in.
-    return f' -H "{credentials}"' if credentials else ""
-
-
-def details(summary: str, text: str) -> str:
-    """Text that is shown when it is asked for."""
-    if len(text) > _MOST_SHOWN:
-        text = text[:_MOST_SHOWN] + " ..."
-    # What can be scrolled must be reachable by keyboard.
-    body = f'<pre tabindex="0"><code>{escape(text)}</code></pre>'
-    return f"<details><summary>{escape(summary)}</summary>{body}</details>"
-
-
-def pretty(value: Any, indent: int = 0) -> str:
-    """JSON on several lines where it is long, but what is short stays on one."""
-    text = json.dumps(value, ensure_ascii=False)
-    if len(text) + indent <= _WIDTH or not isinstance(value, dict | list):
-        return text
-    if isinstance(value, dict):
-        items = [f"{json.dumps(key)}: {pretty(one, indent + 2)}" for key, one in value.items()]
-    else:
-        items = [pretty(one, indent + 2) for one in value]
-    ends = "{}" if isinstance(value, dict) else "[]"
-    lead = "\n" + " " * (indent + 2)
-    return f"{ends[0]}{lead}{f',{lead}'.join(items)}\n{' ' * indent}{ends[1]}"

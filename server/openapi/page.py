@@ -1,62 +1,21 @@
-"""The style of the API's page: light and dark, narrow and wide, nothing from elsewhere.
-
-GET /docs: the OpenAPI document as one page of HTML. No script, nothing from elsewhere.
-"""
+"""GET /docs: the OpenAPI document as one HTML page, without scripts or resources of other servers."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import json
+import shlex
 from html import escape
+from pathlib import Path
 from typing import Any
 
-from cobatch.server.openapi.document import ANYWHERE, GUARDED
-from cobatch.server.openapi.examples import details, pretty, request_example
-
-STYLE = """
-:root{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--soft:#59636e;--line:#d8dee4;--box:#f5f7f9;
---link:#0b57d0;--get:#0a6b3d;--post:#0b57d0;--delete:#b3261e}
-@media(prefers-color-scheme:dark){:root{--bg:#15181c;--fg:#e4e7ea;--soft:#9aa4af;--line:#333a42;
---box:#1e2328;--link:#8ab4f8;--get:#7bd3a3;--post:#8ab4f8;--delete:#f2a29b}}
-*{box-sizing:border-box}
-html{scroll-padding-top:1rem}
-body{margin:0;font:16px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;
-color:var(--fg);background:var(--bg)}
-a{color:var(--link);text-decoration-thickness:1px;text-underline-offset:2px}
-:focus-visible{outline:2px solid var(--link);outline-offset:2px;border-radius:3px}
-.skip{position:absolute;left:-99rem}.skip:focus{left:1rem;top:.5rem;background:var(--bg);
-padding:.3rem .6rem;z-index:1}
-code,pre{font:.875em/1.5 ui-monospace,SFMono-Regular,Menlo,monospace}
-code{overflow-wrap:anywhere}
-pre{background:var(--box);border:1px solid var(--line);border-radius:6px;padding:.7rem .9rem;margin:.4rem 0;
-overflow-x:auto;max-height:24rem;white-space:pre-wrap;overflow-wrap:anywhere}
-main{max-width:52rem;padding:1.5rem 1rem 4rem;margin:0 auto}
-h1{font-size:1.8rem;margin:0}h2{font-size:1.35rem;margin:3rem 0 .3rem}h4{font-size:1rem;margin:1.2rem 0 .2rem}
-h3{font-size:1.05rem;margin:0;display:flex;flex-wrap:wrap;gap:.2rem .7rem;align-items:baseline}
-h3 a{color:inherit;text-decoration:none}h3 a:hover{text-decoration:underline}
-p{margin:.4rem 0}.soft{color:var(--soft)}
-.op,.schema{border-top:1px solid var(--line);padding:1.2rem 0;margin-top:1.2rem}
-.m{font:600 .8rem/1.6 ui-monospace,monospace}
-.get{color:var(--get)}.post{color:var(--post)}.delete{color:var(--delete)}
-dl{margin:.3rem 0}dt{margin-top:.6rem}dd{margin:0 0 0 1.2rem;overflow-wrap:anywhere}
-.pairs{display:grid;grid-template-columns:3rem minmax(0,1fr);gap:.2rem .5rem}.pairs dt,.pairs dd{margin:0}
-details{margin:.3rem 0}summary{cursor:pointer;padding:.15rem 0}
-nav ul{list-style:none;margin:.2rem 0 1rem;padding:0}nav li{margin:.15rem 0}
-nav a{display:flex;gap:.5rem;text-decoration:none;color:var(--fg);font-size:.86rem;padding:.1rem 0}
-nav a:hover{text-decoration:underline}nav .m{font-size:.68rem;min-width:3.2rem;line-height:1.9}
-nav ul{columns:10.5rem}nav li{break-inside:avoid}nav strong{font-size:.86rem}
-nav{border-bottom:1px solid var(--line);padding:1rem;background:var(--box)}
-@media(min-width:64rem){
-body{display:grid;grid-template-columns:19rem minmax(0,1fr)}
-nav ul{columns:auto}
-nav{border:0;border-right:1px solid var(--line);position:sticky;top:0;height:100vh;overflow-y:auto}
-main{margin:0;padding:2rem 3rem 5rem}}
-"""
-
+from cobatch.server.openapi.document import ANYWHERE, GUARDED, operations_in
 
 Json = dict[str, Any]
 
-_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+_STYLE = Path(__file__).with_name("page.css").read_text()
+_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
 _POLICY = (
     f"default-src 'none'; style-src 'sha256-{_HASH}'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
@@ -67,39 +26,39 @@ HEADERS = (
     (b"referrer-policy", b"no-referrer"),
 )
 
-# What a request shows for each of the schemes.
+# The header in the examples, by security scheme.
 _CREDENTIALS = {"bearer": "Authorization: Bearer $TOKEN", "apiKey": "X-API-Key: $API_KEY"}
+_PROBLEM = "application/problem+json"
+_RANGES = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most"}
+# Longer examples are cut.
+_EXAMPLE_LIMIT = 1200
+_WIDTH = 76
 
 
 def render(document: Json) -> str:
-    """The whole page."""
+    """Return the whole page."""
     info = document["info"]
-    title = f"{info['title']} {info['version']}"
+    title = escape(f"{info['title']} {info['version']}")
     groups = [_group(document, tag) for tag in document["tags"]]
     schemas = [_schema(name, schema) for name, schema in document["components"]["schemas"].items()]
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}: API</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}: API</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head>\n<body>"
+        f"<style>{_STYLE}</style></head>\n<body>"
         '<a class="skip" href="#main">To the content</a>\n'
         f"{_navigation(document)}\n"
-        f'<main id="main"><h1>{escape(title)}</h1><p>{_text(info["description"])}</p>'
-        f"<p>On any path: {', '.join(map(_kind, ANYWHERE))}.</p>"
-        '<p>This page is <a href="openapi.json">openapi.json</a> for people; '
-        'all <a href="problems">problems</a> have pages of their own. In the commands, '
-        "<code>$URL</code> is where the server is: <code>URL=http://127.0.0.1:8000</code>.</p>\n"
+        f'<main id="main"><h1>{title}</h1><p>{_text(info["description"])}</p>'
+        f"<p>On any path: {', '.join(map(_problem, ANYWHERE))}.</p>"
+        '<p>This page shows <a href="openapi.json">openapi.json</a>; '
+        'each <a href="problems">problem</a> has a page of its own. In the commands, '
+        "<code>$URL</code> is the server's address: <code>URL=http://127.0.0.1:8000</code>.</p>\n"
         f"{_access(document)}"
         f'{"".join(groups)}\n<h2 id="schemas">Schemas</h2>{"".join(schemas)}</main></body></html>\n'
     )
 
 
-def _scheme(document: Json) -> str:
-    """The way to authenticate that examples show."""
-    return str(next(iter(document["components"]["securitySchemes"])))
-
-
 def _access(document: Json) -> str:
-    """How to authenticate, where the server asks for it."""
+    """Return the section about authentication, or "" where the server has none."""
     schemes = document["components"].get("securitySchemes")
     if not schemes:
         return ""
@@ -107,42 +66,17 @@ def _access(document: Json) -> str:
         f"<dt><code>{_CREDENTIALS[name]}</code></dt><dd>{escape(scheme['description'])}</dd>"
         for name, scheme in schemes.items()
     )
-    known = [slug for slug in GUARDED if slug in _slugs(document)]
+    problems = [slug for slug in GUARDED if slug in document["components"]["examples"]]
     return (
-        '<h2 id="access">Who may call</h2><p>One header, once, with each request but those that are open to '
-        f"everybody. <code>$TOKEN</code> and <code>$API_KEY</code> are yours.</p><dl>{ways}</dl>"
-        f"<p>On any path that is not open: {', '.join(map(_kind, known))}.</p>\n"
+        '<h2 id="access">Authentication</h2><p>Send exactly one of these headers with each request that '
+        f"needs credentials. <code>$TOKEN</code> and <code>$API_KEY</code> are yours.</p><dl>{ways}</dl>"
+        f"<p>On any path that needs credentials: {', '.join(map(_problem, problems))}.</p>\n"
     )
 
 
-def _slugs(document: Json) -> set[str]:
-    """The kinds of problems that are an answer of some operation."""
-    return {
-        slug
-        for methods in document["paths"].values()
-        for operation in methods.values()
-        for response in operation["responses"].values()
-        for slug in response["content"].get("application/problem+json", {}).get("examples", {})
-    }
-
-
 def _operations(document: Json, tag: str) -> list[tuple[str, str, Json]]:
-    return [
-        (path, method, operation)
-        for path, methods in document["paths"].items()
-        for method, operation in methods.items()
-        if tag in operation["tags"] and "x-twin-of" not in operation
-    ]
-
-
-def _twins(document: Json, id_: str) -> list[str]:
-    """Other paths of the same operation."""
-    return [
-        path
-        for path, methods in document["paths"].items()
-        for operation in methods.values()
-        if operation.get("x-twin-of") == id_
-    ]
+    """Return path, method and operation; an operation with several paths comes once."""
+    return [one for one in operations_in(document) if tag in one[2]["tags"] and "x-twin-of" not in one[2]]
 
 
 def _navigation(document: Json) -> str:
@@ -158,54 +92,54 @@ def _navigation(document: Json) -> str:
 
 
 def _group(document: Json, tag: Json) -> str:
-    operations = [_operation(document, *each) for each in _operations(document, tag["name"])]
-    about = f'<h2>{escape(tag["name"])}</h2><p class="soft">{_text(tag["description"])}</p>'
-    return about + "".join(operations)
+    head = f'<h2>{escape(tag["name"])}</h2><p class="soft">{_text(tag["description"])}</p>'
+    return head + "".join(_operation(document, *each) for each in _operations(document, tag["name"]))
 
 
 def _operation(document: Json, path: str, method: str, operation: Json) -> str:
     id_ = operation["operationId"]
+    twins = [twin for twin, _, other in operations_in(document) if other.get("x-twin-of") == id_]
     parts = [
         f'<section class="op" id="{id_}"><h3><span class="m {method}">{method.upper()}</span>',
         f'<a href="#{id_}"><code>{escape(path)}</code></a></h3>',
-        f"<p><b>{escape(_sentence(operation['summary']))}</b> {_text(operation['description'])}</p>",
+        f"<p><b>{escape(operation['summary'])}.</b> {_text(operation['description'])}</p>",
+        *[f'<p class="soft">Also <code>{escape(twin)}</code></p>' for twin in twins],
     ]
-    parts += [f'<p class="soft">Also <code>{escape(twin)}</code></p>' for twin in _twins(document, id_)]
-    parameters = operation.get("parameters", [])
-    if parameters:
+    if parameters := operation.get("parameters"):
         parts.append(f"<h4>Parameters</h4><dl>{''.join(map(_parameter, parameters))}</dl>")
-    credentials = _CREDENTIALS[_scheme(document)] if "security" in operation else ""
+    credentials = ""
+    if "security" in operation:
+        scheme = next(iter(document["components"]["securitySchemes"]))
+        # In double quotes, so that the shell inserts the variable's value.
+        credentials = f' -H "{_CREDENTIALS[scheme]}"'
     for media, content in operation.get("requestBody", {}).get("content", {}).items():
         parts.append(f"<h4>Body: <code>{media}</code></h4><p>{_type(content['schema'])}</p>")
-        examples = content.get("examples", {}).values()
-        parts += [request_example(path, media, example, credentials) for example in examples]
-    good = {status: one for status, one in operation["responses"].items() if status < "300"}
-    bad = {status: one for status, one in operation["responses"].items() if status >= "300"}
-    parts += [_response(status, one) for status, one in good.items()]
-    refusals = "".join(_refusal(*each) for each in bad.items())
+        parts += [
+            _details(example["summary"], _command(path, media, example, credentials))
+            for example in content.get("examples", {}).values()
+        ]
+    responses = operation["responses"].items()
+    parts += [_response(status, one) for status, one in responses if status < "300"]
+    refusals = "".join(_refusal(status, one) for status, one in responses if status >= "300")
     if refusals:
-        parts.append(f'<h4>Otherwise</h4><dl class="pairs">{refusals}</dl>')
+        parts.append(f'<h4>Errors</h4><dl class="pairs">{refusals}</dl>')
     return "".join([*parts, "</section>\n"])
 
 
-def _sentence(text: str) -> str:
-    return text if text.endswith("?") else f"{text}."
-
-
 def _parameter(parameter: Json) -> str:
-    need = "" if parameter.get("required") else ", optional"
+    place = parameter["in"] + ("" if parameter.get("required") else ", optional")
     return (
-        f'<dt><code>{escape(parameter["name"])}</code> <span class="soft">{parameter["in"]}{need}</span></dt>'
+        f'<dt><code>{escape(parameter["name"])}</code> <span class="soft">{place}</span></dt>'
         f'<dd>{_text(parameter["description"])} <span class="soft">{_type(parameter["schema"])}</span></dd>'
     )
 
 
 def _response(status: str, response: Json) -> str:
-    parts = [f"<h4>Answer {status}</h4><p>{_text(response['description'])}</p>"]
+    parts = [f"<h4>Response {status}</h4><p>{_text(response['description'])}</p>"]
     for media, content in response["content"].items():
         parts.append(f"<p><code>{media}</code>: {_type(content['schema'])}</p>")
         if "example" in content:
-            parts.append(details("Example", pretty(content["example"])))
+            parts.append(_details("Example", _pretty(content["example"])))
     if "headers" in response:
         names = ", ".join(f"<code>{escape(name)}</code>" for name in response["headers"])
         parts.append(f"<p>Headers: {names}</p>")
@@ -213,20 +147,18 @@ def _response(status: str, response: Json) -> str:
 
 
 def _refusal(status: str, response: Json) -> str:
-    examples = response["content"].get("application/problem+json", {}).get("examples", {})
-    kinds = [_kind(slug) for slug in examples if slug not in (*ANYWHERE, *GUARDED)]
-    own = response["content"].get("application/json")
-    if own:
+    slugs = response["content"].get(_PROBLEM, {}).get("examples", {})
+    kinds = [_problem(slug) for slug in slugs if slug not in (*ANYWHERE, *GUARDED)]
+    if own := response["content"].get("application/json"):
         kinds.insert(0, f"{_type(own['schema'])}: {_text(response['description'].partition(' Or: ')[0])}")
     return f"<dt>{status}</dt><dd>{', '.join(kinds)}</dd>" if kinds else ""
 
 
-def _kind(slug: str) -> str:
+def _problem(slug: str) -> str:
     return f'<a href="problems/{slug}"><code>{slug}</code></a>'
 
 
 def _schema(name: str, schema: Json) -> str:
-    head = f'<section class="schema" id="schema-{name}"><h3><a href="#schema-{name}">{name}</a></h3>'
     required = schema.get("required", [])
     fields = "".join(
         f'<dt><code>{escape(field)}</code> <span class="soft">{_type(one)}'
@@ -234,11 +166,12 @@ def _schema(name: str, schema: Json) -> str:
         f"<dd>{_text(one.get('description', ''))}</dd>"
         for field, one in schema.get("properties", {}).items()
     )
+    head = f'<section class="schema" id="schema-{name}"><h3><a href="#schema-{name}">{name}</a></h3>'
     return f"{head}<p>{_text(schema.get('description', ''))}</p><dl>{fields}</dl></section>\n"
 
 
 def _type(schema: Json) -> str:
-    """A schema in a few words, as HTML."""
+    """Return a schema in a few words, as HTML."""
     match schema:
         case {"$ref": target}:
             name = target.rpartition("/")[2]
@@ -260,23 +193,59 @@ def _type(schema: Json) -> str:
         case {"format": "binary"}:
             return "bytes"
         case {"type": kind}:
-            return escape(kind if isinstance(kind, str) else " or ".join(kind)) + _range(schema)
+            limits = ", ".join(f"{words} {schema[key]}" for key, words in _RANGES.items() if key in schema)
+            name = kind if isinstance(kind, str) else " or ".join(kind)
+            return escape(name) + (f" ({limits})" if limits else "")
         case _:
             return "anything"
 
 
 def _titled(schema: Json) -> str:
-    title = schema.get("title")
-    return escape(title) if title else _type(schema)
-
-
-def _range(schema: Json) -> str:
-    words = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most"}
-    limits = [f"{words[key]} {schema[key]}" for key in words if key in schema]
-    return f" ({', '.join(limits)})" if limits else ""
+    return escape(schema["title"]) if "title" in schema else _type(schema)
 
 
 def _text(text: str) -> str:
-    """Text with `code` in it, as HTML."""
+    """Return text with `code` in it as HTML."""
     pieces = escape(text).split("`")
     return "".join(f"<code>{piece}</code>" if odd % 2 else piece for odd, piece in enumerate(pieces))
+
+
+def _command(path: str, media: str, example: Json, credentials: str) -> str:
+    """Return a request as a shell command. A binary body is text, followed by zeros."""
+    value = example["value"]
+    curl = f"curl $URL{path.format_map(example.get('x-path', {}))}{credentials}"
+    if media == "application/json":
+        return f"{curl} \\\n  --json {shlex.quote(_pretty(value))}"
+    if media == "multipart/form-data":
+        parts = [f"-F {shlex.quote(f'{name}={_pretty(part)}')}" for name, part in value.items()]
+        return " \\\n  ".join([curl, *parts])
+    text = value.rstrip("\0")
+    sources = [f"printf %s {shlex.quote(text)}"] if text else []
+    sources += [f"head -c {zeros} /dev/zero"] if (zeros := len(value) - len(text)) else []
+    headers = {"Content-Type": media, **example.get("x-headers", {})}
+    lines = [f"-H {shlex.quote(f'{name}: {header}')}" for name, header in headers.items()]
+    command = " \\\n  ".join([f"{curl} --data-binary @- -o answer", *lines])
+    return f"{{ {'; '.join(sources)}; }} |\n  {command}"
+
+
+def _details(summary: str, text: str) -> str:
+    """Return text that is shown on a click."""
+    if len(text) > _EXAMPLE_LIMIT:
+        text = text[:_EXAMPLE_LIMIT] + " ..."
+    # An element that scrolls must be reachable by keyboard.
+    body = f'<pre tabindex="0"><code>{escape(text)}</code></pre>'
+    return f"<details><summary>{escape(summary)}</summary>{body}</details>"
+
+
+def _pretty(value: Any, indent: int = 0) -> str:
+    """Return JSON with long values on several lines and short ones on one."""
+    text = json.dumps(value, ensure_ascii=False)
+    if len(text) + indent <= _WIDTH or not isinstance(value, dict | list):
+        return text
+    if isinstance(value, dict):
+        items = [f"{json.dumps(key)}: {_pretty(one, indent + 2)}" for key, one in value.items()]
+    else:
+        items = [_pretty(one, indent + 2) for one in value]
+    ends = "{}" if isinstance(value, dict) else "[]"
+    lead = "\n" + " " * (indent + 2)
+    return f"{ends[0]}{lead}{f',{lead}'.join(items)}\n{' ' * indent}{ends[1]}"

@@ -1,4 +1,4 @@
-"""The schemas of the API's description, made from the types that the server parses requests with."""
+"""Schemas of the OpenAPI document: requests from the types that parse them, answers from operations.json."""
 
 from __future__ import annotations
 
@@ -8,73 +8,70 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from cobatch.engines.base import Signature, TensorSpec
+from cobatch.engines.base import DATATYPES, Signature, TensorSpec
 from cobatch.server.batch import items as batch_messages
 from cobatch.server.http.problem_kinds import ALWAYS, MEMBERS, SOMETIMES
-from cobatch.server.openapi.bodies import ANSWERS, Datatype
 from cobatch.server.predictions import decode as v1_messages
 from cobatch.server.v2 import messages as v2_messages
 
 Json = dict[str, Any]
-Signatures = Mapping[str, Signature]
 
+_DATATYPE: Json = {"enum": list(DATATYPES)}
+# The contents of fields that the server's types keep as raw text.
 _V2_DATA = Annotated[list[Any], Meta(description="nested or flat, row-major; binary inputs have none")]
 _V1_INPUTS = Annotated[dict[str, Any], Meta(extra_json_schema={"minProperties": 1})]
 _ANY_JSON = Annotated[Any, Meta(description="JSON; no binary tensors")]
 
 
-def ref(name: str) -> Json:
-    """A reference to one of the schemas."""
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-def schemas(signatures: Signatures, required: Mapping[str, list[str]]) -> Json:
-    """All of them by name. `signatures` are those of the loaded models, `required` the names of the inputs
-    that each must be given."""
-    tensor = _shown(v2_messages.InputTensor, "InputTensor", data=_V2_DATA, datatype=Datatype)
+def schemas(answers: Json, signatures: Mapping[str, Signature], required: Mapping[str, list[str]]) -> Json:
+    """Return all schemas by name. `required` are the inputs that a request must have, by loaded model."""
+    datatype = Annotated[str, Meta(extra_json_schema=_DATATYPE)]
+    tensor = _shown(v2_messages.InputTensor, "InputTensor", data=_V2_DATA, datatype=datatype)
+    item: Any = _shown(batch_messages.Item, "BatchItem", body=_ANY_JSON)
     requests = [
-        _shown(v2_messages.InferMessage, "InferRequest", inputs=list[tensor]),  # type: ignore[valid-type]
+        _shown(v2_messages.InferMessage, "InferRequest", inputs=list.__class_getitem__(tensor)),
         _shown(v1_messages.JsonRequest, "PredictionRequest", inputs=_V1_INPUTS),
         v1_messages.FormOptions,
         v1_messages.Encoded,
-        _batch(),
+        msgspec.defstruct(
+            "BatchRequest",
+            [("requests", list.__class_getitem__(item))],
+            forbid_unknown_fields=True,
+            namespace={"__doc__": "Requests, each of which gets its own answer."},
+        ),
     ]
-    _, found = msgspec.json.schema_components(
-        [*requests, *ANSWERS], ref_template="#/components/schemas/{name}"
-    )
-    made: Json = dict(found)
-    made["Prediction"]["properties"]["error"] = ref("Problem")
-    made["Problem"] = _problem()
-    _narrow(made, signatures, required)
+    _, found = msgspec.json.schema_components(requests, ref_template="#/components/schemas/{name}")
+    made = answers | found | {"Problem": _problem()}
+    for name in ("TensorMetadata", "OutputTensor"):
+        made[name]["properties"]["datatype"] |= _DATATYPE
+    if signatures:
+        _narrow(made, signatures, required)
     for schema in made.values():
         schema["description"] = " ".join(schema["description"].split())
     return dict(sorted(made.items()))
 
 
-def option_schemas() -> Json:
-    """The schema of what a raw body's query may hold."""
-    return msgspec.json.schema_components([v1_messages.RawOptions])[1]
+def raw_options() -> Json:
+    """Return the schemas of the options in a raw body's query."""
+    found: Json = msgspec.json.schema_components([v1_messages.RawOptions])[1]["RawOptions"]["properties"]
+    return found
 
 
-def _batch() -> Any:
-    item: Any = _shown(batch_messages.Item, "BatchItem", body=_ANY_JSON)
-    fields: list[Any] = [("requests", list.__class_getitem__(item))]
-    namespace = {"__doc__": "Requests, each of which is answered by itself."}
-    return msgspec.defstruct("BatchRequest", fields, forbid_unknown_fields=True, namespace=namespace)
+def _ref(name: str) -> Json:
+    return {"$ref": f"#/components/schemas/{name}"}
 
 
 def _shown(kind: type[msgspec.Struct], name: str, **types: Any) -> Any:
-    """The type under a name for readers. `types` say what is behind fields that are kept as raw text."""
+    """Return the type under a public name; `types` replaces those of raw fields."""
     fields: list[Any] = []
     for field in msgspec.structs.fields(kind):
         shown = types.get(field.name, field.type)
-        default = field.default
         if field.required:
             fields.append((field.name, shown))
-        elif isinstance(default, msgspec.Raw):
+        elif isinstance(field.default, msgspec.Raw):
             fields.append((field.name, shown | msgspec.UnsetType, msgspec.UNSET))
         else:
-            fields.append((field.name, shown, default))
+            fields.append((field.name, shown, field.default))
     return msgspec.defstruct(
         name,
         fields,
@@ -84,12 +81,12 @@ def _shown(kind: type[msgspec.Struct], name: str, **types: Any) -> Any:
     )
 
 
-# The members' types, where they are not a number that counts something.
 _TEXT = {"type": "string"}
 _NUMBER = {"type": "number"}
 _TEXTS = {"type": "array", "items": _TEXT}
-# Long ones are cut, and end with "...".
+# A long shape is cut and ends with "...".
 _SHAPE = {"type": "array", "items": {"type": ["integer", "string"]}}
+# Types of a problem's members; the others are integers.
 _MEMBER_TYPES: dict[str, Json] = {
     "actual": {"anyOf": [_TEXT, _SHAPE]},
     "expected": {"anyOf": [_TEXT, _SHAPE]},
@@ -105,80 +102,77 @@ _MEMBER_TYPES: dict[str, Json] = {
 
 
 def _problem() -> Json:
-    known: dict[str, Json] = {
+    types: dict[str, Json] = {
         **dict.fromkeys(ALWAYS, _TEXT),
         "status": {"type": "integer", "minimum": 400, "maximum": 599},
-        "prediction": ref("Prediction"),
+        "prediction": _ref("Prediction"),
         "instance": _TEXT,
         **{name: _MEMBER_TYPES.get(name, {"type": "integer"}) for name in MEMBERS},
     }
     texts = ALWAYS | SOMETIMES | MEMBERS
     return {
         "title": "Problem",
-        "description": "What went wrong (RFC 9457). `type` says which members there are: see /problems.",
+        "description": "An error (RFC 9457). /problems lists the members of each `type`.",
         "type": "object",
-        # `error` is left out where the problem is a member of a prediction.
+        # A problem inside a prediction has no `error`.
         "required": ["type", "title", "status", "detail"],
-        "properties": {name: schema | {"description": texts[name]} for name, schema in known.items()},
+        "properties": {name: schema | {"description": texts[name]} for name, schema in types.items()},
         "additionalProperties": False,
     }
 
 
-def _narrow(made: Json, signatures: Signatures, required: Mapping[str, list[str]]) -> None:
-    """Say what the served models take, in place of what any model could take."""
-    if not signatures:
-        return
-    tensors: dict[str, Json] = {}
-    models = []
+def _narrow(made: Json, signatures: Mapping[str, Signature], required: Mapping[str, list[str]]) -> None:
+    """Restrict the schemas to the inputs and outputs of the loaded models."""
+    tensors: dict[TensorSpec, Json] = {}
     for model, signature in signatures.items():
         for spec in signature.inputs:
-            axes = len(spec.shape) + 1
-            narrow = {
-                "name": {"const": spec.name},
-                "datatype": {"const": spec.datatype},
-                "shape": {"minItems": axes, "maxItems": axes},
-            }
-            tensors.setdefault(f"{spec}", {"title": f"{spec.name} of {model}", "properties": narrow})
-        models.append(_inputs_of(model, signature.inputs, required[model]))
+            tensors.setdefault(spec, _v2_input(model, spec))
     inputs = made["InferRequest"]["properties"]["inputs"]
     inputs["items"] = {"allOf": [inputs["items"], {"anyOf": list(tensors.values())}]}
     inputs["minItems"] = 1
-    names = list(dict.fromkeys(spec.name for signature in signatures.values() for spec in signature.outputs))
-    made["WantedOutput"]["properties"]["name"]["enum"] = names
+    outputs = list(dict.fromkeys(spec.name for one in signatures.values() for spec in one.outputs))
+    made["WantedOutput"]["properties"]["name"]["enum"] = outputs
     properties = made["PredictionRequest"]["properties"]
+    models = [_v1_inputs(model, one.inputs, required[model]) for model, one in signatures.items()]
     properties["inputs"] = {"anyOf": models}
     for options in (properties, made["FormOptions"]["properties"]):
-        options["outputs"]["anyOf"][0]["items"]["enum"] = names
+        options["outputs"]["anyOf"][0]["items"]["enum"] = outputs
 
 
-def _inputs_of(model: str, specs: Sequence[TensorSpec], required: list[str]) -> Json:
+def _v2_input(model: str, spec: TensorSpec) -> Json:
+    axes = len(spec.shape) + 1
+    properties = {
+        "name": {"const": spec.name},
+        "datatype": {"const": spec.datatype},
+        "shape": {"minItems": axes, "maxItems": axes},
+    }
+    return {"title": f"{spec.name} of {model}", "properties": properties}
+
+
+def _v1_inputs(model: str, specs: Sequence[TensorSpec], required: list[str]) -> Json:
+    # JSON has no numbers like BF16's.
+    forms = {
+        spec.name: [_ref("Encoded")] if spec.datatype == "BF16" else [_nested(spec), _ref("Encoded")]
+        for spec in specs
+    }
     return {
         "title": f"Inputs of {model}",
         "type": "object",
         "required": required,
         "additionalProperties": False,
-        "properties": {spec.name: {"anyOf": _forms(spec)} for spec in specs},
+        "properties": {name: {"anyOf": options} for name, options in forms.items()},
     }
 
 
-def _forms(spec: TensorSpec) -> list[Json]:
-    # JSON has no numbers of BF16's kind.
-    return [ref("Encoded")] if spec.datatype == "BF16" else [_nested(spec), ref("Encoded")]
-
-
 def _nested(spec: TensorSpec) -> Json:
-    """A nested list of the tensor's shape, any number of rows."""
+    """Return the schema of a nested list of the tensor's shape, with any number of rows."""
     schema = _element(spec)
     for size in reversed(spec.shape):
         schema = {"type": "array", "items": schema}
         if size != -1:
             schema |= {"minItems": size, "maxItems": size}
-    return {
-        "title": f"{spec.datatype} [{', '.join(['rows', *map(str, spec.shape)])}]",
-        "type": "array",
-        "minItems": 1,
-        "items": schema,
-    }
+    title = f"{spec.datatype} [{', '.join(['rows', *map(str, spec.shape)])}]"
+    return {"title": title, "type": "array", "minItems": 1, "items": schema}
 
 
 def _element(spec: TensorSpec) -> Json:

@@ -17,8 +17,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from cobatch.server.auth.gate import OPEN
 from cobatch.server.http.problem_kinds import KINDS
-from cobatch.server.openapi import describe
-from cobatch.server.openapi.document import OF_AUTH
+from cobatch.server.openapi.document import AUTH_KINDS, describe
 from cobatch.server.settings.auth import TenantRule
 from tests.server.openapi.test_openapi import (
     IN_ITEMS,
@@ -62,7 +61,7 @@ async def test_without_auth_there_is_nothing_of_it() -> None:
     assert set(document["components"]["headers"]).isdisjoint({"WWW-Authenticate", "RateLimit"})
     for _, _, operation in operations(document):
         assert "security" not in operation
-        assert slugs_of(operation).isdisjoint(OF_AUTH)
+        assert slugs_of(operation).isdisjoint(AUTH_KINDS)
         assert set(operation["responses"]).isdisjoint({"401", "403"})
     for text in (json.dumps(document), page):
         assert not re.search(r"Bearer|X-API-Key|WWW-Authenticate|RateLimit|Needs (?:cred|the perm)", text)

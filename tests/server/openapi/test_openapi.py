@@ -20,9 +20,8 @@ from starlette.routing import Route
 
 from cobatch.engines.base import DATATYPES, Signature, TensorSpec
 from cobatch.server.http.problem_kinds import ALWAYS, KINDS, MEMBERS, SOMETIMES
-from cobatch.server.openapi import describe
 from cobatch.server.openapi import examples as openapi_examples
-from cobatch.server.openapi.document import OF_AUTH, problem_examples
+from cobatch.server.openapi.document import AUTH_KINDS, describe, problem_examples
 from cobatch.server.openapi.page import render
 from cobatch.server.predictions import decode as v1_decode
 from cobatch.server.predictions.content import JSON, Content, Field
@@ -152,8 +151,8 @@ async def test_every_problem_is_an_answer_of_some_operation() -> None:
         document = describe(running.core)
     slugs = set().union(*[slugs_of(operation) for _, _, operation in operations(document)])
     # Those of callers: tests/server/openapi/test_access.py.
-    assert slugs == set(KINDS) - IN_ITEMS - OF_AUTH
-    assert set(document["components"]["examples"]) == set(KINDS) - OF_AUTH
+    assert slugs == set(KINDS) - IN_ITEMS - AUTH_KINDS
+    assert set(document["components"]["examples"]) == set(KINDS) - AUTH_KINDS
     assert set(document["components"]["schemas"]["Problem"]["properties"]) == {*ALWAYS, *SOMETIMES, *MEMBERS}
 
 

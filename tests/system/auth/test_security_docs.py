@@ -16,8 +16,7 @@ from cobatch.server.auth.authenticator import Authenticator
 from cobatch.server.auth.jwks import StaticKeys
 from cobatch.server.auth.tokens import TokenError, TokenVerifier
 from cobatch.server.http.problem_kinds import KINDS
-from cobatch.server.openapi import describe
-from cobatch.server.openapi.document import OF_AUTH
+from cobatch.server.openapi.document import AUTH_KINDS, describe
 from cobatch.server.settings.auth import AuthSettings, Issuer, ModelRule, TenantRule
 from cobatch.server.settings.schema import Settings, load_settings
 from tests.server.openapi.test_openapi import operations, served
@@ -186,7 +185,7 @@ async def test_permissions_per_route(tmp_path: Path) -> None:
             assert (path, method.lower()) not in said
             said[path, method.lower()] = needs
     words = {
-        "Open to everybody": "open",
+        "Needs no credentials": "open",
         "Needs credentials": "any credential",
         "permission `metadata`, or one to infer": "`metadata`, `infer` or `infer:MODEL`",
         "permission `infer`, or `infer:NAME`": "`infer` or `infer:MODEL`",
@@ -204,7 +203,7 @@ def test_problems_and_their_status() -> None:
     found = re.findall(
         r"^\| `([a-z-]+)` \| (\d+) \|", section("What is answered when it fails"), re.MULTILINE
     )
-    assert {slug: int(status) for slug, status in found} == {slug: KINDS[slug].status for slug in OF_AUTH}
+    assert {slug: int(status) for slug, status in found} == {slug: KINDS[slug].status for slug in AUTH_KINDS}
 
 
 def test_the_commands_print_what_the_page_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
