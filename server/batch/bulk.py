@@ -93,10 +93,12 @@ class BulkRequest(ModelRequest):
         batcher = self.model.loaded_batcher
         # Nobody has been told of a failure yet.
         batcher.counters.failed -= self.callers
-        decode, answer = self.model.decoder.decode_message, self.caller.answer
+        read, answer = self.model.decoder.read, self.caller.answer
         apart: list[Request] = []
         for message, index in members:
-            request = InferRequest(self.model, decode(message), partial(answer, index), self.tenant)
+            request = InferRequest(
+                self.model, read((message, None, None)), partial(answer, index), self.tenant
+            )
             self.caller.runs(index, request)
             apart.append(request)
         batcher.run_again(apart, self.enqueued_s)
@@ -133,13 +135,12 @@ def submit_alike(
 
 
 def _row_of(model: Model, message: InferMessage) -> Payload | None:
-    if model.decoder.all_text is None:
-        return None
     try:
-        row = model.decoder.plain_row(message)
+        decoded = model.decoder.read((message, None, None))
     except Problem:
         return None  # by itself it will be told so
-    return None if isinstance(row, list) else row
+    alike = model.decoder.is_plain_row(decoded) and len(decoded.payloads) == 1
+    return decoded.payloads[0] if alike else None
 
 
 def _submit(

@@ -24,8 +24,8 @@ from cobatch.server.observability.observer import Observer
 from cobatch.server.observability.record import Record
 from cobatch.server.settings.auth import INFER
 from cobatch.server.settings.schema import Settings
-from cobatch.server.v2.decode import Body, Decoded, Wants
-from cobatch.server.v2.messages import InferMessage
+from cobatch.server.v2.decode import Decoded, WantedOutputs
+from cobatch.server.v2.messages import Body, InferMessage
 
 log = logging.getLogger("cobatch.server")
 
@@ -49,9 +49,9 @@ class InferRequest(ModelRequest):
         # Not by `super()`, which would cost each request a tenth of what this does.
         Request.__init__(self, decoded.rows, decoded.row_shapes, decoded.payloads)
         self.tenant = tenant
-        self.priority, self.timeout_s, self.usage = decoded.wishes
+        self.priority, self.timeout_s, self.usage = decoded.options
         self.id: str | None = decoded.id
-        self.wants: Wants = decoded.wants
+        self.wants: WantedOutputs = decoded.outputs
         self.model = model
         self.reply = reply
         self.record = None
@@ -193,7 +193,7 @@ class Inference:
             return None
         try:
             if type(body) is InferMessage:
-                decoded = model.decoder.decode_message(body)
+                decoded = model.decoder.read((body, None, None))
             else:
                 decoded = model.decoder.decode(body, json_length)  # type: ignore[arg-type]  # no message
             request = InferRequest(model, decoded, reply, tenant)

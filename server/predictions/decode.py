@@ -1,9 +1,7 @@
-"""What the JSON of a prediction's request may hold, as types: msgspec checks it while it parses.
+"""A prediction's request -> rows, row shapes and payloads, checked against the model's signature.
 
-A prediction's request -> rows, row shapes and payloads, checked against the model's signature.
-
-Whatever form the tensors come in, shape and datatype are the model's or the request is refused: nothing
-is converted silently. The checks are those of the V2 decoder, in the same words.
+In every form of a tensor, shape and datatype must be the model's: nothing is converted silently. The checks
+are those of the V2 decoder, in the same words.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Sequence
-from math import prod
+from functools import partial
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
@@ -23,15 +21,16 @@ from cobatch.server.http.problem import Problem
 from cobatch.server.predictions.content import JSON, MULTIPART, NPY, OPTIONS_PART, Content, Field
 from cobatch.server.predictions.npy import datatype_of, read_npy
 from cobatch.server.v2.binary import read_binary, read_raw
+from cobatch.server.v2.checks import check_tensor, wrong_data, wrong_shape
 from cobatch.server.v2.decode import Decoder
-from cobatch.server.v2.messages import InputTensor, WantedOutput
+from cobatch.server.v2.json_data import JsonReader
 
 _Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 _Axis = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 
 class Options(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """What a request says beside its tensors. Raw bodies have it in the query."""
+    """The options of a request. Raw bodies have them in the query."""
 
     outputs: list[str] | None = None
     deadline_ms: Annotated[float, Meta(gt=0, le=86_400_000)] | None = None
@@ -65,23 +64,26 @@ class Encoded(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     shape: list[_Axis]
 
 
-# Which outputs a caller wants: (index in the signature, how many of the best scores, None for all data).
-Wants = tuple[tuple[int, int | None], ...]
+# The outputs that a caller wants: (index in the signature, how many of the best scores, None for all data).
+WantedOutputs = tuple[tuple[int, int | None], ...]
+# Of a BYTES element in memory: Python's object and the pointer to it.
+_BYTES_OBJECT = 41
+_S = TypeVar("_S", bound=msgspec.Struct)
 
 
-class Work(NamedTuple):
-    """What a request asks for."""
+class Decoded(NamedTuple):
+    """The content of a request."""
 
     rows: int
     row_shapes: RowShapes
     payloads: Sequence[Payload]
-    wants: Wants
+    outputs: WantedOutputs
     priority: int
     timeout_s: float | None
 
     @property
     def bytes(self) -> int:
-        """What the tensors take in memory, about."""
+        """The memory that the tensors take, approximately."""
         return sum(
             sum(len(element) + _BYTES_OBJECT for element in payload)
             if isinstance(payload, list)
@@ -90,31 +92,30 @@ class Work(NamedTuple):
         )
 
 
-# Of a BYTES element: Python's object and the pointer to it.
-_BYTES_OBJECT = 41
-_S = TypeVar("_S", bound=msgspec.Struct)
-
-
-def decode(content: Content, decoder: Decoder) -> Work:
-    """Raises Problem. `decoder` is the model's."""
+def decode(content: Content, decoder: Decoder) -> Decoded:
+    """Decode a request for the model whose V2 decoder this is. Raises Problem."""
     if content.media in (JSON, MULTIPART) and content.query:
         name = content.query[0][0]
         raise Problem("bad-parameter", f"{name} belongs in the body, not in the query", parameter=name)
     shapes: dict[str, list[int]] = {}
+    options: JsonRequest | FormOptions | RawOptions
+    fields: Sequence[Field]
     if content.media == JSON:
-        options: Options = _parse(content.fields[0].data, JsonRequest, "a prediction's request")
-        assert isinstance(options, JsonRequest)
-        fields: Sequence[Field] = [Field(name, JSON, raw) for name, raw in options.inputs.items()]
+        options = _parse(content.fields[0].data, JsonRequest, "a prediction's request")
+        fields = [Field(name, JSON, raw) for name, raw in options.inputs.items()]
     elif content.media == MULTIPART:
         fields = [field for field in content.fields if field.name != OPTIONS_PART]
-        options = form = _form_options(content)
-        shapes = form.shapes
+        options = _form_options(content)
+        shapes = options.shapes
     else:
-        options = raw_options = _query_options(content.query)
-        fields = [_only_input(content.fields[0], decoder)]
-        if raw_options.shape is not None:
-            shapes = {fields[0].name: raw_options.shape}
-    return _work(fields, options, shapes, decoder)
+        options = _query_options(content.query)
+        fields = [content.fields[0]._replace(name=_only_input(decoder))]
+        if options.shape is not None:
+            shapes = {fields[0].name: options.shape}
+    rows, row_shapes, payloads = _read_inputs(fields, shapes, decoder)
+    timeout_s = None if options.deadline_ms is None else options.deadline_ms / 1000
+    outputs = _wanted(options, decoder)
+    return Decoded(rows, row_shapes, payloads, outputs, options.priority, timeout_s)
 
 
 def _parse(text: Any, kind: type[_S], what: str) -> _S:
@@ -127,14 +128,12 @@ def _parse(text: Any, kind: type[_S], what: str) -> _S:
 
 
 def _form_options(content: Content) -> FormOptions:
-    found = [field for field in content.fields if field.name == OPTIONS_PART]
-    if len(found) > 1:
-        raise Problem("bad-request", f"the part {OPTIONS_PART!r} is there {len(found)} times")
-    return (
-        _parse(found[0].data, FormOptions, f"what the part {OPTIONS_PART!r} may hold")
-        if found
-        else FormOptions()
-    )
+    parts = [field for field in content.fields if field.name == OPTIONS_PART]
+    if len(parts) > 1:
+        raise Problem("bad-request", f"the part {OPTIONS_PART!r} is there {len(parts)} times")
+    if not parts:
+        return FormOptions()
+    return _parse(parts[0].data, FormOptions, f"a valid part {OPTIONS_PART!r}")
 
 
 def _query_options(query: Sequence[tuple[str, str]]) -> RawOptions:
@@ -152,112 +151,94 @@ def _query_options(query: Sequence[tuple[str, str]]) -> RawOptions:
         raise Problem("bad-parameter", f"the query cannot be read: {error}") from None
 
 
-def _only_input(field: Field, decoder: Decoder) -> Field:
+def _only_input(decoder: Decoder) -> str:
     names = [spec.name for spec in decoder.required]
     if len(names) != 1:
         detail = f"a body that is one tensor needs a model with one input, this one has {', '.join(names)}"
         raise Problem("bad-request", detail)
-    return field._replace(name=names[0])
+    return names[0]
 
 
-def _work(fields: Sequence[Field], options: Options, shapes: dict[str, list[int]], decoder: Decoder) -> Work:
-    tensors = [InputTensor(field.name, [], "") for field in fields]
-    decoder.check_names(tensors)
+def _read_inputs(
+    fields: Sequence[Field], shapes: dict[str, list[int]], decoder: Decoder
+) -> tuple[int, RowShapes, Sequence[Payload]]:
+    names = [field.name for field in fields]
+    decoder.names.check_inputs(names)
     for name in shapes:
-        if name not in [field.name for field in fields]:
+        if name not in names:
             raise Problem("bad-parameter", f"shapes: there is no part {name!r}", parameter="shapes")
     specs = decoder.signature.inputs
-    names = [spec.name for spec in specs]
     payloads: list[Any] = [None] * len(specs)
     row_shapes: list[tuple[int, ...]] = [()] * len(specs)
     rows = -1
-    for field, tensor in zip(fields, tensors, strict=True):
-        index = names.index(field.name)
-        payloads[index] = _Reader(decoder, index, tensor).read(field, shapes.get(field.name))
-        row_shapes[index] = tuple(tensor.shape[1:])
-        if rows not in (-1, tensor.shape[0]):
-            raise decoder.wrong_shape(tensor, specs[index], f"the other inputs have {rows} rows")
-        rows = tensor.shape[0]
-    timeout_s = None if options.deadline_ms is None else options.deadline_ms / 1000
-    decoder.add_masks(rows, row_shapes, payloads)
-    return Work(rows, tuple(row_shapes), payloads, _wants(options, decoder), options.priority, timeout_s)
+    for field in fields:
+        index = decoder.names.inputs.index(field.name)
+        spec = specs[index]
+        shape, payloads[index] = _read(field, shapes.get(field.name), spec, decoder.readers[index])
+        row_shapes[index] = tuple(shape[1:])
+        if rows not in (-1, shape[0]):
+            raise wrong_shape(spec, shape, f"the other inputs have {rows} rows")
+        rows = shape[0]
+    if decoder.padder is not None:
+        decoder.padder.add_masks(rows, row_shapes, payloads)
+    return rows, tuple(row_shapes), payloads
 
 
-class _Reader:
-    """Reads one input, and fills in its tensor's shape and datatype."""
-
-    def __init__(self, decoder: Decoder, index: int, tensor: InputTensor) -> None:
-        self._decoder = decoder
-        self._index = index
-        self._spec = decoder.signature.inputs[index]
-        self._tensor = tensor
-
-    def read(self, field: Field, shape: list[int] | None) -> Payload:
-        spec = self._spec
-        if field.media == JSON:
-            return self._read_json(field.data)
-        data = memoryview(field.data)
-        if field.media == NPY:
-            if shape is not None:
-                raise Problem("bad-parameter", "a .npy file has its shape itself", parameter="shape")
-            return read_npy(data, spec, self._check)[1]
-        if shape is None:
-            row_shape, payload = read_raw(field.data, spec)
-            self._check([1, *row_shape], spec.datatype)
-            return payload
-        return self._read_bytes(data, shape, spec.datatype)
-
-    def _read_json(self, data: bytes | bytearray) -> Payload:
-        # Behind the blanks there is something: the text was parsed once already, or it is not JSON.
-        if bytes(memoryview(data)[:64]).lstrip()[:1] == b"{":
-            given = _parse(data, Encoded, f"what input {self._spec.name!r} may be")
-            return self._read_encoded(given)
-        reader = self._decoder.readers[self._index]
-        return reader.read_nested(data, lambda shape: self._check(shape, self._spec.datatype))[1]
-
-    def _read_encoded(self, given: Encoded) -> Payload:
-        try:
-            data = base64.b64decode(given.b64, validate=True)
-        except (binascii.Error, ValueError) as error:
-            detail = f"input {self._spec.name!r} ({self._spec.datatype}): not base64: {error}"
-            raise Problem(
-                "wrong-data", detail, tensor=self._spec.name, datatype=self._spec.datatype
-            ) from None
-        return self._read_bytes(memoryview(data), given.shape, datatype_of(given.dtype) or given.dtype)
-
-    def _read_bytes(self, data: memoryview, shape: list[int], datatype: str) -> Payload:
-        self._check(shape, datatype)
-        return read_binary(self._tensor, self._spec, data, prod(shape))
-
-    def _check(self, shape: list[int], datatype: str) -> None:
-        self._tensor.shape = shape
-        self._tensor.datatype = datatype
-        self._decoder.check_tensor(self._tensor, self._spec)
+def _read(
+    field: Field, shape: list[int] | None, spec: TensorSpec, reader: JsonReader
+) -> tuple[list[int], Payload]:
+    """An input's whole shape and its data; `shape` is the one given beside it."""
+    if field.media == JSON:
+        return _read_json(field.data, spec, reader)
+    if field.media == NPY:
+        if shape is not None:
+            raise Problem("bad-parameter", "a .npy file has its shape itself", parameter="shape")
+        return read_npy(memoryview(field.data), spec)
+    if shape is None:
+        row_shape, payload = read_raw(spec, field.data)
+        shape = [1, *row_shape]
+        check_tensor(spec, spec.datatype, shape)
+        return shape, payload
+    return _read_bytes(memoryview(field.data), spec, spec.datatype, shape)
 
 
-def _wants(options: Options, decoder: Decoder) -> Wants:
+def _read_json(
+    data: bytes | bytearray | msgspec.Raw, spec: TensorSpec, reader: JsonReader
+) -> tuple[list[int], Payload]:
+    # Something follows the blanks: the text was parsed once already, or it is not JSON.
+    if bytes(memoryview(data)[:64]).lstrip()[:1] != b"{":
+        return reader.read_nested(data, partial(check_tensor, spec, spec.datatype))
+    given = _parse(data, Encoded, f"a valid input {spec.name!r}")
+    try:
+        raw = base64.b64decode(given.b64, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise wrong_data(spec, f"not base64: {error}") from None
+    return _read_bytes(memoryview(raw), spec, datatype_of(given.dtype) or given.dtype, given.shape)
+
+
+def _read_bytes(
+    data: memoryview, spec: TensorSpec, datatype: str, shape: list[int]
+) -> tuple[list[int], Payload]:
+    check_tensor(spec, datatype, shape)
+    return shape, read_binary(spec, data, shape)
+
+
+def _wanted(options: Options, decoder: Decoder) -> WantedOutputs:
     specs = decoder.signature.outputs
-    if options.outputs is None:
-        indices = list(range(len(specs)))
-    else:
-        indices = [decoder.output_index(WantedOutput(name)) for name in options.outputs]
-        for position, index in enumerate(indices):
-            if index in indices[:position]:
-                name = specs[index].name
-                raise Problem("duplicate-tensor", f"output {name!r} is asked for twice", tensor=name)
-    wanted = {specs[index].name: specs[index] for index in indices}
-    best = _best(options.top_k, wanted)
+    names = [spec.name for spec in specs] if options.outputs is None else options.outputs
+    indices = decoder.names.output_indices(names)
+    best = _best(options.top_k, [specs[index] for index in indices])
     return tuple((index, best.get(specs[index].name)) for index in indices)
 
 
-def _best(top_k: int | dict[str, int] | None, wanted: dict[str, TensorSpec]) -> dict[str, int]:
+def _best(top_k: int | dict[str, int] | None, wanted: Sequence[TensorSpec]) -> dict[str, int]:
     """How many of the best scores of which outputs."""
     if top_k is None:
         return {}
-    scores = [name for name, spec in wanted.items() if spec.shape and spec.datatype not in ("BYTES", "BOOL")]
+    scores = [spec.name for spec in wanted if spec.shape and spec.datatype not in ("BYTES", "BOOL")]
     best = top_k if isinstance(top_k, dict) else dict.fromkeys(scores, top_k)
     odd = [name for name in best if name not in scores]
     if odd or not best:
-        what = f"output {odd[0]!r} is not one" if odd else "none is asked for"
-        raise Problem("bad-parameter", f"top_k is for outputs that are scores: {what}", parameter="top_k")
+        why = f"output {odd[0]!r} is not one" if odd else "none is asked for"
+        raise Problem("bad-parameter", f"top_k is for outputs that are scores: {why}", parameter="top_k")
     return best

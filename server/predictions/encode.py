@@ -17,7 +17,7 @@ from cobatch.batcher.errors import ExpiredError
 from cobatch.batcher.request import Request
 from cobatch.engines.base import Array, TensorSpec
 from cobatch.server.http.problem import Problem, from_error
-from cobatch.server.predictions.decode import Wants
+from cobatch.server.predictions.decode import WantedOutputs
 from cobatch.server.v2.encode import timing_of_batch
 
 COMPLETED = "completed"
@@ -66,7 +66,9 @@ def failed(id_: str, model: str, error: Exception) -> Answer:
     return Answer(status, msgspec.json.encode(fields | {"error": body}), problem)
 
 
-def done(id_: str, model: str, specs: tuple[TensorSpec, ...], wants: Wants, request: Request) -> Answer:
+def done(
+    id_: str, model: str, specs: tuple[TensorSpec, ...], wanted: WantedOutputs, request: Request
+) -> Answer:
     """The object of a prediction that ran, wholly or for some of its rows; call it in `Request.done`."""
     batch = request.batch
     assert batch is not None
@@ -87,7 +89,7 @@ def done(id_: str, model: str, specs: tuple[TensorSpec, ...], wants: Wants, requ
     end = request.first_row + request.rows
     fields["outputs"] = {
         specs[index].name: _output(specs[index], batch.outputs[index][request.first_row : end], best, missing)
-        for index, best in wants
+        for index, best in wanted
     }
     queue_s = batch.dispatched_s - request.enqueued_s
     fields["usage"] = {

@@ -16,11 +16,12 @@ import numpy as np
 
 from cobatch.batcher.request import Payload
 from cobatch.engines.base import DATATYPES, TensorSpec
-from cobatch.server.http.problem import Problem
+from cobatch.server.v2.binary import check_bool
+from cobatch.server.v2.checks import check_tensor, wrong_data
 
 MAGIC = np.lib.format.MAGIC_PREFIX
-# NumPy writes 64 or 128 bytes; more than some axes and one plain dtype is no header of a tensor.
-_MOST_HEADER = 2048
+# NumPy writes 64 or 128 bytes; a longer one than this is not the header of a tensor.
+_MAX_HEADER_BYTES = 2048
 _READERS: dict[tuple[int, int], Callable[..., tuple[tuple[int, ...], bool, np.dtype[Any]]]] = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -33,10 +34,8 @@ _NAMES = {dtype.name: name for name, dtype in DATATYPES.items() if name not in (
 
 
 def datatype_of(name: str) -> str | None:
-    """The V2 datatype that a V2 or NumPy name (float32, f4, <f4) means; None where there is none."""
-    if name in DATATYPES:
-        return name
-    return _ALIASES.get(name)
+    """The V2 datatype of a V2 or NumPy name (float32, f4, <f4); None for an unknown name."""
+    return name if name in DATATYPES else _ALIASES.get(name)
 
 
 def _aliases() -> dict[str, str]:
@@ -50,25 +49,19 @@ def _aliases() -> dict[str, str]:
 _ALIASES = _aliases()
 
 
-def read_npy(
-    data: memoryview, spec: TensorSpec, check: Callable[[list[int], str], None]
-) -> tuple[list[int], Payload]:
-    """Shape and payload of a .npy file. Raises Problem, or what `check` does of shape and V2 datatype.
+def read_npy(data: memoryview, spec: TensorSpec) -> tuple[list[int], Payload]:
+    """The shape and payload of an input in a .npy file, checked against the signature. Raises Problem.
 
-    Byte and Fortran order are undone. Fixed-length byte strings and text become BYTES elements; as in
+    Byte order and Fortran order are undone. Fixed-length byte strings and text become BYTES elements; as in
     NumPy, NULs at their ends are lost.
     """
     shape, fortran, dtype, rest = _header(data, spec)
     datatype = _NAMES.get(dtype.name, "BYTES" if dtype.kind in "SU" and dtype.itemsize else dtype.name)
-    check(shape, datatype)
+    check_tensor(spec, datatype, shape)
     expected = prod(shape) * dtype.itemsize
     if len(rest) != expected:
-        raise _wrong(
-            spec,
-            f"shape {shape} of {dtype.name} takes {expected} bytes, the .npy file has {len(rest)}",
-            expected_bytes=expected,
-            actual_bytes=len(rest),
-        )
+        detail = f"shape {shape} of {dtype.name} takes {expected} bytes, the .npy file has {len(rest)}"
+        raise wrong_data(spec, detail, expected_bytes=expected, actual_bytes=len(rest))
     if not expected:
         return shape, [] if datatype == "BYTES" else b""
     array = np.frombuffer(rest, dtype)
@@ -76,24 +69,23 @@ def read_npy(
         array = np.ascontiguousarray(array.reshape(shape[::-1]).T).reshape(-1)
     if datatype == "BYTES":
         return shape, _elements(array, spec)
-    if datatype == "BOOL" and array.view(np.uint8).max() > 1:
-        raise _wrong(spec, "bytes must be 0 or 1")
+    check_bool(spec, rest)
     little = array.astype(dtype.newbyteorder("<"), copy=False)
     return shape, little.data.cast("B")
 
 
 def _header(data: memoryview, spec: TensorSpec) -> tuple[list[int], bool, np.dtype[Any], memoryview]:
-    head = io.BytesIO(bytes(data[: _MOST_HEADER + 12]))
+    head = io.BytesIO(bytes(data[: _MAX_HEADER_BYTES + 12]))
     try:
         version = np.lib.format.read_magic(head)
         if version not in _READERS:
             raise ValueError(f"version {version} is not supported")
         with warnings.catch_warnings():
-            # Headers that only Python 2 wrote, and worse.
+            # For example on headers that only Python 2 wrote.
             warnings.simplefilter("error")
-            shape, fortran, dtype = _READERS[version](head, max_header_size=_MOST_HEADER)
+            shape, fortran, dtype = _READERS[version](head, max_header_size=_MAX_HEADER_BYTES)
     except _UNREADABLE as error:
-        raise _wrong(spec, f"the .npy header cannot be read: {str(error)[:200]}") from None
+        raise wrong_data(spec, f"the .npy header cannot be read: {str(error)[:200]}") from None
     return [int(size) for size in shape], fortran, dtype, data[head.tell() :]
 
 
@@ -102,9 +94,4 @@ def _elements(array: np.ndarray[Any, Any], spec: TensorSpec) -> list[bytes]:
         values = array.tolist()
         return values if array.dtype.kind == "S" else [value.encode() for value in values]
     except ValueError as error:
-        raise _wrong(spec, f"the .npy file's text is not Unicode: {error}") from None
-
-
-def _wrong(spec: TensorSpec, why: str, **members: Any) -> Problem:
-    detail = f"input {spec.name!r} ({spec.datatype}): {why}"
-    return Problem("wrong-data", detail, tensor=spec.name, datatype=spec.datatype, **members)
+        raise wrong_data(spec, f"the .npy file's text is not Unicode: {error}") from None

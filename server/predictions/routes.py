@@ -128,9 +128,9 @@ class _Resource:
         if prediction is None:
             # Asked again: while the body came others may have come too, or the end.
             self._check_open(model, tenant)
-            work = v1_decode.decode(content, model.decoder)
-            prediction = Prediction(subject, model, work, tenant, record_in(request.scope))
-            self._start(prediction, work.bytes, idempotency, keep=prefers.respond_async or key is not None)
+            decoded = v1_decode.decode(content, model.decoder)
+            prediction = Prediction(subject, model, decoded, tenant, record_in(request.scope))
+            self._start(prediction, decoded.bytes, idempotency, keep=prefers.respond_async or key is not None)
         if prefers.respond_async:
             return await self._respond_later(request, prediction, prefers)
         return await self._respond(request, prediction)

@@ -31,7 +31,7 @@ from cobatch.server.http.problem import Problem
 from cobatch.server.inference.model import Model
 from cobatch.server.observability.record import Record
 from cobatch.server.predictions import encode as v1_encode
-from cobatch.server.predictions.decode import Work
+from cobatch.server.predictions.decode import Decoded
 from cobatch.server.predictions.encode import Answer
 from cobatch.server.settings.schema import ServerSettings
 
@@ -45,7 +45,7 @@ class Prediction:
         self,
         subject: str,
         model: Model,
-        work: Work,
+        decoded: Decoded,
         tenant: Tenant | None = None,
         record: Record | None = None,
     ) -> None:
@@ -58,7 +58,7 @@ class Prediction:
         self.finished_s = 0.0
         self.on_answer: Callable[[Prediction], None] | None = None
         self._model = model
-        self._request: PredictionRequest | None = PredictionRequest(self, model, work, tenant, record)
+        self._request: PredictionRequest | None = PredictionRequest(self, model, decoded, tenant, record)
         # To be waited for with `asyncio.wait`, which cancels nothing; None once `answer` is there.
         self.answered: asyncio.Future[Answer] | None = asyncio.get_running_loop().create_future()
 
@@ -117,13 +117,13 @@ class PredictionRequest(Request):
         self,
         prediction: Prediction,
         model: Model,
-        work: Work,
+        decoded: Decoded,
         tenant: Tenant | None,
         record: Record | None,
     ) -> None:
-        super().__init__(work.rows, work.row_shapes, work.payloads)
-        self.priority = work.priority
-        self.timeout_s = work.timeout_s
+        super().__init__(decoded.rows, decoded.row_shapes, decoded.payloads)
+        self.priority = decoded.priority
+        self.timeout_s = decoded.timeout_s
         self.partial = True
         self.tenant = tenant
         self._prediction = prediction
@@ -131,8 +131,8 @@ class PredictionRequest(Request):
         self._record = record
         if record is not None:
             record.model = model.name
-            record.rows = work.rows
-        self._wants = work.wants
+            record.rows = decoded.rows
+        self._wants = decoded.outputs
 
     def done(self) -> None:
         id_, name = self._prediction.id, self._model.name

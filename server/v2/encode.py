@@ -1,15 +1,15 @@
 """A finished request's rows -> the body of a V2 infer response.
 
-What is the same for all requests of a batch is done once per batch and kept in `batch.memo`: one
-call copies a whole output for the callers that want binary, and, where rows are short, one call turns
-it into JSON text, which is then cut at the rows' borders. orjson does that: it writes float32 with as
-few digits as keep the value, in half msgspec's time and with no Python object per element
-(`benchmarks/request_cost/codec.py`). Non-finite results are null in JSON, which has no word for them; binary
-keeps them.
+Work that all requests of a batch share is done once and kept in `batch.memo`: one call copies a whole output
+for the callers that want binary, and, where rows are short, one call turns it into JSON text, which is then
+cut between the rows. orjson writes the text: float32 with the fewest digits that keep the value, in half
+msgspec's time and with no Python object per element (`benchmarks/request_cost/codec.py`). Non-finite results
+are null in JSON, which cannot express them; binary keeps them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -21,16 +21,16 @@ from cobatch.batcher.request import Batch, Request
 from cobatch.engines.base import Signature
 from cobatch.server.http.reply import JSON, OCTETS, Reply
 from cobatch.server.http.request_id import id_lead
-from cobatch.server.v2.decode import Wants
+from cobatch.server.v2.decode import WantedOutputs
 
 _KEPT_FRAMES = 1024
-# Up to so many elements, encoding all rows at once and cutting beats encoding each by itself.
-_SHORT_ROW = 64
+# Encoding all rows at once and cutting is faster than encoding each by itself up to this length.
+_SHORT_ROW_ELEMENTS = 64
 Shapes = tuple[tuple[int, ...], ...]
 
 
 class Encoder:
-    """Encodes answers of one model."""
+    """Encodes the responses of one model."""
 
     def __init__(self, name: str, version: str, signature: Signature) -> None:
         self._start = b'{"model_name":%b,"model_version":%b' % (
@@ -39,10 +39,12 @@ class Encoder:
         )
         self._specs = signature.outputs
         self._names = [msgspec.json.encode(spec.name) for spec in signature.outputs]
-        self._frames: dict[tuple[Wants, int, Shapes], list[bytes]] = {}
+        self._frames: dict[tuple[WantedOutputs, int, Shapes], list[bytes]] = {}
 
-    def encode(self, request: Request, wants: Wants, message_id: str | None, usage: bool = False) -> Reply:
-        """The reply to a request that ran; call it inside `Request.done`. `usage`: say so in the body too."""
+    def encode(
+        self, request: Request, wanted: WantedOutputs, message_id: str | None, usage: bool = False
+    ) -> Reply:
+        """The reply to a request that ran; call it inside `Request.done`. `usage`: times in the body too."""
         batch = request.batch
         assert batch is not None
         shared = batch.memo.get("shared")
@@ -51,46 +53,38 @@ class Encoder:
             shared = batch.memo["shared"] = shapes, timing_of_batch(batch), id_lead(batch)
         shapes, shared_timing, lead_of_id = shared
         timing = b"queue;dur=%.3f%b" % ((batch.dispatched_s - request.enqueued_s) * 1e3, shared_timing)
-        # One that rode in a batch of its own making (a split one, say) gets its id elsewhere.
-        request_id = b"%b%d" % (lead_of_id, request.first_row) if lead_of_id else None
+        first, rows = request.first_row, request.rows
+        # A request with a batch of its own (a split one, for example) gets its id elsewhere.
+        request_id = b"%b%d" % (lead_of_id, first) if lead_of_id else None
         start = self._start
         if message_id is not None:
             start += b',"id":' + msgspec.json.encode(message_id)
         if usage:
             start += _usage(request, batch)
-        rows = request.rows
-        first = request.first_row
-        frame = self._frame(wants, rows, shapes)
-        if len(wants) != 1:
-            return self._mixed(batch, first, rows, wants, start, timing, request_id, frame)
-        # One output is the common case, and spelled out.
-        index, binary = wants[0]
-        lead, end = frame
-        if not binary:
-            text = self._json_data(batch, index, first, rows)
-            return Reply(200, JSON, (start, lead, text, end), timing=timing, request_id=request_id)
-        if self._specs[index].datatype == "BYTES":
-            return self._mixed(batch, first, rows, wants, start, timing, request_id, frame)
-        data = self._binary_rows(batch, index, first, rows)
-        json_length = len(start) + len(lead) + len(end)
-        body = (start, lead, end, data)
-        return Reply(200, OCTETS, body, timing=timing, json_length=json_length, request_id=request_id)
+        frame = self._frame(wanted, rows, shapes)
+        body: Sequence[bytes | memoryview]
+        index, binary = wanted[0]
+        if len(wanted) > 1 or (binary and self._specs[index].datatype == "BYTES"):
+            body, json_length = self._several(batch, first, rows, wanted, start, frame)
+        elif binary:
+            # One output is the common case, and spelled out.
+            lead, end = frame
+            body = (start, lead, end, self._binary_rows(batch, index, first, rows))
+            json_length = len(start) + len(lead) + len(end)
+        else:
+            lead, end = frame
+            body, json_length = (start, lead, self._json_data(batch, index, first, rows), end), None
+        kind = JSON if json_length is None else OCTETS
+        return Reply(200, kind, body, timing=timing, json_length=json_length, request_id=request_id)
 
-    def _mixed(
-        self,
-        batch: Batch,
-        first: int,
-        rows: int,
-        wants: Wants,
-        start: bytes,
-        timing: bytes,
-        request_id: bytes | None,
-        frame: list[bytes],
-    ) -> Reply:
+    def _several(
+        self, batch: Batch, first: int, rows: int, wanted: WantedOutputs, start: bytes, frame: list[bytes]
+    ) -> tuple[Sequence[bytes | memoryview], int | None]:
+        """The body with all wanted outputs, and the length of its JSON if some are binary."""
         pieces: list[bytes | memoryview] = [start]
         tail: list[bytes | memoryview] = []
-        for position, (index, binary) in enumerate(wants):
-            pieces.append(frame[position])
+        for (index, binary), lead in zip(wanted, frame, strict=False):
+            pieces.append(lead)
             if not binary:
                 pieces.append(self._json_data(batch, index, first, rows))
             elif self._specs[index].datatype == "BYTES":
@@ -100,19 +94,16 @@ class Encoder:
             else:
                 tail.append(self._binary_rows(batch, index, first, rows))
         pieces.append(frame[-1])
-        if any(binary for _, binary in wants):
-            json_length = sum(map(len, pieces))
-            body = pieces + tail
-            return Reply(200, OCTETS, body, timing=timing, json_length=json_length, request_id=request_id)
-        return Reply(200, JSON, pieces, timing=timing, request_id=request_id)
+        json_length = sum(map(len, pieces)) if any(binary for _, binary in wanted) else None
+        return pieces + tail, json_length
 
     def _json_data(self, batch: Batch, index: int, first: int, rows: int) -> bytes:
-        """Text of some rows of an output: the elements without brackets, flat."""
+        """The text of some rows of an output: the elements without brackets, flat."""
         cut: list[bytes] | None = batch.memo.get(index)
         if cut is None:
             output = batch.outputs[index]
             elements = prod(output.shape[1:])
-            if output.dtype == object or not 0 < elements <= _SHORT_ROW:
+            if output.dtype == object or not 0 < elements <= _SHORT_ROW_ELEMENTS:
                 return _json_elements(output[first : first + rows].reshape(-1))
             flat = output.reshape(output.shape[0], elements)
             cut = batch.memo[index] = _orjson(flat)[2:-2].split(b"],[")
@@ -126,20 +117,20 @@ class Encoder:
         size = len(whole) // batch.outputs[index].shape[0]
         return whole[first * size : (first + rows) * size]
 
-    def _frame(self, wants: Wants, rows: int, shapes: Shapes) -> list[bytes]:
+    def _frame(self, wanted: WantedOutputs, rows: int, shapes: Shapes) -> list[bytes]:
         """The JSON around the data, in pieces: one before each wanted output's data, one at the end."""
-        key = (wants, rows, shapes)
+        key = (wanted, rows, shapes)
         frame = self._frames.get(key)
         if frame is None:
             if len(self._frames) >= _KEPT_FRAMES:
                 self._frames.clear()
-            frame = self._frames[key] = self._make_frame(wants, rows, shapes)
+            frame = self._frames[key] = self._make_frame(wanted, rows, shapes)
         return frame
 
-    def _make_frame(self, wants: Wants, rows: int, shapes: Shapes) -> list[bytes]:
+    def _make_frame(self, wanted: WantedOutputs, rows: int, shapes: Shapes) -> list[bytes]:
         frame = []
         end = b',"outputs":['
-        for index, binary in wants:
+        for index, binary in wanted:
             spec = self._specs[index]
             shape = [rows, *shapes[index]]
             head = b'{"name":%b,"shape":%b,"datatype":"%b",' % (
@@ -185,7 +176,7 @@ def _bytes_tensor(values: np.ndarray[Any, Any]) -> bytes:
 
 
 def _usage(request: Request, batch: Batch) -> bytes:
-    """The answer's parameters that say where its time went, in microseconds, and in which company."""
+    """The response's parameters: its batch's rows, and microseconds in the queue and in the engine."""
     return b',"parameters":{"batch_rows":%d,"queue_us":%d,"compute_us":%d}' % (
         batch.rows,
         (batch.dispatched_s - request.enqueued_s) * 1e6,

@@ -1,20 +1,20 @@
 """Tensor data in JSON -> the bytes that are copied into the batch.
 
-Three ways, chosen by size and form; the figures are `benchmarks/request_cost/codec.py`'s:
+Three ways, chosen by size and form, as `benchmarks/request_cost/codec.py` measures them:
 
-* flat and small: msgspec makes a typed list, `struct` packs it; nothing of NumPy, whose calls cost
-  more than the work on a few numbers;
+* flat and small: msgspec makes a typed list and `struct` packs it, without NumPy, whose calls cost more
+  than the work on a few numbers;
 * flat and large: simdjson, which has parsed the whole message (`server.v2.messages`), writes the
   numbers into a buffer without a Python object for each;
-* nested, or anything the first two reject: plain lists and `numpy.array`, which also finds ragged
-  data, and where the caller is told what is wrong.
+* nested, or rejected by the first two: plain lists and `numpy.array`. This way also finds ragged data and
+  says what is wrong.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -23,8 +23,10 @@ import simdjson
 from cobatch.batcher.request import Payload
 from cobatch.engines.base import TensorSpec
 from cobatch.server.http.problem import Problem
+from cobatch.server.v2.checks import wrong_data
 
 _SMALL_BYTES = 8192
+_KEPT_PACKERS = 256
 _STRUCT = {
     "BOOL": "?", "INT8": "b", "INT16": "h", "INT32": "i", "INT64": "q",
     "UINT8": "B", "UINT16": "H", "UINT32": "I", "UINT64": "Q",
@@ -37,22 +39,29 @@ _LISTS: dict[str, Callable[[Any], list[Any]]] = {
     "f": msgspec.json.Decoder(list[float]).decode,
 }
 _WORDS = {"b": "true or false", "i": "integers", "u": "integers that are not negative", "f": "numbers"}
-# What a malformed or unfitting value makes the quick ways raise; the careful way then says what it is.
+# Of simdjson's buffers, by NumPy's kind: the type asked for, and as NumPy names it.
+_BUFFERS: dict[str, tuple[Literal["d", "u", "i"], type[np.number[Any]]]] = {
+    "f": ("d", np.float64),
+    "u": ("u", np.uint64),
+    "i": ("i", np.int64),
+}
+# A malformed or unfitting value makes the quick ways raise one of these; the careful way says what it is.
 _UNFIT = (msgspec.MsgspecError, struct.error, OverflowError, TypeError, ValueError)
 
 
 class JsonReader:
-    """Reads the JSON data of one input tensor."""
+    """Reads the JSON data of one input tensor. Everything raises Problem."""
 
     def __init__(self, spec: TensorSpec) -> None:
         self._spec = spec
         self._dtype = spec.dtype.newbyteorder("<") if spec.datatype != "BYTES" else spec.dtype
         self._code = _STRUCT.get(spec.datatype)
         self._list = _LISTS.get(self._dtype.kind) if self._code else None
+        self._buffer = _BUFFERS.get(self._dtype.kind) if self._code else None
         self._packers: dict[int, Callable[..., bytes]] = {}
 
     def read(self, data: msgspec.Raw, shape: list[int], elements: int) -> Payload:
-        """The data as little-endian bytes in C order (BYTES: a list), or a Problem.
+        """The data as little-endian bytes in C order (BYTES: a list).
 
         `shape` is the whole shape, batch axis included, of `elements` elements.
         """
@@ -67,25 +76,26 @@ class JsonReader:
     def _packer(self, elements: int) -> Callable[..., bytes]:
         packer = self._packers.get(elements)
         if packer is None:
-            if len(self._packers) >= 256:
+            if len(self._packers) >= _KEPT_PACKERS:
                 self._packers.clear()
             packer = self._packers[elements] = struct.Struct(f"<{elements}{self._code}").pack
         return packer
 
-    def read_array(self, array: simdjson.Array, elements: int) -> Payload | None:
-        """The same from what simdjson parsed; None where `read` has to have a look at the text."""
-        kind = self._dtype.kind
-        if self._code is None or kind == "b":
-            return None
+    def read_array(self, array: simdjson.Array, shape: list[int], elements: int) -> Payload:
+        """The same from flat data that simdjson parsed."""
         try:
-            # simdjson would flatten nested data without noticing ragged rows.
-            buffer = array.as_buffer(of_type="d" if kind == "f" else "u" if kind == "u" else "i")
-            wide = np.frombuffer(buffer, {"f": np.float64, "u": np.uint64, "i": np.int64}[kind])
-            return self._narrow(wide).data.cast("B") if wide.size == elements else None
+            if self._buffer is not None:
+                kind, wide = self._buffer
+                numbers = np.frombuffer(array.as_buffer(of_type=kind), wide)
+                if numbers.size == elements:
+                    return self._narrow(numbers).data.cast("B")
         except _UNFIT:
-            return None
+            pass
+        text: Any = array.mini  # bytes; the stub has str
+        return self._read_carefully(memoryview(text), shape, elements)
 
     def _narrow(self, wide: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """The numbers in the tensor's datatype."""
         dtype = self._dtype
         if dtype.kind == "f":
             with np.errstate(over="ignore"):
@@ -97,18 +107,17 @@ class JsonReader:
             range_ = np.iinfo(dtype)
             low, high = int(wide.min()), int(wide.max())
             if low < range_.min or high > range_.max:
-                found = low if low < range_.min else high
-                raise self._wrong(f"{found} is out of range")
+                raise self._wrong(f"{low if low < range_.min else high} is out of range")
         return wide.astype(dtype)
 
     def read_nested(
         self, data: msgspec.Raw | bytes | bytearray, check: Callable[[list[int]], None]
     ) -> tuple[list[int], Payload]:
-        """Data whose nesting is its shape: the shape, which `check` may refuse, and what `read` answers."""
+        """The shape of data whose nesting is its shape, and its payload. `check` may refuse the shape."""
         values = self._parse(memoryview(data))
         shape = _shape(values)
         check(shape)
-        return shape, self._convert(_flatten(values, len(shape), self._wrong))
+        return shape, self._convert(self._flatten(values, len(shape)))
 
     def _parse(self, raw: memoryview) -> list[Any]:
         if self._spec.datatype == "BF16":
@@ -126,23 +135,29 @@ class JsonReader:
             raise Problem("missing-tensor", f"input {self._spec.name!r} has no data", tensor=self._spec.name)
         commas = bytes(raw).count(b",") if self._code else 0
         if commas >= max(elements, 1) and raw[0] == ord("["):
-            # Among n numbers there are n - 1 commas, however they are nested. To decode first and count
-            # then would let a body of empty arrays become objects twenty times its size.
-            raise self._wrong(
-                f"shape {shape} has {elements} elements, the data has {commas + 1}",
-                shape=shape,
-                expected_elements=elements,
-                actual_elements=commas + 1,
-            )
-        flat = _flatten(self._parse(raw), len(shape), self._wrong)
+            # Among n numbers there are n - 1 commas, however they are nested. Counting them before decoding
+            # keeps a body of empty arrays from becoming objects twenty times its size.
+            raise self._wrong_count(shape, elements, commas + 1)
+        flat = self._flatten(self._parse(raw), len(shape))
         if len(flat) != elements:
-            raise self._wrong(
-                f"shape {shape} has {elements} elements, the data has {len(flat)}",
-                shape=shape,
-                expected_elements=elements,
-                actual_elements=len(flat),
-            )
+            raise self._wrong_count(shape, elements, len(flat))
         return self._convert(flat)
+
+    def _wrong_count(self, shape: list[int], elements: int, actual: int) -> Problem:
+        detail = f"shape {shape} has {elements} elements, the data has {actual}"
+        return self._wrong(detail, shape=shape, expected_elements=elements, actual_elements=actual)
+
+    def _flatten(self, values: list[Any], depth: int) -> list[Any]:
+        """Row-major elements of a nested list at most `depth` deep whose rows have equal lengths."""
+        while values and isinstance(values[0], list):
+            depth -= 1
+            if depth <= 0:
+                raise self._wrong("the data is nested deeper than its shape")
+            width = len(values[0])
+            if not all(isinstance(value, list) and len(value) == width for value in values):
+                raise self._wrong("the data is ragged: rows differ in length or depth")
+            values = [element for value in values for element in value]
+        return values
 
     def _convert(self, flat: list[Any]) -> Payload:
         if self._spec.datatype == "BYTES":
@@ -169,31 +184,16 @@ class JsonReader:
             raise self._wrong("a number is too large") from None
 
     def _wrong(self, why: str, **members: Any) -> Problem:
-        spec = self._spec
-        detail = f"input {spec.name!r} ({spec.datatype}): {why}"
-        return Problem("wrong-data", detail, tensor=spec.name, datatype=spec.datatype, **members)
+        return wrong_data(self._spec, why, **members)
 
 
 def _shape(values: Any) -> list[int]:
-    """The shape of nested lists, as their first elements have it."""
+    """The shape of nested lists, read from their first elements."""
     shape = []
     while isinstance(values, list):
         shape.append(len(values))
         values = values[0] if values else None
     return shape
-
-
-def _flatten(values: list[Any], depth: int, wrong: Callable[..., Problem]) -> list[Any]:
-    """Row-major elements of a nested list at most `depth` deep whose rows have equal lengths."""
-    while values and isinstance(values[0], list):
-        depth -= 1
-        if depth <= 0:
-            raise wrong("the data is nested deeper than its shape")
-        width = len(values[0])
-        if not all(isinstance(value, list) and len(value) == width for value in values):
-            raise wrong("the data is ragged: rows differ in length or depth")
-        values = [element for value in values for element in value]
-    return values
 
 
 def _name(value: object) -> str:

@@ -1,6 +1,6 @@
 """The Open Inference Protocol's infer request as types: msgspec checks it while it parses.
 
-A tensor's `data` stays raw text here, or an array of simdjson's beside it, because how to read it depends
+A tensor's `data` stays raw text here, or a simdjson array beside the message, because how to read it depends
 on the datatype that the model expects (see `server.v2.json_data`).
 """
 
@@ -12,7 +12,10 @@ import msgspec
 import simdjson
 from msgspec import Meta
 
-# Bounded, since what is refused is quoted in the answer.
+from cobatch.server.http.problem import Problem
+
+Body = bytes | bytearray
+# Bounded, since a refusal quotes them.
 Name = Annotated[str, Meta(max_length=1024)]
 Text = Annotated[str, Meta(max_length=16_384)]
 Parameters = dict[Name, Text | int | float | bool]
@@ -44,26 +47,55 @@ class InferMessage(msgspec.Struct, gc=False):
     outputs: list[WantedOutput] | None = None
 
 
-decode_message = msgspec.json.Decoder(InferMessage).decode
+# A body's parts: the message; the binary tail, if there is one; the inputs' data, if simdjson parsed it.
+Parsed = tuple[InferMessage, memoryview | None, list[simdjson.Array] | None]
 
 
-# A message this long is parsed by simdjson: from about 500 numbers on it is the faster one.
+_decode = msgspec.json.Decoder(InferMessage).decode
+
+# simdjson parses messages of at least this length; from about 500 numbers on it is the faster parser.
 LARGE_BYTES = 4096
-# And up to here: pysimdjson 7.0.2 holds an array's length in 24 bits and writes past its memory beyond,
-# and each element takes at least two bytes of text.
-MOST_LARGE_BYTES = 2 * 0xFFFFFF
-# Syntax, ranges, missing fields, other types than expected, depth: what simdjson and msgspec raise then.
+# pysimdjson 7.0.2 holds an array's length in 24 bits and writes past its memory beyond; each element takes
+# at least two bytes of text.
+LARGE_LIMIT_BYTES = 2 * 0xFFFFFF
+# Syntax, ranges, missing fields, unexpected types, depth: the errors that simdjson and msgspec raise.
 _UNFIT = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, msgspec.MsgspecError)
 
 
-def parse_large(text: bytes | bytearray) -> tuple[InferMessage, list[simdjson.Array]] | None:
-    """The message and each input's data, parsed by simdjson. None: let `decode_message` have a look.
+def parse(body: Body, json_length: int | None) -> Parsed:
+    """Take a body apart. `json_length` is the header's value, None without that header. Raises Problem."""
+    if json_length is None:
+        large = parse_large(body) if LARGE_BYTES <= len(body) <= LARGE_LIMIT_BYTES else None
+        return large or (parse_json(body), None, None)
+    if json_length > len(body):
+        raise Problem(
+            "bad-binary",
+            f"Inference-Header-Content-Length is {json_length}, the body has {len(body)} bytes",
+            header_length=json_length,
+            body_bytes=len(body),
+        )
+    view = memoryview(body)
+    return parse_json(view[:json_length]), view[json_length:], None
 
-    All but the data goes through msgspec, so what is accepted and what is said of the rest is the same.
+
+def parse_json(text: Body | memoryview) -> InferMessage:
+    """The message that a text is. Raises Problem."""
+    try:
+        return _decode(text)
+    except msgspec.ValidationError as error:
+        raise Problem("bad-request", f"not an infer request: {error}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Problem("not-json", f"the body is not JSON: {error}") from None
+
+
+def parse_large(text: Body) -> Parsed | None:
+    """Parse a message of flat data with simdjson; None for one that `parse_json` must take.
+
+    Everything but the data goes through msgspec, so both accept the same and refuse in the same words.
     """
     try:
-        # A parser of its own: one that is shared refuses to parse while a result is still alive.
-        # Any: what is not of the form that the lines below expect raises, and that is the check.
+        # A parser of its own: a shared one refuses to parse while a result of it is alive.
+        # Any: a document of another form raises in the lines below.
         document: Any = simdjson.Parser().parse(bytes(text))
         fields = {name: _plain(document[name]) for name in _names(document) if name != "inputs"}
         arrays = []
@@ -71,17 +103,17 @@ def parse_large(text: bytes | bytearray) -> tuple[InferMessage, list[simdjson.Ar
         for item in document["inputs"]:
             arrays.append(item["data"])
             tensors.append({name: _plain(item[name]) for name in _names(item) if name != "data"})
-        # simdjson's flat buffers do not show nesting, so that ragged data would pass: count the brackets.
+        # simdjson flattens nested data without noticing ragged rows: count the brackets.
         flat = text.count(b"[") == 1 + 2 * len(tensors) + ("outputs" in fields)
         if not flat or not all(isinstance(array, simdjson.Array) for array in arrays):
             return None
-        return msgspec.convert(fields | {"inputs": tensors}, InferMessage), arrays
+        return msgspec.convert(fields | {"inputs": tensors}, InferMessage), None, arrays
     except _UNFIT:
         return None
 
 
 def _names(value: Any) -> list[str]:
-    """An object's names. Of one that is there twice msgspec takes the last value, simdjson the first."""
+    """An object's names. Of a repeated name msgspec takes the last value, simdjson the first."""
     names = list(value)
     if len(set(names)) != len(names):
         raise ValueError("a name is given twice")

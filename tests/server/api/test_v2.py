@@ -196,7 +196,7 @@ def test_statistics_of_all_models(served: Served) -> None:
 def decode(parameters: dict[str, object]) -> tuple[int, float | None]:
     decoder = Decoder(Signature((TensorSpec("x", "FP32", (3,)),), (TensorSpec("y", "FP32", (3,)),)), 1 << 20)
     decoded = decoder.decode(json.dumps(ONE | {"parameters": parameters}).encode(), None)
-    return decoded.wishes[:2]
+    return decoded.options[:2]
 
 
 def test_priority_and_timeout_reach_the_batcher() -> None:

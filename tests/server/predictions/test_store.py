@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cobatch.engines.errors import EngineRunError
 from cobatch.server.http.problem import Problem
 from cobatch.server.inference.model import Model
-from cobatch.server.predictions.decode import Work
+from cobatch.server.predictions.decode import Decoded
 from cobatch.server.predictions.store import OVERHEAD_BYTES, Prediction, Predictions
 from cobatch.server.settings.schema import ModelSettings, ServerSettings
 from cobatch.server.v2.decode import Decoder
@@ -39,9 +39,9 @@ def make_store(most: int = 4, most_bytes: int = 1 << 20) -> Predictions:
     return Predictions(ServerSettings(kept_predictions=most, kept_bytes=most_bytes, kept_s=KEPT_S))
 
 
-def work(rows: int = 1, width: int = 1) -> Work:
+def work(rows: int = 1, width: int = 1) -> Decoded:
     tensors = np.ones((rows, width), np.int64).tobytes()
-    return Work(rows, ((width,),), [tensors], ((0, None),), 0, None)
+    return Decoded(rows, ((width,),), [tensors], ((0, None),), 0, None)
 
 
 def keep(
@@ -132,7 +132,7 @@ def test_an_answer_that_is_too_large_reaches_who_waits_but_is_not_kept() -> None
         store = make_store(most_bytes=OVERHEAD_BYTES + 8 * 1000)
         model = make_model(engine)
         tensors = np.full((1, 1000), 2**61, np.int64).tobytes()
-        prediction = Prediction("me", model, Work(1, ((1000,),), [tensors], ((0, None),), 0, None))
+        prediction = Prediction("me", model, Decoded(1, ((1000,),), [tensors], ((0, None),), 0, None))
         prediction.submit()
         store.keep(prediction, len(tensors), None)
         assert prediction.answered is not None

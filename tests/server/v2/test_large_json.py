@@ -10,7 +10,7 @@ import pytest
 from cobatch.engines.base import Signature, TensorSpec
 from cobatch.server.http.problem import Problem
 from cobatch.server.v2.decode import Decoder
-from cobatch.server.v2.messages import LARGE_BYTES, MOST_LARGE_BYTES, parse_large
+from cobatch.server.v2.messages import LARGE_BYTES, LARGE_LIMIT_BYTES, parse_large
 
 WIDTH = 2000
 DECODER = Decoder(Signature((TensorSpec("x", "FP32", (WIDTH,)),), (TensorSpec("y", "FP32", (1,)),)), 1000)
@@ -44,4 +44,4 @@ def test_rows_hidden_within_a_row_are_refused(inner: list[object]) -> None:
 
 def test_the_longest_array_that_simdjson_meets_is_shorter_than_it_can_count() -> None:
     """Beyond 2**24 - 1 elements pysimdjson 7.0.2 writes past its memory; each takes two bytes at least."""
-    assert MOST_LARGE_BYTES < 2 * 2**24
+    assert LARGE_LIMIT_BYTES < 2 * 2**24

@@ -1,0 +1,87 @@
+"""Checks of tensors against a model's signature, for every request format.
+
+Each raises a Problem that names the tensor, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from cobatch.batcher.rows.padding import Padder
+from cobatch.engines.base import Signature, TensorSpec, within
+from cobatch.server.http.problem import Problem
+
+# Of the other axes of a tensor without elements: no data bounds them, and NumPy refuses what exceeds memory.
+_MAX_EMPTY_ELEMENTS = 2**32
+
+
+class TensorNames:
+    """The names of a model's tensors. A client may leave out the masks that the padder makes itself."""
+
+    def __init__(self, signature: Signature, padder: Padder | None) -> None:
+        masks = set() if padder is None else {mask.tensor for _, mask in padder.masks}
+        self.required = [spec for index, spec in enumerate(signature.inputs) if index not in masks]
+        self.inputs = [spec.name for spec in signature.inputs]
+        self._outputs = [spec.name for spec in signature.outputs]
+
+    def check_inputs(self, names: Sequence[str]) -> None:
+        """Raise Problem unless the names are the inputs', each once; masks may be missing."""
+        for position, name in enumerate(names):
+            if name not in self.inputs:
+                detail = f"the model has no input {name!r}; its inputs are {', '.join(self.inputs)}"
+                raise Problem("unknown-tensor", detail, tensor=name, inputs=self.inputs)
+            if name in names[:position]:
+                raise Problem("duplicate-tensor", f"input {name!r} is given twice", tensor=name)
+        for spec in self.required:
+            if spec.name not in names:
+                raise Problem("missing-tensor", f"input {spec.name!r} is missing", tensor=spec.name)
+
+    def output_indices(self, names: Sequence[str]) -> list[int]:
+        """Where these outputs stand in the signature. Raises Problem."""
+        for position, name in enumerate(names):
+            if name not in self._outputs:
+                detail = f"the model has no output {name!r}; its outputs are {', '.join(self._outputs)}"
+                raise Problem("unknown-tensor", detail, tensor=name, outputs=self._outputs)
+            if name in names[:position]:
+                raise Problem("duplicate-tensor", f"output {name!r} is asked for twice", tensor=name)
+        return [self._outputs.index(name) for name in names]
+
+
+def check_tensor(spec: TensorSpec, datatype: str, shape: list[int]) -> None:
+    """Raise Problem unless datatype and shape, batch axis included, are an input's."""
+    if datatype != spec.datatype:
+        raise Problem(
+            "wrong-datatype",
+            f"input {spec.name!r} is {spec.datatype}, got {datatype!r}",
+            tensor=spec.name,
+            expected=spec.datatype,
+            actual=datatype,
+        )
+    if len(shape) != len(spec.shape) + 1:
+        raise wrong_shape(spec, shape, f"it needs {len(spec.shape) + 1} axes")
+    if shape[0] < 1:
+        raise wrong_shape(spec, shape, "it needs at least one row")
+    for size, expected in zip(shape[1:], spec.shape, strict=True):
+        if size < 0 or expected not in (size, -1):
+            raise wrong_shape(spec, shape)
+    if spec.ranges and not any(within(low, shape[1:], high) for low, high in spec.ranges):
+        shown = " or ".join(f"{list(low)} to {list(high)}" for low, high in spec.ranges)
+        raise wrong_shape(spec, shape, f"the engine takes rows of {shown}")
+    if not prod(shape) and prod(size or 1 for size in shape) > _MAX_EMPTY_ELEMENTS:
+        raise wrong_shape(spec, shape, "an axis is too large")
+
+
+def wrong_shape(spec: TensorSpec, shape: list[int], why: str | None = None) -> Problem:
+    """The Problem of an input whose shape is not the model's."""
+    expected = [-1, *spec.shape]
+    reason = "" if why is None else f": {why}"
+    detail = f"input {spec.name!r} has shape {expected} (-1: any), got {shape}{reason}"
+    return Problem("wrong-shape", detail, tensor=spec.name, expected=expected, actual=shape)
+
+
+def wrong_data(spec: TensorSpec, why: str, **members: Any) -> Problem:
+    """The Problem of an input whose data is not what its shape and datatype make."""
+    detail = f"input {spec.name!r} ({spec.datatype}): {why}"
+    return Problem("wrong-data", detail, tensor=spec.name, datatype=spec.datatype, **members)
