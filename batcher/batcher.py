@@ -1,6 +1,6 @@
 """The batcher: admits requests, sends batches to the workers, hands the rows of each batch back.
 
-One per model, living on one event loop; every method runs there. What leaves when
+One per model, live on one event loop; every method runs there. What leaves when
 is decided in `batcher.scheduling.scheduler`, the order is the queue's (`batcher.scheduling.queue`), the way
 to the engine and back is the dispatcher's (`batcher.lanes`); this file lets requests in.
 
@@ -27,8 +27,7 @@ from collections.abc import Callable, Sequence
 from cobatch.batcher.completion import Answers
 from cobatch.batcher.ending import Ending
 from cobatch.batcher.errors import BatcherError
-from cobatch.batcher.lane import BatchWorker, Lane
-from cobatch.batcher.lanes import Dispatcher
+from cobatch.batcher.lanes import BatchWorker, Lane, Lanes
 from cobatch.batcher.leaving import Leaving
 from cobatch.batcher.request import Batch, Request, State
 from cobatch.batcher.rows.padding import Padder
@@ -36,9 +35,9 @@ from cobatch.batcher.scheduling.admission import Admission
 from cobatch.batcher.scheduling.policy import Limits
 from cobatch.batcher.scheduling.queue import RequestQueue
 from cobatch.batcher.scheduling.run_times import LatencyModel, ShapeTimes
-from cobatch.batcher.scheduling.scheduler import Deciding
-from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.batcher.scheduling.scheduler import Scheduler
 from cobatch.batcher.statistics import Counters
+from cobatch.batcher.tenant import Tenant
 from cobatch.engines.errors import EngineError
 
 
@@ -74,7 +73,7 @@ class Batcher:
         vary = any(spec.row_elements < 0 for spec in engine.signature.inputs)
         times = ShapeTimes(self.latency, vary=vary)
         self._has_deadlines = deadline_ms is not None
-        self.counters = Counters(padder)
+        self.counters = Counters(pads=padder is not None)
         self._padder = padder
         self._loop = loop
         self._clock = clock
@@ -91,7 +90,7 @@ class Batcher:
             now_s=clock(),
         )
         self._admission.lanes = len(workers)
-        self._deciding = deciding = Deciding(
+        self._scheduler = scheduler = Scheduler(
             self._queue,
             self.latency,
             times,
@@ -110,7 +109,7 @@ class Batcher:
             self._answers,
             self.counters,
             loop,
-            decide=deciding.decide,
+            decide=scheduler.decide,
             on_lost=on_lost,
         )
         self._leaving = Leaving(
@@ -123,24 +122,25 @@ class Batcher:
             max_batch_size=engine.max_batch_size,
             on_left=self._ending.check_drained,
         )
-        self._dispatcher = Dispatcher(
+        self._lanes = Lanes(
             workers,
             self._answers,
             self.counters,
             loop,
             clock,
             times=times,
-            decide=deciding.decide,
+            padder=padder,
+            decide=scheduler.decide,
             on_dead=self._ending.on_dead,
-            on_idle=deciding.on_idle,
-            on_ran=deciding.on_ran,
+            on_idle=scheduler.on_idle,
+            on_ran=scheduler.on_ran,
             on_hung=self._ending.on_hung,
             on_late=self._leaving.fail_late,
             execution_timeout_s=None if execution_timeout_ms is None else execution_timeout_ms / 1000,
         )
-        self._ending.dispatcher = deciding.dispatcher = self._dispatcher
-        deciding.on_late = self._leaving.fail_late
-        deciding.check_drained = self._ending.check_drained
+        self._ending.lanes = scheduler.lanes = self._lanes
+        scheduler.on_late = self._leaving.fail_late
+        scheduler.check_drained = self._ending.check_drained
 
     # Admission
 
@@ -157,7 +157,7 @@ class Batcher:
     @property
     def running_batches(self) -> int:
         """Batches that are with the engine."""
-        return self._dispatcher.running
+        return self._lanes.running
 
     def open_requests(self) -> tuple[dict[int, int], int]:
         """For who watches: queued rows by priority, and how many requests are not answered yet."""
@@ -165,21 +165,21 @@ class Batcher:
         rows: dict[int, int] = {}
         for request in queued:
             rows[request.level] = rows.get(request.level, 0) + request.rows
-        return rows, sum([request.callers for request in [*queued, *self._dispatcher.awaited()]])
+        return rows, sum([request.callers for request in [*queued, *self._lanes.awaited()]])
 
     @property
     def all_lanes(self) -> list[Lane]:
         """Engines that can run something, each with what it has."""
-        return self._dispatcher.lanes
+        return self._lanes.lanes
 
     def watch_batches(self, on_batch: Callable[[Batch], None] | None) -> None:
-        """Tell of each batch that is over; see `Dispatcher`. None: nobody any more."""
-        self._dispatcher.on_batch = on_batch
+        """Tell of each batch that is over; see `Lanes`. None: nobody any more."""
+        self._lanes.on_batch = on_batch
 
     @property
     def lanes(self) -> int:
         """Engines that can run something: none while one that hung is being replaced."""
-        return len(self._dispatcher.lanes)
+        return len(self._lanes.lanes)
 
     @property
     def full(self) -> bool:
@@ -213,7 +213,7 @@ class Batcher:
             why = admission.refusal(request.rows, tenant, request.callers, now_s)
             self._refuse(request, why, counts)
         if request.timeout_s is not None or self._has_deadlines:
-            why = admission.set_deadline(request, now_s, self._dispatcher.free_s, self._dispatcher.around_s)
+            why = admission.set_deadline(request, now_s, self._lanes.free_s, self._lanes.overhead_s)
             self._refuse(request, why, counts)
             if request.deadline_s < math.inf:
                 self._leaving.watch(request, now_s)
@@ -222,16 +222,16 @@ class Batcher:
         self.counters.accepted += request.callers
         if request.rows <= self.max_batch_size:
             group = self._queue.push(request)
-            lane = self._dispatcher.next_lane()
+            lane = self._lanes.next_lane()
             if lane is not None and (group.rows >= self._queue.full_rows or not lane.running):
-                self._deciding.came(group, request, lane)
+                self._scheduler.on_enqueued(group, request, lane)
             return
         request.parts = list(self._leaving.cut(request))
         request.state = State.QUEUED
         for part in request.parts:
             part.enqueued_s = request.enqueued_s
             self._queue.push(part)
-        self._deciding.decide_later()
+        self._scheduler.decide_later()
 
     def _refuse(self, request: Request, why: BatcherError | None, counts: bool) -> None:
         """Count and raise the reason for not accepting it, if there is one."""
@@ -241,7 +241,7 @@ class Batcher:
             self.counters.refused += request.callers
             self.counters.refusals[why.reason] += request.callers
             if request.tenant is not None:
-                request.tenant.figures.refused += request.callers
+                request.tenant.usage.refused += request.callers
         raise why
 
     def run_again(self, requests: list[Request], enqueued_s: float) -> None:
@@ -254,8 +254,8 @@ class Batcher:
             request.enqueued_s = enqueued_s
             if request.tenant is not None:
                 request.tenant.open_requests += request.callers
-        self._dispatcher.retries.append(requests)
-        self._deciding.decide_later()
+        self._lanes.retries.append(requests)
+        self._scheduler.decide_later()
 
     def cancel(self, request: Request) -> None:
         """The caller does not want the answer any more. Harmless when it is already finished."""

@@ -30,9 +30,9 @@ class Answers:
             tenant, callers = request.tenant, request.callers
             tenant.open_requests -= callers
             if request.error is None:
-                tenant.figures.answered += callers
+                tenant.usage.answered += callers
             else:
-                tenant.figures.failed += callers
+                tenant.usage.failed += callers
         try:
             request.done()
         except Exception:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # So many are kept until they are counted.
-FULL = 1024
+PENDING_LIMIT = 1024
 # Powers of ten of seconds that the buckets cover: 10 us to 100 s.
 _FIRST, _LAST = -5, 2
 _STEPS = 28  # to each power of ten: 8.6 %
@@ -34,8 +34,8 @@ def _edges() -> NDArray[np.float64]:
 EDGES_S = _edges()
 
 
-class Samples:
-    """Durations in seconds. Append to `values`, and call `count_in` once there are `FULL` of them."""
+class DurationHistogram:
+    """Durations in seconds. Append to `values`; call `count_in` at `PENDING_LIMIT` of them."""
 
     __slots__ = ("_counts", "_sum_s", "values")
 
@@ -58,9 +58,9 @@ class Samples:
         self.count_in()
         return self._counts.copy()
 
-    def plus(self, other: Samples) -> Samples:
+    def plus(self, other: DurationHistogram) -> DurationHistogram:
         """Those of both."""
-        both = Samples()
+        both = DurationHistogram()
         both._counts = self.counts() + other.counts()
         both._sum_s = self._sum_s + other._sum_s
         return both

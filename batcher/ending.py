@@ -17,8 +17,7 @@ from cobatch.batcher.errors import (
     EngineGoneError,
     ExecutionTimeoutError,
 )
-from cobatch.batcher.lane import BatchWorker, Lane
-from cobatch.batcher.lanes import Dispatcher
+from cobatch.batcher.lanes import BatchWorker, Lane, Lanes
 from cobatch.batcher.request import Batch, Request
 from cobatch.batcher.scheduling.admission import Admission
 from cobatch.batcher.scheduling.queue import RequestQueue
@@ -29,12 +28,12 @@ log = logging.getLogger("cobatch.batcher")
 
 
 class Ending:
-    """Of one model. `dispatcher` is set by whoever makes it; `on_lost` is told of each worker whose engine
+    """Of one model. `lanes` is set by whoever makes it; `on_lost` is told of each worker whose engine
     died or hung, and which; it opens another one and tells `use`, or else `gone`. `decide`: what waits may
     be sent.
     """
 
-    dispatcher: Dispatcher
+    lanes: Lanes
 
     def __init__(
         self,
@@ -88,7 +87,7 @@ class Ending:
         if lane.gone is None:
             lane.gone = self._answers.engine_gone(str(error))
         self._answers.fail_all(requests, lane.gone)
-        if self.dispatcher.lanes:
+        if self.lanes.lanes:
             self._lanes_changed()
         elif first:
             self._close(lane.gone)
@@ -99,8 +98,8 @@ class Ending:
         """There is no engine."""
         self._admission.closed = gone
         # What still runs comes back with an error of its own, or with answers after all.
-        waiting = [request for retry in self.dispatcher.retries for request in retry]
-        self.dispatcher.retries.clear()
+        waiting = [request for retry in self.lanes.retries for request in retry]
+        self.lanes.retries.clear()
         self._answers.fail_all(waiting + self._queue.take_all(), gone)
 
     def on_hung(self, lane: Lane, batch: Batch, limit_s: float) -> None:
@@ -112,7 +111,7 @@ class Ending:
             # What waits goes on with the other lanes, or with the engine that is opened in place of this one.
             self._lanes_changed()
             self._on_lost(lane.worker, error)
-        elif not self.dispatcher.lanes:
+        elif not self.lanes.lanes:
             self._close(self._answers.engine_gone(str(error)))
         self._decide()
         self.check_drained()
@@ -121,22 +120,22 @@ class Ending:
         """Another engine, in place of one that hung or died; what waits goes on."""
         if self._drained is None and isinstance(self._admission.closed, EngineGoneError):
             self._admission.closed = None
-        self.dispatcher.use(worker)
+        self.lanes.use(worker)
         self._lanes_changed()
         self._decide()
 
     def gone(self, error: EngineError) -> None:
         """No other engine can be opened in place of one that hung or died."""
-        if not self.dispatcher.lanes:
+        if not self.lanes.lanes:
             self._close(self._answers.engine_gone(str(error)))
             self.check_drained()
 
     def _lanes_changed(self) -> None:
-        self._admission.lanes = max(1, len(self.dispatcher.lanes))
+        self._admission.lanes = max(1, len(self.lanes.lanes))
 
     def _fail_all(self, error: Exception) -> None:
-        waiting = self.dispatcher.awaited() + self._queue.take_all()
-        self.dispatcher.retries.clear()
+        waiting = self.lanes.awaited() + self._queue.take_all()
+        self.lanes.retries.clear()
         self._answers.fail_all(waiting, error)
 
     def check_drained(self) -> None:
@@ -144,5 +143,5 @@ class Ending:
         if self._drained is None or self._drained.done():
             return
         # A batch that runs for nobody is not waited for: its callers left or were answered already.
-        if not self._queue.rows and not self.dispatcher.awaited():
+        if not self._queue.rows and not self.lanes.awaited():
             self._drained.set_result(None)

@@ -11,19 +11,22 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
+from typing import Protocol
 
 from cobatch.batcher.completion import Answers
-from cobatch.batcher.lane import BatchWorker, Lane
-from cobatch.batcher.request import Batch, Request, State
+from cobatch.batcher.errors import EngineGoneError
+from cobatch.batcher.request import Batch, Pad, Request, State, Timer
 from cobatch.batcher.rows.packing import pack
-from cobatch.batcher.rows.padding import Pad, cut_back
-from cobatch.batcher.scheduling.fair_queueing import Share
+from cobatch.batcher.rows.padding import Padder, cut_back
 from cobatch.batcher.scheduling.policy import RETRY
 from cobatch.batcher.scheduling.run_times import ShapeTimes
-from cobatch.batcher.statistics import Counters, EngineFigures
+from cobatch.batcher.statistics import Counters, EngineTotals
+from cobatch.batcher.tenant import Tenant
+from cobatch.engines.base import Engine
 from cobatch.engines.errors import EngineDeadError, EngineError
-from cobatch.engines.jobs import Job, Outcome
+from cobatch.engines.jobs import Deliver, Job, Outcome
 
 log = logging.getLogger("cobatch.batcher")
 
@@ -32,7 +35,43 @@ _NUMBERS = count(1)
 _GAIN = 0.1
 
 
-class Dispatcher:
+class BatchWorker(Protocol):
+    """What the batcher needs of `engines.worker.Worker`."""
+
+    deliver: Deliver | None
+    warmup_us: dict[int, float]
+
+    @property
+    def engine(self) -> Engine: ...
+
+    def submit(self, job: Job) -> None: ...
+
+
+class Lane:
+    """Of one worker. `free_s`: when its engine is expected to have run what it has. `gone`: what its
+    callers are told, once the engine has died. `number`: its place among the model's lanes; the lane that is
+    opened instead of it inherits that, and `figures` with it."""
+
+    __slots__ = ("engine", "figures", "free_s", "free_slots", "gone", "number", "running", "watch", "worker")
+
+    def __init__(self, worker: BatchWorker, number: int, figures: EngineTotals) -> None:
+        self.worker = worker
+        self.number = number
+        self.figures = figures
+        self.engine = worker.engine
+        self.free_slots = list(range(worker.engine.slots))
+        self.running: dict[Batch, None] = {}  # in the order in which they run
+        self.free_s = 0.0
+        self.watch: Timer | None = None
+        self.gone: EngineGoneError | None = None
+
+    @property
+    def in_slots(self) -> int:
+        """Batches that hold a slot: with the engine, or being handed out."""
+        return self.engine.slots - len(self.free_slots)
+
+
+class Lanes:
     """Of one model. `lanes` are those whose engines can run something. `decide` is called when a slot may be
     filled. With each batch that ran `on_idle` is called first, to send the engine its next one before the
     answers are written; it says whether it has done what `on_ran` does, which is called after them else.
@@ -58,12 +97,13 @@ class Dispatcher:
         on_dead: Callable[[Lane, list[Request], EngineError], None],
         on_hung: Callable[[Lane, Batch, float], None],
         on_late: Callable[[Request], None],
+        padder: Padder | None = None,
         execution_timeout_s: float | None = None,
     ) -> None:
         self.on_batch: Callable[[Batch], None] | None = None
         # What comes on top of queue and run, as things are: a request lies unread for as long as a finished
         # batch lies unnoticed, and then answers are written one after another.
-        self.around_s = 0.0
+        self.overhead_s = 0.0
         self.lanes: list[Lane] = []
         self.retries: deque[list[Request]] = deque()
         self._all: dict[Lane, None] = {}  # with those that are dead and still have batches
@@ -74,6 +114,7 @@ class Dispatcher:
         self._on_hung = on_hung
         self._on_late = on_late
         self._times = times
+        self._padder = padder
         self._execution_timeout_s = execution_timeout_s
         self._answers = answers
         self._counters = counters
@@ -88,11 +129,11 @@ class Dispatcher:
         taken = {lane.number for lane in self.lanes}
         number = next(number for number in range(len(taken) + 1) if number not in taken)
         if number == len(engines):
-            engines.append(EngineFigures())
+            engines.append(EngineTotals())
         lane = Lane(worker, number, engines[number])
         self.lanes.append(lane)
         self._all[lane] = None
-        worker.deliver = self._deliver
+        worker.deliver = partial(self._deliver, lane)
 
     def next_lane(self) -> Lane | None:
         """Where the next batch would run first, of the lanes that have room for one."""
@@ -127,13 +168,13 @@ class Dispatcher:
         return [request for requests in sent for request in requests if request.state is State.RUNNING]
 
     def send(
-        self, lane: Lane, requests: list[Request], reason: str, shares: dict[Share, int] | None = None
+        self, lane: Lane, requests: list[Request], reason: str, shares: dict[Tenant | None, int] | None = None
     ) -> None:
         """Pack a batch into a free slot and give it to the worker. The lane must have a free slot."""
         row_shapes = requests[0].row_shapes
         rows = requests[0].rows if len(requests) == 1 else sum([request.rows for request in requests])
         slot = lane.free_slots.pop()
-        batch = Batch(requests, rows, row_shapes, reason, lane, next(_NUMBERS), slot)
+        batch = Batch(requests, rows, row_shapes, reason, lane.number, next(_NUMBERS), slot)
         if shares is not None:
             batch.shares = shares
         lane.running[batch] = None
@@ -145,7 +186,7 @@ class Dispatcher:
             # Nothing was sent, so the batch fails here, like one that the engine refused.
             log.exception("packing a batch failed")
             outcome = Outcome(None, EngineError(f"packing failed: {error!r}"), self._clock(), self._clock())
-            self._loop.call_soon(self._on_outcome, job, outcome)
+            self._loop.call_soon(self._on_outcome, lane, job, outcome)
             return
         batch.dispatched_s = now_s = self._clock()
         lane.free_s = max(lane.free_s, now_s) + self._times.of(row_shapes).expected_s(rows)
@@ -196,17 +237,16 @@ class Dispatcher:
             self._counters.retries += 1
             self.send(lane, requests, RETRY)
 
-    def _deliver(self, job: Job, outcome: Outcome) -> None:
+    def _deliver(self, lane: Lane, job: Job, outcome: Outcome) -> None:
         """Called on a worker's thread: the one place where a thread calls into the loop."""
         try:
-            self._loop.call_soon_threadsafe(self._on_outcome, job, outcome)
+            self._loop.call_soon_threadsafe(self._on_outcome, lane, job, outcome)
         except RuntimeError:
             log.warning("a batch came back after the event loop was closed")
 
-    def _on_outcome(self, job: Job, outcome: Outcome) -> None:
+    def _on_outcome(self, lane: Lane, job: Job, outcome: Outcome) -> None:
         batch = job.context
         assert isinstance(batch, Batch)
-        lane = batch.lane
         running = lane.running
         if batch not in running:
             return  # it was given up, and its slot with it
@@ -235,9 +275,9 @@ class Dispatcher:
             batch.answering_s = self._clock()
             self._hand_out(batch)
             batch.answered_s = self._clock()
-            around_s = now_s + batch.answered_s - 2 * batch.finished_s
-            self.around_s += (around_s - self.around_s) * _GAIN
-            self._counters.batch(batch)
+            overhead_s = now_s + batch.answered_s - 2 * batch.finished_s
+            self.overhead_s += (overhead_s - self.overhead_s) * _GAIN
+            self._counters.count(batch, None if self._padder is None else self._padder.padded(batch))
             if self.on_batch is not None:
                 self.on_batch(batch)
             if not learnt:

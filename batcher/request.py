@@ -1,35 +1,30 @@
-"""What is queued (`Request`) and what it rides in (`Batch`)."""
+"""The data that the batcher passes around: `Request`, `Batch`, and how a request is padded (`Pad`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
 from math import inf
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
-    from cobatch.batcher.lane import Lane
-    from cobatch.batcher.rows.padding import Pad
-    from cobatch.batcher.scheduling.fair_queueing import Share
-    from cobatch.batcher.scheduling.queue import Flow
-    from cobatch.batcher.scheduling.tenant import Tenant
-    from cobatch.engines.base import RowShapes
+from cobatch.batcher.tenant import Tenant
+from cobatch.engines.base import RowShapes
 
-# One value for each input, in the signature's order: the rows' bytes (C order, little-endian), or
-# for a BYTES tensor the list of its elements.
+# The rows of one input: bytes (C order, little-endian), or for a BYTES tensor the list of its elements.
 Payload = bytes | bytearray | memoryview | list[bytes]
+Index = tuple[slice, ...]
 
 
 class Timer(Protocol):
-    """What is known here of an event loop's timer: packing and policy know no asyncio."""
+    """The part of an event loop's timer that is used on a request."""
 
     def cancel(self) -> None: ...
 
 
 class State(IntEnum):
-    """A request's life; it only ever moves down this list, and ends in one of the last two."""
+    """The state of a request. It only moves down this list and ends in one of the last two."""
 
     NEW = 0
     QUEUED = 1
@@ -38,30 +33,64 @@ class State(IntEnum):
     CANCELLED = 4
 
 
+class InputPad(NamedTuple):
+    """How one input of a request is padded.
+
+    `row_shape` is the request's own. `body` selects its elements in rows of the bucket's shape; `rest` are
+    disjoint boxes with the other elements, which become `value`. Where a row is its elements and then a
+    little padding, `tail` is that padding as bytes.
+    """
+
+    row_shape: tuple[int, ...]
+    body: Index
+    rest: tuple[Index, ...]
+    value: Any
+    tail: bytes | None
+
+
+class OutputCut(NamedTuple):
+    """The part of an output's rows to keep; `follows` are (axis, size) that the output must have before."""
+
+    body: Index
+    follows: tuple[tuple[int, int], ...]
+
+
+class Pad(NamedTuple):
+    """How requests of one shape are padded to `row_shapes`, and their outputs cut back (None: unchanged).
+
+    `row_padding`: elements of padding in a row, over all inputs.
+    """
+
+    row_shapes: RowShapes
+    inputs: tuple[InputPad | None, ...]
+    outputs: tuple[OutputCut | None, ...]
+    row_padding: int
+
+
 class Batch:
-    """Requests that run together, and after the run what came of it.
+    """Requests that run together, and the result of the run.
 
     `outputs` are views of the slot's buffers, shape [rows, ...]: valid only inside `Request.done`. `shares`
-    are the rows of each tenant. `lane` is where it runs. `memo` is for whoever answers the requests, to do
-    once per batch what would else be done once per request (turn a whole output into JSON, say). Times are
-    in seconds of the batcher's clock: `gathered_s` when its requests were taken from the queue,
-    `dispatched_s` when their rows lay packed and the worker was told (0: packing failed), `started_s` and
-    `finished_s` of the run, `answering_s` and `answered_s` when its answers began to be written and were.
+    are the rows of each tenant (None: the requests without one). `engine` and `slot` say where it runs.
+    `memo` lets encoders do work once per batch instead of once per request.
 
-    `number` counts the batches of a process from 1; it is 0 where this is one request's alone and stands for
-    those in `joined`, in which it or its parts rode. `slot` is where it lay. `failed`: there were no answers
-    but errors, or none yet.
+    Times are in seconds of the batcher's clock: `gathered_s` when its requests left the queue,
+    `dispatched_s` when the worker got the packed rows (0: packing failed), `started_s` and `finished_s` of
+    the run, `answering_s` and `answered_s` before and after its answers were written.
+
+    `number` counts the batches of a process from 1. It is 0 for a batch made for one request from those in
+    `joined`. `failed`: no answers but errors, or none yet.
     """
 
     __slots__ = (
         "answered_s",
         "answering_s",
         "dispatched_s",
+        "engine",
         "failed",
         "finished_s",
         "gathered_s",
         "joined",
-        "lane",
         "memo",
         "number",
         "outputs",
@@ -80,16 +109,16 @@ class Batch:
         rows: int,
         row_shapes: RowShapes,
         reason: str,
-        lane: Lane,
+        engine: int = 0,
         number: int = 0,
         slot: int = 0,
     ) -> None:
         self.requests = requests
-        self.lane = lane
+        self.engine = engine
         self.rows = rows
         self.row_shapes = row_shapes
         self.reason = reason
-        self.shares: dict[Share, int] = {}
+        self.shares: dict[Tenant | None, int] = {}
         self.gathered_s = 0.0
         self.dispatched_s = 0.0
         self.started_s = 0.0
@@ -103,36 +132,43 @@ class Batch:
         self.outputs: Sequence[np.ndarray[Any, Any]] = ()
         self.memo: dict[Any, Any] = {}
 
+    def for_one(self, joined: Sequence[Batch]) -> Batch:
+        """Return a batch for one of its requests, with the same times, to hold that request's own outputs."""
+        own = Batch([], self.rows, self.row_shapes, self.reason, self.engine)
+        own.gathered_s, own.dispatched_s = self.gathered_s, self.dispatched_s
+        own.started_s, own.finished_s = self.started_s, self.finished_s
+        own.joined = joined
+        return own
+
 
 class Request:
-    """One caller's rows. Subclass it and define `done`.
+    """Rows of one caller. Subclass it and define `done`.
 
-    `timeout_s`: it must be answered so long after it was submitted. As soon as it is certain that it cannot
-    be, it is refused, or taken out of the queue and told so.
-    `callers`: how many it answers, for the counters. `tenant`: for whom, where callers are told apart.
-    `priority`: the protocol's, 1 the highest, 0 for the
-    default. `partial`: if it is split and only some parts fail, it is answered with zeros in their place,
-    and `failures` says which rows those are.
+    `timeout_s`: seconds from `submit` within which it must be answered; as soon as that cannot be met, it is
+    refused or removed from the queue. `deadline_s` is when its run must end, in the batcher's time.
+    `callers`: the number of callers that it answers, for the counters. `priority`: the V2 protocol's, 1 is
+    the highest, 0 the default; `level` is derived from it. `partial`: if it is split and some parts fail, it
+    is answered with zeros in their place, and `failures` lists those rows. `entry` belongs to the queue.
 
-    `done` is called on the event loop exactly once for each accepted request that was not
-    cancelled: with `error` set, and `batch` where it has failed in one; or with `batch` and `first_row`
-    saying where its rows are.
-    A plain callback and not an `asyncio.Future`: a future schedules each of its callbacks through
-    the loop again, which on a small model costs as much as the inference.
+    `done` is called on the event loop exactly once for each accepted request that was not cancelled: with
+    `error` set (and `batch`, if it failed in one), or with `batch` and `first_row`, where its rows begin.
+    It is a plain callback because a future schedules each of its callbacks through the loop again, which
+    costs as much as the inference of a small model.
     """
 
-    flow: Flow | None  # set, like `level`, when it is queued
+    # Set when it is queued.
     level: int
+    entry: object
 
     __slots__ = (
         "batch",
         "callers",
         "deadline_s",
         "enqueued_s",
+        "entry",
         "error",
         "expiry",
         "first_row",
-        "flow",
         "level",
         "pad",
         "partial",
@@ -163,10 +199,10 @@ class Request:
         self.priority = 0
         self.timeout_s: float | None = None
         self.expiry: Timer | None = None
-        self.pad: Pad | None = None  # `row_shapes` are its bucket's then
+        self.pad: Pad | None = None  # if set, `row_shapes` are its bucket's
 
     def done(self) -> None:
-        """Give the caller its answer. Must not raise; what it raises is logged and dropped."""
+        """Deliver the answer. Must not raise; an exception is logged and dropped."""
         raise NotImplementedError
 
     @property

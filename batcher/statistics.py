@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from math import ceil, prod
-from typing import TYPE_CHECKING
+from math import ceil
+from typing import NamedTuple
 
-from cobatch.batcher.durations import FULL, Samples
-
-if TYPE_CHECKING:
-    from cobatch.batcher.request import Batch, Request
-    from cobatch.batcher.rows.padding import Padder
-
+from cobatch.batcher.durations import PENDING_LIMIT, DurationHistogram
+from cobatch.batcher.request import Batch, Request
 
 # Batches are told apart by which part of them was padding, in steps of 5 %, rounded up.
 PADDING_STEPS = 20
 
 
-class BatchFigures:
+class BatchTotals:
     """Of all batches with one number of rows. Seconds are summed over batches, `queue_s` over requests."""
 
     __slots__ = ("batches", "compute_s", "input_s", "output_s", "queue_s", "requests")
@@ -31,7 +27,7 @@ class BatchFigures:
         self.output_s = 0.0
 
 
-class PaddingFigures:
+class PaddingTotals:
     """Of one bucket. Elements are those of the inputs that may be padded; `elements` includes `padding`."""
 
     __slots__ = ("batches", "elements", "padding", "rows")
@@ -48,7 +44,7 @@ class PaddingFigures:
         return self.padding / self.elements if self.elements else 0.0
 
 
-class EngineFigures:
+class EngineTotals:
     """Of one of a model's engines: runs, failed ones included, and the seconds that they took."""
 
     __slots__ = ("busy_s", "runs")
@@ -58,11 +54,19 @@ class EngineFigures:
         self.runs = 0
 
 
+class Padded(NamedTuple):
+    """The bucket of a batch (its lengths), the elements of its padded inputs and the padding in them."""
+
+    bucket: tuple[int, ...]
+    elements: int
+    padding: int
+
+
 class Counters:
     """Since the model was loaded. Requests, except where the name says runs, rows or batches."""
 
     __slots__ = (
-        "_padder",
+        "_pads",
         "_reasons",
         "accepted",
         "by_rows",
@@ -84,13 +88,15 @@ class Counters:
         "run_times",
     )
 
-    def __init__(self, padder: Padder | None = None) -> None:
-        self._padder = padder
-        self.padding: dict[tuple[int, ...], PaddingFigures] = {}  # by each length of the bucket
+    def __init__(self, *, pads: bool = False) -> None:
+        self._pads = pads
+        self.padding: dict[tuple[int, ...], PaddingTotals] = {}  # by each length of the bucket
         self.padding_shares = [0] * (PADDING_STEPS + 1)  # batches, by how much of them was padding
-        self.queue_delays = Samples()  # of requests that ran: from acceptance until their batch was gathered
-        self.run_times = Samples()  # of batches
-        self.engines: list[EngineFigures] = []  # by their lanes' numbers
+        self.queue_delays = (
+            DurationHistogram()
+        )  # of requests that ran: from acceptance until their batch was gathered
+        self.run_times = DurationHistogram()  # of batches
+        self.engines: list[EngineTotals] = []  # by their lanes' numbers
         self.accepted = 0
         self.refused = 0
         self.refusals: Counter[str] = Counter()  # by the word for why
@@ -105,7 +111,7 @@ class Counters:
         self.rows = 0
         # Not a Counter: that stores through Python's own `__setitem__` look-up, at ten times the cost.
         self._reasons: defaultdict[str, int] = defaultdict(int)
-        self.by_rows: dict[int, BatchFigures] = {}
+        self.by_rows: dict[int, BatchTotals] = {}
 
     @property
     def reasons(self) -> Counter[str]:
@@ -113,7 +119,7 @@ class Counters:
         return Counter(self._reasons)
 
     @property
-    def lost(self) -> int:
+    def missed_deadlines(self) -> int:
         """Requests that were refused or given up for want of the engine's time."""
         return self.expired + self.refusals["deadline"]
 
@@ -122,11 +128,11 @@ class Counters:
         """Batches that ran."""
         return sum(self._reasons.values())
 
-    def batch(self, batch: Batch) -> None:
-        """Count a batch that ran, and whose answers are written."""
+    def count(self, batch: Batch, padded: Padded | None) -> None:
+        """Count a batch that ran and whose answers are written."""
         figures = self.by_rows.get(batch.rows)
         if figures is None:
-            figures = self.by_rows[batch.rows] = BatchFigures()
+            figures = self.by_rows[batch.rows] = BatchTotals()
         figures.batches += 1
         requests, gathered_s = batch.requests, batch.gathered_s
         waiting = self.queue_delays.values
@@ -150,34 +156,32 @@ class Counters:
             _charge_tenants(batch, run_s)
         runs = self.run_times.values
         runs.append(run_s)
-        if len(waiting) >= FULL or len(runs) >= FULL:
+        if len(waiting) >= PENDING_LIMIT or len(runs) >= PENDING_LIMIT:
             self.queue_delays.count_in()
             self.run_times.count_in()
         self.last_finished_s = batch.finished_s
         self.rows += batch.rows
         self._reasons[batch.reason] += 1
-        if self._padder is not None:
-            self._count_padding(batch, self._padder)
+        if padded is not None:
+            self._count_padding(batch.rows, padded)
 
-    def _count_padding(self, batch: Batch, padder: Padder) -> None:
-        bucket = padder.bucket_of(batch.row_shapes)
+    def _count_padding(self, rows: int, padded: Padded) -> None:
+        bucket, elements, padding = padded
         figures = self.padding.get(bucket)
         if figures is None:
-            figures = self.padding[bucket] = PaddingFigures()
+            figures = self.padding[bucket] = PaddingTotals()
         figures.batches += 1
-        figures.rows += batch.rows
-        elements = batch.rows * sum([prod(batch.row_shapes[index]) for index in padder.inputs])
-        padding = sum([one.rows * one.pad.row_padding for one in batch.requests if one.pad is not None])
+        figures.rows += rows
         figures.elements += elements
         figures.padding += padding
         self.padding_shares[ceil(padding * PADDING_STEPS / elements) if elements else 0] += 1
 
     @property
-    def padding_total(self) -> PaddingFigures | None:
-        """Of all buckets together; None where nothing may be padded."""
-        if self._padder is None:
+    def padding_total(self) -> PaddingTotals | None:
+        """Totals over all buckets; None if the model pads nothing."""
+        if not self._pads:
             return None
-        total = PaddingFigures()
+        total = PaddingTotals()
         for figures in self.padding.values():
             total.batches += figures.batches
             total.rows += figures.rows
@@ -197,8 +201,8 @@ def _delays(requests: list[Request], gathered_s: float) -> list[float]:
 
 
 def _charge_tenants(batch: Batch, run_s: float) -> None:
-    for share, rows in batch.shares.items():
-        if share.tenant is not None:
-            figures = share.tenant.figures
+    for tenant, rows in batch.shares.items():
+        if tenant is not None:
+            figures = tenant.usage
             figures.rows += rows
             figures.engine_s += run_s * rows / batch.rows

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cobatch.batcher.request import Payload, Request
-from cobatch.batcher.rows.padding import InputPad
+from cobatch.batcher.request import InputPad, Payload, Request
 
 Array = np.ndarray[Any, Any]
 

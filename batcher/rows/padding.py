@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cobatch.batcher.errors import BatcherError, LengthMismatchError, TooLongError
-from cobatch.batcher.request import Batch, Request
+from cobatch.batcher.request import Batch, InputPad, OutputCut, Pad, Request
+from cobatch.batcher.statistics import Padded
 from cobatch.engines.base import RowShapes, Signature
 
-Index = tuple[slice, ...]
 # Of the pads that are kept: there are as many as lengths that callers send.
 _KEPT_PADS = 4096
 # Padding that is kept as bytes; longer ones are written by NumPy, which takes a microsecond to begin.
@@ -69,37 +69,6 @@ class Length:
         return next((bucket for bucket in self.buckets if bucket >= size), None)
 
 
-class InputPad(NamedTuple):
-    """One input of a padded request: its own row shape; where, in rows of the bucket's shape, its elements
-    go; and the rest, in boxes that do not overlap, which becomes `value`. `tail`: where a row is its elements
-    and then nothing but padding, and little of it, that as bytes."""
-
-    row_shape: tuple[int, ...]
-    body: Index
-    rest: tuple[Index, ...]
-    value: Any
-    tail: bytes | None
-
-
-class OutputCut(NamedTuple):
-    """What to keep of an output's rows, and which size its axes that follow must have before."""
-
-    body: Index
-    follows: tuple[tuple[int, int], ...]
-
-
-class Pad(NamedTuple):
-    """What requests of one shape need. `inputs` and `outputs`: None where nothing is padded or cut back.
-
-    `row_padding`: elements of padding in a row, over all inputs.
-    """
-
-    row_shapes: RowShapes
-    inputs: tuple[InputPad | None, ...]
-    outputs: tuple[OutputCut | None, ...]
-    row_padding: int
-
-
 class Padder:
     """What may be padded of one model. `values`: of its inputs, what they are padded with."""
 
@@ -134,9 +103,13 @@ class Padder:
                 row_shapes[mask.tensor] = shape = tuple(size if n == -1 else n for n in mask.row_shape)
                 payloads[mask.tensor] = mask.one * (rows * prod(shape))
 
-    def bucket_of(self, row_shapes: RowShapes) -> tuple[int, ...]:
-        """Each length of a bucket's row shapes."""
-        return tuple([row_shapes[one.inputs[0].tensor][one.inputs[0].axis] for one in self.lengths])
+    def padded(self, batch: Batch) -> Padded:
+        """Return the bucket of a batch and how much of it is padding."""
+        shapes = batch.row_shapes
+        bucket = tuple([shapes[one.inputs[0].tensor][one.inputs[0].axis] for one in self.lengths])
+        elements = batch.rows * sum([prod(shapes[index]) for index in self.inputs])
+        padding = sum([one.rows * one.pad.row_padding for one in batch.requests if one.pad is not None])
+        return Padded(bucket, elements, padding)
 
     def _make(self, rows: int, own: RowShapes) -> Pad | BatcherError:
         shapes = [list(shape) for shape in own]
@@ -201,10 +174,7 @@ def cut_back(request: Request, pad: Pad) -> Batch | None:
         return None
     batch = request.batch
     assert batch is not None
-    own = Batch([], batch.rows, batch.row_shapes, batch.reason, batch.lane)
-    own.gathered_s, own.dispatched_s = batch.gathered_s, batch.dispatched_s
-    own.started_s, own.finished_s = batch.started_s, batch.finished_s
-    own.joined = (batch,)
+    own = batch.for_one((batch,))
     outputs = []
     for number, (output, cut) in enumerate(zip(batch.outputs, pad.outputs, strict=True)):
         rows = output[request.first_row : request.first_row + request.rows]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cobatch.batcher.request import Batch, Payload, Request, State
+from cobatch.batcher.request import Payload, Request, State
 
 
 class Part(Request):
@@ -70,13 +70,9 @@ def join(whole: Request, parts: list[Part]) -> None:
     for part in parts:
         if part.error is not None:
             part.outputs = [_blank(output, part.rows) for output in ran]
-    first, rows = batches[0], max(b.rows for b in batches)
-    whole.batch = batch = Batch([], rows, whole.row_shapes, first.reason, first.lane)
-    batch.gathered_s = batches[0].gathered_s
-    batch.dispatched_s = batches[0].dispatched_s
-    batch.started_s = batches[0].started_s
+    whole.batch = batch = batches[0].for_one(batches)
+    batch.rows = max(b.rows for b in batches)
     batch.finished_s = batch.started_s + sum(b.finished_s - b.started_s for b in batches)
-    batch.joined = batches
     batch.outputs = [np.concatenate(rows) for rows in zip(*(part.outputs for part in parts), strict=True)]
     whole.first_row = 0
     whole.state = State.DONE

@@ -23,7 +23,7 @@ from cobatch.batcher.errors import (
 from cobatch.batcher.request import Request
 from cobatch.batcher.scheduling.queue import RequestQueue
 from cobatch.batcher.scheduling.run_times import LatencyModel, ShapeTimes
-from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import RowShapes
 
 # A tenant may have so many times as much queued as there is room left (dynamic thresholds: Choudhury and
@@ -32,7 +32,7 @@ from cobatch.engines.base import RowShapes
 _SHARE_OF_ROOM = 8
 # Nobody is told to come back at once.
 _LEAST_S = 0.001
-_MOST_AROUND = 0.25  # of a timeout
+_MOST_OVERHEAD = 0.25  # of a timeout
 # After so long without a run it is doubted how long one takes,
 _DOUBT_S = 1.0
 # by those that would have less than this part of their timeout to spare. (With next to nothing to spare a
@@ -86,11 +86,11 @@ class Admission:
         return tenant.refusal(callers, rows, now_s, self.drain_s) if tenant.limited else None
 
     def set_deadline(
-        self, request: Request, now_s: float, free_s: float, around_s: float
+        self, request: Request, now_s: float, free_s: float, overhead_s: float
     ) -> BatcherError | None:
         """Give the request its deadline, if it or its model has one; why it cannot be kept, or None.
 
-        The deadline is when its run must have ended: earlier than the caller's by `around_s`, what passes
+        The deadline is when its run must have ended: earlier than the caller's by `overhead_s`, what passes
         before and after, but by no more than a part of the timeout: that is not foretold as well as runs are.
         `free_s`: when the first engine is expected to have run what it has. One that is let in to find out
         how long a run takes has no deadline from here on: it is run and answered, late or not.
@@ -99,7 +99,7 @@ class Admission:
         if timeout_s is None:
             return None
         request.timeout_s = timeout_s
-        left_s = timeout_s - min(around_s, timeout_s * _MOST_AROUND)
+        left_s = timeout_s - min(overhead_s, timeout_s * _MOST_OVERHEAD)
         run_s = self.run_s(request.rows, request.row_shapes)
         if run_s > left_s * (1 - _TO_SPARE) and self._is_trial(request, now_s, free_s):
             self._tried_s = now_s

@@ -33,7 +33,7 @@ _MARGIN = 2.0
 _NEW = 0.1
 
 
-class Returns:
+class ClosedLoopEstimator:
     """Of one model. Times are seconds of the batcher's clock."""
 
     def __init__(self) -> None:
@@ -64,7 +64,9 @@ class Returns:
                 self._part = sum([request.rows for request in back]) / answered
                 return
 
-    def company(self, queued: int, full_rows: int, latency: LatencyModel) -> tuple[int, float] | None:
+    def expected_returns(
+        self, queued: int, full_rows: int, latency: LatencyModel
+    ) -> tuple[int, float] | None:
         """For how many rows, and how many seconds, it pays to wait when the engine has just become idle."""
         if len(self._back_s) < _SEEN or queued >= full_rows:
             return None

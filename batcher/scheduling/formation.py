@@ -16,8 +16,8 @@ from math import inf
 from typing import TYPE_CHECKING, NamedTuple
 
 from cobatch.batcher.request import Request, State
-from cobatch.batcher.scheduling.fair_queueing import Share
 from cobatch.batcher.scheduling.run_times import RunTimes
+from cobatch.batcher.tenant import Tenant
 
 if TYPE_CHECKING:
     from cobatch.batcher.scheduling.queue import Flow, Group, RequestQueue
@@ -32,29 +32,29 @@ _MUCH_LESS = 0.25
 _HELD_UP = 1.2
 
 
-class Taken(NamedTuple):
+class FormedBatch(NamedTuple):
     """A batch: its requests, those that were found to be too late for it and for any other, whether a
     deadline kept it from growing, and the rows of each tenant."""
 
     requests: list[Request]
     late: list[Request]
     capped: bool
-    shares: dict[Share, int]
+    shares: dict[Tenant | None, int]
 
 
-class Plan(NamedTuple):
+class StartPlan(NamedTuple):
     """When a batch would start, and how long runs take: for requests that have a deadline."""
 
     start_s: float
     latency: RunTimes
-    crowded: bool = False  # requests are lost for want of the engine's time
+    overloaded: bool = False  # requests are lost for want of the engine's time
 
 
-class Taking:
+class BatchFormation:
     """One batch of a group, of `most_rows` rows at most. `may_be_short`: for the sake of a light tenant."""
 
     def __init__(
-        self, queue: RequestQueue, group: Group, most_rows: int, plan: Plan | None, *, may_be_short: bool
+        self, queue: RequestQueue, group: Group, most_rows: int, plan: StartPlan | None, *, may_be_short: bool
     ) -> None:
         self._queue = queue
         self._group = group
@@ -70,10 +70,10 @@ class Taking:
         if self._plan is not None:
             self._limit_s = self._plan.start_s + self._plan.latency.high_s(min(most_rows, group.rows))
 
-    def batch(self) -> Taken:
+    def batch(self) -> FormedBatch:
         """Take it out of the queue."""
         queue, group, most_rows = self._queue, self._group, self._most_rows
-        taken = Taken([], [], False, {})
+        taken = FormedBatch([], [], False, {})
         requests, shares = taken.requests, taken.shares
         next_flow: Callable[[], Flow | None] = group.turns.first
         while group.rows and self._rows < most_rows:
@@ -97,7 +97,8 @@ class Taking:
                 continue
             queue.remove(request, State.RUNNING)
             queue.shares.served(flow.share, request.rows * queue.row_s)
-            shares[flow.share] = shares.get(flow.share, 0) + request.rows
+            tenant = flow.share.tenant
+            shares[tenant] = shares.get(tenant, 0) + request.rows
             self._rows = rows
             requests.append(request)
         return taken
@@ -115,12 +116,12 @@ class Taking:
             return False
         return self._light_rows > 0 and queue.run_s(rows) > _HELD_UP * queue.run_s(self._light_rows)
 
-    def _would_make_late(self, rows: int, plan: Plan) -> bool:
+    def _would_make_late(self, rows: int, plan: StartPlan) -> bool:
         """Whether a batch of so many rows would be too late for one that is in it."""
         tightest_s = self._tightest_s
         return tightest_s < self._limit_s and tightest_s < plan.start_s + plan.latency.high_s(rows)
 
-    def _is_late(self, request: Request, flow: Flow, plan: Plan) -> bool:
+    def _is_late(self, request: Request, flow: Flow, plan: StartPlan) -> bool:
         """Whether it cannot be in time; if it can, the batch may not grow past its deadline."""
         if request.deadline_s >= self._limit_s and request.rows <= self._most_rows:
             return False
@@ -129,7 +130,7 @@ class Taking:
         self._tightest_s = min(self._tightest_s, request.deadline_s)
         return False
 
-    def _is_too_late(self, request: Request, flow: Flow, plan: Plan) -> bool:
+    def _is_too_late(self, request: Request, flow: Flow, plan: StartPlan) -> bool:
         """Whether it cannot be in time even alone; or would keep the batch small, where that costs others
         their answers.
 
@@ -146,7 +147,7 @@ class Taking:
         full = min(most_rows, queue.full_rows)
         if rows + flow.rows - request.rows >= full and left_s < latency.high_s(full):
             return True
-        if not plan.crowded or request.timeout_s is None or queue.shares.is_light(flow.share, queue.rows):
+        if not plan.overloaded or request.timeout_s is None or queue.shares.is_light(flow.share, queue.rows):
             return False
         target = min(most_rows, rows + flow.group.rows)
         fair_s = min(latency.high_s(target), request.timeout_s * _ENOUGH)

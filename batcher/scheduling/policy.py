@@ -83,9 +83,9 @@ class Now:
     `running` batches are with the engine, `in_slots` (>= running) occupy its slots: a batch whose answers
     are being handed out still holds its slot. `free_s`: when the engine is expected to be idle.
     `run_s`: how long the next batch hardly ever takes. `rows_per_s`: how many rows arrive, None where that
-    is not known yet. `company_rows`: those who have just been answered are expected to be back, so that so
-    many rows are there, by `company_by_s`; 0 where it does not pay to wait for them. `crowded`: requests are
-    lost for want of the engine's time.
+    is not known yet. `expected_rows`: those who have just been answered are expected to be back, so that so
+    many rows are there, by `expected_by_s`; 0 where it does not pay to wait for them. `overloaded`:
+    requests miss deadlines for want of engine time.
     """
 
     time_s: float
@@ -94,10 +94,10 @@ class Now:
     free_s: float
     run_s: float = 0.0
     rows_per_s: float | None = None
-    company_rows: int = 0
-    company_by_s: float = 0.0
+    expected_rows: int = 0
+    expected_by_s: float = 0.0
     draining: bool = False
-    crowded: bool = False
+    overloaded: bool = False
 
 
 @dataclass(slots=True)
@@ -130,16 +130,16 @@ def decide(queue: QueueView[G_co], now: Now, limits: Limits) -> Dispatch[G_co] |
         return _after_a_wait(queue, now, limits.max_delay_s)
     if queue.shapes > 1:
         return Dispatch(group, SHAPE)
-    return _with_company(queue, now) if now.company_rows else Dispatch(group, IDLE)
+    return _wait_for_returns(queue, now) if now.expected_rows else Dispatch(group, IDLE)
 
 
-def _with_company(queue: QueueView[G_co], now: Now) -> Dispatch[G_co] | WaitUntil:
+def _wait_for_returns(queue: QueueView[G_co], now: Now) -> Dispatch[G_co] | WaitUntil:
     """The engine has just become idle, and those who were answered will be back."""
     group = queue.next_group
-    due_s = min(now.company_by_s, queue.urgent_s - now.run_s)
+    due_s = min(now.expected_by_s, queue.urgent_s - now.run_s)
     if now.time_s >= due_s:
-        return Dispatch(group, DELAY if due_s == now.company_by_s else DEADLINE)
-    return Dispatch(group, DELAY) if group.rows >= now.company_rows else WaitUntil(due_s)
+        return Dispatch(group, DELAY if due_s == now.expected_by_s else DEADLINE)
+    return Dispatch(group, DELAY) if group.rows >= now.expected_rows else WaitUntil(due_s)
 
 
 def _while_busy(queue: QueueView[G_co], now: Now) -> Dispatch[G_co] | WaitUntil | None:
@@ -148,7 +148,7 @@ def _while_busy(queue: QueueView[G_co], now: Now) -> Dispatch[G_co] | WaitUntil 
     behind full ones, it would wait for ever."""
     if queue.full_group is None:
         return None
-    if (queue.contended or queue.shapes > 1 or now.crowded) and now.time_s < now.free_s - LEAD_S:
+    if (queue.contended or queue.shapes > 1 or now.overloaded) and now.time_s < now.free_s - LEAD_S:
         return WaitUntil(now.free_s - LEAD_S)
     group = queue.next_group
     return Dispatch(group, FULL if group.rows >= queue.full_rows else SHAPE)

@@ -5,7 +5,7 @@ is next, where each level counts as `AGEING_S` of waiting: a request of the leve
 came so much later, so nothing waits for ever, however much of higher priority keeps coming.
 
 A request that left by another way (cancelled, expired, taken through another order) stays in its place as
-a husk until the head reaches it, or until husks outnumber the living.
+a tombstone until the head reaches it, or until tombstones outnumber the live.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cobatch.batcher.request import Request, State
 
 AGEING_S = 1.0
 HIGHEST, DEFAULT, LOWEST = 1, 4, 8
-_HUSKS_KEPT = 64
+_TOMBSTONES_KEPT = 64
 
 
 def level_of(priority: int) -> int:
@@ -30,8 +30,8 @@ def _turn_s(request: Request) -> float:
     return request.enqueued_s + request.level * AGEING_S
 
 
-class Lines:
-    """The lines of one order. `queued` counts the living; whoever takes one out says so to `leave`.
+class PriorityQueue:
+    """The lines of one order. `queued` counts the live; whoever takes one out says so to `leave`.
 
     Most of the time all requests are of one level: `_line` is that level's line. Those of other levels are
     in a heap, by when their turn is.
@@ -44,18 +44,18 @@ class Lines:
         self._line: deque[Request] = deque()
         self._others: list[tuple[float, int, Request]] = []
         self._number = 0
-        self._waiting = 0  # husks included
+        self._waiting = 0  # tombstones included
         self.queued = 0
 
-    def copy(self) -> Lines:
+    def copy(self) -> PriorityQueue:
         """The same requests in lines of their own."""
-        twin = Lines()
+        twin = PriorityQueue()
         twin._level, twin._line = self._level, self._line.copy()
         twin._others, twin._number = self._others.copy(), self._number
         twin._waiting, twin.queued = self._waiting, self.queued
         return twin
 
-    def living(self) -> list[Request]:
+    def live(self) -> list[Request]:
         """All of them, in no particular order."""
         queued = State.QUEUED
         both = [*self._line, *[request for _, _, request in self._others]]
@@ -87,7 +87,7 @@ class Lines:
         elif self._others and self._others[0][2] is request:
             heappop(self._others)
             self._waiting -= 1
-        elif self._waiting - self.queued > _HUSKS_KEPT and self._waiting > 2 * self.queued:
+        elif self._waiting - self.queued > _TOMBSTONES_KEPT and self._waiting > 2 * self.queued:
             self._line = deque([one for one in self._line if one.state is State.QUEUED])
             self._others = [entry for entry in self._others if entry[2].state is State.QUEUED]
             heapify(self._others)
@@ -121,7 +121,7 @@ class Lines:
                 if taken and rows + request.rows > most_rows:
                     break
                 request.state = State.RUNNING
-                request.flow = None
+                request.entry = None
                 taken.append(request)
                 rows += request.rows
             line.popleft()

@@ -1,8 +1,9 @@
 """The queue: what may ride together, and whose turn it is.
 
 Rows of different shape cannot share a batch, so each shape is a group; within it each tenant has a flow,
-and within that the order is `Lines`'. Across groups each tenant's requests stand in one order as well,
-so that none of its shapes waits behind the others'. Whose turn it is says `batcher.scheduling.fair_queueing`.
+and within that the order is `PriorityQueue`'. Across groups each tenant's requests stand in one order as
+well, so that none of its shapes waits behind the others'. The turns are those of
+`batcher.scheduling.fair_queueing`.
 
 Invariants, held by every method:
 
@@ -19,13 +20,13 @@ from heapq import heapify, heappop, heappush
 from math import inf
 
 from cobatch.batcher.request import Request, State
-from cobatch.batcher.scheduling.fair_queueing import Share, Shares, Turns
-from cobatch.batcher.scheduling.formation import Plan, Taken, Taking
-from cobatch.batcher.scheduling.priority import DEFAULT, Lines, level_of
-from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.batcher.scheduling.fair_queueing import FairQueue, TenantShare, TenantShares
+from cobatch.batcher.scheduling.formation import BatchFormation, FormedBatch, StartPlan
+from cobatch.batcher.scheduling.priority import DEFAULT, PriorityQueue, level_of
+from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import RowShapes
 
-_HUSKS_KEPT = 64
+_TOMBSTONES_KEPT = 64
 
 
 class Flow:
@@ -33,10 +34,10 @@ class Flow:
 
     __slots__ = ("group", "in_turns", "lines", "rows", "share")
 
-    def __init__(self, group: Group, share: Share) -> None:
+    def __init__(self, group: Group, share: TenantShare) -> None:
         self.group = group
         self.share = share
-        self.lines = Lines()
+        self.lines = PriorityQueue()
         self.rows = 0
         self.in_turns = False
 
@@ -49,8 +50,8 @@ class Group:
     def __init__(self, row_shapes: RowShapes) -> None:
         self.row_shapes = row_shapes
         self.rows = 0
-        self.flows: dict[Share, Flow] = {}
-        self.turns: Turns[Flow] = Turns()
+        self.flows: dict[TenantShare, Flow] = {}
+        self.turns: FairQueue[Flow] = FairQueue()
 
 
 class RequestQueue:
@@ -71,18 +72,18 @@ class RequestQueue:
         self.was_short = False  # the last batch, for the sake of a light tenant
         self._full_rows = full_rows
         self._full: dict[Group, None] = {}
-        self.shares = Shares()
-        self._turns: Turns[Share] = Turns()
+        self.shares = TenantShares()
+        self._turns: FairQueue[TenantShare] = FairQueue()
         self._ages = ages
         self._arrivals: deque[Request] = deque()
         self._urgent: list[tuple[float, int, Request]] = []
-        self._most_ages = _HUSKS_KEPT  # so many of both before those that left are dropped
+        self._most_ages = _TOMBSTONES_KEPT  # so many of both before those that left are dropped
         self._number = 0
         # Of the newest request: the next is often alike. When it was all there was, it is kept aside as it
         # is, and its tenant counts as active, since to make all that anew costs a lone request as much as to
         # queue it.
         self._last: Flow | None = None
-        self._aside = False
+        self._parked = False
 
     # What the policy sees
 
@@ -115,9 +116,9 @@ class RequestQueue:
         share = self._turns.first()
         if share.order is None:
             return next(iter(share.flows)).group
-        request = share.order.head()
-        assert request.flow is not None
-        return request.flow.group
+        flow = share.order.head().entry
+        assert isinstance(flow, Flow)
+        return flow.group
 
     @property
     def full_group(self) -> Group | None:
@@ -149,17 +150,17 @@ class RequestQueue:
             flow is None
             or flow.group.row_shapes != request.row_shapes
             or flow.share.tenant is not request.tenant
-            or not (flow.rows or self._aside)
+            or not (flow.rows or self._parked)
         ):
-            if self._aside:
-                self._let_go()
+            if self._parked:
+                self._unpark()
             flow = self._last = self._flow_of(request)
-        elif self._aside:
-            self._aside = False
+        elif self._parked:
+            self._parked = False
             self.groups[request.row_shapes] = flow.group
         rows = request.rows
         group, share = flow.group, flow.share
-        request.flow = flow
+        request.entry = flow
         request.state = State.QUEUED
         request.level = level_of(request.priority) if request.priority else DEFAULT
         flow.rows += rows
@@ -179,9 +180,9 @@ class RequestQueue:
             self._note_age(request)
         return group
 
-    def _let_go(self) -> None:
+    def _unpark(self) -> None:
         """Forget the flow that was kept aside."""
-        self._aside = False
+        self._parked = False
         flow = self._last
         assert flow is not None
         del flow.share.flows[flow]
@@ -219,7 +220,7 @@ class RequestQueue:
             self._arrivals = deque([one for one in self._arrivals if one.state is State.QUEUED])
             self._urgent = [entry for entry in self._urgent if entry[2].state is State.QUEUED]
             heapify(self._urgent)
-            self._most_ages = 2 * (len(self._arrivals) + len(self._urgent)) + _HUSKS_KEPT
+            self._most_ages = 2 * (len(self._arrivals) + len(self._urgent)) + _TOMBSTONES_KEPT
 
     # Out
 
@@ -231,10 +232,10 @@ class RequestQueue:
     def remove(self, request: Request, state: State) -> None:
         """Take a queued request out; `state` is what it has then."""
         assert request.state is State.QUEUED
-        flow = request.flow
-        assert flow is not None
+        flow = request.entry
+        assert isinstance(flow, Flow)
         request.state = state
-        request.flow = None
+        request.entry = None
         flow.lines.leave(request)
         if flow.share.order is not None:
             flow.share.order.leave(request)
@@ -252,7 +253,7 @@ class RequestQueue:
         if share.tenant is not None:
             share.tenant.queued_rows -= rows
         if not self.rows and flow is self._last and len(share.flows) == len(group.flows) == 1:
-            self._aside = True
+            self._parked = True
             del self.groups[group.row_shapes]
             share.order = None
         elif not flow.rows:
@@ -270,7 +271,7 @@ class RequestQueue:
             self._arrivals.clear()
             self._urgent.clear()
 
-    def take(self, group: Group, most_rows: int, plan: Plan | None = None) -> Taken:
+    def take(self, group: Group, most_rows: int, plan: StartPlan | None = None) -> FormedBatch:
         """Remove the next batch: whole requests, up to `most_rows` rows but at least one request.
 
         Each row goes to the tenant whose turn it is; the rest of the rules is in
@@ -281,9 +282,9 @@ class RequestQueue:
             taken = self._take_plain(group, most_rows)
             if taken is not None:
                 return taken
-        return Taking(self, group, most_rows, plan, may_be_short=not was_short).batch()
+        return BatchFormation(self, group, most_rows, plan, may_be_short=not was_short).batch()
 
-    def _take_plain(self, group: Group, most_rows: int) -> Taken | None:
+    def _take_plain(self, group: Group, most_rows: int) -> FormedBatch | None:
         """The same for one tenant without deadlines, all at once; None where it takes a closer look."""
         (flow,) = group.flows.values()
         share = flow.share
@@ -295,7 +296,7 @@ class RequestQueue:
         requests, rows = found
         self._forget(flow, rows)
         self.shares.served(share, rows * self.row_s)
-        return Taken(requests, [], False, {share: rows})
+        return FormedBatch(requests, [], False, {share.tenant: rows})
 
     def take_all(self) -> list[Request]:
         """Empty the queue."""
@@ -305,18 +306,18 @@ class RequestQueue:
             for request in self.take(group, group.rows).requests
         ]
 
-    def settle(self, shares: dict[Share, int], run_s: float, rows: int) -> None:
+    def settle(self, shares: dict[Tenant | None, int], run_s: float, rows: int) -> None:
         """A batch of so many rows ran: its tenants pay for what it took, and not for what was expected."""
         if not self.shares.several:
             return  # nobody else, nobody to be fair to
         beyond_s = run_s / rows - self.row_s
-        for share, its_rows in shares.items():
-            share.owed_s += its_rows * beyond_s
+        for tenant, its_rows in shares.items():
+            self.shares.of(tenant).cost_correction_s += its_rows * beyond_s
 
     def waiting(self) -> list[Request]:
         """All that are queued, in no particular order. Takes as long as there are many."""
         flows = [flow for group in self.groups.values() for flow in group.flows.values()]
-        return [request for flow in flows for request in flow.lines.living()]
+        return [request for flow in flows for request in flow.lines.live()]
 
     def rows_of(self, tenant: Tenant) -> int:
         """Rows that a tenant has queued."""

@@ -37,7 +37,7 @@ BATCH_OVERHEAD_US = 100.0
 # A size counts as good enough when a row costs at most this many times the best size's.
 NEAR_BEST = 1.03
 # The same while requests are lost for want of the engine's time: then rows per second are all that counts.
-NEAR_BEST_CROWDED = 1.003
+NEAR_BEST_OVERLOADED = 1.003
 
 
 def efficient_rows(run_us: Mapping[int, float], max_batch_size: int, near: float = NEAR_BEST) -> int:
@@ -122,7 +122,10 @@ class _Bucket:
         while len(runs) > _ALWAYS and runs[0][0] < now_s - _MEMORY_S:
             runs.popleft()
         self.rows = mean = sum([run[1] for run in runs]) / len(runs)
-        times = sorted([run[2] + (mean - run[1]) * more_row_s for run in runs])
+        # Never below the proportional part of a larger run: rows cost nothing less than that.
+        times = sorted(
+            [max(t + (mean - rows) * more_row_s, t * min(1.0, mean / rows)) for _, rows, t in runs]
+        )
         self.expected_s = times[len(times) // 2]
         self.high_s = times[min(len(times) - 1, int(len(times) * _HIGH))]
 
@@ -142,7 +145,7 @@ class LatencyModel:
         self._expected_s: list[float] = []
         self._high_s: list[float] = []
         self.full_rows = 0  # growing pays up to here
-        self.crowded_rows = 0  # the same while requests are lost for want of the engine's time
+        self.overloaded_rows = 0  # the same while requests are lost for want of the engine's time
         self._learned_s = -inf
         for rows, run_us in sorted(seed_us.items()) or [(max_batch_size, 1000.0)]:
             self._buckets[(rows - 1).bit_length()] = _Bucket(rows, run_us / 1e6)
@@ -214,7 +217,7 @@ class LatencyModel:
             as_good = full_rows < now and cost_over_best(run_us, full_rows) <= over_best * _AS_GOOD
         if not now or over_best > _WORTH_CHANGING or as_good:
             self.full_rows = full_rows
-        self.crowded_rows = max(self.full_rows, efficient_rows(run_us, self._most, NEAR_BEST_CROWDED))
+        self.overloaded_rows = max(self.full_rows, efficient_rows(run_us, self._most, NEAR_BEST_OVERLOADED))
 
     def expected_s(self, rows: int) -> float:
         """The time that a run of so many rows takes as often less as more."""

@@ -11,12 +11,11 @@ import asyncio
 import math
 from collections.abc import Callable
 
-from cobatch.batcher.lane import Lane
-from cobatch.batcher.lanes import Dispatcher
+from cobatch.batcher.lanes import Lane, Lanes
 from cobatch.batcher.request import Batch, Request
 from cobatch.batcher.scheduling.admission import Admission
-from cobatch.batcher.scheduling.arrivals import Returns
-from cobatch.batcher.scheduling.formation import Plan
+from cobatch.batcher.scheduling.arrivals import ClosedLoopEstimator
+from cobatch.batcher.scheduling.formation import StartPlan
 from cobatch.batcher.scheduling.policy import DEADLINE, LEAD_S, Dispatch, Limits, Now, WaitUntil, decide
 from cobatch.batcher.scheduling.queue import Group, RequestQueue
 from cobatch.batcher.scheduling.run_times import Arrivals, LatencyModel, ShapeTimes
@@ -33,11 +32,11 @@ _SHORT_RUN_S = 0.0002
 _LONG_RUN_S = 0.001
 
 
-class Deciding:
-    """Of one model. Whoever makes it sets `dispatcher`; `on_late`, to be told of requests that cannot be in
+class Scheduler:
+    """Of one model. Whoever makes it sets `lanes`; `on_late`, to be told of requests that cannot be in
     time; and `check_drained`, to be called when something has left and nothing more is accepted."""
 
-    dispatcher: Dispatcher
+    lanes: Lanes
     on_late: Callable[[Request], None]
     check_drained: Callable[[], None]
 
@@ -64,10 +63,10 @@ class Deciding:
         self._limits = limits
         self._latency_target_s = latency_target_s
         self._arrivals = Arrivals(clock())
-        self._returns = Returns()
+        self._returns = ClosedLoopEstimator()
         self._moment = Now(0.0, 0, 0, 0.0)
         self._lost = 0  # requests for want of time, when a batch was last made up
-        self._crowded = False  # there were some since the one before
+        self._overloaded = False  # there were some since the one before
         self._waits = False  # for those who have just been answered
         self._alone = 0  # so many batches in a row were of one request with none behind it
         self._soon = False  # it is going to be decided
@@ -75,9 +74,9 @@ class Deciding:
         self._timer: asyncio.TimerHandle | None = None
         self.learn()
 
-    def came(self, group: Group, request: Request, lane: Lane) -> None:
+    def on_enqueued(self, group: Group, request: Request, lane: Lane) -> None:
         """A request was queued that fills a batch, or while this lane, which has room, is idle."""
-        if self._waits and group.rows < self._moment.company_rows and request.timeout_s is None:
+        if self._waits and group.rows < self._moment.expected_rows and request.timeout_s is None:
             return  # it is decided when they are all there, or when the time for that is over
         if self._alone < _ALONE or lane.running or self._soon or self._queue.deadlines:
             self.decide_later()
@@ -112,13 +111,13 @@ class Deciding:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        dispatcher = self.dispatcher
+        lanes = self.lanes
         while True:
-            lane = dispatcher.next_lane()
+            lane = lanes.next_lane()
             if lane is None:
                 break
-            if dispatcher.retries:
-                dispatcher.send_retry(lane)
+            if lanes.retries:
+                lanes.send_retry(lane)
                 continue
             if not self._queue.rows:
                 break
@@ -127,7 +126,7 @@ class Deciding:
                 self._send(lane, decision.group, decision.reason)
                 continue
             if isinstance(decision, WaitUntil):
-                self._waits = self._moment.company_rows > 0
+                self._waits = self._moment.expected_rows > 0
                 delay_s = max(0.0, decision.time_s - self._clock())
                 self._timer = self._loop.call_later(delay_s, self.decide)
             break
@@ -142,7 +141,9 @@ class Deciding:
         now.running = len(lane.running)
         now.free_s = lane.free_s
         now.draining = self._admission.closed is not None
-        now.crowded = self._queue.deadlines > 0 and (self._crowded or self._counters.lost != self._lost)
+        now.overloaded = self._queue.deadlines > 0 and (
+            self._overloaded or self._counters.missed_deadlines != self._lost
+        )
         if self._limits.max_delay_s > 0 or self._queue.deadlines:
             # Early enough for a timer that is late: when only the run is left, a request is taken out.
             times = self._times.of(self._queue.next_group.row_shapes)
@@ -156,22 +157,22 @@ class Deciding:
         queue = self._queue
         most, plan = queue.full_rows, None
         if queue.deadlines:
-            lost = self._counters.lost
+            lost = self._counters.missed_deadlines
             times = self._times.of(group.row_shapes)
-            self._crowded = lost != self._lost
-            plan = Plan(max(self._clock(), lane.free_s), times, self._crowded)
+            self._overloaded = lost != self._lost
+            plan = StartPlan(max(self._clock(), lane.free_s), times, self._overloaded)
             self._lost = lost
-            if plan.crowded and self._latency_target_s == math.inf:
-                most = self._latency.crowded_rows
+            if plan.overloaded and self._latency_target_s == math.inf:
+                most = self._latency.overloaded_rows
         taken = queue.take(group, most, plan)
         if taken.requests:
             alone = self._prompt and plan is None and len(taken.requests) == 1 and not queue.rows
             self._alone = self._alone + 1 if alone else 0
             if self._slow:
                 self._returns.left(taken.requests)
-                self._moment.company_rows = 0
+                self._moment.expected_rows = 0
                 self._waits = False
-            self.dispatcher.send(lane, taken.requests, DEADLINE if taken.capped else reason, taken.shares)
+            self.lanes.send(lane, taken.requests, DEADLINE if taken.capped else reason, taken.shares)
         for request in taken.late:
             self.on_late(request)
 
@@ -179,7 +180,7 @@ class Deciding:
         """A batch has ended. Whether others wait: then the engine has been given some of them."""
         if self._slow:
             self._expect_back(lane, batch)
-        if not self._queue.rows and not self.dispatcher.retries:
+        if not self._queue.rows and not self.lanes.retries:
             return False
         self.on_ran(batch)
         self.decide()
@@ -188,15 +189,15 @@ class Deciding:
     def _expect_back(self, lane: Lane, batch: Batch) -> None:
         """Those whom it answers may soon be back, and then it may pay to wait for them. With several engines
         some are back while others run."""
-        if len(self.dispatcher.lanes) > 1:
+        if len(self.lanes.lanes) > 1:
             return
         now_s = self._clock()
         self._returns.ended(now_s, batch)
         if not lane.running and not self._limits.max_delay_s:
-            company = self._returns.company(self._queue.rows, self._queue.full_rows, self._latency)
+            company = self._returns.expected_returns(self._queue.rows, self._queue.full_rows, self._latency)
             if company is not None:
-                self._moment.company_rows, wait_s = company
-                self._moment.company_by_s = now_s + wait_s
+                self._moment.expected_rows, wait_s = company
+                self._moment.expected_by_s = now_s + wait_s
 
     def on_ran(self, batch: Batch) -> None:
         """Learn from it, and let its tenants pay for what it took."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 
 from cobatch.batcher.request import Request
-from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.batcher.tenant import Tenant
 
 if TYPE_CHECKING:
     from cobatch.batcher.simulator.nodes import Node, Records

@@ -24,7 +24,7 @@ import numpy as np
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.request import Request
 from cobatch.batcher.scheduling.queue import Group
-from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import RowShapes, Signature, TensorSpec
 from cobatch.engines.jobs import Deliver, Job
 
@@ -102,7 +102,7 @@ class Bench:
         )
         for request in self.make(BATCH + queued):
             self.batcher.submit(request)
-        self.batcher._deciding.decide()  # noqa: SLF001 - the first batch takes the only slot
+        self.batcher._scheduler.decide()  # noqa: SLF001 - the first batch takes the only slot
         assert self.batcher.queued_rows == queued
 
     def make(self, count: int) -> list[Request]:

@@ -32,7 +32,7 @@ from starlette.routing import Route
 
 from cobatch import __version__
 from cobatch.batcher.batcher import Batcher
-from cobatch.batcher.durations import EDGES_S, Samples
+from cobatch.batcher.durations import EDGES_S, DurationHistogram
 from cobatch.batcher.scheduling.priority import DEFAULT
 from cobatch.batcher.statistics import PADDING_STEPS
 from cobatch.server.api.routing import as_response, guarded
@@ -253,7 +253,7 @@ def _histogram(family: Family) -> HistogramMetricFamily:
     return HistogramMetricFamily(family.name, family.help, labels=family.labels)
 
 
-def _times(family: Family, rows: Iterable[tuple[tuple[str, ...], Samples]]) -> Metric:
+def _times(family: Family, rows: Iterable[tuple[tuple[str, ...], DurationHistogram]]) -> Metric:
     metric = _histogram(family)
     for labels, samples in rows:
         upto = np.cumsum(samples.counts())

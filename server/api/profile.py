@@ -268,7 +268,7 @@ class Recorder:
         self.batches.append(
             BatchEvent(
                 batcher.name,
-                batch.lane.number,
+                batch.engine,
                 batch.slot,
                 batch.number,
                 batch.rows,

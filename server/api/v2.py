@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from cobatch import __version__
-from cobatch.batcher.statistics import BatchFigures, Counters, PaddingFigures
+from cobatch.batcher.statistics import BatchTotals, Counters, PaddingTotals
 from cobatch.engines.base import TensorSpec
 from cobatch.server.api.routing import Endpoint, Needs, find, guarded, json, loaded
 from cobatch.server.http.problem import Problem
@@ -128,7 +128,7 @@ def _padding(counters: Counters) -> Json:
     return {"padding": {**_padded(total), "waste": round(total.waste, 6), "buckets": buckets}}
 
 
-def _padded(figures: PaddingFigures) -> Json:
+def _padded(figures: PaddingTotals) -> Json:
     return {
         "batches": figures.batches,
         "rows": figures.rows,
@@ -137,7 +137,7 @@ def _padded(figures: PaddingFigures) -> Json:
     }
 
 
-def _weighted(figures: Iterable[BatchFigures], name: str) -> float:
+def _weighted(figures: Iterable[BatchTotals], name: str) -> float:
     """Seconds as the requests saw them: each request of a batch spent all of the batch's time there."""
     return sum((getattr(one, name) / one.batches * one.requests for one in figures), start=0.0)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from starlette.types import Scope
 
-from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.batcher.tenant import Tenant
 from cobatch.server.settings.auth import ADMIN, INFER, METADATA, ModelRule
 
 # Where the gate puts it in the ASGI scope, which no client can reach.

@@ -5,7 +5,7 @@ RateLimit and RateLimit-Policy: where a tenant stands (draft-ietf-httpapi-rateli
 What tenants have had, for those who watch: the busiest by name, all others together.
 
 There may be any number of tenants, and time series must not grow with them. Each account counts for itself
-(`batcher.scheduling.tenant.Figures`); here the counts are gathered into totals when somebody asks. A name has
+(`batcher.tenant.Usage`); here the counts are gathered into totals when somebody asks. A name has
 a total of its own from the time on at which it was found among the busiest; what it had before stays in
 `other`. It loses it to a name that has lately been much busier. So no total ever goes back, but one may begin
 anew at 0. A tenant that calls itself `other` is one of the others.
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from weakref import WeakValueDictionary, ref
 
-from cobatch.batcher.scheduling.tenant import Figures, Tenant
+from cobatch.batcher.tenant import Tenant, Usage
 from cobatch.server.settings.auth import TenantRule
 
 _Key = tuple[str, int]  # the tenant's name, and which rule holds for it
@@ -130,7 +130,7 @@ _IDLE = 0.01
 _MANY = 2000
 
 
-class Total(Figures):
+class Total(Usage):
     """Of one name. `weight` and `queued_rows` are as they are now; None and 0 for `other`."""
 
     __slots__ = ("queued_rows", "weight")
@@ -149,11 +149,11 @@ class _Account:
     def __init__(self, tenant: Tenant) -> None:
         self.tenant = ref(tenant)
         self.name = tenant.name
-        self.figures = tenant.figures
-        self.gathered = Figures()
+        self.figures = tenant.usage
+        self.gathered = Usage()
         self.requests = 0
 
-    def since(self) -> Figures | None:
+    def since(self) -> Usage | None:
         """What came since this was asked last, None for nothing."""
         figures = self.figures
         requests = figures.answered + figures.failed + figures.refused
@@ -189,14 +189,14 @@ class TenantTotals:
         return sorted(self._named.items()) + rest
 
     def _gather(self, now_s: float) -> None:
-        since: dict[str, Figures] = {}
+        since: dict[str, Usage] = {}
         gone = []
         for index, account in enumerate(self._accounts):
             if account.tenant() is None:
                 gone.append(index)
             some = account.since()
             if some is not None:
-                since.setdefault(account.name, Figures()).add(some)
+                since.setdefault(account.name, Usage()).add(some)
         self._note_how_busy(since, now_s)
         self._choose()
         for name, some in since.items():
@@ -205,7 +205,7 @@ class TenantTotals:
             del self._accounts[index]
         self._look_at_named()
 
-    def _note_how_busy(self, since: dict[str, Figures], now_s: float) -> None:
+    def _note_how_busy(self, since: dict[str, Usage], now_s: float) -> None:
         fading, self._at_s = 0.5 ** ((now_s - self._at_s) / _HALF_LIFE_S), now_s
         faded = {name: busy * fading for name, busy in self._busy.items()}
         self._busy = {name: busy for name, busy in faded.items() if busy > _IDLE or name in self._named}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Callable
 
-from cobatch.batcher.scheduling.tenant import Bucket
+from cobatch.batcher.tenant import Bucket
 
 _PER_S = 20.0
 _BURST = 100

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from cobatch.batcher.errors import BatcherError, BatchFailedError
 from cobatch.batcher.request import Payload, Request
-from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.batcher.tenant import Tenant
 from cobatch.server.auth.principal import Principal
 from cobatch.server.http.problem import Problem, from_error
 from cobatch.server.http.reply import Reply

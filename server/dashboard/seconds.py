@@ -189,7 +189,7 @@ def _row(batch: Batch, queued_s: Sequence[float], from_s: float) -> list[Any]:
         batch.rows,
         len(queued_s),
         batch.reason,
-        batch.lane.number,
+        batch.engine,
         batch.slot,
         max(0, round((batch.gathered_s - oldest_s) * 1e6)),
         batch.number,

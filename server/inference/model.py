@@ -9,8 +9,8 @@ from typing import Any
 
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.errors import BatcherError, EngineGoneError, ExecutionTimeoutError
-from cobatch.batcher.lane import BatchWorker
-from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.batcher.lanes import BatchWorker
+from cobatch.batcher.tenant import Tenant
 from cobatch.engines.errors import EngineError
 from cobatch.engines.loader import load_engine
 from cobatch.engines.worker import Worker
@@ -170,7 +170,7 @@ class Model:
         if batcher is not None:
             refusal: BatcherError | None = batcher.refusal(tenant=tenant)
             if refusal is not None and tenant is not None:
-                tenant.figures.refused += 1
+                tenant.usage.refused += 1
             return None if refusal is None else from_error(refusal)
         return self.unavailable()
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 from cobatch.batcher.request import Request
-from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.batcher.tenant import Tenant
 from cobatch.engines.errors import EngineError
 from cobatch.server.auth.authenticator import Authenticator
 from cobatch.server.auth.principal import Principal
@@ -146,7 +146,7 @@ class Inference:
         if refusal is None:
             return None
         if tenant is not None:
-            tenant.figures.refused += 1
+            tenant.usage.refused += 1
         return from_error(refusal)
 
     def admit_call(self, principal: Principal | None) -> Problem | None:

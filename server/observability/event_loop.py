@@ -10,7 +10,7 @@ import asyncio
 import threading
 import time
 
-from cobatch.batcher.durations import FULL, Samples
+from cobatch.batcher.durations import PENDING_LIMIT, DurationHistogram
 
 _EVERY_S = 0.25
 
@@ -19,7 +19,7 @@ class LoopLag:
     """Of one loop, from `start` to `stop`. `lags` are the samples."""
 
     def __init__(self) -> None:
-        self.lags = Samples()
+        self.lags = DurationHistogram()
         self._due_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._cpu_clock: int | None = None
@@ -47,6 +47,6 @@ class LoopLag:
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
         self.lags.values.append(max(0.0, loop.time() - self._due_s))
-        if len(self.lags.values) >= FULL:
+        if len(self.lags.values) >= PENDING_LIMIT:
             self.lags.count_in()
         self._arm(loop)

@@ -193,7 +193,7 @@ class Recent:
             "requests": None if kept is None else len(kept.queued_s),
             "reason": batch.reason,
             "why": WHY.get(batch.reason, batch.reason),
-            "engine": batch.lane.number,
+            "engine": batch.engine,
             "slot": batch.slot,
             "compute_us": _us(batch.finished_s - batch.started_s),
         }
@@ -210,7 +210,7 @@ class Recent:
         """The runs of other batches between its coming and its own batch's run."""
         waits = []
         for _, one, *_ in self._batches.get(model, ()):
-            if one is batch or one.lane is not batch.lane:
+            if one is batch or one.engine != batch.engine:
                 continue
             overlap_s = min(one.finished_s, batch.started_s) - max(one.started_s, from_s)
             if overlap_s > 0:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cobatch.batcher.batcher import Batcher
-from cobatch.batcher.durations import FULL, Samples
+from cobatch.batcher.durations import PENDING_LIMIT, DurationHistogram
 from cobatch.batcher.request import Batch
 from cobatch.server.http.request_id import new_id
 from cobatch.server.observability.event_loop import LoopLag
@@ -51,7 +51,7 @@ class Traffic:
     __slots__ = ("durations", "problems")
 
     def __init__(self) -> None:
-        self.durations = Samples()
+        self.durations = DurationHistogram()
         self.problems: Counter[tuple[int, str]] = Counter()
 
     def count(self, status: int, slug: str, duration_s: float) -> None:
@@ -61,14 +61,14 @@ class Traffic:
             return
         values = self.durations.values
         values.append(duration_s)
-        if len(values) >= FULL:
+        if len(values) >= PENDING_LIMIT:
             self.durations.count_in()
 
     def count_alike(self, answers: int, duration_s: float) -> None:
         """Count so many answers with rows that were given together."""
         values = self.durations.values
         values += [duration_s] * answers
-        if len(values) >= FULL:
+        if len(values) >= PENDING_LIMIT:
             self.durations.count_in()
 
     def plus(self, other: Traffic) -> Traffic:
@@ -194,7 +194,7 @@ class _Ended:
 
     def batch(self, batch: Batch) -> None:
         # Those that rode in it have appended theirs.
-        if len(self._durations.values) >= FULL:
+        if len(self._durations.values) >= PENDING_LIMIT:
             self._durations.count_in()
         for sink in self._sinks:
             try:

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from cobatch.batcher.errors import BatcherError
-from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.batcher.tenant import Tenant
 from cobatch.server.api.routing import as_response, find, guarded
 from cobatch.server.auth.principal import principal_in, subject_in
 from cobatch.server.http.body import BodyError, read_body

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable
 
 from cobatch.batcher.request import Request, State
-from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.batcher.tenant import Tenant
 from cobatch.server.http.problem import Problem
 from cobatch.server.inference.model import Model
 from cobatch.server.observability.record import Record

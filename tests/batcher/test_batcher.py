@@ -431,7 +431,7 @@ def test_rows_are_the_callers_own_whatever_the_buffers_held() -> None:
     run(main())
 
 
-def test_a_thousand_cancelled_requests_leave_no_husks() -> None:
+def test_a_thousand_cancelled_requests_leave_no_tombstones() -> None:
     async def main() -> None:
         worker = FakeWorker(FakeEngine(max_batch_size=1, slots=1), run_s=lambda rows: 1e9)
         batcher = make_batcher(worker, max_queue_rows=10)

@@ -23,7 +23,7 @@ from cobatch.batcher.errors import (
     QueueFullError,
 )
 from cobatch.batcher.scheduling.policy import LEAD_S
-from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.batcher.tenant import Tenant
 from cobatch.engines.errors import EngineRunError
 from tests.support.virtual.loop import Call, make_batcher, run
 from tests.support.virtual.tenants import Metered, affine, flat, linear
@@ -67,7 +67,7 @@ def learn(batcher: Batcher, run_s: float) -> None:
     """Let it learn that runs take so long now."""
     for n in range(200):
         batcher.latency.observe(1 << n % 4, run_s, n * 0.050)
-    batcher._deciding.learn()
+    batcher._scheduler.learn()
 
 
 # At admission

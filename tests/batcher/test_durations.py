@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cobatch.batcher.durations import EDGES_S, FULL, Samples
+from cobatch.batcher.durations import EDGES_S, PENDING_LIMIT, DurationHistogram
 from cobatch.server.observability.metric_families import TIME_BOUNDS
 
 DURATIONS = st.floats(min_value=0, max_value=1e4, allow_nan=False)
 
 
-def samples(*durations: float) -> Samples:
-    made = Samples()
+def samples(*durations: float) -> DurationHistogram:
+    made = DurationHistogram()
     made.values.extend(durations)
     return made
 
@@ -58,12 +58,12 @@ def test_counts_are_the_callers_own() -> None:
 
 def test_the_list_stays_the_same_one() -> None:
     """Whoever appends may keep it."""
-    counted = Samples()
+    counted = DurationHistogram()
     values = counted.values
-    values.extend([0.5] * FULL)
+    values.extend([0.5] * PENDING_LIMIT)
     counted.count_in()
     values.append(0.5)
-    assert counted.count == FULL + 1
+    assert counted.count == PENDING_LIMIT + 1
 
 
 def test_two_together() -> None:

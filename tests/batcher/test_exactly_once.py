@@ -215,9 +215,9 @@ class Stage:
         batcher = self.batcher
         assert batcher.queued_rows == 0
         assert not batcher._queue.groups
-        assert not batcher._dispatcher.retries
+        assert not batcher._lanes.retries
         assert batcher.running_batches == 0
-        for lane in batcher._dispatcher.lanes:  # none where the engine died
+        for lane in batcher._lanes.lanes:  # none where the engine died
             assert sorted(lane.free_slots) == list(range(self.story.slots))
         assert not self.engine.taken
 

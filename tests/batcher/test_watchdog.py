@@ -23,7 +23,7 @@ from cobatch.batcher.errors import (
     ExecutionTimeoutError,
     ExpiredError,
 )
-from cobatch.batcher.lane import BatchWorker
+from cobatch.batcher.lanes import BatchWorker
 from cobatch.batcher.request import Batch, Request, State
 from cobatch.engines.errors import EngineError, EngineRunError
 from cobatch.engines.jobs import Job
@@ -87,8 +87,8 @@ def check_at_rest(batcher: Batcher, slots: int = 2) -> None:
     assert batcher.lanes == 1
     assert batcher.queued_rows == 0
     assert batcher.running_batches == 0
-    assert not batcher._dispatcher.retries
-    assert sorted(batcher._dispatcher.lanes[0].free_slots) == list(range(slots))
+    assert not batcher._lanes.retries
+    assert sorted(batcher._lanes.lanes[0].free_slots) == list(range(slots))
 
 
 # The limit
@@ -125,7 +125,7 @@ def test_the_limit_is_of_a_run_and_not_of_the_wait_for_it(slots: int) -> None:
         for caller in callers:
             caller.check()
         assert house.batcher.counters.hung == 0
-        assert house.batcher._dispatcher.lanes[0].watch is None, "nothing runs, and nothing is watched"
+        assert house.batcher._lanes.lanes[0].watch is None, "nothing runs, and nothing is watched"
 
     run(main())
 

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.errors import BatchFailedError, LengthMismatchError, TooLongError
-from cobatch.batcher.request import Request, State
+from cobatch.batcher.request import Batch, Request, State
 from cobatch.batcher.rows.packing import pack
 from cobatch.batcher.rows.padding import Length, Mask, Padder, Where
+from cobatch.batcher.scheduling.policy import IDLE
 from cobatch.engines.base import RowShapes, Signature, TensorSpec
 from tests.support.virtual.loop import Array, Call, FakeEngine, FakeWorker, run
 
@@ -309,7 +310,8 @@ def test_several_inputs_share_a_length() -> None:
     request = Requested(2, tuple(shapes), payloads)
     assert made.assign(request) is None
     assert request.row_shapes == ((5,), (1, 5), (5,), (4,))
-    assert made.bucket_of(request.row_shapes) == (5, 4)
+    padded = made.padded(Batch([request], 2, request.row_shapes, IDLE))
+    assert padded == ((5, 4), 2 * (5 + 5 + 5 + 4), 2 * 7)
     assert request.pad is not None
     assert request.pad.row_padding == 2 + 2 + 2 + 1
     assert request.pad.outputs == (None,)

@@ -10,12 +10,10 @@ from statistics import fmean
 import pytest
 
 from cobatch.batcher.batcher import Batcher
-from cobatch.batcher.lane import Lane
 from cobatch.batcher.request import Batch
-from cobatch.batcher.scheduling.arrivals import Returns
+from cobatch.batcher.scheduling.arrivals import ClosedLoopEstimator
 from cobatch.batcher.scheduling.policy import DEADLINE, DELAY, IDLE, LEAD_S
 from cobatch.batcher.scheduling.run_times import LatencyModel
-from cobatch.batcher.statistics import EngineFigures
 from tests.support.virtual.loop import Call, FakeEngine, FakeWorker, make_batcher, run
 
 CALLERS = 16
@@ -126,18 +124,17 @@ def test_an_engine_that_stands_idle_after_each_run_should_run_less_often(
 ) -> None:
     """Two runs of 8 ms, or one of 14 after a wait of 1.5 ms: it depends on what else a run costs."""
     latency = LatencyModel(16, {8: 8000.0, 16: 14000.0})
-    returns = Returns()
-    lane = Lane(FakeWorker(FakeEngine()), 0, EngineFigures())
+    returns = ClosedLoopEstimator()
     for number in range(12):
         end_s = number * 0.010
-        batch = Batch([Call([[1]]) for _ in range(8)], 8, ((1,),), IDLE, lane)
+        batch = Batch([Call([[1]]) for _ in range(8)], 8, ((1,),), IDLE)
         batch.gathered_s = batch.started_s = end_s - 0.009
         batch.finished_s = end_s - unnoticed_s
         returns.ended(end_s, batch)
         for request in batch.requests:
             request.enqueued_s = end_s + 0.0015
         returns.left(batch.requests)
-    company = returns.company(8, 16, latency)
+    company = returns.expected_returns(8, 16, latency)
     assert (company is not None) == waits
     if company is not None:
         rows, wait_s = company
@@ -162,7 +159,7 @@ def test_whoever_comes_meanwhile_and_has_no_time_ends_the_wait() -> None:
         tight.timeout_s = steep(CALLERS + 1) + LEAD_S / 4
 
         def come_in_a_wait() -> None:
-            if batcher._deciding._waits and batcher.queued_rows >= 2:
+            if batcher._scheduler._waits and batcher.queued_rows >= 2:
                 batcher.submit(tight)
             else:
                 loop.call_later(0.00005, come_in_a_wait)

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cobatch.batcher.scheduling.fair_queueing import Share, Shares
+from cobatch.batcher.scheduling.fair_queueing import TenantShare, TenantShares
 from cobatch.batcher.scheduling.policy import LEAD_S
-from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.batcher.tenant import Tenant
 from tests.support.virtual.loop import Call, make_batcher, run
 from tests.support.virtual.tenants import Metered, Tenants, affine, flat, linear, percentile
 
@@ -50,7 +50,7 @@ def measured(
     return parts
 
 
-# Shares
+# TenantShares
 
 
 @pytest.mark.parametrize("curve", [flat, affine, linear])
@@ -330,18 +330,18 @@ def test_coming_and_going_earns_nothing() -> None:
 
 
 def test_a_start_never_goes_back_and_what_was_too_much_is_kept() -> None:
-    share = Share(None, 2.0)
+    share = TenantShare(None, 2.0)
     share.charge(4.0)
     assert share.start_s == 2.0
-    share.owed_s = -3.0
+    share.cost_correction_s = -3.0
     share.charge(1.0)
-    assert (share.start_s, share.owed_s) == (2.0, -2.0)
+    assert (share.start_s, share.cost_correction_s) == (2.0, -2.0)
     share.charge(4.0)
-    assert (share.start_s, share.owed_s) == (3.0, 0.0)
+    assert (share.start_s, share.cost_correction_s) == (3.0, 0.0)
 
 
 def test_tenants_that_are_idle_are_forgotten() -> None:
-    shares = Shares()
+    shares = TenantShares()
     busy = shares.of(Tenant("busy"))
     shares.wakes(busy)
     busy.rows = 1

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from cobatch.batcher.errors import DeadlineTooShortError
-from cobatch.batcher.scheduling.admission import _MOST_AROUND
+from cobatch.batcher.scheduling.admission import _MOST_OVERHEAD
 from cobatch.engines.jobs import Job, Outcome
 from tests.support.virtual.loop import Call, make_batcher, run
 from tests.support.virtual.tenants import Metered, affine
@@ -38,12 +38,12 @@ def call(timeout_s: float) -> Call:
     return one
 
 
-@pytest.mark.parametrize(("lag_s", "around_s"), [(0.0, 0.0), (0.0005, 0.001), (0.1, 1.0)])
+@pytest.mark.parametrize(("lag_s", "overhead_s"), [(0.0, 0.0), (0.0005, 0.001), (0.1, 1.0)])
 @pytest.mark.parametrize(("more_s", "in_time"), [(-EPSILON_S, False), (EPSILON_S, True)])
 def test_who_would_be_answered_late_by_a_busy_loop_is_refused(
-    lag_s: float, around_s: float, more_s: float, in_time: bool
+    lag_s: float, overhead_s: float, more_s: float, in_time: bool
 ) -> None:
-    """`around_s`: the lag twice, before it is read and before it is answered; up to a part of the timeout."""
+    """`overhead_s` is twice the lag, before reading and before answering; at most a part of the timeout."""
 
     async def main() -> None:
         worker = Unnoticed(lag_s)
@@ -52,7 +52,7 @@ def test_who_would_be_answered_late_by_a_busy_loop_is_refused(
         for _ in range(100):
             batcher.submit(Call([[7]]))
             await asyncio.sleep(0.2)
-        timeout_s = min(affine(1) + around_s, affine(1) / (1 - _MOST_AROUND))
+        timeout_s = min(affine(1) + overhead_s, affine(1) / (1 - _MOST_OVERHEAD))
         one = call(timeout_s + more_s)
         if in_time:
             batcher.submit(one)

@@ -158,16 +158,16 @@ def test_where_tenants_compete_a_batch_is_made_up_late(left_s: float, leaves: bo
     assert came == (Dispatch(full, FULL) if leaves else WaitUntil(free_s - LEAD_S))
     assert decided(full, now=replace(BUSY, free_s=free_s)) == Dispatch(full, FULL)
     # So it is where requests are lost, whoever's they are.
-    assert decided(full, now=replace(BUSY, free_s=free_s, crowded=True)) == came
+    assert decided(full, now=replace(BUSY, free_s=free_s, overloaded=True)) == came
 
 
-COMPANY = Now(NOW_S, in_slots=0, running=0, free_s=NOW_S, company_rows=5, company_by_s=NOW_S + 0.002)
+COMPANY = Now(NOW_S, in_slots=0, running=0, free_s=NOW_S, expected_rows=5, expected_by_s=NOW_S + 0.002)
 
 
 @pytest.mark.parametrize(("rows", "leaves"), [(4, False), (5, True), (6, True)])
 def test_those_who_were_answered_are_waited_for_until_they_are_back(rows: int, leaves: bool) -> None:
     decision = decide(Queue((Line(rows),)), COMPANY, EAGER)
-    assert decision == (Dispatch(Line(rows), DELAY) if leaves else WaitUntil(COMPANY.company_by_s))
+    assert decision == (Dispatch(Line(rows), DELAY) if leaves else WaitUntil(COMPANY.expected_by_s))
 
 
 @pytest.mark.parametrize(("now_s", "leaves"), [(before(NOW_S + 0.002), False), (NOW_S + 0.002, True)])
@@ -180,7 +180,7 @@ def test_and_no_longer_than_they_take(now_s: float, leaves: bool) -> None:
 def test_nor_past_a_deadline(run_s: float, leaves: bool) -> None:
     queue = Queue((Line(4),), urgent_s=NOW_S + 0.1)
     decision = decide(queue, replace(COMPANY, run_s=run_s), EAGER)
-    wait = WaitUntil(min(COMPANY.company_by_s, queue.urgent_s - run_s))
+    wait = WaitUntil(min(COMPANY.expected_by_s, queue.urgent_s - run_s))
     assert decision == (Dispatch(Line(4), DEADLINE) if leaves else wait)
 
 
@@ -203,7 +203,7 @@ NOWS = st.builds(
     run_s=st.floats(0, 0.1),
     rows_per_s=st.none() | st.floats(0, 1000),
     draining=st.booleans(),
-    crowded=st.booleans(),
+    overloaded=st.booleans(),
 ).map(lambda now: replace(now, running=min(now.running, now.in_slots)))
 
 

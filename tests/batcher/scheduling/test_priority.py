@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cobatch.batcher.request import Request, State
-from cobatch.batcher.scheduling.priority import AGEING_S, DEFAULT, HIGHEST, LOWEST, Lines, level_of
-from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.batcher.scheduling.priority import AGEING_S, DEFAULT, HIGHEST, LOWEST, PriorityQueue, level_of
+from cobatch.batcher.tenant import Tenant
 from tests.support.virtual.loop import Call, make_batcher, run
 from tests.support.virtual.tenants import Metered
 
@@ -31,7 +31,7 @@ def call(priority: int = 0, rows: int = 1) -> Call:
     return one
 
 
-def served(lines: Lines) -> list[Request]:
+def served(lines: PriorityQueue) -> list[Request]:
     """All of them, in the order in which they are next."""
     order = []
     while lines.queued:
@@ -50,7 +50,7 @@ def test_the_level_of_a_priority(priority: int, level: int) -> None:
 
 
 def test_within_a_level_first_come_first_served() -> None:
-    lines = Lines()
+    lines = PriorityQueue()
     line = [request(3) for _ in range(5)]
     for one in line:
         lines.push(one)
@@ -65,7 +65,7 @@ def test_the_level_above_overtakes_who_came_less_than_a_second_before(
     later_s: float, overtakes: bool, high: int
 ) -> None:
     for swapped in (False, True):
-        lines = Lines()
+        lines = PriorityQueue()
         low, late = request(high + 1, 10.0), request(high, 10.0 + later_s)
         for one in (late, low) if swapped else (low, late):
             lines.push(one)
@@ -75,7 +75,7 @@ def test_the_level_above_overtakes_who_came_less_than_a_second_before(
 @pytest.mark.parametrize("low", range(2, LOWEST + 1))
 def test_nothing_waits_for_ever(low: int) -> None:
     """However much of the highest priority keeps coming: a level counts as a second, no more."""
-    lines = Lines()
+    lines = PriorityQueue()
     waiting = request(low, 0.0)
     lines.push(waiting)
     now_s = 0.0
@@ -107,7 +107,7 @@ STEPS = st.lists(
 
 @given(STEPS)
 def test_against_a_sorted_list(steps: list[tuple[str, int, int]]) -> None:
-    lines = Lines()
+    lines = PriorityQueue()
     model: list[Request] = []
     now_s = 0.0
     for step, number, rows in steps:
@@ -148,7 +148,7 @@ def test_against_a_sorted_list(steps: list[tuple[str, int, int]]) -> None:
 
 
 def test_those_that_left_are_dropped() -> None:
-    lines = Lines()
+    lines = PriorityQueue()
     lines.push(request(8))
     for n in range(10_000):
         one = request(1 + n % 7, 1.0)

@@ -103,12 +103,12 @@ class Queued(RuleBasedStateMachine):
             assert request.state is state
 
     @invariant()
-    def husks_are_few(self) -> None:
+    def tombstones_are_few(self) -> None:
         for shapes, group in self.queue.groups.items():
-            living = len(self.lines[shapes])
+            live = len(self.lines[shapes])
             (flow,) = group.flows.values()
-            assert flow.lines.queued == living
-            assert flow.lines._waiting <= 2 * living + 65
+            assert flow.lines.queued == live
+            assert flow.lines._waiting <= 2 * live + 65
 
 
 Queued.TestCase.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cobatch.batcher.request import Request, State
-from cobatch.batcher.scheduling.formation import Plan, Taken
+from cobatch.batcher.scheduling.formation import FormedBatch, StartPlan
 from cobatch.batcher.scheduling.priority import AGEING_S
 from cobatch.batcher.scheduling.queue import RequestQueue
 from cobatch.batcher.scheduling.run_times import LatencyModel
-from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import RowShapes
 
 SHAPES: list[RowShapes] = [((),), ((2,),), ((3,), (1, 4))]
@@ -71,7 +71,7 @@ class Queues(RuleBasedStateMachine):
         assert request.payloads == ()
         self.left.append((request, State.CANCELLED))
 
-    def took(self, taken: Taken) -> int:
+    def took(self, taken: FormedBatch) -> int:
         """Check what any batch is, and count it; its rows."""
         requests = taken.requests
         for request in (*requests, *taken.late):
@@ -84,7 +84,7 @@ class Queues(RuleBasedStateMachine):
         by_tenant = Counter[Tenant | None]()
         for request in requests:
             by_tenant[request.tenant] += request.rows
-        assert {share.tenant: its_rows for share, its_rows in taken.shares.items()} == by_tenant
+        assert taken.shares == by_tenant
         self.served += rows
         return rows
 
@@ -118,7 +118,7 @@ class Queues(RuleBasedStateMachine):
                 assert tenant.queued_rows == rows == queue.rows_of(tenant)
         if not self.waiting:
             # The last one to leave an empty queue may still count: it is kept aside.
-            assert queue.shares.active == int(queue._aside)
+            assert queue.shares.active == int(queue._parked)
             return
         assert queue.shares.active == len({one.tenant for one in self.waiting})
         weights = {one.tenant: 1.0 if one.tenant is None else one.tenant.weight for one in self.waiting}
@@ -138,20 +138,20 @@ class Queues(RuleBasedStateMachine):
 
     @invariant()
     def states_are_right(self) -> None:
-        assert all(one.state is State.QUEUED and one.flow is not None for one in self.waiting)
-        assert all(one.state is state and one.flow is None for one, state in self.left)
+        assert all(one.state is State.QUEUED and one.entry is not None for one in self.waiting)
+        assert all(one.state is state and one.entry is None for one, state in self.left)
 
     @invariant()
     def what_left_is_forgotten(self) -> None:
         """Whatever comes and goes without being taken."""
-        queue, living = self.queue, len(self.waiting)
-        self.most = max(self.most, living)
+        queue, live = self.queue, len(self.waiting)
+        self.most = max(self.most, live)
         assert len(queue._turns._heap) <= 2 * 5 + 64 + 1
         assert len(queue._arrivals) + len(queue._urgent) <= 2 * 2 * (self.most + 1) + 64
         for group in queue.groups.values():
             assert len(group.turns._heap) <= 2 * 5 + 64 + 1
             for flow in group.flows.values():
-                assert flow.lines._waiting <= 2 * living + 65
+                assert flow.lines._waiting <= 2 * live + 65
 
 
 class Anything(Queues):
@@ -210,7 +210,7 @@ class Anything(Queues):
     @precondition(lambda self: self.waiting)
     @rule(ahead_s=st.sampled_from([0.0, 0.002, 0.010]))
     def a_batch_in_time(self, ahead_s: float) -> None:
-        plan = Plan(self.now_s + ahead_s, self.latency)
+        plan = StartPlan(self.now_s + ahead_s, self.latency)
         queued = {id(one) for one in self.waiting}
         taken = self.queue.take(self.queue.next_group, FULL_ROWS, plan)
         assert taken.requests or taken.late
@@ -260,14 +260,14 @@ class Fair(Queues):
         for _ in range(times):
             if self.waiting:
                 taken = self.queue.take(self.queue.next_group, FULL_ROWS)
-                for share, its_rows in taken.shares.items():
-                    self.rows_of[share.tenant] += its_rows
+                for tenant, its_rows in taken.shares.items():
+                    self.rows_of[tenant] += its_rows
                 rows = self.took(taken)
                 self.queue.settle(taken.shares, rows * ROW_S, rows)
                 self.nobody_waits_for_longer_than_its_share_takes(taken)
                 self.shares_are_kept()
 
-    def nobody_waits_for_longer_than_its_share_takes(self, taken: Taken) -> None:
+    def nobody_waits_for_longer_than_its_share_takes(self, taken: FormedBatch) -> None:
         weights = [1.0, *WEIGHTS]
         for request in taken.requests:
             assert isinstance(request, Queued)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cobatch.batcher.errors import TenantLimitError, TooManyRowsError
-from cobatch.batcher.scheduling.tenant import Bucket, Tenant
+from cobatch.batcher.tenant import Bucket, Tenant
 
 
 class Simulated:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.batcher.tenant import Tenant
 from cobatch.server.auth.principal import PRINCIPAL, Principal, principal_in, subject_in
 from cobatch.server.settings.auth import ModelRule, is_permission
 

@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.batcher.tenant import Tenant
 from cobatch.server.auth.tenants import OTHER, TenantTotals
 
 
@@ -30,7 +30,7 @@ class Tenants:
         if name not in self.accounts:
             self.accounts[name] = Tenant(name, weight=2.0)
             self.totals.add(self.accounts[name])
-        figures = self.accounts[name].figures
+        figures = self.accounts[name].usage
         figures.answered += requests
         figures.rows += requests
         figures.engine_s += requests * 0.25
@@ -119,7 +119,7 @@ def test_two_accounts_of_one_name_are_one() -> None:
     tenants.ask("ann", 4)
     second = Tenant("ann")
     tenants.totals.add(second)
-    second.figures.answered += 5
+    second.usage.answered += 5
     second.queued_rows = 2
     tenants.accounts["ann"].queued_rows = 1
     ((name, total),) = tenants.totals.totals()

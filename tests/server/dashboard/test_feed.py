@@ -13,7 +13,7 @@ from unittest import mock
 import msgspec
 import pytest
 
-from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.batcher.tenant import Tenant
 from cobatch.server.auth.principal import Principal
 from cobatch.server.dashboard import feed as live_module
 from cobatch.server.dashboard import seconds as recent

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from cobatch.batcher.batcher import Batcher
-from cobatch.batcher.durations import FULL
+from cobatch.batcher.durations import PENDING_LIMIT
 from cobatch.batcher.request import Batch
 from cobatch.engines.errors import EngineError
 from cobatch.server.observability.record import Record
@@ -120,8 +120,8 @@ def test_an_answer_that_says_where_it_rode_has_no_record(both: tuple[Served, Gat
 
 def test_durations_are_counted_in_once_there_are_many(served: Served) -> None:
     durations = served.core.models["gate"].infer_traffic.durations
-    served.call(lambda: durations.values.extend([0.001] * FULL))
+    served.call(lambda: durations.values.extend([0.001] * PENDING_LIMIT))
     assert served.ask(gate(1)).status == 200
     # Through ASGI an answer is counted behind its batch.
     assert len(served.call(durations.values.copy)) == (0 if served.fast else 1)
-    assert served.call(lambda: durations.count) == FULL + 1
+    assert served.call(lambda: durations.count) == PENDING_LIMIT + 1

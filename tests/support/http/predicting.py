@@ -17,7 +17,7 @@ import numpy as np
 from onnx import TensorProto, helper
 
 import cobatch.server.inference.model
-from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import Engine
 from cobatch.engines.loader import EngineOptions, load_engine
 from cobatch.server.app import build

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.errors import QueueFullError
 from cobatch.batcher.request import Batch
-from cobatch.batcher.scheduling.tenant import Tenant
+from cobatch.batcher.tenant import Tenant
 from cobatch.engines.jobs import Job
 from tests.support.virtual.loop import Call, FakeEngine, FakeWorker
 

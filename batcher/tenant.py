@@ -52,7 +52,7 @@ class Bucket:
         return self.burst * self._interval_s
 
 
-class Figures:
+class Usage:
     """What an account has had so far, in requests. `rows`, and `engine_s`, its part of the runs that they
     rode in, do not count what is run again after a failure."""
 
@@ -65,7 +65,7 @@ class Figures:
         self.rows = 0
         self.engine_s = 0.0
 
-    def add(self, other: Figures, sign: int = 1) -> None:
+    def add(self, other: Usage, sign: int = 1) -> None:
         """Count another's, too."""
         self.answered += sign * other.answered
         self.failed += sign * other.failed
@@ -73,13 +73,13 @@ class Figures:
         self.rows += sign * other.rows
         self.engine_s += sign * other.engine_s
 
-    def copy(self) -> Figures:
+    def copy(self) -> Usage:
         """As they are now."""
-        copied = Figures()
+        copied = Usage()
         copied.add(self)
         return copied
 
-    def less(self, earlier: Figures) -> Figures:
+    def less(self, earlier: Usage) -> Usage:
         """What came since."""
         since = self.copy()
         since.add(earlier, -1)
@@ -99,13 +99,13 @@ class Tenant:
     __slots__ = (
         "__weakref__",
         "bucket",
-        "figures",
         "limited",
         "max_concurrent",
         "max_queue_rows",
         "name",
         "open_requests",
         "queued_rows",
+        "usage",
         "weight",
     )
 
@@ -127,7 +127,7 @@ class Tenant:
         if requests_per_s is not None:
             self.bucket = Bucket(requests_per_s, burst or math.ceil(requests_per_s))
         self.limited = any(limit is not None for limit in (max_concurrent, max_queue_rows, requests_per_s))
-        self.figures = Figures()
+        self.usage = Usage()
         self.open_requests = 0  # accepted and not answered yet
         self.queued_rows = 0  # of those, rows that have not been sent to an engine
 
