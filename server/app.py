@@ -58,8 +58,7 @@ def build(core: Inference) -> ASGIApp:
         core.observer.lag.start(core.loop)
         await asyncio.to_thread(gpus.open)
         if core.auth is not None:
-            core.auth.on_ready = core.tell_if_ready
-            await core.auth.start()
+            await core.auth.start(core.tell_if_ready)
         # In the background: health must answer while a large model is being loaded.
         ticking = asyncio.create_task(live.run())
         loading = [asyncio.create_task(_load(core, name)) for name in core.models]

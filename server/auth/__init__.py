@@ -1,1 +1,1 @@
-"""Who calls, and what they may: bearer tokens (JWT), API keys, permissions, tenants."""
+"""Authentication and permissions: bearer tokens (JWT), API keys, tenants and their limits."""

@@ -1,18 +1,17 @@
-"""API keys, for clients that cannot do OAuth: a file of hashes, and a comparison in constant time.
+"""API keys, for clients that cannot do OAuth: a file of hashes, compared in constant time.
 
-A key is `cb_ID_SECRET`. The ID finds the entry and is no secret; it may stand in logs. The secret is 32
-random bytes in base64url, and the file holds its SHA-256 alone. One round of a fast hash is right for it:
-slow, salted hashes make up for secrets that people think of and that can be guessed (NIST SP 800-63B-3,
-5.1.2.2: of look-up secrets, those with less than 112 bits of entropy need salt and a password's hash).
-Nobody guesses 256 bits, and a slow hash here would be a way to keep the server busy.
+A key is `cb_ID_SECRET`. The ID finds the entry and may appear in logs. The secret is 32 random bytes in
+base64url, and the file holds only its SHA-256. Slow, salted hashes protect secrets that can be guessed
+(NIST SP 800-63B-3, 5.1.2.2 requires them below 112 bits of entropy); they are pointless for 256 random bits
+and would give attackers a way to keep the server busy.
 
     [[keys]]
     id = "ab2cd3ef4gh5"
     sha256 = "64 hex digits: of the text SECRET, in ASCII"
     tenant = "search-team"
-    scopes = ["infer", "metadata"]  # the permissions among them permit; others name classes of tenants
-    name = "nightly job"            # optional: who has it
-    expires = 2027-01-31            # optional: a date (when it begins, in UTC), or a date with a time
+    scopes = ["infer", "metadata"]  # permissions, and names of tenant classes
+    name = "nightly job"            # optional: the key's user
+    expires = 2027-01-31            # optional: a date (its start, in UTC), or a date with a time
 
 The file is read once, at the start.
 """
@@ -26,46 +25,37 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime, time
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
-from msgspec import Meta
 
-from cobatch.server.settings.auth import is_permission
-from cobatch.server.settings.values import (
-    Given,
-    SettingsError,
-    Table,
-    check_table,
-    fields_of,
-    read_toml,
-    refused,
-)
+from cobatch.server.settings.auth import Text, Texts, is_permission
+from cobatch.server.settings.values import Given, SettingsError, check_table, fields_of, read_toml, refused
 
 _SHAPE = re.compile(r"cb_([a-z2-7]{12})_([A-Za-z0-9_-]{43})")
 _ID = re.compile(r"[a-z2-7]{12}")
 _SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
-# RFC 6749, 3.3: what a scope may be made of.
+# RFC 6749, 3.3: the characters of a scope.
 _SCOPE = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]+")
-_LONGEST_NAME = 256
+_MAX_NAME = 256
 
 
 class _Entry(msgspec.Struct, frozen=True, kw_only=True):
     """A table of the file, as far as types go."""
 
-    id: Annotated[str, Meta(min_length=1)]
-    sha256: Annotated[str, Meta(min_length=1)]
-    tenant: Annotated[str, Meta(min_length=1)]
-    scopes: Annotated[tuple[Annotated[str, Meta(min_length=1)], ...], Meta(min_length=1)]
+    id: Text
+    sha256: Text
+    tenant: Text
+    scopes: Texts
     name: str = ""
     expires: Any = None
 
 
 class ApiKey(NamedTuple):
-    """An entry of the file. `expires_s`: seconds since the epoch, infinite where it never does."""
+    """A checked entry. `expires_s`: seconds since the epoch, infinite for a key that never expires."""
 
     id: str
     tenant: str
@@ -74,8 +64,8 @@ class ApiKey(NamedTuple):
     digest: bytes
 
 
-# What a key is compared with whose ID nobody has; even its secret would be of no use.
-_NOBODY = ApiKey("", "", (), -math.inf, bytes(32))
+# Unknown IDs are compared with this entry, malformed keys with this secret: a miss costs as much as a hit.
+_NO_KEY = ApiKey("", "", (), -math.inf, bytes(32))
 _NO_SECRET = "_" * 43
 
 
@@ -87,39 +77,36 @@ class ApiKeys:
 
     @classmethod
     def read(cls, path: Path) -> ApiKeys:
-        """The keys in a file. Raises SettingsError."""
+        """Read the keys of a file. Raises SettingsError."""
         return cls.parse(read_toml(path, "auth.api_keys_file"), f"file {path}")
 
     @classmethod
     def parse(cls, document: Mapping[str, object], source: str) -> ApiKeys:
-        """The keys in a TOML document; `source` says where it is from. Raises SettingsError."""
+        """Check a TOML document; `source` names its origin in messages. Raises SettingsError."""
         for name in document:
             if name != "keys":
                 raise SettingsError(f"{name}: unknown key; expected [[keys]] only ({source})")
-        listed = document.get("keys", [])
-        if not isinstance(listed, list):
-            raise refused("keys", "an array of tables, written [[keys]]", listed, source)
-        found: dict[str, int] = {}
-        keys = []
-        for index, table in enumerate(listed):
-            key = _key(f"keys[{index}]", table, source)
-            if key.id in found:
-                raise SettingsError(f"keys[{index}].id: {key.id} is keys[{found[key.id]}]'s too ({source})")
-            found[key.id] = index
-            keys.append(key)
+        tables = document.get("keys", [])
+        if not isinstance(tables, list):
+            raise refused("keys", "an array of tables, written [[keys]]", tables, source)
+        keys = [_entry(f"keys[{index}]", table, source) for index, table in enumerate(tables)]
+        first: dict[str, int] = {}
+        for index, key in enumerate(keys):
+            if first.setdefault(key.id, index) != index:
+                raise SettingsError(f"keys[{index}].id: {key.id} is keys[{first[key.id]}]'s too ({source})")
         return cls(keys)
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def find(self, presented: str, now_s: float) -> ApiKey | None:
-        """The entry of a key as it came from a client; None if it is unknown, malformed or expired.
+        """Return the entry of a key from a client; None if it is unknown, malformed or expired.
 
-        The work is the same for all of them: one SHA-256 of 43 bytes and one comparison in constant time.
+        Always costs one SHA-256 of 43 bytes and one comparison in constant time.
         """
         match = _SHAPE.fullmatch(presented)
-        name, secret = match.groups() if match is not None else ("", _NO_SECRET)
-        key = self._keys.get(name, _NOBODY)
+        key_id, secret = match.groups() if match is not None else ("", _NO_SECRET)
+        key = self._keys.get(key_id, _NO_KEY)
         same = hmac.compare_digest(_digest(secret), key.digest)
         return key if same and now_s < key.expires_s else None
 
@@ -127,87 +114,85 @@ class ApiKeys:
 def mint(
     tenant: str, scopes: Sequence[str], name: str = "", expires: datetime | date | None = None
 ) -> tuple[str, str]:
-    """A new key: the key itself, for its user, and the table with its hash, for the file.
+    """Make a new key; return the key for its user, and the table with its hash for the file.
 
     Raises SettingsError where the file would be refused with it.
     """
-    made = base64.b32encode(secrets.token_bytes(8)).decode().lower()[:12]
+    key_id = base64.b32encode(secrets.token_bytes(8)).decode().lower()[:12]
     secret = secrets.token_urlsafe(32)
-    entry: dict[str, Any] = {
-        "id": made,
+    entry: dict[str, str | Sequence[str]] = {
+        "id": key_id,
         "sha256": _digest(secret).hex(),
         "tenant": tenant,
         "scopes": list(scopes),
         "name": name,
     }
     ApiKeys.parse({"keys": [entry]}, "the new key")
-    lines = ["[[keys]]"]
-    lines += [f"{field} = {toml_string(entry[field])}" for field in ("id", "sha256", "tenant")]
-    lines.append(f"scopes = [{', '.join(map(toml_string, scopes))}]")
-    if name:
-        lines.append(f"name = {toml_string(name)}")
+    if not name:
+        del entry["name"]
+    lines = ["[[keys]]", *(f"{field} = {_toml(value)}" for field, value in entry.items())]
     if expires is not None:
         lines.append(f"expires = {expires.isoformat()}")
-    return f"cb_{made}_{secret}", "".join(f"{line}\n" for line in lines)
+    return f"cb_{key_id}_{secret}", "".join(f"{line}\n" for line in lines)
 
 
 def toml_string(text: str) -> str:
-    """The text as a TOML basic string, in its quotes."""
-    # JSON's escapes are TOML's too; only DEL, which TOML wants escaped, JSON lets pass.
+    """Write the text as a TOML basic string, with its quotes."""
+    # JSON's escapes are valid in TOML; only DEL has to be escaped in addition.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _toml(value: str | Sequence[str]) -> str:
+    return toml_string(value) if isinstance(value, str) else f"[{', '.join(map(toml_string, value))}]"
 
 
 def _digest(secret: str) -> bytes:
     return hashlib.sha256(secret.encode("ascii")).digest()
 
 
-def _key(where: str, table: object, source: str) -> ApiKey:
+def _entry(where: str, table: object, source: str) -> ApiKey:
     given = check_table(where, table, fields_of(_Entry), source)
     for field in msgspec.structs.fields(_Entry):
         if field.required and field.name not in given:
             raise SettingsError(f"{where}.{field.name}: missing ({source})")
-    _check(given["id"], _ID, "12 of the letters a to z and digits 2 to 7")
-    _check(given["sha256"], _SHA256, "64 hex digits, of the secret's SHA-256")
-    for name in ("tenant", "name"):
-        if name in given and not (
-            given[name].value.isprintable() and len(given[name].value) <= _LONGEST_NAME
-        ):
-            expected = f"at most {_LONGEST_NAME} printable characters"
-            raise refused(given[name].key, expected, given[name].value, source)
+    _check(given["id"], _ID.fullmatch, "12 of the letters a to z and digits 2 to 7")
+    _check(given["sha256"], _SHA256.fullmatch, "64 hex digits, of the secret's SHA-256")
+    for name in ("tenant", *(["name"] if "name" in given else [])):
+        _check(given[name], _is_name, f"at most {_MAX_NAME} printable characters")
     return ApiKey(
         id=given["id"].value,
         tenant=given["tenant"].value,
-        scopes=_scopes(given),
-        expires_s=_expires_s(given),
+        scopes=_scopes(given["scopes"]),
+        expires_s=_expires_s(given["expires"]) if "expires" in given else math.inf,
         digest=bytes.fromhex(given["sha256"].value),
     )
 
 
-def _check(given: Given, pattern: re.Pattern[str], expected: str) -> None:
-    if pattern.fullmatch(given.value) is None:
+def _check(given: Given, accepts: Callable[[str], object], expected: str) -> None:
+    if not accepts(given.value):
         raise refused(given.key, expected, given.value, given.source)
 
 
-def _scopes(given: Table) -> tuple[str, ...]:
-    scopes: tuple[str, ...] = given["scopes"].value
-    key, source = given["scopes"].key, given["scopes"].source
+def _is_name(text: str) -> bool:
+    return text.isprintable() and len(text) <= _MAX_NAME
+
+
+def _scopes(given: Given) -> tuple[str, ...]:
+    scopes: tuple[str, ...] = given.value
     for scope in scopes:
-        if _SCOPE.fullmatch(scope) is None:
-            raise refused(key, "single words, without quotes and backslashes", scope, source)
+        _check(given._replace(value=scope), _SCOPE.fullmatch, "single words, without quotes and backslashes")
     if not any(map(is_permission, scopes)):
-        # With classes alone it would be known, and refused everything.
+        # A key with tenant classes alone would be known and then refused everything.
         expected = "a permission among them: infer, infer:MODEL, metadata, admin"
-        raise SettingsError(f"{key}: expected {expected}; got {', '.join(scopes) or 'none'} ({source})")
+        raise SettingsError(f"{given.key}: expected {expected}; got {', '.join(scopes)} ({given.source})")
     return scopes
 
 
-def _expires_s(given: Table) -> float:
-    if "expires" not in given:
-        return math.inf
-    value = given["expires"].value
+def _expires_s(given: Given) -> float:
+    value = given.value
     if not isinstance(value, date):
         expected = "a date or a date with a time, without quotes: 2027-01-31T12:00:00Z"
-        raise refused(given["expires"].key, expected, value, given["expires"].source)
+        raise refused(given.key, expected, value, given.source)
     moment = value if isinstance(value, datetime) else datetime.combine(value, time.min)
-    # Without an offset it means the same on every machine: UTC.
+    # A time without an offset is UTC, so that it means the same on every machine.
     return (moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)).timestamp()

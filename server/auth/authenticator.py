@@ -1,13 +1,11 @@
-"""From a credential to a principal: remembered, or verified and then remembered.
+"""From a credential to a principal: verified once, then cached.
 
-To check a signature costs more than all other work on a small request, so what came of a token is
-remembered by a digest of the header that brought it: a principal until the token expires or its key is
-withdrawn, a refusal that time will not mend for a minute. Both are bounded in number, the oldest goes
-first. API keys are looked up each time, since that costs a digest only.
+A signature check costs more than all other work on a small request, so its result is cached by the SHA-256
+of the token: a principal until the token expires or its key is withdrawn, a permanent refusal for a minute.
+Both caches are bounded and drop their oldest entry. API keys cost one hash and are looked up each time.
 
-The digest, not the token, is the key here. (The fast path does keep the bytes of recent header blocks,
-tokens included, in this process's memory: server/edge/fast_path.py.) A look-up's time tells nothing, since
-SHA-256 of what one does not know cannot be approached byte by byte.
+The time of a lookup leaks nothing, since the digest of an unknown token cannot be approached byte by byte.
+No token is stored here; the fast path does keep the bytes of recent header blocks (edge/header_cache.py).
 """
 
 from __future__ import annotations
@@ -22,30 +20,29 @@ from weakref import WeakSet
 
 from cobatch.server.auth.api_keys import ApiKeys
 from cobatch.server.auth.challenges import Challenges
-from cobatch.server.auth.credentials import Credential, token_of
-from cobatch.server.auth.jwks import FetchedKeys, KeysUnavailableError, StaticKeys
+from cobatch.server.auth.credentials import Credential, bearer_token
+from cobatch.server.auth.jwks import FetchedKeys, KeySource, KeysUnavailableError, StaticKeys
 from cobatch.server.auth.keys import Key, load_key_files, load_secret
 from cobatch.server.auth.principal import Principal
 from cobatch.server.auth.tenants import Tenants
-from cobatch.server.auth.throttle import Failures
-from cobatch.server.auth.tokens import TokenError, TokenVerifier, Verified, claim_at
+from cobatch.server.auth.throttle import SignatureThrottle
+from cobatch.server.auth.tokens import TokenError, TokenVerifier, VerifiedToken, claim_at
 from cobatch.server.http.problem import Problem
 from cobatch.server.settings.auth import AuthSettings, Issuer, is_permission
 
-# What comes of a credential that is looked at: who it is, from memory or not, or why nobody.
+# The outcomes of authentication, as the metric labels them.
 RESULTS = (
     *("verified", "remembered", "key"),
     *("missing", "invalid", "forged", "refused-again", "unknown-key", "throttled", "keys-unavailable"),
 )
-_REFUSED_S = 60.0
-_REFUSALS = 4096
-KeySource = StaticKeys | FetchedKeys
+_REFUSAL_TTL_S = 60.0
+_MAX_REFUSALS = 4096
 
 
 class Authenticator:
-    """Of one process. Reads key files when it is made: raises SettingsError.
+    """Authenticates the requests of one process. Reads key files when created; raises SettingsError.
 
-    `wall_clock` is `time.time`, which tokens' times are in.
+    `wall_clock` is compared with the times in tokens, `clock` is monotonic; both in seconds.
     """
 
     def __init__(
@@ -56,185 +53,185 @@ class Authenticator:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings = settings
-        self.challenges = Challenges(resource_of(settings))
+        self.challenges = Challenges(_resource_of(settings))
         self.tenants = Tenants(settings.tenants, clock)
-        self.failures = Failures(clock)
+        self.throttle = SignatureThrottle(clock)
         self._clock = clock
         self._now = wall_clock
         self._rules = {rule.model: rule for rule in settings.models}
         self._named_scopes = {rule.scope for rule in settings.tenants}
         self._named_scopes.update(scope for rule in settings.models for scope in rule.scopes)
-        self._keys: dict[str, KeySource] = {one.issuer: self._source(one) for one in settings.issuers}
+        self._keys: dict[str, KeySource] = {one.issuer: self._key_source(one) for one in settings.issuers}
         self._verifier = TokenVerifier(settings, self._keys, wall_clock)
         self._api_keys = ApiKeys.read(Path(settings.api_keys_file)) if settings.api_keys_file else None
-        self._remembered: dict[bytes, Principal] = {}
-        self._of_api_key: dict[str, Principal] = {}
-        self._refused: dict[bytes, tuple[str, float]] = {}  # why, and until when
-        self._vouched: dict[Key, WeakSet[Principal]] = {}
-        # How often credentials were looked at, by what came of it. The fast path does not ask again for
-        # header blocks that it knows.
+        self._api_key_principals: dict[str, Principal] = {}  # by the key's ID
+        self._cache: dict[bytes, Principal] = {}
+        self._refusals: dict[bytes, tuple[str, float]] = {}  # detail, and the end of its time to live
+        self._principals_by_key: dict[Key, WeakSet[Principal]] = {}
+        # Header blocks in the fast path's cache are not counted again.
         self.results: Counter[str] = Counter(dict.fromkeys(RESULTS, 0))
-        self.on_ready: Callable[[], None] = lambda: None  # called when an issuer's keys are there
 
-    def _source(self, issuer: Issuer) -> KeySource:
+    def _key_source(self, issuer: Issuer) -> KeySource:
         if issuer.secret_file:
             return StaticKeys([load_secret(Path(issuer.secret_file))])
         if issuer.key_files:
             return StaticKeys(load_key_files([Path(name) for name in issuer.key_files], issuer.algorithms))
-        return FetchedKeys(issuer, self.settings, self._withdraw, on_ready=self._tell_ready)
+        return FetchedKeys(issuer, self.settings, self._withdraw)
 
-    def _tell_ready(self) -> None:
-        self.on_ready()
-
-    async def start(self) -> None:
-        """Begin to fetch keys; does not wait for them."""
+    async def start(self, on_ready: Callable[[], None]) -> None:
+        """Start to fetch keys, without waiting for them. Call `on_ready` when an issuer's keys arrive."""
         for source in self._keys.values():
-            await source.start()
+            await source.start(on_ready)
 
     async def stop(self) -> None:
-        """End the fetching."""
+        """Stop fetching keys."""
         for source in self._keys.values():
             await source.stop()
 
     @property
     def ready(self) -> bool:
-        """Whether anybody's credentials could be checked."""
+        """True once any credential can be checked."""
         return self._api_keys is not None or any(source.ready for source in self._keys.values())
 
-    def recall(self, credential: Credential | None) -> Principal | Problem | None:
-        """What is known without checking a signature; None: ask `authenticate`."""
+    def lookup(self, credential: Credential | None) -> Principal | Problem | None:
+        """Return the result that needs no signature check; None where `authenticate` has to make one."""
         if credential is None:
             self.results["missing"] += 1
             return self.challenges.missing()
         if credential.is_key:
             return self._by_api_key(credential.value)
-        digest = _digest(credential)
-        principal = self._remembered.get(digest)
+        digest = _token_digest(credential)
+        principal = self._cache.get(digest)
         if principal is not None:
             if principal.expires_s > self._now():
                 self.results["remembered"] += 1
                 return principal
-            del self._remembered[digest]
-        refused = self._refused.get(digest)
-        if refused is not None and refused[1] > self._clock():
+            del self._cache[digest]
+        refusal = self._refusals.get(digest)
+        if refusal is not None and refusal[1] > self._clock():
             self.results["refused-again"] += 1
-            return self.challenges.invalid_token(refused[0])
+            return self.challenges.invalid_token(refusal[0])
         return None
 
     async def authenticate(self, credential: Credential | None, address: str) -> Principal:
-        """Who this is. `address` is the client's, which pays for forged tokens. Raises Problem."""
-        known = self.recall(credential)
+        """Return the principal of a request. Raises Problem.
+
+        Forged tokens are charged to the client's `address`.
+        """
+        known = self.lookup(credential)
         if isinstance(known, Principal):
             return known
         if known is not None:
             raise known
         assert credential is not None
-        token = self._token_in(credential)
-        try:
-            verified = await self._verifier.verify(token, lambda: self._check_failures(address))
-        except TokenError as error:
-            self.results["forged" if error.forged else "invalid"] += 1
-            if error.forged:
-                self.failures.charge(address)
-            if error.remember:
-                until_s = self._clock() + _REFUSED_S
-                _keep(self._refused, _digest(credential), (error.detail, until_s), _REFUSALS)
-            raise self.challenges.invalid_token(error.detail) from None
-        except KeysUnavailableError as error:
-            self.results["keys-unavailable"] += 1
-            detail = "the keys of the token's issuer are not to be had now"
-            raise Problem("keys-unavailable", detail, retry_after_s=error.retry_after_s) from None
-        self.results["verified"] += 1
-        principal = self._principal(verified)
-        self._vouched.setdefault(verified.key, WeakSet()).add(principal)
-        _keep(self._remembered, _digest(credential), principal, self.settings.remembered_tokens)
+        verified = await self._verify(credential, address)
+        principal = self._token_principal(verified)
+        self._principals_by_key.setdefault(verified.key, WeakSet()).add(principal)
+        _store(self._cache, _token_digest(credential), principal, self.settings.remembered_tokens)
         return principal
 
-    def _token_in(self, credential: Credential) -> str:
+    async def _verify(self, credential: Credential, address: str) -> VerifiedToken:
         try:
-            return token_of(credential.value, self.challenges)
+            token = bearer_token(credential.value, self.challenges)
         except Problem:
             self.results["invalid"] += 1
             raise
+        try:
+            verified = await self._verifier.verify(token, lambda: self._check_throttle(address))
+        except TokenError as error:
+            self.results["forged" if error.forged else "invalid"] += 1
+            if error.forged:
+                self.throttle.charge(address)
+            if error.permanent:
+                refusal = error.detail, self._clock() + _REFUSAL_TTL_S
+                _store(self._refusals, _token_digest(credential), refusal, _MAX_REFUSALS)
+            raise self.challenges.invalid_token(error.detail) from None
+        except KeysUnavailableError as error:
+            self.results["keys-unavailable"] += 1
+            detail = "the issuer's signing keys are unavailable"
+            raise Problem("keys-unavailable", detail, retry_after_s=error.retry_after_s) from None
+        self.results["verified"] += 1
+        return verified
 
-    def _check_failures(self, address: str) -> None:
-        wait_s = self.failures.wait_s(address)
+    def _check_throttle(self, address: str) -> None:
+        wait_s = self.throttle.wait_s(address)
         if wait_s > 0:
             self.results["throttled"] += 1
             detail = "too many tokens from this address had a wrong signature"
             raise Problem("too-many-bad-tokens", detail, retry_after_s=wait_s)
 
     def _by_api_key(self, presented: bytes) -> Principal | Problem:
-        found = None
+        key = None
         if self._api_keys is not None:
-            found = self._api_keys.find(presented.decode("latin-1"), self._now())
-        self.results["unknown-key" if found is None else "key"] += 1
-        if found is None:
-            return self.challenges.invalid_token("the API key is not known, or it has expired")
-        principal = self._of_api_key.get(found.id)
+            key = self._api_keys.find(presented.decode("latin-1"), self._now())
+        self.results["unknown-key" if key is None else "key"] += 1
+        if key is None:
+            return self.challenges.invalid_token("the API key is unknown or expired")
+        principal = self._api_key_principals.get(key.id)
         if principal is None:
-            values = frozenset(found.scopes)
-            principal = self._of_api_key[found.id] = Principal(
-                self.tenants.of(found.tenant, values),
-                f"key {found.id}",
+            values = frozenset(key.scopes)
+            principal = self._api_key_principals[key.id] = Principal(
+                self.tenants.of(key.tenant, values),
+                f"key {key.id}",
                 permissions=frozenset(filter(is_permission, values)),
                 values=values,
-                expires_s=found.expires_s,
+                expires_s=key.expires_s,
                 rules=self._rules,
             )
         return principal
 
-    def _principal(self, verified: Verified) -> Principal:
-        claims, issuer = verified.claims, verified.issuer
-        # Only what means something here: a token may be full of others' scopes.
-        found = _values(claims, issuer.permission_claims)
+    def _token_principal(self, token: VerifiedToken) -> Principal:
+        claims, issuer = token.claims, token.issuer
+        # Scopes meant for other services are dropped: a token may carry hundreds.
         values = frozenset(
-            v for v in found if v in issuer.permissions or v in self._named_scopes or is_permission(v)
+            value
+            for value in _claim_values(claims, issuer.permission_claims)
+            if value in issuer.permissions or value in self._named_scopes or is_permission(value)
         )
         if issuer.permissions:
             granted = frozenset(p for value in values for p in issuer.permissions.get(value, ()))
         else:
             granted = frozenset(filter(is_permission, values))
-        name = claim_at(claims, issuer.tenant_claim)
+        tenant = claim_at(claims, issuer.tenant_claim)
         if len(self._keys) > 1:
-            # Two issuers may both know a "bob". An issuer's name has no "|", so this is no third one's.
-            name = f"{issuer.name}|{name}"
+            # Two issuers may each have a "bob". An issuer's name contains no "|", so the pair is unambiguous.
+            tenant = f"{issuer.name}|{tenant}"
         return Principal(
-            self.tenants.of(name, values),
-            # A token without sub is its tenant's: told apart from a sub of the same text.
-            f"token {issuer.issuer} {'sub ' + claims['sub'] if 'sub' in claims else 'tenant ' + name}",
+            self.tenants.of(tenant, values),
+            # The prefix keeps a token without sub apart from a sub that equals its tenant.
+            f"token {issuer.issuer} {'sub ' + claims['sub'] if 'sub' in claims else 'tenant ' + tenant}",
             permissions=granted,
             values=values,
-            expires_s=verified.expires_s,
+            expires_s=token.expires_s,
             rules=self._rules,
         )
 
     def _withdraw(self, key: Key) -> None:
-        """The issuer does not vouch for this key any more, nor for what it signed."""
-        for principal in self._vouched.pop(key, ()):
+        """Expire all principals whose tokens this key signed; its issuer no longer publishes it."""
+        for principal in self._principals_by_key.pop(key, ()):
             principal.expires_s = 0.0
 
 
-def resource_of(settings: AuthSettings) -> str:
-    """This server's identifier for clients (RFC 9728), "" where the settings have none."""
-    audiences = [name for name in settings.audience if name.startswith(("https://", "http://"))]
-    return settings.resource or (audiences[0] if audiences else "")
+def _resource_of(settings: AuthSettings) -> str:
+    """Return this server's identifier for clients (RFC 9728), "" where the settings have none."""
+    urls = [name for name in settings.audience if name.startswith(("https://", "http://"))]
+    return settings.resource or (urls[0] if urls else "")
 
 
-def _values(claims: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
-    """What the claims grant: the words of a text (RFC 6749, 3.3), or the texts of a list."""
+def _claim_values(claims: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
+    """Return the words of text claims (RFC 6749, 3.3) and the texts of list claims."""
     values: list[str] = []
     for name in names:
         claim = claim_at(claims, name)
         if isinstance(claim, str):
             values += claim.split()
         elif isinstance(claim, list):
-            values += [one for one in claim if isinstance(one, str)]
+            values += [item for item in claim if isinstance(item, str)]
     return values
 
 
-def _digest(credential: Credential) -> bytes:
-    """Of the token alone: one token is one, however the scheme before it is written."""
+def _token_digest(credential: Credential) -> bytes:
+    """Hash the token without its scheme, so that all spellings of `Bearer` share one cache entry."""
     value = credential.value
     if value[:7] != b"Bearer " or value[7:8] == b" " or value[-1:] == b" ":
         scheme, _, token = value.strip().partition(b" ")
@@ -244,9 +241,9 @@ def _digest(credential: Credential) -> bytes:
     return hashlib.sha256(value[7:]).digest()
 
 
-def _keep(store: dict[bytes, Any], digest: bytes, value: Any, most: int) -> None:
-    """Remember, and forget the oldest where there are too many."""
-    if len(store) >= most > 0:
-        del store[next(iter(store))]
-    if most:
-        store[digest] = value
+def _store(cache: dict[bytes, Any], digest: bytes, value: Any, limit: int) -> None:
+    """Add an entry and drop the oldest one where the cache is full; with limit 0 nothing is stored."""
+    if len(cache) >= limit > 0:
+        del cache[next(iter(cache))]
+    if limit:
+        cache[digest] = value

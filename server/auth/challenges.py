@@ -1,7 +1,7 @@
-"""The refusals of RFC 6750, 3: status, problem and WWW-Authenticate, in one place.
+"""Refused credentials: problem and `WWW-Authenticate` challenge (RFC 6750, 3).
 
-None of them ever repeats the credential. Where the server knows its own address, each challenge leads to
-its metadata (RFC 9728, 5.1).
+No refusal repeats the credential. Where the server knows its own URL, each challenge links to its metadata
+(RFC 9728, 5.1).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ WELL_KNOWN = "/.well-known/oauth-protected-resource"
 
 
 class Challenges:
-    """`resource` is this server's identifier for clients (RFC 9728), "" where it does not know it."""
+    """Makes the refusals of a server with the identifier `resource` (RFC 9728), "" if it has none."""
 
     def __init__(self, resource: str = "") -> None:
         self.resource = resource
@@ -25,19 +25,19 @@ class Challenges:
             self._metadata = f"{parts.scheme}://{parts.netloc}{WELL_KNOWN}{parts.path.rstrip('/')}"
 
     def missing(self) -> Problem:
-        """No credentials. RFC 6750, 3.1: then the challenge has no error code."""
-        return Problem("unauthenticated", "this needs credentials", headers=self._challenge())
+        """No credentials. RFC 6750, 3.1: the challenge has no error code."""
+        return Problem("unauthenticated", "credentials are required", headers=self._challenge())
 
     def invalid_request(self, detail: str) -> Problem:
-        """The credentials are malformed, or there are two of them."""
+        """Malformed credentials, or two of them."""
         return Problem("bad-authorization", detail, headers=self._challenge("invalid_request", detail))
 
     def invalid_token(self, detail: str) -> Problem:
-        """The token or key is not to be trusted. `detail` must not quote what an attacker wrote."""
+        """A token or key that is not accepted. `detail` must not quote the credential."""
         return Problem("invalid-credentials", detail, headers=self._challenge("invalid_token", detail))
 
     def insufficient_scope(self, permission: str, detail: str, model: str | None = None) -> Problem:
-        """The caller is known and may not do this."""
+        """An authenticated client without the permission."""
         headers = self._challenge("insufficient_scope", detail, permission)
         problem = Problem("forbidden", detail, headers=headers, permission=permission)
         if model is not None:
@@ -49,10 +49,10 @@ class Challenges:
     ) -> tuple[tuple[bytes, bytes]]:
         parameters = {"error": error, "error_description": detail if error else None, "scope": scope}
         parameters["resource_metadata"] = self._metadata or None
-        said = [f'{name}="{_quotable(text)}"' for name, text in parameters.items() if text is not None]
-        return ((b"www-authenticate", f"Bearer {', '.join(said)}".strip().encode()),)
+        pairs = [f'{name}="{_quotable(text)}"' for name, text in parameters.items() if text is not None]
+        return ((b"www-authenticate", f"Bearer {', '.join(pairs)}".strip().encode()),)
 
 
 def _quotable(text: str) -> str:
-    """RFC 6750, 3: printable ASCII without quotes and backslashes."""
+    """Keep printable ASCII without quotes and backslashes (RFC 6750, 3)."""
     return "".join(c if " " <= c <= "~" and c not in '"\\' else "'" for c in text)

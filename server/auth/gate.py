@@ -1,7 +1,7 @@
-"""Authentication in front of the ASGI application: nothing behind it runs for strangers.
+"""ASGI middleware that authenticates every request before the application sees it.
 
-What is open to everybody is listed here; whatever else there is, or will be, needs a credential. What a
-known caller may do is said where the routes are (`server.api.routing.guarded`).
+The open paths are listed here; every other path, existing or future, needs a credential. The permission that
+a route needs is declared with the route (`server.api.routing.guarded`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from cobatch.server.auth.authenticator import Authenticator
 from cobatch.server.auth.challenges import WELL_KNOWN
 from cobatch.server.auth.credentials import credential_in
 from cobatch.server.auth.principal import PRINCIPAL, Principal
-from cobatch.server.auth.tenants import standing
+from cobatch.server.auth.tenants import rate_limit_headers
 from cobatch.server.http.problem import Problem
 from cobatch.server.http.reply import send_reply
 
-# Health, what problems mean, where to get a token, and the live page without what it shows.
+# Health, the meaning of problems, OAuth metadata, and the live page without its data.
 OPEN = re.compile(
     r"/v2/health/(?:live|ready)|/v2/models/[^/]+(?:/versions/[^/]+)?/ready|/problems(?:/[^/]*)?"
     rf"|/dashboard(?:/static/[^/]*)?|{WELL_KNOWN}(?:/.*)?"
@@ -29,7 +29,7 @@ OPEN_WITH_METRICS = re.compile(rf"{OPEN.pattern}|/metrics")
 
 
 class Gate:
-    """Puts the principal into the scope, or answers the refusal."""
+    """Puts the principal into the ASGI scope, or sends the refusal."""
 
     def __init__(self, app: ASGIApp, auth: Authenticator, *, open_metrics: bool = False) -> None:
         self._app = app
@@ -39,31 +39,30 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._is_open(scope):
             try:
-                principal = await self._principal(scope)
+                principal = await self._authenticate(scope)
             except Problem as problem:
                 await send_reply(problem.reply(instance=scope["path"]), scope, send)
                 return
             scope[PRINCIPAL] = principal
             if self._auth.settings.rate_limit_headers and principal.tenant.limited:
-                send = _with_standing(send, principal)
+                send = _with_rate_limit_headers(send, principal)
         await self._app(scope, receive, send)
 
-    async def _principal(self, scope: Scope) -> Principal:
-        auth = self._auth
-        credential = credential_in(scope["headers"], scope["query_string"], auth.challenges)
+    async def _authenticate(self, scope: Scope) -> Principal:
+        credential = credential_in(scope["headers"], scope["query_string"], self._auth.challenges)
         client = scope.get("client")
-        return await auth.authenticate(credential, client[0] if client else "")
+        return await self._auth.authenticate(credential, client[0] if client else "")
 
     def _is_open(self, scope: Scope) -> bool:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         return scope["method"] in ("GET", "HEAD") and self._open.fullmatch(path) is not None
 
 
-def _with_standing(send: Send, principal: Principal) -> Send:
-    async def send_with_standing(message: Message) -> None:
+def _with_rate_limit_headers(send: Send, principal: Principal) -> Send:
+    async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
-            extra = standing(principal.tenant, time.monotonic())
-            message = {**message, "headers": [*message["headers"], *extra]}
+            headers = rate_limit_headers(principal.tenant, time.monotonic())
+            message = {**message, "headers": [*message["headers"], *headers]}
         await send(message)
 
-    return send_with_standing
+    return send_with_headers

@@ -1,8 +1,8 @@
-"""The keys that tokens are checked with, and where they come from: JWK sets, PEM files, a secret file.
+"""Keys that check tokens, read from JWK sets, PEM files and a secret file.
 
-One key, one algorithm (RFC 8725, 3.1): what a key may check is fixed here, from the configuration and from
-what its owner says of it, never from a token. Only what is public is kept, except HS256's secret. A key
-that is weak, of another kind or meant for something else is left out and named by its `kid`.
+One key, one algorithm (RFC 8725, 3.1): the algorithm is fixed here, from the configuration and the key's own
+`alg`, never from a token. Only public parts are kept, except HS256's secret. Keys that are weak, of another
+kind or for another use are skipped, and the log names their `kid`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ log = logging.getLogger("cobatch.auth")
 Material = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey | bytes
 
 MAX_KID = 256
-_MOST_KEYS = 200
-# RFC 7518, 3.3. More than the upper bound takes milliseconds per token.
+_MAX_KEYS = 200
+# RFC 7518, 3.3. Larger keys take milliseconds per token.
 _RSA_BITS = range(2048, 8193)
 _RSA_EXPONENT = 2**33
-_SECRET_BYTES = 32  # RFC 7518, 3.2: as long as the digest
+_SECRET_BYTES = 32  # RFC 7518, 3.2: the size of the digest
 _PUBLIC_MEMBERS: dict[str, tuple[type[Algorithm], tuple[str, ...]]] = {
     "RSA": (RSAAlgorithm, ("kty", "n", "e")),
     "EC": (ECAlgorithm, ("kty", "crv", "x", "y")),
@@ -42,7 +42,7 @@ _PUBLIC_MEMBERS: dict[str, tuple[type[Algorithm], tuple[str, ...]]] = {
 
 
 class Key:
-    """A key and the one algorithm that it is used with. Two of them are equal only if they are the same."""
+    """A key and the only algorithm that it is used with. Keys compare by identity."""
 
     __slots__ = ("algorithm", "kid", "material")
 
@@ -56,109 +56,105 @@ class Key:
         return f"Key({reprlib.repr(self.kid)}, {self.algorithm})"
 
 
-def parse_jwks(text: bytes, algorithms: Sequence[str]) -> list[Key]:
-    """The keys of a JWK set (RFC 7517, 5) that can check tokens with one of `algorithms`.
+class _UnusableKeyError(Exception):
+    """The reason why a key is skipped; never quotes its material."""
 
-    A key's algorithm is its own `alg`; where it has none, the first of `algorithms` that fits. Keys of
-    other kinds are skipped (RFC 7517, 5: "SHOULD ignore"); of two with the same name, the first counts.
-    Raises ValueError where the text is no JWK set.
+
+def parse_jwks(text: bytes, algorithms: Sequence[str]) -> list[Key]:
+    """Return the keys of a JWK set (RFC 7517, 5) that can check tokens with one of `algorithms`.
+
+    A key's algorithm is its own `alg`, or the first of `algorithms` that fits. Other keys are skipped (RFC
+    7517, 5: "SHOULD ignore"); of two keys with one name the first is used. Raises ValueError for other texts.
     """
+    keys: dict[tuple[object, str], Key] = {}
+    for index, jwk in enumerate(_jwk_list(text)):
+        kid = jwk.get("kid") if isinstance(jwk, dict) else None
+        try:
+            key = _from_jwk(jwk, algorithms)
+        except _UnusableKeyError as reason:
+            log.debug("skipped a JWK: kid %s, %s", reprlib.repr(kid), reason)
+            continue
+        # Keys without a name are all kept.
+        name = index if kid is None else kid, key.algorithm
+        if name in keys:
+            log.warning("skipped a JWK: kid %s appears twice", reprlib.repr(kid))
+            continue
+        if "d" in jwk:
+            log.warning("a JWK set contains the private part of kid %s", reprlib.repr(kid))
+        keys[name] = key
+    return list(keys.values())
+
+
+def _jwk_list(text: bytes) -> list[Any]:
     try:
         document = json.loads(text.decode())
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except ValueError:
         raise ValueError("it is not JSON in UTF-8") from None
-    listed = document.get("keys") if isinstance(document, dict) else None
-    if not isinstance(listed, list):
-        raise ValueError("it is not a JWK set: an object with a list 'keys'")  # noqa: TRY004 - a text's fault
-    if len(listed) > _MOST_KEYS:
-        raise ValueError(f"it has {len(listed)} keys, more than {_MOST_KEYS}")
-    keys: list[Key] = []
-    names: set[tuple[str | None, str]] = set()
-    for jwk in listed:
-        kid = jwk.get("kid") if isinstance(jwk, dict) else None
-        try:
-            key = _from_jwk(jwk, algorithms)
-        except _Unusable as why:
-            log.debug("a JWK is left out: kid %s, %s", reprlib.repr(kid), why)
-            continue
-        if key.kid is not None and (key.kid, key.algorithm) in names:
-            log.warning("a JWK is left out: kid %s is there twice", reprlib.repr(kid))
-            continue
-        if "d" in jwk:
-            log.warning(
-                "a JWK set holds the private part of kid %s: whoever reads it can sign", reprlib.repr(kid)
-            )
-        names.add((key.kid, key.algorithm))
-        keys.append(key)
+    keys = document.get("keys") if isinstance(document, dict) else None
+    if not isinstance(keys, list):
+        raise ValueError("it is not a JWK set: an object with a list 'keys'")  # noqa: TRY004 - the text's fault
+    if len(keys) > _MAX_KEYS:
+        raise ValueError(f"it is a set of {len(keys)} keys, more than {_MAX_KEYS}")
     return keys
-
-
-class _Unusable(Exception):
-    """Why a key is left out; never quotes its material."""
 
 
 def _from_jwk(jwk: Any, algorithms: Sequence[str]) -> Key:
     if not isinstance(jwk, dict):
-        raise _Unusable("it is no object")
+        raise _UnusableKeyError("it is not an object")
     kid, use, operations, own = (jwk.get(name) for name in ("kid", "use", "key_ops", "alg"))
     if kid is not None and not (isinstance(kid, str) and len(kid) <= MAX_KID):
-        raise _Unusable(f"its kid is not a text of at most {MAX_KID} characters")
+        raise _UnusableKeyError(f"its kid is not a text of at most {MAX_KID} characters")
     if use not in (None, "sig"):
-        raise _Unusable("its use is not sig")
+        raise _UnusableKeyError("its use is not sig")
     if operations is not None and not (isinstance(operations, list) and "verify" in operations):
-        raise _Unusable("its key_ops are without verify")
+        raise _UnusableKeyError("its key_ops lack verify")
     if own is not None and own not in algorithms:
-        raise _Unusable("its alg is none of the configured algorithms")
-    material = _material(jwk)
-    return Key(kid, _algorithm_for(material, algorithms if own is None else [own]), material)
+        raise _UnusableKeyError("its alg is not configured")
+    return _bound_key(kid, _public_key(jwk), algorithms if own is None else [own])
 
 
-def _material(jwk: dict[str, Any]) -> Material:
-    """The public key alone. A symmetric key (`oct`) never comes from a JWK set: such sets are public."""
-    kind, members = jwk.get("kty"), jwk
+def _public_key(jwk: dict[str, Any]) -> object:
+    """Read the public members only. Symmetric keys (`oct`) are refused, since JWK sets are public."""
+    kind = jwk.get("kty")
     if not isinstance(kind, str) or kind not in _PUBLIC_MEMBERS:
-        raise _Unusable("its kty is none of RSA, EC, OKP")
+        raise _UnusableKeyError("its kty is none of RSA, EC, OKP")
     family, names = _PUBLIC_MEMBERS[kind]
     try:
-        made = family.from_jwk({name: members[name] for name in names})
+        return family.from_jwk({name: jwk[name] for name in names})
     except (KeyError, TypeError, ValueError, OverflowError, PyJWTError, UnsupportedAlgorithm):
-        raise _Unusable(f"its members make no {kind} key") from None
-    if not isinstance(made, RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey):
-        raise _Unusable("its curve is none of P-256, Ed25519")
-    return made
+        raise _UnusableKeyError(f"its members are not a valid {kind} key") from None
 
 
-def _algorithm_for(material: Material, algorithms: Iterable[str]) -> str:
-    """The first algorithm that a key of this kind, size and curve can check."""
+def _bound_key(kid: str | None, public_key: object, algorithms: Iterable[str]) -> Key:
+    """Bind a key to the first of `algorithms` that its kind, size and curve allow."""
     fitting: tuple[str, ...]
-    match material:
+    match public_key:
         case RSAPublicKey():
-            if material.key_size not in _RSA_BITS:
-                raise _Unusable(f"it has {material.key_size} bits, not {_RSA_BITS.start} to {_RSA_BITS[-1]}")
-            if material.public_numbers().e >= _RSA_EXPONENT:
-                raise _Unusable("its exponent is so large that each check would take long")
+            if (bits := public_key.key_size) not in _RSA_BITS:
+                raise _UnusableKeyError(f"it has {bits} bits, not {_RSA_BITS.start} to {_RSA_BITS[-1]}")
+            if public_key.public_numbers().e >= _RSA_EXPONENT:
+                raise _UnusableKeyError("its exponent is so large that each check would be slow")
             fitting = ("RS256", "PS256")
         case EllipticCurvePublicKey():
-            if not isinstance(material.curve, SECP256R1):
-                raise _Unusable(f"its curve is {material.curve.name}, not P-256")
+            if not isinstance(public_key.curve, SECP256R1):
+                raise _UnusableKeyError(f"its curve is {public_key.curve.name}, not P-256")
             fitting = ("ES256",)
         case Ed25519PublicKey():
             fitting = ("EdDSA",)
         case _:
-            raise _Unusable("it is no public key")
+            raise _UnusableKeyError("not an RSA, P-256 or Ed25519 key")
     for algorithm in algorithms:
         if algorithm in fitting:
-            return algorithm
-    raise _Unusable(f"it is for {' or '.join(fitting)}, which is not among the algorithms")
+            return Key(kid, algorithm, public_key)
+    raise _UnusableKeyError(f"it is for {' or '.join(fitting)}, which is not configured")
 
 
 def load_key_files(paths: Iterable[Path], algorithms: Sequence[str]) -> list[Key]:
-    """The keys of PEM files, which have no `kid`, and of files with JWK sets. Raises SettingsError.
+    """Read keys from PEM files, which have no `kid`, and JWK sets. Raises SettingsError.
 
-    A key without a `kid` serves every token whose `kid` no other key has, so there can be only one of an
-    algorithm: with two, no token could say which is meant.
+    A key without a `kid` serves every token whose `kid` is unknown, so each algorithm may have only one.
     """
     keys: list[Key] = []
     for path in paths:
@@ -192,30 +188,26 @@ def _from_pem(path: Path, text: bytes, algorithms: Sequence[str]) -> Key:
         advice = f"give its key: openssl x509 -in {path.name} -pubkey -noout"
         raise SettingsError(f"auth: {path}: a certificate; {advice}")
     try:
-        material = load_pem_public_key(text)
+        return _bound_key(None, load_pem_public_key(text), algorithms)
     except (ValueError, UnsupportedAlgorithm):
         raise SettingsError(f"auth: {path}: not a public key in PEM") from None
-    if not isinstance(material, RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey):
-        raise SettingsError(f"auth: {path}: not an RSA, P-256 or Ed25519 key")
-    try:
-        return Key(None, _algorithm_for(material, algorithms), material)
-    except _Unusable as why:
-        raise SettingsError(f"auth: {path}: {why}") from None
+    except _UnusableKeyError as reason:
+        raise SettingsError(f"auth: {path}: {reason}") from None
 
 
 def load_secret(path: Path) -> Key:
-    """HS256's secret: the file's bytes without one newline at the end. Raises SettingsError."""
+    """Read HS256's secret: the file's bytes without one newline at the end. Raises SettingsError."""
     secret = _read(path).removesuffix(b"\n").removesuffix(b"\r")
     if len(secret) < _SECRET_BYTES:
         advice = f"make one: openssl rand -base64 48 > {path.name}"
         raise SettingsError(f"auth: {path}: {len(secret)} bytes, fewer than {_SECRET_BYTES}; {advice}")
     try:
-        # RFC 8725, 2.1: what is public somewhere else is no secret.
+        # RFC 8725, 2.1: refuses public keys and certificates, which are not secret.
         HMACAlgorithm(HMACAlgorithm.SHA256).prepare_key(secret)
     except (PyJWTError, ValueError):
         raise SettingsError(f"auth: {path}: a key or certificate, not a secret of HS256") from None
     if path.stat().st_mode & 0o077:
-        log.warning("%s is readable for others than its owner; chmod 600 it", path)
+        log.warning("other users can read %s; chmod 600 it", path)
     return Key(None, "HS256", secret)
 
 

@@ -1,4 +1,4 @@
-"""Who made a request, and what that permits: computed once, then carried along."""
+"""The authenticated client of a request and its permissions."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from starlette.types import Scope
 from cobatch.batcher.tenant import Tenant
 from cobatch.server.settings.auth import ADMIN, INFER, METADATA, ModelRule
 
-# Where the gate puts it in the ASGI scope, which no client can reach.
+# The principal's key in the ASGI scope, which no client can write to.
 PRINCIPAL = "cobatch.principal"
 ANONYMOUS = "anonymous"
 
 
 class Principal:
-    """An authenticated caller.
+    """An authenticated client.
 
-    `subject` tells callers apart that may not see each other's predictions. `values` are what the
-    credential itself says (scopes, roles), `permissions` what that means here. `expires_s`: seconds since
-    the epoch (`time.time`); whoever remembers a principal looks at it each time, since it is set to 0 when
-    the key that vouched for the token is withdrawn.
+    `subject` separates clients that may not see each other's predictions. `values` are the scopes and roles
+    in the credential, `permissions` the rights they grant here. `expires_s`, in seconds since the epoch,
+    becomes 0 when the token's key is withdrawn, so a cache has to check it on each use.
     """
 
     __slots__ = ("__weakref__", "_rules", "expires_s", "permissions", "subject", "tenant", "values")
@@ -43,29 +42,29 @@ class Principal:
         self._rules = rules
 
     def may_infer(self, model: str) -> bool:
-        """Whether this caller may run the model."""
+        """Report whether the client may run the model."""
         if INFER not in self.permissions and f"{INFER}:{model}" not in self.permissions:
             return False
         rule = self._rules.get(model)
         return rule is None or self.tenant.name in rule.tenants or not self.values.isdisjoint(rule.scopes)
 
     def may_read(self, model: str) -> bool:
-        """Whether it may see the model's metadata."""
+        """Report whether the client may read the model's metadata."""
         return METADATA in self.permissions or self.may_infer(model)
 
     @property
     def is_admin(self) -> bool:
-        """Whether it may see what concerns all callers."""
+        """True if the client may read data of all clients."""
         return ADMIN in self.permissions
 
 
 def principal_in(scope: Scope) -> Principal | None:
-    """Who makes the request; None where the server asks nobody who he is."""
+    """Return the request's principal; None on a server without authentication."""
     principal: Principal | None = scope.get(PRINCIPAL)
     return principal
 
 
 def subject_in(scope: Scope) -> str:
-    """The caller's subject, "anonymous" where the server asks nobody who he is."""
+    """Return the principal's subject; "anonymous" on a server without authentication."""
     principal = principal_in(scope)
     return ANONYMOUS if principal is None else principal.subject

@@ -95,7 +95,7 @@ class Tenants:
         self._tidy_at = max(self._least, 2 * len(self._kept))
 
 
-def standing(tenant: Tenant, now_s: float) -> tuple[tuple[bytes, bytes], ...]:
+def rate_limit_headers(tenant: Tenant, now_s: float) -> tuple[tuple[bytes, bytes], ...]:
     """The headers for a tenant's answer, none where it has no limit that they can say.
 
     `requests` is the token bucket: `q` at once, full again after `w` seconds; `r` are left, and in `t`

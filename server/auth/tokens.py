@@ -1,10 +1,9 @@
-"""Is this a token of one of our issuers, for us, and valid now? RFC 7519, RFC 8725, RFC 9068.
+"""Validation of access tokens: RFC 7519, RFC 8725, RFC 9068.
 
-All that is cheap comes first, so that a signature is checked only of a token that would otherwise be
-good. Nothing in a token chooses how it is checked: the algorithm is the key's, the key is one of the
-issuer's, and `jku`, `x5u`, `jwk`, `x5c` are not looked at. Whatever was written into a token, what comes
-of it is claims or a TokenError. PyJWT checks signatures; claims are checked here, where the clock can be
-given and types are held to (PyJWT takes `exp` as text or as true).
+Cheap checks come first, so a signature is checked only for a token that is good otherwise. Nothing in a token
+chooses how it is checked: the algorithm belongs to the key, the key to the issuer, and `jku`, `x5u`, `jwk`,
+`x5c` are ignored. Any token leads to claims or to a TokenError. PyJWT checks signatures; claims are checked
+here, with a given clock and strict types (PyJWT accepts `exp` as text or as true).
 """
 
 from __future__ import annotations
@@ -16,18 +15,18 @@ from typing import Any, NamedTuple
 import jwt
 
 from cobatch.server.auth.credentials import header_and_claims
-from cobatch.server.auth.jwks import FetchedKeys, StaticKeys
+from cobatch.server.auth.jwks import KeySource
 from cobatch.server.auth.keys import MAX_KID, Key
 from cobatch.server.settings.auth import AuthSettings, Issuer
 
 _ACCESS_TOKEN = frozenset({"at+jwt", "application/at+jwt"})
-# What issuers write that do not know RFC 9068. Not just anything: the types of other kinds of token
-# (logout+jwt, secevent+jwt) are there to keep them from being taken for this one (RFC 8725, 3.11).
+# The types of issuers that predate RFC 9068. Types of other tokens (logout+jwt, secevent+jwt) stay refused,
+# since they exist to prevent this confusion (RFC 8725, 3.11).
 _UNTYPED = frozenset({"", "jwt", "application/jwt"})
 _ID_TOKEN_CLAIMS = ("nonce", "at_hash", "c_hash")  # OpenID Connect Core, 2 and 3.3.2.11
 _TIMES = ("exp", "nbf", "iat")
 _TEXTS = ("iss", "sub", "client_id", "jti")
-_LATEST = 2**53  # beyond it a float is no exact second any more
+_MAX_TIME_S = 2**53  # a float represents every second up to here exactly
 _MAX_NAME = 256
 _JWS = jwt.PyJWS(
     ["RS256", "PS256", "ES256", "EdDSA", "HS256"],
@@ -36,20 +35,20 @@ _JWS = jwt.PyJWS(
 
 
 class TokenError(Exception):
-    """The token is refused. `detail` is for the caller and quotes nothing of the token.
+    """A refused token. `detail` is for the client and quotes nothing of the token.
 
-    `remember`: it will not become good later. `forged`: a signature was checked, at its cost, and is wrong.
+    `permanent`: the token cannot become valid later. `forged`: its signature was checked and is wrong.
     """
 
-    def __init__(self, detail: str, *, remember: bool = True, forged: bool = False) -> None:
+    def __init__(self, detail: str, *, permanent: bool = True, forged: bool = False) -> None:
         super().__init__(detail)
         self.detail = detail
-        self.remember = remember
+        self.permanent = permanent
         self.forged = forged
 
 
-class Verified(NamedTuple):
-    """A good token's claims. `expires_s`: since the epoch, leeway included."""
+class VerifiedToken(NamedTuple):
+    """A valid token's claims. `expires_s`: seconds since the epoch, leeway included."""
 
     claims: dict[str, Any]
     issuer: Issuer
@@ -58,12 +57,12 @@ class Verified(NamedTuple):
 
 
 class TokenVerifier:
-    """`keys` has each issuer's by its `iss`; `clock` is the wall clock, which tokens' times are in."""
+    """Verifies tokens with `keys`, by issuer. `clock` is the wall clock, in seconds."""
 
     def __init__(
         self,
         auth: AuthSettings,
-        keys: Mapping[str, StaticKeys | FetchedKeys],
+        keys: Mapping[str, KeySource],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._auth = auth
@@ -72,10 +71,10 @@ class TokenVerifier:
         self._issuers = {issuer.issuer: issuer for issuer in auth.issuers}
         self._audience = frozenset(auth.audience)
 
-    async def verify(self, token: str, may_check: Callable[[], None] = lambda: None) -> Verified:
-        """The token's claims. `may_check` is called right before a signature is checked, and may raise.
+    async def verify(self, token: str, before_check: Callable[[], None] = lambda: None) -> VerifiedToken:
+        """Return the token's claims. `before_check` runs right before the signature check, and may raise.
 
-        Raises TokenError, KeysUnavailableError, and what `may_check` raises.
+        Raises TokenError, KeysUnavailableError, and the exceptions of `before_check`.
         """
         if len(token) > self._auth.max_token_bytes:
             raise TokenError(f"the token has more than {self._auth.max_token_bytes} bytes")
@@ -87,30 +86,29 @@ class TokenVerifier:
         issuer = self._issuer_of(claims)
         algorithm = header["alg"]
         if algorithm not in issuer.algorithms:
-            raise TokenError("the token's alg is not one that is taken from its issuer")
+            raise TokenError("the token's alg is not accepted from its issuer")
         _check_type(header, claims, issuer)
         self._check_claims(claims, issuer)
         expires_s = self._check_times(claims)
-        kid = header.get("kid")
-        key = await self._keys[issuer.issuer].find(kid, algorithm)
+        key = await self._keys[issuer.issuer].find(header.get("kid"), algorithm)
         if key is None or key.algorithm != algorithm:
-            # Later there may be one: a new key is noticed when the cool-down is over.
-            raise TokenError("the issuer has no key with the token's kid and alg", remember=False)
-        self._check_times(claims)  # once more: the keys may have been long in coming
-        may_check()
+            # Not permanent: the key may appear with the next fetch.
+            raise TokenError("the issuer has no key with the token's kid and alg", permanent=False)
+        self._check_times(claims)  # again, since fetching the keys may have taken long
+        before_check()
         _check_signature(token, key)
-        return Verified(claims, issuer, key, expires_s)
+        return VerifiedToken(claims, issuer, key, expires_s)
 
     def _issuer_of(self, claims: dict[str, Any]) -> Issuer:
-        """RFC 9068, 4: `iss` must be an issuer's name exactly."""
+        """Find the issuer whose name equals `iss` exactly (RFC 9068, 4)."""
         name = claims.get("iss")
         issuer = self._issuers.get(name) if isinstance(name, str) else None
         if issuer is None:
-            raise TokenError("the token's iss is not an issuer that is trusted here")
+            raise TokenError("the token's iss is not a trusted issuer")
         return issuer
 
     def _check_claims(self, claims: dict[str, Any], issuer: Issuer) -> None:
-        """All but times. RFC 9068, 2.2 and 4; RFC 7519, 4.1."""
+        """Check all claims except times. RFC 9068, 2.2 and 4; RFC 7519, 4.1."""
         for name in issuer.required_claims:
             if claim_at(claims, name) is None:
                 raise TokenError(f"the token has no {name}")
@@ -118,23 +116,19 @@ class TokenVerifier:
             if name in claims and not isinstance(claims[name], str):
                 raise TokenError(f"the token's {name} is not text")
         audience = claims.get("aud")
-        named = [audience] if isinstance(audience, str) else audience
-        if not isinstance(named, list) or not all(isinstance(one, str) for one in named):
+        names = [audience] if isinstance(audience, str) else audience
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise TokenError("the token's aud is neither text nor a list of texts")
-        if self._audience.isdisjoint(named):
+        if self._audience.isdisjoint(names):
             raise TokenError("the token's aud is not this server")
         for name in (issuer.tenant_claim, *(["sub"] if "sub" in claims else [])):
             if not _is_name(claim_at(claims, name)):
                 raise TokenError(f"the token's {name} is not 1 to {_MAX_NAME} printable characters")
 
     def _check_times(self, claims: dict[str, Any]) -> float:
-        """RFC 7519, 4.1.4 to 4.1.6, with leeway. A token without an end is refused; gives that end."""
+        """Check RFC 7519, 4.1.4 to 4.1.6, with leeway; return the time at which the token expires."""
         for name in _TIMES:
-            value = claims.get(name)
-            # Of JSON's numbers Python makes int, float and, for true, a bool, which is an int.
-            if name in claims and (
-                isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > _LATEST
-            ):
+            if name in claims and not _is_time(claims[name]):
                 raise TokenError(f"the token's {name} is not a time in seconds")
         if "exp" not in claims:
             raise TokenError("the token has no exp")
@@ -144,43 +138,48 @@ class TokenVerifier:
             raise TokenError("the token has expired")
         for name in ("nbf", "iat"):
             if claims.get(name, 0) > now_s + leeway_s:
-                raise TokenError(f"the token is not valid yet: its {name} is in the future", remember=False)
+                raise TokenError(f"the token is not valid yet: its {name} is in the future", permanent=False)
         return expires_s
 
 
 def claim_at(claims: Mapping[str, Any], name: str) -> Any:
-    """A claim by its name, or by a path with dots into claims that are objects; None if it is not there."""
+    """Return a claim by its name, or by a dotted path into nested objects; None if absent."""
     if name in claims:
         return claims[name]
-    found: Any = claims
+    value: Any = claims
     for part in name.split("."):
-        if not isinstance(found, Mapping) or part not in found:
+        if not isinstance(value, Mapping) or part not in value:
             return None
-        found = found[part]
-    return found
+        value = value[part]
+    return value
 
 
 def _is_name(value: object) -> bool:
-    """Fit for logs and metrics: no control characters, no invisible ones, no halves of surrogates."""
+    """Report whether a value is safe in logs and metrics: no control, invisible or surrogate characters."""
     return isinstance(value, str) and 0 < len(value) <= _MAX_NAME and value.isprintable()
+
+
+def _is_time(value: object) -> bool:
+    """Accept int and float, but not bool, which is an int."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_TIME_S
 
 
 def _check_header(header: dict[str, Any]) -> None:
     if not isinstance(header.get("alg"), str):
         raise TokenError("the token's header has no alg")
     if "crit" in header:
-        # RFC 7515, 4.1.11: we understand no extension, so none may be critical.
+        # RFC 7515, 4.1.11: no extension is supported, so none may be critical.
         raise TokenError("the token's header has crit, and no extension is supported")
     if "b64" in header:
         raise TokenError("the token's header has b64 (RFC 7797), which is not supported")
     if "cty" in header:
-        raise TokenError("the token's header has cty: nested tokens are not taken")
+        raise TokenError("the token's header has cty: nested tokens are not supported")
     if "kid" in header and not (isinstance(header["kid"], str) and len(header["kid"]) <= MAX_KID):
         raise TokenError(f"the token's kid is not a text of at most {MAX_KID} characters")
 
 
 def _check_type(header: dict[str, Any], claims: dict[str, Any], issuer: Issuer) -> None:
-    """RFC 9068, 4: an access token; RFC 8725, 3.11 and 3.12: and nothing else of the same issuer."""
+    """Accept access tokens (RFC 9068, 4) and no other token of the issuer (RFC 8725, 3.11 and 3.12)."""
     kind = header.get("typ", "")
     kind = kind.lower() if isinstance(kind, str) else "?"
     if kind in _ACCESS_TOKEN:
@@ -189,7 +188,7 @@ def _check_type(header: dict[str, Any], claims: dict[str, Any], issuer: Issuer) 
         raise TokenError("the token's typ is not at+jwt: not an access token")
     if kind not in _UNTYPED:
         raise TokenError("the token's typ is of another kind of token, not of an access token")
-    # Claims of the same name in Keycloak's and Cognito's tokens say what kind of token they are.
+    # Keycloak and Cognito write the kind of token into these claims.
     kinds = claims.get("typ", "Bearer"), claims.get("token_use", "access")
     if kinds[0] in ("ID", "Refresh", "Offline", "Logout") or kinds[1] != "access":
         raise TokenError("the token is not an access token")

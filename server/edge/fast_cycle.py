@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
-from cobatch.server.auth.tenants import standing
+from cobatch.server.auth.tenants import rate_limit_headers
 from cobatch.server.edge.header_cache import Known
 from cobatch.server.http.compression import compress
 from cobatch.server.http.reply import Reply
@@ -104,7 +104,7 @@ class FastCycle(msgspec.Struct, eq=False):
         known, record = self.known, self.record
         principal = known.principal
         if principal is not None and self.protocol.core.shows_standing and principal.tenant.limited:
-            reply.headers += standing(principal.tenant, time.monotonic())
+            reply.headers += rate_limit_headers(principal.tenant, time.monotonic())
         if record is not None:
             _name(reply, record)
         written_s = None if self.disconnected else self.protocol.write_reply(reply, self.keep_alive)

@@ -82,7 +82,7 @@ def _recall_caller(auth: Authenticator, headers: Headers, known: Known) -> bool:
     issuer's keys, which the long way does."""
     recalled: Principal | Problem | None
     try:
-        recalled = auth.recall(credential_in(headers, b"", auth.challenges))
+        recalled = auth.lookup(credential_in(headers, b"", auth.challenges))
     except Problem as problem:
         recalled = problem
     if isinstance(recalled, Principal):

@@ -18,8 +18,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from cobatch.server.auth import jwks as fetch
-from cobatch.server.auth.jwks import MAX_BYTES, Fetched, fetch_keys, fetch_url
+from cobatch.server.auth import fetch
+from cobatch.server.auth.fetch import MAX_BYTES, Fetched, fetch_keys, fetch_url
 from cobatch.server.settings.auth import Issuer
 from tests.support.auth.tokens import Signer, rsa_key
 
@@ -260,7 +260,7 @@ class Web:
     async def fetch(self, url: str) -> Fetched:
         self.asked.append(url)
         if url not in self.documents:
-            raise ValueError("the answer's status is 404, not 200")
+            raise ValueError("the response's status is 404, not 200")
         found = self.documents[url]
         return Fetched(found if isinstance(found, bytes) else json.dumps(found).encode())
 

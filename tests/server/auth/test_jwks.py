@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm
 
-from cobatch.server.auth.jwks import Fetched, FetchedKeys, KeysUnavailableError, StaticKeys
+from cobatch.server.auth.fetch import Fetched
+from cobatch.server.auth.jwks import FetchedKeys, KeysUnavailableError, StaticKeys
 from cobatch.server.auth.keys import Key, load_key_files, load_secret, parse_jwks
 from cobatch.server.settings.auth import REQUIRED_CLAIMS, Issuer
 from cobatch.server.settings.values import SettingsError
@@ -291,7 +292,7 @@ async def test_static_keys() -> None:
     keys = StaticKeys([signer().key(), signer("ES256").key()])
     await keys.start()
     assert keys.ready
-    assert (await keys.find("key-RS256", "RS256")) is keys.recall("key-RS256", "RS256") is not None
+    assert (await keys.find("key-RS256", "RS256")) is keys.get("key-RS256", "RS256") is not None
     for kid, algorithm in (("key-RS256", "ES256"), ("unknown", "RS256"), (None, "EdDSA"), ("", "RS256")):
         assert await keys.find(kid, algorithm) is None
     await keys.stop()
@@ -300,14 +301,14 @@ async def test_static_keys() -> None:
 def test_a_key_without_a_name_serves_any_unknown_name() -> None:
     pem = Key(None, "RS256", signer().private.public_key())
     keys = StaticKeys([pem, signer(kid="named").key()])
-    assert keys.recall("issuers-own-name", "RS256") is pem
-    named = keys.recall("named", "RS256")
+    assert keys.get("issuers-own-name", "RS256") is pem
+    named = keys.get("named", "RS256")
     assert named is not None
     assert named is not pem
-    assert keys.recall("named", "ES256") is None
-    assert keys.recall("issuers-own-name", "ES256") is None
+    assert keys.get("named", "ES256") is None
+    assert keys.get("issuers-own-name", "ES256") is None
     # Without a name in the token there are two to choose from.
-    assert keys.recall(None, "RS256") is None
+    assert keys.get(None, "RS256") is None
 
 
 # Keys that are fetched, in virtual time
@@ -385,7 +386,7 @@ def test_the_first_tokens_wait_for_the_first_keys() -> None:
         assert len(set(found)) == 1
         assert found[0] is not None
         assert keys.ready
-        assert keys.recall("first", "RS256") is found[0]
+        assert keys.get("first", "RS256") is found[0]
         assert issuer.calls == [0.0]
         await keys.stop()
 
@@ -426,19 +427,19 @@ def test_rotation_with_overlap() -> None:
     async def main() -> None:
         issuer = FakeIssuer(first())
         keys = await start(issuer)
-        old = keys.recall("first", "RS256")
+        old = keys.get("first", "RS256")
         await asyncio.sleep(20)
         issuer.body = jwks(second(), first())
         new = await keys.find("second", "RS256")
         assert new is not None
         assert new.material == second().private.public_key()
         # The key that stays is the same object, for tokens are remembered by it.
-        assert keys.recall("first", "RS256") is old
+        assert keys.get("first", "RS256") is old
         assert issuer.withdrawn == []
         issuer.body = jwks(second())
         await asyncio.sleep(300)
-        assert keys.recall("first", "RS256") is None
-        assert keys.recall("second", "RS256") is new
+        assert keys.get("first", "RS256") is None
+        assert keys.get("second", "RS256") is new
         assert issuer.withdrawn == ["first"]
         await keys.stop()
 
@@ -449,10 +450,10 @@ def test_new_material_under_an_old_name_is_a_new_key() -> None:
     async def main() -> None:
         issuer = FakeIssuer(first())
         keys = await start(issuer)
-        old = keys.recall("first", "RS256")
+        old = keys.get("first", "RS256")
         issuer.body = jwks(Signer(second().private, "RS256", "first"))
         await asyncio.sleep(300)
-        new = keys.recall("first", "RS256")
+        new = keys.get("first", "RS256")
         assert new is not None
         assert new is not old
         assert issuer.withdrawn == ["first"]
@@ -466,12 +467,12 @@ def test_an_unknown_kid_is_fetched_for_once_per_cool_down() -> None:
         issuer = FakeIssuer(first())
         issuer.takes_s = 0.5
         keys = await start(issuer, jwks_cooldown_s=10)
-        good = keys.recall("first", "RS256")
+        good = keys.get("first", "RS256")
         names = (f"invented-{n}" for n in itertools.count())
         for _ in range(1000):
             assert await keys.find(next(names), "RS256") is None
             await asyncio.sleep(0.1)
-            assert keys.recall("first", "RS256") is good
+            assert keys.get("first", "RS256") is good
         # 100 s and a few more in which fetches ran.
         spent_s = asyncio.get_running_loop().time()
         assert spent_s // 10 <= len(issuer.calls) <= spent_s // 10 + 1
@@ -509,7 +510,7 @@ def test_all_who_do_not_know_a_kid_share_one_fetch() -> None:
         waiting += [asyncio.create_task(keys.find(f"other-{n}", "RS256")) for n in range(50)]
         await asyncio.sleep(1)
         # Who has a good token does not wait.
-        assert keys.recall("first", "RS256") is await keys.find("first", "RS256")
+        assert keys.get("first", "RS256") is await keys.find("first", "RS256")
         assert asyncio.get_running_loop().time() == 21.0
         found = await asyncio.gather(*waiting)
         assert all(key is not None and key.kid == "second" for key in found[:50])
@@ -591,7 +592,7 @@ def test_an_outage_is_survived_within_the_bound() -> None:
         await asyncio.sleep(0)
         assert issuer.withdrawn == ["first"]
         assert not keys.ready
-        assert keys.recall("first", "RS256") is None
+        assert keys.get("first", "RS256") is None
         with pytest.raises(KeysUnavailableError) as caught:
             await keys.find("first", "RS256")
         assert 1.0 <= caught.value.retry_after_s <= 60.0
@@ -682,10 +683,10 @@ def test_a_set_without_a_usable_key_replaces_none(body: bytes) -> None:
     async def main() -> None:
         issuer = FakeIssuer(first())
         keys = await start(issuer)
-        good = keys.recall("first", "RS256")
+        good = keys.get("first", "RS256")
         issuer.body = body
         await asyncio.sleep(1000)
-        assert keys.recall("first", "RS256") is good
+        assert keys.get("first", "RS256") is good
         assert issuer.withdrawn == []
         # It counts as a failure, so it is tried more often than every 300 s.
         assert len(issuer.calls) > 10
@@ -709,7 +710,7 @@ def test_logs_say_what_failed(caplog: pytest.LogCaptureFixture) -> None:
 
     in_virtual_time(main)
     assert "no keys of issuer test: TimeoutError" in caplog.text
-    assert "can be had again" in caplog.text
+    assert "are available again" in caplog.text
 
 
 def test_a_bug_in_a_fetch_ends_neither_the_waiters_nor_the_refreshing() -> None:

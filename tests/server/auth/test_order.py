@@ -116,12 +116,12 @@ def test_a_remembered_token_is_refused_once_it_has_expired(running: Protected) -
 
 def test_a_remembered_token_is_refused_once_its_key_is_withdrawn(running: Protected) -> None:
     request = infer(token(jti="withdrawn"))
-    key = running.auth._keys[ISSUER].recall("key-ES256", "ES256")
+    key = running.auth._keys[ISSUER].get("key-ES256", "ES256")
     assert key is not None
     with running.served.connect() as client:
         for _ in range(3):
             assert client.ask(request).status == 200
-        with mock.patch.object(running.auth._keys[ISSUER], "recall", return_value=None):
+        with mock.patch.object(running.auth._keys[ISSUER], "get", return_value=None):
             running.served.call(lambda: running.auth._withdraw(key))
             for _ in range(2):
                 answer = client.ask(request)
@@ -144,7 +144,7 @@ def test_an_api_key_ends_on_a_remembered_header_block(running: Protected) -> Non
     assert keys is not None
     with running.served.connect() as client:
         assert client.ask(request).status == 200
-        (principal,) = running.auth._of_api_key.values()
+        (principal,) = running.auth._api_key_principals.values()
         (entry,) = keys._keys.values()
         principal.expires_s = running.clock.wall() - 1
         with mock.patch.dict(keys._keys, {entry.id: entry._replace(expires_s=principal.expires_s)}):

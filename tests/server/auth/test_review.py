@@ -11,7 +11,7 @@ import pytest
 from cobatch.server.auth.authenticator import Authenticator
 from cobatch.server.auth.credentials import Credential
 from cobatch.server.auth.principal import Principal
-from cobatch.server.auth.throttle import Failures
+from cobatch.server.auth.throttle import SignatureThrottle
 from tests.support.auth import tokens
 from tests.support.auth.protected import (
     SIGNER,
@@ -76,31 +76,31 @@ def test_one_token_is_remembered_once_however_it_is_written(tmp_path: Path) -> N
             for scheme in ("Bearer", "bearer", "BEARER"):
                 header = {"Authorization": f"{scheme}{' ' * spaces}{good}"}
                 assert data_of(running.ask(gate(1, headers=header))) == [2]
-        assert len(running.auth._remembered) == 1
+        assert len(running.auth._cache) == 1
 
 
 def test_only_scopes_that_mean_something_are_kept(tmp_path: Path) -> None:
     with protected(True, tmp_path) as running:
         good = token(scope="infer " + " ".join(f"x{n}" for n in range(500)))
         assert data_of(running.infer(good, 1)) == [2]
-        recalled = running.auth.recall(Credential(f"Bearer {good}".encode(), is_key=False))
+        recalled = running.auth.lookup(Credential(f"Bearer {good}".encode(), is_key=False))
         assert isinstance(recalled, Principal)
         assert recalled.values == {"infer"}
 
 
 def test_addresses_that_never_failed_are_heard_in_an_attack_from_many() -> None:
     now_s = 0.0
-    failures = Failures(lambda: now_s)
+    throttle = SignatureThrottle(lambda: now_s)
     attackers = [f"2001:db8:{n:x}::1" for n in range(200)]
     for address in attackers:
-        failures.charge(address)
+        throttle.charge(address)
     for step in range(20_000):
         now_s = step / 5000
         address = attackers[step % len(attackers)]
-        if failures.wait_s(address) == 0:
-            failures.charge(address)
-        assert failures.wait_s("192.0.2.7") == 0
-    assert any(failures.wait_s(address) > 0 for address in attackers)
+        if throttle.wait_s(address) == 0:
+            throttle.charge(address)
+        assert throttle.wait_s("192.0.2.7") == 0
+    assert any(throttle.wait_s(address) > 0 for address in attackers)
 
 
 def test_a_token_without_sub_is_not_the_subject_of_that_name(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from cobatch.server.auth.jwks import KeysUnavailableError, StaticKeys
 from cobatch.server.auth.keys import Key
-from cobatch.server.auth.tokens import TokenError, TokenVerifier, Verified, claim_at
+from cobatch.server.auth.tokens import TokenError, TokenVerifier, VerifiedToken, claim_at
 from cobatch.server.settings.auth import AuthSettings, Issuer
 from tests.support.auth.tokens import (
     AUDIENCE,
@@ -42,7 +42,7 @@ HS_ISSUER = Issuer(issuer=ISSUER, name="test", algorithms=("HS256",), secret_fil
 
 def verify(
     token: str, auth: AuthSettings | None = None, keys: StaticKeys | None = None, now_s: float = NOW_S
-) -> Verified:
+) -> VerifiedToken:
     auth = auth or auth_settings()
     keys = keys or all_keys()
     verifier = TokenVerifier(auth, {issuer.issuer: keys for issuer in auth.issuers}, lambda: now_s)
@@ -62,7 +62,7 @@ def refused_unchecked(token: str, about: str, auth: AuthSettings | None = None) 
     error = refusal(token, auth)
     assert about in error.detail
     assert not error.forged
-    assert error.remember
+    assert error.permanent
 
 
 def relaxed(**fields: Any) -> AuthSettings:
@@ -87,7 +87,7 @@ def test_a_good_hs256_token() -> None:
         assert verify(hs256(kid=kid), auth_settings(HS_ISSUER), keys).key.algorithm == "HS256"
     error = refusal(hs256(secret=SECRET + b"!"), auth_settings(HS_ISSUER), keys)
     assert error.forged
-    assert error.remember
+    assert error.permanent
 
 
 def test_pyjwt_reads_it_the_same_way() -> None:
@@ -122,7 +122,7 @@ def test_rfc7515_5_2_a_wrong_signature() -> None:
     for forged in (f"{start}.{turned}", f"{header}.{other}.{signature}", f"{start}.{signature[:-2]}"):
         error = refusal(forged)
         assert error.forged
-        assert error.remember
+        assert error.permanent
         assert error.detail == "the token's signature is wrong"
 
 
@@ -292,7 +292,7 @@ def test_rfc8725_3_10_a_kid_is_looked_up_and_nothing_else(kid: str) -> None:
     error = refusal(signer().token(kid=kid))
     assert error.detail == "the issuer has no key with the token's kid and alg"
     # A key of that name may come.
-    assert not error.remember
+    assert not error.permanent
     assert not error.forged
 
 
@@ -305,7 +305,7 @@ def test_rfc7515_4_1_4_kid_must_be_text(kid: object) -> None:
 def test_without_kid_the_algorithms_only_key() -> None:
     assert verify(signer().token(kid=None)).key.kid == "key-RS256"
     two = StaticKeys([signer().key(), signer(kid="second").key()])
-    assert not refusal(signer().token(kid=None), keys=two).remember
+    assert not refusal(signer().token(kid=None), keys=two).permanent
 
 
 @pytest.mark.parametrize("cty", ["JWT", "application/jwt", "", None])
@@ -433,7 +433,7 @@ def test_rfc9068_4_exp_with_leeway_still_good(late_s: float) -> None:
 def test_rfc9068_4_exp_passed(late_s: float) -> None:
     error = refusal(signer().token({"exp": NOW_S}), now_s=NOW_S + late_s)
     assert error.detail == "the token has expired"
-    assert error.remember
+    assert error.permanent
     assert not error.forged
 
 
@@ -443,7 +443,7 @@ def test_rfc7519_4_1_5_not_valid_yet(name: str) -> None:
     error = refusal(token, now_s=NOW_S + 89)
     assert name in error.detail
     # It will be.
-    assert not error.remember
+    assert not error.permanent
     assert verify(token, now_s=NOW_S + 90)
 
 

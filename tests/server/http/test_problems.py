@@ -254,7 +254,7 @@ async def test_too_many_bad_tokens(tmp_path: Path) -> None:
     async with gated(auth=auth) as (running, _):
         assert running.core.auth is not None
         for _ in range(100):
-            running.core.auth.failures.charge("127.0.0.1")
+            running.core.auth.throttle.charge("127.0.0.1")
         running.http.headers["authorization"] = f"Bearer {SIGNER.token(good_claims(time.time()))}"
         await ask(running, "too-many-bad-tokens", infer(rows_of(1)))
 

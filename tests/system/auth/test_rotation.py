@@ -44,7 +44,7 @@ async def test_rotation_with_overlap(issuing: Issuer, alg: Algorithm) -> None:
     # Within the cool-down nobody asks again, also not for a key that is there.
     checks.now_s += COOLDOWN_S - 0.001
     error = await checks.refused(new)
-    assert not error.remember
+    assert not error.permanent
     assert not error.forged
     assert issuing.jwks_requests == 1
     # After it the first new token does, and the old key is the one that it was.
@@ -129,11 +129,11 @@ async def test_known_keys_serve_on_through_an_outage(
     for attempts in (1, 2):
         checks.now_s += COOLDOWN_S
         for _ in range(5):
-            assert not (await checks.refused(new)).remember
+            assert not (await checks.refused(new)).permanent
             assert await checks.tenant(old) == "alice"
         assert asked() == attempts
     issuing.up()
-    assert not (await checks.refused(new)).remember
+    assert not (await checks.refused(new)).permanent
     checks.now_s += COOLDOWN_S
     assert await checks.tenant(new) == "alice"
     assert asked() == 3

@@ -123,7 +123,7 @@ async def test_a_token_as_its_issuer_documents_it_is_taken(name: str, tmp_path: 
     key = signer("RS256", KID)
     verifier = TokenVerifier(auth, {issuer.issuer: StaticKeys([key.key()])})
     verified = await verifier.verify(key.token({**absent, **minted, **claims}, typ=typ))
-    principal = Authenticator(auth)._principal(verified)
+    principal = Authenticator(auth)._token_principal(verified)
     assert principal.permissions == permissions
     assert principal.tenant.name == claims[issuer.tenant_claim]
     # Without what the page says, it would not do, but for the one that follows the RFC.

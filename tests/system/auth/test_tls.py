@@ -146,7 +146,7 @@ def charged() -> Iterator[list[str]]:
     """The addresses that paid for forged tokens."""
     addresses: list[str] = []
     with mock.patch(
-        "cobatch.server.auth.throttle.Failures.charge", lambda _, address: addresses.append(address)
+        "cobatch.server.auth.throttle.SignatureThrottle.charge", lambda _, address: addresses.append(address)
     ):
         yield addresses
 
@@ -185,7 +185,7 @@ def test_what_an_address_forges_costs_that_address(fast: bool, tmp_path: Path) -
         known = infer(token(), **first)
         assert running.ask(known).status == 200
         now_s = running.clock.monotonic()
-        with mock.patch.object(running.auth.failures, "_clock") as clock:
+        with mock.patch.object(running.auth.throttle, "_clock") as clock:
             clock.return_value = now_s
             assert [forge(running, n, **first) for n in range(102)] == [401] * 100 + [429] * 2
             answer = running.infer(token(jti="new"), **first)

@@ -64,21 +64,21 @@ async def test_a_token_ends_with_its_leeway(issuing: Issuer) -> None:
 
 async def test_rfc9068_4_a_token_for_another_resource_is_refused(issuing: Issuer) -> None:
     error = await checker(issuing).refused(issuing.token("alice", "infer", "https://other.test/"))
-    assert error.remember
+    assert error.permanent
     assert "aud" in error.detail
     assert issuing.seen == issuer.Seen(jwks=0, metadata=0, cut=0)
 
 
 async def test_an_opaque_token_is_refused(issuing: Issuer) -> None:
     opaque = issuing.token("alice", resource=None)
-    assert (await checker(issuing).refused(opaque)).remember
+    assert (await checker(issuing).refused(opaque)).permanent
 
 
 async def test_a_changed_token_is_forged(issuing: Issuer) -> None:
     first, second = (issuing.token("alice", "infer").split(".") for _ in range(2))
     error = await checker(issuing).refused(".".join([*first[:2], second[2]]))
     assert error.forged
-    assert error.remember
+    assert error.permanent
 
 
 async def test_keys_of_one_issuer_do_not_serve_another(issuing: Issuer) -> None:
