@@ -53,41 +53,38 @@ class Bucket:
 
 
 class Usage:
-    """What an account has had so far, in requests. `rows`, and `engine_s`, its part of the runs that they
-    rode in, do not count what is run again after a failure."""
+    """The usage of a tenant, in requests. `rows` and `engine_s`, its share of the runs' durations, do not
+    count retries of failed batches."""
 
     __slots__ = ("answered", "engine_s", "failed", "refused", "rows")
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Start again at 0."""
         self.answered = 0
         self.failed = 0
         self.refused = 0
         self.rows = 0
         self.engine_s = 0.0
 
-    def add(self, other: Usage, sign: int = 1) -> None:
-        """Count another's, too."""
-        self.answered += sign * other.answered
-        self.failed += sign * other.failed
-        self.refused += sign * other.refused
-        self.rows += sign * other.rows
-        self.engine_s += sign * other.engine_s
+    def add(self, other: Usage) -> None:
+        """Add the counts of another."""
+        self.answered += other.answered
+        self.failed += other.failed
+        self.refused += other.refused
+        self.rows += other.rows
+        self.engine_s += other.engine_s
 
-    def copy(self) -> Usage:
-        """As they are now."""
-        copied = Usage()
-        copied.add(self)
-        return copied
-
-    def less(self, earlier: Usage) -> Usage:
-        """What came since."""
-        since = self.copy()
-        since.add(earlier, -1)
-        return since
+    @property
+    def requests(self) -> int:
+        """All requests, whatever their outcome."""
+        return self.answered + self.failed + self.refused
 
     def any(self) -> bool:
-        """Whether there was anything."""
-        return bool(self.answered or self.failed or self.refused or self.rows)
+        """Report whether anything was counted."""
+        return bool(self.requests or self.rows)
 
 
 class Tenant:

@@ -62,7 +62,7 @@ def test_one_account_for_a_name_and_a_rule() -> None:
 
 
 def test_idle_accounts_are_forgotten_when_there_are_many() -> None:
-    tenants = Tenants((), kept=10)
+    tenants = Tenants((), max_idle=10)
     many(tenants, 1000)
     assert len(tenants._kept) <= 11
     assert len(tenants._all) <= 11
@@ -70,7 +70,7 @@ def test_idle_accounts_are_forgotten_when_there_are_many() -> None:
 
 def test_an_account_with_requests_or_an_empty_bucket_is_kept() -> None:
     clock = Clock()
-    tenants = Tenants((TenantRule(tenant="slow", requests_per_s=1, burst=2),), clock, kept=10)
+    tenants = Tenants((TenantRule(tenant="slow", requests_per_s=1, burst=2),), clock, max_idle=10)
     tenants.of("open", ()).enter(1, 0.0)
     tenants.of("queued", ()).queued_rows = 1
     slow = tenants.of("slow", ())
@@ -89,14 +89,14 @@ def test_an_account_with_requests_or_an_empty_bucket_is_kept() -> None:
 
 
 def test_an_account_that_somebody_refers_to_is_that_tenants_only_one() -> None:
-    tenants = Tenants((), kept=10)
+    tenants = Tenants((), max_idle=10)
     held = tenants.of("held", ())
     many(tenants, 100)
     assert tenants.of("held", ()) is held
 
 
 def test_what_a_held_account_spends_is_known_when_it_is_let_go() -> None:
-    tenants = Tenants((TenantRule(tenant="slow", requests_per_s=1, burst=1),), Clock(), kept=10)
+    tenants = Tenants((TenantRule(tenant="slow", requests_per_s=1, burst=1),), Clock(), max_idle=10)
     held = tenants.of("slow", ())
     # It is idle, and there are many; only a remembered token refers to it.
     many(tenants, 100)
@@ -108,16 +108,16 @@ def test_what_a_held_account_spends_is_known_when_it_is_let_go() -> None:
 
 
 def test_many_that_cannot_be_forgotten_are_not_looked_at_each_time() -> None:
-    tenants = Tenants((), kept=10)
+    tenants = Tenants((), max_idle=10)
     for n in range(100):
         tenants.of(str(n), ()).open_requests = 1
     assert len(tenants._kept) == 100
-    assert tenants._tidy_at >= 100
+    assert tenants._max_kept >= 100
     for one in tenants._kept.values():
         one.open_requests = 0
     del one
     many(tenants, 200)
-    assert tenants._tidy_at == 10
+    assert tenants._max_kept == 10
     gc.collect()
     assert len(tenants._all) < 100
 
