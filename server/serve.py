@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 import socket
-import ssl
 import sys
 import time
 from collections.abc import Iterator
@@ -52,10 +51,9 @@ def run(settings: Settings) -> int:
             handler.setFormatter(JsonFormatter())
     keep_freed_memory()
     try:
-        check_tls(http.tls_cert, http.tls_key)
         server = Server(settings)
     except SettingsError as error:
-        # What only shows when files are read: certificates, keys, secrets.
+        # Found only when the files of keys and secrets are read.
         print(f"cobatch: {error}", file=sys.stderr, flush=True)
         return _REFUSED
     try:
@@ -72,24 +70,6 @@ def run(settings: Settings) -> int:
         sys.stderr.flush()
         os._exit(server.status)
     return server.status
-
-
-def check_tls(cert: str | None, key: str | None) -> None:
-    """Raises SettingsError where the certificate and key cannot be used."""
-    if cert is None:
-        return
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, _no_password)
-    except (OSError, ValueError) as error:  # ssl's errors are OSErrors
-        # Which of the files cannot be read, the system's text does not say.
-        files = cert if key is None else f"{cert} with {key}"
-        why = getattr(error, "strerror", None) or getattr(error, "reason", None) or str(error)
-        raise SettingsError(f"server.tls_cert: cannot use {files}: {why}") from None
-
-
-def _no_password() -> str:
-    """Called for an encrypted key; OpenSSL would ask on the terminal."""
-    raise ValueError("the key is encrypted")
 
 
 def _listen(host: str, port: int) -> list[socket.socket]:

@@ -1,23 +1,28 @@
-"""What `cobatch inspect` tells about a model: read by opening it, as data and as a table.
+"""`cobatch inspect`: a model's inputs and outputs.
 
-The model is opened by the same engine that would serve it, so what is shown is what is served, and
-a model that could not be served fails here with the same message.
+The model is opened by the engine that would serve it, so the output is what is served, and a model that
+cannot be served fails here with the same message.
 """
 
 from pathlib import Path
-from typing import TypedDict
+from typing import Annotated, TypedDict
 
+import msgspec
+import typer
 from rich.table import Table
 from rich.text import Text
 
 from cobatch.engines.base import Signature, TensorSpec
+from cobatch.engines.errors import EngineError
 from cobatch.engines.loader import load_engine
-from cobatch.server.console import stdout
+from cobatch.server.console import end, stdout
+from cobatch.server.settings.load import load_settings
 from cobatch.server.settings.schema import EngineKind
+from cobatch.server.settings.values import SettingsError
 
 
 class Tensor(TypedDict):
-    """One input or output; `shape` has the batch axis first, -1 where a size is not fixed."""
+    """An input or output; `shape` has the batch axis first, -1 where a size is not fixed."""
 
     name: str
     datatype: str
@@ -26,7 +31,7 @@ class Tensor(TypedDict):
 
 
 class Description(TypedDict):
-    """A model as `--json` prints it; `batch_size` is None where any number of rows is taken."""
+    """A model as `--json` prints it; `batch_size` is None if any number of rows is accepted."""
 
     name: str
     path: str
@@ -37,8 +42,28 @@ class Description(TypedDict):
     outputs: list[Tensor]
 
 
+def inspect(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model file.")],
+    engine: Annotated[
+        str, typer.Option(metavar="auto|onnxruntime|tensorrt", help="Engine that opens it.")
+    ] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Print a model's inputs and outputs: names, datatypes, shapes, and the batch axis."""
+    try:
+        # The checks of `serve`, without the environment: variables for a server do not change a file.
+        settings = load_settings(None, {}, {"model": model, "engine": engine, "name": "model"}).models[0]
+        description = describe(model, settings.engine, settings.max_batch_size)
+    except (SettingsError, EngineError) as error:
+        raise end(str(error), 1) from None
+    if as_json:
+        typer.echo(msgspec.json.format(msgspec.json.encode(description)))
+    else:
+        show(description)
+
+
 def describe(path: Path, kind: EngineKind, max_batch_size: int) -> Description:
-    """Open the model and describe it; raises EngineLoadError where it cannot be served."""
+    """Open the model and describe it; raises EngineLoadError if it cannot be served."""
     engine = load_engine(kind, str(path), max_batch_size)
     try:
         engine.open()
@@ -61,27 +86,12 @@ def _description(path: Path, platform: str, signature: Signature) -> Description
 
 
 def _tensor(spec: TensorSpec, batch: int) -> Tensor:
-    return {
-        "name": spec.name,
-        "datatype": spec.datatype,
-        "dtype": spec.dtype.name,
-        "shape": [batch, *spec.shape],
-    }
-
-
-def table(model: Description) -> Table:
-    """The tensors, one a row."""
-    rows = Table("", "name", "datatype", "dtype", "shape", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for role, tensors in (("input", model["inputs"]), ("output", model["outputs"])):
-        for tensor in tensors:
-            # Text, not str: rich would read "[batch, 16]" as a style.
-            cells = (role, tensor["name"], tensor["datatype"], tensor["dtype"], shape_text(tensor["shape"]))
-            rows.add_row(*(Text(cell) for cell in cells))
-    return rows
+    shape = [batch, *spec.shape]
+    return {"name": spec.name, "datatype": spec.datatype, "dtype": spec.dtype.name, "shape": shape}
 
 
 def shape_text(shape: list[int]) -> str:
-    """`[batch, 16]`, or `[8, 16]` where the model fixes its batch; `?` is an axis of any size."""
+    """Return `[batch, 16]`, or `[8, 16]` if the model fixes its batch; `?` is an axis of any size."""
     first, *rest = shape
     axes = ["batch" if first < 0 else str(first), *("?" if size < 0 else str(size) for size in rest)]
     return f"[{', '.join(axes)}]"
@@ -93,7 +103,13 @@ def show(model: Description) -> None:
     size = model["batch_size"]
     rows = "any number of rows" if size is None else f"fixed at {size} rows; fewer are padded"
     heading = Text.assemble((model["name"], "bold"), f"  {model['platform']}  {model['path']}")
-    # Soft: the terminal breaks a long path, which stays one word for whoever copies it.
+    # Soft: the terminal breaks a long path, so that it is copied as one word.
     console.print(heading, soft_wrap=True)
     console.print(f"batch: axis {model['batch_axis']} of every tensor, {rows}", soft_wrap=True)
-    console.print(table(model))
+    table = Table("", "name", "datatype", "dtype", "shape", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for role, tensors in (("input", model["inputs"]), ("output", model["outputs"])):
+        for tensor in tensors:
+            # Text, not str: rich would read "[batch, 16]" as a style.
+            cells = (role, tensor["name"], tensor["datatype"], tensor["dtype"], shape_text(tensor["shape"]))
+            table.add_row(*(Text(cell) for cell in cells))
+    console.print(table)

@@ -24,7 +24,7 @@ from urllib.parse import quote, urlsplit
 import typer
 
 from cobatch.server.console import end
-from cobatch.server.settings.schema import TOKEN_VARIABLE
+from cobatch.server.settings.load import TOKEN_VARIABLE
 
 _TIMEOUT_S = 10.0
 

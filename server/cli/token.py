@@ -29,7 +29,7 @@ from cobatch.server.cli.token_files import (
 )
 from cobatch.server.console import end
 from cobatch.server.settings.auth import AuthSettings, read_auth
-from cobatch.server.settings.values import SettingsError, check, read_toml, refused
+from cobatch.server.settings.values import Errors, SettingsError, check, read_toml, refused
 
 KEY, JWKS, API_KEYS, CONFIG = "dev-key.pem", "dev-jwks.json", "api-keys.toml", "cobatch.toml"
 _SCOPE = "infer metadata"
@@ -202,7 +202,9 @@ def _auth_in(config: Path) -> AuthSettings:
     document = read_toml(config, "flag --config")
     if "auth" not in document:
         raise SettingsError(f"auth: missing; the server would not ask for tokens (file {config})")
-    auth = read_auth(document["auth"], config.parent, f"file {config}")
+    errors = Errors()
+    auth = read_auth(document["auth"], config.parent, f"file {config}", errors)
+    errors.raise_any()
     if not auth.issuers:
         raise SettingsError(f"auth.issuers: missing; the server takes API keys only (file {config})")
     return auth

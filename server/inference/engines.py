@@ -22,19 +22,19 @@ class Place(NamedTuple):
 
 def places(settings: ModelSettings) -> list[Place]:
     """One for each engine: `instances` on each of the `devices`."""
-    devices = [int(number) for number in settings.devices.split(",")]
-    alone = len(devices) * settings.instances == 1
-    return [Place(device, number, alone) for number in range(settings.instances) for device in devices]
+    alone = len(settings.devices) * settings.instances == 1
+    return [
+        Place(device, number, alone) for number in range(settings.instances) for device in settings.devices
+    ]
 
 
 def engine_options(settings: ModelSettings, place: Place) -> EngineOptions:
-    """`batch_buckets` and `devices` have been checked with the settings."""
-    buckets = settings.batch_buckets
+    """The engine's part of a model's settings."""
     return EngineOptions(
         threads=settings.threads or _threads(settings),
         device=place.device,
         slots=settings.slots,
-        batch_buckets=None if buckets is None else tuple(int(size) for size in buckets.split(",")),
+        batch_buckets=settings.batch_buckets,
         tensorrt_runtime=settings.tensorrt_runtime,
         cuda_graphs=settings.cuda_graphs,
         plan_cache=None if settings.plan_cache is None else Path(settings.plan_cache).expanduser(),

@@ -19,7 +19,7 @@ from cobatch.server.loadtest.report import per_s
 from cobatch.server.loadtest.statistics import Results, results_of
 from cobatch.server.loadtest.tally import Tally
 from cobatch.server.loadtest.target import Described, statistics
-from cobatch.server.settings.schema import is_loopback
+from cobatch.server.settings.values import is_loopback
 
 _ESTIMATE_S = 2.0
 _ESTIMATE_CONNECTIONS = 32

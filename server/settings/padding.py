@@ -1,12 +1,16 @@
-"""The tables [[models.pad]]: which axes may be padded. What they say of the model itself is checked when
-it is loaded (`server.inference.padding`)."""
+"""`[[models.pad]]`: which axes may be padded.
+
+What these tables say about the model itself is checked when it is loaded (`server.inference.padding`).
+"""
 
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
+from cobatch.server.settings.describe import about
 from cobatch.server.settings.values import (
+    Errors,
     Given,
     SettingsError,
     Table,
@@ -16,53 +20,62 @@ from cobatch.server.settings.values import (
     values_of,
 )
 
-LARGEST = 2**31 - 1
 Text = Annotated[str, Meta(min_length=1)]
 Axis = Annotated[int, Meta(ge=0, le=31)]
-Size = Annotated[int, Meta(ge=1, le=LARGEST)]
+Size = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Value = bool | int | float | str
 
 
 class PadSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """An axis of an input. Axes are those of a row: 0 is the one behind the batch axis."""
+    """`[[models.pad]]`: an axis of an input. Axes are those of a row: 0 is the first after the batch axis."""
 
-    input: Annotated[Text, Meta(description="the input's name")]
-    axis: Annotated[Axis, Meta(description="which axis of its rows may be padded")] = 0
-    value: Annotated[Value | None, Meta(description="what it is padded with (default: 0, false or '')")] = (
-        None
-    )
+    input: Annotated[Text, about("name of the input")]
+    axis: Annotated[Axis, about("axis of its rows that may be padded")] = 0
+    value: Annotated[Value | None, about("value to pad with", default="0, false or ''")] = None
     same_length_as: Annotated[
-        Text | None, Meta(description="the input of another table, whose length and buckets this one shares")
+        Text | None, about("input of another table, whose length and buckets this one shares")
     ] = None
     mask: Annotated[
-        Text | None, Meta(description="an input that is 1 where rows have elements and 0 where padding is")
+        Text | None, about("input that the server fills: 1 where rows have elements, 0 where they are padded")
     ] = None
-    buckets: Annotated[tuple[Size, ...], Meta(description="lengths to pad to (default: powers of two)")] = ()
-    max: Annotated[Size | None, Meta(description="the longest, where buckets are powers of two")] = None
+    buckets: Annotated[
+        tuple[Size, ...], about("lengths to pad to, in ascending order", default="powers of two")
+    ] = ()
+    max: Annotated[Size | None, about("longest length, if buckets are powers of two")] = None
     outputs: Annotated[
         dict[str, Axis | tuple[Axis, ...]],
-        Meta(description="outputs that are as long as the input, and along which axis of their rows"),
+        about("outputs that are as long as the input, each with the axes of its rows"),
     ] = {}
 
 
-# A value may be of any of four types; each is looked at with the input's datatype, at load.
+# A value may be of any of four types; it is checked against the input's datatype when the model is loaded.
 _FIELDS: dict[str, Any] = fields_of(PadSettings) | {"value": Any}
 
 
-def read_pad(listed: object, where: str, source: str) -> tuple[PadSettings, ...]:
-    """The tables of one model, from the file's; raises SettingsError. `where`: their key path."""
-    if not isinstance(listed, list):
-        raise refused(where, "an array of tables, written [[models.pad]]", listed, source)
-    tables = [
-        check_table(f"{where}[{number}]", table, _FIELDS, source) for number, table in enumerate(listed)
-    ]
-    for number, table in enumerate(tables):
-        if "input" not in table:
+def read_pad(listed: object, where: str, source: str, errors: Errors) -> tuple[PadSettings, ...]:
+    """Read the tables of one model, whose key path is `where`; () if one of them is refused."""
+    before = len(errors)
+    with errors:
+        if not isinstance(listed, list):
+            raise refused(where, "an array of tables, written [[models.pad]]", listed, source)
+        tables = [
+            _read_one(f"{where}[{number}]", table, source, errors) for number, table in enumerate(listed)
+        ]
+        if len(errors) == before:
+            _check_all(tables, where, source)
+            return tuple(msgspec.convert(values_of(table), PadSettings) for table in tables)
+    return ()
+
+
+def _read_one(where: str, listed: object, source: str, errors: Errors) -> Table:
+    table = check_table(where, listed, _FIELDS, source, errors)
+    with errors:
+        if isinstance(listed, dict) and "input" not in listed:
             expected = "missing; expected the name of the input that may be padded"
-            raise SettingsError(f"{where}[{number}].input: {expected} ({source})")
+            raise SettingsError(f"{where}.input: {expected} ({source})")
+    with errors:
         _check_one(table)
-    _check_all(tables, where, source)
-    return tuple(msgspec.convert(values_of(table), PadSettings) for table in tables)
+    return table
 
 
 def _check_one(table: Table) -> None:
@@ -72,7 +85,7 @@ def _check_one(table: Table) -> None:
     if "same_length_as" in table:
         for name in ("mask", "buckets", "max"):
             if name in table:
-                raise _error(table[name], "belongs into the table of the input that has the length")
+                raise _error(table[name], "belongs in the table of the input that has the length")
     buckets = table.get("buckets")
     if buckets is None:
         return
@@ -83,7 +96,7 @@ def _check_one(table: Table) -> None:
 
 
 def _check_all(tables: list[Table], where: str, source: str) -> None:
-    """What the tables of one model say together."""
+    """Check the tables of one model against each other."""
     leaders = [table["input"].value for table in tables if "same_length_as" not in table]
     masks = [table["mask"] for table in tables if "mask" in table]
     padded: set[tuple[str, int]] = set()
@@ -94,8 +107,8 @@ def _check_all(tables: list[Table], where: str, source: str) -> None:
         padded.add((name, axis))
         shared = table.get("same_length_as")
         if shared is not None and leaders.count(shared.value) != 1:
-            what = "two" if shared.value in leaders else "no"
-            raise _error(shared, f"{what} tables that have a length of their own are for {shared.value!r}")
+            count = "two" if shared.value in leaders else "no"
+            raise _error(shared, f"{count} tables with a length of their own are for {shared.value!r}")
     for number, mask in enumerate(masks):
         if mask.value in {name for name, _ in padded} or mask.value in [one.value for one in masks[:number]]:
             raise _error(mask, f"{mask.value!r} is in another table already, or another length's mask")

@@ -42,7 +42,7 @@ def served(folder: Path, *, gpus: int = 1, fast: bool = True, **settings: Any) -
             ModelSettings(
                 path=path,
                 engine="tensorrt",
-                devices=str(device),
+                devices=(device,),
                 max_batch_size=8,
                 plan_cache=str(folder / "plans"),
                 **settings,
@@ -111,7 +111,7 @@ def test_one_model_on_two_gpus(cuda: FakeCuda, tmp_path: Path) -> None:
     """Whatever happens to one GPU, the other one serves; the first gets an engine again, once."""
     path = models.write(tmp_path, models.pick(), "gate.onnx")
     model = ModelSettings(
-        path=path, engine="tensorrt", devices="0,1", max_batch_size=8, plan_cache=str(tmp_path / "plans")
+        path=path, engine="tensorrt", devices=(0, 1), max_batch_size=8, plan_cache=str(tmp_path / "plans")
     )
     with serve(True, (model,)) as running:
         batcher = running.batcher()

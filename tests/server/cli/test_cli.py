@@ -1,6 +1,7 @@
 """The command line: what reaches the server, what is refused and how, what `inspect` shows."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -114,11 +115,58 @@ def test_serve_needs_a_model(served: list[Settings]) -> None:
     assert refused(result).startswith("models: no model to serve; give MODEL")
 
 
+def test_check_says_that_settings_are_valid_and_starts_nothing(served: list[Settings], model: Path) -> None:
+    result = cobatch("serve", model, "--check", "--name", "mine")
+    assert (result.exit_code, result.stdout) == (0, "cobatch: the settings are valid; models: mine\n")
+    assert not served
+
+
+def test_check_reports_every_error_of_every_source(served: list[Settings], tmp_path: Path) -> None:
+    config = tmp_path / "cobatch.toml"
+    config.write_text(
+        """
+        [server]
+        prot = 1
+        tls_cert = "cert.pem"
+        [[models]]
+        path = "gone.onnx"
+        [auth]
+        audience = "me"
+        api_keys_file = "keys.toml"
+        [[auth.issuers]]
+        issuer = "a"
+        key_files = ["one.pem"]
+        [[auth.issuers]]
+        issuer = "b"
+        secret_file = "secret"
+        algorithms = ["HS256"]
+        [[auth.tenants]]
+        burst = 3
+        """
+    )
+    result = cobatch("serve", "--config", config, "--check", "--slots", "9", env={"COBATCH_PROT": "1"})
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    missing = "No such file or directory"
+    assert result.stderr.replace(f"{tmp_path}/", "").splitlines() == [
+        "cobatch: COBATCH_PROT: unknown environment variable; did you mean COBATCH_PORT?",
+        "cobatch: models[*].slots: expected an integer from 2 to 8, got '9' (flag --slots)",
+        "cobatch: server.prot: unknown key; did you mean port? (file cobatch.toml)",
+        "cobatch: auth.tenants[0].burst: needs requests_per_s (file cobatch.toml)",
+        "cobatch: models[0].path: expected a model file, got 'gone.onnx': no file there (file cobatch.toml)",
+        f"cobatch: server.tls_cert: cannot use cert.pem: {missing}",
+        f"cobatch: auth: cannot read one.pem: {missing}",
+        f"cobatch: auth: cannot read secret: {missing}",
+        f"cobatch: config: cannot read keys.toml: {missing} (auth.api_keys_file)",
+    ]
+    assert not served
+
+
 def test_allow_anonymous_is_said_at_start(served: list[Settings], model: Path) -> None:
     result = cobatch("serve", model, "--allow-anonymous", "--host", "0.0.0.0")
     assert served[0].server.host == "0.0.0.0"
     assert result.stderr == (
-        "cobatch: warning: --allow-anonymous: whoever reaches 0.0.0.0 may call the models, "
+        "cobatch: warning: --allow-anonymous: anyone who reaches 0.0.0.0 may call the models, "
         "without authentication\n"
     )
     assert "anyone on this machine" in cobatch("serve", model, "--allow-anonymous").stderr
@@ -142,13 +190,43 @@ def test_version_is_the_distributions() -> None:
     assert installed == __version__
 
 
-def test_help_loads_neither_uvicorn_nor_an_engine() -> None:
+HEAVY = ("uvicorn", "starlette", "onnxruntime", "numpy", "rich", "cryptography")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["serve", "--help"], ["serve", "--port", "x"]]
+)
+def test_help_and_refusals_load_nothing_heavy(arguments: list[str]) -> None:
     script = (
-        "import sys, cobatch.server.cli; "
-        "print([m for m in ('uvicorn', 'starlette', 'onnxruntime', 'numpy', 'rich') if m in sys.modules])"
+        "import contextlib, sys; from cobatch.server.cli import main\n"
+        f"sys.argv[1:] = {arguments}\n"
+        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(None): main()\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
+
+
+def test_every_command_is_listed_and_can_be_imported() -> None:
+    listed = re.findall(r"^  (\w+) {2,}\w", cobatch("--help").stdout.partition("Commands:")[2], re.MULTILINE)
+    assert listed == [
+        *("serve", "inspect", "build", "simulate", "profile", "explain", "trace", "bench", "token")
+    ]
+    for command in listed:
+        assert cobatch(command, "--help").stdout.startswith(f"Usage: root {command} ")
+    assert "No such command 'sevre'. Did you mean 'serve'" in cobatch("sevre").stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], [], ["serve", "--port", "x"], ["sevre"]])
+def test_the_module_and_the_script_are_the_same(arguments: list[str]) -> None:
+    script = Path(sys.executable).with_name("cobatch")
+    runs = [
+        subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+        for command in ([script], [sys.executable, "-m", "cobatch"])
+    ]
+    first, second = ((run.returncode, run.stdout, run.stderr) for run in runs)
+    assert first == second
+    assert first[0] == (0 if arguments[:1] in (["--help"], ["--version"]) else 2)
 
 
 def test_inspect_shows_the_signature(model: Path) -> None:

@@ -13,7 +13,7 @@ from cobatch.server.auth.keys import load_key_files
 from cobatch.server.cli.token_files import model_name
 from cobatch.server.cli.token_keys import load_signer
 from cobatch.server.settings.auth import REQUIRED_CLAIMS, AuthSettings
-from cobatch.server.settings.schema import load_settings
+from cobatch.server.settings.load import load_settings
 from tests.support.auth.token_commands import (
     ADDRESS,
     ISSUER,

@@ -9,7 +9,8 @@ import pytest
 from cobatch.engines.base import Engine
 from cobatch.engines.loader import ENGINES, EngineOptions, load_engine
 from cobatch.server.inference.engines import Place, engine_options, places
-from cobatch.server.settings.schema import ModelSettings, load_settings
+from cobatch.server.settings.load import load_settings
+from cobatch.server.settings.schema import ModelSettings
 from cobatch.server.settings.values import SettingsError
 from tests.support.models import models
 
@@ -94,13 +95,13 @@ def test_a_files_plan_cache_is_relative_to_the_file(model: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "value", "expected"),
     [
-        ("batch_buckets", "", "text that is not empty"),
-        ("batch_buckets", "0", "sizes with commas between them (1,4,16)"),
-        ("batch_buckets", "1,", "sizes with commas between them (1,4,16)"),
-        ("batch_buckets", "1, 2", "sizes with commas between them (1,4,16)"),
-        ("batch_buckets", "4x", "sizes with commas between them (1,4,16)"),
-        ("devices", "-1", "numbers with commas between them (0,1)"),
-        ("devices", "0,", "numbers with commas between them (0,1)"),
+        ("batch_buckets", "", "a list with commas, each item of it an integer from 1 to 999999"),
+        ("batch_buckets", "0", "a list with commas, each item of it an integer from 1 to 999999"),
+        ("batch_buckets", "1,", "a list with commas, each item of it an integer from 1 to 999999"),
+        ("batch_buckets", "1, 2", "a list with commas, each item of it an integer from 1 to 999999"),
+        ("batch_buckets", "4x", "a list with commas, each item of it an integer from 1 to 999999"),
+        ("devices", "-1", "a list with commas, each item of it an integer from 0 to 9999"),
+        ("devices", "0,", "a list with commas, each item of it an integer from 0 to 9999"),
         ("instances", "0", "an integer from 1 to 64"),
         ("tensorrt_runtime", "cuda", "one of tensorrt, tensorrt-rtx"),
     ],

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cobatch.server.settings.auth import AuthSettings, Issuer, ModelRule, TenantRule, is_safe_url
-from cobatch.server.settings.schema import load_settings
+from cobatch.server.settings.load import load_settings
 from cobatch.server.settings.values import SettingsError
 
 ISSUER = "[[auth.issuers]]\nissuer = 'https://a.test'\n"
@@ -119,8 +119,8 @@ ONE = "auth.issuers[0]"
     ("text", "expected"),
     [
         ("auth = 1", "auth: expected a table, got 1"),
-        ("[auth]", "auth: needs [[auth.issuers]] or api_keys_file, or nobody could call"),
-        (AUTH, "auth: needs [[auth.issuers]] or api_keys_file, or nobody could call"),
+        ("[auth]", "auth: needs [[auth.issuers]] or api_keys_file, or no client could call"),
+        (AUTH, "auth: needs [[auth.issuers]] or api_keys_file, or no client could call"),
         (ISSUER, "auth.audience: missing; expected the name of this server in a token's aud"),
         ("[auth]\nissuer = 'x'", "auth.issuer: unknown key"),
         ("[auth]\naudiense = 'x'", "auth.audiense: unknown key; did you mean audience?"),

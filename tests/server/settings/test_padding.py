@@ -11,8 +11,8 @@ import pytest
 from cobatch.engines.base import TensorSpec
 from cobatch.engines.errors import EngineLoadError
 from cobatch.server.inference.padding import _powers, _value
+from cobatch.server.settings.load import load_settings
 from cobatch.server.settings.padding import PadSettings
-from cobatch.server.settings.schema import load_settings
 from cobatch.server.settings.values import SettingsError
 from tests.support.paths import ROOT
 
@@ -74,15 +74,15 @@ def test_all_that_may_be_said(folder: Path) -> None:
         (table(IDS) + table(IDS), "models[0].pad[1]: axis 0 of 'ids' is there twice"),
         (
             table(IDS) + table('input = "b"\nsame_length_as = "c"'),
-            "models[0].pad[1].same_length_as: no tables that have a length of their own are for 'c'",
+            "models[0].pad[1].same_length_as: no tables with a length of their own are for 'c'",
         ),
         (
             table(IDS) + table(IDS + "axis = 1") + table('input = "b"\nsame_length_as = "ids"'),
-            "models[0].pad[2].same_length_as: two tables that have a length of their own are for 'ids'",
+            "models[0].pad[2].same_length_as: two tables with a length of their own are for 'ids'",
         ),
         (
             table(IDS) + table('input = "b"\nsame_length_as = "ids"\nmax = 4'),
-            "models[0].pad[1].max: belongs into the table of the input that has the length",
+            "models[0].pad[1].max: belongs in the table of the input that has the length",
         ),
         (table(IDS + 'mask = "ids"'), "models[0].pad[0].mask: 'ids' is in another table already"),
         (

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cobatch.server.settings.load import load_settings
 from cobatch.server.settings.schema import (
     MODEL_FIELDS,
     SERVER_FIELDS,
@@ -17,10 +18,8 @@ from cobatch.server.settings.schema import (
     Settings,
     env_name,
     flag_name,
-    is_loopback,
-    load_settings,
 )
-from cobatch.server.settings.values import SettingsError
+from cobatch.server.settings.values import SettingsError, is_loopback
 
 
 @pytest.fixture
@@ -38,12 +37,16 @@ def from_file(folder: Path, text: str, environ: Mapping[str, str] | None = None,
 
 
 def refusal(folder: Path, text: str, environ: Mapping[str, str] | None = None, **flags: object) -> str:
-    """The one line that these settings are refused with, without the folder's name."""
+    """Return the first line that these settings are refused with, without the folder's name."""
+    return refusals(folder, text, environ, **flags)[0]
+
+
+def refusals(folder: Path, text: str, environ: Mapping[str, str] | None = None, **flags: object) -> list[str]:
+    """Return all of them."""
     with pytest.raises(SettingsError) as caught:
         from_file(folder, text, environ, **flags)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message.replace(f"{folder}/", "")
+    assert str(caught.value).split("\n") == list(caught.value.messages)
+    return [message.replace(f"{folder}/", "") for message in caught.value.messages]
 
 
 MODELS = '[[models]]\npath = "tiny.onnx"\n'
@@ -180,6 +183,57 @@ def test_refusals_name_the_variable_or_the_flag(model: Path, tmp_path: Path) -> 
         "models[0].path: expected a model file, got 'gone.onnx': no file there (argument MODEL)"
     )
     assert refusal(tmp_path, MODELS, prot=1) == "--prot: unknown flag; did you mean port?"
+
+
+def test_every_mistake_is_reported(model: Path, tmp_path: Path) -> None:
+    text = """
+        [sever]
+        [server]
+        prot = 1
+        host = "0.0.0.0"
+        keep_alive_s = -1
+        tls_key = "key.pem"
+        trusted_proxies = "10.0.0.0/8,here"
+        [[models]]
+        path = "gone.onnx"
+        thraeds = 3
+        [[models]]
+        name = "other"
+        [[models]]
+        path = "tiny.onnx"
+        devices = [-1]
+        [[models.pad]]
+        axis = 32
+        [auth]
+        leeway_s = 301
+        [[auth.issuers]]
+        issuer = "https://a.test"
+        algorithm = "RS256"
+    """
+    environ = {"COBATCH_PROT": "1", "COBATCH_LOG_LEVEL": "loud"}
+    found = refusals(tmp_path, text, environ, port="x", allow_anonymous=True, slots="1")
+    assert [line.partition(":")[0] for line in found] == [
+        *("server.log_level", "COBATCH_PROT", "server.port", "models[*].slots"),
+        *("sever", "server.prot", "server.keep_alive_s", "auth.leeway_s", "auth.issuers[0].algorithm"),
+        *("server.allow_anonymous", "server.tls_key", "server.trusted_proxies"),
+        *("models[0].thraeds", "models[1].path", "models[2].devices"),
+        *("models[2].pad[0].axis", "models[2].pad[0].input", "models[0].path"),
+    ]
+
+
+def test_a_mistake_has_no_others_in_its_wake(model: Path, tmp_path: Path) -> None:
+    """A refused value is not also missing, in conflict or of the wrong name."""
+    for text in (
+        "[models]",
+        "[[models]]\npath = 1",
+        MODELS + "[server]\nhost = ''",
+        MODELS + "[auth]\naudience = 'a'\n[[auth.issuers]]\nissuer = ''",
+        MODELS + "[[models.pad]]\ninput = 1",
+        "[[models]]\npath = 'g.onnx'\n[auth]\napi_keys_file = 'k'\nmodels = [{model = 'g', scopes = ['s']}]",
+        "port = ",
+    ):
+        assert len(refusals(tmp_path, text)) == 1, text
+    assert len(refusals(tmp_path, MODELS + "[[models]]\npath = 'other.onnx'\n", name="mine")) == 2
 
 
 def test_unknown_variables_are_refused(model: Path, tmp_path: Path) -> None:

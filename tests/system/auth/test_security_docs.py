@@ -18,7 +18,8 @@ from cobatch.server.auth.tokens import TokenError, TokenVerifier
 from cobatch.server.http.problem_kinds import KINDS
 from cobatch.server.openapi.document import AUTH_KINDS, describe
 from cobatch.server.settings.auth import AuthSettings, Issuer, ModelRule, TenantRule
-from cobatch.server.settings.schema import Settings, load_settings
+from cobatch.server.settings.load import load_settings
+from cobatch.server.settings.schema import Settings
 from tests.server.openapi.test_openapi import operations, served
 from tests.support.auth.protected import settings_in
 from tests.support.auth.token_commands import token

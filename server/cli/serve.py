@@ -1,0 +1,131 @@
+"""`cobatch serve`. Its flags are the settings of server/settings/schema.py.
+
+Values stay text until the settings are checked, so that one parser and one wording serve file, environment
+and flags.
+"""
+
+import os
+import ssl
+from inspect import Parameter, Signature
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cobatch.server.settings.auth import AuthSettings
+from cobatch.server.settings.describe import Setting, settings_of
+from cobatch.server.settings.load import read_settings
+from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings, flag_name
+from cobatch.server.settings.values import Errors, SettingsError, is_loopback
+
+_FILE_ONLY = ("path", "pad")
+
+
+def serve(*, config: Path | None, check: bool, **flags: object) -> None:
+    """Serve models until SIGTERM: one model file, or those of a configuration file.
+
+    Each flag has an environment variable (--max-batch-size: COBATCH_MAX_BATCH_SIZE; MODEL:
+    COBATCH_MODEL) and a key in the file ([server] port, [[models]] max_batch_size). Flags win over
+    variables, and variables over the file. Flags and variables about a model hold for every model.
+    docs/configuration.md describes every setting.
+    """
+    errors = Errors()
+    settings = read_settings(config, os.environ, flags, errors)
+    with errors:
+        _check_tls(settings.server.tls_cert, settings.server.tls_key)
+    if check and settings.auth is not None:
+        _check_keys(settings.auth, errors)
+    if errors:
+        for message in errors.messages:
+            typer.echo(f"cobatch: {message}", err=True)
+        raise typer.Exit(2)
+    _warn_if_open(settings)
+    if check:
+        names = ", ".join(model.name for model in settings.models)
+        typer.echo(f"cobatch: the settings are valid; models: {names}")
+        return
+    from cobatch.server.serve import run  # noqa: PLC0415 - help and refusals need neither uvicorn nor an engine
+
+    raise typer.Exit(run(settings))
+
+
+def _check_tls(cert: str | None, key: str | None) -> None:
+    """Read the certificate and key as uvicorn will."""
+    if cert is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, _no_password)
+    except (OSError, ValueError) as error:  # ssl's errors are OSErrors
+        # The system's text does not say which of the files cannot be read.
+        files = cert if key is None else f"{cert} with {key}"
+        why = getattr(error, "strerror", None) or getattr(error, "reason", None) or str(error)
+        raise SettingsError(f"server.tls_cert: cannot use {files}: {why}") from None
+
+
+def _no_password() -> str:
+    """Refuse an encrypted key; without this OpenSSL would ask on the terminal."""
+    raise ValueError("the key is encrypted")
+
+
+def _check_keys(auth: AuthSettings, errors: Errors) -> None:
+    """Read the files of keys, as the server does when it starts."""
+    from cobatch.server.auth.api_keys import ApiKeys  # noqa: PLC0415 - only with --check
+    from cobatch.server.auth.keys import load_key_files, load_secret  # noqa: PLC0415 - loads cryptography
+
+    for issuer in auth.issuers:
+        with errors:
+            if issuer.secret_file:
+                load_secret(Path(issuer.secret_file))
+            load_key_files([Path(name) for name in issuer.key_files], issuer.algorithms)
+    with errors:
+        if auth.api_keys_file:
+            ApiKeys.read(Path(auth.api_keys_file))
+
+
+def _warn_if_open(settings: Settings) -> None:
+    host = settings.server.host
+    behind_tls = settings.server.tls_cert is not None or settings.server.trusted_proxies is not None
+    if settings.auth is not None and not is_loopback(host) and not behind_tls:
+        advice = "anyone on the network path can read and use them; set --tls-cert, or use a TLS proxy"
+        _warn(f"tokens travel to {host} without TLS: {advice} and --trusted-proxies")
+    if settings.server.allow_anonymous:
+        callers = "anyone on this machine" if is_loopback(host) else f"anyone who reaches {host}"
+        _warn(f"--allow-anonymous: {callers} may call the models, without authentication")
+
+
+def _warn(message: str) -> None:
+    typer.echo(f"cobatch: warning: {message}", err=True)
+
+
+def _parameter(setting: Setting) -> Parameter:
+    flag = flag_name(setting.name)
+    default = {"true": "on", "false": "off"}.get(setting.default, setting.default)
+    text = f"{setting.help[0].upper()}{setting.help[1:]}{f' (default: {default})' if default else ''}."
+    if setting.is_switch:
+        option = typer.Option(f"{flag}/--no-{flag[2:]}", help=text)
+        return _keyword(setting.name, Annotated[bool | None, option], None)
+    return _keyword(
+        setting.name, Annotated[str | None, typer.Option(flag, metavar=setting.placeholder, help=text)], None
+    )
+
+
+def _keyword(name: str, kind: Any, default: object) -> Parameter:
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+
+
+_MODEL = typer.Argument(metavar="MODEL", help="A model file; replaces the file's [[models]].")
+_CONFIG = typer.Option(metavar="FILE", help="Configuration file (TOML).")
+_CHECK = typer.Option("--check", help="Check the settings, print every error, and exit.")
+serve.__signature__ = Signature(  # type: ignore[attr-defined]
+    [
+        _keyword("model", Annotated[str | None, _MODEL], None),
+        _keyword("config", Annotated[Path | None, _CONFIG], None),
+        _keyword("check", Annotated[bool, _CHECK], False),
+        *(
+            _parameter(setting)
+            for struct in (ModelSettings, ServerSettings)
+            for setting in settings_of(struct).values()
+            if setting.name not in _FILE_ONLY
+        ),
+    ]
+)

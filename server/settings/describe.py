@@ -1,0 +1,91 @@
+"""Say in words what a setting may be: for refusals, `--help`, docs/configuration.md and the JSON schema."""
+
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin
+
+import msgspec
+from msgspec import Meta, inspect
+
+
+class Setting(NamedTuple):
+    """A field of a struct, as `--help` and the reference show it."""
+
+    name: str
+    type: str  # "an integer from 0 to 65535"
+    default: str  # "" if there is none, "required" if it must be given
+    placeholder: str  # of its value in `--help`
+    help: str
+    is_switch: bool
+
+
+def about(description: str, placeholder: str = "", *, default: str = "") -> Meta:
+    """Describe a setting: its meaning, the placeholder of its value, and a default that is computed."""
+    extra = {"placeholder": placeholder, "default": default}
+    return Meta(description=description, extra={name: text for name, text in extra.items() if text})
+
+
+def settings_of(struct: type[msgspec.Struct]) -> dict[str, Setting]:
+    """Return the settings that a struct declares, by name."""
+    return {field.name: _setting(field) for field in msgspec.structs.fields(struct)}
+
+
+def describe(info: inspect.Type, array: str = "an array") -> str:
+    """Say what a value of this type looks like: `an integer from 1 to 65536`."""
+    match info:
+        case inspect.Metadata(type=inner):
+            return describe(inner, array)
+        case inspect.UnionType(types=types):
+            return " or ".join(describe(one, array) for one in types if not isinstance(one, inspect.NoneType))
+        case inspect.IntType() | inspect.FloatType():
+            kind = "an integer" if isinstance(info, inspect.IntType) else "a number"
+            limits = f"from {info.ge} to" if info.gt is None else f"above {info.gt} and at most"
+            return f"{kind} {limits} {info.le}"
+        case inspect.BoolType():
+            return "true or false"
+        case inspect.LiteralType(values=values):
+            return "one of " + ", ".join(sorted(str(value) for value in values))
+        case inspect.StrType(pattern=str(), max_length=most):
+            return f"1 to {most} letters, digits, '.', '_', '-', the first a letter or digit"
+        case inspect.VarTupleType(item_type=item):
+            return f"{array}, each item of it {describe(item)}"
+        case inspect.DictType(value_type=value):
+            return f"a table, each value of it {describe(value)}"
+        case _:
+            return "text that is not empty"
+
+
+def _setting(field: msgspec.structs.FieldInfo) -> Setting:
+    info = inspect.type_info(field.type)
+    extra = extra_of(info)
+    kind = get_args(field.type)[0] if get_origin(field.type) is Annotated else field.type
+    choices = "|".join(get_args(kind)) if get_origin(kind) is Literal else ""
+    return Setting(
+        name=field.name,
+        type=describe(info),
+        default=extra.get("default", _shown(field.default)),
+        placeholder=extra.get("placeholder", choices),
+        help=((isinstance(info, inspect.Metadata) and info.extra_json_schema) or {}).get("description", ""),
+        is_switch=kind is bool,
+    )
+
+
+def _shown(default: object) -> str:
+    match default:
+        case msgspec.NODEFAULT:
+            return "required"
+        case bool():
+            return str(default).lower()
+        case tuple():
+            return ",".join(map(str, default))
+        case _:
+            return "" if default is None else f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def extra_of(info: inspect.Type) -> dict[str, str]:
+    """Return what `about` and the type's aliases say, merged; the outermost wins."""
+    match info:
+        case inspect.Metadata(type=inner, extra=extra):
+            return extra_of(inner) | (extra or {})
+        case inspect.UnionType(types=types):
+            return {name: text for one in types for name, text in extra_of(one).items()}
+        case _:
+            return {}

@@ -1,0 +1,285 @@
+"""Load settings from flags, environment variables and a file, and check them.
+
+Later sources win: defaults, the file (TOML), environment variables, flags. A variable or flag about a model
+holds for every model, and a model path given there replaces the file's list. Every value is checked where it
+is written, even one that a later source overrides, and every refusal is reported.
+"""
+
+import ipaddress
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cobatch.server.settings.auth import AuthSettings, read_auth
+from cobatch.server.settings.padding import read_pad
+from cobatch.server.settings.schema import (
+    ENV_PREFIX,
+    MODEL_FIELDS,
+    SERVER_FIELDS,
+    ModelSettings,
+    Name,
+    ServerSettings,
+    Settings,
+    Text,
+    env_name,
+    flag_name,
+)
+from cobatch.server.settings.values import (
+    Errors,
+    Given,
+    SettingsError,
+    Table,
+    check,
+    check_table,
+    is_loopback,
+    read_toml,
+    refused,
+    suggestion,
+    values_of,
+)
+
+# For commands that ask a server, such as `cobatch explain`; not a setting of the server.
+TOKEN_VARIABLE = "COBATCH_TOKEN"  # noqa: S105 - the variable's name
+_TABLES = ("server", "models", "auth")
+# `path` is the MODEL argument; its variable is COBATCH_MODEL.
+_FLAGS: dict[str, Any] = {
+    "config": Text,
+    "model": MODEL_FIELDS["path"],
+    **SERVER_FIELDS,
+    **{name: kind for name, kind in MODEL_FIELDS.items() if name != "path"},
+}
+
+
+def load_settings(config: Path | None, environ: Mapping[str, str], flags: Mapping[str, object]) -> Settings:
+    """Return checked settings. Raises SettingsError with every refusal.
+
+    `flags` maps names of settings (`max_batch_size`, and `model` for the path) to values, None if unset; text
+    is parsed like a variable's. `config` wins over COBATCH_CONFIG. Relative paths in a file are relative to
+    its folder, others to the working directory.
+    """
+    errors = Errors()
+    settings = read_settings(config, environ, flags, errors)
+    errors.raise_any()
+    return settings
+
+
+def read_settings(
+    config: Path | None, environ: Mapping[str, str], flags: Mapping[str, object], errors: Errors
+) -> Settings:
+    """Return the settings as far as they are valid; refusals go to `errors`.
+
+    With refusals, values may be missing and `models` incomplete.
+    """
+    given = _from_environ(environ, errors) | _from_flags(flags, errors)
+    path, origin = config, "flag --config"
+    if path is None and "config" in given:
+        path, origin = Path(given["config"].value), given["config"].source
+    file = _File({}, Path(), errors)
+    if path is not None:
+        try:
+            file = _File(read_toml(path, origin), path, errors)
+        except SettingsError as error:
+            errors.add(error)
+            # Settings that are missing elsewhere may be in that file.
+            return Settings(server=ServerSettings(), models=())
+    server = file.server() | {name: one for name, one in given.items() if name in SERVER_FIELDS}
+    auth = file.auth()
+    _check_server(server, auth, errors)
+    before = len(errors)
+    models = _build_models(_with_flags(file.models(), given, errors), errors)
+    if auth is not None and len(errors) == before:
+        _check_rules(auth, [model.name for model in models], file.source, errors)
+    return Settings(server=msgspec.convert(values_of(server), ServerSettings), models=models, auth=auth)
+
+
+def _from_environ(environ: Mapping[str, str], errors: Errors) -> Table:
+    table: Table = {}
+    names = {env_name(setting): setting for setting in _FLAGS}
+    ours = {name for name in environ if name.startswith(ENV_PREFIX)}
+    for variable in sorted(ours - {TOKEN_VARIABLE}):
+        value = environ[variable]
+        # A Kubernetes Service named "cobatch" puts variables such as COBATCH_PORT=tcp://... into every pod.
+        linked = "_SERVICE_" in variable or "_TCP" in variable or value.startswith("tcp://")
+        hint = "; Kubernetes sets it for a Service of this name: enableServiceLinks: false" if linked else ""
+        with errors:
+            if variable not in names:
+                near = hint or suggestion(variable, names)
+                raise SettingsError(f"{variable}: unknown environment variable{near}")
+            source = f"environment variable {variable}{hint}"
+            setting = names[variable]
+            table[setting] = check(_key(setting), value, _FLAGS[setting], source, text=True)
+    return table
+
+
+def _from_flags(flags: Mapping[str, object], errors: Errors) -> Table:
+    table: Table = {}
+    for setting, value in flags.items():
+        with errors:
+            if value is None:
+                continue
+            if setting not in _FLAGS:
+                raise SettingsError(f"{flag_name(setting)}: unknown flag{suggestion(setting, _FLAGS)}")
+            source = "argument MODEL" if setting == "model" else f"flag {flag_name(setting)}"
+            given = str(value) if isinstance(value, Path) else value
+            table[setting] = check(_key(setting), given, _FLAGS[setting], source, text=isinstance(given, str))
+    return table
+
+
+def _key(setting: str) -> str:
+    """Return the key path that a variable or flag stands for; models[*]: it holds for all."""
+    if setting in SERVER_FIELDS:
+        return f"server.{setting}"
+    return {"config": "config", "model": "models[0].path"}.get(setting, f"models[*].{setting}")
+
+
+class _File:
+    """A configuration file. Its tables are read as far as they are valid; refusals go to `errors`."""
+
+    def __init__(self, document: dict[str, Any], path: Path, errors: Errors) -> None:
+        self._document = document
+        self._folder = path.parent
+        self._errors = errors
+        self.source = f"file {path}"
+        for key in document:
+            with errors:
+                if key not in _TABLES:
+                    raise SettingsError(f"{key}: unknown key{_place(key, _TABLES)} ({self.source})")
+
+    def server(self) -> Table:
+        """Return `[server]`."""
+        table = self._table("server", self._document.get("server", {}), SERVER_FIELDS)
+        self._resolve(table, "tls_cert", "tls_key")
+        return table
+
+    def models(self) -> list[Table] | None:
+        """Return `[[models]]`, without those whose path is refused; None if nothing is left of a list."""
+        listed = self._document.get("models", [])
+        with self._errors:
+            if not isinstance(listed, list):
+                raise refused("models", "an array of tables, written [[models]]", listed, self.source)
+            tables = [self._model(f"models[{index}]", table) for index, table in enumerate(listed)]
+            models = [table for table in tables if "path" in table]
+            return models if models or not listed else None
+        return None
+
+    def auth(self) -> AuthSettings | None:
+        """Return `[auth]`, or None if the file has none."""
+        if "auth" not in self._document:
+            return None
+        return read_auth(self._document["auth"], self._folder, self.source, self._errors)
+
+    def _model(self, where: str, listed: object) -> Table:
+        table = self._table(where, listed, MODEL_FIELDS | {"pad": Any})
+        if "pad" in table:
+            given = table["pad"]
+            pad = read_pad(given.value, given.key, self.source, self._errors)
+            table["pad"] = given._replace(value=pad)
+        with self._errors:
+            if isinstance(listed, dict) and "path" not in listed:
+                raise SettingsError(f"{where}.path: missing; expected the model's file ({self.source})")
+        self._resolve(table, "path", "plan_cache")
+        return table
+
+    def _table(self, where: str, table: object, fields: Mapping[str, Any]) -> Table:
+        return check_table(where, table, fields, self.source, self._errors, _place)
+
+    def _resolve(self, table: Table, *names: str) -> None:
+        """Make file names absolute: they are relative to the configuration's folder."""
+        for name in names:
+            if name in table:
+                table[name] = table[name]._replace(value=str(self._folder / table[name].value))
+
+
+def _place(key: str, known: Iterable[str]) -> str:
+    """Suggest, for an unknown key, the nearest known one or the table that it belongs in."""
+    near = suggestion(key, known)
+    if near or key not in _FLAGS:
+        return near
+    return "; it belongs in [server]" if key in SERVER_FIELDS else "; it belongs in [[models]]"
+
+
+def _check_server(server: Table, auth: AuthSettings | None, errors: Errors) -> None:
+    """Check the settings of the server against each other."""
+    allowed = server.get("allow_anonymous")
+    with errors:
+        if auth is not None and allowed is not None and allowed.value:
+            raise SettingsError(f"{allowed.key}: not together with [auth] ({allowed.source})")
+        if auth is None and "host" in server and not (allowed is not None and allowed.value):
+            _check_host(server["host"])
+    with errors:
+        if "tls_key" in server and "tls_cert" not in server:
+            given = server["tls_key"]
+            raise SettingsError(f"{given.key}: needs tls_cert, the certificate ({given.source})")
+    with errors:
+        if "trusted_proxies" in server:
+            _check_proxies(server["trusted_proxies"])
+
+
+def _check_host(host: Given) -> None:
+    """Without authentication only this machine may call, unless the operator allows others."""
+    if not is_loopback(host.value):
+        expected = "a loopback address (127.0.0.0/8, ::1 or localhost)"
+        error = refused(host.key, expected, host.value, host.source, text=True)
+        why = "anyone who reaches it could call the models; write [auth], or --allow-anonymous permits that"
+        raise SettingsError(f"{error}: {why}")
+
+
+def _check_proxies(proxies: Given) -> None:
+    for address in proxies.value.split(","):
+        try:
+            ipaddress.ip_network(address.strip())
+        except ValueError:
+            expected = "addresses or networks (10.0.0.0/8), with commas between them"
+            raise refused(proxies.key, expected, address, proxies.source, text=True) from None
+
+
+def _with_flags(tables: list[Table] | None, given: Table, errors: Errors) -> list[Table]:
+    """Add what variables and flags say about models; a path replaces the file's list."""
+    if "model" in given:
+        tables = [{"path": given["model"]}]
+    with errors:
+        if tables == []:
+            raise SettingsError("models: no model to serve; give MODEL, or [[models]] in a --config file")
+    tables = tables or []
+    for_models = {name: one for name, one in given.items() if name in MODEL_FIELDS}
+    with errors:
+        if "name" in for_models and len(tables) > 1:
+            _, key, source = for_models.pop("name")
+            raise SettingsError(f"{key}: names one model, but there are {len(tables)} ({source})")
+    return [table | for_models for table in tables]
+
+
+def _build_models(tables: list[Table], errors: Errors) -> tuple[ModelSettings, ...]:
+    models: list[ModelSettings] = []
+    keys: list[str] = []
+    for table in tables:
+        path = table["path"]
+        key = path.key.removesuffix(".path")
+        model = msgspec.convert(values_of(table), ModelSettings)
+        with errors:
+            if not Path(model.path).is_file():
+                why = "a folder" if Path(model.path).is_dir() else "no file there"
+                expected = f"expected a model file, got {model.path!r}: {why}"
+                raise SettingsError(f"{path.key}: {expected} ({path.source})")
+        with errors:
+            source = table["name"].source if "name" in table else "the file's name; set name"
+            check(f"{key}.name", model.name, Name, source)
+            for other, earlier in zip(keys, models, strict=True):
+                if earlier.name == model.name:
+                    where = table.get("name", path).source
+                    raise SettingsError(f"{key}.name: {model.name!r} is already {other}'s name ({where})")
+            models.append(model)
+            keys.append(key)
+    return tuple(models)
+
+
+def _check_rules(auth: AuthSettings, names: list[str], source: str, errors: Errors) -> None:
+    """Refuse rules for models that are not served: a misspelt name would leave a model without its rule."""
+    for index, rule in enumerate(auth.models):
+        with errors:
+            if rule.model not in names:
+                near = suggestion(rule.model, names) or f"; served are {', '.join(names)}"
+                key = f"auth.models[{index}].model"
+                raise SettingsError(f"{key}: there is no model {rule.model!r}{near} ({source})")
