@@ -1,4 +1,4 @@
-"""The API's description of a server that asks who calls: complete, valid, and true of its answers."""
+"""The OpenAPI document of a server with authentication: complete, valid, and true of its responses."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ KEYS = {"all": ("infer", "metadata", "admin"), "little": ("infer:none",)}
 
 @contextlib.asynccontextmanager
 async def guarded(folder: Path, **fields: Any) -> AsyncIterator[tuple[InProcess, dict[str, str]]]:
-    """One model, `gate`, and the API keys by their tenants."""
+    """Run one model, `gate`; yield the application and the API keys by tenant."""
     auth, keys = settings_in(folder, KEYS, **fields)
     async with gated(auth=auth) as (running, _):
         yield running, keys
 
 
 def document_of(running: InProcess) -> Json:
-    # As it is sent.
+    # As the server sends it.
     document: Json = json.loads(json.dumps(describe(running.core)))
     return document
 
 
-async def test_without_auth_there_is_nothing_of_it() -> None:
+async def test_without_auth_the_document_has_no_trace_of_it() -> None:
     async with gated() as (running, _):
         document = document_of(running)
         page = (await running.http.get("/docs")).text
@@ -96,7 +96,9 @@ async def test_the_document_is_valid_and_complete(tmp_path: Path) -> None:
     ("fields", "schemes"),
     [({"api_keys_file": ""}, {"bearer"}), ({"issuers": (), "audience": ()}, {"apiKey"})],
 )
-async def test_only_the_ways_that_there_are(tmp_path: Path, fields: Any, schemes: set[str]) -> None:
+async def test_document_has_the_configured_schemes_only(
+    tmp_path: Path, fields: Any, schemes: set[str]
+) -> None:
     auth, _ = settings_in(tmp_path, KEYS)
     kept = {name: getattr(auth, name) for name in ("issuers", "audience", "api_keys_file")} | fields
     async with gated(auth=type(auth)(**kept)) as (running, _):
@@ -106,12 +108,12 @@ async def test_only_the_ways_that_there_are(tmp_path: Path, fields: Any, schemes
     assert "RateLimit" not in document["components"]["headers"]
     infer = document["paths"]["/v2/models/{name}/infer"]["post"]
     assert ("keys-unavailable" in slugs_of(infer)) == ("bearer" in schemes)
-    # Where no audience is an address, clients are led nowhere.
+    # Without an audience that is a URL there is no OAuth metadata.
     assert ("/.well-known/oauth-protected-resource" in document["paths"]) == ("bearer" in schemes)
 
 
 def held(document: Json, operation: Json, answer: httpx.Response) -> str:
-    """The kind of problem of an answer, "" for none; it is one that the document promises."""
+    """Check a response against the document; return its kind of problem, "" for none."""
     response = operation["responses"][str(answer.status_code)]
     kind = answer.headers["content-type"].partition(";")[0]
     body: Any = answer.json() if "json" in kind else answer.text
@@ -123,8 +125,8 @@ def held(document: Json, operation: Json, answer: httpx.Response) -> str:
     return slug
 
 
-async def test_what_it_says_is_so(tmp_path: Path) -> None:
-    """Each operation without credentials, with too few permissions, and with all."""
+async def test_responses_match_the_document(tmp_path: Path) -> None:
+    """Call each operation without credentials, with too few permissions, and with all."""
     rule = TenantRule(max_concurrent=10)
     counted = dict.fromkeys(("", "unauthenticated", "forbidden"), 0)
     async with guarded(tmp_path, rate_limit_headers=True, tenants=(rule,)) as (running, keys):
@@ -147,16 +149,16 @@ async def test_what_it_says_is_so(tmp_path: Path) -> None:
                 answer = await running.http.request(method, url, headers=headers, **body)
                 return held(document, operation, answer), answer
 
-            nobody, answer = await ask(None)
-            assert (nobody == "unauthenticated") == ("security" in operation), path
-            counted[nobody] += 1
+            anonymous, answer = await ask(None)
+            assert (anonymous == "unauthenticated") == ("security" in operation), path
+            counted[anonymous] += 1
             little, _ = await ask(keys["little"])
-            # Of a batch it is a caller without any permission.
+            # POST /batch only refuses callers without any permission.
             assert (little == "forbidden") == ("forbidden" in slugs_of(operation) and path != "/batch"), path
             if little == "forbidden":
                 counted[little] += 1
             if "text/event-stream" in operation["responses"]["200"]["content"]:
-                continue  # it has no end; tests/server/dashboard/test_feed.py reads it
+                continue  # it never ends; tests/server/dashboard/test_feed.py reads it
             everything, answer = await ask(keys["all"])
             assert everything in ("", "not-json", "unsupported-media-type", "unknown-prediction",
                                   "unknown-request"), path  # fmt: skip
@@ -166,7 +168,7 @@ async def test_what_it_says_is_so(tmp_path: Path) -> None:
     assert counted[""] >= 6
 
 
-async def test_an_open_metadata_answer_is_as_described(tmp_path: Path) -> None:
+async def test_oauth_metadata_matches_the_document(tmp_path: Path) -> None:
     async with guarded(tmp_path) as (running, _):
         document = document_of(running)
         operation = document["paths"]["/.well-known/oauth-protected-resource"]["get"]
@@ -189,7 +191,7 @@ async def test_examples_of_requests_run_with_a_key(tmp_path: Path) -> None:
                     assert answer.status_code == 200, (path, example, answer.text)
 
 
-async def test_the_page_says_how_to_authenticate(tmp_path: Path) -> None:
+async def test_page_explains_authentication(tmp_path: Path) -> None:
     auth, keys = settings_in(tmp_path, KEYS)
     async with in_process(*several(tmp_path), auth=auth) as running:
         answer = await running.http.get("/docs", headers={"x-api-key": keys["all"]})

@@ -1,4 +1,4 @@
-"""The API's description: complete, valid, true of a running server, and fuzzed by it; and its page."""
+"""The OpenAPI document: complete, valid, true of a running server, input of a fuzzer; and its page."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CONFIG = Path(__file__).with_name("schemathesis.toml")
 SCHEMATHESIS = Path(sys.executable).with_name("st")
 Json = dict[str, Any]
 
-# Kinds that no answer has for itself: they stand in the answers to a batch's items.
+# Kinds that are only in responses to the items of a batch.
 IN_ITEMS = {"not-batchable"}
 
 
@@ -62,7 +62,7 @@ def operations(document: Json) -> Iterator[tuple[str, str, Json]]:
 
 
 def check(document: Json, schema: Json, value: object) -> None:
-    """Hold a value against one of the document's schemas."""
+    """Validate a value against one of the document's schemas."""
     root = {"allOf": [schema], "components": document["components"]}
     jsonschema_rs.validator_for(root).validate(value)
 
@@ -72,7 +72,7 @@ def described(running: InProcess) -> set[tuple[str, str]]:
 
 
 def served(running: InProcess) -> set[tuple[str, str]]:
-    """Paths and methods of the routes."""
+    """Return paths and methods of the routes."""
     routes = running.starlette.router.routes
     assert len(routes) > 20
     assert all(isinstance(route, Route) for route in routes)
@@ -85,7 +85,7 @@ def served(running: InProcess) -> set[tuple[str, str]]:
 
 
 def slugs_of(operation: Json) -> set[str]:
-    """The kinds of problems among an operation's answers."""
+    """Return the kinds of problems among an operation's responses."""
     return {
         slug
         for response in operation["responses"].values()
@@ -101,7 +101,7 @@ def media_of(response: Json, kind: str) -> Json:
 # The document
 
 
-async def test_every_route_is_described_and_nothing_else() -> None:
+async def test_document_has_exactly_the_routes() -> None:
     async with gated() as (running, _):
         assert described(running) == served(running)
 
@@ -115,7 +115,7 @@ async def test_the_document_is_valid(tmp_path: Path) -> None:
     OpenAPIV31SpecValidator(document).validate()
 
 
-async def test_the_document_follows_what_is_loaded() -> None:
+async def test_examples_follow_the_loaded_models() -> None:
     engine = GatedEngine()
     engine.may_open.clear()
     async with gated(ready=False, engine=engine) as (running, _):
@@ -136,7 +136,7 @@ async def test_the_document_follows_what_is_loaded() -> None:
         assert await examples() == ["gate"]
 
 
-def test_every_problem_is_described() -> None:
+def test_every_problem_has_an_example() -> None:
     examples = problem_examples()
     assert set(examples) == set(KINDS)
     for slug, example in examples.items():
@@ -146,17 +146,17 @@ def test_every_problem_is_described() -> None:
         assert set(problem) <= {*ALWAYS, *SOMETIMES, *KINDS[slug].members}, slug
 
 
-async def test_every_problem_is_an_answer_of_some_operation() -> None:
+async def test_every_problem_is_a_response_of_an_operation() -> None:
     async with gated() as (running, _):
         document = describe(running.core)
     slugs = set().union(*[slugs_of(operation) for _, _, operation in operations(document)])
-    # Those of callers: tests/server/openapi/test_access.py.
+    # tests/server/openapi/test_access.py has those of authentication.
     assert slugs == set(KINDS) - IN_ITEMS - AUTH_KINDS
     assert set(document["components"]["examples"]) == set(KINDS) - AUTH_KINDS
     assert set(document["components"]["schemas"]["Problem"]["properties"]) == {*ALWAYS, *SOMETIMES, *MEMBERS}
 
 
-async def test_examples_of_answers_are_as_their_schemas_say(tmp_path: Path) -> None:
+async def test_examples_of_responses_match_their_schemas(tmp_path: Path) -> None:
     async with in_process(*several(tmp_path)) as running:
         document = describe(running.core)
     held = 0
@@ -173,11 +173,11 @@ async def test_examples_of_answers_are_as_their_schemas_say(tmp_path: Path) -> N
     assert held > 200
 
 
-# Its examples
+# Examples
 
 
 async def run_example(running: InProcess, path: str, media: str, example: Json) -> Any:
-    """Send a request as the document has it; the answer."""
+    """Send an example request of the document and return the response."""
     value = example["value"]
     url = path.format_map(example.get("x-path", {}) | {"version": "1"})
     headers = dict(example.get("x-headers", {}))
@@ -211,7 +211,7 @@ async def test_examples_of_requests_run(tmp_path: Path) -> None:
     assert ran >= 5 * 7 - 1
 
 
-async def test_examples_of_outputs_are_what_really_comes(tmp_path: Path) -> None:
+async def test_examples_of_outputs_equal_real_outputs(tmp_path: Path) -> None:
     async with in_process(*several(tmp_path)) as running:
         document = describe(running.core)
         for path in ("/v2/models/{name}/infer", "/v1/models/{name}/predictions"):
@@ -231,7 +231,7 @@ async def test_paths_without_a_body_run_with_their_examples(tmp_path: Path) -> N
                 one["name"]: one["example"] for one in operation.get("parameters", []) if one["in"] == "path"
             }
             if "requestBody" in operation or "text/event-stream" in operation["responses"]["200"]["content"]:
-                continue  # a stream of events does not end
+                continue  # the event stream never ends
             answer = await running.http.request(method, path.format_map(values))
             unknown = path.startswith(("/v1/predictions", "/v1/requests"))
             assert answer.status_code == (404 if unknown else 200)
@@ -242,7 +242,7 @@ async def test_paths_without_a_body_run_with_their_examples(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("shape", [(), (2,), (-1,), (2, -1)])
 @pytest.mark.parametrize("datatype", list(DATATYPES))
-def test_there_are_examples_for_every_datatype(datatype: str, shape: tuple[int, ...]) -> None:
+def test_every_datatype_has_examples(datatype: str, shape: tuple[int, ...]) -> None:
     signature = Signature((TensorSpec("x", datatype, shape),), (TensorSpec("y", "FP32", ()),))
     decoder = Decoder(signature, 64)
     assert openapi_examples.has_example(signature)
@@ -268,7 +268,7 @@ def test_a_model_with_long_rows_has_no_examples() -> None:
 
 
 class Page(HTMLParser):
-    """What a page links to and loads, and whether its elements are closed in order."""
+    """The ids, links and loads of a page. Asserts that its elements are closed in order."""
 
     VOID = frozenset(("meta", "link", "br", "img", "input"))
 
@@ -293,7 +293,7 @@ class Page(HTMLParser):
         assert self._open.pop() == tag
 
 
-async def test_the_page_shows_all_of_it_and_loads_nothing(tmp_path: Path) -> None:
+async def test_page_is_complete_and_loads_nothing(tmp_path: Path) -> None:
     async with in_process(*several(tmp_path)) as running:
         document = describe(running.core)
         answer = await running.http.get("/docs")
@@ -317,7 +317,7 @@ async def test_the_page_shows_all_of_it_and_loads_nothing(tmp_path: Path) -> Non
     assert "unsafe" not in policy
 
 
-async def test_nothing_that_a_model_is_called_becomes_markup(tmp_path: Path) -> None:
+async def test_names_of_models_are_escaped_in_the_page(tmp_path: Path) -> None:
     async with in_process(*several(tmp_path)) as running:
         text = json.dumps(describe(running.core)).replace("negate", "<script>&'").replace("total", "<img>")
     page = render(json.loads(text))
@@ -326,7 +326,7 @@ async def test_nothing_that_a_model_is_called_becomes_markup(tmp_path: Path) -> 
     assert "&lt;script&gt;&amp;&#x27;" in page
 
 
-async def test_both_are_compressed_for_those_who_want_it() -> None:
+async def test_document_and_page_are_compressed_on_request() -> None:
     async with gated(compress_min_bytes=1) as (running, _):
         for path in ("/openapi.json", "/docs"):
             plain = await running.http.get(path, headers={"accept-encoding": "identity"})
@@ -335,23 +335,23 @@ async def test_both_are_compressed_for_those_who_want_it() -> None:
             assert packed.content == plain.content
 
 
-# The server, fuzzed with what the document says
+# The server, fuzzed from the document
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pairs", "truth"])
 def test_schemathesis_finds_nothing(name: str, tmp_path: Path) -> None:
-    """All phases (examples, coverage, fuzzing, stateful), the same requests each time.
+    """Run all phases (examples, coverage, fuzzing, stateful) with the same requests each time.
 
-    Random JSON can by chance be a raw tensor, which needs no JSON; of these models it cannot: one has two
-    inputs, of the other's only bytes 0 and 1 are values.
+    Random JSON could be a valid raw tensor by chance, but not for these models: one has two inputs, the other
+    accepts only bytes 0 and 1.
     """
     (model,) = (model for model in several(tmp_path) if model.name == name)
     with serve(True, (model,), max_wait_s=0.1) as served:
         url = f"http://127.0.0.1:{served.server.port}/openapi.json"
         command = [str(SCHEMATHESIS), "--config-file", str(CONFIG)]
         command += ["run", url, "--max-examples", "40"]
-        # Found as a module from here; what schemathesis leaves behind stays in the test's own folder.
+        # The hooks are a module of the repository; schemathesis writes its files into the test's folder.
         env = os.environ | {
             "SCHEMATHESIS_HOOKS": "tests.support.http.schemathesis_hooks",
             "PYTHONPATH": str(ROOT),
@@ -367,6 +367,6 @@ def test_schemathesis_finds_nothing(name: str, tmp_path: Path) -> None:
         )
         assert ran.returncode == 0, ran.stdout[-20_000:] + ran.stderr[-2000:]
         assert served.core.ready
-        # Not all of it was refused.
+        # Some requests were accepted.
         assert served.batcher(name).counters.batches > 100
     assert "Tested: 28" in ran.stdout, ran.stdout
