@@ -96,9 +96,7 @@ async def test_the_document_is_valid_and_complete(tmp_path: Path) -> None:
     ("fields", "schemes"),
     [({"api_keys_file": ""}, {"bearer"}), ({"issuers": (), "audience": ()}, {"apiKey"})],
 )
-async def test_document_has_the_configured_schemes_only(
-    tmp_path: Path, fields: Any, schemes: set[str]
-) -> None:
+async def test_document_has_configured_schemes_only(tmp_path: Path, fields: Any, schemes: set[str]) -> None:
     auth, _ = settings_in(tmp_path, KEYS)
     kept = {name: getattr(auth, name) for name in ("issuers", "audience", "api_keys_file")} | fields
     async with gated(auth=type(auth)(**kept)) as (running, _):
