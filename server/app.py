@@ -1,11 +1,11 @@
-"""The composition root: settings in, an ASGI application out, rooms joined."""
+"""The composition root: settings in, an ASGI application out."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-from collections.abc import AsyncIterator
+import importlib.util
+from collections.abc import AsyncIterator, Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -18,6 +18,7 @@ from cobatch.server.api.metrics import metrics_routes
 from cobatch.server.api.oauth import auth_routes
 from cobatch.server.api.problems import problem_pages
 from cobatch.server.api.profile import profile_routes
+from cobatch.server.api.requests import request_routes
 from cobatch.server.api.routing import as_response
 from cobatch.server.api.v2 import v2_routes
 from cobatch.server.auth.gate import Gate
@@ -26,86 +27,119 @@ from cobatch.server.batch.spans import ItemsSeen
 from cobatch.server.dashboard import dashboard_routes
 from cobatch.server.dashboard.feed import Live
 from cobatch.server.edge.asgi import InferRoutes
-from cobatch.server.edge.observed import Observed
+from cobatch.server.edge.observed import ObservingMiddleware
 from cobatch.server.http.problem import Problem
 from cobatch.server.inference.service import Inference
+from cobatch.server.observability.access_log import LEVELS, AccessLog
 from cobatch.server.observability.gpu import Gpus
-from cobatch.server.observability.history import explain_routes
+from cobatch.server.observability.history import History
+from cobatch.server.observability.observer import Tracer
 from cobatch.server.openapi import openapi_routes
 from cobatch.server.predictions.routes import v1_routes
-from cobatch.server.settings.schema import Settings
-from cobatch.server.watchers import Watchers
-
-log = logging.getLogger("cobatch.server")
+from cobatch.server.settings.schema import ServerSettings, Settings
+from cobatch.server.settings.values import SettingsError
 
 
 def create_app(settings: Settings) -> ASGIApp:
-    """The whole server as one ASGI application; its lifespan loads the models and stops them."""
+    """Return the whole server as one ASGI application; its lifespan loads the models and stops them."""
     return build(Inference(settings))
 
 
-def build(core: Inference) -> ASGIApp:
-    """The application around a core that the caller keeps."""
-    watchers = Watchers(core)
+def build(inference: Inference) -> ASGIApp:
+    """Return the application around an `Inference`. Raises SettingsError if a library is missing."""
+    settings, observer = inference.settings.server, inference.observer
+    history = History(max(1, len(inference.models)))
+    observer.on_request(history.on_request)
+    observer.on_batch(history.on_batch)
+    sinks: list[AccessLog | Tracer] = []
+    if settings.access_log != "off":
+        access_log = AccessLog(settings.access_log, LEVELS[settings.access_log_level])
+        # Records exist of all warnings and errors; only lines about good requests need more.
+        observer.on_request(access_log.request_done, each=settings.access_log_level == "info")
+        sinks.append(access_log)
+    tracer = _tracer(settings) if settings.tracing else None
+    if tracer is not None:
+        observer.trace(tracer)
+        sinks.append(tracer)
     gpus = Gpus()
-    live = Live(core, watchers.recent)
-    core.on_draining.append(live.close)
+    live = Live(inference, history)
+    inference.on_draining.append(live.close)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        core.loop = asyncio.get_running_loop()
-        watchers.start()
-        core.observer.lag.start(core.loop)
-        await asyncio.to_thread(gpus.open)
-        if core.auth is not None:
-            await core.auth.start(core.tell_if_ready)
-        # In the background: health must answer while a large model is being loaded.
-        ticking = asyncio.create_task(live.run())
-        loading = [asyncio.create_task(_load(core, name)) for name in core.models]
-        try:
+        inference.loop = loop = asyncio.get_running_loop()
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(gpus.close)
+            await asyncio.to_thread(gpus.open)
+            observer.lag.start(loop)
+            stack.callback(observer.lag.stop)
+            for sink in sinks:
+                sink.start(loop)
+                stack.push_async_callback(asyncio.to_thread, sink.stop)
+            if inference.auth is not None:
+                await inference.auth.start(inference.tell_if_ready)
+                stack.push_async_callback(inference.auth.stop)
+            stack.push_async_callback(_stop_models, inference)
+            # In the background: health must answer while a large model is being loaded.
+            tasks = [asyncio.create_task(live.run())]
+            tasks += [asyncio.create_task(_load(inference, name)) for name in inference.models]
+            stack.push_async_callback(_cancel, tasks)
+            stack.callback(_begin_draining, inference, live)
             yield
-        finally:
-            core.draining = True
-            live.close()
-            for task in (ticking, *loading):
-                task.cancel()
-            await asyncio.gather(ticking, *loading, return_exceptions=True)
-            timeout_s = core.settings.server.drain_timeout_s
-            await asyncio.gather(*[model.stop(timeout_s) for model in core.models.values()])
-            if core.auth is not None:
-                await core.auth.stop()
-            await watchers.stop()
-            core.observer.lag.stop()
-            gpus.close()
 
     handlers = {HTTPException: _http_error, Exception: _server_error}
-    routes = [*v2_routes(core), *batch_routes(), *v1_routes(core), *problem_pages(core)]
-    routes += [*openapi_routes(core), *auth_routes(core), *metrics_routes(core, gpus)]
-    routes += [*explain_routes(core, watchers.recent), *profile_routes(core), *dashboard_routes(core, live)]
-    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
-    app.router.redirect_slashes = False
-    # Inside the gate: the items of a batch go through `app` as the caller of the batch.
-    routes_app = InferRoutes(
-        app, core, {BATCH: BatchRoute(core, app, ItemsSeen(watchers.recent, watchers.tracing))}
-    )
-    if core.auth is not None:
-        gate = Gate(routes_app, core.auth, open_metrics=core.settings.server.metrics_open)
-        return Observed(gate, core)
-    return Observed(routes_app, core)
+    routes = [
+        *v2_routes(inference), *batch_routes(), *v1_routes(inference), *problem_pages(inference),
+        *openapi_routes(inference), *auth_routes(inference), *metrics_routes(inference, gpus),
+        *request_routes(inference, history), *profile_routes(inference), *dashboard_routes(inference, live),
+    ]  # fmt: skip
+    starlette = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+    starlette.router.redirect_slashes = False
+    # Inside the gate: the items of a batch go through `starlette` with the principal of the call.
+    batch = BatchRoute(inference, starlette, ItemsSeen(history, tracer))
+    app: ASGIApp = InferRoutes(starlette, inference, {BATCH: batch})
+    if inference.auth is not None:
+        app = Gate(app, inference.auth, open_metrics=settings.metrics_open)
+    return ObservingMiddleware(app, inference)
 
 
-async def _load(core: Inference, name: str) -> None:
+def _tracer(settings: ServerSettings) -> Tracer:
+    if importlib.util.find_spec("opentelemetry") is None:
+        raise SettingsError("server.tracing: needs OpenTelemetry's libraries: pip install 'cobatch[otel]'")
+    from cobatch.server.observability.tracing import Tracing  # noqa: PLC0415 - an extra, and heavy
+
+    return Tracing(settings.trace_sample, settings.trace_endpoint)
+
+
+async def _load(inference: Inference, name: str) -> None:
+    model = inference.models[name]
     try:
-        await core.models[name].load()
+        await model.load()
     except EngineError as error:
-        core.on_load_failed(name, error)
+        inference.on_load_failed(name, error)
     else:
-        core.observer.watch(core.models[name])
-        core.tell_if_ready()
+        inference.observer.watch(model.loaded_batcher, model.infer_traffic.durations)
+        inference.tell_if_ready()
+
+
+def _begin_draining(inference: Inference, live: Live) -> None:
+    inference.draining = True
+    live.close()
+
+
+async def _stop_models(inference: Inference) -> None:
+    timeout_s = inference.settings.server.drain_timeout_s
+    await asyncio.gather(*[model.stop(timeout_s) for model in inference.models.values()])
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """What the router says, in our words."""
+    """Answer the router's own errors as problems."""
     assert isinstance(error, HTTPException)
     path = request.url.path
     if error.status_code == 405:

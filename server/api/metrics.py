@@ -78,7 +78,8 @@ class Metrics:
         requests: Counter[tuple[object, ...]] = Counter()
         http: Counter[tuple[object, ...]] = Counter(self._core.observer.http)
         durations = []
-        for name, traffic in self._core.observer.traffic.items():
+        for name, model in self._core.models.items():
+            traffic = model.all_traffic
             durations.append(((name,), traffic.durations))
             requests[name, 200, ""] = traffic.durations.count
             for (status, slug), count in traffic.problems.items():
@@ -97,7 +98,7 @@ class Metrics:
         if core.auth is None:
             return
         yield _counter(names.AUTH, [((result,), count) for result, count in core.auth.results.items()])
-        totals = core.observer.tenants()
+        totals = core.tenant_totals()
         words: tuple[tuple[str, Callable[[Any], int]], ...] = (
             ("answered", lambda total: total.answered),
             ("failed", lambda total: total.failed),

@@ -249,13 +249,13 @@ class Recorder:
     def start(self) -> None:
         """Be told of batches."""
         self._told = True
-        self._core.observer.add(batches=self.on_batch)
+        self._core.observer.on_batch(self.on_batch)
 
     def stop(self) -> None:
         """Be told of no more."""
         if self._told:
             self._told = False
-            self._core.observer.remove(batches=self.on_batch)
+            self._core.observer.remove(self.on_batch)
 
     def on_batch(self, batcher: Batcher, batch: Batch) -> None:
         """A batch is over."""

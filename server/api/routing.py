@@ -12,10 +12,9 @@ from starlette.types import Receive, Scope, Send
 
 from cobatch.server.auth.principal import Principal, principal_in
 from cobatch.server.http.problem import Problem
-from cobatch.server.http.reply import JSON, Reply
+from cobatch.server.http.reply import JSON, Reply, note_problem
 from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Inference
-from cobatch.server.observability.record import note
 from cobatch.server.settings.auth import INFER, METADATA
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -99,7 +98,7 @@ class _ReplyResponse(Response):
     slug = ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        note(scope, self.slug)
+        note_problem(scope, self.slug)
         await super().__call__(scope, receive, send)
 
 

@@ -19,9 +19,9 @@ import msgspec
 from starlette.types import Message, Scope
 
 from cobatch.server.auth.credentials import names_token
+from cobatch.server.edge.exchange import EXCHANGE
 from cobatch.server.http.problem import Problem
-from cobatch.server.http.reply import JSON, Reply
-from cobatch.server.observability.record import SEEN
+from cobatch.server.http.reply import JSON, PROBLEM, Reply
 from cobatch.server.v2.messages import LARGE_BYTES, InferMessage
 
 _encode = msgspec.json.encode
@@ -172,7 +172,7 @@ _CARRIED = frozenset(
      b"x-request-id")
 )  # fmt: skip
 # What the router found out about the outer call, and the record of that.
-_ROUTED = frozenset(("app", "app_root_path", "endpoint", "path_params", "route", "router", SEEN))
+_ROUTED = frozenset(("app", "app_root_path", "endpoint", "path_params", "route", "router", EXCHANGE, PROBLEM))
 
 
 def scope_of(item: AnyItem, path: str, query: bytes, body: bytes, outer: Scope) -> Scope:

@@ -36,15 +36,16 @@ from cobatch.server.batch.items import (
     scope_of,
 )
 from cobatch.server.batch.spans import Items, ItemsSeen
+from cobatch.server.edge.exchange import EXCHANGE, Exchange, record_in
 from cobatch.server.http.body import BodyError, read_body
 from cobatch.server.http.compression import compressed
 from cobatch.server.http.problem import Problem, from_error, stopping
-from cobatch.server.http.reply import JSON, Reply, send_reply
+from cobatch.server.http.reply import JSON, PROBLEM, Reply, send_reply
 from cobatch.server.http.request_id import new_id
 from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Inference, InferRequest, instance_of
-from cobatch.server.observability.observer import LEFT, LEFT_SLUG
-from cobatch.server.observability.record import SEEN, Record, Seen, record_in
+from cobatch.server.observability.record import RequestRecord
+from cobatch.server.observability.traffic import LEFT, LEFT_SLUG
 from cobatch.server.settings.auth import INFER
 from cobatch.server.v2.messages import InferMessage
 
@@ -107,7 +108,7 @@ class BatchRoute:
             if error.problem is None:
                 return None
             raise error.problem from None
-        record = record_in(scope) or Record("", "POST", BATCH, time.monotonic())
+        record = record_in(scope) or RequestRecord("", "POST", BATCH, time.monotonic())
         if principal is not None:
             record.tenant = principal.tenant.name
         call = _Call(self._core, self._app, scope, *_parse(self._core, body, settings.max_batch_items))
@@ -283,15 +284,15 @@ class _Call(Items):
     async def _through_app(self, index: int, item: AnyItem, path: str, query: bytes) -> None:
         sub_call = SubCall(body_of(item))
         scope = scope_of(item, path, query, sub_call.body, self._scope)
-        record = self.records[index] = Record("", item.method, path, time.monotonic())
+        record = self.records[index] = RequestRecord("", item.method, path, time.monotonic())
         headers = dict(scope["headers"])
-        seen = scope[SEEN] = Seen(scope, sub_call.send, record.received_s, headers, record=record)
+        scope[EXCHANGE] = Exchange(scope, sub_call.send, record.received_s, headers, record=record)
         try:
             await self._app(scope, sub_call.receive, sub_call.send)
         except Exception:
             log.exception("an item of a batch failed: %s %r", item.method, path)
-        del scope[SEEN]  # or the two would keep each other until the next garbage collection
-        record.answered_s, record.slug = time.monotonic(), seen.slug
+        del scope[EXCHANGE]  # or the two would keep each other until the next garbage collection
+        record.answered_s, record.slug = time.monotonic(), scope.get(PROBLEM, "")
         record.route = getattr(scope.get("route"), "path", "")
         reply = sub_call.reply()
         self._bytes += reply.length

@@ -11,18 +11,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from cobatch.server.batch.items import AnyItem
 from cobatch.server.http.reply import Reply
 from cobatch.server.http.request_id import place_of
 from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import ModelRequest
-from cobatch.server.observability.history import LONGEST_PATH, Recent
-from cobatch.server.observability.record import INFER_ROUTE, Record
-
-if TYPE_CHECKING:
-    from cobatch.server.observability.tracing import Tracing
+from cobatch.server.observability.history import LONGEST_PATH, History
+from cobatch.server.observability.observer import Tracer
+from cobatch.server.observability.record import INFER_ROUTE, RequestRecord
 
 # A traced item's spans take the tenth of a millisecond: others come first after so many.
 _AT_ONCE = 8
@@ -40,7 +37,7 @@ class Items:
         self.items = items
         self.models = list(models)
         self.began_s = time.monotonic()
-        self.records: dict[int, Record] = {}
+        self.records: dict[int, RequestRecord] = {}
         self.alone: dict[int, ModelRequest] = {}
         self.together: list[ModelRequest] = []
 
@@ -57,11 +54,13 @@ class Items:
 class ItemsSeen:
     """Tells `recent` of all calls' items, and `tracing`, if there is one, of those of traced calls."""
 
-    def __init__(self, recent: Recent, tracing: Tracing | None) -> None:
+    def __init__(self, recent: History, tracing: Tracer | None) -> None:
         self._recent = recent
         self._tracing = tracing
 
-    async def all_done(self, call: Record, items: Items, replies: Sequence[Reply], now_s: float) -> None:
+    async def all_done(
+        self, call: RequestRecord, items: Items, replies: Sequence[Reply], now_s: float
+    ) -> None:
         """All items of a call are answered; the call is not."""
         self._recent.on_items(
             call.request_id,
@@ -83,12 +82,12 @@ class ItemsSeen:
                 await asyncio.sleep(0)
 
 
-def _record(call: Record, items: Items, n: int, reply: Reply, now_s: float) -> Record:
+def _record(call: RequestRecord, items: Items, n: int, reply: Reply, now_s: float) -> RequestRecord:
     """An item's record, complete."""
     item, model = items.items[n], items.models[n]
     record = items.records.get(n)
     if record is None:
-        record = Record("", item.method[:LONGEST_PATH], item.url, items.began_s)
+        record = RequestRecord("", item.method[:LONGEST_PATH], item.url, items.began_s)
         record.answered_s = now_s
     record.path = record.path[:LONGEST_PATH]
     record.request_id = f"{call.request_id}.{n}"

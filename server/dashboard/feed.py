@@ -21,11 +21,12 @@ import numpy as np
 
 from cobatch import __version__
 from cobatch.batcher.durations import EDGES_S
+from cobatch.server.api.requests import REASONS
 from cobatch.server.auth.principal import Principal
 from cobatch.server.dashboard.seconds import ModelRecent, Second, size_bins, timeline
 from cobatch.server.http.problem_kinds import KINDS
 from cobatch.server.inference.service import Inference
-from cobatch.server.observability.history import WHY, Recent
+from cobatch.server.observability.history import History
 
 log = logging.getLogger("cobatch.live")
 
@@ -70,7 +71,7 @@ class Live:
     def __init__(
         self,
         core: Inference,
-        explained: Recent,
+        explained: History,
         *,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
@@ -142,7 +143,7 @@ class Live:
 
     def _tenant_seconds(self) -> dict[str, TenantSecond]:
         seconds, known = {}, {}
-        for name, of_tenant in self._core.observer.tenants():
+        for name, of_tenant in self._core.tenant_totals():
             now = (of_tenant.answered, of_tenant.rows, of_tenant.refused, of_tenant.engine_s)
             before = self._tenants.get(name, _NOTHING)
             if now < before:
@@ -228,7 +229,7 @@ def hello(core: Inference, started: float) -> dict[str, Any]:
         "started": started,
         "auth": core.auth is not None,
         "latency": EDGES_S.tolist(),
-        "reasons": WHY,
+        "reasons": REASONS,
         "kinds": {slug: kind.title for slug, kind in KINDS.items()},
         "models": models,
         "settings": values,

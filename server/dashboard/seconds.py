@@ -26,8 +26,8 @@ from cobatch.batcher.request import Batch
 from cobatch.server.api.metrics import state_of
 from cobatch.server.http.request_id import id_lead
 from cobatch.server.inference.model import Model
-from cobatch.server.observability.history import Kept
-from cobatch.server.observability.observer import Traffic
+from cobatch.server.observability.history import BatchRecord
+from cobatch.server.observability.traffic import Traffic
 
 Counts = NDArray[np.int64]
 
@@ -163,7 +163,7 @@ class ModelRecent:
         )
 
 
-def timeline(kept: Sequence[Kept]) -> list[list[Any]]:
+def timeline(kept: Sequence[BatchRecord]) -> list[list[Any]]:
     """Batches as they are sent: a list of values for each, times in microseconds from the first's gathering.
 
     The last value is the id of the request whose rows come first in it (`server.observability.history` tells

@@ -12,13 +12,13 @@ import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cobatch.server.auth.principal import PRINCIPAL
+from cobatch.server.edge.exchange import EXCHANGE, Exchange
 from cobatch.server.http.body import BodyError, read_body
 from cobatch.server.http.compression import compressed
 from cobatch.server.http.problem import Problem
 from cobatch.server.http.reply import Reply
 from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Inference, InferRequest
-from cobatch.server.observability.record import SEEN, Seen
 
 # An answer that takes longer than once to twice this is worth a task that notices the client leave.
 _WATCH_AFTER_S = 0.05
@@ -49,13 +49,13 @@ class InferRoutes:
                 return self._infer(model, scope, receive, send)
             direct = self._direct.get(path)
             if direct is not None:
-                scope[SEEN].route = path
+                scope[EXCHANGE].route = path
                 return direct(scope, receive, send)
         return self.app(scope, receive, send)
 
     async def _infer(self, model: Model, scope: Scope, receive: Receive, send: Send) -> None:
         core = self.core
-        seen: Seen = scope[SEEN]
+        seen: Exchange = scope[EXCHANGE]
         headers = seen.headers
         reply = None
         principal = scope.get(PRINCIPAL)
@@ -102,7 +102,7 @@ class _Caller(msgspec.Struct, eq=False):
     waiting: _Waiting
     receive: Receive
     answer: asyncio.Future[Reply | None]
-    seen: Seen
+    seen: Exchange
     request: InferRequest | None = None
     old: bool = False
 

@@ -12,8 +12,8 @@ from cobatch.server.edge.header_cache import Known
 from cobatch.server.http.compression import compress
 from cobatch.server.http.reply import Reply
 from cobatch.server.inference.service import InferRequest
-from cobatch.server.observability.observer import LEFT, LEFT_SLUG
-from cobatch.server.observability.record import INFER_ROUTE, Record, reply_headers
+from cobatch.server.observability.record import INFER_ROUTE, RequestRecord
+from cobatch.server.observability.traffic import LEFT, LEFT_SLUG
 
 if TYPE_CHECKING:
     from cobatch.server.edge.fast_path import FastProtocol
@@ -36,7 +36,7 @@ class FastCycle(msgspec.Struct, eq=False):
     known: Known
     keep_alive: bool
     received_s: float
-    record: Record | None = None
+    record: RequestRecord | None = None
     request: InferRequest | None = None
     body: bytes | bytearray = b""
     more_body: bool = True
@@ -89,9 +89,9 @@ class FastCycle(msgspec.Struct, eq=False):
         self.known.model.infer_traffic.count(LEFT, LEFT_SLUG, 0.0)
         self._tell(self.record or self._new_record(), LEFT, LEFT_SLUG, time.monotonic())
 
-    def _new_record(self) -> Record:
+    def _new_record(self) -> RequestRecord:
         known = self.known
-        record = Record("", "POST", known.path, self.received_s)
+        record = RequestRecord("", "POST", known.path, self.received_s)
         record.route = INFER_ROUTE
         record.scheme = "https" if self.protocol.config.is_ssl else "http"
         record.model = known.model.name
@@ -117,14 +117,14 @@ class FastCycle(msgspec.Struct, eq=False):
             known.model.infer_traffic.count(reply.status, reply.slug, written_s - self.received_s)
             self._tell(record, reply.status, reply.slug, written_s)
 
-    def _tell(self, record: Record, status: int, slug: str, answered_s: float) -> None:
+    def _tell(self, record: RequestRecord, status: int, slug: str, answered_s: float) -> None:
         record.status, record.slug, record.answered_s = status, slug, answered_s
         self.protocol.observer.request_done(record)
 
 
-def _name(reply: Reply, record: Record) -> None:
+def _name(reply: Reply, record: RequestRecord) -> None:
     """The caller's id goes before ours."""
     if not record.request_id and reply.request_id is not None:
         record.request_id = reply.request_id.decode()
     reply.request_id = None
-    reply.headers += reply_headers(record)
+    reply.headers += record.reply_headers()

@@ -8,16 +8,18 @@ import time
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cobatch.server.auth.principal import principal_in
+from cobatch.server.edge.exchange import EXCHANGE, Exchange
+from cobatch.server.http.reply import PROBLEM
 from cobatch.server.inference.service import Inference
-from cobatch.server.observability.observer import LEFT, LEFT_SLUG
-from cobatch.server.observability.record import INFER_ROUTE, MARKS, SEEN, Record, Seen
+from cobatch.server.observability.record import INFER_ROUTE, MARKS, RequestRecord
+from cobatch.server.observability.traffic import LEFT, LEFT_SLUG
 
 # The standard ones; others are a client's invention, and must not become so many time series.
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"))
 _FAILED = 500
 
 
-class Observed:
+class ObservingMiddleware:
     """The application, watched."""
 
     def __init__(self, app: ASGIApp, core: Inference) -> None:
@@ -29,7 +31,7 @@ class Observed:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        seen = scope[SEEN] = Seen(scope, send, time.monotonic(), headers)
+        seen = scope[EXCHANGE] = Exchange(scope, send, time.monotonic(), headers)
         observer = self._core.observer
         if observer.watched or not MARKS.isdisjoint(headers):
             record = seen.make_record()
@@ -40,10 +42,10 @@ class Observed:
         except Exception:
             # Whoever runs the application answers it, or has no more to answer to.
             seen.status = seen.status or _FAILED
-            seen.slug = seen.slug or "internal"
+            scope.setdefault(PROBLEM, "internal")
             raise
         finally:
-            del scope[SEEN]  # or the two would keep each other until the next garbage collection
+            del scope[EXCHANGE]  # or the two would keep each other until the next garbage collection
             model = seen.model
             if model is None:
                 self._done(scope, seen, seen.record or seen.make_record())
@@ -51,9 +53,11 @@ class Observed:
                 # It rode in a batch; that it is counted in is seen to once for each batch.
                 model.infer_traffic.durations.values.append(time.monotonic() - seen.received_s)
 
-    def _done(self, scope: Scope, seen: Seen, record: Record) -> None:
+    def _done(self, scope: Scope, seen: Exchange, record: RequestRecord) -> None:
         record.answered_s = time.monotonic()
-        record.status, record.slug = (seen.status, seen.slug) if seen.status else (LEFT, LEFT_SLUG)
+        record.status, record.slug = seen.status, scope.get(PROBLEM, "")
+        if not seen.status:
+            record.status, record.slug = LEFT, LEFT_SLUG
         principal = principal_in(scope)
         if principal is not None:
             record.tenant = principal.tenant.name

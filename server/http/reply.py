@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import msgspec
 from starlette.types import Scope, Send
 
-from cobatch.server.observability.record import note
-
 JSON = b"application/json"
 OCTETS = b"application/octet-stream"
+# In an ASGI scope: the kind of problem in the response, for the record.
+PROBLEM = "cobatch.problem"
 
 
 class Reply(msgspec.Struct, eq=False, gc=False):
@@ -53,8 +53,14 @@ class Reply(msgspec.Struct, eq=False, gc=False):
         return headers
 
 
+def note_problem(scope: Scope, slug: str) -> None:
+    """Note the kind of problem that a request through ASGI is answered with, if there is one."""
+    if slug:
+        scope[PROBLEM] = slug
+
+
 async def send_reply(reply: Reply, scope: Scope, send: Send) -> None:
-    """Send the whole answer through ASGI. (`server.edge.asgi` writes its own; microseconds count there.)"""
-    note(scope, reply.slug)
+    """Send a whole reply through ASGI. (`server.edge.asgi` has its own, faster way.)"""
+    note_problem(scope, reply.slug)
     await send({"type": "http.response.start", "status": reply.status, "headers": reply.header_list()})
     await send({"type": "http.response.body", "body": b"".join(reply.body)})

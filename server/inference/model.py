@@ -17,7 +17,7 @@ from cobatch.engines.worker import Worker
 from cobatch.server.http.problem import Problem, from_error
 from cobatch.server.inference.engines import Place, engine_options, places
 from cobatch.server.inference.padding import make_padder
-from cobatch.server.observability.observer import Traffic
+from cobatch.server.observability.traffic import Traffic
 from cobatch.server.settings.schema import ModelSettings
 from cobatch.server.v2.decode import Decoder
 from cobatch.server.v2.encode import Encoder
@@ -141,6 +141,11 @@ class Model:
         else:
             log.warning("model %s: opened again after %s", self.name, why)
             self.loaded_batcher.use(worker)
+
+    @property
+    def all_traffic(self) -> Traffic:
+        """All requests for this model, on whichever route."""
+        return self.infer_traffic.plus(self.traffic)
 
     @property
     def engine_worker(self) -> Worker:

@@ -17,11 +17,12 @@ from cobatch.batcher.tenant import Tenant
 from cobatch.engines.errors import EngineError
 from cobatch.server.auth.authenticator import Authenticator
 from cobatch.server.auth.principal import Principal
+from cobatch.server.auth.tenants import Total
 from cobatch.server.http.problem import Problem, from_error, stopping
 from cobatch.server.http.reply import Reply
 from cobatch.server.inference.model import Model
 from cobatch.server.observability.observer import Observer
-from cobatch.server.observability.record import Record
+from cobatch.server.observability.record import RequestRecord
 from cobatch.server.settings.auth import INFER
 from cobatch.server.settings.schema import Settings
 from cobatch.server.v2.decode import Decoded, WantedOutputs
@@ -35,7 +36,7 @@ class ModelRequest(Request):
 
     __slots__ = ("model", "record")
     model: Model
-    record: Record | None
+    record: RequestRecord | None
 
 
 class InferRequest(ModelRequest):
@@ -96,7 +97,7 @@ class Inference:
         self.auth = None if settings.auth is None else Authenticator(settings.auth)
         self.shows_standing = settings.auth is not None and settings.auth.rate_limit_headers
         self.models = {model.name: Model(model) for model in settings.models}
-        self.observer = Observer(self.models, None if self.auth is None else self.auth.tenants)
+        self.observer = Observer()
         # What the fast path compares the request target with, byte for byte.
         self.infer_targets: dict[bytes, Model] = {}
         self.infer_paths: dict[str, Model] = {}  # the same as text
@@ -164,6 +165,10 @@ class Inference:
         refusal = tenant.refusal(1, 1, time.monotonic(), 0.0) if tenant.limited else None
         return None if refusal is None else from_error(refusal)
 
+    def tenant_totals(self) -> list[tuple[str, Total]]:
+        """Return the totals of the busiest tenants, by name, and of all others together."""
+        return [] if self.auth is None else self.auth.tenants.totals()
+
     def forbidden(self, permission: str, model: str | None = None) -> Problem:
         """A known caller lacks a permission; for `infer` and `metadata` of one model, with its name."""
         assert self.auth is not None
@@ -179,7 +184,7 @@ class Inference:
         json_length: int | None,
         reply: Callable[[Reply], None],
         principal: Principal | None,
-        record: Record | None = None,
+        record: RequestRecord | None = None,
     ) -> InferRequest | None:
         """Decode and submit. `reply` is called exactly once, at once or later, unless cancelled.
 

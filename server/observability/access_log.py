@@ -25,7 +25,7 @@ from typing import Literal, TextIO
 
 import msgspec
 
-from cobatch.server.observability.record import Record
+from cobatch.server.observability.record import RequestRecord
 
 Style = Literal["json", "text"]
 LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
@@ -70,7 +70,7 @@ class Line(msgspec.Struct, omit_defaults=True):
     trace_id: str = ""
 
 
-def line_of(record: Record, now: str) -> Line:
+def line_of(record: RequestRecord, now: str) -> Line:
     """The line of a request. `now`: the time, as text."""
     line = Line(
         now,
@@ -97,7 +97,7 @@ def line_of(record: Record, now: str) -> Line:
     return line
 
 
-def _trace_id(record: Record) -> str:
+def _trace_id(record: RequestRecord) -> str:
     """Where its spans are; of one that is not traced here, where its caller's may be."""
     if record.traceresponse:
         return record.traceresponse[3:35].decode()
@@ -170,7 +170,7 @@ class AccessLog:
         self._loop = loop
         self._thread.start()
 
-    def request_done(self, record: Record) -> None:
+    def request_done(self, record: RequestRecord) -> None:
         """Its line, if it is grave enough."""
         if level_of(record.status) < self._least:
             return

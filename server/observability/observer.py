@@ -1,210 +1,125 @@
-"""What is counted of requests, and who else is told of them.
+"""Subscriptions to finished requests and batches: the access log, traces, the history, the live page.
 
-Counting is always on, so it has to cost next to nothing: an answer with rows is an element appended to a list
-(`batcher.durations`), any other one a count in a dict. Records of single requests
-(`server.observability.record`) are made only where somebody wants them, and what that one raises never
-reaches a request.
+Records of single requests (`server.observability.record`) are made only where a subscriber needs them.
+Subscribers must be fast and may keep what they get. An exception in one is logged and reaches no request.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.durations import PENDING_LIMIT, DurationHistogram
 from cobatch.batcher.request import Batch
 from cobatch.server.http.request_id import new_id
 from cobatch.server.observability.event_loop import LoopLag
-from cobatch.server.observability.record import Record
-
-if TYPE_CHECKING:
-    from cobatch.server.auth.tenants import Tenants, Total
-    from cobatch.server.inference.model import Model
+from cobatch.server.observability.record import RequestRecord
 
 log = logging.getLogger("cobatch.observe")
 
-# What stands for the status where the client left before there was one, as nginx has it.
-LEFT = 499
-LEFT_SLUG = "client-left"
-
-_FAILED = "whoever watches requests failed"
-
-RecordSink = Callable[[Record], None]
+RequestSink = Callable[[RequestRecord], None]
 BatchSink = Callable[[Batcher, Batch], None]
 
 
-class Sampler(Protocol):
-    """Wants records of some requests, and decides of which when they come."""
+class Tracer(Protocol):
+    """Makes spans of requests (`server.observability.tracing`)."""
 
-    def draw(self) -> bool: ...
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin, for requests on this loop."""
 
-    def begin(self, record: Record, drawn: bool) -> None: ...
+    def draw(self) -> bool:
+        """Decide by the sampling ratio whether to trace a request without a traceparent."""
 
+    def begin(self, record: RequestRecord, drawn: bool) -> None:
+        """Begin the span of a request to be traced. `drawn`: what `draw` answered for it."""
 
-class Traffic:
-    """Inference requests for one model. `durations` of those that were answered with rows: from complete
-    headers until the answer was written. `problems`: all others, by status and kind of problem."""
+    def request_done(self, record: RequestRecord) -> None:
+        """End the spans of a request."""
 
-    __slots__ = ("durations", "problems")
+    def item_done(self, call: RequestRecord, item: RequestRecord) -> None:
+        """Make the spans of a batch call's item inside those of the call."""
 
-    def __init__(self) -> None:
-        self.durations = DurationHistogram()
-        self.problems: Counter[tuple[int, str]] = Counter()
-
-    def count(self, status: int, slug: str, duration_s: float) -> None:
-        """Count an answer."""
-        if status != 200:
-            self.problems[status, slug] += 1
-            return
-        values = self.durations.values
-        values.append(duration_s)
-        if len(values) >= PENDING_LIMIT:
-            self.durations.count_in()
-
-    def count_alike(self, answers: int, duration_s: float) -> None:
-        """Count so many answers with rows that were given together."""
-        values = self.durations.values
-        values += [duration_s] * answers
-        if len(values) >= PENDING_LIMIT:
-            self.durations.count_in()
-
-    def plus(self, other: Traffic) -> Traffic:
-        """That of both."""
-        both = Traffic()
-        both.durations = self.durations.plus(other.durations)
-        both.problems = self.problems + other.problems
-        return both
+    def stop(self) -> None:
+        """Send what is left."""
 
 
 class Observer:
-    """Of one process. `http`: answers of everything but the infer route, by route, method, status and kind
-    of problem; the route is empty where there is none."""
+    """The subscribers of one process, and its counts of HTTP requests.
 
-    def __init__(self, models: Mapping[str, Model], tenants: Tenants | None) -> None:
-        self.models = models
-        self._tenants = tenants
+    `http`: answers on all routes but infer, by route (empty where there is none), method, status and kind of
+    problem. `each`: a subscriber wants every request; `watched`: that, or there is a tracer.
+    """
+
+    def __init__(self) -> None:
         self.lag = LoopLag()
         self.http: Counter[tuple[str, str, int, str]] = Counter()
-        self.watched = False  # whether anybody may want a record of a good request
-        self._begin: list[RecordSink] = []
-        self._requests: list[RecordSink] = []
-        self._recorded: list[RecordSink] = []
-        self._sampler: Sampler | None = None
-        self.each = False  # whether anybody wants a record of each request
-        self._batches: list[BatchSink] = []
+        self.each = False
+        self.watched = False
+        self._requests: dict[RequestSink, bool] = {}
+        self._batches: tuple[BatchSink, ...] = ()
+        self._tracer: Tracer | None = None
 
-    def add(
-        self,
-        *,
-        begin: RecordSink | None = None,
-        requests: RecordSink | None = None,
-        recorded: RecordSink | None = None,
-        batches: BatchSink | None = None,
-    ) -> None:
-        """Tell these from now on: of each request when its headers are there, and when it is answered or its
-        client has left; `recorded` only of those that have a record anyhow (all but most good ones of the
-        infer route); of each batch when it is dealt with, its requests still in it. They must be quick, and
-        may keep records and batches."""
-        if recorded is not None:
-            self._recorded.append(recorded)
-        if begin is not None:
-            self._begin.append(begin)
-        if requests is not None:
-            self._requests.append(requests)
-        if batches is not None:
-            self._batches.append(batches)
-        self._changed()
+    def on_request(self, sink: RequestSink, *, each: bool = False) -> None:
+        """Call `sink` with the record of a request that was answered or whose client disconnected.
 
-    def remove(
-        self,
-        *,
-        begin: RecordSink | None = None,
-        requests: RecordSink | None = None,
-        batches: BatchSink | None = None,
-    ) -> None:
-        """Tell these no more."""
-        if begin is not None:
-            self._begin.remove(begin)
-        if requests is not None:
-            self._requests.remove(requests)
-        if batches is not None:
-            self._batches.remove(batches)
-        self._changed()
+        Without `each`, most good answers on the infer route are left out, since they need no record.
+        """
+        self._requests = {**self._requests, sink: each}
+        self._update()
 
-    def _changed(self) -> None:
-        self.each = bool(self._begin or self._requests)
-        self.watched = self.each or self._sampler is not None
-        for model in self.models.values():
-            self.watch(model)
+    def on_batch(self, sink: BatchSink) -> None:
+        """Call `sink` with each batch that is finished, its requests still in it."""
+        self._batches += (sink,)
 
-    @property
-    def traffic(self) -> dict[str, Traffic]:
-        """By model, whichever way it came."""
-        return {name: model.infer_traffic.plus(model.traffic) for name, model in self.models.items()}
+    def trace(self, tracer: Tracer) -> None:
+        """Ask `tracer` at the beginning of each request, and tell it of each record."""
+        self._tracer = tracer
+        self.on_request(tracer.request_done)
 
-    def tenants(self) -> list[tuple[str, Total]]:
-        """What the busiest tenants have had, by name, and all others together; none where nobody is known."""
-        return [] if self._tenants is None else self._tenants.totals()
+    def remove(self, sink: RequestSink | BatchSink) -> None:
+        """End a subscription."""
+        self._requests = {one: each for one, each in self._requests.items() if one != sink}
+        self._batches = tuple(one for one in self._batches if one != sink)
+        self._update()
 
-    def watch(self, model: Model) -> None:
-        """See to it that batches of a model that has been loaded are told of, if anybody wants them."""
-        batcher = model.batcher
-        if batcher is not None:
-            batcher.watch_batches(_Ended(batcher, model, tuple(self._batches)).batch)
+    def _update(self) -> None:
+        self.each = any(self._requests.values())
+        self.watched = self.each or self._tracer is not None
 
-    def sample(self, sampler: Sampler) -> None:
-        """Let it draw which requests have a record although nothing else calls for one, and tell it of all
-        records' beginnings."""
-        self._sampler = sampler
-        self._changed()
+    def watch(self, batcher: Batcher, durations: DurationHistogram) -> None:
+        """Pass on the batches of a loaded model. `durations`: to which its answers append."""
+
+        def on_batch(batch: Batch) -> None:
+            if len(durations.values) >= PENDING_LIMIT:
+                durations.count_in()
+            for sink in self._batches:
+                _tell(sink, batcher, batch)
+
+        batcher.watch_batches(on_batch)
 
     def draw(self) -> bool:
-        """Whether the lot falls on a request that has just come."""
-        return self._sampler is not None and self._sampler.draw()
+        """Return True if a request that has just arrived is traced by the sampling ratio."""
+        return self._tracer is not None and self._tracer.draw()
 
-    def begin(self, record: Record, drawn: bool = False) -> None:
-        """A request's headers are there. `drawn`: what `draw` said of it."""
-        for sink in self._begin:
-            _tell(sink, record)
-        if self._sampler is not None:
-            _tell(self._sampler.begin, record, drawn)
+    def begin(self, record: RequestRecord, drawn: bool) -> None:
+        """Report a request with a record, whose headers have arrived. `drawn`: what `draw` answered."""
+        if self._tracer is not None:
+            _tell(self._tracer.begin, record, drawn)
 
-    def request_done(self, record: Record) -> None:
-        """It is answered, or its client has left; then it may have no id yet."""
+    def request_done(self, record: RequestRecord) -> None:
+        """Report a request that is answered, or whose client has disconnected."""
         if not record.request_id:
             record.request_id = new_id()
         for sink in self._requests:
             _tell(sink, record)
-        for sink in self._recorded:
-            _tell(sink, record)
-
-
-class _Ended:
-    """Is told of each batch of one model that is over, and tells the sinks."""
-
-    __slots__ = ("_batcher", "_durations", "_sinks")
-
-    def __init__(self, batcher: Batcher, model: Model, sinks: tuple[BatchSink, ...]) -> None:
-        self._batcher = batcher
-        self._durations = model.infer_traffic.durations
-        self._sinks = sinks
-
-    def batch(self, batch: Batch) -> None:
-        # Those that rode in it have appended theirs.
-        if len(self._durations.values) >= PENDING_LIMIT:
-            self._durations.count_in()
-        for sink in self._sinks:
-            try:
-                sink(self._batcher, batch)
-            except Exception:
-                log.exception(_FAILED)
 
 
 def _tell(sink: Callable[..., None], *what: Any) -> None:
     try:
         sink(*what)
     except Exception:
-        log.exception(_FAILED)
+        log.exception("a subscriber to requests or batches failed")

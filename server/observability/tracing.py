@@ -50,7 +50,7 @@ from opentelemetry.util.types import AttributeValue
 
 from cobatch import __version__
 from cobatch.batcher.request import Batch
-from cobatch.server.observability.record import Record
+from cobatch.server.observability.record import RequestRecord
 
 # Of a caller's header: whether it is one, and whether the caller traces this request. A later version may
 # have more behind it.
@@ -111,7 +111,7 @@ class Tracing:
         """Whether the lot falls on a request that has just come."""
         return self._lot() < self._ratio
 
-    def begin(self, record: Record, drawn: bool) -> None:
+    def begin(self, record: RequestRecord, drawn: bool) -> None:
         """Give it its span, if it is to be traced; its headers have been read. `drawn`: the lot's word."""
         parent = _TRACEPARENT.fullmatch(record.traceparent) if record.traceparent else None
         if parent is None:
@@ -131,7 +131,7 @@ class Tracing:
         mine = span.get_span_context()
         record.traceresponse = b"00-%032x-%016x-01" % (mine.trace_id, mine.span_id)
 
-    def request_done(self, record: Record) -> None:
+    def request_done(self, record: RequestRecord) -> None:
         """Make its spans, if it is traced."""
         span: Span | None = record.trace
         if span is None:
@@ -146,7 +146,7 @@ class Tracing:
             self._stages(span, record, record.batch)
         span.end(self._ns(record.answered_s))
 
-    def item_done(self, call: Record, item: Record) -> None:
+    def item_done(self, call: RequestRecord, item: RequestRecord) -> None:
         """Make the spans of a batch call's item inside the call's, if that is traced."""
         if call.trace is not None:
             item.trace = self._tracer.start_span(
@@ -154,7 +154,7 @@ class Tracing:
             )
             self.request_done(item)
 
-    def _stages(self, span: Span, record: Record, batch: Batch) -> None:
+    def _stages(self, span: Span, record: RequestRecord, batch: Batch) -> None:
         inside = set_span_in_context(span)
         mine = span.get_span_context()
         rode_in = batch.joined or (batch,)
@@ -206,7 +206,7 @@ class Tracing:
         return int((time_s + self._offset_s) * 1e9)
 
 
-def _attributes(record: Record) -> dict[str, AttributeValue]:
+def _attributes(record: RequestRecord) -> dict[str, AttributeValue]:
     """By the semantic conventions for HTTP servers; our own begin with `cobatch.`."""
     found: dict[str, AttributeValue] = {
         http.HTTP_REQUEST_METHOD: record.method,

@@ -22,13 +22,13 @@ from cobatch.batcher.errors import BatcherError
 from cobatch.batcher.tenant import Tenant
 from cobatch.server.api.routing import as_response, find, guarded
 from cobatch.server.auth.principal import principal_in, subject_in
+from cobatch.server.edge.exchange import record_in
 from cobatch.server.http.body import BodyError, read_body
 from cobatch.server.http.compression import compressed
 from cobatch.server.http.problem import Problem, from_error, stopping
 from cobatch.server.http.reply import JSON, Reply
 from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Inference
-from cobatch.server.observability.record import record_in
 from cobatch.server.predictions import decode as v1_decode
 from cobatch.server.predictions.content import fingerprint, read_content
 from cobatch.server.predictions.encode import Answer

@@ -29,7 +29,7 @@ from cobatch.batcher.request import Request, State
 from cobatch.batcher.tenant import Tenant
 from cobatch.server.http.problem import Problem
 from cobatch.server.inference.model import Model
-from cobatch.server.observability.record import Record
+from cobatch.server.observability.record import RequestRecord
 from cobatch.server.predictions import encode as v1_encode
 from cobatch.server.predictions.decode import Decoded
 from cobatch.server.predictions.encode import Answer
@@ -47,7 +47,7 @@ class Prediction:
         model: Model,
         decoded: Decoded,
         tenant: Tenant | None = None,
-        record: Record | None = None,
+        record: RequestRecord | None = None,
     ) -> None:
         # Long enough that nobody finds another's by trying.
         self.id = secrets.token_urlsafe(18)
@@ -119,7 +119,7 @@ class PredictionRequest(Request):
         model: Model,
         decoded: Decoded,
         tenant: Tenant | None,
-        record: Record | None,
+        record: RequestRecord | None,
     ) -> None:
         super().__init__(decoded.rows, decoded.row_shapes, decoded.payloads)
         self.priority = decoded.priority

@@ -12,7 +12,7 @@ from cobatch.server.api.metrics import STATES
 from cobatch.server.auth.authenticator import RESULTS
 from cobatch.server.http.problem_kinds import KINDS
 from cobatch.server.observability.metric_families import FAMILIES
-from cobatch.server.observability.record import Record
+from cobatch.server.observability.record import RequestRecord
 from tests.support.auth.protected import protected, token
 from tests.support.http.prometheus import prometheus, promtool
 from tests.support.http.serving import DEADLINE_S, Served, gate, gated, get
@@ -29,11 +29,11 @@ def scraped(served: Served) -> threading.Semaphore:
     """Is released by each scrape."""
     scrapes = threading.Semaphore(0)
 
-    def done(record: Record) -> None:
+    def done(record: RequestRecord) -> None:
         if record.path == "/metrics" and record.status == 200:
             scrapes.release()
 
-    served.call(lambda: served.core.observer.add(requests=done))
+    served.call(lambda: served.core.observer.on_request(done, each=True))
     return scrapes
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from cobatch.engines.errors import EngineRunError
+from cobatch.server.api.requests import Explainer
 from cobatch.server.http.problem import Problem
-from cobatch.server.observability import history as explain
-from cobatch.server.observability.history import Recent
-from cobatch.server.observability.record import Record
+from cobatch.server.observability import history
+from cobatch.server.observability.history import History
+from cobatch.server.observability.record import RequestRecord
 from cobatch.server.settings.schema import ModelSettings
 from tests.support.http.batching import get, infer
 from tests.support.http.scraping import scrape
@@ -129,11 +130,12 @@ def test_one_that_fails_among_others_that_are_alike(fast: bool) -> None:
 
 
 def test_only_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(explain, "_MOST_ITEMS", 4)
-    recent = Recent()
+    monkeypatch.setattr(history, "_ITEMS", 4)
+    recent = History()
+    explain = Explainer(recent).explain
 
-    def record(status: int) -> Record:
-        made = Record("", "GET", "/v2", 1.0)
+    def record(status: int) -> RequestRecord:
+        made = RequestRecord("", "GET", "/v2", 1.0)
         made.status = status
         return made
 
@@ -141,15 +143,15 @@ def test_only_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     recent.on_items("b", [record(402), record(403)])
     recent.on_items("a", [record(404)])  # the newest of that name, and one less
     recent.on_items("c", [record(405)])
-    assert [recent.explain(one)["status"] for one in ("b.1", "a.0", "c.0")] == [403, 404, 405]
+    assert [explain(one)["status"] for one in ("b.1", "a.0", "c.0")] == [403, 404, 405]
     recent.on_items("d", [record(406)])
     with pytest.raises(Problem):
-        recent.explain("b.1")
+        explain("b.1")
     recent.on_items("e", [record(407)] * 9)
-    assert recent.explain("e.8")["status"] == 407
+    assert explain("e.8")["status"] == 407
     for gone in ("a.0", "d.0", "e.9", "e.x", "e.", ".1", "e.-1", "e.99999", "e.\u0661"):
         with pytest.raises(Problem):
-            recent.explain(gone)
+            explain(gone)
 
 
 def test_items_of_a_client_that_left_are_counted() -> None:

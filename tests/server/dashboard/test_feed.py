@@ -18,7 +18,7 @@ from cobatch.server.auth.principal import Principal
 from cobatch.server.dashboard import feed as live_module
 from cobatch.server.dashboard import seconds as recent
 from cobatch.server.dashboard.feed import KEPT, Live, hello
-from cobatch.server.observability.history import Recent
+from cobatch.server.observability.history import History
 from cobatch.server.settings.auth import TenantRule
 from cobatch.server.settings.schema import ModelSettings
 from tests.support.auth.protected import settings_in
@@ -44,8 +44,8 @@ class Feed:
 
     def __init__(self, running: InProcess) -> None:
         self.clock = Clock()
-        self.kept = Recent()
-        running.core.observer.add(batches=self.kept.on_batch)
+        self.kept = History()
+        running.core.observer.on_batch(self.kept.on_batch)
         self.live = Live(running.core, self.kept, clock=self.clock.monotonic, wall_clock=self.clock.wall)
 
     def second(self) -> None:
@@ -202,7 +202,7 @@ async def test_a_second_that_fails_is_logged_and_the_next_one_is_told(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async with gated() as (running, _):
-        live = Live(running.core, Recent())
+        live = Live(running.core, History())
         told = asyncio.Event()
         outcomes = [RuntimeError("broken"), None]
 

@@ -14,7 +14,7 @@ from cobatch.engines.errors import EngineError
 from cobatch.server.dashboard.seconds import Figures, ModelRecent, size_bins, sparse, timeline
 from cobatch.server.http.request_id import place_of
 from cobatch.server.inference.model import Model
-from cobatch.server.observability.history import Recent
+from cobatch.server.observability.history import History
 from cobatch.server.settings.schema import ModelSettings
 from tests.support.virtual.loop import Call, FakeEngine, FakeWorker, calls, make_batcher, run
 
@@ -150,7 +150,7 @@ def test_a_model_without_an_engine_says_so() -> None:
 def test_batches_are_told_one_by_one_with_what_they_waited_for() -> None:
     async def main() -> None:
         batcher = make_batcher(FakeWorker(FakeEngine(slots=1)))
-        kept = Recent(clock=asyncio.get_running_loop().time)
+        kept = History()
         batcher.watch_batches(lambda batch: kept.on_batch(batcher, batch))
         callers = calls(3)
         batcher.submit(callers[0])
@@ -178,7 +178,7 @@ def test_a_batch_that_failed_is_marked() -> None:
         engine = FakeEngine()
         engine.fails = lambda rows: EngineError("no")
         batcher = make_batcher(FakeWorker(engine))
-        kept = Recent(clock=asyncio.get_running_loop().time)
+        kept = History()
         batcher.watch_batches(lambda batch: kept.on_batch(batcher, batch))
         (caller,) = calls(1)
         batcher.submit(caller)

@@ -25,7 +25,7 @@ from cobatch.server.observability.access_log import (
     level_of,
     line_of,
 )
-from cobatch.server.observability.record import Record
+from cobatch.server.observability.record import RequestRecord
 from tests.support.auth import protected as guarded
 from tests.support.http.serving import GATE, Client, Served, gate, gated, get, post, rows_of
 
@@ -164,7 +164,7 @@ def test_credentials_and_data_never(fast: bool, tmp_path: Path) -> None:
 
 
 def test_nobody_writes_lines_of_his_own() -> None:
-    record = Record("id", "GET", '/a\n{"status": 200}\r "\x1b[2J', 0.0)
+    record = RequestRecord("id", "GET", '/a\n{"status": 200}\r "\x1b[2J', 0.0)
     record.status = 404
     for form in (as_json, as_text):
         line = form(line_of(record, "now"))
@@ -176,7 +176,7 @@ def test_nobody_writes_lines_of_his_own() -> None:
 
 
 def test_a_long_path_is_cut() -> None:
-    record = Record("id", "GET", "/" + "x" * 10_000, 0.0)
+    record = RequestRecord("id", "GET", "/" + "x" * 10_000, 0.0)
     assert len(line_of(record, "now").path) < 600
 
 
@@ -184,7 +184,7 @@ def test_a_long_path_is_cut() -> None:
 
 
 def test_lines_for_people() -> None:
-    record = Record("id-1", "POST", GATE, 1.0)
+    record = RequestRecord("id-1", "POST", GATE, 1.0)
     record.status, record.slug, record.model, record.answered_s = 429, "queue-full", "gate", 1.0005
     assert as_text(line_of(record, "now")) == (
         "now WARNING 429 POST /v2/models/gate/infer "
@@ -235,8 +235,8 @@ class _Stuck(io.StringIO):
         return super().write(text)
 
 
-def _done(status: int = 200) -> Record:
-    record = Record("id", "GET", "/v2", 0.0)
+def _done(status: int = 200) -> RequestRecord:
+    record = RequestRecord("id", "GET", "/v2", 0.0)
     record.status = status
     return record
 

@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 
 from cobatch.batcher.scheduling import policy
 from cobatch.engines.errors import EngineRunError
+from cobatch.server.api.requests import REASONS
 from cobatch.server.cli import app
 from cobatch.server.http.request_id import place_of
-from cobatch.server.observability import history as explain
-from cobatch.server.observability.record import Record
+from cobatch.server.observability import history
+from cobatch.server.observability.record import RequestRecord
 from tests.support.auth import protected as guarded
 from tests.support.http.serving import GATE, Answer, Client, GatedEngine, Served, gate, gated, get, post
 from tests.support.virtual.loop import Call, FakeEngine, FakeWorker, make_batcher, run
@@ -65,7 +66,7 @@ def test_in_which_company_it_rode_and_what_it_waited_for(fast: bool) -> None:
     assert (alone["rows"], alone["requests"], alone["reason"]) == (1, 1, "idle")
     assert (shared["rows"], shared["requests"]) == (3, 2)
     assert third["batches"] == second["batches"]
-    assert shared["why"] == explain.WHY[shared["reason"]]
+    assert shared["why"] == REASONS[shared["reason"]]
     assert first["waited_for"] == []
     for one in (second, third):
         (wait,) = one["waited_for"]
@@ -74,7 +75,7 @@ def test_in_which_company_it_rode_and_what_it_waited_for(fast: bool) -> None:
     for one in (first, second, third):
         times = one["times_us"]
         assert abs(sum(times[stage] for stage in STAGES) - times["total"]) <= len(STAGES)
-    assert f"It rode in batch {shared['number']} with 3 rows of 2 requests" in " ".join(second["in_words"])
+    assert f"It ran in batch {shared['number']} with 3 rows of 2 requests" in " ".join(second["in_words"])
     assert f"for the run of batch {alone['number']} (1 row)" in " ".join(second["in_words"])
 
 
@@ -106,7 +107,7 @@ def test_one_that_was_refused_and_one_that_failed(fast: bool) -> None:
         failed = explained(served, id_of(served.ask(gate(1))))
     assert (refused["status"], refused["problem"]) == (400, "not-json")
     assert "batches" not in refused
-    assert "It rode in no batch; it was answered with 400" in refused["in_words"][0]
+    assert "It ran in no batch; it was answered with 400" in refused["in_words"][0]
     assert (failed["status"], failed["problem"], failed["rows"]) == (500, "run-failed", 1)
 
 
@@ -153,8 +154,8 @@ def test_what_is_not_known() -> None:
 
 
 def test_only_the_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(explain, "_MOST_RECORDS", 2)
-    monkeypatch.setattr(explain, "_MOST_BATCHES", 2)
+    monkeypatch.setattr(history, "_RECORDS", 2)
+    monkeypatch.setattr(history, "_BATCHES", 2)
     with gated(True) as (served, _):
         ids = [id_of(served.ask(gate(1))) for _ in range(3)]
         refused = [id_of(served.ask(post(GATE, b"{"))) for _ in range(3)]
@@ -165,10 +166,10 @@ def test_only_the_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_busy_model_leaves_the_others_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(explain, "_MOST_BATCHES", 6)
+    monkeypatch.setattr(history, "_BATCHES", 6)
 
     async def main() -> None:
-        recent = explain.Recent(models=2)
+        recent = history.History(models=2)
         for name in ("busy", "idle"):
             batcher = make_batcher(FakeWorker(FakeEngine()))
             batcher.name = name
@@ -197,7 +198,7 @@ def test_an_id_of_ours_names_one_request_only(fast: bool) -> None:
 
 
 def test_a_list_of_states_is_kept_whole_or_not_at_all() -> None:
-    record = Record("", "GET", "/", 0.0)
+    record = RequestRecord("", "GET", "/", 0.0)
     record.mark(b"tracestate", b"a=1")
     record.mark(b"tracestate", b"b=" + b"2" * 9000)
     record.mark(b"tracestate", b"c=3")
@@ -211,8 +212,8 @@ def test_what_is_kept_is_not_as_long_as_a_caller_likes(fast: bool) -> None:
         given = id_of(served.ask(get("/none/" + "x" * 20_000).replace(b"\r\n\r\n", lines(long))))
         found = explained(served, given)
         kept = [
-            sink.__self__._records[given]  # type: ignore[attr-defined]  # a bound method
-            for sink in served.core.observer._recorded
+            sink.__self__.record(given)  # type: ignore[attr-defined]  # a bound method
+            for sink in served.core.observer._requests
         ]
     assert found["path"] == "/none/" + "x" * 494
     for record in kept:
@@ -226,7 +227,7 @@ def lines(headers: dict[str, str]) -> bytes:
 
 def test_every_reason_has_its_words() -> None:
     reasons = {value for name, value in vars(policy).items() if name.isupper() and isinstance(value, str)}
-    assert set(explain.WHY) == reasons
+    assert set(REASONS) == reasons
 
 
 # The command

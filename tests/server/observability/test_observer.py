@@ -1,4 +1,4 @@
-"""Who is told of requests and batches, and what happens to what those raise."""
+"""Subscribers to requests and batches, and exceptions in them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.durations import PENDING_LIMIT
 from cobatch.batcher.request import Batch
 from cobatch.engines.errors import EngineError
-from cobatch.server.observability.record import Record
+from cobatch.server.observability.record import RequestRecord
 from tests.support.http.serving import GatedEngine, Served, gate, gated
 
 
@@ -26,25 +26,42 @@ def served(both: tuple[Served, GatedEngine]) -> Served:
 
 
 class Sink:
-    """Keeps what it is told, and what it saw of it."""
+    """Keeps what it is told. Also a tracer that draws every request."""
 
     def __init__(self) -> None:
-        self.begun: list[Record] = []
-        self.done: list[Record] = []
+        self.begun: list[RequestRecord] = []
+        self.done: list[RequestRecord] = []
         self.batches: list[tuple[str, int, int]] = []
 
-    def begin(self, record: Record) -> None:
+    def draw(self) -> bool:
+        return True
+
+    def begin(self, record: RequestRecord, drawn: bool) -> None:
         assert record.status == 0
+        assert drawn
         self.begun.append(record)
+
+    def request_done(self, record: RequestRecord) -> None:
+        self.done.append(record)
 
     def batch(self, batcher: Batcher, batch: Batch) -> None:
         self.batches.append((batcher.name, batch.rows, len(batch.requests)))
 
+    def start(self, *_: object) -> None:
+        raise NotImplementedError
 
-def test_a_request_is_told_of_twice_and_its_batch_once(served: Served) -> None:
+    def item_done(self, *_: object) -> None:
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        raise NotImplementedError
+
+
+def test_a_request_is_reported_twice_and_its_batch_once(served: Served) -> None:
     sink = Sink()
     observer = served.core.observer
-    served.call(lambda: observer.add(begin=sink.begin, requests=sink.done.append, batches=sink.batch))
+    served.call(lambda: observer.trace(sink))
+    served.call(lambda: observer.on_batch(sink.batch))
     assert served.ask(gate(1, 2)).status == 200
     (record,) = served.call(sink.done.copy)
     assert sink.begun == [record]
@@ -61,51 +78,65 @@ def test_a_request_is_told_of_twice_and_its_batch_once(served: Served) -> None:
     assert sink.batches == [("gate", 2, 1)]
 
 
-def test_who_is_removed_hears_no_more(served: Served) -> None:
+def test_a_removed_subscriber_is_not_called(served: Served) -> None:
     sink = Sink()
     observer = served.core.observer
     kept = served.call(lambda: observer.watched)
-    served.call(lambda: observer.add(begin=sink.begin, requests=sink.done.append, batches=sink.batch))
+    served.call(lambda: observer.on_request(sink.request_done, each=True))
+    served.call(lambda: observer.on_batch(sink.batch))
     assert served.call(lambda: observer.watched)
-    # Bound methods are equal, not the same: `remove` is asked for the equal one.
-    served.call(lambda: observer.remove(begin=sink.begin, requests=sink.done.append, batches=sink.batch))
+    # Bound methods are equal, not the same: `remove` gets the equal one.
+    served.call(lambda: observer.remove(sink.request_done))
+    served.call(lambda: observer.remove(sink.batch))
     assert served.call(lambda: observer.watched) is kept
     assert served.ask(gate(1)).status == 200
-    assert not sink.begun
     assert not sink.done
     assert not sink.batches
 
 
-def test_what_a_watcher_raises_reaches_no_request(served: Served, caplog: pytest.LogCaptureFixture) -> None:
-    sink = Sink()
+class Failing(Sink):
+    """Raises whatever it is told."""
 
-    def angry(*_: object) -> None:
+    def begin(self, record: RequestRecord, drawn: bool) -> None:
         raise RuntimeError("not with me")
 
+    def request_done(self, record: RequestRecord) -> None:
+        raise RuntimeError("not with me")
+
+    def batch(self, batcher: Batcher, batch: Batch) -> None:
+        raise RuntimeError("not with me")
+
+
+def test_an_exception_in_a_subscriber_reaches_no_request(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    failing, sink = Failing(), Sink()
     observer = served.core.observer
-    served.call(lambda: observer.add(begin=angry, requests=angry, batches=angry))
-    served.call(lambda: observer.add(begin=sink.begin, requests=sink.done.append, batches=sink.batch))
+    served.call(lambda: observer.trace(failing))
+    served.call(lambda: observer.on_batch(failing.batch))
+    served.call(lambda: observer.on_request(sink.request_done, each=True))
+    served.call(lambda: observer.on_batch(sink.batch))
     with served.connect() as client:
         for _ in range(3):
             assert client.ask(gate(1)).status == 200
-    # On the loop: an answer is written before anybody is told of it.
-    assert served.call(lambda: (len(sink.begun), len(sink.done), len(sink.batches))) == (3, 3, 3)
+    # On the loop: a response is written before subscribers are called.
+    assert served.call(lambda: (len(sink.done), len(sink.batches))) == (3, 3)
     assert served.call(lambda: served.batcher().running_batches) == 0
     assert caplog.text.count("RuntimeError: not with me") == 9
 
 
 def test_refusals_have_records_with_their_kind(served: Served) -> None:
     sink = Sink()
-    served.call(lambda: served.core.observer.add(requests=sink.done.append))
+    served.call(lambda: served.core.observer.on_request(sink.request_done, each=True))
     assert served.ask(gate(1).replace(b'"x"', b'"z"')).slug == "unknown-tensor"
     (record,) = served.call(sink.done.copy)
     assert (record.status, record.slug, record.batch) == (400, "unknown-tensor", None)
 
 
-def test_an_answer_that_says_where_it_rode_has_no_record(both: tuple[Served, GatedEngine]) -> None:
+def test_a_response_whose_id_names_its_batch_has_no_record(both: tuple[Served, GatedEngine]) -> None:
     served, engine = both
     sink = Sink()
-    served.call(lambda: served.core.observer.add(recorded=sink.done.append))
+    served.call(lambda: served.core.observer.on_request(sink.request_done))
     assert served.ask(gate(1)).status == 200
     assert not served.call(sink.done.copy)
     assert served.ask(gate(1, headers={"X-Request-Id": "mine"})).headers["x-request-id"] == "mine"

@@ -20,7 +20,7 @@ pytest.importorskip("opentelemetry.exporter.otlp", reason="needs the extra otel:
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from cobatch.server.observability import tracing
-from cobatch.server.observability.record import Record
+from cobatch.server.observability.record import RequestRecord
 from cobatch.server.observability.tracing import Tracing
 from tests.support.auth import protected as guarded
 from tests.support.http.otlp import Receiver, attributes, receiver
@@ -221,7 +221,7 @@ def test_the_caller_decides_and_else_the_lot(fast: bool) -> None:
 )  # fmt: skip
 def test_a_header_that_is_none_is_passed_over(header: str) -> None:
     traces = Tracing(0.5, "http://127.0.0.1:1", lot=lambda: 0.4)
-    record = Record("", "GET", "/v2", 1.0)
+    record = RequestRecord("", "GET", "/v2", 1.0)
     record.traceparent = header
     traces.begin(record, traces.draw())
     assert record.traceresponse
@@ -231,7 +231,7 @@ def test_a_header_that_is_none_is_passed_over(header: str) -> None:
 
 def test_a_later_version_with_more_in_it_is_taken() -> None:
     traces = Tracing(0.0, "http://127.0.0.1:1")
-    record = Record("", "GET", "/v2", 1.0)
+    record = RequestRecord("", "GET", "/v2", 1.0)
     record.traceparent = f"01-{TRACE}-{CALLER}-01-more"
     traces.begin(record, traces.draw())
     assert record.traceresponse.startswith(f"00-{TRACE}-".encode())
@@ -241,7 +241,7 @@ def test_a_later_version_with_more_in_it_is_taken() -> None:
 @pytest.mark.parametrize(("drawn", "is_traced"), [(0.0999, True), (0.1, False)])
 def test_the_lot(drawn: float, is_traced: bool) -> None:
     traces = Tracing(0.1, "http://127.0.0.1:1", lot=lambda: drawn)
-    record = Record("", "GET", "/v2", 1.0)
+    record = RequestRecord("", "GET", "/v2", 1.0)
     traces.begin(record, traces.draw())
     assert (record.trace is not None) == is_traced
     traces._provider.shutdown()
@@ -269,9 +269,9 @@ def test_a_receiver_that_is_not_there_costs_no_request_its_answer(
 
 
 def test_without_the_libraries_the_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cobatch.server import watchers  # noqa: PLC0415 - only here
+    from cobatch.server import app  # noqa: PLC0415 - only here
     from cobatch.server.settings.values import SettingsError  # noqa: PLC0415 - the same
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=re.escape("pip install 'cobatch[otel]'")):
-        watchers._tracing(1.0, None)
+        app._tracer(ServerSettings(tracing=True))

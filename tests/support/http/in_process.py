@@ -21,7 +21,7 @@ from cobatch.engines.loader import EngineOptions, load_engine
 from cobatch.server.app import build
 from cobatch.server.auth.gate import Gate
 from cobatch.server.edge.asgi import InferRoutes
-from cobatch.server.edge.observed import Observed
+from cobatch.server.edge.observed import ObservingMiddleware
 from cobatch.server.inference.service import Inference
 from cobatch.server.settings.auth import AuthSettings
 from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings
@@ -68,7 +68,7 @@ async def in_process(
 
     core.on_load_failed = failed
     app = build(core)
-    assert isinstance(app, Observed)
+    assert isinstance(app, ObservingMiddleware)
     inner = app.app._app if isinstance(app.app, Gate) else app.app
     assert isinstance(inner, InferRoutes)
     starlette: Any = inner.app

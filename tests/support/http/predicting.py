@@ -23,7 +23,7 @@ from cobatch.engines.loader import EngineOptions, load_engine
 from cobatch.server.app import build
 from cobatch.server.auth.principal import PRINCIPAL, Principal
 from cobatch.server.edge.asgi import InferRoutes
-from cobatch.server.edge.observed import Observed
+from cobatch.server.edge.observed import ObservingMiddleware
 from cobatch.server.inference.service import Inference
 from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings
 from tests.support.http.serving import DEADLINE_S, GatedEngine
@@ -35,7 +35,7 @@ GATE = "/v1/models/gate/predictions"
 class App:
     """A running application and a client for it."""
 
-    def __init__(self, app: Observed, core: Inference, client: httpx.AsyncClient) -> None:
+    def __init__(self, app: ObservingMiddleware, core: Inference, client: httpx.AsyncClient) -> None:
         self.app = app
         self.core = core
         self.client = client
@@ -88,7 +88,7 @@ async def running(
     ready = asyncio.Event()
     core.on_ready = ready.set
     app = build(core)
-    assert isinstance(app, Observed)
+    assert isinstance(app, ObservingMiddleware)
     inner = app.app
     assert isinstance(inner, InferRoutes)
     transport = httpx.ASGITransport(Subjects(app))
