@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from cobatch.server.auth.principal import MAX_NAME, is_name
 from cobatch.server.settings.auth import Text, Texts, is_permission
 from cobatch.server.settings.values import Given, SettingsError, check_table, fields_of, read_toml, refused
 
@@ -40,7 +41,6 @@ _ID = re.compile(r"[a-z2-7]{12}")
 _SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
 # RFC 6749, 3.3: the characters of a scope.
 _SCOPE = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]+")
-_MAX_NAME = 256
 
 
 class _Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,8 +157,9 @@ def _entry(where: str, table: object, source: str) -> ApiKey:
             raise SettingsError(f"{where}.{field.name}: missing ({source})")
     _check(given["id"], _ID.fullmatch, "12 of the letters a to z and digits 2 to 7")
     _check(given["sha256"], _SHA256.fullmatch, "64 hex digits, of the secret's SHA-256")
-    for name in ("tenant", *(["name"] if "name" in given else [])):
-        _check(given[name], _is_name, f"at most {_MAX_NAME} printable characters")
+    for name in ("tenant", "name"):
+        if name in given and given[name].value:
+            _check(given[name], is_name, f"at most {MAX_NAME} printable characters")
     return ApiKey(
         id=given["id"].value,
         tenant=given["tenant"].value,
@@ -171,10 +172,6 @@ def _entry(where: str, table: object, source: str) -> ApiKey:
 def _check(given: Given, accepts: Callable[[str], object], expected: str) -> None:
     if not accepts(given.value):
         raise refused(given.key, expected, given.value, given.source)
-
-
-def _is_name(text: str) -> bool:
-    return text.isprintable() and len(text) <= _MAX_NAME
 
 
 def _scopes(given: Given) -> tuple[str, ...]:

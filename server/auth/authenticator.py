@@ -170,14 +170,10 @@ class Authenticator:
         principal = self._api_key_principals.get(key.id)
         if principal is None:
             values = frozenset(key.scopes)
-            principal = self._api_key_principals[key.id] = Principal(
-                self.tenants.of(key.tenant, values),
-                f"key {key.id}",
-                permissions=frozenset(filter(is_permission, values)),
-                values=values,
-                expires_s=key.expires_s,
-                rules=self._rules,
-            )
+            tenant = self.tenants.of(key.tenant, values)
+            permissions = frozenset(filter(is_permission, values))
+            principal = Principal(tenant, f"key {key.id}", permissions, key.expires_s, self._rules, values)
+            self._api_key_principals[key.id] = principal
         return principal
 
     def _token_principal(self, token: VerifiedToken) -> Principal:
@@ -189,22 +185,17 @@ class Authenticator:
             if value in issuer.permissions or value in self._named_scopes or is_permission(value)
         )
         if issuer.permissions:
-            granted = frozenset(p for value in values for p in issuer.permissions.get(value, ()))
+            permissions = frozenset(p for value in values for p in issuer.permissions.get(value, ()))
         else:
-            granted = frozenset(filter(is_permission, values))
+            permissions = frozenset(filter(is_permission, values))
         tenant = claim_at(claims, issuer.tenant_claim)
         if len(self._keys) > 1:
             # Two issuers may each have a "bob". An issuer's name contains no "|", so the pair is unambiguous.
             tenant = f"{issuer.name}|{tenant}"
-        return Principal(
-            self.tenants.of(tenant, values),
-            # The prefix keeps a token without sub apart from a sub that equals its tenant.
-            f"token {issuer.issuer} {'sub ' + claims['sub'] if 'sub' in claims else 'tenant ' + tenant}",
-            permissions=granted,
-            values=values,
-            expires_s=token.expires_s,
-            rules=self._rules,
-        )
+        # The prefix keeps a token without sub apart from a sub that equals its tenant.
+        subject = f"token {issuer.issuer} {'sub ' + claims['sub'] if 'sub' in claims else 'tenant ' + tenant}"
+        account = self.tenants.of(tenant, values)
+        return Principal(account, subject, permissions, token.expires_s, self._rules, values)
 
     def _withdraw(self, key: Key) -> None:
         """Expire all principals whose tokens this key signed; its issuer no longer publishes it."""

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -41,15 +42,12 @@ _PUBLIC_MEMBERS: dict[str, tuple[type[Algorithm], tuple[str, ...]]] = {
 }
 
 
-class Key:
+class Key(msgspec.Struct, eq=False):
     """A key and the only algorithm that it is used with. Keys compare by identity."""
 
-    __slots__ = ("algorithm", "kid", "material")
-
-    def __init__(self, kid: str | None, algorithm: str, material: Material) -> None:
-        self.kid = kid
-        self.algorithm = algorithm
-        self.material = material
+    kid: str | None
+    algorithm: str
+    material: Material
 
     def __repr__(self) -> str:
         # Never the material: HS256's is secret.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import msgspec
 from starlette.types import Scope
 
 from cobatch.batcher.tenant import Tenant
@@ -12,40 +13,29 @@ from cobatch.server.settings.auth import ADMIN, INFER, METADATA, ModelRule
 # The principal's key in the ASGI scope, which no client can write to.
 PRINCIPAL = "cobatch.principal"
 ANONYMOUS = "anonymous"
+MAX_NAME = 256
 
 
-class Principal:
+class Principal(msgspec.Struct, eq=False, weakref=True):
     """An authenticated client.
 
     `subject` separates clients that may not see each other's predictions. `values` are the scopes and roles
-    in the credential, `permissions` the rights they grant here. `expires_s`, in seconds since the epoch,
-    becomes 0 when the token's key is withdrawn, so a cache has to check it on each use.
+    in the credential, `permissions` the rights they grant here; `rules` restrict models. `expires_s`, in
+    seconds since the epoch, becomes 0 when the token's key is withdrawn, so caches check it on each use.
     """
 
-    __slots__ = ("__weakref__", "_rules", "expires_s", "permissions", "subject", "tenant", "values")
-
-    def __init__(
-        self,
-        tenant: Tenant,
-        subject: str,
-        *,
-        permissions: frozenset[str],
-        values: frozenset[str] = frozenset(),
-        expires_s: float,
-        rules: Mapping[str, ModelRule],
-    ) -> None:
-        self.tenant = tenant
-        self.subject = subject
-        self.permissions = permissions
-        self.values = values
-        self.expires_s = expires_s
-        self._rules = rules
+    tenant: Tenant
+    subject: str
+    permissions: frozenset[str]
+    expires_s: float
+    rules: Mapping[str, ModelRule]
+    values: frozenset[str] = frozenset()
 
     def may_infer(self, model: str) -> bool:
         """Report whether the client may run the model."""
         if INFER not in self.permissions and f"{INFER}:{model}" not in self.permissions:
             return False
-        rule = self._rules.get(model)
+        rule = self.rules.get(model)
         return rule is None or self.tenant.name in rule.tenants or not self.values.isdisjoint(rule.scopes)
 
     def may_read(self, model: str) -> bool:
@@ -56,6 +46,11 @@ class Principal:
     def is_admin(self) -> bool:
         """True if the client may read data of all clients."""
         return ADMIN in self.permissions
+
+
+def is_name(value: object) -> bool:
+    """Report whether a value is safe in logs and metrics: no control, invisible or surrogate characters."""
+    return isinstance(value, str) and 0 < len(value) <= MAX_NAME and value.isprintable()
 
 
 def principal_in(scope: Scope) -> Principal | None:

@@ -17,6 +17,7 @@ import jwt
 from cobatch.server.auth.credentials import header_and_claims
 from cobatch.server.auth.jwks import KeySource
 from cobatch.server.auth.keys import MAX_KID, Key
+from cobatch.server.auth.principal import MAX_NAME, is_name
 from cobatch.server.settings.auth import AuthSettings, Issuer
 
 _ACCESS_TOKEN = frozenset({"at+jwt", "application/at+jwt"})
@@ -27,7 +28,6 @@ _ID_TOKEN_CLAIMS = ("nonce", "at_hash", "c_hash")  # OpenID Connect Core, 2 and 
 _TIMES = ("exp", "nbf", "iat")
 _TEXTS = ("iss", "sub", "client_id", "jti")
 _MAX_TIME_S = 2**53  # a float represents every second up to here exactly
-_MAX_NAME = 256
 _JWS = jwt.PyJWS(
     ["RS256", "PS256", "ES256", "EdDSA", "HS256"],
     {"verify_signature": True, "enforce_minimum_key_length": True},
@@ -122,8 +122,8 @@ class TokenVerifier:
         if self._audience.isdisjoint(names):
             raise TokenError("the token's aud is not this server")
         for name in (issuer.tenant_claim, *(["sub"] if "sub" in claims else [])):
-            if not _is_name(claim_at(claims, name)):
-                raise TokenError(f"the token's {name} is not 1 to {_MAX_NAME} printable characters")
+            if not is_name(claim_at(claims, name)):
+                raise TokenError(f"the token's {name} is not 1 to {MAX_NAME} printable characters")
 
     def _check_times(self, claims: dict[str, Any]) -> float:
         """Check RFC 7519, 4.1.4 to 4.1.6, with leeway; return the time at which the token expires."""
@@ -152,11 +152,6 @@ def claim_at(claims: Mapping[str, Any], name: str) -> Any:
             return None
         value = value[part]
     return value
-
-
-def _is_name(value: object) -> bool:
-    """Report whether a value is safe in logs and metrics: no control, invisible or surrogate characters."""
-    return isinstance(value, str) and 0 < len(value) <= _MAX_NAME and value.isprintable()
 
 
 def _is_time(value: object) -> bool:
