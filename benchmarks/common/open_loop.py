@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from cobatch.batcher.simulator.traffic import Recorded, Trace
 from cobatch.server.loadtest.fleet import Fleet
-from cobatch.server.loadtest.messages import Address, Plan, Prepared, Trial
-from cobatch.server.loadtest.tally import Count, Tally
+from cobatch.server.loadtest.messages import Address, Plan, PreparedRequest, Trial
+from cobatch.server.loadtest.statistics import Counts, Tally
 
 _CONNECTIONS = 16_384  # at most: a server shall see each request when it is due
 _TIMEOUT_S = 10.0
@@ -22,7 +22,7 @@ class Load:
     times_s: Sequence[float]
 
 
-def drive(address: str, *loads: Load, deadline_s: float | None = None, processes: int = 1) -> list[Count]:
+def drive(address: str, *loads: Load, deadline_s: float | None = None, processes: int = 1) -> list[Counts]:
     """What came of each load, all sent together to HOST:PORT. Latencies are from when a request was due."""
     host, _, port = address.rpartition(":")
     names = [str(number) for number in range(len(loads))]
@@ -31,7 +31,7 @@ def drive(address: str, *loads: Load, deadline_s: float | None = None, processes
     plan = Plan(
         address=Address(host, int(port)),
         requests={
-            (number, 1): [Prepared(one, number, 0) for one in load.requests]
+            (number, 1): [PreparedRequest(one, number, 0) for one in load.requests]
             for number, load in enumerate(loads)
         },
         names=names,

@@ -33,7 +33,7 @@ from benchmarks.common.models import OUT, model_path
 from benchmarks.common.open_loop import Load, constant, drive
 from benchmarks.common.processes import cobatch
 from benchmarks.common.turns import Turn, serve_turn, wait_until_idle
-from cobatch.server.loadtest.tally import Count
+from cobatch.server.loadtest.statistics import Counts
 
 _TOKENS = 10_000
 _ISSUER, _AUDIENCE, _KID = "https://issuer.bench.invalid", "https://cobatch.bench.invalid", "bench"
@@ -135,10 +135,10 @@ def flood(rounds: int, seconds: int, tokens: Tokens, console: Console) -> list[t
     return results
 
 
-def _seen(of: Count) -> Seen:
+def _seen(of: Counts) -> Seen:
     latency = of.latency
     answers = {"200": latency.count, **of.errors} if latency.count else dict(of.errors)
-    return Seen(latency.quantile_us(0.5), latency.quantile_us(0.99), latency.most_us, answers)
+    return Seen(latency.quantile_us(0.5), latency.quantile_us(0.99), latency.max_us, answers)
 
 
 def _raw(token: str) -> bytes:

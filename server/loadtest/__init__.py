@@ -1,17 +1,16 @@
-"""`cobatch bench`: load on any server of the Open Inference Protocol V2, and what came of it.
+"""`cobatch bench`: a load generator for any server of the Open Inference Protocol V2.
 
-Theory. What a user waits for begins when he wants an answer, not when a generator gets round to asking. In
-the open loop the moments of sending are drawn beforehand and every latency counts from them, so that a server
-which stalls is charged for all who would have asked meanwhile. In the closed loop a connection asks again
-when it was answered; that finds what a server can take, and hides its stalls.
+Open loop: send times are drawn beforehand and every latency counts from the scheduled time, so a stall of
+the server delays all requests scheduled during it, as it would delay users (no coordinated omission). Closed
+loop: each connection sends its next request after an answer, which finds the throughput limit and hides
+stalls.
 
-Rooms: `asked`, `target`, `examples`, `callers`, `wire` and `prepare` make the requests; `process` with
-`drivers`, `loops`, `connection` and `alarm` sends them, in as many processes as are wanted, and does nothing
-else on the way but note seven numbers per request (`plan.COLUMNS`); `fleet` starts the processes and hands
-the numbers to `tally`, which has `histogram` and `intervals`; `results`, `verdict` and `capacity` say what
-they mean; `live`, `table`, `page` and `document` show it.
+`requests` prepares request bytes from `options` and the `target`'s metadata. `fleet` starts the generator
+processes; in each, `generator` sends over `connection` by `schedule` and only records seven numbers per
+request (`messages.COLUMNS`). `statistics` counts them, `results` and `capacity` interpret the counts,
+`report` and `page` render them; `runner` puts it together.
 
-Invariants: each request that was due in a trial is in the samples once, with an answer or an error; in a
-trial that was stopped, each that was due until then. Latencies of failures are in no percentile; failures are
-counted beside them, and `capacity` counts each as too late.
+Invariants: each request scheduled in a trial is in the samples once, with an answer or an error; in a stopped
+trial, each one scheduled before the stop. Latency percentiles exclude failures, which are counted separately;
+`capacity` counts each failure as a late answer.
 """

@@ -1,24 +1,31 @@
-"""The generator's processes, and the machine that they run on."""
+"""The generator processes: started, given trials and read through pipes."""
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import multiprocessing
+import signal
+import ssl
+import sys
+import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection as Pipe
 from multiprocessing.connection import wait
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from cobatch.server.loadtest.errors import BenchError
+from cobatch.server.loadtest.generator import ClosedLoop, Driver, OpenLoop
 from cobatch.server.loadtest.messages import Done, Failed, Plan, Ready, Start, Stop, Trial
-from cobatch.server.loadtest.process import main
-from cobatch.server.loadtest.tally import Tally
+from cobatch.server.loadtest.options import BenchError
+from cobatch.server.loadtest.statistics import Tally
+from cobatch.server.loadtest.target import reason
 
-_LOOK_S = 0.2
-_SOON_S = 0.05  # until all have heard when to begin
-_END_S = 10.0
+_PROGRESS_S = 0.2
+_START_DELAY_S = 0.05  # until all processes have received the start time
+_JOIN_S = 10.0
 
 
 class Fleet:
@@ -31,7 +38,7 @@ class Fleet:
         for number in range(processes):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=main, args=(theirs, plan, number, processes), name=f"generator-{number}", daemon=True
+                target=_main, args=(theirs, plan, number, processes), name=f"generator-{number}", daemon=True
             )
             process.start()
             theirs.close()
@@ -48,81 +55,158 @@ class Fleet:
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
-            process.join(_END_S)
+            process.join(_JOIN_S)
             if process.is_alive():
                 process.kill()
                 process.join()
             process.close()
 
-    def run(self, trial: Trial, tally: Tally, look: Callable[[], None]) -> None:
-        """Run it, count into `tally`, call `look` now and then. Ctrl-C ends it early. Raises BenchError."""
-        self._tell(trial)
-        self._until(Ready, tally, lambda: None)
-        began, busy = monotonic() + _SOON_S, Busy()
-        tally.begin(began)
-        self._tell(Start(began))
+    def run(self, trial: Trial, tally: Tally, on_progress: Callable[[], None]) -> None:
+        """Run a trial, counting into `tally` and calling `on_progress` regularly. Raises BenchError.
+
+        Ctrl-C ends it early.
+        """
+        self._send(trial)
+        self._receive_until(Ready, tally, lambda: None)
+        start_s, before = monotonic() + _START_DELAY_S, _cpu_ticks()
+        tally.begin(start_s)
+        self._send(Start(start_s))
         try:
-            self._until(Done, tally, look)
+            self._receive_until(Done, tally, on_progress)
         except KeyboardInterrupt:
             self.interrupted = True
-            tally.stopped_s = monotonic() - began
-            self._tell(Stop())
-            self._until(Done, tally, look)
-        tally.machine_busy = busy.share()
+            tally.stopped_s = monotonic() - start_s
+            self._send(Stop())
+            self._receive_until(Done, tally, on_progress)
+        tally.machine_busy = _busy_share(before, _cpu_ticks())
 
-    def _tell(self, message: object) -> None:
+    def _send(self, message: object) -> None:
         for number, pipe in enumerate(self._pipes):
             try:
                 pipe.send(message)
             except OSError:
-                raise self._ended(number) from None
+                raise self._died(number) from None
 
-    def _until(self, kind: type[object], tally: Tally, look: Callable[[], None]) -> None:
-        """Take what all tell until each has told one of this kind."""
-        left = set(self._pipes)
-        look_s = monotonic()
-        while left:
-            for pipe in wait(left, _LOOK_S):
+    def _receive_until(self, kind: type[object], tally: Tally, on_progress: Callable[[], None]) -> None:
+        """Receive messages until each process has sent one of this kind."""
+        pending = set(self._pipes)
+        progress_s = monotonic()
+        while pending:
+            for pipe in wait(pending, _PROGRESS_S):
                 assert isinstance(pipe, Pipe)
                 number = self._pipes.index(pipe)
                 try:
                     message = pipe.recv()
                 except (EOFError, OSError):
-                    raise self._ended(number) from None
+                    raise self._died(number) from None
                 if isinstance(message, Failed):
-                    raise BenchError(message.why)
+                    raise BenchError(message.reason)
                 tally.take(number, message)
                 if isinstance(message, kind):
-                    left.discard(pipe)
-            if monotonic() >= look_s:
-                look_s = monotonic() + _LOOK_S
-                look()
+                    pending.discard(pipe)
+            if monotonic() >= progress_s:
+                progress_s = monotonic() + _PROGRESS_S
+                on_progress()
 
-    def _ended(self, number: int) -> BenchError:
+    def _died(self, number: int) -> BenchError:
         process = self._processes[number]
-        process.join(_END_S)
-        return BenchError(f"{process.name} ended with status {process.exitcode}; its words are above")
+        process.join(_JOIN_S)
+        return BenchError(f"{process.name} ended with status {process.exitcode}; its output is above")
 
 
-class Busy:
-    """How busy this machine's cores are, whoever uses them; Linux says it."""
-
-    def __init__(self) -> None:
-        self._before = _ticks()
-
-    def share(self) -> float | None:
-        """Of all cores' time since then, 0 to 1; None where it is not known."""
-        after = _ticks()
-        if self._before is None or after is None or after[1] <= self._before[1]:
-            return None
-        idle, total = (now - then for now, then in zip(after, self._before, strict=True))
-        return 1 - idle / total
-
-
-def _ticks() -> tuple[int, int] | None:
-    """Idle and all, since boot."""
+def _cpu_ticks() -> tuple[int, int] | None:
+    """Return idle and total CPU ticks of this machine since boot; None where /proc/stat is missing."""
     try:
-        numbers = [int(one) for one in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     except (OSError, ValueError):
         return None
-    return numbers[3] + numbers[4], sum(numbers)
+    return ticks[3] + ticks[4], sum(ticks)
+
+
+def _busy_share(before: tuple[int, int] | None, after: tuple[int, int] | None) -> float | None:
+    if before is None or after is None or after[1] <= before[1]:
+        return None
+    return 1 - (after[0] - before[0]) / (after[1] - before[1])
+
+
+def _main(pipe: Pipe, plan: Plan, number: int, processes: int) -> None:
+    """Run generator process `number`, counted from 0, until the pipe is closed."""
+    # Ctrl-C ends the trial through the pipe; the process must still send its last samples.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()
+    loops: Any = asyncio
+    if sys.platform != "win32":
+        import uvloop as loops  # noqa: PLC0415 - does not exist for Windows
+    loops.run(_Process(pipe, plan, number, processes).serve())
+
+
+class _Process:
+    """Runs the trials that arrive through the pipe in this process."""
+
+    def __init__(self, pipe: Pipe, plan: Plan, number: int, processes: int) -> None:
+        self._pipe = pipe
+        self._plan = plan
+        self._number = number
+        self._processes = processes
+        self._orders: asyncio.Queue[Trial | Start | None] = asyncio.Queue()
+        self._driver: Driver | None = None
+
+    async def serve(self) -> None:
+        """Run trials until the pipe is closed."""
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._on_exception)
+        # A thread, since an event loop that reads the pipe would make writing to it non-blocking too.
+        threading.Thread(target=self._listen, args=(loop,), name="orders", daemon=True).start()
+        while (order := await self._orders.get()) is not None:
+            if isinstance(order, Trial):
+                await self._run(order)
+
+    def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
+        order: Trial | Start | Stop | None = Stop()
+        while order is not None:
+            try:
+                order = self._pipe.recv()
+            except (EOFError, OSError):
+                order = None
+            loop.call_soon_threadsafe(self._on_order, order)
+
+    def _on_order(self, order: Trial | Start | Stop | None) -> None:
+        if not isinstance(order, Stop):
+            self._orders.put_nowait(order)
+        if self._driver is not None and not isinstance(order, Start):
+            self._driver.stop()
+
+    def _on_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Report a defect of the generator: without the failed callback the trial might never end."""
+        loop.default_exception_handler(context)
+        self._send(Failed(f"the generator failed: {context.get('exception') or context['message']}"))
+
+    async def _run(self, trial: Trial) -> None:
+        try:
+            driver = self._driver_for(trial)
+            await driver.prepare()
+        except (OSError, ssl.SSLError) as error:
+            self._send(Failed(f"cannot connect: {reason(error)}"))
+            return
+        self._driver = driver
+        self._send(Ready())
+        start = await self._orders.get()
+        if isinstance(start, Start):
+            await driver.run(start.at_s)
+        else:
+            self._orders.put_nowait(None)
+        self._driver = None
+
+    def _driver_for(self, trial: Trial) -> Driver:
+        share, rest = divmod(trial.connections, self._processes)
+        connections = share + (self._number < rest)
+        if trial.arrivals is None:
+            return ClosedLoop(self._plan, trial, connections, self._send, self._number)
+        return OpenLoop(self._plan, trial, connections, self._send, self._number, self._processes)
+
+    def _send(self, message: object) -> None:
+        try:
+            self._pipe.send(message)
+        except OSError:  # the main process is gone; the reading thread sees it too and ends this process
+            if self._driver is not None:
+                self._driver.stop()

@@ -1,4 +1,4 @@
-"""What a generator's process is told, and what it tells: all of it crosses a pipe."""
+"""Data that crosses the pipe between the main process and a generator process."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from cobatch.batcher.simulator.traffic import Arrivals
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
-# A sample: when it was due, when it was taken up, sent and answered, on the monotonic clock; what came of it,
-# as a number (0: well), whose it was, and the rows of its batch as Server-Timing says (0: not said).
+# A sample of a request: the monotonic times in seconds when it was due, taken up, sent and answered, then
+# the number of its error kind (0: success), the index of its caller, and the rows of its batch by
+# Server-Timing (0: unknown).
 COLUMNS = ("due", "taken", "sent", "done", "kind", "caller", "batch")
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where the server is. `base`: what goes before `/v2`."""
+    """A server's address. `base`: path prefix before `/v2`."""
 
     host: str
     port: int
@@ -31,12 +32,12 @@ class Address:
 
     @property
     def authority(self) -> str:
-        """As the Host header has it."""
+        """Value of the Host header."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == (443 if self.tls else 80) else f"{host}:{self.port}"
 
     def context(self) -> ssl.SSLContext | None:
-        """For TLS, where the address says so. Raises OSError, ssl.SSLError."""
+        """Return the TLS context, None for plain HTTP. Raises OSError, ssl.SSLError."""
         if not self.tls:
             return None
         context = ssl.create_default_context(cafile=self.ca_file)
@@ -47,8 +48,8 @@ class Address:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """A request as it goes over the wire. `example`: the number of its inputs, and so of its answer."""
+class PreparedRequest:
+    """A request's bytes. `example`: index of its inputs, and so of its expected answer."""
 
     data: bytes
     caller: int
@@ -57,7 +58,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Expected:
-    """The answers that are right: outputs by name for each example, and how near is right."""
+    """Expected outputs by name for each example, with tolerances."""
 
     answers: Sequence[Arrays]
     rtol: float = 1e-3
@@ -66,14 +67,14 @@ class Expected:
 
 @dataclass(frozen=True)
 class Plan:
-    """What stays the same in all trials.
+    """Constants of all trials.
 
-    `requests`: by caller and rows, to be sent in turn. `names` and `shares`: of the callers; `rows`: of each
-    caller's requests where a trace does not say.
+    `requests`: by (caller, rows), sent in rotation. `names`, `shares`: of the callers; `rows`: of each
+    caller's requests where a trace does not set them.
     """
 
     address: Address
-    requests: Mapping[tuple[int, int], Sequence[Prepared]]
+    requests: Mapping[tuple[int, int], Sequence[PreparedRequest]]
     names: Sequence[str]
     shares: Sequence[float]
     rows: Sequence[int]
@@ -84,7 +85,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Trial:
-    """One load for some seconds. `arrivals` None: a closed loop. `connections`: at most, of all processes."""
+    """One load. `arrivals` None: closed loop. `connections`: limit over all processes."""
 
     arrivals: Arrivals | None
     connections: int
@@ -94,7 +95,7 @@ class Trial:
 
     @property
     def lasts_s(self) -> float:
-        """From the first request that may be sent to the last."""
+        """Seconds from the start until the last request may be sent."""
         return self.warmup_s + self.seconds
 
 
@@ -105,35 +106,35 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Begin at this moment of the monotonic clock, which is one for all processes."""
+    """Start at this time of the monotonic clock, which all processes share."""
 
     at_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Send nothing more, and wait for nobody."""
+    """Send no more requests and wait for no answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class NewKind:
-    """The name of a number that is used in `kind` from now on, and what the server said the first time."""
+    """Name of an error kind that samples refer to by `number`, with the server's first message."""
 
     number: int
     name: str
-    said: str
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Float64 values, a row of COLUMNS for each request that is over."""
+    """Float64 values: a row of COLUMNS for each finished request."""
 
     data: bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Pulse:
-    """How a process does: requests it waits for or that wait for a connection, CPU in its last period."""
+class Heartbeat:
+    """A process's requests in flight or waiting for a connection, and its CPU share since the last one."""
 
     open_requests: int
     cpu_share: float
@@ -141,7 +142,7 @@ class Pulse:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """All is over. CPU seconds and seconds of the process while it measured; most connections it had."""
+    """End of a trial: CPU and wall seconds of the measured period, largest number of open connections."""
 
     cpu_s: float
     took_s: float
@@ -150,6 +151,6 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The trial cannot be run; the text says why."""
+    """The trial cannot be run, with the reason."""
 
-    why: str
+    reason: str

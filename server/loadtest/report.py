@@ -1,105 +1,292 @@
-"""The report on the terminal, and the table that it shares with the page."""
+"""The report of a load test: on the terminal, as JSON, and live on stderr while it runs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+import platform
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from time import monotonic
+from types import TracebackType
+from typing import Any, Self
 
-from rich.console import Console
+import msgspec
+from rich.console import Console, Group
+from rich.live import Live
 from rich.text import Text
 
+from cobatch import __version__
 from cobatch.server.console import plain_table, stdout
 from cobatch.server.loadtest.capacity import Capacity
-from cobatch.server.loadtest.statistics import Figures, Results
+from cobatch.server.loadtest.options import Options
+from cobatch.server.loadtest.results import Results, Summary
+from cobatch.server.loadtest.statistics import Interval, LatencyHistogram, Tally
+from cobatch.server.loadtest.target import Model
 
-_SHOWN = ("p50", "p90", "p99", "p99.9", "max")
-_MOST_KINDS = 12
+_TABLE_PERCENTILES = ("p50", "p90", "p99", "p99.9", "max")
+_ERROR_KINDS = 12
+_LIVE_ERROR_KINDS = 5
+_LIVE_PERIOD_S = 1.0
+_LINE_S = 5.0  # between two lines where stderr is no terminal
+_LOAD_OPTIONS = (
+    "rates", "arrivals", "connections", "processes", "seconds", "warmup_s", "timeout_s", "seed", "binary",
+    "shapes", "values", "inputs", "expect", "slo_ms", "open_loop",
+)  # fmt: skip
 
 
-def show(title: str, found: Sequence[Results], capacity: Capacity | None) -> None:
-    """All of it, on stdout."""
-    console = stdout()
-    console.print(Text(title, "bold"), soft_wrap=True)
-    heads, *rows = cells(found, capacity)
-    table = plain_table(*heads, no_wrap=True)
+@dataclass
+class Report:
+    """Everything that a load test found."""
+
+    options: Options
+    model: Model
+    results: list[Results] = field(default_factory=list)
+    capacity: Capacity | None = None
+    interrupted: bool = False
+
+    @property
+    def failed(self) -> bool:
+        """True if an answer was wrong, or no request was answered."""
+        wrong = any("wrong answer" in results.total.errors for results in self.results)
+        return wrong or not any(results.total.answered for results in self.results)
+
+    @property
+    def title(self) -> str:
+        """The model and the server."""
+        server = f" ({self.model.server})" if self.model.server else ""
+        return f"{self.model.name} at {self.options.url}{server}"
+
+    @property
+    def load(self) -> str:
+        """The kind of load, in words."""
+        options = self.options
+        parts = ["binary" if options.binary else "JSON"]
+        parts.append(f"open loop, {options.arrivals} arrivals" if options.open_loop else "closed loop")
+        if len(options.callers) == 1:
+            caller = options.callers[0]
+            parts += [f"{caller.rows} rows per request"] if caller.rows > 1 else []
+            parts += [f"deadline {caller.deadline_ms:g} ms"] if caller.deadline_ms is not None else []
+        parts.append("answers checked" if options.expect else "answers not checked")
+        return ", ".join(parts)
+
+    def as_json(self) -> str:
+        """Return all results as a JSON document without credentials."""
+        options, capacity = self.options, self.capacity
+        callers = [msgspec.structs.asdict(caller) for caller in options.callers]
+        for caller in callers:
+            del caller["headers"]  # credentials
+        document = {
+            "tool": f"cobatch {__version__}",
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": machine(),
+            "target": {
+                "url": options.url,
+                "server": self.model.server,
+                "model": self.model.name,
+                "platform": self.model.platform,
+            },
+            "load": {name: getattr(options, name) for name in _LOAD_OPTIONS} | {"callers": callers},
+            "interrupted": self.interrupted,
+            "runs": [results.as_json() for results in self.results],
+            "capacity": None if capacity is None else _capacity_json(capacity),
+        }
+        return json.dumps(document, indent=1) + "\n"
+
+
+def machine() -> str:
+    """Return a line on the machine that the generator runs on."""
+    python = platform.python_version()
+    return f"generator on {os.cpu_count()} cores, {platform.system()} {platform.release()}, Python {python}"
+
+
+def _capacity_json(capacity: Capacity) -> dict[str, Any]:
+    return {
+        "slo_ms": capacity.slo_ms,
+        "rate": capacity.rate,
+        "failed_rate": capacity.failed_rate,
+        "limited_by_generator": capacity.limited,
+        "sentence": capacity.sentence(),
+        "trials": [
+            {
+                "rate": trial.rate,
+                "violations": trial.violations,
+                "p99_ms": trial.p99_ms if trial.p99_ms < float("inf") else None,
+                "held": trial.held,
+                "confirms": trial.confirms,
+            }
+            for trial in capacity.trials
+        ],
+    }
+
+
+def show(report: Report) -> None:
+    """Print the report on stdout."""
+    console, all_results, capacity = stdout(), report.results, report.capacity
+    suffix = " (interrupted)" if report.interrupted else ""
+    console.print(Text(f"{report.title}, {report.load}{suffix}", "bold"), soft_wrap=True)
+    heads, *rows = table(report)
+    grid = plain_table(*heads, no_wrap=True)
     for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    # Of a search, what it ended with: the others' figures are in the table.
-    for results in found if capacity is None else found[-1:]:
-        _details(console, results, f"{_load(results)}: " if len(found) > 1 else "")
+        grid.add_row(*row)
+    console.print(grid)
+    # After a search only the last trial has details; the others' figures are in the table.
+    for results in all_results if capacity is None else all_results[-1:]:
+        _show_details(console, results, f"{_load_name(results)}: " if len(all_results) > 1 else "")
     if capacity is not None:
         console.print(Text(capacity.sentence(), "bold"), soft_wrap=True)
 
 
-def cells(found: Sequence[Results], capacity: Capacity | None) -> list[list[str]]:
-    """The heads of a table, and its rows: one for each trial, and then one for each of its callers."""
-    several = any(results.callers for results in found)
-    good = any(results.total.good_rate is not None for results in found)
-    held = [one.held for one in capacity.tried] if capacity is not None else []
-    heads = [
-        "load",
-        *(["tenant"] if several else []),
-        "offered/s",
-        "answered/s",
-        *(["good/s"] if good else []),
-    ]
-    heads += [*(f"{name} ms" for name in _SHOWN), "failed", "batch", *(["held"] if held else [])]
+def table(report: Report) -> list[list[str]]:
+    """Return the heads and rows of a table: a row for each trial and, below it, each of its callers."""
+    several = any(results.callers for results in report.results)
+    good = any(results.total.good_rate is not None for results in report.results)
+    held = [trial.held for trial in report.capacity.trials] if report.capacity is not None else []
+    heads = ["load", *["tenant"] * several, "offered/s", "answered/s", *["good/s"] * good]
+    heads += [*(f"{name} ms" for name in _TABLE_PERCENTILES), "failed", "batch", *["held"] * bool(held)]
     rows = [heads]
-    for number, results in enumerate(found):
+    for number, results in enumerate(report.results):
         batch = "-" if results.mean_batch is None else f"{results.mean_batch:.1f}"
         for one in (results.total, *results.callers):
             whole = one is results.total
-            row = [_load(results) if whole else "", *([one.name] if several else [])]
+            row = [_load_name(results) if whole else "", *[one.name] * several]
             row += [f"{one.offered_rate:,.0f}", f"{one.answered_rate:,.0f}"]
-            if good:
-                row.append("" if one.good_rate is None else f"{one.good_rate:,.0f}")
-            row += [
-                *(f"{one.latency_ms[name]:,.2f}" for name in _SHOWN),
-                _failed(one),
-                batch if whole else "",
-            ]
+            row += ["" if one.good_rate is None else f"{one.good_rate:,.0f}"] * good
+            row += [f"{one.latency_ms[name]:,.2f}" for name in _TABLE_PERCENTILES]
+            row += [_failures(one), batch if whole else ""]
             if held:
                 row.append(("yes" if held[number] else "no") if whole else "")
             rows.append(row)
     return rows
 
 
-def _load(results: Results) -> str:
+def _load_name(results: Results) -> str:
     return f"{results.connections} connections" if results.rate is None else per_s(results.rate)
 
 
 def per_s(rate: float) -> str:
-    """A rate with as many digits as tell it from its neighbours."""
+    """Format a rate."""
     return f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.3g}/s"
 
 
-def _failed(figures: Figures) -> str:
-    if not figures.failed:
+def _failures(summary: Summary) -> str:
+    if not summary.failed:
         return "0"
-    return f"{figures.failed:,} ({figures.failed / max(1, figures.requests):.1%})"
+    return f"{summary.failed:,} ({summary.failed / max(1, summary.requests):.1%})"
 
 
-def _details(console: Console, results: Results, which: str) -> None:
+def _show_details(console: Console, results: Results, prefix: str) -> None:
     def say(text: str, style: str = "") -> None:
-        console.print(Text(which + text, style), soft_wrap=True)
+        console.print(Text(prefix + text, style), soft_wrap=True)
 
-    for kind, count, said in results.errors_said()[:_MOST_KINDS]:
-        say(f"{count:,} x {kind}{': ' if said else ''}{said}", "red")
+    for kind, count, message in results.errors()[:_ERROR_KINDS]:
+        say(f"{count:,} x {kind}{': ' if message else ''}{message}", "red")
     if results.server is not None:
         server = results.server
         say(
-            f"the server counted {server['inferences']:,.0f} inferences in {server['executions']:,.0f} runs "
-            f"({server['mean_batch']:.1f} each); in the mean {server['queue_ms']:.2f} ms in the queue, "
-            f"{server['compute_ms']:.2f} ms in the run"
+            f"server: {server['inferences']:,.0f} inferences in {server['executions']:,.0f} executions "
+            f"({server['mean_batch']:.1f} each); mean {server['queue_ms']:.2f} ms in the queue, "
+            f"{server['compute_ms']:.2f} ms executing"
         )
     generator = results.generator
     shares = ", ".join(f"{share:.0%}" for share in generator.cpu_shares)
     text = f"generator: CPU {shares} of a core, {generator.connections} connections"
     if results.rate is not None:
-        text += f", sent {generator.late_ms['p99']:.2f} ms late (p99)"
-        text += f"; from the sending p99 was {results.sent_latency_ms['p99']:,.2f} ms"
+        text += f", send delay {generator.send_delay_ms['p99']:.2f} ms (p99)"
+        text += f"; p99 from the time of sending {results.sent_latency_ms['p99']:,.2f} ms"
     say(text)
-    for limit in generator.limits:
-        say(f"the generator was the bottleneck: {limit}", "bold red")
+    for reason in generator.bottlenecks:
+        say(f"the generator was the bottleneck: {reason}", "bold red")
     for note in generator.notes:
         say(f"note: {note}")
+
+
+class Progress:
+    """Shows a growing tally on stderr, so that stdout has only the report; a context manager.
+
+    `quiet`: show nothing.
+    """
+
+    def __init__(self, quiet: bool, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True, highlight=False)
+        self._quiet = quiet
+        self._live: Live | None = None
+        self._next_line_s = 0.0
+        if self._console.is_terminal and not quiet:
+            self._live = Live(console=self._console, transient=True, auto_refresh=False)
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        if not self._quiet:
+            self._console.print(Text(text), soft_wrap=True)
+
+    def update(self, load: str, tally: Tally) -> None:
+        """Refresh the live view, or print a line every few seconds where stderr is no terminal."""
+        elapsed_s = tally.elapsed_s
+        recent, recent_s = _last_second(tally, elapsed_s)
+        if self._live is not None:
+            self._live.update(_view(load, tally, elapsed_s, recent, recent_s), refresh=True)
+        elif monotonic() >= self._next_line_s and elapsed_s >= _LIVE_PERIOD_S:
+            self._next_line_s = monotonic() + _LINE_S
+            self.say(_line(load, elapsed_s, recent, recent_s))
+
+
+def _last_second(tally: Tally, elapsed_s: float) -> tuple[Interval, float]:
+    """Return the sum of the last complete intervals, and their length in seconds."""
+    each_s = tally.recent.each_s
+    # Samples arrive ten times a second, so the last two intervals are incomplete.
+    last = int(elapsed_s / each_s) - 1
+    numbers = range(max(0, last - round(_LIVE_PERIOD_S / each_s)), max(0, last))
+    return tally.recent.sum(numbers), max(len(numbers), 1) * each_s
+
+
+def _line(load: str, elapsed_s: float, recent: Interval, seconds: float) -> str:
+    return (
+        f"{load} {elapsed_s:5.1f} s: {per_s(recent.due / seconds)} offered, "
+        f"{per_s(recent.answered / seconds)} answered, p50 {_ms(recent.latency, 0.5)} ms, "
+        f"p99 {_ms(recent.latency, 0.99)} ms, {recent.errors.total():,} failed"
+    )
+
+
+def _view(load: str, tally: Tally, elapsed_s: float, recent: Interval, recent_s: float) -> Group:
+    grid = plain_table(
+        "", "offered/s", "answered/s", "p50 ms", "p90 ms", "p99 ms", "max ms", "batch", no_wrap=True
+    )
+    total, trial = tally.total, tally.trial
+    whole = Interval(total.due, total.latency, total.errors, total.answered)
+    whole_s = max(1e-9, min(elapsed_s, trial.lasts_s) - trial.warmup_s)
+    for name, interval, seconds in (("last second", recent, recent_s), ("all", whole, whole_s)):
+        grid.add_row(
+            name,
+            f"{interval.due / seconds:,.0f}",
+            f"{interval.answered / seconds:,.0f}",
+            *(_ms(interval.latency, q) for q in (0.5, 0.9, 0.99)),
+            f"{interval.latency.max_us / 1000:,.2f}",
+            f"{interval.mean_batch:.1f}" if interval.mean_batch else "",
+        )
+    open_requests = sum(beat.open_requests for beat in tally.heartbeats.values())
+    cpu = ", ".join(f"{tally.heartbeats[number].cpu_share:.0%}" for number in sorted(tally.heartbeats))
+    phase = " (warm-up)" if elapsed_s < trial.warmup_s else ""
+    if elapsed_s > trial.lasts_s:
+        phase = " (waiting for the last answers)"
+    head = Text(f"{load}: {max(0.0, elapsed_s):.1f} of {trial.lasts_s:.1f} s{phase}", "bold")
+    foot = [Text(f"{open_requests:,} in flight, generator CPU {cpu or '-'}")]
+    foot += [
+        Text(f"{count:,} x {kind}", "red") for kind, count in total.errors.most_common(_LIVE_ERROR_KINDS)
+    ]
+    return Group(head, grid, *foot)
+
+
+def _ms(latency: LatencyHistogram, q: float) -> str:
+    return f"{latency.quantile_us(q) / 1000:,.2f}"

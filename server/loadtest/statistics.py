@@ -1,196 +1,276 @@
-"""What came of a trial, as figures."""
+"""The samples of a trial, counted as they arrive: latency histograms, errors, and both over time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any
 
-from cobatch.server.loadtest.histogram import Histogram
-from cobatch.server.loadtest.intervals import Interval
-from cobatch.server.loadtest.tally import Count, Tally
-from cobatch.server.loadtest.target import Statistics
-from cobatch.server.loadtest.verdict import limits, notes
+import numpy as np
 
-_QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99.9": 0.999, "p99.99": 0.9999}
-_ROUND = 4
+from cobatch.server.loadtest.messages import COLUMNS, Done, Heartbeat, NewKind, Samples, Trial
+
+Column = np.ndarray[Any, np.dtype[np.float64]]
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
+
+_BUCKETS_PER_OCTAVE = 128
+_OCTAVES = 34  # of microseconds: up to five hours
+_BUCKETS = _BUCKETS_PER_OCTAVE * _OCTAVES
+_INTERVAL_LIMIT = 100  # of a whole trial
+_SHORTEST_INTERVAL_S = 0.1
+_RECENT_INTERVALS = 30  # of the shortest, for the live view
+_WAITED_S = 1e-4  # a request sent this long after it was taken up waited for a connection
 
 
-@dataclass(frozen=True)
-class Figures:
-    """Of all requests, or of one caller's. Rates are per second, latencies milliseconds.
+class LatencyHistogram:
+    """Counts of durations in microseconds, in buckets 0.8 % wide, as HdrHistogram has them.
 
-    `answered_rate`: right answers by when they came, whenever they were due. `good_rate`: those within the
-    deadline, of what was due; None where nobody has one.
+    Minimum, maximum and mean are exact; 100 million samples take 35 KB. `batcher.durations` is no substitute:
+    its 8.6 % buckets, on the bounds of the exported metrics, are too coarse to compare two servers by.
     """
 
-    name: str
-    requests: int
-    answered: int
-    offered_rate: float
-    answered_rate: float
-    good_rate: float | None
-    latency_ms: Mapping[str, float]
-    errors: Mapping[str, int]
+    def __init__(self) -> None:
+        self.counts = np.zeros(_BUCKETS, np.int64)
+        self.count = 0
+        self.total_us = 0.0
+        self.min_us = 0.0
+        self.max_us = 0.0
+
+    def add(self, values_us: Column) -> None:
+        """Count durations."""
+        if len(values_us):
+            self.counts += np.bincount(_bucket_of(values_us), minlength=_BUCKETS)
+            self._extend(len(values_us), values_us.sum(), values_us.min(), values_us.max())
+
+    def merge(self, other: LatencyHistogram) -> None:
+        """Add the counts of another histogram."""
+        if other.count:
+            self.counts += other.counts
+            self._extend(other.count, other.total_us, other.min_us, other.max_us)
+
+    def _extend(self, count: int, total_us: float, min_us: float, max_us: float) -> None:
+        self.min_us = float(min_us) if not self.count else min(self.min_us, float(min_us))
+        self.max_us = max(self.max_us, float(max_us))
+        self.count += count
+        self.total_us += float(total_us)
 
     @property
-    def failed(self) -> int:
-        """Requests without a right answer."""
-        return sum(self.errors.values())
+    def mean_us(self) -> float:
+        """The mean; 0 if empty."""
+        return self.total_us / self.count if self.count else 0.0
+
+    def quantile_us(self, q: float) -> float:
+        """Return the upper bound of the q-quantile's bucket; 0 if empty."""
+        if not self.count:
+            return 0.0
+        rank = min(self.count, max(1, int(np.ceil(q * self.count))))
+        bucket = int(np.searchsorted(np.cumsum(self.counts), rank))
+        return min(self.max_us, max(self.min_us, _bound_us(bucket)))
+
+    def above(self, limit_us: float) -> int:
+        """Count durations in buckets above the limit's own."""
+        bucket = int(_bucket_of(np.array([limit_us]))[0])
+        return int(self.counts[bucket + 1 :].sum())
+
+    def buckets(self) -> list[tuple[float, int]]:
+        """Return (upper bound in microseconds, count) of each bucket that is not empty."""
+        return [(_bound_us(int(bucket)), int(self.counts[bucket])) for bucket in np.flatnonzero(self.counts)]
 
 
-@dataclass(frozen=True)
-class Moment:
-    """An interval that ends at `s`; latencies are of what was due in it."""
-
-    s: float
-    offered_rate: float
-    answered_rate: float
-    latency_ms: Mapping[str, float]
-    mean_batch: float
-    most_batch: int
-    errors: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class Generator:
-    """What is to be known of who measured. `limits`: why the figures are its own and not the server's."""
-
-    processes: int
-    cpu_shares: Sequence[float]
-    connections: int
-    late_ms: Mapping[str, float]
-    waited_for_connection: int
-    machine_busy: float | None
-    limits: Sequence[str]
-    notes: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Results:
-    """One trial. `rate` None: a closed loop. `server`: what the server counted meanwhile."""
-
-    rate: float | None
-    connections: int
-    measured_s: float
-    total: Figures
-    callers: Sequence[Figures]
-    sent_latency_ms: Mapping[str, float]
-    mean_batch: float | None
-    batches: Mapping[int, int]
-    said: Mapping[str, str]
-    generator: Generator
-    server: Mapping[str, float] | None
-    moments: Sequence[Moment]
-    buckets: Sequence[tuple[float, int]]
-    sent_buckets: Sequence[tuple[float, int]] = field(default=())
-
-    def errors_said(self) -> list[tuple[str, int, str]]:
-        """Each kind of error, how often it was, and what the server said the first time."""
-        return [(kind, count, self.said.get(kind, "")) for kind, count in self.total.errors.items()]
-
-    def as_json(self) -> dict[str, Any]:
-        """For a file."""
-        document: dict[str, Any] = asdict(self)
-        document["batches"] = {str(rows): count for rows, count in self.batches.items()}
-        return _rounded(document)  # type: ignore[no-any-return]
-
-
-def results_of(
-    tally: Tally, rate: float | None, names: Sequence[str], local: bool, server: Statistics | None
-) -> Results:
-    """Sum up. `local`: the server is on this machine."""
-    seconds = tally.measured_s or 1e-9
-    deadlines_s = tally.deadlines_s
-    callers = [
-        _figures(name, one, seconds, deadline_s is not None)
-        for name, one, deadline_s in zip(names, tally.callers, deadlines_s, strict=True)
-    ]
-    whole = tally.total
-    total = _figures("all", whole, seconds, any(one is not None for one in deadlines_s))
-    # Each batch of n rows is told by the n that were in it, so an answer stands for 1/n of a batch.
-    told, batches = sum(tally.batches.values()), sum(n / rows for rows, n in tally.batches.items())
-    done = [tally.done[number] for number in sorted(tally.done)]
-    return Results(
-        rate=rate,
-        connections=tally.trial.connections,
-        measured_s=tally.measured_s,
-        total=total,
-        callers=callers if len(callers) > 1 else (),
-        sent_latency_ms=_latency(tally.sent_latency),
-        mean_batch=told / batches if batches else None,
-        batches=dict(sorted(tally.batches.items())),
-        said=dict(tally.said),
-        generator=Generator(
-            processes=len(done),
-            cpu_shares=[one.cpu_s / one.took_s if one.took_s else 0.0 for one in done],
-            connections=sum(one.connections for one in done),
-            late_ms=_latency(tally.late),
-            waited_for_connection=tally.waited,
-            machine_busy=tally.machine_busy,
-            limits=limits(tally),
-            notes=notes(tally, local),
-        ),
-        server=None if server is None or not server.executions else _server(server),
-        moments=_moments(tally),
-        buckets=whole.latency.buckets(),
-        sent_buckets=tally.sent_latency.buckets(),
+def _bucket_of(values_us: Column) -> np.ndarray[Any, np.dtype[np.int64]]:
+    mantissa, exponent = np.frexp(np.maximum(values_us, 1.0))
+    within_octave = ((mantissa * 2 - 1) * _BUCKETS_PER_OCTAVE).astype(np.int64)
+    bucket: np.ndarray[Any, np.dtype[np.int64]] = np.minimum(
+        (exponent - 1) * _BUCKETS_PER_OCTAVE + within_octave, _BUCKETS - 1
     )
+    return bucket
 
 
-def _figures(name: str, of: Count, seconds: float, deadline: bool) -> Figures:
-    return Figures(
-        name=name,
-        requests=of.due,
-        answered=of.latency.count,
-        offered_rate=of.due / seconds,
-        answered_rate=of.answered / seconds,
-        good_rate=of.good / seconds if deadline else None,
-        latency_ms=_latency(of.latency),
-        errors=dict(of.errors.most_common()),
-    )
+def _bound_us(bucket: int) -> float:
+    octave, step = divmod(bucket, _BUCKETS_PER_OCTAVE)
+    return float(2.0**octave * (1 + (step + 1) / _BUCKETS_PER_OCTAVE))
 
 
-def _latency(of: Histogram) -> dict[str, float]:
-    found = {name: of.quantile_us(part) / 1000 for name, part in _QUANTILES.items()}
-    return {"mean": of.mean_us / 1000, "min": of.least_us / 1000, **found, "max": of.most_us / 1000}
+@dataclass
+class Interval:
+    """Requests due in a period (`due`, `latency`, `errors`) and answers that arrived in it (the others)."""
+
+    due: int = 0
+    latency: LatencyHistogram = field(default_factory=LatencyHistogram)
+    errors: Counter[str] = field(default_factory=Counter)
+    answered: int = 0
+    batch_rows: int = 0  # sum over the answers that told the rows of their batch
+    batch_answers: int = 0  # number of those answers
+    largest_batch: int = 0
+
+    @property
+    def mean_batch(self) -> float:
+        """Mean rows of a batch, weighted by answers; 0 if unknown."""
+        return self.batch_rows / self.batch_answers if self.batch_answers else 0.0
+
+    def add(self, other: Interval) -> None:
+        """Add the counts of another interval."""
+        self.due += other.due
+        self.latency.merge(other.latency)
+        self.errors.update(other.errors)
+        self.answered += other.answered
+        self.batch_rows += other.batch_rows
+        self.batch_answers += other.batch_answers
+        self.largest_batch = max(self.largest_batch, other.largest_batch)
 
 
-def _server(counted: Statistics) -> dict[str, float]:
-    requests = counted.succeeded or 1
-    return {
-        "inferences": counted.inferences,
-        "executions": counted.executions,
-        "mean_batch": counted.inferences / counted.executions,
-        "queue_ms": counted.queue_ns / requests / 1e6,
-        "compute_ms": counted.compute_ns / requests / 1e6,
-    }
+class Intervals:
+    """Intervals of `each_s` seconds, numbered from the start; only the last `limit` are kept."""
+
+    def __init__(self, each_s: float, limit: int | None = None) -> None:
+        self.each_s = each_s
+        self._limit = limit
+        self._by_number: dict[int, Interval] = {}
+
+    def __getitem__(self, number: int) -> Interval:
+        return self._by_number.get(number) or Interval()
+
+    def sum(self, numbers: range) -> Interval:
+        """Return the sum of some intervals."""
+        total = Interval()
+        for number in numbers:
+            total.add(self[number])
+        return total
+
+    def add_due(
+        self, due_s: Column, latency_s: Column, kind: Column, count_kinds: Callable[[Column], dict[str, int]]
+    ) -> None:
+        """Count requests by due time. `count_kinds`: returns the number of errors by name."""
+        for interval, mask in self._parts(due_s):
+            interval.due += int(mask.sum())
+            interval.latency.add(latency_s[mask & (kind == 0)] * 1e6)
+            interval.errors.update(count_kinds(kind[mask & (kind != 0)]))
+
+    def add_done(self, done_s: Column, batch: Column) -> None:
+        """Count right answers by arrival time."""
+        for interval, mask in self._parts(done_s):
+            rows = batch[mask]
+            interval.answered += len(rows)
+            interval.batch_rows += int(rows.sum())
+            interval.batch_answers += int((rows > 0).sum())
+            interval.largest_batch = max(interval.largest_batch, int(rows.max()))
+        if self._limit is not None and self._by_number:
+            oldest = max(self._by_number) - self._limit
+            self._by_number = {number: one for number, one in self._by_number.items() if number > oldest}
+
+    def _parts(self, at_s: Column) -> Iterator[tuple[Interval, Mask]]:
+        numbers = (at_s / self.each_s).astype(np.int64)
+        for number in np.unique(numbers).tolist():
+            yield self._by_number.setdefault(number, Interval()), numbers == number
 
 
-def _moments(tally: Tally) -> list[Moment]:
-    each_s = tally.intervals.each_s
-    last = round(tally.trial.lasts_s / each_s)
-    if tally.stopped_s is not None:
-        last = int(tally.stopped_s / each_s)
-    return [_moment((number + 1) * each_s, tally.intervals[number], each_s) for number in range(last)]
+@dataclass
+class Counts:
+    """One caller's requests that were due in the measured period; `answered`: answers that arrived in it."""
+
+    due: int = 0
+    answered: int = 0
+    good: int = 0  # right answers within the deadline
+    latency: LatencyHistogram = field(default_factory=LatencyHistogram)
+    errors: Counter[str] = field(default_factory=Counter)
 
 
-def _moment(end_s: float, one: Interval, seconds: float) -> Moment:
-    return Moment(
-        s=end_s,
-        offered_rate=one.due / seconds,
-        answered_rate=one.answered / seconds,
-        latency_ms=_latency(one.latency),
-        mean_batch=one.rows / one.with_rows if one.with_rows else 0.0,
-        most_batch=one.most_rows,
-        errors=dict(one.errors),
-    )
+class Tally:
+    """All counts of a trial. `deadlines_s`: of each caller, None without one.
+
+    Latencies count from the due time, in `send_latency` from the time of sending. Requests due in the warm-up
+    only count in the intervals, and in `answered` if the answer arrived after it.
+    """
+
+    def __init__(self, trial: Trial, deadlines_s: Sequence[float | None]) -> None:
+        self.trial = trial
+        self.deadlines_s = deadlines_s
+        self.intervals = Intervals(max(_SHORTEST_INTERVAL_S, trial.lasts_s / _INTERVAL_LIMIT))
+        self.recent = Intervals(_SHORTEST_INTERVAL_S, _RECENT_INTERVALS)
+        self.callers = [Counts() for _ in deadlines_s]
+        self.send_latency = LatencyHistogram()
+        self.send_delay = LatencyHistogram()
+        self.waited = 0  # requests that found no idle connection
+        self.batches: Counter[int] = Counter()  # answers by the rows of their batch
+        self.messages: dict[str, str] = {}  # the server's first message by kind of error
+        self.heartbeats: dict[int, Heartbeat] = {}
+        self.done: dict[int, Done] = {}
+        self.machine_busy: float | None = None  # share of all cores; None if unknown
+        self.stopped_s: float | None = None  # seconds from the start, if stopped early
+        self._kinds: dict[tuple[int, int], str] = {}
+        self._start_s = 0.0
+
+    def begin(self, at_s: float) -> None:
+        """Set the start of the trial."""
+        self._start_s = at_s
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the start."""
+        return monotonic() - self._start_s
+
+    @property
+    def measured_s(self) -> float:
+        """Length of the measured period in seconds."""
+        end_s = self.trial.lasts_s if self.stopped_s is None else self.stopped_s
+        return max(0.0, min(end_s, self.trial.lasts_s) - self.trial.warmup_s)
+
+    @property
+    def total(self) -> Counts:
+        """The sum over all callers."""
+        total = Counts()
+        for one in self.callers:
+            total.due += one.due
+            total.answered += one.answered
+            total.good += one.good
+            total.latency.merge(one.latency)
+            total.errors.update(one.errors)
+        return total
+
+    def take(self, process: int, message: object) -> None:
+        """Count a message of a generator process."""
+        match message:
+            case NewKind(number, name, text):
+                self._kinds[process, number] = name
+                self.messages.setdefault(name, text)
+            case Samples(data):
+                self._add(process, np.frombuffer(data).reshape(-1, len(COLUMNS)))
+            case Heartbeat():
+                self.heartbeats[process] = message
+            case Done():
+                self.done[process] = message
+
+    def _add(self, process: int, samples: np.ndarray[Any, np.dtype[np.float64]]) -> None:
+        due, taken, sent, done, kind, caller, batch = samples.T
+        due_s, done_s, latency = due - self._start_s, done - self._start_s, done - due
+        first_s, end_s = self.trial.warmup_s, self.trial.lasts_s
+        success = kind == 0
+        counted = (due_s >= first_s) & (due_s < end_s)
+        arrived = success & (done_s >= first_s) & (done_s < end_s)
+        self.send_latency.add((done - sent)[counted & success] * 1e6)
+        self.send_delay.add((taken - due)[counted] * 1e6)
+        self.waited += int((counted & (sent - taken > _WAITED_S)).sum())
+
+        def count_kinds(kinds: Column) -> dict[str, int]:
+            return {self._kinds[process, number]: count for number, count in _value_counts(kinds).items()}
+
+        for number, (counts, deadline_s) in enumerate(zip(self.callers, self.deadlines_s, strict=True)):
+            own = caller == number
+            counts.answered += int((own & arrived).sum())
+            own &= counted
+            in_time = latency <= (np.inf if deadline_s is None else deadline_s)
+            counts.due += int(own.sum())
+            counts.good += int((own & success & in_time).sum())
+            counts.latency.add(latency[own & success] * 1e6)
+            counts.errors.update(count_kinds(kind[own & ~success]))
+        self.batches.update(_value_counts(batch[success & counted & (batch > 0)]))
+        for intervals in (self.intervals, self.recent):
+            intervals.add_due(due_s, latency, kind, count_kinds)
+            intervals.add_done(done_s[success], batch[success])
 
 
-def _rounded(value: Any) -> Any:
-    """Floats with as many digits as they mean something with."""
-    if isinstance(value, float):
-        return round(value, _ROUND)
-    if isinstance(value, dict):
-        return {key: _rounded(one) for key, one in value.items()}
-    return [_rounded(one) for one in value] if isinstance(value, list | tuple) else value
+def _value_counts(values: Column) -> dict[int, int]:
+    numbers, counts = np.unique(values.astype(np.int64), return_counts=True)
+    return dict(zip(numbers.tolist(), counts.tolist(), strict=True))

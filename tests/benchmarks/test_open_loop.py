@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks.common.open_loop import Load, constant, drive
+from cobatch.server.loadtest.codec import encode, request_bytes
 from cobatch.server.loadtest.messages import Address
-from cobatch.server.loadtest.wire import encode, request
 from tests.support.http.serving import gated
 
 
@@ -14,8 +14,8 @@ def test_loads_that_are_sent_together_are_counted_apart() -> None:
     with gated(fast=True) as (served, engine):
         address = Address("127.0.0.1", served.server.port)
         body, headers = encode({"x": np.array([[1]])}, {"x": "INT64"}, False, {})
-        good = request(address, "/v2/models/gate/infer", headers, body)
-        bad = request(address, "/v2/models/none/infer", headers, body)
+        good = request_bytes(address, "/v2/models/gate/infer", headers, body)
+        bad = request_bytes(address, "/v2/models/none/infer", headers, body)
         before = sum(map(len, engine.ran))
         right, wrong = drive(
             address.authority, Load([good], [0.0, 0.01, 0.02]), Load([bad], constant(100.0, 0.05))

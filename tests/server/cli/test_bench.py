@@ -1,4 +1,4 @@
-"""`cobatch bench` against real servers: tables, files, checks, credentials, refusals."""
+"""`cobatch bench` against real servers: reports, checks, credentials, refused options."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.http.wire import serve_models
 
 APP = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 APP.command("bench")(bench)
-# As little as there can be: what is measured is not the point.
+# As short as possible: the figures do not matter.
 SHORT = ("--seconds", "0.3", "--warmup-s", "0", "--quiet")
 
 
@@ -42,7 +42,7 @@ def command(served: Served, *arguments: str | Path) -> Result:
 
 
 def done(served: Served, tmp_path: Path, *arguments: str | Path, status: int = 0) -> Any:
-    """The JSON of a run that ends with this status."""
+    """Run the command, check its exit status, and return its JSON report."""
     file = tmp_path / "figures.json"
     result = command(served, "--json", file, *arguments)
     assert result.exit_code == status, result.output
@@ -75,13 +75,13 @@ def test_a_closed_loop(node: Any, tmp_path: Path, more: tuple[str, ...]) -> None
     assert run["generator"]["connections"] == 4
     assert (
         run["server"]["executions"] == len(engine.ran) - before - 1
-    )  # the first request was none of the load
-    # Batches are of 3 or 1 to 4 rows, and each answer says of how many.
+    )  # the first request is not part of the load
+    # Batches have 3 rows, or 1 to 4, and each answer tells the number.
     assert set(run["batches"]) <= ({"3"} if more else {"1", "2", "3", "4"})
     assert sum(run["batches"].values()) == run["total"]["answered"]
 
 
-def test_rates_in_turn_tables_and_a_page(node: Any, tmp_path: Path) -> None:
+def test_several_rates_give_a_table_and_a_page(node: Any, tmp_path: Path) -> None:
     served, _ = node
     page = tmp_path / "page.html"
     document = done(
@@ -101,11 +101,11 @@ def test_rates_in_turn_tables_and_a_page(node: Any, tmp_path: Path) -> None:
                          .replace('initial-scale=1">', 'initial-scale=1"/>'))  # fmt: skip
     titles = {one.text for one in root.iter("{http://www.w3.org/2000/svg}text")}
     assert {
-        "Latency distribution", "Latency of what was due then", "Throughput against offered rate",
-        "Batch sizes (0: nothing was answered)", "Throughput and offered rate",
+        "Latency distribution", "Latency by due time", "Throughput by offered rate",
+        "Batch sizes (0: no answers)", "Throughput and offered rate",
     } <= titles  # fmt: skip
     assert any(cell.text == "<a>" for cell in root.iter("td"))
-    # Each tenant's answers are counted by when they came, as those of all are.
+    # Answers count by arrival time, for each tenant as for the total.
     for one in document["runs"]:
         assert one["total"]["answered_rate"] == pytest.approx(
             sum(caller["answered_rate"] for caller in one["callers"]), abs=1e-3
@@ -113,7 +113,7 @@ def test_rates_in_turn_tables_and_a_page(node: Any, tmp_path: Path) -> None:
     assert fast["callers"][0]["good_rate"] is None  # it has no deadline
 
 
-def test_what_is_printed(node: Any) -> None:
+def test_the_report_on_the_terminal(node: Any) -> None:
     served, _ = node
     result = command(served, "--rate", "100", "--shape", "x=1")
     assert result.exit_code == 0
@@ -122,13 +122,13 @@ def test_what_is_printed(node: Any) -> None:
     assert lines[0].endswith("JSON, open loop, poisson arrivals, answers not checked")
     assert lines[1].split()[:3] == ["load", "offered/s", "answered/s"]
     assert lines[2].startswith("100/s ")
-    assert any(line.startswith("the server counted ") for line in lines)
+    assert any(line.startswith("server: ") for line in lines)
     assert any("answers are few" in line for line in lines)
     assert not result.stderr
 
 
 def test_answers_are_checked(node: Any, tmp_path: Path) -> None:
-    """The model doubles; the first expectation is right, the second is wrong, the third only later."""
+    """The model doubles. Expected answers are right, then one is wrong, then answers are wrong under load."""
     served, engine = node
     x, y = tmp_path / "x.npy", tmp_path / "y.npy"
     np.save(x, np.arange(6).reshape(6, 1))
@@ -137,11 +137,11 @@ def test_answers_are_checked(node: Any, tmp_path: Path) -> None:
     assert not good["runs"][0]["total"]["errors"]
     lines = tmp_path / "y.jsonl"
     lines.write_text("".join(f'{{"y": [{2 * n + (n == 5)}]}}\n' for n in range(6)))
-    said = refused(served, "--input", f"x={x}", "--expect", lines, status=1)
-    assert "a first answer is wrong (input 5): output 'y' is not what is expected" in said
+    message = refused(served, "--input", f"x={x}", "--expect", lines, status=1)
+    assert "the answer to input 5 is wrong: output 'y' differs from the expected values" in message
 
     def wait(slot: int) -> tuple[np.ndarray[Any, Any], ...]:
-        """Right for the six that are tried first, one by one; wrong under load."""
+        """Answer right for the six requests tried first, wrong under load."""
         wrong = len(engine.ran) >= 6
         return tuple(part + wrong for part in GatedEngine.wait(engine, slot))
 
@@ -154,14 +154,14 @@ def test_answers_are_checked(node: Any, tmp_path: Path) -> None:
         del engine.__dict__["wait"]
 
 
-def test_another_server_can_be_the_reference(node: Any, tmp_path: Path) -> None:
+def test_another_server_can_give_the_expected_answers(node: Any, tmp_path: Path) -> None:
     served, _ = node
     document = done(served, tmp_path, "--shape", "x=1", "--rows", "2", "--expect", url_of(served))
     assert document["load"]["expect"] == [url_of(served)]
     assert not document["runs"][0]["total"]["errors"]
 
 
-def test_a_trace_is_played(node: Any, tmp_path: Path) -> None:
+def test_a_trace_is_replayed(node: Any, tmp_path: Path) -> None:
     served, engine = node
     trace = tmp_path / "trace.csv"
     trace.write_text("0,1,a\n0.01,4,b\n0.02,2\n")
@@ -171,21 +171,21 @@ def test_a_trace_is_played(node: Any, tmp_path: Path) -> None:
         "--tenant", "name=a", "--tenant", "name=b",
     )  # fmt: skip
     assert [one["requests"] for one in document["runs"][0]["callers"]] == [2, 1]
-    # Beside a first request of each tenant.
+    # The trace, and a first request of each tenant.
     assert sum(map(len, engine.ran)) == 1 + 1 + 7
     assert "tenant 'b' that no --tenant" in refused(served, "--arrivals", trace, "--tenant", "name=a")
 
 
 def test_capacity_is_searched(node: Any, tmp_path: Path) -> None:
-    """Nobody answers within a nanosecond: the search goes down to a rate too low to say anything."""
+    """No answer arrives within a nanosecond: the search stops at the lowest rate worth measuring."""
     served, _ = node
     page = tmp_path / "page.html"
     limit = ("--find-capacity", "--slo-ms", "0.000001", "--html", str(page))
     document = done(served, tmp_path, "--shape", "x=1", *limit, "--rate", "250", "--seconds", "0.1")
     found = document["capacity"]
-    assert [one["rate"] for one in found["tried"]] == [250, 250, 200, 200]
+    assert [one["rate"] for one in found["trials"]] == [250, 250, 200, 200]
     assert [run["rate"] for run in document["runs"]] == [250, 250, 200, 200]
-    assert not any(one["held"] for one in found["tried"])
+    assert not any(one["held"] for one in found["trials"])
     assert all(run["total"]["good_rate"] == 0 for run in document["runs"])  # the limit is a deadline
     assert ">held</th>" in page.read_text()
     assert found["sentence"].startswith("No rate was found with p99 within 1e-06 ms: at 200.0 per second")
@@ -198,10 +198,10 @@ def test_tokens_of_tenants(tmp_path: Path) -> None:
         document = done(node.served, tmp_path, "--shape", "x=1", "--model", "gate", "--token-file", file)
         assert not document["runs"][0]["total"]["errors"]
         assert token("alice") not in json.dumps(document)
-        says = refused(node.served, "--shape", "x=1", "--model", "gate", status=1)
-        assert "401" in says
-        both = ("--shape", "x=1", "--tenant", f"name=a,token_file={file}", "--tenant", "name=nobody")
-        assert "nobody: a first request was answered with 401" in refused(
+        message = refused(node.served, "--shape", "x=1", "--model", "gate", status=1)
+        assert "401" in message
+        both = ("--shape", "x=1", "--tenant", f"name=a,token_file={file}", "--tenant", "name=guest")
+        assert "guest: the first request was answered with 401" in refused(
             node.served, *both, "--model", "gate", status=1
         )
 
@@ -215,15 +215,15 @@ def test_models_are_found_and_described(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (("--find-capacity",), "--find-capacity and --slo-ms go together"),
         (("--slo-ms", "5"), "--find-capacity and --slo-ms go together"),
-        (("--rate", "fast"), "numbers with commas"),
+        (("--rate", "fast"), "numbers separated by commas"),
         (("--rate", "0"), "more than 0"),
         (("--arrivals", "bursty"), "give --rate"),
-        (("--json", "/no/such/folder/x.json"), "/no/such/folder: there is no such folder"),
-        (("--arrivals", "sometimes"), "poisson, constant, bursty, diurnal or a trace's file"),
+        (("--json", "/no/such/folder/x.json"), "/no/such/folder: no such folder"),
+        (("--arrivals", "sometimes"), "poisson, constant, bursty, diurnal or a trace file"),
         (("--shape", "x"), "NAME="),
         (("--shape", "x=0"), "whole numbers from 1"),
         (("--values", "x=9:1"), "LOW must not be more than HIGH"),
@@ -233,14 +233,14 @@ def test_models_are_found_and_described(tmp_path: Path) -> None:
         ((), "give --shape x=SIZE"),
     ],
 )
-def test_what_is_refused(node: Any, arguments: tuple[str, ...], says: str) -> None:
+def test_invalid_options_are_refused(node: Any, arguments: tuple[str, ...], message: str) -> None:
     served, _ = node
     more = () if not arguments or arguments[0] == "--shape" else ("--shape", "x=1")
-    assert says in refused(served, *arguments, *more)
+    assert message in refused(served, *arguments, *more)
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_reports_what_it_has(node: Any, tmp_path: Path) -> None:
+def test_an_interrupted_run_reports_its_results(node: Any, tmp_path: Path) -> None:
     served, _ = node
     file = tmp_path / "figures.json"
     command = [
@@ -273,11 +273,11 @@ def test_an_interrupted_run_reports_what_it_has(node: Any, tmp_path: Path) -> No
     (run,) = document["runs"]
     assert 0 < run["measured_s"] < 1000
     assert run["total"]["answered_rate"] > 0
-    # Those that waited are no secret.
+    # Requests in flight are reported.
     assert set(run["total"]["errors"]) <= {"stopped before its answer"}
 
 
-def test_a_file_that_cannot_be_written_loses_no_figures(node: Any, tmp_path: Path) -> None:
+def test_the_report_is_printed_if_a_file_cannot_be_written(node: Any, tmp_path: Path) -> None:
     served, _ = node
     result = command(served, "--shape", "x=1", "--json", tmp_path)
     assert result.exit_code == 1
@@ -285,7 +285,7 @@ def test_a_file_that_cannot_be_written_loses_no_figures(node: Any, tmp_path: Pat
     assert "16 connections" in result.stdout
 
 
-def test_nobody_answers() -> None:
+def test_a_port_without_server_is_an_error() -> None:
     result = CliRunner().invoke(APP, ["http://127.0.0.1:1", *SHORT])
     assert result.exit_code == 1
     assert result.stderr.startswith("cobatch: 127.0.0.1:1: ")

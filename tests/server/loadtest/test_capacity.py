@@ -1,4 +1,4 @@
-"""`cobatch bench --find-capacity`: the search, on servers that are a function, and what is said of it."""
+"""`cobatch bench --find-capacity`: the search on simulated servers, and its result in words."""
 
 from __future__ import annotations
 
@@ -11,32 +11,40 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cobatch.server.loadtest.capacity import Capacity, Tried, bad_part, find, sure_part
+from cobatch.server.loadtest.capacity import (
+    Capacity,
+    CapacityTrial,
+    holding_share,
+    search,
+    violation_share,
+)
 from cobatch.server.loadtest.messages import Trial
-from cobatch.server.loadtest.runner import trial_s
-from cobatch.server.loadtest.statistics import Results
-from cobatch.server.loadtest.tally import Tally
+from cobatch.server.loadtest.results import Results
+from cobatch.server.loadtest.runner import search_trial_s
+from cobatch.server.loadtest.statistics import Tally
 
 
-def search(
+def simulate(
     bad: Callable[[float, int], float], start: float, trials: int = 5, limited: bool = False
 ) -> Capacity:
-    """`bad`: the part of the requests that are too late at a rate, in the n-th trial."""
+    """Search with `bad(rate, n)`, the share of late requests in the n-th trial."""
     number = 0
 
-    def run(rate: float, confirms: bool) -> Tried:
+    def run(rate: float, confirms: bool) -> CapacityTrial:
         nonlocal number
         number += 1
         part = bad(rate, number)
         p99_ms = 12.0 if part <= 0.01 else 99.0
-        return Tried(rate, part, p99_ms, limited and part > 0.01, confirms, mock.create_autospec(Results))
+        return CapacityTrial(
+            rate, part, p99_ms, limited and part > 0.01, confirms, mock.create_autospec(Results)
+        )
 
-    return find(50.0, start, 1.0, trials, run)
+    return search(50.0, start, 1.0, trials, run)
 
 
 @given(st.floats(2.0, 1e5), st.floats(1.0, 1e5))
-def test_the_highest_rate_is_found_wherever_the_search_starts(truth: float, start: float) -> None:
-    found = search(lambda rate, _: 0.0 if rate <= truth else 1.0, start)
+def test_the_highest_rate_is_found_from_any_start(truth: float, start: float) -> None:
+    found = simulate(lambda rate, _: 0.0 if rate <= truth else 1.0, start)
     assert found.rate is not None
     assert found.failed_rate is not None
     assert truth / 1.05 <= found.rate <= truth < found.failed_rate
@@ -45,74 +53,74 @@ def test_the_highest_rate_is_found_wherever_the_search_starts(truth: float, star
 
 
 def test_one_disturbance_does_not_mislead_the_search() -> None:
-    found = search(lambda rate, number: 0.5 if rate > 1000 or number in (1, 4) else 0.0, 700.0)
+    found = simulate(lambda rate, number: 0.5 if rate > 1000 or number in (1, 4) else 0.0, 700.0)
     assert found.rate is not None
     assert 950 < found.rate <= 1000
 
 
-def test_a_rate_that_does_not_hold_again_is_not_claimed() -> None:
+def test_a_rate_that_fails_its_confirmation_is_not_reported() -> None:
     seen: dict[float, int] = {}
 
     def bad(rate: float, number: int) -> float:
         seen[rate] = seen.get(rate, 0) + 1
         return 0.0 if rate < 90 or (rate < 100 and seen[rate] < 3) else 0.02
 
-    found = search(bad, 50.0)
+    found = simulate(bad, 50.0)
     assert found.rate is not None
     assert found.rate < 90
     assert found.failed_rate is not None
     assert found.failed_rate >= 90
     assert "did not hold" in found.sentence()
-    # Who is named after others could not be confirmed had more chances to be lucky.
-    assert found.before > 0
-    assert f"at least {sure_part(5, found.before):.0%} of" in found.sentence()
+    # Each rejected rate was one more chance to succeed by luck, so the bound is lower.
+    assert found.rejected > 0
+    assert f"at least {holding_share(5, found.rejected):.0%} of" in found.sentence()
 
 
-def test_what_never_holds_is_said() -> None:
-    nothing = search(lambda *_: 1.0, 100.0)
+def test_a_search_without_result_says_so() -> None:
+    nothing = simulate(lambda *_: 1.0, 100.0)
     assert nothing.rate is None
-    assert min(one.rate for one in nothing.tried) == 1.0
+    assert min(one.rate for one in nothing.trials) == 1.0
     assert "No rate was found with p99 within 50 ms" in nothing.sentence()
-    shaky = search(lambda rate, number: 0.0 if len(str(number)) < 2 and rate < 110 else 1.0, 100.0)
+    shaky = simulate(lambda rate, number: 0.0 if len(str(number)) < 2 and rate < 110 else 1.0, 100.0)
     assert shaky.rate is None
     assert "No rate could be confirmed" in shaky.sentence()
 
 
-def test_the_generators_limit_is_no_claim_about_the_server() -> None:
-    found = search(lambda rate, _: 0.0 if rate <= 500 else 0.3, 100.0, limited=True)
+def test_a_generator_limit_is_reported_as_a_lower_bound() -> None:
+    found = simulate(lambda rate, _: 0.0 if rate <= 500 else 0.3, 100.0, limited=True)
     assert found.limited
     assert found.sentence().startswith("At least 4")
     assert "the server may take it" in found.sentence()
 
 
-def test_how_sure_so_many_trials_make() -> None:
+def test_the_confidence_follows_from_the_number_of_trials() -> None:
     # Clopper and Pearson's one-sided bound for n of n: alpha to the 1/n.
-    assert sure_part(1, 0) == pytest.approx(0.025)
-    assert sure_part(5, 0) == pytest.approx(0.4782, abs=1e-4)
-    # However many rates have their chance, one in twenty is wrong at most.
-    assert sum(sure_part(1, before) for before in range(60)) == pytest.approx(0.05)
-    sentence = search(lambda rate, _: float(rate > 200), 100.0).sentence()
+    assert holding_share(1, 0) == pytest.approx(0.025)
+    assert holding_share(5, 0) == pytest.approx(0.4782, abs=1e-4)
+    # Over any number of rates at most 5 % of the reports are wrong.
+    assert sum(holding_share(1, rejected) for rejected in range(60)) == pytest.approx(0.05)
+    sentence = simulate(lambda rate, _: float(rate > 200), 100.0).sentence()
     assert "5 of 5 trials held (p99 12.00 to 12.00 ms), so with 95 % confidence at least 48%" in sentence
 
 
-def test_trials_are_long_enough_to_tell() -> None:
-    assert trial_s(10.0, 5000.0, 50.0) == 10.0
-    assert trial_s(2.0, 250.0, 50.0) == 4.0  # a thousand requests
-    assert trial_s(2.0, 1.0, 50.0) == 10.0  # but not for ever
-    # A queue that grows by a tenth of a second each second is past 1 s after ten of them.
-    assert trial_s(2.0, 5000.0, 1000.0) == 20.0
+def test_trials_of_a_search_are_long_enough() -> None:
+    assert search_trial_s(10.0, 5000.0, 50.0) == 10.0
+    assert search_trial_s(2.0, 250.0, 50.0) == 4.0  # a thousand requests
+    assert search_trial_s(2.0, 1.0, 50.0) == 10.0  # at most five times --seconds
+    # A queue that grows by 0.1 s per second exceeds 1 s after ten seconds.
+    assert search_trial_s(2.0, 5000.0, 1000.0) == 20.0
 
 
-def test_a_failure_is_a_request_that_took_too_long() -> None:
+def test_failures_count_as_late() -> None:
     tally = Tally(Trial(None, 1, 1.0), [None, None])
-    assert bad_part(tally, 50.0) == 1.0
+    assert violation_share(tally, 50.0) == 1.0
     for one in tally.callers:
         one.due = 100
         one.latency.add(np.full(90, 10_000.0))
-    assert bad_part(tally, 50.0) == 0.0
+    assert violation_share(tally, 50.0) == 0.0
     tally.callers[0].errors["status 429"] = 10
     tally.callers[1].latency.add(np.full(10, 60_000.0))
-    assert bad_part(tally, 50.0) == pytest.approx(0.1)
-    refusing = Tried(1.0, 0.1, inf, False, False, mock.create_autospec(Results))
+    assert violation_share(tally, 50.0) == pytest.approx(0.1)
+    refusing = CapacityTrial(1.0, 0.1, inf, False, False, mock.create_autospec(Results))
     assert not refusing.held
-    assert "so many failed" in Capacity(50.0, None, 1.0, (), False, [refusing]).sentence()
+    assert "too many failed" in Capacity(50.0, None, 1.0, (), False, [refusing]).sentence()

@@ -1,4 +1,4 @@
-"""`cobatch bench`: durations in buckets, answers off the wire, inputs, callers, schedules."""
+"""The requests of `cobatch bench`: inputs, encoding, callers, addresses, schedules."""
 
 from __future__ import annotations
 
@@ -14,135 +14,61 @@ from hypothesis import strategies as st
 
 from cobatch.batcher.simulator.traffic import Even, Poisson, read_trace
 from cobatch.engines.base import DATATYPES
-from cobatch.server.loadtest.answers import Answer, Malformed
-from cobatch.server.loadtest.callers import Caller, callers
-from cobatch.server.loadtest.errors import UsageError
-from cobatch.server.loadtest.examples import Drawn, Read
-from cobatch.server.loadtest.histogram import Histogram
-from cobatch.server.loadtest.messages import Address, Expected, Plan, Prepared, Trial
+from cobatch.server.loadtest.codec import decode, difference, encode, request_bytes
+from cobatch.server.loadtest.messages import Address, Expected, Plan, PreparedRequest, Trial
+from cobatch.server.loadtest.options import Caller, UsageError, parse_callers
+from cobatch.server.loadtest.requests import FileInputs, RandomInputs
 from cobatch.server.loadtest.schedule import choices, schedule
 from cobatch.server.loadtest.target import Tensor, parse_url
-from cobatch.server.loadtest.wire import decode, encode, request, same
-
-HEAD = b"HTTP/1.1 200 OK\r\nServer-Timing: queue;dur=0.1, batch;desc=12\r\n"
-WHOLE = HEAD + b"Content-Length: 5\r\n\r\nhello"
-CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n2\r\nhe\r\n3\r\nllo\r\n0\r\n\r\n"
-AFTER_NOTICE = b"HTTP/1.1 100 Continue\r\n\r\n" + WHOLE
-
-
-@given(st.lists(st.floats(1.0, 1e9), min_size=1, max_size=300), st.sampled_from([0.01, 0.5, 0.9, 0.99, 1.0]))
-def test_quantiles_are_within_the_width_of_a_bucket(values: list[float], part: float) -> None:
-    histogram = Histogram()
-    for some in np.array_split(np.array(values), 3):
-        other = Histogram()
-        other.add(some)
-        histogram.merge(other)
-    exact = float(np.quantile(values, part, method="inverted_cdf"))
-    assert exact <= histogram.quantile_us(part) * (1 + 1e-9) <= exact * (1 + 1 / 128) * (1 + 1e-9)
-    assert histogram.count == len(values)
-    assert histogram.mean_us == pytest.approx(np.mean(values))
-    assert (histogram.least_us, histogram.most_us) == (min(values), max(values))
-    assert sum(count for _, count in histogram.buckets()) == len(values)
-
-
-def test_what_is_over_a_limit() -> None:
-    histogram = Histogram()
-    histogram.add(np.array([0.0, 10.0, 990.0, 1100.0, 5e6, 1e13]))
-    assert histogram.over(1000.0) == 3
-    assert histogram.over(0.0) == 5
-    assert histogram.over(1e13) == 0
-
-
-@pytest.mark.parametrize("data", [WHOLE, CHUNKED, AFTER_NOTICE, WHOLE.replace(b"Content-L", b"content-l")])
-def test_an_answer_is_the_same_wherever_it_is_cut(data: bytes) -> None:
-    for pieces in [[data], [data[at : at + 1] for at in range(len(data))]] + [
-        [data[:at], data[at:]] for at in range(1, len(data))
-    ]:
-        answer = Answer()
-        for _ in range(2):  # the next one on the same connection
-            assert [answer.feed(piece) for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-            assert (answer.status, answer.body, answer.batch, answer.keeps) == (200, b"hello", 12, True)
-
-
-def test_an_answer_may_last_until_the_connection_ends() -> None:
-    answer = Answer()
-    assert not answer.feed(b"HTTP/1.1 500 Oh\r\nConnection: close\r\n\r\nto the ")
-    assert not answer.feed(b"end")
-    assert answer.ended()
-    assert (answer.status, answer.body, answer.keeps) == (500, b"to the end", False)
-
-
-def test_an_answer_that_is_cut_off_is_none() -> None:
-    for data in (WHOLE, CHUNKED):
-        answer = Answer()
-        assert not answer.ended()
-        assert not answer.feed(data[:-1])
-        assert answer.begun
-        assert not answer.ended()
-
-
-@pytest.mark.parametrize(
-    "data", [WHOLE + b"x", CHUNKED + b"HTTP/1.1 200 OK\r\n", b"SSH-2.0-hello\r\n\r\n", b"\x15\x03\x01" * 9]
-)
-def test_what_is_no_answer_is_noticed(data: bytes) -> None:
-    answer = Answer()
-    with pytest.raises(Malformed):  # noqa: PT012 - one or the other
-        answer.feed(data)
-        answer.feed(b"\r\n\r\n")
-
-
-def test_kinds_of_errors() -> None:
-    answer = Answer()
-    problem = b'{"type":"https://x.example/problems/queue-full","status":429,"detail":"too  many"}'
-    answer.feed(b"HTTP/1.1 429 No\r\nContent-Length: %d\r\n\r\n" % len(problem) + problem)
-    assert (answer.kind(), answer.said()) == ("429 queue-full", "too many")
-    answer.feed(b'HTTP/1.1 400 No\r\nContent-Length: 15\r\n\r\n{"error":"what"}'.replace(b": 15", b": 16"))
-    assert (answer.kind(), answer.said()) == ("status 400", "what")
 
 
 def values(datatype: str, rng: np.random.Generator) -> np.ndarray[Any, Any]:
     shape = [-1, 2]
-    return Drawn([Tensor("x", datatype, tuple(shape))], {}, {}, int(rng.integers(99))).example(1, 3)["x"]
+    return RandomInputs([Tensor("x", datatype, tuple(shape))], {}, {}, int(rng.integers(99))).example(1, 3)[
+        "x"
+    ]
 
 
 @pytest.mark.parametrize("datatype", DATATYPES)
 @pytest.mark.parametrize("binary", [False, True])
-def test_tensors_come_back_as_they_were_sent(datatype: str, binary: bool) -> None:
+def test_tensors_survive_encoding_and_decoding(datatype: str, binary: bool) -> None:
     array = values(datatype, np.random.default_rng(1))
     assert array.shape == (3, 2)
     body, headers = encode({"x": array}, {"x": datatype}, binary, {"priority": 1})
-    # A request is formed as an answer is, but for its one name.
+    # A request becomes an answer by renaming "inputs".
     message = body.replace(b'"inputs"', b'"outputs"')
     length = headers.get("Inference-Header-Content-Length")
     more = len(message) - len(body)
     head = f"\r\ninference-header-content-length: {int(length) + more}\r\n".encode() if length else b""
-    assert same(decode(head, message), {"x": array}, 0, 0) is None
+    assert difference(decode(head, message), {"x": array}, 0, 0) is None
     assert b'"priority":1' in body
 
 
-def test_what_is_wrong_with_an_answer() -> None:
+def test_difference_names_the_first_wrong_output() -> None:
     right = {"y": np.array([[1.0, 2.0]]), "z": np.array(["a"], object)}
-    assert same({"z": right["z"], "y": np.array([[1.0, 2.0009]], np.float32)}, right, 1e-3, 0) is None
-    assert "expected" in str(same({**right, "y": np.array([[1.0, 2.1]])}, right, 1e-3, 0))
-    assert "missing" in str(same({"y": right["y"]}, right, 1e-3, 0))
-    assert "shape" in str(same({**right, "y": right["y"][0]}, right, 1e-3, 0))
-    assert "'z'" in str(same({**right, "z": np.array(["b"], object)}, right, 1e-3, 0))
+    assert difference({"z": right["z"], "y": np.array([[1.0, 2.0009]], np.float32)}, right, 1e-3, 0) is None
+    assert "differs" in str(difference({**right, "y": np.array([[1.0, 2.1]])}, right, 1e-3, 0))
+    assert "missing" in str(difference({"y": right["y"]}, right, 1e-3, 0))
+    assert "shape" in str(difference({**right, "y": right["y"][0]}, right, 1e-3, 0))
+    assert "'z'" in str(difference({**right, "z": np.array(["b"], object)}, right, 1e-3, 0))
     with pytest.raises(ValueError, match="protocol"):
         decode(b"", b'{"predictions": []}')
 
 
-def test_a_request_names_one_host() -> None:
+def test_a_request_has_one_host_header() -> None:
     address = Address("h", 80)
-    assert request(address, "/x", {}, b"") == b"POST /x HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\n"
-    named = request(address, "/x", {"host": "other"}, b"")
+    assert (
+        request_bytes(address, "/x", {}, b"") == b"POST /x HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\n"
+    )
+    named = request_bytes(address, "/x", {"host": "other"}, b"")
     assert named == b"POST /x HTTP/1.1\r\nhost: other\r\nContent-Length: 0\r\n\r\n"
 
 
 IDS = Tensor("ids", "INT64", (-1, -1))
 
 
-def test_what_is_drawn_has_the_sizes_and_values_that_are_asked_for() -> None:
-    drawn = Drawn([IDS, Tensor("x", "FP32", (1, 4))], {"ids": [(3, 9)]}, {"ids": (7, 8)}, 1)
+def test_random_inputs_have_the_sizes_and_values_of_the_options() -> None:
+    drawn = RandomInputs([IDS, Tensor("x", "FP32", (1, 4))], {"ids": [(3, 9)]}, {"ids": (7, 8)}, 1)
     examples = [drawn.example(number, 1) for number in range(40)]
     assert {one["ids"].shape[1] for one in examples} == set(range(3, 10))
     assert {int(value) for one in examples for value in one["ids"].flat} == {7, 8}
@@ -153,17 +79,17 @@ def test_what_is_drawn_has_the_sizes_and_values_that_are_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shapes", "spans", "says"),
+    ("shapes", "spans", "message"),
     [
         ({}, {}, "--shape ids=SIZE"),
         ({"ids": [(1, 2), (1, 2)]}, {}, "--shape ids=SIZE"),
-        ({"id": [(1, 2)]}, {}, "there is ids"),
-        ({"ids": [(1, 2)]}, {"id": (1, 2)}, "there is ids"),
+        ({"id": [(1, 2)]}, {}, "--shape: no input 'id'; the model has ids"),
+        ({"ids": [(1, 2)]}, {"id": (1, 2)}, "--values: no input 'id'; the model has ids"),
     ],
 )
-def test_what_cannot_be_drawn(shapes: Any, spans: Any, says: str) -> None:
-    with pytest.raises(UsageError, match=says):
-        Drawn([IDS], shapes, spans, 1).example(0, 1)
+def test_random_inputs_refuse_options_that_do_not_fit(shapes: Any, spans: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        RandomInputs([IDS], shapes, spans, 1).example(0, 1)
 
 
 def test_inputs_from_files(tmp_path: Path) -> None:
@@ -171,7 +97,7 @@ def test_inputs_from_files(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"b": [1]}\n\n{"b": [2]}\n{"b": [3]}\n{"b": [4]}\n{"b": [5]}\n')
     tensors = [Tensor("a", "FP32", (-1, 2)), Tensor("b", "INT32", (-1, 1))]
     files = [f"a={tmp_path / 'a.npy'}", str(tmp_path / "b.jsonl")]
-    read = Read("--input", files, tensors, "inputs")
+    read = FileInputs("--input", files, tensors, "inputs")
     assert read.count == 5
     second = read.example(1, 2)
     assert second["a"].dtype == np.float32
@@ -183,7 +109,7 @@ def test_inputs_from_files(tmp_path: Path) -> None:
 def test_whole_messages_from_a_file(tmp_path: Path) -> None:
     tensor = {"name": "x", "shape": [2, 1], "datatype": "BF16", "data": [1.5, 2]}
     (tmp_path / "all.jsonl").write_text(json.dumps({"inputs": [tensor]}) + "\n")
-    read = Read("--input", [str(tmp_path / "all.jsonl")], [], "inputs")
+    read = FileInputs("--input", [str(tmp_path / "all.jsonl")], [], "inputs")
     assert read.datatypes == {"x": "BF16"}
     assert read.example(7, 1)["x"].tolist() == [[0x3FC0], [0x4000]]
     with pytest.raises(UsageError, match="leave out --rows"):
@@ -191,7 +117,7 @@ def test_whole_messages_from_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "says"),
+    ("name", "text", "message"),
     [
         ("x.jsonl", '{"x": [1]}\n{"y": [1]}\n{"y": [1]}', "equally many"),
         ("x.jsonl", '{"x": [1]}\n[1]', "line 2: expected an object"),
@@ -203,18 +129,20 @@ def test_whole_messages_from_a_file(tmp_path: Path) -> None:
         ("gone", None, "No such file"),
     ],
 )
-def test_files_that_cannot_be_read(tmp_path: Path, name: str, text: str | None, says: str) -> None:
+def test_unreadable_input_files_are_refused(
+    tmp_path: Path, name: str, text: str | None, message: str
+) -> None:
     path = tmp_path / name
     if text is not None:
         path.write_text(text)
-    with pytest.raises(UsageError, match=says):
-        Read("--input", [f"x={path}"], [Tensor("x", "INT64", (-1, 1))], "inputs")
+    with pytest.raises(UsageError, match=message):
+        FileInputs("--input", [f"x={path}"], [Tensor("x", "INT64", (-1, 1))], "inputs")
 
 
-def test_callers_are_told_apart(tmp_path: Path) -> None:
+def test_callers_have_their_own_options_and_credentials(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("abc\n")
     default = Caller(rows=2, priority=3, deadline_ms=9.0, headers={"X-API-Key": "k", "Via": "me"})
-    found = callers(
+    found = parse_callers(
         [f"name=a,share=3,token_file={tmp_path / 'token'}", "deadline_ms=0.5,priority=1"], default
     )
     assert [one.name for one in found] == ["a", "tenant 2"]
@@ -222,12 +150,12 @@ def test_callers_are_told_apart(tmp_path: Path) -> None:
     assert found[1].headers == default.headers
     assert found[0].parameters == {"priority": 3, "timeout": 9000}
     assert found[1].parameters == {"priority": 1, "timeout": 500}
-    assert callers([], default) == [default]
+    assert parse_callers([], default) == [default]
     for wrong in ("a", "share=0", "share=x", "colour=red", "token_file=/gone", "rows=0", "deadline_ms=0"):
         with pytest.raises(UsageError):
-            callers([wrong], default)
+            parse_callers([wrong], default)
     with pytest.raises(UsageError, match="same name"):
-        callers(["name=a", "name=a"], default)
+        parse_callers(["name=a", "name=a"], default)
 
 
 @pytest.mark.parametrize(
@@ -240,12 +168,12 @@ def test_callers_are_told_apart(tmp_path: Path) -> None:
         ("http://[::1]:9/v2/models/m/versions/3", Address("::1", 9), "m", "3"),
     ],
 )
-def test_urls(text: str, address: Address, model: str | None, version: str | None) -> None:
+def test_urls_are_parsed(text: str, address: Address, model: str | None, version: str | None) -> None:
     assert parse_url(text, None, False) == (address, model, version)
 
 
-def test_a_url_that_is_none() -> None:
-    # Credentials in it would not be sent, and would be printed.
+def test_invalid_urls_are_refused() -> None:
+    # Credentials in the URL would not be sent, and would be printed.
     for text in (
         "ftp://h",
         "http://",
@@ -262,7 +190,7 @@ def test_a_url_that_is_none() -> None:
 
 def plan_of(shares: list[float], rows: int = 1, examples: int = 3) -> Plan:
     requests = {
-        (caller, size): [Prepared(f"{caller} {size} {n}".encode(), caller, n) for n in range(examples)]
+        (caller, size): [PreparedRequest(f"{caller} {size} {n}".encode(), caller, n) for n in range(examples)]
         for caller in range(len(shares))
         for size in range(1, rows + 1)
     }
@@ -272,7 +200,7 @@ def plan_of(shares: list[float], rows: int = 1, examples: int = 3) -> Plan:
 
 @settings(max_examples=20)
 @given(st.integers(1, 5), st.integers(0, 9), st.booleans())
-def test_processes_send_together_what_one_would(processes: int, seed: int, poisson: bool) -> None:
+def test_several_processes_send_the_same_load_as_one(processes: int, seed: int, poisson: bool) -> None:
     plan = plan_of([1.0, 2.0])
     trial = Trial(Poisson(700.0) if poisson else Even(700.0), 4, seconds=0.5, warmup_s=0.2, seed=seed)
     alone = list(schedule(plan, trial, 0, 1))
@@ -282,16 +210,16 @@ def test_processes_send_together_what_one_would(processes: int, seed: int, poiss
     assert all(0 < due < 0.7 for due, _ in alone)
 
 
-def test_shares_and_turns() -> None:
+def test_callers_follow_their_shares_and_examples_rotate() -> None:
     found = list(islice(choices(plan_of([1.0, 3.0]), Trial(None, 1, 1.0)), 8000))
     assert sum(one.caller == 1 for one in found) == pytest.approx(6000, abs=200)
     mine = [one.example for one in found if one.caller == 0]
     assert mine[:7] == [0, 1, 2, 0, 1, 2, 0]
-    # Processes do not all begin with the same input.
+    # Each process starts with another example.
     assert next(choices(plan_of([1.0]), Trial(None, 1, 1.0), 2)).example == 2
 
 
-def test_a_trace_says_who_and_how_many_rows(tmp_path: Path) -> None:
+def test_a_trace_sets_the_tenant_and_rows_of_each_request(tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
     path.write_text("seconds,rows,tenant\n10.0,2,t1\n10.5,1,\n11.0,1,t0\n")
     trial = Trial(read_trace(path, speed=2.0), 4, seconds=0.6)

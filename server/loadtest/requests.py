@@ -1,0 +1,336 @@
+"""The requests of a load test: inputs drawn at random or read from files, encoded, and tried once."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cobatch.engines.base import DATATYPES
+from cobatch.server.loadtest.codec import Array, Checker, datatype_of, decode, encode, request_bytes, to_bf16
+from cobatch.server.loadtest.messages import Arrays, Expected, Plan, PreparedRequest
+from cobatch.server.loadtest.options import (
+    BenchError,
+    Caller,
+    Options,
+    Span,
+    UsageError,
+    parse_sizes,
+    parse_spans,
+)
+from cobatch.server.loadtest.target import Model, Tensor, describe, fetch, parse_url
+
+_DRAWN_BYTES_LIMIT = 64 << 20  # per request size; more inputs would not change the load
+_TRIED_LIMIT = 64
+_LETTERS = np.array(list(string.ascii_lowercase))
+_DEFAULT_INTEGERS = (0, 99)
+
+
+def prepare(options: Options) -> tuple[Plan, Model]:
+    """Fetch the model's metadata, prepare the requests and try them. Raises BenchError."""
+    address, model_in_path, version_in_path = parse_url(options.url, options.ca_file, options.insecure)
+    callers = options.callers
+    name, version = options.model or model_in_path, options.version or version_in_path
+    model = describe(address, name, version, callers[0].headers)
+    inputs: Inputs
+    if options.inputs:
+        inputs = FileInputs("--input", options.inputs, model.inputs, "inputs")
+    else:
+        sizes, spans = parse_sizes(options.shapes), parse_spans(options.values)
+        inputs = RandomInputs(model.inputs, sizes, spans, options.seed)
+    examples = _Examples(inputs, options)
+
+    def prepared(caller: int, example: int) -> PreparedRequest:
+        body, headers = examples.encode(example, callers[caller])
+        return PreparedRequest(request_bytes(address, f"{model.path}/infer", headers, body), caller, example)
+
+    plan = Plan(
+        address=address,
+        requests={
+            (number, rows): [prepared(number, example) for example in examples.numbers(rows)]
+            for number, caller in enumerate(callers)
+            for rows in _request_sizes(options, caller)
+        },
+        names=[caller.name for caller in callers],
+        shares=[caller.share for caller in callers],
+        rows=[caller.rows for caller in callers],
+        expected=_expected(options, model, examples),
+        timeout_s=options.timeout_s,
+        seed=options.seed,
+    )
+    _try_requests(callers, plan, model, examples)
+    return plan, model
+
+
+def _request_sizes(options: Options, caller: Caller) -> list[int]:
+    """Return the numbers of rows of this caller's requests."""
+    if options.trace is None:
+        return [caller.rows]
+    names = [one.name for one in options.callers]
+    sizes = {caller.rows}
+    for recorded in options.trace.requests:
+        tenant = recorded.tenant or names[0]
+        if tenant not in names:
+            raise UsageError(f"the trace has a tenant {tenant!r} that no --tenant describes")
+        if tenant == caller.name:
+            sizes.add(recorded.rows)
+    return sorted(sizes)
+
+
+def _try_requests(callers: Sequence[Caller], plan: Plan, model: Model, examples: _Examples) -> None:
+    """Send a request of each caller, and all inputs if answers are checked. Raises BenchError."""
+    checker = None if plan.expected is None else Checker(plan.expected)
+    for number, caller in enumerate(callers):
+        every = number == 0 and checker is not None
+        numbers = range(len(examples.arrays)) if every else examples.numbers(caller.rows)[:1]
+        for example in numbers[:_TRIED_LIMIT]:
+            body, headers = examples.encode(example, caller)
+            reply = fetch(plan.address, "POST", f"{model.path}/infer", headers, body)
+            prefix = f"{caller.name}: " if len(callers) > 1 else ""
+            if reply.status != 200:
+                raise BenchError(f"{prefix}the first request was answered with {reply.error}")
+            why = checker.check(example, reply.head, reply.body) if checker is not None else None
+            if why is not None:
+                raise BenchError(f"{prefix}the answer to input {example} is wrong: {why}")
+
+
+def _expected(options: Options, model: Model, examples: _Examples) -> Expected | None:
+    if not options.expect:
+        return None
+    urls = [text for text in options.expect if text.startswith(("http://", "https://"))]
+    if urls and len(options.expect) > 1:
+        raise UsageError("--expect: either files or one URL")
+    if urls:
+        answers = _reference_answers(urls[0], options, model, examples)
+    else:
+        answers = _file_answers(options, examples)
+    return Expected(answers, options.rtol, options.atol)
+
+
+def _file_answers(options: Options, examples: _Examples) -> list[Arrays]:
+    if not isinstance(examples.inputs, FileInputs):
+        raise UsageError("--expect FILE needs --input FILE: random inputs have no answers in a file")
+    outputs = FileInputs("--expect", options.expect, (), "outputs")
+    if outputs.count != examples.inputs.count:
+        raise UsageError(f"--expect: {outputs.count} answers for {examples.inputs.count} inputs")
+    return [outputs.example(number, rows) for number, rows in examples.keys]
+
+
+def _reference_answers(url: str, options: Options, model: Model, examples: _Examples) -> list[Arrays]:
+    """Fetch the answers of another server, without credentials: they are meant for the server under load."""
+    address, name, version = parse_url(url, options.ca_file, options.insecure)
+    reference = describe(address, name or model.name, version, {})
+    answers: list[Arrays] = []
+    for arrays in examples.arrays:
+        body, headers = encode(arrays, examples.inputs.datatypes, False, {})
+        reply = fetch(address, "POST", f"{reference.path}/infer", headers, body)
+        if reply.status != 200:
+            raise BenchError(f"--expect {url}: {reply.error}")
+        try:
+            answers.append(decode(b"", reply.body))
+        except ValueError as error:
+            raise BenchError(f"--expect {url}: {error}") from None
+    return answers
+
+
+class _Examples:
+    """The inputs of all requests, numbered consecutively over all request sizes."""
+
+    def __init__(self, inputs: Inputs, options: Options) -> None:
+        self.inputs = inputs
+        self.arrays: list[Arrays] = []
+        self.keys: list[tuple[int, int]] = []  # (number among examples of this size, rows)
+        self._limit = options.examples
+        self._binary = options.binary
+        self._numbers: dict[int, range] = {}
+
+    def numbers(self, rows: int) -> range:
+        """Return the numbers of the examples with this many rows, made on first use."""
+        if rows not in self._numbers:
+            first, keys = len(self.arrays), [(number, rows) for number in range(self._count(rows))]
+            self.keys += keys
+            self.arrays += [self.inputs.example(*key) for key in keys]
+            self._numbers[rows] = range(first, len(self.arrays))
+        return self._numbers[rows]
+
+    def _count(self, rows: int) -> int:
+        if isinstance(self.inputs, FileInputs):
+            return -(-self.inputs.count // rows)
+        size = sum(array.nbytes for array in self.inputs.example(0, rows).values())
+        return max(1, min(self._limit, _DRAWN_BYTES_LIMIT // max(1, size)))
+
+    def encode(self, number: int, caller: Caller) -> tuple[bytes, dict[str, str]]:
+        """Return an example's body and all headers of this caller's request."""
+        body, headers = encode(self.arrays[number], self.inputs.datatypes, self._binary, caller.parameters)
+        return body, {**caller.headers, **headers}
+
+
+class RandomInputs:
+    """Random inputs by the model's metadata; sizes and value ranges may be set. Raises UsageError."""
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        sizes: Mapping[str, Sequence[Span]],
+        spans: Mapping[str, Span],
+        seed: int,
+    ) -> None:
+        if not tensors:
+            raise UsageError("the model's metadata has no inputs: give --input FILE")
+        self.datatypes = {tensor.name: tensor.datatype for tensor in tensors}
+        for flag, name in [*(("--shape", name) for name in sizes), *(("--values", name) for name in spans)]:
+            if name not in self.datatypes:
+                raise UsageError(f"{flag}: no input {name!r}; the model has {', '.join(self.datatypes)}")
+        for name, datatype in self.datatypes.items():
+            if datatype not in DATATYPES:
+                raise UsageError(f"input {name!r}: unknown datatype {datatype!r}")
+        self._tensors, self._sizes, self._spans, self._seed = tensors, sizes, spans, seed
+
+    def example(self, number: int, rows: int) -> Arrays:
+        """Return the inputs of a request; equal for equal numbers."""
+        rng = np.random.default_rng([self._seed, number])
+        return {
+            tensor.name: _random_array(
+                tensor.datatype, self._shape(tensor, rows, rng), self._spans.get(tensor.name), rng
+            )
+            for tensor in self._tensors
+        }
+
+    def _shape(self, tensor: Tensor, rows: int, rng: np.random.Generator) -> list[int]:
+        name, shape = tensor.name, list(tensor.shape)
+        batched = shape[:1] == [-1]
+        if not batched and rows != 1:
+            raise UsageError(f"input {name!r} has no batch axis: requests can have one row only")
+        free = [axis for axis, size in enumerate(shape) if size == -1 and not (batched and axis == 0)]
+        spans = self._sizes.get(name, ())
+        if len(spans) != len(free):
+            raise UsageError(
+                f"input {name!r} has shape {shape}: give --shape {name}=SIZE{',SIZE' * (len(free) - 1)} for "
+                "its variable axes"
+                if free
+                else f"--shape: input {name!r} has no axis of variable size"
+            )
+        for axis, (low, high) in zip(free, spans, strict=True):
+            shape[axis] = int(rng.integers(int(low), int(high) + 1))
+        return [rows, *shape[1:]] if batched else shape
+
+
+def _random_array(datatype: str, shape: list[int], span: Span | None, rng: np.random.Generator) -> Array:
+    dtype = DATATYPES[datatype]
+    if datatype == "BYTES":
+        words = ["".join(rng.choice(_LETTERS, 8)) for _ in range(int(np.prod(shape)))]
+        return np.array(words, object).reshape(shape)
+    if datatype == "BOOL":
+        return rng.random(shape) < 0.5
+    if datatype == "BF16" or dtype.kind == "f":
+        floats = rng.standard_normal(shape) if span is None else rng.uniform(*span, shape)
+        return to_bf16(floats) if datatype == "BF16" else floats.astype(dtype)
+    low, high = span or _DEFAULT_INTEGERS
+    return rng.integers(int(low), int(high), shape, dtype, endpoint=True)
+
+
+class FileInputs:
+    """Inputs, or with `part` "outputs" answers, from files: NAME=FILE.npy or FILE.jsonl. Raises UsageError.
+
+    The first axis of an .npy file counts rows. A line of JSON is an object with one row's values by name, or
+    a whole V2 request (answer), whose tensors are sent unchanged.
+    """
+
+    def __init__(self, flag: str, texts: Sequence[str], tensors: Sequence[Tensor], part: str) -> None:
+        self._flag, self._part = flag, part
+        self._tensors = {tensor.name: tensor for tensor in tensors}
+        self.datatypes = {tensor.name: tensor.datatype for tensor in tensors}
+        self._columns: dict[str, Sequence[Array]] = {}
+        self._messages: list[dict[str, Array]] = []
+        for text in texts:
+            self._read(text)
+        lengths = {len(column) for column in self._columns.values()}
+        if self._messages:
+            lengths.add(len(self._messages))
+        if len(lengths) != 1 or (self._messages and self._columns) or 0 in lengths:
+            raise UsageError(f"{flag}: the files must have equally many rows, one or more")
+        self.count = lengths.pop()
+
+    def example(self, number: int, rows: int) -> Arrays:
+        """Return the rows of the number-th request, from the start again after the last."""
+        if self._messages:
+            if rows != 1:
+                raise UsageError(f"{self._flag}: whole messages set their own rows: leave out --rows")
+            return self._messages[number % self.count]
+        at = [(number * rows + row) % self.count for row in range(rows)]
+        return {name: self._stacked(name, [column[i] for i in at]) for name, column in self._columns.items()}
+
+    def _stacked(self, name: str, rows: list[Array]) -> Array:
+        tensor = self._tensors.get(name)
+        if tensor is not None and tensor.shape[:1] != (-1,) and len(tensor.shape) == rows[0].ndim:
+            if len(rows) != 1:
+                raise UsageError(f"input {name!r} has no batch axis: requests can have one row only")
+            return rows[0]
+        try:
+            return np.stack(rows)
+        except ValueError:
+            raise UsageError(f"{self._flag}: rows of {name!r} in one request must have one shape") from None
+
+    def _read(self, text: str) -> None:
+        name, equals, file = text.partition("=")
+        path = Path(file if equals else text)
+        try:
+            if path.suffix != ".npy":
+                self._read_lines(path)
+            elif equals:
+                array = np.load(path, allow_pickle=False)
+                self._columns[name] = list(self._typed(name, array, str(path)))
+            else:
+                raise UsageError(f"{self._flag}: which tensor is {text}? Give NAME={text}")
+        except (OSError, UnicodeDecodeError, ValueError) as error:
+            raise UsageError(f"{self._flag}: {path}: {error}") from None
+
+    def _read_lines(self, path: Path) -> None:
+        columns: dict[str, list[Array]] = {}
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise UsageError(f"{self._flag}: {where}: expected an object")
+            if isinstance(row.get(self._part), list):
+                self._messages.append(self._message(row[self._part], where))
+                continue
+            for name, values in row.items():
+                columns.setdefault(name, []).append(self._typed(name, values, where))
+        self._columns.update(columns)
+
+    def _message(self, tensors: list[Any], where: str) -> dict[str, Array]:
+        try:
+            self.datatypes |= {str(one["name"]): str(one["datatype"]) for one in tensors}
+            return {
+                one["name"]: self._typed(one["name"], one["data"], where).reshape(one["shape"])
+                for one in tensors
+            }
+        except (KeyError, TypeError):
+            raise UsageError(f"{self._flag}: {where}: not a message of the protocol") from None
+
+    def _typed(self, name: str, values: Any, where: str) -> Array:
+        """Convert to the datatype of the metadata; a tensor without metadata keeps its own."""
+        datatype = self.datatypes.get(name)
+        try:
+            array = np.asarray(values)
+            if datatype is None:
+                self.datatypes[name] = datatype_of(array)
+                return array
+            dtype = DATATYPES[datatype]
+            if datatype == "BF16" and array.dtype.kind == "f":
+                return to_bf16(array)
+            if dtype.kind == "O" or not array.size:
+                return array.astype(dtype)
+            return array.astype(dtype, casting="same_kind" if array.dtype.kind == "f" else "unsafe")
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{self._flag}: {where}: {name!r} ({datatype}): {error}") from None
+
+
+Inputs = RandomInputs | FileInputs

@@ -1,0 +1,241 @@
+"""The results of a trial: rates, percentiles, and if the generator was the bottleneck."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cobatch.server.loadtest.statistics import Counts, Interval, LatencyHistogram, Tally
+from cobatch.server.loadtest.target import ServerCounters
+
+_QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99.9": 0.999, "p99.99": 0.9999}
+_DECIMALS = 4
+_BUSY = 0.9  # of a core: a generator process has one thread
+_IDLE = 0.5  # of a core: a process below this was not slow itself
+_MACHINE_BUSY = 0.95
+_DELAY_SHARE = 0.1  # of the latency's p99
+_DELAY_US = 500.0
+_DELAYED_REQUESTS = 10  # fewer late wake-ups of the machine are no evidence
+_WAITED_SHARE = 0.01
+_FEW_ANSWERS = 1000
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Requests of all callers or of one. Rates are per second, latencies in milliseconds.
+
+    `answered_rate`: right answers by arrival time, regardless of when they were due. `good_rate`: requests
+    due and answered within the deadline; None without a deadline.
+    """
+
+    name: str
+    requests: int
+    answered: int
+    offered_rate: float
+    answered_rate: float
+    good_rate: float | None
+    latency_ms: Mapping[str, float]
+    errors: Mapping[str, int]
+
+    @property
+    def failed(self) -> int:
+        """Requests without a right answer."""
+        return sum(self.errors.values())
+
+
+@dataclass(frozen=True)
+class IntervalSummary:
+    """An interval that ends at `end_s`; latencies and errors of the requests due in it."""
+
+    end_s: float
+    offered_rate: float
+    answered_rate: float
+    latency_ms: Mapping[str, float]
+    mean_batch: float
+    largest_batch: int
+    errors: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class GeneratorSummary:
+    """The generator's own load. `bottlenecks`: reasons why the results are its limits, not the server's."""
+
+    processes: int
+    cpu_shares: Sequence[float]
+    connections: int
+    send_delay_ms: Mapping[str, float]
+    waited_for_connection: int
+    machine_busy: float | None
+    bottlenecks: Sequence[str]
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Results:
+    """One trial. `rate` None: closed loop. `server`: the server's own counts during the trial."""
+
+    rate: float | None
+    connections: int
+    measured_s: float
+    total: Summary
+    callers: Sequence[Summary]
+    sent_latency_ms: Mapping[str, float]
+    mean_batch: float | None
+    batches: Mapping[int, int]
+    messages: Mapping[str, str]
+    generator: GeneratorSummary
+    server: Mapping[str, float] | None
+    intervals: Sequence[IntervalSummary]
+    buckets: Sequence[tuple[float, int]]
+    sent_buckets: Sequence[tuple[float, int]] = ()
+
+    def errors(self) -> list[tuple[str, int, str]]:
+        """Return (kind, count, the server's first message) of the errors."""
+        return [(kind, count, self.messages.get(kind, "")) for kind, count in self.total.errors.items()]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the results as JSON values."""
+        document: dict[str, Any] = asdict(self)
+        document["batches"] = {str(rows): count for rows, count in self.batches.items()}
+        return _rounded(document)  # type: ignore[no-any-return]
+
+
+def summarise(
+    tally: Tally, rate: float | None, names: Sequence[str], local: bool, server: ServerCounters | None
+) -> Results:
+    """Compute the results. `names`: of the callers; `local`: the server runs on this machine."""
+    seconds = tally.measured_s or 1e-9
+    with_deadline = [deadline_s is not None for deadline_s in tally.deadlines_s]
+    callers = [
+        _summary(name, counts, seconds, deadline)
+        for name, counts, deadline in zip(names, tally.callers, with_deadline, strict=True)
+    ]
+    total = tally.total
+    # Each answer of a batch of n rows stands for 1/n of the batch.
+    answers, batches = sum(tally.batches.values()), sum(n / rows for rows, n in tally.batches.items())
+    done = [tally.done[number] for number in sorted(tally.done)]
+    return Results(
+        rate=rate,
+        connections=tally.trial.connections,
+        measured_s=tally.measured_s,
+        total=_summary("all", total, seconds, any(with_deadline)),
+        callers=callers if len(callers) > 1 else (),
+        sent_latency_ms=_percentiles(tally.send_latency),
+        mean_batch=answers / batches if batches else None,
+        batches=dict(sorted(tally.batches.items())),
+        messages=dict(tally.messages),
+        generator=GeneratorSummary(
+            processes=len(done),
+            cpu_shares=[one.cpu_s / one.took_s if one.took_s else 0.0 for one in done],
+            connections=sum(one.connections for one in done),
+            send_delay_ms=_percentiles(tally.send_delay),
+            waited_for_connection=tally.waited,
+            machine_busy=tally.machine_busy,
+            bottlenecks=bottlenecks(tally),
+            notes=notes(tally, local),
+        ),
+        server=None if server is None or not server.executions else _server(server),
+        intervals=_intervals(tally),
+        buckets=total.latency.buckets(),
+        sent_buckets=tally.send_latency.buckets(),
+    )
+
+
+def _summary(name: str, counts: Counts, seconds: float, deadline: bool) -> Summary:
+    return Summary(
+        name=name,
+        requests=counts.due,
+        answered=counts.latency.count,
+        offered_rate=counts.due / seconds,
+        answered_rate=counts.answered / seconds,
+        good_rate=counts.good / seconds if deadline else None,
+        latency_ms=_percentiles(counts.latency),
+        errors=dict(counts.errors.most_common()),
+    )
+
+
+def _percentiles(latency: LatencyHistogram) -> dict[str, float]:
+    percentiles = {name: latency.quantile_us(q) / 1000 for name, q in _QUANTILES.items()}
+    extremes_ms = latency.min_us / 1000, latency.max_us / 1000
+    return {"mean": latency.mean_us / 1000, "min": extremes_ms[0], **percentiles, "max": extremes_ms[1]}
+
+
+def _server(counters: ServerCounters) -> dict[str, float]:
+    requests = counters.succeeded or 1
+    return {
+        "inferences": counters.inferences,
+        "executions": counters.executions,
+        "mean_batch": counters.inferences / counters.executions,
+        "queue_ms": counters.queue_ns / requests / 1e6,
+        "compute_ms": counters.compute_ns / requests / 1e6,
+    }
+
+
+def _intervals(tally: Tally) -> list[IntervalSummary]:
+    each_s = tally.intervals.each_s
+    count = round(tally.trial.lasts_s / each_s)
+    if tally.stopped_s is not None:
+        count = int(tally.stopped_s / each_s)
+    return [_interval((number + 1) * each_s, tally.intervals[number], each_s) for number in range(count)]
+
+
+def _interval(end_s: float, interval: Interval, seconds: float) -> IntervalSummary:
+    return IntervalSummary(
+        end_s=end_s,
+        offered_rate=interval.due / seconds,
+        answered_rate=interval.answered / seconds,
+        latency_ms=_percentiles(interval.latency),
+        mean_batch=interval.mean_batch,
+        largest_batch=interval.largest_batch,
+        errors=dict(interval.errors),
+    )
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, _DECIMALS)
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    return [_rounded(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def bottlenecks(tally: Tally) -> list[str]:
+    """Return the reasons why the generator, not the server, set the limit; empty if it did not."""
+    reasons = []
+    busy = max((one.cpu_s / one.took_s for one in tally.done.values() if one.took_s), default=0.0)
+    if busy >= _BUSY:
+        reasons.append(
+            f"a generator process used {busy:.0%} of a core: raise --processes from {len(tally.done)}"
+        )
+    delay_us, latency_us = tally.send_delay.quantile_us(0.99), tally.total.latency.quantile_us(0.99)
+    limit_us = max(_DELAY_US, _DELAY_SHARE * latency_us)
+    if delay_us > limit_us and tally.send_delay.above(limit_us) >= _DELAYED_REQUESTS:
+        why = "the generator did not keep up"
+        if busy < _IDLE:
+            why = f"the machine did not schedule the generator in time (it used {busy:.0%} of a core)"
+        reasons.append(
+            f"1 % of the requests were sent {delay_us / 1000:.2f} ms late or later, at a p99 of "
+            f"{latency_us / 1000:.2f} ms: {why}"
+        )
+    return reasons
+
+
+def notes(tally: Tally, local: bool) -> list[str]:
+    """Return remarks that a reader of the results needs. `local`: the server runs on this machine."""
+    remarks = []
+    total = tally.total
+    if tally.waited > _WAITED_SHARE * total.due:
+        remarks.append(
+            f"{tally.waited / total.due:.1%} of the requests waited for a connection to be free or opened; "
+            f"the wait is in their latency (--connections: {tally.trial.connections})"
+        )
+    if local and tally.machine_busy is not None and tally.machine_busy >= _MACHINE_BUSY:
+        remarks.append(
+            "all cores of this machine were busy with the generator, the server and other programs; the "
+            "server would do better on its own machine"
+        )
+    answers = total.latency.count
+    if 0 < answers < _FEW_ANSWERS:
+        remarks.append(f"{answers} answers are few: the slowest {max(1, answers // 100)} determine p99")
+    return remarks
