@@ -1,17 +1,26 @@
-"""Fill the generated tables of docs/: `python scripts/docs.py`; with `--check`, say which are out of date.
+"""Write the generated parts of docs/: `python scripts/docs.py`; with `--check`, say which are out of date.
 
-The prose lives in the Markdown files. A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+They are the tables in the Markdown files, each between `<!-- table: NAME -->` and `<!-- end -->`, and the
+JSON schema of the configuration file.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from cobatch.server.http.problem_kinds import ALWAYS, KINDS, MEMBERS, SOMETIMES
 from cobatch.server.observability.metric_families import FAMILIES, Family
+from cobatch.server.settings.auth import AuthSettings, Issuer, ModelRule, TenantRule
+from cobatch.server.settings.describe import Setting, settings_of
+from cobatch.server.settings.padding import PadSettings
+from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings, env_name, flag_name
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 _TABLE = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -55,10 +64,84 @@ def members() -> str:
     return _table(["Member", "Meaning"], [[f"`{name}`", text] for name, text in texts.items()])
 
 
+def _default(setting: Setting) -> str:
+    if setting.computed:
+        return setting.computed
+    if setting.default is msgspec.NODEFAULT:
+        return "required"
+    return "" if setting.default in (None, "", (), {}) else f"`{json.dumps(setting.default)}`"
+
+
+def _flags(setting: Setting) -> list[str]:
+    if setting.name == "pad":
+        return ["", ""]
+    if setting.name == "path":
+        return ["`MODEL`", f"`{env_name('model')}`"]
+    flag = flag_name(setting.name)
+    negated = f", `--no-{flag[2:]}`" if setting.is_switch else ""
+    return [f"`{flag}`{negated}", f"`{env_name(setting.name)}`"]
+
+
+def settings(struct: type[msgspec.Struct], *, flags: bool = False) -> str:
+    """Return the table of a struct's settings."""
+    heads = ["Setting", "Type", "Default", *(["Flag", "Variable"] if flags else []), "Meaning"]
+    rows = [
+        [
+            f"`{setting.name}`",
+            re.sub(r"^an? (?=integer|number)| that is not empty", "", setting.type),
+            _default(setting),
+            *(_flags(setting) if flags else []),
+            setting.help[0].upper() + setting.help[1:],
+        ]
+        for setting in settings_of(struct).values()
+    ]
+    return _table(heads, [[cell.replace("|", "\\|") for cell in row] for row in rows])
+
+
+def schema() -> str:
+    """Return the JSON schema of the configuration file, for editors."""
+    document = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | msgspec.json.schema(Settings)
+    parts = document["$defs"]
+    for struct in STRUCTS:
+        part = parts[struct.__name__]
+        part["description"] = part["description"].partition(". ")[0].rstrip(".") + "."
+        for setting in settings_of(struct).values():
+            member = _without_null(part["properties"][setting.name])
+            if setting.computed:
+                member["description"] += f" (default: {setting.computed})"
+                member.pop("default", None)
+            if setting.name in LISTS_OR_TEXT:
+                member["type"] = ["array", "string"]
+            part["properties"][setting.name] = member
+    parts["Settings"] |= {"title": "cobatch", "description": "Settings of `cobatch serve`.", "required": []}
+    # An end of text that JavaScript's expressions, which JSON schema has, know too.
+    return json.dumps(document, indent=2).replace("\\\\Z", "$") + "\n"
+
+
+def _without_null(member: dict[str, Any]) -> dict[str, Any]:
+    """Drop what msgspec says about None, which TOML has not."""
+    if member.get("default", ...) is None:
+        del member["default"]
+    choices = [choice for choice in member.get("anyOf", []) if choice != {"type": "null"}]
+    if len(choices) == 1:
+        del member["anyOf"]
+        return {**choices[0], **member}
+    return member | ({"anyOf": choices} if choices else {})
+
+
+LISTS_OR_TEXT = ("devices", "batch_buckets", "audience")
+STRUCTS = (Settings, ServerSettings, ModelSettings, PadSettings, AuthSettings, Issuer, TenantRule, ModelRule)
 TABLES: dict[str, Callable[[], str]] = {
     "metrics": metrics,
     "problems": problems,
     "problem-members": members,
+    "settings-server": lambda: settings(ServerSettings, flags=True),
+    "settings-models": lambda: settings(ModelSettings, flags=True),
+    "settings-pad": lambda: settings(PadSettings),
+    "settings-auth": lambda: settings(AuthSettings),
+    "settings-issuers": lambda: settings(Issuer),
+    "settings-tenants": lambda: settings(TenantRule),
+    "settings-model-rules": lambda: settings(ModelRule),
 }
 
 
@@ -68,13 +151,14 @@ def filled(text: str) -> str:
 
 
 def stale(folder: Path = DOCS) -> dict[Path, str]:
-    """Return the pages whose tables are out of date, with their new text."""
-    pages = {path: (path.read_text(), filled(path.read_text())) for path in sorted(folder.rglob("*.md"))}
-    return {path: new for path, (old, new) in pages.items() if new != old}
+    """Return the files that are out of date, with their new text."""
+    new = {path: filled(path.read_text()) for path in sorted(folder.rglob("*.md"))}
+    new[folder / "cobatch.schema.json"] = schema()
+    return {path: text for path, text in new.items() if not path.exists() or path.read_text() != text}
 
 
 def main() -> int:
-    """Exit status 1 with `--check` where a table is out of date."""
+    """Return exit status 1 with `--check` if a file is out of date."""
     pages = stale()
     if "--check" in sys.argv[1:]:
         for path in pages:

@@ -99,7 +99,7 @@ def _warn(message: str) -> None:
 
 def _parameter(setting: Setting) -> Parameter:
     flag = flag_name(setting.name)
-    default = {"true": "on", "false": "off"}.get(setting.default, setting.default)
+    default = setting.computed or _shown(setting.default)
     text = f"{setting.help[0].upper()}{setting.help[1:]}{f' (default: {default})' if default else ''}."
     if setting.is_switch:
         option = typer.Option(f"{flag}/--no-{flag[2:]}", help=text)
@@ -107,6 +107,20 @@ def _parameter(setting: Setting) -> Parameter:
     return _keyword(
         setting.name, Annotated[str | None, typer.Option(flag, metavar=setting.placeholder, help=text)], None
     )
+
+
+def _shown(default: object) -> str:
+    match default:
+        case None:
+            return ""
+        case bool():
+            return "on" if default else "off"
+        case float():
+            return f"{default:g}"
+        case tuple():
+            return ",".join(map(str, default))
+        case _:
+            return str(default)
 
 
 def _keyword(name: str, kind: Any, default: object) -> Parameter:

@@ -80,7 +80,7 @@ class TenantRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     max_concurrent: Annotated[Count | None, about("requests accepted and not answered yet")] = None
     max_queue_rows: Annotated[Count | None, about("rows in the queues of all models")] = None
     requests_per_s: Annotated[
-        Annotated[float, Meta(gt=0, le=1e6)] | None, about("sustained rate of requests, per second")
+        Annotated[float, Meta(gt=0, le=1_000_000)] | None, about("sustained rate of requests, per second")
     ] = None
     weight: Annotated[float, Meta(ge=0.001, le=1000), about("share beside other busy tenants")] = 1.0
     burst: Annotated[
@@ -104,8 +104,7 @@ class AuthSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     models: Annotated[tuple[ModelRule, ...], about("who may call a model, as `[[auth.models]]`")] = ()
     audience: Annotated[
         tuple[Text, ...],
-        Meta(extra_json_schema={"type": ["array", "string"]}),
-        about("one of these, or this one, must be in a token's `aud`"),
+        about("names of this server, or one as text; a token's `aud` must have one of them"),
     ] = ()
     resource: Annotated[
         str, about("this server's address for clients (RFC 9728)", default="an audience that is a URL")

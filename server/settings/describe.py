@@ -1,6 +1,6 @@
 """Say in words what a setting may be: for refusals, `--help`, docs/configuration.md and the JSON schema."""
 
-from typing import Annotated, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import msgspec
 from msgspec import Meta, inspect
@@ -11,7 +11,8 @@ class Setting(NamedTuple):
 
     name: str
     type: str  # "an integer from 0 to 65535"
-    default: str  # "" if there is none, "required" if it must be given
+    default: Any  # msgspec.NODEFAULT if it must be given
+    computed: str  # how the value follows from others, where `default` does not say
     placeholder: str  # of its value in `--help`
     help: str
     is_switch: bool
@@ -37,6 +38,8 @@ def describe(info: inspect.Type, array: str = "an array") -> str:
             return " or ".join(describe(one, array) for one in types if not isinstance(one, inspect.NoneType))
         case inspect.IntType() | inspect.FloatType():
             kind = "an integer" if isinstance(info, inspect.IntType) else "a number"
+            if info.le is None:
+                return kind
             limits = f"from {info.ge} to" if info.gt is None else f"above {info.gt} and at most"
             return f"{kind} {limits} {info.le}"
         case inspect.BoolType():
@@ -47,6 +50,10 @@ def describe(info: inspect.Type, array: str = "an array") -> str:
             return f"1 to {most} letters, digits, '.', '_', '-', the first a letter or digit"
         case inspect.VarTupleType(item_type=item):
             return f"{array}, each item of it {describe(item)}"
+        case inspect.StructType():
+            return "a table"
+        case inspect.StrType(min_length=None):
+            return "text"
         case inspect.DictType(value_type=value):
             return f"a table, each value of it {describe(value)}"
         case _:
@@ -61,23 +68,12 @@ def _setting(field: msgspec.structs.FieldInfo) -> Setting:
     return Setting(
         name=field.name,
         type=describe(info),
-        default=extra.get("default", _shown(field.default)),
+        default=field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory(),
+        computed=extra.get("default", ""),
         placeholder=extra.get("placeholder", choices),
         help=((isinstance(info, inspect.Metadata) and info.extra_json_schema) or {}).get("description", ""),
         is_switch=kind is bool,
     )
-
-
-def _shown(default: object) -> str:
-    match default:
-        case msgspec.NODEFAULT:
-            return "required"
-        case bool():
-            return str(default).lower()
-        case tuple():
-            return ",".join(map(str, default))
-        case _:
-            return "" if default is None else f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def extra_of(info: inspect.Type) -> dict[str, str]:

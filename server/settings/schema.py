@@ -36,7 +36,7 @@ BatchRows = Annotated[int, Meta(ge=1, le=65_536, extra={"placeholder": "ROWS"})]
 Count = Annotated[int, Meta(ge=1, le=LARGEST, extra={"placeholder": "N"})]
 Threads = Annotated[int, Meta(ge=1, le=1024, extra={"placeholder": "N"})]
 # Lists that may be written as text with commas, which is what a flag and a variable hold.
-_COMMAS = Meta(min_length=1, extra={"separator": ","}, extra_json_schema={"type": ["array", "string"]})
+_COMMAS = Meta(min_length=1, extra={"separator": ","})
 Devices = Annotated[tuple[Annotated[int, Meta(ge=0, le=9999)], ...], _COMMAS]
 Sizes = Annotated[tuple[Annotated[int, Meta(ge=1, le=999_999)], ...], _COMMAS]
 
