@@ -1,5 +1,5 @@
-"""The batcher in virtual time: minutes of load in seconds, with the very code that serves.
+"""The batcher in virtual time: minutes of load in seconds, with the code that serves.
 
-`simulate` runs a `Scenario`; queue, policy, latency model and dispatcher are the production ones. Only the
-clock, the engine and the callers are stood in for.
+`scenario.run` runs a `Scenario`. Scheduler, queue, admission and lanes are the production ones; the clock,
+the engine and the clients are simulated.
 """

@@ -1,6 +1,6 @@
-"""An event loop whose time jumps from one event to the next: as much of a loop as the batcher needs.
+"""An event loop in virtual time, with the methods that the batcher uses.
 
-Not asyncio's: that one asks its selector in each turn, which costs more than all that the batcher does.
+It is not asyncio's: that one polls its selector in each iteration, which costs more than the batcher itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class Timer:
-    """A callback at a time."""
+    """A callback with its arguments. A cancelled one stays in the heap until its time."""
 
     __slots__ = ("args", "callback")
 
@@ -22,17 +22,17 @@ class Timer:
         self.args = args
 
     def cancel(self) -> None:
-        """It is not called any more; its place in the heap stays until its time."""
+        """Do not call it."""
         self.callback = None
         self.args = ()
 
 
 class VirtualLoop:
-    """Starts at 0 s. What happens at one time happens in the order: arrivals, then timers, and after
-    each what it called for soon.
+    """A loop that starts at 0 s and advances its time from event to event.
 
-    Callbacks take no time unless they `spend` some; what is due meanwhile happens late. `due_s` is when what
-    happens now should have.
+    Events of the same time run in this order: arrivals, then timers; callbacks of `call_soon` run after each.
+    Callbacks take no time unless they call `spend`; events that fall due meanwhile run late. `due_s` is the
+    time that the current event was due.
     """
 
     __slots__ = ("_number", "_ready", "_timers", "due_s", "now_s")
@@ -44,35 +44,32 @@ class VirtualLoop:
         self._number = 0
 
     def time(self) -> float:
-        """Seconds since the start."""
+        """Return the seconds since the start."""
         return self.now_s
 
     def call_soon(self, callback: Callable[..., object], *args: Any) -> None:
-        """Once what runs now has returned."""
+        """Call after the current callback has returned."""
         self._ready.append((callback, args))
 
-    call_soon_threadsafe = call_soon  # there are no threads here
+    call_soon_threadsafe = call_soon  # the simulation has one thread
 
     def call_later(self, delay_s: float, callback: Callable[..., object], *args: Any) -> Timer:
-        """After so many seconds."""
+        """Call after a delay."""
         return self.call_at(self.now_s + delay_s, callback, *args)
 
     def call_at(self, due_s: float, callback: Callable[..., object], *args: Any) -> Timer:
-        """At this time, or at once where it is over."""
+        """Call at a time, or at once if it has passed."""
         timer = Timer(callback, args)
         self._number += 1
         heappush(self._timers, (due_s, self._number, timer))
         return timer
 
     def spend(self, seconds: float) -> None:
-        """What runs now takes so long."""
+        """Make the current callback take this long."""
         self.now_s += seconds
 
     def run(self, times: Iterator[float], arrive: Callable[[], object], end_s: float = inf) -> None:
-        """Call `arrive` at each of the times, which must not fall, and everything in between.
-
-        Until nothing is left to happen, or until `end_s`.
-        """
+        """Call `arrive` at each of the ascending times, and timers between them, until `end_s`."""
         ready, timers = self._ready, self._timers
         next_s = next(times, inf)
         while True:
@@ -84,7 +81,7 @@ class VirtualLoop:
                 self.now_s = max(self.now_s, end_s) if end_s < inf else self.now_s
                 return
             if next_s <= due_s:
-                # Those that are due by now; who comes while they are seen to waits for his turn.
+                # Arrivals that are due by now; those that fall due while these are handled wait.
                 self.now_s = now_s = max(self.now_s, next_s)
                 while next_s <= now_s:
                     self.due_s = next_s

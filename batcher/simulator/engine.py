@@ -1,11 +1,9 @@
-"""A latency profile: how long a run of so many rows takes, with how it varies.
+"""A simulated engine: it takes the time that a latency profile says, and computes nothing.
 
-Measured by `cobatch profile`, or one of those in the folder profiles, made from published figures. A JSON
-file: `runs` has for each measured number of rows some quantiles in microseconds ("p0" the fastest, "p50",
-"p95", ...). A run's time is drawn from them: between two quantiles, and between two sizes, times lie on a
-line.
-
-The engine's stand-in: takes as long as its profile says, in virtual time, and computes nothing.
+A latency profile is a JSON file with the run times of a model by batch size, measured by `cobatch profile` or
+made from published figures (the folder profiles). `runs` has for each batch size quantiles in microseconds
+("p0" the fastest, "p50", "p95", ...). Run times are drawn from them, with linear interpolation between
+quantiles and between sizes.
 """
 
 from __future__ import annotations
@@ -13,7 +11,8 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from cobatch.engines.base import Array, RowShapes, Signature
 from cobatch.engines.jobs import Deliver, Job, Outcome
 
 _INCLUDED = Path(__file__).with_name("profiles")
+_CHUNK = 4096
 
 
 class ProfileError(Exception):
@@ -31,9 +31,10 @@ class ProfileError(Exception):
 
 
 class Profile:
-    """`runs` maps rows to quantiles (0 to 1) to microseconds; every size has the same quantiles.
+    """Run times by batch size: `runs` maps rows to quantiles (0 to 1) to microseconds.
 
-    `approximate` says in words in how far this is not a measurement, "" where it is one.
+    Every size has the same quantiles. `approximate` says how the profile differs from a measurement, "" for a
+    measured one.
     """
 
     def __init__(
@@ -52,59 +53,55 @@ class Profile:
             raise ProfileError("a profile needs sizes of at least one row, with the same quantiles each")
         self.sizes = list(self.runs)
         self.max_rows = self.sizes[-1]
-        levels = list(next(iter(self.runs.values())))
-        # Beyond the outermost quantiles nothing is known: nothing is faster or slower than they.
-        self._levels = [0.0, *levels, 1.0]
+        # Beyond the outermost quantiles times are constant: nothing is known about them.
+        self._levels = [0.0, *next(iter(self.runs.values())), 1.0]
         self._times: dict[int, list[float]] = {}
         self._means: dict[int, float] = {}
 
     @classmethod
     def linear(cls, name: str, fixed_us: float, row_us: float, max_rows: int) -> Profile:
-        """A run costs `fixed_us`, and each row `row_us` more; without noise."""
+        """Return a profile without noise: `fixed_us` for each run and `row_us` for each row."""
         return cls(name, {rows: {0.5: fixed_us + row_us * rows} for rows in {1, max_rows}})
 
-    def draw_s(self, rows: int, number: float) -> float:
-        """The seconds of a run, for a number drawn evenly from 0 to 1."""
-        times = self._times.get(rows)
-        if times is None:
-            times = self._times[rows] = self._at(rows)
-        levels = self._levels
+    def quantile_s(self, rows: int, level: float) -> float:
+        """Return the quantile `level` (0 to 1) of the run time."""
+        times, levels = self._times_of(rows), self._levels
         if len(levels) == 3:
             return times[1]
-        index = min(bisect_right(levels, number), len(levels) - 1)
+        index = min(bisect_right(levels, level), len(levels) - 1)
         low, high = levels[index - 1], levels[index]
-        part = (number - low) / (high - low) if high > low else 0.0
+        part = (level - low) / (high - low) if high > low else 0.0
         return times[index - 1] + part * (times[index] - times[index - 1])
 
-    def quantile_s(self, rows: int, level: float) -> float:
-        """The time that this part of the runs does not exceed."""
-        return self.draw_s(rows, level)
-
     def mean_s(self, rows: int) -> float:
-        """The mean of what `draw_s` draws."""
+        """Return the mean run time."""
         mean = self._means.get(rows)
         if mean is None:
-            times, levels = self._at(rows), self._levels
-            parts = zip(levels, levels[1:], times, times[1:], strict=False)
-            mean = self._means[rows] = sum((b - a) * (x + y) / 2 for a, b, x, y in parts)
+            points = pairwise(zip(self._levels, self._times_of(rows), strict=True))
+            mean = self._means[rows] = sum((b - a) * (x + y) / 2 for (a, x), (b, y) in points)
         return mean
 
-    def _at(self, rows: int) -> list[float]:
-        """Seconds at each of `_levels`."""
+    def _times_of(self, rows: int) -> list[float]:
+        """Return the seconds at each of `_levels`."""
+        times = self._times.get(rows)
+        if times is None:
+            seconds = [us / 1e6 for us in self._interpolated(rows)]
+            times = self._times[rows] = [seconds[0], *seconds, seconds[-1]]
+        return times
+
+    def _interpolated(self, rows: int) -> list[float]:
         sizes = self.sizes
         index = bisect_right(sizes, rows)
         if index == 0 or sizes[index - 1] == rows or len(sizes) == 1:
-            times = list(self.runs[sizes[max(0, index - 1)]].values())
-        else:
-            left, right = sizes[min(index, len(sizes) - 1) - 1], sizes[min(index, len(sizes) - 1)]
-            part = (rows - left) / (right - left)
-            pairs = zip(self.runs[left].values(), self.runs[right].values(), strict=True)
-            times = [low + part * (high - low) for low, high in pairs]
-        seconds = [us / 1e6 for us in times]
-        return [seconds[0], *seconds, seconds[-1]]
+            return list(self.runs[sizes[max(0, index - 1)]].values())
+        index = min(index, len(sizes) - 1)
+        left, right = sizes[index - 1], sizes[index]
+        part = (rows - left) / (right - left)
+        pairs = zip(self.runs[left].values(), self.runs[right].values(), strict=True)
+        return [low + part * (high - low) for low, high in pairs]
 
     def as_json(self) -> dict[str, Any]:
-        """What the file holds."""
+        """Return the content of the profile's file."""
         runs = [
             {"rows": rows, "us": {f"p{level * 100:g}": round(us, 3) for level, us in quantiles.items()}}
             for rows, quantiles in self.runs.items()
@@ -113,20 +110,20 @@ class Profile:
 
 
 def included() -> list[str]:
-    """The names of the profiles that come with cobatch."""
+    """Return the names of the profiles that come with cobatch."""
     return sorted(path.stem for path in _INCLUDED.glob("*.json"))
 
 
 def load_profile(name_or_file: str) -> Profile:
-    """An included profile by its name, or one from a file. Raises ProfileError."""
-    path = _INCLUDED / f"{name_or_file}.json"
-    if name_or_file not in included():
-        path = Path(name_or_file)
+    """Load an included profile by its name, or a file. Raises ProfileError."""
+    names = included()
+    path = _INCLUDED / f"{name_or_file}.json" if name_or_file in names else Path(name_or_file)
     try:
         return _read(json.loads(path.read_text()))
     except OSError as error:
-        names = ", ".join(included())
-        raise ProfileError(f"{name_or_file}: {error.strerror}, and no included profile ({names})") from None
+        raise ProfileError(
+            f"{name_or_file}: {error.strerror}, and no included profile ({', '.join(names)})"
+        ) from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ProfileError(f"{name_or_file} is not a latency profile: {error!r}") from None
 
@@ -136,45 +133,38 @@ def _read(document: Any) -> Profile:
         int(run["rows"]): {float(name[1:]) / 100: float(us) for name, us in run["us"].items()}
         for run in document["runs"]
     }
-    return Profile(
-        str(document["name"]),
-        runs,
-        source=str(document.get("source", "")),
-        approximate=str(document.get("approximate", "")),
-    )
+    about = {name: str(document.get(name, "")) for name in ("source", "approximate")}
+    return Profile(str(document["name"]), runs, **about)
 
 
-_CHUNK = 4096
-
-
-class Clockwork:
-    """How long runs take. All policies of a comparison draw the same numbers in the same order."""
+class RunTimeSampler:
+    """Draws run times. All policies of a comparison draw the same numbers in the same order."""
 
     def __init__(self, profile: Profile, seed: int) -> None:
-        self._profile = profile
-        self._numbers = self._drawn(np.random.default_rng([seed, 2]))
-        self._busy_s = 0.0
+        self.profile = profile
+        self._numbers = _random_numbers(np.random.default_rng([seed, 2]))
+        self._total_s = 0.0
         self._ends_s = 0.0
 
-    @staticmethod
-    def _drawn(rng: np.random.Generator) -> Iterator[float]:
-        while True:
-            yield from rng.random(_CHUNK).tolist()
-
     def run_s(self, rows: int, began_s: float) -> float:
-        """Of the next run, which begins now, or has while the loop did something else."""
-        run_s = self._profile.draw_s(rows, next(self._numbers))
-        self._busy_s += run_s
+        """Return the time of the next run, which begins at `began_s`."""
+        run_s = self.profile.quantile_s(rows, next(self._numbers))
+        self._total_s += run_s
         self._ends_s = began_s + run_s
         return run_s
 
-    def busy_until(self, now_s: float) -> float:
-        """How long runs have taken so far, all together."""
-        return self._busy_s - max(0.0, self._ends_s - now_s)
+    def busy_s(self, now_s: float) -> float:
+        """Return the time spent in runs until now."""
+        return self._total_s - max(0.0, self._ends_s - now_s)
+
+
+def _random_numbers(rng: np.random.Generator) -> Iterator[float]:
+    while True:
+        yield from rng.random(_CHUNK).tolist()
 
 
 class SimulatedEngine:
-    """What the batcher asks of an engine: how large batches may be, and how many it holds."""
+    """The part of an engine that the batcher asks for: sizes, slots, and no inputs to pack."""
 
     platform = "simulated"
     signature = Signature(inputs=(), outputs=(), fixed_batch=None)
@@ -184,44 +174,44 @@ class SimulatedEngine:
         self.slots = slots
 
     def inputs(self, slot: int, rows: int, row_shapes: RowShapes) -> tuple[Array, ...]:  # noqa: ARG002
-        """No inputs: nothing to pack."""
+        """Return no buffers."""
         return ()
 
     def open(self) -> None:
-        """Nothing to open."""
+        """Do nothing."""
 
     def enqueue(self, slot: int, rows: int, row_shapes: RowShapes) -> None:
-        """The worker keeps the time."""
+        """Do nothing: the worker keeps the time."""
 
     def wait(self, slot: int) -> tuple[Array, ...]:  # noqa: ARG002
-        """The same."""
+        """Return no outputs."""
         return ()
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Do nothing."""
 
 
 class SimulatedWorker:
-    """Runs one batch after another, as `engines.worker.Worker` does.
+    """Runs batches one after another, as `engines.worker.Worker` does.
 
-    `handover_s`: how long a batch is on its way from the loop to the engine, and its outcome back.
+    `handover_s` is the delay from the loop to the engine, and from the engine to the loop. The engine does
+    not wait for a busy loop: runs start and end at their own times, however late the loop calls back.
     """
 
     def __init__(
         self,
-        profile: Profile,
+        sampler: RunTimeSampler,
+        loop: VirtualLoop,
         *,
         max_batch_size: int,
         slots: int,
-        loop: VirtualLoop,
-        clockwork: Clockwork,
         handover_s: float = 0.0,
     ) -> None:
         self.engine = SimulatedEngine(max_batch_size, slots)
         self.deliver: Deliver | None = None
-        self.warmup_us = warmup_us(profile, max_batch_size)
+        self.warmup_us = _warmup_us(sampler.profile, max_batch_size)
         self._loop = loop
-        self._clockwork = clockwork
+        self._sampler = sampler
         self._handover_s = handover_s
         self._waiting: deque[Job] = deque()
         self._busy = False
@@ -235,9 +225,6 @@ class SimulatedWorker:
         else:
             self._arrive(job, at_s)
 
-    # The engine does not wait for the loop: what happens here happens at its own time, however late the loop
-    # comes to call it.
-
     def _arrive(self, job: Job, at_s: float) -> None:
         self._waiting.append(job)
         if not self._busy:
@@ -246,7 +233,7 @@ class SimulatedWorker:
     def _start(self, at_s: float) -> None:
         self._busy = True
         job = self._waiting.popleft()
-        end_s = at_s + self._clockwork.run_s(job.rows, at_s)
+        end_s = at_s + self._sampler.run_s(job.rows, at_s)
         self._loop.call_at(end_s, self._end, job, at_s, end_s)
 
     def _end(self, job: Job, started_s: float, ended_s: float) -> None:
@@ -255,15 +242,14 @@ class SimulatedWorker:
             self._start(ended_s)
         else:
             self._busy = False
-        deliver: Callable[[Job, Outcome], None] | None = self.deliver
-        assert deliver is not None
+        assert self.deliver is not None
         if self._handover_s:
-            self._loop.call_at(ended_s + self._handover_s, deliver, job, outcome)
+            self._loop.call_at(ended_s + self._handover_s, self.deliver, job, outcome)
         else:
-            deliver(job, outcome)
+            self.deliver(job, outcome)
 
 
-def warmup_us(profile: Profile, max_batch_size: int) -> dict[int, float]:
-    """What the warm-up would have found: the best time of each power of two, and of the largest."""
-    sizes = {1 << n for n in range(max_batch_size.bit_length()) if 1 << n <= max_batch_size}
-    return {rows: profile.quantile_s(rows, 0.0) * 1e6 for rows in sorted({*sizes, max_batch_size})}
+def _warmup_us(profile: Profile, max_batch_size: int) -> dict[int, float]:
+    """Return what a warm-up measures: the best time of each power of two and of the largest size."""
+    sizes = {1 << n for n in range(max_batch_size.bit_length())} | {max_batch_size}
+    return {rows: profile.quantile_s(rows, 0.0) * 1e6 for rows in sorted(sizes)}

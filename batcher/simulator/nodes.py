@@ -1,117 +1,171 @@
-"""What came of each request.
-
-Nodes, each with an engine of its own, and the router in front of them.
-"""
+"""Simulated requests, the nodes that serve them, the router, and the records of outcomes."""
 
 from __future__ import annotations
 
 import asyncio
 from array import array
 from collections import Counter
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle, repeat
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.errors import BatcherError, ExpiredError
+from cobatch.batcher.request import Request
 from cobatch.batcher.simulator.clock import VirtualLoop
 from cobatch.batcher.simulator.engine import SimulatedWorker
-from cobatch.batcher.simulator.traffic import SimulatedRequest
-
-if TYPE_CHECKING:
-    from cobatch.batcher.simulator.clock import VirtualLoop
-    from cobatch.batcher.simulator.traffic import SimulatedRequest
-
+from cobatch.batcher.simulator.traffic import Caller, Trace, TraceError
+from cobatch.batcher.tenant import Tenant
 
 ANSWERED, EXPIRED, FAILED, REFUSED = range(4)
-
-
-class Records:
-    """One entry for each request that was answered, given up, or refused; `came` counts those that came.
-
-    The loop is busy for `each_s` with each that comes, and with each that is answered. Latency counts from
-    when it should have come.
-    """
-
-    def __init__(self, loop: VirtualLoop, each_s: float = 0.0) -> None:
-        self._loop = loop
-        self._each_s = each_s
-        self.came = 0
-        self.refusals: Counter[str] = Counter()
-        # Told of each end, and whether the request had been accepted.
-        self.on_end: Callable[[SimulatedRequest, bool], None] | None = None
-        self._ends = array("d")
-        self._latencies = array("d")
-        self._callers = array("H")
-        self._rows = array("H")
-        self._fates = array("B")
-
-    def comes(self, request: SimulatedRequest) -> None:
-        """It is read, and is about to be submitted."""
-        self.came += 1
-        request.came_s = self._loop.due_s
-        self._loop.spend(self._each_s)
-
-    def done(self, request: SimulatedRequest) -> None:
-        """It has its answer, or an error instead."""
-        error = request.error
-        fate = ANSWERED if error is None else EXPIRED if isinstance(error, ExpiredError) else FAILED
-        self._add(request, fate)
-
-    def refused(self, request: SimulatedRequest, why: str) -> None:
-        """It was not accepted."""
-        self.refusals[why] += 1
-        self._add(request, REFUSED)
-
-    def _add(self, request: SimulatedRequest, fate: int) -> None:
-        self._loop.spend(self._each_s)
-        now_s = self._loop.now_s
-        self._ends.append(now_s)
-        self._latencies.append(now_s - request.came_s)
-        self._callers.append(request.caller)
-        self._rows.append(request.rows)
-        self._fates.append(fate)
-        if self.on_end is not None:
-            self.on_end(request, fate != REFUSED)
-
-    def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
-        """`ends`, `latencies` in seconds, `callers`, `rows`, `fates`."""
-        return {
-            "ends": np.array(self._ends),
-            "latencies": np.array(self._latencies),
-            "callers": np.array(self._callers),
-            "rows": np.array(self._rows),
-            "fates": np.array(self._fates),
-        }
-
-
-Router = Literal["round-robin", "least-loaded", "two-choices"]
-ROUTERS: tuple[Router, ...] = ("round-robin", "least-loaded", "two-choices")
+_CHUNK = 4096
+_SHAPES = ((1,),)
 
 
 class Node(Protocol):
-    """One server. `open_requests`: those that it has accepted and not answered."""
+    """One server. `open_requests` counts those accepted and not answered."""
 
     open_requests: int
 
     def submit(self, request: SimulatedRequest) -> str | None:
-        """Take a request; or the word for why not."""
+        """Accept a request; or return the reason of a refusal."""
         ...
 
     @property
     def batches(self) -> Counter[int]:
-        """How many batches of so many rows ran."""
+        """The number of batches by their rows."""
         ...
 
     @property
     def reasons(self) -> Counter[str]:
-        """Why batches left."""
+        """The number of batches by the reason of their dispatch."""
         ...
 
 
+class SimulatedRequest(Request):
+    """A request that adds its outcome to `records`. `due_s` is the time of its arrival in the traffic."""
+
+    __slots__ = ("caller", "due_s", "node", "records")
+
+    def __init__(self, caller: int, rows: int, records: Records) -> None:
+        super().__init__(rows, _SHAPES, ())
+        self.caller = caller
+        self.records = records
+        self.due_s = 0.0
+        self.node: Node
+
+    def done(self) -> None:
+        self.node.open_requests -= 1
+        error = self.error
+        outcome = ANSWERED if error is None else EXPIRED if isinstance(error, ExpiredError) else FAILED
+        self.records.add(self, outcome)
+
+
+class Records:
+    """One entry for each request that was answered, expired, failed or was refused.
+
+    The loop spends `overhead_s` on each arrival and on each outcome. Latency counts from the time that a
+    request was due.
+    """
+
+    def __init__(self, loop: VirtualLoop, overhead_s: float = 0.0) -> None:
+        self._loop = loop
+        self._overhead_s = overhead_s
+        self.arrived = 0
+        self.refusals: Counter[str] = Counter()
+        # Called with each outcome, and whether the request had been accepted.
+        self.on_end: Callable[[bool], None] | None = None
+        self._ends = array("d")
+        self._latencies = array("d")
+        self._callers = array("H")
+        self._rows = array("H")
+        self._outcomes = array("B")
+
+    def arrive(self, request: SimulatedRequest) -> None:
+        """Count an arrival, before it is submitted."""
+        self.arrived += 1
+        request.due_s = self._loop.due_s
+        self._loop.spend(self._overhead_s)
+
+    def refuse(self, request: SimulatedRequest, reason: str) -> None:
+        """Add a request that was not accepted."""
+        self.refusals[reason] += 1
+        self.add(request, REFUSED)
+
+    def add(self, request: SimulatedRequest, outcome: int) -> None:
+        """Add an outcome."""
+        self._loop.spend(self._overhead_s)
+        now_s = self._loop.now_s
+        self._ends.append(now_s)
+        self._latencies.append(now_s - request.due_s)
+        self._callers.append(request.caller)
+        self._rows.append(request.rows)
+        self._outcomes.append(outcome)
+        if self.on_end is not None:
+            self.on_end(outcome != REFUSED)
+
+    def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Return `ends` and `latencies` in seconds, `callers`, `rows` and `outcomes`."""
+        names = ("ends", "latencies", "callers", "rows", "outcomes")
+        return {name: np.array(getattr(self, f"_{name}")) for name in names}
+
+
+class RequestSource:
+    """Makes the requests of a scenario: the rows of a trace, or callers drawn by their shares."""
+
+    def __init__(self, callers: Sequence[Caller], seed: int, trace: Trace | None = None) -> None:
+        self._callers = callers
+        tenants = {one.name: _tenant(one) for one in callers}
+        # A single caller without a name has no tenant, as on a server without authentication.
+        anonymous = len(tenants) == 1 and "default" in tenants
+        self._tenants = [None if anonymous else tenants[one.name] for one in callers]
+        self._next = _drawn(callers, seed) if trace is None else _recorded(callers, trace)
+
+    def __call__(self, records: Records) -> SimulatedRequest:
+        """Make the next request."""
+        number, rows = next(self._next)
+        caller = self._callers[number]
+        request = SimulatedRequest(number, rows, records)
+        request.tenant = self._tenants[number]
+        request.timeout_s = caller.timeout_s
+        request.priority = caller.priority
+        return request
+
+
+def _tenant(caller: Caller) -> Tenant:
+    return Tenant(
+        caller.name,
+        weight=caller.weight,
+        max_concurrent=caller.max_concurrent,
+        max_queue_rows=caller.max_queue_rows,
+    )
+
+
+def _drawn(callers: Sequence[Caller], seed: int) -> Iterator[tuple[int, int]]:
+    """Yield callers' numbers with their rows."""
+    rows = [one.rows for one in callers]
+    if len(rows) == 1:
+        yield from repeat((0, rows[0]))
+    rng = np.random.default_rng([seed, 1])
+    shares = np.cumsum([one.share for one in callers])
+    while True:
+        drawn = np.searchsorted(shares, rng.random(_CHUNK) * shares[-1], side="right")
+        for caller in drawn.tolist():
+            yield caller, rows[caller]
+
+
+def _recorded(callers: Sequence[Caller], trace: Trace) -> Iterator[tuple[int, int]]:
+    numbers = {"": 0} | {one.name: number for number, one in enumerate(callers)}
+    for one in trace.requests:
+        if one.tenant not in numbers:
+            raise TraceError(f"the trace has a tenant {one.tenant!r} that is not described")
+        yield numbers[one.tenant], one.rows
+
+
 class CobatchNode:
-    """A node that runs this server's own batcher."""
+    """A node with the production batcher over a simulated worker."""
 
     def __init__(
         self,
@@ -119,8 +173,8 @@ class CobatchNode:
         loop: VirtualLoop,
         *,
         max_queue_rows: int,
-        max_delay_ms: float = 0.0,
-        latency_target_ms: float | None = None,
+        max_delay_ms: float,
+        latency_target_ms: float | None,
     ) -> None:
         self.open_requests = 0
         self.batcher = Batcher(
@@ -134,7 +188,6 @@ class CobatchNode:
         )
 
     def submit(self, request: SimulatedRequest) -> str | None:
-        """Take a request; or the word for why not."""
         try:
             self.batcher.submit(request)
         except BatcherError as error:
@@ -144,43 +197,35 @@ class CobatchNode:
 
     @property
     def batches(self) -> Counter[int]:
-        """How many batches of so many rows ran."""
         by_rows = self.batcher.counters.by_rows
-        return Counter({rows: figures.batches for rows, figures in by_rows.items()})
+        return Counter({rows: usage.batches for rows, usage in by_rows.items()})
 
     @property
     def reasons(self) -> Counter[str]:
-        """Why batches left."""
         return self.batcher.counters.reasons
 
 
+Router = Literal["round-robin", "least-loaded", "two-choices"]
+ROUTERS: tuple[Router, ...] = ("round-robin", "least-loaded", "two-choices")
+
+
 def make_router(kind: Router, nodes: list[Node], seed: int) -> Callable[[], Node]:
-    """Who gets the next request. The load of a node is its open requests, known at once."""
-    if len(nodes) == 1:
-        (only,) = nodes
-        return lambda: only
+    """Return a function that chooses the next request's node. A node's load is its open requests."""
+    if len(nodes) == 1 or kind == "round-robin":
+        return cycle(nodes).__next__
     if kind == "least-loaded":
         return lambda: min(nodes, key=lambda node: node.open_requests)
-    if kind == "two-choices":
-        return _two_choices(nodes, np.random.default_rng([seed, 3]))
-    turn = 0
-
-    def next_in_turn() -> Node:
-        nonlocal turn
-        turn += 1
-        return nodes[turn % len(nodes)]
-
-    return next_in_turn
+    return _two_choices(nodes, np.random.default_rng([seed, 3]))
 
 
 def _two_choices(nodes: list[Node], rng: np.random.Generator) -> Callable[[], Node]:
-    """The less loaded of two nodes drawn by chance (Mitzenmacher, 2001)."""
+    """Choose the less loaded of two random nodes (Mitzenmacher, 2001)."""
     drawn: list[list[int]] = []
 
     def choose() -> Node:
         if not drawn:
-            first = rng.integers(len(nodes), size=4096)
-            other = (first + rng.integers(1, len(nodes), size=4096)) % len(nodes)
+            first = rng.integers(len(nodes), size=_CHUNK)
+            other = (first + rng.integers(1, len(nodes), size=_CHUNK)) % len(nodes)
             drawn.extend(np.stack([first, other], axis=1).tolist())
         one, two = (nodes[number] for number in drawn.pop())
         return one if one.open_requests <= two.open_requests else two

@@ -1,41 +1,33 @@
-"""The most that any policy could answer in time: an upper bound, with its reasons.
+"""A scenario, its run, the figures of a run, and an upper bound of what any policy could reach.
 
-**Capacity.** A run of b rows holds the engine for L(b), whatever the policy, and none of its rows is answered
-in time if L(b) is longer than the deadline. So in the long run a second of the engine yields at most
-max over b of b * P(L(b) <= deadline) / E[L(b)] answers in time (each run is a renewal; no policy knows
-L(b) beforehand).
+**Capacity.** A run of b rows occupies the engine for L(b) with any policy, and none of its rows is answered
+in time if L(b) exceeds the deadline. So in the long run a second of the engine yields at most max over b of b
+* P(L(b) <= deadline) / E[L(b)] answers in time (runs are renewals; no policy knows L(b) beforehand).
 
-**A path.** For given times of arrival there is more to say. Give each row that was answered in time an
-equal part of its run: at least 1 / capacity seconds, within the time from its arrival to its deadline, and
-parts do not overlap. So these rows could all be jobs of that length on one machine, each finished between
-its arrival and its deadline. Of equal jobs whose deadlines come in the order of their arrivals, first come
-first served, leaving out each that would be late, finishes as many as can be (exchange argument: in an
-optimal schedule put jobs in order of arrival, and swap the first that differs). N nodes are at most one
-machine N times as fast. Exact for runs that always take the same time, in the mean for others. What it
-does not count: a batch starts only when its last row is there.
-
-A scenario, and running it.
-
-A run in figures.
+**Bound on a path.** Given times of arrival allow a tighter bound. Give each row that was answered in time an
+equal part of its run: at least 1 / capacity seconds, between its arrival and its deadline, and parts do not
+overlap. So these rows could be jobs of that length on one machine, each finished between its arrival and its
+deadline. For equal jobs with deadlines in the order of arrival, first come first served that skips late jobs
+finishes the most (exchange argument: sort the jobs of an optimal schedule by arrival, and swap the first that
+differs). N nodes are at most one machine N times as fast. The bound is exact for constant run times, and
+holds in the mean for others. It ignores that a batch starts only when its last row has arrived.
 """
 
 from __future__ import annotations
 
 import gc
-import inspect
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from math import inf
 from typing import Any
 
 import numpy as np
 
-from benchmarks.scheduling.baselines import Baseline, Clipper, FixedWindow, SizeOrTimeout, TritonLike
 from cobatch.batcher.simulator.clock import VirtualLoop
-from cobatch.batcher.simulator.engine import Clockwork, Profile, SimulatedWorker
+from cobatch.batcher.simulator.engine import Profile, RunTimeSampler, SimulatedWorker
 from cobatch.batcher.simulator.nodes import (
     ANSWERED,
     EXPIRED,
@@ -44,64 +36,24 @@ from cobatch.batcher.simulator.nodes import (
     CobatchNode,
     Node,
     Records,
+    RequestSource,
     Router,
     make_router,
 )
-from cobatch.batcher.simulator.traffic import Arrivals, Caller, SimulatedRequest, Traffic
+from cobatch.batcher.simulator.traffic import Arrivals, Caller, Trace
 
 _STEPS = 200
-
-
-def capacity(profile: Profile, max_batch_size: int, deadline_s: float | None = None) -> tuple[float, int]:
-    """Rows per second of one engine that can be in time at all, and the batch size for that."""
-    best, best_rows = 0.0, 1
-    for rows in range(1, min(max_batch_size, profile.max_rows) + 1):
-        rate = rows * _in_time(profile, rows, deadline_s) / profile.mean_s(rows)
-        if rate > best:
-            best, best_rows = rate, rows
-    return best, best_rows
-
-
-def _in_time(profile: Profile, rows: int, deadline_s: float | None) -> float:
-    """The part of runs that take no longer than the deadline."""
-    if deadline_s is None or profile.quantile_s(rows, 1.0) <= deadline_s:
-        return 1.0
-    levels = [(step + 0.5) / _STEPS for step in range(_STEPS)]
-    return sum(profile.quantile_s(rows, level) <= deadline_s for level in levels) / _STEPS
-
-
-def path_bound(
-    times: Iterable[float], rate: float, deadline_s: float | None, begin_s: float, end_s: float
-) -> int:
-    """How many of the one-row requests that come at these times can be answered in time, in this stretch."""
-    each_s = 1 / rate
-    limit_s = inf if deadline_s is None else deadline_s
-    free_s, answered = 0.0, 0
-    for time_s in times:
-        if time_s >= end_s:
-            break
-        done_s = max(free_s, time_s) + each_s
-        if done_s <= time_s + limit_s:
-            free_s = done_s
-            answered += begin_s <= done_s < end_s
-    return answered
-
-
-COBATCH = "cobatch"
-_BASELINES: dict[str, Callable[..., Baseline]] = {
-    "fixed-window": FixedWindow,
-    "size-or-timeout": SizeOrTimeout,
-    "triton": TritonLike,
-    "clipper": Clipper,
-}
-_GIVEN = ("max_batch_size", "max_queue_rows")  # a scenario has them for every policy
-POLICIES = (COBATCH, *_BASELINES)
+_PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
+_ROUNDING_S = 1e-9  # sums of times are not exact
+_Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class Closed:
-    """Instead of arrivals: so many callers, each of whom sends its next request `think_ms` after the last
-    answer. One that was refused asks again after `retry_ms`."""
+    """A closed loop in place of arrivals: N callers, each sends its next request `think_ms` after an answer.
+
+    After a refusal a caller retries in `retry_ms`.
+    """
 
     connections: int
     think_ms: float = 0.0
@@ -110,24 +62,24 @@ class Closed:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is simulated. `settings` are the policy's own (`window_ms`, say; cobatch's: `max_delay_ms`...).
+    """The load, and the nodes that it is sent to.
 
-    `seconds` are measured after `warmup_s` that are not. `handover_ms`: between the loop and the engine,
-    there and back each. `request_us`: what the loop is busy with for each request, half of it when it comes
-    and half when it is answered; one node only. `max_queue_rows` None: the server's default.
+    The measured `seconds` follow `warmup_s`. `handover_ms` is the delay from the loop to the engine, and
+    back. `request_us` is the loop's time for each request, half at its arrival and half at its answer (one
+    node only). `max_queue_rows` None means the server's default.
     """
 
     profile: Profile
     arrivals: Arrivals | Closed
     callers: tuple[Caller, ...] = (Caller(),)
-    policy: str = COBATCH
-    settings: dict[str, Any] = field(default_factory=dict)
     seconds: float = 60.0
     warmup_s: float = 2.0
     nodes: int = 1
     router: Router = "two-choices"
     max_batch_size: int | None = None
     max_queue_rows: int | None = None
+    max_delay_ms: float = 0.0
+    latency_target_ms: float | None = None
     slots: int = 2
     handover_ms: float = 0.0
     request_us: float = 0.0
@@ -135,22 +87,31 @@ class Scenario:
 
     @property
     def batch_rows(self) -> int:
-        """The largest batch."""
+        """The rows of the largest batch."""
         return self.max_batch_size or self.profile.max_rows
 
     @property
     def queue_rows(self) -> int:
-        """The longest queue."""
+        """The rows of the longest queue."""
         return self.max_queue_rows or max(1024, 16 * self.batch_rows)
+
+    @property
+    def end_s(self) -> float:
+        """The end of the simulation."""
+        return self.warmup_s + self.seconds
+
+    def times(self) -> Iterator[float]:
+        """Yield the times of arrival of an open loop."""
+        assert not isinstance(self.arrivals, Closed)
+        return self.arrivals.times(np.random.default_rng([self.seed, 0]))
 
 
 @dataclass
 class Run:
-    """What happened. `took_s`: real seconds; `busy_s`: virtual ones in which engines ran, all together."""
+    """A finished simulation: `busy_s` of all engines (virtual time), `took_s` its real duration."""
 
     scenario: Scenario
     records: Records
-    end_s: float
     open_requests: int
     busy_s: float
     batches: Counter[int]
@@ -158,99 +119,84 @@ class Run:
     took_s: float
 
 
-def run(scenario: Scenario) -> Run:
-    """Run it from an idle start to its end, where what is open stays open. Same seed, same run."""
+MakeNode = Callable[[Scenario, VirtualLoop, RunTimeSampler], Node]
+
+
+def cobatch_node(scenario: Scenario, loop: VirtualLoop, sampler: RunTimeSampler) -> Node:
+    """Make a node with cobatch's own scheduler."""
+    worker = SimulatedWorker(
+        sampler,
+        loop,
+        max_batch_size=scenario.batch_rows,
+        slots=scenario.slots,
+        handover_s=scenario.handover_ms / 1000,
+    )
+    return CobatchNode(
+        worker,
+        loop,
+        max_queue_rows=scenario.queue_rows,
+        max_delay_ms=scenario.max_delay_ms,
+        latency_target_ms=scenario.latency_target_ms,
+    )
+
+
+def run(scenario: Scenario, make_node: MakeNode = cobatch_node) -> Run:
+    """Run a scenario from an idle start; requests under way at its end stay open. Same seed, same run."""
     loop = VirtualLoop()
-    clockworks = [Clockwork(scenario.profile, scenario.seed + 1000 * n) for n in range(scenario.nodes)]
-    nodes = [_make_node(scenario, loop, clockwork) for clockwork in clockworks]
-    route = make_router(scenario.router, nodes, scenario.seed)
+    samplers = [RunTimeSampler(scenario.profile, scenario.seed + 1000 * n) for n in range(scenario.nodes)]
+    nodes = [make_node(scenario, loop, sampler) for sampler in samplers]
     records = Records(loop, scenario.request_us / 2e6)
-    end_s = scenario.warmup_s + scenario.seconds
-    times, send = _traffic(scenario, loop, records, route)
+    times, send = _traffic(scenario, loop, records, make_router(scenario.router, nodes, scenario.seed))
     began_s = time.perf_counter()
     gc.collect()
     gc.disable()  # a simulation makes many objects and hardly a cycle
     try:
-        loop.run(times, send, end_s)
+        loop.run(times, send, scenario.end_s)
     finally:
         gc.enable()
     return Run(
         scenario,
         records,
-        end_s,
-        sum(node.open_requests for node in nodes),
-        sum(clockwork.busy_until(loop.now_s) for clockwork in clockworks),
-        sum((node.batches for node in nodes), Counter()),
-        sum((node.reasons for node in nodes), Counter()),
-        time.perf_counter() - began_s,
+        open_requests=sum(node.open_requests for node in nodes),
+        busy_s=sum(sampler.busy_s(loop.now_s) for sampler in samplers),
+        batches=sum((node.batches for node in nodes), Counter()),
+        reasons=sum((node.reasons for node in nodes), Counter()),
+        took_s=time.perf_counter() - began_s,
     )
-
-
-def _make_node(scenario: Scenario, loop: VirtualLoop, clockwork: Clockwork) -> Node:
-    handover_s = scenario.handover_ms / 1000
-    if scenario.policy == COBATCH:
-        worker = SimulatedWorker(
-            scenario.profile,
-            max_batch_size=scenario.batch_rows,
-            slots=scenario.slots,
-            loop=loop,
-            clockwork=clockwork,
-            handover_s=handover_s,
-        )
-        return CobatchNode(worker, loop, **{"max_queue_rows": scenario.queue_rows, **scenario.settings})
-    make = _BASELINES[scenario.policy]
-    settings: dict[str, Any] = {"max_batch_size": scenario.batch_rows, "handover_s": handover_s}
-    if make is not FixedWindow:
-        settings["max_queue_rows"] = scenario.queue_rows
-    return make(loop, clockwork, **{**settings, **scenario.settings})
 
 
 def _traffic(
     scenario: Scenario, loop: VirtualLoop, records: Records, route: Callable[[], Node]
 ) -> tuple[Iterator[float], Callable[[], None]]:
-    """When requests come, and what to do then."""
+    """Return the times of arrival, and the function that sends a request."""
     arrivals = scenario.arrivals
+    trace = arrivals if isinstance(arrivals, Trace) else None
+    send = partial(_send, RequestSource(scenario.callers, scenario.seed, trace), records, route)
     if not isinstance(arrivals, Closed):
-        traffic = Traffic(arrivals, scenario.callers, scenario.seed)
-        return traffic.times(), partial(_send, traffic.request, records, route)
-    drawn = Traffic(None, scenario.callers, scenario.seed)
-    send = partial(_send, drawn.request, records, route)
+        return scenario.times(), send
 
-    def again(request: SimulatedRequest, accepted: bool) -> None:  # noqa: ARG001 - they are all alike
+    def send_again(accepted: bool) -> None:
         loop.call_later((arrivals.think_ms if accepted else arrivals.retry_ms) / 1000, send)
 
-    records.on_end = again
+    records.on_end = send_again
     return iter([n * 1e-5 for n in range(arrivals.connections)]), send
 
 
-def _send(make: Callable[[Records], SimulatedRequest], records: Records, route: Callable[[], Node]) -> None:
+def _send(make: RequestSource, records: Records, route: Callable[[], Node]) -> None:
     request = make(records)
-    records.comes(request)
+    records.arrive(request)
     request.node = node = route()
-    why_not = node.submit(request)
-    if why_not is not None:
-        records.refused(request, why_not)
-
-
-def settings_of(policy: str) -> tuple[dict[str, Any], list[str]]:
-    """A policy's settings with their types, and those that must be given."""
-    make = CobatchNode if policy == COBATCH else _BASELINES[policy]
-    parameters = inspect.signature(make).parameters.values()
-    found = [one for one in parameters if one.kind is one.KEYWORD_ONLY and one.name != "handover_s"]
-    needed = [one.name for one in found if one.default is one.empty and one.name not in _GIVEN]
-    return {one.name: one.annotation for one in found}, needed
-
-
-Array = np.ndarray[Any, Any]
-PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
+    refusal = node.submit(request)
+    if refusal is not None:
+        records.refuse(request, refusal)
 
 
 @dataclass
-class Figures:
-    """Of all callers, or of those of one name, in the measured time: what ended in it.
+class Totals:
+    """Counts and rates of the requests that ended in the measured time, of one tenant or of all.
 
-    Rates per second. `goodput`: answered within the deadline (without one: answered). `rows_share`: its
-    part of all rows that were answered. `latency_ms`: percentile to milliseconds, of what was answered.
+    `goodput` counts answers within the deadline per second. `rows_share` is the part of all rows answered.
+    `latency_ms` maps percentiles to milliseconds, of answers only.
     """
 
     ended: int
@@ -266,14 +212,16 @@ class Figures:
 
 @dataclass
 class Results:
-    """`total`, and `tenants` by name. `bound`: the most goodput that any policy could have reached, and
-    `capacity` the most at any load; in requests per second, None where requests differ. `utilisation`: the
-    part of the time that engines ran. Batches and reasons count from the start of the simulation."""
+    """The figures of a run. Rates are requests per second.
 
-    policy: str
+    `bound` is the highest goodput that any policy could have reached, and `capacity` the highest at any load;
+    None where requests differ in rows or deadline. `utilisation` is the part of the time that engines ran.
+    Batches and reasons count from the start of the simulation.
+    """
+
     offered: float | None
-    total: Figures
-    tenants: dict[str, Figures]
+    total: Totals
+    tenants: dict[str, Totals]
     bound: float | None
     capacity: float | None
     utilisation: float
@@ -281,84 +229,110 @@ class Results:
     batches: dict[int, int]
     reasons: dict[str, int]
     refusals: dict[str, int]
-    came: int
+    arrived: int
     open_requests: int
     took_s: float
 
     def as_json(self) -> dict[str, Any]:
-        """All of it."""
+        """Return all figures as a JSON document."""
         return asdict(self)
 
 
 def results_of(run: Run) -> Results:
-    """The figures of a run."""
-    scenario = run.scenario
-    records = run.records.arrays()
-    inside = records["ends"] >= scenario.warmup_s
-    measured = {name: values[inside] for name, values in records.items()}
-    names: dict[str, list[int]] = {}
+    """Return the figures of a run."""
+    scenario, records = run.scenario, run.records.arrays()
+    measured = {name: values[records["ends"] >= scenario.warmup_s] for name, values in records.items()}
+    answered_rows = int(measured["rows"][measured["outcomes"] == ANSWERED].sum())
+    numbers: dict[str, list[int]] = {}
     for number, caller in enumerate(scenario.callers):
-        names.setdefault(caller.name, []).append(number)
-    limits = np.array([np.inf if c.deadline_ms is None else c.deadline_ms / 1000 for c in scenario.callers])
-    answered_rows = int(measured["rows"][measured["fates"] == ANSWERED].sum())
+        numbers.setdefault(caller.name, []).append(number)
 
-    def figures(callers: list[int]) -> Figures:
-        chosen = np.isin(measured["callers"], callers)
-        part = {name: values[chosen] for name, values in measured.items()}
-        return _figures(part, limits, scenario.seconds, answered_rows)
+    def totals(callers: Iterable[int]) -> Totals:
+        chosen = np.isin(measured["callers"], list(callers))
+        return _totals({key: values[chosen] for key, values in measured.items()}, scenario, answered_rows)
 
     best = bounds(scenario)
     rows = sum(size * count for size, count in run.batches.items())
     return Results(
-        policy=scenario.policy,
         offered=None if isinstance(scenario.arrivals, Closed) else scenario.arrivals.rate,
-        total=figures(list(range(len(scenario.callers)))),
-        tenants={name: figures(numbers) for name, numbers in names.items()},
+        total=totals(range(len(scenario.callers))),
+        tenants={name: totals(callers) for name, callers in numbers.items()},
         bound=best[0],
         capacity=best[1],
-        utilisation=run.busy_s / run.end_s / scenario.nodes,
+        utilisation=run.busy_s / scenario.end_s / scenario.nodes,
         mean_batch=rows / max(1, run.batches.total()),
         batches=dict(sorted(run.batches.items())),
         reasons=dict(run.reasons.most_common()),
         refusals=dict(run.records.refusals.most_common()),
-        came=run.records.came,
+        arrived=run.records.arrived,
         open_requests=run.open_requests,
         took_s=run.took_s,
     )
 
 
-def _figures(part: dict[str, Array], limits: Array, seconds: float, answered_rows: int) -> Figures:
-    fates, latencies = part["fates"], part["latencies"]
-    answered = fates == ANSWERED
-    # A nanosecond: sums of times are not exact.
-    good = answered & (latencies <= limits[part["callers"]] + 1e-9)
-    count = {fate: int((fates == fate).sum()) for fate in (ANSWERED, EXPIRED, FAILED, REFUSED)}
+def _totals(part: dict[str, _Array], scenario: Scenario, answered_rows: int) -> Totals:
+    outcomes, latencies = part["outcomes"], part["latencies"]
+    limits = np.array([inf if one.timeout_s is None else one.timeout_s for one in scenario.callers])
+    answered = outcomes == ANSWERED
+    good = int((answered & (latencies <= limits[part["callers"]] + _ROUNDING_S)).sum())
+    count = {outcome: int((outcomes == outcome).sum()) for outcome in (ANSWERED, EXPIRED, FAILED, REFUSED)}
     times_ms = latencies[answered] * 1000
-    found = np.percentile(times_ms, PERCENTILES).tolist() if len(times_ms) else [0.0] * len(PERCENTILES)
-    return Figures(
-        ended=len(fates),
+    percentiles = np.percentile(times_ms, _PERCENTILES) if len(times_ms) else np.zeros(len(_PERCENTILES))
+    return Totals(
+        ended=len(outcomes),
         answered=count[ANSWERED],
-        goodput=float(good.sum()) / seconds,
-        late=count[ANSWERED] - int(good.sum()),
+        goodput=good / scenario.seconds,
+        late=count[ANSWERED] - good,
         expired=count[EXPIRED],
         failed=count[FAILED],
         refused=count[REFUSED],
         rows_share=float(part["rows"][answered].sum()) / max(1, answered_rows),
-        latency_ms={f"p{level:g}": value for level, value in zip(PERCENTILES, found, strict=True)},
+        latency_ms=dict(zip([f"p{level:g}" for level in _PERCENTILES], percentiles.tolist(), strict=True)),
     )
 
 
 def bounds(scenario: Scenario) -> tuple[float | None, float | None]:
-    """The most goodput, and the capacity, where all requests are of one row and one deadline."""
-    kinds = {(caller.rows, caller.deadline_ms) for caller in scenario.callers}
-    if len(kinds) > 1 or kinds.pop()[0] != 1:
+    """Return the highest goodput and the capacity, if all requests have one row and the same deadline."""
+    caller = scenario.callers[0]
+    if any((one.rows, one.deadline_ms) != (1, caller.deadline_ms) for one in scenario.callers):
         return None, None
-    deadline_ms = scenario.callers[0].deadline_ms
-    deadline_s = None if deadline_ms is None else deadline_ms / 1000
-    most = scenario.nodes * capacity(scenario.profile, scenario.batch_rows, deadline_s)[0]
+    most = scenario.nodes * capacity(scenario.profile, scenario.batch_rows, caller.timeout_s)[0]
     if isinstance(scenario.arrivals, Closed):
         return most, most
-    times = Traffic(scenario.arrivals, scenario.callers, scenario.seed).times()
-    end_s = scenario.warmup_s + scenario.seconds
-    answered = path_bound(times, most, deadline_s, scenario.warmup_s, end_s)
+    answered = path_bound(scenario.times(), most, caller.timeout_s, scenario.warmup_s, scenario.end_s)
     return answered / scenario.seconds, most
+
+
+def capacity(profile: Profile, max_batch_size: int, deadline_s: float | None = None) -> tuple[float, int]:
+    """Return the most rows per second that one engine can answer in time, and the batch size for that."""
+    best, best_rows = 0.0, 1
+    for rows in range(1, min(max_batch_size, profile.max_rows) + 1):
+        rate = rows * _share_in_time(profile, rows, deadline_s) / profile.mean_s(rows)
+        if rate > best:
+            best, best_rows = rate, rows
+    return best, best_rows
+
+
+def _share_in_time(profile: Profile, rows: int, deadline_s: float | None) -> float:
+    """Return the part of runs that take no longer than the deadline."""
+    if deadline_s is None or profile.quantile_s(rows, 1.0) <= deadline_s:
+        return 1.0
+    levels = [(step + 0.5) / _STEPS for step in range(_STEPS)]
+    return sum(profile.quantile_s(rows, level) <= deadline_s for level in levels) / _STEPS
+
+
+def path_bound(
+    times: Iterable[float], rate: float, deadline_s: float | None, begin_s: float, end_s: float
+) -> int:
+    """Count the one-row requests at these times that can be answered in time within [begin_s, end_s)."""
+    each_s = 1 / rate
+    limit_s = inf if deadline_s is None else deadline_s
+    free_s, answered = 0.0, 0
+    for time_s in times:
+        if time_s >= end_s:
+            break
+        done_s = max(free_s, time_s) + each_s
+        if done_s <= time_s + limit_s:
+            free_s = done_s
+            answered += begin_s <= done_s < end_s
+    return answered

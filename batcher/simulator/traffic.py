@@ -1,48 +1,40 @@
-"""When requests come: each process gives their times, in order, without end unless it is a recording.
+"""Arrival processes, recorded traces, and the kinds of requests that callers send.
 
-Who calls, with what: the requests of a scenario, one after another.
+Each process yields the times of requests, ascending; only a trace ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import count
 from math import pi
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
-
-from cobatch.batcher.request import Request
-from cobatch.batcher.tenant import Tenant
-
-if TYPE_CHECKING:
-    from cobatch.batcher.simulator.nodes import Node, Records
-
 
 _CHUNK = 4096
 
 
 class Arrivals(Protocol):
-    """A process. `rate`: its mean, in requests per second."""
+    """An arrival process. `rate` is its mean in requests per second."""
 
     @property
     def rate(self) -> float: ...
 
     def times(self, rng: np.random.Generator) -> Iterator[float]:
-        """Seconds since the start, never falling."""
+        """Yield seconds since the start, ascending."""
         ...
 
 
 @dataclass(frozen=True)
 class Poisson:
-    """Many callers who know nothing of each other."""
+    """Independent callers: exponentially distributed gaps."""
 
     rate: float
 
     def times(self, rng: np.random.Generator) -> Iterator[float]:
-        """Seconds since the start."""
         start_s = 0.0
         while True:
             chunk = start_s + np.cumsum(rng.exponential(1 / self.rate, _CHUNK))
@@ -52,23 +44,19 @@ class Poisson:
 
 @dataclass(frozen=True)
 class Even:
-    """A clock's ticks."""
+    """A constant rate: equal gaps."""
 
     rate: float
 
     def times(self, rng: np.random.Generator) -> Iterator[float]:  # noqa: ARG002 - nothing is random
-        """Seconds since the start."""
-        number = 0
-        while True:
-            number += 1
-            yield number / self.rate
+        return (number / self.rate for number in count(1))
 
 
 @dataclass(frozen=True)
 class Bursty:
     """A Markov-modulated Poisson process: bursts of `factor` times the mean rate, `share` of the time.
 
-    `burst_s`: how long a burst is in the mean. The rate between bursts keeps the mean.
+    `burst_s` is the mean length of a burst. The rate between bursts keeps the mean.
     """
 
     rate: float
@@ -77,7 +65,6 @@ class Bursty:
     burst_s: float = 1.0
 
     def times(self, rng: np.random.Generator) -> Iterator[float]:
-        """Seconds since the start."""
         calm = max(0.0, self.rate * (1 - self.share * self.factor) / (1 - self.share))
         calm_s = self.burst_s * (1 - self.share) / self.share
         start_s, bursts = 0.0, False
@@ -98,7 +85,7 @@ class Diurnal:
     period_s: float = 60.0
 
     def times(self, rng: np.random.Generator) -> Iterator[float]:
-        """Seconds since the start: thinned from a process at the highest rate."""
+        # Thinning: draw at the highest rate, keep each with the probability rate / highest.
         start_s, length_s = 0.0, self.period_s / 100
         highest = self.rate * (1 + self.swing)
         while True:
@@ -111,12 +98,12 @@ class Diurnal:
 def _poisson(
     rng: np.random.Generator, rate: float, start_s: float, length_s: float
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """The times of a stretch: as many as fall into it, anywhere in it."""
+    """Return the times of a Poisson process within one stretch of time."""
     return np.sort(start_s + length_s * rng.random(rng.poisson(rate * length_s)))
 
 
 class Recorded(NamedTuple):
-    """A request of a trace; `tenant` "" where none is given."""
+    """A request of a trace; `tenant` is "" where none is given."""
 
     time_s: float
     rows: int
@@ -128,7 +115,7 @@ class TraceError(Exception):
 
 
 class Trace:
-    """A recording, its clock set to 0 at the first request. `speed` 2 plays it twice as fast."""
+    """A recording, shifted to begin at 0 s. `speed` 2 plays it twice as fast."""
 
     def __init__(self, requests: list[Recorded], speed: float = 1.0) -> None:
         if not requests:
@@ -138,16 +125,15 @@ class Trace:
 
     @property
     def rate(self) -> float:
-        """Its mean over the time that it lasts."""
+        """The mean rate over the trace's duration."""
         return len(self.requests) / max(self.requests[-1].time_s, 1e-9)
 
     def times(self, rng: np.random.Generator) -> Iterator[float]:  # noqa: ARG002 - nothing is random
-        """Seconds since the first."""
         return iter([one.time_s for one in self.requests])
 
 
 def read_trace(path: Path, speed: float = 1.0) -> Trace:
-    """Lines of `seconds[,rows[,tenant]]`; empty lines, those with # and a heading are passed over."""
+    """Read lines of `seconds[,rows[,tenant]]`; skip empty lines, those that begin with # and a heading."""
     requests = []
     try:
         lines = path.read_text().splitlines()
@@ -172,14 +158,12 @@ def _is_number(text: str) -> bool:
         return False
 
 
-_SHAPES = ((1,),)
-
-
 @dataclass(frozen=True)
 class Caller:
-    """Requests that are alike. `share`: its part of all requests, beside the other callers'.
+    """A kind of requests. `share` is its part of all requests, relative to the other callers'.
 
-    `rows`: of each request. `weight` and the limits are the tenant's; callers of one name are one tenant.
+    `rows` are those of each request. `weight` and the limits belong to the tenant; callers of the same name
+    are one tenant.
     """
 
     name: str = "default"
@@ -191,79 +175,7 @@ class Caller:
     max_concurrent: int | None = None
     max_queue_rows: int | None = None
 
-
-class SimulatedRequest(Request):
-    """A request that tells the records when it is done. `came_s`: when it should have come."""
-
-    __slots__ = ("caller", "came_s", "node", "records")
-
-    def __init__(self, caller: int, rows: int, records: Records) -> None:
-        super().__init__(rows, _SHAPES, ())
-        self.caller = caller
-        self.records = records
-        self.came_s = 0.0
-        self.node: Node
-
-    def done(self) -> None:
-        self.node.open_requests -= 1
-        self.records.done(self)
-
-
-class Traffic:
-    """Makes the requests: `times` as `VirtualLoop.run` wants them, and `request` for each.
-
-    `arrivals` None: when they come is decided elsewhere.
-    """
-
-    def __init__(self, arrivals: Arrivals | None, callers: Sequence[Caller], seed: int) -> None:
-        self.callers = callers
-        self._arrivals = arrivals
-        self._seed = seed
-        self._rng = np.random.default_rng([seed, 1])
-        tenants = {one.name: _tenant(one) for one in callers}
-        # One caller without a name of its own is nobody in particular, as where there is no auth.
-        nobody = len(tenants) == 1 and "default" in tenants
-        self._tenants = [None if nobody else tenants[one.name] for one in callers]
-        self._timeouts_s = [None if one.deadline_ms is None else one.deadline_ms / 1000 for one in callers]
-        self._next = self._recorded(arrivals) if isinstance(arrivals, Trace) else self._drawn()
-
-    def times(self) -> Iterator[float]:
-        """When requests come."""
-        assert self._arrivals is not None
-        return self._arrivals.times(np.random.default_rng([self._seed, 0]))
-
-    def request(self, records: Records) -> SimulatedRequest:
-        """The next one."""
-        caller, rows = next(self._next)
-        request = SimulatedRequest(caller, rows, records)
-        request.tenant = self._tenants[caller]
-        request.timeout_s = self._timeouts_s[caller]
-        request.priority = self.callers[caller].priority
-        return request
-
-    def _drawn(self) -> Iterator[tuple[int, int]]:
-        rows = [one.rows for one in self.callers]
-        if len(rows) == 1:
-            yield from repeat((0, rows[0]))
-        shares = np.cumsum([one.share for one in self.callers])
-        while True:
-            drawn = np.searchsorted(shares, self._rng.random(_CHUNK) * shares[-1], side="right")
-            for caller in drawn.tolist():
-                yield caller, rows[caller]
-
-    def _recorded(self, trace: Trace) -> Iterator[tuple[int, int]]:
-        numbers = {one.name: number for number, one in enumerate(self.callers)}
-        for one in trace.requests:
-            caller = numbers.get(one.tenant) if one.tenant else 0
-            if caller is None:
-                raise TraceError(f"the trace has a tenant {one.tenant!r} that is not described")
-            yield caller, one.rows
-
-
-def _tenant(caller: Caller) -> Tenant:
-    return Tenant(
-        caller.name,
-        weight=caller.weight,
-        max_concurrent=caller.max_concurrent,
-        max_queue_rows=caller.max_queue_rows,
-    )
+    @property
+    def timeout_s(self) -> float | None:
+        """The deadline in seconds."""
+        return None if self.deadline_ms is None else self.deadline_ms / 1000

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import median
 
-from benchmarks.peers.bars import bars
 from benchmarks.peers.catalogue import PEERS
-from benchmarks.peers.results import Results, middle, pick
+from benchmarks.peers.plots import write_plots
+from benchmarks.peers.results import Results
 from benchmarks.peers.tables import TITLES, tables
-from benchmarks.peers.turns import Turn
 
 _INTRODUCTION = """\
 # cobatch and others, side by side
@@ -46,10 +44,7 @@ def write(results: Results, folder: Path) -> None:
     """All files, over those of the run before."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "peers.json").write_text(json.dumps(results.document(), indent=1) + "\n")
-    plots = _plots(results)
-    for name, text in plots.items():
-        (folder / f"{name}.svg").write_text(text)
-    (folder / "README.md").write_text(_readme(results, list(plots)))
+    (folder / "README.md").write_text(_readme(results, write_plots(results, folder)))
 
 
 def _readme(results: Results, plots: list[str]) -> str:
@@ -89,30 +84,3 @@ def _versions(results: Results) -> str:
             found = ", ".join(f"{name} {version}" for name, version in results.versions[peer.name].items())
             lines.append(f"| {peer.title} | {found} | {peer.deadline} |")
     return "\n".join(lines)
-
-
-def _plots(results: Results) -> dict[str, str]:
-    plots = {}
-    for name, title, unit, field, level, scale in (
-        ("cpu", "CPU per request, tiny, 64 connections", "microseconds", "cpu_us", 64, 1.0),
-        ("rate", "Requests per second, tiny, 64 connections", "per second", "per_s", 64, 1.0),
-        ("latency", "Median latency, tiny, 1 connection", "milliseconds", "p50_us", 1, 1e-3),
-    ):
-        turns = pick(results.turns, model="tiny", connections=level)
-        if turns:
-            plots[name] = bars(title, unit, _groups(turns, field, scale))
-    if results.overload:
-        shares: dict[str, list[float]] = {}
-        for one in results.overload:
-            shares.setdefault(TITLES[one.peer], []).append(one.share * 100)
-        groups = {peer: {"in time": max(median(found), 0.1)} for peer, found in shares.items()}
-        plots["overload"] = bars("Answered in time at 1.5 times capacity, wide", "% of capacity", groups)
-    return plots
-
-
-def _groups(turns: list[Turn], field: str, scale: float) -> dict[str, dict[str, float]]:
-    groups: dict[str, dict[str, float]] = {}
-    for turn in turns:
-        same = pick(turns, peer=turn.peer, kind=turn.kind)
-        groups.setdefault(TITLES[turn.peer], {})[turn.kind] = middle(same, field) * scale
-    return groups

@@ -18,7 +18,6 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from math import log2
 from pathlib import Path
 
 import uvloop
@@ -27,8 +26,8 @@ from benchmarks.common.models import OUT
 from benchmarks.common.processes import ROOT
 from benchmarks.request_cost.report import describe_machine
 from benchmarks.scaling import cases
-from benchmarks.scaling.fit import Line, growth, verdict
-from cobatch.batcher.simulator.svg import chart
+from benchmarks.scaling.fit import Line, Point, growth, verdict
+from cobatch.server.cli.plots import chart, draw_lines
 
 _INTRODUCTION = """\
 Made by `python -m benchmarks.scaling`: do not edit. CPU per request in microseconds; the growth is the
@@ -84,7 +83,7 @@ def write(lines: Sequence[Line], folder: Path) -> None:
     for axis in dict.fromkeys(line.axis for line in lines):
         mine = [line for line in lines if line.axis == axis]
         name = re.sub(r"\W+", "-", axis.removesuffix(" (floats)")).strip("-")
-        (folder / f"{name}.svg").write_text(_plot(axis, mine))
+        _plot(folder / f"{name}.svg", axis, mine)
         parts += [f"## By {axis}\n", _table(mine), f"\n![{axis}]({name}.svg)\n"]
     (folder / "README.md").write_text("\n".join(parts))
 
@@ -98,26 +97,20 @@ def _table(lines: Sequence[Line]) -> str:
     return "\n".join(["| | us by size | growth | what explains it |", "|---|---|---:|---|", *rows])
 
 
-def _plot(axis: str, lines: Sequence[Line]) -> str:
-    """Both the measured points and the fitted curves; over the binary logarithm of x, where not all of these
-    are straight lines."""
-    straight = all(line.straight for line in lines)
-    drawn = {}
+def _plot(file: Path, axis: str, lines: Sequence[Line]) -> None:
+    """Draw measured points and fitted curves, on a logarithmic axis where some of these are not straight."""
+    drawn: dict[str, Sequence[Point]] = {}
     for line in lines:
-        for name, points in ((line.name, line.points), (f"{line.name}, fitted", line.fitted)):
-            drawn[name] = points if straight else [(_log(x), y) for x, y in points]
-    dashed = [name for name in drawn if name.endswith(", fitted")]
-    ticks = "{:,.0f}".format if straight else _size
-    return chart(f"CPU per request by {axis}", axis, "microseconds", drawn, dashed, ticks)
+        drawn |= {line.name: line.points, f"{line.name}, fitted": line.fitted}
+    with chart(file, f"CPU per request by {axis}", axis, "microseconds") as axes:
+        draw_lines(axes, drawn, [name for name in drawn if name.endswith(", fitted")])
+        if not all(line.straight for line in lines):
+            axes.set_xscale("symlog", base=2, linthresh=1)
+        axes.xaxis.set_major_formatter(_size)
 
 
-def _size(x: float) -> str:
-    size = 2**x
-    return f"{size:.3g}" if size < 1000 else f"{size / 1024:.3g}k"
-
-
-def _log(x: float) -> float:
-    return log2(max(x, 1.0))  # none stands at one
+def _size(x: float, _position: float = 0.0) -> str:
+    return f"{x:.3g}" if x < 1000 else f"{x / 1024:.3g}k"
 
 
 def _us(value: float) -> str:

@@ -1,14 +1,18 @@
-"""The scheduler beside others in virtual time: the table and the plots of docs/scheduling.md.
+"""The scheduler beside other servers' policies in virtual time: tables and plots of docs/scheduling.md.
 
 `python -m benchmarks.scheduling` writes docs/plots/*.svg and prints the tables; `--quick` is for CI. Each
-baseline is given, at each load by itself, the best of a grid of settings: better than anybody could set it
-who does not know the load beforehand.
+baseline has, at each load, the best of a grid of settings: better than a user who does not know the load
+could choose.
+
+`python -m benchmarks.scheduling resnet50-v100 --deadline-ms 200 --policy cobatch --policy triton:delay_ms=5`
+compares policies with the settings given, on a profile of `cobatch simulate --list` or of `cobatch profile`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -16,10 +20,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cobatch.batcher.simulator.engine import Profile, load_profile
-from cobatch.batcher.simulator.scenario import COBATCH, Results, Scenario, capacity, results_of, run
-from cobatch.batcher.simulator.svg import Line, chart
-from cobatch.batcher.simulator.traffic import Arrivals, Bursty, Caller, Poisson
+from benchmarks.scheduling.policies import COBATCH, Policy, parse_policy
+from cobatch.batcher.simulator.engine import Profile, ProfileError, load_profile
+from cobatch.batcher.simulator.scenario import Closed, Results, Scenario, capacity, results_of
+from cobatch.batcher.simulator.traffic import Bursty, Caller, Poisson
+from cobatch.server.cli.plots import Line, chart, draw_lines
+from cobatch.server.cli.simulate import OptionError, make_scenarios, parse_numbers
 
 LOADS = (0.5, 0.8, 0.95, 1.2, 2.0)
 _PLOTS = Path(__file__).parents[2] / "docs" / "plots"
@@ -44,115 +50,174 @@ CASES = (
 )
 
 
-class Turn(NamedTuple):
-    """One simulation."""
+class Simulation(NamedTuple):
+    """One policy at one load."""
 
-    case: Case
-    load: float
-    label: str
+    load: float | None
+    policy: Policy
     scenario: Scenario
+
+    def run(self) -> Results:
+        """Run it."""
+        return results_of(self.policy.run(self.scenario))
 
 
 class Best(NamedTuple):
-    """A policy's best at a load, with the settings for it."""
+    """A policy's best results at a load, with the settings for them."""
 
     results: Results
     settings: dict[str, Any]
 
 
-def main() -> None:
-    """Run, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: list[str] | None = None) -> int:
+    """Return 0; 2 if an option is refused."""
+    options = _parse(arguments)
+    with ProcessPoolExecutor(options.processes) as pool:
+        if options.profile is None:
+            _write_json(options.json, _all_cases(pool, options.quick, options.requests or 60_000))
+            return 0
+        try:
+            simulations = list(_comparison(options))
+        except (OptionError, ProfileError) as error:
+            print(f"benchmarks.scheduling: {error}", file=sys.stderr)
+            return 2
+        results = list(pool.map(Simulation.run, simulations))
+    _print_comparison(simulations, results)
+    _write_json(
+        options.json,
+        [
+            {"policy": one.policy.label, "load": one.load, **each.as_json()}
+            for one, each in zip(simulations, results, strict=True)
+        ],
+    )
+    return 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    about = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scheduling", description=about)
     parser.add_argument("--quick", action="store_true", help="few requests, two cases, no plots")
-    parser.add_argument("--requests", type=int, default=60_000)
-    parser.add_argument("--processes", type=int, default=None)
-    parser.add_argument("--json", type=Path, default=None)
-    arguments = parser.parse_args()
-    requests = 10_000 if arguments.quick else arguments.requests
-    found: list[dict[str, Any]] = []
-    with ProcessPoolExecutor(arguments.processes) as pool:
-        for case in CASES[:3:2] if arguments.quick else CASES:
-            turns = [turn for load in LOADS for turn in turns_of(case, load, requests)]
-            best = best_of(turns, list(pool.map(_run, turns, chunksize=4)))
-            _print(case, best)
-            if not arguments.quick:
-                _PLOTS.mkdir(parents=True, exist_ok=True)
-                (_PLOTS / f"{case.name}.svg").write_text(_plot(case, best))
-            found += [
-                {"case": case.name, "load": load, "policy": label, "settings": one.settings, **_json(one)}
-                for (label, load), one in best.items()
-            ]
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    parser.add_argument("--requests", type=int, help="of each simulation (default: 60000)")
+    parser.add_argument("--processes", type=int, help="(default: one for each core)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    compared = parser.add_argument_group("a comparison of given policies")
+    compared.add_argument("profile", nargs="?", metavar="PROFILE", help="a profile's name or file")
+    compared.add_argument("--policy", action="append", metavar="NAME[:KEY=VALUE,...]", default=[])
+    compared.add_argument("--deadline-ms", type=float, metavar="MS")
+    compared.add_argument("--load", default="0.8", metavar="PARTS", help="of the capacity (default: 0.8)")
+    compared.add_argument("--connections", type=int, metavar="N", help="in place of --load: a closed loop")
+    compared.add_argument("--handover-ms", type=float, metavar="MS", default=0.0)
+    return parser.parse_args(arguments)
 
 
-def turns_of(case: Case, load: float, requests: int) -> Iterator[Turn]:
-    """cobatch as it comes, and each baseline with each of its settings."""
-    profile = load_profile(case.profile)
-    most, _ = capacity(profile, profile.max_rows, case.deadline_ms / 1000)
-    arrivals: Arrivals = case.arrivals(load * most)
-    seconds = requests / arrivals.rate
-    if case.arrivals is Bursty:
-        seconds *= 4  # bursts are few, and their number is what the figures depend on
-    for label, policy, settings in _policies(profile, case.deadline_ms):
-        yield Turn(
-            case,
-            load,
-            label,
-            Scenario(
-                profile,
-                arrivals,
-                (Caller(deadline_ms=case.deadline_ms),),
-                policy=policy,
-                settings=settings,
-                seconds=seconds,
-                warmup_s=2.0,
-            ),
+def _comparison(options: argparse.Namespace) -> Iterator[Simulation]:
+    base = Scenario(
+        load_profile(options.profile),
+        Poisson(1.0) if options.connections is None else Closed(options.connections),
+        (Caller(deadline_ms=options.deadline_ms),),
+        handover_ms=options.handover_ms,
+    )
+    policies = [parse_policy(text) for text in options.policy or [COBATCH]]
+    loads = parse_numbers("--load", options.load)
+    requests = options.requests or 100_000
+    for load, scenario in make_scenarios(
+        base, rate=None, loads=loads, arrivals="poisson", seconds=None, requests=requests
+    ):
+        yield from (Simulation(load, policy, scenario) for policy in policies)
+
+
+def _print_comparison(simulations: list[Simulation], results: list[Results]) -> None:
+    print("| policy | load | goodput/s | of bound | p50 ms | p99 ms | batch rows |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for one, each in zip(simulations, results, strict=True):
+        load = "-" if one.load is None else f"{one.load:g}"
+        part = f"{each.total.goodput / each.bound:.1%}" if each.bound else "-"
+        p50, p99 = (each.total.latency_ms[name] for name in ("p50", "p99"))
+        print(
+            f"| {one.policy.label} | {load} | {each.total.goodput:,.0f} | {part} | {p50:.1f} | {p99:.1f} "
+            f"| {each.mean_batch:.1f} |"
         )
 
 
-def _policies(profile: Profile, deadline_ms: float) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    yield COBATCH, COBATCH, {}
-    most = profile.max_rows
-    sizes = [rows for rows in (16, 32, 64, 128, 256) if rows <= most]
-    waits = (0.0, 5.0, deadline_ms / 4)
-    for size, wait in product(sizes, waits[1:]):
-        yield "fixed-window", "fixed-window", {"max_batch_size": size, "window_ms": wait}
-    for size, wait in product(sizes, waits):
-        settings = {"max_batch_size": size, "timeout_ms": wait}
-        yield "size-or-timeout", "size-or-timeout", settings
-        yield "triton", "triton", {"max_batch_size": size, "delay_ms": wait}
-        yield "triton", "triton", {"preferred": (size,), "delay_ms": wait}
-        # What somebody can do who knows the deadline and how long a run of this size takes.
+def _write_json(file: Path | None, found: list[dict[str, Any]]) -> None:
+    if file is not None:
+        file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _all_cases(pool: ProcessPoolExecutor, quick: bool, requests: int) -> list[dict[str, Any]]:
+    """Run, print and draw the cases of docs/scheduling.md; return their figures."""
+    found = []
+    for case in CASES[:3:2] if quick else CASES:
+        simulations = [
+            one for load in LOADS for one in _simulations(case, load, 10_000 if quick else requests)
+        ]
+        best = best_of(simulations, list(pool.map(Simulation.run, simulations, chunksize=4)))
+        _print_case(case, best)
+        if not quick:
+            _plot(case, best)
+        found += [
+            {"case": case.name, "load": load, "policy": label, "settings": one.settings, **_figures(one)}
+            for (label, load), one in best.items()
+        ]
+    return found
+
+
+def _simulations(case: Case, load: float, requests: int) -> Iterator[Simulation]:
+    """Yield cobatch with its defaults, and each baseline with each of its settings."""
+    profile = load_profile(case.profile)
+    most, _ = capacity(profile, profile.max_rows, case.deadline_ms / 1000)
+    arrivals = case.arrivals(load * most)
+    seconds = requests / arrivals.rate
+    if case.arrivals is Bursty:
+        seconds *= 4  # bursts are few, and the figures depend on their number
+    scenario = Scenario(
+        profile, arrivals, (Caller(deadline_ms=case.deadline_ms),), seconds=seconds, warmup_s=2.0
+    )
+    for policy in _policies(profile, case.deadline_ms):
+        yield Simulation(load, policy, scenario)
+
+
+def _policies(profile: Profile, deadline_ms: float) -> Iterator[Policy]:
+    yield Policy(COBATCH, {}, COBATCH)
+    sizes = [rows for rows in (16, 32, 64, 128, 256) if rows <= profile.max_rows]
+    waits_ms = (0.0, 5.0, deadline_ms / 4)
+    for size, wait_ms in product(sizes, waits_ms[1:]):
+        yield _baseline("fixed-window", max_batch_size=size, window_ms=wait_ms)
+    for size, wait_ms in product(sizes, waits_ms):
+        yield _baseline("size-or-timeout", max_batch_size=size, timeout_ms=wait_ms)
+        yield _baseline("triton", max_batch_size=size, delay_ms=wait_ms)
+        yield _baseline("triton", preferred=(size,), delay_ms=wait_ms)
+        # The best choice of a user who knows the deadline and the run time of this size.
         left_ms = deadline_ms - profile.quantile_s(size, 0.95) * 1000
         if left_ms > 0:
-            tuned = {"max_batch_size": size, "delay_ms": wait, "queue_timeout_ms": left_ms}
-            yield "triton, queue timeout tuned", "triton", tuned
+            tuned = {"max_batch_size": size, "delay_ms": wait_ms, "queue_timeout_ms": left_ms}
+            yield Policy("triton", tuned, "triton, queue timeout tuned")
     for part in (1, 2, 3):
-        yield "clipper", "clipper", {"objective_ms": deadline_ms / part}
+        yield _baseline("clipper", objective_ms=deadline_ms / part)
 
 
-def _run(turn: Turn) -> Results:
-    return results_of(run(turn.scenario))
+def _baseline(name: str, **settings: Any) -> Policy:
+    return Policy(name, settings, name)
 
 
-def best_of(turns: list[Turn], results: list[Results]) -> dict[tuple[str, float], Best]:
-    """The best goodput of each policy at each load; of equal ones the one with the lowest p99."""
+def best_of(simulations: list[Simulation], results: list[Results]) -> dict[tuple[str, float], Best]:
+    """Return the best goodput of each policy at each load; of equal ones the one with the lowest p99."""
     best: dict[tuple[str, float], Best] = {}
-    for turn, result in zip(turns, results, strict=True):
-        key = (turn.label, turn.load)
-        if key not in best or _worth(result) > _worth(best[key].results):
-            best[key] = Best(result, turn.scenario.settings)
+    for one, each in zip(simulations, results, strict=True):
+        assert one.load is not None
+        key = (one.policy.label, one.load)
+        if key not in best or _worth(each) > _worth(best[key].results):
+            best[key] = Best(each, one.policy.settings)
     return best
 
 
 def _worth(results: Results) -> tuple[float, float]:
-    # Within half a percent they are equal: then latency decides.
+    # Results within half a percent are equal: then latency decides.
     bound = results.bound or 1.0
     return round(200 * results.total.goodput / bound), -results.total.latency_ms["p99"]
 
 
-def _json(best: Best) -> dict[str, Any]:
+def _figures(best: Best) -> dict[str, Any]:
     results = best.results
     return {
         "of_bound": results.total.goodput / (results.bound or 1.0),
@@ -164,26 +229,26 @@ def _json(best: Best) -> dict[str, Any]:
     }
 
 
-def _print(case: Case, best: dict[tuple[str, float], Best]) -> None:
-    labels = list(dict.fromkeys(label for label, _ in best))
+def _print_case(case: Case, best: dict[tuple[str, float], Best]) -> None:
     print(f"\n{case.name}: deadline {case.deadline_ms:g} ms; goodput in % of the bound (p99 in ms)\n")
     print("| policy | " + " | ".join(f"{load:g}" for load in LOADS) + " |")
     print("|---" * (len(LOADS) + 1) + "|")
-    for label in labels:
-        cells = [_json(best[label, load]) for load in LOADS]
+    for label in dict.fromkeys(label for label, _ in best):
+        cells = [_figures(best[label, load]) for load in LOADS]
         shown = [f"{100 * cell['of_bound']:.1f} ({cell['p99_ms']:.0f})" for cell in cells]
         print(f"| {label} | " + " | ".join(shown) + " |", flush=True)
 
 
-def _plot(case: Case, best: dict[tuple[str, float], Best]) -> str:
+def _plot(case: Case, best: dict[tuple[str, float], Best]) -> None:
     lines: dict[str, Line] = {}
     for label in dict.fromkeys(label for label, _ in best):
         lines[label] = [(load, best[label, load].results.total.goodput) for load in LOADS]
     lines[_BOUND] = [(load, best[COBATCH, load].results.bound or 0.0) for load in LOADS]
-    profile = load_profile(case.profile)
-    title = f"{profile.name}: deadline {case.deadline_ms:g} ms"
-    return chart(title, "load, parts of capacity", "goodput per second", lines, [_BOUND])
+    _PLOTS.mkdir(parents=True, exist_ok=True)
+    title = f"{load_profile(case.profile).name}: deadline {case.deadline_ms:g} ms"
+    with chart(_PLOTS / f"{case.name}.svg", title, "load, parts of capacity", "goodput per second") as axes:
+        draw_lines(axes, lines, [_BOUND])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,18 +1,18 @@
-"""How others batch, as nodes of the same simulation.
+"""The batching policies of other servers, as nodes of the simulation.
 
-Each is written after its original's documents and code, and each with settings, so that a comparison can
-give it its best ones. None looks at tenants or priorities. Rows of several requests ride together whole;
-a request larger than a batch is cut by none of them, and rides alone.
+Each is written after its original's documentation and code, with its settings, so that a comparison can tune
+them. None considers tenants or priorities. A request's rows stay together; a request larger than a batch runs
+alone, uncut.
 
-What each does about deadlines:
+They treat deadlines as follows:
 
-* `FixedWindow`: nothing. A caller that stops waiting leaves its rows in the batch.
-* `SizeOrTimeout`: nothing while they wait; with `drops` it leaves out what is past its deadline when a batch
-  is made up, which is kinder than most.
-* `TritonLike`: leaves out what is past its deadline when a batch is made up (queue policy REJECT, with the
-  request's own timeout), not what will be by the end of its run. With `queue_timeout_ms` also what has
-  waited for so long: somebody who knows the deadline and a run's time can set that to the difference.
-* `Clipper`: the same, and takes requests earliest deadline first.
+* `FixedWindow`: not at all. The rows of a client that stopped waiting stay in the batch.
+* `SizeOrTimeout`: not while requests wait; with `drops` it skips expired requests when it forms a batch,
+  which is more than most servers do.
+* `TritonLike`: skips expired requests when it forms a batch (queue policy REJECT, with the request's own
+  timeout), but not those that will expire during the run. With `queue_timeout_ms` it also skips those that
+  have waited that long, which can be set to the deadline less the run time.
+* `Clipper`: the same, and takes requests in the order of their deadlines.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from __future__ import annotations
 from collections import Counter, deque
 from heapq import heappop, heappush
 from math import inf
+from typing import Any
 
 from cobatch.batcher.errors import ExpiredError
 from cobatch.batcher.request import State
 from cobatch.batcher.simulator.clock import Timer, VirtualLoop
-from cobatch.batcher.simulator.engine import Clockwork
-from cobatch.batcher.simulator.traffic import SimulatedRequest
+from cobatch.batcher.simulator.engine import RunTimeSampler
+from cobatch.batcher.simulator.nodes import SimulatedRequest
 
 
 class Baseline:
-    """A queue before one engine. A subclass says in `_next` when what leaves."""
+    """A queue before one engine. A subclass decides in `_next` when a batch leaves."""
 
     def __init__(
         self,
         loop: VirtualLoop,
-        clockwork: Clockwork,
+        sampler: RunTimeSampler,
         *,
         max_batch_size: int,
         max_queue_rows: float = inf,
@@ -44,7 +45,7 @@ class Baseline:
         self.batches: Counter[int] = Counter()
         self.reasons: Counter[str] = Counter()
         self._loop = loop
-        self._clockwork = clockwork
+        self._sampler = sampler
         self._most = max_batch_size
         self._max_queue_rows = max_queue_rows
         self._handover_s = handover_s
@@ -55,7 +56,7 @@ class Baseline:
         self._timer: Timer | None = None
 
     def submit(self, request: SimulatedRequest) -> str | None:
-        """Queue it, or say that the queue is full."""
+        """Queue a request; or return the reason of a refusal."""
         if self._rows + request.rows > self._max_queue_rows:
             return "queue"
         request.enqueued_s = now_s = self._loop.now_s
@@ -73,7 +74,7 @@ class Baseline:
         self._queue.append(request)
 
     def _next(self) -> str | float:
-        """Why a batch leaves now, or when to ask again; only while the engine is idle."""
+        """Return the reason to dispatch now, or the time to decide again; called while the engine is idle."""
         raise NotImplementedError
 
     def _consider(self) -> None:
@@ -89,7 +90,7 @@ class Baseline:
             self._timer = self._loop.call_later(max(0.0, answer - self._loop.now_s), self._consider)
 
     def _take(self, most_rows: int) -> list[SimulatedRequest]:
-        """Whole requests from the head of the queue, at least one."""
+        """Take whole requests from the head of the queue, at least one."""
         taken: list[SimulatedRequest] = []
         rows = 0
         queue = self._queue
@@ -101,7 +102,7 @@ class Baseline:
         return taken
 
     def _drop_late(self) -> None:
-        """Answer those at the head whose deadline is over, or that have waited for too long."""
+        """Expire requests at the head whose deadline has passed, or that have waited too long."""
         queue, now_s = self._queue, self._loop.now_s
         while queue and (queue[0].deadline_s <= now_s or queue[0].enqueued_s + self._waits_s <= now_s):
             self._drop(queue.popleft())
@@ -117,7 +118,7 @@ class Baseline:
         rows = sum([request.rows for request in requests])
         self.batches[rows] += 1
         self.reasons[reason] += 1
-        run_s = self._clockwork.run_s(rows, self._loop.now_s) + 2 * self._handover_s
+        run_s = self._sampler.run_s(rows, self._loop.now_s) + 2 * self._handover_s
         self._loop.call_later(run_s, self._ran, requests, rows, run_s)
 
     def _ran(self, requests: list[SimulatedRequest], rows: int, run_s: float) -> None:
@@ -129,29 +130,25 @@ class Baseline:
         self._consider()
 
     def _learn(self, rows: int, run_s: float) -> None:
-        """A run is over."""
+        """Observe a finished run."""
 
 
 class FixedWindow(Baseline):
-    """The asyncio recipe: the first request opens a window, and when it closes all that is there goes to
-    the engine, in as many batches as it takes. The next window opens with the next request."""
+    """The asyncio recipe: the first request opens a window, at whose end all queued requests are dispatched.
+
+    They form as many batches as needed. The next request opens the next window. The queue is unbounded.
+    """
 
     def __init__(
-        self,
-        loop: VirtualLoop,
-        clockwork: Clockwork,
-        *,
-        max_batch_size: int,
-        window_ms: float,
-        handover_s: float = 0.0,
+        self, loop: VirtualLoop, sampler: RunTimeSampler, *, window_ms: float, **shared: Any
     ) -> None:
-        super().__init__(loop, clockwork, max_batch_size=max_batch_size, handover_s=handover_s)
+        super().__init__(loop, sampler, **shared)
         self._window_s = window_ms / 1000
         self._due: deque[list[SimulatedRequest]] = deque()
         self._open = False
 
     def submit(self, request: SimulatedRequest) -> str | None:
-        """Join the window; there is no bound."""
+        """Add a request to the window."""
         request.enqueued_s = self._loop.now_s
         self.open_requests += 1
         self._queue.append(request)
@@ -173,27 +170,21 @@ class FixedWindow(Baseline):
 
 
 class SizeOrTimeout(Baseline):
-    """As in TorchServe, Ray Serve, KServe, LitServe or mosec: an idle engine is given a batch when it is
-    full, or when its oldest request has waited for `timeout_ms`."""
+    """TorchServe, Ray Serve, KServe, LitServe, mosec: dispatch full batches, and others after `timeout_ms`.
+
+    The timeout counts from the arrival of the oldest request; batches leave when the engine is idle.
+    """
 
     def __init__(
         self,
         loop: VirtualLoop,
-        clockwork: Clockwork,
+        sampler: RunTimeSampler,
         *,
-        max_batch_size: int,
-        max_queue_rows: float,
         timeout_ms: float,
         drops: bool = False,
-        handover_s: float = 0.0,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            loop,
-            clockwork,
-            max_batch_size=max_batch_size,
-            max_queue_rows=max_queue_rows,
-            handover_s=handover_s,
-        )
+        super().__init__(loop, sampler, **shared)
         self._timeout_s = timeout_ms / 1000
         self._drops = drops
 
@@ -209,31 +200,25 @@ class SizeOrTimeout(Baseline):
 
 
 class TritonLike(Baseline):
-    """Triton's dynamic batcher with one instance: the largest preferred size that is there leaves at once;
-    less leaves when the oldest has waited for `delay_ms`. Without preferred sizes the largest batch is the
-    only one, and with no delay whatever is there leaves."""
+    """Triton's dynamic batcher with one instance: dispatch the largest preferred size that is queued.
+
+    Smaller batches leave when the oldest request has waited for `delay_ms`. Without preferred sizes the
+    largest batch is the only one; without a delay an idle engine takes all that is queued.
+    """
 
     def __init__(
         self,
         loop: VirtualLoop,
-        clockwork: Clockwork,
+        sampler: RunTimeSampler,
         *,
-        max_batch_size: int,
-        max_queue_rows: float,
         preferred: tuple[int, ...] = (),
         delay_ms: float = 0.0,
         queue_timeout_ms: float = inf,
-        handover_s: float = 0.0,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            loop,
-            clockwork,
-            max_batch_size=max_batch_size,
-            max_queue_rows=max_queue_rows,
-            handover_s=handover_s,
-        )
-        self._preferred = sorted(preferred, reverse=True) or [max_batch_size]
-        self._largest = max_batch_size
+        super().__init__(loop, sampler, **shared)
+        self._largest = self._most
+        self._preferred = sorted(preferred, reverse=True) or [self._largest]
         self._delay_s = delay_ms / 1000
         self._waits_s = queue_timeout_ms / 1000
 
@@ -251,27 +236,23 @@ class TritonLike(Baseline):
 
 
 class Clipper(Baseline):
-    """Clipper's adaptive batching (Crankshaw et al., NSDI 2017): the largest batch grows by
-    `step` rows as long as runs of it stay within the objective, and shrinks by a tenth when one does not.
+    """Clipper's adaptive batching (Crankshaw et al., NSDI 2017).
 
-    `objective_ms` is what a run may take; None: no limit but the engine's.
+    The largest batch grows by `step` rows while its runs take at most `objective_ms` (None: no limit), and
+    shrinks by a tenth when one takes longer.
     """
 
     def __init__(
         self,
         loop: VirtualLoop,
-        clockwork: Clockwork,
+        sampler: RunTimeSampler,
         *,
-        max_batch_size: int,
-        max_queue_rows: float,
         objective_ms: float | None,
         step: int = 1,
-        handover_s: float = 0.0,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            loop, clockwork, max_batch_size=1, max_queue_rows=max_queue_rows, handover_s=handover_s
-        )
-        self._largest = max_batch_size
+        super().__init__(loop, sampler, **shared)
+        self._largest, self._most = self._most, 1
         self._objective_s = inf if objective_ms is None else objective_ms / 1000
         self._step = step
         self._heap: list[tuple[float, int, SimulatedRequest]] = []

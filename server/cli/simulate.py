@@ -1,148 +1,172 @@
-"""`cobatch simulate` and `cobatch profile`: the scheduler under a load that is only thought, and what that
-needs to know of a model.
-
-Registered by server/cli/__init__.py. What they run is imported when they run.
-"""
+"""`cobatch simulate` and `cobatch profile`: the scheduler under simulated load, and its input, run times."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, get_origin, get_type_hints
 
+import msgspec
 import typer
+from rich.table import Table
+from rich.text import Text
 
-from cobatch.server.console import end
+from cobatch.batcher.simulator.engine import Profile, ProfileError, included, load_profile
+from cobatch.batcher.simulator.measure import measure
+from cobatch.batcher.simulator.nodes import ROUTERS, Router
+from cobatch.batcher.simulator.scenario import Closed, Results, Scenario, Totals, capacity, results_of, run
+from cobatch.batcher.simulator.traffic import (
+    Arrivals,
+    Bursty,
+    Caller,
+    Diurnal,
+    Even,
+    Poisson,
+    Trace,
+    TraceError,
+    read_trace,
+)
+from cobatch.engines.errors import EngineError
+from cobatch.engines.loader import EngineOptions, load_engine
+from cobatch.server.cli.plots import Line, PlotError, chart, check_plot, draw_lines
+from cobatch.server.console import end, plain_table, stdout
 
-if TYPE_CHECKING:
-    from cobatch.batcher.simulator.scenario import Results, Scenario
+_PROCESSES: dict[str, Callable[[float], Arrivals]] = {
+    "poisson": Poisson,
+    "even": Even,
+    "bursty": Bursty,
+    "diurnal": Diurnal,
+}
+_WARMUP_PART = 0.1
 
-_ARRIVALS = "poisson|bursty|diurnal|even|FILE"
+Runs = Sequence[tuple[float | None, Results]]  # the load, None for a closed loop or a trace
+_OptionalRows = Annotated[int | None, typer.Option(metavar="ROWS", min=1, help="As for serve.")]
+_OptionalMs = Annotated[float | None, typer.Option(metavar="MS", min=0.0, help="As for serve.")]
 
 
 def simulate(
     profile: Annotated[
-        str | None,
-        typer.Argument(metavar="PROFILE", help="A file of `cobatch profile`, or an included profile."),
+        str | None, typer.Argument(metavar="PROFILE", help="An included profile, or a file.")
     ] = None,
-    listing: Annotated[bool, typer.Option("--list", help="List the included profiles, and end.")] = False,
+    listing: Annotated[bool, typer.Option("--list", help="List the included profiles.")] = False,
     rate: Annotated[float | None, typer.Option(metavar="PER_S", help="Requests per second.")] = None,
     load: Annotated[
-        str, typer.Option(metavar="PARTS", help="Instead: parts of the capacity, one run for each.")
+        str, typer.Option(metavar="PARTS", help="In place of --rate: parts of the capacity, each simulated.")
     ] = "0.8",
     arrivals: Annotated[
-        str, typer.Option(metavar=_ARRIVALS, help="A process, or a recorded trace: seconds[,rows[,tenant]].")
+        str,
+        typer.Option(
+            metavar="poisson|bursty|diurnal|even|FILE",
+            help="An arrival process, or a recorded trace with lines of seconds[,rows[,tenant]].",
+        ),
     ] = "poisson",
     connections: Annotated[
-        int | None, typer.Option(metavar="N", help="Instead: callers who each wait for their answer.")
+        int | None, typer.Option(metavar="N", min=1, help="In place of --rate: N callers in a closed loop.")
     ] = None,
-    deadline_ms: Annotated[float | None, typer.Option(metavar="MS", help="Of each request.")] = None,
+    deadline_ms: Annotated[float | None, typer.Option(metavar="MS", help="Deadline of each request.")] = None,
     tenant: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE,...", help="name, share, weight, priority, rows, deadline_ms."),
-    ] = None,
-    policy: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME[:KEY=VALUE,...]", help="cobatch, or one of others; several are compared."),
+        typer.Option(
+            metavar="KEY=VALUE,...", help="A tenant: name, share, weight, priority, rows, deadline_ms, ..."
+        ),
     ] = None,
     nodes: Annotated[int, typer.Option(metavar="N", min=1, help="Servers behind a router.")] = 1,
     router: Annotated[
-        str, typer.Option(metavar="round-robin|least-loaded|two-choices", help="Who gets a request.")
+        str, typer.Option(metavar="|".join(ROUTERS), help="How requests are routed.")
     ] = "two-choices",
-    seconds: Annotated[float | None, typer.Option(metavar="S", help="Measured, of virtual time.")] = None,
-    requests: Annotated[int, typer.Option(metavar="N", help="Instead: about so many requests.")] = 100_000,
-    max_batch_size: Annotated[int | None, typer.Option(metavar="ROWS", min=1)] = None,
-    max_queue_rows: Annotated[int | None, typer.Option(metavar="ROWS", min=1)] = None,
-    handover_ms: Annotated[float, typer.Option(metavar="MS", help="Loop to engine, and back.")] = 0.0,
+    seconds: Annotated[
+        float | None, typer.Option(metavar="S", help="Measured virtual time; a tenth is added as warm-up.")
+    ] = None,
+    requests: Annotated[
+        int, typer.Option(metavar="N", min=1, help="In place of --seconds: about N requests.")
+    ] = 100_000,
+    max_batch_size: _OptionalRows = None,
+    max_queue_rows: _OptionalRows = None,
+    max_delay_ms: _OptionalMs = None,
+    latency_target_ms: _OptionalMs = None,
+    handover_ms: Annotated[
+        float, typer.Option(metavar="MS", min=0.0, help="Delay from event loop to engine, and back.")
+    ] = 0.0,
     request_us: Annotated[
-        float, typer.Option(metavar="US", min=0.0, help="Of the event loop, for each request; one node only.")
+        float, typer.Option(metavar="US", min=0.0, help="Event-loop time of each request; one node only.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(metavar="N", help="Same seed, same figures.")] = 1,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="All figures.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Goodput, or batch sizes.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all figures.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Plot goodput by load, or batch sizes.")
+    ] = None,
 ) -> None:
     """Simulate a server under load in virtual time, with the scheduler that serves.
 
-    A million requests take seconds. Policies of others (fixed-window, size-or-timeout, triton, clipper) can
-    be compared with it, each with its settings: --policy triton:preferred=32/64,delay_ms=5. The bound is
-    what no policy could exceed; docs/scheduling.md has the argument.
+    A million requests take seconds. The bound is a limit that no policy could exceed (docs/scheduling.md).
+    To compare the policies of other servers: python -m benchmarks.scheduling, in a checkout of cobatch.
     """
-    from cobatch.batcher.simulator.engine import ProfileError, included, load_profile
-
     if listing or profile is None:
         for name in included():
-            found = load_profile(name)
-            typer.echo(f"{name}: {found.name}. Source: {found.source}.")
+            known = load_profile(name)
+            typer.echo(f"{name}: {known.name}. Source: {known.source}.")
         raise typer.Exit(0 if listing else 2)
-    from cobatch.batcher.simulator.traffic import TraceError
-    from cobatch.server.cli import simulate_show, simulate_spec
-
     if request_us and nodes > 1:
-        raise end("--request-us is of one node's event loop: --nodes must be 1", 2)
+        raise end("--request-us is the time of one node's event loop: --nodes must be 1", 2)
     try:
-        asked = simulate_spec.Asked(
-            profile=load_profile(profile),
-            rate=rate,
-            loads=simulate_spec.numbers("--load", load),
-            arrivals=arrivals,
-            connections=connections,
-            callers=simulate_spec.callers(tenant or [], deadline_ms),
-            policies=simulate_spec.policies(policy or ["cobatch"]),
-            seconds=seconds,
-            requests=requests,
-            more={
-                "nodes": nodes,
-                "router": simulate_spec.router(router),
-                "max_batch_size": max_batch_size,
-                "max_queue_rows": max_queue_rows,
-                "handover_ms": handover_ms,
-                "request_us": request_us,
-                "seed": seed,
-            },
+        if plot is not None:
+            check_plot(plot)
+        base = Scenario(
+            load_profile(profile),
+            Poisson(1.0) if connections is None else Closed(connections),
+            parse_callers(tenant or [], deadline_ms),
+            nodes=nodes,
+            router=parse_router(router),
+            max_batch_size=max_batch_size,
+            max_queue_rows=max_queue_rows,
+            max_delay_ms=max_delay_ms or 0.0,
+            latency_target_ms=latency_target_ms,
+            handover_ms=handover_ms,
+            request_us=request_us,
+            seed=seed,
         )
-        results = _run_all(simulate_spec.scenarios(asked))
-    except (simulate_spec.SpecError, ProfileError, TraceError) as error:
+        loads = parse_numbers("--load", load)
+        scenarios = make_scenarios(
+            base, rate=rate, loads=loads, arrivals=arrivals, seconds=seconds, requests=requests
+        )
+        runs = [(each, results_of(run(scenario))) for each, scenario in scenarios]
+    except (OptionError, PlotError, ProfileError, TraceError) as error:
         raise end(str(error), 2) from None
-    simulate_show.show(asked.profile, results)
+    show(base.profile, runs)
     try:
         if json_file is not None:
-            json_file.write_text(simulate_show.as_json(asked.profile, results))
+            json_file.write_text(as_json(base.profile, runs))
         if plot is not None:
-            plot.write_text(simulate_show.plot(asked.profile, results))
+            write_plot(plot, base.profile, runs)
     except OSError as error:
         raise end(f"{error.filename}: {error.strerror}", 1) from None
-
-
-def _run_all(scenarios: list[tuple[str, float | None, Scenario]]) -> list[tuple[str, float | None, Results]]:
-    from cobatch.batcher.simulator.scenario import results_of, run
-
-    return [(name, load, results_of(run(scenario))) for name, load, scenario in scenarios]
 
 
 def profile(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model file.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to (default: stdout).")
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Output file (default: stdout).")
     ] = None,
-    engine: Annotated[str, typer.Option(metavar="auto|onnxruntime|tensorrt", help="What opens it.")] = "auto",
-    max_batch_size: Annotated[int, typer.Option(metavar="ROWS", min=1, help="Most rows in a batch.")] = 64,
+    engine: Annotated[
+        str, typer.Option(metavar="auto|onnxruntime|tensorrt", help="The engine that runs it.")
+    ] = "auto",
+    max_batch_size: Annotated[int, typer.Option(metavar="ROWS", min=1, help="Rows of a batch at most.")] = 64,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="The engine's threads.")] = None,
-    seconds: Annotated[float, typer.Option(metavar="S", min=0.0, help="To measure for.")] = 10.0,
+    seconds: Annotated[float, typer.Option(metavar="S", min=0.0, help="Duration of the measurement.")] = 10.0,
 ) -> None:
-    """Measure how long a model's batches take, for `cobatch simulate`.
+    """Measure the run times of a model by batch size, for `cobatch simulate`.
 
     Runs zeros at powers of two and halfway between them, and writes quantiles of each size as JSON.
     """
-    import json
-
-    from cobatch.batcher.simulator.measure import measure
-    from cobatch.engines.errors import EngineError
-    from cobatch.engines.loader import EngineOptions, load_engine
-
     try:
         opened = load_engine(engine, str(model), max_batch_size, EngineOptions(threads))
         try:
             opened.open()
-            document: dict[str, Any] = measure(opened, model.stem, seconds).as_json()
+            document = measure(opened, model.stem, seconds).as_json()
         finally:
             opened.close()
     except EngineError as error:
@@ -155,3 +179,183 @@ def profile(
         output.write_text(text + "\n")
     except OSError as error:
         raise end(f"{output}: {error.strerror}", 1) from None
+
+
+class OptionError(Exception):
+    """The value of an option is refused; the text is one line."""
+
+
+def make_scenarios(
+    base: Scenario,
+    *,
+    rate: float | None,
+    loads: Sequence[float],
+    arrivals: str,
+    seconds: float | None,
+    requests: int,
+) -> Iterator[tuple[float | None, Scenario]]:
+    """Yield a scenario for each load, or one for the closed loop in `base`, a trace or a rate."""
+    for load, process in _arrivals(base, rate, loads, arrivals):
+        length_s = seconds or _length_s(base, process, requests)
+        yield load, replace(base, arrivals=process, seconds=length_s, warmup_s=_WARMUP_PART * length_s)
+
+
+def _arrivals(
+    base: Scenario, rate: float | None, loads: Sequence[float], arrivals: str
+) -> list[tuple[float | None, Arrivals | Closed]]:
+    if isinstance(base.arrivals, Closed):
+        return [(None, base.arrivals)]
+    if arrivals not in _PROCESSES:
+        return [(None, _trace(arrivals))]
+    most = _request_capacity(base)
+    rates = [rate] if rate is not None else [load * most for load in loads]
+    if min(rates) <= 0:
+        raise OptionError("--rate, --load: must be more than 0")
+    return [(rate / most, _PROCESSES[arrivals](rate)) for rate in rates]
+
+
+def _trace(name: str) -> Trace:
+    path = Path(name)
+    if not path.exists():
+        raise OptionError(f"--arrivals: expected {', '.join(_PROCESSES)} or a trace's file, got {name!r}")
+    return read_trace(path)
+
+
+def _request_capacity(base: Scenario) -> float:
+    """Return the most requests per second of all nodes."""
+    deadlines = [caller.timeout_s for caller in base.callers if caller.timeout_s is not None]
+    deadline_s = min(deadlines) if len(deadlines) == len(base.callers) else None
+    per_node, _ = capacity(base.profile, base.batch_rows, deadline_s)
+    if not per_node:
+        raise OptionError("no run is as short as the deadline")
+    shares = sum(caller.share for caller in base.callers)
+    mean_rows = sum(caller.share * caller.rows for caller in base.callers) / shares
+    return base.nodes * per_node / mean_rows
+
+
+def _length_s(base: Scenario, process: Arrivals | Closed, requests: int) -> float:
+    if isinstance(process, Trace):
+        return max(process.requests[-1].time_s, 1e-3) / (1 + _WARMUP_PART)
+    rate = _request_capacity(base) if isinstance(process, Closed) else process.rate
+    return requests / rate / (1 + _WARMUP_PART)
+
+
+def parse_numbers(flag: str, text: str) -> list[float]:
+    """Parse numbers separated by commas."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise OptionError(f"{flag}: expected numbers separated by commas, got {text!r}") from None
+
+
+def parse_router(text: str) -> Router:
+    """Parse the name of a router."""
+    for router in ROUTERS:
+        if text == router:
+            return router
+    raise OptionError(f"--router: expected one of {', '.join(ROUTERS)}, got {text!r}")
+
+
+def parse_callers(texts: Sequence[str], deadline_ms: float | None) -> tuple[Caller, ...]:
+    """Parse `name=a,share=2` for each tenant; `deadline_ms` is the default of each."""
+    kinds = get_type_hints(Caller)
+    parsed = [{"deadline_ms": deadline_ms} | parse_settings("--tenant", text, kinds) for text in texts]
+    return tuple(Caller(**values) for values in parsed or [{"deadline_ms": deadline_ms}])
+
+
+def parse_settings(flag: str, text: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Parse `key=value,key=value`, with the type of each key; a tuple is written as 32/64."""
+    values: dict[str, Any] = {}
+    for part in text.split(",") if text else ():
+        key, equals, value = (word.strip() for word in part.partition("="))
+        if not equals:
+            raise OptionError(f"{flag}: expected key=value, got {part!r}")
+        if key not in kinds:
+            raise OptionError(f"{flag}: no setting {key!r}; expected one of {', '.join(kinds)}")
+        given = value.split("/") if get_origin(kinds[key]) is tuple else value
+        try:
+            values[key] = msgspec.convert(given, kinds[key], strict=False)
+        except msgspec.ValidationError:
+            raise OptionError(f"{flag}: {value!r} is not a valid {key}") from None
+    return values
+
+
+def show(profile: Profile, runs: Runs) -> None:
+    """Print the tables to stdout."""
+    console = stdout()
+    console.print(Text(profile.name, "bold"), soft_wrap=True)
+    console.print(_loads_table(runs))
+    if any(len(results.tenants) > 1 for _, results in runs):
+        console.print(_tenants_table(runs))
+    took_s = sum(results.took_s for _, results in runs)
+    arrived = sum(results.arrived for _, results in runs)
+    console.print(f"simulated {arrived:,} requests in {took_s:.1f} s")
+
+
+def _loads_table(runs: Runs) -> Table:
+    table = plain_table(
+        "load", "offered/s", "goodput/s", "p50 ms", "p99 ms", "expired", "refused", "late", "bound/s",
+        "of bound", "batch rows", "busy", "dispatch reasons",
+    )  # fmt: skip
+    for load, results in runs:
+        total = results.total
+        batches = sum(results.reasons.values()) or 1
+        table.add_row(
+            _load(load),
+            "-" if results.offered is None else f"{results.offered:,.0f}",
+            *_cells(total),
+            _part(total.late, total),
+            "-" if results.bound is None else f"{results.bound:,.0f}",
+            f"{total.goodput / results.bound:.1%}" if results.bound else "-",
+            f"{results.mean_batch:.1f}",
+            f"{results.utilisation:.0%}",
+            " ".join(f"{reason} {count / batches:.0%}" for reason, count in results.reasons.items()),
+        )
+    return table
+
+
+def _tenants_table(runs: Runs) -> Table:
+    table = plain_table("tenant", "load", "goodput/s", "p50 ms", "p99 ms", "expired", "refused", "rows")
+    for load, results in runs:
+        for tenant, totals in results.tenants.items():
+            table.add_row(tenant, _load(load), *_cells(totals), f"{totals.rows_share:.1%}")
+    return table
+
+
+def _cells(totals: Totals) -> list[str]:
+    latency = [f"{totals.latency_ms[name]:.1f}" for name in ("p50", "p99")]
+    return [f"{totals.goodput:,.0f}", *latency, _part(totals.expired, totals), _part(totals.refused, totals)]
+
+
+def _load(load: float | None) -> str:
+    return "-" if load is None else f"{load:.2f}"
+
+
+def _part(count: int, totals: Totals) -> str:
+    return f"{count / max(1, totals.ended):.1%}"
+
+
+def as_json(profile: Profile, runs: Runs) -> str:
+    """Return all figures of all runs."""
+    found = [{"load": load, **results.as_json()} for load, results in runs]
+    document = {"profile": profile.as_json(), "runs": found}
+    return json.dumps(document, indent=2) + "\n"
+
+
+def write_plot(file: Path, profile: Profile, runs: Runs) -> None:
+    """Draw goodput by load; for a single load the distribution of batch sizes. Raises PlotError, OSError."""
+    loads = [(load, results) for load, results in runs if load is not None]
+    if len(loads) < 2:
+        with chart(file, profile.name, "batch size, rows", "part of all rows, %") as axes:
+            draw_lines(axes, {"cobatch": _sizes(runs[0][1])})
+        return
+    lines: dict[str, Line] = {"cobatch": [(load, results.total.goodput) for load, results in loads]}
+    if all(results.bound is not None for _, results in loads):
+        lines["bound"] = [(load, results.bound or 0.0) for load, results in loads]
+    with chart(file, profile.name, "load, parts of capacity", "goodput per second") as axes:
+        draw_lines(axes, lines, ["bound"])
+
+
+def _sizes(results: Results) -> Line:
+    rows = sum(size * count for size, count in results.batches.items()) or 1
+    return [(size, 100 * size * count / rows) for size, count in results.batches.items()]

@@ -7,7 +7,7 @@ from html import escape
 from math import log10
 from operator import attrgetter
 
-from cobatch.batcher.simulator.svg import Line, chart
+from cobatch.server.loadtest.charts import Line, chart
 from cobatch.server.loadtest.report import Report, machine, table
 from cobatch.server.loadtest.results import IntervalSummary, Results, Summary
 

@@ -8,9 +8,8 @@ import pytest
 
 from benchmarks.scheduling.baselines import Baseline, Clipper, FixedWindow, SizeOrTimeout, TritonLike
 from cobatch.batcher.simulator.clock import VirtualLoop
-from cobatch.batcher.simulator.engine import Clockwork, Profile
-from cobatch.batcher.simulator.nodes import ANSWERED, EXPIRED, Records
-from cobatch.batcher.simulator.traffic import SimulatedRequest
+from cobatch.batcher.simulator.engine import Profile, RunTimeSampler
+from cobatch.batcher.simulator.nodes import ANSWERED, EXPIRED, Records, SimulatedRequest
 
 RUN_MS = 10.0
 
@@ -21,7 +20,7 @@ class Bench:
     def __init__(self, kind: Any, **settings: Any) -> None:
         self.loop = VirtualLoop()
         profile = Profile.linear("linear", RUN_MS * 1000, 1000, 64)
-        self.node: Baseline = kind(self.loop, Clockwork(profile, 1), **settings)
+        self.node: Baseline = kind(self.loop, RunTimeSampler(profile, 1), **settings)
         self.records = Records(self.loop)
         self.began: list[tuple[float, int]] = []
         run = self.node._run
@@ -39,16 +38,16 @@ class Bench:
             request = SimulatedRequest(0, 1, self.records)
             request.node = self.node
             request.timeout_s = None if timeout_ms is None else timeout_ms / 1000
-            why_not = self.node.submit(request)
-            if why_not:
-                self.records.refused(request, why_not)
+            refusal = self.node.submit(request)
+            if refusal:
+                self.records.refuse(request, refusal)
 
         self.loop.run(iter([ms / 1000 for ms in at_ms]), arrive)
         return self.began
 
-    def ends(self, fate: int) -> list[float]:
+    def ends(self, outcome: int) -> list[float]:
         records = self.records.arrays()
-        return [round(1000 * end, 6) for end in records["ends"][records["fates"] == fate].tolist()]
+        return [round(1000 * end, 6) for end in records["ends"][records["outcomes"] == outcome].tolist()]
 
 
 def test_a_window_opens_with_a_request_and_all_in_it_leave_at_its_end() -> None:

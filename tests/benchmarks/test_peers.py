@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from benchmarks.common import wire
 from benchmarks.peers import bodies, page
-from benchmarks.peers.bars import bars
 from benchmarks.peers.catalogue import OURS, PEERS, Body
 from benchmarks.peers.goals import Goal, goals
 from benchmarks.peers.overload import Overload, arrivals, body_of
+from benchmarks.peers.plots import draw_bars
 from benchmarks.peers.results import Results, ratio, read
 from benchmarks.peers.tables import Table, tables
 from benchmarks.peers.turns import Turn
@@ -155,11 +156,15 @@ def test_goodput_is_ours_alone(goodput: float, met: bool) -> None:
     assert _goal(results, "goodput").met is met
 
 
-def test_a_bar_is_longer_by_as_much_for_each_factor() -> None:
-    root = ET.fromstring(bars("t", "us", {"a": {"JSON": 10.0}, "b": {"JSON": 100.0}, "c": {"JSON": 1000.0}}))
-    widths = [float(one.get("width", 0)) for one in root.iter("{http://www.w3.org/2000/svg}rect")][2:]
-    assert widths[2] - widths[1] == pytest.approx(widths[1] - widths[0], abs=0.2)
-    assert widths[1] > widths[0]
+def test_a_bar_is_longer_by_the_same_length_for_each_factor() -> None:
+    axes = Figure().subplots()
+    draw_bars(axes, {"a": {"JSON": 10.0}, "b": {"JSON": 100.0}, "c": {"JSON": 1000.0, "binary": 5.0}})
+    assert axes.get_xscale() == "log"
+    lengths = [bar.get_window_extent().width for bar in axes.patches[:3]]
+    assert lengths[2] - lengths[1] == pytest.approx(lengths[1] - lengths[0], abs=0.2)
+    assert lengths[1] > lengths[0]
+    assert [text.get_text() for text in axes.texts] == ["10", "100", "1,000", "5"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
 
 
 def test_every_peer_has_an_app_and_bytes_come_first() -> None:

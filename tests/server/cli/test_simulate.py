@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -41,23 +42,30 @@ def test_the_included_profiles_are_listed_with_their_sources() -> None:
     assert any(line.startswith("bert-large-a100: ") and "github.com" in line for line in lines)
 
 
-def test_policies_are_compared_at_several_loads(tmp_path: Path) -> None:
+def test_goodput_is_simulated_at_several_loads(tmp_path: Path) -> None:
     figures, plot = tmp_path / "figures.json", tmp_path / "plot.svg"
     shown = done(
         "simulate", "bert-large-a100", "--deadline-ms", "100", "--load", "0.5,0.9", "--requests", "3000",
-        "--policy", "cobatch", "--policy", "triton:preferred=32/64,delay_ms=5",
         "--json", figures, "--plot", plot,
     )  # fmt: skip
     assert "of bound" in shown
-    assert shown.count("triton:preferred=32/64,delay_ms=5") == 2
     runs = json.loads(figures.read_text())["runs"]
-    assert [(run["policy"], run["load"]) for run in runs] == [
-        (policy, load) for load in (0.5, 0.9) for policy in ("cobatch", "triton:preferred=32/64,delay_ms=5")
-    ]
+    assert [run["load"] for run in runs] == [0.5, 0.9]
     assert runs[0]["total"]["goodput"] == pytest.approx(runs[0]["bound"], rel=0.1)
     root = ET.fromstring(plot.read_text())
     texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
     assert {"cobatch", "bound", "goodput per second"} <= set(texts)
+
+
+def test_the_scheduler_has_the_settings_of_the_server() -> None:
+    # At a low load requests would leave alone; the delay lets them gather.
+    arguments = ("simulate", "bert-large-a100", "--load", "0.3", "--requests", "2000")
+    assert "delay" not in done(*arguments)
+    delayed = done(*arguments, "--max-delay-ms", "50")
+    assert "delay" in delayed
+    assert (
+        done(*arguments, "--max-delay-ms", "50", "--latency-target-ms", "30").splitlines()[2] not in delayed
+    )
 
 
 def test_tenants_and_nodes(tmp_path: Path) -> None:
@@ -75,18 +83,17 @@ def test_tenants_and_nodes(tmp_path: Path) -> None:
 def test_a_trace_and_callers_that_wait(tmp_path: Path) -> None:
     trace = tmp_path / "trace.csv"
     trace.write_text("".join(f"{number / 100},1\n" for number in range(200)))
-    assert "cobatch" in done("simulate", "resnet50-v100", "--arrivals", trace)
-    assert "cobatch" in done("simulate", "resnet50-v100", "--connections", "8", "--seconds", "1")
+    assert "simulated 199 requests" in done("simulate", "resnet50-v100", "--arrivals", trace)
+    assert "dispatch reasons" in done("simulate", "resnet50-v100", "--connections", "8", "--seconds", "1")
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--policy", "best"], "expected one of cobatch, fixed-window"),
-        (["--policy", "fixed-window"], "fixed-window needs window_ms"),
-        (["--policy", "triton:speed=1"], "no 'speed'"),
-        (["--policy", "triton:delay_ms=soon"], "'soon' is no value for delay_ms"),
         (["--tenant", "gold"], "key=value"),
+        (["--tenant", "speed=1"], "no setting 'speed'"),
+        (["--tenant", "share=most"], "'most' is not a valid share"),
+        (["--plot", "figure.bmp"], ".svg, .png or .pdf"),
         (["--load", "high"], "expected numbers"),
         (["--rate", "0"], "more than 0"),
         (["--router", "dice"], "round-robin"),
@@ -94,11 +101,16 @@ def test_a_trace_and_callers_that_wait(tmp_path: Path) -> None:
         (["--deadline-ms", "1"], "no run is as short"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(arguments: list[str], says: str) -> None:
+def test_an_invalid_option_is_refused_in_one_line(arguments: list[str], says: str) -> None:
     assert says in refused(*arguments)
 
 
-def test_a_profile_that_is_not_there_is_refused() -> None:
+def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install 'cobatch[plots]'" in refused("--plot", "goodput.svg")
+
+
+def test_a_missing_profile_is_refused() -> None:
     result = command("simulate", "nothing.json")
     assert result.exit_code == 2
     assert "bert-large-a100" in result.stderr
@@ -116,7 +128,7 @@ def test_a_model_is_measured_and_simulated(tmp_path: Path) -> None:
     assert [run["rows"] for run in document["runs"]] == [1, 2, 3, 4, 6, 8]
     assert {"p0", "p50", "p99", "p100"} <= set(document["runs"][0]["us"])
     assert "onnxruntime" in document["source"]
-    assert "cobatch" in done("simulate", output, "--requests", "1000")
+    assert "dispatch reasons" in done("simulate", output, "--requests", "1000")
 
 
 def test_a_model_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
