@@ -39,6 +39,8 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)
 SECONDS = int(os.environ.get("GPU_SECONDS", "3"))
 SUSTAINED_S = int(os.environ.get("GPU_SUSTAINED_SECONDS", "60"))
 CALLERS = 64
+# Set by test_gpu_dry.py.
+FAKE_GPU = "GPU_FAKE" in os.environ
 
 _ASK = (
     "from cobatch.engines.tensorrt.cuda import gpu_identity; "
@@ -89,6 +91,11 @@ def cobatch_build(model: Path, plan: Path, *arguments: str) -> tuple[float, dict
     return time.monotonic() - began, manifest
 
 
+def judge_speed(holds: bool, *figures: object) -> None:
+    """Assert a claim on speed, on a real GPU only: a fake one is as fast as the machine is idle."""
+    assert holds or FAKE_GPU, figures
+
+
 @contextlib.contextmanager
 def opened(path: Path, max_batch_size: int = 64, **options: Any) -> Iterator[Engine]:
     engine = load_engine("tensorrt", path, max_batch_size, EngineOptions(**options))
@@ -134,7 +141,7 @@ def test_a_timing_cache_makes_the_second_build_quicker(folder: Path) -> None:
     ]
     assert timings.stat().st_size > 0
     gpu.note("build", f"magika with a timing cache: {taken[0]:.1f} s, then {taken[1]:.1f} s")
-    assert taken[1] < taken[0] * 1.2
+    judge_speed(taken[1] < taken[0] * 1.2, taken)
 
 
 def test_a_hardware_compatible_plan_builds_and_runs(folder: Path) -> None:
@@ -168,7 +175,7 @@ def test_a_model_is_built_on_first_use_and_taken_from_the_cache_then(folder: Pat
     gpu.note(
         "build", f"small convolution, opened from ONNX: {taken[0]:.1f} s, from the cache {taken[1]:.1f} s"
     )
-    assert taken[1] < taken[0]
+    judge_speed(taken[1] < taken[0], taken)
 
 
 # Accuracy
@@ -287,10 +294,10 @@ def test_throughput_at_each_batch_size_against_trtexec(magika_plan: Path) -> Non
         gpu.note("throughput", f"magika, {line}")
     if program is None:
         pytest.skip("trtexec was not found; its place can be given as TRTEXEC")
-    assert ratios[SIZES[-1]] > 0.8, ratios
+    judge_speed(ratios[SIZES[-1]] > 0.8, ratios)
 
 
-def test_full_load_is_steady_and_leaks_nothing(folder: Path) -> None:
+def test_full_load_is_steady_and_leaks_no_memory(folder: Path) -> None:
     from cobatch.engines.tensorrt.cuda import load_pycuda  # noqa: PLC0415 - PyCUDA is there
 
     plan = folder / "wide.plan"
@@ -309,7 +316,7 @@ def test_full_load_is_steady_and_leaks_nothing(folder: Path) -> None:
         f"wide, 64 rows, {SUSTAINED_S} s: {rate:,.0f} rows/s, slowest window {seen.steadiness:.2f} of that, "
         f"{lost:.1f} MB of GPU memory lost",
     )
-    assert seen.steadiness > 0.7
+    judge_speed(seen.steadiness > 0.7, seen.windows)
     assert lost < 64
 
 

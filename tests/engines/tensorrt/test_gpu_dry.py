@@ -1,4 +1,7 @@
-"""test_gpu.py in a process with the fake GPU: its logic runs before there is a real one."""
+"""Run test_gpu.py in a process with the fake GPU, so that its logic is exercised without a real one.
+
+Speed is measured there but not judged: it would be a property of this machine's load.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ import pytest
 from tests.support.gpu.tier import environment
 from tests.support.paths import ROOT
 
-# Left out: what the stand-ins cannot do (BF16 through ONNX Runtime, kernels of our own, for the illegal
-# access), and what only takes long here.
+# Left out: tests that the stand-ins cannot run (BF16 through ONNX Runtime, our own kernel for the illegal
+# access) and tests that only take long.
 PARTS = "cache or compatible or types or profiles or steady or memory"
 
 
@@ -22,6 +25,7 @@ def test_the_gpu_tests_pass_on_the_fake_gpu(tmp_path: Path) -> None:
     lines = tmp_path / "lines"
     environ = environment() | {
         "GPU_CHECK": "1",
+        "GPU_FAKE": "1",
         "GPU_SECONDS": "1",
         "GPU_SUSTAINED_SECONDS": "1",
         "GPU_REPORT": str(lines),
