@@ -1,4 +1,4 @@
-"""API keys: what a file may say, what finds an entry, and that a miss costs what a hit costs."""
+"""API keys: the file format, the lookup, and the equal cost of a hit and a miss."""
 
 import hashlib
 import hmac
@@ -42,7 +42,7 @@ def test_a_key_finds_its_entry(tmp_path: Path) -> None:
     assert second.tenant == "b"
 
 
-def test_the_file_does_not_hold_the_secret() -> None:
+def test_the_file_does_not_contain_the_secret() -> None:
     key, text = mint("t", ["infer"])
     secret = key.split("_", 2)[2]
     assert len(secret) == 43
@@ -50,10 +50,10 @@ def test_the_file_does_not_hold_the_secret() -> None:
     assert hashlib.sha256(secret.encode()).hexdigest() in text
 
 
-def test_keys_are_different_each_time() -> None:
-    made = [mint("t", ["infer"])[0] for _ in range(50)]
-    assert len({key.split("_", 2)[1] for key in made}) == 50
-    assert len({key.split("_", 2)[2] for key in made}) == 50
+def test_each_key_is_new() -> None:
+    minted = [mint("t", ["infer"])[0] for _ in range(50)]
+    assert len({key.split("_", 2)[1] for key in minted}) == 50
+    assert len({key.split("_", 2)[2] for key in minted}) == 50
 
 
 @pytest.mark.parametrize(
@@ -79,32 +79,32 @@ def test_keys_are_different_each_time() -> None:
         "x" * 100_000,
     ],
 )
-def test_what_is_not_the_key_finds_nothing(presented: str) -> None:
+def test_any_other_text_finds_no_entry(presented: str) -> None:
     keys = keys_of(ENTRY)
     assert keys.find(KEY, 0.0) is not None
     assert keys.find(presented, 0.0) is None
 
 
 @given(st.text() | st.from_regex(r"cb_[a-z2-7]{12}_[A-Za-z0-9_-]{43}", fullmatch=True))
-def test_any_text_is_answered_with_nothing(presented: str) -> None:
+def test_random_text_finds_no_entry(presented: str) -> None:
     assert keys_of(ENTRY).find(presented, 0.0) is None
 
 
-def test_no_key_is_found_among_none() -> None:
+def test_an_empty_file_finds_no_entry() -> None:
     keys = ApiKeys.parse({}, "file x")
     assert len(keys) == 0
     assert keys.find(KEY, 0.0) is None
 
 
-def test_the_secret_of_nobody_is_of_no_use() -> None:
-    # An unknown ID is compared with a digest of zeros, a malformed key hashes a text of its own.
+def test_the_placeholder_secret_matches_no_key() -> None:
+    # An unknown ID is compared with a digest of zeros, and a malformed key is hashed as this secret.
     assert keys_of().find(f"cb_{ID}_{'_' * 43}", -math.inf) is None
 
 
 @pytest.mark.parametrize(
     "presented", [KEY, f"cb_{ID}_{'t' * 43}", f"cb_zzzzzzzzzzzz_{SECRET}", "", "x" * 9999]
 )
-def test_each_key_costs_one_digest_and_one_comparison_in_constant_time(
+def test_every_lookup_costs_one_digest_and_one_constant_time_comparison(
     presented: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[int] = []
@@ -136,7 +136,7 @@ def test_each_key_costs_one_digest_and_one_comparison_in_constant_time(
         ("2027-01-31 12:00:00+02:00", datetime(2027, 1, 31, 10, tzinfo=UTC)),
     ],
 )
-def test_a_key_ends_when_it_expires(written: str, expires: datetime) -> None:
+def test_an_expired_key_is_refused(written: str, expires: datetime) -> None:
     keys = keys_of(ENTRY | tomllib.loads(f"expires = {written}"))
     end_s = expires.timestamp()
     found = keys.find(KEY, end_s - 0.001)
@@ -146,9 +146,9 @@ def test_a_key_ends_when_it_expires(written: str, expires: datetime) -> None:
 
 
 @pytest.mark.parametrize("expires", [date(2027, 1, 31), datetime(2027, 1, 31, 5, 6, 7, tzinfo=UTC)])
-def test_mint_writes_the_end(expires: date) -> None:
+def test_mint_writes_the_expiry(expires: date) -> None:
     key, text = mint("t", ["infer"], expires=expires)
-    found = ApiKeys.parse(tomllib.loads(text), "made").find(key, 0.0)
+    found = ApiKeys.parse(tomllib.loads(text), "minted").find(key, 0.0)
     assert found is not None
     moment = expires if isinstance(expires, datetime) else datetime(2027, 1, 31, tzinfo=UTC)
     assert found.expires_s == moment.timestamp()
@@ -193,7 +193,7 @@ EACH = "a date or a date with a time, without quotes: 2027-01-31T12:00:00Z"
         ({"expires": True}, f"keys[0].expires: expected {EACH}, got true (file x)"),
     ],
 )
-def test_a_wrong_entry_is_refused_in_words(change: dict[str, Any], message: str) -> None:
+def test_a_wrong_entry_is_explained(change: dict[str, Any], message: str) -> None:
     entry = {name: value for name, value in (ENTRY | change).items() if value is not None}
     with pytest.raises(SettingsError) as error:
         keys_of(entry)
@@ -217,7 +217,7 @@ def test_two_keys_cannot_have_one_id() -> None:
         ("[[keys]", "config: PATH is not TOML:"),
     ],
 )
-def test_a_wrong_file_is_refused_in_words(text: str, message: str, tmp_path: Path) -> None:
+def test_a_wrong_file_is_explained(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "api-keys.toml"
     path.write_text(text)
     with pytest.raises(SettingsError) as error:
@@ -225,12 +225,12 @@ def test_a_wrong_file_is_refused_in_words(text: str, message: str, tmp_path: Pat
     assert str(error.value).startswith(message.replace("PATH", str(path)))
 
 
-def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"cannot read .*gone: No such file .*\(auth.api_keys_file\)"):
         ApiKeys.read(tmp_path / "gone")
 
 
-def test_mint_refuses_what_the_file_would_refuse() -> None:
+def test_mint_refuses_entries_that_the_file_would_refuse() -> None:
     for tenant, scopes, name in [
         ("", ["infer"], ""),
         ("t", [], ""),
@@ -246,5 +246,5 @@ def test_any_text_can_be_written_as_toml(text: str) -> None:
     assert tomllib.loads(f"text = {toml_string(text)}") == {"text": text}
 
 
-def test_an_entry_in_capital_hex_is_the_same() -> None:
+def test_the_digest_may_be_in_upper_case() -> None:
     assert keys_of(ENTRY | {"sha256": SHA256.upper()}).find(KEY, 0.0) is not None

@@ -1,4 +1,4 @@
-"""Fetching an issuer's keys: from where, how much, how long, and how the JWKS is found."""
+"""Fetching an issuer's JWK set: allowed sources, limits of size and time, and discovery."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
 
 
 class Site:
-    """An HTTP server on loopback; `asked` are the paths, `answer` what it does with a GET."""
+    """An HTTP server on loopback. `requested` lists the paths of its requests, `answer` handles a GET."""
 
     def __init__(self, answer: Answer) -> None:
-        self.asked: list[str] = []
+        self.requested: list[str] = []
         self.answer = answer
         self.ends = threading.Event()
         self.url = ""
@@ -38,31 +38,31 @@ class Site:
 
 @contextlib.contextmanager
 def site(answer: Answer, tls: ssl.SSLContext | None = None) -> Iterator[Site]:
-    made = Site(answer)
+    started = Site(answer)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            made.asked.append(self.path)
+            started.requested.append(self.path)
             with contextlib.suppress(OSError):
-                made.answer(self)
+                started.answer(self)
 
         def log_message(self, *args: object) -> None:
             pass
 
     class Quiet(http.server.ThreadingHTTPServer):
         def handle_error(self, request: Any, client_address: Any) -> None:
-            """A client that refuses our certificate is what some tests are about."""
+            """Ignore clients that refuse the certificate, as some tests expect."""
 
     with Quiet(("127.0.0.1", 0), Handler) as listening:
         if tls is not None:
             listening.socket = tls.wrap_socket(listening.socket, server_side=True)
-        made.url = f"{'http' if tls is None else 'https'}://127.0.0.1:{listening.server_port}"
+        started.url = f"{'http' if tls is None else 'https'}://127.0.0.1:{listening.server_port}"
         serving = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01})
         serving.start()
         try:
-            yield made
+            yield started
         finally:
-            made.ends.set()
+            started.ends.set()
             listening.shutdown()
             serving.join()
 
@@ -79,14 +79,14 @@ def sends(body: bytes = b"{}", status: int = 200, **headers: str) -> Answer:
     return answer
 
 
-async def test_a_document() -> None:
+async def test_a_document_is_fetched() -> None:
     with site(sends(b'{"keys": []}')) as there:
         assert await fetch_url(f"{there.url}/jwks?a=b") == Fetched(b'{"keys": []}', None)
-        assert there.asked == ["/jwks?a=b"]
+        assert there.requested == ["/jwks?a=b"]
 
 
 @pytest.mark.parametrize(
-    ("said", "max_age_s"),
+    ("cache_control", "max_age_s"),
     [
         ("max-age=60", 60.0), ("public, max-age=60, must-revalidate", 60.0), ("MAX-AGE=60", 60.0),
         ('max-age="60"', 60.0), ("s-maxage=5", None), ("max-age=", None), ("max-age=-1", None),
@@ -95,13 +95,13 @@ async def test_a_document() -> None:
         ("max-age=" + "9" * 400, None),
     ],
 )  # fmt: skip
-async def test_cache_control(said: str, max_age_s: float | None) -> None:
-    with site(sends(cache_control=said)) as there:
+async def test_max_age_comes_from_cache_control(cache_control: str, max_age_s: float | None) -> None:
+    with site(sends(cache_control=cache_control)) as there:
         assert (await fetch_url(there.url)).max_age_s == max_age_s
 
 
 @pytest.mark.parametrize("status", [201, 204, 206, 400, 401, 404, 429, 500, 503])
-async def test_only_200(status: int) -> None:
+async def test_any_status_but_200_is_an_error(status: int) -> None:
     with (
         site(sends(b"" if status == 204 else b"{}", status)) as there,
         pytest.raises(ValueError, match=f"status is {status}"),
@@ -117,7 +117,7 @@ async def test_rfc7517_redirects_are_not_followed(status: int) -> None:
         pytest.raises(ValueError, match=f"status is {status}"),
     ):
         await fetch_url(there.url)
-    assert elsewhere.asked == []
+    assert elsewhere.requested == []
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ async def test_size_is_limited() -> None:
         await fetch_url(there.url)
 
 
-async def test_a_body_without_end_is_cut_off() -> None:
+async def test_an_endless_body_is_cut_off() -> None:
     def forever(handler: http.server.BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
         handler.end_headers()
@@ -168,7 +168,7 @@ async def test_time_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
             await fetch_url(there.url)
 
 
-async def test_an_answer_that_is_cut_short_or_no_http() -> None:
+async def test_a_truncated_or_malformed_response_is_an_error() -> None:
     def short(handler: http.server.BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
         handler.send_header("Content-Length", "100")
@@ -183,7 +183,7 @@ async def test_an_answer_that_is_cut_short_or_no_http() -> None:
             await fetch_url(there.url)
 
 
-async def test_nobody_listens() -> None:
+async def test_a_refused_connection_is_an_error() -> None:
     with site(sends()) as there:
         pass
     with pytest.raises(OSError, match="cannot reach it"):
@@ -195,18 +195,18 @@ async def test_loopback_is_not_reached_through_a_proxy(monkeypatch: pytest.Monke
         for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy"):
             monkeypatch.setenv(name, proxy.url)
         assert (await fetch_url(there.url)).body == b"itself"
-        assert proxy.asked == []
+        assert proxy.requested == []
 
 
 # TLS
 
 
-def certificate(folder: Path) -> Path:
-    """For 127.0.0.1, signed by itself; the file has the key as well."""
+def write_certificate(folder: Path) -> Path:
+    """Write a self-signed certificate for 127.0.0.1 and its key into one file."""
     key = rsa_key("tls")
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "issuer")])
     now = dt.datetime.now(dt.UTC)
-    made = (
+    certificate = (
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
         .not_valid_before(now - dt.timedelta(hours=1))
         .not_valid_after(now + dt.timedelta(hours=1))
@@ -217,13 +217,13 @@ def certificate(folder: Path) -> Path:
         .sign(key, hashes.SHA256())
     )
     path = folder / "tls.pem"
-    path.write_bytes(made.public_bytes(Encoding.PEM) + Signer(key, "RS256").private_pem())
+    path.write_bytes(certificate.public_bytes(Encoding.PEM) + Signer(key, "RS256").private_pem())
     return path
 
 
 @pytest.fixture
 def _authorities() -> Iterator[None]:
-    """The system's authorities are read once; here each test has its own."""
+    """Forget the cached TLS context, so that each test has its own authorities."""
     fetch._tls.cache_clear()
     yield
     fetch._tls.cache_clear()
@@ -231,34 +231,34 @@ def _authorities() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_authorities")
 async def test_rfc7517_the_certificate_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = certificate(tmp_path)
+    path = write_certificate(tmp_path)
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(path)
     with site(sends(b"tls"), tls) as there:
         with pytest.raises(OSError, match=r"CERTIFICATE_VERIFY_FAILED|certificate verify failed"):
             await fetch_url(there.url)
-        assert there.asked == []
+        assert there.requested == []
         fetch._tls.cache_clear()
         monkeypatch.setenv("SSL_CERT_FILE", str(path))
         assert (await fetch_url(there.url)).body == b"tls"
-        # Trusted, but for another name.
+        # A trusted certificate, but for another name.
         with pytest.raises(OSError, match="cannot reach it"):
             await fetch_url(there.url.replace("127.0.0.1", "localhost"))
-        assert len(there.asked) == 1
+        assert len(there.requested) == 1
 
 
 # Discovery
 
 
 class Web:
-    """Documents by address; all others are 404."""
+    """Serves documents by URL; every other URL is 404."""
 
     def __init__(self, documents: dict[str, object]) -> None:
         self.documents = documents
-        self.asked: list[str] = []
+        self.requested: list[str] = []
 
     async def fetch(self, url: str) -> Fetched:
-        self.asked.append(url)
+        self.requested.append(url)
         if url not in self.documents:
             raise ValueError("the response's status is 404, not 200")
         found = self.documents[url]
@@ -280,17 +280,17 @@ OAUTH = "/.well-known/oauth-authorization-server"
         ("https://a.test/realms/x", f"https://a.test{OAUTH}/realms/x"),
     ],
 )  # fmt: skip
-async def test_rfc8414_3_1_where_metadata_is(issuer: str, where: str) -> None:
+async def test_rfc8414_3_1_location_of_the_metadata(issuer: str, where: str) -> None:
     metadata = {"issuer": issuer, "jwks_uri": "https://keys.test/jwks"}
     web = Web({where: metadata, "https://keys.test/jwks": JWKS})
     assert json.loads((await fetch_keys(Issuer(issuer=issuer), web.fetch)).body) == JWKS
-    assert web.asked[-1] == "https://keys.test/jwks"
+    assert web.requested[-1] == "https://keys.test/jwks"
 
 
 async def test_a_configured_jwks_url_needs_no_metadata() -> None:
     web = Web({"https://a.test/keys": JWKS})
     await fetch_keys(Issuer(issuer="anything", jwks_url="https://a.test/keys"), web.fetch)
-    assert web.asked == ["https://a.test/keys"]
+    assert web.requested == ["https://a.test/keys"]
 
 
 @pytest.mark.parametrize(
@@ -313,15 +313,15 @@ async def test_a_configured_jwks_url_needs_no_metadata() -> None:
         b"[" * 100_000,
     ],
 )
-async def test_rfc8414_3_3_metadata_of_somebody_else(metadata: object) -> None:
+async def test_rfc8414_3_3_metadata_of_another_issuer_is_refused(metadata: object) -> None:
     found = {f"https://a.test{OPENID}": metadata, "https://a.test/jwks": JWKS, "http://127.0.0.1/jwks": JWKS}
     web = Web(found)
     with pytest.raises(ValueError, match="no metadata of the issuer"):
         await fetch_keys(Issuer(issuer="https://a.test"), web.fetch)
-    assert web.asked == [f"https://a.test{OPENID}", f"https://a.test{OAUTH}"]
+    assert web.requested == [f"https://a.test{OPENID}", f"https://a.test{OAUTH}"]
 
 
-async def test_an_issuer_on_this_machine_may_use_http() -> None:
+async def test_an_issuer_on_loopback_may_use_http() -> None:
     issuer = "http://127.0.0.1:3000"
     metadata = {"issuer": issuer, "jwks_uri": f"{issuer}/jwks"}
     web = Web({f"{issuer}{OPENID}": metadata, f"{issuer}/jwks": JWKS})

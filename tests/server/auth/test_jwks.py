@@ -1,288 +1,23 @@
-"""An issuer's keys: which are taken, when they are fetched, and what an outage or a flood changes."""
+"""An issuer's keys: lookup, the time of fetches, rotation, outages and floods of unknown kids."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import itertools
-import json
 import logging
 from collections.abc import Awaitable, Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from jwt.algorithms import ECAlgorithm, OKPAlgorithm
 
 from cobatch.server.auth.fetch import Fetched
 from cobatch.server.auth.jwks import FetchedKeys, KeysUnavailableError, StaticKeys
-from cobatch.server.auth.keys import Key, load_key_files, load_secret, parse_jwks
-from cobatch.server.settings.auth import REQUIRED_CLAIMS, Issuer
-from cobatch.server.settings.values import SettingsError
-from tests.support.auth.tokens import ISSUER, SECRET, Signer, auth_settings, b64, jwks, rsa_key, signer
+from cobatch.server.auth.keys import Key
+from cobatch.server.settings.auth import Issuer
+from tests.support.auth.tokens import ISSUER, Signer, auth_settings, jwks, rsa_key, signer
 from tests.support.virtual import loop as virtual
 
 ALL = ("RS256", "PS256", "ES256", "EdDSA")
 JWKS_URL = "https://issuer.test/jwks"
-
-
-def parsed(*keys: Any, algorithms: tuple[str, ...] = ALL) -> list[tuple[str | None, str]]:
-    """Name and algorithm of what is taken from a set of these."""
-    found = parse_jwks(json.dumps({"keys": keys}).encode(), algorithms)
-    return [(key.kid, key.algorithm) for key in found]
-
-
-# Which keys are taken
-
-
-@pytest.mark.parametrize("algorithm", ALL)
-def test_rfc7517_4_4_a_key_with_alg(algorithm: str) -> None:
-    good = signer(algorithm)
-    assert parsed(good.jwk()) == [(good.kid, algorithm)]
-    (key,) = parse_jwks(jwks(good), ALL)
-    assert key.material == good.private.public_key()
-
-
-def test_rfc8725_3_1_one_algorithm_for_a_key_without_alg() -> None:
-    nameless = [signer(name).jwk(alg=None) for name in ("RS256", "ES256", "EdDSA")]
-    assert [algorithm for _, algorithm in parsed(*nameless)] == ["RS256", "ES256", "EdDSA"]
-    # The first that fits, as the configuration has them.
-    assert parsed(nameless[0], algorithms=("ES256", "PS256", "RS256")) == [("key-RS256", "PS256")]
-    assert parsed(nameless[0], algorithms=("ES256", "EdDSA")) == []
-
-
-@pytest.mark.parametrize(
-    "members",
-    [
-        {"use": "enc"}, {"use": ""}, {"use": 1}, {"use": []}, {"key_ops": []}, {"key_ops": ["sign"]},
-        {"key_ops": "verify"}, {"key_ops": {"verify": 1}}, {"alg": "RS512"}, {"alg": "RSA-OAEP"},
-        {"alg": "none"}, {"alg": "HS256"}, {"alg": "ES256"}, {"alg": "EdDSA"}, {"alg": 1}, {"alg": ["RS256"]},
-        {"alg": ""},
-        {"kid": 1}, {"kid": []}, {"kid": {}}, {"kid": True}, {"kid": "x" * 257},
-        {"kty": "oct"}, {"kty": "rsa"}, {"kty": "EC"}, {"kty": "OKP"}, {"kty": 1}, {"kty": []}, {"kty": {}},
-        {"n": 1}, {"n": ""}, {"n": "AA"}, {"n": "\u00e9"}, {"n": None}, {"e": 1}, {"e": ""}, {"e": "Ag"},
-        {"e": "AQ"}, {"e": []}, {"e": "____________"},
-    ],
-)  # fmt: skip
-def test_rfc7517_5_keys_for_something_else_are_skipped(members: dict[str, object]) -> None:
-    bad = {**signer("RS256").jwk(), **members}
-    good = signer("ES256").jwk()
-    for keys in ([bad, good], [good, bad]):
-        assert parsed(*keys) == [("key-ES256", "ES256")]
-
-
-@pytest.mark.parametrize("kind", ["RS256", "PS256", "ES256", "EdDSA"])
-def test_rfc7517_4_what_is_missing_or_broken(kind: str) -> None:
-    good = signer(kind).jwk()
-    for name in {"kty", "n", "e", "crv", "x", "y"} & good.keys():
-        assert parsed({other: good[other] for other in good if other != name}) == []
-        values: list[object] = [None, 1, [], {}, "", "!", "A"]
-        if kind != "EdDSA":
-            # Of any 32 bytes an Ed25519 key can be made.
-            values += [b64(b"\0" * 32), b64(b"\xff" * 32)]
-        for value in values:
-            assert parsed({**good, name: value}) == []
-
-
-@pytest.mark.parametrize("junk", [None, 1, "text", [], {}, True])
-def test_rfc7517_5_what_is_no_key(junk: object) -> None:
-    assert parsed(junk, signer().jwk()) == [("key-RS256", "RS256")]
-
-
-def test_rfc8725_3_5_weak_rsa_keys() -> None:
-    for bits in (1024, 2047):
-        assert parsed(Signer(rsa_key("weak", bits), "RS256", "weak").jwk()) == []
-    # Nor absurdly large ones, which would take long for each token.
-    huge = {**signer().jwk(), "n": b64(b"\xff" * 1025)}
-    assert parsed(huge) == []
-
-
-@pytest.mark.parametrize("curve", [ec.SECP384R1(), ec.SECP521R1(), ec.SECP256K1()])
-@pytest.mark.parametrize("alg", [None, "ES256"])
-def test_rfc7518_3_4_other_curves(curve: ec.EllipticCurve, alg: str | None) -> None:
-    public = ec.generate_private_key(curve).public_key()
-    jwk = {**ECAlgorithm.to_jwk(public, as_dict=True), "kid": "x", **({"alg": alg} if alg else {})}
-    assert parsed(jwk) == []
-
-
-def test_rfc8037_2_other_curves() -> None:
-    public = ed448.Ed448PrivateKey.generate().public_key()
-    assert parsed({**OKPAlgorithm.to_jwk(public, as_dict=True), "kid": "x", "alg": "EdDSA"}) == []
-    assert parsed({**signer("EdDSA").jwk(), "crv": "X25519"}) == []
-
-
-def test_rfc8725_3_4_a_point_that_is_not_on_the_curve() -> None:
-    good = signer("ES256").jwk()
-    assert parsed({**good, "y": good["x"]}) == []
-
-
-@pytest.mark.parametrize("alg", ["HS256", None, "RS256"])
-def test_rfc8725_3_1_no_secret_from_a_public_set(alg: str | None) -> None:
-    jwk = {"kty": "oct", "k": b64(SECRET), "kid": "x", **({"alg": alg} if alg else {})}
-    assert parsed(jwk, algorithms=("HS256",)) == []
-    assert parsed(jwk, algorithms=(*ALL, "HS256")) == []
-
-
-def test_rfc8725_3_1_hs256_takes_no_public_key() -> None:
-    assert parsed(*(signer(name).jwk(alg=None) for name in ALL), algorithms=("HS256",)) == []
-    assert parsed(signer().jwk(alg="HS256"), algorithms=("HS256",)) == []
-
-
-@pytest.mark.parametrize("algorithm", ALL)
-def test_private_members_are_left_behind(algorithm: str, caplog: pytest.LogCaptureFixture) -> None:
-    private = signer(algorithm).private_jwk()
-    (key,) = parse_jwks(json.dumps({"keys": [private]}).encode(), ALL)
-    assert not hasattr(key.material, "sign")
-    assert "private part" in caplog.text
-    assert private["d"] not in caplog.text
-
-
-def test_of_two_keys_with_one_name_the_first_counts(caplog: pytest.LogCaptureFixture) -> None:
-    first, second = signer(kid="first"), Signer(signer(kid="second").private, "RS256", "first")
-    (key,) = parse_jwks(jwks(first, second), ALL)
-    assert key.material == first.private.public_key()
-    assert "twice" in caplog.text
-    # RFC 7517, 4.5: but one name for keys of different kinds is one key of each.
-    assert parsed(first.jwk(), signer("ES256").jwk(kid="first")) == [("first", "RS256"), ("first", "ES256")]
-
-
-def test_logs_name_keys_and_show_none(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG)
-    bad = signer().jwk(use="enc", kid="evil\nline")
-    assert parsed(bad) == []
-    assert "'evil\\nline'" in caplog.text
-    assert bad["n"] not in caplog.text
-    assert SECRET.decode() not in repr(Key("k", "HS256", SECRET))
-
-
-@pytest.mark.parametrize(
-    "text",
-    [b"", b"{}", b"[]", b"null", b'"keys"', b'{"keys":{}}', b'{"keys":"x"}', b'{"keys":null}', b"<html>",
-     b"\xff", b"[" * 100_000, b'{"keys":[' + b"[" * 100_000, b'{"keys":[],"n":' + b"1" * 5000 + b"}"],
-)  # fmt: skip
-def test_rfc7517_5_1_no_jwk_set(text: bytes) -> None:
-    with pytest.raises(ValueError, match="it is"):
-        parse_jwks(text, ALL)
-
-
-_JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=6,
-)
-
-
-@settings(max_examples=300, deadline=None)
-@given(data=st.data())
-def test_any_jwk_is_a_key_or_skipped(data: st.DataObject) -> None:
-    jwk = signer(data.draw(st.sampled_from(ALL))).jwk()
-    name = data.draw(st.sampled_from([*jwk, "key_ops", "d", "x5c"]))
-    parsed({**jwk, name: data.draw(_JSON)}, signer("ES256").jwk())
-
-
-# Files
-
-
-def write(folder: Path, name: str, text: bytes, mode: int = 0o600) -> Path:
-    path = folder / name
-    path.write_bytes(text)
-    path.chmod(mode)
-    return path
-
-
-def file_refusal(path: Path, algorithms: tuple[str, ...] = ALL) -> str:
-    with pytest.raises(SettingsError) as caught:
-        load_key_files([path], algorithms)
-    assert path.name in str(caught.value)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("algorithm", ["RS256", "ES256", "EdDSA"])
-def test_a_public_key_in_pem(tmp_path: Path, algorithm: str) -> None:
-    (key,) = load_key_files([write(tmp_path, "a.pem", signer(algorithm).pem())], ALL)
-    assert (key.kid, key.algorithm) == (None, algorithm)
-    assert key.material == signer(algorithm).private.public_key()
-
-
-def test_key_files_together(tmp_path: Path) -> None:
-    pem = write(tmp_path, "a.pem", signer("PS256").pem())
-    several = write(tmp_path, "b.json", jwks(signer("ES256"), signer("EdDSA")))
-    keys = load_key_files([pem, several], ("PS256", "ES256", "EdDSA"))
-    assert [(key.kid, key.algorithm) for key in keys] == [
-        (None, "PS256"),
-        ("key-ES256", "ES256"),
-        ("key-EdDSA", "EdDSA"),
-    ]
-
-
-def test_two_keys_that_no_token_could_tell_apart(tmp_path: Path) -> None:
-    files = [write(tmp_path, f"{kid}.pem", signer(kid=kid).pem()) for kid in ("first", "second")]
-    with pytest.raises(SettingsError, match="two keys for RS256 without a kid"):
-        load_key_files(files, ALL)
-
-
-def test_a_private_key_is_refused_with_advice(tmp_path: Path) -> None:
-    for text in (signer().private_pem(), signer("ES256").private_pem() + signer("ES256").pem()):
-        message = file_refusal(write(tmp_path, "a.pem", text))
-        assert "a private key" in message
-        assert "openssl pkey -in a.pem -pubout" in message
-
-
-def test_rfc8725_3_5_weak_keys_in_files(tmp_path: Path) -> None:
-    weak = Signer(rsa_key("weak", 1024), "RS256")
-    assert "1024 bits" in file_refusal(write(tmp_path, "weak.pem", weak.pem()))
-    curve = Signer(ec.generate_private_key(ec.SECP384R1()), "ES256")
-    assert "secp384r1" in file_refusal(write(tmp_path, "curve.pem", curve.pem()))
-
-
-def test_key_files_that_are_none(tmp_path: Path) -> None:
-    other = dsa.generate_private_key(1024).public_key()
-    spki = other.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    for text, about in (
-        (b"", "neither PEM nor a JWK set"),
-        (b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n", "not a public key"),
-        (b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "a certificate"),
-        (spki, "not an RSA, P-256 or Ed25519 key"),
-        (json.dumps(signer().jwk()).encode(), "not a JWK set"),
-        (b'{"keys":[]}', "no key in it"),
-        (jwks(signer("ES256")), "no key in it is for one of RS256"),
-        (signer("ES256").pem(), "it is for ES256"),
-    ):
-        assert about in file_refusal(write(tmp_path, "file", text), ("RS256",))
-    assert "No such file" in file_refusal(tmp_path / "missing")
-    assert "Is a directory" in file_refusal(tmp_path)
-
-
-def test_rfc7518_3_2_a_secret_is_long_enough(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for text in (SECRET, SECRET + b"\n", SECRET + b"\r\n"):
-        key = load_secret(write(tmp_path, "secret", text))
-        assert (key.kid, key.algorithm, key.material) == (None, "HS256", SECRET)
-    # Only one newline is an editor's.
-    assert load_secret(write(tmp_path, "secret", SECRET + b"\n\n")).material == SECRET + b"\n"
-    assert not caplog.records
-    for text in (b"", b"short", SECRET[:-1], SECRET[:-1] + b"\n"):
-        with pytest.raises(SettingsError, match="fewer than 32") as caught:
-            load_secret(write(tmp_path, "secret", text))
-        assert "short" not in str(caught.value)
-    with pytest.raises(SettingsError, match="cannot read"):
-        load_secret(tmp_path / "missing")
-
-
-def test_a_secret_that_others_can_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    load_secret(write(tmp_path, "secret", SECRET, 0o644))
-    assert "chmod 600" in caplog.text
-    assert SECRET.decode() not in caplog.text
-
-
-def test_rfc8725_2_1_a_public_key_is_no_secret(tmp_path: Path) -> None:
-    for text in (signer().pem(), signer().private_pem(), json.dumps(signer().jwk()).encode()):
-        with pytest.raises(SettingsError, match="not a secret"):
-            load_secret(write(tmp_path, "secret", text))
 
 
 # Keys from files
@@ -298,7 +33,7 @@ async def test_static_keys() -> None:
     await keys.stop()
 
 
-def test_a_key_without_a_name_serves_any_unknown_name() -> None:
+def test_a_key_without_a_kid_serves_any_unknown_kid() -> None:
     pem = Key(None, "RS256", signer().private.public_key())
     keys = StaticKeys([pem, signer(kid="named").key()])
     assert keys.get("issuers-own-name", "RS256") is pem
@@ -307,15 +42,15 @@ def test_a_key_without_a_name_serves_any_unknown_name() -> None:
     assert named is not pem
     assert keys.get("named", "ES256") is None
     assert keys.get("issuers-own-name", "ES256") is None
-    # Without a name in the token there are two to choose from.
+    # Without a kid in the token two keys fit.
     assert keys.get(None, "RS256") is None
 
 
-# Keys that are fetched, in virtual time
+# Fetched keys, in virtual time
 
 
 class FakeIssuer:
-    """Publishes `keys`; a fetch takes `takes_s`, and fails while there is an `error`."""
+    """Publishes `keys`. A fetch takes `takes_s` and raises `error` if that is set."""
 
     def __init__(self, *keys: Signer) -> None:
         self.body = jwks(*keys)
@@ -359,7 +94,7 @@ def in_virtual_time(main: Callable[[], Awaitable[None]]) -> None:
 
 
 async def start(issuer: FakeIssuer, **auth: float) -> FetchedKeys:
-    """Running, with the first keys."""
+    """Start fetching and wait for the first keys."""
     keys = issuer.keys(**auth)
     await keys.start()
     assert await keys.find("first", "RS256") is not None
@@ -381,7 +116,7 @@ def test_the_first_tokens_wait_for_the_first_keys() -> None:
         keys = issuer.keys()
         assert not keys.ready
         await keys.start()
-        await keys.start()  # again changes nothing
+        await keys.start()  # the second call has no effect
         found = await asyncio.gather(*(keys.find("first", "RS256") for _ in range(10)))
         assert len(set(found)) == 1
         assert found[0] is not None
@@ -393,7 +128,7 @@ def test_the_first_tokens_wait_for_the_first_keys() -> None:
     in_virtual_time(main)
 
 
-def test_keys_are_fetched_even_if_nobody_started() -> None:
+def test_keys_are_fetched_without_start() -> None:
     async def main() -> None:
         issuer = FakeIssuer(first())
         keys = issuer.keys()
@@ -411,12 +146,12 @@ def test_rfc7517_4_5_by_kid_and_alg() -> None:
         calls = len(issuer.calls)
         assert await keys.find("first", "PS256") is None
         assert await keys.find("first", "ES256") is None
-        assert await keys.find(None, "RS256") is None  # two
-        assert await keys.find(None, "EdDSA") is None  # none
+        assert await keys.find(None, "RS256") is None  # two keys fit
+        assert await keys.find(None, "EdDSA") is None  # no key fits
         only = await keys.find(None, "ES256")
         assert only is not None
         assert only.kid == "key-ES256"
-        # None of these names was unknown.
+        # Every kid was known, so nothing was fetched.
         assert len(issuer.calls) == calls
         await keys.stop()
 
@@ -433,7 +168,7 @@ def test_rotation_with_overlap() -> None:
         new = await keys.find("second", "RS256")
         assert new is not None
         assert new.material == second().private.public_key()
-        # The key that stays is the same object, for tokens are remembered by it.
+        # A key that stays keeps its object, since cached tokens refer to it.
         assert keys.get("first", "RS256") is old
         assert issuer.withdrawn == []
         issuer.body = jwks(second())
@@ -446,7 +181,7 @@ def test_rotation_with_overlap() -> None:
     in_virtual_time(main)
 
 
-def test_new_material_under_an_old_name_is_a_new_key() -> None:
+def test_new_material_under_an_old_kid_is_a_new_key() -> None:
     async def main() -> None:
         issuer = FakeIssuer(first())
         keys = await start(issuer)
@@ -462,7 +197,7 @@ def test_new_material_under_an_old_name_is_a_new_key() -> None:
     in_virtual_time(main)
 
 
-def test_an_unknown_kid_is_fetched_for_once_per_cool_down() -> None:
+def test_unknown_kids_cause_one_fetch_per_cool_down() -> None:
     async def main() -> None:
         issuer = FakeIssuer(first())
         issuer.takes_s = 0.5
@@ -473,7 +208,7 @@ def test_an_unknown_kid_is_fetched_for_once_per_cool_down() -> None:
             assert await keys.find(next(names), "RS256") is None
             await asyncio.sleep(0.1)
             assert keys.get("first", "RS256") is good
-        # 100 s and a few more in which fetches ran.
+        # 100 s, and some more in which fetches ran.
         spent_s = asyncio.get_running_loop().time()
         assert spent_s // 10 <= len(issuer.calls) <= spent_s // 10 + 1
         assert all(later - before >= 10 for before, later in itertools.pairwise(issuer.calls))
@@ -483,7 +218,7 @@ def test_an_unknown_kid_is_fetched_for_once_per_cool_down() -> None:
     in_virtual_time(main)
 
 
-def test_at_the_end_of_the_cool_down() -> None:
+def test_an_unknown_kid_is_fetched_at_the_end_of_the_cool_down() -> None:
     async def main() -> None:
         issuer = FakeIssuer(first())
         keys = await start(issuer, jwks_cooldown_s=10)
@@ -499,7 +234,7 @@ def test_at_the_end_of_the_cool_down() -> None:
     in_virtual_time(main)
 
 
-def test_all_who_do_not_know_a_kid_share_one_fetch() -> None:
+def test_concurrent_unknown_kids_share_one_fetch() -> None:
     async def main() -> None:
         issuer = FakeIssuer(first())
         keys = await start(issuer)
@@ -509,7 +244,7 @@ def test_all_who_do_not_know_a_kid_share_one_fetch() -> None:
         waiting = [asyncio.create_task(keys.find("second", "RS256")) for _ in range(50)]
         waiting += [asyncio.create_task(keys.find(f"other-{n}", "RS256")) for n in range(50)]
         await asyncio.sleep(1)
-        # Who has a good token does not wait.
+        # Tokens with a known key do not wait.
         assert keys.get("first", "RS256") is await keys.find("first", "RS256")
         assert asyncio.get_running_loop().time() == 21.0
         found = await asyncio.gather(*waiting)
@@ -521,18 +256,18 @@ def test_all_who_do_not_know_a_kid_share_one_fetch() -> None:
     in_virtual_time(main)
 
 
-def test_a_waiter_that_leaves_takes_nobody_along() -> None:
+def test_a_cancelled_waiter_does_not_cancel_the_fetch() -> None:
     async def main() -> None:
         issuer = FakeIssuer(first())
         keys = await start(issuer)
         await asyncio.sleep(20)
         issuer.body = jwks(first(), second())
         issuer.takes_s = 3.0
-        leaves, stays = (asyncio.create_task(keys.find("second", "RS256")) for _ in range(2))
+        cancelled, stays = (asyncio.create_task(keys.find("second", "RS256")) for _ in range(2))
         await asyncio.sleep(1)
-        leaves.cancel()
+        cancelled.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await leaves
+            await cancelled
         assert (await stays) is not None
         assert len(issuer.calls) == 2
         await keys.stop()
@@ -547,7 +282,7 @@ def test_keys_are_refreshed_in_the_background() -> None:
         await asyncio.sleep(3000)
         gaps = [later - before for before, later in itertools.pairwise(issuer.calls)]
         assert len(gaps) >= 10
-        # A little early, and not all servers at once.
+        # A little early, with jitter.
         assert all(270 <= gap <= 300 for gap in gaps)
         assert len(set(gaps)) > 1
         assert issuer.withdrawn == []
@@ -562,7 +297,7 @@ def test_keys_are_refreshed_in_the_background() -> None:
 @pytest.mark.parametrize(
     ("max_age_s", "period_s"), [(100.0, 100.0), (1.0, 30.0), (0.0, 30.0), (86_400.0, 300.0), (None, 300.0)]
 )
-def test_max_age_makes_it_sooner_never_later(max_age_s: float | None, period_s: float) -> None:
+def test_max_age_shortens_the_interval_only(max_age_s: float | None, period_s: float) -> None:
     async def main() -> None:
         issuer = FakeIssuer(first())
         issuer.max_age_s = max_age_s
@@ -576,7 +311,7 @@ def test_max_age_makes_it_sooner_never_later(max_age_s: float | None, period_s: 
     in_virtual_time(main)
 
 
-def test_an_outage_is_survived_within_the_bound() -> None:
+def test_keys_survive_an_outage_until_they_are_stale() -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         issuer = FakeIssuer(first())
@@ -588,7 +323,7 @@ def test_an_outage_is_survived_within_the_bound() -> None:
         assert issuer.withdrawn == []
         await asyncio.sleep(0.001)
         assert loop.time() == 3600
-        # The remembered tokens learn of it without anybody asking.
+        # Cached tokens expire without a further request.
         await asyncio.sleep(0)
         assert issuer.withdrawn == ["first"]
         assert not keys.ready
@@ -596,7 +331,7 @@ def test_an_outage_is_survived_within_the_bound() -> None:
         with pytest.raises(KeysUnavailableError) as caught:
             await keys.find("first", "RS256")
         assert 1.0 <= caught.value.retry_after_s <= 60.0
-        # And when the issuer is back, so are its tokens.
+        # The keys return with the issuer.
         issuer.error = None
         await asyncio.sleep(60)
         assert await keys.find("first", "RS256") is not None
@@ -606,12 +341,12 @@ def test_an_outage_is_survived_within_the_bound() -> None:
     in_virtual_time(main)
 
 
-def test_keys_are_too_old_on_time_even_between_fetches() -> None:
+def test_keys_become_stale_on_time_between_fetches() -> None:
     async def main() -> None:
         issuer = FakeIssuer(first())
         keys = issuer.keys(jwks_stale_s=60)
         assert await keys.find("first", "RS256") is not None
-        # Nothing runs in the background here.
+        # Without start() nothing runs in the background.
         await asyncio.sleep(60)
         assert not keys.ready
         assert issuer.withdrawn == ["first"]
@@ -620,7 +355,7 @@ def test_keys_are_too_old_on_time_even_between_fetches() -> None:
     in_virtual_time(main)
 
 
-def test_keys_are_refreshed_before_they_are_too_old_whatever_is_configured() -> None:
+def test_keys_are_refreshed_before_they_are_stale() -> None:
     async def main() -> None:
         issuer = FakeIssuer(first())
         keys = await start(issuer, jwks_stale_s=60, jwks_refresh_s=300)
@@ -632,7 +367,7 @@ def test_keys_are_refreshed_before_they_are_too_old_whatever_is_configured() -> 
     in_virtual_time(main)
 
 
-def test_failures_are_retried_ever_more_seldom() -> None:
+def test_failed_fetches_back_off_exponentially() -> None:
     async def main() -> None:
         issuer = FakeIssuer(first())
         issuer.error = OSError("down")
@@ -646,7 +381,7 @@ def test_failures_are_retried_ever_more_seldom() -> None:
         issuer.error = None
         await asyncio.sleep(60)
         assert keys.ready
-        # After a success, patience starts over.
+        # A success resets the backoff.
         issuer.error = OSError("down")
         before = len(issuer.calls)
         await asyncio.sleep(305)
@@ -656,7 +391,7 @@ def test_failures_are_retried_ever_more_seldom() -> None:
     in_virtual_time(main)
 
 
-def test_without_any_keys_callers_are_told_when_to_come_back() -> None:
+def test_without_keys_clients_get_a_retry_time() -> None:
     async def main() -> None:
         issuer = FakeIssuer(first())
         issuer.error = OSError("down")
@@ -667,7 +402,7 @@ def test_without_any_keys_callers_are_told_when_to_come_back() -> None:
                 await keys.find("first", "RS256")
             assert 1.0 <= caught.value.retry_after_s <= 60.0
             await asyncio.sleep(0.5)
-        # 100 s: the backoff's 7 or 8, and at most one per cool-down because of callers.
+        # 100 s: 7 or 8 of the backoff, and at most one per cool-down for requests.
         assert len(issuer.calls) <= 8 + 10
         await keys.stop()
 
@@ -679,7 +414,7 @@ def test_without_any_keys_callers_are_told_when_to_come_back() -> None:
     [b"", b"<html>", b"{}", b'{"keys":[]}', b'{"keys":[{"kty":"RSA"}]}',
      jwks(Signer(rsa_key("weak", 1024), "RS256"))],
 )  # fmt: skip
-def test_a_set_without_a_usable_key_replaces_none(body: bytes) -> None:
+def test_a_jwk_set_without_a_usable_key_replaces_nothing(body: bytes) -> None:
     async def main() -> None:
         issuer = FakeIssuer(first())
         keys = await start(issuer)
@@ -688,14 +423,14 @@ def test_a_set_without_a_usable_key_replaces_none(body: bytes) -> None:
         await asyncio.sleep(1000)
         assert keys.get("first", "RS256") is good
         assert issuer.withdrawn == []
-        # It counts as a failure, so it is tried more often than every 300 s.
+        # It counts as a failure and is retried sooner than after 300 s.
         assert len(issuer.calls) > 10
         await keys.stop()
 
     in_virtual_time(main)
 
 
-def test_logs_say_what_failed(caplog: pytest.LogCaptureFixture) -> None:
+def test_failures_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
 
     async def main() -> None:
@@ -713,7 +448,7 @@ def test_logs_say_what_failed(caplog: pytest.LogCaptureFixture) -> None:
     assert "are available again" in caplog.text
 
 
-def test_a_bug_in_a_fetch_ends_neither_the_waiters_nor_the_refreshing() -> None:
+def test_an_unexpected_error_stops_neither_waiters_nor_refreshing() -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda loop, context: None)
@@ -731,12 +466,12 @@ def test_a_bug_in_a_fetch_ends_neither_the_waiters_nor_the_refreshing() -> None:
     in_virtual_time(main)
 
 
-def test_stopping_while_a_fetch_runs() -> None:
+def test_stop_during_a_fetch() -> None:
     async def main() -> None:
         issuer = FakeIssuer(first())
         issuer.takes_s = 1000.0
         keys = issuer.keys()
-        await keys.stop()  # before it began
+        await keys.stop()  # before start
         await keys.start()
         waiting = asyncio.create_task(keys.find("first", "RS256"))
         await asyncio.sleep(1)
@@ -748,9 +483,3 @@ def test_stopping_while_a_fetch_runs() -> None:
         await keys.stop()
 
     in_virtual_time(main)
-
-
-def test_the_helpers_speak_of_what_the_settings_require() -> None:
-    payload = signer().token().split(".")[1]
-    claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
-    assert set(REQUIRED_CLAIMS) <= claims.keys()

@@ -1,4 +1,4 @@
-"""When credentials are looked at: before the body and before the queue, and again when they have ended."""
+"""The time of authentication: before the body and the queue, and again after a credential expired."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def head_of(request: bytes, *more: str) -> bytes:
-    """A request's headers, its body left out."""
+    """Return a request's headers without its body."""
     head = request[: request.index(b"\r\n\r\n") + 2]
     return head + "".join(f"{line}\r\n" for line in more).encode() + b"\r\n"
 
@@ -39,18 +39,18 @@ def test_refused_before_the_body_is_read(running: Protected, where: str, expect:
         cases.append((post(where, rows_of(1), {"Authorization": f"Bearer {token(scope='admin')}"}), 403))
     for request, status in cases:
         with running.served.connect() as client:
-            # Nobody says "100 Continue" first.
+            # The first answer is not "100 Continue".
             assert client.ask(head_of(request, *expect)).status == status
 
 
-def test_a_good_caller_is_asked_for_the_body(running: Protected) -> None:
+def test_an_accepted_request_gets_100_continue(running: Protected) -> None:
     request = infer(token(), 4)
     with running.served.connect() as client:
         assert client.ask(head_of(request, "Expect: 100-continue")).status == 100
         assert data_of(client.ask(request[request.index(b"\r\n\r\n") + 4 :])) == [8]
 
 
-def test_after_a_refusal_the_connection_goes_on(running: Protected) -> None:
+def test_a_connection_survives_refusals(running: Protected) -> None:
     with running.served.connect() as client:
         assert client.ask(gate(1)).status == 401
         assert data_of(client.ask(infer(token(), 2))) == [4]
@@ -59,7 +59,7 @@ def test_after_a_refusal_the_connection_goes_on(running: Protected) -> None:
         assert data_of(client.ask(infer(token(), 3))) == [6]
 
 
-def test_refused_before_a_queue_slot_and_whatever_state_the_model_is_in(running: Protected) -> None:
+def test_refused_before_a_queue_slot_is_taken_and_while_the_queue_is_full(running: Protected) -> None:
     batcher = running.served.batcher()
     counted = (batcher.counters.accepted, batcher.counters.refused)
     for request in (gate(1), infer("x"), infer(token(scope="admin"))):
@@ -82,28 +82,28 @@ def test_refused_before_a_queue_slot_and_whatever_state_the_model_is_in(running:
         assert {client.answer().status for client in waiting} == {200}
 
 
-def test_pipelined_requests_are_each_their_own_callers(running: Protected) -> None:
+def test_pipelined_requests_are_authenticated_one_by_one(running: Protected) -> None:
     with running.served.connect() as client:
         client.send(infer(token(), 1) + gate(2) + infer(token(scope="admin"), 3) + infer(token(), 4))
         assert [client.answer().status for _ in range(4)] == [200, 401, 403, 200]
 
 
-# What is remembered
+# Cached credentials
 
 
-def remembered(running: Protected, client_request: bytes) -> None:
-    """Send it until the server knows its header block, where it keeps such."""
+def cache(running: Protected, client_request: bytes) -> None:
+    """Send a request until the fast path has cached its header block."""
     with running.served.connect() as client:
         for _ in range(3):
             assert client.ask(client_request).status == 200
 
 
-def test_a_remembered_token_is_refused_once_it_has_expired(running: Protected) -> None:
+def test_a_cached_token_is_refused_after_its_expiry(running: Protected) -> None:
     request = infer(token(jti="ends"))
     with running.served.connect() as client:
         for _ in range(3):
             assert client.ask(request).status == 200
-        # It ends 600 s after its beginning, and 10 s of leeway later.
+        # It is valid for 600 s and 10 s of leeway.
         running.clock.ahead_s += 600
         assert client.ask(request).status == 200
         running.clock.ahead_s += 10
@@ -114,7 +114,7 @@ def test_a_remembered_token_is_refused_once_it_has_expired(running: Protected) -
         running.clock.ahead_s -= 610
 
 
-def test_a_remembered_token_is_refused_once_its_key_is_withdrawn(running: Protected) -> None:
+def test_a_cached_token_is_refused_after_its_key_was_withdrawn(running: Protected) -> None:
     request = infer(token(jti="withdrawn"))
     key = running.auth._keys[ISSUER].get("key-ES256", "ES256")
     assert key is not None
@@ -126,19 +126,19 @@ def test_a_remembered_token_is_refused_once_its_key_is_withdrawn(running: Protec
             for _ in range(2):
                 answer = client.ask(request)
                 assert (answer.status, answer.slug) == (401, "invalid-credentials")
-        # It is back; the refusal was not kept.
+        # The key is back: the refusal was not cached.
         assert client.ask(request).status == 200
 
 
-def test_a_good_token_is_checked_once(running: Protected) -> None:
+def test_a_good_tokens_signature_is_checked_once(running: Protected) -> None:
     fresh = infer(token(jti="once"))
-    remembered(running, fresh)
+    cache(running, fresh)
     with mock.patch("cobatch.server.auth.tokens._check_signature", side_effect=AssertionError):
-        remembered(running, fresh)
+        cache(running, fresh)
         assert running.ask(head_of(fresh, "X-Other: 1") + fresh.partition(b"\r\n\r\n")[2]).status == 200
 
 
-def test_an_api_key_ends_on_a_remembered_header_block(running: Protected) -> None:
+def test_an_api_key_expires_on_a_cached_header_block(running: Protected) -> None:
     request = gate(1, headers={"X-API-Key": running.keys["job"]})
     keys = running.auth._api_keys
     assert keys is not None
@@ -151,11 +151,11 @@ def test_an_api_key_ends_on_a_remembered_header_block(running: Protected) -> Non
             assert client.ask(request).slug == "invalid-credentials"
 
 
-# What is open
+# Open routes
 
 
-def test_open_routes_ask_for_nothing_and_health_is_there_for_probes(running: Protected) -> None:
+def test_open_routes_need_no_credentials(running: Protected) -> None:
     for target in ("/v2/health/live", "/v2/health/ready", "/v2/models/gate/ready", "/problems"):
         assert running.ask(get(target)).status == 200
-        # Whatever is in the header: a probe must not depend on an issuer.
+        # The header is ignored: a probe must not depend on an issuer.
         assert running.ask(get_as("x", target)).status == 200

@@ -1,4 +1,4 @@
-"""What a principal may, which words are permissions, and where the principal stands."""
+"""Permissions of a principal, the words for them, and the principal's place in the ASGI scope."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_permissions() -> None:
     assert [each.is_admin for each in (everything, one, reader, admin)] == [False, False, False, True]
 
 
-def test_rules_of_models_restrict_and_never_permit() -> None:
+def test_model_rules_restrict_and_never_grant() -> None:
     rules = (ModelRule(model="m", tenants=("red",), scopes=("gold",)),)
     assert principal("infer", tenant="red", rules=rules).may_infer("m")
     assert principal("infer", values=("gold",), rules=rules).may_infer("m")
@@ -44,18 +44,18 @@ def test_rules_of_models_restrict_and_never_permit() -> None:
 
 
 @pytest.mark.parametrize("text", ["infer", "infer:a", "infer:A-1._b", "metadata", "admin"])
-def test_a_permission(text: str) -> None:
+def test_permission_words(text: str) -> None:
     assert is_permission(text)
 
 
 @pytest.mark.parametrize(
     "text", ["", "Infer", "infer:", "infer:.a", "infer:a b", "infer:a\n", "admin:x", "infer*"]
 )
-def test_what_is_none(text: str) -> None:
+def test_words_that_are_not_permissions(text: str) -> None:
     assert not is_permission(text)
 
 
-def test_who_it_is_stands_in_the_scope() -> None:
+def test_the_principal_is_in_the_scope() -> None:
     someone = principal("infer")
     assert principal_in({PRINCIPAL: someone}) is someone
     assert (subject_in({PRINCIPAL: someone}), subject_in({})) == ("someone", "anonymous")

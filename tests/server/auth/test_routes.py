@@ -1,4 +1,4 @@
-"""Which routes are open, and what a caller sees of models and predictions that are not for him."""
+"""Open and protected routes, and the isolation of models and predictions between clients."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.support.http.serving import DEADLINE_S, GATE, Answer, GatedEngine, da
 OTHER = GATE.replace("gate", "other")
 
 
-async def test_every_route_is_open_on_purpose_or_closed(tmp_path: Path) -> None:
+async def test_every_route_is_protected_or_listed_as_open(tmp_path: Path) -> None:
     auth, _ = settings_in(tmp_path)
     model = ModelSettings(path="gate", max_batch_size=4)
     async with in_process(model, engines={"gate": GatedEngine()}, auth=auth) as running:
@@ -46,7 +46,7 @@ async def test_every_route_is_open_on_purpose_or_closed(tmp_path: Path) -> None:
             assert "{" not in path
             paths.setdefault(path, set()).update(route.methods or ())
         opened = set()
-        nobody = token(**tokens.good_claims(time.time()) | {"scope": "nothing"})
+        powerless = token(**tokens.good_claims(time.time()) | {"scope": "nothing"})
         for path, methods in paths.items():
             for method in {*methods, "GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"}:
                 answer = await running.http.request(method, path)
@@ -54,12 +54,12 @@ async def test_every_route_is_open_on_purpose_or_closed(tmp_path: Path) -> None:
                     assert OPEN.fullmatch(path), path
                     opened.add((method, path))
                 known = await running.http.request(
-                    method, path, headers={"Authorization": f"Bearer {nobody}"}
+                    method, path, headers={"Authorization": f"Bearer {powerless}"}
                 )
                 if method not in methods:
                     assert known.status_code == 405, (method, path, known.text)
                 elif (method, path) not in opened:
-                    # Only what the server is called needs no permission.
+                    # The server's name needs no permission.
                     expected = {"/v1/predictions/x": 404, "/v2": 200, "/v2/": 200}.get(path, 403)
                     assert known.status_code == expected, (method, path)
         assert opened == {
@@ -83,27 +83,27 @@ def running(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Protecte
 # Models
 
 
-def test_a_models_rule_comes_on_top_of_the_permission(running: Protected) -> None:
+def test_a_model_rule_is_required_beside_the_permission(running: Protected) -> None:
     for credential in (token("red"), token("bob", "infer gold"), token("red", "infer:other")):
         assert data_of(running.infer(credential, 2, model="other")) == [4]
     for credential in (token("bob"), token("red", "infer:gate"), token("bob", "gold"), token("Red")):
         answer = running.infer(credential, 2, model="other")
         assert (answer.status, answer.slug, answer.json["model"]) == (403, "forbidden", "other")
         assert running.ask(get_as(credential, "/v2/models/other")).status == 403
-    # The models without a rule are for everybody who may infer.
+    # A model without a rule needs only the permission.
     assert data_of(running.infer(token("bob"), 2)) == [4]
     assert running.ask(post(OTHER, rows_of(1), {"X-API-Key": running.keys["red"]})).status == 200
     assert running.ask(get_as(token("bob", "metadata"), "/v2/models/other")).status == 200
 
 
-def test_a_forbidden_model_is_not_told_apart_from_none(running: Protected) -> None:
+def test_a_forbidden_model_looks_like_a_missing_one(running: Protected) -> None:
     known = running.infer(token(scope="infer:gate"), model="other")
     unknown = running.infer(token(scope="infer:gate"), model="others")
     assert known.body.replace(b"other", b"others") == unknown.body
     assert known.headers["www-authenticate"].replace("other", "others") == unknown.headers["www-authenticate"]
 
 
-def test_a_header_block_that_is_known_for_one_caller_is_not_for_another(running: Protected) -> None:
+def test_a_cached_header_block_belongs_to_one_client(running: Protected) -> None:
     with running.served.connect() as client:
         for _ in range(3):
             assert data_of(client.ask(infer(token("red"), model="other"))) == [2]
@@ -113,7 +113,7 @@ def test_a_header_block_that_is_known_for_one_caller_is_not_for_another(running:
 # Batches
 
 
-def test_a_batch_needs_credentials_and_its_items_have_them(running: Protected) -> None:
+def test_a_batch_needs_credentials_and_its_items_inherit_them(running: Protected) -> None:
     assert running.ask(batch(None, item(GATE))).slug == "unauthenticated"
     assert running.ask(batch("x", item(GATE))).slug == "invalid-credentials"
     own = item(GATE, headers={"authorization": f"Bearer {token()}"})
@@ -153,30 +153,30 @@ def test_a_batch_of_one_forbidden_model(running: Protected) -> None:
 # Predictions
 
 
-def test_a_prediction_is_its_subjects(running: Protected) -> None:
+def test_a_prediction_belongs_to_its_subject(running: Protected) -> None:
     running.engine.hold()
-    made = running.ask(predict(token("red"), Prefer="respond-async"))
-    assert made.status == 202
-    where = made.headers["location"]
+    accepted = running.ask(predict(token("red"), Prefer="respond-async"))
+    assert accepted.status == 202
+    location = accepted.headers["location"]
     running.engine.began.get(timeout=DEADLINE_S)
-    strangers = [token("bob"), token("bob", "admin"), running.keys["red"]]
+    others = [token("bob"), token("bob", "admin"), running.keys["red"]]
     for method in ("GET", "DELETE"):
-        for credential in strangers[:2]:
-            answer = running.ask(get_as(credential, where, method))
+        for credential in others[:2]:
+            answer = running.ask(get_as(credential, location, method))
             assert (answer.status, answer.slug) == (404, "unknown-prediction")
-            nothing = running.ask(get_as(credential, where[:-4] + "AAAA", method))
-            named, other = (path.rpartition("/")[2].encode() for path in (where, where[:-4] + "AAAA"))
+            nothing = running.ask(get_as(credential, location[:-4] + "AAAA", method))
+            named, other = (path.rpartition("/")[2].encode() for path in (location, location[:-4] + "AAAA"))
             assert nothing.body.replace(other, named) == answer.body
-        # A tenant's key is another subject than its token.
-        key = f"{method} {where} HTTP/1.1\r\nHost: x\r\nX-API-Key: {strangers[2]}\r\n\r\n".encode()
+        # A tenant's API key and its token are different subjects.
+        key = f"{method} {location} HTTP/1.1\r\nHost: x\r\nX-API-Key: {others[2]}\r\n\r\n".encode()
         assert running.ask(key).slug == "unknown-prediction"
-    assert running.ask(get_as(token("red", "metadata", jti="later"), where)).json["status"] == "running"
+    assert running.ask(get_as(token("red", "metadata", jti="later"), location)).json["status"] == "running"
     running.engine.release()
-    done = running.ask(get_as(token("red"), where).replace(b"Host", b"Prefer: wait=20\r\nHost"))
+    done = running.ask(get_as(token("red"), location).replace(b"Host", b"Prefer: wait=20\r\nHost"))
     assert done.json["outputs"]["y"]["data"] == [[6]]
 
 
-def test_an_idempotency_key_is_its_subjects(running: Protected) -> None:
+def test_an_idempotency_key_belongs_to_its_subject(running: Protected) -> None:
     def of(answer: Answer) -> str:
         assert answer.status == 200
         return str(json.loads(answer.body)["id"])

@@ -1,4 +1,4 @@
-"""Credentials over the wire: which refusal, with which challenge, and when. Both edges."""
+"""Credentials over the wire: refusals and their challenges, on both edges."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def refused(answer: Answer, status: int, slug: str, error: str | None = None) -> dict[str, str]:
-    """Checks all that every refusal has (RFC 6750, 3; RFC 9457); the challenge's other parameters."""
+    """Check a refusal (RFC 6750, 3; RFC 9457); return the challenge's remaining parameters."""
     assert (answer.status, answer.slug) == (status, slug)
     assert answer.json.keys() >= {"type", "title", "status", "detail", "instance"}
-    scheme, said = challenge(answer)
+    scheme, parameters = challenge(answer)
     assert scheme == "Bearer"
-    assert said.pop("resource_metadata") == METADATA
-    assert said.pop("error", None) == error
-    assert (said.pop("error_description", None) is None) == (error is None)
-    return said
+    assert parameters.pop("resource_metadata") == METADATA
+    assert parameters.pop("error", None) == error
+    assert (parameters.pop("error_description", None) is None) == (error is None)
+    return parameters
 
 
-# Who it is
+# Authentication
 
 
-def test_a_token(running: Protected) -> None:
+def test_a_token_is_accepted(running: Protected) -> None:
     assert data_of(running.infer(token(), 3)) == [6]
 
 
@@ -58,7 +58,7 @@ def test_rfc6750_2_1_the_scheme_is_case_insensitive(running: Protected, scheme: 
     assert data_of(running.ask(gate(3, headers={"Authorization": f"{scheme} {token()}"}))) == [6]
 
 
-def test_an_api_key(running: Protected) -> None:
+def test_an_api_key_is_accepted(running: Protected) -> None:
     assert data_of(running.ask(gate(3, headers={"X-API-Key": running.keys["job"]}))) == [6]
 
 
@@ -116,7 +116,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("how", HOSTILE)
 def test_rfc6750_3_1_a_bad_token(running: Protected, how: str) -> None:
-    for _ in range(2):  # checked, and remembered where it is
+    for _ in range(2):  # first verified, then from the cache
         assert refused(running.infer(HOSTILE[how]), 401, "invalid-credentials", "invalid_token") == {}
         answer = running.ask(get_as(HOSTILE[how], "/v2"))
         assert refused(answer, 401, "invalid-credentials", "invalid_token") == {}
@@ -129,7 +129,7 @@ def test_a_bad_api_key(running: Protected) -> None:
         assert refused(answer, 401, "invalid-credentials", "invalid_token") == {}
 
 
-# What it may
+# Authorization
 
 
 @pytest.mark.parametrize(
@@ -158,20 +158,20 @@ def test_rfc6750_3_1_insufficient_scope(
     assert answer.json.get("model") == model
 
 
-def test_an_api_keys_scopes(running: Protected) -> None:
+def test_the_scopes_of_an_api_key(running: Protected) -> None:
     for key, model in (("job", "other"), ("reader", "gate")):
         request = post(f"/v2/models/{model}/infer", rows_of(1), {"X-API-Key": running.keys[key]})
         answer = running.ask(request)
         assert refused(answer, 403, "forbidden", "insufficient_scope") == {"scope": "infer"}
 
 
-def test_who_may_infer_may_read_the_metadata(running: Protected) -> None:
+def test_permission_to_infer_includes_metadata(running: Protected) -> None:
     assert running.ask(get_as(token(scope="infer:gate"), "/v2/models/gate")).status == 200
     assert running.ask(get_as(token(scope="metadata"), "/v2/models/gate/config")).status == 200
     assert running.ask(get_as(token(scope="admin"), "/v2/models/gate/stats")).status == 200
 
 
-def test_rfc9728_3_metadata_is_open_and_leads_to_the_issuer(running: Protected) -> None:
+def test_rfc9728_3_metadata_is_open_and_names_the_issuer(running: Protected) -> None:
     answer = running.ask(get(METADATA.removeprefix(AUDIENCE)))
     assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
     assert answer.json["resource"] == AUDIENCE
@@ -179,21 +179,21 @@ def test_rfc9728_3_metadata_is_open_and_leads_to_the_issuer(running: Protected) 
     assert answer.json["bearer_methods_supported"] == ["header"]
 
 
-def test_models_that_the_caller_may_not_see_are_not_named(running: Protected) -> None:
+def test_invisible_models_are_not_named(running: Protected) -> None:
     allowed = {"infer:gate": ["gate"], "infer": ["gate", "other"], "metadata": ["gate", "other"]}
     for scope, models in allowed.items():
         for target in ("/v2/models/none", "/v2/models/none/config"):
             answer = running.ask(get_as(token(scope=scope), target))
             if scope == "infer:gate":
-                # Not even that there is none.
+                # The same answer as for an existing, forbidden model.
                 assert answer.slug == running.ask(get_as(token(scope=scope), "/v2/models/other")).slug
             else:
                 assert (answer.slug, answer.json["models"]) == ("unknown-model", models)
-    stranger = running.ask(get("/v2/models/none/ready"))
-    assert (stranger.slug, stranger.json["models"]) == ("unknown-model", [])
+    answer = running.ask(get("/v2/models/none/ready"))
+    assert (answer.slug, answer.json["models"]) == ("unknown-model", [])
 
 
-def test_a_path_behind_a_proxys_prefix_or_an_odd_spelling_opens_nothing(running: Protected) -> None:
+def test_unusual_spellings_of_open_paths_stay_protected(running: Protected) -> None:
     for target in ("/v2/health/live/", "/v2/health/../models/gate", "/v2/health%2Flive/x", "//v2/health/live",
                    "/problems/../v2", "/problems/a/b", "/V2/health/live", "/.well-known/x"):  # fmt: skip
         assert running.ask(get(target)).status == 401
@@ -209,21 +209,21 @@ def test_rfc9068_no_token_in_logs_or_answers(running: Protected, caplog: pytest.
     ]
     with caplog.at_level(logging.DEBUG):
         for secret in secrets:
-            asked = [infer(secret), get_as(secret, "/v2"), get_as(secret, "/nothing"),
+            requests = [infer(secret), get_as(secret, "/v2"), get_as(secret, "/nothing"),
                      get(f"/v2?access_token={secret}"), get_as(secret, f"/v2?access_token={secret}"),
                      gate(1, headers={"X-API-Key": secret}),
                      gate(1, headers={"Authorization": f"Bearer {secret} x"}),
                      infer(secret) + b"not HTTP\r\n\r\n"]  # fmt: skip
-            answers = [running.ask(data) for data in asked]
+            answers = [running.ask(data) for data in requests]
             for answer in answers:
-                said = repr(answer.headers).encode() + answer.body
+                text = repr(answer.headers).encode() + answer.body
                 for part in (secret, *secret.split("."), *secret.split("_")[2:]):
-                    assert len(part) < 20 or part.encode() not in said
+                    assert len(part) < 20 or part.encode() not in text
     for part in {part for secret in secrets for part in (*secret.split("."), *secret.split("_")[2:])}:
         assert len(part) < 20 or part not in caplog.text
 
 
-def test_the_settings_say_where_the_metadata_is(tmp_path: Path) -> None:
+def test_the_metadata_url_follows_the_settings(tmp_path: Path) -> None:
     with protected(True, tmp_path, resource="https://models.test/base/") as running:
         where = "https://models.test/.well-known/oauth-protected-resource/base"
         assert challenge(running.ask(gate(1))) == ("Bearer", {"resource_metadata": where})

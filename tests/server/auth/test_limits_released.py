@@ -1,4 +1,4 @@
-"""Whatever end a request comes to, its tenant has back what it took. Where it stands, in headers."""
+"""Every end of a request releases its tenant's limits; the RateLimit headers report them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def stack() -> Iterator[contextlib.ExitStack]:
 
 
 @pytest.mark.parametrize("rows", [1, 4, 10])
-def test_a_client_that_leaves(running: Protected, stack: contextlib.ExitStack, rows: int) -> None:
+def test_a_disconnected_client(running: Protected, stack: contextlib.ExitStack, rows: int) -> None:
     running.occupy(stack)
     clients = [
         running.send(stack, data)
@@ -50,7 +50,7 @@ def test_a_client_that_leaves(running: Protected, stack: contextlib.ExitStack, r
     running.served.until(lambda: running.account("a") == (0, 0))
 
 
-def test_a_client_of_a_batch_that_leaves(running: Protected, stack: contextlib.ExitStack) -> None:
+def test_a_disconnected_client_of_a_batch(running: Protected, stack: contextlib.ExitStack) -> None:
     running.occupy(stack)
     client = running.send(stack, batch(token("a"), *[item(id=str(n)) for n in range(3)]))
     running.served.until(lambda: running.account("a") == (3, 3))
@@ -58,7 +58,7 @@ def test_a_client_of_a_batch_that_leaves(running: Protected, stack: contextlib.E
     running.served.until(lambda: running.account("a") == (0, 0))
 
 
-def test_a_client_that_leaves_while_its_rows_run(running: Protected, stack: contextlib.ExitStack) -> None:
+def test_a_client_that_disconnects_during_the_run(running: Protected, stack: contextlib.ExitStack) -> None:
     running.engine.hold()
     client = running.send(stack, infer(token("a"), *range(10)))
     running.engine.began.get(timeout=20)
@@ -69,17 +69,17 @@ def test_a_client_that_leaves_while_its_rows_run(running: Protected, stack: cont
     assert running.account("a") == (0, 0)
 
 
-def test_a_prediction_that_is_cancelled(running: Protected, stack: contextlib.ExitStack) -> None:
+def test_a_cancelled_prediction(running: Protected, stack: contextlib.ExitStack) -> None:
     running.occupy(stack)
-    made = running.ask(predict(token("a"), 1, 2, Prefer="respond-async"))
-    # It is open for as long as it is not finished, although its request is answered.
+    accepted = running.ask(predict(token("a"), 1, 2, Prefer="respond-async"))
+    # It counts as open until it finishes, although its HTTP request is answered.
     assert running.account("a") == (1, 2)
-    running.ask(get_as(token("a"), made.headers["location"], "DELETE"))
+    running.ask(get_as(token("a"), accepted.headers["location"], "DELETE"))
     assert running.account("a") == (0, 0)
 
 
 @pytest.mark.parametrize("rows", [1, 10])
-def test_a_run_that_fails(running: Protected, rows: int) -> None:
+def test_a_failed_run(running: Protected, rows: int) -> None:
     running.engine.fails = lambda x: EngineRunError("13 is unlucky") if (x == 13).any() else None
     for request in (infer(token("a"), *[13] * rows), predict(token("a"), *[13] * rows)):
         assert running.ask(request).slug == "run-failed"
@@ -89,7 +89,7 @@ def test_a_run_that_fails(running: Protected, rows: int) -> None:
     assert running.account("a") == (0, 0)
 
 
-def test_an_engine_that_dies(running: Protected, stack: contextlib.ExitStack) -> None:
+def test_a_dead_engine(running: Protected, stack: contextlib.ExitStack) -> None:
     clients = running.occupy(stack)
     clients += [running.send(stack, infer(token("a"), *range(rows))) for rows in (1, 10)]
     running.engine.fails = lambda x: EngineDeadError("the device fell off")
@@ -99,7 +99,7 @@ def test_an_engine_that_dies(running: Protected, stack: contextlib.ExitStack) ->
 
 
 @pytest.mark.parametrize("rows", [1, 10])
-def test_time_that_is_over(running: Protected, stack: contextlib.ExitStack, rows: int) -> None:
+def test_an_expired_request(running: Protected, stack: contextlib.ExitStack, rows: int) -> None:
     running.occupy(stack)
     request = rows_of(*range(rows), parameters={"timeout": 1000})
     answer = running.ask(post("/v2/models/gate/infer", request, {"Authorization": f"Bearer {token('a')}"}))
@@ -107,7 +107,7 @@ def test_time_that_is_over(running: Protected, stack: contextlib.ExitStack, rows
     assert running.account("a") == (0, 0)
 
 
-def test_what_cannot_be_written(running: Protected) -> None:
+def test_an_output_of_an_unexpected_shape(running: Protected) -> None:
     running.engine.answer_width = 3
     message = {"inputs": [{"name": "x", "shape": [1, 2], "datatype": "INT64", "data": [1, 2]}]}
     headers = {"Authorization": f"Bearer {token('a')}"}
@@ -115,7 +115,7 @@ def test_what_cannot_be_written(running: Protected) -> None:
     assert running.account("a") == (0, 0)
 
 
-def test_the_end_answers_what_was_accepted(running: Protected, stack: contextlib.ExitStack) -> None:
+def test_a_drain_answers_accepted_requests(running: Protected, stack: contextlib.ExitStack) -> None:
     running.occupy(stack)
     clients = [running.send(stack, infer(token("a"), *range(rows))) for rows in (1, 10)]
     running.served.stop()
@@ -125,7 +125,7 @@ def test_the_end_answers_what_was_accepted(running: Protected, stack: contextlib
     assert running.account("a") == (0, 0)
 
 
-def test_the_end_gives_up_what_takes_too_long(
+def test_a_drain_abandons_requests_after_its_timeout(
     fast: bool, tmp_path: Path, stack: contextlib.ExitStack
 ) -> None:
     with protected(fast, tmp_path, tenants=RULES, server={"drain_timeout_s": 0.0}) as running:
@@ -138,26 +138,26 @@ def test_the_end_gives_up_what_takes_too_long(
         assert running.account("a") == (0, 0)
 
 
-# The headers RateLimit and RateLimit-Policy, as draft-ietf-httpapi-ratelimit-headers-10 has them
+# The headers RateLimit and RateLimit-Policy (draft-ietf-httpapi-ratelimit-headers-10)
 
 
-def stands(answer: Answer) -> tuple[str, str]:
+def rate_limit(answer: Answer) -> tuple[str, str]:
     return answer.headers["ratelimit-policy"], answer.headers["ratelimit"]
 
 
-def test_where_a_tenant_stands(running: Protected) -> None:
+def test_rate_limit_headers(running: Protected) -> None:
     policy = '"requests";q=3;w=3000'
     for left in (2, 1, 0):
-        # The window moves with each second that passes, so only its end is compared.
-        said, now = stands(running.infer(token("slow")))
-        assert said == policy
-        assert now.startswith(f'"requests";r={left};t=')
-        full_s = int(now.rpartition("=")[2])
+        # `t` falls with each second that passes, so only its range is checked.
+        policies, state = rate_limit(running.infer(token("slow")))
+        assert policies == policy
+        assert state.startswith(f'"requests";r={left};t=')
+        full_s = int(state.rpartition("=")[2])
         assert (2 - left) * 1000 < full_s <= (3 - left) * 1000
     for request in (infer(token("slow")), predict(token("slow"))):
         answer = running.ask(request)
         assert answer.status == 429
-        assert stands(answer)[1].startswith('"requests";r=0;t=')
+        assert rate_limit(answer)[1].startswith('"requests";r=0;t=')
     slow = token("slow")
     for request in (
         get_as(slow, "/v2/models/gate"),
@@ -165,24 +165,24 @@ def test_where_a_tenant_stands(running: Protected) -> None:
         batch(slow, item()),
         infer(token("slow", scope="admin")),
     ):
-        assert stands(running.ask(request))[0] == policy
+        assert rate_limit(running.ask(request))[0] == policy
 
 
-def test_where_a_tenant_stands_with_two_limits(running: Protected, stack: contextlib.ExitStack) -> None:
+def test_rate_limit_headers_with_two_limits(running: Protected, stack: contextlib.ExitStack) -> None:
     policy = '"requests";q=1000;w=1, "concurrent";q=2;qu="concurrent-requests"'
-    said, now = stands(running.infer(token("both")))
-    assert said == policy
-    assert now.endswith(', "concurrent";r=2')
+    policies, state = rate_limit(running.infer(token("both")))
+    assert policies == policy
+    assert state.endswith(', "concurrent";r=2')
     clients = running.occupy(stack)
     clients += [running.send(stack, infer(token("both"))) for _ in range(2)]
     answer = running.infer(token("both"))
     assert answer.status == 429
-    assert stands(answer)[1].endswith(', "concurrent";r=0')
+    assert rate_limit(answer)[1].endswith(', "concurrent";r=0')
     running.engine.release()
     assert [data_of(client.answer()) for client in clients[2:]] == [[2], [2]]
 
 
-def test_nobody_else_is_told_where_he_stands(running: Protected) -> None:
+def test_other_tenants_and_open_routes_have_no_rate_limit_headers(running: Protected) -> None:
     bob = token("bob")
     for request in (
         infer(bob),
@@ -196,7 +196,7 @@ def test_nobody_else_is_told_where_he_stands(running: Protected) -> None:
         assert not headers.keys() & {"ratelimit", "ratelimit-policy"}
 
 
-def test_no_headers_unless_they_are_switched_on(fast: bool, tmp_path: Path) -> None:
+def test_rate_limit_headers_are_off_by_default(fast: bool, tmp_path: Path) -> None:
     with protected(fast, tmp_path, tenants=RULES) as running:
         for request in (infer(token("slow")), predict(token("slow"))):
             assert "ratelimit" not in running.ask(request).headers

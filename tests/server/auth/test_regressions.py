@@ -1,4 +1,4 @@
-"""What a hostile review of the authentication found, as tests."""
+"""Regression tests for findings of a security review."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ GZIP = {"Accept-Encoding": "gzip"}
 
 @pytest.fixture(params=["fast", "asgi"])
 def packing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Protected]:
-    """A server that compresses every answer."""
+    """Run a server that compresses every answer."""
     with protected(request.param == "fast", tmp_path, server={"compress_min_bytes": 0}) as running:
         yield running
 
 
 def test_a_compressed_refusal_is_the_only_answer(packing: Protected) -> None:
-    """It went to a thread, and meanwhile the request was served as if it had not been refused."""
+    """While a thread compressed the refusal, the request was served as if it had been accepted."""
     for _ in range(3):
         with packing.served.connect() as client:
             for _ in range(3):
@@ -53,8 +53,8 @@ def test_a_compressed_refusal_is_the_only_answer(packing: Protected) -> None:
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
-def test_a_body_of_megabytes_is_no_framing(fast: bool, tmp_path: Path) -> None:
-    """On the fast path, what came in later reads counted as endless framing: 431."""
+def test_a_large_body_does_not_count_as_framing(fast: bool, tmp_path: Path) -> None:
+    """On the fast path, the body's later chunks counted as headers: 431."""
     with protected(fast, tmp_path) as running:
         padded = rows_of(1) | {"parameters": {f"padding{n}": "x" * 16_000 for n in range(200)}}
         for _ in range(2):
@@ -62,14 +62,14 @@ def test_a_body_of_megabytes_is_no_framing(fast: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
-def test_a_refused_body_is_dropped_and_the_connection_goes_on(fast: bool, tmp_path: Path) -> None:
+def test_a_refused_body_is_dropped_and_the_connection_stays_open(fast: bool, tmp_path: Path) -> None:
     with protected(fast, tmp_path) as running, running.served.connect() as client:
         padded = rows_of(1) | {"parameters": {"padding": "x" * (1 << 20)}}
         assert client.ask(post(GATE, padded)).status == 401
         assert data_of(client.ask(infer(token(), 4))) == [8]
 
 
-def test_one_token_is_remembered_once_however_it_is_written(tmp_path: Path) -> None:
+def test_all_spellings_of_one_token_share_a_cache_entry(tmp_path: Path) -> None:
     with protected(True, tmp_path) as running:
         good = token()
         for spaces in range(1, 10):
@@ -79,7 +79,7 @@ def test_one_token_is_remembered_once_however_it_is_written(tmp_path: Path) -> N
         assert len(running.auth._cache) == 1
 
 
-def test_only_scopes_that_mean_something_are_kept(tmp_path: Path) -> None:
+def test_scopes_without_meaning_here_are_dropped(tmp_path: Path) -> None:
     with protected(True, tmp_path) as running:
         good = token(scope="infer " + " ".join(f"x{n}" for n in range(500)))
         assert data_of(running.infer(good, 1)) == [2]
@@ -88,7 +88,7 @@ def test_only_scopes_that_mean_something_are_kept(tmp_path: Path) -> None:
         assert recalled.values == {"infer"}
 
 
-def test_addresses_that_never_failed_are_heard_in_an_attack_from_many() -> None:
+def test_an_attack_from_many_addresses_does_not_throttle_new_addresses() -> None:
     now_s = 0.0
     throttle = SignatureThrottle(lambda: now_s)
     attackers = [f"2001:db8:{n:x}::1" for n in range(200)]
@@ -103,7 +103,7 @@ def test_addresses_that_never_failed_are_heard_in_an_attack_from_many() -> None:
     assert any(throttle.wait_s(address) > 0 for address in attackers)
 
 
-def test_a_token_without_sub_is_not_the_subject_of_that_name(tmp_path: Path) -> None:
+def test_a_token_without_sub_differs_from_a_sub_that_equals_its_tenant(tmp_path: Path) -> None:
     auth, _ = settings_in(tmp_path)
     relaxed = tuple(
         type(one)(
@@ -129,7 +129,7 @@ def test_a_token_without_sub_is_not_the_subject_of_that_name(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
-def test_nothing_is_read_of_a_batch_whose_caller_may_do_nothing(fast: bool, tmp_path: Path) -> None:
+def test_a_batch_without_any_permission_is_refused_before_its_body(fast: bool, tmp_path: Path) -> None:
     with protected(fast, tmp_path) as running:
         whole = batch(token(scope="nothing"), item())
         head = whole[: whole.index(b"\r\n\r\n") + 4]
@@ -138,7 +138,7 @@ def test_nothing_is_read_of_a_batch_whose_caller_may_do_nothing(fast: bool, tmp_
             assert (client.answer()).slug == "forbidden"
 
 
-def test_tokens_do_not_belong_in_an_items_url_either(tmp_path: Path) -> None:
+def test_a_token_in_an_items_url_is_refused(tmp_path: Path) -> None:
     with protected(True, tmp_path) as running:
         answer = running.ask(batch(token(), item("/v2?access_token=SECRET", "GET")))
         assert b"SECRET" not in answer.body.replace(b'"id":"/v2?access_token=SECRET"', b"")
@@ -153,10 +153,10 @@ def test_an_encoded_line_end_is_not_found(fast: bool, path: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
-def test_strangers_do_not_learn_versions(fast: bool, tmp_path: Path) -> None:
+def test_unauthenticated_clients_do_not_learn_versions(fast: bool, tmp_path: Path) -> None:
     with protected(fast, tmp_path) as running:
         target = "/v2/models/gate/versions/9/ready"
-        stranger = running.ask(f"GET {target} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
-        assert stranger.slug == "unknown-version"
-        assert "versions" not in stranger.json
+        answer = running.ask(f"GET {target} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
+        assert answer.slug == "unknown-version"
+        assert "versions" not in answer.json
         assert running.ask(get_as(token(), "/v2/models/gate/versions/9")).json["versions"] == ["1"]
