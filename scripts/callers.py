@@ -1,4 +1,4 @@
-"""Many concurrent callers of one model, through NVIDIA's own client of the protocol, one row a request."""
+"""Concurrent callers of one model, with NVIDIA's client of the V2 protocol and one row per request."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ METRIC = re.compile(r'(\w+);(?:dur|desc)="?([\d.]+)')
 
 
 class NoTimesError(Exception):
-    """A response came without the Server-Timing header that this demo reports from."""
+    """A response has no Server-Timing header with queue, compute and batch."""
 
 
 @dataclass(slots=True)
 class Load:
-    """What came back: an output row for each input row and round, and where the time went.
+    """The outputs, one for each input row and round, and the times of the requests.
 
-    `queue_ms`, `compute_ms` and `batch_rows` have one entry a response; `in_flight` is the most requests
-    that were under way at once.
+    `queue_ms`, `compute_ms` and `batch_rows` have an entry for each response; `in_flight` is the highest
+    number of concurrent requests.
     """
 
     outputs: list[list[Rows]]
@@ -43,31 +43,31 @@ class Load:
 
 
 class TimedClient(InferenceServerClient):  # type: ignore[misc]  # tritonclient ships no types
-    """The client as it is, except that it also notes each response's Server-Timing header.
+    """A client that also records each response's Server-Timing header.
 
-    Its `infer` answers the body alone, so the header is read where the response passes by.
+    `infer` returns the body alone, so the header is read in `_post`.
     """
 
     def __init__(self, url: str, connections: int, load: Load) -> None:
         super().__init__(url, conn_limit=connections)
         self._load = load
-        self._under_way = 0
+        self._in_flight = 0
 
     async def _post(self, *args: Any, **kwargs: Any) -> Any:
-        self._under_way += 1
-        self._load.in_flight = max(self._load.in_flight, self._under_way)
+        self._in_flight += 1
+        self._load.in_flight = max(self._load.in_flight, self._in_flight)
         try:
             response = await super()._post(*args, **kwargs)
         finally:
-            self._under_way -= 1
+            self._in_flight -= 1
         if response.status == 200:
-            self._note(response.headers.get("Server-Timing", ""))
+            self._record(response.headers.get("Server-Timing", ""))
         return response
 
-    def _note(self, timing: str) -> None:
+    def _record(self, timing: str) -> None:
         figures = dict(METRIC.findall(timing))
         if not figures.keys() >= {"queue", "compute", "batch"}:
-            raise NoTimesError(f"Server-Timing should state queue, compute and batch; it is {timing!r}")
+            raise NoTimesError(f"expected queue, compute and batch in Server-Timing, got {timing!r}")
         self._load.queue_ms.append(float(figures["queue"]))
         self._load.compute_ms.append(float(figures["compute"]))
         self._load.batch_rows.append(int(figures["batch"]))
@@ -76,10 +76,10 @@ class TimedClient(InferenceServerClient):  # type: ignore[misc]  # tritonclient 
 async def call(
     url: str, model: str, names: tuple[str, str], rows: Sequence[Rows], callers: int, rounds: int
 ) -> Load:
-    """Sends each row `rounds` times from `callers` tasks at once, each sending one request after another.
+    """Send each row `rounds` times from `callers` concurrent tasks, each in a closed loop.
 
-    `names` are the model's input and output; `url` is `http://HOST:PORT`. Raises InferenceServerException
-    on the first request that is refused or fails, NoTimesError where a response does not say its times.
+    `names` are the model's input and output; `url` is `http://HOST:PORT`. Raises InferenceServerException for
+    the first request that is refused or fails, and NoTimesError.
     """
     load = Load(outputs=[[] for _ in rows])
     requests = [_request(names[0], row) for row in rows]
@@ -87,7 +87,7 @@ async def call(
     client = TimedClient(url.removeprefix("http://"), callers, load)
 
     async def caller(jobs: Iterator[int]) -> None:
-        for index in jobs:  # shared by all callers: whoever is free takes the next
+        for index in jobs:  # shared by all callers
             result = await client.infer(model, [requests[index]])
             load.outputs[index].append(result.as_numpy(names[1])[0])
 

@@ -1,7 +1,7 @@
-"""Serves magika's file-type model with cobatch, classifies real files through it, and checks the answers.
+"""Serve magika's file-type model with cobatch, classify real files with it, and check the answers.
 
-Started by ./scripts/demo, which prepares the environment first. Ends with 0 when every answer that was
-checked is what the `magika` package itself says and the server stopped as it should; else with 1.
+Started by ./scripts/demo, which prepares the environment. Exit status 0: the answers compared equal those of
+the `magika` package, and the server stopped with status 0; otherwise 1.
 """
 
 from __future__ import annotations
@@ -21,30 +21,37 @@ from tritonclient.utils import InferenceServerException
 
 from callers import Load, NoTimesError, Rows, call
 from filetypes import FileTypes, Verdict, find_files, own_files
-from report import Line, files_table, timing_table
+from report import Line, files_table, labels_table, timing_table
 from serving import Server, ServingError
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("bytes", "target_label")
-CHECKED = 64  # files held against magika, spread evenly over all of them
-TOLERANCE = 1e-3  # a row's score depends in its last digits on the batch that it rode in
+CHECKED = 64  # files compared with magika, spread evenly over all of them
+TOLERANCE = 1e-3  # the last digits of a score depend on the batch
+SERVE_PORT = 8000
 
 
 class MismatchError(Exception):
-    """The server's answer is not what it must be; the message says which file and both answers."""
+    """Two answers for a file differ; the text has both."""
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="./scripts/demo", description=__doc__.splitlines()[0])
     parser.add_argument("directory", metavar="DIR", nargs="?", type=Path, help="classify its files as well")
-    parser.add_argument("--serve", action="store_true", help="leave the server running until Ctrl-C")
-    parser.add_argument("--port", type=int, default=0, help="the server's port (default: any free one)")
+    parser.add_argument("--serve", action="store_true", help="then leave the server running until Ctrl-C")
+    parser.add_argument(
+        "--port", type=int, help=f"(default: with --serve {SERVE_PORT}, otherwise any free port)"
+    )
     parser.add_argument("--callers", type=int, default=64, help="concurrent callers (default: 64)")
     parser.add_argument("--max-files", type=int, default=1000, help="from each directory (default: 1000)")
-    parser.add_argument("--request", metavar="FILE", type=Path, help="only print FILE's infer request, JSON")
+    parser.add_argument(
+        "--request", metavar="FILE", type=Path, help="only print the request for FILE, as JSON"
+    )
     options = parser.parse_args()
     if options.directory is not None and not options.directory.is_dir():
         parser.error(f"{options.directory} is not a directory")
+    if options.port is None:
+        options.port = SERVE_PORT if options.serve else 0
     if options.callers < 1 or options.max_files < 1:
         parser.error("--callers and --max-files must be at least 1")
     return options
@@ -61,7 +68,7 @@ def print_request(types: FileTypes, path: Path) -> int:
 
 
 def collect(options: argparse.Namespace) -> list[Path]:
-    """The repository's own files and DIR's, each once."""
+    """Return the files of the repository and of DIR, each once."""
     found = own_files(ROOT)[: options.max_files]
     if options.directory:
         found += [path.resolve() for path in find_files(options.directory, options.max_files)]
@@ -69,20 +76,20 @@ def collect(options: argparse.Namespace) -> list[Path]:
 
 
 def extract(types: FileTypes, files: Sequence[Path]) -> dict[Path, Rows | None]:
-    """The model's input for each file, None for one too short; a file that vanished is left out."""
+    """Return the model's input for each file, None for a file that is too short; skip unreadable files."""
     rows: dict[Path, Rows | None] = {}
     for path in files:
         try:
             rows[path] = types.features(path)
         except OSError as error:
-            print(f"demo: left out {path}: {error.strerror}", file=sys.stderr)
+            print(f"demo: skipped {path}: {error.strerror}", file=sys.stderr)
     return rows
 
 
-def answers(types: FileTypes, asked: Sequence[Path], load: Load) -> dict[Path, Verdict]:
-    """A verdict a file. MismatchError where a file's answer depends on the batch that it rode in."""
+def verdicts_of(types: FileTypes, paths: Sequence[Path], load: Load) -> dict[Path, Verdict]:
+    """Return a verdict for each file. Raises MismatchError if a file got different answers in two batches."""
     verdicts = {}
-    for path, outputs in zip(asked, load.outputs, strict=True):
+    for path, outputs in zip(paths, load.outputs, strict=True):
         first, *others = map(types.verdict, outputs)
         for other in others:
             compare(path, "one batch", first, "another", other)
@@ -98,14 +105,14 @@ def compare(path: Path, one: str, a: Verdict, another: str, b: Verdict) -> None:
 
 
 def check(types: FileTypes, rows: dict[Path, Rows], verdicts: dict[Path, Verdict]) -> set[Path]:
-    """The files of the sample, each found to be what magika says. MismatchError where one is not."""
+    """Return the files that were compared with magika. Raises MismatchError if an answer differs."""
     sample = list(verdicts)[:: max(1, len(verdicts) // CHECKED)]
     checked = set()
     for path in sample:
         expected = types.expected(path)
-        # magika reads the file again: a log that grew in between is no mismatch.
-        now = types.features(path)
-        if now is not None and np.array_equal(rows[path], now):
+        # magika reads the file again: skip a file that has changed meanwhile.
+        features = types.features(path)
+        if features is not None and np.array_equal(rows[path], features):
             compare(path, "cobatch", verdicts[path], "magika", expected)
             checked.add(path)
     return checked
@@ -119,16 +126,15 @@ def shown_name(path: Path, directory: Path | None) -> str:
 
 
 def classify(types: FileTypes, server: Server, options: argparse.Namespace, console: Console) -> None:
-    """Everything that the demo shows; MismatchError, or the client's own error, where it goes wrong."""
+    """Classify the files and print the results. Raises MismatchError, and the client's errors."""
     rows = extract(types, collect(options))
-    asked = {path: row for path, row in rows.items() if row is not None}
-    # Few files are sent more than once, so that every caller has a few requests to send.
-    rounds = max(1, -(-4 * options.callers // len(asked)))
-    load = asyncio.run(
-        call(server.url, "magika", NAMES, list(asked.values()), options.callers, rounds=rounds)
-    )
-    verdicts = answers(types, list(asked), load)
-    checked = check(types, asked, verdicts)
+    sent = {path: row for path, row in rows.items() if row is not None}
+    # A short list of files is sent several times, so that each caller sends at least four requests.
+    rounds = max(1, -(-4 * options.callers // len(sent)))
+    console.print(f"{options.callers} callers send {rounds * len(sent)} requests of one file each ...")
+    load = asyncio.run(call(server.url, "magika", NAMES, list(sent.values()), options.callers, rounds=rounds))
+    verdicts = verdicts_of(types, list(sent), load)
+    checked = check(types, sent, verdicts)
     lines = [
         Line(
             shown_name(path, options.directory),
@@ -137,29 +143,34 @@ def classify(types: FileTypes, server: Server, options: argparse.Namespace, cons
         )
         for path in rows
     ]
-    files_table(console, lines)
-    times = "once" if rounds == 1 else f"{rounds} times"
+    labels_table(console, lines)
+    if options.directory:
+        mine = [line for line, path in zip(lines, rows, strict=True) if not path.is_relative_to(ROOT)]
+        files_table(console, mine, f"Files in {options.directory}")
     console.print(
-        f"{len(asked)} files classified by the model, each {times}; {len(rows) - len(asked)} too short "
-        f"for it. {len(checked)} checked: magika itself says the same, to {TOLERANCE:g}."
+        f"{len(sent)} files classified; {len(rows) - len(sent)} are too short for the model. "
+        f"{len(checked)} answers compared with the magika package: all equal (to {TOLERANCE:g})."
     )
     timing_table(console, load)
 
 
 def keep_serving(server: Server, console: Console) -> None:
-    """Waits until Ctrl-C or SIGTERM; ServingError where the server ends before that."""
+    """Wait until Ctrl-C or SIGTERM. Raises ServingError if the server exits before."""
     request = f"{sys.executable} {ROOT}/scripts/demo.py --request {ROOT}/LICENSE"
     post = "curl -sS -H 'Content-Type: application/json' --data-binary @-"
-    console.print("\nThe server is still running. Ask it something, from another terminal:\n")
-    console.print(f"  curl -sS {server.url}/v2/models/magika", soft_wrap=True)
-    console.print(f"  {request} | {post} {server.url}/v2/models/magika/infer", soft_wrap=True, markup=False)
-    console.print("\nStop it with Ctrl-C here.")
+    console.print("\nThe server is still running. From another terminal:\n")
+    for line in (
+        f"curl -sS {server.url}/v2/models/magika",
+        f"{request} | {post} {server.url}/v2/models/magika/infer",
+    ):
+        console.print(f"  {line}", soft_wrap=True, markup=False)
+    console.print(f"\nThe live page: {server.url}/dashboard\nCtrl-C stops the server.")
     server.echo = True
     try:
         status = server.wait()
     except KeyboardInterrupt:
         return
-    raise ServingError(f"the server ended by itself, with status {status}")
+    raise ServingError(f"the server exited with status {status}")
 
 
 def interrupt(_signal: int, _frame: FrameType | None) -> None:
@@ -171,14 +182,17 @@ def main() -> int:
     types = FileTypes()
     if options.request:
         return print_request(types, options.request)
-    # SIGTERM, or the terminal going away, must take the server along just as Ctrl-C does.
+    # SIGTERM and a closed terminal stop the server as Ctrl-C does.
     signal.signal(signal.SIGTERM, interrupt)
     signal.signal(signal.SIGHUP, interrupt)
     console = Console(highlight=False)
     try:
         with Server([str(types.model), "--name", "magika", "--port", str(options.port)]) as server:
             server.wait_ready()
-            console.print(f"cobatch serves {types.model.parent.name} at {server.url} (process {server.pid})")
+            console.print(
+                f"cobatch serves magika's file-type model ({types.model.parent.name}) at {server.url}",
+                soft_wrap=True,
+            )
             classify(types, server, options, console)
             if options.serve:
                 keep_serving(server, console)
@@ -189,7 +203,7 @@ def main() -> int:
     except (ServingError, MismatchError, NoTimesError, InferenceServerException, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
-    console.print("\nThe server was asked to stop and ended with status 0.")
+    console.print("\nThe server was stopped and exited with status 0.")
     return 0
 
 

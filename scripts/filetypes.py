@@ -1,8 +1,8 @@
-"""Magika's file-type model, seen from outside: where it lies, what it is fed, what it answers.
+"""Magika's file-type model: its file, its input features, its labels.
 
-The features are computed here, not by the `magika` package, so that the demo can hold what the server
-answers against what that package says. They follow its version-3 models: the first and the last
-`block_size` bytes, stripped of white space, cut to `beg_size` and `end_size` and padded.
+The features are computed here and not by the `magika` package, so that the demo can compare the server's
+answers with those of the package. They follow its version-3 models: the first and the last `block_size`
+bytes, stripped of white space, cut to `beg_size` and `end_size`, and padded.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ Row = np.ndarray[tuple[int], np.dtype[np.int32]]
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A label and the model's score for it; `score` is None where the model was not asked."""
+    """A label and its score; `score` is None for a file that is too short for the model."""
 
     label: str
     score: float | None
 
 
 class FileTypes:
-    """The model's files and its two translations: file -> input row, output row -> verdict."""
+    """The model, and the conversions from a file to an input row and from an output row to a verdict."""
 
     def __init__(self) -> None:
         self.reference = Magika()
         directory = Path(magika.__file__).parent / "models" / self.reference.get_model_name()
         config: dict[str, Any] = json.loads((directory / "config.min.json").read_text())
         if config["mid_size"] or config["use_inputs_at_offsets"]:
-            raise SystemExit(f"demo: {directory.name} wants features that this demo does not extract")
+            raise SystemExit(f"demo: {directory.name} needs features that this demo does not extract")
         self.model = directory / "model.onnx"
         self._labels: list[str] = config["target_labels_space"]
         self._beg: int = config["beg_size"]
@@ -48,10 +48,9 @@ class FileTypes:
         self._least: int = config["min_file_size_for_dl"]
 
     def features(self, path: Path) -> Row | None:
-        """The model's input for a file, int32 [beg_size + end_size]; None where it is not to be asked.
+        """Return the model's input for a file, int32 [beg_size + end_size]; None if the file is too short.
 
-        That is so for files with fewer than `min_file_size_for_dl` bytes, leading white space aside.
-        Raises OSError where the file cannot be read.
+        The limit is `min_file_size_for_dl` bytes, without leading white space. Raises OSError.
         """
         with path.open("rb") as file:
             head = file.read(self._block)
@@ -68,22 +67,22 @@ class FileTypes:
         return row
 
     def verdict(self, scores: np.ndarray[Any, Any]) -> Verdict:
-        """What an output row, float32 [labels], says."""
+        """Return the most likely label of an output row, float32 [labels]."""
         best = int(scores.argmax())
         return Verdict(self._labels[best], float(scores[best]))
 
     def without_model(self, path: Path) -> Verdict:
-        """What magika says of a file too short for its model."""
+        """Return magika's answer for a file that is too short for the model."""
         return Verdict(str(self.reference.identify_path(path).prediction.output.label), None)
 
     def expected(self, path: Path) -> Verdict:
-        """What the magika package's own run of the model says of a file."""
+        """Return the answer of the magika package's own run of the model."""
         prediction = self.reference.identify_path(path).prediction
         return Verdict(str(prediction.dl.label), float(prediction.score))
 
 
 def own_files(repository: Path) -> list[Path]:
-    """The repository's own files: those that git does not ignore, or all where there is no git."""
+    """Return the repository's files that git does not ignore; all of them without git."""
     command = ["git", "-C", str(repository), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         listed = subprocess.run(command, capture_output=True, check=True).stdout
@@ -94,7 +93,7 @@ def own_files(repository: Path) -> list[Path]:
 
 
 def find_files(root: Path, most: int) -> list[Path]:
-    """Readable, regular files under `root`, sorted, at most `most`; nothing hidden, no links followed."""
+    """Return readable regular files under `root`, sorted, at most `most`; no hidden files, no links."""
     found: list[Path] = []
     for directory, subdirectories, names in os.walk(root):
         subdirectories[:] = sorted(d for d in subdirectories if not d.startswith((".", "__pycache__")))

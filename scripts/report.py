@@ -1,4 +1,4 @@
-"""The demo's two tables: what the files are, and how their requests left the queue."""
+"""The demo's tables: the types of the files, and the batches that their requests formed."""
 
 from __future__ import annotations
 
@@ -14,76 +14,95 @@ from callers import Load
 from filetypes import Verdict
 
 SHOWN = 40
-OTHERS = 45  # characters that the other columns and the lines between them may take
+OTHER_COLUMNS = 45  # characters of the other columns and of the lines between columns
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One file of the first table; `checked` says that magika itself said the same."""
+    """A classified file; `checked`: magika gave the same answer."""
 
     name: str
     verdict: Verdict
     checked: bool
 
+    @property
+    def score(self) -> str:
+        """The score as text."""
+        return "too short" if self.verdict.score is None else f"{self.verdict.score:.4f}"
 
-def files_table(console: Console, lines: Sequence[Line]) -> None:
-    """The files, spread over the whole list where there are more than SHOWN, and a count of the rest."""
+
+def labels_table(console: Console, lines: Sequence[Line]) -> None:
+    """Print the labels with their number of files and their best example, the most frequent first."""
+    table = Table(title="\nFile types", title_justify="left")
+    table.add_column("label", no_wrap=True)
+    table.add_column("files", justify="right", no_wrap=True)
+    table.add_column("for example", no_wrap=True)
+    table.add_column("score", justify="right", no_wrap=True)
+    by_label: dict[str, list[Line]] = {}
+    for line in lines:
+        by_label.setdefault(line.verdict.label, []).append(line)
+    for label, files in sorted(by_label.items(), key=lambda item: -len(item[1])):
+        example = max(files, key=lambda line: line.verdict.score or 0.0)
+        name = _shortened(example.name, console.width - OTHER_COLUMNS)
+        table.add_row(label, str(len(files)), name, example.score)
+    console.print(table)
+
+
+def files_table(console: Console, lines: Sequence[Line], title: str) -> None:
+    """Print the files, at most SHOWN, evenly spread over the list."""
     step = max(1, -(-len(lines) // SHOWN))
     shown = lines[::step]
-    table = Table(title="Files", title_justify="left", row_styles=["", "dim"])
+    table = Table(title=title, title_justify="left", row_styles=["", "dim"])
     table.add_column("file", no_wrap=True)
     table.add_column("label", no_wrap=True)
     table.add_column("score", justify="right", no_wrap=True)
-    table.add_column("magika", no_wrap=True)
     for line in shown:
-        score = "too short" if line.verdict.score is None else f"{line.verdict.score:.4f}"
-        table.add_row(
-            _shortened(line.name, console.width - OTHERS),
-            line.verdict.label,
-            score,
-            "the same" if line.checked else "",
-        )
+        name = _shortened(line.name, console.width - OTHER_COLUMNS)
+        table.add_row(name, line.verdict.label, line.score)
     console.print(table)
     if len(shown) < len(lines):
-        console.print(f"and {len(lines) - len(shown)} more (one in {step} is shown)")
+        console.print(f"and {len(lines) - len(shown)} more")
 
 
 def timing_table(console: Console, load: Load) -> None:
-    """Batch sizes in powers of two, times as the server stated them, and the rate seen from here.
+    """Print the batch sizes and times that the server reported, and the rate.
 
     The rate is no benchmark: this client shares the machine's cores with the server.
     """
-    table = Table(title="\nBatches that formed", title_justify="left")
-    table.add_column("rows in the batch", justify="right")
+    table = Table(title="\nBatches", title_justify="left")
+    table.add_column("batch size", justify="right")
     table.add_column("batches", justify="right")
     table.add_column("requests", justify="right")
-    table.add_column("share of the requests")
+    table.add_column("share of requests")
     for (low, high), (batches, requests) in _bins(load.batch_rows).items():
         share = requests / load.requests
         sizes = str(low) if low == high else f"{low} to {high}"
         table.add_row(sizes, str(batches), str(requests), f"{'█' * round(30 * share)} {share:.0%}")
     console.print(table)
     if max(load.batch_rows) < load.in_flight / 2:
-        console.print("Batches stay small: timed at load, a row of this model got no cheaper in larger ones.")
-    for name, times in (("queue", load.queue_ms), ("compute", load.compute_ms)):
-        middle, late = np.percentile(times, [50, 95])
-        console.print(f"{name:>8}: median {middle:.2f} ms, 95th percentile {late:.2f} ms")
+        console.print(
+            "Batches stay small because this model gains nothing from larger ones on this machine: "
+            "cobatch measured its run time by batch size when it loaded the model."
+        )
+    for name, times in (("queued", load.queue_ms), ("execution", load.compute_ms)):
+        p50, p95 = np.percentile(times, [50, 95])
+        console.print(f"{name:>9}: p50 {p50:.1f} ms, p95 {p95:.1f} ms")
     console.print(
-        f"{load.requests:>8} requests in {load.seconds:.2f} s from {load.in_flight} callers at once: "
+        f"{load.requests:>9} requests from {load.in_flight} concurrent callers in {load.seconds:.2f} s: "
         f"{load.requests / load.seconds:.0f} requests/s"
     )
 
 
 def _shortened(name: str, width: int) -> str:
-    """The end of a long path says more than its beginning."""
+    """Shorten a long path at its beginning."""
     width = max(width, 20)
     return name if len(name) <= width else f"…{name[1 - width :]}"
 
 
 def _bins(batch_rows: Sequence[int]) -> dict[tuple[int, int], tuple[int, int]]:
-    """(smallest, largest size) -> (batches, requests), sizes in powers of two: 1, 2, 3-4, 5-8, ...
+    """Count batches and requests by (smallest, largest size), in powers of two: 1, 2, 3-4, 5-8, ...
 
-    Each request is one row, so `n` requests that rode in batches of `size` rows are `n / size` batches.
+    Each request is one row, so N requests in batches of `size` rows are N / `size` batches.
     """
     bins: dict[tuple[int, int], tuple[int, int]] = {}
     for size, requests in sorted(Counter(batch_rows).items()):

@@ -1,7 +1,7 @@
-"""Serves one model with the `cobatch` beside this interpreter and asks it one real question.
+"""Serve a model with the `cobatch` of this interpreter's environment, and send it one request.
 
-./scripts/test runs it with the Python of a throw-away environment that holds the built wheel and nothing
-of the source tree. Standard library only, for that reason. Usage: smoke.py MODEL.onnx
+./scripts/test runs it in a temporary environment that has the built wheel and nothing of the source tree, so
+it uses the standard library only. Usage: smoke.py MODEL.onnx
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from serving import Server, ServingError
 
 
 def ask(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """GET, or POST where there is a body; the answer's JSON."""
+    """Send a GET, or a POST if there is a body; return the JSON of the response."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310 (loopback)
     with urllib.request.urlopen(request, timeout=30.0) as response:  # noqa: S310 (loopback)
@@ -25,7 +25,7 @@ def ask(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def zeros(tensor: dict[str, Any], rows: int) -> dict[str, Any]:
-    """An input of zeros for what the model's metadata says of one of its tensors."""
+    """Return an input of zeros for a tensor of the model's metadata."""
     shape = [rows, *(max(1, axis) for axis in tensor["shape"][1:])]
     size = 1
     for axis in shape:
@@ -34,18 +34,18 @@ def zeros(tensor: dict[str, Any], rows: int) -> dict[str, Any]:
 
 
 def check(url: str) -> str:
-    """One infer request of two rows; what came back, for a person. ServingError where it is not right."""
+    """Send an infer request of two rows, and describe the outputs. Raises ServingError if they are wrong."""
     metadata = ask(f"{url}/v2/models/smoke")
     inputs = [zeros(tensor, rows=2) for tensor in metadata["inputs"]]
     answer = ask(f"{url}/v2/models/smoke/infer", {"inputs": inputs})
     for wanted, got in zip(metadata["outputs"], answer["outputs"], strict=True):
         if got["name"] != wanted["name"] or got["shape"][0] != 2 or not got["data"]:
-            raise ServingError(f"asked for {wanted}, got {got['name']} {got['shape']}")
+            raise ServingError(f"expected {wanted}, got {got['name']} {got['shape']}")
     return ", ".join(f"{got['name']} {got['datatype']} {got['shape']}" for got in answer["outputs"])
 
 
 def main() -> int:
-    """Exit status 0 when the question was answered and the server stopped as it should."""
+    """Return 0 if the request was answered and the server stopped with status 0."""
     model = Path(sys.argv[1])
     try:
         with Server([str(model), "--name", "smoke", "--port", "0"]) as server:
