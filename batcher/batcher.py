@@ -24,6 +24,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
+from cobatch.batcher.bundle import Bundle
 from cobatch.batcher.completion import Answers
 from cobatch.batcher.ending import Ending
 from cobatch.batcher.errors import BatcherError
@@ -196,25 +197,22 @@ class Batcher:
         """Why a request of so many rows, for so many callers, would not be accepted now, or None."""
         return self._admission.refusal(rows, tenant, callers, self._clock())
 
-    def submit(self, request: Request, *, counts: bool = True) -> None:
+    def submit(self, request: Request) -> None:
         """Queue a request. Raises what `refusal` says; then `request.done` is never called.
-
-        `counts`: whether a refusal is what its callers are told, and counted; not where each of them will be
-        tried by itself.
 
         The request's payloads must stay unchanged until it is done or cancelled.
         """
         request.enqueued_s = now_s = self._clock()
         admission, tenant = self._admission, request.tenant
         if self._padder is not None:
-            self._refuse(request, self._padder.assign(request), counts)
+            self._refuse(request, self._padder.assign(request))
         full = self._queue.rows >= admission.max_queue_rows or admission.closed is not None
         if full or tenant is not None or request.rows > 1:
             why = admission.refusal(request.rows, tenant, request.callers, now_s)
-            self._refuse(request, why, counts)
+            self._refuse(request, why)
         if request.timeout_s is not None or self._has_deadlines:
             why = admission.set_deadline(request, now_s, self._lanes.free_s, self._lanes.overhead_s)
-            self._refuse(request, why, counts)
+            self._refuse(request, why)
             if request.deadline_s < math.inf:
                 self._leaving.watch(request, now_s)
         if tenant is not None:
@@ -233,29 +231,17 @@ class Batcher:
             self._queue.push(part)
         self._scheduler.decide_later()
 
-    def _refuse(self, request: Request, why: BatcherError | None, counts: bool) -> None:
+    def _refuse(self, request: Request, why: BatcherError | None) -> None:
         """Count and raise the reason for not accepting it, if there is one."""
         if why is None:
             return
-        if counts:
+        # The members of a bundle are tried again, and counted, one by one.
+        if not isinstance(request, Bundle):
             self.counters.refused += request.callers
             self.counters.refusals[why.reason] += request.callers
             if request.tenant is not None:
                 request.tenant.usage.refused += request.callers
         raise why
-
-    def run_again(self, requests: list[Request], enqueued_s: float) -> None:
-        """Run rows that were accepted, in one request that failed, as requests of their own.
-
-        They are alike in shape and fit one batch. What was accepted is not asked for room again.
-        """
-        for request in requests:
-            request.state = State.RUNNING
-            request.enqueued_s = enqueued_s
-            if request.tenant is not None:
-                request.tenant.open_requests += request.callers
-        self._lanes.retries.append(requests)
-        self._scheduler.decide_later()
 
     def cancel(self, request: Request) -> None:
         """The caller does not want the answer any more. Harmless when it is already finished."""

@@ -15,6 +15,7 @@ from functools import partial
 from itertools import count
 from typing import Protocol
 
+from cobatch.batcher.bundle import Bundle
 from cobatch.batcher.completion import Answers
 from cobatch.batcher.errors import EngineGoneError
 from cobatch.batcher.request import Batch, Pad, Request, State, Timer
@@ -331,10 +332,15 @@ class Lanes:
             self._on_dead(lane, requests, error)
         elif len(batch.requests) > 1:
             # Also with one left: what failed may have been the rows of somebody who is gone by now.
-            half = len(requests) // 2
-            self.retries.extendleft(part for part in (requests[half:], requests[:half]) if part)
+            self._retry_halves(requests)
+        elif requests and isinstance(requests[0], Bundle):
+            self._retry_halves(requests[0].split())
         elif requests:
             self._answers.fail_run(requests[0], str(error))
+
+    def _retry_halves(self, requests: list[Request]) -> None:
+        half = len(requests) // 2
+        self.retries.extendleft(part for part in (requests[half:], requests[:half]) if part)
 
 
 def _note_failed(batch: Batch, requests: list[Request]) -> None:

@@ -23,7 +23,7 @@ from cobatch.server.api.routing import as_response
 from cobatch.server.api.v2 import v2_routes
 from cobatch.server.auth.gate import Gate
 from cobatch.server.batch.routes import BATCH, BatchRoute, batch_routes
-from cobatch.server.batch.spans import ItemsSeen
+from cobatch.server.batch.spans import ItemObserver
 from cobatch.server.dashboard import dashboard_routes
 from cobatch.server.dashboard.feed import Live
 from cobatch.server.edge.asgi import InferRoutes
@@ -95,8 +95,7 @@ def build(inference: Inference) -> ASGIApp:
     ]  # fmt: skip
     starlette = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     starlette.router.redirect_slashes = False
-    # Inside the gate: the items of a batch go through `starlette` with the principal of the call.
-    batch = BatchRoute(inference, starlette, ItemsSeen(history, tracer))
+    batch = BatchRoute(inference, ItemObserver(history, tracer))
     app: ASGIApp = InferRoutes(starlette, inference, {BATCH: batch})
     if inference.auth is not None:
         app = Gate(app, inference.auth, open_metrics=settings.metrics_open)

@@ -30,23 +30,27 @@ def json(value: object, status: int = 200) -> Response:
 
 
 def find(core: Inference, request: Request) -> Model:
-    """The model that the path names, and its version if the path names one, or a Problem."""
-    name = request.path_params["name"]
+    """The model that the path names, and its version if the path names one. Raises Problem."""
+    names = request.path_params
+    return find_model(core, principal_in(request.scope), names["name"], names.get("version"))
+
+
+def find_model(core: Inference, principal: Principal | None, name: str, version: str | None) -> Model:
+    """The model with this name, and this version unless it is None. Raises Problem."""
     model = core.models.get(name)
     if model is None:
-        raise Problem("unknown-model", f"there is no model {name!r}", model=name, models=_seen(core, request))
-    version = request.path_params.get("version", model.version)
-    if version != model.version:
+        models = _seen(core, principal)
+        raise Problem("unknown-model", f"there is no model {name!r}", model=name, models=models)
+    if version not in (None, model.version):
         detail = f"model {name!r} has no version {version!r}; it has {model.version!r}"
-        if core.auth is not None and principal_in(request.scope) is None:
+        if core.auth is not None and principal is None:
             raise Problem("unknown-version", f"model {name!r} has no version {version!r}", model=name)
         raise Problem("unknown-version", detail, model=name, version=version, versions=[model.version])
     return model
 
 
-def _seen(core: Inference, request: Request) -> list[str]:
+def _seen(core: Inference, principal: Principal | None) -> list[str]:
     """The models that the caller may know of."""
-    principal = principal_in(request.scope)
     if core.auth is None:
         return list(core.models)
     return [name for name in core.models if principal is not None and principal.may_read(name)]

@@ -1,66 +1,55 @@
-"""POST /batch: many requests in one call, each with an answer of its own.
+"""POST /batch: many V2 infer requests in one call, each with a response of its own.
 
-Infer items go to the handler core as the fast path's requests do. All of them are submitted before
-anything is awaited, so they stand in the queue together and ride in the same micro-batches. The other
-items that are allowed go through the application, each in a task of its own and with a scope made for
-it from the outer call's, so that its credentials hold for each. What is refused is the item, not the call.
+All items are submitted before anything is awaited, so they are in the queue together and share batches.
+Most items of a call are one row each for the same model and ask for nothing special: their rows go to the
+batcher as bundles (`batcher.bundle`). A refused item does not fail the call.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
-from msgspec import UNSET
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
+from cobatch.batcher.bundle import Bundle
+from cobatch.batcher.request import Request as BatcherRequest
+from cobatch.batcher.tenant import Tenant
+from cobatch.server.api.routing import find_model
 from cobatch.server.auth.principal import Principal, principal_in
-from cobatch.server.batch.bulk import Member, submit_alike
-from cobatch.server.batch.items import (
-    AnyItem,
-    InferItem,
-    SubCall,
-    body_of,
-    check_headers,
-    checked,
-    decode_batch,
-    decode_infer_batch,
-    encode_batch,
-    scope_of,
-)
-from cobatch.server.batch.spans import Items, ItemsSeen
-from cobatch.server.edge.exchange import EXCHANGE, Exchange, record_in
+from cobatch.server.batch.items import AnyItem, ParsedItem, decode_items, encode_batch, infer_target
+from cobatch.server.batch.spans import ItemObserver, Progress
+from cobatch.server.edge.exchange import record_in
 from cobatch.server.http.body import BodyError, read_body
 from cobatch.server.http.compression import compressed
-from cobatch.server.http.problem import Problem, from_error, stopping
-from cobatch.server.http.reply import JSON, PROBLEM, Reply, send_reply
+from cobatch.server.http.problem import Problem, from_error
+from cobatch.server.http.reply import JSON, Reply, send_reply
 from cobatch.server.http.request_id import new_id
 from cobatch.server.inference.model import Model
-from cobatch.server.inference.service import Inference, InferRequest, instance_of
+from cobatch.server.inference.service import Inference, InferRequest, encoding_failed, refused
 from cobatch.server.observability.record import RequestRecord
 from cobatch.server.observability.traffic import LEFT, LEFT_SLUG
 from cobatch.server.settings.auth import INFER
-from cobatch.server.v2.messages import InferMessage
-
-log = logging.getLogger("cobatch.batch")
+from cobatch.server.v2.decode import Decoded
 
 BATCH = "/batch"
-# How long a call may take before it is worth a task that notices the client leave.
+# Only after this time is a call worth a task that notices the client disconnect.
 WATCH_AFTER_S = 0.05
+# An item's place in the call, and its content.
+Member = tuple[int, Decoded]
 
 
 def batch_routes() -> list[Route]:
     """The route, for Starlette's 405. `BatchRoute` serves it: the router would cost as much as some items."""
 
     async def batch(request: Request) -> Response:
-        # Only with a line's end behind it, which Starlette's pattern lets through.
+        # Only with a line feed behind it, which Starlette's pattern accepts.
         path = request.url.path
         raise HTTPException(404, f"there is nothing at {path!r}")
 
@@ -68,12 +57,11 @@ def batch_routes() -> list[Route]:
 
 
 class BatchRoute:
-    """POST /batch as ASGI; `app` is the application for the items that are not infer requests."""
+    """POST /batch as ASGI."""
 
-    def __init__(self, core: Inference, app: ASGIApp, seen: ItemsSeen) -> None:
-        self._core = core
-        self._app = app
-        self._seen = seen
+    def __init__(self, inference: Inference, observer: ItemObserver) -> None:
+        self._inference = inference
+        self._observer = observer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -83,25 +71,14 @@ class BatchRoute:
         if reply is not None:
             await send_reply(reply, scope, send)
 
-    def _check(self, principal: Principal) -> None:
-        """Raises Problem for a caller of whom no item would be taken, before the body is read."""
-        if not principal.permissions:
-            raise self._core.forbidden(INFER)
-        tenant = principal.tenant
-        if tenant.limited:
-            refusal = tenant.refusal(1, 1, time.monotonic(), 0.0)
-            if refusal is not None:
-                raise from_error(refusal)
-
     async def _reply(self, scope: Scope, receive: Receive) -> Reply | None:
-        """The answer, None when the client has left. Raises Problem."""
-        settings = self._core.settings.server
-        if self._core.draining:
-            raise stopping()
+        """The response, None when the client has disconnected. Raises Problem."""
+        settings = self._inference.settings.server
         headers = dict(scope["headers"])
         principal = principal_in(scope)
-        if principal is not None:
-            self._check(principal)
+        problem = self._inference.admit_call(principal)
+        if problem is not None:
+            raise problem
         try:
             body = await read_body(headers, receive, settings.max_body_bytes)
         except BodyError as error:
@@ -111,77 +88,40 @@ class BatchRoute:
         record = record_in(scope) or RequestRecord("", "POST", BATCH, time.monotonic())
         if principal is not None:
             record.tenant = principal.tenant.name
-        call = _Call(self._core, self._app, scope, *_parse(self._core, body, settings.max_batch_items))
+        call = Call(self._inference, decode_items(body, settings.max_batch_items), principal)
         try:
-            replies = await call.answers(receive)
+            replies = await call.replies(receive)
             if replies is None:
                 return None
             record.request_id = record.request_id or new_id()
-            await self._seen.all_done(record, call, replies, time.monotonic())
+            await self._observer.call_done(record, call.progress, replies)
         finally:
-            call.let_go()
-        closing = any(reply.close for reply in replies)
-        text = encode_batch(call.items, replies, record.request_id.encode())
-        reply = Reply(200, JSON, (text,), close=closing)
+            call.release()
+        text = encode_batch(call.progress.items, replies, record.request_id.encode())
+        reply = Reply(200, JSON, (text,), close=any(reply.close for reply in replies))
         return await compressed(reply, headers.get(b"accept-encoding", b""), settings.compress_min_bytes)
 
 
-# For each item the model that it is for, None where that takes a closer look.
-_Models = Sequence[Model | None]
-
-
-def _parse(core: Inference, body: bytes | bytearray, limit: int) -> tuple[Sequence[AnyItem], _Models]:
-    """The items and their models. Raises Problem."""
-    quick = decode_infer_batch(body, limit)
-    if quick is not None:
-        models = _models_of(core, quick)
-        if all(model or item.message is UNSET for item, model in zip(quick, models, strict=True)):
-            return quick, models
-    items = decode_batch(body, limit)
-    return items, _models_of(core, items)
-
-
-def _models_of(core: Inference, items: Sequence[AnyItem]) -> _Models:
-    paths = core.infer_paths
-    return [paths.get(item.url) if item.method == "POST" and not item.headers else None for item in items]
-
-
-class _Call(Items):
+class Call:
     """One call's items on their way."""
 
-    def __init__(
-        self, core: Inference, app: ASGIApp, scope: Scope, items: Sequence[AnyItem], models: _Models
-    ) -> None:
-        super().__init__(items, models)
-        self._core = core
-        self._app = app
-        self._scope = scope
-        self._principal = principal_in(scope)
-        self._replies: list[Reply | None] = [None] * len(items)
+    def __init__(self, inference: Inference, items: Sequence[AnyItem], principal: Principal | None) -> None:
+        self.progress = Progress(items)
+        self._inference = inference
+        self._principal = principal
+        self._tenant = None if principal is None else principal.tenant
         self._open = len(items)
-        self._bytes = 0  # of the answers that came through the application
-        self._tasks: list[asyncio.Task[None]] = []
+        self._admitted: set[Model] = set()
+        self._submitted: list[tuple[Model, BatcherRequest]] = []
         self._watcher: asyncio.Task[None] | None = None
         self._done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
-    async def answers(self, receive: Receive) -> list[Reply] | None:
-        """All items' replies in order; None when the client left before there were all."""
-        models = self.models.copy()
-        for index, model in enumerate(models):
-            if model is None:
-                self._start_unusual(index, self.items[index])
-        # After the tasks are made: they run before the batcher, told by the first of these, decides.
-        alike: dict[Model, list[Member]] = {}
-        for index, (item, model) in enumerate(zip(self.items, models, strict=True)):
-            if model is not None and type(item) is InferItem and item.message is not UNSET:
-                alike.setdefault(model, []).append((item.message, index))
-            elif model is not None:
-                self._infer(index, item, model)
-        for model, members in alike.items():
-            self.together += submit_alike(self._core, model, members, self, self._principal)
+    async def replies(self, receive: Receive) -> list[Reply] | None:
+        """All items' replies in order; None when the client disconnected before the last one."""
+        self._submit_all()
         if self._open:
-            # Most are answered before anybody could have left, and a task costs as much as an item or two.
-            timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._watch_for_leaving, receive)
+            # Most calls end before a client could leave, and a task costs as much as an item or two.
+            timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._start_watching, receive)
             try:
                 if not await self._done:
                     self._count_left()
@@ -191,115 +131,163 @@ class _Call(Items):
                 if self._watcher is not None:
                     self._watcher.cancel()
                 if self._open:
-                    self._leave()
-        replies = [reply for reply in self._replies if reply is not None]
-        self._count(replies, time.monotonic() - self.began_s)
+                    self._cancel()
+        replies = [reply for reply in self.progress.replies if reply is not None]
+        self._count(replies, time.monotonic() - self.progress.began_s)
         return replies
 
-    def _count(self, replies: list[Reply], duration_s: float) -> None:
-        """Each infer item is a request for its model. It took as long as the call: nobody has it sooner."""
-        alike = set(self.models)
-        if len(alike) == 1 and None not in alike and not any(reply.slug for reply in replies):
-            (model,) = alike
-            model.traffic.count_alike(len(replies), duration_s)  # type: ignore[union-attr]  # not None
+    def release(self) -> None:
+        """Drop the requests, which refer to this call, without waiting for the garbage collector."""
+        self.progress.alone.clear()
+        self.progress.bundles.clear()
+        self._submitted.clear()
+
+    def _submit_all(self) -> None:
+        alike: dict[Model, list[Member]] = {}
+        for place, item in enumerate(self.progress.items):
+            try:
+                model = self._admitted_model(place, item)
+                if isinstance(item, ParsedItem):
+                    decoded = model.decoder.read((item.body, None, None))
+                else:
+                    decoded = model.decoder.decode(bytes(item.body), None)
+            except Exception as error:  # noqa: BLE001 - unexpected ones are logged there
+                self._refuse(place, error)
+                continue
+            if model.decoder.is_plain_row(decoded):
+                alike.setdefault(model, []).append((place, decoded))
+            else:
+                self._submit_alone(model, place, decoded)
+        for model, members in alike.items():
+            # In sizes that the policy calls full: larger batches gain nothing.
+            size = model.loaded_batcher.full_rows
+            for first in range(0, len(members), size):
+                self._submit_together(model, members[first : first + size])
+
+    def _admitted_model(self, place: int, item: AnyItem) -> Model:
+        """The model that an item is for, if it may enter. Raises Problem."""
+        inference, principal = self._inference, self._principal
+        plain = item.method == "POST" and not item.headers
+        model = inference.infer_paths.get(item.url) if plain else None
+        if model is None:
+            name, version = infer_target(item)
+            if principal is not None and not principal.may_infer(name):
+                raise inference.forbidden(INFER, name)
+            model = find_model(inference, principal, name, version)
+        self.progress.models[place] = model
+        if model not in self._admitted:
+            problem = inference.admit(model, principal)
+            if problem is not None:
+                raise problem
+            # Further items meet the batcher's own limits when they are submitted.
+            self._admitted.add(model)
+        return model
+
+    def _submit_alone(self, model: Model, place: int, decoded: Decoded) -> None:
+        try:
+            _check_json(decoded)
+            model.loaded_batcher.submit(self.request(model, place, decoded))
+        except Exception as error:  # noqa: BLE001 - unexpected ones are logged there
+            self._refuse(place, error)
+
+    def _submit_together(self, model: Model, members: list[Member]) -> None:
+        if len(members) == 1:
+            self._submit_alone(model, *members[0])
             return
-        for model, reply in zip(self.models, replies, strict=True):
-            if model is not None:
-                model.traffic.count(reply.status, reply.slug, duration_s)
+        bundle = InferBundle(self, model, members, self._tenant)
+        self.progress.bundles.append(bundle)
+        self._submitted.append((model, bundle))
+        bundle.enter(model.loaded_batcher.submit)
 
-    def _count_left(self) -> None:
-        """The client will not read any of the answers."""
-        for model in self.models:
-            if model is not None:
-                model.traffic.count(LEFT, LEFT_SLUG, 0.0)
+    def request(self, model: Model, place: int, decoded: Decoded) -> InferRequest:
+        """An item as a request of its own."""
+        request = InferRequest(model, decoded, partial(self.answer, place), self._tenant)
+        self.progress.alone[place] = request
+        self._submitted.append((model, request))
+        return request
 
-    def _watch_for_leaving(self, receive: Receive) -> None:
-        self._watcher = asyncio.create_task(self._watch(receive))
-
-    async def _watch(self, receive: Receive) -> None:
-        # After the body, the only thing that can be received is that the client has left.
-        await receive()
-        if not self._done.done():
-            self._done.set_result(False)
-
-    def _leave(self) -> None:
-        for request in [*self.together, *self.alone.values()]:
-            self._core.cancel(request)
-        for task in self._tasks:
-            task.cancel()
-
-    def answer(self, index: int, reply: Reply) -> None:
-        """An item's answer is there."""
-        self._replies[index] = reply
+    def answer(self, place: int, reply: Reply) -> None:
+        """Take an item's reply."""
+        self.progress.replies[place] = reply
         self._open -= 1
         if not self._open and not self._done.done():
             self._done.set_result(True)
 
-    def _infer(self, index: int, item: AnyItem, model: Model) -> None:
-        request = self._infer_as_known(model, body_of(item), partial(self.answer, index))
-        self._keep(index, request, item.url)
-
-    def by_itself(self, model: Model, member: Member) -> None:
-        """Ask for a member as if it had come alone."""
-        message, index = member
-        request = self._infer_as_known(model, message, partial(self.answer, index))
-        self._keep(index, request, instance_of(model))
-
-    def _infer_as_known(
-        self, model: Model, body: bytes | InferMessage, reply: Callable[[Reply], None]
-    ) -> InferRequest | None:
-        """As the caller of the batch, who may not use every model."""
-        principal = self._principal
-        if principal is not None and not principal.may_infer(model.name):
-            reply(self._core.forbidden(INFER, model.name).reply(instance=instance_of(model)))
-            return None
-        return self._core.infer(model, body, None, reply, principal)
-
-    def _keep(self, index: int, request: InferRequest | None, instance: str) -> None:
-        if request is None:
-            return
-        if any(binary for _, binary in request.wants):
-            self._core.cancel(request)
-            detail = "a batch's answers are JSON and carry no binary tensors"
-            self.answer(index, Problem("not-batchable", detail, field="body").reply(instance=instance))
-            return
-        self.runs(index, request)
-
-    def _start_unusual(self, index: int, item: AnyItem) -> None:
-        try:
-            if item.headers:
-                check_headers(item.headers)
-            path, query = checked(item)
-        except Problem as problem:
-            self.answer(index, problem.reply(instance=item.url.partition("?")[0]))
-            return
-        model = self._core.infer_paths.get(path) if item.method == "POST" else None
-        if model is not None:
-            self.models[index] = model
-            self._infer(index, item, model)
+    def _refuse(self, place: int, error: Exception) -> None:
+        model = self.progress.models[place]
+        if model is None:
+            path = self.progress.items[place].url.partition("?")[0]
+            self.answer(place, from_error(error).reply(instance=path))
         else:
-            through = self._through_app(index, item, path, query)
-            self._tasks.append(asyncio.create_task(through))
+            self.answer(place, refused(model, error, self._tenant))
 
-    async def _through_app(self, index: int, item: AnyItem, path: str, query: bytes) -> None:
-        sub_call = SubCall(body_of(item))
-        scope = scope_of(item, path, query, sub_call.body, self._scope)
-        record = self.records[index] = RequestRecord("", item.method, path, time.monotonic())
-        headers = dict(scope["headers"])
-        scope[EXCHANGE] = Exchange(scope, sub_call.send, record.received_s, headers, record=record)
+    def _count(self, replies: list[Reply], duration_s: float) -> None:
+        """Count each item for its model. It took as long as the call: no client has it sooner."""
+        models = set(self.progress.models)
+        if len(models) == 1 and None not in models and not any(reply.slug for reply in replies):
+            (model,) = models
+            model.traffic.count_alike(len(replies), duration_s)  # type: ignore[union-attr]  # not None
+            return
+        for model, reply in zip(self.progress.models, replies, strict=True):
+            if model is not None:
+                model.traffic.count(reply.status, reply.slug, duration_s)
+
+    def _count_left(self) -> None:
+        """Count all items: the client reads none of the replies."""
+        for model in self.progress.models:
+            if model is not None:
+                model.traffic.count(LEFT, LEFT_SLUG, 0.0)
+
+    def _start_watching(self, receive: Receive) -> None:
+        self._watcher = asyncio.create_task(self._watch(receive))
+
+    async def _watch(self, receive: Receive) -> None:
+        # After the body, the only message is that the client has disconnected.
+        await receive()
+        if not self._done.done():
+            self._done.set_result(False)
+
+    def _cancel(self) -> None:
+        for model, request in self._submitted:
+            model.loaded_batcher.cancel(request)
+
+
+def _check_json(decoded: Decoded) -> None:
+    if any(binary for _, binary in decoded.outputs):
+        detail = "a batch's answers are JSON and carry no binary tensors"
+        raise Problem("not-batchable", detail, field="body")
+
+
+class InferBundle(Bundle):
+    """Items of one call that are one plain row each for the same model."""
+
+    __slots__ = ("_call", "_members", "_model")
+
+    def __init__(self, call: Call, model: Model, members: list[Member], tenant: Tenant | None) -> None:
+        super().__init__(model.decoder.row_shapes, [decoded.payloads for _, decoded in members])
+        self.tenant = tenant
+        self._call = call
+        self._model = model
+        self._members = members
+
+    def separate(self) -> list[BatcherRequest]:
+        return [self._call.request(self._model, place, decoded) for place, decoded in self._members]
+
+    def done(self) -> None:
+        call, first_row, rows = self._call, self.first_row, self.rows
+        self.rows = 1  # to the encoder this is one request of one row after another
+        for place, decoded in self._members:
+            if self.error is not None:
+                call.progress.alone[place] = self
+            call.answer(place, self._reply(decoded))
+            self.first_row += 1
+        self.first_row, self.rows = first_row, rows
+
+    def _reply(self, decoded: Decoded) -> Reply:
+        model = self._model
+        if self.error is not None:
+            return from_error(self.error).reply(instance=model.infer_path)
         try:
-            await self._app(scope, sub_call.receive, sub_call.send)
-        except Exception:
-            log.exception("an item of a batch failed: %s %r", item.method, path)
-        del scope[EXCHANGE]  # or the two would keep each other until the next garbage collection
-        record.answered_s, record.slug = time.monotonic(), scope.get(PROBLEM, "")
-        record.route = getattr(scope.get("route"), "path", "")
-        reply = sub_call.reply()
-        self._bytes += reply.length
-        limit = self._core.settings.server.max_body_bytes
-        if self._bytes > limit:
-            # One kept answer asked for again and again would make a call's answer as large as one likes.
-            detail = "the answers of this batch are larger than a body may be"
-            problem = Problem("result-too-large", detail, body_bytes=self._bytes, limit_bytes=limit)
-            reply = problem.reply(instance=item.url)
-        self.answer(index, reply)
+            return model.encoder.encode(self, decoded.outputs, decoded.id)
+        except Exception as error:  # noqa: BLE001 - logged there
+            return encoding_failed(model, error)

@@ -132,8 +132,8 @@ KINDS = _table(
          "Give every item an id of its own. No item was run.",
          ("id",)),
     Kind("not-batchable", 400, "The request cannot be an item of a batch",
-         "An item of POST /batch has an address, a header or a body that batches do not take: absolute "
-         "addresses, batches in batches, headers beyond a few, binary tensors.",
+         "An item of POST /batch is a V2 infer request with tensors in JSON. This one has another address, "
+         "a header that items cannot have, or binary tensors.",
          "Send this request on its own; the other items of the batch are not affected.",
          ("field", "allowed")),
     # 400, 401, 403: who calls
@@ -269,7 +269,7 @@ KINDS = _table(
          "in the server's log beside the engine's message.",
          ("model", "reference")),
     Kind("result-too-large", 500, "The answer was too large to be kept",
-         "It was made, but is larger than what may be kept (kept_bytes), or than a batch call may answer.",
+         "It was made, but is larger than what may be kept (kept_bytes).",
          "Ask for fewer outputs, for top_k, or for fewer rows; or wait for the answer without "
          "`Prefer: respond-async`.",
          ("body_bytes", "limit_bytes")),

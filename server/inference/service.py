@@ -26,7 +26,7 @@ from cobatch.server.observability.record import RequestRecord
 from cobatch.server.settings.auth import INFER
 from cobatch.server.settings.schema import Settings
 from cobatch.server.v2.decode import Decoded, WantedOutputs
-from cobatch.server.v2.messages import Body, InferMessage
+from cobatch.server.v2.messages import Body
 
 log = logging.getLogger("cobatch.server")
 
@@ -180,7 +180,7 @@ class Inference:
     def infer(
         self,
         model: Model,
-        body: Body | InferMessage,
+        body: Body,
         json_length: int | None,
         reply: Callable[[Reply], None],
         principal: Principal | None,
@@ -188,8 +188,8 @@ class Inference:
     ) -> InferRequest | None:
         """Decode and submit. `reply` is called exactly once, at once or later, unless cancelled.
 
-        None when it was called already. `json_length` is Inference-Header-Content-Length's value. A body
-        that is parsed already comes as its message. `record` gets what there is to say of it.
+        None when it was called already. `json_length` is Inference-Header-Content-Length's value. `record`
+        gets what there is to say of it.
         """
         tenant = None if principal is None else principal.tenant
         problem = self.admit(model, principal)
@@ -197,19 +197,16 @@ class Inference:
             reply(problem.reply(instance=model.infer_path))
             return None
         try:
-            if type(body) is InferMessage:
-                decoded = model.decoder.read((body, None, None))
-            else:
-                decoded = model.decoder.decode(body, json_length)  # type: ignore[arg-type]  # no message
+            decoded = model.decoder.decode(body, json_length)
             request = InferRequest(model, decoded, reply, tenant)
             if record is not None:
                 request.record = record
                 record.rows = request.rows
             model.batcher.submit(request)  # type: ignore[union-attr]  # None is never admitted
             return request
-        except Exception as error:  # noqa: BLE001 - `_refused` logs what is not expected
+        except Exception as error:  # noqa: BLE001 - `refused` logs what is not expected
             # No name for the problem here: its traceback holds this frame, and the frame would hold it.
-            reply(_refused(model, error, tenant))
+            reply(refused(model, error, tenant))
             return None
 
     def cancel(self, request: ModelRequest) -> None:
@@ -219,7 +216,8 @@ class Inference:
         batcher.cancel(request)
 
 
-def _refused(model: Model, error: Exception, tenant: Tenant | None) -> Reply:
+def refused(model: Model, error: Exception, tenant: Tenant | None) -> Reply:
+    """The reply to a request that was not accepted. The log says why where that is unexpected."""
     problem = from_error(error)
     if problem.kind.slug == "internal":
         whose = "" if tenant is None else f" of tenant {tenant.name}"

@@ -59,10 +59,11 @@ def add_examples(operations: Mapping[str, Json], models: LoadedModels) -> None:
                 content.setdefault("examples", {})[key] = example
     shown = models.shown
     if shown is not None:
-        predict = prediction(models.signatures[shown.name])
-        item = {"method": "POST", "url": f"/v1/models/{shown.name}/predictions", "body": predict}
+        message = infer_json(models.signatures[shown.name])
+        item = {"method": "POST", "url": f"/v2/models/{shown.name}/infer", "body": message}
         batch = operations["batch"]["requestBody"]["content"][JSON]["examples"]["two"]["value"]
-        batch["requests"].append({"id": "predict", **item})
+        if message is not None:
+            batch["requests"] += [{"id": "first", **item}, {"id": "second", **item}]
     for id_, answer in _answers(models).items():
         operations[id_]["responses"]["200"]["content"][JSON]["example"] = answer
     # Examples in operations.json have another model's name.

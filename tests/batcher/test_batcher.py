@@ -566,27 +566,6 @@ def test_a_part_whose_rows_cannot_be_copied_fails_the_whole(monkeypatch: pytest.
     run(main())
 
 
-def test_rows_that_are_run_again_need_no_room() -> None:
-    async def main() -> None:
-        engine = FakeEngine(max_batch_size=4, slots=1)
-        engine.fails = lambda rows: EngineRunError("poisoned") if (rows == -666).any() else None
-        batcher = make_batcher(FakeWorker(engine), max_queue_rows=1)
-        (queued,) = calls(1)
-        batcher.submit(queued)
-        apart = [Call([[-666 if n == 2 else n]]) for n in range(4)]
-        batcher.run_again(list(apart), 0.0)
-        drained = asyncio.ensure_future(batcher.drain(10))
-        assert await drained
-        queued.check()
-        for n, caller in enumerate(apart):
-            if n == 2:
-                assert isinstance(caller.answer, BatchFailedError)
-            else:
-                caller.check()
-
-    run(main())
-
-
 def constant(run_s: float, rows: int) -> float:
     return run_s
 

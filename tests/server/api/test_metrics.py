@@ -117,8 +117,8 @@ def test_each_item_of_a_batch_is_a_request(gates: Gated) -> None:
     urls = (GATE, GATE, GATE.replace("gate", "g%61te"))
     good = [{"id": str(n), "method": "POST", "url": url, "body": rows_of(1)} for n, url in enumerate(urls)]
     bad = {"id": "bad", "method": "POST", "url": GATE, "body": {"inputs": []}}
-    health = {"id": "health", "method": "GET", "url": "/v2/health/live"}
-    assert served.ask(post("/batch", {"requests": [*good, bad, health]})).status == 200
+    other = {"id": "health", "method": "GET", "url": "/v2/health/live"}
+    assert served.ask(post("/batch", {"requests": [*good, bad, other]})).status == 200
     alike = [{**good[0], "id": str(n)} for n in range(7)]
     assert served.ask(post("/batch", {"requests": alike})).status == 200
     now = scrape(served)

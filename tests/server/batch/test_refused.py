@@ -1,10 +1,9 @@
-"""What POST /batch does not take: items, each for itself, and whole calls."""
+"""Items of POST /batch that are refused, each by itself, and calls that are refused as a whole."""
 
 from __future__ import annotations
 
 import gzip
 import json
-from typing import Any
 
 import pytest
 
@@ -16,7 +15,8 @@ from tests.support.http.serving import GATE, rows_of
 @pytest.mark.parametrize(
     "url",
     ["/batch", "/problems", "http://test" + GATE, "//test" + GATE, "v2", "", "/v2/../batch", "/openapi.json",
-     "/v2/health", GATE + "/", "/v2/models/a/b/infer", "/v2/models/stats/x", GATE + "#x", "/v2\n", "\ud7ff"],
+     "/v2/health", GATE + "/", "/v2/models/a/b/infer", "/v2/models/stats/x", GATE + "#x", GATE + "\n", "/v2",
+     "/v2/models/gate", "/v2/health/ready", "/v1/models/gate/predictions", "/v1/predictions/x", "\ud7ff"],
 )  # fmt: skip
 @pytest.mark.parametrize("method", ["GET", "POST"])
 async def test_other_addresses_are_refused(url: str, method: str) -> None:
@@ -27,22 +27,27 @@ async def test_other_addresses_are_refused(url: str, method: str) -> None:
         assert data(answers[1]) == [2]
 
 
-@pytest.mark.parametrize(
-    ("item", "allow"),
-    [(get(GATE), "POST"), ({**infer(0), "url": "/v2"}, "GET"), (get("/v2", method="get"), "GET"),
-     (get("/v2/models/gate", method="DELETE"), "GET")],
-)  # fmt: skip
-async def test_other_methods_are_refused(item: dict[str, Any], allow: str) -> None:
+@pytest.mark.parametrize("method", ["GET", "DELETE", "post", ""])
+async def test_other_methods_are_refused(method: str) -> None:
     async with gated() as (running, _):
-        (answer,) = await ask(running, item)
+        (answer,) = await ask(running, infer(0, method=method))
         assert slug(answer) == "method-not-allowed"
-        assert answer["headers"]["allow"] == allow
+        assert answer["headers"]["allow"] == "POST"
+
+
+async def test_unknown_models_and_versions_are_refused() -> None:
+    async with gated() as (running, _):
+        urls = ["/v2/models/none/infer", "/v2/models/gate/versions/2/infer"]
+        answers = await ask(running, *[{**infer(n), "url": url} for n, url in enumerate(urls)])
+        alone = [(await running.http.post(url, json=rows_of(1))).json() for url in urls]
+    assert [each["body"] for each in answers] == alone
+    assert [slug(each) for each in answers] == ["unknown-model", "unknown-version"]
 
 
 @pytest.mark.parametrize(
     "headers",
     [{"Authorization": "x"}, {"Content-Encoding": "gzip"}, {"Inference-Header-Content-Length": "1"},
-     {"content-type": "application/octet-stream"}],
+     {"content-type": "application/octet-stream"}, {"Prefer": "respond-async"}, {"Idempotency-Key": "k"}],
 )  # fmt: skip
 async def test_other_headers_are_refused(headers: dict[str, str]) -> None:
     async with gated() as (running, _):

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
+from cobatch.engines.base import Signature, TensorSpec
 from cobatch.engines.errors import EngineDeadError, EngineRunError
 from cobatch.server.settings.schema import ModelSettings
 from tests.support.http import serving
 from tests.support.http.batching import ask, data, get, infer, slug
 from tests.support.http.in_process import gated, in_process
-from tests.support.http.serving import GATE, rows_of
+from tests.support.http.serving import GATE, GatedEngine, rows_of
 from tests.support.models import models
 
 
@@ -24,22 +25,20 @@ async def test_each_item_has_its_own_answer_in_order() -> None:
         answers = await ask(
             running,
             infer(1),
-            get("/v2/models/gate"),
+            infer(6, method="GET"),
             {**infer(2), "body": {"inputs": []}},
             infer(3, 30, 31),
             {**infer(4), "url": "/v2/models/none/infer"},
-            get("/v2/health/ready"),
             infer(5),
         )
         assert data(answers[0]) == [2]
         assert answers[0]["headers"]["content-type"] == "application/json"
         assert answers[0]["headers"]["server-timing"].startswith("queue;dur=")
-        assert answers[1]["body"] == (await running.http.get("/v2/models/gate")).json()
+        assert slug(answers[1]) == "method-not-allowed"
         assert slug(answers[2]) == "missing-tensor"
         assert data(answers[3]) == [60, 62]
         assert slug(answers[4]) == "unknown-model"
-        assert answers[5]["body"] == {"ready": True}
-        assert data(answers[6]) == [10]
+        assert data(answers[5]) == [10]
 
 
 async def test_an_item_is_answered_with_the_very_bytes_that_its_own_call_gets() -> None:
@@ -97,7 +96,7 @@ async def test_whatever_is_said_of_a_message_is_said_of_it_as_an_item(together: 
 
 async def test_items_ride_in_the_same_batches() -> None:
     async with gated() as (running, engine):
-        answers = await ask(running, *map(infer, range(3)), get("/v2"), *map(infer, range(3, 10)))
+        answers = await ask(running, *map(infer, range(3)), get(GATE), *map(infer, range(3, 10)))
         assert engine.ran == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
         assert answers[0]["headers"]["server-timing"].endswith("batch;desc=4, reason;desc=full")
 
@@ -136,8 +135,7 @@ async def test_a_dead_engine(caplog: pytest.LogCaptureFixture) -> None:
     async with gated() as (running, engine):
         engine.fails = lambda rows: EngineDeadError("gone")
         answers = await ask(running, infer(0), get("/v2"))
-        assert slug(answers[0]) == "engine-dead"
-        assert answers[1]["status"] == 200
+        assert [slug(each) for each in answers] == ["engine-dead", "not-batchable"]
 
 
 async def test_urls_may_be_quoted_and_versioned_and_have_a_query() -> None:
@@ -151,8 +149,8 @@ async def test_urls_may_be_quoted_and_versioned_and_have_a_query() -> None:
 async def test_plain_headers_are_taken() -> None:
     headers = {"Content-Type": "application/json; charset=utf-8", "ACCEPT": "*/*"}
     async with gated() as (running, _):
-        answers = await ask(running, infer(1, headers=headers), get("/v2", headers=headers))
-        assert [each["status"] for each in answers] == [200, 200]
+        (answer,) = await ask(running, infer(1, headers=headers))
+        assert data(answer) == [2]
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -164,7 +162,7 @@ def test_over_sockets(fast: bool) -> None:
         for _ in range(2):
             answers = client.ask(serving.post("/batch", {"requests": items})).json["responses"]
             assert [data(each) for each in answers[:6]] == [[2 * n] for n in range(6)]
-            assert [each["status"] for each in answers[6:]] == [200, 400]
+            assert [each["status"] for each in answers[6:]] == [400, 400]
         assert engine.ran == [[0, 1, 2, 3], [4, 5]] * 2
 
 
@@ -201,3 +199,53 @@ async def test_while_draining() -> None:
         assert slug(response) == "draining"
         assert response.headers["connection"] == "close"
         assert response.headers["retry-after"] == "1"
+
+
+# Items that are one plain row each of a fixed shape go to the batcher together.
+
+
+class FixedEngine(GatedEngine):
+    """The same engine with rows of one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.signature = Signature((TensorSpec("x", "INT64", (1,)),), (TensorSpec("y", "INT64", (1,)),))
+
+
+async def test_alike_items_have_answers_of_their_own() -> None:
+    async with gated(engine=FixedEngine()) as (running, engine):
+        answers = await ask(running, *map(infer, range(6)), infer(6, 60, 61), infer(7))
+        assert [data(each) for each in answers] == [*([2 * n] for n in range(6)), [120, 122], [14]]
+        assert sorted(row for rows in engine.ran for row in rows) == [0, 1, 2, 3, 4, 5, 7, 60, 61]
+        assert running.batcher().counters.accepted == 8
+
+
+async def test_an_alike_item_that_the_engine_fails_on_fails_alone() -> None:
+    async with gated(engine=FixedEngine()) as (running, engine):
+        engine.fails = lambda rows: EngineRunError("no twos") if (rows == 2).any() else None
+        answers = await ask(running, *map(infer, range(4)))
+        assert [each["status"] for each in answers] == [200, 200, 500, 200]
+        assert slug(answers[2]) == "run-failed"
+        assert [data(answers[n]) for n in (0, 1, 3)] == [[0], [2], [6]]
+        assert running.batcher().counters.failed == 1
+
+
+async def test_alike_items_beyond_the_queue_are_refused_each_for_itself() -> None:
+    async with gated(engine=FixedEngine(), max_queue_rows=3) as (running, _):
+        answers = await ask(running, *map(infer, range(4)))
+        assert [each["status"] for each in answers] == [200, 200, 200, 429]
+        assert slug(answers[3]) == "queue-full"
+        counters = running.batcher().counters
+        assert (counters.accepted, counters.refused) == (3, 1)
+
+
+async def test_alike_items_that_cannot_be_in_time_are_refused_each(tmp_path: Path) -> None:
+    """The model's own deadline is shorter than its runs have become."""
+    path = models.write(tmp_path, models.negate(width=3), "negate.onnx")
+    async with in_process(ModelSettings(path=path, threads=1, deadline_ms=50.0)) as running:
+        for n in range(400):
+            running.batcher("negate").latency.observe(1 << n % 7, 1.0, n * 0.05)
+        url = "/v2/models/negate/infer"
+        items = [{"id": str(n), "url": url, "method": "POST", "body": {"inputs": [X]}} for n in range(10)]
+        answers = await ask(running, *items)
+        assert [each["status"] for each in answers] == [504] * 10

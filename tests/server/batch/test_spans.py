@@ -23,12 +23,6 @@ from tests.support.http.serving import get as get_request
 from tests.support.models import models
 
 BOTH = pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
-PREDICTION = {
-    "id": "p",
-    "url": "/v1/models/gate/predictions",
-    "method": "POST",
-    "body": {"inputs": {"x": [[1], [2]]}},
-}
 
 
 def ask(served: Served, *items: dict[str, Any], **headers: str) -> tuple[str, list[Any]]:
@@ -93,23 +87,33 @@ def test_items_that_travel_together_too(fast: bool, tmp_path: Path) -> None:
     assert [(one["batches"][0]["rows"], one["batches"][0]["requests"]) for one in found] == [(4, 4)] * 4
 
 
+def test_a_larger_item_beside_items_that_travel_together(tmp_path: Path) -> None:
+    two = negated(7)
+    two["body"]["inputs"][0] |= {"shape": [2, 3], "data": [7, 2, 3, 8, 2, 3]}
+    with negating(True, tmp_path) as served:
+        call, answers = ask(served, negated(0), two, negated(1))
+        found = [explained(served, f"{call}.{n}") for n in range(3)]
+    assert [answer["body"]["outputs"][0]["data"][0] for answer in answers] == [0, -7, -1]
+    assert [one["rows"] for one in found] == [1, 2, 1]
+    assert [(one["batches"][0]["rows"], one["batches"][0]["requests"]) for one in found] == [(4, 3)] * 3
+
+
 @BOTH
 def test_all_others_have_records(fast: bool) -> None:
     with gated(fast) as (served, _):
         split = infer(0, *range(6))
         bad = {**infer(1), "body": {"inputs": []}}
         strange = {**get("/nothing/" + "x" * 5000), "id": "s"}
-        items = (infer(9), split, bad, strange, PREDICTION, get("/v2/models/none"))
+        items = (infer(9), split, bad, strange, infer(4, url="/v2/models/none/infer"))
         call, _ = ask(served, *items, **{"X-Request-Id": "mine"})
         assert call == "mine"
-        found = [explained(served, f"mine.{n}") for n in range(6)]
-    assert [one["status"] for one in found] == [200, 200, 400, 400, 200, 404]
+        found = [explained(served, f"mine.{n}") for n in range(5)]
+    assert [one["status"] for one in found] == [200, 200, 400, 400, 404]
     problems = [one.get("problem", "") for one in found]
-    assert problems == ["", "", "missing-tensor", "not-batchable", "", "unknown-model"]
-    assert [len(one.get("batches", ())) for one in found] == [1, 2, 0, 0, 1, 0]
-    assert [one.get("rows") for one in found] == [1, 6, None, None, 2, None]
-    assert [one.get("model") for one in found] == ["gate", "gate", "gate", None, "gate", None]
-    assert found[4]["path"] == PREDICTION["url"]
+    assert problems == ["", "", "missing-tensor", "not-batchable", "unknown-model"]
+    assert [len(one.get("batches", ())) for one in found] == [1, 2, 0, 0, 0]
+    assert [one.get("rows") for one in found] == [1, 6, None, None, None]
+    assert [one.get("model") for one in found] == ["gate", "gate", "gate", None, None]
     assert len(found[3]["path"]) == 500
 
 
@@ -175,7 +179,7 @@ def test_a_span_for_each_item_inside_the_calls() -> None:
 
     with receiver() as got, gated(True, tracing=True, trace_endpoint=got.endpoint) as (served, _):
         call, _ = ask(served, *map(infer, range(5)), {**infer(7), "body": {"inputs": []}})
-        mixed, _ = ask(served, infer(0, *range(6)), PREDICTION, get("/v2/models/gate"))
+        mixed, _ = ask(served, infer(0, *range(6)), infer(1, 1, 2), get("/v2/models/gate"))
     (first, second) = sorted(got.named("POST /batch"), key=lambda one: one.start_time_unix_nano)
     by_id = {
         attributes(one)["cobatch.request.id"]: one for one in got.spans if attributes(one).get("url.path")
@@ -188,8 +192,8 @@ def test_a_span_for_each_item_inside_the_calls() -> None:
     }
     names = {f"{call}.{n}": "POST /v2/models/{name}/infer" for n in range(6)} | {
         f"{mixed}.0": "POST /v2/models/{name}/infer",
-        f"{mixed}.1": "POST /v1/models/{name}/predictions",
-        f"{mixed}.2": "GET /v2/models/{name}",
+        f"{mixed}.1": "POST /v2/models/{name}/infer",
+        f"{mixed}.2": "GET",
     }
     links = []
     for one, name in names.items():
