@@ -31,8 +31,7 @@ from benchmarks.request_cost.floor_app import make_app
 from cobatch.engines import loader
 from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec
 from cobatch.server.edge.asgi import InferRoutes
-from cobatch.server.memory import keep_freed_memory
-from cobatch.server.serve import Server
+from cobatch.server.serve import Server, keep_freed_memory
 from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings
 
 MODEL = "tiny"
@@ -195,7 +194,7 @@ async def serving(
     http = ServerSettings(fast_path=fast_path, keep_alive_s=_KEEP_ALIVE_S)
     server = Server(Settings(server=http, models=settings))
     loaded = asyncio.Event()
-    server.core.on_ready = loaded.set
+    server.inference.on_ready = loaded.set
     app: Any = server.config.app
     while not isinstance(app, InferRoutes):
         app = app.app

@@ -1,7 +1,7 @@
-"""`cobatch build`: from an ONNX file to a plan for this machine's GPU, with a progress bar.
+"""`cobatch build`: from an ONNX file to a TensorRT plan for this machine's GPU, with a progress bar.
 
-Ctrl-C ends a build at its next step. The signal's handler only notes it: an exception raised while
-TensorRT is above on the stack would end the process without a word.
+Ctrl-C ends a build at its next step. The signal's handler only sets a flag: an exception raised inside
+TensorRT's calls would end the process without a message.
 """
 
 import contextlib
@@ -12,15 +12,21 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from cobatch.engines.errors import EngineError
+from cobatch.engines.tensorrt.api import load_tensorrt
+from cobatch.engines.tensorrt.plans import build as building
+from cobatch.engines.tensorrt.plans import manifest as manifests
+from cobatch.engines.tensorrt.plans.build import BuildOptions
+from cobatch.engines.tensorrt.plans.cache import PLAN_SUFFIXES
+from cobatch.engines.tensorrt.plans.manifest import Manifest
 from cobatch.server.console import end
-
-if TYPE_CHECKING:
-    from cobatch.engines.tensorrt.plans.build import BuildOptions
-    from cobatch.engines.tensorrt.plans.manifest import Manifest
 
 _PROFILE_HELP = (
     "Shapes to build for, once for each profile: MIN/OPT/MAX rows (1/8/64), or "
@@ -34,41 +40,38 @@ def build(
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="The plan (default: MODEL's .plan).")
     ] = None,
     max_batch_size: Annotated[
-        int, typer.Option(metavar="ROWS", min=1, max=65536, help="Most rows in a batch.")
+        int, typer.Option(metavar="ROWS", min=1, max=65536, help="Largest batch, in rows.")
     ] = 64,
     opt_batch_size: Annotated[
         int | None,
-        typer.Option(metavar="ROWS", min=1, help="Rows to choose kernels for (default: the most)."),
+        typer.Option(metavar="ROWS", min=1, help="Rows to choose kernels for (default: the largest batch)."),
     ] = None,
     profile: Annotated[list[str] | None, typer.Option(metavar="SPEC", help=_PROFILE_HELP)] = None,
     workspace_mb: Annotated[
-        int | None, typer.Option(metavar="MB", min=1, help="Most memory a layer may take to work in.")
+        int | None, typer.Option(metavar="MB", min=1, help="Most scratch memory of a layer.")
     ] = None,
     timing_cache: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="Measured kernels, read and written back: later builds are quicker."
-        ),
+        typer.Option(metavar="FILE", help="File of kernel timings, read and updated; speeds later builds."),
     ] = None,
     hardware_compatible: Annotated[
         bool, typer.Option("--hardware-compatible", help="For every GPU from Ampere on; may run slower.")
     ] = False,
     version_compatible: Annotated[
         bool,
-        typer.Option("--version-compatible", help="For later TensorRTs too; serve it with --plan-host-code."),
+        typer.Option(
+            "--version-compatible", help="For later TensorRT versions too; serve it with --plan-host-code."
+        ),
     ] = False,
     runtime: Annotated[
-        str, typer.Option(metavar="tensorrt|tensorrt-rtx", help="What builds, and is to run it.")
+        str, typer.Option(metavar="tensorrt|tensorrt-rtx", help="Library that builds and runs the plan.")
     ] = "tensorrt",
 ) -> None:
     """Build a TensorRT plan from an ONNX model, for the GPU of this machine.
 
-    A manifest, FILE.json, is written beside it: what the plan was made from and where it runs. With several
-    GPUs, CUDA_VISIBLE_DEVICES says which.
+    Writes a manifest, FILE.json, beside it: the plan's source, and where it runs. With several GPUs,
+    CUDA_VISIBLE_DEVICES selects one.
     """
-    from cobatch.engines.errors import EngineError
-    from cobatch.engines.tensorrt.plans.build import BuildOptions
-
     logging.basicConfig(level="WARNING", format="cobatch: %(message)s")
     plan = output or model.with_suffix(".plan")
     _check_files(model, plan)
@@ -82,20 +85,18 @@ def build(
         version_compatible=version_compatible,
         runtime=runtime,
     )
-    began = time.monotonic()
+    start_s = time.monotonic()
     try:
         manifest = _build(model, plan, options)
     except EngineError as error:
         raise end(str(error), 1) from None
     except OSError as error:
         raise end(f"cannot write {plan}: {error.strerror}", 1) from None
-    typer.echo(_told(plan, manifest, time.monotonic() - began))
+    typer.echo(_summary(plan, manifest, time.monotonic() - start_s))
 
 
 def _check_files(model: Path, plan: Path) -> None:
-    """What can be known before a build that may take minutes."""
-    from cobatch.engines.tensorrt.plans.cache import PLAN_SUFFIXES
-
+    """Refuse early: a build may take minutes."""
     if not model.is_file():
         raise end(f"{model}: {'a folder' if model.is_dir() else 'no file there'}", 1)
     if plan.suffix not in PLAN_SUFFIXES:
@@ -104,13 +105,9 @@ def _check_files(model: Path, plan: Path) -> None:
         raise end(f"cannot write into {plan.parent}", 1)
 
 
-def _build(model: Path, plan: Path, options: "BuildOptions") -> "Manifest":
-    from cobatch.engines.tensorrt.api import load_tensorrt
-    from cobatch.engines.tensorrt.plans import build as building
-    from cobatch.engines.tensorrt.plans import manifest as manifests
-
+def _build(model: Path, plan: Path, options: BuildOptions) -> Manifest:
     machine = manifests.this_machine(load_tensorrt(options.runtime))
-    asked = manifests.wanted(model, machine, options)
+    wanted = manifests.wanted(model, machine, options)
     with _interruptible() as interrupted, _bar(model.name) as show:
 
         def progress(phase: str, fraction: float) -> bool:
@@ -118,39 +115,34 @@ def _build(model: Path, plan: Path, options: "BuildOptions") -> "Manifest":
             return not interrupted()
 
         try:
-            made = building.build(model, options, progress)
+            built = building.build(model, options, progress)
         except Exception:
             if interrupted():
                 raise end("interrupted", 130) from None
             raise
-    manifest = manifests.built(asked, made)
-    manifests.write_plan(plan, made.plan, manifest)
+    manifest = manifests.built(wanted, built)
+    manifests.write_plan(plan, built.plan, manifest)
     return manifest
 
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT has come; it interrupts nothing by itself."""
-    came = False
+    """Yield a function that returns True once SIGINT has arrived; the signal itself interrupts nothing."""
+    signals: list[int] = []
 
-    def note(_number: int, _frame: FrameType | None) -> None:
-        nonlocal came
-        came = True
+    def note(number: int, _frame: FrameType | None) -> None:
+        signals.append(number)
 
     before = signal.signal(signal.SIGINT, note)
     try:
-        yield lambda: came
+        yield lambda: bool(signals)
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager
 def _bar(name: str) -> Iterator[Callable[[str, float], None]]:
-    """A bar on stderr; nothing where that is not a terminal."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
+    """Show a bar on stderr if that is a terminal."""
     console = Console(stderr=True)
     columns = (
         TextColumn(escape(name)),
@@ -164,15 +156,13 @@ def _bar(name: str) -> Iterator[Callable[[str, float], None]]:
         yield lambda phase, fraction: progress.update(task, completed=fraction, phase=phase)
 
 
-def _told(plan: Path, manifest: "Manifest", seconds: float) -> str:
-    where = f"{manifest.runtime} {manifest.version}"
+def _summary(plan: Path, manifest: Manifest, seconds: float) -> str:
+    gpus = f"{manifest.gpu} (compute capability {manifest.compute_capability})"
     if "AMPERE_PLUS" in manifest.flags:
-        where += ", GPUs from Ampere on"
-    else:
-        where += f", {manifest.gpu} (compute capability {manifest.compute_capability})"
-    lines = [f"{plan}: {plan.stat().st_size / 1e6:.1f} MB in {seconds:.1f} s, for {where}"]
-    if manifest.profiles:
-        lines += [f"  profile {profile}" for profile in manifest.profiles]
-    else:
+        gpus = "GPUs from Ampere on"
+    size = f"{plan.stat().st_size / 1e6:.1f} MB in {seconds:.1f} s"
+    lines = [f"{plan}: {size}, for {manifest.runtime} {manifest.version}, {gpus}"]
+    lines += [f"  profile {profile}" for profile in manifest.profiles]
+    if not manifest.profiles:
         lines.append(f"  batch fixed at {manifest.max_batch_size} rows")
     return "\n".join(lines)

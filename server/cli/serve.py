@@ -35,6 +35,8 @@ def serve(*, config: Path | None, check: bool, **flags: object) -> None:
         _check_tls(settings.server.tls_cert, settings.server.tls_key)
     if check and settings.auth is not None:
         _check_keys(settings.auth, errors)
+    if check and not errors:
+        _check_libraries(settings, errors)
     if errors:
         for message in errors.messages:
             typer.echo(f"cobatch: {message}", err=True)
@@ -80,6 +82,14 @@ def _check_keys(auth: AuthSettings, errors: Errors) -> None:
     with errors:
         if auth.api_keys_file:
             ApiKeys.read(Path(auth.api_keys_file))
+
+
+def _check_libraries(settings: Settings, errors: Errors) -> None:
+    """Make the application, which refuses settings whose libraries are not installed. Starts nothing."""
+    from cobatch.server.app import create_app  # noqa: PLC0415 - only with --check
+
+    with errors:
+        create_app(settings)
 
 
 def _warn_if_open(settings: Settings) -> None:

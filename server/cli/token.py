@@ -1,13 +1,15 @@
-"""The `cobatch token` commands: keys, tokens and API keys for development, and the configuration for them.
+"""`cobatch token`: keys, tokens and API keys for development, and the configuration for them.
 
-They stand in for an issuer where there is none yet. What goes into a shell's variable (a token, an API
-key) is alone on stdout; what is said about it goes to stderr.
+They stand in for an issuer. A token or an API key, which goes into a shell's variable, is alone on stdout;
+explanations go to stderr.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -16,32 +18,31 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from cobatch.server.auth.api_keys import ApiKeys, toml_string
 from cobatch.server.auth.api_keys import mint as mint_api_key
-from cobatch.server.cli.token_files import (
-    ADDRESS,
-    PRIVATE,
-    Output,
-    append_key,
-    config_text,
-    issuer_text,
-    model_name,
-    write,
-)
+from cobatch.server.cli.token_keys import PRIVATE, Output, issuer_of, load_signer, make_pair, sign, write
 from cobatch.server.console import end
 from cobatch.server.settings.auth import AuthSettings, read_auth
 from cobatch.server.settings.values import Errors, SettingsError, check, read_toml, refused
 
+# RFC 6761, 6.4: a reserved name, so no other issuer has it.
+ISSUER = "https://cobatch.dev.invalid"
+ADDRESS = "http://127.0.0.1:8000"
 KEY, JWKS, API_KEYS, CONFIG = "dev-key.pem", "dev-jwks.json", "api-keys.toml", "cobatch.toml"
+_CONFIG_HEAD = """\
+# Made by `cobatch token init`, for development: anyone with the private key can make any token.
+# In production an issuer signs tokens; [[auth.issuers]] then names it, and it publishes its keys.
+"""
 _SCOPE = "infer metadata"
 _TENANT = "me"
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-_Asymmetric = Literal["RS256", "PS256", "ES256", "EdDSA"]
 
 _Alg = Annotated[
-    str, typer.Option("--alg", metavar="RS256|PS256|ES256|EdDSA", help="What the key signs with.")
+    str, typer.Option("--alg", metavar="RS256|PS256|ES256|EdDSA", help="Algorithm that the key signs with.")
 ]
-_Force = Annotated[bool, typer.Option("--force", help="Replace files that are there already.")]
-_Scope = Annotated[str, typer.Option("--scope", metavar="WORDS", help="What it permits, in one text.")]
+_Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
+_Scope = Annotated[str, typer.Option("--scope", metavar="WORDS", help="Permissions, separated by spaces.")]
+_Tenant = typer.Option("--tenant", metavar="NAME", help="Tenant that the requests belong to.")
 
 token_app = typer.Typer(
     help="Make keys, tokens and API keys for development. In production an issuer signs the tokens.",
@@ -54,34 +55,29 @@ token_app = typer.Typer(
 
 @token_app.command("init")
 def init(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Where to; made if it is not there.")
-    ] = Path(),
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder; made if it is missing.")] = Path(),
     model: Annotated[
-        Path | None, typer.Option("--model", metavar="FILE", help="A model file, for the configuration.")
+        Path | None, typer.Option("--model", metavar="FILE", help="Model file for the configuration.")
     ] = None,
     alg: _Alg = "RS256",
     force: _Force = False,
 ) -> None:
     """Set up a protected server for development.
 
-    Makes keys, an API key and a configuration, and prints how to serve and to call with them. Whoever
-    reads the private key can make any token. In production an issuer signs the tokens.
+    Makes keys, an API key and a configuration, and prints how to serve and call with them. Anyone who reads
+    the private key can make any token. In production an issuer signs the tokens.
     """
     with _refusals():
-        algorithm = check("alg", alg, _Asymmetric, "flag --alg", text=True).value
+        algorithm = _algorithm(alg)
         if model is not None and not model.is_file():
             raise SettingsError(f"{model}: no model file there (flag --model)")
-        from cobatch.server.cli.token_keys import make_pair
-
-        pair = make_pair(algorithm)
+        pem, jwks = make_pair(algorithm)
         api_key, entry = mint_api_key(_TENANT, _SCOPE.split(), "cobatch token init")
-        config = config_text(folder, model, JWKS, API_KEYS, algorithm)
         outputs = [
-            Output(folder / KEY, pair.pem, PRIVATE),
-            Output(folder / JWKS, pair.jwks),
+            Output(folder / KEY, pem, PRIVATE),
+            Output(folder / JWKS, jwks),
             Output(folder / API_KEYS, entry.encode(), PRIVATE),
-            Output(folder / CONFIG, config.encode()),
+            Output(folder / CONFIG, _config_text(folder, model, algorithm).encode()),
         ]
         write(outputs, force=force)
     typer.echo(_next_steps(folder, model, api_key))
@@ -94,35 +90,31 @@ def mint(
         typer.Option("--key", metavar="FILE", help=f"Private key, or HS256's secret (default: {KEY})."),
     ] = None,
     config: Annotated[
-        Path | None,
-        typer.Option("--config", metavar="FILE", help="The server's settings, with [auth]."),
+        Path | None, typer.Option("--config", metavar="FILE", help="The server's configuration, with [auth].")
     ] = None,
     issuer: Annotated[str | None, typer.Option("--issuer", metavar="URL", help="The token's iss.")] = None,
     audience: Annotated[
         str | None, typer.Option("--audience", metavar="URL", help="The token's aud.")
     ] = None,
-    tenant: Annotated[str, typer.Option("--tenant", metavar="NAME", help="Whom it is for (sub).")] = _TENANT,
+    tenant: Annotated[str, _Tenant] = _TENANT,
     scope: _Scope = _SCOPE,
     expires_in: Annotated[str, typer.Option(metavar="TIME", help="90s, 30m, 12h or 7d.")] = "1h",
     kid: Annotated[
         str | None,
-        typer.Option("--kid", metavar="ID", help="The key's name (default: as the server knows it)."),
+        typer.Option("--kid", metavar="ID", help="Name of the key (default: the server's)."),
     ] = None,
     alg: Annotated[
         str | None,
         typer.Option("--alg", metavar="ALGORITHM", help="PS256 with an RSA key (default: the key's)."),
     ] = None,
 ) -> None:
-    """Print an access token for development.
+    """Print an access token (RFC 9068) for development, signed with a key of yours.
 
-    It is of the form that RFC 9068 describes, and signed with a key of yours. Issuer and audience come
-    from the server's --config, or from --issuer and --audience; these win. In production an issuer signs
-    the tokens.
+    Issuer and audience come from the server's --config, or from --issuer and --audience, which win. In
+    production an issuer signs the tokens.
     """
     with _refusals():
         lifetime_s = _seconds(expires_in)
-        from cobatch.server.cli.token_keys import issuer_of, load_signer, sign
-
         if key is None:
             key = Path(KEY) if config is None else config.parent / KEY
         signer = load_signer(key)
@@ -138,7 +130,7 @@ def mint(
                 claims[known.permission_claims[0]] = claims.pop("scope")
             algorithm, name = found.algorithm, found.kid or name
         if not claims["iss"] or not claims["aud"]:
-            raise SettingsError("give --config, or --issuer and --audience: a token is of one, for the other")
+            raise SettingsError("give --config, or --issuer and --audience: a token needs both")
         if alg is not None and alg not in signer.algorithms:
             raise refused("alg", f"one of {', '.join(signer.algorithms)}", alg, "flag --alg", text=True)
         token = sign(claims, signer, alg or algorithm, kid or name, lifetime_s)
@@ -154,60 +146,59 @@ def keypair(
     """Make a key pair, and print the configuration for it.
 
     NAME.pem signs tokens, NAME.jwks.json lets a server check them. In production an issuer signs the
-    tokens, and has keys of its own.
+    tokens, and has its own keys.
     """
     private, public = Path(f"{output}.pem"), Path(f"{output}.jwks.json")
     with _refusals():
-        algorithm = check("alg", alg, _Asymmetric, "flag --alg", text=True).value
-        from cobatch.server.cli.token_keys import make_pair
-
-        pair = make_pair(algorithm)
-        write([Output(private, pair.pem, PRIVATE), Output(public, pair.jwks)], force=force)
-    typer.echo(f"# {private} is private: whoever reads it can make any token. {public} is public.", err=True)
+        algorithm = _algorithm(alg)
+        pem, jwks = make_pair(algorithm)
+        write([Output(private, pem, PRIVATE), Output(public, jwks)], force=force)
+    typer.echo(f"# {private} is private: its readers can make any token. {public} is public.", err=True)
     typer.echo("# For the server's configuration; key_files are relative to its folder:", err=True)
-    typer.echo(f'[auth]\naudience = ["{ADDRESS}"]\n\n{issuer_text(public.name, algorithm)}', nl=False)
+    typer.echo(f'[auth]\naudience = ["{ADDRESS}"]\n\n{_issuer_text(public.name, algorithm)}', nl=False)
 
 
 @token_app.command("api-key")
 def api_key(
-    tenant: Annotated[str, typer.Option("--tenant", metavar="NAME", help="Whose requests they are.")],
+    tenant: Annotated[str, _Tenant],
     scope: _Scope = _SCOPE,
-    name: Annotated[str, typer.Option("--name", metavar="TEXT", help="Who has it, for yourself.")] = "",
+    name: Annotated[str, typer.Option("--name", metavar="TEXT", help="Note of who has the key.")] = "",
     expires_in: Annotated[
         str | None, typer.Option(metavar="TIME", help="12h or 90d (default: it does not expire).")
     ] = None,
     file: Annotated[
-        Path | None, typer.Option("--file", metavar="FILE", help=f"Where to add its hash, as {API_KEYS}.")
+        Path | None, typer.Option("--file", metavar="FILE", help=f"File to add its hash to, as {API_KEYS}.")
     ] = None,
 ) -> None:
     """Make an API key, for a client that cannot do OAuth.
 
-    It is shown this once, on stdout; the file keeps its hash only.
+    It is printed only once, on stdout; the file holds its hash.
     """
     with _refusals():
-        lasting = None if expires_in is None else timedelta(seconds=_seconds(expires_in))
-        expires = None if lasting is None else datetime.now(UTC).replace(microsecond=0) + lasting
-        made, entry = mint_api_key(tenant, scope.split(), name, expires)
+        lifetime = None if expires_in is None else timedelta(seconds=_seconds(expires_in))
+        expires = None if lifetime is None else datetime.now(UTC).replace(microsecond=0) + lifetime
+        secret, entry = mint_api_key(tenant, scope.split(), name, expires)
         if file is not None:
-            append_key(file, entry)
+            _append_key(file, entry)
     if file is None:
         typer.echo(f"# For the file that api_keys_file names in [auth]:\n{entry}", err=True, nl=False)
     else:
         typer.echo(f"cobatch: added to {file}, which a server reads when it starts", err=True)
-    typer.echo(made)
+    typer.echo(secret)
 
 
-def _auth_in(config: Path) -> AuthSettings:
-    """`[auth]` alone: to mint a token, no model needs to be there."""
-    document = read_toml(config, "flag --config")
-    if "auth" not in document:
-        raise SettingsError(f"auth: missing; the server would not ask for tokens (file {config})")
-    errors = Errors()
-    auth = read_auth(document["auth"], config.parent, f"file {config}", errors)
-    errors.raise_any()
-    if not auth.issuers:
-        raise SettingsError(f"auth.issuers: missing; the server takes API keys only (file {config})")
-    return auth
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """End the command on a refusal: one line on stderr, and status 2."""
+    try:
+        yield
+    except SettingsError as error:
+        raise end(str(error), 2) from None
+
+
+def _algorithm(text: str) -> str:
+    kind = Literal["RS256", "PS256", "ES256", "EdDSA"]
+    return str(check("alg", text, kind, "flag --alg", text=True).value)
 
 
 def _seconds(text: str) -> int:
@@ -218,31 +209,82 @@ def _seconds(text: str) -> int:
     return seconds
 
 
+def _auth_in(config: Path) -> AuthSettings:
+    """Read `[auth]` alone: no model needs to be there to mint a token."""
+    document = read_toml(config, "flag --config")
+    if "auth" not in document:
+        raise SettingsError(f"auth: missing; the server would not ask for tokens (file {config})")
+    errors = Errors()
+    auth = read_auth(document["auth"], config.parent, f"file {config}", errors)
+    errors.raise_any()
+    if not auth.issuers:
+        raise SettingsError(f"auth.issuers: missing; the server accepts API keys only (file {config})")
+    return auth
+
+
+def _append_key(path: Path, entry: str) -> None:
+    """Add an API key's table to its file, which is made if it is missing.
+
+    A file that a server would refuse is left as it is. Raises SettingsError.
+    """
+    try:
+        text = path.read_bytes().decode() if path.exists() else ""
+        addition = ("" if not text else "\n" if text.endswith("\n") else "\n\n") + entry
+        ApiKeys.parse(tomllib.loads(text + addition), f"file {path}")
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, PRIVATE), "ab") as file:
+            file.write(addition.encode())
+    except OSError as error:
+        raise SettingsError(f"cannot write {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise SettingsError(f"{path}: not a file of API keys: {error}") from None
+
+
+def model_name(model: Path) -> str:
+    """Return the file's name, as far as it can stand in a URL."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", model.stem).lstrip("._-")[:128] or "model"
+
+
+def _issuer_text(jwks: str, algorithm: str) -> str:
+    return (
+        "[[auth.issuers]]\n"
+        f"issuer = {toml_string(ISSUER)}\n"
+        f"key_files = [{toml_string(jwks)}]\n"
+        f"algorithms = [{toml_string(algorithm)}]\n"
+    )
+
+
+def _config_text(folder: Path, model: Path | None, algorithm: str) -> str:
+    parts = [_CONFIG_HEAD]
+    if model is not None:
+        path = model.resolve()
+        if path.is_relative_to(folder.resolve()):
+            path = path.relative_to(folder.resolve())
+        name = toml_string(model_name(model))
+        parts.append(f"[[models]]\npath = {toml_string(str(path))}\nname = {name}\n")
+    parts.append(
+        "[auth]\n"
+        f"audience = [{toml_string(ADDRESS)}]  # this server, in a token's aud\n"
+        f"api_keys_file = {toml_string(API_KEYS)}\n"
+    )
+    return "\n".join([*parts, _issuer_text(JWKS, algorithm)])
+
+
 def _next_steps(folder: Path, model: Path | None, api_key: str) -> str:
     config = shlex.quote(str(folder / CONFIG))
     url = f"{ADDRESS}/v2/models/{'NAME' if model is None else model_name(model)}"
     serve = "cobatch serve MODEL" if model is None else "cobatch serve"
-    named = ", where MODEL is a model's file and NAME its name without the suffix" if model is None else ""
+    names = ", where MODEL is a model's file and NAME its name without the suffix" if model is None else ""
     return f"""\
 Made in {folder}, for development:
-  {KEY:14} signs tokens: whoever reads it can make any
-  {JWKS:14} its public half, which the server checks tokens with
+  {KEY:14} signs tokens: anyone who reads it can make any token
+  {JWKS:14} its public half, with which the server checks tokens
   {API_KEYS:14} the hash of an API key
   {CONFIG:14} the server's configuration
 
-Serve, and call from another terminal{named}:
+Serve, and call from another terminal{names}:
   {serve} --config {config}
   TOKEN=$(cobatch token mint --config {config})
   curl -H "Authorization: Bearer $TOKEN" {url}
 
-Or with the API key, which is shown this once:
+Or with the API key, which is printed only this once:
   curl -H "X-API-Key: {api_key}" {url}"""
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """What is refused ends the command: one line on stderr, and status 2."""
-    try:
-        yield
-    except SettingsError as error:
-        raise end(str(error), 2) from None

@@ -1,41 +1,38 @@
-"""Development keys and tokens: what an issuer does, as far as `cobatch token` stands in for one.
-
-Imported by the commands that need it alone, for it loads the cryptography.
-"""
+"""Development keys and tokens: the part of an issuer that `cobatch token` stands in for."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
+import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jwt
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
     load_pem_private_key,
 )
-from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
+from jwt.algorithms import get_default_algorithms
 
 from cobatch.server.auth.keys import Key, load_key_files, load_secret
 from cobatch.server.settings.auth import AuthSettings, Issuer
 from cobatch.server.settings.values import SettingsError
 
-PrivateKey = RSAPrivateKey | EllipticCurvePrivateKey | Ed25519PrivateKey
-PublicKey = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey
+PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | Ed25519PrivateKey
 
 CLIENT_ID = "cobatch-token"
+PRIVATE = 0o600
+PUBLIC = 0o644
 _RSA_BITS = 2048
 _MAKERS: dict[str, Callable[[], PrivateKey]] = {
     "RS256": lambda: rsa.generate_private_key(65537, _RSA_BITS),
@@ -43,61 +40,74 @@ _MAKERS: dict[str, Callable[[], PrivateKey]] = {
     "ES256": lambda: ec.generate_private_key(ec.SECP256R1()),
     "EdDSA": Ed25519PrivateKey.generate,
 }
-# RFC 7638, 3.2, and RFC 8037, 2: the members that a thumbprint is of.
+# RFC 7638, 3.2, and RFC 8037, 2: the members that a thumbprint is computed from.
 _THUMBPRINT = {"RSA": ("e", "kty", "n"), "EC": ("crv", "kty", "x", "y"), "OKP": ("crv", "kty", "x")}
 
 
-class Pair(NamedTuple):
-    """A key pair as its files hold it: PKCS #8 in PEM, and a JWK set of the public half."""
-
-    pem: bytes
-    jwks: bytes
-
-
 class Signer(NamedTuple):
-    """What signs a token. HS256's secret has no `kid`."""
+    """A key that signs tokens, the algorithms it fits (the usual one first), and its `kid`.
+
+    HS256's secret has no `kid`.
+    """
 
     key: PrivateKey | bytes
-    algorithms: tuple[str, ...]  # which it can sign with, the usual one first
+    algorithms: tuple[str, ...]
     kid: str | None
 
 
-def make_pair(algorithm: str) -> Pair:
-    """A new key pair for RS256, PS256, ES256 or EdDSA."""
+class Output(NamedTuple):
+    """A file to write."""
+
+    path: Path
+    content: bytes
+    mode: int = PUBLIC
+
+
+def make_pair(algorithm: str) -> tuple[bytes, bytes]:
+    """Make a key for RS256, PS256, ES256 or EdDSA: PKCS #8 in PEM, and a JWK set of its public half."""
     private = _MAKERS[algorithm]()
     pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    jwk = _jwk(private.public_key())
-    # RFC 7517, 4.3: `use` and `key_ops` do not belong together, and `use` is what most readers look at.
+    jwk = _jwk(private, algorithm)
+    # RFC 7517, 4.3: `use` and `key_ops` do not belong together, and most readers look at `use`.
     jwk |= {"use": "sig", "alg": algorithm, "kid": _thumbprint(jwk)}
-    return Pair(pem, json.dumps({"keys": [jwk]}, indent=2).encode() + b"\n")
+    return pem, json.dumps({"keys": [jwk]}, indent=2).encode() + b"\n"
 
 
 def load_signer(path: Path) -> Signer:
-    """A private key in PEM, or the secret of HS256. Raises SettingsError."""
+    """Load a private key in PEM, or the secret of HS256. Raises SettingsError."""
     try:
         text = path.read_bytes()
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror} (flag --key)") from None
     if b"-----BEGIN" not in text:
-        return Signer(_secret(load_secret(path)), ("HS256",), None)
-    private = _private_key(path, text)
+        secret = load_secret(path).material
+        assert isinstance(secret, bytes)
+        return Signer(secret, ("HS256",), None)
+    try:
+        private = load_pem_private_key(text, None)
+    except TypeError:
+        why = "the key is encrypted; give one without a passphrase"
+        raise SettingsError(f"{path}: {why} (flag --key)") from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise SettingsError(f"{path}: not a private key in PEM (flag --key)") from None
+    algorithms: tuple[str, ...]
     match private:
-        case RSAPrivateKey():
-            algorithms: tuple[str, ...] = ("RS256", "PS256")
-            weak = private.key_size < _RSA_BITS
-        case EllipticCurvePrivateKey():
+        case rsa.RSAPrivateKey() if private.key_size >= _RSA_BITS:
+            algorithms = ("RS256", "PS256")
+        case ec.EllipticCurvePrivateKey(curve=ec.SECP256R1()):
             algorithms = ("ES256",)
-            weak = not isinstance(private.curve, ec.SECP256R1)
         case Ed25519PrivateKey():
-            algorithms, weak = ("EdDSA",), False
-    if weak:
-        expected = "RSA of 2048 bits at least, P-256 or Ed25519"
-        raise SettingsError(f"{path}: no server takes this key; expected {expected} (flag --key)")
-    return Signer(private, algorithms, _thumbprint(_jwk(private.public_key())))
+            algorithms = ("EdDSA",)
+        case rsa.RSAPrivateKey() | ec.EllipticCurvePrivateKey():
+            expected = "RSA of 2048 bits at least, P-256 or Ed25519"
+            raise SettingsError(f"{path}: no server accepts this key; expected {expected} (flag --key)")
+        case _:
+            raise SettingsError(f"{path}: not an RSA, P-256 or Ed25519 key (flag --key)")
+    return Signer(private, algorithms, _thumbprint(_jwk(private, algorithms[0])))
 
 
 def issuer_of(auth: AuthSettings, signer: Signer, source: str) -> tuple[Issuer, Key]:
-    """The issuer that the signer belongs to, and its key as the server sees it. Raises SettingsError."""
+    """Return the issuer that has the signer's key, and the server's key. Raises SettingsError."""
     wanted = signer.key if isinstance(signer.key, bytes) else signer.key.public_key()
     for issuer in auth.issuers:
         if issuer.secret_file:
@@ -113,44 +123,37 @@ def issuer_of(auth: AuthSettings, signer: Signer, source: str) -> tuple[Issuer, 
 
 
 def sign(claims: dict[str, Any], signer: Signer, algorithm: str, kid: str | None, lifetime_s: int) -> str:
-    """An access token as RFC 9068 wants it: `claims`, and what every token has."""
+    """Sign an access token (RFC 9068) with `claims` and those that every token has."""
     now_s = int(time.time())
     times = {"iat": now_s, "exp": now_s + lifetime_s, "jti": secrets.token_urlsafe(16)}
     headers = {"typ": "at+jwt"} | ({} if kid is None else {"kid": kid})
     return jwt.encode({"client_id": CLIENT_ID} | claims | times, signer.key, algorithm, headers)
 
 
-def _private_key(path: Path, text: bytes) -> PrivateKey:
-    try:
-        private = load_pem_private_key(text, None)
-    except TypeError:
-        raise SettingsError(
-            f"{path}: the key is encrypted; take one without a passphrase (flag --key)"
-        ) from None
-    except (ValueError, UnsupportedAlgorithm):
-        raise SettingsError(f"{path}: not a private key in PEM (flag --key)") from None
-    if not isinstance(private, RSAPrivateKey | EllipticCurvePrivateKey | Ed25519PrivateKey):
-        raise SettingsError(f"{path}: not an RSA, P-256 or Ed25519 key (flag --key)")
-    return private
+def write(outputs: Sequence[Output], *, force: bool) -> None:
+    """Write all files, or none if one exists and `force` is not set. Raises SettingsError."""
+    for output in outputs:
+        if os.path.lexists(output.path) and not force:
+            raise SettingsError(f"{output.path} exists; --force replaces it")
+    for output in outputs:
+        try:
+            output.path.parent.mkdir(parents=True, exist_ok=True)
+            output.path.unlink(missing_ok=True)
+            # O_EXCL: the mode holds from the first byte on, and no link leads elsewhere.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            with os.fdopen(os.open(output.path, flags, output.mode), "wb") as file:
+                file.write(output.content)
+        except OSError as error:
+            raise SettingsError(f"cannot write {output.path}: {error.strerror}") from None
 
 
-def _secret(key: Key) -> bytes:
-    assert isinstance(key.material, bytes)
-    return key.material
-
-
-def _jwk(public: PublicKey) -> dict[str, Any]:
-    match public:
-        case RSAPublicKey():
-            jwk = RSAAlgorithm.to_jwk(public, as_dict=True)
-        case EllipticCurvePublicKey():
-            jwk = ECAlgorithm.to_jwk(public, as_dict=True)
-        case Ed25519PublicKey():
-            jwk = OKPAlgorithm.to_jwk(public, as_dict=True)
+def _jwk(private: PrivateKey, algorithm: str) -> dict[str, Any]:
+    """Return the public half as a JWK, with no other members than the key's."""
+    jwk: dict[str, Any] = get_default_algorithms()[algorithm].to_jwk(private.public_key(), as_dict=True)
     return {name: jwk[name] for name in _THUMBPRINT[jwk["kty"]]}
 
 
 def _thumbprint(jwk: dict[str, Any]) -> str:
-    """RFC 7638: the same key has the same `kid`, wherever it is computed."""
+    """Return the RFC 7638 thumbprint: the same key has the same `kid` on every machine."""
     text = json.dumps(jwk, sort_keys=True, separators=(",", ":"))
     return base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).decode().rstrip("=")

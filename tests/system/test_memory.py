@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from cobatch.server.memory import keep_freed_memory
+from cobatch.server.serve import keep_freed_memory
 
 _BUFFERS = """
 import resource, sys
-from cobatch.server.memory import keep_freed_memory
+from cobatch.server.serve import keep_freed_memory
 
 def pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

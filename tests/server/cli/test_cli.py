@@ -162,6 +162,15 @@ def test_check_reports_every_error_of_every_source(served: list[Settings], tmp_p
     assert not served
 
 
+def test_check_reports_a_missing_library(
+    served: list[Settings], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    result = cobatch("serve", model, "--check", "--tracing")
+    assert result.exit_code == 2
+    assert refused(result).startswith("server.tracing: needs OpenTelemetry's libraries")
+
+
 def test_allow_anonymous_is_said_at_start(served: list[Settings], model: Path) -> None:
     result = cobatch("serve", model, "--allow-anonymous", "--host", "0.0.0.0")
     assert served[0].server.host == "0.0.0.0"

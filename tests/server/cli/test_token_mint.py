@@ -87,9 +87,9 @@ def test_mint_signs_with_a_secret(tmp_path: Path) -> None:
     assert jwt.get_unverified_header(minted) == {"typ": "at+jwt", "alg": "HS256"}
 
 
-def test_mint_refuses_a_token_that_nobody_would_take(folder: Path) -> None:
+def test_mint_refuses_a_token_that_no_server_would_accept(folder: Path) -> None:
     key, config = folder / "dev-key.pem", folder / "cobatch.toml"
-    wanted = "give --config, or --issuer and --audience: a token is of one, for the other"
+    wanted = "give --config, or --issuer and --audience: a token needs both"
     assert refused("mint", "--key", key) == wanted
     assert refused("mint", "--key", key, "--issuer", ISSUER) == wanted
     assert refused("mint", "--config", config, "--alg", "ES256") == (
@@ -100,7 +100,7 @@ def test_mint_refuses_a_token_that_nobody_would_take(folder: Path) -> None:
         f"auth.issuers: the key is not among any issuer's key_files or secret_file (file {config})"
     )
     config.write_text("[auth]\napi_keys_file = 'api-keys.toml'\n")
-    assert refused("mint", "--config", config).startswith("auth.issuers: missing; the server takes API keys")
+    assert refused("mint", "--config", config).startswith("auth.issuers: missing; the server accepts API")
     config.write_text("")
     assert refused("mint", "--config", config).startswith("auth: missing; the server would not ask")
     assert refused("mint", "--config", folder / "gone").startswith("config: cannot read ")
@@ -119,7 +119,7 @@ def pem(key: Any, encryption: KeySerializationEncryption | None = None) -> bytes
     return made
 
 
-WEAK = "no server takes this key; expected RSA of 2048 bits at least, P-256 or Ed25519"
+WEAK = "no server accepts this key; expected RSA of 2048 bits at least, P-256 or Ed25519"
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ WEAK = "no server takes this key; expected RSA of 2048 bits at least, P-256 or E
         (pem(ed448.Ed448PrivateKey.generate()), "not an RSA, P-256 or Ed25519 key"),
         (
             pem(ec.generate_private_key(ec.SECP256R1()), BestAvailableEncryption(b"x")),
-            "the key is encrypted; take one without a passphrase",
+            "the key is encrypted; give one without a passphrase",
         ),
         (b"-----BEGIN PUBLIC KEY-----\nnothing\n-----END PUBLIC KEY-----\n", "not a private key in PEM"),
     ],

@@ -269,7 +269,7 @@ def test_the_command_with_credentials(tmp_path: Path) -> None:
     ("url", "why"),
     [
         ("ftp://here", "expected an address with http:// or https://"),
-        ("http://127.0.0.1:1", "cannot be asked"),
+        ("http://127.0.0.1:1", "cannot reach"),
     ],
 )
 def test_a_server_that_cannot_be_asked(url: str, why: str) -> None:

@@ -214,7 +214,7 @@ class _Quiet(Server):
         yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        assert not self.core.draining, "the second signal would end the tests"
+        assert not self.inference.draining, "the second signal would end the tests"
         super().handle_exit(sig, frame)
 
 
@@ -230,7 +230,7 @@ class Served:
     @property
     def core(self) -> Inference:
         """The handler core; use it on the loop (`call`), or read numbers of it."""
-        return self.server.core
+        return self.server.inference
 
     def batcher(self, name: str = "gate") -> Batcher:
         """A loaded model's batcher; the same holds."""
