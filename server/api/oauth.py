@@ -32,9 +32,9 @@ def metadata_document(auth: Authenticator) -> dict[str, Any]:
     }
 
 
-def auth_routes(core: Inference) -> list[Route]:
+def auth_routes(inference: Inference) -> list[Route]:
     """Return the route, or none where the server does not know its own address."""
-    auth = core.auth
+    auth = inference.auth
     if auth is None or not auth.challenges.resource:
         return []
     document = metadata_document(auth)
@@ -42,4 +42,4 @@ def auth_routes(core: Inference) -> list[Route]:
     async def metadata(_: Request) -> Response:
         return json(document)
 
-    return [Route(metadata_path(auth), guarded(core, "open", metadata), methods=["GET"])]
+    return [Route(metadata_path(auth), guarded(inference, "open", metadata), methods=["GET"])]

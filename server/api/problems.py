@@ -1,8 +1,8 @@
-"""GET /problems and /problems/SLUG: where the `type` of a problem leads. HTML for browsers, else text."""
+"""GET /problems and /problems/SLUG: explain the kinds of problems, as HTML if `Accept` has it, else text."""
 
 from __future__ import annotations
 
-import html
+from html import escape
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,15 +20,15 @@ _STYLE = (
     "@media(prefers-color-scheme:dark){body{color:#e6e6e6;background:#15181c}a{color:#8ab4f8}}"
 )
 _HEADERS = {
-    # A page needs nothing but its own style, and shows nothing that anybody sent.
+    # Nothing that a client sent is on the pages, so a style without a hash is safe.
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'",
     "x-content-type-options": "nosniff",
     "vary": "accept",
 }
 
 
-def problem_pages(core: Inference) -> list[Route]:
-    """Both routes, for Starlette."""
+def problem_pages(inference: Inference) -> list[Route]:
+    """Return both routes, for Starlette."""
 
     async def index(request: Request) -> Response:
         return _page(request, "Problems", _index_html(), _index_text())
@@ -38,24 +38,20 @@ def problem_pages(core: Inference) -> list[Route]:
         kind = KINDS.get(slug)
         if kind is None:
             raise Problem("not-found", f"there is no problem {slug!r}; GET /problems lists them")
-        return _page(request, kind.title, _kind_html(kind), _kind_text(kind))
+        members = ALWAYS | SOMETIMES | {name: MEMBERS[name] for name in kind.members}
+        return _page(request, kind.title, _kind_html(kind, members), _kind_text(kind, members))
 
     return [
-        Route("/problems", guarded(core, "open", index), methods=["GET"]),
-        Route("/problems/{slug}", guarded(core, "open", page), methods=["GET"]),
+        Route("/problems", guarded(inference, "open", index), methods=["GET"]),
+        Route("/problems/{slug}", guarded(inference, "open", page), methods=["GET"]),
     ]
-
-
-def members_of(kind: Kind) -> dict[str, str]:
-    """What a body of this kind may have beside what every body has."""
-    return SOMETIMES | {name: MEMBERS[name] for name in kind.members}
 
 
 def _page(request: Request, title: str, body: str, text: str) -> Response:
     if "text/html" not in request.headers.get("accept", ""):
         return Response(text, media_type="text/plain", headers=_HEADERS)
     page = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>\n'
         f"<body>{body}</body></html>\n"
     )
@@ -71,39 +67,27 @@ def _index_text() -> str:
 def _index_html() -> str:
     items = [
         f'<dt>{kind.status} <a href="/problems/{kind.slug}"><code>{kind.slug}</code></a></dt>'
-        f"<dd>{html.escape(kind.title)}</dd>\n"
+        f"<dd>{escape(kind.title)}</dd>\n"
         for kind in KINDS.values()
     ]
     return f"<h1>Problems</h1>\n<dl>{''.join(items)}</dl>"
 
 
-def _kind_text(kind: Kind) -> str:
-    members = [f"  {name}: {text}" for name, text in (ALWAYS | members_of(kind)).items()]
-    return "\n".join(
-        [
-            f"{kind.status} {kind.slug}: {kind.title}",
-            "",
-            kind.meaning,
-            "",
-            f"What to do: {kind.remedy}",
-            "",
-            "Members of the body:",
-            *members,
-            "",
-        ]
+def _kind_text(kind: Kind, members: dict[str, str]) -> str:
+    lines = "\n".join(f"  {name}: {text}" for name, text in members.items())
+    return (
+        f"{kind.status} {kind.slug}: {kind.title}\n\n{kind.meaning}\n\nWhat to do: {kind.remedy}\n\n"
+        f"Members of the body:\n{lines}\n"
     )
 
 
-def _kind_html(kind: Kind) -> str:
-    members = [
-        f"<dt><code>{name}</code></dt><dd>{html.escape(text)}</dd>\n"
-        for name, text in (ALWAYS | members_of(kind)).items()
-    ]
+def _kind_html(kind: Kind, members: dict[str, str]) -> str:
+    items = [f"<dt><code>{name}</code></dt><dd>{escape(text)}</dd>\n" for name, text in members.items()]
     return (
-        f"<h1>{html.escape(kind.title)}</h1>\n"
+        f"<h1>{escape(kind.title)}</h1>\n"
         f"<p>Status {kind.status}, type <code>/problems/{kind.slug}</code></p>\n"
-        f"<p>{html.escape(kind.meaning)}</p>\n"
-        f"<h2>What to do</h2>\n<p>{html.escape(kind.remedy)}</p>\n"
-        f"<h2>Members of the body</h2>\n<dl>{''.join(members)}</dl>\n"
+        f"<p>{escape(kind.meaning)}</p>\n"
+        f"<h2>What to do</h2>\n<p>{escape(kind.remedy)}</p>\n"
+        f"<h2>Members of the body</h2>\n<dl>{''.join(items)}</dl>\n"
         '<p><a href="/problems">All problems</a></p>'
     )

@@ -1,24 +1,18 @@
-"""Scheduler events as a file for trace viewers: Chrome's Trace Event Format, which Perfetto opens.
+"""POST /v1/profile?seconds=N: the scheduler's work in the next N seconds, as a file for trace viewers.
 
-Tracks, in groups as the viewers show them:
+The file is in Chrome's Trace Event Format, which Perfetto opens. Its tracks, in the groups that viewers show:
 
-* *threads*: the event loop (packing, writing answers; how late its timers are), and for each engine its
-  worker thread (the runs);
-* *slots of MODEL*: a slot belongs to a batch from packing to its last answer; what it does meanwhile lies
-  inside that;
-* *requests of MODEL*: each request's wait in the queue, and the queue's length as a curve.
+* *threads*: the event loop (packing, answering, and its lag), and the worker thread of each engine (runs);
+* *slots of MODEL*: a slot belongs to a batch from packing to its last answer, with the stages inside;
+* *requests of MODEL*: each request's time in the queue, and the length of the queue as a curve.
 
-Arrows lead from a batch's packing to its run and to its answers. A pure function: events in, text out, piece
-by piece, since the text of some seconds is megabytes.
+Arrows lead from a batch's packing to its run and to its answers.
+
+A recording costs a tuple per batch and per request, and a look at the loop and the queues 100 times a second;
+without one nothing is recorded. The response begins at once and ends with the recording, so a client that
+disconnects ends it.
 
 The format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
-
-POST /v1/profile?seconds=N: what the scheduler does in the next N seconds, for a trace viewer.
-
-While one records, each batch that ends costs a tuple and one more for each request in it, and the loop looks
-at its own punctuality and the queues' lengths a hundred times a second; when none does, nothing. The answer
-begins at once, and its body, `server.api.profile`, comes when the time is over: a client that has seen
-enough hangs up, and then nothing more is recorded.
 """
 
 from __future__ import annotations
@@ -45,24 +39,30 @@ from cobatch.server.inference.service import Inference
 
 Event = dict[str, Any]
 
-# Process ids are only what viewers group tracks by.
+DEFAULT_S = 5.0
+LIMIT_S = 60.0
+_SAMPLE_INTERVAL_S = 0.01
+# Some tens of seconds of a busy server. Batches beyond it are left out and counted.
+_REQUEST_LIMIT = 500_000
+_EVENTS_PER_PIECE = 500  # encoded in a few milliseconds
+
+# Process and thread ids only group the tracks.
 _THREADS = 1
 _FIRST_SLOTS = 100
 _FIRST_REQUESTS = 10_000
 _LOOP = 1
 _FIRST_WORKER = 10
-_PIECE = 500  # events, some milliseconds' work
 
 
 class BatchEvent(NamedTuple):
-    """A batch that is over. Times are seconds of one monotonic clock; `lane` counts a model's engines.
+    """A finished batch. Times are in seconds of the batcher's clock.
 
-    `requests`: of each, when it was queued, and its rows. `started_s` and `finished_s` are 0 where nothing
-    was run, because packing failed.
+    `requests` has the time of queueing and the rows of each request. `started_s` and `finished_s` are 0 if
+    packing failed and nothing ran.
     """
 
     model: str
-    lane: int
+    engine: int
     slot: int
     number: int
     rows: int
@@ -78,18 +78,136 @@ class BatchEvent(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What was looked at in between: how late the loop was, and each model's queued rows."""
+    """The event loop's lag and the queued rows of each model at one time."""
 
     time_s: float
-    late_s: float
+    lag_s: float
     queued_rows: dict[str, int]
+
+
+def profile_routes(inference: Inference) -> list[Route]:
+    """Return the route, for Starlette."""
+    recording: list[Recorder] = []
+
+    async def record(recorder: Recorder, seconds: float) -> AsyncIterator[bytes]:
+        yield b""  # sends the headers
+        await recorder.watch(seconds)
+        batches = tuple(recorder.batches)
+        for piece in trace_text(batches, recorder.samples, recorder.begin_s, recorder.about(seconds)):
+            yield piece
+            await asyncio.sleep(0)  # let the loop serve requests between the pieces
+
+    async def profile(request: Request) -> Response:
+        seconds = _seconds(request.query_params.get("seconds"))
+        if inference.draining:
+            raise stopping()
+        if recording:
+            raise Problem("profile-running", "another profile is being recorded", retry_after_s=LIMIT_S)
+        name = datetime.now(UTC).strftime("cobatch-%Y%m%dT%H%M%SZ.trace.json")
+        headers = {"content-disposition": f'attachment; filename="{name}"', "cache-control": "no-store"}
+        recorder = Recorder(inference)
+        # There is no await since the check above, so concurrent requests cannot both record.
+        recording.append(recorder)
+        inference.observer.on_batch(recorder.on_batch)
+
+        def end() -> None:
+            inference.observer.remove(recorder.on_batch)
+            recording.remove(recorder)
+
+        response = _Recording(record(recorder, seconds), media_type="application/json", headers=headers)
+        response.end = end
+        return response
+
+    return [Route("/v1/profile", guarded(inference, "admin", profile), methods=["POST"])]
+
+
+def _seconds(text: str | None) -> float:
+    try:
+        seconds = DEFAULT_S if text is None else float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= LIMIT_S:  # nan fails this too
+        detail = f"seconds must be a number above 0 and at most {LIMIT_S:g}, got {text!r}"
+        raise Problem("bad-parameter", detail, parameter="seconds")
+    return seconds
+
+
+class _Recording(StreamingResponse):
+    """The response. It calls `end` however it ends, even before its first piece."""
+
+    end: Callable[[], None]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.end()
+
+
+class Recorder:
+    """The batches and samples of one recording. `clock` is the batchers'."""
+
+    def __init__(self, inference: Inference, clock: Callable[[], float] = time.monotonic) -> None:
+        self._inference = inference
+        self._clock = clock
+        self.begin_s = clock()
+        self.batches: list[BatchEvent] = []
+        self.samples: list[Sample] = []
+        self._left_out = 0
+        self._requests = 0
+
+    def on_batch(self, batcher: Batcher, batch: Batch) -> None:
+        """Record a finished batch."""
+        packed = batch.dispatched_s > 0
+        self._requests += len(batch.requests)
+        if self._requests > _REQUEST_LIMIT:
+            self._left_out += 1
+            return
+        self.batches.append(
+            BatchEvent(
+                batcher.name,
+                batch.engine,
+                batch.slot,
+                batch.number,
+                batch.rows,
+                batch.reason,
+                [(one.enqueued_s, one.rows) for one in batch.requests],
+                batch.gathered_s,
+                batch.dispatched_s if packed else batch.answering_s,
+                batch.started_s if packed else 0.0,
+                batch.finished_s if packed else 0.0,
+                batch.answering_s,
+                batch.answered_s,
+                batch.failed,
+            )
+        )
+
+    async def watch(self, seconds: float) -> None:
+        """Sample the loop and the queues until the time is over or the server stops."""
+        end_s = self.begin_s + seconds
+        while not self._inference.draining and (now_s := self._clock()) < end_s:
+            sleep_s = min(_SAMPLE_INTERVAL_S, end_s - now_s)
+            await asyncio.sleep(sleep_s)
+            models = self._inference.models.values()
+            queued = {one.name: one.batcher.queued_rows for one in models if one.batcher is not None}
+            awake_s = self._clock()
+            self.samples.append(Sample(awake_s, awake_s - now_s - sleep_s, queued))
+
+    def about(self, seconds: float) -> dict[str, Any]:
+        """Return the file's description of itself."""
+        return {
+            "server": f"cobatch {__version__}",
+            "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": seconds,
+            "batches": len(self.batches),
+            "batches_left_out": self._left_out,
+        }
 
 
 def trace_text(
     batches: Sequence[BatchEvent], samples: Sequence[Sample], begin_s: float, about: dict[str, Any]
 ) -> Iterator[bytes]:
-    """The file, in pieces. Its times begin at `begin_s`, or with what had begun before that; `about` is for
-    whoever reads it as text."""
+    """Yield the file in pieces. Its time 0 is `begin_s`, or earlier if a request was queued before that."""
     layout = _Layout(batches, samples, begin_s)
     yield b'{"displayTimeUnit":"ms","otherData":%b,"traceEvents":[\n' % msgspec.json.encode(about)
     yield _lines(layout.names())
@@ -97,7 +215,7 @@ def trace_text(
         (event for one in samples for event in layout.sample(one)),
         (event for one in batches for event in layout.batch(one)),
     )
-    while piece := list(islice(events, _PIECE)):
+    while piece := list(islice(events, _EVENTS_PER_PIECE)):
         yield b",\n" + _lines(piece)
     yield b"\n]}\n"
 
@@ -107,77 +225,74 @@ def _lines(events: Iterable[Event]) -> bytes:
 
 
 class _Layout:
-    """Where each event stands."""
+    """The tracks, and the events on them."""
 
     def __init__(self, batches: Sequence[BatchEvent], samples: Sequence[Sample], begin_s: float) -> None:
-        # Who had been queued before is there too, and viewers drop what is before 0.
+        # Viewers drop events before 0, so time 0 is the earliest event.
         queued_s = [queued_s for batch in batches for queued_s, _ in batch.requests]
-        gathered_s = [batch.gathered_s for batch in batches]
-        self._begin_s = min([begin_s, *queued_s, *gathered_s])
+        self._begin_s = min([begin_s, *queued_s, *[batch.gathered_s for batch in batches]])
         models = dict.fromkeys(model for sample in samples for model in sample.queued_rows)
         models |= dict.fromkeys(batch.model for batch in batches)
         self._models = {model: number for number, model in enumerate(models)}
-        lanes = sorted({(self._models[batch.model], batch.lane) for batch in batches})
-        self._workers = {lane: _FIRST_WORKER + number for number, lane in enumerate(lanes)}
-        self._slots = sorted({(self._models[b.model], b.lane, b.slot) for b in batches})
+        engines = sorted({(self._models[batch.model], batch.engine) for batch in batches})
+        self._workers = {engine: _FIRST_WORKER + number for number, engine in enumerate(engines)}
+        self._slots = sorted({(self._models[b.model], b.engine, b.slot) for b in batches})
         self._request = 0
 
     def names(self) -> Iterator[Event]:
-        """What the tracks are called, and in which order they stand."""
+        """Yield names and order of the tracks."""
         by_number = {number: model for model, number in self._models.items()}
         yield from _named("process", _THREADS, 0, "threads")
         yield from _named("thread", _THREADS, _LOOP, "event loop")
-        for (model, lane), thread in self._workers.items():
-            yield from _named("thread", _THREADS, thread, f"worker {lane} of {by_number[model]}")
+        for (model, engine), thread in self._workers.items():
+            yield from _named("thread", _THREADS, thread, f"worker {engine} of {by_number[model]}")
         for number, name in by_number.items():
             yield from _named("process", _FIRST_SLOTS + number, 0, f"slots of {name}")
             yield from _named("process", _FIRST_REQUESTS + number, 0, f"requests of {name}")
-        for number, lane, slot in self._slots:
-            track = f"engine {lane}, slot {slot}"
-            yield from _named("thread", _FIRST_SLOTS + number, _slot_track(lane, slot), track)
+        for number, engine, slot in self._slots:
+            name = f"engine {engine}, slot {slot}"
+            yield from _named("thread", _FIRST_SLOTS + number, _slot_track(engine, slot), name)
 
     def sample(self, sample: Sample) -> Iterator[Event]:
-        """Two curves."""
-        late = {"ms": round(max(0.0, sample.late_s) * 1e3, 3)}
-        yield self._at(sample.time_s, "C", "loop is late by", _THREADS, _LOOP, args=late)
+        """Yield a point of each curve."""
+        lag = {"ms": round(max(0.0, sample.lag_s) * 1e3, 3)}
+        yield self._at(sample.time_s, "C", "event loop lag", _THREADS, _LOOP, args=lag)
         for model, rows in sample.queued_rows.items():
             process = _FIRST_REQUESTS + self._models[model]
             yield self._at(sample.time_s, "C", "queued", process, 0, args={"rows": rows})
 
     def batch(self, batch: BatchEvent) -> Iterator[Event]:
-        """All that there is of one batch."""
+        """Yield the events of a batch and of its requests."""
         number = self._models[batch.model]
-        said: dict[str, Any] = {
+        args: dict[str, Any] = {
             "model": batch.model,
             "batch": batch.number,
             "rows": batch.rows,
             "requests": len(batch.requests),
             "reason": batch.reason,
-        }
-        if batch.failed:
-            said["failed"] = True
-        slots, track = _FIRST_SLOTS + number, _slot_track(batch.lane, batch.slot)
-        worker = self._workers[number, batch.lane]
-        ran = batch.finished_s > 0
+        } | ({"failed": True} if batch.failed else {})
+        slots, track = _FIRST_SLOTS + number, _slot_track(batch.engine, batch.slot)
+        worker = self._workers[number, batch.engine]
         name = f"{batch.rows} row{'' if batch.rows == 1 else 's'}, {batch.reason}"
-        yield self._slice(batch.gathered_s, batch.answered_s, name, slots, track, said)
-        for what, from_s, to_s in _stages(batch):
-            yield self._slice(from_s, to_s, what, slots, track)
-        yield self._slice(batch.gathered_s, batch.dispatched_s, "pack", _THREADS, _LOOP, said)
-        yield self._at(batch.gathered_s, "s", "batch", _THREADS, _LOOP, id=batch.number, cat="batch")
-        if ran:
-            yield self._slice(batch.started_s, batch.finished_s, f"run {name}", _THREADS, worker, said)
-            yield self._at(batch.started_s, "t", "batch", _THREADS, worker, id=batch.number, cat="batch")
-        yield self._slice(batch.answering_s, batch.answered_s, "answer", _THREADS, _LOOP, said)
-        yield self._at(batch.answering_s, "f", "batch", _THREADS, _LOOP, id=batch.number, cat="batch", bp="e")
+        arrow = {"id": batch.number, "cat": "batch"}
+        yield self._slice(batch.gathered_s, batch.answered_s, name, slots, track, args)
+        for stage, from_s, to_s in _stages(batch):
+            yield self._slice(from_s, to_s, stage, slots, track)
+        yield self._slice(batch.gathered_s, batch.dispatched_s, "pack", _THREADS, _LOOP, args)
+        yield self._at(batch.gathered_s, "s", "batch", _THREADS, _LOOP, **arrow)
+        if batch.finished_s:
+            yield self._slice(batch.started_s, batch.finished_s, f"run {name}", _THREADS, worker, args)
+            yield self._at(batch.started_s, "t", "batch", _THREADS, worker, **arrow)
+        yield self._slice(batch.answering_s, batch.answered_s, "answer", _THREADS, _LOOP, args)
+        yield self._at(batch.answering_s, "f", "batch", _THREADS, _LOOP, **arrow, bp="e")
+        process = _FIRST_REQUESTS + number
         for queued_s, rows in batch.requests:
             self._request += 1
-            where = (_FIRST_REQUESTS + number, 0)
-            # An id of this group alone: its waits are shown in it, not beside all groups.
-            its: dict[str, Any] = {"cat": "request", "id2": {"local": self._request}}
-            args = {"rows": rows, "batch": batch.number}
-            yield self._at(queued_s, "b", "queued", *where, args=args, **its)
-            yield self._at(batch.gathered_s, "e", "queued", *where, **its)
+            # A local id keeps the wait inside the group of its model.
+            ids: dict[str, Any] = {"cat": "request", "id2": {"local": self._request}}
+            its = {"rows": rows, "batch": batch.number}
+            yield self._at(queued_s, "b", "queued", process, 0, args=its, **ids)
+            yield self._at(batch.gathered_s, "e", "queued", process, 0, **ids)
 
     def _at(self, time_s: float, phase: str, name: str, process: int, track: int, **more: Any) -> Event:
         return {"ph": phase, "name": name, "pid": process, "tid": track, "ts": self._us(time_s), **more}
@@ -191,9 +306,8 @@ class _Layout:
         track: int,
         args: dict[str, Any] | None = None,
     ) -> Event:
-        us = self._us(from_s)
-        event = {"ph": "X", "name": name, "pid": process, "tid": track, "ts": us}
-        event["dur"] = round(max(0.0, self._us(to_s) - us), 3)
+        event = self._at(from_s, "X", name, process, track)
+        event["dur"] = round(max(0.0, self._us(to_s) - event["ts"]), 3)
         return event if args is None else event | {"args": args}
 
     def _us(self, time_s: float) -> float:
@@ -201,171 +315,25 @@ class _Layout:
 
 
 def _stages(batch: BatchEvent) -> list[tuple[str, float, float]]:
-    """What a slot does, one after another."""
+    """Return the stages of a slot in their order."""
+    fill = ("fill", batch.gathered_s, batch.dispatched_s)
+    answer = ("answer", batch.answering_s, batch.answered_s)
     if not batch.finished_s:
-        return [
-            ("fill", batch.gathered_s, batch.dispatched_s),
-            ("answer", batch.answering_s, batch.answered_s),
-        ]
+        return [fill, answer]
     return [
-        ("fill", batch.gathered_s, batch.dispatched_s),
+        fill,
         ("wait for the engine", batch.dispatched_s, batch.started_s),
         ("run", batch.started_s, batch.finished_s),
         ("wait for the loop", batch.finished_s, batch.answering_s),
-        ("answer", batch.answering_s, batch.answered_s),
+        answer,
     ]
 
 
-def _slot_track(lane: int, slot: int) -> int:
-    return 1 + lane * 1000 + slot
+def _slot_track(engine: int, slot: int) -> int:
+    return 1 + engine * 1000 + slot
 
 
-def _named(what: str, process: int, thread: int, name: str) -> Iterator[Event]:
+def _named(kind: str, process: int, thread: int, name: str) -> Iterator[Event]:
     track = {"pid": process, "tid": thread}
-    yield {"ph": "M", "name": f"{what}_name", **track, "args": {"name": name}}
-    yield {"ph": "M", "name": f"{what}_sort_index", **track, "args": {"sort_index": process + thread}}
-
-
-MOST_S = 60.0
-DEFAULT_S = 5.0
-_TICK_S = 0.01
-# A busy server answers some ten thousand a second. What is over this is left out, and counted.
-_MOST_REQUESTS = 500_000
-
-
-class Recorder:
-    """What has been seen so far. `clock` is the batchers'."""
-
-    def __init__(self, core: Inference, clock: Callable[[], float] = time.monotonic) -> None:
-        self._core = core
-        self._clock = clock
-        self.begin_s = clock()
-        self.batches: list[BatchEvent] = []
-        self.samples: list[Sample] = []
-        self.left_out = 0
-        self._requests = 0
-        self._told = False
-
-    def start(self) -> None:
-        """Be told of batches."""
-        self._told = True
-        self._core.observer.on_batch(self.on_batch)
-
-    def stop(self) -> None:
-        """Be told of no more."""
-        if self._told:
-            self._told = False
-            self._core.observer.remove(self.on_batch)
-
-    def on_batch(self, batcher: Batcher, batch: Batch) -> None:
-        """A batch is over."""
-        requests = batch.requests
-        packed = batch.dispatched_s > 0
-        self._requests += len(requests)
-        if self._requests > _MOST_REQUESTS:
-            self.left_out += 1
-            return
-        self.batches.append(
-            BatchEvent(
-                batcher.name,
-                batch.engine,
-                batch.slot,
-                batch.number,
-                batch.rows,
-                batch.reason,
-                [(one.enqueued_s, one.rows) for one in requests],
-                batch.gathered_s,
-                batch.dispatched_s if packed else batch.answering_s,
-                batch.started_s if packed else 0.0,
-                batch.finished_s if packed else 0.0,
-                batch.answering_s,
-                batch.answered_s,
-                batch.failed,
-            )
-        )
-
-    async def watch(self, seconds: float) -> None:
-        """Look at the loop and the queues until the time is over, or the server stops."""
-        clock = self._clock
-        end_s = self.begin_s + seconds
-        while not self._core.draining and (now_s := clock()) < end_s:
-            sleep_s = min(_TICK_S, end_s - now_s)
-            await asyncio.sleep(sleep_s)
-            models = self._core.models.values()
-            queued = {one.name: one.batcher.queued_rows for one in models if one.batcher is not None}
-            woke_s = clock()
-            self.samples.append(Sample(woke_s, woke_s - now_s - sleep_s, queued))
-
-    def about(self, seconds: float) -> dict[str, Any]:
-        """What the file says of itself."""
-        return {
-            "server": f"cobatch {__version__}",
-            "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": seconds,
-            "batches": len(self.batches),
-            "batches_left_out": self.left_out,
-        }
-
-
-class _Recording(StreamingResponse):
-    """The answer. However it ends, also where it has not come to its first piece, `over` is called."""
-
-    over: Callable[[], None]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.over()
-
-
-def profile_routes(core: Inference) -> list[Route]:
-    """The route, for Starlette."""
-    recording: list[Recorder] = []
-
-    async def record(recorder: Recorder, seconds: float) -> AsyncIterator[bytes]:
-        # Sends the headers.
-        yield b""
-        await recorder.watch(seconds)
-        recorder.stop()
-        about = recorder.about(seconds)
-        for piece in trace_text(recorder.batches, recorder.samples, recorder.begin_s, about):
-            yield piece
-            # Others first: a piece is some milliseconds' work.
-            await asyncio.sleep(0)
-
-    async def profile(request: Request) -> Response:
-        seconds = _seconds(request.query_params.get("seconds"))
-        if core.draining:
-            raise stopping()
-        if recording:
-            detail = "somebody else records a profile now"
-            raise Problem("profile-running", detail, retry_after_s=MOST_S)
-        name = datetime.now(UTC).strftime("cobatch-%Y%m%dT%H%M%SZ.trace.json")
-        headers = {"content-disposition": f'attachment; filename="{name}"', "cache-control": "no-store"}
-        recorder = Recorder(core)
-        # Before anything is awaited: of several who ask at once, one records.
-        recording.append(recorder)
-        recorder.start()
-
-        def over() -> None:
-            recorder.stop()
-            recording.remove(recorder)
-
-        response = _Recording(record(recorder, seconds), media_type="application/json", headers=headers)
-        response.over = over
-        return response
-
-    return [Route("/v1/profile", guarded(core, "admin", profile), methods=["POST"])]
-
-
-def _seconds(given: str | None) -> float:
-    try:
-        seconds = DEFAULT_S if given is None else float(given)
-    except ValueError:
-        seconds = 0.0
-    # Not a number is not in it either.
-    if not 0 < seconds <= MOST_S:
-        detail = f"seconds must be a number over 0 and up to {MOST_S:g}, got {given!r}"
-        raise Problem("bad-parameter", detail, parameter="seconds")
-    return seconds
+    yield {"ph": "M", "name": f"{kind}_name", **track, "args": {"name": name}}
+    yield {"ph": "M", "name": f"{kind}_sort_index", **track, "args": {"sort_index": process + thread}}

@@ -1,4 +1,4 @@
-"""What all Starlette routes share: permissions, JSON responses, finding the model, answering Problems."""
+"""Parts of all Starlette routes: permissions, Problems as responses, JSON, compression, models of paths."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from cobatch.server.auth.principal import Principal, principal_in
+from cobatch.server.http.compression import compressed
 from cobatch.server.http.problem import Problem
 from cobatch.server.http.reply import JSON, Reply, note_problem
 from cobatch.server.inference.model import Model
@@ -18,64 +19,58 @@ from cobatch.server.inference.service import Inference
 from cobatch.server.settings.auth import INFER, METADATA
 
 Endpoint = Callable[[Request], Awaitable[Response]]
-# What a route asks of its caller where callers are known. `open`: nothing, the gate lets everybody through
-# (`server.auth.gate.OPEN`). `known`: only that he is. `read` and `infer`: that he may do so with the model
-# in the path. `metadata` and `admin`: that permission.
+# The demand of a route, where authentication is on. `open`: nothing (`server.auth.gate.OPEN` agrees).
+# `known`: credentials, no permission. `read`, `infer`: the right to do so with the model in the path.
+# `metadata`, `admin`: that permission.
 Needs = Literal["open", "known", "read", "infer", "metadata", "admin"]
 
 
 def json(value: object, status: int = 200) -> Response:
-    """A JSON response."""
+    """Return a JSON response."""
     return Response(msgspec.json.encode(value), status, media_type=JSON.decode())
 
 
-def find(core: Inference, request: Request) -> Model:
-    """The model that the path names, and its version if the path names one. Raises Problem."""
-    names = request.path_params
-    return find_model(core, principal_in(request.scope), names["name"], names.get("version"))
+def find(inference: Inference, request: Request) -> Model:
+    """Return the model in the path. Raises Problem if it, or the version in the path, does not exist."""
+    path = request.path_params
+    return find_model(inference, principal_in(request.scope), path["name"], path.get("version"))
 
 
-def find_model(core: Inference, principal: Principal | None, name: str, version: str | None) -> Model:
-    """The model with this name, and this version unless it is None. Raises Problem."""
-    model = core.models.get(name)
+def find_model(inference: Inference, principal: Principal | None, name: str, version: str | None) -> Model:
+    """Return the model with this name, and this version if not None. Raises Problem if there is none."""
+    known = inference.auth is None or principal is not None
+    model = inference.models.get(name)
     if model is None:
-        models = _seen(core, principal)
-        raise Problem("unknown-model", f"there is no model {name!r}", model=name, models=models)
+        models = [one for one in inference.models if principal is None or principal.may_read(one)]
+        detail = f"there is no model {name!r}"
+        raise Problem("unknown-model", detail, model=name, models=models if known else [])
     if version not in (None, model.version):
-        detail = f"model {name!r} has no version {version!r}; it has {model.version!r}"
-        if core.auth is not None and principal is None:
-            raise Problem("unknown-version", f"model {name!r} has no version {version!r}", model=name)
+        detail = f"model {name!r} has no version {version!r}"
+        if not known:
+            raise Problem("unknown-version", detail, model=name)
+        detail += f"; it has {model.version!r}"
         raise Problem("unknown-version", detail, model=name, version=version, versions=[model.version])
     return model
 
 
-def _seen(core: Inference, principal: Principal | None) -> list[str]:
-    """The models that the caller may know of."""
-    if core.auth is None:
-        return list(core.models)
-    return [name for name in core.models if principal is not None and principal.may_read(name)]
-
-
 def loaded(model: Model) -> Model:
-    """The model, if it is loaded; else the Problem that says why not."""
+    """Return the model. Raises Problem if it is not loaded."""
     if model.batcher is None:
-        problem = model.refusal()
-        assert problem is not None
-        raise problem
+        raise model.unavailable()
     return model
 
 
-def guarded(core: Inference, needs: Needs, endpoint: Endpoint) -> Endpoint:
-    """The endpoint for callers who may use it; a Problem that it raises is answered."""
+def guarded(inference: Inference, needs: Needs, endpoint: Endpoint) -> Endpoint:
+    """Return the endpoint with a check of permissions before it, and with Problems as responses."""
 
     async def answer(request: Request) -> Response:
         try:
             principal = principal_in(request.scope)
             if principal is not None:
-                _check(core, needs, principal, request.path_params.get("name", ""))
+                _check(inference, needs, principal, request.path_params.get("name", ""))
             return await endpoint(request)
         except Problem as problem:
-            model = core.models.get(request.path_params["name"]) if needs == "infer" else None
+            model = inference.models.get(request.path_params["name"]) if needs == "infer" else None
             if model is not None:
                 model.traffic.count(problem.kind.status, problem.kind.slug, 0.0)
             return as_response(problem.reply(instance=request.url.path))
@@ -83,8 +78,8 @@ def guarded(core: Inference, needs: Needs, endpoint: Endpoint) -> Endpoint:
     return answer
 
 
-def _check(core: Inference, needs: Needs, principal: Principal, model: str) -> None:
-    """Raises Problem where the caller may not. Whether the model exists is not said before that."""
+def _check(inference: Inference, needs: Needs, principal: Principal, model: str) -> None:
+    """Raise Problem if the client lacks the permission. Does not reveal whether the model exists."""
     match needs:
         case "open" | "known":
             return
@@ -95,7 +90,7 @@ def _check(core: Inference, needs: Needs, principal: Principal, model: str) -> N
         case _:
             missing = None if needs in principal.permissions else needs
     if missing is not None:
-        raise core.forbidden(missing, model if needs in ("read", "infer") else None)
+        raise inference.forbidden(missing, model if needs in ("read", "infer") else None)
 
 
 class _ReplyResponse(Response):
@@ -107,8 +102,14 @@ class _ReplyResponse(Response):
 
 
 def as_response(reply: Reply) -> Response:
-    """A reply for Starlette."""
+    """Return a reply as Starlette's response."""
     response = _ReplyResponse(b"".join(reply.body), reply.status)
     response.raw_headers = reply.header_list()
     response.slug = reply.slug
     return response
+
+
+async def compressed_response(inference: Inference, request: Request, reply: Reply) -> Response:
+    """Return a reply as Starlette's response, compressed if it is large and the client accepts that."""
+    accept = request.headers.get("accept-encoding", "").encode("latin-1")
+    return as_response(await compressed(reply, accept, inference.settings.server.compress_min_bytes))

@@ -1,12 +1,9 @@
-"""What the V2 protocol and its Triton extensions say of a model: metadata, configuration, statistics.
-
-The V2 protocol's routes beside infer: server, health, models. Bodies as the protocol has them.
-"""
+"""The V2 protocol without infer: server, health, models, and Triton's configuration, statistics and index."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,12 +18,74 @@ from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Inference
 
 Json = dict[str, object]
-# How Triton's model configuration calls the datatypes that it does not call TYPE_ and their name.
+
+EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "parameters", "statistics"]
+# Triton's configuration calls the other datatypes TYPE_ and their name.
 _CONFIG_TYPES = {"BYTES": "TYPE_STRING"}
 
 
+def v2_routes(inference: Inference) -> list[Route]:
+    """Return the routes. Infer is here for its 404 and 405; `server.edge` serves it."""
+
+    async def server(_: Request) -> Response:
+        return json({"name": "cobatch", "version": __version__, "extensions": EXTENSIONS})
+
+    async def live(_: Request) -> Response:
+        dead = [name for name, model in inference.models.items() if model.dead]
+        return _health(not dead, {"live": not dead} | ({"dead_models": dead} if dead else {}))
+
+    async def ready(_: Request) -> Response:
+        return _health(inference.ready, {"ready": inference.ready})
+
+    async def model_ready(request: Request) -> Response:
+        found = find(inference, request)
+        is_ready = found.ready and not inference.draining
+        return _health(is_ready, {"name": found.name, "ready": is_ready})
+
+    def of_model(describe: Callable[[Model], Json]) -> Endpoint:
+        async def endpoint(request: Request) -> Response:
+            return json(describe(loaded(find(inference, request))))
+
+        return endpoint
+
+    async def all_stats(_: Request) -> Response:
+        return json({"model_stats": all_statistics(inference)})
+
+    async def index(_: Request) -> Response:
+        return json([index_entry(model) for model in inference.models.values()])
+
+    async def infer(request: Request) -> Response:
+        find(inference, request)
+        raise Problem("not-found", f"there is nothing at {request.url.path!r}")
+
+    def route(path: str, needs: Needs, endpoint: Endpoint, method: str = "GET") -> Route:
+        return Route(path, guarded(inference, needs, endpoint), methods=[method])
+
+    routes = [
+        route("/v2", "known", server),
+        route("/v2/", "known", server),  # the spelling in the protocol's OpenAPI document
+        route("/v2/health/live", "open", live),
+        route("/v2/health/ready", "open", ready),
+        route("/v2/models/stats", "admin", all_stats),
+        route("/v2/repository/index", "admin", index, "POST"),
+    ]
+    for base in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
+        routes += [
+            route(base, "read", of_model(metadata)),
+            route(f"{base}/ready", "open", model_ready),
+            route(f"{base}/config", "read", of_model(config)),
+            route(f"{base}/stats", "admin", of_model(lambda model: {"model_stats": [statistics(model)]})),
+            route(f"{base}/infer", "infer", infer, "POST"),
+        ]
+    return routes
+
+
+def _health(healthy: bool, body: Json) -> Response:
+    return json(body, 200 if healthy else 503)
+
+
 def metadata(model: Model) -> Json:
-    """The protocol's model metadata. The batch axis is the first, -1 where its size may vary."""
+    """Return the protocol's model metadata. The first axis is the batch axis, whose size is -1."""
     engine = model.engine_worker.engine
     return {
         "name": model.name,
@@ -42,7 +101,7 @@ def _tensor(spec: TensorSpec) -> Json:
 
 
 def config(model: Model) -> Json:
-    """Triton's model configuration, as far as its clients ask for it; dims are without the batch axis."""
+    """Return the part of Triton's model configuration that its clients read. Dims lack the batch axis."""
     engine = model.engine_worker.engine
     return {
         "name": model.name,
@@ -69,7 +128,7 @@ def _config_tensor(spec: TensorSpec) -> Json:
 
 
 def index_entry(model: Model) -> Json:
-    """A line of the repository's index."""
+    """Return the model's entry in the repository index."""
     if model.ready:
         state, reason = "READY", ""
     elif model.load_error is not None:
@@ -82,127 +141,67 @@ def index_entry(model: Model) -> Json:
 
 
 def statistics(model: Model) -> Json:
-    """Triton's statistics, since the model was loaded; durations are `count` and summed `ns`."""
+    """Return Triton's statistics since the model was loaded; a duration is a `count` and the sum in `ns`."""
     counters = model.loaded_batcher.counters
     by_rows = counters.by_rows
-    requests = sum(figures.requests for figures in by_rows.values())
-    queue_s = sum(figures.queue_s for figures in by_rows.values())
-    parts = {name: _weighted(by_rows.values(), name) for name in ("input_s", "compute_s", "output_s")}
+    requests = sum(totals.requests for totals in by_rows.values())
+    queue_s = sum(totals.queue_s for totals in by_rows.values())
+    input_s, compute_s, output_s = (
+        _request_seconds(by_rows.values(), name) for name in ("input_s", "compute_s", "output_s")
+    )
     last_s = counters.last_finished_s
     return {
         "name": model.name,
         "version": model.version,
-        # Milliseconds since the epoch; the batcher's clock is monotonic, so by way of how long ago.
+        # Milliseconds since the epoch, from the time since then on the batcher's monotonic clock.
         "last_inference": 0 if last_s is None else round((time.time() - time.monotonic() + last_s) * 1000),
         "inference_count": counters.rows,
         "execution_count": counters.batches,
         "inference_stats": {
-            "success": _duration(requests, queue_s + sum(parts.values())),
+            "success": _duration(requests, queue_s + input_s + compute_s + output_s),
             "fail": _duration(counters.failed, counters.failed_s),
             "queue": _duration(requests, queue_s),
-            "compute_input": _duration(requests, parts["input_s"]),
-            "compute_infer": _duration(requests, parts["compute_s"]),
-            "compute_output": _duration(requests, parts["output_s"]),
+            "compute_input": _duration(requests, input_s),
+            "compute_infer": _duration(requests, compute_s),
+            "compute_output": _duration(requests, output_s),
         },
         "batch_stats": [
             {
                 "batch_size": rows,
-                "compute_input": _duration(figures.batches, figures.input_s),
-                "compute_infer": _duration(figures.batches, figures.compute_s),
-                "compute_output": _duration(figures.batches, figures.output_s),
+                "compute_input": _duration(totals.batches, totals.input_s),
+                "compute_infer": _duration(totals.batches, totals.compute_s),
+                "compute_output": _duration(totals.batches, totals.output_s),
             }
-            for rows, figures in sorted(by_rows.items())
+            for rows, totals in sorted(by_rows.items())
         ],
         **_padding(counters),
     }
 
 
+def all_statistics(inference: Inference) -> list[Json]:
+    """Return the statistics of the loaded models."""
+    return [statistics(model) for model in inference.models.values() if model.batcher is not None]
+
+
 def _padding(counters: Counters) -> Json:
-    """How much of what ran was padding, as a whole and for each bucket; nothing where nothing is padded."""
+    """Return the share of padding in total and by bucket; nothing for a model without padding."""
     total = counters.padding_total
     if total is None:
         return {}
     buckets = [
-        {"lengths": lengths, **_padded(figures)} for lengths, figures in sorted(counters.padding.items())
+        {"lengths": lengths, **_padded(totals)} for lengths, totals in sorted(counters.padding.items())
     ]
     return {"padding": {**_padded(total), "waste": round(total.waste, 6), "buckets": buckets}}
 
 
-def _padded(figures: PaddingTotals) -> Json:
-    return {
-        "batches": figures.batches,
-        "rows": figures.rows,
-        "elements": figures.elements,
-        "padding": figures.padding,
-    }
+def _padded(totals: PaddingTotals) -> Json:
+    return {name: getattr(totals, name) for name in ("batches", "rows", "elements", "padding")}
 
 
-def _weighted(figures: Iterable[BatchTotals], name: str) -> float:
-    """Seconds as the requests saw them: each request of a batch spent all of the batch's time there."""
-    return sum((getattr(one, name) / one.batches * one.requests for one in figures), start=0.0)
+def _request_seconds(batches: Iterable[BatchTotals], name: str) -> float:
+    """Sum a stage over requests: each request of a batch spends the batch's whole time in it."""
+    return sum((getattr(one, name) / one.batches * one.requests for one in batches), start=0.0)
 
 
 def _duration(count: int, seconds: float) -> Json:
     return {"count": count, "ns": round(seconds * 1e9)}
-
-
-# Only what works.
-EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "parameters", "statistics"]
-
-
-def v2_routes(core: Inference) -> list[Route]:
-    """All of them, for Starlette. Infer stands here for its 404 and 405; `InferRoutes` serves it."""
-
-    async def server(_: Request) -> Response:
-        return json({"name": "cobatch", "version": __version__, "extensions": EXTENSIONS})
-
-    async def live(_: Request) -> Response:
-        dead = [name for name, model in core.models.items() if model.dead]
-        return json({"live": not dead} | ({"dead_models": dead} if dead else {}), 503 if dead else 200)
-
-    async def ready(_: Request) -> Response:
-        return json({"ready": core.ready}, 200 if core.ready else 503)
-
-    async def model(request: Request) -> Response:
-        return json(metadata(loaded(find(core, request))))
-
-    async def model_ready(request: Request) -> Response:
-        found = find(core, request)
-        is_ready = found.ready and not core.draining
-        return json({"name": found.name, "ready": is_ready}, 200 if is_ready else 503)
-
-    async def model_config(request: Request) -> Response:
-        return json(config(loaded(find(core, request))))
-
-    async def model_stats(request: Request) -> Response:
-        return json({"model_stats": [statistics(loaded(find(core, request)))]})
-
-    async def all_stats(_: Request) -> Response:
-        return json({"model_stats": [statistics(m) for m in core.models.values() if m.batcher is not None]})
-
-    async def index(_: Request) -> Response:
-        return json([index_entry(model) for model in core.models.values()])
-
-    async def infer(request: Request) -> Response:
-        # `InferRoutes` serves those that exist.
-        find(core, request)
-        raise Problem("not-found", f"there is nothing at {request.url.path!r}")
-
-    def of_model(path: str, needs: Needs, endpoint: Endpoint, method: str) -> list[Route]:
-        bases = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
-        return [Route(base + path, guarded(core, needs, endpoint), methods=[method]) for base in bases]
-
-    return [
-        Route("/v2", guarded(core, "known", server), methods=["GET"]),
-        # How the protocol's OpenAPI document spells it.
-        Route("/v2/", guarded(core, "known", server), methods=["GET"]),
-        Route("/v2/health/live", guarded(core, "open", live), methods=["GET"]),
-        Route("/v2/health/ready", guarded(core, "open", ready), methods=["GET"]),
-        Route("/v2/models/stats", guarded(core, "admin", all_stats), methods=["GET"]),
-        Route("/v2/repository/index", guarded(core, "admin", index), methods=["POST"]),
-        *of_model("", "read", model, "GET"),
-        *of_model("/ready", "open", model_ready, "GET"),
-        *of_model("/config", "read", model_config, "GET"),
-        *of_model("/stats", "admin", model_stats, "GET"),
-        *of_model("/infer", "infer", infer, "POST"),
-    ]

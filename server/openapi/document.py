@@ -21,7 +21,7 @@ import msgspec
 
 from cobatch import __version__
 from cobatch.server.api.oauth import metadata_document, metadata_path
-from cobatch.server.api.profile import DEFAULT_S, MOST_S
+from cobatch.server.api.profile import DEFAULT_S, LIMIT_S
 from cobatch.server.api.routing import Needs
 from cobatch.server.auth.authenticator import Authenticator
 from cobatch.server.auth.challenges import WELL_KNOWN
@@ -57,13 +57,13 @@ _NEEDS: dict[Needs, str] = {
 }
 
 
-def describe(core: Inference) -> Json:
+def describe(inference: Inference) -> Json:
     """Return the OpenAPI document for the models that are loaded now."""
     document: Json = msgspec.json.decode(_TEMPLATE)
     document["info"]["version"] = __version__
-    models = LoadedModels(core)
+    models = LoadedModels(inference)
     components = document["components"]
-    _add_access(document, core.auth)
+    _add_access(document, inference.auth)
     parameters = _parameters(components.pop("parameters"), models)
     for _, _, operation in operations_in(document):
         if "parameters" in operation:
@@ -71,9 +71,9 @@ def describe(core: Inference) -> Json:
     add_examples({one["operationId"]: one for _, _, one in operations_in(document)}, models)
     _add_versions(document["paths"], parameters["version"])
     for _, _, operation in operations_in(document):
-        _complete(operation, core.auth)
+        _complete(operation, inference.auth)
     components["schemas"] = schemas(components["schemas"], models.signatures, models.required)
-    left_out = AUTH_KINDS if core.auth is None else ()
+    left_out = AUTH_KINDS if inference.auth is None else ()
     components["examples"] = problem_examples(document.pop("x-problem-examples"), left_out)
     return document
 
@@ -95,7 +95,7 @@ def _parameters(parameters: Json, models: LoadedModels) -> Json:
     for name, values in (("model", models.names), ("version", versions)):
         parameters[name]["schema"]["enum"] = values
         parameters[name]["example"] = values[0]
-    parameters["seconds"]["schema"] |= {"maximum": MOST_S, "default": DEFAULT_S}
+    parameters["seconds"]["schema"] |= {"maximum": LIMIT_S, "default": DEFAULT_S}
     for name, schema in raw_options().items():
         options = schema.get("anyOf", [schema])
         # A query carries text: objects cannot be written there, and null is the absent parameter.

@@ -33,9 +33,9 @@ _DTYPES = {"BYTES": "bytes", "BF16": "bfloat16"}
 class LoadedModels:
     """The served models: `all` of them, and the `loaded` ones with signatures and required inputs by name."""
 
-    def __init__(self, core: Inference) -> None:
-        self.names = list(core.models)
-        self.all: list[Model] = list(core.models.values())
+    def __init__(self, inference: Inference) -> None:
+        self.names = list(inference.models)
+        self.all: list[Model] = list(inference.models.values())
         self.loaded = [model for model in self.all if model.batcher is not None]
         self.signatures: Mapping[str, Signature] = {
             model.name: model.engine_worker.engine.signature for model in self.loaded

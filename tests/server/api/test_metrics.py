@@ -1,4 +1,4 @@
-"""/metrics: what requests, batches and engines leave there, in the formats that are asked for."""
+"""GET /metrics: counts of requests, batches and engines, and both formats."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_refusals_are_counted_by_status_and_kind(gates: Gated) -> None:
     assert now.value("request_duration_seconds_count", model="gate") == 0
 
 
-def test_a_full_queue_is_a_reason() -> None:
+def test_refusals_of_a_full_queue_are_counted() -> None:
     with gated(True, max_queue_rows=4) as (served, engine), contextlib.ExitStack() as stack:
         held(served, engine, stack)
         queued = stack.enter_context(served.connect())
@@ -74,7 +74,7 @@ def test_a_full_queue_is_a_reason() -> None:
 
 
 def held(served: Served, engine: GatedEngine, stack: contextlib.ExitStack) -> None:
-    """Both slots taken, each by a request of four rows."""
+    """Occupy both slots, each with a request of four rows."""
     engine.hold()
     batcher = served.batcher()
     for n in range(1, 3):
@@ -84,14 +84,14 @@ def held(served: Served, engine: GatedEngine, stack: contextlib.ExitStack) -> No
             pass
 
 
-def test_a_client_that_leaves_is_counted_once(gates: Gated) -> None:
+def test_a_disconnected_client_is_counted_once(gates: Gated) -> None:
     served, engine = gates
     with contextlib.ExitStack() as stack:
         held(served, engine, stack)
-        leaver = served.connect()
-        leaver.send(gate(9))
+        client = served.connect()
+        client.send(gate(9))
         served.until(lambda: served.batcher().queued_rows == 1)
-        leaver.close()
+        client.close()
         served.until(lambda: served.batcher().counters.cancelled == 1)
         now = scrape(served)
         engine.release()
@@ -99,7 +99,7 @@ def test_a_client_that_leaves_is_counted_once(gates: Gated) -> None:
     assert now.value(REQUESTS, model="gate", code="499", reason="client-left") == 1
 
 
-def test_rows_that_wait_are_counted_by_priority() -> None:
+def test_queued_rows_are_counted_by_priority() -> None:
     with gated(True) as (served, engine), contextlib.ExitStack() as stack:
         held(served, engine, stack)
         for priority, rows in ((1, (5,)), (1, (6,)), (0, (7, 8, 9))):
@@ -141,7 +141,7 @@ def test_predictions_are_requests(gates: Gated) -> None:
     assert now.value("http_requests_total", route=route, method="POST", code="200", reason="") == 1
 
 
-def test_no_request_makes_a_series_of_its_own(gates: Gated) -> None:
+def test_unknown_paths_and_methods_share_a_series(gates: Gated) -> None:
     served, _ = gates
     for path in ("/a", "/b", "/v2/models/none/infer", "/v2/models/nada"):
         assert served.ask(get(path)).status in (404, 405)
@@ -181,7 +181,7 @@ def test_batches_are_counted_by_size_and_reason() -> None:
     assert busy > 0
 
 
-def test_failed_runs_are_busy_time_too() -> None:
+def test_failed_runs_are_counted_as_busy_time() -> None:
     with gated(True) as (served, engine):
         engine.fails = lambda x: EngineRunError("no") if x[0, 0] == 13 else None
         assert served.ask(gate(13)).slug == "run-failed"
@@ -193,7 +193,7 @@ def test_failed_runs_are_busy_time_too() -> None:
     assert now.value("engine_busy_seconds_total", model="gate", engine="0") is not None
 
 
-def test_a_model_is_in_one_state() -> None:
+def test_a_model_has_exactly_one_state() -> None:
     engine = GatedEngine()
     engine.may_open.clear()
     with serve(True, (ModelSettings(path="gate"),), engines={"gate": engine}, ready=False) as served:
@@ -213,7 +213,7 @@ def states(now: Scrape) -> list[str]:
 # The format
 
 
-def test_open_metrics_for_who_asks(gates: Gated) -> None:
+def test_open_metrics_on_request(gates: Gated) -> None:
     served, _ = gates
     assert served.ask(gate(1)).status == 200
     ask = get("/metrics").replace(
@@ -224,7 +224,7 @@ def test_open_metrics_for_who_asks(gates: Gated) -> None:
     text = answer.body.decode()
     assert text.endswith("# EOF\n")
     assert text.count("# EOF") == 1
-    # The strict parser takes it.
+    # The strict parser accepts it.
     kinds = {family.name: family.type for family in open_metrics(text)}  # type: ignore[no-untyped-call]
     assert kinds["cobatch_requests"] == "counter"
     assert kinds["cobatch_request_duration_seconds"] == "histogram"
@@ -233,7 +233,7 @@ def test_open_metrics_for_who_asks(gates: Gated) -> None:
     assert plain.headers["content-type"].startswith("text/plain")
 
 
-def test_what_is_there_is_what_the_table_says(gates: Gated) -> None:
+def test_scraped_families_match_the_table(gates: Gated) -> None:
     served, _ = gates
     served.ask(gate(1))
     found = {name: family for name, family in scrape(served).families.items() if name.startswith("cobatch_")}

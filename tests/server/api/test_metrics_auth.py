@@ -1,4 +1,4 @@
-"""/metrics where callers are known: who may read it, and what it says of tenants and credentials."""
+"""GET /metrics with authentication: permission, tenants and credentials."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ def metrics(running: Protected) -> Scrape:
     return scrape_of(answer)
 
 
-def test_only_admins_read_them(tmp_path: Path) -> None:
+def test_scraping_needs_admin(tmp_path: Path) -> None:
     with protected(True, tmp_path) as running:
         assert running.ask(get("/metrics")).slug == "unauthenticated"
         assert running.ask(get_as(token(scope="infer metadata"), "/metrics")).slug == "forbidden"
         assert running.ask(get_as(ADMIN, "/metrics")).status == 200
 
 
-def test_or_everybody_where_the_operator_says_so(tmp_path: Path) -> None:
+def test_scraping_is_open_if_set(tmp_path: Path) -> None:
     with protected(True, tmp_path, server={"metrics_open": True}) as running:
         assert scrape(running.served).value("ready") == 1
         assert running.ask(get("/v2/models/stats")).slug == "unauthenticated"
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["fast path", "ASGI"])
-def test_tenants_are_told_apart(fast: bool, tmp_path: Path) -> None:
+def test_each_tenant_has_its_own_series(fast: bool, tmp_path: Path) -> None:
     limits = (TenantRule(tenant="bob", requests_per_s=0.001, burst=1),)
     with protected(fast, tmp_path, tenants=limits) as running:
         for _ in range(3):
@@ -53,7 +53,7 @@ def test_tenants_are_told_apart(fast: bool, tmp_path: Path) -> None:
     assert sum(theirs.values()) == pytest.approx(busy)
 
 
-def test_credentials_are_counted_by_what_came_of_them(tmp_path: Path) -> None:
+def test_credentials_are_counted_by_result(tmp_path: Path) -> None:
     with protected(False, tmp_path, keys={"shop": ("infer",)}) as running:
         first = token("ann")
         for _ in range(3):

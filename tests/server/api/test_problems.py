@@ -1,4 +1,4 @@
-"""The pages and the table that explain the problems, and that they say what the code does."""
+"""The problem pages, and the table of kinds checked against the code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def test_each_kind_has_a_page_in_html_and_text() -> None:
             assert not re.search(r"https?://|<script|<link|\bsrc=|@import|url\(", page.text)
 
 
-async def test_the_list_of_kinds() -> None:
+async def test_the_index_lists_all_kinds() -> None:
     async with gated() as (running, _):
         text = (await running.http.get("/problems")).text
         page = (await running.http.get("/problems", headers={"accept": "text/html"})).text
@@ -53,7 +53,7 @@ def test_every_kind_is_explained() -> None:
 
 
 def problems_in_the_code() -> Iterator[tuple[str, set[str], str]]:
-    """Slug, members and place of every Problem that is made in server/."""
+    """Yield slug, members and place of every Problem that server/ creates."""
     for path in sorted((ROOT / "server").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Problem":

@@ -1,4 +1,4 @@
-"""Profiling in place: what is recorded, as the trace viewers read it, and who may."""
+"""POST /v1/profile: the recorded file as trace viewers read it, limits and permissions; `cobatch trace`."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def trace(*batches: BatchEvent, samples: list[Sample] | None = None, begin_s: fl
 
 
 def batch(number: int, at_s: float = 0.0, **changed: Any) -> BatchEvent:
-    """One whose stages take a millisecond each."""
+    """Return a batch with stages of one millisecond."""
     stages = ("gathered_s", "dispatched_s", "started_s", "finished_s", "answering_s", "answered_s")
     times = {name: at_s + n * 0.001 for n, name in enumerate(stages, 1)}
     requests = [(at_s, 1), (at_s + 0.0005, 2)]
-    fields = {"model": "m", "lane": 0, "slot": number % 2, "number": number, "rows": 3, "reason": "idle"}
+    fields = {"model": "m", "engine": 0, "slot": number % 2, "number": number, "rows": 3, "reason": "idle"}
     return BatchEvent(**{**fields, "requests": requests, **times, **changed})
 
 
 def tracks(document: Any) -> dict[tuple[int, int], str]:
-    """The tracks' names, those of their groups in front."""
+    """Return the names of the tracks, with their groups in front."""
     names = {
         (one["pid"], one["tid"], one["name"]): one["args"]["name"]
         for one in document["traceEvents"]
@@ -87,35 +87,35 @@ def test_loop_worker_and_slots_are_tracks() -> None:
     assert found["threads: worker 0 of m"][0]["args"] == args
 
 
-def test_the_wait_of_each_request_and_the_way_of_each_batch() -> None:
+def test_requests_have_waits_and_batches_have_arrows() -> None:
     events = trace(batch(1), batch(2, 0.01))["traceEvents"]
     waits = [(one["ph"], one["id2"]["local"], one["ts"]) for one in events if one.get("cat") == "request"]
     assert waits == [
         ("b", 1, 0), ("e", 1, 1000), ("b", 2, 500), ("e", 2, 1000),
         ("b", 3, 10_000), ("e", 3, 11_000), ("b", 4, 10_500), ("e", 4, 11_000),
     ]  # fmt: skip
-    ways = [(one["ph"], one["id"], one["ts"]) for one in events if one.get("cat") == "batch"]
-    assert ways == [
+    arrows = [(one["ph"], one["id"], one["ts"]) for one in events if one.get("cat") == "batch"]
+    assert arrows == [
         ("s", 1, 1000), ("t", 1, 3000), ("f", 1, 5000), ("s", 2, 11_000), ("t", 2, 13_000), ("f", 2, 15_000),
     ]  # fmt: skip
 
 
-def test_curves() -> None:
+def test_loop_lag_and_queues_are_curves() -> None:
     samples = [Sample(1.0, 0.0005, {"m": 4, "n": 0}), Sample(1.01, -0.0001, {"m": 5, "n": 1})]
     events = trace(samples=samples, begin_s=1.0)["traceEvents"]
     curves = [(one["name"], one["ts"], one["args"]) for one in events if one["ph"] == "C"]
     assert curves == [
-        ("loop is late by", 0, {"ms": 0.5}),
+        ("event loop lag", 0, {"ms": 0.5}),
         ("queued", 0, {"rows": 4}),
         ("queued", 0, {"rows": 0}),
-        ("loop is late by", 10_000, {"ms": 0}),
+        ("event loop lag", 10_000, {"ms": 0}),
         ("queued", 10_000, {"rows": 5}),
         ("queued", 10_000, {"rows": 1}),
     ]
 
 
 def test_models_and_engines_have_tracks_of_their_own() -> None:
-    document = trace(batch(1), batch(2, lane=1), batch(3, model="n"))
+    document = trace(batch(1), batch(2, engine=1), batch(3, model="n"))
     assert sorted(tracks(document).values()) == [
         "slots of m: engine 0, slot 1",
         "slots of m: engine 1, slot 0",
@@ -129,22 +129,22 @@ def test_models_and_engines_have_tracks_of_their_own() -> None:
     assert len(set(ids)) == len(ids)
 
 
-def test_one_that_could_not_be_packed_ran_nowhere() -> None:
+def test_a_batch_that_was_not_packed_has_no_run() -> None:
     found = slices(trace(batch(1, started_s=0.0, finished_s=0.0, failed=True)))
     assert "threads: worker 0 of m" not in found
     assert found["slots of m: engine 0, slot 1"][0]["args"]["failed"] is True
     assert all(one["dur"] >= 0 for events in found.values() for one in events)
 
 
-def test_what_had_begun_before_is_not_before_zero() -> None:
+def test_time_zero_is_the_earliest_event() -> None:
     events = trace(batch(1, 4.5), samples=[Sample(5.0, 0.0, {})], begin_s=5.0)["traceEvents"]
     assert min(one["ts"] for one in events if "ts" in one) == 0
     assert [one["ts"] for one in events if one["ph"] == "C"] == [500_000]
 
 
 @pytest.mark.parametrize(("count", "requests"), [(0, 0), (1, 2), (499, 2), (500, 2), (1000, 2), (3, 5000)])
-def test_it_comes_in_small_pieces_and_is_one_document(count: int, requests: int) -> None:
-    """Small also where batches are large: between two pieces others have their turn."""
+def test_the_file_comes_in_small_pieces(count: int, requests: int) -> None:
+    """Also for large batches: between two pieces the loop serves requests."""
     batches = [batch(number, requests=[(0.0, 1)] * requests) for number in range(count)]
     pieces = list(trace_text(batches, [Sample(0.0, 0.0, {})] * count, 0.0, {}))
     assert all(piece.count(b'"ph"') <= 500 for piece in pieces)
@@ -158,7 +158,7 @@ def test_it_comes_in_small_pieces_and_is_one_document(count: int, requests: int)
 
 @contextlib.contextmanager
 def recording(served: Served, seconds: float = 60.0) -> Iterator[Client]:
-    """A client whose profile is being recorded."""
+    """Yield a client whose profile is being recorded."""
     with served.connect() as client:
         client.send(post(f"/v1/profile?seconds={seconds}", b""))
         head = client._until(b"\r\n\r\n")
@@ -168,7 +168,7 @@ def recording(served: Served, seconds: float = 60.0) -> Iterator[Client]:
 
 
 def document_of(client: Client) -> Any:
-    """The body that follows, in chunks."""
+    """Read the rest of the chunked body."""
     body = b""
     while size := int(client._until(b"\r\n")[:-2], 16):
         body += client._exactly(size)
@@ -177,12 +177,12 @@ def document_of(client: Client) -> Any:
 
 
 @BOTH
-def test_a_server_at_work(fast: bool) -> None:
+def test_a_recording_has_batches_and_failures(fast: bool) -> None:
     with gated(fast) as (served, engine), recording(served) as client:
         assert served.ask(gate(1, 2)).status == 200
         engine.fails = lambda x: EngineRunError("no")
         assert served.ask(gate(3)).status == 500
-        # What is recorded ends with the server's readiness, and is sent.
+        # A stopping server ends the recording and sends it.
         served.stop()
         document = document_of(client)
     found = slices(document)
@@ -195,40 +195,46 @@ def test_a_server_at_work(fast: bool) -> None:
     assert document["otherData"]["batches"] == 2
     assert document["otherData"]["batches_left_out"] == 0
     curves = {one["name"] for one in document["traceEvents"] if one["ph"] == "C"}
-    assert curves == {"loop is late by", "queued"}
+    assert curves == {"event loop lag", "queued"}
 
 
-def nobody_records(served: Served) -> bool:
+def is_idle(served: Served) -> bool:
     return not served.call(
         lambda: [sink for sink in served.core.observer._batches if "Recorder" in repr(sink)]
     )
 
 
-def test_only_one_at_a_time_and_a_client_that_leaves_ends_it() -> None:
+def test_a_second_recording_is_refused_and_a_disconnect_ends_the_first() -> None:
     with gated(True) as (served, _):
-        assert nobody_records(served)
+        assert is_idle(served)
         with recording(served):
             refused = served.ask(post("/v1/profile", b""))
             assert (refused.status, refused.slug) == (409, "profile-running")
             assert refused.headers["retry-after"] == "60"
-            assert not nobody_records(served)
-        while not nobody_records(served):
+            assert not is_idle(served)
+        while not is_idle(served):
             pass
         with recording(served, 0.01) as client:
             assert document_of(client)["otherData"]["seconds"] == 0.01
-        assert nobody_records(served)
+        while not is_idle(served):
+            pass
 
 
-async def test_of_several_who_ask_at_once_one_records() -> None:
+async def test_of_concurrent_requests_one_records() -> None:
     async with in_process.gated() as (running, _):
-        asking = [running.http.post("/v1/profile?seconds=0.01") for _ in range(3)]
-        answers = await asyncio.gather(*asking)
-        assert sorted(answer.status_code for answer in answers) == [200, 409, 409]
+        first, *others = [
+            asyncio.ensure_future(running.http.post("/v1/profile?seconds=60")) for _ in range(3)
+        ]
+        answers = await asyncio.gather(*others)
+        assert [answer.status_code for answer in answers] == [409, 409]
+        running.core.draining = True  # ends the recording
+        assert (await first).status_code == 200
+        running.core.draining = False
         assert (await running.http.post("/v1/profile?seconds=0.01")).status_code == 200
 
 
-def test_what_is_over_the_limit_is_left_out_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiling, "_MOST_REQUESTS", 2)
+def test_batches_beyond_the_limit_are_left_out_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "_REQUEST_LIMIT", 2)
     with gated(True) as (served, _), recording(served) as client:
         for number in range(5):
             served.ask(gate(number))
@@ -237,7 +243,7 @@ def test_what_is_over_the_limit_is_left_out_and_counted(monkeypatch: pytest.Monk
     assert (about["batches"], about["batches_left_out"]) == (2, 3)
 
 
-def test_how_long() -> None:
+def test_seconds_outside_the_range_are_refused() -> None:
     with gated(True) as (served, _):
         for seconds in ("0", "-1", "60.1", "nan", "inf", "x", ""):
             answer = served.ask(post(f"/v1/profile?seconds={seconds}", b""))
@@ -245,7 +251,7 @@ def test_how_long() -> None:
         assert served.ask(get("/v1/profile")).status == 405
 
 
-def test_who_may(tmp_path: Path) -> None:
+def test_recording_needs_admin(tmp_path: Path) -> None:
     with guarded.protected(True, tmp_path) as p:
         path = "/v1/profile?seconds=0.01"
         assert p.ask(post(path, b"")).status == 401
@@ -270,18 +276,18 @@ def test_the_command_writes_a_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_the_command_that_is_refused_leaves_no_file(tmp_path: Path) -> None:
+def test_a_refused_command_leaves_no_file(tmp_path: Path) -> None:
     file = tmp_path / "some.json"
     with gated(True) as (served, _):
         told = command(served, "--seconds", "100", "-o", str(file))
         nowhere = command(served, "--seconds", "0.01", "-o", str(tmp_path / "none" / "x"))
     assert (told.exit_code, nowhere.exit_code) == (1, 1)
-    assert "seconds must be a number over 0 and up to 60" in told.stderr
+    assert "seconds must be a number above 0 and at most 60" in told.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
-def test_a_time_that_nobody_can_wait_for(seconds: str, tmp_path: Path) -> None:
+def test_the_command_refuses_impossible_seconds(seconds: str, tmp_path: Path) -> None:
     with gated(True) as (served, _):
         told = command(served, f"--seconds={seconds}", "-o", str(tmp_path / "x"))
     assert told.exit_code == 1

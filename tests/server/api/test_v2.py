@@ -1,7 +1,7 @@
-"""V2 as clients of Triton and KServe call it beyond plain infer; on the fast path and through ASGI.
+"""The V2 protocol beyond plain infer requests, on the fast path and through ASGI.
 
-What of it goes through the infer routes in the usual way is in `test_wire`; a real client of each kind is
-in `test_tritonclient` and `scripts/perf-analyzer`.
+`tests/system/test_wire.py` has plain infer requests; real clients are in `test_tritonclient.py` and
+`scripts/perf-analyzer`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def served(path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
 
 @pytest.fixture
 def held(path: str) -> Iterator[tuple[Served, GatedEngine]]:
-    """One model whose batches the test holds, at most 4 rows each."""
+    """Serve one model whose engine the test holds, with batches of at most 4 rows."""
     with gated(path == "fast") as pair:
         yield pair
 
@@ -80,16 +80,16 @@ ONE = {"inputs": [tensor("FP32", [1, 3], [1, 2, 3])]}
 
 
 def tails(answer: Answer) -> tuple[Any, bytes]:
-    """A binary answer's JSON and its tail."""
+    """Return JSON and binary data of a binary response."""
     assert answer.status == 200, answer
     length = int(answer.headers["inference-header-content-length"])
     return json.loads(answer.body[:length]), answer.body[length:]
 
 
-# Addresses
+# Paths
 
 
-def test_the_openapi_documents_paths_are_there(served: Served) -> None:
+def test_paths_of_the_protocols_openapi_document(served: Served) -> None:
     for template, method in OPENAPI_PATHS.items():
         target = template.replace("${MODEL_NAME}", "negate").replace("${MODEL_VERSION}", "1")
         answer = served.ask(get(target) if method == "GET" else post(target, ONE))
@@ -98,7 +98,7 @@ def test_the_openapi_documents_paths_are_there(served: Served) -> None:
 
 
 @pytest.mark.parametrize("base", ["/v2/models/negate", "/v2/models/negate/versions/1"])
-def test_a_version_in_the_path_or_none(served: Served, base: str) -> None:
+def test_paths_with_and_without_version(served: Served, base: str) -> None:
     for part in ("", "/ready", "/config", "/stats"):
         assert served.ask(get(base + part)).status == 200
     answer = served.ask(post(f"{base}/infer", ONE))
@@ -106,7 +106,7 @@ def test_a_version_in_the_path_or_none(served: Served, base: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["2", "01", "1.0", "latest"])
-def test_a_version_that_is_not_there(served: Served, version: str) -> None:
+def test_unknown_versions(served: Served, version: str) -> None:
     base = f"/v2/models/negate/versions/{version}"
     for part in ("", "/ready", "/config", "/stats"):
         answer = served.ask(get(base + part))
@@ -116,25 +116,25 @@ def test_a_version_that_is_not_there(served: Served, version: str) -> None:
     assert (answer.status, answer.slug) == (404, "unknown-version")
 
 
-def test_a_version_that_is_no_number(served: Served) -> None:
+def test_a_version_need_not_be_a_number(served: Served) -> None:
     assert served.ask(get("/v2/models/gate/versions/2.b")).json["versions"] == ["2.b"]
     assert served.ask(get("/v2/models/gate/versions/2")).slug == "unknown-version"
 
 
-def test_the_server_says_what_it_can(served: Served) -> None:
+def test_server_metadata(served: Served) -> None:
     about = served.ask(get("/v2")).json
     assert about["name"] == "cobatch"
     assert set(about["extensions"]) >= {"binary_tensor_data", "model_repository", "parameters", "statistics"}
 
 
-def test_the_repository_index_with_and_without_a_body(served: Served) -> None:
+def test_repository_index_with_and_without_body(served: Served) -> None:
     for body in (b"", b"{}", b'{"ready":true}'):
         index = served.ask(post("/v2/repository/index", body)).json
         assert [entry["name"] for entry in index] == list(served.core.models)
         assert {"name": "negate", "version": "1", "state": "READY", "reason": ""} in index
 
 
-def test_the_configuration(served: Served) -> None:
+def test_model_configuration(served: Served) -> None:
     config = served.ask(get("/v2/models/add/config")).json
     assert config["max_batch_size"] == 4
     assert config["input"] == [
@@ -154,14 +154,14 @@ def count_of(stats: Any, name: str) -> int:
     return count
 
 
-def test_statistics_of_what_was_asked(held: tuple[Served, GatedEngine]) -> None:
+def test_statistics_count_answers_and_failures(held: tuple[Served, GatedEngine]) -> None:
     served, engine = held
     with served.connect() as first, served.connect() as second, served.connect() as third:
         engine.hold()
         first.send(gate(1))
         engine.began.get(timeout=serving.DEADLINE_S)
         second.send(gate(2, 3, 4))
-        third.send(gate(5))  # with the three before it this is a whole batch
+        third.send(gate(5))  # a full batch together with the three rows before
         served.until(lambda: served.batcher().counters.accepted == 3)
         engine.release()
         for client in (first, second, third):
@@ -212,14 +212,14 @@ def test_priority_and_timeout_reach_the_batcher() -> None:
     + [("timeout", value) for value in (-1, 0.5, False, "1s", 10**18, "1" * 30)]
     + [("sequence_id", 5), ("sequence_start", True), ("triton_enable", 1), ("headers", "x")],
 )
-def test_parameters_that_cannot_be(served: Served, name: str, value: object) -> None:
+def test_invalid_parameters(served: Served, name: str, value: object) -> None:
     with pytest.raises(Problem):
         decode({name: value})
     answer = served.ask(post("/v2/models/negate/infer", ONE | {"parameters": {name: value}}))
     assert (answer.status, answer.slug, answer.json["parameter"]) == (400, "bad-parameter", name)
 
 
-def test_a_timeout_that_expires(held: tuple[Served, GatedEngine]) -> None:
+def test_a_request_expires_in_the_queue(held: tuple[Served, GatedEngine]) -> None:
     served, engine = held
     with served.connect() as first, served.connect() as late, served.connect() as patient:
         engine.hold()
@@ -241,7 +241,7 @@ def raw(served: Served, model: str, body: bytes) -> Answer:
     return served.ask(post(f"/v2/models/{model}/infer", body, {"Inference-Header-Content-Length": "0"}))
 
 
-def test_a_raw_request_is_one_row_and_answered_in_binary(served: Served) -> None:
+def test_a_raw_request_is_one_row_with_a_binary_response(served: Served) -> None:
     message, tail = tails(raw(served, "negate", struct.pack("<3f", 1, 2, 3)))
     assert message["outputs"] == [
         {"name": "y", "datatype": "FP32", "shape": [1, 3], "parameters": {"binary_data_size": 12}}
@@ -274,14 +274,12 @@ def test_a_raw_request_of_text(served: Served) -> None:
         ("flags", b"\x01\x02", 422, "wrong-data"),
     ],
 )
-def test_a_raw_request_that_does_not_fit(
-    served: Served, model: str, body: bytes, status: int, slug: str
-) -> None:
+def test_invalid_raw_requests(served: Served, model: str, body: bytes, status: int, slug: str) -> None:
     answer = raw(served, model, body)
     assert (answer.status, answer.slug) == (status, slug)
 
 
-def test_usage_is_in_the_body_when_asked_for_and_only_then(held: tuple[Served, GatedEngine]) -> None:
+def test_usage_is_in_the_body_only_on_request(held: tuple[Served, GatedEngine]) -> None:
     served, _ = held
     usage = served.ask(gate(7, 8, parameters={"usage": True})).json["parameters"]
     assert usage["batch_rows"] == 2
