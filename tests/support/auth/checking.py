@@ -1,6 +1,6 @@
-"""FetchedKeys and TokenVerifier put together for a real issuer, with time moved by hand.
+"""FetchedKeys and TokenVerifier for a real issuer, with a clock that the test moves.
 
-Keys are fetched when a token asks for them; the background refresh is not started.
+Only tokens with unknown kids fetch keys; the background refresh is not started.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COOLDOWN_S = 10.0
 
 
 class Checker:
-    """What the server does with a token, up to its claims, for one issuer."""
+    """Verifies the tokens of one issuer as the server does."""
 
     def __init__(self, auth: AuthSettings, wall: Callable[[], float] = time.time) -> None:
         (trusted,) = auth.issuers
@@ -34,15 +34,15 @@ class Checker:
         self.withdrawn.append(key.kid)
 
     async def key(self, token: str) -> Key:
-        """The key that this good token was checked with."""
+        """Verify a valid token; return its key."""
         return (await self._verifier.verify(token)).key
 
     async def tenant(self, token: str) -> Any:
-        """Whose good token this is."""
+        """Verify a valid token; return its `sub`."""
         return (await self._verifier.verify(token)).claims["sub"]
 
     async def refused(self, token: str) -> TokenError:
-        """Why this token is not good."""
+        """Verify an invalid token; return the error."""
         with pytest.raises(TokenError) as error:
             await self._verifier.verify(token)
         assert not any(part in error.value.detail for part in token.split("."))
@@ -50,11 +50,11 @@ class Checker:
 
 
 def checker(issuing: Issuer, *, wall: Callable[[], float] = time.time, **more: Any) -> Checker:
-    """For this issuer, with more of its settings."""
+    """Return a Checker for this issuer, with more of its settings."""
     trusted = issuing.settings(**more)
     return Checker(issuing.auth(issuers=(trusted,), jwks_cooldown_s=COOLDOWN_S), wall)
 
 
 def unwanted(key: Key) -> None:
-    """For FetchedKeys: no key may be withdrawn."""
+    """Fail: passed to FetchedKeys where no key may be withdrawn."""
     raise AssertionError(f"{key} was withdrawn")

@@ -1,14 +1,13 @@
-"""A real issuer of access tokens: oidc-provider, certified by the OpenID foundation, as a child process.
+"""A real issuer of access tokens: oidc-provider, certified by the OpenID Foundation, as a child process.
 
     with issuer.started(issuer.Client("alice", scope="infer metadata")) as issuing:
         auth = issuing.auth(jwks_cooldown_s=5)
         token = issuing.token("alice")
 
-tests/support/auth/issuer_app/issuer.mjs is its program; here is what a test says to it. The first use
-installs it (`npm ci`, a second or two). Where node or npm is missing, or npm cannot download, the test is
-skipped with the reason, but fails under CI. All of this is synchronous; nothing here sleeps, and deadlines
-are only reached where something is broken. The process ends with its `with`, and also if this one dies,
-because its stdin ends then.
+Its program is tests/support/auth/issuer_app/issuer.mjs; this module controls it. The first use installs it
+(`npm ci`, a second or two). Where node or npm is missing, or npm cannot download, the test is skipped with
+the reason; under CI it fails. All calls are synchronous, nothing sleeps, and only a bug reaches a deadline.
+The process ends with its `with` block, or when its stdin closes because this process died.
 """
 
 from __future__ import annotations
@@ -38,18 +37,15 @@ DEADLINE_S = 60.0
 
 
 class Client(NamedTuple):
-    """Who may ask for tokens. `scope` is all that it may have; `claims` are in its tokens as well."""
+    """An OAuth client. `scope` lists all scopes it may request; `claims` are added to its tokens."""
 
     id: str
     scope: str = "infer metadata"
     claims: Mapping[str, object] = {}
 
 
-class Seen(NamedTuple):
-    """What the issuer was asked so far, whether it answered or not.
-
-    `metadata` counts only where it is; `cut` are connections while it was down("closed").
-    """
+class RequestCounts(NamedTuple):
+    """Requests so far, answered or not. `cut`: connections cut while it was down("closed")."""
 
     jwks: int
     metadata: int
@@ -57,22 +53,22 @@ class Seen(NamedTuple):
 
 
 class Refused(Exception):
-    """The issuer gives no token. The text is its OAuth error code."""
+    """The issuer refused a token. The text is its OAuth error code."""
 
 
 class Issuer:
-    """A running issuer. Its methods raise OSError or Refused where it gives nothing."""
+    """A running issuer. Its methods raise OSError, and Refused for a refused token."""
 
     def __init__(
-        self, process: subprocess.Popen[str], said: queue.SimpleQueue[str], passwords: Mapping[str, str]
+        self, process: subprocess.Popen[str], lines: queue.SimpleQueue[str], passwords: Mapping[str, str]
     ) -> None:
         self._process = process
-        self._said = said
+        self._lines = lines
         self._passwords = passwords
         self.issuer: str = self._answer()["issuer"]
 
     def _answer(self) -> dict[str, Any]:
-        line = self._said.get(timeout=DEADLINE_S)
+        line = self._lines.get(timeout=DEADLINE_S)
         assert line, "the issuer ended, see its stderr"
         answer: dict[str, Any] = json.loads(line)
         assert "error" not in answer, answer
@@ -84,28 +80,25 @@ class Issuer:
         self._process.stdin.flush()
         return self._answer()["ok"]
 
-    # What the server under test is told of it
+    # Settings of the server under test
 
     def settings(self, **more: Any) -> IssuerSettings:
-        """`[[auth.issuers]]` for it; keys are found through its metadata unless `jwks_url` is given."""
+        """Return its `[[auth.issuers]]`. Its metadata leads to the keys unless `jwks_url` is given."""
         return IssuerSettings(issuer=self.issuer, **{"name": "real", **more})
 
     def auth(self, **more: Any) -> AuthSettings:
-        """`[auth]` with this issuer alone."""
+        """Return `[auth]` with only this issuer."""
         return AuthSettings(**{"issuers": (self.settings(),), "audience": (RESOURCE,), **more})
 
     @property
     def jwks_url(self) -> str:
-        """Where its keys are, also without its metadata."""
+        """The URL of its keys."""
         return f"{self.issuer}/jwks"
 
-    # What its clients get of it
+    # Requests of its clients
 
     def token(self, client: str, scope: str | None = None, resource: str | None = RESOURCE) -> str:
-        """An access token by client credentials, RFC 6749, 4.4. Without a resource it is no JWT.
-
-        Without `scope` it has none.
-        """
+        """Request an access token by client credentials (RFC 6749, 4.4). Without a resource it is opaque."""
         fields = {"grant_type": "client_credentials", "scope": scope, "resource": resource}
         form = urllib.parse.urlencode({name: value for name, value in fields.items() if value is not None})
         basic = base64.b64encode(f"{client}:{self._passwords[client]}".encode()).decode()
@@ -124,28 +117,28 @@ class Issuer:
         return token
 
     def jwks(self) -> list[dict[str, Any]]:
-        """Its public keys, as everybody gets them. Counts as a request, as all others."""
+        """Fetch its public keys; this counts as a request."""
         keys: list[dict[str, Any]] = get(self.jwks_url)["keys"]
         return keys
 
-    # What happens to it
+    # Control
 
     def reset(self) -> None:
-        """As if newly started, in the same place: a new key, nothing asked yet. For the next test."""
+        """Restore its first state at the same URL, with a new key and counts of 0."""
         self._do("reset")
 
     def rotate(self, alg: Algorithm | None = None) -> str:
-        """Sign with a new key, of the first one's kind by default; the old are published too. Its `kid`."""
+        """Sign with a new key, by default of the first one's type; old keys stay published."""
         kid: str = self._do("rotate", alg=alg)
         return kid
 
     def drop(self) -> None:
-        """Publish no key but the one that signs."""
+        """Publish only the signing key."""
         self._do("drop")
 
     @property
     def kid(self) -> str:
-        """Which key signs."""
+        """The signing key's kid."""
         kid: str = self._do("kid")
         return kid
 
@@ -154,7 +147,7 @@ class Issuer:
         self._do("mode", mode=how)
 
     def hold(self) -> None:
-        """Let requests for the keys wait, until `up` or `down`. All others are answered."""
+        """Delay responses with keys until `up` or `down`; other requests are answered."""
         self._do("mode", mode="held")
 
     def up(self) -> None:
@@ -162,18 +155,18 @@ class Issuer:
         self._do("mode", mode="up")
 
     @property
-    def seen(self) -> Seen:
-        """What it was asked so far."""
-        return Seen(**self._do("seen"))
+    def counts(self) -> RequestCounts:
+        """The requests so far."""
+        return RequestCounts(**self._do("counts"))
 
     @property
     def jwks_requests(self) -> int:
-        """How often its keys were asked for, whether it answered or not."""
-        return self.seen.jwks
+        """Requests for its keys, answered or not."""
+        return self.counts.jwks
 
-    def jwks_asked(self, count: int) -> None:
-        """Wait until its keys were asked for that often."""
-        assert self._do("jwks_asked", count=count) >= count
+    def wait_for_jwks_requests(self, count: int) -> None:
+        """Wait until it has received this number of requests for its keys."""
+        assert self._do("wait_for_jwks_requests", count=count) >= count
 
 
 @contextlib.contextmanager
@@ -184,39 +177,38 @@ def started(
     path: str = "",
     discovery: Literal["openid", "oauth"] = "openid",
 ) -> Iterator[Issuer]:
-    """Run an issuer on a free port; with `path` ("/realms/x") its name has one.
+    """Run an issuer on a free port, with `path` ("/realms/x") as part of its URL.
 
-    It starts in 0.3 s, `reset` takes less; each RSA key takes 0.1 s or more, others nothing.
-
-    Its metadata is where OpenID Connect Discovery puts it or, with "oauth", only where RFC 8414 does.
+    A start takes 0.3 s, `reset` less; an RSA key adds 0.1 s or more. With `discovery` "oauth" its metadata is
+    at RFC 8414's location instead of OpenID Connect Discovery's.
     """
     program = [node.installed(APP), "issuer.mjs"]
     passwords = {client.id: secrets.token_urlsafe() for client in clients}
     known = [client._asdict() | {"secret": passwords[client.id]} for client in clients]
     config = {"clients": known, "alg": alg, "ttl_s": ttl_s, "path": path, "discovery": discovery}
-    with _running([*program, json.dumps(config)]) as (process, said):
-        yield Issuer(process, said, passwords)
+    with _running([*program, json.dumps(config)]) as (process, lines):
+        yield Issuer(process, lines, passwords)
 
 
 @contextlib.contextmanager
 def _running(program: list[str]) -> Iterator[tuple[subprocess.Popen[str], queue.SimpleQueue[str]]]:
-    """The process, and what it says line by line, "" at its end. stderr is pytest's, which shows it."""
+    """Start the process; yield it and its lines on stdout, "" at its end. pytest captures stderr."""
     pipe = subprocess.PIPE
     process = subprocess.Popen(program, stdin=pipe, stdout=pipe, text=True, cwd=APP, env=node.environ())
-    said: queue.SimpleQueue[str] = queue.SimpleQueue()
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read() -> None:
         assert process.stdout is not None
-        with process.stdout as lines:
-            for line in lines:
-                said.put(line)
-        said.put("")
+        with process.stdout as stdout:
+            for line in stdout:
+                lines.put(line)
+        lines.put("")
 
     reader = threading.Thread(target=read, name="issuer-stdout", daemon=True)
     reader.start()
     assert process.stdin is not None
     try:
-        yield process, said
+        yield process, lines
         process.stdin.close()
         assert process.wait(DEADLINE_S) == 0
     finally:
@@ -224,7 +216,7 @@ def _running(program: list[str]) -> Iterator[tuple[subprocess.Popen[str], queue.
             process.kill()
         process.wait()
         reader.join(DEADLINE_S)
-        # An end that it never saw has nothing left to flush into.
+        # A process that died cannot take the rest of the buffer.
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
 
@@ -233,13 +225,13 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def get(request: str | urllib.request.Request) -> Any:
-    """The JSON that is there, past any proxy. Raises OSError."""
+    """GET a JSON document, without a proxy. Raises OSError."""
     with _OPENER.open(request, timeout=DEADLINE_S) as answer:
         return json.load(answer)
 
 
 def part(token: str, index: int) -> dict[str, Any]:
-    """Header (0) or claims (1) of a JWT, unchecked."""
+    """Decode the header (0) or claims (1) of a JWT without verifying it."""
     text = token.split(".")[index]
     decoded: dict[str, Any] = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
     return decoded

@@ -1,4 +1,4 @@
-"""Programs for node that tests start: where node is, and their packages, installed once."""
+"""Find node and install the packages of the node programs that tests start."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 INSTALL_DEADLINE_S = 300.0
-# Ends with status 1 where node lacks what oidc-provider is written with: that came with 22, and later to 20.
+# Exits with status 1 where node lacks an API that oidc-provider needs (in 22, and in late versions of 20).
 TOO_OLD = "process.exit(URL.parse ? 0 : 1)"
 
 
 def installed(folder: Path) -> str:
-    """Install this folder's packages if they are not what its lock file says; node's path.
+    """Install this folder's packages unless they match its lock file; return node's path.
 
-    Skips the test where that cannot be done, and fails it under CI.
+    Skips the test where that is not possible; under CI it fails.
     """
     node, why_not = _installed(folder)
     if why_not and os.environ.get("CI"):
@@ -31,7 +31,7 @@ def installed(folder: Path) -> str:
 
 @functools.cache
 def _installed(folder: Path) -> tuple[str, str]:
-    """Node, and why it cannot be used. Tried once: npm is slow to find that there is no network."""
+    """Return node's path and the reason why it cannot be used, if any. Tried once: npm is slow offline."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if node is None or npm is None:
         return "", "needs node and npm: apt-get install nodejs npm"
@@ -39,7 +39,7 @@ def _installed(folder: Path) -> tuple[str, str]:
         return "", "needs node 22 or newer, or a late 20: npm install --global node@22"
     lock = folder / "package-lock.json"
     stamp = folder / "node_modules" / ".cobatch-installed"
-    # Of two runs at once one installs and the other waits.
+    # Of two test runs one installs and the other waits.
     with lock.open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         wanted = lock.read_text()
@@ -52,7 +52,7 @@ def _installed(folder: Path) -> tuple[str, str]:
 
 
 def _install(npm: str, folder: Path) -> str:
-    """What npm says where it fails."""
+    """Run npm; return its output if it fails, else ""."""
     done = subprocess.run(
         [npm, "ci", "--prefer-offline", "--fetch-retries=1"],
         cwd=folder,
@@ -68,5 +68,5 @@ def _install(npm: str, folder: Path) -> str:
 
 
 def environ() -> dict[str, str]:
-    """The environment without what changes how node runs."""
+    """Return the environment without NODE_OPTIONS."""
     return {name: value for name, value in os.environ.items() if name != "NODE_OPTIONS"}

@@ -1,8 +1,7 @@
-"""A real server (tests/support/http/serving.py) that asks who calls, with clocks that the test moves.
+"""A real server (tests/support/http/serving.py) with authentication, and clocks that the test moves.
 
-Its issuer is tests/support/auth/tokens.py's, whose key lies in a file, and it has API keys. Wall clock and
-monotonic clock go on as always but are put off by `ahead_s`: a test that wants a token to expire, or a bucket
-to fill, jumps there.
+It trusts the issuer of tests/support/auth/tokens.py, whose key is in a file, and has API keys. Wall clock and
+monotonic clock run `ahead_s` ahead of the real ones: a test adds to it to make a token expire, say.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ JSON = {"Content-Type": "application/json"}
 
 
 class Clock:
-    """Both clocks of the server."""
+    """The server's wall clock and monotonic clock."""
 
     def __init__(self) -> None:
         self.ahead_s = 0.0
@@ -43,17 +42,17 @@ class Clock:
         return time.monotonic() + self.ahead_s
 
     def wall(self) -> float:
-        """Begins when the tokens of tests/support/auth/tokens.py are new."""
+        """Return seconds since the epoch; starts at the time when tokens.py issues its tokens."""
         return tokens.NOW_S + self.monotonic() - self._start_s
 
     @property
     def module(self) -> Any:
-        """In place of the module `time`, where that is read directly."""
+        """A replacement of the module `time` where that is read directly."""
         return SimpleNamespace(time=self.wall, monotonic=self.monotonic)
 
 
 class Protected:
-    """What a test has of the server."""
+    """A running server with its first engine, its clock and its API keys by tenant."""
 
     def __init__(self, served: Served, engine: GatedEngine, clock: Clock, keys: Mapping[str, str]) -> None:
         self.served = served
@@ -70,17 +69,17 @@ class Protected:
         return self.served.ask(data)
 
     def infer(self, token: str, *rows: int, model: str = "gate", **headers: str) -> Answer:
-        """One infer request on a connection of its own."""
+        """Send one infer request on a new connection."""
         return self.ask(infer(token, *rows, model=model, **headers))
 
     def account(self, tenant: str) -> tuple[int, int]:
-        """Open requests and queued rows of a tenant, over all its accounts."""
+        """Return open requests and queued rows of a tenant, over all its accounts."""
         accounts = dict(self.auth.tenants._all)
         found = [one for (name, _), one in accounts.items() if name == tenant]
         return sum(one.open_requests for one in found), sum(one.queued_rows for one in found)
 
     def occupy(self, stack: contextlib.ExitStack) -> list[Client]:
-        """Hold the engine and give it all the batches that it takes; whatever comes now is queued."""
+        """Block the engine with as many batches as it has slots, so that all further requests are queued."""
         self.engine.hold()
         batcher = self.served.batcher()
         clients: list[Client] = []
@@ -91,7 +90,7 @@ class Protected:
         return clients
 
     def send(self, stack: contextlib.ExitStack, data: bytes) -> Client:
-        """Send a request that will be accepted, wait until it is, and do not wait for its answer."""
+        """Send a request and wait until it is accepted, not for its answer."""
         counters = self.served.batcher().counters
         accepted = counters.accepted
         client = stack.enter_context(self.served.connect())
@@ -101,7 +100,7 @@ class Protected:
 
 
 def settings_in(folder: Path, keys: Mapping[str, tuple[str, ...]] | None = None, **fields: Any) -> Any:
-    """`[auth]` for ISSUER, and the API keys of tenants by name with the scopes that are given for them."""
+    """Return `[auth]` for ISSUER, and an API key for each tenant in `keys` with its scopes."""
     jwks = folder / "jwks.json"
     jwks.write_bytes(tokens.jwks(SIGNER))
     issuer = Issuer(issuer=ISSUER, name="test", key_files=(str(jwks),))
@@ -123,7 +122,7 @@ def protected(
     server: Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> Iterator[Protected]:
-    """Serve `gate` and `other`, both held by one engine's gate each; the test has the first one's."""
+    """Serve the models `gate` and `other`, each with a gated engine; the test controls the first."""
     auth, minted = settings_in(folder, keys, **fields)
     engines = {name: GatedEngine() for name in ("gate", "other")}
     models = tuple(ModelSettings(path=name, max_batch_size=4, max_queue_rows=100) for name in engines)
@@ -145,45 +144,45 @@ def protected(
 
 
 def token(tenant: str = "alice", scope: str = "infer", **claims: Any) -> str:
-    """A good token, a new one each time if its `jti` is."""
+    """Return a valid token; another `jti` makes another token."""
     return SIGNER.token({"sub": tenant, "scope": scope} | claims)
 
 
 def bearer(credential: str) -> dict[str, str]:
-    """The header that carries it."""
+    """Return the Authorization header."""
     return {"Authorization": f"Bearer {credential}"}
 
 
 def infer(credential: str, *rows: int, model: str = "gate", **headers: str) -> bytes:
-    """A request for a model."""
+    """Build an infer request."""
     target = GATE.replace("gate", model)
     return post(target, rows_of(*rows or (1,)), bearer(credential) | headers)
 
 
 def predict(credential: str, *rows: int, **headers: str) -> bytes:
-    """The same by the native resource."""
+    """Build a prediction request."""
     message = {"inputs": {"x": [[row] for row in rows or (3,)]}}
     return post("/v1/models/gate/predictions", message, JSON | bearer(credential) | headers)
 
 
 def batch(credential: str | None, *items: dict[str, Any]) -> bytes:
-    """Several in one call."""
+    """Build a POST /batch with these items."""
     return post("/batch", {"requests": items}, bearer(credential) if credential else {})
 
 
 def item(url: str = GATE, method: str = "POST", **more: Any) -> dict[str, Any]:
-    """One of them, with a row for `gate` where it has a body."""
-    made = {"id": url, "url": url, "method": method}
-    return {**made, **({"body": rows_of(1)} if method == "POST" else {}), **more}
+    """Build an item of a batch; a POST has one row for `gate`."""
+    fields = {"id": url, "url": url, "method": method}
+    return {**fields, **({"body": rows_of(1)} if method == "POST" else {}), **more}
 
 
 def get_as(credential: str, target: str, method: str = "GET") -> bytes:
-    """A request without a body."""
+    """Build a request without a body."""
     return f"{method} {target} HTTP/1.1\r\nHost: test\r\nAuthorization: Bearer {credential}\r\n\r\n".encode()
 
 
 def challenge(answer: Answer) -> tuple[str, dict[str, str]]:
-    """Scheme and parameters of the answer's challenge."""
+    """Return scheme and parameters of the answer's challenge."""
     scheme, _, rest = answer.headers["www-authenticate"].partition(" ")
     found = re.findall(r'(\w+)="([^"\\]*)"', rest)
     assert ", ".join(f'{name}="{value}"' for name, value in found) == rest

@@ -1,4 +1,4 @@
-"""Keys and tokens as an issuer makes them, and tokens as no issuer would."""
+"""Keys, and valid and malformed tokens."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FAMILY: dict[str, type[Algorithm]] = {"RSA": RSAAlgorithm, "EC": ECAlgorithm, "
 
 
 class Signer:
-    """A private key with its name and algorithm."""
+    """A private key with its kid and algorithm."""
 
     def __init__(self, private: Private, algorithm: str, kid: str | None = None) -> None:
         self.private = private
@@ -36,12 +36,12 @@ class Signer:
         self.kid = kid
 
     def token(self, claims: Mapping[str, Any] | None = None, **header: Any) -> str:
-        """An access token (RFC 9068); what is given replaces claims and header members, None drops them."""
+        """Return an access token (RFC 9068). Given members replace the defaults, None drops them."""
         head = {"typ": "at+jwt", "alg": self.algorithm, "kid": self.kid, **header}
         return self.signed(as_json(head), as_json({**good_claims(), **(claims or {})}))
 
     def signed(self, header: bytes, payload: bytes) -> str:
-        """These very bytes, signed."""
+        """Return a token of exactly these bytes, signed."""
         start = f"{b64(header)}.{b64(payload)}"
         return f"{start}.{b64(self.signature(start.encode()))}"
 
@@ -49,25 +49,25 @@ class Signer:
         return bytes(PyJWS().get_algorithm_by_name(self.algorithm).sign(data, self.private))
 
     def jwk(self, **members: Any) -> dict[str, Any]:
-        """The public key as an issuer publishes it; what is given replaces members, None drops them."""
+        """Return the public key as a JWK. Given members replace the defaults, None drops them."""
         kind = self._kind()
-        made = {**_FAMILY[kind].to_jwk(self.private.public_key(), as_dict=True), "use": "sig"}
-        made.pop("key_ops", None)
-        made.update(kid=self.kid, alg=self.algorithm)
-        return {name: value for name, value in {**made, **members}.items() if value is not None}
+        jwk = {**_FAMILY[kind].to_jwk(self.private.public_key(), as_dict=True), "use": "sig"}
+        jwk.pop("key_ops", None)
+        jwk.update(kid=self.kid, alg=self.algorithm)
+        return {name: value for name, value in {**jwk, **members}.items() if value is not None}
 
     def private_jwk(self) -> dict[str, Any]:
-        """With its private members, as no issuer should publish it."""
-        made: dict[str, Any] = _FAMILY[self._kind()].to_jwk(self.private, as_dict=True)
-        made.pop("key_ops", None)
-        return {**made, "kid": self.kid, "alg": self.algorithm}
+        """Return the JWK with its private members, as no issuer should publish it."""
+        jwk: dict[str, Any] = _FAMILY[self._kind()].to_jwk(self.private, as_dict=True)
+        jwk.pop("key_ops", None)
+        return {**jwk, "kid": self.kid, "alg": self.algorithm}
 
     def key(self) -> Key:
-        """What a server keeps of it."""
+        """Return the key as the server stores it."""
         return Key(self.kid, self.algorithm, self.private.public_key())
 
     def pem(self) -> bytes:
-        """The public key in PEM."""
+        """Return the public key in PEM."""
         return self.private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
     def private_pem(self) -> bytes:
@@ -85,13 +85,13 @@ class Signer:
 
 @functools.cache
 def rsa_key(name: str = "", bits: int = 2048) -> rsa.RSAPrivateKey:
-    """Made once per name: it takes a while."""
+    """Generate a key, once per name because it is slow."""
     return rsa.generate_private_key(public_exponent=65537, key_size=bits)
 
 
 @functools.cache
 def signer(algorithm: str = "RS256", kid: str | None = None) -> Signer:
-    """The same key each time for the same name, which is the algorithm's where none is given."""
+    """Return the signer with this kid, by default `key-ALGORITHM`; always the same key."""
     kid = kid or f"key-{algorithm}"
     private: Private
     match algorithm:
@@ -105,7 +105,7 @@ def signer(algorithm: str = "RS256", kid: str | None = None) -> Signer:
 
 
 def good_claims(now_s: float = NOW_S) -> dict[str, Any]:
-    """What RFC 9068, 2.2 asks for."""
+    """Return the claims that RFC 9068, 2.2 requires."""
     return {
         "iss": ISSUER, "aud": AUDIENCE, "sub": "alice", "client_id": "app", "jti": "1",
         "iat": int(now_s), "exp": int(now_s) + 600, "scope": "infer",
@@ -113,15 +113,15 @@ def good_claims(now_s: float = NOW_S) -> dict[str, Any]:
 
 
 def jwks(*signers: Signer) -> bytes:
-    """The public keys as a JWK set."""
+    """Return the public keys as a JWK set."""
     return json.dumps({"keys": [one.jwk() for one in signers]}).encode()
 
 
 def hs256(claims: Mapping[str, Any] | None = None, secret: bytes = SECRET, **header: Any) -> str:
-    """An access token under a secret, which may be anything."""
+    """Return an access token signed with any secret."""
     head = as_json({"typ": "at+jwt", "alg": "HS256", **header})
     start = f"{b64(head)}.{b64(as_json({**good_claims(), **(claims or {})}))}"
-    # By hand, for PyJWT refuses to take a public key for a secret.
+    # Signed here, since PyJWT refuses a public key as a secret.
     return f"{start}.{b64(hmac_sha256(secret, start.encode()))}"
 
 
@@ -130,27 +130,27 @@ def hmac_sha256(secret: bytes, data: bytes) -> bytes:
 
 
 def b64(data: bytes) -> str:
-    """Base64url without padding."""
+    """Encode as base64url without padding."""
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
 def as_json(members: Mapping[str, Any]) -> bytes:
-    """Without the members that are None."""
+    """Encode as JSON, without the members that are None."""
     return json.dumps({name: value for name, value in members.items() if value is not None}).encode()
 
 
 def unsigned(header: bytes, payload: bytes, signature: bytes = b"not a signature") -> str:
-    """Any bytes in a token's form."""
+    """Join any three parts into a token."""
     return ".".join(map(b64, (header, payload, signature)))
 
 
 def auth_settings(*issuers: Issuer, **fields: Any) -> AuthSettings:
-    """For tokens of ISSUER, or of these issuers."""
+    """Return `[auth]` for tokens of ISSUER, or of these issuers."""
     return AuthSettings(
         issuers=issuers or (Issuer(issuer=ISSUER, name="test"),), **{"audience": (AUDIENCE,), **fields}
     )
 
 
 def all_keys() -> StaticKeys:
-    """One key per algorithm with a public one."""
+    """Return one key for each asymmetric algorithm."""
     return StaticKeys([signer(name).key() for name in ("RS256", "PS256", "ES256", "EdDSA")])

@@ -1,4 +1,4 @@
-"""A server and a real issuer (support/auth/issuer.py): client credentials, rotation, outage, unknown keys."""
+"""A server with a real issuer (tests/support/auth/issuer.py): rotation, outages, unknown kids."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def fast(request: pytest.FixtureRequest) -> bool:
 
 @contextlib.contextmanager
 def serving(fast: bool, issuing: Issuer, *, ready: bool = True, **auth: Any) -> Iterator[Served]:
-    """A server for this issuer's tokens; its keys are refreshed only when a token asks for that."""
+    """Run a server for this issuer's tokens. Only unknown kids make it fetch keys again."""
     model = ModelSettings(path="gate", max_batch_size=4)
     settings = issuing.auth(**{"jwks_cooldown_s": 0.0, "jwks_refresh_s": 864_000.0, **auth})
     with serve(fast, (model,), engines={"gate": GatedEngine()}, ready=ready, auth=settings) as served:
@@ -51,7 +51,7 @@ def refused(answer: Answer) -> str:
     return str(answer.json["detail"])
 
 
-def test_a_token_by_client_credentials(fast: bool, issuing: Issuer) -> None:
+def test_tokens_by_client_credentials(fast: bool, issuing: Issuer) -> None:
     with serving(fast, issuing) as served:
         alice, bob = issuing.token("alice", "infer"), issuing.token("bob", "infer:other metadata")
         for _ in range(3):
@@ -73,13 +73,13 @@ def test_rotation(fast: bool, issuing: Issuer) -> None:
         for _ in range(2):
             assert client.ask(old).status == 200
         issuing.rotate()
-        # The overlap: both keys are good, and the first new token fetches the new one.
+        # Both keys are published; the first token with the new one makes the server fetch it.
         new = infer(issuing.token("alice", "infer"))
         assert client.ask(new).status == 200
         assert client.ask(old).status == 200
         issuing.rotate()
         issuing.drop()
-        # Nobody knows yet that the issuer vouches for neither any more.
+        # Nothing has been fetched yet, so both withdrawn keys are still trusted.
         assert client.ask(old).status == client.ask(new).status == 200
         assert client.ask(infer(issuing.token("alice", "infer"))).status == 200
         for withdrawn in (old, new):
@@ -94,7 +94,7 @@ def test_an_outage(fast: bool, issuing: Issuer) -> None:
         issuing.rotate()
         rotated = issuing.token("alice", "infer")
         issuing.down()
-        # What was good is good, also a token that comes for the first time; a new key waits for the issuer.
+        # Known keys stay valid, also for tokens not seen before; a new key has to wait for the issuer.
         for known in (seen, unseen):
             assert served.ask(infer(known)).status == 200
         refused(served.ask(infer(rotated)))
@@ -102,7 +102,7 @@ def test_an_outage(fast: bool, issuing: Issuer) -> None:
         assert served.ask(infer(rotated)).status == 200
 
 
-def test_an_outage_that_lasts(fast: bool, issuing: Issuer) -> None:
+def test_an_outage_longer_than_the_keys_are_valid(fast: bool, issuing: Issuer) -> None:
     with serving(fast, issuing, jwks_cooldown_s=864_000.0) as served:
         good = issuing.token("alice", "infer")
         assert served.ask(infer(good)).status == 200
@@ -129,7 +129,7 @@ def test_an_issuer_that_is_down_at_the_start(fast: bool, issuing: Issuer) -> Non
         assert served.ask(get("/v2/health/ready")).status == 503
         assert not served.server.ready.is_set()
         issuing.up()
-        # By itself, with nobody who asks.
+        # In the background, without a request.
         assert served.server.ready.wait(DEADLINE_S)
         assert served.ask(get("/v2/health/ready")).status == 200
         assert served.ask(infer(good)).status == 200
@@ -141,10 +141,10 @@ def test_rfc7517_a_flood_of_unknown_kids_costs_the_issuer_one_request(fast: bool
         _, claims, signature = good.split(".")
         text = issuer.part(good, 0)
         assert served.ask(infer(good)).status == 200
-        asked = issuing.jwks_requests
+        requests = issuing.jwks_requests
         for n in range(50):
             unknown = b64(as_json({**text, "kid": f"../{n}"}))
             assert "no key" in refused(served.ask(infer(f"{unknown}.{claims}.{signature}")))
-        assert issuing.jwks_requests == asked == 1
+        assert issuing.jwks_requests == requests == 1
         assert served.ask(infer(good)).status == 200
         assert served.ask(infer(issuing.token("alice", "infer"))).status == 200

@@ -1,4 +1,4 @@
-"""The real issuer of support/auth/issuer.py by itself: tests of the server rest on what is pinned here."""
+"""The real issuer of tests/support/auth/issuer.py by itself, as other tests rely on it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ALICE = Client("alice", scope="infer metadata", claims={"team": "red"})
 BOB = Client("bob", scope="infer:double")
 
 
-def test_rfc9068_2_the_issuers_tokens_are_what_it_describes() -> None:
+def test_rfc9068_2_contents_of_its_tokens() -> None:
     before = int(time.time())
     with issuer.started(ALICE, BOB) as issuing:
         token = issuing.token("alice", "infer")
@@ -38,7 +38,7 @@ def test_rfc9068_2_the_issuers_tokens_are_what_it_describes() -> None:
         assert "scope" not in issuer.part(issuing.token("alice"), 1)
 
 
-def test_it_refuses_what_a_client_may_not_have() -> None:
+def test_it_refuses_scopes_of_other_clients() -> None:
     with issuer.started(ALICE, BOB, alg="ES256") as issuing:
         with pytest.raises(issuer.Refused, match="invalid_scope"):
             issuing.token("bob", "infer")
@@ -67,7 +67,7 @@ def test_it_goes_down_and_comes_up() -> None:
                 issuing.jwks()
             issuing.up()
             assert issuing.jwks()
-        assert issuing.seen == issuer.Seen(jwks=3, metadata=0, cut=1)
+        assert issuing.counts == issuer.RequestCounts(jwks=3, metadata=0, cut=1)
 
 
 def test_a_path_is_part_of_its_name() -> None:
@@ -78,10 +78,10 @@ def test_a_path_is_part_of_its_name() -> None:
         assert metadata["jwks_uri"] == issuing.jwks_url
         assert issuing.jwks()
         assert issuer.part(issuing.token("alice", "infer"), 1)["iss"] == issuing.issuer
-        assert issuing.seen == issuer.Seen(jwks=1, metadata=1, cut=0)
+        assert issuing.counts == issuer.RequestCounts(jwks=1, metadata=1, cut=0)
 
 
-def test_its_metadata_may_be_where_rfc8414_3_1_puts_it() -> None:
+def test_its_metadata_may_be_at_the_location_of_rfc8414_3_1() -> None:
     with issuer.started(ALICE, alg="ES256", path="/realms/red", discovery="oauth") as issuing:
         with pytest.raises(urllib.error.HTTPError, match="404") as refused:
             issuer.get(f"{issuing.issuer}/.well-known/openid-configuration")
@@ -91,13 +91,13 @@ def test_its_metadata_may_be_where_rfc8414_3_1_puts_it() -> None:
         assert (metadata["issuer"], metadata["jwks_uri"]) == (issuing.issuer, issuing.jwks_url)
 
 
-def test_it_holds_its_keys_back() -> None:
+def test_it_can_delay_its_keys() -> None:
     with issuer.started(ALICE, alg="ES256") as issuing:
         issuing.hold()
         answers: queue.SimpleQueue[int] = queue.SimpleQueue()
         asking = threading.Thread(target=lambda: answers.put(len(issuing.jwks())))
         asking.start()
-        issuing.jwks_asked(1)
+        issuing.wait_for_jwks_requests(1)
         assert issuing.token("alice")
         assert answers.empty()
         issuing.up()
@@ -105,13 +105,13 @@ def test_it_holds_its_keys_back() -> None:
         asking.join(issuer.DEADLINE_S)
 
 
-def test_it_is_as_new_after_a_reset() -> None:
+def test_reset_restores_its_first_state() -> None:
     with issuer.started(ALICE, alg="ES256") as issuing:
         (before,) = issuing.jwks()
         issuing.rotate("EdDSA")
         issuing.down()
         issuing.reset()
-        assert issuing.seen == issuer.Seen(jwks=0, metadata=0, cut=0)
+        assert issuing.counts == issuer.RequestCounts(jwks=0, metadata=0, cut=0)
         (after,) = issuing.jwks()
         assert (after["kid"], after["alg"]) == (before["kid"], before["alg"])
         assert after["x"] != before["x"]

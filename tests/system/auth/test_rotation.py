@@ -1,4 +1,4 @@
-"""FetchedKeys while a real issuer (tests/support/auth/issuer.py) rotates its keys, and while it is out."""
+"""FetchedKeys while a real issuer (tests/support/auth/issuer.py) rotates its keys or is down."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ async def test_rotation_with_overlap(issuing: Issuer, alg: Algorithm) -> None:
     old_key = await checks.key(old)
     new_kid = issuing.rotate(alg)
     new = issuing.token("alice")
-    # Within the cool-down nobody asks again, also not for a key that is there.
+    # Within the cool-down nothing is fetched, although the issuer has the key.
     checks.now_s += COOLDOWN_S - 0.001
     error = await checks.refused(new)
     assert not error.permanent
     assert not error.forged
     assert issuing.jwks_requests == 1
-    # After it the first new token does, and the old key is the one that it was.
+    # Afterwards the first new token starts a fetch, and the old key keeps its object.
     checks.now_s += 0.001
     new_key = await checks.key(new)
     assert (new_key.kid, new_key.algorithm) == (new_kid, alg)
@@ -63,7 +63,7 @@ async def test_a_dropped_key_is_withdrawn_with_the_next_fetch(issuing: Issuer) -
     assert await checks.tenant(old)
     issuing.rotate()
     issuing.drop()
-    # As long as nothing is fetched nobody knows.
+    # Nothing has been fetched yet, so the dropped key is still trusted.
     checks.now_s += COOLDOWN_S
     assert await checks.tenant(old)
     assert await checks.tenant(issuing.token("alice"))
@@ -73,7 +73,7 @@ async def test_a_dropped_key_is_withdrawn_with_the_next_fetch(issuing: Issuer) -
     assert issuing.jwks_requests == 2
 
 
-async def test_the_refresh_withdraws_a_dropped_key_without_a_token_that_asks(issuing: Issuer) -> None:
+async def test_the_refresh_withdraws_a_dropped_key(issuing: Issuer) -> None:
     auth = issuing.auth(jwks_refresh_s=0.01)
     withdrawn: asyncio.Queue[Key] = asyncio.Queue()
     keys = FetchedKeys(auth.issuers[0], auth, withdrawn.put_nowait)
@@ -90,7 +90,7 @@ async def test_the_refresh_withdraws_a_dropped_key_without_a_token_that_asks(iss
         await keys.stop()
 
 
-async def test_callers_with_a_new_kid_share_one_fetch(issuing: Issuer) -> None:
+async def test_requests_with_a_new_kid_share_one_fetch(issuing: Issuer) -> None:
     checks = checker(issuing)
     old = issuing.token("alice")
     assert await checks.tenant(old)
@@ -98,8 +98,8 @@ async def test_callers_with_a_new_kid_share_one_fetch(issuing: Issuer) -> None:
     issuing.hold()
     checks.now_s += COOLDOWN_S
     waiting = [asyncio.create_task(checks.tenant(issuing.token("alice"))) for _ in range(20)]
-    await asyncio.to_thread(issuing.jwks_asked, 2)
-    # Known keys wait for nobody, and a caller that goes takes nothing from the others.
+    await asyncio.to_thread(issuing.wait_for_jwks_requests, 2)
+    # Tokens with known keys do not wait, and a cancelled request does not cancel the others' fetch.
     assert await checks.tenant(old) == "alice"
     waiting[0].cancel()
     issuing.up()
@@ -113,7 +113,7 @@ async def test_callers_with_a_new_kid_share_one_fetch(issuing: Issuer) -> None:
 
 
 @pytest.mark.parametrize("how", ["closed", "unavailable"])
-async def test_known_keys_serve_on_through_an_outage(
+async def test_known_keys_stay_valid_through_an_outage(
     issuing: Issuer, how: Literal["closed", "unavailable"]
 ) -> None:
     checks = checker(issuing, jwks_url=issuing.jwks_url)
@@ -123,24 +123,24 @@ async def test_known_keys_serve_on_through_an_outage(
     new = issuing.token("alice")
     issuing.down(how)
 
-    def asked() -> int:
-        return issuing.seen.jwks - 1 + issuing.seen.cut
+    def requests() -> int:
+        return issuing.counts.jwks - 1 + issuing.counts.cut
 
     for attempts in (1, 2):
         checks.now_s += COOLDOWN_S
         for _ in range(5):
             assert not (await checks.refused(new)).permanent
             assert await checks.tenant(old) == "alice"
-        assert asked() == attempts
+        assert requests() == attempts
     issuing.up()
     assert not (await checks.refused(new)).permanent
     checks.now_s += COOLDOWN_S
     assert await checks.tenant(new) == "alice"
-    assert asked() == 3
+    assert requests() == 3
     assert checks.withdrawn == []
 
 
-async def test_keys_are_given_up_when_the_outage_lasts(issuing: Issuer) -> None:
+async def test_keys_become_stale_in_a_long_outage(issuing: Issuer) -> None:
     checks = checker(issuing)
     token = issuing.token("alice")
     assert await checks.tenant(token)
@@ -160,7 +160,7 @@ async def test_keys_are_given_up_when_the_outage_lasts(issuing: Issuer) -> None:
     assert checks.keys.ready
 
 
-async def test_an_issuer_that_is_down_at_the_start_is_waited_for(issuing: Issuer) -> None:
+async def test_an_issuer_that_is_down_at_the_start(issuing: Issuer) -> None:
     checks = checker(issuing)
     token = issuing.token("alice")
     issuing.down()
@@ -173,11 +173,11 @@ async def test_an_issuer_that_is_down_at_the_start_is_waited_for(issuing: Issuer
     assert await checks.tenant(token) == "alice"
 
 
-async def test_the_end_waits_for_no_issuer(issuing: Issuer) -> None:
+async def test_stop_does_not_wait_for_the_issuer(issuing: Issuer) -> None:
     auth = issuing.auth()
     keys = FetchedKeys(auth.issuers[0], auth, unwanted)
     issuing.hold()
     await keys.start()
-    await asyncio.to_thread(issuing.jwks_asked, 1)
+    await asyncio.to_thread(issuing.wait_for_jwks_requests, 1)
     await keys.stop()
     assert not keys.ready

@@ -1,4 +1,4 @@
-"""docs/security.md says what is so: snippets load, tables are the code's, commands print what it shows."""
+"""docs/security.md matches the code: snippets load, tables are complete, commands print the same."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ KID = "key-1"
 
 
 def blocks(text: str, language: str) -> list[str]:
-    """What stands between fences of a language."""
+    """Return the code blocks in a language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def section(title: str) -> str:
-    """What stands under a heading, up to the next one of its level or above."""
+    """Return the text under a heading, up to the next one of its level or above."""
     found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^#{{1,3}} |\Z)", TEXT, re.MULTILINE | re.DOTALL)
     assert found, title
     return found[2]
 
 
 def load(snippet: str, folder: Path) -> Settings:
-    """As `cobatch serve --config FILE MODEL` would, the model being the one that a rule is about."""
+    """Load settings as `cobatch serve --config FILE MODEL` would, for the model that a rule names."""
     config = folder / "cobatch.toml"
     config.write_text(snippet)
     (folder / "model.onnx").write_bytes(b"")
@@ -72,7 +72,7 @@ def test_snippets_elsewhere_load(name: str, tmp_path: Path) -> None:
         load_settings(config, {}, {})
 
 
-# Claims of a token as each service documents it, beside iss, aud, iat and exp; its `typ`; what it permits.
+# A token of each service as documented: its claims beside iss, aud, iat, exp; its `typ`; its permissions.
 Token = tuple[dict[str, Any], str | None, set[str]]
 TOKENS: dict[str, Token] = {
     "Keycloak": (
@@ -112,13 +112,13 @@ TOKENS: dict[str, Token] = {
 
 
 @pytest.mark.parametrize("name", TOKENS)
-async def test_a_token_as_its_issuer_documents_it_is_taken(name: str, tmp_path: Path) -> None:
+async def test_a_token_as_its_issuer_documents_it_is_accepted(name: str, tmp_path: Path) -> None:
     auth = load(blocks(section(name), "toml")[0], tmp_path).auth
     assert auth is not None
     (issuer,) = auth.issuers
     claims, typ, permissions = TOKENS[name]
     now_s = int(time.time())
-    # The good claims of RFC 9068 that this service does not write are taken out.
+    # Claims of RFC 9068 that this service does not write are removed.
     absent: dict[str, Any] = dict.fromkeys(("client_id", "jti", "scope"))
     minted = {"iss": issuer.issuer, "aud": auth.audience[0], "iat": now_s, "exp": now_s + 600}
     key = signer("RS256", KID)
@@ -127,7 +127,7 @@ async def test_a_token_as_its_issuer_documents_it_is_taken(name: str, tmp_path: 
     principal = Authenticator(auth)._token_principal(verified)
     assert principal.permissions == permissions
     assert principal.tenant.name == claims[issuer.tenant_claim]
-    # Without what the page says, it would not do, but for the one that follows the RFC.
+    # Without the documented settings the token is refused, except for the service that follows the RFC.
     strict = msgspec.structs.replace(auth, issuers=(Issuer(issuer=issuer.issuer, name="x"),))
     verifier = TokenVerifier(strict, {issuer.issuer: StaticKeys([key.key()])})
     if name != "Auth0":
@@ -136,7 +136,7 @@ async def test_a_token_as_its_issuer_documents_it_is_taken(name: str, tmp_path: 
 
 
 def rows(title: str, table: str) -> dict[str, list[str]]:
-    """The rows of the table after a line, by their first cell."""
+    """Return the rows of the table after a line, by their first cell."""
     found = re.search(rf"^`?{re.escape(table)}`?\n\n((?:\|.*\n)+)", section(title), re.MULTILINE)
     assert found, table
     lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in found[1].splitlines()[2:]]
@@ -152,39 +152,39 @@ def rows(title: str, table: str) -> dict[str, list[str]]:
         ("[[auth.models]]", ModelRule),
     ],
 )
-def test_all_settings_are_there_with_their_defaults(table: str, struct: Any) -> None:
+def test_all_settings_and_their_defaults_are_documented(table: str, struct: Any) -> None:
     found = rows("All settings", table)
     fields = {one.name: one for one in msgspec.structs.fields(struct)}
     for name in ("issuers", "tenants", "models") if struct is AuthSettings else ():
         del fields[name]
     assert set(found) == set(fields)
     for name, field in fields.items():
-        said = found[name][0]
+        default = found[name][0]
         if field.required:
-            assert said == "needed"
+            assert default == "needed"
         elif isinstance(field.default, bool):
-            assert said == str(field.default).lower()
+            assert default == str(field.default).lower()
         elif isinstance(field.default, int | float):
-            assert float(said) == field.default
+            assert float(default) == field.default
         elif isinstance(field.default, str) and field.default:
-            assert said == field.default
+            assert default == field.default
         elif isinstance(field.default, tuple) and field.default:
-            assert said == ", ".join(field.default)
+            assert default == ", ".join(field.default)
         else:
-            # Where there is nothing, words say what that means.
+            # No default: words explain it.
             assert field.default in (None, "", (), msgspec.NODEFAULT)
-            assert said
+            assert default
 
 
 async def test_permissions_per_route(tmp_path: Path) -> None:
     auth, _ = settings_in(tmp_path)
-    said: dict[tuple[str, str], str] = {}
+    documented: dict[tuple[str, str], str] = {}
     for routes, needs in re.findall(
         r"^\| (`(?:GET|POST) /.*?) \| (.*?) \|$", section("Permissions"), re.MULTILINE
     ):
         for method, path in re.findall(r"`(GET|POST|DELETE) (/.*?)`", routes):
-            assert (path, method.lower()) not in said
-            said[path, method.lower()] = needs
+            assert (path, method.lower()) not in documented
+            documented[path, method.lower()] = needs
     words = {
         "Needs no credentials": "open",
         "Needs credentials": "any credential",
@@ -194,10 +194,10 @@ async def test_permissions_per_route(tmp_path: Path) -> None:
         "Needs the permission `admin`.": "`admin`",
     }
     async with gated(auth=auth) as (running, _):
-        assert set(said) == served(running)
+        assert set(documented) == served(running)
         for path, method, operation in operations(describe(running.core)):
             (expected,) = [text for words_, text in words.items() if words_ in operation["description"]]
-            assert said[path, method].partition(" with a")[0].partition(";")[0] == expected, path
+            assert documented[path, method].partition(" with a")[0].partition(";")[0] == expected, path
 
 
 def test_problems_and_their_status() -> None:
@@ -207,7 +207,7 @@ def test_problems_and_their_status() -> None:
     assert {slug: int(status) for slug, status in found} == {slug: KINDS[slug].status for slug in AUTH_KINDS}
 
 
-def test_the_commands_print_what_the_page_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_print_the_documented_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("negate.onnx").write_bytes(b"")
     for console in blocks(TEXT, "console"):
@@ -227,7 +227,7 @@ def _without_key(text: str) -> str:
     return re.sub(r"cb_[a-z2-7]{12}_[A-Za-z0-9_-]{43}", "cb_KEY", text)
 
 
-def test_links_inside_lead_somewhere() -> None:
+def test_links_resolve() -> None:
     headings = {
         re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
         for title in re.findall(r"^#+ (.*)$", TEXT, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""TLS with --tls-cert and --tls-key, and which proxies are believed."""
+"""TLS with --tls-cert and --tls-key, and trusted proxies."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.http.serving import Served, data_of, gate, gated, get
 
 
 class Pair:
-    """A certificate for 127.0.0.1 that vouches for itself, and its key."""
+    """A self-signed certificate for 127.0.0.1 and its key."""
 
     def __init__(self) -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())
@@ -65,7 +65,7 @@ def fast(request: pytest.FixtureRequest) -> bool:
 
 
 def ask_over_tls(served: Served, certificate: str) -> None:
-    """Two requests on one connection, that checks whom it speaks to."""
+    """Send two requests on one connection that verifies the certificate."""
     context = ssl.create_default_context(cafile=certificate)
     with served.connect() as client:
         client.socket = context.wrap_socket(client.socket, server_hostname="127.0.0.1")
@@ -80,7 +80,7 @@ def test_infer_over_tls(fast: bool, files: tuple[str, str], capsys: pytest.Captu
     with gated(fast, tls_cert=files[0], tls_key=files[1]) as (served, _):
         ask_over_tls(served, files[0])
         with served.connect() as client:
-            # Without TLS there is nothing to talk about.
+            # Without TLS the connection is closed.
             client.send(gate(1))
             assert client.closed()
     assert "cobatch: listening on https://127.0.0.1:" in capsys.readouterr().out
@@ -93,8 +93,8 @@ def test_the_key_may_be_in_the_certificates_file(fast: bool, pair: Pair, tmp_pat
         ask_over_tls(served, str(both))
 
 
-def test_load_over_tls(files: tuple[str, str]) -> None:
-    """`cobatch bench` asks who the server is, and goes on if it is told not to, or who may say so."""
+def test_bench_over_tls(files: tuple[str, str]) -> None:
+    """`cobatch bench` verifies the certificate unless told otherwise."""
     with gated(True, tls_cert=files[0], tls_key=files[1]) as (served, _):
         command = ["bench", f"https://127.0.0.1:{served.server.port}", "--shape", "x=1", "--quiet"]
         command += ["--seconds", "0.2", "--warmup-s", "0"]
@@ -109,7 +109,7 @@ def test_load_over_tls(files: tuple[str, str]) -> None:
 
 
 def refusal(folder: Path, *flags: str) -> str:
-    """The one line on stderr that `cobatch serve` ends with, without the folder's name."""
+    """Return the error line of `cobatch serve`, without the folder's name."""
     model = folder / "model.onnx"
     model.write_bytes(b"")
     result = CliRunner().invoke(app, ["serve", str(model), "--port", "0", *flags])
@@ -120,7 +120,7 @@ def refusal(folder: Path, *flags: str) -> str:
     return result.stderr.replace(f"{folder}/", "")
 
 
-def test_files_that_cannot_be_used(pair: Pair, files: tuple[str, str], tmp_path: Path) -> None:
+def test_unusable_files_are_refused(pair: Pair, files: tuple[str, str], tmp_path: Path) -> None:
     cert, key = files
     others = tmp_path / "others.pem"
     others.write_bytes(Pair().key())
@@ -131,9 +131,9 @@ def test_files_that_cannot_be_used(pair: Pair, files: tuple[str, str], tmp_path:
     assert "cannot use cert.pem with gone.pem: No such file" in gone_key
     assert "cannot use cert.pem: " in refusal(tmp_path, "--tls-cert", cert)  # no key in it
     assert "cannot use key.pem: " in refusal(tmp_path, "--tls-cert", key)
-    said = refusal(tmp_path, "--tls-cert", cert, "--tls-key", str(others))
-    assert "cannot use cert.pem with others.pem: " in said
-    assert "mismatch" in said.lower()
+    message = refusal(tmp_path, "--tls-cert", cert, "--tls-key", str(others))
+    assert "cannot use cert.pem with others.pem: " in message
+    assert "mismatch" in message.lower()
     assert "the key is encrypted" in refusal(tmp_path, "--tls-cert", cert, "--tls-key", str(locked))
     assert "needs tls_cert" in refusal(tmp_path, "--tls-key", key)
 
@@ -143,7 +143,7 @@ def test_files_that_cannot_be_used(pair: Pair, files: tuple[str, str], tmp_path:
 
 @pytest.fixture
 def charged() -> Iterator[list[str]]:
-    """The addresses that paid for forged tokens."""
+    """Collect the addresses charged for forged tokens."""
     addresses: list[str] = []
     with mock.patch(
         "cobatch.server.auth.throttle.SignatureThrottle.charge", lambda _, address: addresses.append(address)
@@ -152,7 +152,7 @@ def charged() -> Iterator[list[str]]:
 
 
 def forge(running: Protected, number: int, **headers: str) -> int:
-    """A token with a wrong signature, another one for each number."""
+    """Send a token with a wrong signature, a different one for each number; return the status."""
     forged = Signer(ec.generate_private_key(ec.SECP256R1()), "ES256", SIGNER.kid)
     answer = running.infer(forged.token({"jti": str(number)}), **headers)
     assert answer.status in (401, 429)
@@ -171,7 +171,7 @@ def forge(running: Protected, number: int, **headers: str) -> int:
         ("127.0.0.1", "", "127.0.0.1"),
     ],
 )
-def test_forwarded_headers_are_believed_of_configured_addresses_only(
+def test_forwarded_headers_are_accepted_from_trusted_proxies_only(
     fast: bool, tmp_path: Path, charged: list[str], trusted: str | None, forwarded: str, address: str
 ) -> None:
     with protected(fast, tmp_path, server={"trusted_proxies": trusted}) as running:
@@ -179,7 +179,7 @@ def test_forwarded_headers_are_believed_of_configured_addresses_only(
         assert charged == [address]
 
 
-def test_what_an_address_forges_costs_that_address(fast: bool, tmp_path: Path) -> None:
+def test_forged_tokens_throttle_their_own_address(fast: bool, tmp_path: Path) -> None:
     first, second = ({"X-Forwarded-For": address} for address in ("203.0.113.7", "203.0.113.8"))
     with protected(fast, tmp_path, server={"trusted_proxies": "127.0.0.1"}) as running:
         known = infer(token(), **first)
@@ -191,8 +191,8 @@ def test_what_an_address_forges_costs_that_address(fast: bool, tmp_path: Path) -
             answer = running.infer(token(jti="new"), **first)
             assert (answer.status, answer.slug) == (429, "too-many-bad-tokens")
             assert answer.headers["retry-after"] == "1"
-            assert running.infer("x", **first).status == 401  # no signature to be checked
-            # What was good before is good, and so is a new token from elsewhere.
+            assert running.infer("x", **first).status == 401  # refused without a signature check
+            # Cached tokens and new tokens from other addresses are not affected.
             assert running.ask(known).status == 200
             elsewhere = token(jti="new")
             assert running.infer(elsewhere, **second).status == 200

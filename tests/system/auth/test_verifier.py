@@ -1,4 +1,4 @@
-"""TokenVerifier and FetchedKeys with what a real issuer signs and publishes (support/auth/issuer.py)."""
+"""TokenVerifier and FetchedKeys with tokens and keys of a real issuer (tests/support/auth/issuer.py)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def issuing(running: Issuer) -> Issuer:
 
 
 @pytest.mark.parametrize("alg", ["RS256", "PS256", "ES256", "EdDSA"])
-async def test_a_token_by_client_credentials_is_taken(alg: Algorithm) -> None:
+async def test_a_token_by_client_credentials_is_accepted(alg: Algorithm) -> None:
     client = Client("alice", scope="infer infer:double admin", claims={"team": {"name": "red"}})
     with issuer.started(client, alg=alg) as issuing:
         auth = issuing.auth()
@@ -53,7 +53,7 @@ async def test_a_token_by_client_credentials_is_taken(alg: Algorithm) -> None:
         assert verified.expires_s == verified.claims["exp"] + auth.leeway_s >= before + 3600
 
 
-async def test_a_token_ends_with_its_leeway(issuing: Issuer) -> None:
+async def test_a_token_expires_after_its_leeway(issuing: Issuer) -> None:
     token = issuing.token("alice", "infer")
     now_s = end_s = issuer.part(token, 1)["exp"] + 10.0
     checks = checker(issuing, wall=lambda: now_s)
@@ -66,7 +66,7 @@ async def test_rfc9068_4_a_token_for_another_resource_is_refused(issuing: Issuer
     error = await checker(issuing).refused(issuing.token("alice", "infer", "https://other.test/"))
     assert error.permanent
     assert "aud" in error.detail
-    assert issuing.seen == issuer.Seen(jwks=0, metadata=0, cut=0)
+    assert issuing.counts == issuer.RequestCounts(jwks=0, metadata=0, cut=0)
 
 
 async def test_an_opaque_token_is_refused(issuing: Issuer) -> None:
@@ -81,9 +81,9 @@ async def test_a_changed_token_is_forged(issuing: Issuer) -> None:
     assert error.permanent
 
 
-async def test_keys_of_one_issuer_do_not_serve_another(issuing: Issuer) -> None:
+async def test_keys_of_one_issuer_do_not_check_tokens_of_another(issuing: Issuer) -> None:
     with issuer.started(ALICE, alg="ES256") as other:
-        # Both call their key the same.
+        # Both issuers use the same kid.
         assert issuing.kid == other.kid
         checks = checker(issuing)
         assert await checks.tenant(issuing.token("alice"))
@@ -109,13 +109,13 @@ async def test_metadata_leads_to_the_keys(path: str, discovery: Literal["openid"
         checks = checker(issuing)
         assert await checks.tenant(issuing.token("alice")) == "alice"
         assert await checks.tenant(issuing.token("alice")) == "alice"
-        assert issuing.seen == issuer.Seen(jwks=1, metadata=1, cut=0)
+        assert issuing.counts == issuer.RequestCounts(jwks=1, metadata=1, cut=0)
 
 
-async def test_a_given_address_of_the_keys_needs_no_metadata(issuing: Issuer) -> None:
+async def test_a_configured_jwks_url_needs_no_metadata(issuing: Issuer) -> None:
     checks = checker(issuing, jwks_url=issuing.jwks_url)
     assert await checks.tenant(issuing.token("alice")) == "alice"
-    assert issuing.seen == issuer.Seen(jwks=1, metadata=0, cut=0)
+    assert issuing.counts == issuer.RequestCounts(jwks=1, metadata=0, cut=0)
 
 
 async def test_rfc8414_3_3_metadata_must_name_the_configured_issuer(

@@ -1,19 +1,19 @@
-// A real issuer of access tokens: oidc-provider (OpenID certified) on loopback, steered by lines of JSON.
+// A real issuer of access tokens: oidc-provider (OpenID certified) on loopback, controlled by lines of JSON.
 //
-// tests/support/auth/issuer.py starts it and speaks for it. The first argument is its configuration:
+// tests/support/auth/issuer.py starts and controls it. The first argument is its configuration:
 //   {"path": "/realms/x" or "", "discovery": "openid" or "oauth", "alg": "RS256", "ttl_s": 3600,
 //    "clients": [{"id", "secret", "scope", "claims": {more claims of this client's tokens}}]}
-// It listens on a free port and says {"issuer": ...}. Then each line on stdin is a command, {"do": ...},
-// and is answered by one line on stdout, {"ok": ...} or {"error": ...}. It ends when stdin does, so
-// that it cannot outlive its parent.
+// It listens on a free port and prints {"issuer": ...}. Then each line on stdin is a command, {"do": ...},
+// answered by one line on stdout, {"ok": ...} or {"error": ...}. It exits when stdin ends, so that it
+// cannot outlive its parent.
 //
-// What oidc-provider needs help with, to issue what RFC 9068 describes:
+// Configuration that oidc-provider needs to issue tokens as RFC 9068 describes them:
 // - It signs JWTs only for a resource (RFC 8707): without `resource` in the token request the token is
-//   opaque. Any resource is taken here, and becomes `aud`.
+//   opaque. Any resource is accepted here and becomes `aud`.
 // - Scopes of a resource are not OpenID scopes: they are named three times (`scopes`, the client, the resource).
-// - Its keys are fixed for its life: rotation makes another Provider behind the same HTTP server.
-// - Its default for a client's ID tokens is RS256, which it checks even where none are issued: the
-//   default follows the key.
+// - Its keys are fixed at creation: rotation creates another Provider behind the same HTTP server.
+// - Its default for a client's ID tokens is RS256, which it checks even if none are issued, so the
+//   default is set to the key's algorithm.
 import { createServer } from 'node:http';
 import { generateKeyPairSync } from 'node:crypto';
 import { createInterface } from 'node:readline';
@@ -32,12 +32,12 @@ const KEYS = {
   ES256: ['ec', { namedCurve: 'P-256' }],
   EdDSA: ['ed25519', {}],
 };
-let made = 0; // keys, which are numbered
+let keyCount = 0; // numbers the keys
 
 function newKey(alg) {
   const [type, options] = KEYS[alg];
   const jwk = generateKeyPairSync(type, options).privateKey.export({ format: 'jwk' });
-  return { ...jwk, alg, use: 'sig', kid: `key-${(made += 1)}` };
+  return { ...jwk, alg, use: 'sig', kid: `key-${(keyCount += 1)}` };
 }
 
 function newHandler(issuer, keys) {
@@ -46,7 +46,7 @@ function newHandler(issuer, keys) {
     jwks: { keys },
     scopes,
     ttl: { ClientCredentials: given.ttl_s },
-    cookies: { keys: ['not used: nobody signs in here'] },
+    cookies: { keys: ['not used: there are no sign-ins'] },
     clientDefaults: { id_token_signed_response_alg: alg },
     clients: given.clients.map((client) => ({
       client_id: client.id,
@@ -80,17 +80,17 @@ let issuer;
 let keys = [newKey(given.alg)];
 let handler;
 let mode = 'up'; // or: closed (each connection is cut), unavailable (503), held (the JWKS waits)
-let seen = { jwks: 0, metadata: 0, cut: 0 };
+let counts = { jwks: 0, metadata: 0, cut: 0 };
 let held = [];
-let waiting = []; // what waits for a number of JWKS requests
+let waiting = []; // commands that wait for a number of JWKS requests
 
 function serve(request, response) {
   const url = localUrl(request.url);
   if (url === '/jwks') {
-    seen.jwks += 1;
-    waiting = waiting.filter(({ count, reached }) => seen.jwks < count || reached(seen.jwks));
+    counts.jwks += 1;
+    waiting = waiting.filter(({ count, reached }) => counts.jwks < count || reached(counts.jwks));
   } else if (url?.startsWith('/.well-known/')) {
-    seen.metadata += 1;
+    counts.metadata += 1;
   }
   if (mode === 'unavailable') {
     response.writeHead(503, { 'content-type': 'text/plain' }).end('down for a test\n');
@@ -105,8 +105,8 @@ function serve(request, response) {
   }
 }
 
-// The part of the URL that oidc-provider knows; undefined for none. For an issuer with a path OpenID
-// Connect Discovery and RFC 8414, 3.1, disagree where its metadata is: `discovery` says which one holds.
+// Returns the part of the URL for oidc-provider, or undefined. For an issuer with a path, OpenID Connect
+// Discovery and RFC 8414, 3.1 put the metadata in different places: `discovery` chooses one.
 function localUrl(url) {
   if (given.discovery === 'oauth') {
     if (url.endsWith('/.well-known/openid-configuration')) return undefined;
@@ -122,28 +122,28 @@ function change(newKeys) {
 }
 
 const commands = {
-  // As if newly started, in the same place.
+  // The first state, at the same URL.
   reset: () => {
     commands.mode({ mode: 'up' });
-    seen = { jwks: 0, metadata: 0, cut: 0 };
-    made = 0;
+    counts = { jwks: 0, metadata: 0, cut: 0 };
+    keyCount = 0;
     return change([newKey(given.alg)]);
   },
-  // Both keys are published, the new one signs.
+  // All keys are published, the new one signs.
   rotate: ({ alg }) => change([newKey(alg ?? given.alg), ...keys]),
-  // Only the key that signs is left.
+  // Only the signing key stays.
   drop: () => change(keys.slice(0, 1)),
   kid: () => keys[0].kid,
-  seen: () => seen,
+  counts: () => counts,
   mode: ({ mode: next }) => {
     mode = next;
-    // The port stays ours: closing it would let another process have it.
+    // The port stays open, or another process could take it.
     if (mode === 'closed') server.closeAllConnections();
     if (mode !== 'held') held.splice(0).forEach((release) => release());
     return mode;
   },
-  jwks_asked: ({ count }) => new Promise((resolve) => {
-    if (seen.jwks >= count) resolve(seen.jwks);
+  wait_for_jwks_requests: ({ count }) => new Promise((resolve) => {
+    if (counts.jwks >= count) resolve(counts.jwks);
     else waiting.push({ count, reached: (now) => resolve(now) });
   }),
 };
@@ -153,7 +153,7 @@ const say = (message) => process.stdout.write(`${JSON.stringify(message)}\n`);
 const server = createServer(serve);
 server.on('connection', (socket) => {
   if (mode === 'closed') {
-    seen.cut += 1;
+    counts.cut += 1;
     socket.destroy();
   }
 });
