@@ -14,12 +14,12 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from cobatch.batcher.simulator.clock import VirtualLoop
-from cobatch.engines.base import Array, RowShapes, Signature
+from cobatch.engines.base import Array, Engine, RowShapes, Signature
 from cobatch.engines.jobs import Deliver, Job, Outcome
 
 _INCLUDED = Path(__file__).with_name("profiles")
@@ -56,7 +56,6 @@ class Profile:
         # Beyond the outermost quantiles times are constant: nothing is known about them.
         self._levels = [0.0, *next(iter(self.runs.values())), 1.0]
         self._times: dict[int, list[float]] = {}
-        self._means: dict[int, float] = {}
 
     @classmethod
     def linear(cls, name: str, fixed_us: float, row_us: float, max_rows: int) -> Profile:
@@ -75,11 +74,8 @@ class Profile:
 
     def mean_s(self, rows: int) -> float:
         """Return the mean run time."""
-        mean = self._means.get(rows)
-        if mean is None:
-            points = pairwise(zip(self._levels, self._times_of(rows), strict=True))
-            mean = self._means[rows] = sum((b - a) * (x + y) / 2 for (a, x), (b, y) in points)
-        return mean
+        points = pairwise(zip(self._levels, self._times_of(rows), strict=True))
+        return sum((b - a) * (x + y) / 2 for (a, x), (b, y) in points)
 
     def _times_of(self, rows: int) -> list[float]:
         """Return the seconds at each of `_levels`."""
@@ -163,10 +159,9 @@ def _random_numbers(rng: np.random.Generator) -> Iterator[float]:
         yield from rng.random(_CHUNK).tolist()
 
 
-class SimulatedEngine:
-    """The part of an engine that the batcher asks for: sizes, slots, and no inputs to pack."""
+class _SimulatedEngine:
+    """The part of an engine that the batcher uses: sizes, slots, and no inputs to pack."""
 
-    platform = "simulated"
     signature = Signature(inputs=(), outputs=(), fixed_batch=None)
 
     def __init__(self, max_batch_size: int, slots: int) -> None:
@@ -174,21 +169,7 @@ class SimulatedEngine:
         self.slots = slots
 
     def inputs(self, slot: int, rows: int, row_shapes: RowShapes) -> tuple[Array, ...]:  # noqa: ARG002
-        """Return no buffers."""
         return ()
-
-    def open(self) -> None:
-        """Do nothing."""
-
-    def enqueue(self, slot: int, rows: int, row_shapes: RowShapes) -> None:
-        """Do nothing: the worker keeps the time."""
-
-    def wait(self, slot: int) -> tuple[Array, ...]:  # noqa: ARG002
-        """Return no outputs."""
-        return ()
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 class SimulatedWorker:
@@ -207,7 +188,7 @@ class SimulatedWorker:
         slots: int,
         handover_s: float = 0.0,
     ) -> None:
-        self.engine = SimulatedEngine(max_batch_size, slots)
+        self.engine = cast("Engine", _SimulatedEngine(max_batch_size, slots))
         self.deliver: Deliver | None = None
         self.warmup_us = _warmup_us(sampler.profile, max_batch_size)
         self._loop = loop

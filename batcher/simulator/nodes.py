@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle, repeat
-from typing import Any, Literal, Protocol, cast
+from struct import Struct
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -15,13 +14,15 @@ from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.errors import BatcherError, ExpiredError
 from cobatch.batcher.request import Request
 from cobatch.batcher.simulator.clock import VirtualLoop
-from cobatch.batcher.simulator.engine import SimulatedWorker
 from cobatch.batcher.simulator.traffic import Caller, Trace, TraceError
 from cobatch.batcher.tenant import Tenant
 
 ANSWERED, EXPIRED, FAILED, REFUSED = range(4)
 _CHUNK = 4096
 _SHAPES = ((1,),)
+_ENTRY = Struct("=ddHHB")
+_FIELDS = [("end_s", "f8"), ("latency_s", "f8"), ("caller", "u2"), ("rows", "u2"), ("outcome", "u1")]
+Entries = np.ndarray[Any, Any]
 
 
 class Node(Protocol):
@@ -77,11 +78,7 @@ class Records:
         self.refusals: Counter[str] = Counter()
         # Called with each outcome, and whether the request had been accepted.
         self.on_end: Callable[[bool], None] | None = None
-        self._ends = array("d")
-        self._latencies = array("d")
-        self._callers = array("H")
-        self._rows = array("H")
-        self._outcomes = array("B")
+        self._entries = bytearray()
 
     def arrive(self, request: SimulatedRequest) -> None:
         """Count an arrival, before it is submitted."""
@@ -98,18 +95,14 @@ class Records:
         """Add an outcome."""
         self._loop.spend(self._overhead_s)
         now_s = self._loop.now_s
-        self._ends.append(now_s)
-        self._latencies.append(now_s - request.due_s)
-        self._callers.append(request.caller)
-        self._rows.append(request.rows)
-        self._outcomes.append(outcome)
+        entry = (now_s, now_s - request.due_s, request.caller, request.rows, outcome)
+        self._entries += _ENTRY.pack(*entry)
         if self.on_end is not None:
             self.on_end(outcome != REFUSED)
 
-    def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Return `ends` and `latencies` in seconds, `callers`, `rows` and `outcomes`."""
-        names = ("ends", "latencies", "callers", "rows", "outcomes")
-        return {name: np.array(getattr(self, f"_{name}")) for name in names}
+    def array(self) -> Entries:
+        """Return the fields `end_s`, `latency_s`, `caller`, `rows` and `outcome` of all entries."""
+        return np.frombuffer(bytes(self._entries), _FIELDS)
 
 
 class RequestSource:
@@ -165,27 +158,11 @@ def _recorded(callers: Sequence[Caller], trace: Trace) -> Iterator[tuple[int, in
 
 
 class CobatchNode:
-    """A node with the production batcher over a simulated worker."""
+    """A node with the production batcher."""
 
-    def __init__(
-        self,
-        worker: SimulatedWorker,
-        loop: VirtualLoop,
-        *,
-        max_queue_rows: int,
-        max_delay_ms: float,
-        latency_target_ms: float | None,
-    ) -> None:
+    def __init__(self, batcher: Batcher) -> None:
+        self.batcher = batcher
         self.open_requests = 0
-        self.batcher = Batcher(
-            "simulated",
-            [worker],
-            max_queue_rows=max_queue_rows,
-            max_delay_ms=max_delay_ms,
-            latency_target_ms=latency_target_ms,
-            loop=cast("asyncio.AbstractEventLoop", loop),
-            clock=loop.time,
-        )
 
     def submit(self, request: SimulatedRequest) -> str | None:
         try:

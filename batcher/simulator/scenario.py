@@ -1,31 +1,21 @@
-"""A scenario, its run, the figures of a run, and an upper bound of what any policy could reach.
-
-**Capacity.** A run of b rows occupies the engine for L(b) with any policy, and none of its rows is answered
-in time if L(b) exceeds the deadline. So in the long run a second of the engine yields at most max over b of b
-* P(L(b) <= deadline) / E[L(b)] answers in time (runs are renewals; no policy knows L(b) beforehand).
-
-**Bound on a path.** Given times of arrival allow a tighter bound. Give each row that was answered in time an
-equal part of its run: at least 1 / capacity seconds, between its arrival and its deadline, and parts do not
-overlap. So these rows could be jobs of that length on one machine, each finished between its arrival and its
-deadline. For equal jobs with deadlines in the order of arrival, first come first served that skips late jobs
-finishes the most (exchange argument: sort the jobs of an optimal schedule by arrival, and swap the first that
-differs). N nodes are at most one machine N times as fast. The bound is exact for constant run times, and
-holds in the mean for others. It ignores that a batch starts only when its last row has arrived.
-"""
+"""A scenario, its run, and the figures of a run."""
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import inf
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from cobatch.batcher.batcher import Batcher
+from cobatch.batcher.simulator.bound import capacity, path_bound
 from cobatch.batcher.simulator.clock import VirtualLoop
 from cobatch.batcher.simulator.engine import Profile, RunTimeSampler, SimulatedWorker
 from cobatch.batcher.simulator.nodes import (
@@ -34,6 +24,7 @@ from cobatch.batcher.simulator.nodes import (
     FAILED,
     REFUSED,
     CobatchNode,
+    Entries,
     Node,
     Records,
     RequestSource,
@@ -42,10 +33,8 @@ from cobatch.batcher.simulator.nodes import (
 )
 from cobatch.batcher.simulator.traffic import Arrivals, Caller, Trace
 
-_STEPS = 200
 _PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
 _ROUNDING_S = 1e-9  # sums of times are not exact
-_Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -131,13 +120,16 @@ def cobatch_node(scenario: Scenario, loop: VirtualLoop, sampler: RunTimeSampler)
         slots=scenario.slots,
         handover_s=scenario.handover_ms / 1000,
     )
-    return CobatchNode(
-        worker,
-        loop,
+    batcher = Batcher(
+        "simulated",
+        [worker],
         max_queue_rows=scenario.queue_rows,
         max_delay_ms=scenario.max_delay_ms,
         latency_target_ms=scenario.latency_target_ms,
+        loop=cast("asyncio.AbstractEventLoop", loop),
+        clock=loop.time,
     )
+    return CobatchNode(batcher)
 
 
 def run(scenario: Scenario, make_node: MakeNode = cobatch_node) -> Run:
@@ -240,23 +232,20 @@ class Results:
 
 def results_of(run: Run) -> Results:
     """Return the figures of a run."""
-    scenario, records = run.scenario, run.records.arrays()
-    measured = {name: values[records["ends"] >= scenario.warmup_s] for name, values in records.items()}
-    answered_rows = int(measured["rows"][measured["outcomes"] == ANSWERED].sum())
+    scenario, entries = run.scenario, run.records.array()
+    measured = entries[entries["end_s"] >= scenario.warmup_s]
     numbers: dict[str, list[int]] = {}
     for number, caller in enumerate(scenario.callers):
         numbers.setdefault(caller.name, []).append(number)
-
-    def totals(callers: Iterable[int]) -> Totals:
-        chosen = np.isin(measured["callers"], list(callers))
-        return _totals({key: values[chosen] for key, values in measured.items()}, scenario, answered_rows)
-
     best = bounds(scenario)
     rows = sum(size * count for size, count in run.batches.items())
     return Results(
         offered=None if isinstance(scenario.arrivals, Closed) else scenario.arrivals.rate,
-        total=totals(range(len(scenario.callers))),
-        tenants={name: totals(callers) for name, callers in numbers.items()},
+        total=_totals(measured, measured, scenario),
+        tenants={
+            name: _totals(measured[np.isin(measured["caller"], callers)], measured, scenario)
+            for name, callers in numbers.items()
+        },
         bound=best[0],
         capacity=best[1],
         utilisation=run.busy_s / scenario.end_s / scenario.nodes,
@@ -270,23 +259,23 @@ def results_of(run: Run) -> Results:
     )
 
 
-def _totals(part: dict[str, _Array], scenario: Scenario, answered_rows: int) -> Totals:
-    outcomes, latencies = part["outcomes"], part["latencies"]
+def _totals(part: Entries, measured: Entries, scenario: Scenario) -> Totals:
     limits = np.array([inf if one.timeout_s is None else one.timeout_s for one in scenario.callers])
-    answered = outcomes == ANSWERED
-    good = int((answered & (latencies <= limits[part["callers"]] + _ROUNDING_S)).sum())
-    count = {outcome: int((outcomes == outcome).sum()) for outcome in (ANSWERED, EXPIRED, FAILED, REFUSED)}
-    times_ms = latencies[answered] * 1000
+    answers = part[part["outcome"] == ANSWERED]
+    good = int((answers["latency_s"] <= limits[answers["caller"]] + _ROUNDING_S).sum())
+    count = np.bincount(part["outcome"], minlength=4).tolist()
+    times_ms = answers["latency_s"] * 1000
     percentiles = np.percentile(times_ms, _PERCENTILES) if len(times_ms) else np.zeros(len(_PERCENTILES))
+    all_rows = measured["rows"][measured["outcome"] == ANSWERED].sum()
     return Totals(
-        ended=len(outcomes),
+        ended=len(part),
         answered=count[ANSWERED],
         goodput=good / scenario.seconds,
         late=count[ANSWERED] - good,
         expired=count[EXPIRED],
         failed=count[FAILED],
         refused=count[REFUSED],
-        rows_share=float(part["rows"][answered].sum()) / max(1, answered_rows),
+        rows_share=float(answers["rows"].sum() / max(1, all_rows)),
         latency_ms=dict(zip([f"p{level:g}" for level in _PERCENTILES], percentiles.tolist(), strict=True)),
     )
 
@@ -301,38 +290,3 @@ def bounds(scenario: Scenario) -> tuple[float | None, float | None]:
         return most, most
     answered = path_bound(scenario.times(), most, caller.timeout_s, scenario.warmup_s, scenario.end_s)
     return answered / scenario.seconds, most
-
-
-def capacity(profile: Profile, max_batch_size: int, deadline_s: float | None = None) -> tuple[float, int]:
-    """Return the most rows per second that one engine can answer in time, and the batch size for that."""
-    best, best_rows = 0.0, 1
-    for rows in range(1, min(max_batch_size, profile.max_rows) + 1):
-        rate = rows * _share_in_time(profile, rows, deadline_s) / profile.mean_s(rows)
-        if rate > best:
-            best, best_rows = rate, rows
-    return best, best_rows
-
-
-def _share_in_time(profile: Profile, rows: int, deadline_s: float | None) -> float:
-    """Return the part of runs that take no longer than the deadline."""
-    if deadline_s is None or profile.quantile_s(rows, 1.0) <= deadline_s:
-        return 1.0
-    levels = [(step + 0.5) / _STEPS for step in range(_STEPS)]
-    return sum(profile.quantile_s(rows, level) <= deadline_s for level in levels) / _STEPS
-
-
-def path_bound(
-    times: Iterable[float], rate: float, deadline_s: float | None, begin_s: float, end_s: float
-) -> int:
-    """Count the one-row requests at these times that can be answered in time within [begin_s, end_s)."""
-    each_s = 1 / rate
-    limit_s = inf if deadline_s is None else deadline_s
-    free_s, answered = 0.0, 0
-    for time_s in times:
-        if time_s >= end_s:
-            break
-        done_s = max(free_s, time_s) + each_s
-        if done_s <= time_s + limit_s:
-            free_s = done_s
-            answered += begin_s <= done_s < end_s
-    return answered

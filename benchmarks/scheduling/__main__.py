@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.scheduling.policies import COBATCH, Policy, parse_policy
+from cobatch.batcher.simulator.bound import capacity
 from cobatch.batcher.simulator.engine import Profile, ProfileError, load_profile
-from cobatch.batcher.simulator.scenario import Closed, Results, Scenario, capacity, results_of
+from cobatch.batcher.simulator.scenario import Closed, Results, Scenario, results_of
 from cobatch.batcher.simulator.traffic import Bursty, Caller, Poisson
 from cobatch.server.cli.plots import Line, chart, draw_lines
 from cobatch.server.cli.simulate import OptionError, make_scenarios, parse_numbers

@@ -25,9 +25,10 @@ from benchmarks.common import wire
 from benchmarks.common.models import model_path
 from benchmarks.common.open_loop import Load, drive
 from benchmarks.common.processes import Server, cobatch
+from cobatch.batcher.simulator.bound import capacity
 from cobatch.batcher.simulator.engine import Profile
 from cobatch.batcher.simulator.measure import measure
-from cobatch.batcher.simulator.scenario import Scenario, capacity, results_of, run
+from cobatch.batcher.simulator.scenario import Scenario, results_of, run
 from cobatch.batcher.simulator.traffic import Caller, Poisson, Recorded, Trace
 from cobatch.engines.loader import load_engine
 

@@ -13,10 +13,11 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from cobatch.batcher.simulator.bound import capacity
 from cobatch.batcher.simulator.engine import Profile, ProfileError, included, load_profile
 from cobatch.batcher.simulator.measure import measure
 from cobatch.batcher.simulator.nodes import ROUTERS, Router
-from cobatch.batcher.simulator.scenario import Closed, Results, Scenario, Totals, capacity, results_of, run
+from cobatch.batcher.simulator.scenario import Closed, Results, Scenario, Totals, results_of, run
 from cobatch.batcher.simulator.traffic import (
     Arrivals,
     Bursty,

@@ -46,8 +46,8 @@ class Bench:
         return self.began
 
     def ends(self, outcome: int) -> list[float]:
-        records = self.records.arrays()
-        return [round(1000 * end, 6) for end in records["ends"][records["outcomes"] == outcome].tolist()]
+        records = self.records.array()
+        return [round(1000 * end, 6) for end in records["end_s"][records["outcome"] == outcome].tolist()]
 
 
 def test_a_window_opens_with_a_request_and_all_in_it_leave_at_its_end() -> None:

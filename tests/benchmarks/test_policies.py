@@ -10,8 +10,9 @@ import pytest
 
 from benchmarks.scheduling import __main__ as scheduling
 from benchmarks.scheduling.policies import POLICIES, Policy, parse_policy
+from cobatch.batcher.simulator.bound import capacity
 from cobatch.batcher.simulator.engine import Profile, load_profile
-from cobatch.batcher.simulator.scenario import Results, Scenario, capacity, results_of
+from cobatch.batcher.simulator.scenario import Results, Scenario, results_of
 from cobatch.batcher.simulator.traffic import Caller, Poisson
 from cobatch.server.cli.simulate import OptionError
 
@@ -58,7 +59,7 @@ def test_without_batching_it_is_an_m_d_1_queue(name: str, load: float) -> None:
     # Pollaczek and Khinchine: a mean wait of load / (2 * (1 - load)) services.
     scenario = Scenario(CONSTANT, Poisson(load * 1000), seconds=60, max_batch_size=1, max_queue_rows=10**6)
     run = Policy(name).run(scenario)
-    latencies = run.records.arrays()["latencies"]
+    latencies = run.records.array()["latency_s"]
     assert latencies.mean() * 1000 == pytest.approx(1 + load / (2 * (1 - load)), rel=0.05)
     assert set(run.batches) == {1}
     assert results_of(run).utilisation == pytest.approx(load, rel=0.02)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import pytest
 
+from cobatch.batcher.simulator.bound import capacity
 from cobatch.batcher.simulator.engine import Profile, load_profile
-from cobatch.batcher.simulator.scenario import Results, Scenario, capacity, results_of, run
+from cobatch.batcher.simulator.scenario import Results, Scenario, results_of, run
 from cobatch.batcher.simulator.traffic import Caller, Poisson
 
 LINEAR = Profile.linear("linear", fixed_us=5000, row_us=100, max_rows=128)

@@ -10,18 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cobatch.batcher.simulator.bound import capacity, path_bound
 from cobatch.batcher.simulator.clock import VirtualLoop
 from cobatch.batcher.simulator.engine import Profile, ProfileError, included, load_profile
 from cobatch.batcher.simulator.nodes import Router
-from cobatch.batcher.simulator.scenario import (
-    Closed,
-    Results,
-    Scenario,
-    capacity,
-    path_bound,
-    results_of,
-    run,
-)
+from cobatch.batcher.simulator.scenario import Closed, Results, Scenario, results_of, run
 from cobatch.batcher.simulator.traffic import Bursty, Caller, Diurnal, Even, Poisson, TraceError, read_trace
 
 LINEAR = Profile.linear("linear", fixed_us=5000, row_us=100, max_rows=64)
@@ -101,7 +94,7 @@ def test_requests_wait_for_a_busy_event_loop_from_when_they_should_have_come() -
     instant = Profile.linear("instant", 1e-3, 0, 1)
     load = 0.5
     ran = run(Scenario(instant, Poisson(load * 1000), seconds=60, request_us=1000))
-    latencies = ran.records.arrays()["latencies"]
+    latencies = ran.records.array()["latency_s"]
     queue_ms = load / (2 * (1 - load))
     assert 1 + 0.7 * queue_ms <= latencies.mean() * 1000 <= 1 + 1.5 * queue_ms
 
@@ -224,8 +217,8 @@ def test_a_trace_is_played_as_recorded(tmp_path: Path) -> None:
     trace = read_trace(path, speed=2)
     assert trace.requests == [(0.0, 2, "b"), (0.25, 1, ""), (1.0, 1, "a")]
     ran = run(Scenario(LINEAR, trace, (Caller("a"), Caller("b")), seconds=3, warmup_s=0))
-    records = ran.records.arrays()
-    assert sorted(zip(records["callers"].tolist(), records["rows"].tolist(), strict=True)) == [
+    records = ran.records.array()
+    assert sorted(zip(records["caller"].tolist(), records["rows"].tolist(), strict=True)) == [
         (0, 1),
         (0, 1),
         (1, 2),
