@@ -25,7 +25,7 @@ from cobatch.server.auth.gate import Gate
 from cobatch.server.batch.routes import BATCH, BatchRoute, batch_routes
 from cobatch.server.batch.spans import ItemObserver
 from cobatch.server.dashboard import dashboard_routes
-from cobatch.server.dashboard.feed import Live
+from cobatch.server.dashboard.feed import Feed
 from cobatch.server.edge.asgi import InferRoutes
 from cobatch.server.edge.observed import ObservingMiddleware
 from cobatch.server.http.problem import Problem
@@ -62,8 +62,8 @@ def build(inference: Inference) -> ASGIApp:
         observer.trace(tracer)
         sinks.append(tracer)
     gpus = Gpus()
-    live = Live(inference, history)
-    inference.on_draining.append(live.close)
+    feed = Feed(inference, history)
+    inference.on_draining.append(feed.close)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -81,17 +81,17 @@ def build(inference: Inference) -> ASGIApp:
                 stack.push_async_callback(inference.auth.stop)
             stack.push_async_callback(_stop_models, inference)
             # In the background: health must answer while a large model is being loaded.
-            tasks = [asyncio.create_task(live.run())]
+            tasks = [asyncio.create_task(feed.run())]
             tasks += [asyncio.create_task(_load(inference, name)) for name in inference.models]
             stack.push_async_callback(_cancel, tasks)
-            stack.callback(_begin_draining, inference, live)
+            stack.callback(_begin_draining, inference, feed)
             yield
 
     handlers = {HTTPException: _http_error, Exception: _server_error}
     routes = [
         *v2_routes(inference), *batch_routes(), *v1_routes(inference), *problem_pages(inference),
         *openapi_routes(inference), *auth_routes(inference), *metrics_routes(inference, gpus),
-        *request_routes(inference, history), *profile_routes(inference), *dashboard_routes(inference, live),
+        *request_routes(inference, history), *profile_routes(inference), *dashboard_routes(inference, feed),
     ]  # fmt: skip
     starlette = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     starlette.router.redirect_slashes = False
@@ -121,9 +121,9 @@ async def _load(inference: Inference, name: str) -> None:
         inference.tell_if_ready()
 
 
-def _begin_draining(inference: Inference, live: Live) -> None:
+def _begin_draining(inference: Inference, feed: Feed) -> None:
     inference.draining = True
-    live.close()
+    feed.close()
 
 
 async def _stop_models(inference: Inference) -> None:

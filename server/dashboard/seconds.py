@@ -1,11 +1,9 @@
-"""What every model did in each of the last seconds, and its last batches one by one, for the live page.
+"""The live page's data of each second: what every model did in it, and its last batches one by one.
 
-All this is counted anyway, in numbers that only grow (`batcher.statistics`, `server.observability.observer`).
-Once a second they are read, and the difference to the second before is kept, so that requests pay nothing for
-it. How many requests waited on average needs no looking either: it is what they waited, all together, in each
-second (Little's law).
-
-The single batches are those that `server.observability.history` keeps.
+The server counts this anyway, in totals that only grow (`batcher.statistics` and
+`server.observability.traffic`). Once a second they are read and the difference to the previous second is
+kept, so requests pay nothing. The mean number of waiting requests follows from the time that they waited in
+each second (Little's law).
 """
 
 from __future__ import annotations
@@ -31,18 +29,17 @@ from cobatch.server.observability.traffic import Traffic
 
 Counts = NDArray[np.int64]
 
-# Up to this size every number of rows is a bin of its own.
-_EACH = 16
+# Up to this size each number of rows has its own bin.
+_SINGLE_BINS = 16
 
 
-class Figures(msgspec.Struct, omit_defaults=True):
-    """Of one model, since it was loaded or in some time: the difference of two is one as well.
+class Totals(msgspec.Struct, omit_defaults=True):
+    """Counts and seconds of one model since it was loaded, or of an interval.
 
-    `requests` rode in batches, `problems` are answers without rows by their kind, `cancelled` requests whose
-    callers left, `retries` and `hung` runs, `sizes` and `reasons` batches by the bin of their rows and by why
-    they left.
-    `queue` is what the requests waited, `input` and `output` what the event loop packed and delivered,
-    `compute` what the engines ran, in seconds all together.
+    `requests` ran in batches, `problems` are other answers by kind, `cancelled` are requests of disconnected
+    clients, `hung` are runs. `sizes` and `reasons` are batches by bin of rows and by dispatch reason. `queue`
+    is the requests' time in the queue, `input` and `output` the event loop's time for packing and delivery,
+    `compute` the engines' time, in seconds.
     """
 
     requests: int = 0
@@ -59,27 +56,27 @@ class Figures(msgspec.Struct, omit_defaults=True):
     reasons: dict[str, int] = {}
     problems: dict[str, int] = {}
 
-    def since(self, before: Figures) -> Figures:
-        """What was added."""
-        made: dict[str, Any] = {}
+    def since(self, before: Totals) -> Totals:
+        """Return the difference to earlier totals."""
+        delta: dict[str, Any] = {}
         for name in self.__struct_fields__:
             now, then = getattr(self, name), getattr(before, name)
             if isinstance(now, dict):
-                made[name] = {key: n - then.get(key, 0) for key, n in now.items() if n != then.get(key, 0)}
+                delta[name] = {key: n - then.get(key, 0) for key, n in now.items() if n != then.get(key, 0)}
             else:
-                made[name] = round(now - then, 6) if isinstance(now, float) else now - then
-        return Figures(**made)
+                delta[name] = round(now - then, 6) if isinstance(now, float) else now - then
+        return Totals(**delta)
 
 
 class Second(msgspec.Struct, omit_defaults=True):
-    """One model in one second, as it is sent. `full`: rows of a full batch; `lanes`: engines in use.
+    """One model in one second: the change of its totals, and its state at the end.
 
-    `queued` rows and `running` batches are those at its end. `latency` are counts of requests by the buckets
-    of `batcher.durations.EDGES_S`, the number of the first bucket before them.
+    `full` are the rows of a full batch, `lanes` the engines in use, `queued` rows and `running` batches.
+    `latency` is the index of the first bucket of `EDGES_S` with requests, and the counts from there on.
     """
 
     state: str
-    did: Figures
+    delta: Totals
     full: int = 0
     lanes: int = 0
     queued: int = 0
@@ -87,39 +84,39 @@ class Second(msgspec.Struct, omit_defaults=True):
     latency: list[int] = []
 
 
-def size_bins(most: int) -> list[int]:
-    """The largest number of rows of each bin: all small numbers, then two bins to each doubling."""
-    bins = list(range(1, min(most, _EACH) + 1))
-    while bins[-1] < most:
+def size_bins(largest: int) -> list[int]:
+    """Return the largest number of rows of each bin: small numbers singly, then two bins per doubling."""
+    bins = list(range(1, min(largest, _SINGLE_BINS) + 1))
+    while bins[-1] < largest:
         last = bins[-1]
-        # From a power of two to the one and a half of it, and from there to the next.
-        bins.append(min(most, last * 3 // 2 if last & (last - 1) == 0 else last * 4 // 3))
+        # From a power of two to one and a half times it, and from there to the next power.
+        bins.append(min(largest, last * 3 // 2 if last & (last - 1) == 0 else last * 4 // 3))
     return bins
 
 
-def figures(batcher: Batcher, traffics: Iterable[Traffic]) -> Figures:
-    """What a model has done since it was loaded."""
+def totals_of(batcher: Batcher, traffics: Iterable[Traffic]) -> Totals:
+    """Return the totals of a model since it was loaded."""
     counters = batcher.counters
     bins = size_bins(batcher.max_batch_size)
     sizes: Counter[int] = Counter()
-    by_rows = counters.by_rows
-    for rows, of_size in by_rows.items():
+    for rows, of_size in counters.by_rows.items():
         sizes[bins[bisect_left(bins, rows)]] += of_size.batches
     slugs: Counter[str] = Counter()
     for traffic in traffics:
         for (_, slug), count in traffic.problems.items():
             slugs[slug] += count
-    return Figures(
-        requests=sum([one.requests for one in by_rows.values()]),
+    by_rows = counters.by_rows.values()
+    return Totals(
+        requests=sum([one.requests for one in by_rows]),
         cancelled=counters.cancelled,
         retries=counters.retries,
         hung=counters.hung,
         rows=counters.rows,
         batches=counters.batches,
-        queue=fsum([one.queue_s for one in by_rows.values()]),
-        input=fsum([one.input_s for one in by_rows.values()]),
+        queue=fsum([one.queue_s for one in by_rows]),
+        input=fsum([one.input_s for one in by_rows]),
         compute=fsum([one.busy_s for one in counters.engines]),
-        output=fsum([one.output_s for one in by_rows.values()]),
+        output=fsum([one.output_s for one in by_rows]),
         sizes=dict(sizes),
         reasons=dict(counters.reasons),
         problems=dict(slugs),
@@ -127,7 +124,7 @@ def figures(batcher: Batcher, traffics: Iterable[Traffic]) -> Figures:
 
 
 def sparse(counts: Counts) -> list[int]:
-    """The number of the first bucket that has any, and the counts from there to the last one that has."""
+    """Return the index of the first count above 0, and the counts from there to the last above 0."""
     found = np.flatnonzero(counts)
     if not len(found):
         return []
@@ -135,49 +132,48 @@ def sparse(counts: Counts) -> list[int]:
     return [first, *counts[first : last + 1].tolist()]
 
 
-class ModelRecent:
-    """One model from second to second."""
+class ModelSampler:
+    """Takes the differences of one model's totals from second to second."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.total = Figures()
+        self.totals = Totals()
         self._latency: Counts = np.zeros(len(EDGES_S) + 1, np.int64)
 
     def second(self, draining: bool = False) -> Second:
-        """What it did since this was last asked. `draining`: the server is about to stop."""
+        """Return the model's work since the previous call. `draining`: the server is stopping."""
+        state = state_of(self.model, draining)
         batcher = self.model.batcher
         if batcher is None:
-            return Second(state=state_of(self.model, draining), did=Figures())
+            return Second(state=state, delta=Totals())
         traffics = (self.model.traffic, self.model.infer_traffic)
-        before, self.total = self.total, figures(batcher, traffics)
-        latency = traffics[0].durations.counts() + traffics[1].durations.counts()
-        lately, self._latency = latency - self._latency, latency
+        before, self.totals = self.totals, totals_of(batcher, traffics)
+        counts_before = self._latency
+        self._latency = traffics[0].durations.counts() + traffics[1].durations.counts()
         return Second(
-            state=state_of(self.model, draining),
-            did=self.total.since(before),
+            state=state,
+            delta=self.totals.since(before),
             full=batcher.full_rows,
             lanes=batcher.lanes,
             queued=batcher.queued_rows,
             running=batcher.running_batches,
-            latency=sparse(lately),
+            latency=sparse(self._latency - counts_before),
         )
 
 
-def timeline(kept: Sequence[BatchRecord]) -> list[list[Any]]:
-    """Batches as they are sent: a list of values for each, times in microseconds from the first's gathering.
+def timeline(records: Sequence[BatchRecord]) -> list[list[Any]]:
+    """Return batches as the page gets them: a list of values each, in the order of `FIELDS` in timeline.js.
 
-    The last value is the id of the request whose rows come first in it (`server.observability.history` tells
-    more of it).
+    Times are in microseconds since the first batch was gathered.
     """
-    from_s = kept[0].batch.gathered_s if kept else 0.0
-    return [_row(one.batch, one.queued_s, from_s) for one in kept]
+    from_s = records[0].batch.gathered_s if records else 0.0
+    return [_values(one.batch, one.queued_s, from_s) for one in records]
 
 
-def _row(batch: Batch, queued_s: Sequence[float], from_s: float) -> list[Any]:
-    dispatched_s = batch.dispatched_s or batch.gathered_s  # packing it failed
+def _values(batch: Batch, queued_s: Sequence[float], from_s: float) -> list[Any]:
     times = (
         batch.gathered_s,
-        dispatched_s,
+        batch.dispatched_s or batch.gathered_s,  # 0: packing failed
         batch.started_s,
         batch.finished_s,
         batch.answering_s,
@@ -194,5 +190,5 @@ def _row(batch: Batch, queued_s: Sequence[float], from_s: float) -> list[Any]:
         max(0, round((batch.gathered_s - oldest_s) * 1e6)),
         batch.number,
         int(batch.failed),
-        f"{id_lead(batch).decode()}0",
+        f"{id_lead(batch).decode()}0",  # id of the request whose rows are first
     ]

@@ -1,10 +1,10 @@
-// Charts over time, on canvases: one axis for all of them, one cursor through all of them.
+// Charts over time, drawn on canvases, with a common time axis and a common cursor.
 
 import { element, setText } from "./dom.js";
 import { ago } from "./format.js";
 import { Plot } from "./plot.js";
 
-// A figure with a title, a legend whose entries show values, and a canvas that knows its size.
+// A figure with a title, a legend with values, and a canvas.
 export class Figure {
   constructor(id, { title, note = "", legend = [], label }) {
     this.root = document.getElementById(id);
@@ -34,7 +34,7 @@ export class Figure {
     setText(this.values.get(key), text);
   }
 
-  // A context in CSS pixels, cleared.
+  // Clears the canvas and returns its context, in CSS pixels.
   begin() {
     const ratio = window.devicePixelRatio || 1;
     const { clientWidth: width, clientHeight: height } = this.canvas;
@@ -56,7 +56,7 @@ export class Figure {
   }
 }
 
-// `paint(plot, seconds)` draws the data; `tell(second)` says one second's values in the legend and in words.
+// `paint(plot, seconds)` draws the data; `tell(second)` fills the legend for one second and returns it in words.
 export class TimeChart extends Figure {
   constructor(id, options, cursor) {
     super(id, options);
@@ -85,10 +85,10 @@ export class TimeChart extends Figure {
     return this.now - this.windowS * (1 - x / Math.max(1, this.width));
   }
 
-  // The axis grows with what there is to show, a minute at a time, up to the window that was asked for.
-  draw(seconds, now, mostS) {
-    const knownS = seconds.length ? now - seconds[0].time : 0;
-    const windowS = Math.min(mostS, Math.max(60, 60 * Math.ceil(knownS / 60)));
+  // The axis grows minute by minute with the data, up to the chosen window.
+  draw(seconds, now, limitS) {
+    const dataS = seconds.length ? now - seconds[0].time : 0;
+    const windowS = Math.min(limitS, Math.max(60, 60 * Math.ceil(dataS / 60)));
     Object.assign(this, { seconds, now, windowS });
     this.redraw();
   }
@@ -101,13 +101,13 @@ export class TimeChart extends Figure {
     plot.times();
     const at = this.cursor.second(this.seconds);
     if (at && this.cursor.time !== null) plot.cursor(at.time);
-    const words = at ? this.options.tell(at, this) : "nothing yet";
+    const words = at ? this.options.tell(at, this) : "no data yet";
     setText(this.note, this.cursor.time !== null && at ? ago(this.now - at.time) : this.options.note ?? "");
     this.say(`${this.cursor.time !== null && at ? ago(this.now - at.time) + ": " : ""}${words}`);
   }
 }
 
-// One moment, looked at in all charts; null is the newest second.
+// The second that all charts show; null is the newest.
 export class Cursor {
   constructor() {
     this.time = null;
@@ -116,11 +116,11 @@ export class Cursor {
 
   second(seconds) {
     if (this.time === null) return seconds.at(-1);
-    let best;
+    let nearest;
     for (const one of seconds) {
-      if (!best || Math.abs(one.time - this.time) < Math.abs(best.time - this.time)) best = one;
+      if (!nearest || Math.abs(one.time - this.time) < Math.abs(nearest.time - this.time)) nearest = one;
     }
-    return best;
+    return nearest;
   }
 
   move(time) {

@@ -1,6 +1,6 @@
-// Small things that all parts of the page use.
+// Helpers for the document: colours, elements, text.
 
-// Colours come from the style sheet, so that light and dark are decided there alone.
+// Colours come from the style sheet, which alone decides between light and dark.
 export const theme = {
   read() {
     const style = getComputedStyle(document.documentElement);

@@ -1,12 +1,12 @@
-// What a recent request waited for, asked by its id.
+// Explains a recent request by its id.
 
 import { element } from "./dom.js";
 import { credentials } from "./feed.js";
 import { duration } from "./format.js";
 
-// The stages in their order, and the colour of each.
+// Field, name and colour of each stage, in their order.
 const STAGES = [
-  ["queue", "queue", 7], ["pack", "packing", 2], ["wait_for_engine", "lies ready", 6], ["compute", "computes", 1],
+  ["queue", "queue", 7], ["pack", "packing", 2], ["wait_for_engine", "waits for engine", 6], ["compute", "compute", 1],
   ["answer", "delivery", 3],
 ];
 
@@ -30,15 +30,15 @@ export class Explainer {
   async ask(id) {
     try {
       const response = await fetch(`v1/requests/${encodeURIComponent(id)}`, { headers: credentials(), cache: "no-store" });
-      const said = await response.json();
-      this.output.replaceChildren(...(response.ok ? this.explained(said) : [paragraph(said.detail ?? said.title)]));
+      const result = await response.json();
+      this.output.replaceChildren(...(response.ok ? this.explained(result) : [paragraph(result.detail ?? result.title)]));
     } catch {
       this.output.replaceChildren(paragraph("The server did not answer."));
     }
   }
 
-  explained(said) {
-    const times = said.times_us;
+  explained(result) {
+    const times = result.times_us;
     const stages = STAGES.filter(([name]) => times[name] !== undefined);
     const parts = [];
     if (stages.length) {
@@ -52,7 +52,7 @@ export class Explainer {
         element("li", {}, element("i", { class: `k${color}` }), text, element("b", {}, duration(times[name] / 1e6)))));
       parts.push(bar, legend);
     }
-    return [...parts, ...said.in_words.map(paragraph)];
+    return [...parts, ...result.in_words.map(paragraph)];
   }
 }
 

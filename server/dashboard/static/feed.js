@@ -1,13 +1,13 @@
-// The stream of what the server did, second by second. EventSource cannot send a token, hence fetch.
+// Reads the server's events, one per second. It uses fetch, because EventSource cannot send a token.
 
 const FEED = "dashboard/events";
 const KEY = "cobatch.token";
 const FIRST_WAIT_MS = 500;
 const LONGEST_WAIT_MS = 5000;
-// The server speaks every second; a connection that is silent for so long is dead.
+// The server sends an event per second; a connection that is silent for longer than this is dead.
 const SILENCE_MS = 10000;
 
-// A JWT or any other token goes where tokens go; what begins like an API key is one.
+// A token goes into Authorization, a key with the prefix of API keys into X-API-Key.
 export function credentials() {
   const token = sessionStorage.getItem(KEY);
   if (!token) return {};
@@ -23,7 +23,7 @@ export function hasToken() {
   return sessionStorage.getItem(KEY) !== null;
 }
 
-// Calls on.hello, on.tick, on.link("live" | "lost") and on.refused(status, problem), which ends it.
+// Calls on.hello, on.tick, on.link("live" | "lost") and on.refused(status, problem). A refusal ends the feed.
 export class Feed {
   constructor(on) {
     this.on = on;

@@ -1,4 +1,4 @@
-// Figures as people read them.
+// Formats numbers.
 
 export const NONE = "–";
 
@@ -24,7 +24,7 @@ export function duration(seconds) {
   return long(seconds);
 }
 
-// How long ago, or how long it has been running.
+// A duration in whole units.
 export function long(seconds) {
   if (seconds < 120) return Math.round(seconds) + " s";
   if (seconds < 7200) return Math.round(seconds / 60) + " min";
@@ -42,7 +42,7 @@ export function ago(seconds) {
   return seconds < 1.5 ? "now" : `${long(seconds)} ago`;
 }
 
-// Three digits, and no zeros after the point.
+// Three digits without trailing zeros.
 function trim(value) {
   const size = Math.abs(value);
   const digits = size >= 99.95 ? 0 : size >= 9.995 ? 1 : 2;

@@ -1,4 +1,4 @@
-// Puts the page together: the feed on one side, charts and tables on the other.
+// Connects the feed with the charts and tables.
 
 import { Cursor } from "./charts.js";
 import { element, setText, theme } from "./dom.js";
@@ -44,7 +44,7 @@ function link(state) {
   page.link = state;
   const model = store.last && store.of(store.last).state;
   const unready = model && model !== "ready";
-  const text = { waiting: "connecting", lost: "no connection, trying again", live: "live" }[state];
+  const text = { waiting: "connecting", lost: "no connection, retrying", live: "live" }[state];
   const chip = byId("link");
   const shown = page.paused && state === "live" ? "paused" : state === "live" && unready ? "waiting" : state;
   chip.dataset.state = shown;
@@ -56,7 +56,7 @@ function refused(status, problem) {
   byId("main").hidden = byId("tools").hidden = true;
   byId("login").hidden = false;
   byId("forget").hidden = true;
-  const why = status === 403 ? "This one lacks the permission admin." : hasToken() ? problem.detail ?? "It was not accepted." : "";
+  const why = status === 403 ? "This token lacks the permission admin." : hasToken() ? problem.detail ?? "The token was not accepted." : "";
   setText(byId("why"), why);
   byId("link").dataset.state = "waiting";
   setText(byId("link"), "not signed in");
@@ -78,7 +78,7 @@ function draw(whole = false) {
   models();
 }
 
-// With several models: a button for each, which says how it does.
+// With several models: a button for each, with its figures.
 function models() {
   const names = Object.keys(store.hello.models);
   const root = byId("models");

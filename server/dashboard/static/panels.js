@@ -1,12 +1,11 @@
-// Which charts there are, and what each draws.
+// The charts over time.
 
 import { TimeChart } from "./charts.js";
 import { theme } from "./dom.js";
 import { count, duration, percent } from "./format.js";
 import { Latencies, sum } from "./store.js";
 
-// The reasons for which batches leave, in the order in which they are drawn, and the colour of each. What they
-// mean the server says.
+// Dispatch reasons in the order of drawing, with their colours. The server sends the explanations.
 const REASONS = { full: 3, idle: 1, delay: 2, deadline: 4, shape: 7, drain: 6, retry: 5 };
 
 const most = (seconds, of) => seconds.reduce((top, one) => Math.max(top, of(one) ?? 0), 0);
@@ -18,8 +17,8 @@ export function panels(cursor) {
 function throughput(cursor) {
   return new TimeChart("c-throughput", {
     title: "Throughput",
-    note: "each second",
-    label: "Requests and rows answered, and requests refused or lost, each second",
+    note: "per second",
+    label: "Answered requests and rows, and requests without an answer, per second",
     legend: [
       { key: "requests", name: "requests", color: "1", kind: "line" },
       { key: "rows", name: "rows", color: "6", kind: "line" },
@@ -37,7 +36,7 @@ function throughput(cursor) {
       chart.show("requests", count(one.requests));
       chart.show("rows", count(one.rows));
       chart.show("lost", count(one.lost));
-      return `${count(one.requests)} requests, ${count(one.rows)} rows, ${count(one.lost)} not answered, each second`;
+      return `${count(one.requests)} requests, ${count(one.rows)} rows, ${count(one.lost)} not answered, per second`;
     },
   }, cursor);
 }
@@ -45,13 +44,13 @@ function throughput(cursor) {
 function latency(cursor) {
   return new TimeChart("c-latency", {
     title: "Latency",
-    note: "from complete headers to the answer",
-    label: "Half, nine tenths and 99 of 100 requests were answered within these times",
+    note: "from complete headers to the written response",
+    label: "50th, 90th and 99th percentile of the latency",
     legend: [
       { key: "p50", name: "p50", color: "1", kind: "line" },
       { key: "p90", name: "p90", color: "3", kind: "line" },
       { key: "p99", name: "p99", color: "2", kind: "line" },
-      { key: "heat", name: "each request", color: "heat" },
+      { key: "heat", name: "all requests", color: "heat" },
     ],
     paint(plot, seconds) {
       const bins = seconds.flatMap((one) => [...one.latency.bins.keys()]);
@@ -79,20 +78,20 @@ function latency(cursor) {
     tell(one, chart) {
       for (const part of ["p50", "p90", "p99"]) chart.show(part, duration(one[part]));
       return one.latency.total
-        ? `half within ${duration(one.p50)}, 90 % within ${duration(one.p90)}, 99 % within ${duration(one.p99)}`
-        : "no request was answered";
+        ? `p50 ${duration(one.p50)}, p90 ${duration(one.p90)}, p99 ${duration(one.p99)}`
+        : "no answered request";
     },
   }, cursor);
 }
 
 function sizes(cursor) {
-  const chart = new TimeChart("c-sizes", {
+  return new TimeChart("c-sizes", {
     title: "Batch sizes",
-    note: "the darker, the more rows rode in batches of that size",
-    label: "How many rows the batches had",
+    note: "darker: more rows in batches of that size",
+    label: "Rows per batch",
     legend: [
       { key: "mean", name: "mean", color: "fg", kind: "line" },
-      { key: "usual", name: "most rows ride in" },
+      { key: "usual", name: "most rows in" },
       { key: "full", name: "full at" },
     ],
     paint(plot, seconds, self) {
@@ -128,13 +127,12 @@ function sizes(cursor) {
       self.show("mean", count(one.batch));
       self.show("usual", usual);
       self.show("full", one.one.full == null ? "–" : count(one.one.full));
-      return best ? `${count(one.batch)} rows a batch, most rows in batches of ${usual}` : "no batch ran";
+      return best ? `${count(one.batch)} rows per batch, most rows in batches of ${usual}` : "no batch";
     },
   }, cursor);
-  return chart;
 }
 
-// What rode in batches of each size. A bin's rows are about its batches times its upper end.
+// Rows in batches of each size: about the bin's batches times its upper bound.
 function sized(second) {
   return Object.entries(second.one.sizes ?? {}).map(([upper, batches]) => ({ upper: +upper, rows: upper * batches }));
 }
@@ -142,9 +140,9 @@ function sized(second) {
 function reasons(cursor) {
   const names = Object.keys(REASONS);
   return new TimeChart("c-reasons", {
-    title: "Why batches left",
+    title: "Dispatch reasons",
     note: "share of the batches",
-    label: "The share of batches that left for each reason",
+    label: "Share of batches by dispatch reason",
     legend: names.map((key) => ({ key, name: key, color: REASONS[key] })),
     paint(plot, seconds) {
       plot.linear(1);
@@ -170,18 +168,18 @@ function reasons(cursor) {
         entry.parentElement.title = chart.words?.[name] ?? "";
         entry.parentElement.hidden = !counts[name] && !chart.seconds.some((one) => one.one.reasons?.[name]);
       }
-      return seen.map((name) => `${name} ${percent(counts[name] / total)}`).join(", ") || "no batch left";
+      return seen.map((name) => `${name} ${percent(counts[name] / total)}`).join(", ") || "no batch";
     },
   }, cursor);
 }
 
 function busy(cursor) {
   return new TimeChart("c-busy", {
-    title: "Where the time goes",
+    title: "Busy time",
     note: "share of each second",
-    label: "The share of each second that the engine computed, and that the event loop worked, packed and delivered",
+    label: "Share of each second in which the engine computed, and the event loop worked, packed and delivered",
     legend: [
-      { key: "compute", name: "engine computes", color: "1" },
+      { key: "compute", name: "engine", color: "1" },
       { key: "loop", name: "event loop", color: "fg", kind: "line" },
       { key: "packing", name: "packing", color: "2", kind: "line" },
       { key: "delivery", name: "delivery", color: "3", kind: "line" },
@@ -211,10 +209,10 @@ function queue(cursor) {
   return new TimeChart("c-queue", {
     title: "Queue",
     note: "",
-    label: "Requests that waited on average, and rows queued at the end of each second",
+    label: "Waiting requests on average, and queued rows at the end of each second",
     legend: [
-      { key: "waiting", name: "requests waiting, on average", color: "1", kind: "line" },
-      { key: "queued", name: "rows at the end", color: "2", kind: "line" },
+      { key: "waiting", name: "waiting requests, on average", color: "1", kind: "line" },
+      { key: "queued", name: "queued rows, at the end", color: "2", kind: "line" },
     ],
     paint(plot, seconds) {
       const top = plot.linear(most(seconds, (one) => Math.max(one.waiting, one.queued)) || 1);
@@ -225,12 +223,12 @@ function queue(cursor) {
     tell(one, chart) {
       chart.show("waiting", count(one.waiting));
       chart.show("queued", count(one.queued));
-      return `${count(one.waiting)} requests waited on average, ${count(one.queued)} rows at the end`;
+      return `${count(one.waiting)} waiting requests on average, ${count(one.queued)} queued rows at the end`;
     },
   }, cursor);
 }
 
-// Of many seconds together.
+// The latencies of several seconds together.
 export function latencyOf(seconds, bins) {
   const all = new Latencies(bins);
   for (const { one } of seconds) all.add(one.latency);

@@ -1,10 +1,10 @@
-// One chart's drawing: from times and values to places on a canvas.
+// Draws one chart: maps times and values to places on a canvas.
 
 import { theme } from "./dom.js";
 
 const BOTTOM = 20;
 const TOP = 8;
-// Seconds that are further apart than this are not joined: nothing is known of what lies between.
+// A line has a gap between seconds that are further apart than this.
 const GAP_S = 2.6;
 
 export class Plot {
@@ -18,27 +18,27 @@ export class Plot {
     return this.width * (1 - (this.now - time) / this.windowS);
   }
 
-  // A second ends at its time: this is where its cell begins.
+  // Left edge and width of a second, which ends at its time.
   cell(second) {
-    // On whole pixels, so that neighbours neither overlap nor leave a line between them.
+    // Whole pixels, so that neighbours neither overlap nor leave a gap.
     const right = Math.round(Math.min(this.width, this.x(second.time)));
     const left = Math.round(Math.max(0, this.x(second.time - second.span)));
     return [left, Math.max(1, right - left)];
   }
 
-  linear(most) {
-    const top = nice(Math.max(most, 1e-9));
+  linear(largest) {
+    const top = nice(Math.max(largest, 1e-9));
     this.y = (value) => this.bottom - (value / top) * (this.bottom - TOP);
     return top;
   }
 
-  log(least, most) {
-    const low = Math.log(least);
-    const span = Math.log(most) - low;
-    this.y = (value) => this.bottom - ((Math.log(Math.max(value, least)) - low) / span) * (this.bottom - TOP);
+  log(smallest, largest) {
+    const low = Math.log(smallest);
+    const span = Math.log(largest) - low;
+    this.y = (value) => this.bottom - ((Math.log(Math.max(value, smallest)) - low) / span) * (this.bottom - TOP);
   }
 
-  // Lines across, each with what it stands for.
+  // Horizontal lines with their values.
   grid(values, text) {
     const { context } = this;
     context.lineWidth = 1;
@@ -50,7 +50,7 @@ export class Plot {
       context.lineTo(this.width, y);
       context.stroke();
     }
-    // After the lines and before the data, which may cover them.
+    // Written after the data, so that it does not cover them.
     this.labels = values.map((value) => [this.y(value), text(value)]);
   }
 
@@ -63,9 +63,9 @@ export class Plot {
     context.fillStyle = theme.get("soft");
     let before = Infinity;
     for (const [y, text] of (this.labels ?? []).sort((one, other) => other[0] - one[0])) {
-      if (before - y < 15) continue; // they would stand in each other
+      if (before - y < 15) continue; // it would overlap the previous one
       before = y;
-      // Above its line, but for the uppermost one.
+      // Above its line, except at the top.
       const above = y > 14;
       context.textBaseline = above ? "bottom" : "top";
       context.strokeText(text, 2, above ? y - 1 : y + 3);
@@ -86,7 +86,7 @@ export class Plot {
     }
   }
 
-  // Runs of seconds without a gap.
+  // Splits the seconds at gaps.
   runs(seconds) {
     const runs = [];
     let before;
@@ -105,7 +105,7 @@ export class Plot {
     context.lineJoin = "round";
     for (const run of this.runs(seconds.filter((second) => of(second) != null))) {
       const points = run.map((second) => [this.x(second.time), this.y(of(second))]);
-      // A second by itself is a line too.
+      // A single second becomes a short line.
       if (points.length === 1) points.unshift([points[0][0] - this.secondWidth, points[0][1]]);
       context.beginPath();
       points.forEach(([x, y], index) => (index ? context.lineTo(x, y) : context.moveTo(x, y)));
@@ -141,7 +141,7 @@ export class Plot {
   }
 }
 
-// The next number above that people can halve.
+// The next larger number that is easy to halve.
 export function nice(value) {
   const power = 10 ** Math.floor(Math.log10(value));
   return power * [1, 2, 4, 6, 8, 10].find((step) => value <= step * power * 1.0001);

@@ -1,4 +1,4 @@
-// What the page knows: the seconds that the server has told of, and what follows from them.
+// The received seconds, and the figures that follow from them.
 
 const KEPT_S = 300;
 const NOTHING = Object.freeze({});
@@ -11,19 +11,18 @@ export class Store {
     this.views = new WeakMap();
   }
 
-  // After a restart of the server the seconds before it stay, as far as they are within what is kept.
+  // Seconds from before a restart of the server stay.
   welcome(hello) {
     const first = hello.history[0]?.time ?? Infinity;
     this.hello = hello;
     this.ticks = this.ticks.filter((tick) => tick.time < first).concat(hello.history);
     if (!(this.model in hello.models)) this.model = Object.keys(hello.models)[0];
-    // What is only told of the newest second, told now.
     if (this.last) Object.assign(this.last, { totals: hello.totals, timeline: hello.timeline });
     this.trim();
   }
 
   add(tick) {
-    // What only the newest one is asked for need not be kept for all.
+    // Only the newest second needs a timeline.
     const before = this.ticks.at(-1);
     if (before) before.timeline = undefined;
     this.ticks.push(tick);
@@ -44,11 +43,11 @@ export class Store {
     return tick?.models[model] ?? NOTHING;
   }
 
-  // The seconds of a window, as rates and shares; oldest first.
+  // The seconds of a window as rates and shares, oldest first.
   seconds(windowS, model = this.model) {
     const now = this.last?.time ?? 0;
     const seen = this.ticks.filter((tick) => tick.time > now - windowS).map((tick) => this.view(tick, model));
-    return smeared(seen);
+    return spread(seen);
   }
 
   view(tick, model) {
@@ -57,10 +56,10 @@ export class Store {
     return (views[model] ??= this.derive(tick, this.of(tick, model)));
   }
 
-  derive(tick, { did = NOTHING, ...rest }) {
+  derive(tick, { delta = NOTHING, ...rest }) {
     const span = tick.span;
-    const one = { ...did, ...rest };
-    const lost = sum(Object.values(did.problems ?? NOTHING), (count) => count);
+    const one = { ...delta, ...rest };
+    const lost = sum(Object.values(delta.problems ?? NOTHING), (count) => count);
     const latency = new Latencies(this.hello.latency).add(one.latency);
     return {
       time: tick.time,
@@ -85,8 +84,8 @@ export class Store {
   }
 }
 
-// A run of three seconds is told of when it ends, and was going on in the two seconds before.
-function smeared(seconds) {
+// A long run is counted in the second in which it ends; this spreads it over the seconds before.
+function spread(seconds) {
   let carried = 0;
   for (let index = seconds.length - 1; index >= 0; index--) {
     const second = seconds[index];
@@ -99,7 +98,7 @@ function smeared(seconds) {
 
 export const sum = (list, of) => list.reduce((total, one) => total + of(one), 0);
 
-// Adds up {reason: count} of many seconds.
+// Sums {name: count} over seconds.
 export function tally(seconds, name) {
   const total = {};
   for (const { one } of seconds) {
@@ -108,7 +107,7 @@ export function tally(seconds, name) {
   return total;
 }
 
-// Counts of latencies by bins; sent as [first bin, counts...]. Bin i is above edge i - 1 and not above edge i.
+// Counts of latencies by bin, sent as [first bin, counts...]. Bin i is above edge i - 1 and at most edge i.
 export class Latencies {
   constructor(edges) {
     this.edges = edges;
@@ -133,7 +132,7 @@ export class Latencies {
     return bin ? this.edges[bin - 1] : this.edges[0] / 1.1;
   }
 
-  // The latency that this part of all stayed below.
+  // The quantile, interpolated inside its bin.
   at(part) {
     if (!this.total) return null;
     let left = part * this.total;

@@ -1,4 +1,4 @@
-// What is better read than drawn: figures of the last ten seconds, tenants, refusals, totals, settings.
+// Tiles of the last ten seconds, and tables: tenants, refusals, totals, settings.
 
 import { element, setText } from "./dom.js";
 import { count, duration, long, percent, whole } from "./format.js";
@@ -9,7 +9,7 @@ const TILE_S = 10;
 const byId = (id) => document.getElementById(id);
 const mean = (list, of) => (list.length ? sum(list, of) / list.length : 0);
 
-// Only what has changed is put into the page: who reads it, or a screen reader, is not disturbed.
+// Replaces the content only if it changed, so that selections and screen readers are not disturbed.
 function fill(node, rows) {
   const made = element("div");
   made.append(...rows);
@@ -30,9 +30,9 @@ export function tiles(store, seconds) {
   const batches = sum(last, (one) => one.one.batches ?? 0);
   const rows = sum(last, (one) => one.one.rows ?? 0);
   big("t-requests", `${count(mean(last, (one) => one.requests))} /s`);
-  setText(byId("s-requests"), `${count(mean(last, (one) => one.rows))} rows a second`);
+  setText(byId("s-requests"), `${count(mean(last, (one) => one.rows))} rows per second`);
   big("t-latency", duration(latency.at(0.5)));
-  setText(byId("s-latency"), latency.total ? `99 % within ${duration(latency.at(0.99))}` : "nothing answered");
+  setText(byId("s-latency"), latency.total ? `p99 ${duration(latency.at(0.99))}` : "no answers");
   big("t-batch", batches ? `${count(rows / batches)} rows` : "–");
   setText(byId("s-batch"), now.full ? `full at ${count(now.full)} · ${count(mean(last, (one) => (one.one.batches ?? 0) / one.span))}/s` : "");
   big("t-busy", percent(mean(last, (one) => one.busy)));
@@ -40,14 +40,14 @@ export function tiles(store, seconds) {
   const lag = last.reduce((worst, one) => Math.max(worst, one.lag), 0);
   setText(byId("s-busy"), `loop ${percent(loop)} · lag ${duration(lag)}`);
   big("t-queue", `${count(now.queued ?? 0)} rows`);
-  setText(byId("s-queue"), `${count(now.running ?? 0)} ${now.running === 1 ? "batch" : "batches"} with the engine`);
+  setText(byId("s-queue"), `${count(now.running ?? 0)} ${now.running === 1 ? "batch" : "batches"} running`);
   big("t-lost", `${count(lost)} /s`);
   byId("t-lost").classList.toggle("bad", lost > 0);
   const kinds = Object.entries(tally(last, "problems")).sort((a, b) => b[1] - a[1]);
-  setText(byId("s-lost"), kinds.length ? kinds.map(([slug]) => slug).join(", ") : "none refused or lost");
+  setText(byId("s-lost"), kinds.length ? kinds.map(([slug]) => slug).join(", ") : "no errors");
 }
 
-// Answers other than rows by their kind of problem, which has a page, and callers that left before theirs.
+// Requests without rows: by kind of problem, which has a page, and those of disconnected clients.
 const LEFT = "client-left";
 
 export function refusals(store, seconds, windowName) {
@@ -55,9 +55,9 @@ export function refusals(store, seconds, windowName) {
   const since = store.last.totals?.[store.model]?.problems ?? {};
   const kinds = store.hello.kinds;
   const slugs = Object.keys({ ...since, ...recent }).sort((a, b) => (since[b] ?? 0) - (since[a] ?? 0));
-  setText(byId("n-refusals"), slugs.length ? "" : "Every request so far was answered with its rows.");
+  setText(byId("n-refusals"), slugs.length ? "" : "No errors so far.");
   byId("refusals").hidden = !slugs.length;
-  const name = (slug) => (slug === LEFT ? "The caller left before the answer" : kinds[slug] ?? slug);
+  const name = (slug) => (slug === LEFT ? "The client disconnected before the answer" : kinds[slug] ?? slug);
   const rows = slugs.map((slug) =>
     element("tr", {},
       element("td", {}, slug in kinds ? element("a", { href: `problems/${slug}` }, name(slug)) : name(slug)),
@@ -65,8 +65,8 @@ export function refusals(store, seconds, windowName) {
       element("td", { class: "n", "data-problem": slug }, whole(since[slug] ?? 0)),
     ));
   fill(byId("refusals"), [
-    element("thead", {}, element("tr", {}, element("th", { scope: "col" }, "Why"),
-      element("th", { class: "n", scope: "col" }, windowName), element("th", { class: "n", scope: "col" }, "since start"))),
+    element("thead", {}, element("tr", {}, element("th", { scope: "col" }, "Problem"),
+      element("th", { class: "n", scope: "col" }, windowName), element("th", { class: "n", scope: "col" }, "total"))),
     element("tbody", {}, ...rows),
   ]);
 }
@@ -87,8 +87,8 @@ export function tenants(store, windowS) {
   const weights = sum(list, ([, one]) => one.weight ?? 0);
   const spanS = sum(recent, (tick) => tick.span);
   byId("tenants").hidden = !list.length;
-  const note = store.hello.auth ? "Nobody has called lately." : "Callers are not told apart: there is no [auth].";
-  setText(byId("n-tenants"), list.length ? "Share of the engines' time; the mark is the weight's part." : note);
+  const note = store.hello.auth ? "No requests in this window." : "There are no tenants without [auth].";
+  setText(byId("n-tenants"), list.length ? "Share of the engines' time. The mark is the share by weight." : note);
   const rows = list.map(([name, one]) =>
     element("tr", {},
       element("td", { class: "name", title: name }, name),
@@ -103,7 +103,7 @@ export function tenants(store, windowS) {
     element("thead", {}, element("tr", {}, ...heads.map(([text, kind]) => element("th", { class: kind || null, scope: "col" }, text)))),
     element("tbody", {}, ...rows),
   ]);
-  // Widths by script, since the page's policy forbids style attributes.
+  // Widths are set here, because the content security policy forbids style attributes.
   byId("tenants").querySelectorAll("[data-part]").forEach((node) => {
     node.style[node.tagName === "I" ? "width" : "left"] = `${node.dataset.part}%`;
   });
@@ -116,7 +116,7 @@ function bar(share, weight) {
 
 const TOTALS = [
   ["requests", "requests"], ["rows", "rows"], ["batches", "batches"], ["problems", "not answered"],
-  ["cancelled", "callers left"], ["retries", "tried again"], ["hung", "runs that hung"],
+  ["cancelled", "disconnected"], ["retries", "retried runs"], ["hung", "hung runs"],
 ];
 
 export function totals(store) {

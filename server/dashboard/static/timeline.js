@@ -1,10 +1,10 @@
-// The last batches one by one: when each was packed, ran and was answered, and when the engine was idle.
+// The last batches one by one: packing, run and answer of each, and the gaps of the engine.
 
 import { Figure } from "./charts.js";
 import { element, setText, theme } from "./dom.js";
 import { count, duration, percent } from "./format.js";
 
-// As the server sends a batch; times are microseconds since the first one was gathered.
+// A batch as the server sends it (dashboard/seconds.py). Times are in microseconds since the first batch was gathered.
 const FIELDS = [
   "gathered", "dispatched", "started", "finished", "answering", "answered",
   "rows", "requests", "reason", "lane", "slot", "oldest", "number", "failed", "id",
@@ -19,11 +19,11 @@ export class Timeline extends Figure {
   constructor(id, explain) {
     super(id, {
       title: "The last batches",
-      label: "When each of the last batches was packed, ran in the engine and was answered",
+      label: "Times at which the last batches were packed, ran and were answered",
       legend: [
         { key: "packing", name: "packing", color: "2" },
-        { key: "ready", name: "lies ready", color: "6" },
-        { key: "compute", name: "computes", color: "1" },
+        { key: "ready", name: "waits for engine", color: "6" },
+        { key: "compute", name: "compute", color: "1" },
         { key: "delivery", name: "delivery", color: "3" },
         { key: "busy", name: "engine busy" },
         { key: "gaps", name: "idle gaps" },
@@ -32,7 +32,7 @@ export class Timeline extends Figure {
     this.about = element("p", { class: "about", role: "status" });
     this.root.append(this.about);
     this.explain = explain;
-    this.most = 40;
+    this.limit = 40;
     this.root.querySelector("figcaption").append(this.zoom());
     this.words = {};
     this.batches = [];
@@ -47,20 +47,20 @@ export class Timeline extends Figure {
 
   zoom() {
     const sizes = [40, 20, 8];
-    const buttons = sizes.map((most) => element("button", { type: "button", "aria-pressed": String(most === this.most) }, String(most)));
+    const buttons = sizes.map((size) => element("button", { type: "button", "aria-pressed": String(size === this.limit) }, String(size)));
     buttons.forEach((button, index) => button.addEventListener("click", () => {
-      this.most = sizes[index];
+      this.limit = sizes[index];
       buttons.forEach((one) => one.setAttribute("aria-pressed", String(one === button)));
       this.redraw();
     }));
-    return element("div", { class: "switch small", role: "group", "aria-label": "How many batches to show" }, ...buttons);
+    return element("div", { class: "switch small", role: "group", "aria-label": "Number of batches" }, ...buttons);
   }
 
   ask() {
     if (this.chosen !== null) this.explain(this.shown[this.chosen].id);
   }
 
-  // Stands still while somebody looks at one of its batches.
+  // The timeline does not move while a batch is selected.
   take(sent, full) {
     if (this.chosen !== null) return;
     this.full = full;
@@ -85,20 +85,20 @@ export class Timeline extends Figure {
     this.redraw();
   }
 
-  // The batch whose computing is nearest.
+  // The batch with the nearest run.
   at(x) {
     const time = ((x - LABEL) / Math.max(1, this.width - LABEL)) * this.span + this.from;
-    let best = null;
+    let found = null;
     let nearest = Infinity;
     this.shown.forEach((one, index) => {
       const away = Math.max(one.started - time, time - one.finished, 0);
-      if (away < nearest) [best, nearest] = [index, away];
+      if (away < nearest) [found, nearest] = [index, away];
     });
-    return best;
+    return found;
   }
 
   get shown() {
-    return this.batches.slice(-this.most);
+    return this.batches.slice(-this.limit);
   }
 
   redraw() {
@@ -182,7 +182,7 @@ export class Timeline extends Figure {
     }
   }
 
-  // Idle is each engine from its first batch on, as long as it has nothing to compute.
+  // A gap is the time between two runs of an engine.
   summary() {
     const gaps = [];
     let busy = 0;
@@ -197,29 +197,29 @@ export class Timeline extends Figure {
     const longest = Math.max(0, ...gaps);
     setText(this.note, `${count(this.shown.length)} batches in ${duration(this.span / 1e6)}`);
     this.show("busy", percent(whole ? busy / whole : 0));
-    this.show("gaps", seen.length ? `${count(seen.length)}, the longest ${duration(longest / 1e6)}` : "none");
+    this.show("gaps", seen.length ? `${count(seen.length)}, longest ${duration(longest / 1e6)}` : "none");
     const about = this.chosen === null ? this.hint() : described(this.shown[this.chosen], this.words);
     setText(this.about, about);
     this.say(`${this.note.textContent}; the engine was busy ${percent(whole ? busy / whole : 0)}. ${about}`);
   }
 
   hint() {
-    return "Point at a batch, or use the arrow keys, to see what it waited for; a click or Enter tells of one of its requests.";
+    return "Point at a batch, or use the arrow keys, to see its times; click or press Enter to explain one of its requests.";
   }
 }
 
 const span = (from, to) => duration(Math.max(0, to - from) / 1e6);
 
 function described(one, words) {
-  const who = one.requests === 1 ? "a lone request" : `${count(one.requests)} requests`;
+  const requests = one.requests === 1 ? "1 request" : `${count(one.requests)} requests`;
   const parts = [
-    `Batch ${one.number}: ${count(one.rows)} rows of ${who}`,
-    `left because ${words[one.reason] ?? one.reason}`,
-    `the oldest had waited ${duration(one.oldest / 1e6)}`,
+    `Batch ${one.number}: ${count(one.rows)} rows of ${requests}`,
+    `dispatched because ${words[one.reason] ?? one.reason}`,
+    `longest wait in the queue ${duration(one.oldest / 1e6)}`,
     `packed in ${span(one.gathered, one.dispatched)}`,
-    `lay ready ${span(one.dispatched, one.started)}`,
-    one.failed ? `failed after ${span(one.started, one.finished)}` : `computed ${span(one.started, one.finished)}`,
-    `back on the loop after ${span(one.finished, one.answering)}`,
+    `waited for the engine ${span(one.dispatched, one.started)}`,
+    one.failed ? `failed after ${span(one.started, one.finished)}` : `ran ${span(one.started, one.finished)}`,
+    `waited for the event loop ${span(one.finished, one.answering)}`,
     `answered in ${span(one.answering, one.answered)}`,
   ];
   return parts.join(" · ");

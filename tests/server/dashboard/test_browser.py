@@ -1,4 +1,4 @@
-"""The live page in a real browser: it says what /metrics says, comes back, and is usable by everybody."""
+"""The live page in a real browser: figures as in /metrics, restarts, tokens, keyboard, sizes, contrast."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.http.serving import GATE, GatedEngine, Served, data_of, gate,
 
 pytestmark = pytest.mark.slow
 
-_CALLERS = 4
+_CLIENTS = 4
 _EACH = 60
 
 
@@ -34,7 +34,7 @@ def address(served: Served) -> str:
 
 
 def metrics(served: Served) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    """Samples of /metrics by name and labels."""
+    """Return the samples of /metrics by name and labels."""
     text = served.ask(get("/metrics")).body.decode()
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
@@ -44,27 +44,27 @@ def metrics(served: Served) -> dict[tuple[str, tuple[tuple[str, str], ...]], flo
 
 
 def total(samples: dict[tuple[str, tuple[tuple[str, str], ...]], float], name: str, **labels: str) -> int:
-    """All samples of a name with these labels, together."""
+    """Return the sum of the samples with this name and these labels."""
     wanted = set(labels.items())
     return round(sum(value for (of, has), value in samples.items() if of == name and wanted <= set(has)))
 
 
 def load(served: Served) -> None:
-    """Several callers at once, each of whose requests has one to three rows, and some of which are bad."""
+    """Send requests of one to three rows from several threads, with some invalid ones."""
 
-    def call(caller: int) -> None:
+    def call(offset: int) -> None:
         with served.connect() as client:
             for number in range(_EACH):
-                rows = range(1, 2 + (number + caller) % 3)
+                rows = range(1, 2 + (number + offset) % 3)
                 assert data_of(client.ask(gate(*rows))) == [2 * row for row in rows]
                 if number % 20 == 0:
                     assert client.ask(post(GATE, {})).status == 400
 
-    callers = [threading.Thread(target=call, args=(caller,)) for caller in range(_CALLERS)]
-    for one in callers:
-        one.start()
-    for one in callers:
-        one.join()
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(_CLIENTS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def shows(page: Page, selector: str, number: int) -> None:
@@ -72,21 +72,21 @@ def shows(page: Page, selector: str, number: int) -> None:
     expect(page.locator(selector)).to_have_text(f"{number:,}")
 
 
-def test_the_page_shows_what_metrics_say_under_load(browser: Browser) -> None:
+def test_figures_equal_metrics_under_load(browser: Browser) -> None:
     with gated(True) as (served, _), page_at(browser, address(served)) as page:
         expect(page.locator("#link")).to_have_text("live")
         load(served)
         samples = metrics(served)
         requests = total(samples, "cobatch_requests_total", model="gate", code="200")
-        assert requests == _CALLERS * _EACH
+        assert requests == _CLIENTS * _EACH
         bad = total(samples, "cobatch_requests_total", model="gate", code="400")
-        assert bad == _CALLERS * _EACH // 20
+        assert bad == _CLIENTS * _EACH // 20
         shows(page, "dd[data-total=requests]", requests)
         shows(page, "dd[data-total=rows]", total(samples, "cobatch_batch_rows_sum", model="gate"))
         shows(page, "dd[data-total=batches]", total(samples, "cobatch_batches_total", model="gate"))
         shows(page, "dd[data-total=problems]", bad)
         shows(page, "td[data-problem=bad-request]", bad)
-        # The last five minutes are all there are: the seconds must add up to the same.
+        # All traffic was in the last five minutes, so the sum of the seconds is the same.
         row = page.locator("#refusals tbody tr")
         expect(row.locator("td").nth(1)).to_have_text(f"{bad}")
         for name in ("requests", "latency", "batch"):
@@ -96,27 +96,27 @@ def test_the_page_shows_what_metrics_say_under_load(browser: Browser) -> None:
         )
 
 
-def test_it_comes_back_after_a_restart_and_keeps_what_it_knew(browser: Browser) -> None:
+def test_page_reconnects_after_a_restart_and_keeps_its_data(browser: Browser) -> None:
     with gated(True) as (served, _), page_at(browser, address(served)) as page:
         port = served.server.port
         load(served)
-        shows(page, "dd[data-total=requests]", _CALLERS * _EACH)
+        shows(page, "dd[data-total=requests]", _CLIENTS * _EACH)
         served.stop()
         served.join()
-        expect(page.locator("#link")).to_have_text("no connection, trying again")
+        expect(page.locator("#link")).to_have_text("no connection, retrying")
         model = ModelSettings(path="gate", max_batch_size=4)
         with serve(True, (model,), engines={"gate": GatedEngine()}, port=port) as again:
             expect(page.locator("#link")).to_have_text("live")
             shows(page, "dd[data-total=requests]", 0)
             again.ask(gate(1))
             shows(page, "dd[data-total=requests]", 1)
-            # What was refused before the restart is within the last five minutes all the same.
+            # The errors before the restart are still within the last five minutes.
             row = page.locator("#refusals tbody tr")
-            expect(row.locator("td").nth(1)).to_have_text(f"{_CALLERS * _EACH // 20}")
+            expect(row.locator("td").nth(1)).to_have_text(f"{_CLIENTS * _EACH // 20}")
             expect(row.locator("td").nth(2)).to_have_text("0")
 
 
-def test_it_asks_for_a_token_and_keeps_it_in_the_tab_only(browser: Browser, tmp_path: Path) -> None:
+def test_page_asks_for_a_token_and_keeps_it_in_the_tab(browser: Browser, tmp_path: Path) -> None:
     rules = (TenantRule(tenant="red", weight=3.0),)
     with (
         protected(True, tmp_path, keys={"ops": ("admin",)}, tenants=rules) as running,
@@ -127,10 +127,10 @@ def test_it_asks_for_a_token_and_keeps_it_in_the_tab_only(browser: Browser, tmp_
         expect(page.locator("#token")).to_be_focused()
         page.keyboard.type(token("red"))
         page.keyboard.press("Enter")
-        expect(page.locator("#why")).to_have_text("This one lacks the permission admin.")
+        expect(page.locator("#why")).to_have_text("This token lacks the permission admin.")
         page.keyboard.type("nonsense")
         page.keyboard.press("Enter")
-        expect(page.locator("#why")).not_to_have_text("This one lacks the permission admin.")
+        expect(page.locator("#why")).not_to_have_text("This token lacks the permission admin.")
         expect(page.locator("#token")).to_have_value("")
         page.keyboard.type(running.keys["ops"])
         page.keyboard.press("Enter")
@@ -147,7 +147,7 @@ def test_it_asks_for_a_token_and_keeps_it_in_the_tab_only(browser: Browser, tmp_
         assert page.evaluate("() => sessionStorage.length") == 0
 
 
-def test_a_jwt_is_good_too_until_it_expires(browser: Browser, tmp_path: Path) -> None:
+def test_a_jwt_works_until_it_expires(browser: Browser, tmp_path: Path) -> None:
     with protected(True, tmp_path) as running, page_at(browser, address(running.served)) as page:
         page.fill("#token", token("ops", "admin"))
         page.keyboard.press("Enter")
@@ -157,7 +157,7 @@ def test_a_jwt_is_good_too_until_it_expires(browser: Browser, tmp_path: Path) ->
         expect(page.locator("#why")).to_contain_text("expired")
 
 
-def test_the_keyboard_reaches_a_moment_in_all_charts_and_a_batch(browser: Browser) -> None:
+def test_keyboard_selects_a_second_and_a_batch(browser: Browser) -> None:
     with gated(True) as (served, _), page_at(browser, address(served)) as page:
         # One after another: three batches, and the first met an idle engine and no other traffic.
         for row in range(3):
@@ -178,7 +178,7 @@ def test_the_keyboard_reaches_a_moment_in_all_charts_and_a_batch(browser: Browse
             assert number is not None, about.inner_text()
             seen.append(int(number[1]))
         assert seen[0] > seen[1] > seen[2]
-        expect(about).to_contain_text("left because the engine was idle")
+        expect(about).to_contain_text("dispatched because the engine was idle")
         page.keyboard.press("Enter")
         expect(page.locator("#explained")).to_contain_text(re.compile(rf"\bbatch {seen[2]}\b"))
         page.fill("#request-id", "never-was")
@@ -186,13 +186,13 @@ def test_the_keyboard_reaches_a_moment_in_all_charts_and_a_batch(browser: Browse
         expect(page.locator("#explained")).to_contain_text("there was no request 'never-was'")
 
 
-def test_pausing_holds_what_is_shown(browser: Browser) -> None:
+def test_a_paused_page_does_not_change(browser: Browser) -> None:
     with gated(True) as (served, _), page_at(browser, address(served)) as page:
         shows(page, "dd[data-total=requests]", 0)
         page.click("#pause")
         expect(page.locator("#link")).to_have_text("paused")
         served.ask(gate(1))
-        # Two more seconds are told of, in a page of which only this one takes notice.
+        # Another page shows that the events of this second were sent.
         with page_at(browser, address(served)) as other:
             shows(other, "dd[data-total=requests]", 1)
         shows(page, "dd[data-total=requests]", 0)
@@ -202,21 +202,21 @@ def test_pausing_holds_what_is_shown(browser: Browser) -> None:
 
 @pytest.mark.parametrize("width", [320, 390, 1400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_the_screen_and_can_be_read(browser: Browser, width: int, scheme: str) -> None:
+def test_page_fits_the_screen_with_enough_contrast(browser: Browser, width: int, scheme: str) -> None:
     size = {"width": width, "height": 800}
     with (
         gated(True) as (served, _),
         page_at(browser, address(served), viewport=size, color_scheme=scheme) as page,
     ):
         load(served)
-        shows(page, "dd[data-total=requests]", _CALLERS * _EACH)
+        shows(page, "dd[data-total=requests]", _CLIENTS * _EACH)
         assert page.evaluate("() => document.documentElement.scrollWidth") == width
         assert page.evaluate(_CONTRAST) >= 4.5
         if width < 600:
             assert page.evaluate(_SMALLEST_BUTTON) >= 24
 
 
-def test_several_models_are_told_apart(browser: Browser) -> None:
+def test_each_model_has_its_own_figures(browser: Browser) -> None:
     engines = {name: GatedEngine() for name in ("gate", "other")}
     models = tuple(ModelSettings(path=name, max_batch_size=4) for name in engines)
     with serve(True, models, engines=engines) as served, page_at(browser, address(served)) as page:
@@ -229,7 +229,7 @@ def test_several_models_are_told_apart(browser: Browser) -> None:
         expect(page.locator("#models button[data-model=other]")).to_have_attribute("aria-pressed", "true")
 
 
-# The least contrast of the page's text with what is behind it, as WCAG reckons it.
+# The smallest contrast of text with its background, by WCAG's formula.
 _CONTRAST = """() => {
   const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
   const light = (text) => {

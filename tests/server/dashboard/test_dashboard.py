@@ -1,4 +1,4 @@
-"""The live page as files and routes; what it looks like in a browser is in test_dashboard_browser.py."""
+"""Files and routes of the live page; test_browser.py has the page in a browser."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILES = sorted(path.name for path in FOLDER.iterdir())
 
 
 class Page(HTMLParser):
-    """What a page of HTML refers to, and what a strict policy would not let it do."""
+    """References of an HTML page, and parts that the content security policy forbids."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Page(HTMLParser):
 PAGE = Page((FOLDER / "index.html").read_text())
 
 
-async def test_the_page_and_its_files_are_served_and_let_nothing_foreign_in() -> None:
+async def test_page_and_files_have_a_strict_policy() -> None:
     async with gated() as (running, _):
         for path in ["/dashboard", *(f"/dashboard/static/{name}" for name in FILES)]:
             answer = await running.http.get(path)
@@ -66,7 +66,7 @@ async def test_the_page_and_its_files_are_served_and_let_nothing_foreign_in() ->
         assert kinds["icon.svg"].startswith("image/svg+xml")
 
 
-async def test_a_file_is_sent_again_only_when_it_has_changed() -> None:
+async def test_an_unchanged_file_is_answered_with_304() -> None:
     async with gated() as (running, _):
         first = await running.http.get("/dashboard/static/main.js")
         tag = first.headers["etag"]
@@ -79,7 +79,7 @@ async def test_a_file_is_sent_again_only_when_it_has_changed() -> None:
 
 
 @pytest.mark.parametrize("name", ["none.js", "..%2Fdashboard.py", "%2e%2e%2fdashboard.py"])
-async def test_nothing_else_is_served_from_there(name: str) -> None:
+async def test_other_files_are_not_served(name: str) -> None:
     async with gated() as (running, _):
         answer = await running.http.get(f"/dashboard/static/{name}")
         assert answer.status_code == 404
@@ -89,7 +89,7 @@ async def test_nothing_else_is_served_from_there(name: str) -> None:
 # The files
 
 
-def test_the_page_needs_only_its_own_files() -> None:
+def test_page_refers_to_its_own_files_only() -> None:
     assert PAGE.forbidden == []
     assert PAGE.resources
     for resource in PAGE.resources:
@@ -98,13 +98,13 @@ def test_the_page_needs_only_its_own_files() -> None:
         assert name in FILES
 
 
-def test_what_labels_name_is_on_the_page() -> None:
+def test_labels_refer_to_existing_elements() -> None:
     assert len(set(PAGE.ids)) == len(PAGE.ids)
     assert set(PAGE.labelled) <= set(PAGE.ids)
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.endswith((".js", ".css"))])
-def test_scripts_and_styles_load_nothing_from_elsewhere(name: str) -> None:
+def test_scripts_and_styles_load_nothing_from_other_servers(name: str) -> None:
     text = (FOLDER / name).read_text()
     assert not re.findall(r"https?://|//[a-z0-9-]+\.[a-z]", text.replace("http://www.w3.org/", ""))
     for imported in re.findall(r'from "([^"]+)"', text):
@@ -113,7 +113,7 @@ def test_scripts_and_styles_load_nothing_from_elsewhere(name: str) -> None:
         assert url in FILES
 
 
-def test_elements_that_scripts_look_for_are_there() -> None:
+def test_elements_used_by_scripts_exist() -> None:
     text = "".join((FOLDER / name).read_text() for name in FILES if name.endswith(".js"))
     wanted = set(re.findall(r'(?:byId|getElementById)\("([^"]+)"\)', text))
     wanted |= set(re.findall(r'(?:TimeChart|Timeline)\("([^"]+)"', text))
@@ -129,7 +129,7 @@ def test_no_script_writes_html() -> None:
         ), name
 
 
-# Who may look
+# Permissions
 
 
 def test_the_feed_needs_admin_and_the_page_does_not(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_the_feed_needs_admin_and_the_page_does_not(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def watching(served: Served) -> Iterator[Iterator[str]]:
-    """The lines of a feed that has begun."""
+    """Yield the lines of an open feed after `hello`."""
     url = f"http://127.0.0.1:{served.server.port}/dashboard/events"
     with httpx.stream("GET", url, timeout=DEADLINE_S) as feed:
         assert feed.headers["content-type"] == "text/event-stream; charset=utf-8"
@@ -162,20 +162,20 @@ def watching(served: Served) -> Iterator[Iterator[str]]:
         yield lines
 
 
-def test_who_asks_for_the_feeds_head_alone_does_not_wait_for_its_end() -> None:
+def test_head_of_the_feed_is_answered_at_once() -> None:
     with served_gate(True) as (served, _), served.connect() as client:
         client.send(b"HEAD /dashboard/events HTTP/1.1\r\nHost: x\r\n\r\n")
         assert client._until(b"\r\n\r\n").startswith(b"HTTP/1.1 200 ")
         client.send(get("/v2/health/live"))
-        # The connection goes on.
+        # The connection stays open.
         assert client._until(b"\r\n\r\n").startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_a_page_that_is_open_does_not_hold_up_the_servers_end(fast: bool) -> None:
+def test_an_open_page_does_not_delay_shutdown(fast: bool) -> None:
     with served_gate(fast) as (served, _):
         with watching(served) as lines:
             served.stop()
             for _ in lines:
                 pass  # until the server ends it
-        served.join()  # fails where it takes too long
+        served.join()  # fails if it takes too long

@@ -1,4 +1,4 @@
-"""What the live page is told of each second: differences of counters, bins, and single batches."""
+"""Differences of totals per second, bins, and the timeline of batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.durations import EDGES_S
 from cobatch.engines.errors import EngineError
-from cobatch.server.dashboard.seconds import Figures, ModelRecent, size_bins, sparse, timeline
+from cobatch.server.dashboard.seconds import ModelSampler, Totals, size_bins, sparse, timeline
 from cobatch.server.http.request_id import place_of
 from cobatch.server.inference.model import Model
 from cobatch.server.observability.history import History
@@ -22,14 +22,14 @@ RUN_S = 0.010
 
 
 def model_of(batcher: Batcher | None) -> Model:
-    """A model of which only the batcher matters."""
+    """Return a model with this batcher."""
     model = Model(ModelSettings(path="fake", max_batch_size=8))
     model.batcher = batcher
     return model
 
 
-async def ride(batcher: Batcher, *sizes: int) -> list[Call]:
-    """Requests of so many rows, one after another."""
+async def run_requests(batcher: Batcher, *sizes: int) -> list[Call]:
+    """Run requests with these numbers of rows one after another."""
     callers = [Call([[number, 0]] * rows) for number, rows in enumerate(sizes)]
     for caller in callers:
         batcher.submit(caller)
@@ -39,7 +39,7 @@ async def ride(batcher: Batcher, *sizes: int) -> list[Call]:
 
 
 @pytest.mark.parametrize(
-    ("most", "bins"),
+    ("largest", "bins"),
     [
         (1, [1]),
         (3, [1, 2, 3]),
@@ -49,73 +49,73 @@ async def ride(batcher: Batcher, *sizes: int) -> list[Call]:
         (100, [*range(1, 17), 24, 32, 48, 64, 96, 100]),
     ],
 )
-def test_sizes_have_bins_of_their_own_while_they_are_small(most: int, bins: list[int]) -> None:
-    assert size_bins(most) == bins
+def test_small_sizes_have_their_own_bins(largest: int, bins: list[int]) -> None:
+    assert size_bins(largest) == bins
 
 
-def test_the_largest_batches_that_may_be_set_have_few_bins() -> None:
+def test_the_largest_batch_size_has_few_bins() -> None:
     bins = size_bins(65536)
     assert bins[-1] == 65536
     assert len(bins) == 16 + 2 * 12
     assert bins == sorted(set(bins))
 
 
-def test_counts_are_sent_from_the_first_to_the_last_that_is_not_zero() -> None:
+def test_sparse_counts_skip_zeros_at_both_ends() -> None:
     assert sparse(np.zeros(5, np.int64)) == []
     assert sparse(np.array([0, 0, 3, 0, 1, 0])) == [2, 3, 0, 1]
     assert sparse(np.array([7])) == [0, 7]
 
 
-def test_a_difference_names_only_what_has_changed() -> None:
-    before = Figures(requests=2, compute=0.5, reasons={"idle": 2, "full": 1}, problems={"queue-full": 4})
-    after = Figures(
+def test_a_difference_has_only_changed_entries() -> None:
+    before = Totals(requests=2, compute=0.5, reasons={"idle": 2, "full": 1}, problems={"queue-full": 4})
+    after = Totals(
         requests=5, compute=0.75, reasons={"idle": 3, "full": 1, "drain": 1}, problems={"queue-full": 4}
     )
-    assert after.since(before) == Figures(requests=3, compute=0.25, reasons={"idle": 1, "drain": 1})
+    assert after.since(before) == Totals(requests=3, compute=0.25, reasons={"idle": 1, "drain": 1})
 
 
-def test_each_second_has_what_happened_in_it() -> None:
+def test_each_second_has_its_own_totals() -> None:
     async def main() -> None:
         batcher = make_batcher(FakeWorker(FakeEngine()))
-        recent = ModelRecent(model_of(batcher))
-        await ride(batcher, 1, 3)
-        first = recent.second()
-        assert (first.did.requests, first.did.rows, first.did.batches) == (2, 4, 2)
-        assert first.did.sizes == {1: 1, 3: 1}
-        assert first.did.reasons == {"idle": 2}
-        assert first.did.compute == pytest.approx(2 * RUN_S)
+        sampler = ModelSampler(model_of(batcher))
+        await run_requests(batcher, 1, 3)
+        first = sampler.second()
+        assert (first.delta.requests, first.delta.rows, first.delta.batches) == (2, 4, 2)
+        assert first.delta.sizes == {1: 1, 3: 1}
+        assert first.delta.reasons == {"idle": 2}
+        assert first.delta.compute == pytest.approx(2 * RUN_S)
         assert (first.state, first.lanes, first.queued, first.running) == ("ready", 1, 0, 0)
-        await ride(batcher, 3)
-        second = recent.second()
-        assert (second.did.requests, second.did.sizes) == (1, {3: 1})
-        assert recent.second().did == Figures()
-        assert recent.total.rows == 7
+        await run_requests(batcher, 3)
+        second = sampler.second()
+        assert (second.delta.requests, second.delta.sizes) == (1, {3: 1})
+        assert sampler.second().delta == Totals()
+        assert sampler.totals.rows == 7
 
     run(main())
 
 
-def test_what_waits_and_what_runs_is_told_as_it_is() -> None:
+def test_a_second_ends_with_queued_rows_and_running_batches() -> None:
     async def main() -> None:
         batcher = make_batcher(FakeWorker(FakeEngine(slots=1)))
-        recent = ModelRecent(model_of(batcher))
+        sampler = ModelSampler(model_of(batcher))
         callers = calls(3)
         batcher.submit(callers[0])
         await asyncio.sleep(RUN_S / 2)
         for caller in callers[1:]:
             batcher.submit(caller)
-        second = recent.second()
-        assert (second.queued, second.running, second.did.requests) == (2, 1, 0)
+        second = sampler.second()
+        assert (second.queued, second.running, second.delta.requests) == (2, 1, 0)
         await asyncio.sleep(1)
-        did = recent.second().did
-        # The two waited for the other half of the run: on average 0.01 of them in this second.
-        assert did.queue == pytest.approx(2 * RUN_S / 2)
+        delta = sampler.second().delta
+        # Both waited for the other half of the run.
+        assert delta.queue == pytest.approx(2 * RUN_S / 2)
 
     run(main())
 
 
-def test_answers_of_both_edges_are_taken_together() -> None:
+def test_answers_of_both_edges_are_added() -> None:
     model = model_of(None)
-    recent = ModelRecent(model)
+    sampler = ModelSampler(model)
 
     async def main() -> None:
         model.batcher = make_batcher(FakeWorker(FakeEngine()))
@@ -125,29 +125,29 @@ def test_answers_of_both_edges_are_taken_together() -> None:
         model.infer_traffic.count(429, "queue-full", 0.0)
         model.traffic.count(429, "queue-full", 0.0)
         model.traffic.count(503, "draining", 0.0)
-        second = recent.second()
+        second = sampler.second()
         first_bucket, *counts = second.latency
         assert EDGES_S[first_bucket - 1] < 1.5 * EDGES_S[0] <= EDGES_S[first_bucket]
         assert counts[0] == 2
         assert counts[-1] == 1
         assert first_bucket + len(counts) == len(EDGES_S) + 1
-        assert second.did.problems == {"queue-full": 2, "draining": 1}
-        assert recent.second().latency == []
+        assert second.delta.problems == {"queue-full": 2, "draining": 1}
+        assert sampler.second().latency == []
 
     run(main())
 
 
-def test_a_model_without_an_engine_says_so() -> None:
+def test_a_model_without_an_engine_has_a_state_only() -> None:
     model = model_of(None)
-    recent = ModelRecent(model)
-    assert recent.second().state == "loading"
+    sampler = ModelSampler(model)
+    assert sampler.second().state == "loading"
     model.load_error = EngineError("no such file")
-    second = recent.second()
+    second = sampler.second()
     assert second.state == "failed"
-    assert second.did == Figures()
+    assert second.delta == Totals()
 
 
-def test_batches_are_told_one_by_one_with_what_they_waited_for() -> None:
+def test_timeline_has_times_and_queue_delay_of_each_batch() -> None:
     async def main() -> None:
         batcher = make_batcher(FakeWorker(FakeEngine(slots=1)))
         kept = History()
@@ -173,7 +173,7 @@ def test_batches_are_told_one_by_one_with_what_they_waited_for() -> None:
     run(main())
 
 
-def test_a_batch_that_failed_is_marked() -> None:
+def test_a_failed_batch_is_marked() -> None:
     async def main() -> None:
         engine = FakeEngine()
         engine.fails = lambda rows: EngineError("no")
@@ -190,5 +190,5 @@ def test_a_batch_that_failed_is_marked() -> None:
     run(main())
 
 
-def test_without_batches_there_is_nothing_to_tell() -> None:
+def test_timeline_without_batches_is_empty() -> None:
     assert timeline([]) == []

@@ -19,7 +19,7 @@ from unittest import mock
 from cobatch.batcher.batcher import Batcher
 from cobatch.server.auth import api_keys
 from cobatch.server.auth.authenticator import Authenticator
-from cobatch.server.dashboard.feed import Live
+from cobatch.server.dashboard.feed import Feed
 from cobatch.server.settings.auth import AuthSettings, Issuer
 from cobatch.server.settings.schema import ModelSettings
 from tests.support.auth import tokens
@@ -129,11 +129,11 @@ def protected(
     clock = Clock()
     make = functools.partial(Authenticator, wall_clock=clock.wall, clock=clock.monotonic)
     batcher = functools.partial(Batcher, clock=clock.monotonic)
-    live = functools.partial(Live, wall_clock=clock.wall)
+    feed = functools.partial(Feed, wall_clock=clock.wall)
     with (
         mock.patch("cobatch.server.inference.service.Authenticator", make),
         mock.patch("cobatch.server.inference.model.Batcher", batcher),
-        mock.patch("cobatch.server.app.Live", live),
+        mock.patch("cobatch.server.app.Feed", feed),
         mock.patch("cobatch.server.edge.fast_path.time", clock.module),
         mock.patch("cobatch.server.edge.fast_cycle.time", clock.module),
         mock.patch("cobatch.server.auth.gate.time", clock.module),
