@@ -110,7 +110,7 @@ def schema() -> str:
             if setting.computed:
                 member["description"] += f" (default: {setting.computed})"
                 member.pop("default", None)
-            if setting.name in LISTS_OR_TEXT:
+            if setting.may_be_text:
                 member["type"] = ["array", "string"]
             part["properties"][setting.name] = member
     parts["Settings"] |= {"title": "cobatch", "description": "Settings of `cobatch serve`.", "required": []}
@@ -129,7 +129,6 @@ def _without_null(member: dict[str, Any]) -> dict[str, Any]:
     return member | ({"anyOf": choices} if choices else {})
 
 
-LISTS_OR_TEXT = ("devices", "batch_buckets", "audience")
 STRUCTS = (Settings, ServerSettings, ModelSettings, PadSettings, AuthSettings, Issuer, TenantRule, ModelRule)
 TABLES: dict[str, Callable[[], str]] = {
     "metrics": metrics,

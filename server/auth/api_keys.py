@@ -33,8 +33,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from cobatch.server.auth.principal import MAX_NAME, is_name
-from cobatch.server.settings.auth import Text, Texts, is_permission
-from cobatch.server.settings.values import Given, SettingsError, check_table, fields_of, read_toml, refused
+from cobatch.server.settings.auth import Texts, is_permission
+from cobatch.server.settings.describe import Text
+from cobatch.server.settings.values import Errors, Given, Reader, SettingsError, read_toml, refused
 
 _SHAPE = re.compile(r"cb_([a-z2-7]{12})_([A-Za-z0-9_-]{43})")
 _ID = re.compile(r"[a-z2-7]{12}")
@@ -151,10 +152,9 @@ def _digest(secret: str) -> bytes:
 
 
 def _entry(where: str, table: object, source: str) -> ApiKey:
-    given = check_table(where, table, fields_of(_Entry), source)
-    for field in msgspec.structs.fields(_Entry):
-        if field.required and field.name not in given:
-            raise SettingsError(f"{where}.{field.name}: missing ({source})")
+    errors = Errors()
+    given = Reader(source, Path(), errors).table(where, table, _Entry)
+    errors.raise_any()
     _check(given["id"], _ID.fullmatch, "12 of the letters a to z and digits 2 to 7")
     _check(given["sha256"], _SHA256.fullmatch, "64 hex digits, of the secret's SHA-256")
     for name in ("tenant", "name"):

@@ -22,7 +22,7 @@ from cobatch.server.auth.api_keys import ApiKeys
 from cobatch.server.auth.challenges import Challenges
 from cobatch.server.auth.credentials import Credential, bearer_token
 from cobatch.server.auth.jwks import FetchedKeys, KeySource, KeysUnavailableError, StaticKeys
-from cobatch.server.auth.keys import Key, load_key_files, load_secret
+from cobatch.server.auth.keys import Key, configured_keys
 from cobatch.server.auth.principal import Principal
 from cobatch.server.auth.tenants import Tenants
 from cobatch.server.auth.throttle import SignatureThrottle
@@ -72,10 +72,8 @@ class Authenticator:
         self.results: Counter[str] = Counter(dict.fromkeys(RESULTS, 0))
 
     def _key_source(self, issuer: Issuer) -> KeySource:
-        if issuer.secret_file:
-            return StaticKeys([load_secret(Path(issuer.secret_file))])
-        if issuer.key_files:
-            return StaticKeys(load_key_files([Path(name) for name in issuer.key_files], issuer.algorithms))
+        if issuer.secret_file or issuer.key_files:
+            return StaticKeys(configured_keys(issuer))
         return FetchedKeys(issuer, self.settings, self._withdraw)
 
     async def start(self, on_ready: Callable[[], None]) -> None:

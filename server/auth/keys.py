@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from jwt import PyJWTError
 from jwt.algorithms import Algorithm, ECAlgorithm, HMACAlgorithm, OKPAlgorithm, RSAAlgorithm
 
+from cobatch.server.settings.auth import Issuer
 from cobatch.server.settings.values import SettingsError
 
 log = logging.getLogger("cobatch.auth")
@@ -147,6 +148,16 @@ def _bound_key(kid: str | None, public_key: object, algorithms: Iterable[str]) -
         if algorithm in fitting:
             return Key(kid, algorithm, public_key)
     raise _UnusableKeyError(f"it is for {' or '.join(fitting)}, which is not configured")
+
+
+def configured_keys(issuer: Issuer) -> list[Key]:
+    """Return the keys in the issuer's `secret_file` or `key_files`; none if they are fetched.
+
+    Raises SettingsError.
+    """
+    if issuer.secret_file:
+        return [load_secret(Path(issuer.secret_file))]
+    return load_key_files([Path(name) for name in issuer.key_files], issuer.algorithms)
 
 
 def load_key_files(paths: Iterable[Path], algorithms: Sequence[str]) -> list[Key]:

@@ -5,41 +5,20 @@ cannot be served fails here with the same message.
 """
 
 from pathlib import Path
-from typing import Annotated, TypedDict
+from typing import Annotated, Any
 
 import msgspec
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from cobatch.engines.base import Signature, TensorSpec
+from cobatch.engines.base import TensorSpec
 from cobatch.engines.errors import EngineError
 from cobatch.engines.loader import load_engine
 from cobatch.server.console import end, stdout
 from cobatch.server.settings.load import load_settings
-from cobatch.server.settings.schema import EngineKind
+from cobatch.server.settings.schema import ModelSettings
 from cobatch.server.settings.values import SettingsError
-
-
-class Tensor(TypedDict):
-    """An input or output; `shape` has the batch axis first, -1 where a size is not fixed."""
-
-    name: str
-    datatype: str
-    dtype: str
-    shape: list[int]
-
-
-class Description(TypedDict):
-    """A model as `--json` prints it; `batch_size` is None if any number of rows is accepted."""
-
-    name: str
-    path: str
-    platform: str
-    batch_axis: int
-    batch_size: int | None
-    inputs: list[Tensor]
-    outputs: list[Tensor]
 
 
 def inspect(
@@ -53,41 +32,41 @@ def inspect(
     try:
         # The checks of `serve`, without the environment: variables for a server do not change a file.
         settings = load_settings(None, {}, {"model": model, "engine": engine, "name": "model"}).models[0]
-        description = describe(model, settings.engine, settings.max_batch_size)
+        description = _describe(settings)
     except (SettingsError, EngineError) as error:
         raise end(str(error), 1) from None
     if as_json:
         typer.echo(msgspec.json.format(msgspec.json.encode(description)))
     else:
-        show(description)
+        _show(description)
 
 
-def describe(path: Path, kind: EngineKind, max_batch_size: int) -> Description:
-    """Open the model and describe it; raises EngineLoadError if it cannot be served."""
-    engine = load_engine(kind, str(path), max_batch_size)
+def _describe(settings: ModelSettings) -> dict[str, Any]:
+    """Open the model and describe it, as `--json` prints it. Raises EngineLoadError if it cannot be served.
+
+    `batch_size` is None if any number of rows is accepted. Shapes have the batch axis first, and -1 where a
+    size is not fixed.
+    """
+    engine = load_engine(settings.engine, settings.path, settings.max_batch_size)
     try:
         engine.open()
-        return _description(path, engine.platform, engine.signature)
+        signature = engine.signature
     finally:
         engine.close()
 
+    def tensor(spec: TensorSpec) -> dict[str, Any]:
+        shape = [signature.fixed_batch or -1, *spec.shape]
+        return {"name": spec.name, "datatype": spec.datatype, "dtype": spec.dtype.name, "shape": shape}
 
-def _description(path: Path, platform: str, signature: Signature) -> Description:
-    batch = -1 if signature.fixed_batch is None else signature.fixed_batch
     return {
-        "name": path.stem,
-        "path": str(path),
-        "platform": platform,
+        "name": Path(settings.path).stem,
+        "path": settings.path,
+        "platform": engine.platform,
         "batch_axis": 0,
         "batch_size": signature.fixed_batch,
-        "inputs": [_tensor(spec, batch) for spec in signature.inputs],
-        "outputs": [_tensor(spec, batch) for spec in signature.outputs],
+        "inputs": [tensor(spec) for spec in signature.inputs],
+        "outputs": [tensor(spec) for spec in signature.outputs],
     }
-
-
-def _tensor(spec: TensorSpec, batch: int) -> Tensor:
-    shape = [batch, *spec.shape]
-    return {"name": spec.name, "datatype": spec.datatype, "dtype": spec.dtype.name, "shape": shape}
 
 
 def shape_text(shape: list[int]) -> str:
@@ -97,7 +76,7 @@ def shape_text(shape: list[int]) -> str:
     return f"[{', '.join(axes)}]"
 
 
-def show(model: Description) -> None:
+def _show(model: dict[str, Any]) -> None:
     """Print a heading, how rows are batched, and the tensors, on stdout."""
     console = stdout()
     size = model["batch_size"]

@@ -72,13 +72,11 @@ def _no_password() -> str:
 def _check_keys(auth: AuthSettings, errors: Errors) -> None:
     """Read the files of keys, as the server does when it starts."""
     from cobatch.server.auth.api_keys import ApiKeys  # noqa: PLC0415 - only with --check
-    from cobatch.server.auth.keys import load_key_files, load_secret  # noqa: PLC0415 - loads cryptography
+    from cobatch.server.auth.keys import configured_keys  # noqa: PLC0415 - loads cryptography
 
     for issuer in auth.issuers:
         with errors:
-            if issuer.secret_file:
-                load_secret(Path(issuer.secret_file))
-            load_key_files([Path(name) for name in issuer.key_files], issuer.algorithms)
+            configured_keys(issuer)
     with errors:
         if auth.api_keys_file:
             ApiKeys.read(Path(auth.api_keys_file))

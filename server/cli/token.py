@@ -22,8 +22,8 @@ from cobatch.server.auth.api_keys import ApiKeys, toml_string
 from cobatch.server.auth.api_keys import mint as mint_api_key
 from cobatch.server.cli.token_keys import PRIVATE, Output, issuer_of, load_signer, make_pair, sign, write
 from cobatch.server.console import end
-from cobatch.server.settings.auth import AuthSettings, read_auth
-from cobatch.server.settings.values import Errors, SettingsError, check, read_toml, refused
+from cobatch.server.settings.auth import AuthSettings, build_auth
+from cobatch.server.settings.values import Errors, Reader, SettingsError, check, read_toml, refused
 
 # RFC 6761, 6.4: a reserved name, so no other issuer has it.
 ISSUER = "https://cobatch.dev.invalid"
@@ -215,7 +215,9 @@ def _auth_in(config: Path) -> AuthSettings:
     if "auth" not in document:
         raise SettingsError(f"auth: missing; the server would not ask for tokens (file {config})")
     errors = Errors()
-    auth = read_auth(document["auth"], config.parent, f"file {config}", errors)
+    source = f"file {config}"
+    table = Reader(source, config.parent, errors).table("auth", document["auth"], AuthSettings)
+    auth = build_auth(table, source, errors)
     errors.raise_any()
     if not auth.issuers:
         raise SettingsError(f"auth.issuers: missing; the server accepts API keys only (file {config})")

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from jwt.algorithms import get_default_algorithms
 
-from cobatch.server.auth.keys import Key, load_key_files, load_secret
+from cobatch.server.auth.keys import Key, configured_keys, load_secret
 from cobatch.server.settings.auth import AuthSettings, Issuer
 from cobatch.server.settings.values import SettingsError
 
@@ -110,11 +110,7 @@ def issuer_of(auth: AuthSettings, signer: Signer, source: str) -> tuple[Issuer, 
     """Return the issuer that has the signer's key, and the server's key. Raises SettingsError."""
     wanted = signer.key if isinstance(signer.key, bytes) else signer.key.public_key()
     for issuer in auth.issuers:
-        if issuer.secret_file:
-            keys = [load_secret(Path(issuer.secret_file))]
-        else:
-            keys = load_key_files([Path(name) for name in issuer.key_files], issuer.algorithms)
-        for key in keys:
+        for key in configured_keys(issuer):
             if key.material == wanted:
                 return issuer, key
     raise SettingsError(

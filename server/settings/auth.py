@@ -6,19 +6,18 @@ values against each other, so that a mistake stops the start and not a client.
 """
 
 import re
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
 
-from cobatch.server.settings.describe import about
+from cobatch.server.settings.describe import File, Text, about
 from cobatch.server.settings.values import (
     Errors,
+    Given,
     SettingsError,
-    check_table,
-    fields_of,
+    Table,
     is_loopback,
     refused,
     values_of,
@@ -33,7 +32,6 @@ ADMIN = "admin"
 _PERMISSION = re.compile(r"infer|infer:[A-Za-z0-9][A-Za-z0-9._-]*|metadata|admin")
 
 Algorithm = Literal["RS256", "PS256", "ES256", "EdDSA", "HS256"]
-Text = Annotated[str, Meta(min_length=1)]
 Texts = Annotated[tuple[Text, ...], Meta(min_length=1)]
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Seconds = Annotated[float, Meta(gt=0, le=864_000)]
@@ -52,8 +50,8 @@ class Issuer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     issuer: Annotated[Text, about("the issuer's identifier, a token's `iss`")]
     name: Annotated[str, about("short name, for logs and tenants", default="the issuer")] = ""
     jwks_url: Annotated[str, about("address of its keys", default="found through the issuer's metadata")] = ""
-    key_files: Annotated[tuple[Text, ...], about("files with its keys: PEM public keys or JWK sets")] = ()
-    secret_file: Annotated[str, about("file with the secret of HS256, at least 32 bytes")] = ""
+    key_files: Annotated[tuple[File, ...], about("files with its keys: PEM public keys or JWK sets")] = ()
+    secret_file: Annotated[File, about("file with the secret of HS256, at least 32 bytes")] = ""
     algorithms: Annotated[
         tuple[Algorithm, ...], Meta(min_length=1), about("algorithms that tokens may be signed with")
     ] = ("RS256", "PS256", "ES256", "EdDSA")
@@ -91,7 +89,7 @@ class TenantRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 class ModelRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`[[auth.models]]`: tenants that may call a model; they need the permission as well."""
 
-    model: Annotated[Text, about("name of the model")]
+    model: Annotated[Text, about("the model's name")]
     tenants: Annotated[tuple[Text, ...], about("tenants that may call it")] = ()
     scopes: Annotated[tuple[Text, ...], about("values of the permission claims that may call it")] = ()
 
@@ -104,12 +102,13 @@ class AuthSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     models: Annotated[tuple[ModelRule, ...], about("who may call a model, as `[[auth.models]]`")] = ()
     audience: Annotated[
         tuple[Text, ...],
+        Meta(extra={"separator": ""}),
         about("names of this server, or one as text; a token's `aud` must have one of them"),
     ] = ()
     resource: Annotated[
         str, about("this server's address for clients (RFC 9728)", default="an audience that is a URL")
     ] = ""
-    api_keys_file: Annotated[str, about("file of API keys")] = ""
+    api_keys_file: Annotated[File, about("file of API keys")] = ""
     leeway_s: Annotated[float, Meta(ge=0, le=300), about("allowed difference between clocks")] = 10.0
     max_token_bytes: Annotated[int, Meta(ge=256, le=65536), about("largest token")] = 8192
     remembered_tokens: Annotated[int, Meta(ge=0, le=10**7), about("verified tokens to remember")] = 20_000
@@ -121,70 +120,30 @@ class AuthSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     rate_limit_headers: Annotated[bool, about("send RateLimit headers")] = False
 
 
-_TABLES: dict[str, type[msgspec.Struct]] = {"issuers": Issuer, "tenants": TenantRule, "models": ModelRule}
-_REQUIRED: dict[type[msgspec.Struct], str] = {Issuer: "issuer", ModelRule: "model"}
-
-
 def is_permission(text: str) -> bool:
     """Return True if the word is a permission."""
     return _PERMISSION.fullmatch(text) is not None
 
 
-def read_auth(document: object, folder: Path, source: str, errors: Errors) -> AuthSettings:
-    """Read `[auth]`; values that are refused go to `errors` and are left out."""
-    before = len(errors)
-    tables: dict[str, object] = {}
-    if isinstance(document, dict):
-        tables = {name: document[name] for name in _TABLES if name in document}
-        document = {name: value for name, value in document.items() if name not in _TABLES}
-        if isinstance(document.get("audience"), str):
-            document["audience"] = [document["audience"]]
-    values = _values("auth", document, AuthSettings, folder, source, errors)
-    for name, listed in tables.items():
-        values[name] = _structs(f"auth.{name}", listed, _TABLES[name], folder, source, errors)
-    auth = AuthSettings(**values)
-    if len(errors) == before:
+def build_auth(table: Table, source: str, errors: Errors) -> AuthSettings:
+    """Check the values of `[auth]` against each other; refusals go to `errors`."""
+    for issuer in table["issuers"].value if "issuers" in table else ():
+        issuer.setdefault("name", issuer["issuer"])
+        with errors:
+            if "permissions" in issuer:
+                _check_permissions(issuer["permissions"])
+    auth = msgspec.convert(values_of(table), AuthSettings)
+    if not errors.about("auth"):
         _check_together(auth, source, errors)
     return auth
 
 
-def _structs(
-    where: str, listed: object, struct: type[msgspec.Struct], folder: Path, source: str, errors: Errors
-) -> tuple[Any, ...]:
-    structs = []
-    with errors:
-        if not isinstance(listed, list):
-            raise refused(where, f"an array of tables, written [[{where}]]", listed, source)
-        for index, table in enumerate(listed):
-            values = _values(f"{where}[{index}]", table, struct, folder, source, errors)
-            required = _REQUIRED.get(struct)
-            if required is None or required in values:
-                structs.append(struct(**values))
-            elif isinstance(table, dict) and required not in table:
-                with errors:
-                    raise SettingsError(f"{where}[{index}].{required}: missing ({source})")
-    return tuple(structs)
-
-
-def _values(
-    where: str, table: object, struct: type[msgspec.Struct], folder: Path, source: str, errors: Errors
-) -> dict[str, Any]:
-    """Check a table's values; make file names absolute, and give an issuer its name."""
-    values = values_of(check_table(where, table, fields_of(struct), source, errors))
-    for name in ("api_keys_file", "secret_file"):
-        if name in values:
-            values[name] = str(folder / values[name])
-    if "key_files" in values:
-        values["key_files"] = tuple(str(folder / name) for name in values["key_files"])
-    if "issuer" in values:
-        values.setdefault("name", values["issuer"])
-    for claim, permissions in values.get("permissions", {}).items():
+def _check_permissions(given: Given) -> None:
+    for claim, permissions in given.value.items():
         for permission in permissions:
-            with errors:
-                if not is_permission(permission):
-                    expected = "permissions: infer, infer:MODEL, metadata, admin"
-                    raise refused(f"{where}.permissions.{claim}", expected, permission, source)
-    return values
+            if not is_permission(permission):
+                expected = "permissions: infer, infer:MODEL, metadata, admin"
+                raise refused(f"{given.key}.{claim}", expected, permission, given.source)
 
 
 def _check_together(auth: AuthSettings, source: str, errors: Errors) -> None:

@@ -5,6 +5,11 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 import msgspec
 from msgspec import Meta, inspect
 
+Text = Annotated[str, Meta(min_length=1)]
+# In a configuration file these are relative to its folder.
+File = Annotated[Text, Meta(extra={"placeholder": "FILE"})]
+Folder = Annotated[Text, Meta(extra={"placeholder": "FOLDER"})]
+
 
 class Setting(NamedTuple):
     """A field of a struct, as `--help` and the reference show it."""
@@ -16,6 +21,7 @@ class Setting(NamedTuple):
     placeholder: str  # of its value in `--help`
     help: str
     is_switch: bool
+    may_be_text: bool  # a list that may be written as text
 
 
 def about(description: str, placeholder: str = "", *, default: str = "") -> Meta:
@@ -29,13 +35,32 @@ def settings_of(struct: type[msgspec.Struct]) -> dict[str, Setting]:
     return {field.name: _setting(field) for field in msgspec.structs.fields(struct)}
 
 
+def _setting(field: msgspec.structs.FieldInfo) -> Setting:
+    info = inspect.type_info(field.type)
+    extra = extra_of(info)
+    kind = get_args(field.type)[0] if get_origin(field.type) is Annotated else field.type
+    choices = "|".join(get_args(kind)) if get_origin(kind) is Literal else ""
+    schema = info.extra_json_schema if isinstance(info, inspect.Metadata) else None
+    return Setting(
+        name=field.name,
+        type=describe(info),
+        default=field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory(),
+        computed=extra.get("default", ""),
+        placeholder=extra.get("placeholder", choices),
+        help=(schema or {}).get("description", ""),
+        is_switch=kind is bool,
+        may_be_text="separator" in extra,
+    )
+
+
 def describe(info: inspect.Type, array: str = "an array") -> str:
     """Say what a value of this type looks like: `an integer from 1 to 65536`."""
     match info:
         case inspect.Metadata(type=inner):
             return describe(inner, array)
         case inspect.UnionType(types=types):
-            return " or ".join(describe(one, array) for one in types if not isinstance(one, inspect.NoneType))
+            *first, last = [describe(one, array) for one in types if not isinstance(one, inspect.NoneType)]
+            return f"{', '.join(first)} or {last}" if first else last
         case inspect.IntType() | inspect.FloatType():
             kind = "an integer" if isinstance(info, inspect.IntType) else "a number"
             if info.le is None:
@@ -50,30 +75,14 @@ def describe(info: inspect.Type, array: str = "an array") -> str:
             return f"1 to {most} letters, digits, '.', '_', '-', the first a letter or digit"
         case inspect.VarTupleType(item_type=item):
             return f"{array}, each item of it {describe(item)}"
+        case inspect.DictType(value_type=value):
+            return f"a table, each value of it {describe(value)}"
         case inspect.StructType():
             return "a table"
         case inspect.StrType(min_length=None):
             return "text"
-        case inspect.DictType(value_type=value):
-            return f"a table, each value of it {describe(value)}"
         case _:
             return "text that is not empty"
-
-
-def _setting(field: msgspec.structs.FieldInfo) -> Setting:
-    info = inspect.type_info(field.type)
-    extra = extra_of(info)
-    kind = get_args(field.type)[0] if get_origin(field.type) is Annotated else field.type
-    choices = "|".join(get_args(kind)) if get_origin(kind) is Literal else ""
-    return Setting(
-        name=field.name,
-        type=describe(info),
-        default=field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory(),
-        computed=extra.get("default", ""),
-        placeholder=extra.get("placeholder", choices),
-        help=((isinstance(info, inspect.Metadata) and info.extra_json_schema) or {}).get("description", ""),
-        is_switch=kind is bool,
-    )
 
 
 def extra_of(info: inspect.Type) -> dict[str, str]:
@@ -83,5 +92,22 @@ def extra_of(info: inspect.Type) -> dict[str, str]:
             return extra_of(inner) | (extra or {})
         case inspect.UnionType(types=types):
             return {name: text for one in types for name, text in extra_of(one).items()}
+        case inspect.VarTupleType(item_type=item):
+            return extra_of(item)
         case _:
             return {}
+
+
+def tables_in(info: inspect.Type) -> tuple[type[msgspec.Struct], bool] | None:
+    """Return the struct that a type's values are tables of, and True if they are an array of them."""
+    match info:
+        case inspect.Metadata(type=inner):
+            return tables_in(inner)
+        case inspect.UnionType(types=types):
+            return next(filter(None, map(tables_in, types)), None)
+        case inspect.VarTupleType(item_type=inspect.StructType(cls=struct)):
+            return struct, True
+        case inspect.StructType(cls=struct):
+            return struct, False
+        case _:
+            return None

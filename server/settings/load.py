@@ -12,8 +12,9 @@ from typing import Any
 
 import msgspec
 
-from cobatch.server.settings.auth import AuthSettings, read_auth
-from cobatch.server.settings.padding import read_pad
+from cobatch.server.settings.auth import AuthSettings, build_auth
+from cobatch.server.settings.describe import Text
+from cobatch.server.settings.padding import check_pads
 from cobatch.server.settings.schema import (
     ENV_PREFIX,
     MODEL_FIELDS,
@@ -22,17 +23,16 @@ from cobatch.server.settings.schema import (
     Name,
     ServerSettings,
     Settings,
-    Text,
     env_name,
     flag_name,
 )
 from cobatch.server.settings.values import (
     Errors,
     Given,
+    Reader,
     SettingsError,
     Table,
     check,
-    check_table,
     is_loopback,
     read_toml,
     refused,
@@ -42,7 +42,6 @@ from cobatch.server.settings.values import (
 
 # For commands that ask a server, such as `cobatch explain`; not a setting of the server.
 TOKEN_VARIABLE = "COBATCH_TOKEN"  # noqa: S105 - the variable's name
-_TABLES = ("server", "models", "auth")
 # `path` is the MODEL argument; its variable is COBATCH_MODEL.
 _FLAGS: dict[str, Any] = {
     "config": Text,
@@ -76,21 +75,26 @@ def read_settings(
     path, origin = config, "flag --config"
     if path is None and "config" in given:
         path, origin = Path(given["config"].value), given["config"].source
-    file = _File({}, Path(), errors)
+    document: dict[str, Any] = {}
     if path is not None:
-        try:
-            file = _File(read_toml(path, origin), path, errors)
-        except SettingsError as error:
-            errors.add(error)
+        with errors:
+            document = read_toml(path, origin)
+        if errors.about("config"):
             # Settings that are missing elsewhere may be in that file.
-            return Settings(server=ServerSettings(), models=())
-    server = file.server() | {name: one for name, one in given.items() if name in SERVER_FIELDS}
-    auth = file.auth()
+            return Settings()
+    source = f"file {path}"
+    reader = Reader(source, Path() if path is None else path.parent, errors, _place)
+    file = {name: one.value for name, one in reader.table("", document, Settings).items()}
+    server = file.get("server", {}) | {name: one for name, one in given.items() if name in SERVER_FIELDS}
+    auth = build_auth(file["auth"], source, errors) if "auth" in file else None
     _check_server(server, auth, errors)
-    before = len(errors)
-    models = _build_models(_with_flags(file.models(), given, errors), errors)
-    if auth is not None and len(errors) == before:
-        _check_rules(auth, [model.name for model in models], file.source, errors)
+    tables = [{"path": given["model"]}] if "model" in given else file.get("models", [])
+    with errors:
+        if not tables and document.get("models", []) == []:
+            raise SettingsError("models: no model to serve; give MODEL, or [[models]] in a --config file")
+    models = _build_models(_with_flags(tables, given, errors), errors)
+    if auth is not None and not errors.about("models"):
+        _check_rules(auth, [model.name for model in models], source, errors)
     return Settings(server=msgspec.convert(values_of(server), ServerSettings), models=models, auth=auth)
 
 
@@ -132,64 +136,6 @@ def _key(setting: str) -> str:
     if setting in SERVER_FIELDS:
         return f"server.{setting}"
     return {"config": "config", "model": "models[0].path"}.get(setting, f"models[*].{setting}")
-
-
-class _File:
-    """A configuration file. Its tables are read as far as they are valid; refusals go to `errors`."""
-
-    def __init__(self, document: dict[str, Any], path: Path, errors: Errors) -> None:
-        self._document = document
-        self._folder = path.parent
-        self._errors = errors
-        self.source = f"file {path}"
-        for key in document:
-            with errors:
-                if key not in _TABLES:
-                    raise SettingsError(f"{key}: unknown key{_place(key, _TABLES)} ({self.source})")
-
-    def server(self) -> Table:
-        """Return `[server]`."""
-        table = self._table("server", self._document.get("server", {}), SERVER_FIELDS)
-        self._resolve(table, "tls_cert", "tls_key")
-        return table
-
-    def models(self) -> list[Table] | None:
-        """Return `[[models]]`, without those whose path is refused; None if nothing is left of a list."""
-        listed = self._document.get("models", [])
-        with self._errors:
-            if not isinstance(listed, list):
-                raise refused("models", "an array of tables, written [[models]]", listed, self.source)
-            tables = [self._model(f"models[{index}]", table) for index, table in enumerate(listed)]
-            models = [table for table in tables if "path" in table]
-            return models if models or not listed else None
-        return None
-
-    def auth(self) -> AuthSettings | None:
-        """Return `[auth]`, or None if the file has none."""
-        if "auth" not in self._document:
-            return None
-        return read_auth(self._document["auth"], self._folder, self.source, self._errors)
-
-    def _model(self, where: str, listed: object) -> Table:
-        table = self._table(where, listed, MODEL_FIELDS | {"pad": Any})
-        if "pad" in table:
-            given = table["pad"]
-            pad = read_pad(given.value, given.key, self.source, self._errors)
-            table["pad"] = given._replace(value=pad)
-        with self._errors:
-            if isinstance(listed, dict) and "path" not in listed:
-                raise SettingsError(f"{where}.path: missing; expected the model's file ({self.source})")
-        self._resolve(table, "path", "plan_cache")
-        return table
-
-    def _table(self, where: str, table: object, fields: Mapping[str, Any]) -> Table:
-        return check_table(where, table, fields, self.source, self._errors, _place)
-
-    def _resolve(self, table: Table, *names: str) -> None:
-        """Make file names absolute: they are relative to the configuration's folder."""
-        for name in names:
-            if name in table:
-                table[name] = table[name]._replace(value=str(self._folder / table[name].value))
 
 
 def _place(key: str, known: Iterable[str]) -> str:
@@ -235,14 +181,8 @@ def _check_proxies(proxies: Given) -> None:
             raise refused(proxies.key, expected, address, proxies.source, text=True) from None
 
 
-def _with_flags(tables: list[Table] | None, given: Table, errors: Errors) -> list[Table]:
-    """Add what variables and flags say about models; a path replaces the file's list."""
-    if "model" in given:
-        tables = [{"path": given["model"]}]
-    with errors:
-        if tables == []:
-            raise SettingsError("models: no model to serve; give MODEL, or [[models]] in a --config file")
-    tables = tables or []
+def _with_flags(tables: list[Table], given: Table, errors: Errors) -> list[Table]:
+    """Add what variables and flags say about every model."""
     for_models = {name: one for name, one in given.items() if name in MODEL_FIELDS}
     with errors:
         if "name" in for_models and len(tables) > 1:
@@ -255,6 +195,9 @@ def _build_models(tables: list[Table], errors: Errors) -> tuple[ModelSettings, .
     models: list[ModelSettings] = []
     keys: list[str] = []
     for table in tables:
+        with errors:
+            if "pad" in table and not errors.about(table["pad"].key):
+                check_pads(table["pad"].value)
         path = table["path"]
         key = path.key.removesuffix(".path")
         model = msgspec.convert(values_of(table), ModelSettings)

@@ -12,15 +12,12 @@ import msgspec
 from msgspec import Meta
 
 from cobatch.server.settings.auth import AuthSettings
-from cobatch.server.settings.describe import about
+from cobatch.server.settings.describe import File, Folder, Text, about
 from cobatch.server.settings.padding import PadSettings
-from cobatch.server.settings.values import fields_of
 
 ENV_PREFIX = "COBATCH_"
 LARGEST = 2**31 - 1
 
-Text = Annotated[str, Meta(min_length=1)]
-File = Annotated[Text, Meta(extra={"placeholder": "FILE"})]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=128)]
 EngineKind = Literal["auto", "onnxruntime", "tensorrt"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -44,7 +41,7 @@ Sizes = Annotated[tuple[Annotated[int, Meta(ge=1, le=999_999)], ...], _COMMAS]
 class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`[[models]]`: one model. `name` and `max_queue_rows` are always set (see __post_init__)."""
 
-    path: Annotated[File, about("file of the model: ONNX or a TensorRT plan")]
+    path: Annotated[File, about("the model's file, ONNX or a TensorRT plan")]
     name: Annotated[Name, about("name in URLs", "NAME", default="the file's name without its suffix")] = ""
     model_version: Annotated[Name, about("version in URLs", "VERSION")] = "1"
     engine: Annotated[EngineKind, about("engine that runs the model; auto chooses by the file's suffix")] = (
@@ -80,7 +77,7 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         bool, about("TensorRT: replay batches as CUDA graphs, if cuda-bindings is installed")
     ] = True
     plan_cache: Annotated[
-        Text | None, about("TensorRT: folder of built plans", "FOLDER", default="~/.cache/cobatch/plans")
+        Folder | None, about("TensorRT: folder of built plans", default="~/.cache/cobatch/plans")
     ] = None
     plan_host_code: Annotated[
         bool, about("TensorRT: allow plans that contain CPU code, as version-compatible ones do")
@@ -147,14 +144,14 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """All settings of a process; `models` is never empty and their names are unique."""
 
-    server: ServerSettings
-    models: tuple[ModelSettings, ...]
+    server: ServerSettings = ServerSettings()
+    models: tuple[ModelSettings, ...] = ()
     auth: AuthSettings | None = None
 
 
-SERVER_FIELDS = fields_of(ServerSettings)
+SERVER_FIELDS = {field.name: field.type for field in msgspec.structs.fields(ServerSettings)}
 # Without `pad`, whose tables are for a file only.
-MODEL_FIELDS = {name: kind for name, kind in fields_of(ModelSettings).items() if name != "pad"}
+MODEL_FIELDS = {field.name: field.type for field in msgspec.structs.fields(ModelSettings)[:-1]}
 
 
 def env_name(setting: str) -> str:

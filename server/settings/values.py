@@ -1,14 +1,15 @@
-"""Check one value of the settings and say precisely why it is refused.
+"""Check values of the settings one by one, and say precisely why one is refused.
 
 The structs in schema.py, padding.py and auth.py say what each value may be. The same types give the words of
-a refusal, of `--help` and of docs/configuration.md.
+a refusal, of `--help` and of docs/configuration.md (describe.py).
 """
 
 import difflib
 import ipaddress
+import re
 import reprlib
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import inspect
 
-from cobatch.server.settings.describe import describe, extra_of
+from cobatch.server.settings.describe import describe, extra_of, settings_of, tables_in
 
 
 class SettingsError(Exception):
@@ -33,12 +34,12 @@ class Errors:
     def __init__(self) -> None:
         self.messages: list[str] = []
 
-    def add(self, error: SettingsError) -> None:
-        """Record a refusal."""
-        self.messages += error.messages
-
     def __len__(self) -> int:
         return len(self.messages)
+
+    def about(self, key: str) -> bool:
+        """Return True if a value under this key path was refused."""
+        return any(message.startswith(key) for message in self.messages)
 
     def __enter__(self) -> None:
         pass
@@ -47,7 +48,7 @@ class Errors:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         if isinstance(error, SettingsError):
-            self.add(error)
+            self.messages += error.messages
             return True
         return False
 
@@ -66,11 +67,73 @@ class Given(NamedTuple):
 
 
 Table = dict[str, Given]
+Hint = Callable[[str, Iterable[str]], str]
 
 
-def fields_of(struct: type[msgspec.Struct]) -> dict[str, Any]:
-    """Return a struct's fields and their types, as `check_table` takes them."""
-    return {field.name: field.type for field in msgspec.structs.fields(struct)}
+class Reader:
+    """Read the tables of a file by the structs that declare them.
+
+    Values that are refused are left out, and go to `errors`. Names of files are relative to `folder`. `hint`
+    ends the sentence about an unknown key.
+    """
+
+    def __init__(self, source: str, folder: Path, errors: Errors, hint: Hint | None = None) -> None:
+        self.source = source
+        self.errors = errors
+        self._folder = folder
+        self._hint = hint or suggestion
+
+    def table(self, where: str, table: object, struct: type[msgspec.Struct]) -> Table:
+        """Read a table. A table in it becomes a Table, an array of tables a list of them.
+
+        Tables of the array that lack a required value are left out.
+        """
+        fields = {field.name: field.type for field in msgspec.structs.fields(struct)}
+        checked: Table = {}
+        with self.errors:
+            if not isinstance(table, dict):
+                raise refused(where, "a table", table, self.source)
+            for name, value in table.items():
+                key = f"{where}.{name}" if where else name
+                with self.errors:
+                    if name not in fields:
+                        raise SettingsError(f"{key}: unknown key{self._hint(name, fields)} ({self.source})")
+                    checked[name] = self._value(key, value, fields[name])
+            for name in _required(struct):
+                with self.errors:
+                    if name not in table:
+                        expected = settings_of(struct)[name].help
+                        missing = f"missing; expected {expected}" if expected else "missing"
+                        raise SettingsError(f"{where}.{name}: {missing} ({self.source})")
+        return checked
+
+    def _value(self, key: str, value: object, kind: Any) -> Given:
+        info = inspect.type_info(kind)
+        match tables_in(info):
+            case None:
+                given = check(key, value, kind, self.source)
+                is_file = extra_of(info).get("placeholder") in ("FILE", "FOLDER")
+                return given._replace(value=self._resolved(given.value)) if is_file else given
+            case struct, False:
+                return Given(self.table(key, value, struct), key, self.source)
+            case struct, _:
+                return Given(self._tables(key, value, struct), key, self.source)
+
+    def _tables(self, where: str, listed: object, struct: type[msgspec.Struct]) -> list[Table]:
+        if not isinstance(listed, list):
+            written = re.sub(r"\[\d+\]", "", where)
+            raise refused(where, f"an array of tables, written [[{written}]]", listed, self.source)
+        tables = [self.table(f"{where}[{index}]", one, struct) for index, one in enumerate(listed)]
+        return [table for table in tables if all(name in table for name in _required(struct))]
+
+    def _resolved(self, names: Any) -> Any:
+        if isinstance(names, tuple):
+            return tuple(map(self._resolved, names))
+        return str(self._folder / Path(names).expanduser())
+
+
+def _required(struct: type[msgspec.Struct]) -> list[str]:
+    return [field.name for field in msgspec.structs.fields(struct) if field.required]
 
 
 def read_toml(path: Path, origin: str) -> dict[str, Any]:
@@ -88,46 +151,19 @@ def read_toml(path: Path, origin: str) -> dict[str, Any]:
         raise SettingsError(f"config: {why} ({origin})") from None
 
 
-def check_table(
-    where: str,
-    table: object,
-    fields: Mapping[str, Any],
-    source: str,
-    errors: Errors | None = None,
-    hint: Callable[[str, Iterable[str]], str] | None = None,
-) -> Table:
-    """Check each key of a table of a file; return the values that pass.
-
-    Refusals go to `errors`, or are raised together. `hint` ends the sentence about an unknown key.
-    """
-    found = Errors() if errors is None else errors
-    checked: Table = {}
-    with found:
-        if not isinstance(table, dict):
-            raise refused(where, "a table", table, source)
-        for key, value in table.items():
-            with found:
-                if key not in fields:
-                    instead = (hint or suggestion)(key, fields)
-                    raise SettingsError(f"{where}.{key}: unknown key{instead} ({source})")
-                checked[key] = check(f"{where}.{key}", value, fields[key], source)
-    if errors is None:
-        found.raise_any()
-    return checked
-
-
 def check(key: str, value: object, kind: Any, source: str, *, text: bool = False) -> Given:
     """Convert one value; `text`: it is a flag's or a variable's, to be read as a number, switch or list.
 
     Raises SettingsError.
     """
-    # A list of numbers may be written 0,1 in a file too.
-    split = isinstance(value, str) and "separator" in extra_of(inspect.type_info(kind))
-    given = str(value).split(",") if split else value
+    info = inspect.type_info(kind)
+    # Some lists may be written as text in a file too: 0,1.
+    separator = extra_of(info).get("separator") if isinstance(value, str) else None
+    given = str(value).split(separator) if separator else value if separator is None else [value]
     try:
-        return Given(msgspec.convert(given, kind, strict=not (text or split)), key, source)
+        return Given(msgspec.convert(given, kind, strict=not text and separator is None), key, source)
     except msgspec.ValidationError:
-        expected = describe(inspect.type_info(kind), "a list with commas" if split else "an array")
+        expected = describe(info, "a list with commas" if separator else "an array")
         raise refused(key, expected, value, source, text=text) from None
 
 
@@ -138,9 +174,27 @@ def refused(key: str, expected: str, value: object, source: str, *, text: bool =
     return SettingsError(f"{key}: expected {expected}, got {came} ({source})")
 
 
+def _describe_value(value: object) -> str:
+    """Show a value as it came, short enough for one line."""
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case str():
+            return f"the text {reprlib.repr(value)}"
+        case dict():
+            return "a table"
+        case list():
+            return "an array"
+        case _:
+            return reprlib.repr(value)
+
+
 def values_of(table: Table) -> dict[str, Any]:
-    """Return the values alone."""
-    return {name: given.value for name, given in table.items()}
+    """Return the values alone, with those of its arrays of tables."""
+    return {
+        name: [values_of(one) for one in given.value] if isinstance(given.value, list) else given.value
+        for name, given in table.items()
+    }
 
 
 def suggestion(key: str, known: Iterable[str]) -> str:
@@ -157,18 +211,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _describe_value(value: object) -> str:
-    """Show a value as it came, short enough for one line."""
-    match value:
-        case bool():
-            return "true" if value else "false"
-        case str():
-            return f"the text {reprlib.repr(value)}"
-        case dict():
-            return "a table"
-        case list():
-            return "an array"
-        case _:
-            return reprlib.repr(value)

@@ -58,10 +58,13 @@ def test_all_that_may_be_said(folder: Path) -> None:
     [
         ("pad = 3", "models[0].pad: expected an array of tables, written [[models.pad]], got 3"),
         ("pad = [3]", "models[0].pad[0]: expected a table, got 3"),
-        (table("axis = 0"), "models[0].pad[0].input: missing; expected the name of the input"),
+        (table("axis = 0"), "models[0].pad[0].input: missing; expected the input's name"),
         (table(IDS + "axes = 0"), "models[0].pad[0].axes: unknown key; did you mean axis?"),
         (table(IDS + "axis = -1"), "models[0].pad[0].axis: expected an integer from 0 to 31, got -1"),
-        (table(IDS + "value = [0]"), "models[0].pad[0].value: expected a number, true, false or text, got"),
+        (
+            table(IDS + "value = [0]"),
+            "models[0].pad[0].value: expected true or false, an integer, a number or text, got",
+        ),
         (
             table(IDS + "buckets = [0]"),
             "models[0].pad[0].buckets: expected an array, each item of it an integer",

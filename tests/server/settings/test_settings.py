@@ -136,7 +136,10 @@ def test_the_file_may_be_named_by_a_variable(model: Path, tmp_path: Path) -> Non
         ),
         ("[models]", "models: expected an array of tables, written [[models]], got a table (file"),
         ("models = [1]", "models[0]: expected a table, got 1 (file cobatch.toml)"),
-        ("[[models]]", "models[0].path: missing; expected the model's file (file cobatch.toml)"),
+        (
+            "[[models]]",
+            "models[0].path: missing; expected the model's file, ONNX or a TensorRT plan (file cobatch.toml)",
+        ),
         (MODELS + "[[models]]\npaht = ''", "models[1].paht: unknown key; did you mean path? (file"),
         (
             MODELS + MODELS + "max_batch_size = 0",
@@ -214,10 +217,10 @@ def test_every_mistake_is_reported(model: Path, tmp_path: Path) -> None:
     found = refusals(tmp_path, text, environ, port="x", allow_anonymous=True, slots="1")
     assert [line.partition(":")[0] for line in found] == [
         *("server.log_level", "COBATCH_PROT", "server.port", "models[*].slots"),
-        *("sever", "server.prot", "server.keep_alive_s", "auth.leeway_s", "auth.issuers[0].algorithm"),
-        *("server.allow_anonymous", "server.tls_key", "server.trusted_proxies"),
-        *("models[0].thraeds", "models[1].path", "models[2].devices"),
-        *("models[2].pad[0].axis", "models[2].pad[0].input", "models[0].path"),
+        *("sever", "server.prot", "server.keep_alive_s", "models[0].thraeds", "models[1].path"),
+        *("models[2].devices", "models[2].pad[0].axis", "models[2].pad[0].input"),
+        *("auth.leeway_s", "auth.issuers[0].algorithm"),
+        *("server.allow_anonymous", "server.tls_key", "server.trusted_proxies", "models[0].path"),
     ]
 
 
