@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from types import TracebackType
@@ -105,6 +105,7 @@ class Cobatch:
         self,
         folder: Path,
         *arguments: str | Path,
+        command: Sequence[str | Path] = (COBATCH,),
         gate: bool = False,
         opening: bool = False,
         cwd: Path | None = None,
@@ -129,7 +130,7 @@ class Cobatch:
             environ |= {"GATE_OPEN": "1"} if opening else {}
         with self.stderr_path.open("wb") as stderr, theirs:
             self.process = subprocess.Popen(
-                [COBATCH, "serve", *arguments],
+                [*command, "serve", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
