@@ -1,1 +1,1 @@
-"""What runs a batch: the Engine protocol, the worker thread, the engines. No asyncio, no HTTP."""
+"""The Engine protocol, the worker thread that runs batches, and the engines. No asyncio, no HTTP."""

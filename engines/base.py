@@ -1,7 +1,8 @@
-"""What every engine is: tensors, signature, and the protocol that the worker drives."""
+"""The interface of engines: tensors, signature, and the protocol that the worker drives."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -9,12 +10,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from cobatch.engines.errors import EngineLoadError
+
 Array = np.ndarray[Any, Any]
-# The concrete shape of one row of each input, in the signature's order.
+# The shape of one row of each input, in the signature's order.
 RowShapes = tuple[tuple[int, ...], ...]
 
-# Open Inference Protocol V2 datatypes. BYTES elements are Python objects (bytes or str). NumPy has
-# no BF16, so its bits travel in uint16.
+# Open Inference Protocol V2 datatypes. BYTES elements are Python objects (bytes or str). NumPy has no BF16,
+# so uint16 carries its bits.
 DATATYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
     "UINT8": np.dtype(np.uint8),
@@ -33,17 +36,31 @@ DATATYPES: dict[str, np.dtype[Any]] = {
 }
 
 
+def available_cores() -> int:
+    """Count the cores that this process may use, which in a container can be far below the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def batch_sizes(fixed_batch: int | None, max_batch_size: int) -> list[int]:
+    """Return the sizes to time: powers of two and the largest; a fixed size alone."""
+    if fixed_batch is not None:
+        return [max_batch_size]
+    return [*(1 << n for n in range(max_batch_size.bit_length()) if 1 << n < max_batch_size), max_batch_size]
+
+
 def within(low: Sequence[int], shape: Sequence[int], high: Sequence[int]) -> bool:
-    """Whether each axis of a shape lies between those of two others of as many axes."""
+    """Return True if each axis of a shape lies between those of two shapes with equally many axes."""
     return all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """An input or output. `shape` is that of one row, without the batch axis; -1: may vary.
+    """An input or output. `shape` is that of one row, without the batch axis; -1 marks a variable axis.
 
-    `ranges`: smallest and largest shapes of a row that the engine takes; a row must lie within one pair of
-    them. Empty: whatever `shape` says.
+    `ranges`: pairs of the smallest and largest row shape that the engine accepts; a row must lie within one
+    pair. If empty, only `shape` restricts rows.
     """
 
     name: str
@@ -58,30 +75,57 @@ class TensorSpec:
 
     @property
     def least_row(self) -> tuple[int, ...]:
-        """The smallest shape of a row: where an axis may vary, 1 or what the engine takes at least."""
+        """The smallest row shape; a variable axis without a range counts as 1."""
         return self.ranges[0][0] if self.ranges else tuple(abs(size) for size in self.shape)
 
     @property
     def row_elements(self) -> int:
-        """Elements in a row, or -1 where that may vary."""
+        """Elements of a row, -1 if variable."""
         return -1 if -1 in self.shape else prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """A model's tensors. `fixed_batch`: the first axis's size where the model fixes it, else None."""
+    """A model's tensors. `fixed_batch`: the batch axis's size if the model fixes it, else None."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     fixed_batch: int | None = None
 
 
+def make_signature(
+    model: str, inputs: Sequence[tuple[TensorSpec, Any]], outputs: Sequence[tuple[TensorSpec, Any]]
+) -> Signature:
+    """Check that rows can be batched along the first axis. Raises EngineLoadError.
+
+    Each spec comes with its tensor's first axis: a size from 0, or -1, a name or None if it is variable.
+    """
+    if not inputs or not outputs:
+        raise EngineLoadError(f"{model} has no inputs or no outputs")
+    sizes = {_fixed_size(first) for _, first in inputs}
+    if len(sizes) > 1:
+        shown = ", ".join(f"{spec.name!r} {first}" for spec, first in inputs)
+        raise EngineLoadError(f"the inputs' first axes differ, so none is the batch axis: {shown}")
+    fixed = sizes.pop()
+    if fixed == 0:
+        raise EngineLoadError("the inputs' first axis is fixed at 0: no row fits")
+    for spec, first in outputs:
+        if _fixed_size(first) not in (fixed, None):
+            expected = "vary with the batch" if fixed is None else f"be {fixed}, as the inputs'"
+            raise EngineLoadError(f"output {spec.name!r}: its first axis is {first}, it should {expected}")
+    return Signature(tuple(spec for spec, _ in inputs), tuple(spec for spec, _ in outputs), fixed)
+
+
+def _fixed_size(first: Any) -> int | None:
+    return first if isinstance(first, int) and first >= 0 else None
+
+
 class Engine(Protocol):
     """Runs batches in slots: while one slot's batch runs, another's rows can be packed.
 
-    `inputs` is called on the event loop's thread and only for a slot that nothing runs in; all else
-    on the one worker thread. An engine whose batches run from `enqueue` on, rather than in `wait`, says
-    so with an attribute `asynchronous = True`.
+    `inputs` is called on the event loop's thread, only for an idle slot; all other methods on the worker
+    thread. An engine whose batches run from `enqueue` on, not in `wait`, has an attribute
+    `asynchronous = True`.
     """
 
     platform: str
@@ -90,7 +134,7 @@ class Engine(Protocol):
 
     @property
     def signature(self) -> Signature:
-        """The model's tensors; there once the engine is open."""
+        """The model's tensors, known once the engine is open."""
         ...
 
     def open(self) -> None:
@@ -98,15 +142,15 @@ class Engine(Protocol):
         ...
 
     def inputs(self, slot: int, rows: int, row_shapes: RowShapes) -> tuple[Array, ...]:
-        """The slot's input buffers to write rows into: C-contiguous [n, *row_shape] each, n >= rows."""
+        """Return the slot's input buffers: C-contiguous [n, *row_shape] each, n >= rows."""
         ...
 
     def enqueue(self, slot: int, rows: int, row_shapes: RowShapes) -> None:
-        """Start the batch that lies in the slot's buffers. Raises EngineError."""
+        """Start the batch in the slot's buffers. Raises EngineError."""
         ...
 
     def wait(self, slot: int) -> tuple[Array, ...]:
-        """Wait for it. Outputs are [rows, ...], valid until the slot's next `enqueue`. Raises EngineError."""
+        """Wait for the outputs: [rows, ...], valid until the slot's next `enqueue`. Raises EngineError."""
         ...
 
     def close(self) -> None:

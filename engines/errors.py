@@ -1,17 +1,17 @@
-"""What can go wrong below the batcher."""
+"""Errors of engines."""
 
 
 class EngineError(Exception):
-    """Base of all."""
+    """Base of all errors of engines."""
 
 
 class EngineLoadError(EngineError):
-    """The model cannot be served; the text is for the person who asked for it."""
+    """The model cannot be served; the text is for the operator."""
 
 
 class EngineRunError(EngineError):
-    """One run failed. It may be an input's fault, and the next run may go well."""
+    """One run failed, perhaps because of an input; the next run may succeed."""
 
 
 class EngineDeadError(EngineError):
-    """The engine cannot run anything any more."""
+    """The engine cannot run any batch any more."""

@@ -1,4 +1,4 @@
-"""What goes to a worker and what comes back."""
+"""A worker's jobs and their outcomes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cobatch.engines.errors import EngineError
 
 
 class Job:
-    """A batch whose rows lie in a slot's input buffers. `context` is the batcher's own."""
+    """A batch whose rows lie in a slot's input buffers. `context` is for the batcher's own use."""
 
     __slots__ = ("context", "row_shapes", "rows", "slot")
 
@@ -22,7 +22,7 @@ class Job:
 
 
 class Outcome:
-    """Outputs or error of a job, and when it ran (`time.monotonic` seconds)."""
+    """Outputs or error of a job, and its start and end in `time.monotonic` seconds."""
 
     __slots__ = ("error", "finished_s", "outputs", "started_s")
 

@@ -1,7 +1,4 @@
-"""How many processors there are to share.
-
-From a setting to an engine. A new engine is one file and one line in ENGINES.
-"""
+"""Create an engine from its settings. A new engine needs one file, and one line in ENGINES."""
 
 from __future__ import annotations
 
@@ -14,19 +11,12 @@ from cobatch.engines.base import Engine
 from cobatch.engines.errors import EngineLoadError
 
 
-def cores() -> int:
-    """Those that this process may use: a container's share can be far below the machine's count."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What only some engines ask: `threads` ONNX Runtime, the rest TensorRT.
+    """Options of single engines: `threads` of ONNX Runtime, the others of TensorRT.
 
-    `batch_buckets`: the sizes that batches are rounded up to (None: powers of two). `plan_cache`: the folder
-    of built plans (None: in the user's cache).
+    `batch_buckets`: sizes that batches are padded to (None: powers of two). `plan_cache`: folder of built
+    plans (None: in the user's cache folder).
     """
 
     threads: int | None = None
@@ -40,17 +30,17 @@ class EngineOptions:
 
 
 def _onnxruntime(path: str, max_batch_size: int, options: EngineOptions) -> Engine:
-    from cobatch.engines.onnxruntime import OnnxRuntimeEngine  # noqa: PLC0415 - load only the library that is used
+    from cobatch.engines.onnxruntime import OnnxRuntimeEngine  # noqa: PLC0415 - loads only this engine's library
 
     return OnnxRuntimeEngine(path, max_batch_size, options.threads)
 
 
 def _tensorrt(path: str, max_batch_size: int, options: EngineOptions) -> Engine:
     from cobatch.engines.tensorrt.engine import TensorRTEngine  # noqa: PLC0415
-    from cobatch.engines.tensorrt.plans.build import BuildOptions  # noqa: PLC0415 - the same
     from cobatch.engines.tensorrt.plans.cache import plan_source  # noqa: PLC0415
+    from cobatch.engines.tensorrt.plans.manifest import BuildOptions  # noqa: PLC0415
 
-    built_for = BuildOptions(max_batch_size=max_batch_size, runtime=options.tensorrt_runtime)
+    build_options = BuildOptions(max_batch_size=max_batch_size, runtime=options.tensorrt_runtime)
     return TensorRTEngine(
         path,
         max_batch_size,
@@ -60,7 +50,7 @@ def _tensorrt(path: str, max_batch_size: int, options: EngineOptions) -> Engine:
         runtime=options.tensorrt_runtime,
         graphs=options.cuda_graphs,
         host_code=options.plan_host_code,
-        plan_source=plan_source(Path(path), built_for, options.plan_cache, options.device),
+        plan_source=plan_source(Path(path), build_options, options.plan_cache, options.device),
     )
 
 
@@ -68,7 +58,6 @@ ENGINES: dict[str, Callable[[str, int, EngineOptions], Engine]] = {
     "onnxruntime": _onnxruntime,
     "tensorrt": _tensorrt,
 }
-# What opens a file where nothing is said: a plan runs nowhere else.
 _BY_SUFFIX = {".onnx": "onnxruntime", ".plan": "tensorrt", ".engine": "tensorrt"}
 
 
@@ -78,19 +67,19 @@ def load_engine(
     max_batch_size: int,
     options: EngineOptions = EngineOptions(),
 ) -> Engine:
-    """An engine for the file, not yet open. Raises EngineLoadError when there is none for it.
+    """Create an engine for a model file, not yet open. Raises EngineLoadError.
 
-    `kind` is a key of ENGINES, or "auto" for what fits the file.
+    `kind` is a key of ENGINES, or "auto" to choose by the file's suffix.
     """
     path = os.fspath(path)
     suffix = Path(path).suffix
     if suffix not in _BY_SUFFIX and kind in {"auto", "tensorrt"}:
-        raise EngineLoadError(f"no engine is known for {path}; expected an .onnx, .plan or .engine file")
+        raise EngineLoadError(f"no engine for {path}: expected an .onnx, .plan or .engine file")
     if kind == "auto":
         kind = _BY_SUFFIX[suffix]
     make = ENGINES.get(kind)
     if make is None:
-        raise EngineLoadError(f"engine {kind!r} is not part of this release; there is {', '.join(ENGINES)}")
+        raise EngineLoadError(f"unknown engine {kind!r}; expected one of {', '.join(ENGINES)}")
     try:
         return make(path, max_batch_size, options)
     except ImportError as error:

@@ -1,13 +1,12 @@
 """ONNX Runtime on the CPU.
 
-Inputs are packed into buffers that belong to a slot and are reused; a binding (`IOBinding`) of the
-first `rows` rows of those buffers and of the output buffers is made once for each number of rows and
-kept. ONNX Runtime reads the buffers anew at each run, so a run is one call and takes half the time of
-`run` on a tiny model.
+Inputs are packed into buffers of a slot, which are reused. A binding (`IOBinding`) of the first `rows` rows
+of the input and output buffers is created once for each number of rows and cached. ONNX Runtime reads the
+buffers at each run, so a run is one call and takes half the time of `run` on a tiny model.
 
-That needs outputs of known shape. An output that is left to ONNX Runtime cannot be in a kept binding:
-the first run's allocation stays bound, and a run that comes out with another shape fails. Binding it
-anew each time costs more than `run`, so models with strings or with outputs of unknown shape use that.
+Cached bindings need outputs of known shape: an output that ONNX Runtime allocates stays bound after the first
+run, and a run with another output shape fails. Binding at each run costs more than `run`, so models with
+strings or with outputs of unknown shape use `run`.
 """
 
 from __future__ import annotations
@@ -18,9 +17,8 @@ from math import prod
 import numpy as np
 import onnxruntime as ort
 
-from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec
+from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec, available_cores, make_signature
 from cobatch.engines.errors import EngineLoadError, EngineRunError
-from cobatch.engines.loader import cores
 
 _TYPES = {
     "tensor(bool)": "BOOL",
@@ -37,15 +35,14 @@ _TYPES = {
     "tensor(double)": "FP64",
     "tensor(string)": "BYTES",
 }
-_KEPT_BINDINGS = 256
+_BINDING_LIMIT = 256
 
-
-# ONNX Runtime's binding and the arrays that the outputs appear in.
+# ONNX Runtime's binding, and the arrays that receive the outputs.
 _Binding = tuple[ort.IOBinding, tuple[Array, ...]]
 
 
 class _Slot:
-    """A slot's memory and bindings. Buffers grow to the largest row shape seen and are then reused."""
+    """A slot's memory and bindings. Buffers grow to the largest row shape seen."""
 
     def __init__(self) -> None:
         self.memory: dict[int, Array] = {}
@@ -56,15 +53,15 @@ class _Slot:
         self.row_shapes: RowShapes = ()
 
     def forget(self) -> None:
-        """Drop everything that points into buffers that are about to be replaced."""
+        """Drop all references to buffers that will be replaced."""
         self.inputs.clear()
         self.bindings.clear()
 
 
 class OnnxRuntimeEngine:
-    """One session. A model whose first axis is fixed is run at that size, missing rows as zeros.
+    """One session. A model with a fixed first axis runs at that size, padded with zeros.
 
-    `threads`: the session's; by default one core is left to the event loop.
+    `threads`: of the session; by default one core is left to the event loop.
     """
 
     platform = "onnxruntime_onnx"
@@ -73,11 +70,11 @@ class OnnxRuntimeEngine:
     def __init__(self, path: str, max_batch_size: int, threads: int | None = None) -> None:
         self.path = path
         self.max_batch_size = max_batch_size
-        self._threads = threads or max(1, cores() - 1)
+        self._threads = threads or max(1, available_cores() - 1)
         self._signature: Signature | None = None
         self._session: ort.InferenceSession | None = None
         self._slots = [_Slot() for _ in range(self.slots)]
-        self._plain = False
+        self._plain = False  # use `run` instead of bindings
 
     @property
     def signature(self) -> Signature:
@@ -87,11 +84,11 @@ class OnnxRuntimeEngine:
         return self._signature
 
     def open(self) -> None:
-        """Raises EngineLoadError when ONNX Runtime refuses the file or its tensors cannot be batched."""
+        """Load the model. Raises EngineLoadError if ONNX Runtime refuses it or it cannot be batched."""
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
-        # A spinning thread would take the event loop's core while it waits for work.
+        # An idle thread that spins would take the event loop's core.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
         options.log_severity_level = 3
@@ -116,15 +113,15 @@ class OnnxRuntimeEngine:
                 )
 
     def close(self) -> None:
-        """Let the session and all buffers go."""
+        """Free the session and all buffers."""
         self._session = None
         self._slots = []
 
     def inputs(self, slot: int, rows: int, row_shapes: RowShapes) -> tuple[Array, ...]:
-        """[n, *row_shape] for each input, n >= rows; the same arrays for the same shapes while they do.
+        """Return [n, *row_shape] for each input, n >= rows; the same arrays for equal shapes if large enough.
 
-        Where row shapes are fixed n is max_batch_size from the start; else memory grows as it is
-        needed, since one caller's huge row must not reserve a whole batch of such rows.
+        With fixed row shapes n is max_batch_size. Otherwise memory grows as needed, since one huge row must
+        not reserve memory for a whole batch of such rows.
         """
         state = self._slots[slot]
         arrays = state.inputs.get(row_shapes)
@@ -137,7 +134,7 @@ class OnnxRuntimeEngine:
         return arrays
 
     def _make_inputs(self, state: _Slot, capacity: int, row_shapes: RowShapes) -> tuple[Array, ...]:
-        if len(state.inputs) >= _KEPT_BINDINGS:
+        if len(state.inputs) >= _BINDING_LIMIT:
             state.forget()
         arrays = []
         for index, (spec, row_shape) in enumerate(zip(self.signature.inputs, row_shapes, strict=True)):
@@ -150,13 +147,13 @@ class OnnxRuntimeEngine:
         return tuple(arrays)
 
     def enqueue(self, slot: int, rows: int, row_shapes: RowShapes) -> None:
-        """Note what to run; ONNX Runtime runs in `wait`."""
+        """Record the batch; `wait` runs it."""
         state = self._slots[slot]
         state.rows = rows
         state.row_shapes = row_shapes
 
     def wait(self, slot: int) -> tuple[Array, ...]:
-        """Run. Raises EngineRunError with ONNX Runtime's words."""
+        """Run the batch. Raises EngineRunError with ONNX Runtime's message."""
         state = self._slots[slot]
         rows = state.rows
         run_rows = rows
@@ -195,7 +192,7 @@ class OnnxRuntimeEngine:
         if binding is not None:
             bindings.move_to_end(key)
         else:
-            if len(bindings) >= _KEPT_BINDINGS:
+            if len(bindings) >= _BINDING_LIMIT:
                 bindings.popitem(last=False)
             binding = bindings[key] = self._bind(session, slot, rows, row_shapes)
         return binding
@@ -212,10 +209,10 @@ class OnnxRuntimeEngine:
 
 
 def _probe(session: ort.InferenceSession, signature: Signature, max_batch_size: int) -> bool:
-    """Run two rows of zeros: whether the outputs have the row shapes that the model declares.
+    """Run two rows of zeros; True if the outputs have the declared row shapes, or the model refuses zeros.
 
-    Raises EngineLoadError where an output's first axis does not count the rows. In a binding such a
-    model would only fail to run, without a word about why. A model that refuses zeros shows nothing.
+    Raises EngineLoadError if an output's first axis does not count the rows: in a binding such a model would
+    fail without a reason.
     """
     rows = signature.fixed_batch or min(2, max_batch_size)
     feed = {}
@@ -224,7 +221,7 @@ def _probe(session: ort.InferenceSession, signature: Signature, max_batch_size: 
         feed[spec.name] = np.full(shape, "" if spec.datatype == "BYTES" else 0, spec.dtype)
     try:
         outputs = session.run(None, feed)
-    except Exception:  # noqa: BLE001 - ONNX Runtime's errors have no common base; the warm-up reports it
+    except Exception:  # noqa: BLE001 - ONNX Runtime has no base class of errors; the warm-up reports them
         return True
     for spec, output in zip(signature.outputs, outputs, strict=True):
         if output.ndim == 0 or output.shape[0] != rows:
@@ -235,36 +232,23 @@ def _probe(session: ort.InferenceSession, signature: Signature, max_batch_size: 
 
 
 def _text(array: Array) -> Array:
-    """Strings as ONNX Runtime takes them. Bytes that are not UTF-8 fail the run of their batch alone."""
+    """Return strings as ONNX Runtime expects them. Bytes that are not UTF-8 fail only their batch."""
     flat = [value.decode() if isinstance(value, bytes) else value for value in array.reshape(-1)]
     return np.array(flat, dtype=object).reshape(array.shape)
 
 
 def read_signature(session: ort.InferenceSession) -> Signature:
-    """The signature of a session's model. Raises EngineLoadError when its rows cannot be told apart."""
+    """Read the signature of a session's model. Raises EngineLoadError if it cannot be batched."""
     inputs = [(_spec("input", node), node.shape[0]) for node in session.get_inputs()]
     outputs = [(_spec("output", node), node.shape[0]) for node in session.get_outputs()]
-    if not inputs or not outputs:
-        raise EngineLoadError("the model has no inputs or no outputs")
-    firsts = {first if isinstance(first, int) else None for _, first in inputs}
-    if len(firsts) > 1:
-        shown = ", ".join(f"{spec.name!r} {first}" for spec, first in inputs)
-        raise EngineLoadError(f"the inputs' first axes differ, so none is the batch axis: {shown}")
-    fixed = firsts.pop()
-    if fixed == 0:
-        raise EngineLoadError("the inputs' first axis is fixed at 0: no row fits")
-    for spec, first in outputs:
-        if isinstance(first, int) and first != fixed:
-            expected = "vary with the batch" if fixed is None else f"be {fixed}, as the inputs'"
-            raise EngineLoadError(f"output {spec.name!r}: its first axis is {first}, it should {expected}")
-    return Signature(tuple(spec for spec, _ in inputs), tuple(spec for spec, _ in outputs), fixed)
+    return make_signature("the model", inputs, outputs)
 
 
-def _spec(what: str, node: ort.NodeArg) -> TensorSpec:
+def _spec(kind: str, node: ort.NodeArg) -> TensorSpec:
     datatype = _TYPES.get(node.type)
     if datatype is None:
-        raise EngineLoadError(f"{what} {node.name!r} has type {node.type}, which is not supported")
+        raise EngineLoadError(f"{kind} {node.name!r} has type {node.type}, which is not supported")
     if not node.shape:
-        raise EngineLoadError(f"{what} {node.name!r} is a scalar or of unknown rank: no axis to batch along")
+        raise EngineLoadError(f"{kind} {node.name!r} is a scalar or of unknown rank: no axis to batch along")
     shape = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape[1:])
     return TensorSpec(node.name, datatype, shape)

@@ -8,8 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from cobatch.batcher.simulator.engine import Profile
-from cobatch.engines.base import Engine, RowShapes
-from cobatch.engines.worker import batch_sizes
+from cobatch.engines.base import Engine, RowShapes, batch_sizes
 
 _LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 _MIN_RUNS = 3

@@ -1,1 +1,1 @@
-"""TensorRT on an NVIDIA GPU: plans are built, kept and run here. One thread, no asyncio, no HTTP."""
+"""TensorRT on an NVIDIA GPU: plans are built, cached and run, on one thread."""

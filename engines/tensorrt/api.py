@@ -1,8 +1,7 @@
-"""The one seam over NVIDIA's Python modules: TensorRT 10.x and 11.x, and TensorRT for RTX.
+"""The only module that imports NVIDIA's TensorRT modules: TensorRT 10.x and 11.x, and TensorRT for RTX.
 
-All three have the same classes. What differs is which enumerators there are and what they count as (11
-dropped the precision flags and moved others), so nothing here or above writes an enumerator's value: it
-is asked for by name, and None says that this version has none.
+All three have the same classes. They differ in the enumerators and their values (11 dropped the precision
+flags and moved others), so enumerators are always looked up by name; None means that this version has none.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from typing import Any
 from cobatch.engines.errors import EngineLoadError
 
 RUNTIMES = ("tensorrt", "tensorrt-rtx")
-# What to import, best first, and what to install where none is there. TensorRT for RTX's own package is
-# a shell around its bindings, which are ordinary wheels and can be there alone.
+# Modules to import, in order of preference, and the package to install if all are missing. TensorRT for RTX's
+# package only wraps its bindings, which are ordinary wheels and may be installed alone.
 _MODULES = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 _INSTALL = {
     "tensorrt": "pip install 'cobatch[tensorrt]', or tensorrt-cu12 for CUDA 12",
@@ -26,26 +25,26 @@ _OLDEST = {"tensorrt": 10, "tensorrt-rtx": 1}
 
 @dataclass(frozen=True, slots=True)
 class TensorRT:
-    """A loaded module: `trt.Runtime(...)` and the like. `version` is the module's own, such as 10.16.0."""
+    """A loaded module `trt`. `version`: of the module, such as 10.16.0."""
 
     kind: str
     version: str
     trt: Any
 
     def flag(self, enum: str, name: str) -> Any | None:
-        """The enumerator `name` of `enum`, such as ("BuilderFlag", "FP16"); None where there is none."""
+        """Return an enumerator, such as ("BuilderFlag", "FP16"); None if this version lacks it."""
         return getattr(getattr(self.trt, enum, None), name, None)
 
     @property
     def is_rtx(self) -> bool:
-        """Whether this is TensorRT for RTX, which compiles a plan's kernels when it is loaded."""
+        """True for TensorRT for RTX, which compiles a plan's kernels at load."""
         return self.kind == "tensorrt-rtx"
 
 
 def load_tensorrt(kind: str = "tensorrt") -> TensorRT:
-    """Import what `kind` (one of RUNTIMES) stands for. Raises EngineLoadError that says what to install."""
+    """Import a runtime, one of RUNTIMES. Raises EngineLoadError that names the package to install."""
     if kind not in _MODULES:
-        raise EngineLoadError(f"runtime {kind!r} is not known; there is {', '.join(RUNTIMES)}")
+        raise EngineLoadError(f"unknown runtime {kind!r}; expected one of {', '.join(RUNTIMES)}")
     why = "it is not installed"
     for name in _MODULES[kind]:
         try:
@@ -54,7 +53,7 @@ def load_tensorrt(kind: str = "tensorrt") -> TensorRT:
             if error.name is None or error.name.partition(".")[0] not in _MODULES[kind]:
                 why = str(error)
         except (ImportError, OSError) as error:
-            # A library that the module links to: the loader's own words name it.
+            # A library that the module links to; the error text names it.
             why = str(error)
         else:
             return _checked(kind, module)

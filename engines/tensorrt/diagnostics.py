@@ -1,14 +1,13 @@
-"""TensorRT's error recorder: what an object reports while it works, for the error of the batch it ran.
+"""TensorRT's error recorder and logger: the reasons of its errors.
 
-TensorRT's logger: what it says goes to `logging`, and its last errors are kept for the exception.
+The recorder collects the errors that an object reports while it runs a batch. A failed parse, build or
+deserialisation returns only None or False, with the reason in the log, so the logger writes to `logging` and
+keeps the last errors for the exception.
 
-A failed parse, build or deserialisation answers only None or False; the reason is in the log and nowhere
-else. TensorRT calls the logger from threads of its own, and an exception that left `log` would end the
-process, since there is C++ above it.
-
-TensorRT takes one logger in a process: while anything made with a first one lives, every other is ignored
-(with a warning). So there is one for each module, for ever, and it tells the logs apart by thread: an error
-on a thread that made logs goes to those, any other error (a thread of TensorRT's) to all.
+TensorRT calls both from its own threads, and from C++: an exception that left a method would end the process.
+It uses one logger per process and ignores any other, with a warning, while an object of the first exists. So
+there is one for each module, for ever; it routes errors by thread: an error on a thread that created logs
+goes to those, an error on a thread of TensorRT to all.
 """
 
 from __future__ import annotations
@@ -19,14 +18,11 @@ import weakref
 from collections import deque
 from typing import Any
 
-_KEPT = 16
+_ENTRY_LIMIT = 16
 
 
 def make_recorder(trt_module: Any) -> Any:
-    """An instance of a subclass of this module's `IErrorRecorder`; `take` answers and clears its entries.
-
-    TensorRT may report from any thread, and an exception of ours must not reach it.
-    """
+    """Create an `IErrorRecorder` of this module; `take` returns its entries and clears them."""
 
     class Recorder(trt_module.IErrorRecorder):  # type: ignore[misc]  # its base is known at run time only
         def __init__(self) -> None:
@@ -36,36 +32,36 @@ def make_recorder(trt_module: Any) -> Any:
             self._overflowed = False
 
         def num_errors(self) -> int:
-            """How many are kept."""
+            """Return the number of entries."""
             return len(self._entries)
 
         def get_error_code(self, index: int) -> Any:
-            """The code of one."""
+            """Return the code of an entry."""
             return self._entries[index][0]
 
         def get_error_desc(self, index: int) -> str:
-            """The words of one."""
+            """Return the text of an entry."""
             return self._entries[index][1]
 
         def has_overflowed(self) -> bool:
-            """Whether there were more than are kept."""
+            """Return True if entries were dropped."""
             return self._overflowed
 
         def clear(self) -> None:
-            """Forget all."""
+            """Drop all entries."""
             self.take()
 
         def report_error(self, code: Any, description: str) -> bool:
-            """Keep one. False: TensorRT decides itself whether it goes on."""
+            """Add an entry. False leaves it to TensorRT if it goes on."""
             with self._lock:
-                if len(self._entries) < _KEPT:
+                if len(self._entries) < _ENTRY_LIMIT:
                     self._entries.append((code, description))
                 else:
                     self._overflowed = True
             return False
 
         def take(self) -> list[str]:
-            """The entries since the last call, each with its code."""
+            """Return the entries since the last call, each with its code."""
             with self._lock:
                 entries, self._entries, self._overflowed = self._entries, [], False
             return [f"{getattr(code, 'name', code)}: {' '.join(text.split())}" for code, text in entries]
@@ -75,62 +71,58 @@ def make_recorder(trt_module: Any) -> Any:
 
 log = logging.getLogger("cobatch.tensorrt")
 
-_KEPT_ERRORS = 16
 _lock = threading.Lock()
 _loggers: dict[Any, Any] = {}
 _logs: weakref.WeakSet[ErrorLog] = weakref.WeakSet()
 
 
 class ErrorLog:
-    """`logger` is handed to TensorRT; `take` answers what went wrong since it was last asked.
-
-    Belongs to the thread that makes it.
-    """
+    """The last errors that TensorRT logged for the thread that created this log. `logger`: for TensorRT."""
 
     def __init__(self, logger: Any) -> None:
         self.logger = logger
         self._thread = threading.current_thread()
         self._lock = threading.Lock()
-        self._errors: deque[str] = deque(maxlen=_KEPT_ERRORS)
+        self._errors: deque[str] = deque(maxlen=_ENTRY_LIMIT)
 
     @property
     def is_mine(self) -> bool:
-        """Whether this thread made it. A number alone may be that of a thread that has ended."""
+        """True on the thread that created it; a thread's number alone may be reused after its end."""
         return self._thread.ident == threading.get_ident() and self._thread.is_alive()
 
     def take(self) -> list[str]:
-        """The errors since the last call, oldest first, at most the last 16."""
+        """Return the errors since the last call, oldest first, at most 16."""
         with self._lock:
             errors = list(self._errors)
             self._errors.clear()
         return errors
 
-    def reason(self, otherwise: str) -> str:
-        """The errors since the last call as one line, or `otherwise` where there are none."""
-        return "; ".join(self.take()) or otherwise
+    def reason(self, default: str) -> str:
+        """Return the errors since the last call in one line, or `default`."""
+        return "; ".join(self.take()) or default
 
-    def keep(self, message: str) -> None:
-        """Remember an error."""
+    def add(self, message: str) -> None:
+        """Add an error."""
         with self._lock:
             self._errors.append(" ".join(message.split()))
 
 
 def make_log(trt_module: Any) -> ErrorLog:
-    """A log for the objects that this thread makes with this module (`tensorrt` or its sisters)."""
+    """Create a log for the objects that this thread creates with this module."""
     with _lock:
         if trt_module not in _loggers:
             _loggers[trt_module] = _make_logger(trt_module)
-        kept = ErrorLog(_loggers[trt_module])
-        _logs.add(kept)
-    return kept
+        error_log = ErrorLog(_loggers[trt_module])
+        _logs.add(error_log)
+    return error_log
 
 
-def _keep(message: str) -> None:
+def _add_error(message: str) -> None:
     with _lock:
         logs = list(_logs)
-    here = [kept for kept in logs if kept.is_mine]
-    for kept in here or logs:
-        kept.keep(message)
+    own = [error_log for error_log in logs if error_log.is_mine]
+    for error_log in own or logs:
+        error_log.add(message)
 
 
 def _make_logger(trt_module: Any) -> Any:
@@ -139,7 +131,7 @@ def _make_logger(trt_module: Any) -> Any:
         severity.INTERNAL_ERROR: logging.ERROR,
         severity.ERROR: logging.ERROR,
         severity.WARNING: logging.WARNING,
-        # TensorRT's "info" tells of every layer and kernel.
+        # TensorRT's "info" describes every layer and kernel.
         severity.INFO: logging.DEBUG,
         severity.VERBOSE: logging.NOTSET,
     }
@@ -152,7 +144,7 @@ def _make_logger(trt_module: Any) -> Any:
             try:
                 level = levels.get(severity, logging.ERROR)
                 if level >= logging.ERROR:
-                    _keep(msg)
+                    _add_error(msg)
                 if level:
                     log.log(level, "%s", msg)
             except BaseException:  # noqa: BLE001, S110 - see the head of the file; even KeyboardInterrupt

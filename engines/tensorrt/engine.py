@@ -1,11 +1,11 @@
 """TensorRT on one GPU, driven by the worker's thread alone.
 
-The thread opens the GPU's context, loads the plan, allocates all memory and, at the end, frees it. In
-between a batch costs it a few calls: set the shapes if they changed, copy in, execute, copy out, record an
-event, and later one wait for that event; or, with CUDA graphs, launch, record, wait.
+The thread creates the GPU's context, loads the plan, allocates all memory and, at the end, frees it. A batch
+costs it a few calls: set the shapes if they changed, copy in, execute, copy out, record an event, and later
+wait for that event; or, with CUDA graphs, launch, record, wait.
 
-TensorRT's and PyCUDA's objects must be gone before the context is, and must go on this thread. An exception
-holds the frames it went through and with them such objects, so what is raised from here is made anew.
+TensorRT's and PyCUDA's objects must be freed before the context and on this thread. An exception holds its
+frames and with them such objects, so errors are raised as new exceptions, outside the `except` block.
 """
 
 from __future__ import annotations
@@ -41,17 +41,16 @@ _OUT_OF_MEMORY = re.compile(r"out ?of ?memory", re.IGNORECASE)
 
 
 class TensorRTEngine:
-    """A plan in `slots` slots. `max_batch_size` becomes the plan's where that is smaller.
+    """A plan in `slots` slots. `max_batch_size` is lowered to the plan's.
 
-    `buckets`: batch sizes to round up to, powers of two by default. `graphs`: replay CUDA graphs where
-    cuda-bindings is installed and the rows' shapes are fixed. `host_code`: the plan may bring code for the
-    CPU, as version-compatible ones do. `plan_source` answers the plan's bytes; it is
-    called with the GPU's context current, so it may build.
+    `buckets`: batch sizes to round up to, powers of two by default. `graphs`: replay CUDA graphs if
+    cuda-bindings is installed and row shapes are fixed. `host_code`: the plan may contain code for the CPU,
+    as version-compatible ones do. `plan_source` returns the plan's bytes; it is called with the GPU's context
+    current, so it may build the plan.
     """
 
     platform = "tensorrt_plan"
-    # A batch runs from `enqueue` on: the worker may enqueue the next while this one runs.
-    asynchronous = True
+    asynchronous = True  # see `Engine`
 
     def __init__(
         self,
@@ -96,10 +95,10 @@ class TensorRTEngine:
     # Opening and closing
 
     def open(self) -> None:
-        """Load and allocate. Raises EngineLoadError."""
+        """Load the plan and allocate. Raises EngineLoadError."""
         try:
             self._open()
-        except Exception as error:  # noqa: BLE001 - TensorRT's own have no common base
+        except Exception as error:  # noqa: BLE001 - TensorRT's errors have no common base
             failure = self._load_failure(error)
         else:
             return
@@ -118,7 +117,7 @@ class TensorRTEngine:
         self._free, _ = self._device.memory()
         self._engine = self._runtime.deserialize_cuda_engine(data)
         if self._engine is None:
-            sizes = f"the plan has {show_bytes(len(data))}, {show_bytes(self._free)} are free on {self._gpu}"
+            sizes = f"the plan has {show_bytes(len(data))}; free on {self._gpu}: {show_bytes(self._free)}"
             raise EngineLoadError(
                 f"TensorRT {tensorrt.version} cannot load the plan of {self.path} ({sizes})"
             )
@@ -126,7 +125,7 @@ class TensorRTEngine:
         buckets = Buckets(signature, profiles, self.max_batch_size, self._bucket_sizes)
         if signature.fixed_batch is None and buckets.max_batch_size < self.max_batch_size:
             log.warning(
-                "%s: the plan takes %d rows at most, max_batch_size is %d",
+                "%s: the plan accepts at most %d rows, max_batch_size is %d",
                 self.path,
                 buckets.max_batch_size,
                 self.max_batch_size,
@@ -138,7 +137,7 @@ class TensorRTEngine:
         self._needs = Needs(self.slots, buckets.sizes[-1], working, buffers)
         self._fill_slots(Plan(trt, self._recorder, working, signature, profiles, buckets))
         log.info(
-            "%s: TensorRT %s on %s, %d slots, batches of %s rows, %s beside the weights, CUDA graphs %s",
+            "%s: TensorRT %s on %s, %d slots, batches of %s rows, %s besides the weights, CUDA graphs %s",
             self.path,
             tensorrt.version,
             self._gpu,
@@ -160,7 +159,7 @@ class TensorRTEngine:
             slot.allocate(sizes)
 
     def _prepare(self) -> bool:
-        """Whether batches are replayed as graphs. A model that fails on zeros may take other rows."""
+        """Run each slot once; True if batches are replayed as graphs. A model may refuse zeros only."""
         driver = load_graphs() if self._graphs else None
         for slot in self._slots:
             try:
@@ -170,8 +169,8 @@ class TensorRTEngine:
                 if is_sticky(text):
                     raise EngineDeadError(text) from None
                 captured = False
-                what = "no CUDA graph" if isinstance(error, CaptureError) else "a run with zeros failed"
-                log.warning("%s: %s: %s", self.path, what, text)
+                problem = "no CUDA graph" if isinstance(error, CaptureError) else "a run with zeros failed"
+                log.warning("%s: %s: %s", self.path, problem, text)
                 slot.recover()
                 slot.drop_graphs()
                 driver = None
@@ -188,24 +187,24 @@ class TensorRTEngine:
         return EngineLoadError(text)
 
     def close(self) -> None:
-        """Free everything; after a sticky error the context takes it along."""
+        """Free everything; after a sticky error, by destroying the context."""
         dead = bool(self._dead)
         slots, self._slots = self._slots, []
         for slot in slots:
             try:
                 slot.release(dead)
-            except Exception as error:  # noqa: BLE001 - PyCUDA's; what cannot be freed goes with the context
+            except Exception as error:  # noqa: BLE001 - PyCUDA's; the context frees the rest
                 log.warning("%s: closing: %s", self.path, error)
                 dead = True
                 slot.release(dead)
         self._engine = self._runtime = None
-        still_read = [slot.still_read() for slot in slots]
-        if any(still_read):
-            log.warning("%s: outputs are still read; the GPU's context stays", self.path)
+        in_use = [slot.in_use() for slot in slots]
+        if any(in_use):
+            log.warning("%s: outputs are still in use; the GPU's context is kept", self.path)
             self._device.keep(slots, dead)
             return
         if dead:
-            self._device.close(dead)  # what follows then calls nothing any more
+            self._device.close(dead)  # so that freeing the slots calls nothing in the dead context
         for slot in slots:
             slot.free()
         self._recorder = None
@@ -214,38 +213,38 @@ class TensorRTEngine:
     # Batches
 
     def inputs(self, slot: int, rows: int, row_shapes: RowShapes) -> tuple[Array, ...]:
-        """The slot's page-locked input buffers. Raises EngineRunError for shapes that no profile takes."""
+        """Return the slot's page-locked input buffers. Raises EngineRunError if no profile fits."""
         return self._slots[slot].inputs(rows, row_shapes)
 
     def enqueue(self, slot: int, rows: int, row_shapes: RowShapes) -> None:
-        """Start the batch on the slot's stream; nothing here waits for the GPU."""
+        """Start the batch on the slot's stream, without waiting for the GPU."""
         if self._dead:
             raise EngineDeadError(self._dead)
         try:
             self._slots[slot].enqueue(rows, row_shapes)
             return
-        except Exception as error:  # noqa: BLE001 - PyCUDA's and TensorRT's have no common base
+        except Exception as error:  # noqa: BLE001 - no common base of PyCUDA's and TensorRT's
             failure = self._run_failure(slot, error)
         raise failure
 
     def wait(self, slot: int) -> tuple[Array, ...]:
-        """Wait for it; the one wait of a batch."""
+        """Wait for the batch; its only wait."""
         if self._dead:
             raise EngineDeadError(self._dead)
         try:
             return self._slots[slot].wait()
-        except Exception as error:  # noqa: BLE001 - the same
+        except Exception as error:  # noqa: BLE001 - see above
             failure = self._run_failure(slot, error)
         raise failure
 
     def _run_failure(self, slot: int, error: Exception) -> EngineError:
-        """What to raise for a batch that failed; the slot can take the next unless the engine is dead."""
+        """Return the error of a failed batch; the slot is usable again unless the engine is dead."""
         failure = as_engine_error(error)
         text = "; ".join([str(failure), *self._details()])
         if not isinstance(failure, EngineDeadError) and not is_sticky(text):
             try:
                 self._slots[slot].recover()
-            except Exception as later:  # noqa: BLE001 - the same
+            except Exception as later:  # noqa: BLE001 - see above
                 text = f"{text}; {as_engine_error(later)}"
             else:
                 return EngineRunError(text)
@@ -253,8 +252,8 @@ class TensorRTEngine:
         return EngineDeadError(self._dead)
 
     def _details(self) -> list[str]:
-        """What TensorRT has said of errors since it was last asked, each once."""
+        """Return TensorRT's errors since the last call, without duplicates."""
         entries = [] if self._recorder is None else self._recorder.take()
-        said = [] if self._log is None else self._log.take()
-        words = [entry.partition(": ")[2] for entry in entries]
-        return [*entries, *(line for line in said if not any(each in line for each in words))]
+        logged = [] if self._log is None else self._log.take()
+        texts = [entry.partition(": ")[2] for entry in entries]
+        return [*entries, *(line for line in logged if not any(text in line for text in texts))]

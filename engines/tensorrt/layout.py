@@ -1,4 +1,4 @@
-"""How a batch lies in a slot's buffers: shapes, what is copied where, and the outputs as arrays."""
+"""The layout of a batch in a slot's buffers: shapes, copies, and the outputs as arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Shape = tuple[int, ...]
 
 
 class ProfileContext:
-    """An execution context, and the layout that its shapes are set to."""
+    """An execution context, and the layout that its shapes are set to, if known."""
 
     __slots__ = ("context", "layout")
 
@@ -26,7 +26,7 @@ class ProfileContext:
 
 @dataclass(slots=True, eq=False)
 class Layout:
-    """How a batch of a bucket and of these row shapes lies in the buffers."""
+    """The layout of a batch of one bucket and row shape. Copies are (destination, source)."""
 
     profile: ProfileContext
     shapes: list[tuple[str, tuple[int, ...]]]
@@ -37,26 +37,26 @@ class Layout:
 
 
 def set_shapes(context: Any, shapes: Sequence[tuple[str, Shape]]) -> None:
-    """Raises EngineRunError that names the input whose shape is refused."""
+    """Set the inputs' shapes. Raises EngineRunError that names the input whose shape is refused."""
     for name, shape in shapes:
         if not context.set_input_shape(name, shape):
-            raise EngineRunError(f"TensorRT does not take shape {list(shape)} for input {name!r}")
+            raise EngineRunError(f"TensorRT does not accept shape {list(shape)} for input {name!r}")
 
 
 def infer(context: Any, shapes: Sequence[tuple[str, Shape]], outputs: Sequence[TensorSpec]) -> list[Shape]:
-    """Set these shapes and answer the outputs'. Raises EngineRunError that names the tensor."""
+    """Set the inputs' shapes and return the outputs'. Raises EngineRunError that names the tensor."""
     set_shapes(context, shapes)
     missing = context.infer_shapes()
     if missing:
         raise EngineRunError(f"TensorRT cannot infer shapes: {', '.join(missing)} are not specified")
-    found = [tuple(context.get_tensor_shape(spec.name)) for spec in outputs]
-    for spec, shape in zip(outputs, found, strict=True):
+    output_shapes = [tuple(context.get_tensor_shape(spec.name)) for spec in outputs]
+    for spec, shape in zip(outputs, output_shapes, strict=True):
         if -1 in shape:
             raise EngineRunError(
                 f"output {spec.name!r} has a shape that depends on the data, {list(shape)}: "
-                "it is not known which of its elements are whose"
+                "its elements cannot be divided among the rows"
             )
-    return found
+    return output_shapes
 
 
 def lay_out(
@@ -67,11 +67,10 @@ def lay_out(
     hosts: Sequence[Array],
     memory: Sequence[Any],
 ) -> Layout:
-    """A batch of `bucket` rows of these shapes, to which the context is set.
+    """Lay out a batch of `bucket` rows and set the context to its shapes.
 
-    `hosts` and `memory`: each tensor's buffers, inputs first.
-
-    Raises EngineRunError that names the tensor that cannot be laid out.
+    `hosts`, `memory`: each tensor's host and device buffers, inputs first. Raises EngineRunError that names
+    the tensor.
     """
     inputs, count = signature.inputs, len(signature.inputs)
     shapes = [(spec.name, (bucket, *shape)) for spec, shape in zip(inputs, row_shapes, strict=True)]
@@ -97,7 +96,7 @@ def lay_out(
 
 
 def view_rows(host: Array, spec: TensorSpec, row_shape: tuple[int, ...]) -> Array:
-    """As many rows of this shape as fit the buffer."""
+    """Return the buffer as rows of this shape, as many as fit."""
     elements = prod(row_shape)
     items = host[: len(host) // spec.dtype.itemsize * spec.dtype.itemsize].view(spec.dtype)
     rows = len(items) // max(1, elements)

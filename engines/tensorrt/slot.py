@@ -1,19 +1,18 @@
-"""A slot: one batch's way over the GPU, on a stream of its own.
+"""A slot: the buffers, stream and execution contexts that one batch runs with.
 
-Everything is allocated at `open`, for the largest batch: for each tensor a page-locked host buffer, which
-rows are packed into directly, and a device buffer. A batch is copied in, run and copied out on the slot's
-stream, and an event behind it says when all is done; nothing of this waits, and one wait for the event ends
-the batch. While it runs, the other slot's rows are packed and the last batch's answers are handed out.
+Everything is allocated at `open`, for the largest batch: for each tensor a page-locked host buffer, into
+which rows are packed directly, and a device buffer. A batch is copied in, run and copied out on the slot's
+stream, followed by an event; none of these calls waits, and one wait for the event ends the batch. While it
+runs, the other slot's rows are packed and the last batch's outputs are delivered.
 
-Where rows have fixed shapes each bucket has an execution context of its own, set to its shapes once; a CUDA
-graph that was captured from a context is only good as long as nothing of that context changes. All contexts
-of a slot share TensorRT's working memory, since only one of them runs at a time. Where rows vary there is a
-context for each profile, its shapes are set when they change, and nothing is captured.
+With fixed row shapes each bucket has its own execution context, set to its shapes once; a captured CUDA graph
+is only valid while its context is unchanged. All contexts of a slot share TensorRT's working memory, since
+only one runs at a time. With variable row shapes there is a context for each profile, its shapes are set when
+they change, and no graphs are captured.
 
-A tensor's buffer only ever holds that tensor's rows, whatever the batch's size. So the surplus rows, which
-fill a batch up to its bucket, are zeros or rows of earlier batches: values that the model takes, such as
-indices within bounds. What is computed from them is cut off. After a batch that failed they are zeroed, or
-the row that it failed on would fail the next one, too.
+A tensor's buffer only ever holds rows of that tensor, for all batch sizes. So the padding rows of a batch are
+zeros or rows of earlier batches: values that the model accepts, such as indices within bounds. Their outputs
+are cut off. After a failed batch they are zeroed, or its bad row would fail the next batch too.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ from cobatch.engines.tensorrt.cuda import Device, Graph, OutOfMemoryError
 from cobatch.engines.tensorrt.layout import Layout, ProfileContext, infer, lay_out, set_shapes, view_rows
 from cobatch.engines.tensorrt.tensors import Buckets, Profile
 
-_KEPT = 256  # row shapes, and numbers of rows of a shape, that are remembered
+_CACHE_LIMIT = 256  # row shapes, and numbers of rows of a shape
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What all slots share. `working`: the bytes that TensorRT works in, in any of its contexts."""
+    """The loaded plan, shared by all slots. `working`: bytes of TensorRT's working memory."""
 
     trt: Any
     recorder: Any
@@ -47,12 +46,12 @@ class Plan:
 
     @property
     def fixed(self) -> bool:
-        """Whether the inputs' rows have one shape each."""
+        """True if each input has one fixed row shape."""
         return all(spec.row_elements >= 0 for spec in self.signature.inputs)
 
 
 class Slot:
-    """Lives on the worker thread, but for `inputs`, which makes no call of CUDA's."""
+    """Used on the worker thread, except for `inputs`, which calls nothing of CUDA."""
 
     def __init__(self, plan: Plan, device: Device) -> None:
         self._plan = plan
@@ -71,9 +70,9 @@ class Slot:
     # Opening and closing
 
     def open(self, engine: Any) -> None:
-        """The stream, TensorRT's working memory and the execution contexts, which share it.
+        """Create the stream, TensorRT's working memory and the execution contexts, which share it.
 
-        Raises EngineLoadError, and OutOfMemoryError where it was that and not TensorRT's own to say.
+        Raises EngineLoadError; OutOfMemoryError if an allocation outside TensorRT failed.
         """
         device, plan = self._device, self._plan
         self._stream, self._event = device.stream(), device.event()
@@ -94,14 +93,14 @@ class Slot:
         plan = self._plan
         context = engine.create_execution_context(plan.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
-            raise EngineLoadError("TensorRT makes no execution context")
+            raise EngineLoadError("TensorRT cannot create an execution context")
         context.error_recorder = plan.recorder
         if plan.working and hasattr(context, "set_device_memory"):
             context.set_device_memory(int(self._working), plan.working)
         elif plan.working:
             context.device_memory = int(self._working)
         if not context.set_optimization_profile_async(profile, self._handle):
-            raise EngineLoadError(f"TensorRT does not take profile {profile}")
+            raise EngineLoadError(f"TensorRT does not accept profile {profile}")
         return ProfileContext(context)
 
     def _context(self, bucket: int, row_shapes: RowShapes) -> ProfileContext:
@@ -109,25 +108,25 @@ class Slot:
         return self._contexts[bucket if self._plan.fixed else buckets.choose(bucket, row_shapes)[1]]
 
     def measure(self) -> tuple[tuple[TensorSpec, ...], tuple[int, ...]]:
-        """The outputs as they come out, and how large each tensor gets, in bytes, inputs first."""
+        """Return the outputs' inferred specs, and the largest size of each tensor in bytes, inputs first."""
         plan = self._plan
         inputs, outputs = plan.signature.inputs, plan.signature.outputs
         specs = inputs + outputs
         sizes = [0] * len(specs)
         for rows, row_shapes in self._largest():
             shapes = [(spec.name, (rows, *shape)) for spec, shape in zip(inputs, row_shapes, strict=True)]
-            found = infer(self._context(rows, row_shapes).context, shapes, outputs)
-            for spec, shape in zip(outputs, found, strict=True):
+            output_shapes = infer(self._context(rows, row_shapes).context, shapes, outputs)
+            for spec, shape in zip(outputs, output_shapes, strict=True):
                 if shape[:1] != (rows,):
                     raise EngineLoadError(
                         f"output {spec.name!r} does not follow the batch axis: {rows} rows give {list(shape)}"
                     )
-            for index, shape in enumerate([*(shape for _, shape in shapes), *found]):
+            for index, shape in enumerate([*(shape for _, shape in shapes), *output_shapes]):
                 sizes[index] = max(sizes[index], prod(shape) * specs[index].dtype.itemsize)
         if plan.fixed:
-            # Where the inputs' rows have one size, so have the outputs', whatever the plan leaves open.
+            # With fixed input rows the output rows are fixed too, even if the plan declares them variable.
             outputs = tuple(
-                replace(spec, shape=shape[1:]) for spec, shape in zip(outputs, found, strict=True)
+                replace(spec, shape=shape[1:]) for spec, shape in zip(outputs, output_shapes, strict=True)
             )
         return outputs, tuple(sizes)
 
@@ -141,7 +140,7 @@ class Slot:
         ]
 
     def allocate(self, sizes: Sequence[int]) -> None:
-        """The buffers, as `measure` answered them. Raises as `open`."""
+        """Allocate buffers of the sizes from `measure`. Raises as `open`."""
         signature = self._plan.signature
         specs = signature.inputs + signature.outputs
         for spec, size in zip(specs, sizes, strict=True):
@@ -151,13 +150,13 @@ class Slot:
         for profile in self._contexts.values():
             for spec, memory in zip(specs, self._memory, strict=True):
                 if not profile.context.set_tensor_address(spec.name, int(memory)):
-                    raise EngineLoadError(f"TensorRT takes no address for tensor {spec.name!r}")
+                    raise EngineLoadError(f"TensorRT does not accept an address for tensor {spec.name!r}")
 
     def prepare(self, graphs: Any | None) -> bool:
-        """Where the rows' shapes are fixed: each bucket is laid out, run once with zeros and captured.
+        """With fixed row shapes, lay out each bucket, run it once with zeros and capture it.
 
-        `graphs`: cuda-bindings' driver, None for no graphs. Whether there are some then. Raises what running
-        raises, and CaptureError.
+        `graphs`: cuda-bindings' driver, None for no graphs. Returns True if graphs were captured. Raises
+        CaptureError and the errors of a run.
         """
         if not self._plan.fixed:
             return False
@@ -174,34 +173,34 @@ class Slot:
         return graphs is not None
 
     def drop_graphs(self) -> None:
-        """Batches are enqueued call by call from now on."""
+        """Free the graphs; batches are enqueued call by call from now on."""
         for layout in self._layouts.values():
             if layout.graph is not None:
                 layout.graph.close()
             layout.graph = None
 
     def release(self, dead: bool) -> None:
-        """Let go of what is TensorRT's. Nothing of a dead context is called any more."""
+        """Drop TensorRT's objects, without a call into a dead context."""
         if self._stream is not None and not dead:
-            self._stream.synchronize()  # nothing may still run in memory that is about to be freed
+            self._stream.synchronize()  # no batch may still use memory that will be freed
         if not dead:
             self.drop_graphs()
         for profile in self._contexts.values():
-            # It and its layout know each other: the collector would free TensorRT's object, at any time.
+            # Break the cycle with the layout, or the garbage collector would free TensorRT's object later.
             profile.context = profile.layout = None
         self._contexts.clear()
         self._layouts.clear()
         self._entries.clear()
 
-    def still_read(self) -> bool:
-        """After `release`: whether somebody has views of the page-locked memory, such as answers."""
+    def in_use(self) -> bool:
+        """After `release`: return True if views of the page-locked memory exist, such as outputs."""
         self._outputs = ()
         self._arrays.clear()
-        # Known references: the list's, the loop's and the argument's.
+        # Three references are known: of the list, the loop variable and the argument.
         return any(sys.getrefcount(host) > 3 for host in self._hosts)
 
     def free(self) -> None:
-        """Let go of the memory. What somebody still reads of it stays until they are done."""
+        """Drop the memory; parts in use are freed with their last view."""
         self._hosts.clear()
         self._memory.clear()
         self._working = None
@@ -210,11 +209,11 @@ class Slot:
     # Batches
 
     def inputs(self, rows: int, row_shapes: RowShapes) -> tuple[Array, ...]:
-        """Views of the page-locked buffers. Raises EngineRunError for shapes that no profile takes."""
+        """Return views of the page-locked buffers. Raises EngineRunError if no profile accepts the shapes."""
         arrays = self._arrays.get(row_shapes)
         if arrays is None:
             self._plan.buckets.choose(rows, row_shapes)
-            if len(self._arrays) >= _KEPT:
+            if len(self._arrays) >= _CACHE_LIMIT:
                 self._arrays.clear()
             specs = self._plan.signature.inputs
             arrays = tuple(map(view_rows, self._hosts, specs, row_shapes))
@@ -224,7 +223,7 @@ class Slot:
         return arrays
 
     def enqueue(self, rows: int, row_shapes: RowShapes) -> None:
-        """Start what lies in the inputs. Returns at once."""
+        """Start the batch in the input buffers, without waiting."""
         entry = self._entries.get((rows, row_shapes))
         layout, self._outputs = entry if entry is not None else self._enter(rows, row_shapes)
         if layout.graph is not None:
@@ -234,12 +233,12 @@ class Slot:
         self._event.record(self._stream)
 
     def wait(self) -> tuple[Array, ...]:
-        """Wait until it is done, with the interpreter lock released."""
+        """Wait for the batch, with the interpreter lock released."""
         self._event.synchronize()
         return self._outputs
 
     def recover(self) -> None:
-        """After a batch that failed: nothing of it runs on, and no row of it is run again as surplus."""
+        """Wait for the rest of a failed batch, and zero its rows so that they are not used as padding."""
         self._stream.synchronize()
         for host in self._hosts[: len(self._plan.signature.inputs)]:
             host.fill(0)
@@ -259,7 +258,7 @@ class Slot:
             self._dtoh(host, address, stream)
 
     def _enter(self, rows: int, row_shapes: RowShapes) -> tuple[Layout, tuple[Array, ...]]:
-        if len(self._entries) >= _KEPT:
+        if len(self._entries) >= _CACHE_LIMIT:
             self._entries.clear()
         bucket, _ = self._plan.buckets.choose(rows, row_shapes)
         layout = self._layout(bucket, row_shapes)
@@ -270,8 +269,8 @@ class Slot:
     def _layout(self, bucket: int, row_shapes: RowShapes) -> Layout:
         layout = self._layouts.get((bucket, row_shapes))
         if layout is None:
-            if len(self._layouts) >= _KEPT:
-                # Only rows of varying shape have so many, and those have no graphs.
+            if len(self._layouts) >= _CACHE_LIMIT:
+                # Only variable row shapes can be this many, and those have no graphs.
                 self._layouts.clear()
                 self._entries.clear()
             layout = self._layouts[bucket, row_shapes] = self._lay_out(bucket, row_shapes)
@@ -286,5 +285,5 @@ def _allocate(allocate: Any, size: int, what: str) -> Any:
     try:
         return allocate(size)
     except MemoryError:
-        pass  # raised below, where the other error holds no frames any more
+        pass  # raised below, where no exception holds frames any more
     raise OutOfMemoryError(what, size)

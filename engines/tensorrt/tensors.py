@@ -1,7 +1,7 @@
-"""A plan's tensors and profiles: what can be served, and by name what cannot and why.
+"""A plan's tensors and profiles, checked for tensors that cannot be served.
 
-A profile says how large each input may be, batch axis included. A batch of `rows` rows of some shape is
-run in the first of the smallest batch sizes ("buckets") that some profile takes with that shape.
+A profile limits the size of each input, batch axis included. A batch runs with the smallest batch size
+("bucket") that is large enough and that a profile accepts with its row shapes.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from cobatch.engines.base import RowShapes, Signature, TensorSpec, within
+from cobatch.engines.base import RowShapes, Signature, TensorSpec, batch_sizes, make_signature, within
 from cobatch.engines.errors import EngineLoadError, EngineRunError
 
-# BF16's bits travel in uint16: TensorRT's own `nptype` knows no NumPy type for it.
+# uint16 carries BF16's bits: TensorRT's `nptype` has no NumPy type for it.
 _DATATYPES = {
     "FLOAT": "FP32",
     "HALF": "FP16",
@@ -31,7 +31,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """The smallest and largest shape of each input, with the batch axis, in the signature's order."""
+    """The smallest and largest shape of each input, with the batch axis, in signature order."""
 
     index: int
     least: tuple[Shape, ...]
@@ -39,84 +39,66 @@ class Profile:
 
     @property
     def max_rows(self) -> int:
-        """The largest batch."""
+        """The largest batch size."""
         return min(shape[0] for shape in self.most)
 
     @property
     def min_rows(self) -> int:
-        """The smallest."""
+        """The smallest batch size."""
         return max(shape[0] for shape in self.least)
 
-    def takes(self, rows: int, row_shapes: RowShapes) -> bool:
-        """Whether inputs of these shapes lie within it."""
+    def accepts(self, rows: int, row_shapes: RowShapes) -> bool:
+        """Return True if inputs of these shapes lie within the profile."""
         return all(
-            len(low) == len(row_shape) + 1
-            and all(a <= b <= c for a, b, c in zip(low, (rows, *row_shape), high, strict=True))
+            len(low) == len(row_shape) + 1 and within(low, (rows, *row_shape), high)
             for low, row_shape, high in zip(self.least, row_shapes, self.most, strict=True)
         )
 
 
 def read_tensors(engine: Any) -> tuple[Signature, tuple[Profile, ...]]:
-    """What a deserialised engine takes and gives. Raises EngineLoadError that names the tensor."""
-    inputs: list[TensorSpec] = []
-    outputs: list[TensorSpec] = []
-    firsts: dict[str, int] = {}
+    """Read a deserialised engine's tensors and profiles. Raises EngineLoadError that names the tensor."""
+    inputs: list[tuple[TensorSpec, int]] = []
+    outputs: list[tuple[TensorSpec, int]] = []
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)
         is_input = engine.get_tensor_mode(name).name == "INPUT"
-        spec, firsts[name] = _read(engine, "input" if is_input else "output", name)
-        (inputs if is_input else outputs).append(spec)
-    if not inputs or not outputs:
-        raise EngineLoadError("the plan has no inputs or no outputs")
-    sizes = {firsts[spec.name] for spec in inputs}
-    if len(sizes) > 1:
-        shown = ", ".join(f"{spec.name!r} {firsts[spec.name]}" for spec in inputs)
-        raise EngineLoadError(f"the inputs' first axes differ, so none is the batch axis: {shown}")
-    first = sizes.pop()
-    for spec in outputs:
-        if firsts[spec.name] not in (first, -1):
-            expected = "vary with the batch" if first == -1 else f"be {first}, as the inputs'"
-            raise EngineLoadError(
-                f"output {spec.name!r}: its first axis is {firsts[spec.name]}, it should {expected}"
-            )
-    signature = Signature(tuple(inputs), tuple(outputs), None if first == -1 else first)
+        (inputs if is_input else outputs).append(_read(engine, "input" if is_input else "output", name))
+    signature = make_signature("the plan", inputs, outputs)
     profiles = tuple(_profile(engine, signature, n) for n in range(engine.num_optimization_profiles))
-    ranged = tuple(_with_ranges(spec, index, profiles) for index, spec in enumerate(inputs))
+    ranged = tuple(_with_ranges(spec, index, profiles) for index, spec in enumerate(signature.inputs))
     return replace(signature, inputs=ranged), profiles
 
 
 def _with_ranges(spec: TensorSpec, index: int, profiles: Sequence[Profile]) -> TensorSpec:
-    """The input with the row shapes that the profiles take, where they vary."""
+    """Add the row shapes that the profiles accept to an input with variable rows."""
     if spec.row_elements >= 0:
         return spec
     pairs = [(profile.least[index][1:], profile.most[index][1:]) for profile in profiles]
     return replace(spec, ranges=tuple(dict.fromkeys(pairs)))
 
 
-def _read(engine: Any, what: str, name: str) -> tuple[TensorSpec, int]:
-    """The spec and the first axis's size, -1 where it varies."""
+def _read(engine: Any, kind: str, name: str) -> tuple[TensorSpec, int]:
+    """Return the spec and the first axis's size, -1 if variable."""
     shape = tuple(engine.get_tensor_shape(name))
-    datatype = _DATATYPES.get(engine.get_tensor_dtype(name).name)
+    datatype_name = engine.get_tensor_dtype(name).name
+    datatype = _DATATYPES.get(datatype_name)
     if datatype is None:
-        kind = engine.get_tensor_dtype(name).name
-        raise EngineLoadError(f"{what} {name!r} has type {kind}, which has no counterpart in the protocol")
+        raise EngineLoadError(f"{kind} {name!r} has type {datatype_name}, which the protocol does not have")
     if engine.is_shape_inference_io(name):
         raise EngineLoadError(
-            f"{what} {name!r} is a shape tensor: its values are sizes of other tensors, one for a whole "
-            "batch, so rows of different callers cannot share it"
+            f"{kind} {name!r} is a shape tensor: its values are sizes of other tensors for a whole batch, so "
+            "requests cannot be batched"
         )
     if engine.get_tensor_location(name).name != "DEVICE":
-        raise EngineLoadError(f"{what} {name!r} lies in host memory, which is not supported")
+        raise EngineLoadError(f"{kind} {name!r} lies in host memory, which is not supported")
     for profile in range(engine.num_optimization_profiles):
         layout = engine.get_tensor_format(name, profile).name
         if layout != "LINEAR":
-            raise EngineLoadError(f"{what} {name!r} has format {layout}; only row-major linear can be served")
+            raise EngineLoadError(f"{kind} {name!r} has format {layout}; only row-major linear can be served")
     if hasattr(engine, "get_aliased_input_tensor") and engine.get_aliased_input_tensor(name) is not None:
-        raise EngineLoadError(f"{what} {name!r} shares an input's memory, which is not supported")
+        raise EngineLoadError(f"{kind} {name!r} shares an input's memory, which is not supported")
     if not shape:
-        raise EngineLoadError(f"{what} {name!r} is a scalar: no axis to batch along")
-    if shape[0] == 0:
-        raise EngineLoadError(f"{what} {name!r}: its first axis is fixed at 0, no row fits")
+        raise EngineLoadError(f"{kind} {name!r} is a scalar: no axis to batch along")
     return TensorSpec(name, datatype, shape[1:]), shape[0]
 
 
@@ -134,14 +116,8 @@ def _profile(engine: Any, signature: Signature, index: int) -> Profile:
     return Profile(index, tuple(least), tuple(most))
 
 
-def default_buckets(max_batch_size: int) -> tuple[int, ...]:
-    """Powers of two, and the largest batch."""
-    powers = [1 << n for n in range(max_batch_size.bit_length()) if 1 << n < max_batch_size]
-    return (*powers, max_batch_size)
-
-
 class Buckets:
-    """Which batch size and which profile a batch is run with."""
+    """Chooses the batch size and profile that a batch runs with."""
 
     def __init__(
         self,
@@ -157,31 +133,31 @@ class Buckets:
             self.sizes: tuple[int, ...] = (signature.fixed_batch,)
             return
         self.max_batch_size = min(max_batch_size, max(profile.max_rows for profile in profiles))
-        # The largest is our own largest batch, or where no profile takes that the next that one does.
-        tops = [self.max_batch_size, *(profile.min_rows for profile in profiles)]
-        top = min(size for size in tops if size >= self.max_batch_size and self._covered(size))
-        wanted = sizes or default_buckets(self.max_batch_size)
+        # The largest bucket is the largest batch, or the next larger size that a profile accepts.
+        candidates = [self.max_batch_size, *(profile.min_rows for profile in profiles)]
+        top = min(size for size in candidates if size >= self.max_batch_size and self._covered(size))
+        wanted = sizes or batch_sizes(None, self.max_batch_size)
         self.sizes = (*sorted({size for size in wanted if size < top and self._covered(size)}), top)
 
     def _covered(self, rows: int) -> bool:
         return any(profile.min_rows <= rows <= profile.max_rows for profile in self._profiles)
 
     def most_rows(self, profile: Profile) -> int:
-        """The largest batch that this profile is ever used for."""
+        """Return the largest batch that this profile is used for."""
         return min(profile.max_rows, max(self.sizes[-1], profile.min_rows))
 
     def choose(self, rows: int, row_shapes: RowShapes) -> tuple[int, int]:
-        """The bucket and the profile's index. Raises EngineRunError that names what fits no profile."""
+        """Return the bucket and the profile's index. Raises EngineRunError that names the unfit input."""
         for size in self.sizes:
             if size < rows:
                 continue
             for profile in self._profiles:
-                if profile.takes(size, row_shapes):
+                if profile.accepts(size, row_shapes):
                     return size, profile.index
-        # Where the rows' shapes vary, a profile may take these at other sizes only.
+        # With variable row shapes a profile may accept these at other sizes only.
         for profile in self._profiles:
             size = max(rows, profile.min_rows)
-            if profile.takes(size, row_shapes):
+            if profile.accepts(size, row_shapes):
                 return size, profile.index
         raise EngineRunError(self._refusal(rows, row_shapes))
 
@@ -192,16 +168,16 @@ class Buckets:
             if not any(_within(low, shape, high) for low, high in ranges):
                 shown = "; ".join(f"{list(low)} to {list(high)}" for low, high in ranges)
                 return f"input {spec.name!r} of shape {list(shape)} fits no profile of the plan: {shown}"
-        return f"no profile of the plan takes {rows} rows of these shapes together: {list(row_shapes)}"
+        return f"no profile of the plan accepts {rows} rows of these shapes together: {list(row_shapes)}"
 
 
 def _within(low: Shape, shape: Shape, high: Shape) -> bool:
-    # Too few rows are no reason: missing ones are added.
+    # Too few rows fit: they are padded.
     return shape[0] <= high[0] and within(low[1:], shape[1:], high[1:])
 
 
 def estimate_buffers(signature: Signature, profiles: Sequence[Profile], buckets: Buckets) -> int:
-    """Bytes of a slot's inputs and outputs, as far as they are known before TensorRT infers shapes."""
+    """Return the bytes of a slot's inputs and outputs that are known before TensorRT infers shapes."""
     size = 0
     for index, spec in enumerate(signature.inputs):
         most = [(buckets.most_rows(profile), *profile.most[index][1:]) for profile in profiles]

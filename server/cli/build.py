@@ -23,9 +23,8 @@ from cobatch.engines.errors import EngineError
 from cobatch.engines.tensorrt.api import load_tensorrt
 from cobatch.engines.tensorrt.plans import build as building
 from cobatch.engines.tensorrt.plans import manifest as manifests
-from cobatch.engines.tensorrt.plans.build import BuildOptions
 from cobatch.engines.tensorrt.plans.cache import PLAN_SUFFIXES
-from cobatch.engines.tensorrt.plans.manifest import Manifest
+from cobatch.engines.tensorrt.plans.manifest import BuildOptions, Manifest
 from cobatch.server.console import end
 
 _PROFILE_HELP = (
@@ -120,7 +119,7 @@ def _build(model: Path, plan: Path, options: BuildOptions) -> Manifest:
             if interrupted():
                 raise end("interrupted", 130) from None
             raise
-    manifest = manifests.built(wanted, built)
+    manifest = manifests.built(wanted, built.plan, built.profiles, built.max_batch_size)
     manifests.write_plan(plan, built.plan, manifest)
     return manifest
 

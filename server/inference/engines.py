@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from cobatch.engines.loader import EngineOptions, cores
+from cobatch.engines.base import available_cores
+from cobatch.engines.loader import EngineOptions
 from cobatch.server.settings.schema import ModelSettings
 
 
@@ -46,4 +47,4 @@ def _threads(settings: ModelSettings) -> int | None:
     """Several engines share the cores that one would have; None: what an engine takes for itself."""
     if settings.instances == 1:
         return None
-    return max(1, (cores() - 1) // settings.instances)
+    return max(1, (available_cores() - 1) // settings.instances)

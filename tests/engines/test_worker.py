@@ -16,10 +16,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec
+from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec, batch_sizes
 from cobatch.engines.errors import EngineDeadError, EngineError, EngineLoadError, EngineRunError
 from cobatch.engines.jobs import Job, Outcome
-from cobatch.engines.worker import Worker, batch_sizes
+from cobatch.engines.worker import Worker
 
 WAIT_S = 20
 SHAPES: RowShapes = ((2,),)
@@ -467,7 +467,7 @@ def test_zeros_that_fail_are_a_warning_and_no_reason_not_to_serve(caplog: pytest
     with caplog.at_level(logging.WARNING):
         served = Served(engine)
     assert served.worker.warmup_us == {}
-    assert "warming up with 1 rows of zeros: zero" in caplog.text
+    assert "warm-up with 1 rows of zeros failed: zero" in caplog.text
     assert served.outcome(served.submit(0, 1)).error is None
     served.end()
 
@@ -477,7 +477,7 @@ def test_zeros_that_fail_are_a_warning_and_no_reason_not_to_serve(caplog: pytest
     [
         (lambda rows: rows.sum(), "output 'y' does not follow the batch axis: 1 rows gave shape []"),
         (lambda rows: rows[:1], "output 'y' does not follow the batch axis: 2 rows gave shape [1, 2]"),
-        (lambda rows: rows @ rows.T, "the shape of a row depends on how many rows there are"),
+        (lambda rows: rows @ rows.T, "the row shape depends on the number of rows"),
     ],
 )
 def test_outputs_that_cannot_be_handed_out_fail_the_load(

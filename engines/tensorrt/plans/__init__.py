@@ -1,1 +1,1 @@
-"""TensorRT plans: built, cached, described."""
+"""TensorRT plans: build, cache, manifest."""

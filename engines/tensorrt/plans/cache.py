@@ -1,11 +1,10 @@
-"""Where a served model's plan comes from: a folder of plans built before, or a build now.
+"""The plan cache: a served model's plan is read from a folder, or built and stored there.
 
-A plan's name in the folder holds the digest of all that it depends on (the model and its weights,
-TensorRT's version, the GPU, batch sizes, flags), so that whatever changes asks for another plan and nothing
-has to be thrown away. Any number of processes may share the folder: files appear whole, and one process
-builds while the others wait for it.
+A plan's file name has the digest of all that it depends on (model and weights, TensorRT's version, GPU, batch
+sizes, flags), so a change leads to another plan and nothing has to be invalidated. Processes may share the
+folder: files are written atomically, and one process builds while the others wait for it.
 
-Plans are executable code: the folder is made for its owner alone, and a folder that others may write to is
+Plans are executable code: the folder is created for its owner only, and a folder that others may write to is
 refused.
 """
 
@@ -23,9 +22,8 @@ from cobatch.engines.errors import EngineLoadError
 from cobatch.engines.tensorrt.api import load_tensorrt
 from cobatch.engines.tensorrt.plans import build as building
 from cobatch.engines.tensorrt.plans import manifest as manifests
-from cobatch.engines.tensorrt.plans.build import BuildOptions, Progress
-from cobatch.engines.tensorrt.plans.files import sha256
-from cobatch.engines.tensorrt.plans.manifest import Machine, Manifest
+from cobatch.engines.tensorrt.plans.build import Progress
+from cobatch.engines.tensorrt.plans.manifest import BuildOptions, Machine, Manifest, sha256
 
 log = logging.getLogger("cobatch.tensorrt")
 
@@ -33,9 +31,9 @@ PLAN_SUFFIXES = (".plan", ".engine")
 
 
 def default_folder() -> Path:
-    """`$XDG_CACHE_HOME/cobatch/plans`, by default in `~/.cache`."""
+    """Return `$XDG_CACHE_HOME/cobatch/plans`, by default in `~/.cache`."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    # The specification tells to pass over a relative path.
+    # The XDG specification says to ignore a relative path.
     root = Path(base) if base.startswith("/") else Path.home() / ".cache"
     return root / "cobatch" / "plans"
 
@@ -43,9 +41,9 @@ def default_folder() -> Path:
 def plan_source(
     path: Path, options: BuildOptions, folder: Path | None = None, device: int = 0
 ) -> Callable[[], bytes]:
-    """What an engine calls, on its own thread and with its GPU current, for the plan to load.
+    """Return a function that an engine calls on its thread, with its GPU current, for the plan's bytes.
 
-    `path` is an ONNX file or a plan. What comes back raises EngineLoadError.
+    `path` is an ONNX file or a plan. The function raises EngineLoadError.
     """
 
     def load() -> bytes:
@@ -59,21 +57,21 @@ def plan_source(
 
 
 def given_plan(path: Path, machine: Machine, folder: Path | None = None) -> bytes:
-    """A plan that the operator named; where it does not fit, one built from the model beside it."""
+    """Read a plan given by the operator; if it does not fit, build one from the model beside it."""
     plan = _read(path)
     manifest = manifests.read_manifest(path)
     if manifest is None:
-        log.warning("%s has no manifest: nothing tells what it was built for, or that it is whole", path)
+        log.warning("%s has no manifest: its machine and integrity are not checked", path)
         return plan
     why = manifests.mismatch(manifest, machine)
     if why is None and sha256(plan) != manifest.plan_sha256:
-        why = "its SHA-256 is not the one in its manifest: one of them was damaged or replaced"
+        why = "its SHA-256 is not that of its manifest: one of the files was damaged or replaced"
     if why is None:
         return plan
     model = path.with_suffix(".onnx")
     same_runtime = manifest.runtime == machine.runtime
     if same_runtime and model.is_file() and manifests.model_digest(model) == manifest.model_sha256:
-        log.warning("%s cannot be used: %s; it is built anew from %s", path, why, model)
+        log.warning("%s cannot be used: %s; it is rebuilt from %s", path, why, model)
         return built_plan(model, manifest.options(), machine, folder)
     raise EngineLoadError(f"{path} cannot be used: {why}; build it on this machine with `cobatch build`")
 
@@ -85,77 +83,79 @@ def built_plan(
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> bytes:
-    """The model's plan for this machine, from the folder or built now and kept there."""
-    asked = manifests.wanted(model, machine, options)
-    place = _place(folder or default_folder(), f"{model.stem[:64]}-{asked.key}.plan")
-    if place is None:
-        return building.build(model, options, progress or _logged(model)).plan
-    plan = _kept(place, machine)
+    """Return the model's plan for this machine, from the folder or built and stored there."""
+    manifest = manifests.wanted(model, machine, options)
+    cached = _cache_path(folder or default_folder(), f"{model.stem[:64]}-{manifest.key}.plan")
+    progress = progress or _log_progress(model)
+    if cached is None:
+        return building.build(model, options, progress).plan
+    plan = _read_cached(cached, machine)
     if plan is not None:
         return plan
-    with _alone(place):
+    with _lock(cached):
         # Another process may have built it while this one waited.
-        plan = _kept(place, machine)
-        return plan if plan is not None else _build(model, options, asked, place, progress or _logged(model))
+        plan = _read_cached(cached, machine)
+        return plan if plan is not None else _build(model, options, manifest, cached, progress)
 
 
-def _build(model: Path, options: BuildOptions, asked: Manifest, place: Path, progress: Progress) -> bytes:
-    log.info("building a plan of %s for %s; it is kept in %s", model, asked.gpu, place)
-    made = building.build(model, options, progress)
+def _build(model: Path, options: BuildOptions, manifest: Manifest, cached: Path, progress: Progress) -> bytes:
+    log.info("building a plan of %s for %s, to be stored in %s", model, manifest.gpu, cached)
+    built = building.build(model, options, progress)
     try:
-        manifests.write_plan(place, made.plan, manifests.built(asked, made))
+        manifest = manifests.built(manifest, built.plan, built.profiles, built.max_batch_size)
+        manifests.write_plan(cached, built.plan, manifest)
     except OSError as error:
-        log.warning("the plan could not be kept in %s: %s; the next start builds anew", place, error.strerror)
-    return made.plan
+        log.warning("cannot store the plan in %s: %s; the next start builds it again", cached, error.strerror)
+    return built.plan
 
 
-def _kept(place: Path, machine: Machine) -> bytes | None:
-    """The plan kept there, if it is whole and fits."""
-    if not place.exists():
+def _read_cached(path: Path, machine: Machine) -> bytes | None:
+    """Return the cached plan if it is intact and fits."""
+    if not path.exists():
         return None
     try:
-        manifest, plan = manifests.read_manifest(place), _read(place)
+        manifest, plan = manifests.read_manifest(path), _read(path)
     except EngineLoadError as error:
-        log.warning("a kept plan is built anew: %s", error)
+        log.warning("a cached plan is rebuilt: %s", error)
         return None
     if manifest is None or sha256(plan) != manifest.plan_sha256:
-        log.warning("the plan %s is not the one that its manifest describes; it is built anew", place)
+        log.warning("the cached plan %s does not match its manifest; it is rebuilt", path)
         return None
     why = manifests.mismatch(manifest, machine)
     if why is not None:
-        log.warning("the plan %s is built anew: %s", place, why)
+        log.warning("the cached plan %s is rebuilt: %s", path, why)
         return None
-    log.info("plan %s", place)
+    log.info("cached plan %s", path)
     return plan
 
 
-def _place(folder: Path, name: str) -> Path | None:
-    """The plan's path; None where no folder can be made. Raises EngineLoadError where others may write."""
+def _cache_path(folder: Path, name: str) -> Path | None:
+    """Return the plan's path; None without a folder. Raises EngineLoadError if others can write to it."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
+        status = folder.stat()
     except OSError as error:
-        log.warning("no plans are kept: %s: %s", folder, error.strerror)
+        log.warning("plans are not cached: %s: %s", folder, error.strerror)
         return None
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or found.st_uid not in {os.geteuid(), 0}:
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or status.st_uid not in {os.geteuid(), 0}:
         raise EngineLoadError(
-            f"the plan cache {folder} can be written by others, and a plan is executable code; "
-            "chmod 700 it, or name another folder"
+            f"others can write to the plan cache {folder}, and a plan is executable code: "
+            "chmod 700 it, or set another folder"
         )
     return folder / name
 
 
 @contextlib.contextmanager
-def _alone(place: Path) -> Iterator[None]:
-    """One process (and one thread in it) at a time. The kernel lets go when a holder dies."""
+def _lock(path: Path) -> Iterator[None]:
+    """Lock the plan for one thread of one process. The kernel releases it if the process dies."""
     try:
-        handle = os.open(place.with_suffix(".lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        handle = os.open(path.with_suffix(".lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError:
-        # A folder that can only be read: nothing is written there, so nobody is in the way.
+        # A read-only folder: no process writes there, so no lock is needed.
         yield
         return
     try:
-        with contextlib.suppress(OSError):  # a file system without locks: files still appear whole
+        with contextlib.suppress(OSError):  # a file system without locks; writes are atomic anyway
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
@@ -169,15 +169,15 @@ def _read(path: Path) -> bytes:
         raise EngineLoadError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _logged(model: Path) -> Progress:
-    """Progress as a line for each tenth."""
-    told = 0
+def _log_progress(model: Path) -> Progress:
+    """Return a function that logs a line for each tenth."""
+    tenths = 0
 
-    def tell(phase: str, fraction: float) -> bool:
-        nonlocal told
-        if int(fraction * 10) > told:
-            told = int(fraction * 10)
-            log.info("building %s: %d %% (%s)", model.name, told * 10, phase)
+    def progress(phase: str, fraction: float) -> bool:
+        nonlocal tenths
+        if int(fraction * 10) > tenths:
+            tenths = int(fraction * 10)
+            log.info("building %s: %d %% (%s)", model.name, tenths * 10, phase)
         return True
 
-    return tell
+    return progress

@@ -1,7 +1,7 @@
-"""Optimization profiles: the shapes that a plan is made for, checked in words before TensorRT sees them.
+"""Optimization profiles: the shapes that a plan is built for, parsed and checked.
 
-TensorRT's own checks come late and say little: `set_shape` takes any tensor name, min > opt shows only in
-`bool(profile)`, and a smallest batch of 0 is accepted.
+TensorRT's own checks come late and without reasons: `set_shape` accepts any tensor name, min > opt only makes
+`bool(profile)` False, and a smallest batch of 0 is accepted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from cobatch.engines.errors import EngineLoadError
 
 Shape = tuple[int, ...]
-# An input's smallest, best and largest shape, batch axis first.
+# An input's min, opt and max shape, batch axis first.
 Range = tuple[Shape, Shape, Shape]
 Profile = dict[str, Range]
 
@@ -28,14 +28,14 @@ _WORDS = ("min", "opt", "max")
 def make_profiles(
     specs: Sequence[str], inputs: Mapping[str, Shape], max_batch_size: int, opt_batch_size: int | None
 ) -> list[Profile]:
-    """A profile for each spec, or one from the batch sizes; none where every axis of `inputs` is fixed.
+    """Return a profile for each spec, or one from the batch sizes; none if every axis of `inputs` is fixed.
 
-    `inputs`: each input's shape, -1 where an axis is dynamic. Raises EngineLoadError.
+    `inputs`: each input's shape, -1 for a dynamic axis. Raises EngineLoadError.
     """
     dynamic = {name: shape for name, shape in inputs.items() if -1 in shape}
     if not dynamic:
         if specs:
-            raise EngineLoadError("every axis of the model's inputs is fixed: it takes no --profile")
+            raise EngineLoadError("every axis of the model's inputs is fixed: --profile is not possible")
         return []
     best = max_batch_size if opt_batch_size is None else opt_batch_size
     if not 1 <= best <= max_batch_size:
@@ -49,12 +49,12 @@ def make_profiles(
 
 
 def largest_batch(profiles: Sequence[Profile]) -> int | None:
-    """Most rows that any profile takes; None without profiles."""
+    """Return the largest batch that a profile accepts; None without profiles."""
     return max((r[2][0] for profile in profiles for r in profile.values()), default=None)
 
 
 def as_spec(profile: Profile) -> str:
-    """The spec that gives this profile."""
+    """Format a profile as a spec."""
     return ",".join(
         f"{name}:{'/'.join('x'.join(map(str, shape)) for shape in ranges)}"
         for name, ranges in profile.items()
@@ -70,7 +70,7 @@ def _parse(spec: str, dynamic: Mapping[str, Shape]) -> Profile:
     while at < len(spec) and (found := _INPUT.match(spec, at)):
         name, low, best, high = found.groups()
         if name in profile:
-            raise EngineLoadError(f"profile {spec!r}: input {name!r} is there twice")
+            raise EngineLoadError(f"profile {spec!r}: input {name!r} is given twice")
         profile[name] = (_shape(low), _shape(best), _shape(high))
         at = found.end()
     if at < len(spec) or not profile or spec.endswith(","):
@@ -83,7 +83,7 @@ def _shape(text: str) -> Shape:
 
 
 def _from_rows(dynamic: Mapping[str, Shape], rows: tuple[int, int, int]) -> Profile:
-    """Every dynamic input at so many rows; an axis that varies apart from the batch needs a spec."""
+    """Return the profile of min, opt and max rows; any other dynamic axis needs a spec."""
     profile: Profile = {}
     for name, shape in dynamic.items():
         open_axes = [axis for axis, size in enumerate(shape) if size < 0 and axis > 0]
@@ -91,8 +91,8 @@ def _from_rows(dynamic: Mapping[str, Shape], rows: tuple[int, int, int]) -> Prof
             axes = f"axis {open_axes[0]}" if len(open_axes) == 1 else f"axes {_listed(open_axes)}"
             example = "/".join("x".join("N" if size < 0 else str(size) for size in shape) for _ in _WORDS)
             raise EngineLoadError(
-                f"input {name!r} {_shown(shape)} may vary in {axes} too, not only in the batch: "
-                f"say how much with --profile {name}:{example}"
+                f"input {name!r} {_shown(shape)} is dynamic in {axes} too, not only in the batch: "
+                f"set the range with --profile {name}:{example}"
             )
         low, best, high = ((count, *shape[1:]) for count in rows)
         profile[name] = (low, best, high)
@@ -103,18 +103,18 @@ def _check(profile: Profile, inputs: Mapping[str, Shape], dynamic: Mapping[str, 
     for name, ranges in profile.items():
         if name not in inputs:
             near = difflib.get_close_matches(name, inputs, n=1)
-            there = f"did you mean {near[0]!r}?" if near else f"there is {_listed(map(repr, inputs))}"
-            raise EngineLoadError(f"{where}the model has no input {name!r}; {there}")
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {_listed(map(repr, inputs))}"
+            raise EngineLoadError(f"{where}the model has no input {name!r}; {hint}")
         _check_range(name, inputs[name], ranges, where)
     missing = [name for name in dynamic if name not in profile]
     if missing:
-        raise EngineLoadError(
-            f"{where}nothing is said about input {missing[0]!r} {_shown(dynamic[missing[0]])}"
-        )
+        raise EngineLoadError(f"{where}input {missing[0]!r} {_shown(dynamic[missing[0]])} is missing")
     batches = {name: tuple(shape[0] for shape in profile[name]) for name in dynamic if dynamic[name][0] < 0}
     if len(set(batches.values())) > 1:
-        told = ", ".join(f"{name!r} {'/'.join(map(str, rows))}" for name, rows in batches.items())
-        raise EngineLoadError(f"{where}all inputs have the same rows, so their first axis must agree: {told}")
+        shown = ", ".join(f"{name!r} {'/'.join(map(str, rows))}" for name, rows in batches.items())
+        raise EngineLoadError(
+            f"{where}all inputs have the same rows, so their first axes must agree: {shown}"
+        )
 
 
 def _check_range(name: str, shape: Shape, ranges: Range, where: str) -> None:

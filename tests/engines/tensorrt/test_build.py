@@ -17,7 +17,8 @@ from cobatch.engines.errors import EngineLoadError
 from cobatch.engines.tensorrt.api import load_tensorrt
 from cobatch.engines.tensorrt.diagnostics import make_log
 from cobatch.engines.tensorrt.plans import build as building
-from cobatch.engines.tensorrt.plans.build import BuildOptions, Built, Phases, build, build_plan, flags_of
+from cobatch.engines.tensorrt.plans.build import Built, Phases, build, build_plan
+from cobatch.engines.tensorrt.plans.manifest import BuildOptions
 from cobatch.engines.tensorrt.plans.profiles import as_spec, make_profiles
 from tests.support.models import models
 from tests.support.models.plan_models import RTX, convolution, magika_path, require_builder, unsupported
@@ -78,7 +79,7 @@ def test_a_fixed_batch_needs_no_profile_and_takes_none(tmp_path: Path) -> None:
 def test_an_axis_beside_the_batch_needs_a_profile_and_the_refusal_says_which(tmp_path: Path) -> None:
     path = models.write(tmp_path, convolution(width=32))
     said = refusal(path)
-    assert "input 'image' [?, 3, ?, 32] may vary in axis 2 too, not only in the batch" in said
+    assert "input 'image' [?, 3, ?, 32] is dynamic in axis 2 too, not only in the batch" in said
     spec = said.rpartition("--profile ")[2]
     assert spec == "image:Nx3xNx32/Nx3xNx32/Nx3xNx32"
     assert built(path, profiles=(spec.replace("N", "8"),)).max_batch_size == 8
@@ -96,7 +97,7 @@ def test_an_axis_beside_the_batch_needs_a_profile_and_the_refusal_says_which(tmp
             "axis 0 of input 'image': min 1, opt 8, max 4 are not in asc",
         ),
         ("images:1x3x32x32/8x3x32x32/64x3x32x32", "the model has no input 'images'; did you mean 'image'?"),
-        ("q:1x3x32x32/8x3x32x32/64x3x32x32", "the model has no input 'q'; there is 'image'"),
+        ("q:1x3x32x32/8x3x32x32/64x3x32x32", "the model has no input 'q'; it has 'image'"),
         ("image:1x3x32/8x3x32/64x3x32", "min of input 'image' has 3 axes, but the model's is [?, 3, ?, ?]"),
         ("image:1x4x32x32/8x4x32x32/64x4x32x32", "axis 1 of input 'image' is fixed at 3, not 4/4/4"),
         ("image:0x3x32x32/8x3x32x32/64x3x32x32", "axis 0 of input 'image': min must be at least 1"),
@@ -118,9 +119,9 @@ def test_profiles_of_several_inputs() -> None:
     (profile,) = make_profiles((spec,), inputs, 64, None)
     assert as_spec(profile) == spec
     for bad, words in (
-        ("ids:0:1x16/8x64/64x512", "nothing is said about input 'mask' [?, ?]"),
-        ("ids:0:1x1/2x1/4x1,mask:1x1/3x1/4x1", "their first axis must agree: 'ids:0' 1/2/4, 'mask' 1/3/4"),
-        ("ids:0:1x1/2x1/4x1,ids:0:1x1/3x1/4x1", "input 'ids:0' is there twice"),
+        ("ids:0:1x16/8x64/64x512", "input 'mask' [?, ?] is missing"),
+        ("ids:0:1x1/2x1/4x1,mask:1x1/3x1/4x1", "their first axes must agree: 'ids:0' 1/2/4, 'mask' 1/3/4"),
+        ("ids:0:1x1/2x1/4x1,ids:0:1x1/3x1/4x1", "input 'ids:0' is given twice"),
     ):
         with pytest.raises(EngineLoadError) as refused:
             make_profiles((bad,), inputs, 64, None)
@@ -157,13 +158,13 @@ def test_an_unsupported_operator_is_named_with_its_node(tmp_path: Path) -> None:
 
 def test_strings_are_refused_by_name(tmp_path: Path) -> None:
     said = refusal(models.write(tmp_path, models.identity(TensorProto.STRING)))
-    assert "cannot take" in said
+    assert "cannot parse" in said
     assert "Failed to convert" in said
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x08\x09"])
 def test_a_file_that_is_no_model(tmp_path: Path, content: bytes) -> None:
-    assert "cannot take" in refusal(models.write(tmp_path, content))
+    assert "cannot parse" in refusal(models.write(tmp_path, content))
 
 
 def test_a_model_without_a_batch_axis(tmp_path: Path) -> None:
@@ -191,17 +192,17 @@ def test_what_progress_raises_ends_the_build_not_the_process(error: type[BaseExc
 
 
 def test_what_this_runtime_has_not_is_refused_by_name(tmp_path: Path) -> None:
-    assert "takes no timing cache" in refusal(magika_path(), timing_cache=tmp_path / "timings")
+    assert "tensorrt-rtx has no timing cache" in refusal(magika_path(), timing_cache=tmp_path / "timings")
     assert "libnvinfer_lean" in refusal(magika_path(), version_compatible=True)
 
 
 def test_flags_are_listed_by_name() -> None:
-    assert flags_of(BuildOptions()) == ()
-    assert flags_of(BuildOptions(hardware_compatible=True, version_compatible=True)) == (
+    assert BuildOptions().flags == ()
+    assert BuildOptions(hardware_compatible=True, version_compatible=True).flags == (
         "AMPERE_PLUS",
         "VERSION_COMPATIBLE",
     )
-    assert flags_of(BuildOptions(runtime=RTX)) == ("AMPERE_PLUS",)
+    assert BuildOptions(runtime=RTX).flags == ("AMPERE_PLUS",)
 
 
 def test_phases_inside_phases_fill_their_parents_step() -> None:
@@ -269,7 +270,7 @@ def test_a_module_that_is_missing_broken_or_old(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "tensorrt", old)
     with pytest.raises(EngineLoadError, match=r"tensorrt 8\.6\.1 is too old; 10 or newer is needed"):
         load_tensorrt()
-    with pytest.raises(EngineLoadError, match="there is tensorrt, tensorrt-rtx"):
+    with pytest.raises(EngineLoadError, match="expected one of tensorrt, tensorrt-rtx"):
         load_tensorrt("openvino")
     assert load_tensorrt(RTX).flag("BuilderFlag", "FP16") is None
     assert load_tensorrt(RTX).flag("NoSuchEnum", "FP16") is None

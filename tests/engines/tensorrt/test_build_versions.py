@@ -16,9 +16,15 @@ from cobatch.engines.errors import EngineLoadError
 from cobatch.engines.loader import EngineOptions, load_engine
 from cobatch.engines.tensorrt.api import load_tensorrt
 from cobatch.engines.tensorrt.plans import build as building
-from cobatch.engines.tensorrt.plans.build import BuildOptions, build
+from cobatch.engines.tensorrt.plans.build import build
 from cobatch.engines.tensorrt.plans.cache import given_plan, plan_source
-from cobatch.engines.tensorrt.plans.manifest import Machine, mismatch, read_manifest, this_machine
+from cobatch.engines.tensorrt.plans.manifest import (
+    BuildOptions,
+    Machine,
+    mismatch,
+    read_manifest,
+    this_machine,
+)
 from cobatch.server.cli import app
 from tests.support.gpu.fakecuda.control import FakeCuda
 from tests.support.gpu.tier import environment, require_fake_gpu
@@ -148,7 +154,7 @@ def test_a_plan_of_10_on_11(fake: FakeCuda, model: Path, tmp_path: Path, flag: s
         assert given_plan(plan, machine) == plan.read_bytes()
         return
     with pytest.raises(
-        EngineLoadError, match=r"was built by tensorrt 10\.16\.1\.11, and here is 11\.4\.0\.106"
+        EngineLoadError, match=r"was built with tensorrt 10\.16\.1\.11, but this is 11\.4\.0\.106"
     ):
         load_and_run(plan, EngineOptions())
 

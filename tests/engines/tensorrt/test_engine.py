@@ -237,7 +237,7 @@ def test_a_plan_for_smaller_batches_lowers_the_limit(
 ) -> None:
     with opened(engine_of(models.negate(), max_batch_size=64, built_for=6)) as engine:
         assert engine.max_batch_size == 6
-        assert "the plan takes 6 rows at most, max_batch_size is 64" in caplog.text
+        assert "the plan accepts at most 6 rows, max_batch_size is 64" in caplog.text
         assert run(engine, np.ones((6, 3), np.float32))[0].shape == (6, 3)
 
 
@@ -374,7 +374,7 @@ def test_answers_that_are_still_read_outlive_the_engine(
     (output,) = with_worker.outcome.outputs
     with_worker.end()
     # A context takes its memory along, so this one is never let go.
-    assert "outputs are still read; the GPU's context stays" in caplog.text
+    assert "outputs are still in use; the GPU's context is kept" in caplog.text
     assert cuda.live_objects()["context"] == 1
     assert output.tolist() == [[-1, -1, -1]]
     del output

@@ -52,8 +52,8 @@ def refused(engine: TensorRTEngine) -> str:
 @pytest.mark.parametrize(
     ("odd", "reason"),
     [
-        ({"dtype": "FP8"}, "has type FP8, which has no counterpart"),
-        ({"dtype": "INT4"}, "has type INT4, which has no counterpart"),
+        ({"dtype": "FP8"}, "has type FP8, which the protocol does not have"),
+        ({"dtype": "INT4"}, "has type INT4, which the protocol does not have"),
         ({"format": "CHW4"}, "has format CHW4; only row-major linear can be served"),
         ({"is_shape": True}, "is a shape tensor: its values are sizes of other tensors"),
         ({"location": "HOST"}, "lies in host memory"),
@@ -101,7 +101,7 @@ def test_out_of_memory_says_how_much_was_asked_for_and_what_would_fit(cuda: Fake
     why = refused(engine_of(wide, max_batch_size=512))
     found = re.search(r"max_batch_size = (\d+) would fit", why)
     assert found is not None, why
-    needs = r"Beside its weights the model needs [\d.]+ MiB for batches of 512 rows"
+    needs = r"Besides its weights the model needs [\d.]+ MiB for batches of 512 rows"
     assert re.search(rf"GPU 0 is out of memory: .* for .*{needs}", why)
     assert re.search(r"[\d.]+ MiB were free", why)
     # And so it does, while a third more does not.
@@ -123,11 +123,13 @@ def test_any_allocation_may_fail(cuda: FakeCuda, nth: int) -> None:
 
 def test_an_execution_context_that_does_not_fit(cuda: FakeCuda) -> None:
     plant("create_execution_context", "Cuda Runtime (out of memory)", "FAILED_ALLOCATION")
-    assert "is out of memory: TensorRT makes no execution context; " in refused(engine_of(models.negate()))
+    assert "is out of memory: TensorRT cannot create an execution context; " in refused(
+        engine_of(models.negate())
+    )
     plant("create_execution_context", "no such profile", "INVALID_ARGUMENT")
     assert (
         refused(engine_of(models.negate()))
-        == "TensorRT makes no execution context; INVALID_ARGUMENT: no such profile"
+        == "TensorRT cannot create an execution context; INVALID_ARGUMENT: no such profile"
     )
 
 
@@ -195,7 +197,7 @@ def test_an_error_at_any_call_is_an_engines_and_leaves_nothing_behind(
 
 
 def fresh(cuda: FakeCuda) -> None:
-    importlib.import_module("cobatch.engines.tensorrt.cuda")._spoilt.clear()
+    importlib.import_module("cobatch.engines.tensorrt.cuda")._corrupt.clear()
     cuda.reset()
 
 

@@ -17,7 +17,7 @@ import pytest
 from cobatch.engines.errors import EngineLoadError
 from cobatch.engines.tensorrt.api import load_tensorrt
 from cobatch.engines.tensorrt.plans import build as building
-from cobatch.engines.tensorrt.plans.build import BuildOptions, build
+from cobatch.engines.tensorrt.plans.build import build
 from cobatch.engines.tensorrt.plans.cache import (
     PLAN_SUFFIXES,
     built_plan,
@@ -25,8 +25,8 @@ from cobatch.engines.tensorrt.plans.cache import (
     given_plan,
     plan_source,
 )
-from cobatch.engines.tensorrt.plans.files import write_file
 from cobatch.engines.tensorrt.plans.manifest import (
+    BuildOptions,
     Machine,
     Manifest,
     built,
@@ -35,6 +35,7 @@ from cobatch.engines.tensorrt.plans.manifest import (
     model_digest,
     read_manifest,
     wanted,
+    write_file,
     write_plan,
 )
 from tests.support.models import models
@@ -186,7 +187,7 @@ def test_a_kept_plan_that_is_not_what_its_manifest_says_is_built_anew(
     spoil(plan_in(folder))
     plan = built_plan(model, OPTIONS, MACHINE, folder)
     assert len(builds) == 2
-    assert "built anew" in warnings.records[0].getMessage()
+    assert "rebuilt" in warnings.records[0].getMessage()
     assert built_plan(model, OPTIONS, MACHINE, folder) == plan
     assert len(builds) == 2
 
@@ -195,7 +196,9 @@ def test_a_folder_that_others_may_write_to_is_refused(model: Path, folder: Path,
     for loose in (0o720, 0o702):
         folder.mkdir(exist_ok=True)
         folder.chmod(loose)
-        with pytest.raises(EngineLoadError, match="can be written by others, and a plan is executable code"):
+        with pytest.raises(
+            EngineLoadError, match=r"others can write to the plan cache .*, and a plan is executable code"
+        ):
             built_plan(model, OPTIONS, MACHINE, folder)
     assert builds == []
 
@@ -206,7 +209,7 @@ def test_without_a_folder_the_model_is_built_and_served_all_the_same(
     (tmp_path / "file").touch()
     assert built_plan(model, OPTIONS, MACHINE, tmp_path / "file" / "plans")
     assert builds == [model]
-    assert "no plans are kept" in warnings.records[0].getMessage()
+    assert "plans are not cached" in warnings.records[0].getMessage()
 
 
 def test_a_disk_that_is_full_costs_the_next_start_a_build(
@@ -217,7 +220,7 @@ def test_a_disk_that_is_full_costs_the_next_start_a_build(
 
     monkeypatch.setattr("cobatch.engines.tensorrt.plans.manifest.write_file", full)
     assert built_plan(model, OPTIONS, MACHINE, folder)
-    assert "could not be kept" in warnings.records[0].getMessage()
+    assert "cannot store the plan" in warnings.records[0].getMessage()
     assert list(folder.glob("*.plan")) == []
 
 
@@ -263,7 +266,7 @@ def test_two_processes_at_once_build_once(model: Path, folder: Path) -> None:
 def made_plan(model: Path, plan: Path, machine: Machine = MACHINE, **changed: Any) -> bytes:
     """What `cobatch build -o` writes, as if it had been on another machine."""
     made = build(model, OPTIONS)
-    manifest = built(wanted(model, machine, OPTIONS), made)
+    manifest = built(wanted(model, machine, OPTIONS), made.plan, made.profiles, made.max_batch_size)
     write_plan(plan, made.plan, dataclasses.replace(manifest, **changed))
     return made.plan
 
@@ -278,13 +281,13 @@ def test_a_plan_that_fits_is_loaded_as_it_is(model: Path, tmp_path: Path, builds
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
-        ({"version": "1.0.0"}, f"it was built by tensorrt-rtx 1.0.0, and here is {MACHINE.version}"),
-        ({"runtime": "tensorrt"}, "it was built by tensorrt, and tensorrt-rtx is to run it"),
+        ({"version": "1.0.0"}, f"it was built with tensorrt-rtx 1.0.0, but this is {MACHINE.version}"),
+        ({"runtime": "tensorrt"}, "it was built with tensorrt, but tensorrt-rtx is configured"),
         (
             {"flags": (), "gpu": "NVIDIA A10", "compute_capability": "8.6"},
-            "it was built for NVIDIA A10 (compute capability 8.6), and here is Fake GPU (8.9)",
+            "it was built for NVIDIA A10 (compute capability 8.6), but this is Fake GPU (8.9)",
         ),
-        ({"plan_sha256": "0" * 64}, "its SHA-256 is not the one in its manifest"),
+        ({"plan_sha256": "0" * 64}, "its SHA-256 is not that of its manifest"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused_with_the_reason(
@@ -309,7 +312,7 @@ def test_a_plan_that_does_not_fit_is_built_anew_from_the_model_beside_it(
     manifest = read_manifest(plan_in(folder))
     assert manifest is not None
     assert manifest.profiles == ("x:1x3/8x3/8x3",)
-    assert "is built anew from" in warnings.records[0].getMessage()
+    assert "is rebuilt from" in warnings.records[0].getMessage()
     # Another model that only has the name does not stand in for it.
     models.write(model.parent, models.negate(width=4))
     with pytest.raises(EngineLoadError, match="cannot be used"):
@@ -384,7 +387,7 @@ HERE = Machine("tensorrt", "10.13.3", "NVIDIA H100", "9.0")
 def test_versions_that_run_a_plan(built_by: str, flags: tuple[str, ...], here: str, runs: bool) -> None:
     manifest = dataclasses.replace(PLAIN, version=built_by, flags=flags)
     why = mismatch(manifest, dataclasses.replace(HERE, version=here))
-    assert why == (None if runs else f"it was built by tensorrt {built_by}, and here is {here}")
+    assert why == (None if runs else f"it was built with tensorrt {built_by}, but this is {here}")
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_what_a_user_reads(tmp_path: Path) -> None:
     assert said.endswith("x.bin: a plan's name ends in .plan or .engine")
     said = refused(build(conv, "-o", tmp_path / "none" / "x.plan"))
     assert said == f"cobatch: cannot write into {tmp_path}/none"
-    assert "takes no timing cache" in refused(
+    assert "tensorrt-rtx has no timing cache" in refused(
         build(magika_path(), "-o", tmp_path / "x.plan", "--timing-cache", "t")
     )
     assert not list(tmp_path.glob("*.plan*"))
@@ -89,7 +89,7 @@ def test_usage(tmp_path: Path, arguments: tuple[str, ...]) -> None:
 def test_an_unknown_or_missing_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.write(tmp_path, models.negate())
     result = CliRunner().invoke(app, ["build", model, "--runtime", "cuda"])
-    assert refused(result) == "cobatch: runtime 'cuda' is not known; there is tensorrt, tensorrt-rtx"
+    assert refused(result) == "cobatch: unknown runtime 'cuda'; expected one of tensorrt, tensorrt-rtx"
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     assert "pip install 'cobatch[tensorrt]'" in refused(CliRunner().invoke(app, ["build", model]))
 

@@ -20,7 +20,8 @@ from cobatch.engines.errors import EngineError
 from cobatch.engines.jobs import Job, Outcome
 from cobatch.engines.tensorrt import cuda as driver
 from cobatch.engines.tensorrt.engine import TensorRTEngine
-from cobatch.engines.tensorrt.plans.build import BuildOptions, build_plan
+from cobatch.engines.tensorrt.plans.build import build_plan
+from cobatch.engines.tensorrt.plans.manifest import BuildOptions
 from cobatch.engines.worker import Worker
 from tests.support.gpu.fakecuda.control import FakeCuda
 from tests.support.gpu.tier import require_fake_gpu
@@ -35,7 +36,7 @@ def cuda() -> Iterator[FakeCuda]:
     # Only now is it there to be imported: the fake driver and the stand-ins come with it.
     planting = importlib.import_module("tensorrt.planting")
     planting.clear()
-    driver._spoilt.clear()
+    driver._corrupt.clear()
     planting.strict_graphs(True)
     yield fake
     planting.clear()

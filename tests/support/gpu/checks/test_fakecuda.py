@@ -397,7 +397,7 @@ def test_a_new_context_is_sound_and_so_is_another_device(fake: FakeCuda, gpu: Gp
     broke(fake)
 
 
-def test_a_context_that_somebody_else_retains_stays_spoilt(fake: FakeCuda, gpu: Gpu) -> None:
+def test_a_context_that_somebody_else_retains_stays_corrupt(fake: FakeCuda, gpu: Gpu) -> None:
     other = gpu.driver.cuDevicePrimaryCtxRetain(0)[1]
     fake.inject("cuMemGetInfo", ILLEGAL_ADDRESS)
     gpu.driver.cuMemGetInfo()
