@@ -34,6 +34,7 @@ _PERMISSION = re.compile(r"infer|infer:[A-Za-z0-9][A-Za-z0-9._-]*|metadata|admin
 Algorithm = Literal["RS256", "PS256", "ES256", "EdDSA", "HS256"]
 Texts = Annotated[tuple[Text, ...], Meta(min_length=1)]
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Rate = Annotated[float, Meta(gt=0, le=1_000_000)]
 Seconds = Annotated[float, Meta(gt=0, le=864_000)]
 
 # RFC 9068, 2.2: what an access token must have.
@@ -55,9 +56,7 @@ class Issuer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     algorithms: Annotated[
         tuple[Algorithm, ...], Meta(min_length=1), about("algorithms that tokens may be signed with")
     ] = ("RS256", "PS256", "ES256", "EdDSA")
-    require_typ: Annotated[
-        bool, about("require `typ: at+jwt` (RFC 9068, 2.1); false for issuers that do not set it")
-    ] = True
+    require_typ: Annotated[bool, about("require `typ: at+jwt`, which some issuers do not set")] = True
     required_claims: Annotated[tuple[Text, ...], about("claims that a token must have")] = REQUIRED_CLAIMS
     tenant_claim: Annotated[Text, about("claim that names the tenant")] = "sub"
     permission_claims: Annotated[Texts, about("claims that hold the permissions")] = ("scope",)
@@ -77,13 +76,9 @@ class TenantRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     scope: Annotated[str, about("value of the permission claims, or of an API key's scopes")] = ""
     max_concurrent: Annotated[Count | None, about("requests accepted and not answered yet")] = None
     max_queue_rows: Annotated[Count | None, about("rows in the queues of all models")] = None
-    requests_per_s: Annotated[
-        Annotated[float, Meta(gt=0, le=1_000_000)] | None, about("sustained rate of requests, per second")
-    ] = None
+    requests_per_s: Annotated[Rate | None, about("sustained rate of requests, per second")] = None
     weight: Annotated[float, Meta(ge=0.001, le=1000), about("share beside other busy tenants")] = 1.0
-    burst: Annotated[
-        Count | None, about("requests at once beyond the rate", default="one second's, at least 1")
-    ] = None
+    burst: Annotated[Count | None, about("requests at once beyond the rate", default="one second's")] = None
 
 
 class ModelRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -105,18 +100,16 @@ class AuthSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         Meta(extra={"separator": ""}),
         about("names of this server, or one as text; a token's `aud` must have one of them"),
     ] = ()
-    resource: Annotated[
-        str, about("this server's address for clients (RFC 9728)", default="an audience that is a URL")
-    ] = ""
+    resource: Annotated[str, about("address for clients (RFC 9728)", default="an audience that is a URL")] = (
+        ""
+    )
     api_keys_file: Annotated[File, about("file of API keys")] = ""
     leeway_s: Annotated[float, Meta(ge=0, le=300), about("allowed difference between clocks")] = 10.0
     max_token_bytes: Annotated[int, Meta(ge=256, le=65536), about("largest token")] = 8192
     remembered_tokens: Annotated[int, Meta(ge=0, le=10**7), about("verified tokens to remember")] = 20_000
     jwks_refresh_s: Annotated[Seconds, about("time between fetches of an issuer's keys")] = 300.0
     jwks_cooldown_s: Annotated[Seconds, about("shortest time between fetches for an unknown `kid`")] = 10.0
-    jwks_stale_s: Annotated[Seconds, about("time that keys are used while the issuer is unreachable")] = (
-        86_400.0
-    )
+    jwks_stale_s: Annotated[Seconds, about("time to use keys whose issuer is unreachable")] = 86_400.0
     rate_limit_headers: Annotated[bool, about("send RateLimit headers")] = False
 
 

@@ -5,11 +5,6 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 import msgspec
 from msgspec import Meta, inspect
 
-Text = Annotated[str, Meta(min_length=1)]
-# In a configuration file these are relative to its folder.
-File = Annotated[Text, Meta(extra={"placeholder": "FILE"})]
-Folder = Annotated[Text, Meta(extra={"placeholder": "FOLDER"})]
-
 
 class Setting(NamedTuple):
     """A field of a struct, as `--help` and the reference show it."""
@@ -28,6 +23,17 @@ def about(description: str, placeholder: str = "", *, default: str = "") -> Meta
     """Describe a setting: its meaning, the placeholder of its value, and a default that is computed."""
     extra = {"placeholder": placeholder, "default": default}
     return Meta(description=description, extra={name: text for name, text in extra.items() if text})
+
+
+def placeholder(text: str) -> Meta:
+    """Name the placeholder of a type's values in `--help`."""
+    return Meta(extra={"placeholder": text})
+
+
+Text = Annotated[str, Meta(min_length=1)]
+# In a configuration file these are relative to its folder.
+File = Annotated[Text, placeholder("FILE")]
+Folder = Annotated[Text, placeholder("FOLDER")]
 
 
 def settings_of(struct: type[msgspec.Struct]) -> dict[str, Setting]:

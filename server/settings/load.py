@@ -72,18 +72,19 @@ def read_settings(
     With refusals, values may be missing and `models` incomplete.
     """
     given = _from_environ(environ, errors) | _from_flags(flags, errors)
-    path, origin = config, "flag --config"
-    if path is None and "config" in given:
-        path, origin = Path(given["config"].value), given["config"].source
+    if config is not None:
+        given["config"] = Given(str(config), "config", "flag --config")
     document: dict[str, Any] = {}
-    if path is not None:
-        with errors:
-            document = read_toml(path, origin)
-        if errors.about("config"):
+    path = Path(given["config"].value if "config" in given else ".")
+    if "config" in given:
+        try:
+            document = read_toml(path, given["config"].source)
+        except SettingsError as error:
+            errors.messages += error.messages
             # Settings that are missing elsewhere may be in that file.
             return Settings()
     source = f"file {path}"
-    reader = Reader(source, Path() if path is None else path.parent, errors, _place)
+    reader = Reader(source, path.parent, errors, _place)
     file = {name: one.value for name, one in reader.table("", document, Settings).items()}
     server = file.get("server", {}) | {name: one for name, one in given.items() if name in SERVER_FIELDS}
     auth = build_auth(file["auth"], source, errors) if "auth" in file else None

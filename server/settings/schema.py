@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from cobatch.server.settings.auth import AuthSettings
-from cobatch.server.settings.describe import File, Folder, Text, about
+from cobatch.server.settings.describe import File, Folder, Text, about, placeholder
 from cobatch.server.settings.padding import PadSettings
 
 ENV_PREFIX = "COBATCH_"
@@ -20,18 +20,25 @@ LARGEST = 2**31 - 1
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=128)]
 EngineKind = Literal["auto", "onnxruntime", "tensorrt"]
+TensorRTKind = Literal["tensorrt", "tensorrt-rtx"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 AccessLog = Literal["off", "text", "json"]
 AccessLogLevel = Literal["info", "warning", "error"]
-TensorRTKind = Literal["tensorrt", "tensorrt-rtx"]
-Seconds = Annotated[float, Meta(ge=0, le=86_400, extra={"placeholder": "SECONDS"})]
-Timeout = Annotated[float, Meta(gt=0, le=86_400, extra={"placeholder": "SECONDS"})]
-Milliseconds = Annotated[float, Meta(ge=0, le=60_000, extra={"placeholder": "MS"})]
-TimeoutMs = Annotated[float, Meta(gt=0, le=86_400_000, extra={"placeholder": "MS"})]
-Rows = Annotated[int, Meta(ge=1, le=LARGEST, extra={"placeholder": "ROWS"})]
-BatchRows = Annotated[int, Meta(ge=1, le=65_536, extra={"placeholder": "ROWS"})]
-Count = Annotated[int, Meta(ge=1, le=LARGEST, extra={"placeholder": "N"})]
-Threads = Annotated[int, Meta(ge=1, le=1024, extra={"placeholder": "N"})]
+Seconds = Annotated[float, Meta(ge=0, le=86_400), placeholder("SECONDS")]
+Timeout = Annotated[float, Meta(gt=0, le=86_400), placeholder("SECONDS")]
+Milliseconds = Annotated[float, Meta(ge=0, le=60_000), placeholder("MS")]
+TimeoutMs = Annotated[float, Meta(gt=0, le=86_400_000), placeholder("MS")]
+Ratio = Annotated[float, Meta(ge=0, le=1), placeholder("0..1")]
+Bytes = Annotated[int, Meta(ge=0, le=LARGEST), placeholder("BYTES")]
+PositiveBytes = Annotated[int, Meta(ge=1, le=LARGEST), placeholder("BYTES")]
+PageBytes = Annotated[int, Meta(ge=4096, le=LARGEST), placeholder("BYTES")]
+BatchRows = Annotated[int, Meta(ge=1, le=65_536), placeholder("ROWS")]
+Rows = Annotated[int, Meta(ge=1, le=LARGEST), placeholder("ROWS")]
+Count = Annotated[int, Meta(ge=1, le=LARGEST), placeholder("N")]
+Items = Annotated[int, Meta(ge=1, le=65_536), placeholder("N")]
+Threads = Annotated[int, Meta(ge=1, le=1024), placeholder("N")]
+Instances = Annotated[int, Meta(ge=1, le=64), placeholder("N")]
+Slots = Annotated[int, Meta(ge=2, le=8), placeholder("N")]
 # Lists that may be written as text with commas, which is what a flag and a variable hold.
 _COMMAS = Meta(min_length=1, extra={"separator": ","})
 Devices = Annotated[tuple[Annotated[int, Meta(ge=0, le=9999)], ...], _COMMAS]
@@ -44,19 +51,13 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     path: Annotated[File, about("the model's file, ONNX or a TensorRT plan")]
     name: Annotated[Name, about("name in URLs", "NAME", default="the file's name without its suffix")] = ""
     model_version: Annotated[Name, about("version in URLs", "VERSION")] = "1"
-    engine: Annotated[EngineKind, about("engine that runs the model; auto chooses by the file's suffix")] = (
-        "auto"
-    )
+    engine: Annotated[EngineKind, about("engine to run it; auto goes by the file's suffix")] = "auto"
     max_batch_size: Annotated[BatchRows, about("largest batch, in rows")] = 64
-    max_delay_ms: Annotated[Milliseconds, about("longest time a row waits for others to fill its batch")] = (
-        0.0
-    )
+    max_delay_ms: Annotated[Milliseconds, about("longest wait of a row for others to join its batch")] = 0.0
     latency_target_ms: Annotated[
         TimeoutMs | None, about("limit batches to sizes with which a request takes about this long")
     ] = None
-    deadline_ms: Annotated[TimeoutMs | None, about("time limit of requests that set none of their own")] = (
-        None
-    )
+    deadline_ms: Annotated[TimeoutMs | None, about("time limit of requests that set none")] = None
     execution_timeout_ms: Annotated[
         TimeoutMs | None, about("longest run of a batch before its engine counts as hung")
     ] = None
@@ -64,25 +65,19 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         Rows, about("most rows in the queue; more are refused", default="16 batches, at least 1024")
     ] = 0
     threads: Annotated[Threads | None, about("threads of the engine", default="CPU cores - 1")] = None
-    instances: Annotated[
-        int, Meta(ge=1, le=64), about("engines that share the queue, on each device", "N")
-    ] = 1
+    instances: Annotated[Instances, about("engines that share the queue, on each device")] = 1
     devices: Annotated[Devices, about("TensorRT: numbers of the GPUs, in CUDA's order", "0,1")] = (0,)
-    slots: Annotated[int, Meta(ge=2, le=8), about("TensorRT: batches in flight on each engine", "N")] = 2
+    slots: Annotated[Slots, about("TensorRT: batches in flight on each engine")] = 2
     batch_buckets: Annotated[
-        Sizes | None,
-        about("TensorRT: sizes that batches are rounded up to", "1,4,16", default="powers of two"),
+        Sizes | None, about("TensorRT: sizes to round batches up to", "1,4,16", default="powers of two")
     ] = None
-    cuda_graphs: Annotated[
-        bool, about("TensorRT: replay batches as CUDA graphs, if cuda-bindings is installed")
-    ] = True
+    cuda_graphs: Annotated[bool, about("TensorRT: use CUDA graphs if cuda-bindings is installed")] = True
     plan_cache: Annotated[
         Folder | None, about("TensorRT: folder of built plans", default="~/.cache/cobatch/plans")
     ] = None
-    plan_host_code: Annotated[
-        bool, about("TensorRT: allow plans that contain CPU code, as version-compatible ones do")
-    ] = False
+    plan_host_code: Annotated[bool, about("TensorRT: allow the CPU code of version-compatible plans")] = False
     tensorrt_runtime: Annotated[TensorRTKind, about("TensorRT: library that runs the plan")] = "tensorrt"
+    # The last one: its tables are for a file only.
     pad: Annotated[tuple[PadSettings, ...], about("axes that may be padded, as `[[models.pad]]`")] = ()
 
     def __post_init__(self) -> None:
@@ -99,17 +94,13 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     host: Annotated[Text, about("address to listen on", "ADDRESS")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65_535), about("TCP port; 0 takes a free one", "PORT")] = 8000
     drain_timeout_s: Annotated[Seconds, about("longest time to finish accepted requests at shutdown")] = 30.0
-    max_body_bytes: Annotated[int, Meta(ge=1, le=LARGEST), about("largest request body", "BYTES")] = 1 << 26
+    max_body_bytes: Annotated[PositiveBytes, about("largest request body")] = 1 << 26
     keep_alive_s: Annotated[Seconds, about("time after which an idle connection is closed")] = 5.0
     receive_timeout_s: Annotated[Timeout, about("longest time for a request to arrive in full")] = 30.0
-    compress_min_bytes: Annotated[
-        int, Meta(ge=0, le=LARGEST), about("smallest response that is compressed", "BYTES")
-    ] = 1 << 16
-    max_batch_items: Annotated[int, Meta(ge=1, le=65_536), about("most items in one POST /batch", "N")] = 256
+    compress_min_bytes: Annotated[Bytes, about("smallest response that is compressed")] = 1 << 16
+    max_batch_items: Annotated[Items, about("most items in one POST /batch")] = 256
     kept_predictions: Annotated[Count, about("most predictions kept in memory")] = 1000
-    kept_bytes: Annotated[int, Meta(ge=4096, le=LARGEST), about("memory for kept predictions", "BYTES")] = (
-        1 << 28
-    )
+    kept_bytes: Annotated[PageBytes, about("memory for kept predictions")] = 1 << 28
     kept_s: Annotated[Timeout, about("time that a finished prediction is kept")] = 600.0
     max_wait_s: Annotated[Seconds, about("longest wait for a prediction that a client may ask for")] = 60.0
     tls_cert: Annotated[File | None, about("certificate chain in PEM; turns TLS on")] = None
@@ -127,18 +118,14 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         about("requests to log; info: all, warning: refused and failed ones, error: failed ones"),
     ] = "info"
     tracing: Annotated[bool, about("send OpenTelemetry traces; needs cobatch[otel]")] = False
-    trace_sample: Annotated[
-        float, Meta(ge=0, le=1), about("sampling ratio for requests without a traceparent", "0..1")
-    ] = 1.0
+    trace_sample: Annotated[Ratio, about("sampling ratio for requests without a traceparent")] = 1.0
     trace_endpoint: Annotated[
         Text | None,
         about("OTLP collector, as http://HOST:4318", "URL", default="$OTEL_EXPORTER_OTLP_ENDPOINT"),
     ] = None
     metrics_open: Annotated[bool, about("with [auth]: serve /metrics without a credential")] = False
     fast_path: Annotated[bool, about("serve inference below ASGI, which is faster")] = True
-    allow_anonymous: Annotated[bool, about("without [auth]: allow a host that other machines can reach")] = (
-        False
-    )
+    allow_anonymous: Annotated[bool, about("without [auth]: allow a host that others can reach")] = False
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -150,7 +137,6 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 SERVER_FIELDS = {field.name: field.type for field in msgspec.structs.fields(ServerSettings)}
-# Without `pad`, whose tables are for a file only.
 MODEL_FIELDS = {field.name: field.type for field in msgspec.structs.fields(ModelSettings)[:-1]}
 
 
