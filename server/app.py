@@ -26,9 +26,8 @@ from cobatch.server.batch.routes import BATCH, BatchRoute, batch_routes
 from cobatch.server.batch.spans import ItemObserver
 from cobatch.server.dashboard import dashboard_routes
 from cobatch.server.dashboard.feed import Feed
-from cobatch.server.edge.asgi import InferRoutes
-from cobatch.server.edge.observed import ObservingMiddleware
-from cobatch.server.http.problem import Problem
+from cobatch.server.edge.asgi import InferRoutes, ObservingMiddleware
+from cobatch.server.http.problem import Problem, internal
 from cobatch.server.inference.service import Inference
 from cobatch.server.observability.access_log import LEVELS, AccessLog
 from cobatch.server.observability.gpu import Gpus
@@ -150,5 +149,4 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _server_error(request: Request, error: Exception) -> Response:
     # Starlette logs the traceback through the server after this.
-    problem = Problem("internal", "the server failed on this request; its log says why")
-    return as_response(problem.reply(instance=request.url.path))
+    return as_response(internal().reply(instance=request.url.path))

@@ -24,8 +24,6 @@ import uvicorn
 
 from cobatch.engines.errors import EngineError
 from cobatch.server.app import build
-from cobatch.server.edge import uvicorn_parts
-from cobatch.server.edge.connection import Connection
 from cobatch.server.edge.fast_path import make_protocol
 from cobatch.server.inference.service import Inference
 from cobatch.server.observability.access_log import JsonFormatter
@@ -127,7 +125,7 @@ class Server(uvicorn.Server):
                 build(inference),
                 host=http.host,
                 port=http.port,
-                http=_protocol(inference),
+                http=make_protocol(inference),
                 timeout_keep_alive=http.keep_alive_s,  # type: ignore[arg-type]  # it may be a fraction
                 log_config=None,
                 log_level="warning",
@@ -202,14 +200,3 @@ class Server(uvicorn.Server):
         # Writing the responses has the rest of the time.
         self.config.timeout_graceful_shutdown = max(1, int(end_s - time.monotonic()))
         self.should_exit = True
-
-
-def _protocol(inference: Inference) -> type[asyncio.Protocol] | str:
-    """Return the class that speaks HTTP on a connection, or "auto" for uvicorn's own."""
-    missing = uvicorn_parts.missing()
-    if missing is not None:
-        log.warning("no fast path: uvicorn %s is not as expected (%s)", uvicorn.__version__, missing)
-        return "auto"
-    if not inference.settings.server.fast_path:
-        return type("CobatchConnection", (Connection,), {"core": inference})
-    return make_protocol(inference)

@@ -1,50 +1,160 @@
-"""The infer routes as ASGI: for any server that is not ours, for TLS terminators and test clients.
+"""The server as ASGI, for requests that are not on the fast path and for any other ASGI server.
 
-Same handler core as `server.edge.fast_path`, and for requests that the fast path hands on.
+`ObservingMiddleware` is outermost, then authentication (`server.auth.gate`), then `InferRoutes`, which
+answers infer requests itself: Starlette's router and middleware would cost as much as the whole request.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Mapping
 
-import msgspec
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cobatch.server.auth.principal import PRINCIPAL
+from cobatch.server.auth.principal import PRINCIPAL, Principal, principal_in
 from cobatch.server.edge.exchange import EXCHANGE, Exchange
 from cobatch.server.http.body import BodyError, read_body
-from cobatch.server.http.compression import compressed
+from cobatch.server.http.compression import choose
 from cobatch.server.http.problem import Problem
-from cobatch.server.http.reply import Reply
+from cobatch.server.http.reply import PROBLEM, Reply, note_problem
 from cobatch.server.inference.model import Model
-from cobatch.server.inference.service import Inference, InferRequest
+from cobatch.server.inference.service import Inference
+from cobatch.server.observability.record import INFER_ROUTE, MARKS, REQUEST_ID, RequestRecord
+from cobatch.server.observability.traffic import LEFT, LEFT_SLUG
 
-# An answer that takes longer than once to twice this is worth a task that notices the client leave.
+# A response that takes longer than once to twice this is worth a task that notices a disconnect.
 _WATCH_AFTER_S = 0.05
 _JSON_LENGTH = b"inference-header-content-length"
+# Other methods are invented by a client and must not each become a time series.
+_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"))
+
+
+class AsgiExchange(Exchange, kw_only=True):
+    """A request through ASGI. `headers`: the last of each name; `route`: its path with parameters' names.
+
+    `model` is set for a good infer request that needs no record; it has `request_id` in its head already.
+    `answer`: resolved with the reply of an infer request, or None if the client disconnected.
+    """
+
+    scope: Scope
+    send_on: Send
+    headers: dict[bytes, bytes]
+    receive: Receive | None = None
+    answer: asyncio.Future[Reply | None] | None = None
+    model: Model | None = None
+    route: str = ""
+    status: int = 0
+    request_id: bytes | None = None
+    watched: bool = False
+
+    def make_record(self) -> RequestRecord:
+        scope = self.scope
+        record = self.record = RequestRecord("", scope["method"], scope["path"], self.received_s)
+        record.scheme = scope.get("scheme", "http")
+        for name, value in scope["headers"]:
+            if name in MARKS:
+                record.mark(name, value)
+        return record
+
+    def send(self, message: Message) -> Awaitable[None]:
+        """Pass a message on, the head of the response with its id. Not a coroutine, which would cost more."""
+        if self.model is None and message["type"] == "http.response.start":
+            self.status = message["status"]
+            record = self.record or self.make_record()
+            if self.request_id is not None and not record.request_id:
+                # The client's own id goes before ours.
+                record.request_id = self.request_id.decode()
+            message["headers"] = [*message.get("headers", ()), *record.reply_headers()]
+        return self.send_on(message)
+
+    def deliver(self, reply: Reply | None) -> None:
+        answer = self.answer
+        if answer is not None and not answer.done():
+            answer.set_result(reply)
+
+    async def watch(self) -> None:
+        """Wait for the client to disconnect: after the body, `receive` returns nothing else."""
+        assert self.receive is not None
+        await self.receive()
+        if self.answer is not None and not self.answer.done():
+            self.cancel()
+            self.deliver(None)
+
+
+class ObservingMiddleware:
+    """Counts each request through ASGI and completes its record."""
+
+    def __init__(self, app: ASGIApp, inference: Inference) -> None:
+        self.app = app
+        self._inference = inference
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        inference = self._inference
+        headers = dict(scope["headers"])
+        exchange = AsgiExchange(inference, time.monotonic(), scope=scope, send_on=send, headers=headers)
+        scope[EXCHANGE] = exchange
+        marked = not MARKS.isdisjoint(headers)
+        if marked or inference.observer.watched:
+            exchange.begin(marked)
+        try:
+            await self.app(scope, receive, exchange.send)
+        except Exception:
+            exchange.status = exchange.status or 500
+            scope.setdefault(PROBLEM, "internal")
+            raise
+        finally:
+            del scope[EXCHANGE]  # they refer to each other
+            model = exchange.model
+            if model is not None:
+                exchange.finish(model, 200, "", time.monotonic())
+            else:
+                self._done(scope, exchange, exchange.record or exchange.make_record())
+
+    def _done(self, scope: Scope, exchange: AsgiExchange, record: RequestRecord) -> None:
+        now_s = time.monotonic()
+        status, slug = exchange.status, scope.get(PROBLEM, "")
+        if not status:
+            status, slug = LEFT, LEFT_SLUG
+        principal = principal_in(scope)
+        if principal is not None:
+            record.tenant = principal.tenant.name
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        model = self._inference.infer_paths.get(path) if record.method == "POST" else None
+        if model is not None:
+            record.route = INFER_ROUTE
+            record.model = model.name
+            exchange.finish(model, status, slug, now_s)
+            return
+        # Empty for a request that was refused before the router.
+        record.route = exchange.route or getattr(scope.get("route"), "path", "")
+        record.status, record.slug, record.answered_s = status, slug, now_s
+        observer = self._inference.observer
+        method = record.method if record.method in _METHODS else "other"
+        observer.http[record.route, method, status, slug] += 1
+        observer.request_done(record)
 
 
 class InferRoutes:
-    """Answers POST /v2/models/NAME/infer itself and leaves everything else to `app`.
+    """Answers POST /v2/models/NAME/infer and passes everything else to `app`.
 
-    Behind nothing but `server.edge.observed` and the gate, before the router and its middleware: they cost as
-    much as the whole request. For the same reason POST requests to the paths in `direct` go to their
-    applications from here.
+    POST requests to the paths in `direct` go to their own applications, past the router as well.
     """
 
-    def __init__(self, app: ASGIApp, core: Inference, direct: Mapping[str, ASGIApp]) -> None:
+    def __init__(self, app: ASGIApp, inference: Inference, direct: Mapping[str, ASGIApp]) -> None:
         self.app = app
         self._direct = direct
-        self.core = core
-        self._paths = core.infer_paths
-        self._waiting = _Waiting(core)
+        self._inference = inference
+        self._watch = _DisconnectWatch()
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Whoever it is for answers it; to find him takes no coroutine."""
+        """Find the application for the request, without a coroutine."""
         if scope["type"] == "http" and scope["method"] == "POST":
             path = scope["path"].removeprefix(scope.get("root_path", ""))
-            model = self._paths.get(path)
+            model = self._inference.infer_paths.get(path)
             if model is not None:
                 return self._infer(model, scope, receive, send)
             direct = self._direct.get(path)
@@ -54,118 +164,109 @@ class InferRoutes:
         return self.app(scope, receive, send)
 
     async def _infer(self, model: Model, scope: Scope, receive: Receive, send: Send) -> None:
-        core = self.core
-        seen: Exchange = scope[EXCHANGE]
-        headers = seen.headers
-        reply = None
+        exchange: AsgiExchange = scope[EXCHANGE]
+        headers = exchange.headers
         principal = scope.get(PRINCIPAL)
-        problem = core.admit(model, principal)
-        if problem is not None:
-            reply = problem.reply(instance=model.infer_path)
-        else:
+        problem = self._inference.admit(model, principal)
+        reply: Reply | None = None
+        if problem is None:
             try:
                 json_length = _json_length(headers, scope["headers"]) if _JSON_LENGTH in headers else None
-                body = await read_body(headers, receive, core.settings.server.max_body_bytes)
+                limit = self._inference.settings.server.max_body_bytes
+                body = await read_body(headers, receive, limit)
             except BodyError as error:
                 if error.problem is None:
-                    return  # the client has left
-                reply = error.problem.reply(instance=model.infer_path)
+                    return  # the client has disconnected
+                problem = error.problem
             else:
-                caller = _Caller(self._waiting, receive, self._waiting.new_future(), seen)
-                caller.request = core.infer(model, body, json_length, caller.on_reply, principal, seen.record)
-                waiting = self._waiting.callers
-                waiting[caller] = None
-                try:
-                    reply = await caller.answer
-                except asyncio.CancelledError:
-                    # The server cancels this task.
-                    caller.leave()
-                    raise
-                finally:
-                    waiting.pop(caller, None)
-                    caller.request = None  # or the two would keep each other until the next collection
+                if b"accept-encoding" in headers:
+                    exchange.coding = choose(headers[b"accept-encoding"])
+                reply = await self._answer(exchange, model, body, json_length, receive, principal)
                 if reply is None:
                     return
-        if b"accept-encoding" in headers:
-            least_bytes = core.settings.server.compress_min_bytes
-            reply = await compressed(reply, headers[b"accept-encoding"], least_bytes)
+        if problem is not None:
+            reply = problem.reply(instance=model.infer_path)
+        assert reply is not None
+        await self._send(exchange, model, reply, send)
+
+    async def _answer(
+        self,
+        exchange: AsgiExchange,
+        model: Model,
+        body: bytes | bytearray,
+        json_length: int | None,
+        receive: Receive,
+        principal: Principal | None,
+    ) -> Reply | None:
+        """Return the reply, None if the client disconnected before it."""
+        answer: asyncio.Future[Reply | None] = asyncio.get_running_loop().create_future()
+        exchange.answer = answer
+        exchange.request = self._inference.infer(
+            model, body, json_length, exchange.on_reply, principal, exchange.record
+        )
+        if answer.done():
+            return answer.result()
+        exchange.receive = receive
+        self._watch.add(exchange)
+        try:
+            return await answer
+        finally:
+            self._watch.discard(exchange)
+            exchange.cancel()  # nothing, unless the server cancels this task
+
+    async def _send(self, exchange: AsgiExchange, model: Model, reply: Reply, send: Send) -> None:
         body = b"".join(reply.body)
         head = reply.header_list(len(body))
-        seen.note_infer(model, reply.slug, reply.request_id, head)
+        if reply.request_id is not None and exchange.record is None:
+            exchange.model = model
+            head.append((REQUEST_ID, reply.request_id))
+        else:
+            exchange.request_id = reply.request_id
+            note_problem(exchange.scope, reply.slug)
         await send({"type": "http.response.start", "status": reply.status, "headers": head})
         await send({"type": "http.response.body", "body": body})
 
 
-class _Caller(msgspec.Struct, eq=False):
-    """A caller's task while its request is in the batcher. `answer`: None if he left before there was one."""
+class _DisconnectWatch:
+    """Exchanges that wait for their answer, and a task for each that waits long.
 
-    waiting: _Waiting
-    receive: Receive
-    answer: asyncio.Future[Reply | None]
-    seen: Exchange
-    request: InferRequest | None = None
-    old: bool = False
-
-    def on_reply(self, reply: Reply) -> None:
-        """What the core calls, once."""
-        if reply.request_id is None and self.request is not None and self.seen.record is None:
-            # Not an answer that says by its id where it rode.
-            self.seen.make_record().ran(self.request)
-        if not self.answer.done():
-            self.answer.set_result(reply)
-
-    async def watch(self) -> None:
-        """Wait for the client to leave: after the body, that is all `receive` has to say."""
-        await self.receive()
-        if not self.answer.done():
-            self.leave()
-            self.answer.set_result(None)
-
-    def leave(self) -> None:
-        """Nobody waits for the answer any more."""
-        if self.request is not None:
-            self.waiting.core.cancel(self.request)
-
-
-class _Waiting:
-    """All callers that wait, and the tasks that watch for those leaving which wait long.
-
-    To watch costs a task for each caller, a tenth of a small request. Most are answered long before
-    anybody could have left, so a sweep gives the task only to those that it meets a second time.
+    A task costs a tenth of a small request, and most requests are answered before a client could disconnect;
+    so a periodic sweep starts a task only for an exchange that it meets a second time.
     """
 
-    def __init__(self, core: Inference) -> None:
-        self.core = core
-        self.callers: dict[_Caller, None] = {}
-        self._tasks: dict[_Caller, asyncio.Task[None]] = {}
+    def __init__(self) -> None:
+        self._waiting: dict[AsgiExchange, None] = {}
+        self._tasks: dict[AsgiExchange, asyncio.Task[None]] = {}
         self._sweeping = False
 
-    def new_future(self) -> asyncio.Future[Reply | None]:
-        """A future on the running loop; sees to it that there is a sweep."""
-        loop = self.core.loop
-        if loop is None:
-            loop = self.core.loop = asyncio.get_running_loop()
+    def add(self, exchange: AsgiExchange) -> None:
+        """Watch an exchange."""
+        self._waiting[exchange] = None
         if not self._sweeping:
             self._sweeping = True
-            loop.call_later(_WATCH_AFTER_S, self._sweep, loop)
-        return loop.create_future()
+            asyncio.get_running_loop().call_later(_WATCH_AFTER_S, self._sweep)
 
-    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
-        for caller in [caller for caller in self._tasks if caller not in self.callers]:
-            self._tasks.pop(caller).cancel()
-        for caller in self.callers:
-            if not caller.old:
-                caller.old = True
-            elif caller not in self._tasks:
-                self._tasks[caller] = loop.create_task(caller.watch())
-        self._sweeping = bool(self.callers or self._tasks)
+    def discard(self, exchange: AsgiExchange) -> None:
+        """Watch an exchange no more."""
+        self._waiting.pop(exchange, None)
+
+    def _sweep(self) -> None:
+        for exchange in [exchange for exchange in self._tasks if exchange not in self._waiting]:
+            self._tasks.pop(exchange).cancel()
+        loop = asyncio.get_running_loop()
+        for exchange in self._waiting:
+            if not exchange.watched:
+                exchange.watched = True
+            elif exchange not in self._tasks:
+                self._tasks[exchange] = loop.create_task(exchange.watch())
+        self._sweeping = bool(self._waiting or self._tasks)
         if self._sweeping:
-            loop.call_later(_WATCH_AFTER_S, self._sweep, loop)
+            loop.call_later(_WATCH_AFTER_S, self._sweep)
 
 
 def _json_length(headers: dict[bytes, bytes], raw_headers: list[tuple[bytes, bytes]]) -> int:
     value = headers[_JSON_LENGTH]
-    twice = len(raw_headers) != len(headers) and [name for name, _ in raw_headers].count(_JSON_LENGTH) > 1
-    if twice or not value.isdigit() or len(value) > 18:
+    repeated = len(raw_headers) != len(headers) and [name for name, _ in raw_headers].count(_JSON_LENGTH) > 1
+    if repeated or not value.isdigit() or len(value) > 18:
         raise BodyError(Problem("bad-binary", "Inference-Header-Content-Length must be one whole number"))
     return int(value)

@@ -1,82 +1,89 @@
-"""A connection's rules: uvicorn's own HTTP protocol, with limits that a server open to anybody needs.
+"""One HTTP/1.1 connection over httptools, with the limits that an open port needs.
 
-Uvicorn's httptools protocol stays in charge: parsing, pipelining, the ASGI cycle, keep-alive. Added are
+* Time and size: a request must arrive whole within `receive_timeout_s`, the client must take some of its
+  response in that time, headers are bounded, and a client that sends faster than it is answered is not read.
+* Order at the end: on bad bytes, a limit or the server's stop, earlier requests are answered first; then the
+  client is told the reason, once, as a problem.
 
-* limits in time and size: a request must arrive whole within `receive_timeout_s`, a client must take
-  some of its answer in that time, headers must not be endless, and a client that sends faster than it
-  is answered is not read until it is;
-* order at the end: whatever ends a connection (bad bytes, a limit, the server's stop), the requests
-  before it are answered first, and then the client is told why, once and in the table's words.
+A connection has one timer. It does not follow each request: it looks at the state when it is due and arms
+itself again.
 
-One timer per connection, late by design: it looks at what the connection has been doing and arms
-itself again, so a request costs no timer.
+Uvicorn listens, makes the connections and stops them; of its objects only its configuration and
+`server_state` (`connections`, `tasks`, `total_requests`, `default_headers`) are used.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sized
-from typing import Any
+from collections import deque
+from http.client import responses
+from typing import Any, Protocol
+from urllib.parse import unquote
 
+import httptools
+from starlette.types import Scope
 from uvicorn.config import Config
-from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
+from cobatch.server.edge.cycle import AsgiCycle
 from cobatch.server.http.problem import Problem, stopping
 from cobatch.server.http.reply import Reply
 from cobatch.server.inference.service import Inference
 
-# Past this, headers that are still coming are refused. What one read brings may be more.
+# A single read may bring more.
 _HEADERS_BYTES = 65536
-# So many times its own size may a body's framing be: a chunk of one byte takes six more.
+# Bytes on the wire per byte of a body: a chunk of one byte takes six more.
 _FRAMING = 16
 _ANSWERED = b"content-type: %b\r\ncontent-length: %d\r\nx-request-id: %b\r\nserver-timing: %b\r\n"
-# A connection's timer never runs more often.
-_LEAST_TICK_S = 0.05
+_SHORTEST_TICK_S = 0.05
+_ASGI = {"version": "3.0", "spec_version": "2.3"}
 # What is being received: nothing, a request's headers, or its body.
 NOTHING, HEADERS, BODY = range(3)
 
 
-class _Flow(FlowControl):
-    """Uvicorn's flow control that goes on reading only when nothing waits to be answered or written.
+class Cycle(Protocol):
+    """One request on its connection, from its headers to the end of its response."""
 
-    Uvicorn's cycle resumes reading whenever an application asks for a body, so that a client that
-    sends faster than it is answered would fill the pipeline without end.
+    keep_alive: bool
+
+    @property
+    def response_started(self) -> bool: ...
+    @property
+    def response_complete(self) -> bool: ...
+    def on_body(self, data: bytes) -> None: ...
+    def on_end(self) -> None: ...
+    def on_disconnect(self) -> None: ...
+
+
+class _Heads(dict[int, bytes]):
+    """By status, the beginning of a response: the status line and uvicorn's default headers (the date).
+
+    Made anew when uvicorn renews its headers, each second.
     """
 
-    def __init__(self, transport: asyncio.Transport, pipeline: Sized) -> None:
-        super().__init__(transport)
-        self._pipeline = pipeline
+    defaults: list[tuple[bytes, bytes]] | None = None
 
-    def resume_reading(self) -> None:
-        if self.read_paused and not self.write_paused and not self._pipeline:
-            super().resume_reading()
+    def renew(self, defaults: list[tuple[bytes, bytes]]) -> None:
+        """Use these default headers."""
+        self.clear()
+        self.defaults = defaults
 
-
-class _Defaults:
-    """Uvicorn's default headers (the date) as bytes; made anew when uvicorn does, each second."""
-
-    __slots__ = ("headers", "text")
-
-    def __init__(self) -> None:
-        self.headers: list[tuple[bytes, bytes]] | None = None
-        self.text = b""
-
-    def renew(self, headers: list[tuple[bytes, bytes]]) -> None:
-        """From now on these."""
-        self.text = b"".join([b"%b: %b\r\n" % header for header in headers])
-        self.headers = headers
+    def __missing__(self, status: int) -> bytes:
+        lines = [b"HTTP/1.1 %d %b\r\n" % (status, responses.get(status, "").encode())]
+        lines += [b"%b: %b\r\n" % header for header in self.defaults or ()]
+        head = self[status] = b"".join(lines)
+        return head
 
 
-_DEFAULTS = _Defaults()
+_HEADS = _Heads()
 
 
-class Connection(HttpToolsProtocol):
-    """One connection. `core` is set by whoever makes the class for a server."""
+class Connection(asyncio.Protocol):
+    """One connection whose requests go to the ASGI application. `make_protocol` sets `inference`."""
 
-    core: Inference
+    inference: Inference
 
     def __init__(
         self,
@@ -85,107 +92,135 @@ class Connection(HttpToolsProtocol):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
-        self.core = self.core  # found with fewer steps than the class's
+        self.inference = self.inference  # an attribute of the instance is found faster
+        self.config = config
+        self.server_state = server_state
+        self.loop = _loop or asyncio.get_event_loop()
+        self.parser: Any = httptools.HttpRequestParser(self)
+        # A request behind one with `Connection: close` must not turn that one into an error.
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.transport: Any = None
+        self.writable = asyncio.Event()
+        self.writable.set()
+        self.write_paused = False
+        self._read_paused = False
+        self._app_state = app_state
+        # The newest request, the one being answered if that is an older one, and those between.
+        self.cycle: Cycle | None = None
+        self._ahead: Cycle | None = None
+        self.pipeline: deque[AsgiCycle] = deque()
+        # The request being received.
         self.receiving = NOTHING
-        # With requests in the pipeline, `cycle` is the newest; this is the one being answered.
-        self.ahead: RequestResponseCycle | None = None
+        self.url = b""
+        self.headers: list[tuple[bytes, bytes]] = []
+        self._expects_continue = False
         self._headers_bytes = 0
-        # Of the body: bytes that came while it was read, and what they held without the framing.
-        self._raw_bytes = 0
+        self._raw_bytes = 0  # of the body, with its framing
         self._body_bytes = 0
-        # The last thing to write, once what was asked before is answered.
+        # The last response, to be written once earlier requests are answered.
         self._farewell: Reply | None = None
         self._since_s = time.monotonic()
         self._unsent = 0
         self._unsent_since_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
-    # Its life
+    # Begin and end
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.flow = _Flow(transport, self.pipeline)
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+        self.server_state.connections.add(self)  # type: ignore[arg-type]  # uvicorn names its own classes
+        self._scope: Scope = {
+            "type": "http",
+            "asgi": _ASGI,
+            "http_version": "1.1",
+            "server": get_local_addr(self.transport),
+            "client": get_remote_addr(self.transport),
+            "scheme": "https" if is_ssl(self.transport) else "http",
+            "root_path": self.config.root_path,
+        }
         self._tick()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
+        self.server_state.connections.discard(self)
         if self._timer is not None:
             self._timer.cancel()
-        # Uvicorn tells the newest request.
-        if self.ahead is not None and not self.ahead.response_complete:
-            self.ahead.disconnected = True
-            self.ahead.message_event.set()
+        for cycle in dict.fromkeys((self._ahead, self.cycle)):
+            if cycle is not None:
+                cycle.on_disconnect()
+        self.writable.set()
+        self.parser = None  # it refers to this object
+
+    def shutdown(self) -> None:
+        """Stop: answer requests that have arrived, refuse one that has not arrived in full."""
+        if self.receiving and not self._owes_response():
+            self._end(stopping())
+        elif self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+        else:
+            self.cycle.keep_alive = False
+
+    def _owes_response(self) -> bool:
+        """Return True if a request has arrived whole and is not answered yet."""
+        cycle = self.cycle
+        if self.receiving == BODY:
+            ahead = self._ahead
+            return ahead is not None and ahead is not cycle and not ahead.response_complete
+        return cycle is not None and not cycle.response_complete
+
+    def _end(self, problem: Problem) -> None:
+        """End the connection for a reason that the client is told, unless this request is answered."""
+        if self._farewell is not None:
+            return
+        if self._owes_response():
+            self._farewell = self._last_reply(problem)
+            if self.receiving == BODY:
+                self.pipeline.popleft()  # the newest: the request that has the problem
+            self.pause_reading()
+        elif self.receiving == BODY and self.cycle is not None and self.cycle.response_started:
+            self.transport.close()
+        else:
+            self.write_reply(self._last_reply(problem), keep_alive=False)
+
+    def _last_reply(self, problem: Problem) -> Reply:
+        self.inference.observer.http["", "", problem.kind.status, problem.kind.slug] += 1
+        return problem.reply()
+
+    # Time limits
 
     def _tick(self) -> None:
         """Close the connection if it has been idle, or receiving one request, for too long."""
-        settings = self.core.settings.server
-        if self._is_stuck(settings.receive_timeout_s):
+        settings = self.inference.settings.server
+        timeout_s = settings.receive_timeout_s
+        if self._is_stuck(timeout_s):
             self.transport.abort()
             return
         if self.transport.is_closing():
-            # It closes when its last answer is taken, or when it is found stuck.
-            self._timer = self.loop.call_later(settings.receive_timeout_s, self._tick)
+            # It closes when its last response is taken, or when it is found stuck.
+            self._timer = self.loop.call_later(timeout_s, self._tick)
             return
-        if self._owes_answer():
-            limit_s = left_s = settings.receive_timeout_s
+        if self._owes_response():
+            limit_s = left_s = timeout_s
         else:
-            # The first request has yet to come, or has yet to end, or the next may come.
-            receiving = self.receiving or self.cycle is None
-            limit_s = settings.receive_timeout_s if receiving else settings.keep_alive_s
+            limit_s = timeout_s if self.receiving or self.cycle is None else settings.keep_alive_s
             left_s = self._since_s + limit_s - time.monotonic()
         if left_s > 0:
-            # What begins while this sleeps is looked at no later than its own limit asks.
-            sleep_s = min(left_s, settings.receive_timeout_s, settings.keep_alive_s)
-            self._timer = self.loop.call_later(max(sleep_s, _LEAST_TICK_S), self._tick)
+            # Something that begins meanwhile is looked at no later than its own limit asks.
+            sleep_s = min(left_s, timeout_s, settings.keep_alive_s)
+            self._timer = self.loop.call_later(max(sleep_s, _SHORTEST_TICK_S), self._tick)
             return
         if self.receiving:
-            self._end(
-                Problem("receive-timeout", f"the request did not arrive within {limit_s:g} s", close=True)
-            )
+            detail = f"the request did not arrive within {limit_s:g} s"
+            self._end(Problem("receive-timeout", detail, close=True))
         self.transport.close()
 
     def _is_stuck(self, limit_s: float) -> bool:
-        """Whether the client has not taken a byte of what is to be sent for so long."""
+        """Return True if the client has taken no byte of its responses for `limit_s`."""
         unsent = self.transport.get_write_buffer_size()
         now_s = time.monotonic()
         if unsent == 0 or unsent != self._unsent:
             self._unsent = unsent
             self._unsent_since_s = now_s
         return unsent > 0 and now_s - self._unsent_since_s >= limit_s
-
-    def shutdown(self) -> None:
-        """The server stops: what was asked is answered; what has not been asked in full is refused."""
-        if self.receiving and not self._owes_answer():
-            self._end(stopping())
-        else:
-            super().shutdown()
-
-    def _owes_answer(self) -> bool:
-        """Whether a request that has arrived whole is not answered yet."""
-        cycle = self.cycle
-        if self.receiving == BODY:
-            ahead = self.ahead
-            return ahead is not None and ahead is not cycle and not ahead.response_complete
-        return cycle is not None and not cycle.response_complete
-
-    def _end(self, problem: Problem) -> None:
-        """Say why the connection ends, after what is owed, unless this request is answered already."""
-        if self._farewell is not None:
-            return
-        if self._owes_answer():
-            self._farewell = self._last_reply(problem)
-            if self.receiving == BODY:
-                self.pipeline.popleft()  # the request that this is about, the newest
-            self.flow.pause_reading()
-        elif self.receiving == BODY and self.cycle.response_started:
-            self.transport.close()
-        else:
-            self.write_reply(self._last_reply(problem), keep_alive=False)
-
-    def _last_reply(self, problem: Problem) -> Reply:
-        self.core.observer.http["", "", problem.kind.status, problem.kind.slug] += 1
-        return problem.reply()
 
     # Bytes in
 
@@ -194,7 +229,12 @@ class Connection(HttpToolsProtocol):
             self._headers_bytes += len(data)  # `on_message_begin` makes it 0 again
         elif self.receiving == BODY:
             self._raw_bytes += len(data)
-        super().data_received(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            pass  # not taken up; the connection ends with this response
+        except httptools.HttpParserError:
+            self._end(Problem("bad-http", "the request is not valid HTTP/1.1", close=True))
         if self.receiving == HEADERS and self._headers_bytes > _HEADERS_BYTES:
             detail = f"the headers have more than {_HEADERS_BYTES} bytes"
             self._end(Problem("headers-too-large", detail, close=True))
@@ -205,60 +245,109 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
 
     def on_message_begin(self) -> None:
-        self.begin_receiving()
-        super().on_message_begin()
-
-    def begin_receiving(self) -> None:
-        """A request's first bytes are there: its limits begin to count."""
         self.receiving = HEADERS
-        self._headers_bytes = 0
-        self._raw_bytes = 0
-        self._body_bytes = 0
+        self.url = b""
+        self.headers = []
+        self._expects_continue = False
+        self._headers_bytes = self._raw_bytes = self._body_bytes = 0
         self._since_s = time.monotonic()
 
-    def on_headers_complete(self) -> None:
-        """Give the request whose headers are there to the ASGI application."""
-        before = self.cycle
-        super().on_headers_complete()
-        # The scope has the list. Trailers come through the same callback and are no headers.
-        self.headers = []
-        if len(self.pipeline) == 1:
-            self.ahead = before
-        if self.parser.should_upgrade():
-            # Not taken up, but the parser stops here: what follows is no request of ours.
-            self.cycle.keep_alive = False
-        self.receiving = BODY
+    def on_url(self, url: bytes) -> None:
+        self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        # Behind the body they are trailers: nobody looks at them, so nobody keeps them.
+        # Trailers come through this callback too; they are not kept.
         if self.receiving == HEADERS:
-            super().on_header(name, value)
+            name = name.lower()
+            if name == b"expect":
+                self._expects_continue = value.lower() == b"100-continue"
+            self.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        """Pass the request to the ASGI application, behind those that came before it."""
+        parser, before = self.parser, self.cycle
+        # An upgrade is not taken up, but the parser stops there: the bytes behind it are no request.
+        keep_alive = parser.should_keep_alive() and not parser.should_upgrade()
+        scope = self._new_scope()
+        if scope["http_version"] == "1.0":
+            keep_alive = False
+        cycle = AsgiCycle(self, scope, keep_alive=keep_alive, expects_continue=self._expects_continue)
+        self.cycle = cycle
+        self.receiving = BODY
+        if before is None or before.response_complete:
+            self._run(cycle)
+            return
+        self.pause_reading()
+        self.pipeline.appendleft(cycle)
+        if len(self.pipeline) == 1:
+            self._ahead = before
+
+    def _new_scope(self) -> Scope:
+        version, url = self.parser.get_http_version(), self.url
+        scope: Scope = {**self._scope}
+        if version != "1.1":
+            scope["http_version"] = version
+        path = url
+        query = b""
+        if not url.startswith(b"/") or b"?" in url or b"#" in url:
+            target = httptools.parse_url(url)
+            path, query = target.path, target.query or b""
+        text = path.decode("ascii")
+        root: str = scope["root_path"]
+        scope["method"] = self.parser.get_method().decode("ascii")
+        scope["path"] = root + (unquote(text) if "%" in text else text)
+        scope["raw_path"] = root.encode("ascii") + path
+        scope["query_string"] = query
+        scope["headers"] = self.headers
+        scope["state"] = self._app_state.copy()
+        self.headers = []
+        return scope
+
+    def _run(self, cycle: AsgiCycle) -> None:
+        task = self.loop.create_task(cycle.run(self.config.loaded_app))
+        self.server_state.tasks.add(task)
+        task.add_done_callback(self.server_state.tasks.discard)
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
-        super().on_body(body)
+        self.cycle.on_body(body)  # type: ignore[union-attr]  # set with the headers
 
     def on_message_complete(self) -> None:
         self.receiving = NOTHING
-        super().on_message_complete()
+        self.cycle.on_end()  # type: ignore[union-attr]  # as above
 
-    def send_400_response(self, msg: str) -> None:
-        self._end(Problem("bad-http", msg, close=True))
+    def pause_reading(self) -> None:
+        """Read no more until `resume_reading`."""
+        if not self._read_paused:
+            self._read_paused = True
+            self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Read on, unless requests wait to be answered, or responses to be taken."""
+        if self._read_paused and not self.write_paused and not self.pipeline:
+            self._read_paused = False
+            self.transport.resume_reading()
 
     # Bytes out
 
+    def head_of(self, status: int) -> bytes:
+        """Return the beginning of a response: its status line and the date."""
+        if _HEADS.defaults is not self.server_state.default_headers:
+            _HEADS.renew(self.server_state.default_headers)
+        return _HEADS[status]
+
     def write_reply(self, reply: Reply, keep_alive: bool) -> float | None:
-        """Write a whole response and go on with the connection, or end it. When it was written, None where
-        nobody is there to read it."""
+        """Write a whole response and go on with the connection, or end it.
+
+        Returns the time at which it was written, None if the client has disconnected.
+        """
         transport = self.transport
         if transport.is_closing():
             return None
-        if _DEFAULTS.headers is not self.server_state.default_headers:
-            _DEFAULTS.renew(self.server_state.default_headers)
         length = sum(map(len, reply.body))
         request_id, timing = reply.request_id, reply.timing
         if request_id is not None and timing is not None:
-            # An infer request's good answer: one step instead of three.
+            # The response to a good infer request: one step instead of three.
             head = _ANSWERED % (reply.content_type, length, request_id, timing)
         else:
             head = b"content-type: %b\r\ncontent-length: %d\r\n" % (reply.content_type, length)
@@ -273,32 +362,36 @@ class Connection(HttpToolsProtocol):
         if reply.close or not keep_alive:
             keep_alive = False
             head += b"connection: close\r\n"
-        transport.write(b"".join((STATUS_LINE[reply.status], _DEFAULTS.text, head, b"\r\n", *reply.body)))
+        if _HEADS.defaults is not self.server_state.default_headers:
+            _HEADS.renew(self.server_state.default_headers)
+        transport.write(b"".join((_HEADS[reply.status], head, b"\r\n", *reply.body)))
         if not keep_alive:
             transport.close()
         self.on_response_complete()
         return self._since_s
 
     def on_response_complete(self) -> None:
-        # Uvicorn arms a keep-alive timer here for each response; `_tick` needs only the time.
+        """Go on with the next request, if there is one."""
         self.server_state.total_requests += 1
         self._since_s = time.monotonic()
         if self.transport.is_closing():
             return
         if self.pipeline:
-            self.ahead, app = self.pipeline.pop()
-            self._start_asgi_task(self.ahead, app)
+            self._ahead = cycle = self.pipeline.pop()
+            self._run(cycle)
         elif self._farewell is not None:
             self.write_reply(self._farewell, keep_alive=False)
             return
-        if self.flow.read_paused:
-            self.flow.resume_reading()
+        if self._read_paused:
+            self.resume_reading()
 
     def pause_writing(self) -> None:
-        # The client does not read its answers: take no more requests from it until it does.
-        super().pause_writing()
-        self.flow.pause_reading()
+        # The client does not take its responses: read no more requests from it until it does.
+        self.write_paused = True
+        self.writable.clear()
+        self.pause_reading()
 
     def resume_writing(self) -> None:
-        super().resume_writing()
-        self.flow.resume_reading()
+        self.write_paused = False
+        self.writable.set()
+        self.resume_reading()

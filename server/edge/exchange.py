@@ -1,15 +1,19 @@
-"""One HTTP request and its response through ASGI, as the outermost middleware sees them."""
+"""One request and its response, the same at both edges: record, id, compression, counting, disconnects."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+import asyncio
+from abc import abstractmethod
 
 import msgspec
-from starlette.types import Message, Scope, Send
+from starlette.types import Scope
 
-from cobatch.server.http.reply import note_problem
+from cobatch.server.http.compression import compress
+from cobatch.server.http.reply import Reply
 from cobatch.server.inference.model import Model
-from cobatch.server.observability.record import MARKS, REQUEST_ID, RequestRecord
+from cobatch.server.inference.service import Inference, InferRequest
+from cobatch.server.observability.record import RequestRecord
+from cobatch.server.observability.traffic import LEFT, LEFT_SLUG
 
 # The key in the ASGI scope.
 EXCHANGE = "cobatch.exchange"
@@ -22,50 +26,76 @@ def record_in(scope: Scope) -> RequestRecord | None:
 
 
 class Exchange(msgspec.Struct, eq=False):
-    """A request through ASGI, and what is known of its response once there is one.
+    """A request and its response. `coding`: the content coding that the client takes, if any.
 
-    The record is made where a subscriber needs it, and for every response but one whose id names its batch;
-    only for those is `model` set, and nothing else is known of them. `headers`: the last of each name.
+    There is no record of a good infer request that nobody observes: its response's id names its batch.
     """
 
-    scope: Scope
-    send_on: Send
+    inference: Inference
     received_s: float
-    headers: dict[bytes, bytes]
     record: RequestRecord | None = None
-    model: Model | None = None
-    route: str = ""
-    status: int = 0
-    request_id: bytes | None = None
+    request: InferRequest | None = None
+    coding: bytes | None = None
 
+    @abstractmethod
     def make_record(self) -> RequestRecord:
-        """Make the record."""
-        scope = self.scope
-        record = self.record = RequestRecord("", scope["method"], scope["path"], self.received_s)
-        record.scheme = scope.get("scheme", "http")
-        for name, value in scope["headers"]:
-            if name in MARKS:
-                record.mark(name, value)
-        return record
+        """Make the record from the request's headers."""
 
-    def note_infer(
-        self, model: Model, slug: str, request_id: bytes | None, head: list[tuple[bytes, bytes]]
-    ) -> None:
-        """Note how an infer request is about to be answered. `head`: the response's headers."""
-        if request_id is not None and self.record is None:
-            self.model = model
-            head.append((REQUEST_ID, request_id))
-        else:
-            self.request_id = request_id
-            note_problem(self.scope, slug)
+    @abstractmethod
+    def deliver(self, reply: Reply) -> None:
+        """Give the client the reply to an infer request."""
 
-    def send(self, message: Message) -> Awaitable[None]:
-        """Pass a message on, the response's head with its id. Not a coroutine, which would cost more."""
-        if self.model is None and message["type"] == "http.response.start":
-            self.status = message["status"]
-            record = self.record or self.make_record()
-            if self.request_id is not None and not record.request_id:
-                # The client's own id takes precedence.
-                record.request_id = self.request_id.decode()
-            message["headers"] = [*message.get("headers", ()), *record.reply_headers()]
-        return self.send_on(message)
+    def begin(self, marked: bool) -> None:
+        """Make the record if a subscriber needs one or the client has `marked` the request with an id."""
+        observer = self.inference.observer
+        drawn = observer.draw()
+        if drawn or marked or observer.each:
+            observer.begin(self.make_record(), drawn)
+
+    def on_reply(self, reply: Reply) -> None:
+        """Deliver the reply, compressed if the client takes that. Called once, unless `leave` was."""
+        if reply.request_id is None and self.record is None:
+            record = self.make_record()
+            if self.request is not None:
+                record.ran(self.request)
+        self.request = None  # it refers to this object
+        coding = self.coding
+        if coding is None or reply.length < self.inference.settings.server.compress_min_bytes:
+            self.deliver(reply)
+            return
+        # In a thread, since it would block the loop.
+        packing = asyncio.get_running_loop().run_in_executor(None, compress, reply, coding)
+        packing.add_done_callback(lambda done: self.deliver(reply if done.exception() else done.result()))
+
+    def add_id(self, reply: Reply) -> None:
+        """Give the reply the id of the record, if there is one: the client's own id goes before ours."""
+        record = self.record
+        if record is not None:
+            if not record.request_id and reply.request_id is not None:
+                record.request_id = reply.request_id.decode()
+            reply.request_id = None
+            reply.headers += record.reply_headers()
+
+    def finish(self, model: Model, status: int, slug: str, answered_s: float) -> None:
+        """Count an infer request that is answered, and pass its record on."""
+        record = self.record
+        if record is None:
+            # `Observer.watch` counts these in once per batch.
+            model.infer_traffic.durations.values.append(answered_s - self.received_s)
+            return
+        record.status, record.slug, record.answered_s = status, slug, answered_s
+        model.infer_traffic.count(status, slug, answered_s - self.received_s)
+        self.inference.observer.request_done(record)
+
+    def cancel(self) -> None:
+        """Drop the request from the batcher: its client is gone."""
+        request, self.request = self.request, None
+        if request is not None:
+            self.inference.cancel(request)
+
+    def leave(self, model: Model, now_s: float) -> None:
+        """Count an infer request whose client disconnected before the response."""
+        self.cancel()
+        if self.record is None:
+            self.make_record()
+        self.finish(model, LEFT, LEFT_SLUG, now_s)

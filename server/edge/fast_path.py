@@ -1,13 +1,11 @@
-"""The infer routes below ASGI: uvicorn's own HTTP protocol with a short cut.
+"""Infer requests below ASGI: no scope, no task, no coroutine.
 
-The connection keeps its rules (`server.edge.connection`): parsing, pipelining, limits, the end. When a
-request's headers are complete and it is a plain POST to an infer route with nothing before it in the
-pipeline, it gets a `FastCycle` (`server.edge.fast_cycle`) in place of uvicorn's `RequestResponseCycle`: no
-scope, no task, no coroutine; the body goes to the handler core, whose callback writes the whole response in
-one piece. Anything else takes uvicorn's way into the Starlette application.
+A plain POST to an infer route, with no request before it in the pipeline, gets a `FastExchange`. Its body
+goes to `Inference.infer`, whose callback writes the whole response at once. Any other request goes through
+ASGI.
 
-A second short cut: where a header block that led to the fast path arrives again at a message's start, to the
-byte and together with exactly its body, the parser is not asked again (`server.edge.header_cache`).
+If a header block that led here arrives again, to the byte and together with exactly its body, the parser is
+not asked (`server.edge.header_cache`).
 """
 
 from __future__ import annotations
@@ -19,20 +17,104 @@ from typing import Any
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from cobatch.server.edge.connection import BODY, NOTHING, Connection
-from cobatch.server.edge.fast_cycle import FastCycle
-from cobatch.server.edge.header_cache import Known, recognise, remember
+from cobatch.server.auth.tenants import rate_limit_headers
+from cobatch.server.edge.connection import BODY, Connection
+from cobatch.server.edge.exchange import Exchange
+from cobatch.server.edge.header_cache import CachedHeaders, HeaderCache, match, store
 from cobatch.server.http.problem import too_large
 from cobatch.server.http.reply import Reply
 from cobatch.server.inference.service import Inference
 from cobatch.server.observability.observer import Observer
+from cobatch.server.observability.record import INFER_ROUTE, RequestRecord
 
 
-class FastProtocol(Connection):
-    """One connection. `core`, `observer` and `known_blocks` are set by `make_protocol`."""
+class FastExchange(Exchange, kw_only=True):
+    """An infer request on its connection, from its headers to its response."""
+
+    connection: FastConnection
+    block: CachedHeaders
+    keep_alive: bool
+    body: bytes | bytearray = b""
+    response_complete: bool = False
+
+    @property
+    def response_started(self) -> bool:
+        """The response is written in one piece."""
+        return self.response_complete
+
+    def make_record(self) -> RequestRecord:
+        block = self.block
+        record = self.record = RequestRecord("", "POST", block.path, self.received_s)
+        record.route = INFER_ROUTE
+        record.scheme = "https" if self.connection.config.is_ssl else "http"
+        record.model = block.model.name
+        if block.principal is not None:
+            record.tenant = block.principal.tenant.name
+        for name, value in block.marks:
+            record.mark(name, value)
+        return record
+
+    def on_body(self, data: bytes) -> None:
+        """Keep a part of the body, unless the request is refused already."""
+        if self.response_complete:
+            return
+        if not self.body:
+            self.body = data
+        elif type(self.body) is bytearray:
+            self.body += data
+        else:
+            self.body = bytearray(self.body) + data
+
+    def on_end(self) -> None:
+        """Infer with the whole body."""
+        if not self.response_complete:
+            block = self.block
+            connection = self.connection
+            if connection.chunk is not None:
+                assert self.inference.auth is None or block.principal is not None
+                store(connection.cache, connection.chunk, block)
+            self.infer(self.body)
+
+    def infer(self, body: bytes | bytearray) -> None:
+        """Submit the request."""
+        block = self.block
+        self.request = self.inference.infer(
+            block.model, body, block.json_length, self.on_reply, block.principal, self.record
+        )
+
+    def refuse(self, reply: Reply) -> None:
+        """Answer before the body, which is then dropped.
+
+        Not compressed in a thread: what follows must find the request answered.
+        """
+        if self.record is None:
+            self.make_record()
+        self.deliver(reply)
+
+    def deliver(self, reply: Reply) -> None:
+        self.response_complete = True
+        block = self.block
+        principal = block.principal
+        if principal is not None and self.inference.rate_limit_headers and principal.tenant.limited:
+            reply.headers += rate_limit_headers(principal.tenant, time.monotonic())
+        if self.record is not None:
+            self.add_id(reply)
+        written_s = self.connection.write_reply(reply, self.keep_alive)
+        if written_s is not None:
+            self.finish(block.model, reply.status, reply.slug, written_s)
+
+    def on_disconnect(self) -> None:
+        """Drop the request, unless it is answered."""
+        if not self.response_complete:
+            self.response_complete = True
+            self.leave(self.block.model, time.monotonic())
+
+
+class FastConnection(Connection):
+    """One connection with the fast path. `make_protocol` sets `inference`, `observer` and `cache`."""
 
     observer: Observer
-    known_blocks: dict[bytes, Known]
+    cache: HeaderCache
 
     def __init__(
         self,
@@ -42,125 +124,65 @@ class FastProtocol(Connection):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        # Its class has them; what is the object's own is found with fewer steps.
+        # Attributes of the instance are found faster.
         self.observer = self.observer
-        self.known_blocks = self.known_blocks
-        self._chunk: bytes | None = None
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        cycles = dict.fromkeys((self.cycle, self.ahead))
-        super().connection_lost(exc)
-        for cycle in cycles:
-            if isinstance(cycle, FastCycle) and not cycle.response_complete:
-                cycle.leave()
+        self.cache = self.cache
+        self.chunk: bytes | None = None
 
     def data_received(self, data: bytes) -> None:
         if not self.receiving:
             cycle = self.cycle
             if cycle is None or (cycle.response_complete and not self.pipeline):
                 end = data.find(b"\r\n\r\n") + 4
-                known = self.known_blocks.get(data[:end])
-                if known is not None and len(data) - end == known.length:
-                    principal = known.principal
+                block = self.cache.get(data[:end])
+                if block is not None and len(data) - end == block.length:
+                    principal = block.principal
                     if principal is None or principal.expires_s > time.time():
-                        self._serve(known, data[end:])
+                        self._new_exchange(block).infer(data[end:])
                         return
-                    del self.known_blocks[data[:end]]
-                self._chunk = data
+                    del self.cache[data[:end]]
+                self.chunk = data
         super().data_received(data)
-        self._chunk = None
+        self.chunk = None
 
-    def _serve(self, known: Known, body: bytes) -> None:
-        cycle = FastCycle(self, known, known.keep_alive, time.monotonic())
-        self.cycle = cycle  # type: ignore[assignment]
-        if self.observer.watched:
-            cycle.begin()
-        cycle.request = self.core.infer(
-            known.model, body, known.json_length, cycle.reply, known.principal, cycle.record
+    def _new_exchange(self, block: CachedHeaders) -> FastExchange:
+        exchange = FastExchange(
+            self.inference,
+            time.monotonic(),
+            coding=block.coding,
+            connection=self,
+            block=block,
+            keep_alive=block.keep_alive,
         )
-
-    # The parser's callbacks
-
-    def on_message_begin(self) -> None:
-        # Uvicorn makes the ASGI scope here; `_take_long_way` does so when it is needed.
-        self.begin_receiving()
-        self.url = b""
-        self.expect_100_continue = False
-        self.headers = []
-
-    def _take_long_way(self) -> None:
-        url, headers, expect = self.url, self.headers, self.expect_100_continue
-        super().on_message_begin()
-        self.url = url
-        self.headers.extend(headers)
-        self.expect_100_continue = expect
-        super().on_headers_complete()
+        self.cycle = exchange
+        if block.marks or self.observer.watched:
+            exchange.begin(bool(block.marks))
+        return exchange
 
     def on_headers_complete(self) -> None:
         before = self.cycle
-        known = None
+        block = None
         if not self.pipeline and (before is None or before.response_complete):
-            known = recognise(self.core, self.parser, self.url, self.headers)
-        if known is None:
-            self._take_long_way()
+            block = match(self.inference, self.parser, self.url, self.headers)
+        if block is None:
+            super().on_headers_complete()
             return
         self.receiving = BODY
-        cycle = FastCycle(self, known, known.keep_alive, time.monotonic())
-        self.cycle = cycle  # type: ignore[assignment]
-        if known.marks or self.observer.watched:
-            cycle.begin()
-        refusal = self._refusal(known)
-        if refusal is not None:
-            # At once, not compressed in a thread: what follows must find the request answered.
-            cycle.refuse(refusal)
-
-    def _refusal(self, known: Known) -> Reply | None:
-        """The answer to a request whose body need not be read, or None."""
-        problem = known.refusal or self.core.admit(known.model, known.principal)
-        limit = self.core.settings.server.max_body_bytes
-        too_long = known.length > limit
+        exchange = self._new_exchange(block)
+        problem = block.refusal or self.inference.admit(block.model, block.principal)
+        limit = self.inference.settings.server.max_body_bytes
+        too_long = block.length > limit
         if too_long and problem is None:
-            problem = too_large(known.length, limit)
-        if problem is None:
-            return None
-        reply = problem.reply(instance=known.model.infer_path)
-        reply.close |= too_long  # reading so much only to drop it would be the attack
-        return reply
-
-    def on_body(self, body: bytes) -> None:
-        cycle = self.cycle
-        if not isinstance(cycle, FastCycle):
-            super().on_body(body)
-            return
-        self._body_bytes += len(body)
-        if not cycle.response_complete:
-            if not cycle.body:
-                cycle.body = body
-            elif type(cycle.body) is bytearray:
-                cycle.body += body
-            else:
-                cycle.body = bytearray(cycle.body)
-                cycle.body += body
-
-    def on_message_complete(self) -> None:
-        cycle = self.cycle
-        if not isinstance(cycle, FastCycle):
-            super().on_message_complete()
-            return
-        self.receiving = NOTHING
-        if not cycle.response_complete:
-            cycle.more_body = False
-            known = cycle.known
-            if self._chunk is not None:
-                assert self.core.auth is None or known.principal is not None
-                remember(self.known_blocks, self._chunk, known)
-            cycle.request = self.core.infer(
-                known.model, cycle.body, known.json_length, cycle.reply, known.principal, cycle.record
-            )
+            problem = too_large(block.length, limit)
+        if problem is not None:
+            reply = problem.reply(instance=block.model.infer_path)
+            reply.close |= too_long  # reading so much only to drop it would be the attack
+            exchange.refuse(reply)
 
 
-def make_protocol(core: Inference) -> type[FastProtocol]:
-    """The protocol class for one server, to be given to uvicorn as `http`."""
-    return type(
-        "CobatchProtocol", (FastProtocol,), {"core": core, "observer": core.observer, "known_blocks": {}}
-    )
+def make_protocol(inference: Inference) -> type[Connection]:
+    """Return the protocol class of one server, for uvicorn's `http`."""
+    if not inference.settings.server.fast_path:
+        return type("CobatchConnection", (Connection,), {"inference": inference})
+    attributes = {"inference": inference, "observer": inference.observer, "cache": {}}
+    return type("CobatchFastConnection", (FastConnection,), attributes)

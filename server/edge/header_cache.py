@@ -1,8 +1,7 @@
-"""What a request's header block said, and the blocks whose bytes need not be parsed again.
+"""Parsed header blocks of infer requests, by their bytes.
 
-Clients repeat their headers to the byte. A header block that httptools has parsed and that led to the fast
-path is remembered with what it said; the same bytes mean the same thing, so to know them again decides
-nothing that httptools has not decided before.
+Clients repeat their headers to the byte. A block that httptools has parsed and that led to the fast path is
+kept with its meaning. The same bytes mean the same, so a match decides nothing that httptools has not.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Inference
 from cobatch.server.observability.record import MARKS
 
-_MOST_BLOCKS = 4096
-_MOST_BYTES = 4096
-# Headers that make a request take the long way.
+_BLOCKS = 4096
+_BLOCK_BYTES = 4096
+# Requests with one of these go through ASGI.
 _UNUSUAL = frozenset((b"content-encoding", b"upgrade", b"transfer-encoding", b"expect"))
 
 Headers = Sequence[tuple[bytes, bytes]]
+HeaderCache = dict[bytes, "CachedHeaders"]
 
 
-class Known(msgspec.Struct, eq=False):
-    """What a header block said: all that the fast path needs to know of it.
+class CachedHeaders(msgspec.Struct, eq=False):
+    """The meaning of a header block on the fast path.
 
-    `length` of the body, `json_length` of its JSON part where the rest is binary; `coding`: for the answer.
-    `principal` is who calls, `refusal` why he may not. `marks` are headers that another request does not
-    have: under which name the caller knows this one.
+    `length`: of the body; `json_length`: of its JSON part if the rest is binary; `coding`: for the response.
+    `refusal`: why the client may not proceed, else `principal`. `marks`: headers that identify one request.
     """
 
     model: Model
@@ -48,9 +47,11 @@ class Known(msgspec.Struct, eq=False):
     refusal: Problem | None = None
 
 
-def recognise(core: Inference, parser: HttpRequestParser, url: bytes, headers: Headers) -> Known | None:
-    """What a plain request to an infer route says in its headers; None for any other request."""
-    model = core.infer_targets.get(url)
+def match(
+    inference: Inference, parser: HttpRequestParser, url: bytes, headers: Headers
+) -> CachedHeaders | None:
+    """Return the meaning of a plain request to an infer route; None for any other request."""
+    model = inference.infer_targets.get(url)
     if model is None or parser.get_method() != b"POST":
         return None
     length = -1
@@ -73,32 +74,35 @@ def recognise(core: Inference, parser: HttpRequestParser, url: bytes, headers: H
     if length < 0 or json_length == 0 or parser.get_http_version() != "1.1":
         return None
     keep_alive = parser.should_keep_alive()
-    known = Known(model, url.decode("ascii"), length, json_length, keep_alive, coding, marks)
-    return known if core.auth is None or _recall_caller(core.auth, headers, known) else None
+    block = CachedHeaders(model, url.decode("ascii"), length, json_length, keep_alive, coding, marks)
+    auth = inference.auth
+    return block if auth is None or _authenticate(auth, headers, block) else None
 
 
-def _recall_caller(auth: Authenticator, headers: Headers, known: Known) -> bool:
-    """Note who calls, or why he may not. False where a signature has to be checked: that can wait for the
-    issuer's keys, which the long way does."""
-    recalled: Principal | Problem | None
+def _authenticate(auth: Authenticator, headers: Headers, block: CachedHeaders) -> bool:
+    """Set the principal or the refusal.
+
+    Returns False if a signature has to be checked: that may wait for the issuer's keys, as ASGI can.
+    """
+    known: Principal | Problem | None
     try:
-        recalled = auth.lookup(credential_in(headers, b"", auth.challenges))
+        known = auth.lookup(credential_in(headers, b"", auth.challenges))
     except Problem as problem:
-        recalled = problem
-    if isinstance(recalled, Principal):
-        known.principal = recalled
+        known = problem
+    if isinstance(known, Principal):
+        block.principal = known
     else:
-        known.refusal = recalled
-    return recalled is not None
+        block.refusal = known
+    return known is not None
 
 
-def remember(blocks: dict[bytes, Known], chunk: bytes, known: Known) -> None:
-    """Keep the header block that a chunk begins with, if the rest of it is one request's whole body."""
-    if not known.keep_alive or known.marks:
+def store(cache: HeaderCache, chunk: bytes, block: CachedHeaders) -> None:
+    """Keep the header block at the chunk's beginning, if the rest is the request's whole body."""
+    if not block.keep_alive or block.marks:
         return
     end = chunk.find(b"\r\n\r\n") + 4
-    if end > _MOST_BYTES or len(chunk) - end != known.length:
+    if end > _BLOCK_BYTES or len(chunk) - end != block.length:
         return
-    if len(blocks) >= _MOST_BLOCKS:
-        del blocks[next(iter(blocks))]
-    blocks[chunk[:end]] = known
+    if len(cache) >= _BLOCKS:
+        del cache[next(iter(cache))]
+    cache[chunk[:end]] = block

@@ -123,7 +123,7 @@ def from_error(error: Exception) -> Problem:
             members |= {name: getattr(error, seconds) * 1e3 for name, seconds in in_ms.items()}
             return Problem(slug, str(error), **members)
         case _:
-            return Problem("internal", "the server failed on this request; its log says why")
+            return internal()
 
 
 def too_large(length: int, limit: int) -> Problem:
@@ -135,6 +135,11 @@ def too_large(length: int, limit: int) -> Problem:
         body_bytes=length,
         limit_bytes=limit,
     )
+
+
+def internal() -> Problem:
+    """Return the problem of a request that a defect of the server prevents."""
+    return Problem("internal", "the server failed on this request; its log says why")
 
 
 def stopping() -> Problem:

@@ -95,7 +95,7 @@ class Inference:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.auth = None if settings.auth is None else Authenticator(settings.auth)
-        self.shows_standing = settings.auth is not None and settings.auth.rate_limit_headers
+        self.rate_limit_headers = settings.auth is not None and settings.auth.rate_limit_headers
         self.models = {model.name: Model(model) for model in settings.models}
         self.observer = Observer()
         # What the fast path compares the request target with, byte for byte.

@@ -1,19 +1,12 @@
-"""How it ends: draining with connections in every state, and uvicorns that the fast path does not know."""
+"""The end: draining with connections in every state."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
-from typing import Any
 
 import pytest
-from uvicorn.protocols.http import flow_control
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
-from uvicorn.server import ServerState
 
-from cobatch.server.edge import uvicorn_parts
-from cobatch.server.edge.connection import Connection
-from tests.support.http.serving import DEADLINE_S, GATE, Served, data_of, gate, gated, get, post, rows_of
+from tests.support.http.serving import DEADLINE_S, GATE, Served, data_of, gate, gated, get, post
 
 FAST_OR_NOT = pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
 
@@ -114,64 +107,3 @@ def test_what_is_not_done_in_time_is_told_so(fast: bool, caplog: pytest.LogCaptu
         assert client.closed()
         engine.release()
         stopped(served)
-
-
-# Uvicorn's inside
-
-
-def test_this_uvicorn_is_as_expected() -> None:
-    assert uvicorn_parts.missing() is None
-
-
-def other(*parameters: str) -> Callable[..., None]:
-    """A function with these parameters."""
-    made: Callable[..., None] = eval(f"lambda self, {', '.join(parameters)}: None")
-    return made
-
-
-CHANGES: list[tuple[Any, str, Any]] = [
-    (HttpToolsProtocol, "on_body", None),
-    (HttpToolsProtocol, "on_body", other("body", "more")),
-    (HttpToolsProtocol, "data_received", other("buffer")),
-    (HttpToolsProtocol, "__init__", other("config", "server_state")),
-    (HttpToolsProtocol, "__init__", other("config", "server_state", "app_state", "_loop")),
-    (HttpToolsProtocol, "_start_asgi_task", None),
-    (RequestResponseCycle, "__init__", other("scope")),
-    (flow_control.FlowControl, "resume_reading", None),
-    (flow_control.FlowControl, "__init__", other("transport", "limit")),
-    (flow_control, "FlowControl", None),
-    (ServerState, "__init__", other("config=None")),
-]
-
-
-@pytest.mark.parametrize(("owner", "name", "value"), CHANGES)
-def test_a_changed_part_is_named(owner: Any, name: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    if value is None:
-        monkeypatch.delattr(owner, name)
-    else:
-        monkeypatch.setattr(owner, name, value)
-    missing = uvicorn_parts.missing()
-    assert missing is not None
-    assert owner.__name__.rpartition(".")[2] in missing
-
-
-def test_a_changed_uvicorn_is_served_through_asgi(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Slower, right, and said once."""
-    on_body = HttpToolsProtocol.on_body
-
-    def changed(self: HttpToolsProtocol, body: bytes, more: bool = False) -> None:
-        on_body(self, body)
-
-    monkeypatch.setattr(HttpToolsProtocol, "on_body", changed)
-    with gated(True) as (served, _), served.connect() as client:
-        for n in range(3):
-            assert data_of(client.ask(gate(n))) == [2 * n]
-        assert data_of(client.ask(post(GATE, rows_of(1, 2)))) == [2, 4]
-        (protocol,) = served.call(served.connections)
-        assert isinstance(protocol, HttpToolsProtocol)
-        assert not isinstance(protocol, Connection)
-    said = [record.getMessage() for record in caplog.records if "no fast path" in record.getMessage()]
-    assert len(said) == 1
-    assert "HttpToolsProtocol.on_body" in said[0]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cobatch.engines.base import DATATYPES
-from cobatch.server.edge.fast_cycle import FastCycle
+from cobatch.server.edge.fast_path import FastExchange
 from tests.support.http import wire
 from tests.support.http.serving import Served, data_of, get, post
 from tests.support.http.wire import ADD, BINARY, ONNX_TYPES, K, X, fp32, infer, parts, tensor
@@ -33,7 +33,7 @@ def test_each_path_takes_its_own_way(served: Served) -> None:
         for _ in range(2):
             assert client.ask(post("/v2/models/add/infer", ADD)).status == 200
             (cycle,) = served.call(lambda: [protocol.cycle for protocol in served.connections()])
-            assert (type(cycle) is FastCycle) == served.fast
+            assert (type(cycle) is FastExchange) == served.fast
 
 
 @pytest.mark.parametrize("data", [[[1, 2, 3], [4, 5, 6]], [1, 2, 3, 4, 5, 6]], ids=["nested", "flat"])

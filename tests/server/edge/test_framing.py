@@ -309,11 +309,11 @@ def test_no_more_than_so_many_blocks_are_kept(
 ) -> None:
     (protocol,) = served.call(served.connections)
     if not served.fast:
-        assert not hasattr(protocol, "known_blocks")
+        assert not hasattr(protocol, "cache")
         return
-    known = protocol.known_blocks
+    known = protocol.cache
     limit = len(known) + 3
-    monkeypatch.setattr(cobatch.server.edge.header_cache, "_MOST_BLOCKS", limit)
+    monkeypatch.setattr(cobatch.server.edge.header_cache, "_BLOCKS", limit)
     for n in range(10):
         assert data_of(client.ask(gate(7, headers={"X": str(n)}))) == [14]
     assert len(known) == limit

@@ -354,4 +354,4 @@ def test_ids_on_a_known_header_block_are_each_requests_own() -> None:
 
 def _blocks(served: Served) -> int:
     (connection,) = served.call(served.connections)
-    return len(connection.known_blocks)
+    return len(connection.cache)

@@ -135,7 +135,7 @@ def protected(
         mock.patch("cobatch.server.inference.model.Batcher", batcher),
         mock.patch("cobatch.server.app.Feed", feed),
         mock.patch("cobatch.server.edge.fast_path.time", clock.module),
-        mock.patch("cobatch.server.edge.fast_cycle.time", clock.module),
+        mock.patch("cobatch.server.inference.service.time", clock.module),
         mock.patch("cobatch.server.auth.gate.time", clock.module),
         mock.patch("cobatch.server.batch.routes.time", clock.module),
         serve(fast, models, engines=engines, auth=auth, **(server or {})) as served,

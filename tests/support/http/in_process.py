@@ -20,8 +20,7 @@ from cobatch.engines.errors import EngineError
 from cobatch.engines.loader import EngineOptions, load_engine
 from cobatch.server.app import build
 from cobatch.server.auth.gate import Gate
-from cobatch.server.edge.asgi import InferRoutes
-from cobatch.server.edge.observed import ObservingMiddleware
+from cobatch.server.edge.asgi import InferRoutes, ObservingMiddleware
 from cobatch.server.inference.service import Inference
 from cobatch.server.settings.auth import AuthSettings
 from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings

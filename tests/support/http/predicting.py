@@ -22,8 +22,7 @@ from cobatch.engines.base import Engine
 from cobatch.engines.loader import EngineOptions, load_engine
 from cobatch.server.app import build
 from cobatch.server.auth.principal import PRINCIPAL, Principal
-from cobatch.server.edge.asgi import InferRoutes
-from cobatch.server.edge.observed import ObservingMiddleware
+from cobatch.server.edge.asgi import InferRoutes, ObservingMiddleware
 from cobatch.server.inference.service import Inference
 from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings
 from tests.support.http.serving import DEADLINE_S, GatedEngine

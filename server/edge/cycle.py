@@ -1,0 +1,193 @@
+"""One request passed to an ASGI application: its scope, `receive` and `send`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import MutableMapping
+from typing import Any, Protocol
+
+from starlette.types import ASGIApp, Message, Scope
+
+from cobatch.server.http.problem import internal
+from cobatch.server.http.reply import Reply
+
+log = logging.getLogger("cobatch.edge")
+
+# Of a body that the application has not asked for, at most this much is read.
+HIGH_WATER_BYTES = 65536
+# Responses without a body, and without Content-Length.
+_BODILESS = (204, 304)
+
+
+class Client(Protocol):
+    """The connection, as far as a cycle uses it."""
+
+    transport: Any
+    writable: asyncio.Event
+    write_paused: bool
+
+    def head_of(self, status: int) -> bytes: ...
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+    def write_reply(self, reply: Reply, keep_alive: bool) -> float | None: ...
+    def on_response_complete(self) -> None: ...
+
+
+class AsgiCycle:
+    """A request on its connection, from its headers to the end of its response."""
+
+    __slots__ = (
+        "_body", "_body_left", "_chunked", "_client", "_event", "_expects_continue", "_head", "_more_body",
+        "_news", "_scope", "disconnected", "keep_alive", "response_complete", "response_started",
+    )  # fmt: skip
+
+    def __init__(self, client: Client, scope: Scope, *, keep_alive: bool, expects_continue: bool) -> None:
+        self._client = client
+        self._scope = scope
+        self.keep_alive = keep_alive
+        self._expects_continue = expects_continue
+        self.disconnected = False
+        self._body: bytes | bytearray = b""
+        self._more_body = True
+        self._news = False  # there is something that `receive` has not returned yet
+        self._event: asyncio.Event | None = None  # made when `receive` has to wait
+        self.response_started = False
+        self.response_complete = False
+        self._head = b""
+        self._chunked = False
+        self._body_left = 0
+
+    async def run(self, app: ASGIApp) -> None:
+        """Let the application answer the request."""
+        try:
+            await app(self._scope, self.receive, self.send)
+        except Exception:
+            log.exception("the ASGI application failed")
+        finally:
+            if self.disconnected or self.response_complete:
+                pass
+            elif self.response_started:
+                self._client.transport.close()
+            else:
+                self.response_started = self.response_complete = True
+                self._client.write_reply(internal().reply(), keep_alive=False)
+
+    # From the connection
+
+    def on_body(self, data: bytes) -> None:
+        """A part of the body has arrived."""
+        if self.response_complete:
+            return
+        if not self._body:
+            self._body = data
+        elif type(self._body) is bytearray:
+            self._body += data
+        else:
+            self._body = bytearray(self._body) + data
+        if len(self._body) > HIGH_WATER_BYTES:
+            self._client.pause_reading()
+        self._wake()
+
+    def on_end(self) -> None:
+        """The body is complete."""
+        self._more_body = False
+        self._wake()
+
+    def on_disconnect(self) -> None:
+        """The client is gone."""
+        if not self.response_complete:
+            self.disconnected = True
+            self._wake()
+
+    def _wake(self) -> None:
+        self._news = True
+        if self._event is not None:
+            self._event.set()
+
+    # From the application
+
+    async def receive(self) -> Message:
+        """Return the next part of the body; after its end, wait for the client to disconnect."""
+        client = self._client
+        if self._expects_continue and not self.response_started and not client.transport.is_closing():
+            self._expects_continue = False
+            client.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if not self._news and not self.response_complete:
+            client.resume_reading()
+            if self._event is None:
+                self._event = asyncio.Event()
+            await self._event.wait()
+        if self.disconnected or self.response_complete:
+            return {"type": "http.disconnect"}
+        if self._event is not None:
+            self._event.clear()
+        self._news = False
+        body, self._body = self._body, b""
+        return {"type": "http.request", "body": bytes(body), "more_body": self._more_body}
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        """Write a part of the response."""
+        if self._client.write_paused and not self.disconnected:
+            await self._client.writable.wait()
+        if self.disconnected:
+            return
+        kind = message["type"]
+        if kind == "http.response.start" and not self.response_started:
+            self._start(message)
+        elif kind == "http.response.body" and self.response_started and not self.response_complete:
+            self._write(message.get("body", b""), message.get("more_body", False))
+        else:
+            raise RuntimeError(f"unexpected ASGI message {kind!r}")
+
+    def _start(self, message: MutableMapping[str, Any]) -> None:
+        """Make the head. It is written with the body if that is of known length, else at once."""
+        self.response_started = True
+        status = message["status"]
+        length = None
+        closes = False
+        lines = []
+        for name, value in message.get("headers", ()):
+            if name == b"content-length":
+                length = int(value)
+            elif name == b"connection":
+                closes = b"close" in value.lower()
+            lines.append(b"%b: %b\r\n" % (name, value))
+        if closes:
+            self.keep_alive = False
+        elif not self.keep_alive:
+            lines.append(b"connection: close\r\n")
+        if length is None and self._scope["method"] != "HEAD" and status not in _BODILESS:
+            self._chunked = True
+            lines.append(b"transfer-encoding: chunked\r\n")
+        fields = b"".join(lines)
+        if fields.count(b"\n") != len(lines) or fields.count(b"\r") != len(lines):
+            raise RuntimeError("a line break in a response header")
+        head = b"%b%b\r\n" % (self._client.head_of(status), fields)
+        if length:
+            self._head = head
+            self._body_left = 0 if self._scope["method"] == "HEAD" else length
+        else:
+            self._client.transport.write(head)
+
+    def _write(self, body: bytes, more_body: bool) -> None:
+        if self._chunked:
+            data = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
+            data += b"" if more_body else b"0\r\n\r\n"
+        elif self._scope["method"] == "HEAD":
+            data = b""
+        else:
+            data = body
+            self._body_left -= len(body)
+            if self._body_left < 0 or (self._body_left and not more_body):
+                raise RuntimeError("the response's body is not as long as its Content-Length")
+        if self._head:
+            data, self._head = b"".join((self._head, data)), b""
+        if data:
+            self._client.transport.write(data)
+        if not more_body:
+            self.response_complete = True
+            self._wake()
+            if not self.keep_alive:
+                self._client.transport.close()
+            self._client.on_response_complete()
