@@ -35,7 +35,7 @@ def serve(*, config: Path | None, check: bool, **flags: object) -> None:
         _check_tls(settings.server.tls_cert, settings.server.tls_key)
     if check and settings.auth is not None:
         _check_keys(settings.auth, errors)
-    if check and not errors:
+    if check and settings.server.tracing and not errors:
         _check_libraries(settings, errors)
     if errors:
         for message in errors.messages:
@@ -83,7 +83,7 @@ def _check_keys(auth: AuthSettings, errors: Errors) -> None:
 
 
 def _check_libraries(settings: Settings, errors: Errors) -> None:
-    """Make the application, which refuses settings whose libraries are not installed. Starts nothing."""
+    """Make the application, which refuses to trace without OpenTelemetry. Starts nothing."""
     from cobatch.server.app import create_app  # noqa: PLC0415 - only with --check
 
     with errors:
@@ -110,11 +110,10 @@ def _parameter(setting: Setting) -> Parameter:
     default = setting.computed or _shown(setting.default)
     text = f"{setting.help[0].upper()}{setting.help[1:]}{f' (default: {default})' if default else ''}."
     if setting.is_switch:
-        option = typer.Option(f"{flag}/--no-{flag[2:]}", help=text)
-        return _keyword(setting.name, Annotated[bool | None, option], None)
-    return _keyword(
-        setting.name, Annotated[str | None, typer.Option(flag, metavar=setting.placeholder, help=text)], None
-    )
+        switch = typer.Option(f"{flag}/--no-{flag[2:]}", help=text)
+        return _keyword(setting.name, Annotated[bool | None, switch])
+    option = typer.Option(flag, metavar=setting.placeholder, help=text)
+    return _keyword(setting.name, Annotated[str | None, option])
 
 
 def _shown(default: object) -> str:
@@ -131,7 +130,7 @@ def _shown(default: object) -> str:
             return str(default)
 
 
-def _keyword(name: str, kind: Any, default: object) -> Parameter:
+def _keyword(name: str, kind: Any, default: object = None) -> Parameter:
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 
@@ -140,8 +139,8 @@ _CONFIG = typer.Option(metavar="FILE", help="Configuration file (TOML).")
 _CHECK = typer.Option("--check", help="Check the settings, print every error, and exit.")
 serve.__signature__ = Signature(  # type: ignore[attr-defined]
     [
-        _keyword("model", Annotated[str | None, _MODEL], None),
-        _keyword("config", Annotated[Path | None, _CONFIG], None),
+        _keyword("model", Annotated[str | None, _MODEL]),
+        _keyword("config", Annotated[Path | None, _CONFIG]),
         _keyword("check", Annotated[bool, _CHECK], False),
         *(
             _parameter(setting)

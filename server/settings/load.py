@@ -193,30 +193,33 @@ def _with_flags(tables: list[Table], given: Table, errors: Errors) -> list[Table
 
 
 def _build_models(tables: list[Table], errors: Errors) -> tuple[ModelSettings, ...]:
-    models: list[ModelSettings] = []
-    keys: list[str] = []
+    models: dict[str, ModelSettings] = {}  # by key path
     for table in tables:
         with errors:
             if "pad" in table and not errors.about(table["pad"].key):
                 check_pads(table["pad"].value)
-        path = table["path"]
-        key = path.key.removesuffix(".path")
-        model = msgspec.convert(values_of(table), ModelSettings)
         with errors:
-            if not Path(model.path).is_file():
-                why = "a folder" if Path(model.path).is_dir() else "no file there"
-                expected = f"expected a model file, got {model.path!r}: {why}"
-                raise SettingsError(f"{path.key}: {expected} ({path.source})")
+            _check_model_file(table["path"])
         with errors:
-            source = table["name"].source if "name" in table else "the file's name; set name"
-            check(f"{key}.name", model.name, Name, source)
-            for other, earlier in zip(keys, models, strict=True):
-                if earlier.name == model.name:
-                    where = table.get("name", path).source
-                    raise SettingsError(f"{key}.name: {model.name!r} is already {other}'s name ({where})")
-            models.append(model)
-            keys.append(key)
-    return tuple(models)
+            model = msgspec.convert(values_of(table), ModelSettings)
+            key = table["path"].key.removesuffix(".path")
+            _check_name(f"{key}.name", model.name, table, models)
+            models[key] = model
+    return tuple(models.values())
+
+
+def _check_model_file(path: Given) -> None:
+    if not Path(path.value).is_file():
+        why = "a folder" if Path(path.value).is_dir() else "no file there"
+        raise SettingsError(f"{path.key}: expected a model file, got {path.value!r}: {why} ({path.source})")
+
+
+def _check_name(key: str, name: str, table: Table, models: Mapping[str, ModelSettings]) -> None:
+    check(key, name, Name, table["name"].source if "name" in table else "the file's name; set name")
+    for other, model in models.items():
+        if model.name == name:
+            source = table.get("name", table["path"]).source
+            raise SettingsError(f"{key}: {name!r} is already {other}'s name ({source})")
 
 
 def _check_rules(auth: AuthSettings, names: list[str], source: str, errors: Errors) -> None:

@@ -140,15 +140,13 @@ def read_toml(path: Path, origin: str) -> dict[str, Any]:
     """Read a TOML file; `origin` says what named the file. Raises SettingsError."""
     try:
         return tomllib.loads(path.read_bytes().decode())
-    except (OSError, ValueError) as error:
-        match error:
-            case OSError():
-                why = f"cannot read {path}: {error.strerror}"
-            case UnicodeDecodeError():
-                why = f"{path} is not UTF-8: byte {error.start}"
-            case _:
-                why = f"{path} is not TOML: {error}"
-        raise SettingsError(f"config: {why} ({origin})") from None
+    except OSError as error:
+        why = f"cannot read {path}: {error.strerror}"
+    except UnicodeDecodeError as error:
+        why = f"{path} is not UTF-8: byte {error.start}"
+    except tomllib.TOMLDecodeError as error:
+        why = f"{path} is not TOML: {error}"
+    raise SettingsError(f"config: {why} ({origin})")
 
 
 def check(key: str, value: object, kind: Any, source: str, *, text: bool = False) -> Given:
