@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes a real server; its promtool checks what lies in deploy/."""
+"""A real Prometheus scrapes a real server; promtool checks the files in deploy/."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DASHBOARD = DEPLOY / "grafana" / "cobatch.json"
 
 
 def scraped(served: Served) -> threading.Semaphore:
-    """Is released by each scrape."""
+    """Return a semaphore that each scrape releases."""
     scrapes = threading.Semaphore(0)
 
     def done(record: RequestRecord) -> None:
@@ -38,22 +38,22 @@ def scraped(served: Served) -> threading.Semaphore:
 
 
 def config_for(port: int, folder: Path, more: str = "") -> Path:
-    """The one in deploy/, for a server on this port that is scraped ten times a second."""
+    """Write the configuration of deploy/ for a server on this port, with ten scrapes per second."""
     text = CONFIG.read_text()
-    for ours, the_tests in (
+    for original, replacement in (
         ("localhost:8000", f"127.0.0.1:{port}"),
         ("scrape_interval: 15s", "scrape_interval: 100ms\n  scrape_timeout: 100ms"),
         ("alerts.yml", str(RULES)),
     ):
-        assert ours in text
-        text = text.replace(ours, the_tests)
+        assert original in text
+        text = text.replace(original, replacement)
     path = folder / "prometheus.yml"
     path.write_text(text.replace("    static_configs:", f"{more}    static_configs:"))
     return path
 
 
 def wait_for(scrapes: threading.Semaphore) -> None:
-    """Two more: when the second begins, the first has been taken in; and one that may have begun before."""
+    """Wait for three scrapes: one may have begun before, and the third begins after the second was stored."""
     for _ in range(3):
         assert scrapes.acquire(timeout=DEADLINE_S)
 
@@ -63,7 +63,7 @@ def drain(scrapes: threading.Semaphore) -> None:
         pass
 
 
-def test_prometheus_scrapes_it(tmp_path: Path) -> None:
+def test_prometheus_stores_metrics_and_rules(tmp_path: Path) -> None:
     with gated(True) as (served, _):
         scrapes = scraped(served)
         with prometheus(config_for(served.server.port, tmp_path), tmp_path) as running:
@@ -86,7 +86,7 @@ def test_prometheus_scrapes_it(tmp_path: Path) -> None:
             assert [rule["name"] for group in groups for rule in group["rules"]] == alerts()
 
 
-def test_it_shows_its_credentials(tmp_path: Path) -> None:
+def test_prometheus_scrapes_with_credentials(tmp_path: Path) -> None:
     with protected(True, tmp_path) as server:
         (tmp_path / "token").write_text(token("prometheus", "admin"))
         more = f"    authorization:\n      credentials_file: {tmp_path / 'token'}\n"
@@ -96,41 +96,40 @@ def test_it_shows_its_credentials(tmp_path: Path) -> None:
             assert [value for _, value in running.values("cobatch_ready")] == [1]
 
 
-def test_promtool_likes_the_text() -> None:
+def test_promtool_accepts_the_text() -> None:
     with gated(True) as (served, _):
         served.ask(gate(1))
         said = promtool("check", "metrics", stdin=served.ask(get("/metrics")).body.decode())
-    # Of names that are not ours (python_gc_*) it says nothing either.
     assert said == ""
 
 
-# What lies in deploy/
+# Files in deploy/
 
 
 def alerts() -> list[str]:
     return re.findall(r"- alert: (\w+)", RULES.read_text())
 
 
-def test_the_configuration_and_its_rules() -> None:
+def test_configuration_and_rules_are_valid() -> None:
     assert "SUCCESS" in promtool("check", "config", CONFIG)
     assert f"{len(alerts())} rules found" in promtool("check", "rules", "--lint=all", "--lint-fatal", RULES)
     assert "SUCCESS" in promtool("test", "rules", RULES.with_name("alerts_test.yml"))
 
 
-def test_each_alert_is_tested_and_explained() -> None:
+def test_each_alert_has_a_test_and_a_line_in_the_docs() -> None:
     tested = RULES.with_name("alerts_test.yml").read_text()
     assert set(re.findall(r'alertname="(\w+)"', tested)) == set(alerts())
     assert re.findall(r"^\| `(Cobatch\w+)`", METRICS.read_text(), re.MULTILINE) == alerts()
 
 
 def expressions() -> list[str]:
-    """The dashboard's, with Grafana's variables filled in."""
+    """Return the dashboard's queries with values for Grafana's variables."""
     dashboard: dict[str, Any] = json.loads(DASHBOARD.read_text())
     found = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
     return [re.sub(r"\$(instance|model|job)", ".*", one).replace("$__rate_interval", "1m") for one in found]
 
 
-def test_the_dashboard_asks_in_promql(tmp_path: Path) -> None:
+def test_queries_of_the_dashboard_are_valid(tmp_path: Path) -> None:
     rules = [{"record": f"panel:{n}", "expr": one} for n, one in enumerate(expressions())]
     # JSON is YAML.
     path = tmp_path / "panels.yml"
@@ -138,7 +137,7 @@ def test_the_dashboard_asks_in_promql(tmp_path: Path) -> None:
     assert f"{len(rules)} rules found" in promtool("check", "rules", path)
 
 
-def test_what_is_asked_for_is_there() -> None:
+def test_queries_use_existing_metrics_and_labels() -> None:
     endings = {
         "counter": ("_total",),
         "gauge": ("",),
@@ -159,8 +158,8 @@ def test_what_is_asked_for_is_there() -> None:
             assert used <= set(series[name].labels), one
 
 
-def test_the_rules_ask_for_values_that_labels_have() -> None:
-    """A reason or state that there is none of would switch an alert off, or keep it from leaving one out."""
+def test_rules_use_existing_label_values() -> None:
+    """An unknown reason or state would disable an alert, or an exception from it."""
     known = {"reason": set(KINDS), "state": set(STATES), "result": set(RESULTS)}
     asked = re.findall(r'(reason|state|result)(?:=|!=|=~|!~)"([^"]+)"', RULES.read_text())
     assert {label for label, _ in asked} == {"reason", "state", "result"}

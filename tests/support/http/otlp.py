@@ -1,4 +1,4 @@
-"""A receiver of traces: OTLP over HTTP on loopback, with OpenTelemetry's own messages."""
+"""A receiver of traces: OTLP over HTTP on loopback, decoded with OpenTelemetry's own messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.http.serving import DEADLINE_S
 
 
 class Receiver:
-    """What has come: spans with what they belong to."""
+    """The received spans, with their resource and scope."""
 
     def __init__(self, port: int) -> None:
         self.endpoint = f"http://127.0.0.1:{port}"
@@ -31,7 +31,7 @@ class Receiver:
         self._changed = threading.Condition()
 
     def take(self, path: str, message: ExportTraceServiceRequest) -> None:
-        """One export."""
+        """Take one export."""
         with self._changed:
             self.paths.append(path)
             for group in message.resource_spans:
@@ -42,18 +42,18 @@ class Receiver:
             self._changed.notify_all()
 
     def wait(self, condition: Callable[[list[Span]], bool]) -> list[Span]:
-        """All spans, once this holds of them."""
+        """Wait until the condition holds, and return all spans."""
         with self._changed:
             assert self._changed.wait_for(lambda: condition(self.spans), DEADLINE_S), self.spans
             return list(self.spans)
 
     def named(self, name: str) -> list[Span]:
-        """Those of a name."""
+        """Return the spans with this name."""
         return [span for span in self.spans if span.name == name]
 
 
 def attributes(holder: Any) -> dict[str, Any]:
-    """The attributes of a span, a resource or a link."""
+    """Return the attributes of a span, a resource or a link."""
     return {pair.key: _value(pair.value) for pair in holder.attributes}
 
 
@@ -63,14 +63,14 @@ def _value(value: AnyValue) -> Any:
 
 @contextlib.contextmanager
 def receiver(status: int = 200) -> Iterator[Receiver]:
-    """One that listens, and answers each export with this status."""
+    """Run a receiver that answers each export with this status."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
             if self.headers.get("content-encoding") == "gzip":
                 body = gzip.decompress(body)
-            got.take(self.path, ExportTraceServiceRequest.FromString(body))
+            received.take(self.path, ExportTraceServiceRequest.FromString(body))
             answer = ExportTraceServiceResponse().SerializeToString()
             self.send_response(status)
             self.send_header("content-type", "application/x-protobuf")
@@ -79,14 +79,14 @@ def receiver(status: int = 200) -> Iterator[Receiver]:
             self.wfile.write(answer)
 
         def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - its name in the base
-            """Nothing: what comes is looked at."""
+            """Print nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    got = Receiver(server.server_address[1])
+    received = Receiver(server.server_address[1])
     thread = threading.Thread(target=server.serve_forever, name="otlp")
     thread.start()
     try:
-        yield got
+        yield received
     finally:
         server.shutdown()
         thread.join(DEADLINE_S)

@@ -17,21 +17,21 @@ from typing import Any
 import pytest
 
 DEADLINE_S = 30.0
-_WHY_NOT = "needs Prometheus: apt-get install prometheus"
+_MISSING = "needs Prometheus: apt-get install prometheus"
 
 
 def found(program: str) -> str:
-    """Its path. Skips the test where it is missing, and fails it under CI."""
+    """Return the program's path. Skips the test if it is missing, and fails it under CI."""
     path = shutil.which(program)
     if path is None and os.environ.get("CI"):
-        pytest.fail(_WHY_NOT)
+        pytest.fail(_MISSING)
     if path is None:
-        pytest.skip(_WHY_NOT)
+        pytest.skip(_MISSING)
     return path
 
 
 def promtool(*arguments: str | Path, stdin: str = "") -> str:
-    """What it prints; fails the test where it finds fault."""
+    """Run promtool and return its output. Fails the test if promtool fails."""
     done = subprocess.run(
         [found("promtool"), *map(str, arguments)],
         input=stdin,
@@ -40,19 +40,19 @@ def promtool(*arguments: str | Path, stdin: str = "") -> str:
         timeout=DEADLINE_S,
         check=False,
     )
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said
-    return said
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    return output
 
 
 class Prometheus:
-    """A running one."""
+    """A running Prometheus."""
 
     def __init__(self, port: int) -> None:
         self._port = port
 
     def ask(self, path: str, **query: str) -> Any:
-        """Its HTTP API's answer."""
+        """Return the data of an answer of its HTTP API."""
         url = f"http://127.0.0.1:{self._port}/api/v1/{path}?{urllib.parse.urlencode(query)}"
         with urllib.request.urlopen(url, timeout=DEADLINE_S) as answer:
             reply = json.load(answer)
@@ -60,14 +60,14 @@ class Prometheus:
         return reply["data"]
 
     def values(self, query: str) -> list[tuple[dict[str, str], float]]:
-        """What a query gives now: labels and value of each series."""
+        """Run a query; return labels and value of each series."""
         result = self.ask("query", query=query)["result"]
         return [(one["metric"], float(one["value"][1])) for one in result]
 
 
 @contextlib.contextmanager
 def prometheus(config: Path, folder: Path) -> Iterator[Prometheus]:
-    """Run it with this configuration; it is ready."""
+    """Run Prometheus with this configuration; yield it when it is ready."""
     program = found("prometheus")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -80,14 +80,14 @@ def prometheus(config: Path, folder: Path) -> Iterator[Prometheus]:
     ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        said = []
+        lines = []
         try:
             for line in process.stderr:
-                said.append(line)
+                lines.append(line)
                 if "Server is ready to receive web requests" in line:
                     break
             else:
-                pytest.fail("".join(said))
+                pytest.fail("".join(lines))
             yield Prometheus(port)
         finally:
             process.terminate()

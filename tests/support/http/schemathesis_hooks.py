@@ -1,6 +1,6 @@
-"""What no schema says: which parameters go with which body. schemathesis loads this file by its name.
+"""Hooks that schemathesis loads by the name of this file.
 
-Left to chance, nearly every request would be refused for these, and nothing behind them tested.
+No schema says which parameters a body permits. Without these hooks nearly every request would be refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ RAW = ("application/octet-stream", "application/x-npy")
 
 @schemathesis.hook
 def before_call(context: HookContext, case: Case[Any], kwargs: dict[str, object]) -> None:
-    """In most valid requests, leave away what does not go with the body or was used for another."""
+    """Remove parameters that the body forbids, and used keys, from most valid requests."""
     meta = case.meta
     if meta is None or not meta.generation.mode.is_positive:
         return

@@ -1,4 +1,4 @@
-"""What a scrape of /metrics says, read as Prometheus' own library reads it."""
+"""Scrapes of GET /metrics, parsed by Prometheus' own library."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class Scrape:
                 self._values[key] = sample.value
 
     def value(self, name: str, /, **labels: str) -> float | None:
-        """The value of one series, None where there is no such series."""
+        """Return the value of one series, or None if it does not exist."""
         return self._values.get((f"cobatch_{name}", _key(labels)))
 
     def of(self, name: str) -> dict[Labels, float]:
-        """All series of one name, by labels."""
+        """Return all series of one name, by labels."""
         return {
             labels: value for (found, labels), value in self._values.items() if found == f"cobatch_{name}"
         }
 
     def buckets(self, name: str, /, **labels: str) -> dict[str, float]:
-        """A histogram's buckets, by their upper bound."""
+        """Return a histogram's buckets by upper bound."""
         found = {}
         for key, value in self.of(f"{name}_bucket").items():
             others = dict(key)
@@ -56,5 +56,5 @@ def scrape(served: Served) -> Scrape:
 
 
 def scrape_of(answer: Answer) -> Scrape:
-    """What the answer says."""
+    """Parse the answer to a scrape."""
     return Scrape(answer.body.decode())
