@@ -1,54 +1,53 @@
 """The batcher: admits requests, sends batches to the workers, hands the rows of each batch back.
 
-One per model, live on one event loop; every method runs there. What leaves when
-is decided in `batcher.scheduling.scheduler`, the order is the queue's (`batcher.scheduling.queue`), the way
-to the engine and back is the dispatcher's (`batcher.lanes`); this file lets requests in.
+One per model, on one event loop, where every method runs. The scheduler (`batcher.scheduling`) decides at
+once, given the time; the batcher owns the timers and acts: `batcher.lanes` takes a batch to an engine and
+back, `batcher.completion` ends each request.
 
 Guarantees:
 
-* Every request that `submit` accepts is finished exactly once: `done` is called with its own rows or
-  with an error, or the caller cancelled it. Nothing accepted is lost, whatever the engine, other
-  callers or a raising `done` do.
+* Every request that `submit` accepts ends exactly once: `done` is called with its own rows or with an error,
+  or the caller cancelled it. Nothing accepted is lost, whatever the engine, other callers or a raising
+  `done` do.
 * A cancelled request's rows are not packed, unless they already were.
-* The loop is called once per finished batch, however many requests rode in it.
-* When a batch comes back the next one is on its way to the engine before the answers of this one are
-  written, so the engine does not wait for the encoding.
-* A failing batch is run again in halves until the requests that fail on their own are found; only
-  those get the error. With n requests that is at most 2*log2(n) extra runs for each bad one.
+* A worker calls into the loop once per batch, however many requests it has.
+* When a batch comes back and others wait, the engine gets its next one before the answers of this one are
+  written, so it does not wait for the encoding.
+* A failed batch is run again in halves until the requests that fail alone are found; only those get the
+  error. With n requests that is at most 2*log2(n) extra runs for each of them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
 
 from cobatch.batcher.bundle import Bundle
-from cobatch.batcher.completion import Answers
-from cobatch.batcher.ending import Ending
-from cobatch.batcher.errors import BatcherError
+from cobatch.batcher.completion import Completion
+from cobatch.batcher.errors import AbandonedError, BatcherError, DrainingError
 from cobatch.batcher.lanes import BatchWorker, Lane, Lanes
-from cobatch.batcher.leaving import Leaving
-from cobatch.batcher.request import Batch, Request, State
+from cobatch.batcher.request import Batch, Request
 from cobatch.batcher.rows.padding import Padder
-from cobatch.batcher.scheduling.admission import Admission
-from cobatch.batcher.scheduling.policy import Limits
-from cobatch.batcher.scheduling.queue import RequestQueue
-from cobatch.batcher.scheduling.run_times import LatencyModel, ShapeTimes
-from cobatch.batcher.scheduling.scheduler import Scheduler
+from cobatch.batcher.scheduling.policy import WaitUntil
+from cobatch.batcher.scheduling.scheduler import Dispatch, Scheduler
+from cobatch.batcher.scheduling.tuning import SETTLE_ITERATIONS
 from cobatch.batcher.statistics import Counters
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.errors import EngineError
 
+log = logging.getLogger("cobatch.batcher")
+
 
 class Batcher:
-    """Gathers the requests for one model into batches for its opened workers, one for each of its engines.
+    """Batches the requests of one model for its opened workers, one for each engine.
 
-    `max_queue_rows` bounds what is queued, in rows, not counting what already runs. `clock` gives seconds
-    and must be monotonic. It is not `loop.time` because uvloop rounds that to milliseconds and stops it
-    during an iteration; on asyncio's own loops the two are the same clock. `on_lost` is told of each worker
-    whose engine died or hung, and which; it opens another one and tells `use`, or else `gone`.
+    `max_queue_rows` bounds the queued rows, without those that run. `clock` gives seconds and must be
+    monotonic. It is not `loop.time` because uvloop rounds that to milliseconds and stops it during an
+    iteration; on asyncio's own loops both are the same clock. `on_lost` is told of each worker whose engine
+    died or hung, and why; it opens another one and calls `use`, or else `gone`.
     """
 
     def __init__(
@@ -69,198 +68,243 @@ class Batcher:
         engine = workers[0].engine
         self.name = name
         self.max_batch_size = engine.max_batch_size
-        self.limits = Limits(max_delay_s=max_delay_ms / 1000, slots=engine.slots)
-        self.latency = LatencyModel(engine.max_batch_size, workers[0].warmup_us)
-        vary = any(spec.row_elements < 0 for spec in engine.signature.inputs)
-        times = ShapeTimes(self.latency, vary=vary)
-        self._has_deadlines = deadline_ms is not None
         self.counters = Counters(pads=padder is not None)
         self._padder = padder
         self._loop = loop
         self._clock = clock
-        self._queue = RequestQueue(
-            1, self.latency.row_s, ages=max_delay_ms > 0, run_s=self.latency.expected_s
-        )
-        self._admission = Admission(
-            self._queue,
-            self.latency,
-            times,
+        self._scheduler = Scheduler(
+            self.counters,
+            workers[0].warmup_us,
             max_batch_size=engine.max_batch_size,
+            vary=any(spec.row_elements < 0 for spec in engine.signature.inputs),
             max_queue_rows=max_queue_rows,
-            deadline_ms=deadline_ms,
+            max_delay_s=max_delay_ms / 1000,
+            latency_target_s=None if latency_target_ms is None else latency_target_ms / 1000,
+            deadline_s=None if deadline_ms is None else deadline_ms / 1000,
             now_s=clock(),
         )
-        self._admission.lanes = len(workers)
-        self._scheduler = scheduler = Scheduler(
-            self._queue,
-            self.latency,
-            times,
-            self._admission,
-            self.counters,
-            loop,
-            clock,
-            limits=self.limits,
-            latency_target_s=math.inf if latency_target_ms is None else latency_target_ms / 1000,
-        )
-        self._answers = Answers(name, self.counters, clock)
-        self._ending = Ending(
-            name,
-            self._queue,
-            self._admission,
-            self._answers,
-            self.counters,
-            loop,
-            decide=scheduler.decide,
-            on_lost=on_lost,
-        )
-        self._leaving = Leaving(
-            self._queue,
-            self._admission,
-            self._answers,
-            self.counters,
-            loop,
-            clock,
-            max_batch_size=engine.max_batch_size,
-            on_left=self._ending.check_drained,
+        self._queue = self._scheduler.queue
+        self._completion = Completion(
+            name, self._scheduler, self.counters, clock, max_batch_size=engine.max_batch_size
         )
         self._lanes = Lanes(
+            name,
             workers,
-            self._answers,
+            self._scheduler,
+            self._completion,
             self.counters,
             loop,
             clock,
-            times=times,
+            decide=self.decide,
+            on_lost=on_lost,
             padder=padder,
-            decide=scheduler.decide,
-            on_dead=self._ending.on_dead,
-            on_idle=scheduler.on_idle,
-            on_ran=scheduler.on_ran,
-            on_hung=self._ending.on_hung,
-            on_late=self._leaving.fail_late,
             execution_timeout_s=None if execution_timeout_ms is None else execution_timeout_ms / 1000,
         )
-        self._ending.lanes = scheduler.lanes = self._lanes
-        scheduler.on_late = self._leaving.fail_late
-        scheduler.check_drained = self._ending.check_drained
+        self._soon = False  # a decision is due in one of the next iterations
+        self._seen = 0  # requests accepted when that was last looked at
+        self._timer: asyncio.TimerHandle | None = None
+        self._wait_rows = 0  # the rows that the engine waits for
+        self._drained: asyncio.Future[None] | None = None
 
-    # Admission
+    # State
 
     @property
     def queued_rows(self) -> int:
-        """Rows accepted and not yet sent to the engine."""
+        """Rows accepted and not yet sent to an engine."""
         return self._queue.rows
 
     @property
     def full_rows(self) -> int:
-        """Rows past which a batch gains nothing by growing, as far as is known now."""
+        """The size past which a batch gains nothing by growing, as measured so far."""
         return self._queue.full_rows
 
     @property
     def running_batches(self) -> int:
-        """Batches that are with the engine."""
+        """Batches that are with an engine."""
         return self._lanes.running
 
+    @property
+    def all_lanes(self) -> list[Lane]:
+        """The engines that can run a batch."""
+        return self._lanes.lanes
+
+    @property
+    def lanes(self) -> int:
+        """The number of engines that can run a batch: 0 while a single one is being replaced."""
+        return len(self._lanes.lanes)
+
+    @property
+    def full(self) -> bool:
+        """Whether not even one row would be accepted now."""
+        admission = self._scheduler.admission
+        return self._queue.rows >= admission.max_queue_rows or admission.closed is not None
+
+    @property
+    def closed(self) -> BatcherError | None:
+        """Why no request is accepted any more, None while some are."""
+        return self._scheduler.admission.closed
+
     def open_requests(self) -> tuple[dict[int, int], int]:
-        """For who watches: queued rows by priority, and how many requests are not answered yet."""
+        """Return the queued rows by priority, and the number of requests that are not answered yet."""
         queued = self._queue.waiting()
         rows: dict[int, int] = {}
         for request in queued:
             rows[request.level] = rows.get(request.level, 0) + request.rows
         return rows, sum([request.callers for request in [*queued, *self._lanes.awaited()]])
 
-    @property
-    def all_lanes(self) -> list[Lane]:
-        """Engines that can run something, each with what it has."""
-        return self._lanes.lanes
-
     def watch_batches(self, on_batch: Callable[[Batch], None] | None) -> None:
-        """Tell of each batch that is over; see `Lanes`. None: nobody any more."""
+        """Call `on_batch` with each batch that ends (see `Lanes`); None stops that."""
         self._lanes.on_batch = on_batch
 
-    @property
-    def lanes(self) -> int:
-        """Engines that can run something: none while one that hung is being replaced."""
-        return len(self._lanes.lanes)
-
-    @property
-    def full(self) -> bool:
-        """Whether not even one row would be accepted now."""
-        admission = self._admission
-        return self._queue.rows >= admission.max_queue_rows or admission.closed is not None
-
-    @property
-    def closed(self) -> BatcherError | None:
-        """Why nothing is accepted any more, None as long as something is."""
-        return self._admission.closed
+    # Requests
 
     def refusal(self, rows: int = 1, tenant: Tenant | None = None, callers: int = 1) -> BatcherError | None:
-        """Why a request of so many rows, for so many callers, would not be accepted now, or None."""
-        return self._admission.refusal(rows, tenant, callers, self._clock())
+        """Return why a request of `rows` rows for `callers` callers would be refused now, or None."""
+        return self._scheduler.admission.refusal(rows, tenant, callers, self._clock())
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises what `refusal` says; then `request.done` is never called.
+        """Queue a request, or raise why it is refused; then `request.done` is never called.
 
         The request's payloads must stay unchanged until it is done or cancelled.
         """
         request.enqueued_s = now_s = self._clock()
-        admission, tenant = self._admission, request.tenant
-        if self._padder is not None:
-            self._refuse(request, self._padder.assign(request))
-        full = self._queue.rows >= admission.max_queue_rows or admission.closed is not None
-        if full or tenant is not None or request.rows > 1:
-            why = admission.refusal(request.rows, tenant, request.callers, now_s)
-            self._refuse(request, why)
-        if request.timeout_s is not None or self._has_deadlines:
-            why = admission.set_deadline(request, now_s, self._lanes.free_s, self._lanes.overhead_s)
-            self._refuse(request, why)
-            if request.deadline_s < math.inf:
-                self._leaving.watch(request, now_s)
-        if tenant is not None:
-            tenant.enter(request.callers, now_s)
-        self.counters.accepted += request.callers
-        if request.rows <= self.max_batch_size:
-            group = self._queue.push(request)
-            lane = self._lanes.next_lane()
-            if lane is not None and (group.rows >= self._queue.full_rows or not lane.running):
-                self._scheduler.on_enqueued(group, request, lane)
+        lanes = self._lanes
+        error = None if self._padder is None else self._padder.assign(request)
+        if error is None:
+            error = self._scheduler.admit(request, now_s, lanes.free_s)
+        if error is not None:
+            if not isinstance(request, Bundle):  # its members are tried, and counted, one by one
+                self.counters.count_refusal(request, error)
+            raise error
+        if request.deadline_s < math.inf:
+            self._expire_later(request, self._completion.slack_s(request, request.rows))
+        if request.rows > self.max_batch_size:
+            for part in self._completion.cut(request):
+                part.enqueued_s = now_s
+                self._queue.push(part)
+            self._decide_soon()
             return
-        request.parts = list(self._leaving.cut(request))
-        request.state = State.QUEUED
-        for part in request.parts:
-            part.enqueued_s = request.enqueued_s
-            self._queue.push(part)
-        self._scheduler.decide_later()
-
-    def _refuse(self, request: Request, why: BatcherError | None) -> None:
-        """Count and raise the reason for not accepting it, if there is one."""
-        if why is None:
+        group = self._queue.push(request)
+        if self._soon:
             return
-        # The members of a bundle are tried again, and counted, one by one.
-        if not isinstance(request, Bundle):
-            self.counters.refused += request.callers
-            self.counters.refusals[why.reason] += request.callers
-            if request.tenant is not None:
-                request.tenant.usage.refused += request.callers
-        raise why
+        lane = lanes.next
+        if lane is not None and (not lane.running or group.rows >= self._queue.full_rows):
+            if group.rows < self._wait_rows and request.timeout_s is None:
+                return  # decided when the expected rows are there, or at the end of the wait
+            if lane.running or not self._scheduler.is_lone():
+                self._decide_soon()
+            else:
+                self.decide()
 
     def cancel(self, request: Request) -> None:
-        """The caller does not want the answer any more. Harmless when it is already finished."""
-        self._leaving.cancel(request)
+        """Drop a request whose caller left. Harmless if it is already done."""
+        if self._completion.cancel(request):
+            self._check_drained()
+
+    def _expire_later(self, request: Request, slack_s: float) -> None:
+        """Remove it from the queue as soon as it cannot meet its deadline any more."""
+        request.expiry = self._loop.call_later(slack_s, self._expire, request)
+
+    def _expire(self, request: Request) -> None:
+        slack_s = self._completion.expire(request)
+        if slack_s is not None:
+            self._expire_later(request, slack_s)
+        else:
+            self._check_drained()
+
+    # Decisions
+
+    def _decide_soon(self) -> None:
+        """Decide once the requests that are about to come are there; see `_settle`."""
+        if not self._soon:
+            self._soon = True
+            self._seen = self.counters.accepted
+            self._loop.call_soon(self._settle, SETTLE_ITERATIONS)
+
+    def _settle(self, iterations: int) -> None:
+        """Decide once an iteration of the loop has brought no new request.
+
+        While sockets are read one after another, the next request is microseconds away. A batch that leaves
+        in between costs a wake-up of the worker, two hand-overs of the interpreter lock and a callback, about
+        as much as ten requests. Never waits for time to pass: a lone request leaves in the next iteration.
+        """
+        arriving = self.counters.accepted != self._seen
+        if arriving and iterations and self._queue.rows < self._queue.full_rows:
+            self._seen = self.counters.accepted
+            self._loop.call_soon(self._settle, iterations - 1)
+        else:
+            self.decide()
+
+    def decide(self) -> None:
+        """Ask the scheduler, and act, until no engine has anything to do now."""
+        self._soon = False
+        self._wait_rows = 0
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        lanes, queue, scheduler = self._lanes, self._queue, self._scheduler
+        while (lane := lanes.next) is not None:
+            if lanes.retries:
+                lanes.send_retry(lane)
+                continue
+            if not queue.rows:
+                break
+            answer = scheduler.next(self._clock(), running=bool(lane.running), free_s=lane.free_s)
+            if isinstance(answer, Dispatch):
+                if answer.requests:
+                    lanes.send(lane, answer.requests, answer.reason, answer.shares)
+                for request in answer.late:
+                    self._completion.fail_late(request)
+                continue
+            if isinstance(answer, WaitUntil):
+                self._wait_rows = answer.rows
+                delay_s = max(0.0, answer.time_s - self._clock())
+                self._timer = self._loop.call_later(delay_s, self.decide)
+            break
+        if scheduler.admission.closed is not None:
+            self._check_drained()
 
     # The end
 
     async def drain(self, timeout_s: float) -> bool:
-        """Accept nothing more and answer what was accepted.
+        """Accept nothing more and answer all accepted requests.
 
-        False if that took longer than `timeout_s`: whatever was not answered by then was answered with
-        `AbandonedError`, and what still runs is left to the engine.
+        Return False if that took longer than `timeout_s`: the remaining requests got `AbandonedError`, and
+        batches that still run are left to the engine.
         """
-        return await self._ending.drain(timeout_s)
+        admission = self._scheduler.admission
+        if admission.closed is None:
+            admission.closed = DrainingError(f"model {self.name!r} is about to stop")
+        self._scheduler.draining = True
+        self._drained = self._loop.create_future()
+        self.decide()
+        try:
+            await asyncio.wait_for(self._drained, timeout_s)
+        except TimeoutError:
+            self._abandon(timeout_s)
+            return False
+        return True
+
+    def _abandon(self, timeout_s: float) -> None:
+        failed = self.counters.failed
+        waiting = self._lanes.awaited() + self._queue.take_all()
+        self._lanes.retries.clear()
+        error = AbandonedError(f"model {self.name!r} stopped before the request was done")
+        self._completion.fail_all(waiting, error)
+        abandoned = self.counters.failed - failed
+        log.error("model %s: %d requests were not done within %g s", self.name, abandoned, timeout_s)
+
+    def _check_drained(self) -> None:
+        """End `drain` if nothing accepted is left. A batch without live requests is not waited for."""
+        drained = self._drained
+        if drained is None or drained.done() or self._queue.rows or self._lanes.awaited():
+            return
+        drained.set_result(None)
 
     def use(self, worker: BatchWorker) -> None:
-        """Another engine, in place of one that hung or died; what waits goes on."""
-        self._ending.use(worker)
+        """Use another worker in place of one that hung or died."""
+        self._lanes.use(worker)
 
     def gone(self, error: EngineError) -> None:
-        """No other engine can be opened in place of one that hung or died."""
-        self._ending.gone(error)
+        """Close: no other engine can be opened in place of one that hung or died."""
+        self._lanes.gone(error)

@@ -1,8 +1,11 @@
-"""The way to the engines and back: slots, packing, the workers, handing out, trying halves again.
+"""Lanes: each open engine with its worker, its slots and its batches; a model has one or several.
 
-A slot belongs to a batch from `send` until its rows are handed out, since callers read the slot's
-output buffers until then. When a batch comes back and others wait, the engine is given its next one before
-the answers of this one are written; when nobody waits, what can be done after them is.
+A slot belongs to a batch from `send` until its rows are handed out, because callers read the slot's output
+buffers until then. When a batch comes back and others wait, the engine gets its next one before the answers
+of this one are written; otherwise everything that can wait is done after them.
+
+A failed batch is run again in halves. A batch that does not end within the limit is given up, and so is its
+engine; the model opens another one, which inherits the lane's number.
 """
 
 from __future__ import annotations
@@ -16,13 +19,13 @@ from itertools import count
 from typing import Protocol
 
 from cobatch.batcher.bundle import Bundle
-from cobatch.batcher.completion import Answers
-from cobatch.batcher.errors import EngineGoneError
-from cobatch.batcher.request import Batch, Pad, Request, State, Timer
+from cobatch.batcher.completion import Completion
+from cobatch.batcher.errors import BatcherError, EngineGoneError, ExecutionTimeoutError
+from cobatch.batcher.request import Batch, Request, State, Timer
 from cobatch.batcher.rows.packing import pack
-from cobatch.batcher.rows.padding import Padder, cut_back
+from cobatch.batcher.rows.padding import Padder
 from cobatch.batcher.scheduling.policy import RETRY
-from cobatch.batcher.scheduling.run_times import ShapeTimes
+from cobatch.batcher.scheduling.scheduler import Scheduler
 from cobatch.batcher.statistics import Counters, EngineTotals
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import Engine
@@ -32,12 +35,10 @@ from cobatch.engines.jobs import Deliver, Job, Outcome
 log = logging.getLogger("cobatch.batcher")
 
 _NUMBERS = count(1)
-# What part of a new measurement goes into what is known.
-_GAIN = 0.1
 
 
 class BatchWorker(Protocol):
-    """What the batcher needs of `engines.worker.Worker`."""
+    """The part of `engines.worker.Worker` that the batcher uses."""
 
     deliver: Deliver | None
     warmup_us: dict[int, float]
@@ -49,16 +50,18 @@ class BatchWorker(Protocol):
 
 
 class Lane:
-    """Of one worker. `free_s`: when its engine is expected to have run what it has. `gone`: what its
-    callers are told, once the engine has died. `number`: its place among the model's lanes; the lane that is
-    opened instead of it inherits that, and `figures` with it."""
+    """One worker and its batches.
 
-    __slots__ = ("engine", "figures", "free_s", "free_slots", "gone", "number", "running", "watch", "worker")
+    `number`: its place among the model's lanes. `free_s`: when its engine is expected to be idle. `gone`: the
+    error for its callers, once the engine has died.
+    """
 
-    def __init__(self, worker: BatchWorker, number: int, figures: EngineTotals) -> None:
+    __slots__ = ("engine", "free_s", "free_slots", "gone", "number", "running", "totals", "watch", "worker")
+
+    def __init__(self, worker: BatchWorker, number: int, totals: EngineTotals) -> None:
         self.worker = worker
         self.number = number
-        self.figures = figures
+        self.totals = totals
         self.engine = worker.engine
         self.free_slots = list(range(worker.engine.slots))
         self.running: dict[Batch, None] = {}  # in the order in which they run
@@ -73,59 +76,53 @@ class Lane:
 
 
 class Lanes:
-    """Of one model. `lanes` are those whose engines can run something. `decide` is called when a slot may be
-    filled. With each batch that ran `on_idle` is called first, to send the engine its next one before the
-    answers are written; it says whether it has done what `on_ran` does, which is called after them else.
+    """The lanes of one model whose engines can run a batch.
 
-    `on_dead`: with requests that a lane's engine could not run, nor can it anything else. `on_hung`: it has
-    not ended a batch within `execution_timeout_s`. `on_late`: a request is not sent again because it would
-    be too late. `on_batch` may be set, to be told of each batch that came back or was given up, once its
-    answers are written, while its requests are still in it; it must not raise, nor keep the requests.
+    `next`: the lane with a free slot where a batch would run first, None if there is none. `free_s`: when
+    the first engine is expected to be idle. `decide` is called when a slot may be filled. `on_lost` is told
+    of each worker whose engine died or hung; it opens another one and calls `use`, or else `gone`.
+    `on_batch` may be set to be told of each batch that ended, once its answers are written, while it still
+    has its requests; it must not raise, nor keep the requests.
     """
 
     def __init__(
         self,
+        model: str,
         workers: Sequence[BatchWorker],
-        answers: Answers,
+        scheduler: Scheduler,
+        completion: Completion,
         counters: Counters,
         loop: asyncio.AbstractEventLoop,
         clock: Callable[[], float],
         *,
-        times: ShapeTimes,
         decide: Callable[[], None],
-        on_idle: Callable[[Lane, Batch], bool],
-        on_ran: Callable[[Batch], None],
-        on_dead: Callable[[Lane, list[Request], EngineError], None],
-        on_hung: Callable[[Lane, Batch, float], None],
-        on_late: Callable[[Request], None],
-        padder: Padder | None = None,
-        execution_timeout_s: float | None = None,
+        on_lost: Callable[[BatchWorker, BatcherError], None] | None,
+        padder: Padder | None,
+        execution_timeout_s: float | None,
     ) -> None:
         self.on_batch: Callable[[Batch], None] | None = None
-        # What comes on top of queue and run, as things are: a request lies unread for as long as a finished
-        # batch lies unnoticed, and then answers are written one after another.
-        self.overhead_s = 0.0
+        self.next: Lane | None = None
+        self.free_s = 0.0
         self.lanes: list[Lane] = []
         self.retries: deque[list[Request]] = deque()
-        self._all: dict[Lane, None] = {}  # with those that are dead and still have batches
-        self._decide = decide
-        self._on_idle = on_idle
-        self._on_ran = on_ran
-        self._on_dead = on_dead
-        self._on_hung = on_hung
-        self._on_late = on_late
-        self._times = times
-        self._padder = padder
-        self._execution_timeout_s = execution_timeout_s
-        self._answers = answers
+        self._all: dict[Lane, None] = {}  # with dead ones that still have batches
+        self._model = model
+        self._scheduler = scheduler
+        self._queue = scheduler.queue
+        self._completion = completion
         self._counters = counters
         self._loop = loop
         self._clock = clock
+        self._decide = decide
+        self._on_lost = on_lost
+        self._padder = padder
+        self._execution_timeout_s = execution_timeout_s
         for worker in workers:
-            self.use(worker)
+            self._add(worker)
 
-    def use(self, worker: BatchWorker) -> None:
-        """Send to this worker too from now on."""
+    # Which lane
+
+    def _add(self, worker: BatchWorker) -> None:
         engines = self._counters.engines
         taken = {lane.number for lane in self.lanes}
         number = next(number for number in range(len(taken) + 1) if number not in taken)
@@ -135,28 +132,29 @@ class Lanes:
         self.lanes.append(lane)
         self._all[lane] = None
         worker.deliver = partial(self._deliver, lane)
+        self._changed()
 
-    def next_lane(self) -> Lane | None:
-        """Where the next batch would run first, of the lanes that have room for one."""
+    def _remove(self, lane: Lane) -> None:
+        if lane in self.lanes:
+            self.lanes.remove(lane)
+            self._changed()
+
+    def _changed(self) -> None:
+        self._scheduler.admission.engines = max(1, len(self.lanes))
+        self._choose()
+
+    def _choose(self) -> None:
+        """Keep `next` and `free_s`."""
         lanes = self.lanes
         if len(lanes) == 1:
             (lane,) = lanes
-            return lane if lane.free_slots else None
-        best: Lane | None = None
-        for lane in lanes:
-            if not lane.free_slots:
-                continue
-            if not lane.running:
-                return lane
-            if best is None or lane.free_s < best.free_s:
-                best = lane
-        return best
-
-    @property
-    def free_s(self) -> float:
-        """When the first engine is expected to have run what it has."""
-        lanes = self.lanes
-        return lanes[0].free_s if len(lanes) == 1 else min([lane.free_s for lane in lanes], default=0.0)
+            self.free_s = lane.free_s
+            self.next = lane if lane.free_slots else None
+            return
+        self.free_s = min([lane.free_s for lane in lanes], default=0.0)
+        free = [lane for lane in lanes if lane.free_slots]
+        idle = next((lane for lane in free if not lane.running), None)
+        self.next = idle or min(free, key=lambda lane: lane.free_s, default=None)
 
     @property
     def running(self) -> int:
@@ -164,14 +162,16 @@ class Lanes:
         return sum([len(lane.running) for lane in self._all])
 
     def awaited(self) -> list[Request]:
-        """The requests that were sent, or wait to be sent again, and that somebody waits for."""
+        """Return the requests that were sent, or are to be sent again, and are not answered or cancelled."""
         sent = [*self.retries, *(batch.requests for lane in self._all for batch in lane.running)]
         return [request for requests in sent for request in requests if request.state is State.RUNNING]
+
+    # To the engine
 
     def send(
         self, lane: Lane, requests: list[Request], reason: str, shares: dict[Tenant | None, int] | None = None
     ) -> None:
-        """Pack a batch into a free slot and give it to the worker. The lane must have a free slot."""
+        """Pack a batch into a free slot, which there must be, and give it to the worker."""
         row_shapes = requests[0].row_shapes
         rows = requests[0].rows if len(requests) == 1 else sum([request.rows for request in requests])
         slot = lane.free_slots.pop()
@@ -184,62 +184,40 @@ class Lanes:
         try:
             pack(requests, lane.engine.inputs(slot, rows, row_shapes))
         except Exception as error:
-            # Nothing was sent, so the batch fails here, like one that the engine refused.
+            # The batch fails like one that the engine refused.
             log.exception("packing a batch failed")
             outcome = Outcome(None, EngineError(f"packing failed: {error!r}"), self._clock(), self._clock())
             self._loop.call_soon(self._on_outcome, lane, job, outcome)
+            self._choose()
             return
         batch.dispatched_s = now_s = self._clock()
-        lane.free_s = max(lane.free_s, now_s) + self._times.of(row_shapes).expected_s(rows)
+        run_s = self._scheduler.shape_times.of(row_shapes).expected_s(rows)
+        lane.free_s = max(lane.free_s, now_s) + run_s
+        self._choose()
         lane.worker.submit(job)
         if self._execution_timeout_s is not None and lane.watch is None:
             self._watch_next(lane)
 
-    def _watch_next(self, lane: Lane) -> None:
-        """See to it that the batch that runs now ends; one behind it has not begun."""
-        if lane.watch is not None:
-            lane.watch.cancel()
-            lane.watch = None
-        limit_s = self._execution_timeout_s
-        if limit_s is not None and lane.running:
-            batch = next(iter(lane.running))
-            lane.watch = self._loop.call_later(limit_s, self._give_up, lane, batch, limit_s)
-
-    def _give_up(self, lane: Lane, batch: Batch, limit_s: float) -> None:
-        """The engine hangs. Its slots are its own until it comes back, if ever."""
-        lane.watch = None
-        if lane in self.lanes:
-            self.lanes.remove(lane)
-        del self._all[lane]
-        waiting = [one.requests for one in lane.running if one is not batch]
-        lane.running.clear()
-        # They have not begun, and are as good as they were.
-        self.retries.extendleft(reversed(waiting))
-        now_s = self._clock()
-        batch.started_s = max(batch.dispatched_s, now_s - limit_s)  # the engine has yet to say when
-        batch.finished_s = batch.answering_s = now_s
-        _note_failed(batch, batch.requests)
-        self._on_hung(lane, batch, limit_s)
-        self._over(batch)
-
     def send_retry(self, lane: Lane) -> None:
-        """Send the next half of a batch that failed, but for those whose callers are gone and those who would
-        be too late."""
+        """Send the next half of a failed batch, without requests that were cancelled or would be late."""
         requests = []
         start_s = max(self._clock(), lane.free_s)
+        run_times = self._scheduler.shape_times
         for request in self.retries.popleft():
             if request.state is not State.RUNNING:
                 continue
-            if request.deadline_s < start_s + self._times.of(request.row_shapes).expected_s(request.rows):
-                self._on_late(request)
+            if request.deadline_s < start_s + run_times.of(request.row_shapes).expected_s(request.rows):
+                self._completion.fail_late(request)
             else:
                 requests.append(request)
         if requests:
             self._counters.retries += 1
             self.send(lane, requests, RETRY)
 
+    # Back from the engine
+
     def _deliver(self, lane: Lane, job: Job, outcome: Outcome) -> None:
-        """Called on a worker's thread: the one place where a thread calls into the loop."""
+        """Hand an outcome over to the loop. Runs on the worker's thread."""
         try:
             self._loop.call_soon_threadsafe(self._on_outcome, lane, job, outcome)
         except RuntimeError:
@@ -254,97 +232,142 @@ class Lanes:
         del running[batch]
         if lane.watch is not None:
             self._watch_next(lane)
-        # What is behind it begins now, however long it was expected to take.
-        left_s = 0.0
-        for one in running:
-            left_s += self._times.of(one.row_shapes).expected_s(one.rows)
-        now_s = self._clock()
-        lane.free_s = now_s + left_s
+        lane.free_s = now_s = self._clock()
+        for one in running:  # they begin now
+            lane.free_s += self._scheduler.shape_times.of(one.row_shapes).expected_s(one.rows)
+        self._choose()
         batch.started_s = outcome.started_s
         batch.finished_s = outcome.finished_s
-        figures = lane.figures
-        figures.runs += 1
-        figures.busy_s += outcome.finished_s - outcome.started_s
-        if outcome.error is not None:
-            batch.answering_s = self._clock()
-            self._on_error(lane, batch, outcome.error)
-            self._over(batch)
-        else:
+        totals = lane.totals
+        totals.runs += 1
+        totals.busy_s += outcome.finished_s - outcome.started_s
+        if outcome.error is None:
             assert outcome.outputs is not None
             batch.outputs = outcome.outputs
-            learnt = self._on_idle(lane, batch)
+            self._answer(batch, now_s, idle=not running)
+        else:
             batch.answering_s = self._clock()
-            self._hand_out(batch)
-            batch.answered_s = self._clock()
-            overhead_s = now_s + batch.answered_s - 2 * batch.finished_s
-            self.overhead_s += (overhead_s - self.overhead_s) * _GAIN
-            self._counters.count(batch, None if self._padder is None else self._padder.padded(batch))
-            if self.on_batch is not None:
-                self.on_batch(batch)
-            if not learnt:
-                self._on_ran(batch)
-            # Whoever keeps the batch must not keep the outputs, and batch and requests not each other.
-            batch.outputs = ()
-            batch.memo = {}
-            batch.requests = []
+            self._on_error(lane, batch, outcome.error)
+            self._end_failed(batch)
         lane.free_slots.append(job.slot)
         if len(self._all) > len(self.lanes) and lane not in self.lanes and not running:
             self._all.pop(lane, None)  # it was dead, and this was its last batch
+        self._choose()
         self._decide()
 
-    def _over(self, batch: Batch) -> None:
-        """A batch that failed is dealt with."""
+    def _answer(self, batch: Batch, now_s: float, *, idle: bool) -> None:
+        """Give the engine its next batch if others wait, then answer this one."""
+        scheduler = self._scheduler
+        scheduler.on_ended(batch, now_s, idle=idle)
+        others_wait = self._queue.rows > 0 or len(self.retries) > 0
+        if others_wait:
+            scheduler.on_ran(batch)
+            self._decide()
+        batch.answering_s = self._clock()
+        self._completion.answer(batch)
         batch.answered_s = self._clock()
+        scheduler.on_answered(batch, now_s)
+        self._counters.count(batch, None if self._padder is None else self._padder.padded(batch))
         if self.on_batch is not None:
             self.on_batch(batch)
-        batch.requests = []
+        if not others_wait:
+            scheduler.on_ran(batch)
+        batch.release()
 
-    def _hand_out(self, batch: Batch) -> None:
-        finish = self._answers.finish
-        for request in batch.requests:
-            if request.state is State.RUNNING:
-                request.state = State.DONE
-                request.batch = batch
-                if request.pad is None:
-                    finish(request)
-                else:
-                    self._hand_out_cut(request, request.pad)
-
-    def _hand_out_cut(self, request: Request, pad: Pad) -> None:
-        """The same for one that was padded: its outputs are cut back to its own length."""
-        try:
-            own = cut_back(request, pad)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the caller must hear of it
-            self._answers.fail_run(request, f"its outputs cannot be cut back: {error!r}")
-        else:
-            self._answers.finish(request)
-            if own is not None:
-                own.outputs = ()
-                own.memo = {}
+    # Failures
 
     def _on_error(self, lane: Lane, batch: Batch, error: EngineError) -> None:
         requests = [request for request in batch.requests if request.state is State.RUNNING]
         self._counters.failed_runs += 1
         _note_failed(batch, requests)
         if isinstance(error, EngineDeadError):
-            if lane in self.lanes:
-                self.lanes.remove(lane)
             self._on_dead(lane, requests, error)
         elif len(batch.requests) > 1:
-            # Also with one left: what failed may have been the rows of somebody who is gone by now.
+            # Also with one left: the rows that failed may be of a request that was cancelled since.
             self._retry_halves(requests)
         elif requests and isinstance(requests[0], Bundle):
             self._retry_halves(requests[0].split())
         elif requests:
-            self._answers.fail_run(requests[0], str(error))
+            self._completion.fail_run(requests[0], str(error))
 
     def _retry_halves(self, requests: list[Request]) -> None:
         half = len(requests) // 2
         self.retries.extendleft(part for part in (requests[half:], requests[:half]) if part)
 
+    def _end_failed(self, batch: Batch) -> None:
+        batch.answered_s = self._clock()
+        if self.on_batch is not None:
+            self.on_batch(batch)
+        batch.requests = []
+
+    def _on_dead(self, lane: Lane, requests: list[Request], error: EngineError) -> None:
+        """The engine died. Its requests may be the cause, so they are not tried on another one."""
+        self._remove(lane)
+        first = lane.gone is None
+        if lane.gone is None:
+            lane.gone = self._completion.engine_gone(str(error))
+        self._completion.fail_all(requests, lane.gone)
+        if first and not self.lanes:
+            self._close(lane.gone)
+        if first and self._on_lost is not None and not self._scheduler.draining:
+            self._on_lost(lane.worker, lane.gone)
+
+    def _watch_next(self, lane: Lane) -> None:
+        """Limit the time of the batch that runs now; those behind it have not begun."""
+        if lane.watch is not None:
+            lane.watch.cancel()
+            lane.watch = None
+        limit_s = self._execution_timeout_s
+        if limit_s is not None and lane.running:
+            batch = next(iter(lane.running))
+            lane.watch = self._loop.call_later(limit_s, self._give_up, lane, batch, limit_s)
+
+    def _give_up(self, lane: Lane, batch: Batch, limit_s: float) -> None:
+        """The engine hangs: fail its batch, and run those behind it elsewhere."""
+        lane.watch = None
+        self._remove(lane)
+        del self._all[lane]
+        waiting = [one.requests for one in lane.running if one is not batch]
+        lane.running.clear()
+        self.retries.extendleft(reversed(waiting))
+        now_s = self._clock()
+        batch.started_s = max(batch.dispatched_s, now_s - limit_s)  # the engine has not said when
+        batch.finished_s = batch.answering_s = now_s
+        _note_failed(batch, batch.requests)
+        error = ExecutionTimeoutError(self._model, limit_s)
+        log.critical("model %s: a batch of %d rows has not ended: %s", self._model, batch.rows, error)
+        self._counters.hung += 1
+        self._completion.fail_all(batch.requests, error)
+        if self._on_lost is not None and self._scheduler.admission.closed is None:
+            self._on_lost(lane.worker, error)
+        elif not self.lanes:
+            self._close(self._completion.engine_gone(str(error)))
+        self._decide()
+        self._end_failed(batch)
+
+    def _close(self, gone: EngineGoneError) -> None:
+        """There is no engine: accept nothing, and fail what waits. Batches that still run may be answered."""
+        self._scheduler.admission.closed = gone
+        waiting = [request for retry in self.retries for request in retry]
+        self.retries.clear()
+        self._completion.fail_all(waiting + self._queue.take_all(), gone)
+
+    def use(self, worker: BatchWorker) -> None:
+        """Use another worker in place of one that was lost."""
+        admission = self._scheduler.admission
+        if not self._scheduler.draining and isinstance(admission.closed, EngineGoneError):
+            admission.closed = None
+        self._add(worker)
+        self._decide()
+
+    def gone(self, error: EngineError) -> None:
+        """No other engine can be opened in place of one that was lost."""
+        if not self.lanes:
+            self._close(self._completion.engine_gone(str(error)))
+            self._decide()
+
 
 def _note_failed(batch: Batch, requests: list[Request]) -> None:
-    """There are no rows, and those who are told so, or lose their patience now, rode in this batch."""
     batch.failed = True
     for request in requests:
         request.batch = batch

@@ -140,6 +140,12 @@ class Batch:
         own.joined = joined
         return own
 
+    def release(self) -> None:
+        """Drop the requests and their outputs; the rest may be kept."""
+        self.outputs = ()
+        self.memo = {}
+        self.requests = []
+
 
 class Request:
     """Rows of one caller. Subclass it and define `done`.

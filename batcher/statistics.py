@@ -7,6 +7,7 @@ from math import ceil
 from typing import NamedTuple
 
 from cobatch.batcher.durations import PENDING_LIMIT, DurationHistogram
+from cobatch.batcher.errors import BatcherError
 from cobatch.batcher.request import Batch, Request
 
 # Batches are told apart by which part of them was padding, in steps of 5 %, rounded up.
@@ -127,6 +128,13 @@ class Counters:
     def batches(self) -> int:
         """Batches that ran."""
         return sum(self._reasons.values())
+
+    def count_refusal(self, request: Request, error: BatcherError) -> None:
+        """Count a request that was not accepted."""
+        self.refused += request.callers
+        self.refusals[error.reason] += request.callers
+        if request.tenant is not None:
+            request.tenant.usage.refused += request.callers
 
     def count(self, batch: Batch, padded: Padded | None) -> None:
         """Count a batch that ran and whose answers are written."""

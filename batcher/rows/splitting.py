@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cobatch.batcher.request import Payload, Request, State
+from cobatch.batcher.request import Batch, Payload, Request, State
 
 
 class Part(Request):
@@ -58,7 +58,7 @@ def cut(whole: Request, most_rows: int, on_done: Callable[[Part], None]) -> list
     return parts
 
 
-def join(whole: Request, parts: list[Part]) -> None:
+def join(whole: Request, parts: list[Part]) -> Batch:
     """Give `whole` the outputs of all its parts, in order, as if one batch had run them.
 
     At least one part has run; the rows of those that failed are zeros (b"" for BYTES). The times are
@@ -76,6 +76,7 @@ def join(whole: Request, parts: list[Part]) -> None:
     batch.outputs = [np.concatenate(rows) for rows in zip(*(part.outputs for part in parts), strict=True)]
     whole.first_row = 0
     whole.state = State.DONE
+    return batch
 
 
 def _blank(like: np.ndarray[Any, Any], rows: int) -> np.ndarray[Any, Any]:
@@ -83,13 +84,13 @@ def _blank(like: np.ndarray[Any, Any], rows: int) -> np.ndarray[Any, Any]:
     return np.full(shape, b"", object) if like.dtype == object else np.zeros(shape, like.dtype)
 
 
-def let_go(parts: list[Request]) -> None:
-    """Parts know their whole and it them: undo that, and do not keep their outputs."""
+def release(parts: list[Request]) -> None:
+    """Break the reference cycles between parts and their whole, and drop the parts' outputs."""
     for part in parts:
         assert isinstance(part, Part)
-        part.on_done = _nobody
+        part.on_done = _ignore
         part.outputs = ()
 
 
-def _nobody(part: Part) -> None:
-    """Who hears of a part whose whole is answered already."""
+def _ignore(part: Part) -> None:
+    """Ignore a part whose whole is answered already."""

@@ -1,12 +1,11 @@
-"""Callers who wait for their answers come back together: how soon, and how many.
+"""Arrivals: their rate, and closed-loop clients that are worth waiting for.
 
-Clients that send their next request when they have the answer to the last fall into two groups whose
-batches alternate, each of half the size it could have: one group is answered just after the other one's
-batch has left. Where a run of both together takes hardly longer than one of half of them, it pays to wait
-for those who have just been answered; and that is known after a few batches. So it does where an engine
-stands idle between two runs, because the event loop has its hands full with other callers and does not notice
-that one has ended: one run of all has that once. Whether waiting pays is the one question of batching that
-Clipper (Crankshaw et al., NSDI 2017) leaves to a setting, its delayed batching.
+Closed-loop clients send their next request when they have the answer to the last. They fall into two groups
+whose batches alternate, each of half the possible size: one group is answered just after the other's batch
+has left. If a run of both together takes hardly longer than one of half of them, it pays to wait for the
+clients that were just answered; a few batches tell. The same holds where the engine is idle between two runs
+because the event loop notices late that one has ended: one run of all pays that once. Clipper (Crankshaw et
+al., NSDI 2017) leaves this question to a setting, delayed batching.
 """
 
 from __future__ import annotations
@@ -16,70 +15,87 @@ from collections.abc import Sequence
 from math import inf
 
 from cobatch.batcher.request import Batch, Request
-from cobatch.batcher.scheduling.run_times import LatencyModel
+from cobatch.batcher.scheduling.run_times import RunTimes
+from cobatch.batcher.scheduling.tuning import (
+    IDLE_GAIN,
+    MOST_WAIT,
+    RATE_LEAST_REQUESTS,
+    RATE_WINDOW_S,
+    RETURN_MARGIN,
+    RETURNED,
+    RETURNS_SEEN,
+    TIMER_S,
+    WAIT_GAIN,
+)
 
-# The wait is no longer than this part of the run that it is for,
-_PART_OF_RUN = 0.4
-# and lets so many times as many rows through in a second.
-_GAIN = 1.05
-# Of so many batches all but one must have seen their callers back as soon.
-_SEEN = 10
-# Timers are late by so much, and so is whoever comes when one is due.
-_TIMER_S = 0.0005
-# Of those who come back, this part decides how long that takes; a wait is given so many times that.
-_MOST = 0.9
-_MARGIN = 2.0
-# What part of a new measurement goes into what is known.
-_NEW = 0.1
+
+class ArrivalRate:
+    """The number of requests that arrive per second."""
+
+    def __init__(self, now_s: float) -> None:
+        self._at_s = now_s
+        self._count = 0
+        self._rate: float | None = None
+
+    def per_s(self, now_s: float, count: int) -> float | None:
+        """Return the rate, given the count of all requests so far; None until enough have come."""
+        passed_s = now_s - self._at_s
+        if passed_s >= RATE_WINDOW_S:
+            new = (count - self._count) / passed_s
+            known = self._rate is not None or count >= RATE_LEAST_REQUESTS
+            self._rate = new if known else None
+            self._at_s, self._count = now_s, count
+        return self._rate
 
 
 class ClosedLoopEstimator:
-    """Of one model. Times are seconds of the batcher's clock."""
+    """How soon, and how many of, the clients of a batch come back. Times are of the batcher's clock."""
 
     def __init__(self) -> None:
-        self._ends: deque[tuple[float, int]] = deque(maxlen=2)  # when a batch ended, with so many requests
-        self._back_s: deque[float] = deque(maxlen=_SEEN)
-        self._part = 0.0  # of those that a batch answers, so many rows for each
-        # For so long the engine stands idle with each run: packing, starting, noticing its end.
-        self._between_s = 0.0
+        self._ends: deque[tuple[float, int]] = deque(maxlen=2)  # when a batch ended, its requests
+        self._returns_s: deque[float] = deque(maxlen=RETURNS_SEEN)
+        self._rows_per_answer = 0.0
+        # The engine is idle this long for each run: packing, starting, noticing the end.
+        self._idle_s = 0.0
         self._finished_s = 0.0
 
-    def ended(self, now_s: float, batch: Batch) -> None:
-        """This batch is about to be answered."""
+    def on_ended(self, now_s: float, batch: Batch) -> None:
+        """Note that a batch is about to be answered."""
         self._ends.append((now_s, len(batch.requests)))
         free_s = max(batch.gathered_s, self._finished_s)
         self._finished_s = batch.finished_s
-        between_s = batch.started_s - free_s + now_s - batch.finished_s
-        self._between_s += (between_s - self._between_s) * _NEW
+        idle_s = batch.started_s - free_s + now_s - batch.finished_s
+        self._idle_s += (idle_s - self._idle_s) * IDLE_GAIN
 
-    def left(self, requests: Sequence[Request]) -> None:
-        """These leave as a batch, in the order in which they came: were they those of a batch that ended?"""
+    def on_formed(self, requests: Sequence[Request]) -> None:
+        """Note that these requests, in the order in which they came, leave as a batch."""
         first_s = requests[0].enqueued_s
         for end_s, answered in reversed(self._ends):
             if end_s <= first_s:
                 back = requests[: min(answered, len(requests))]
-                last = back[max(0, int(len(back) * _MOST) - 1)]
-                # Where more come than were answered, they come of their own accord.
-                self._back_s.append(last.enqueued_s - end_s if len(requests) <= answered else inf)
-                self._part = sum([request.rows for request in back]) / answered
+                last = back[max(0, int(len(back) * RETURNED) - 1)]
+                # More requests than were answered are not those clients.
+                self._returns_s.append(last.enqueued_s - end_s if len(requests) <= answered else inf)
+                self._rows_per_answer = sum([request.rows for request in back]) / answered
                 return
 
-    def expected_returns(
-        self, queued: int, full_rows: int, latency: LatencyModel
-    ) -> tuple[int, float] | None:
-        """For how many rows, and how many seconds, it pays to wait when the engine has just become idle."""
-        if len(self._back_s) < _SEEN or queued >= full_rows:
+    def expected_returns(self, queued: int, full_rows: int, run_times: RunTimes) -> tuple[int, float] | None:
+        """Return the rows, and the seconds, that an engine that has just become idle should wait for.
+
+        None if waiting does not pay.
+        """
+        if len(self._returns_s) < RETURNS_SEEN or queued >= full_rows:
             return None
-        back_s = sorted(self._back_s)
-        wait_s = back_s[-2] + _TIMER_S  # one may have been held up
-        rows = min(full_rows, queued + round(self._ends[-1][1] * self._part))
-        run_s = latency.expected_s(rows)
-        most_s = run_s * _PART_OF_RUN
+        returns_s = sorted(self._returns_s)
+        wait_s = returns_s[-2] + TIMER_S  # one may have been held up
+        rows = min(full_rows, queued + round(self._ends[-1][1] * self._rows_per_answer))
+        run_s = run_times.expected_s(rows)
+        most_s = run_s * MOST_WAIT
         if wait_s > most_s:
             return None
-        # All of them in one run, and a wait each time; or in two, where nobody has to be waited for. Where
-        # nobody is there yet, whoever comes first would not leave alone but with some of the others.
+        # One run of all rows after a wait, or two runs without one. If nothing is queued yet, the first
+        # request to come would leave with some of the others.
         now_rows = queued or max(1, rows // 2)
-        both_s = latency.expected_s(now_rows) + latency.expected_s(max(1, rows - now_rows)) + self._between_s
-        gain = both_s / (run_s + back_s[_SEEN // 2])
-        return (rows, min(wait_s * _MARGIN, most_s)) if gain > _GAIN else None
+        two_s = run_times.expected_s(now_rows) + run_times.expected_s(max(1, rows - now_rows)) + self._idle_s
+        gain = two_s / (run_s + returns_s[RETURNS_SEEN // 2])
+        return (rows, min(wait_s * RETURN_MARGIN, most_s)) if gain > WAIT_GAIN else None

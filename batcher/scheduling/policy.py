@@ -1,96 +1,45 @@
-"""When a batch leaves: a pure function of what is queued, the clock and the limits.
+"""When a batch leaves: a pure function of the queue, the clock and the predictions.
 
-The theory in five lines. While the engine is idle, waiting can only add latency, so whatever is there
-leaves at once (unless `max_delay_s` asks for a wait, which runs from the oldest request, and ends where a
-deadline does or where nobody else is to be expected; or unless those who have just been answered are known
-to be back in no time, see `batcher.scheduling.arrivals`). While the engine is busy, waiting is free, so the
-next batch grows until the engine is done. A full batch gains nothing from waiting, so it leaves as soon as a
-slot is free and lies ready when the engine finishes; but where tenants or shapes compete, or deadlines are
-missed, it is made up as late as that allows, so that whoever comes meanwhile is not a whole batch too late
-and those in it are as fresh as can be (Symphony, Chen et al., 2023, defers a batch for as long as that costs
-nothing). What is full is `full_rows`: the size past which a row no longer gets cheaper (see
-`batcher.scheduling.run_times`), at most the largest batch the engine takes.
+While the engine is idle, waiting only adds latency, so a batch leaves at once, with two exceptions: with
+`max_delay_s` it waits until its oldest request has waited that long, a deadline comes first, or no other
+request is expected; and it waits for closed-loop clients that are predicted to be back soon
+(`batcher.scheduling.arrivals`). While the engine is busy, waiting is free, so the next batch grows until the
+engine is done. A full batch gains nothing from waiting: it leaves as soon as a slot is free and is packed
+while the engine runs. Where tenants or shapes compete, or deadlines are missed, it is formed as late as that
+allows, so that a request that comes meanwhile is not a whole batch too late (deferred batch scheduling:
+Symphony, Chen et al., 2023). A batch is full at `full_rows`, the size past which a row gets no cheaper
+(`batcher.scheduling.run_times`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+
+from cobatch.batcher.scheduling.fair_queueing import Group
+from cobatch.batcher.scheduling.queue import RequestQueue
+from cobatch.batcher.scheduling.tuning import LEAD_S, WORTH_WAITING_ROWS
 
 FULL = "full"  # it has grown as far as growing pays
 IDLE = "idle"  # the engine is idle
-SHAPE = "shape"  # what else waits has another shape
-DELAY = "delay"  # the oldest request has waited as long as it may for company
+SHAPE = "shape"  # the other rows in the queue have another shape
+DELAY = "delay"  # the oldest request has waited as long as it may for others
 DEADLINE = "deadline"  # a deadline leaves no time to wait or to grow
 DRAIN = "drain"  # the server stops
 RETRY = "retry"  # a part of a batch that failed
 
-# Before the running batch is expected to end, a full one is packed so early: what that takes, and what
-# timers are late by.
-LEAD_S = 0.002
 
-
-class GroupView(Protocol):
-    """What the policy sees of a group: rows that may share a batch."""
-
-    @property
-    def rows(self) -> int: ...
-
-
-G_co = TypeVar("G_co", bound=GroupView, covariant=True)
-
-
-class QueueView(Protocol[G_co]):
-    """What the policy sees of the queue. `oldest_s`, `next_group`: only where there are rows."""
-
-    @property
-    def rows(self) -> int: ...
-
-    @property
-    def full_rows(self) -> int: ...
-
-    @property
-    def contended(self) -> bool: ...
-
-    @property
-    def next_group(self) -> G_co: ...
-
-    @property
-    def full_group(self) -> G_co | None: ...
-
-    @property
-    def oldest_s(self) -> float: ...
-
-    @property
-    def urgent_s(self) -> float: ...
-
-    @property
-    def shapes(self) -> int: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """`max_delay_s` may be spent waiting for company; `slots` is how many batches the engine holds."""
-
-    max_delay_s: float
-    slots: int
-
-
-@dataclass(slots=True)  # not frozen: that makes it four times as dear
+@dataclass(slots=True)  # not frozen, which would make it four times as expensive
 class Now:
-    """The moment of a decision. Times are seconds of the batcher's clock.
+    """The moment of a decision, for an engine with a free slot. Times are seconds of the batcher's clock.
 
-    `running` batches are with the engine, `in_slots` (>= running) occupy its slots: a batch whose answers
-    are being handed out still holds its slot. `free_s`: when the engine is expected to be idle.
-    `run_s`: how long the next batch hardly ever takes. `rows_per_s`: how many rows arrive, None where that
-    is not known yet. `expected_rows`: those who have just been answered are expected to be back, so that so
-    many rows are there, by `expected_by_s`; 0 where it does not pay to wait for them. `overloaded`:
-    requests miss deadlines for want of engine time.
+    `running`: whether the engine is busy; `free_s`: when it is expected to be idle. `run_s`: the 95th
+    percentile of the next run. `rows_per_s`: the arrival rate, None if unknown. `expected_rows`: with the
+    closed-loop clients that are expected back, this many rows are queued by `expected_by_s`; 0 if a wait
+    does not pay. `overloaded`: requests miss deadlines for want of engine time.
     """
 
     time_s: float
-    in_slots: int
-    running: int
+    running: bool
     free_s: float
     run_s: float = 0.0
     rows_per_s: float | None = None
@@ -101,69 +50,69 @@ class Now:
 
 
 @dataclass(slots=True)
-class Dispatch(Generic[G_co]):
-    """Send a batch of this group now."""
+class Release:
+    """Form a batch of this group now."""
 
-    group: G_co
+    group: Group
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class WaitUntil:
-    """Nothing to send before this time, unless something changes."""
+    """Send nothing before this time, or before `rows` rows are queued (0: no number is waited for)."""
 
     time_s: float
+    rows: int = 0
 
 
-def decide(queue: QueueView[G_co], now: Now, limits: Limits) -> Dispatch[G_co] | WaitUntil | None:
-    """What to do now. None: wait until something is queued or done."""
-    if now.in_slots >= limits.slots or not queue.rows:
+def decide(queue: RequestQueue, now: Now, max_delay_s: float = 0.0) -> Release | WaitUntil | None:
+    """Decide what to do now. None: wait until a request is queued or a batch ends."""
+    if not queue.rows:
         return None
     if now.running:
         return _while_busy(queue, now)
     group = queue.next_group
     if now.draining:
-        return Dispatch(group, DRAIN)
+        return Release(group, DRAIN)
     if group.rows >= queue.full_rows:
-        return Dispatch(group, FULL)
-    if limits.max_delay_s > 0:
-        return _after_a_wait(queue, now, limits.max_delay_s)
-    if queue.shapes > 1:
-        return Dispatch(group, SHAPE)
-    return _wait_for_returns(queue, now) if now.expected_rows else Dispatch(group, IDLE)
+        return Release(group, FULL)
+    if max_delay_s > 0:
+        return _after_delay(queue, now, max_delay_s)
+    if len(queue.groups) > 1:
+        return Release(group, SHAPE)
+    return _with_returns(queue, now) if now.expected_rows else Release(group, IDLE)
 
 
-def _wait_for_returns(queue: QueueView[G_co], now: Now) -> Dispatch[G_co] | WaitUntil:
-    """The engine has just become idle, and those who were answered will be back."""
+def _with_returns(queue: RequestQueue, now: Now) -> Release | WaitUntil:
+    """Wait for the closed-loop clients that were just answered."""
     group = queue.next_group
     due_s = min(now.expected_by_s, queue.urgent_s - now.run_s)
     if now.time_s >= due_s:
-        return Dispatch(group, DELAY if due_s == now.expected_by_s else DEADLINE)
-    return Dispatch(group, DELAY) if group.rows >= now.expected_rows else WaitUntil(due_s)
+        return Release(group, DELAY if due_s == now.expected_by_s else DEADLINE)
+    return Release(group, DELAY) if group.rows >= now.expected_rows else WaitUntil(due_s, now.expected_rows)
 
 
-def _while_busy(queue: QueueView[G_co], now: Now) -> Dispatch[G_co] | WaitUntil | None:
-    """Nothing leaves unless a batch is full. Where tenants or shapes compete, or requests are lost, one
-    leaves when it is about to be run, and whose turn it is goes even if it has not filled a batch: always
-    behind full ones, it would wait for ever."""
+def _while_busy(queue: RequestQueue, now: Now) -> Release | WaitUntil | None:
+    """Release only when a batch is full. The group whose turn it is goes then, even if another one is full:
+    it would wait for ever behind full ones."""
     if queue.full_group is None:
         return None
-    if (queue.contended or queue.shapes > 1 or now.overloaded) and now.time_s < now.free_s - LEAD_S:
+    competing = queue.contended or len(queue.groups) > 1 or now.overloaded
+    if competing and now.time_s < now.free_s - LEAD_S:
         return WaitUntil(now.free_s - LEAD_S)
     group = queue.next_group
-    return Dispatch(group, FULL if group.rows >= queue.full_rows else SHAPE)
+    return Release(group, FULL if group.rows >= queue.full_rows else SHAPE)
 
 
-def _after_a_wait(queue: QueueView[G_co], now: Now, max_delay_s: float) -> Dispatch[G_co] | WaitUntil:
+def _after_delay(queue: RequestQueue, now: Now, max_delay_s: float) -> Release | WaitUntil:
     delay_s = queue.oldest_s + max_delay_s
     urgent_s = queue.urgent_s - now.run_s
     due_s = min(delay_s, urgent_s)
     if now.time_s >= due_s:
-        return Dispatch(queue.next_group, DELAY if delay_s <= urgent_s else DEADLINE)
+        return Release(queue.next_group, DELAY if delay_s <= urgent_s else DEADLINE)
     full = queue.full_group
     if full is not None:
-        return Dispatch(full, FULL)
-    if now.rows_per_s is not None and now.rows_per_s * (due_s - now.time_s) < 0.5:
-        # Nobody is expected in the time that is left.
-        return Dispatch(queue.next_group, IDLE)
+        return Release(full, FULL)
+    if now.rows_per_s is not None and now.rows_per_s * (due_s - now.time_s) < WORTH_WAITING_ROWS:
+        return Release(queue.next_group, IDLE)
     return WaitUntil(due_s)

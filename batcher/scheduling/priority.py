@@ -1,11 +1,11 @@
-"""Requests in order of priority and arrival: O(1) where all are of one priority, else O(log n).
+"""Requests in order of priority and arrival: O(1) if all have one priority, else O(log n).
 
-One line for each priority level, first come first served. Between the levels whoever has waited longest
-is next, where each level counts as `AGEING_S` of waiting: a request of the level below overtakes one that
-came so much later, so nothing waits for ever, however much of higher priority keeps coming.
+Within a priority level requests are first come, first served. Between levels, the request that has waited
+longest is next, where each level counts as `AGEING_S` of waiting. So a request of the level below overtakes
+one that came that much later, and nothing waits for ever behind higher priorities.
 
-A request that left by another way (cancelled, expired, taken through another order) stays in its place as
-a tombstone until the head reaches it, or until tombstones outnumber the live.
+A request that leaves in another way (cancelled, expired, taken through another order) stays as a tombstone
+until it reaches the head, or until tombstones outnumber live requests.
 """
 
 from __future__ import annotations
@@ -14,27 +14,26 @@ from collections import deque
 from heapq import heapify, heappop, heappush
 
 from cobatch.batcher.request import Request, State
+from cobatch.batcher.scheduling.tuning import AGEING_S, TOMBSTONES_KEPT
 
-AGEING_S = 1.0
 HIGHEST, DEFAULT, LOWEST = 1, 4, 8
-_TOMBSTONES_KEPT = 64
 
 
 def level_of(priority: int) -> int:
-    """The level of a request's `priority` (V2: 1 is the highest, 0 stands for the default)."""
+    """Return the level of a request's `priority` (V2: 1 is the highest, 0 stands for the default)."""
     return min(priority, LOWEST) if priority > 0 else DEFAULT
 
 
 def _turn_s(request: Request) -> float:
-    """The earlier, the sooner it is next."""
+    """Return the virtual time of a request's turn."""
     return request.enqueued_s + request.level * AGEING_S
 
 
 class PriorityQueue:
-    """The lines of one order. `queued` counts the live; whoever takes one out says so to `leave`.
+    """One order of requests. `queued` counts the live ones; `leave` must be told of each that goes.
 
-    Most of the time all requests are of one level: `_line` is that level's line. Those of other levels are
-    in a heap, by when their turn is.
+    Most of the time all requests are of one level and stand in `_line`. Those of other levels are in a heap,
+    by their turn.
     """
 
     __slots__ = ("_level", "_line", "_number", "_others", "_waiting", "queued")
@@ -44,11 +43,11 @@ class PriorityQueue:
         self._line: deque[Request] = deque()
         self._others: list[tuple[float, int, Request]] = []
         self._number = 0
-        self._waiting = 0  # tombstones included
+        self._waiting = 0  # with tombstones
         self.queued = 0
 
     def copy(self) -> PriorityQueue:
-        """The same requests in lines of their own."""
+        """Return a queue of its own with the same requests."""
         twin = PriorityQueue()
         twin._level, twin._line = self._level, self._line.copy()
         twin._others, twin._number = self._others.copy(), self._number
@@ -56,13 +55,13 @@ class PriorityQueue:
         return twin
 
     def live(self) -> list[Request]:
-        """All of them, in no particular order."""
+        """Return all requests without tombstones, in no particular order."""
         queued = State.QUEUED
         both = [*self._line, *[request for _, _, request in self._others]]
         return [request for request in both if request.state is queued]
 
     def push(self, request: Request) -> None:
-        """At the end of its level's line."""
+        """Append a request to its level."""
         if request.level == self._level:
             self._line.append(request)
         elif not self._waiting:
@@ -75,7 +74,7 @@ class PriorityQueue:
         self.queued += 1
 
     def leave(self, request: Request) -> None:
-        """It is not queued any more."""
+        """Note that a request is no longer queued."""
         self.queued -= 1
         if not self.queued:
             self._line.clear()
@@ -87,14 +86,14 @@ class PriorityQueue:
         elif self._others and self._others[0][2] is request:
             heappop(self._others)
             self._waiting -= 1
-        elif self._waiting - self.queued > _TOMBSTONES_KEPT and self._waiting > 2 * self.queued:
+        elif self._waiting - self.queued > TOMBSTONES_KEPT and self._waiting > 2 * self.queued:
             self._line = deque([one for one in self._line if one.state is State.QUEUED])
             self._others = [entry for entry in self._others if entry[2].state is State.QUEUED]
             heapify(self._others)
             self._waiting = self.queued
 
     def head(self) -> Request:
-        """Who is next; there must be one that is queued."""
+        """Return the next request; there must be one."""
         line, others, queued = self._line, self._others, State.QUEUED
         while line and line[0].state is not queued:
             line.popleft()
@@ -108,28 +107,33 @@ class PriorityQueue:
         return line[0] if line and _turn_s(line[0]) <= turn_s else other
 
     def take(self, most_rows: int) -> tuple[list[Request], int] | None:
-        """Whole requests from the head, of up to so many rows but at least one, and their rows; they are
-        RUNNING then. None where several levels are queued: then it takes a `head` for each."""
+        """Take whole requests of up to `most_rows` rows, at least one; return them, RUNNING, and their rows.
+
+        None if several levels are queued: then `head` must be asked for each request.
+        """
         if self._others:
             return None
         taken: list[Request] = []
         rows = 0
-        line = self._line
-        while line:
-            request = line[0]
-            if request.state is State.QUEUED:
-                if taken and rows + request.rows > most_rows:
+        line, queued, running = self._line, State.QUEUED, State.RUNNING
+        passed = 0
+        for request in line:
+            if request.state is queued:
+                if rows + request.rows > most_rows and taken:
                     break
-                request.state = State.RUNNING
+                request.state = running
                 request.entry = None
                 taken.append(request)
                 rows += request.rows
-            line.popleft()
-            self._waiting -= 1
+            passed += 1
             if rows >= most_rows:
                 break
         self.queued -= len(taken)
         if not self.queued:
             line.clear()
             self._waiting = 0
+        else:
+            self._waiting -= passed
+            for _ in range(passed):
+                line.popleft()
         return taken, rows

@@ -1,15 +1,14 @@
-"""The queue: what may ride together, and whose turn it is.
+"""The queue: requests that may share a batch, and the order of batches.
 
-Rows of different shape cannot share a batch, so each shape is a group; within it each tenant has a flow,
-and within that the order is `PriorityQueue`'. Across groups each tenant's requests stand in one order as
-well, so that none of its shapes waits behind the others'. The turns are those of
-`batcher.scheduling.fair_queueing`.
+Rows of different shapes cannot share a batch, so each shape is a group. Within a group each tenant has a
+flow, ordered by `PriorityQueue`. Across groups each tenant's requests stand in one order too, so that none
+of its shapes waits behind the others. `batcher.scheduling.fair_queueing` orders the tenants.
 
 Invariants, held by every method:
 
 * `rows` of a flow, a group, a share and the queue are each the sum over their requests in state QUEUED.
-* A flow or group without rows is gone, so what is idle costs nothing.
-* Push, cancel and take are O(log n) in tenants and O(1) in everything else, amortised.
+* A flow or group without rows is gone, so idle ones cost nothing.
+* Push, cancel and take are O(log n) in tenants and amortised O(1) in everything else.
 """
 
 from __future__ import annotations
@@ -20,45 +19,19 @@ from heapq import heapify, heappop, heappush
 from math import inf
 
 from cobatch.batcher.request import Request, State
-from cobatch.batcher.scheduling.fair_queueing import FairQueue, TenantShare, TenantShares
-from cobatch.batcher.scheduling.formation import BatchFormation, FormedBatch, StartPlan
-from cobatch.batcher.scheduling.priority import DEFAULT, PriorityQueue, level_of
+from cobatch.batcher.scheduling.fair_queueing import FairQueue, Flow, Group, TenantShare, TenantShares
+from cobatch.batcher.scheduling.priority import DEFAULT, level_of
+from cobatch.batcher.scheduling.tuning import TOMBSTONES_KEPT
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import RowShapes
 
-_TOMBSTONES_KEPT = 64
-
-
-class Flow:
-    """One tenant's requests of one shape."""
-
-    __slots__ = ("group", "in_turns", "lines", "rows", "share")
-
-    def __init__(self, group: Group, share: TenantShare) -> None:
-        self.group = group
-        self.share = share
-        self.lines = PriorityQueue()
-        self.rows = 0
-        self.in_turns = False
-
-
-class Group:
-    """All requests whose rows have one shape."""
-
-    __slots__ = ("flows", "row_shapes", "rows", "turns")
-
-    def __init__(self, row_shapes: RowShapes) -> None:
-        self.row_shapes = row_shapes
-        self.rows = 0
-        self.flows: dict[TenantShare, Flow] = {}
-        self.turns: FairQueue[Flow] = FairQueue()
-
 
 class RequestQueue:
-    """Of one model. `full_rows`: what counts as a full batch. `row_s`: what a row is expected to cost,
-    `run_s`: what a run of so many.
+    """The requests of one model.
 
-    `ages`: whether `oldest_s` will be asked for; it costs a little for each request.
+    `full_rows`: the size of a full batch, changed by `set_full_rows`. `row_s`: the expected cost of a row,
+    `run_s(rows)` of a run. `ages`: `oldest_s` will be asked for, which costs a little for each request.
+    `deadlines` counts the requests that have one.
     """
 
     def __init__(
@@ -67,46 +40,35 @@ class RequestQueue:
         self.groups: dict[RowShapes, Group] = {}
         self.rows = 0
         self.row_s = row_s
-        self.deadlines = 0  # requests that have one
+        self.deadlines = 0
         self.run_s = run_s
-        self.was_short = False  # the last batch, for the sake of a light tenant
-        self._full_rows = full_rows
+        self.full_rows = full_rows
         self._full: dict[Group, None] = {}
         self.shares = TenantShares()
         self._turns: FairQueue[TenantShare] = FairQueue()
         self._ages = ages
         self._arrivals: deque[Request] = deque()
         self._urgent: list[tuple[float, int, Request]] = []
-        self._most_ages = _TOMBSTONES_KEPT  # so many of both before those that left are dropped
+        self._most_ages = TOMBSTONES_KEPT  # entries of both before tombstones are dropped
         self._number = 0
-        # Of the newest request: the next is often alike. When it was all there was, it is kept aside as it
-        # is, and its tenant counts as active, since to make all that anew costs a lone request as much as to
-        # queue it.
+        # The flow of the newest request; the next is often alike. If it was the only one, it is parked when
+        # it is empty, and its tenant counts as active, because making all that anew would cost a lone
+        # request as much as queueing it.
         self._last: Flow | None = None
         self._parked = False
 
-    # What the policy sees
+    # For the policy
 
-    @property
-    def full_rows(self) -> int:
-        """How many rows make a full batch."""
-        return self._full_rows
-
-    @full_rows.setter
-    def full_rows(self, rows: int) -> None:
-        if rows != self._full_rows:
-            self._full_rows = rows
+    def set_full_rows(self, rows: int) -> None:
+        """Change the size of a full batch."""
+        if rows != self.full_rows:
+            self.full_rows = rows
             self._full = {group: None for group in self.groups.values() if group.rows >= rows}
 
     @property
     def contended(self) -> bool:
-        """Whether several tenants have rows, or had lately: the next of them may come any moment."""
+        """Whether several tenants have rows, or had them recently."""
         return self.shares.several
-
-    @property
-    def shapes(self) -> int:
-        """How many groups there are."""
-        return len(self.groups)
 
     @property
     def next_group(self) -> Group:
@@ -114,9 +76,7 @@ class RequestQueue:
         if len(self.groups) == 1:
             return next(iter(self.groups.values()))
         share = self._turns.first()
-        if share.order is None:
-            return next(iter(share.flows)).group
-        flow = share.order.head().entry
+        flow = next(iter(share.flows)) if share.order is None else share.order.head().entry
         assert isinstance(flow, Flow)
         return flow.group
 
@@ -135,7 +95,7 @@ class RequestQueue:
 
     @property
     def urgent_s(self) -> float:
-        """The earliest deadline, infinite without."""
+        """The earliest deadline, infinite if there is none."""
         urgent = self._urgent
         while urgent and urgent[0][2].state is not State.QUEUED:
             heappop(urgent)
@@ -144,7 +104,7 @@ class RequestQueue:
     # In
 
     def push(self, request: Request) -> Group:
-        """Put a new request in; it says when it was queued."""
+        """Queue a new request, whose `enqueued_s` is set; return its group."""
         flow = self._last
         if (
             flow is None
@@ -172,32 +132,33 @@ class RequestQueue:
             share.order.push(request)
         if share.tenant is not None:
             share.tenant.queued_rows += rows
+        if group.rows >= self.full_rows:
+            self._full[group] = None
         if request.deadline_s != inf:
             self.deadlines += 1
-        if group.rows >= self._full_rows:
-            self._full[group] = None
-        if self._ages or request.deadline_s != inf:
+            self._note_age(request)
+        elif self._ages:
             self._note_age(request)
         return group
 
     def _unpark(self) -> None:
-        """Forget the flow that was kept aside."""
+        """Forget the parked flow."""
         self._parked = False
         flow = self._last
         assert flow is not None
         del flow.share.flows[flow]
         del flow.group.flows[flow.share]
         flow.group.turns.clear()
-        self.shares.sleeps(flow.share)
+        self.shares.deactivate(flow.share)
 
     def _flow_of(self, request: Request) -> Flow:
-        """The flow that a request belongs to, ready for it."""
+        """Return the flow that a request belongs to, ready for it."""
         group = self.groups.get(request.row_shapes)
         if group is None:
             group = self.groups[request.row_shapes] = Group(request.row_shapes)
         share = self.shares.of(request.tenant)
         if not share.rows:
-            self.shares.wakes(share)
+            self.shares.activate(share)
             self._turns.add(share)
         flow = group.flows.get(share)
         if flow is None:
@@ -220,19 +181,19 @@ class RequestQueue:
             self._arrivals = deque([one for one in self._arrivals if one.state is State.QUEUED])
             self._urgent = [entry for entry in self._urgent if entry[2].state is State.QUEUED]
             heapify(self._urgent)
-            self._most_ages = 2 * (len(self._arrivals) + len(self._urgent)) + _TOMBSTONES_KEPT
+            self._most_ages = 2 * (len(self._arrivals) + len(self._urgent)) + TOMBSTONES_KEPT
 
     # Out
 
     def cancel(self, request: Request) -> None:
-        """Take a queued request out; its memory is given back at once."""
+        """Remove a queued request and free its payloads at once."""
         self.remove(request, State.CANCELLED)
         request.payloads = ()
 
     def remove(self, request: Request, state: State) -> None:
-        """Take a queued request out; `state` is what it has then."""
-        assert request.state is State.QUEUED
+        """Remove a queued request, which has `state` from then on."""
         flow = request.entry
+        assert request.state is State.QUEUED
         assert isinstance(flow, Flow)
         request.state = state
         request.entry = None
@@ -241,10 +202,10 @@ class RequestQueue:
             flow.share.order.leave(request)
         if request.deadline_s != inf:
             self.deadlines -= 1
-        self._forget(flow, request.rows)
+        self._subtract(flow, request.rows)
 
-    def _forget(self, flow: Flow, rows: int) -> None:
-        """So many rows of a flow are not queued any more."""
+    def _subtract(self, flow: Flow, rows: int) -> None:
+        """Note that `rows` rows of a flow are not queued any more."""
         group, share = flow.group, flow.share
         share.rows -= rows
         flow.rows -= rows
@@ -261,72 +222,62 @@ class RequestQueue:
             del share.flows[flow]
             if not group.rows:
                 del self.groups[group.row_shapes]
-                group.turns.clear()  # its flows know it, and it would know them: nothing for the collector
+                group.turns.clear()  # breaks a reference cycle with its flows
             if not share.rows:
                 share.order = None
-                self.shares.sleeps(share)
-        if group.rows < self._full_rows:
+                self.shares.deactivate(share)
+        if group.rows < self.full_rows:
             self._full.pop(group, None)
         if not self.rows:
             self._arrivals.clear()
             self._urgent.clear()
 
-    def take(self, group: Group, most_rows: int, plan: StartPlan | None = None) -> FormedBatch:
-        """Remove the next batch: whole requests, up to `most_rows` rows but at least one request.
+    def take_plain(self, group: Group, most_rows: int) -> tuple[list[Request], int] | None:
+        """Remove whole requests, up to `most_rows` rows but at least one; return them and their rows.
 
-        Each row goes to the tenant whose turn it is; the rest of the rules is in
-        `batcher.scheduling.formation`.
+        None if the order takes a closer look: several tenants, several shapes of one, or several priorities.
         """
-        was_short, self.was_short = self.was_short, False
-        if not self.deadlines and len(group.flows) == 1:
-            taken = self._take_plain(group, most_rows)
-            if taken is not None:
-                return taken
-        return BatchFormation(self, group, most_rows, plan, may_be_short=not was_short).batch()
-
-    def _take_plain(self, group: Group, most_rows: int) -> FormedBatch | None:
-        """The same for one tenant without deadlines, all at once; None where it takes a closer look."""
+        if len(group.flows) > 1:
+            return None
         (flow,) = group.flows.values()
         share = flow.share
         if share.order is not None:
             return None
-        found = flow.lines.take(most_rows)
-        if found is None:
-            return None
-        requests, rows = found
-        self._forget(flow, rows)
-        self.shares.served(share, rows * self.row_s)
-        return FormedBatch(requests, [], False, {share.tenant: rows})
+        taken = flow.lines.take(most_rows)
+        if taken is not None:
+            rows = taken[1]
+            self._subtract(flow, rows)
+            self.shares.served(share, rows * self.row_s)
+        return taken
 
     def take_all(self) -> list[Request]:
         """Empty the queue."""
-        return [
-            request
-            for group in list(self.groups.values())
-            for request in self.take(group, group.rows).requests
-        ]
+        requests = self.waiting()
+        for request in requests:
+            self.remove(request, State.RUNNING)
+        return requests
 
     def settle(self, shares: dict[Tenant | None, int], run_s: float, rows: int) -> None:
-        """A batch of so many rows ran: its tenants pay for what it took, and not for what was expected."""
+        """Correct the cost of a batch of `rows` rows that ran: its tenants pay for the measured time."""
         if not self.shares.several:
-            return  # nobody else, nobody to be fair to
+            return
         beyond_s = run_s / rows - self.row_s
         for tenant, its_rows in shares.items():
             self.shares.of(tenant).cost_correction_s += its_rows * beyond_s
 
     def waiting(self) -> list[Request]:
-        """All that are queued, in no particular order. Takes as long as there are many."""
+        """Return all queued requests, in no particular order. O(n)."""
         flows = [flow for group in self.groups.values() for flow in group.flows.values()]
         return [request for flow in flows for request in flow.lines.live()]
 
     def rows_of(self, tenant: Tenant) -> int:
-        """Rows that a tenant has queued."""
+        """Return the rows that a tenant has queued."""
         return self.shares.of(tenant).rows
 
     def ahead_of(self, tenant: Tenant | None) -> float:
-        """Rows that will run before one that this tenant queues now, as far as shares foretell it."""
-        share = self.shares.of(tenant)
-        if self.shares.active < 1 or (self.shares.active == 1 and share.rows):
+        """Return the rows predicted to run before one that this tenant queues now."""
+        shares, share = self.shares, self.shares.of(tenant)
+        if shares.active < 1 or (shares.active == 1 and share.rows):
             return float(self.rows)
-        weights = self.shares.active_weight + (0.0 if share.rows else share.weight)
+        weights = shares.active_weight + (0.0 if share.rows else share.weight)
         return min(float(self.rows), share.rows * weights / share.weight)

@@ -1,218 +1,215 @@
-"""When a batch leaves and what is in it: brings policy, queue and dispatcher together.
+"""The scheduler: which requests are accepted, when a batch leaves, and which requests are in it.
 
-The decisions are the policy's (`batcher.scheduling.policy`), the order is the queue's; this file asks when
-something has changed, and tells the policy what it has to know: what has been learned of run times, arrivals
-and of those who come back.
+It owns the queue, the admission, the learned run times, the arrivals and the policy, and answers each
+question at once: `admit` a request or say why not; `next` says dispatch this batch, wait until then, or
+nothing. It knows no event loop, thread or clock: the time is an argument. `batcher.batcher` asks and acts.
 """
 
 from __future__ import annotations
 
-import asyncio
-import math
-from collections.abc import Callable
+from collections.abc import Mapping
+from math import inf
+from typing import NamedTuple
 
-from cobatch.batcher.lanes import Lane, Lanes
+from cobatch.batcher.errors import BatcherError
 from cobatch.batcher.request import Batch, Request
 from cobatch.batcher.scheduling.admission import Admission
-from cobatch.batcher.scheduling.arrivals import ClosedLoopEstimator
-from cobatch.batcher.scheduling.formation import StartPlan
-from cobatch.batcher.scheduling.policy import DEADLINE, LEAD_S, Dispatch, Limits, Now, WaitUntil, decide
-from cobatch.batcher.scheduling.queue import Group, RequestQueue
-from cobatch.batcher.scheduling.run_times import Arrivals, LatencyModel, ShapeTimes
+from cobatch.batcher.scheduling.arrivals import ArrivalRate, ClosedLoopEstimator
+from cobatch.batcher.scheduling.fair_queueing import Group
+from cobatch.batcher.scheduling.formation import StartPlan, form
+from cobatch.batcher.scheduling.policy import DEADLINE, Now, WaitUntil, decide
+from cobatch.batcher.scheduling.queue import RequestQueue
+from cobatch.batcher.scheduling.run_times import RunTimeModel, ShapeRunTimes
+from cobatch.batcher.scheduling.tuning import (
+    LEAD_S,
+    LONE_BATCHES,
+    LONG_RUN_S,
+    OVERHEAD_GAIN,
+    SHORT_RUN_S,
+)
 from cobatch.batcher.statistics import Counters
+from cobatch.batcher.tenant import Tenant
 
-# How many more iterations of the loop a batch may grow by while each brings someone new.
-_SETTLE_ITERATIONS = 6
-# After so many lone requests the next does not wait for that iteration either, where a run is so short that
-# somebody right behind it loses next to nothing.
-_ALONE = 16
-_SHORT_RUN_S = 0.0002
-# Only for a run of this length can it pay to wait for those who have just been answered: they take about a
-# millisecond to come back.
-_LONG_RUN_S = 0.001
+
+class Dispatch(NamedTuple):
+    """Send these requests now, if any. Those in `late` are out of the queue too: they would be too late."""
+
+    requests: list[Request]
+    reason: str
+    shares: dict[Tenant | None, int]
+    late: list[Request]
 
 
 class Scheduler:
-    """Of one model. Whoever makes it sets `lanes`; `on_late`, to be told of requests that cannot be in
-    time; and `check_drained`, to be called when something has left and nothing more is accepted."""
+    """Schedules the requests of one model. Seconds are of the batcher's clock.
 
-    lanes: Lanes
-    on_late: Callable[[Request], None]
-    check_drained: Callable[[], None]
+    `warmup_us` maps rows to the microseconds of a run. `vary`: rows may differ in shape.
+    `latency_target_s` limits the batch size so that a request is answered within it while the engine keeps
+    up. `deadline_s` is the timeout of requests without one.
+    """
 
     def __init__(
         self,
-        queue: RequestQueue,
-        latency: LatencyModel,
-        times: ShapeTimes,
-        admission: Admission,
         counters: Counters,
-        loop: asyncio.AbstractEventLoop,
-        clock: Callable[[], float],
+        warmup_us: Mapping[int, float],
         *,
-        limits: Limits,
-        latency_target_s: float,
+        max_batch_size: int,
+        vary: bool,
+        max_queue_rows: int,
+        max_delay_s: float,
+        latency_target_s: float | None,
+        deadline_s: float | None,
+        now_s: float,
     ) -> None:
-        self._queue = queue
-        self._latency = latency
-        self._times = times
-        self._admission = admission
+        self.run_times = RunTimeModel(max_batch_size, warmup_us)
+        self.shape_times = ShapeRunTimes(self.run_times, vary=vary)
+        self.queue = RequestQueue(
+            1, self.run_times.row_s, ages=max_delay_s > 0, run_s=self.run_times.expected_s
+        )
+        self.admission = Admission(
+            self.queue,
+            self.run_times,
+            self.shape_times,
+            max_batch_size=max_batch_size,
+            max_queue_rows=max_queue_rows,
+            timeout_s=deadline_s,
+            now_s=now_s,
+        )
+        self.draining = False
         self._counters = counters
-        self._loop = loop
-        self._clock = clock
-        self._limits = limits
-        self._latency_target_s = latency_target_s
-        self._arrivals = Arrivals(clock())
-        self._returns = ClosedLoopEstimator()
-        self._moment = Now(0.0, 0, 0, 0.0)
-        self._lost = 0  # requests for want of time, when a batch was last made up
-        self._overloaded = False  # there were some since the one before
-        self._waits = False  # for those who have just been answered
-        self._alone = 0  # so many batches in a row were of one request with none behind it
-        self._soon = False  # it is going to be decided
-        self._seen = 0
-        self._timer: asyncio.TimerHandle | None = None
+        self._max_delay_s = max_delay_s
+        self._latency_target_s = inf if latency_target_s is None else latency_target_s
+        self._rate = ArrivalRate(now_s)
+        self._closed_loop = ClosedLoopEstimator()
+        self._now = Now(0.0, running=False, free_s=0.0)  # filled anew for each decision
+        self._missed = 0  # missed deadlines when the last batch was formed
+        self._overloaded = False  # there were new ones since the batch before
+        self._was_short = False  # the last batch, for the sake of a light tenant
+        self._lone_batches = 0  # in a row, of one request with none behind it
         self.learn()
 
-    def on_enqueued(self, group: Group, request: Request, lane: Lane) -> None:
-        """A request was queued that fills a batch, or while this lane, which has room, is idle."""
-        if self._waits and group.rows < self._moment.expected_rows and request.timeout_s is None:
-            return  # it is decided when they are all there, or when the time for that is over
-        if self._alone < _ALONE or lane.running or self._soon or self._queue.deadlines:
-            self.decide_later()
-        else:
-            self.decide()
+    # In
 
-    def decide_later(self) -> None:
-        """Once those who are about to come are there; see `_settle`."""
-        if not self._soon:
-            self._soon = True
-            self._seen = self._counters.accepted
-            self._loop.call_soon(self._settle, _SETTLE_ITERATIONS)
+    def admit(self, request: Request, now_s: float, free_s: float) -> BatcherError | None:
+        """Account for a new request and set its deadline; return why it is refused, or None.
 
-    def _settle(self, iterations: int) -> None:
-        """Decide once an iteration of the loop has brought nobody new.
-
-        While sockets are being read one after another, the next request is microseconds away and the
-        loop has nothing better to do than to read it; a batch that leaves in between costs a wake-up
-        of the worker, two hand-overs of the interpreter lock and a callback, about as much as ten
-        requests. Never waits for time to pass: a lone request leaves in the next iteration.
+        `free_s`: when the first engine is expected to be idle.
         """
-        arriving = self._counters.accepted != self._seen
-        if arriving and iterations and self._queue.rows < self._queue.full_rows:
-            self._seen = self._counters.accepted
-            self._loop.call_soon(self._settle, iterations - 1)
+        admission, tenant = self.admission, request.tenant
+        full = self.queue.rows >= admission.max_queue_rows or admission.closed is not None
+        if full or tenant is not None or request.rows > 1:
+            error = admission.refusal(request.rows, tenant, request.callers, now_s)
+            if error is not None:
+                return error
+        if request.timeout_s is not None or admission.timeout_s is not None:
+            error = admission.set_deadline(request, now_s, free_s)
+            if error is not None:
+                return error
+        if tenant is not None:
+            tenant.enter(request.callers, now_s)
+        self._counters.accepted += request.callers
+        return None
+
+    def is_lone(self) -> bool:
+        """Return whether the next request will probably have no other right behind it."""
+        return self._lone_batches >= LONE_BATCHES and not self.queue.deadlines
+
+    def slack_s(self, request: Request, rows: int, now_s: float) -> float:
+        """Return how long `rows` rows of a request may still wait and meet its deadline alone."""
+        return request.deadline_s - self.admission.run_s(rows, request.row_shapes) - now_s
+
+    # Out
+
+    def next(self, now_s: float, *, running: bool, free_s: float) -> Dispatch | WaitUntil | None:
+        """Decide what an engine with a free slot does now: see `policy.decide`.
+
+        `running`: whether it is busy, until `free_s` as far as is known.
+        """
+        queue, now = self.queue, self._now
+        now.time_s = now_s
+        now.running = running
+        now.free_s = free_s
+        now.draining = self.draining
+        if self._max_delay_s or queue.deadlines:
+            self._look_ahead(now)
         else:
-            self.decide()
+            now.overloaded = False
+        answer = decide(queue, now, self._max_delay_s)
+        if answer is None or isinstance(answer, WaitUntil):
+            return answer
+        return self._form(answer.group, answer.reason, max(now_s, free_s))
 
-    def decide(self) -> None:
-        """Send what is to leave now, and see to it that it is asked again when something else is."""
-        self._soon = self._waits = False
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        lanes = self.lanes
-        while True:
-            lane = lanes.next_lane()
-            if lane is None:
-                break
-            if lanes.retries:
-                lanes.send_retry(lane)
-                continue
-            if not self._queue.rows:
-                break
-            decision = decide(self._queue, self._now(lane), self._limits)
-            if isinstance(decision, Dispatch):
-                self._send(lane, decision.group, decision.reason)
-                continue
-            if isinstance(decision, WaitUntil):
-                self._waits = self._moment.expected_rows > 0
-                delay_s = max(0.0, decision.time_s - self._clock())
-                self._timer = self._loop.call_later(delay_s, self.decide)
-            break
-        if self._admission.closed is not None:
-            self.check_drained()
+    def _look_ahead(self, now: Now) -> None:
+        """Add the predictions that a delay or a deadline asks for."""
+        queue, missed = self.queue, self._counters.missed_deadlines
+        now.overloaded = queue.deadlines > 0 and (self._overloaded or missed != self._missed)
+        if queue.rows:
+            run_times = self.shape_times.of(queue.next_group.row_shapes)
+            # With a margin for late timers: when only the run is left, a request is removed.
+            now.run_s = run_times.high_s(min(queue.rows, queue.full_rows)) + LEAD_S
+        if self._max_delay_s:
+            now.rows_per_s = self._rate.per_s(now.time_s, self._counters.accepted)
 
-    def _now(self, lane: Lane) -> Now:
-        # One object, filled anew each time: there is a decision for every batch, and often two.
-        now = self._moment
-        now.time_s = self._clock()
-        now.in_slots = lane.in_slots
-        now.running = len(lane.running)
-        now.free_s = lane.free_s
-        now.draining = self._admission.closed is not None
-        now.overloaded = self._queue.deadlines > 0 and (
-            self._overloaded or self._counters.missed_deadlines != self._lost
-        )
-        if self._limits.max_delay_s > 0 or self._queue.deadlines:
-            # Early enough for a timer that is late: when only the run is left, a request is taken out.
-            times = self._times.of(self._queue.next_group.row_shapes)
-            now.run_s = times.high_s(min(self._queue.rows, self._queue.full_rows)) + LEAD_S
-        if self._limits.max_delay_s > 0:
-            now.rows_per_s = self._arrivals.rate(now.time_s, self._counters.accepted)
-        return now
-
-    def _send(self, lane: Lane, group: Group, reason: str) -> None:
-        """Take a batch of the group and send it, if anybody in it can still be in time."""
-        queue = self._queue
-        most, plan = queue.full_rows, None
+    def _form(self, group: Group, reason: str, start_s: float) -> Dispatch:
+        """Form a batch of the group that would start at `start_s`."""
+        queue = self.queue
+        most_rows, plan = queue.full_rows, None
         if queue.deadlines:
-            lost = self._counters.missed_deadlines
-            times = self._times.of(group.row_shapes)
-            self._overloaded = lost != self._lost
-            plan = StartPlan(max(self._clock(), lane.free_s), times, self._overloaded)
-            self._lost = lost
-            if plan.overloaded and self._latency_target_s == math.inf:
-                most = self._latency.overloaded_rows
-        taken = queue.take(group, most, plan)
-        if taken.requests:
-            alone = self._prompt and plan is None and len(taken.requests) == 1 and not queue.rows
-            self._alone = self._alone + 1 if alone else 0
-            if self._slow:
-                self._returns.left(taken.requests)
-                self._moment.expected_rows = 0
-                self._waits = False
-            self.lanes.send(lane, taken.requests, DEADLINE if taken.capped else reason, taken.shares)
-        for request in taken.late:
-            self.on_late(request)
+            missed = self._counters.missed_deadlines
+            self._overloaded = missed != self._missed
+            self._missed = missed
+            plan = StartPlan(start_s, self.shape_times.of(group.row_shapes), self._overloaded)
+            if self._overloaded and self._latency_target_s == inf:
+                most_rows = self.run_times.overloaded_rows
+        formed = form(queue, group, most_rows, plan, was_short=self._was_short)
+        self._was_short = formed.was_short
+        requests = formed.requests
+        if requests:
+            lone = self._short_runs and plan is None and len(requests) == 1 and not queue.rows
+            self._lone_batches = self._lone_batches + 1 if lone else 0
+            if self._long_runs:
+                self._closed_loop.on_formed(requests)
+                self._now.expected_rows = 0
+        return Dispatch(requests, DEADLINE if formed.capped else reason, formed.shares, formed.late)
 
-    def on_idle(self, lane: Lane, batch: Batch) -> bool:
-        """A batch has ended. Whether others wait: then the engine has been given some of them."""
-        if self._slow:
-            self._expect_back(lane, batch)
-        if not self._queue.rows and not self.lanes.retries:
-            return False
-        self.on_ran(batch)
-        self.decide()
-        return True
+    # After a run
 
-    def _expect_back(self, lane: Lane, batch: Batch) -> None:
-        """Those whom it answers may soon be back, and then it may pay to wait for them. With several engines
-        some are back while others run."""
-        if len(self.lanes.lanes) > 1:
+    def on_ended(self, batch: Batch, now_s: float, *, idle: bool) -> None:
+        """Note that a batch is about to be answered: its clients may soon be back, and worth waiting for.
+
+        `idle`: no other batch is with the engine. With several engines some clients come back while others
+        run, and there is nothing to wait for.
+        """
+        if not self._long_runs or self.admission.engines > 1:
             return
-        now_s = self._clock()
-        self._returns.ended(now_s, batch)
-        if not lane.running and not self._limits.max_delay_s:
-            company = self._returns.expected_returns(self._queue.rows, self._queue.full_rows, self._latency)
-            if company is not None:
-                self._moment.expected_rows, wait_s = company
-                self._moment.expected_by_s = now_s + wait_s
+        self._closed_loop.on_ended(now_s, batch)
+        if idle and not self._max_delay_s:
+            queue = self.queue
+            returns = self._closed_loop.expected_returns(queue.rows, queue.full_rows, self.run_times)
+            if returns is not None:
+                self._now.expected_rows, wait_s = returns
+                self._now.expected_by_s = now_s + wait_s
 
     def on_ran(self, batch: Batch) -> None:
-        """Learn from it, and let its tenants pay for what it took."""
+        """Learn from a run, and charge its tenants for the measured time."""
         run_s = batch.finished_s - batch.started_s
-        self._queue.settle(batch.shares, run_s, batch.rows)
-        if self._times.observe(batch.row_shapes, batch.rows, run_s, batch.finished_s):
+        self.queue.settle(batch.shares, run_s, batch.rows)
+        if self.shape_times.observe(batch.row_shapes, batch.rows, run_s, batch.finished_s):
             self.learn()
 
+    def on_answered(self, batch: Batch, noticed_s: float) -> None:
+        """Learn the overhead of a batch whose end was noticed then and whose answers are written: a request
+        lies unread for as long as a finished batch lies unnoticed."""
+        overhead_s = noticed_s + batch.answered_s - 2 * batch.finished_s
+        self.admission.overhead_s += (overhead_s - self.admission.overhead_s) * OVERHEAD_GAIN
+
     def learn(self) -> None:
-        """Let the queue know what the latency model has come to."""
-        most = self._latency.full_rows
-        if self._latency_target_s < math.inf:
-            # While a batch runs the next one gathers: a request waits for one and rides in one.
-            most = max(1, self._latency.most_rows(self._latency_target_s / 2, most))
-        self._queue.full_rows = most
-        self._queue.row_s = self._latency.row_s
-        self._prompt = self._latency.expected_s(1) <= _SHORT_RUN_S
-        self._slow = self._latency.expected_s(most) >= _LONG_RUN_S
+        """Apply the learned run times to the queue."""
+        full_rows = self.run_times.full_rows
+        if self._latency_target_s < inf:
+            # While a batch runs the next one gathers: a request waits for one and runs in one.
+            full_rows = max(1, self.run_times.most_rows(self._latency_target_s / 2, full_rows))
+        self.queue.set_full_rows(full_rows)
+        self.queue.row_s = self.run_times.row_s
+        self._short_runs = self.run_times.expected_s(1) <= SHORT_RUN_S
+        self._long_runs = self.run_times.expected_s(full_rows) >= LONG_RUN_S

@@ -23,7 +23,8 @@ import numpy as np
 
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.request import Request
-from cobatch.batcher.scheduling.queue import Group
+from cobatch.batcher.scheduling.fair_queueing import Group
+from cobatch.batcher.scheduling.formation import form
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import RowShapes, Signature, TensorSpec
 from cobatch.engines.jobs import Deliver, Job
@@ -102,7 +103,7 @@ class Bench:
         )
         for request in self.make(BATCH + queued):
             self.batcher.submit(request)
-        self.batcher._scheduler.decide()  # noqa: SLF001 - the first batch takes the only slot
+        self.batcher.decide()
         assert self.batcher.queued_rows == queued
 
     def make(self, count: int) -> list[Request]:
@@ -136,7 +137,7 @@ class Bench:
         """What a dispatch is, but for the packing: whose turn it is, and a batch of that out of the queue."""
         queue = self.batcher._queue  # noqa: SLF001
         group: Group = queue.next_group
-        taken = queue.take(group, BATCH)
+        taken = form(queue, group, BATCH)
         queue.settle(taken.shares, 0.001, BATCH)
         for request in taken.requests:
             if request.expiry is not None:

@@ -22,7 +22,7 @@ from cobatch.batcher.errors import (
     ExpiredError,
     QueueFullError,
 )
-from cobatch.batcher.scheduling.policy import LEAD_S
+from cobatch.batcher.scheduling.tuning import LEAD_S
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.errors import EngineRunError
 from tests.support.virtual.loop import Call, make_batcher, run
@@ -66,7 +66,7 @@ def check(caller: Call, in_time: bool) -> None:
 def learn(batcher: Batcher, run_s: float) -> None:
     """Let it learn that runs take so long now."""
     for n in range(200):
-        batcher.latency.observe(1 << n % 4, run_s, n * 0.050)
+        batcher._scheduler.run_times.observe(1 << n % 4, run_s, n * 0.050)
     batcher._scheduler.learn()
 
 

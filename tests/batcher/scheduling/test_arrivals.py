@@ -12,8 +12,9 @@ import pytest
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.request import Batch
 from cobatch.batcher.scheduling.arrivals import ClosedLoopEstimator
-from cobatch.batcher.scheduling.policy import DEADLINE, DELAY, IDLE, LEAD_S
-from cobatch.batcher.scheduling.run_times import LatencyModel
+from cobatch.batcher.scheduling.policy import DEADLINE, DELAY, IDLE
+from cobatch.batcher.scheduling.run_times import RunTimeModel
+from cobatch.batcher.scheduling.tuning import LEAD_S
 from tests.support.virtual.loop import Call, FakeEngine, FakeWorker, make_batcher, run
 
 CALLERS = 16
@@ -123,17 +124,17 @@ def test_an_engine_that_stands_idle_after_each_run_should_run_less_often(
     unnoticed_s: float, waits: bool
 ) -> None:
     """Two runs of 8 ms, or one of 14 after a wait of 1.5 ms: it depends on what else a run costs."""
-    latency = LatencyModel(16, {8: 8000.0, 16: 14000.0})
+    latency = RunTimeModel(16, {8: 8000.0, 16: 14000.0})
     returns = ClosedLoopEstimator()
     for number in range(12):
         end_s = number * 0.010
         batch = Batch([Call([[1]]) for _ in range(8)], 8, ((1,),), IDLE)
         batch.gathered_s = batch.started_s = end_s - 0.009
         batch.finished_s = end_s - unnoticed_s
-        returns.ended(end_s, batch)
+        returns.on_ended(end_s, batch)
         for request in batch.requests:
             request.enqueued_s = end_s + 0.0015
-        returns.left(batch.requests)
+        returns.on_formed(batch.requests)
     company = returns.expected_returns(8, 16, latency)
     assert (company is not None) == waits
     if company is not None:
@@ -159,7 +160,7 @@ def test_whoever_comes_meanwhile_and_has_no_time_ends_the_wait() -> None:
         tight.timeout_s = steep(CALLERS + 1) + LEAD_S / 4
 
         def come_in_a_wait() -> None:
-            if batcher._scheduler._waits and batcher.queued_rows >= 2:
+            if batcher._wait_rows and batcher.queued_rows >= 2:
                 batcher.submit(tight)
             else:
                 loop.call_later(0.00005, come_in_a_wait)

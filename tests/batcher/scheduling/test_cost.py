@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cobatch.batcher.scheduling.run_times import BATCH_OVERHEAD_US, NEAR_BEST, efficient_rows
+from cobatch.batcher.scheduling.run_times import efficient_rows
+from cobatch.batcher.scheduling.tuning import BATCH_OVERHEAD_US, NEAR_BEST
 
 POWERS = [1, 2, 4, 8, 16, 32, 64]
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cobatch.batcher.scheduling.fair_queueing import TenantShare, TenantShares
-from cobatch.batcher.scheduling.policy import LEAD_S
+from cobatch.batcher.scheduling.tuning import LEAD_S
 from cobatch.batcher.tenant import Tenant
 from tests.support.virtual.loop import Call, make_batcher, run
 from tests.support.virtual.tenants import Metered, Tenants, affine, flat, linear, percentile
@@ -330,7 +330,7 @@ def test_coming_and_going_earns_nothing() -> None:
 
 
 def test_a_start_never_goes_back_and_what_was_too_much_is_kept() -> None:
-    share = TenantShare(None, 2.0)
+    share = TenantShare(Tenant("t", weight=2.0))
     share.charge(4.0)
     assert share.start_s == 2.0
     share.cost_correction_s = -3.0
@@ -343,7 +343,7 @@ def test_a_start_never_goes_back_and_what_was_too_much_is_kept() -> None:
 def test_tenants_that_are_idle_are_forgotten() -> None:
     shares = TenantShares()
     busy = shares.of(Tenant("busy"))
-    shares.wakes(busy)
+    shares.activate(busy)
     busy.rows = 1
     for n in range(10_000):
         shares.of(Tenant(f"t{n}"))

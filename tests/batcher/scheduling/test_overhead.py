@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from cobatch.batcher.errors import DeadlineTooShortError
-from cobatch.batcher.scheduling.admission import _MOST_OVERHEAD
+from cobatch.batcher.scheduling.tuning import MOST_OVERHEAD
 from cobatch.engines.jobs import Job, Outcome
 from tests.support.virtual.loop import Call, make_batcher, run
 from tests.support.virtual.tenants import Metered, affine
@@ -52,7 +52,7 @@ def test_who_would_be_answered_late_by_a_busy_loop_is_refused(
         for _ in range(100):
             batcher.submit(Call([[7]]))
             await asyncio.sleep(0.2)
-        timeout_s = min(affine(1) + overhead_s, affine(1) / (1 - _MOST_OVERHEAD))
+        timeout_s = min(affine(1) + overhead_s, affine(1) / (1 - MOST_OVERHEAD))
         one = call(timeout_s + more_s)
         if in_time:
             batcher.submit(one)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,35 +16,35 @@ from cobatch.batcher.scheduling.policy import (
     DRAIN,
     FULL,
     IDLE,
-    LEAD_S,
     SHAPE,
-    Dispatch,
-    Limits,
     Now,
+    Release,
     WaitUntil,
     decide,
 )
+from cobatch.batcher.scheduling.tuning import LEAD_S
 
 FULL_ROWS = 8
 DELAY_S = 0.005
 NOW_S = 100.0
-EAGER = Limits(max_delay_s=0.0, slots=2)
-PATIENT = Limits(max_delay_s=DELAY_S, slots=2)
 
 
 @dataclass(frozen=True)
-class Line:
+class _Line:
     """A group as the policy sees it."""
 
     rows: int
     oldest_s: float = NOW_S
 
 
-@dataclass
-class Queue:
-    """What the policy sees: `lines` in the order of their turns."""
+Line: Any = _Line  # stands for a group
 
-    lines: tuple[Line, ...]
+
+@dataclass
+class _Queue:
+    """The queue as the policy sees it: `lines` in the order of their turns."""
+
+    lines: tuple[_Line, ...]
     contended: bool = False
     urgent_s: float = math.inf
     full_rows: int = FULL_ROWS
@@ -53,15 +54,15 @@ class Queue:
         return sum(line.rows for line in self.lines)
 
     @property
-    def shapes(self) -> int:
-        return len(self.lines)
+    def groups(self) -> tuple[_Line, ...]:
+        return self.lines
 
     @property
-    def next_group(self) -> Line:
+    def next_group(self) -> _Line:
         return self.lines[0]
 
     @property
-    def full_group(self) -> Line | None:
+    def full_group(self) -> _Line | None:
         return next((line for line in self.lines if line.rows >= self.full_rows), None)
 
     @property
@@ -69,8 +70,9 @@ class Queue:
         return min(line.oldest_s for line in self.lines)
 
 
-IDLE_NOW = Now(NOW_S, 0, 0, NOW_S)
-BUSY = Now(NOW_S, 1, 1, NOW_S + 1)
+Queue: Any = _Queue  # stands for a RequestQueue
+IDLE_NOW = Now(NOW_S, running=False, free_s=NOW_S)
+BUSY = Now(NOW_S, running=True, free_s=NOW_S + 1)
 
 
 def before(time_s: float) -> float:
@@ -79,10 +81,9 @@ def before(time_s: float) -> float:
 
 
 def decided(
-    *lines: Line, now: Now = IDLE_NOW, limits: Limits = EAGER, **more: object
-) -> Dispatch[Line] | WaitUntil | None:
-    queue = Queue(lines, **more)  # type: ignore[arg-type]  # its own fields
-    return decide(queue, now, limits)
+    *lines: Any, now: Now = IDLE_NOW, max_delay_s: float = 0.0, **more: object
+) -> Release | WaitUntil | None:
+    return decide(Queue(lines, **more), now, max_delay_s)
 
 
 def test_nothing_is_done_about_nothing() -> None:
@@ -92,18 +93,18 @@ def test_nothing_is_done_about_nothing() -> None:
 
 def test_an_idle_engine_gets_what_is_there() -> None:
     line = Line(1)
-    assert decided(line) == Dispatch(line, IDLE)
+    assert decided(line) == Release(line, IDLE)
 
 
 def test_what_cannot_ride_along_is_the_reason_too() -> None:
     line, other = Line(1), Line(2)
-    assert decided(line, other) == Dispatch(line, SHAPE)
+    assert decided(line, other) == Release(line, SHAPE)
 
 
 def test_whose_turn_it_is_goes_first_when_the_engine_is_idle() -> None:
     line, full = Line(1, oldest_s=NOW_S), Line(FULL_ROWS, oldest_s=0.0)
-    assert decided(line, full) == Dispatch(line, SHAPE)
-    assert decided(full, line) == Dispatch(full, FULL)
+    assert decided(line, full) == Release(line, SHAPE)
+    assert decided(full, line) == Release(full, FULL)
 
 
 @pytest.mark.parametrize(
@@ -111,26 +112,21 @@ def test_whose_turn_it_is_goes_first_when_the_engine_is_idle() -> None:
 )
 def test_the_delay_is_over_at_the_deadline(now_s: float, leaves: bool) -> None:
     line = Line(1)
-    expected = Dispatch(line, DELAY) if leaves else WaitUntil(NOW_S + DELAY_S)
-    assert decided(line, now=replace(IDLE_NOW, time_s=now_s), limits=PATIENT) == expected
+    expected = Release(line, DELAY) if leaves else WaitUntil(NOW_S + DELAY_S)
+    assert decided(line, now=replace(IDLE_NOW, time_s=now_s), max_delay_s=DELAY_S) == expected
 
 
 @pytest.mark.parametrize("rows", [FULL_ROWS, FULL_ROWS + 1])
 def test_a_full_batch_does_not_wait(rows: int) -> None:
     full, line = Line(rows), Line(1)
-    assert decided(full, limits=PATIENT) == Dispatch(full, FULL)
-    assert decided(line, full, limits=PATIENT) == Dispatch(full, FULL)
+    assert decided(full, max_delay_s=DELAY_S) == Release(full, FULL)
+    assert decided(line, full, max_delay_s=DELAY_S) == Release(full, FULL)
 
 
 @pytest.mark.parametrize(("rows", "leaves"), [(FULL_ROWS - 1, False), (FULL_ROWS, True)])
 def test_behind_a_running_batch_only_a_full_one_leaves(rows: int, leaves: bool) -> None:
     line = Line(rows)
-    assert decided(line, now=BUSY) == (Dispatch(line, FULL) if leaves else None)
-
-
-def test_a_slot_must_be_free() -> None:
-    for running in (0, 1, 2):
-        assert decided(Line(FULL_ROWS), now=replace(BUSY, in_slots=2, running=running)) is None
+    assert decided(line, now=BUSY) == (Release(line, FULL) if leaves else None)
 
 
 @pytest.mark.parametrize(("run_s", "leaves"), [(0.003, True), (0.0029, False)])
@@ -138,16 +134,16 @@ def test_a_wait_ends_where_a_deadline_does(run_s: float, leaves: bool) -> None:
     """The request must be answered in 3 ms; what its run hardly ever exceeds is taken off."""
     line = Line(1)
     urgent_s = NOW_S + 0.003
-    came = decided(line, now=replace(IDLE_NOW, run_s=run_s), limits=PATIENT, urgent_s=urgent_s)
-    assert came == (Dispatch(line, DEADLINE) if leaves else WaitUntil(urgent_s - run_s))
+    came = decided(line, now=replace(IDLE_NOW, run_s=run_s), max_delay_s=DELAY_S, urgent_s=urgent_s)
+    assert came == (Release(line, DEADLINE) if leaves else WaitUntil(urgent_s - run_s))
 
 
 @pytest.mark.parametrize(("rows_per_s", "waits"), [(None, True), (99.0, False), (101.0, True)])
 def test_nobody_waits_for_company_that_does_not_come(rows_per_s: float | None, waits: bool) -> None:
     """In the 5 ms that are left half a row would come at 100 rows a second."""
     line = Line(1)
-    came = decided(line, now=replace(IDLE_NOW, rows_per_s=rows_per_s), limits=PATIENT)
-    assert came == (WaitUntil(NOW_S + DELAY_S) if waits else Dispatch(line, IDLE))
+    came = decided(line, now=replace(IDLE_NOW, rows_per_s=rows_per_s), max_delay_s=DELAY_S)
+    assert came == (WaitUntil(NOW_S + DELAY_S) if waits else Release(line, IDLE))
 
 
 @pytest.mark.parametrize(("left_s", "leaves"), [(LEAD_S * 1.01, False), (LEAD_S * 0.99, True), (-1.0, True)])
@@ -155,67 +151,66 @@ def test_where_tenants_compete_a_batch_is_made_up_late(left_s: float, leaves: bo
     full = Line(FULL_ROWS)
     free_s = NOW_S + left_s
     came = decided(full, now=replace(BUSY, free_s=free_s), contended=True)
-    assert came == (Dispatch(full, FULL) if leaves else WaitUntil(free_s - LEAD_S))
-    assert decided(full, now=replace(BUSY, free_s=free_s)) == Dispatch(full, FULL)
+    assert came == (Release(full, FULL) if leaves else WaitUntil(free_s - LEAD_S))
+    assert decided(full, now=replace(BUSY, free_s=free_s)) == Release(full, FULL)
     # So it is where requests are lost, whoever's they are.
     assert decided(full, now=replace(BUSY, free_s=free_s, overloaded=True)) == came
 
 
-COMPANY = Now(NOW_S, in_slots=0, running=0, free_s=NOW_S, expected_rows=5, expected_by_s=NOW_S + 0.002)
+COMPANY = Now(NOW_S, running=False, free_s=NOW_S, expected_rows=5, expected_by_s=NOW_S + 0.002)
 
 
 @pytest.mark.parametrize(("rows", "leaves"), [(4, False), (5, True), (6, True)])
 def test_those_who_were_answered_are_waited_for_until_they_are_back(rows: int, leaves: bool) -> None:
-    decision = decide(Queue((Line(rows),)), COMPANY, EAGER)
-    assert decision == (Dispatch(Line(rows), DELAY) if leaves else WaitUntil(COMPANY.expected_by_s))
+    decision = decide(Queue((Line(rows),)), COMPANY)
+    assert decision == (Release(Line(rows), DELAY) if leaves else WaitUntil(COMPANY.expected_by_s, 5))
 
 
 @pytest.mark.parametrize(("now_s", "leaves"), [(before(NOW_S + 0.002), False), (NOW_S + 0.002, True)])
 def test_and_no_longer_than_they_take(now_s: float, leaves: bool) -> None:
-    decision = decide(Queue((Line(4),)), replace(COMPANY, time_s=now_s), EAGER)
-    assert decision == (Dispatch(Line(4), DELAY) if leaves else WaitUntil(NOW_S + 0.002))
+    decision = decide(Queue((Line(4),)), replace(COMPANY, time_s=now_s))
+    assert decision == (Release(Line(4), DELAY) if leaves else WaitUntil(NOW_S + 0.002, 5))
 
 
 @pytest.mark.parametrize(("run_s", "leaves"), [(0.099, False), (0.1, True)])
 def test_nor_past_a_deadline(run_s: float, leaves: bool) -> None:
     queue = Queue((Line(4),), urgent_s=NOW_S + 0.1)
-    decision = decide(queue, replace(COMPANY, run_s=run_s), EAGER)
-    wait = WaitUntil(min(COMPANY.expected_by_s, queue.urgent_s - run_s))
-    assert decision == (Dispatch(Line(4), DEADLINE) if leaves else wait)
+    decision = decide(queue, replace(COMPANY, run_s=run_s))
+    wait = WaitUntil(min(COMPANY.expected_by_s, queue.urgent_s - run_s), 5)
+    assert decision == (Release(Line(4), DEADLINE) if leaves else wait)
 
 
 def test_nor_where_several_shapes_wait() -> None:
-    assert decide(Queue((Line(4), Line(1))), COMPANY, EAGER) == Dispatch(Line(4), SHAPE)
+    assert decide(Queue((Line(4), Line(1))), COMPANY) == Release(Line(4), SHAPE)
 
 
 def test_draining_waits_for_nobody() -> None:
     line = Line(1)
-    assert decided(line, now=replace(IDLE_NOW, draining=True), limits=PATIENT) == Dispatch(line, DRAIN)
+    assert decided(line, now=replace(IDLE_NOW, draining=True), max_delay_s=DELAY_S) == Release(line, DRAIN)
 
 
 LINES = st.lists(st.builds(Line, st.integers(1, 20), st.floats(0, NOW_S)), max_size=4).map(tuple)
 NOWS = st.builds(
     Now,
     st.floats(NOW_S, NOW_S + 1),
-    st.integers(0, 2),
-    st.integers(0, 2),
+    st.booleans(),
     st.floats(NOW_S - 1, NOW_S + 1),
     run_s=st.floats(0, 0.1),
     rows_per_s=st.none() | st.floats(0, 1000),
     draining=st.booleans(),
     overloaded=st.booleans(),
-).map(lambda now: replace(now, running=min(now.running, now.in_slots)))
+)
 
 
-@given(lines=LINES, now=NOWS, limits=st.sampled_from([EAGER, PATIENT]), contended=st.booleans())
-def test_whatever_is_queued(lines: tuple[Line, ...], now: Now, limits: Limits, contended: bool) -> None:
-    """Nothing leaves without a slot; an idle engine waits only for the delay; a wait is for the future."""
-    came = decided(*lines, now=now, limits=limits, contended=contended)
-    if now.in_slots >= limits.slots or not lines:
+@given(lines=LINES, now=NOWS, max_delay_s=st.sampled_from([0.0, DELAY_S]), contended=st.booleans())
+def test_whatever_is_queued(lines: tuple[Any, ...], now: Now, max_delay_s: float, contended: bool) -> None:
+    """An idle engine waits only for the delay; a wait is for the future."""
+    came = decided(*lines, now=now, max_delay_s=max_delay_s, contended=contended)
+    if not lines:
         assert came is None
-    elif not now.running and limits is EAGER:
-        assert isinstance(came, Dispatch)
-    if isinstance(came, Dispatch):
+    elif not now.running and not max_delay_s:
+        assert isinstance(came, Release)
+    if isinstance(came, Release):
         assert came.group in lines
         assert (came.reason == FULL) <= (came.group.rows >= FULL_ROWS)
     if isinstance(came, WaitUntil):

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cobatch.batcher.request import Request, State
-from cobatch.batcher.scheduling.priority import AGEING_S, DEFAULT, HIGHEST, LOWEST, PriorityQueue, level_of
+from cobatch.batcher.scheduling.priority import DEFAULT, HIGHEST, LOWEST, PriorityQueue, level_of
+from cobatch.batcher.scheduling.tuning import AGEING_S
 from cobatch.batcher.tenant import Tenant
 from tests.support.virtual.loop import Call, make_batcher, run
 from tests.support.virtual.tenants import Metered

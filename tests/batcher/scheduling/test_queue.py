@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
 from cobatch.batcher.request import Request, State
-from cobatch.batcher.scheduling.queue import Group, RequestQueue
+from cobatch.batcher.scheduling.fair_queueing import Group
+from cobatch.batcher.scheduling.formation import form
+from cobatch.batcher.scheduling.queue import RequestQueue
 from cobatch.engines.base import RowShapes
 
 SHAPES: list[RowShapes] = [((),), ((2,),), ((3,), (1, 4))]
@@ -59,7 +61,7 @@ class Queued(RuleBasedStateMachine):
     def take(self, data: st.DataObject, most_rows: int) -> None:
         group = data.draw(st.sampled_from(self.waiting()), label="group")
         line = self.lines[group.row_shapes]
-        taken = self.queue.take(group, most_rows).requests
+        taken = form(self.queue, group, most_rows).requests
         assert taken, "a group with rows gives at least one request"
         assert taken == line[: len(taken)], "from the head, whole and in order"
         del line[: len(taken)]

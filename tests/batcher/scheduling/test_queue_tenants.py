@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cobatch.batcher.request import Request, State
-from cobatch.batcher.scheduling.formation import FormedBatch, StartPlan
-from cobatch.batcher.scheduling.priority import AGEING_S
+from cobatch.batcher.scheduling.fair_queueing import Group
+from cobatch.batcher.scheduling.formation import FormedBatch, StartPlan, form
 from cobatch.batcher.scheduling.queue import RequestQueue
-from cobatch.batcher.scheduling.run_times import LatencyModel
+from cobatch.batcher.scheduling.run_times import RunTimeModel
+from cobatch.batcher.scheduling.tuning import AGEING_S
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import RowShapes
 
@@ -50,9 +51,15 @@ class Queues(RuleBasedStateMachine):
         self.waiting: list[Queued] = []
         self.left: list[tuple[Queued, State]] = []
         self.now_s = 0.0
-        self.latency = LatencyModel(FULL_ROWS, RUN_US)
+        self.latency = RunTimeModel(FULL_ROWS, RUN_US)
         self.served = 0  # rows
         self.most = 0  # were queued at once
+        self.was_short = False
+
+    def form(self, group: Group, plan: StartPlan | None = None) -> FormedBatch:
+        formed = form(self.queue, group, FULL_ROWS, plan, was_short=self.was_short)
+        self.was_short = formed.was_short
+        return formed
 
     def push(self, tenant: int, shape: int, rows: int, priority: int = 0, timeout_s: float = inf) -> None:
         request = Queued(rows, SHAPES[shape], [b"payload"] * len(SHAPES[shape]))
@@ -105,7 +112,7 @@ class Queues(RuleBasedStateMachine):
         assert queue.deadlines == sum(one.deadline_s < inf for one in self.waiting)
         shapes = {one.row_shapes for one in self.waiting}
         assert set(queue.groups) == shapes
-        assert queue.shapes == len(shapes)
+        assert len(queue.groups) == len(shapes)
         for row_shapes, group in queue.groups.items():
             alike = [one for one in self.waiting if one.row_shapes == row_shapes]
             assert group.rows == sum(one.rows for one in alike)
@@ -187,7 +194,7 @@ class Anything(Queues):
         groups = list(self.queue.groups.values())
         group = groups[number % len(groups)]
         heads = self.heads(group.row_shapes)
-        taken = self.queue.take(group, FULL_ROWS)
+        taken = self.form(group)
         assert taken.requests
         assert taken.requests[0] in heads
         rows = self.took(taken)
@@ -212,7 +219,7 @@ class Anything(Queues):
     def a_batch_in_time(self, ahead_s: float) -> None:
         plan = StartPlan(self.now_s + ahead_s, self.latency)
         queued = {id(one) for one in self.waiting}
-        taken = self.queue.take(self.queue.next_group, FULL_ROWS, plan)
+        taken = self.form(self.queue.next_group, plan)
         assert taken.requests or taken.late
         rows = self.took(taken)
         requests = taken.requests
@@ -259,7 +266,7 @@ class Fair(Queues):
     def batches(self, times: int) -> None:
         for _ in range(times):
             if self.waiting:
-                taken = self.queue.take(self.queue.next_group, FULL_ROWS)
+                taken = self.form(self.queue.next_group)
                 for tenant, its_rows in taken.shares.items():
                     self.rows_of[tenant] += its_rows
                 rows = self.took(taken)

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cobatch.batcher.scheduling.run_times import Arrivals, LatencyModel
+from cobatch.batcher.scheduling.arrivals import ArrivalRate
+from cobatch.batcher.scheduling.run_times import RunTimeModel
 from tests.support.virtual.loop import Call, make_batcher, run
 from tests.support.virtual.tenants import Metered, affine, flat, linear
 
@@ -21,7 +22,7 @@ LEARN_S = 0.05
 EPSILON_MS = 1e-6  # times in virtual time are sums
 
 
-def learn(model: LatencyModel, rows: int, run_s: float, times: int, now_s: float = 0.0) -> float:
+def learn(model: RunTimeModel, rows: int, run_s: float, times: int, now_s: float = 0.0) -> float:
     """Let it observe so many runs, and take them all in; when the last one ended."""
     for _ in range(times):
         now_s += LEARN_S
@@ -33,20 +34,20 @@ def learn(model: LatencyModel, rows: int, run_s: float, times: int, now_s: float
 
 
 def test_the_warm_up_is_believed_until_something_has_run() -> None:
-    model = LatencyModel(8, MAGIKA_US)
+    model = RunTimeModel(8, MAGIKA_US)
     for rows, run_us in MAGIKA_US.items():
         assert model.expected_s(rows) == model.high_s(rows) == pytest.approx(run_us / 1e6)
     assert model.expected_s(3) == pytest.approx((0.0205 + 0.041) / 2)
 
 
 def test_without_a_warm_up_a_run_takes_a_millisecond() -> None:
-    model = LatencyModel(16, {})
+    model = RunTimeModel(16, {})
     assert {model.expected_s(rows) for rows in (1, 7, 16)} == {0.001}
     assert model.full_rows == 16
 
 
 def test_one_slow_run_does_not_make_a_size_look_bad() -> None:
-    model = LatencyModel(8, MAGIKA_US)
+    model = RunTimeModel(8, MAGIKA_US)
     model.observe(1, 10.0, 1.0)
     assert model.expected_s(1) == pytest.approx(0.010)
     assert model.high_s(1) == pytest.approx(10.0)
@@ -54,7 +55,7 @@ def test_one_slow_run_does_not_make_a_size_look_bad() -> None:
 
 def test_what_has_not_run_drifts_with_what_has() -> None:
     """Twice as slow as in the warm-up: sizes that nobody made are so, too."""
-    model = LatencyModel(8, MAGIKA_US)
+    model = RunTimeModel(8, MAGIKA_US)
     learn(model, 1, 0.020, 10)
     for rows, run_us in MAGIKA_US.items():
         assert model.expected_s(rows) == pytest.approx(2 * run_us / 1e6)
@@ -70,7 +71,7 @@ def test_what_has_not_run_drifts_with_what_has() -> None:
 
 def test_old_behaviour_is_forgotten_in_seconds() -> None:
     """At 20 batches a second: after the memory's five seconds nothing of the old is left."""
-    model = LatencyModel(8, {8: 10_000.0})
+    model = RunTimeModel(8, {8: 10_000.0})
     now_s = learn(model, 8, 0.010, 200)
     learn(model, 8, 0.050, 17, now_s)
     assert model.expected_s(8) == pytest.approx(0.050), "the median follows within 17 runs"
@@ -82,7 +83,7 @@ def test_old_behaviour_is_forgotten_in_seconds() -> None:
 
 @pytest.mark.parametrize(("gap_s", "believed"), [(5.0 - 4 * LEARN_S, True), (5.0 + LEARN_S, False)])
 def test_what_is_older_than_the_memory_is_not_believed(gap_s: float, believed: bool) -> None:
-    model = LatencyModel(8, {8: 10_000.0})
+    model = RunTimeModel(8, {8: 10_000.0})
     now_s = 1.0
     for _ in range(32):
         model.observe(8, 0.010, now_s)
@@ -92,7 +93,7 @@ def test_what_is_older_than_the_memory_is_not_believed(gap_s: float, believed: b
 
 
 def test_runs_between_two_looks_are_not_lost() -> None:
-    model = LatencyModel(8, {8: 10_000.0})
+    model = RunTimeModel(8, {8: 10_000.0})
     assert model.observe(8, 0.030, 1.0)
     for n in range(10):
         assert not model.observe(8, 0.030, 1.0 + n * LEARN_S / 11)
@@ -102,7 +103,7 @@ def test_runs_between_two_looks_are_not_lost() -> None:
 
 
 def test_a_size_that_never_ran_is_learned_at_once() -> None:
-    model = LatencyModel(64, {64: 10_000.0})
+    model = RunTimeModel(64, {64: 10_000.0})
     assert model.observe(64, 0.010, 1.0)
     assert model.observe(3, 0.002, 1.0)
     assert model.expected_s(3) == pytest.approx(0.002)
@@ -111,7 +112,7 @@ def test_a_size_that_never_ran_is_learned_at_once() -> None:
 
 def test_the_quantile_is_above_the_centre() -> None:
     chance = np.random.default_rng(1)
-    model = LatencyModel(8, {8: 10_000.0})
+    model = RunTimeModel(8, {8: 10_000.0})
     times = chance.gamma(20, 0.0005, 32)
     for n, run_s in enumerate(times):
         model.observe(8, float(run_s), n * LEARN_S)
@@ -129,7 +130,7 @@ SEEDS = st.dictionaries(st.sampled_from([1, 2, 4, 8, 16, 32]), st.floats(0.1, 1e
 def test_never_less_for_more_rows_and_never_below_the_centre(
     seeds: dict[int, float], runs: list[tuple[int, float, float]]
 ) -> None:
-    model = LatencyModel(32, seeds)
+    model = RunTimeModel(32, seeds)
     now_s = 0.0
     for rows, run_s, gap_s in runs:
         now_s += gap_s
@@ -147,7 +148,7 @@ def test_never_less_for_more_rows_and_never_below_the_centre(
 
 @given(seeds=SEEDS, budget_s=st.floats(0, 20), most=st.integers(1, 32))
 def test_the_largest_batch_that_fits_a_budget(seeds: dict[int, float], budget_s: float, most: int) -> None:
-    model = LatencyModel(32, seeds)
+    model = RunTimeModel(32, seeds)
     rows = model.most_rows(budget_s, most)
     assert rows == max((n for n in range(1, most + 1) if model.high_s(n) <= budget_s), default=0)
 
@@ -166,7 +167,7 @@ def test_the_largest_batch_that_fits_a_budget(seeds: dict[int, float], budget_s:
     ids=["flat", "affine", "full at four", "Magika"],
 )
 def test_a_batch_grows_only_as_long_as_growing_pays(run_us: dict[int, float], full_rows: int) -> None:
-    model = LatencyModel(16, run_us)
+    model = RunTimeModel(16, run_us)
     assert model.full_rows == full_rows
 
 
@@ -182,7 +183,7 @@ def test_a_batch_grows_only_as_long_as_growing_pays(run_us: dict[int, float], fu
 )
 def test_the_same_is_learned_without_a_warm_up(run_us: dict[int, float], full_rows: int) -> None:
     """As soon as there were batches of these sizes."""
-    model = LatencyModel(16, {})
+    model = RunTimeModel(16, {})
     now_s = 0.0
     for _ in range(3):
         for rows, us in run_us.items():
@@ -194,7 +195,7 @@ def test_the_same_is_learned_without_a_warm_up(run_us: dict[int, float], full_ro
 def test_what_is_full_stays_while_batches_of_all_sizes_run(curve: Callable[[int], float]) -> None:
     """Noise of a tenth, sizes as they come: it does not creep."""
     chance = np.random.default_rng(3)
-    model = LatencyModel(8, {rows: curve(rows) * 1e6 for rows in (1, 2, 4, 8)})
+    model = RunTimeModel(8, {rows: curve(rows) * 1e6 for rows in (1, 2, 4, 8)})
     full = model.full_rows
     for n in range(3000):
         rows = int(chance.integers(1, full + 1))
@@ -272,14 +273,14 @@ def test_a_latency_target_is_kept_at_the_load_that_it_leaves(target_ms: float) -
 
 
 def test_arrivals_are_counted_once_they_are_enough() -> None:
-    arrivals = Arrivals(0.0)
-    assert arrivals.rate(0.4, 400) is None, "not yet"
-    assert arrivals.rate(0.5, 500) == pytest.approx(1000)
-    assert arrivals.rate(0.9, 5000) == pytest.approx(1000), "the last window's"
-    assert arrivals.rate(1.5, 600) == pytest.approx(100)
-    few = Arrivals(0.0)
-    assert few.rate(1.0, 9) is None
-    assert few.rate(2.0, 10) == pytest.approx(1)
+    arrivals = ArrivalRate(0.0)
+    assert arrivals.per_s(0.4, 400) is None, "not yet"
+    assert arrivals.per_s(0.5, 500) == pytest.approx(1000)
+    assert arrivals.per_s(0.9, 5000) == pytest.approx(1000), "the last window's"
+    assert arrivals.per_s(1.5, 600) == pytest.approx(100)
+    few = ArrivalRate(0.0)
+    assert few.per_s(1.0, 9) is None
+    assert few.per_s(2.0, 10) == pytest.approx(1)
 
 
 def test_a_wait_for_company_ends_where_none_is_expected() -> None:
@@ -301,7 +302,7 @@ def test_a_wait_for_company_ends_where_none_is_expected() -> None:
 def test_a_size_that_was_slow_for_a_while_is_tried_again() -> None:
     """Something else had the machine: large batches took three times as long, and then nobody made any."""
     seeds = {1: 2_000.0, 8: 3_000.0, 64: 6_000.0}
-    model = LatencyModel(64, seeds)
+    model = RunTimeModel(64, seeds)
     assert model.full_rows == 64
     for number in range(20):
         model.observe(64, 0.060, 1 + 0.1 * number)

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from cobatch.batcher.errors import DeadlineTooShortError
-from cobatch.batcher.scheduling.run_times import LatencyModel, ShapeTimes
+from cobatch.batcher.scheduling.run_times import RunTimeModel, ShapeRunTimes
 from tests.support.virtual.loop import Call, make_batcher, run
 from tests.support.virtual.tenants import Metered, affine
 
@@ -15,9 +15,9 @@ SHORT, LONG, OTHER = ((8,),), ((64,),), ((512,),)
 SEEDS = {rows: affine(rows) * 1e6 for rows in (1, 2, 4, 8)}
 
 
-def learned() -> ShapeTimes:
+def learned() -> ShapeRunTimes:
     """Short rows as the warm-up said, long ones three times as dear, in turns."""
-    times = ShapeTimes(LatencyModel(8, SEEDS), vary=True)
+    times = ShapeRunTimes(RunTimeModel(8, SEEDS), vary=True)
     for number in range(200):
         rows = 1 << number % 4
         times.observe(SHORT, rows, affine(rows), 0.1 * number)
@@ -51,14 +51,14 @@ def test_a_shape_that_becomes_dearer_is_followed() -> None:
 
 
 def test_where_rows_are_alike_shapes_are_not_looked_at() -> None:
-    model = LatencyModel(8, SEEDS)
-    times = ShapeTimes(model, vary=False)
+    model = RunTimeModel(8, SEEDS)
+    times = ShapeRunTimes(model, vary=False)
     times.observe(LONG, 8, 1.0, 1.0)
     assert times.of(LONG) is model
 
 
 def test_many_shapes_are_forgotten_again() -> None:
-    times = ShapeTimes(LatencyModel(8, SEEDS), vary=True)
+    times = ShapeRunTimes(RunTimeModel(8, SEEDS), vary=True)
     for width in range(5000):
         times.observe(((width,),), 1, 0.01, 0.1 * width)
     assert len(times._shapes) <= 256

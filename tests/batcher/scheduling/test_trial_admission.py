@@ -11,7 +11,7 @@ import pytest
 
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.errors import DeadlineTooShortError, DeadlineUnreachableError
-from cobatch.batcher.scheduling.admission import _DOUBT_S
+from cobatch.batcher.scheduling.tuning import DOUBT_S
 from tests.support.virtual.loop import Call, make_batcher, run
 from tests.support.virtual.tenants import Metered, affine
 
@@ -76,7 +76,7 @@ def test_a_warm_up_that_was_held_up_is_not_believed_for_ever() -> None:
         worker = Metered(affine)
         worker.warmup_us = {rows: run_us * SLOW for rows, run_us in worker.warmup_us.items()}
         batcher = make_batcher(worker)
-        assert "let in" not in await ask(batcher, _DOUBT_S)
+        assert "let in" not in await ask(batcher, DOUBT_S)
         await ask(batcher, 10)
         assert "refused" not in await ask(batcher, 2)
 
@@ -107,8 +107,8 @@ def test_while_runs_are_slow_one_a_second_finds_out_and_is_answered_late() -> No
         expired = batcher.counters.expired
         told = await ask(batcher, 20)
         run_s = affine(1) * SLOW
-        assert 20 / (_DOUBT_S + run_s) - 1 <= told.count("let in") <= 20 / _DOUBT_S + 1
-        await asyncio.sleep(_DOUBT_S + run_s)
+        assert 20 / (DOUBT_S + run_s) - 1 <= told.count("let in") <= 20 / DOUBT_S + 1
+        await asyncio.sleep(DOUBT_S + run_s)
         late = call()
         batcher.submit(late)
         await asyncio.sleep(run_s + EPSILON_S)
@@ -125,7 +125,7 @@ def test_doubt_begins_so_long_after_a_run(more_s: float, tried: bool) -> None:
         batcher = make_batcher(Metered(affine))
         await asyncio.sleep(5)
         batcher.submit(Call([[7]]))
-        await asyncio.sleep(affine(1) + _DOUBT_S + more_s)
+        await asyncio.sleep(affine(1) + DOUBT_S + more_s)
         one = call(timeout_s=affine(1) / 2)
         if tried:
             batcher.submit(one)

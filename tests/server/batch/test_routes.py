@@ -244,7 +244,7 @@ async def test_alike_items_that_cannot_be_in_time_are_refused_each(tmp_path: Pat
     path = models.write(tmp_path, models.negate(width=3), "negate.onnx")
     async with in_process(ModelSettings(path=path, threads=1, deadline_ms=50.0)) as running:
         for n in range(400):
-            running.batcher("negate").latency.observe(1 << n % 7, 1.0, n * 0.05)
+            running.batcher("negate")._scheduler.run_times.observe(1 << n % 7, 1.0, n * 0.05)
         url = "/v2/models/negate/infer"
         items = [{"id": str(n), "url": url, "method": "POST", "body": {"inputs": [X]}} for n in range(10)]
         answers = await ask(running, *items)
