@@ -1,4 +1,4 @@
-"""Large buffers that come and go are not taken from the system each time."""
+"""Large buffers are reused, not requested from the system each time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _GLIBC = hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
 
 
 def faults(environ: dict[str, str]) -> tuple[int, int]:
-    """Pages that had to be mapped for the same buffers: before, and once freed memory is kept."""
+    """Return the page faults for the same buffers, without and with `keep_freed_memory`."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     done = subprocess.run(
         [sys.executable, "-c", _BUFFERS], env=clean | environ, capture_output=True, text=True, check=True
@@ -42,19 +42,19 @@ def faults(environ: dict[str, str]) -> tuple[int, int]:
 
 
 @pytest.mark.skipif(not _GLIBC, reason="another C library than glibc")
-def test_what_was_freed_is_there_for_the_next() -> None:
+def test_freed_memory_is_reused() -> None:
     before, after = faults({})
     assert before > 5_000
     assert after < before / 20
 
 
 @pytest.mark.skipif(not _GLIBC, reason="another C library than glibc")
-def test_settings_in_the_environment_are_left_alone() -> None:
-    # Everything of a page or more is mapped by itself, as it was told.
+def test_malloc_variables_win() -> None:
+    # Each buffer of a page or more is mapped by itself, as the variable says.
     _, after = faults({"MALLOC_MMAP_THRESHOLD_": "4096"})
     assert after > 5_000
 
 
-def test_it_can_be_asked_for_anywhere() -> None:
+def test_it_can_be_called_repeatedly() -> None:
     keep_freed_memory()
     keep_freed_memory()

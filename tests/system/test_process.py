@@ -1,4 +1,4 @@
-"""The process's life by the real console command: start, health, signals, the end, and what goes wrong."""
+"""The server as a process of its own: start, health, signals, shutdown, failures."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ HELD_ROW = [float(HOLD)] * 3
 
 @pytest.fixture
 def negate(tmp_path: Path) -> str:
-    """y = -x, FP32 [batch, 3], served under the name `negate`."""
+    """Return a model with y = -x, FP32 [batch, 3]; its name is `negate`."""
     return models.write(tmp_path, models.negate(), "negate.onnx")
 
 
 @pytest.fixture
 def gated(tmp_path: Path, negate: str) -> Iterator[Cobatch]:
-    """A server whose runs with HOLD in them stand still."""
+    """Start a server whose runs with HOLD in their input block."""
     with Cobatch(tmp_path, negate, "--port", "0", gate=True) as server:
         yield server.ready()
 
 
 def check_refused_for_good(answer: Answer) -> None:
-    """A request was answered as a server does that is about to stop."""
+    """Assert that a request was refused because the server is about to stop."""
     assert answer.status == 503
     assert answer.json["type"] == "/problems/draining"
     assert int(answer.headers["retry-after"]) >= 1
@@ -40,7 +40,7 @@ def check_refused_for_good(answer: Answer) -> None:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_whole_life(tmp_path: Path, negate: str, sent: signal.Signals) -> None:
+def test_start_serve_and_stop(tmp_path: Path, negate: str, sent: signal.Signals) -> None:
     with Cobatch(tmp_path, negate, "--port", "0") as server:
         assert server.port != 0
         assert server.line("cobatch: ready: ") == "negate"
@@ -57,7 +57,7 @@ def test_a_whole_life(tmp_path: Path, negate: str, sent: signal.Signals) -> None
         assert "ran 2 rows in 1 batches" in server.stderr
 
 
-def test_health_turns_with_the_model(tmp_path: Path, negate: str) -> None:
+def test_health_follows_the_model(tmp_path: Path, negate: str) -> None:
     with Cobatch(tmp_path, negate, "--port", "0", gate=True, opening=True) as server:
         server.held()
         caller = server.connect()
@@ -75,7 +75,7 @@ def test_health_turns_with_the_model(tmp_path: Path, negate: str) -> None:
         assert server.stop() == 0
 
 
-def test_a_signal_while_a_model_is_being_loaded_is_a_clean_end(tmp_path: Path, negate: str) -> None:
+def test_a_signal_during_loading_ends_the_process_cleanly(tmp_path: Path, negate: str) -> None:
     with Cobatch(tmp_path, negate, "--port", "0", gate=True, opening=True) as server:
         server.held()
         caller = server.connect()
@@ -88,7 +88,7 @@ def test_a_signal_while_a_model_is_being_loaded_is_a_clean_end(tmp_path: Path, n
 
 
 @FAST
-def test_what_was_accepted_is_answered_after_the_signal(tmp_path: Path, negate: str, path: str) -> None:
+def test_accepted_requests_are_answered_after_the_signal(tmp_path: Path, negate: str, path: str) -> None:
     with Cobatch(tmp_path, negate, "--port", "0", path, gate=True) as server:
         server.ready()
         running, first, second, half, late, new = (server.connect() for _ in range(6))
@@ -97,7 +97,7 @@ def test_what_was_accepted_is_answered_after_the_signal(tmp_path: Path, negate: 
         first.send_infer("negate", [[1, 2, 3]])
         second.send_infer("negate", [[4, 5, 6], [7, 8, 9]])
         rest = half.send_half("negate", [[1, 2, 3]])
-        # Answered later than the others were read: their bytes lay in front of this one's.
+        # The server has read the other requests by now: their bytes arrived before this one's.
         late.get("/v2/health/live")
         server.signal()
         server.not_ready(late)
@@ -115,7 +115,7 @@ def test_what_was_accepted_is_answered_after_the_signal(tmp_path: Path, negate: 
         assert "ran 4 rows in 2 batches" in server.stderr
 
 
-def test_a_second_signal_ends_it_at_once(gated: Cobatch) -> None:
+def test_a_second_signal_ends_the_process_at_once(gated: Cobatch) -> None:
     running, probe = gated.connect(), gated.connect()
     running.send_infer("negate", [HELD_ROW])
     gated.held()
@@ -126,7 +126,7 @@ def test_a_second_signal_ends_it_at_once(gated: Cobatch) -> None:
 
 
 @FAST
-def test_what_takes_longer_than_the_drain_limit_is_told_so(tmp_path: Path, negate: str, path: str) -> None:
+def test_requests_beyond_the_drain_limit_are_refused(tmp_path: Path, negate: str, path: str) -> None:
     arguments = (negate, "--port", "0", path, "--drain-timeout-s", "0.5")
     with Cobatch(tmp_path, *arguments, gate=True) as server:
         server.ready()
@@ -141,12 +141,12 @@ def test_what_takes_longer_than_the_drain_limit_is_told_so(tmp_path: Path, negat
             assert answer.status == 503
             assert answer.json["type"] == "/problems/abandoned"
             assert answer.headers["connection"] == "close"
-        # The gate stays shut: the run never ends, the process does.
+        # The gate stays closed: the run never ends, but the process does.
         assert server.wait() == 0
         assert "model negate: 2 requests were not done within 0.5 s" in server.stderr
 
 
-def test_a_model_that_cannot_be_loaded_ends_it_with_one_line(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_loaded_ends_the_process_with_one_line(tmp_path: Path) -> None:
     bad = models.write(tmp_path, models.scalar(), "bad.onnx")
     with Cobatch(tmp_path, bad, "--port", "0", "--log-level", "warning") as server:
         assert server.wait() == 1
@@ -155,7 +155,7 @@ def test_a_model_that_cannot_be_loaded_ends_it_with_one_line(tmp_path: Path) -> 
         assert "'s'" in line
 
 
-def test_a_file_that_is_no_model_ends_it_with_one_line(tmp_path: Path, negate: str) -> None:
+def test_an_invalid_model_file_ends_the_process_with_one_line(tmp_path: Path, negate: str) -> None:
     garbage = models.write(tmp_path, b"not a model\n" * 40, "garbage.onnx")
     config = tmp_path / "cobatch.toml"
     config.write_text(f'[[models]]\npath = "{negate}"\n\n[[models]]\npath = "{garbage}"\n')
@@ -166,7 +166,7 @@ def test_a_file_that_is_no_model_ends_it_with_one_line(tmp_path: Path, negate: s
         assert garbage in line
 
 
-def test_a_port_in_use_ends_it_with_one_line(tmp_path: Path, negate: str) -> None:
+def test_a_port_in_use_ends_the_process_with_one_line(tmp_path: Path, negate: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with Cobatch(tmp_path, negate, "--port", str(port)) as server:
@@ -177,7 +177,7 @@ def test_a_port_in_use_ends_it_with_one_line(tmp_path: Path, negate: str) -> Non
             )
 
 
-def test_a_host_that_is_not_ours_ends_it_with_one_line(tmp_path: Path, negate: str) -> None:
+def test_an_unusable_host_ends_the_process_with_one_line(tmp_path: Path, negate: str) -> None:
     with Cobatch(tmp_path, negate, "--host", "127.0.0.1.2", "--allow-anonymous", "--port", "0") as server:
         assert server.wait() == 1
         assert "cobatch: cannot listen on 127.0.0.1.2, port 0: " in server.stderr
@@ -203,7 +203,7 @@ def test_models_do_not_wait_for_each_other(tmp_path: Path, negate: str) -> None:
 
 
 @FAST
-def test_an_engine_error_is_one_callers_and_can_be_found_in_the_log(tmp_path: Path, path: str) -> None:
+def test_an_engine_error_affects_one_caller_and_is_logged(tmp_path: Path, path: str) -> None:
     pick = models.write(tmp_path, models.pick(), "pick.onnx")
     with Cobatch(tmp_path, pick, "--port", "0", path, gate=True) as server:
         server.ready()
@@ -236,7 +236,7 @@ def test_an_engine_error_is_one_callers_and_can_be_found_in_the_log(tmp_path: Pa
         assert int(ran[2]) <= 2 + 2 * 3, "one batch, and the halves of it that were needed"
 
 
-def test_a_users_own_modules_in_the_working_directory_do_not_win(tmp_path: Path, negate: str) -> None:
+def test_modules_in_the_working_directory_do_not_shadow_ours(tmp_path: Path, negate: str) -> None:
     for name in ("server", "batcher", "engines"):
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('the user\\'s own {name}.py')\n")
     with Cobatch(tmp_path, negate, "--port", "0", cwd=tmp_path) as server:

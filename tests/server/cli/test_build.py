@@ -1,4 +1,4 @@
-"""`cobatch build`: the plan and its manifest, and what a user reads where there is none."""
+"""`cobatch build`: the plan, its manifest, the progress bar and the error messages."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_plan_lies_beside_the_model_by_default(tmp_path: Path) -> None:
     assert (tmp_path / "model.plan").stat().st_mode & 0o777 == 0o600
 
 
-def test_what_a_user_reads(tmp_path: Path) -> None:
+def test_error_messages(tmp_path: Path) -> None:
     conv = models.write(tmp_path, convolution(), "conv.onnx")
     assert "--profile image:Nx3xNxN/Nx3xNxN/Nx3xNxN" in refused(build(conv))
     assert "did you mean 'image'" in refused(build(conv, "--profile", "imag:1x3x8x8/2x3x8x8/4x3x8x8"))
@@ -64,10 +64,10 @@ def test_what_a_user_reads(tmp_path: Path) -> None:
     assert "node 'blocks.0/det' (Det): unsupported node" in refused(build(odd))
     assert refused(build(tmp_path / "gone.onnx")) == f"cobatch: {tmp_path}/gone.onnx: no file there"
     assert refused(build(tmp_path)) == f"cobatch: {tmp_path}: a folder"
-    said = refused(build(conv, "-o", tmp_path / "x.bin"), 2)
-    assert said.endswith("x.bin: a plan's name ends in .plan or .engine")
-    said = refused(build(conv, "-o", tmp_path / "none" / "x.plan"))
-    assert said == f"cobatch: cannot write into {tmp_path}/none"
+    output = refused(build(conv, "-o", tmp_path / "x.bin"), 2)
+    assert output.endswith("x.bin: a plan's name ends in .plan or .engine")
+    output = refused(build(conv, "-o", tmp_path / "none" / "x.plan"))
+    assert output == f"cobatch: cannot write into {tmp_path}/none"
     assert "tensorrt-rtx has no timing cache" in refused(
         build(magika_path(), "-o", tmp_path / "x.plan", "--timing-cache", "t")
     )
@@ -76,8 +76,8 @@ def test_what_a_user_reads(tmp_path: Path) -> None:
 
 def test_a_row_profile_out_of_order(tmp_path: Path) -> None:
     model = models.write(tmp_path, models.negate())
-    said = refused(build(model, "--profile", "4/2/8"))
-    assert "axis 0 of input 'x': min 4, opt 2, max 8 are not in ascending order" in said
+    output = refused(build(model, "--profile", "4/2/8"))
+    assert "axis 0 of input 'x': min 4, opt 2, max 8 are not in ascending order" in output
 
 
 @pytest.mark.parametrize("arguments", [("--max-batch-size", "0"), ("--workspace-mb", "x"), ()])
@@ -94,7 +94,7 @@ def test_an_unknown_or_missing_runtime(tmp_path: Path, monkeypatch: pytest.Monke
     assert "pip install 'cobatch[tensorrt]'" in refused(CliRunner().invoke(app, ["build", model]))
 
 
-# Ends itself by SIGINT when the build has begun: the handler runs in the midst of TensorRT's calls.
+# Sends itself SIGINT when the build has begun, so that the handler runs inside TensorRT's calls.
 INTERRUPTED = """
 import os, signal, sys
 import cobatch.engines.tensorrt.plans.build as progress
@@ -129,7 +129,7 @@ def test_ctrl_c_ends_a_build_cleanly(tmp_path: Path) -> None:
 
 
 def test_the_bar_on_a_terminal(tmp_path: Path) -> None:
-    """Its stderr is a terminal's; what TensorRT reports moves it."""
+    """Run with a terminal as stderr; TensorRT's progress reports move the bar."""
     ours, theirs = pty.openpty()
     plan = tmp_path / "magika.plan"
     command = [

@@ -1,4 +1,4 @@
-"""The command line: what reaches the server, what is refused and how, what `inspect` shows."""
+"""The command line: settings that reach the server, refusals, help, and the output of `inspect`."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from cobatch.server.settings.schema import MODEL_FIELDS, SERVER_FIELDS, ServerSe
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
-    """Settings that reached the server; it is replaced here, and ends at once with status 7."""
+    """Return the settings that reached the server, which is replaced and returns status 7 at once."""
     seen: list[Settings] = []
 
     def run(settings: Settings) -> int:
@@ -41,7 +41,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def onnx_model(batch: str | int, columns: str | int = 16) -> bytes:
-    """total[batch, 1] = the sum of x[batch, columns] over its columns, as float32."""
+    """Return a model: total[batch, 1] is the sum of x[batch, columns] over its columns, as float32."""
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, columns])
     total = helper.make_tensor_value_info("total", TensorProto.FLOAT, [batch, 1])
     axes = helper.make_tensor("axes", TensorProto.INT64, [1], [1])
@@ -56,7 +56,7 @@ def cobatch(*arguments: str | Path, env: dict[str, str] | None = None) -> Result
 
 
 def refused(result: Result) -> str:
-    """The one line on stderr that the command ended with."""
+    """Return the only line on stderr."""
     assert isinstance(result.exception, SystemExit)
     assert result.stdout == ""
     assert result.stderr.startswith("cobatch: ")
@@ -70,9 +70,7 @@ def test_every_setting_has_a_flag() -> None:
         assert f"  {flag_name(setting)} " in text
 
 
-def test_serve_hands_over_settings_and_ends_with_the_servers_status(
-    served: list[Settings], model: Path
-) -> None:
+def test_serve_passes_settings_and_returns_the_servers_status(served: list[Settings], model: Path) -> None:
     result = cobatch("serve", model)
     assert (result.exit_code, result.output) == (7, "")
     assert served[0].server == ServerSettings()
@@ -171,7 +169,7 @@ def test_check_reports_a_missing_library(
     assert refused(result).startswith("server.tracing: needs OpenTelemetry's libraries")
 
 
-def test_allow_anonymous_is_said_at_start(served: list[Settings], model: Path) -> None:
+def test_allow_anonymous_prints_a_warning(served: list[Settings], model: Path) -> None:
     result = cobatch("serve", model, "--allow-anonymous", "--host", "0.0.0.0")
     assert served[0].server.host == "0.0.0.0"
     assert result.stderr == (
@@ -226,7 +224,7 @@ def test_every_command_is_listed_and_can_be_imported() -> None:
     assert "No such command 'sevre'. Did you mean 'serve'" in cobatch("sevre").stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], [], ["serve", "--port", "x"], ["sevre"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--port", "x"]])
 def test_the_module_and_the_script_are_the_same(arguments: list[str]) -> None:
     script = Path(sys.executable).with_name("cobatch")
     runs = [
@@ -235,7 +233,7 @@ def test_the_module_and_the_script_are_the_same(arguments: list[str]) -> None:
     ]
     first, second = ((run.returncode, run.stdout, run.stderr) for run in runs)
     assert first == second
-    assert first[0] == (0 if arguments[:1] in (["--help"], ["--version"]) else 2)
+    assert first[0] == (0 if arguments == ["--help"] else 2)
 
 
 def test_inspect_shows_the_signature(model: Path) -> None:

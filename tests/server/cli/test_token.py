@@ -1,4 +1,4 @@
-"""`cobatch token`: what it makes is what the server takes; what it refuses, in one line."""
+"""`cobatch token`: files that the server accepts, and one-line refusals."""
 
 import json
 import tomllib
@@ -15,16 +15,16 @@ from cobatch.server.settings.load import load_settings
 from tests.support.auth.token_commands import (
     ADDRESS,
     ISSUER,
-    done,
     folder,
-    made,
+    generated,
     mode,
+    output_of,
     refused,
     token,
     verified,
 )
 
-__all__ = ["folder", "made"]  # fixtures
+__all__ = ["folder", "generated"]  # fixtures
 
 ALGORITHMS = ["RS256", "PS256", "ES256", "EdDSA"]
 
@@ -45,7 +45,7 @@ def auth_in(folder: Path, model: Path) -> AuthSettings:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_init_makes_a_server_and_a_token_for_it(algorithm: str, tmp_path: Path, model: Path) -> None:
     folder = tmp_path / "new" / "dev"
-    said = done("init", folder, "--alg", algorithm, "--model", model)
+    output = output_of("init", folder, "--alg", algorithm, "--model", model)
     settings = load_settings(folder / "cobatch.toml", {}, {})
     assert settings.auth is not None
     (issuer,) = settings.auth.issuers
@@ -53,40 +53,40 @@ def test_init_makes_a_server_and_a_token_for_it(algorithm: str, tmp_path: Path, 
     assert issuer.key_files == (str(folder / "dev-jwks.json"),)
     assert settings.auth.audience == (ADDRESS,)
     assert [(one.path, one.name) for one in settings.models] == [(str(model), "my-model")]
-    claims = verified(done("mint", "--config", folder / "cobatch.toml").rstrip("\n"), folder, algorithm)
+    claims = verified(output_of("mint", "--config", folder / "cobatch.toml").rstrip("\n"), folder, algorithm)
     assert set(REQUIRED_CLAIMS) <= claims.keys()
     assert (claims["sub"], claims["scope"], claims["exp"] - claims["iat"]) == ("me", "infer metadata", 3600)
-    assert f"cobatch serve --config {folder}/cobatch.toml" in said
-    assert f"TOKEN=$(cobatch token mint --config {folder}/cobatch.toml)" in said
-    assert f'curl -H "Authorization: Bearer $TOKEN" {ADDRESS}/v2/models/my-model' in said
+    assert f"cobatch serve --config {folder}/cobatch.toml" in output
+    assert f"TOKEN=$(cobatch token mint --config {folder}/cobatch.toml)" in output
+    assert f'curl -H "Authorization: Bearer $TOKEN" {ADDRESS}/v2/models/my-model' in output
 
 
-def test_init_keeps_private_what_is_private(made: Path) -> None:
-    assert sorted(path.name for path in made.iterdir()) == [
+def test_init_restricts_private_files_to_their_owner(generated: Path) -> None:
+    assert sorted(path.name for path in generated.iterdir()) == [
         "api-keys.toml",
         "cobatch.toml",
         "dev-jwks.json",
         "dev-key.pem",
     ]
-    assert mode(made / "dev-key.pem") == mode(made / "api-keys.toml") == 0o600
-    (jwk,) = json.loads((made / "dev-jwks.json").read_bytes())["keys"]
+    assert mode(generated / "dev-key.pem") == mode(generated / "api-keys.toml") == 0o600
+    (jwk,) = json.loads((generated / "dev-jwks.json").read_bytes())["keys"]
     assert jwk.keys() == {"kty", "use", "alg", "kid", "n", "e"}
 
 
 def test_init_shows_an_api_key_that_is_in_the_file(folder: Path) -> None:
-    said = done("init", folder, "--force")
-    (line,) = [line for line in said.splitlines() if "X-API-Key" in line]
+    output = output_of("init", folder, "--force")
+    (line,) = [line for line in output.splitlines() if "X-API-Key" in line]
     key = line.partition("X-API-Key: ")[2].partition('"')[0]
     found = ApiKeys.read(folder / "api-keys.toml").find(key, 0.0)
     assert found is not None
     assert (found.tenant, found.scopes) == ("me", ("infer", "metadata"))
-    assert "cobatch serve MODEL --config" in said
+    assert "cobatch serve MODEL --config" in output
 
 
-def test_init_names_a_model_inside_the_folder_by_its_place_in_it(tmp_path: Path) -> None:
+def test_init_writes_a_relative_path_to_a_model_in_the_folder(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "a.onnx").touch()
-    done("init", tmp_path, "--model", tmp_path / "m" / "a.onnx")
+    output_of("init", tmp_path, "--model", tmp_path / "m" / "a.onnx")
     document = tomllib.loads((tmp_path / "cobatch.toml").read_text())
     assert document["models"] == [{"path": "m/a.onnx", "name": "a"}]
 
@@ -94,7 +94,7 @@ def test_init_names_a_model_inside_the_folder_by_its_place_in_it(tmp_path: Path)
 @pytest.mark.parametrize(
     ("file", "name"), [("a.onnx", "a"), ("my model.onnx", "my-model"), ("_x.plan", "x"), ("é.onnx", "model")]
 )
-def test_a_model_is_called_what_a_url_can_hold(file: str, name: str) -> None:
+def test_model_names_fit_into_urls(file: str, name: str) -> None:
     assert model_name(Path(file)) == name
 
 
@@ -106,18 +106,18 @@ def test_init_overwrites_nothing(there: str, tmp_path: Path) -> None:
     assert (tmp_path / there).read_text() == "mine"
 
 
-def test_force_replaces_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
+def test_force_replaces_a_link_and_not_its_target(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.write_text("mine")
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / "dev-key.pem").symlink_to(other)
     refused("init", tmp_path / "dev")
-    done("init", tmp_path / "dev", "--force")
+    output_of("init", tmp_path / "dev", "--force")
     assert other.read_text() == "mine"
     assert mode(tmp_path / "dev" / "dev-key.pem") == 0o600
 
 
-def test_init_says_what_it_cannot_do(tmp_path: Path) -> None:
+def test_init_refuses_bad_arguments(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert refused("init", tmp_path / "file" / "dev").startswith("cannot write ")
     assert refused("init", tmp_path, "--model", tmp_path / "gone.onnx").endswith(
@@ -131,7 +131,7 @@ def test_init_says_what_it_cannot_do(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_keypair_prints_the_configuration_for_it(algorithm: str, tmp_path: Path, model: Path) -> None:
-    (tmp_path / "cobatch.toml").write_text(done("keypair", "-o", tmp_path / "k", "--alg", algorithm))
+    (tmp_path / "cobatch.toml").write_text(output_of("keypair", "-o", tmp_path / "k", "--alg", algorithm))
     assert mode(tmp_path / "k.pem") == 0o600
     (issuer,) = auth_in(tmp_path, model).issuers
     (key,) = load_key_files([Path(name) for name in issuer.key_files], issuer.algorithms)
@@ -140,7 +140,7 @@ def test_keypair_prints_the_configuration_for_it(algorithm: str, tmp_path: Path,
     assert algorithm in signer.algorithms
     assert refused("keypair", "-o", tmp_path / "k").endswith("k.pem exists; --force replaces it")
     before = (tmp_path / "k.pem").read_bytes()
-    done("keypair", "-o", tmp_path / "k", "--force")
+    output_of("keypair", "-o", tmp_path / "k", "--force")
     assert (tmp_path / "k.pem").read_bytes() != before
 
 
@@ -153,7 +153,7 @@ def test_api_key_is_alone_on_stdout_and_its_hash_in_the_file(tmp_path: Path) -> 
     second = token("api-key", "--tenant", "b", "--file", path, "--expires-in", "90d")
     keys = ApiKeys.read(path)
     assert len(keys) == 2
-    one, other = (keys.find(made.stdout.removesuffix("\n"), 0.0) for made in (first, second))
+    one, other = (keys.find(generated.stdout.removesuffix("\n"), 0.0) for generated in (first, second))
     assert one is not None
     assert other is not None
     assert (one.tenant, one.scopes) == ("a", ("infer:m", "gold"))
@@ -163,16 +163,16 @@ def test_api_key_is_alone_on_stdout_and_its_hash_in_the_file(tmp_path: Path) -> 
     assert entries[1]["expires"].timestamp() == other.expires_s
 
 
-def test_api_key_without_a_file_says_what_to_put_there() -> None:
+def test_api_key_without_a_file_prints_the_entry() -> None:
     result = token("api-key", "--tenant", "a")
     keys = ApiKeys.parse(tomllib.loads(result.stderr), "stderr")
     assert keys.find(result.stdout.rstrip("\n"), 0.0) is not None
 
 
-def test_api_key_is_added_after_a_last_line_without_an_end(folder: Path) -> None:
+def test_api_key_is_added_after_a_line_without_newline(folder: Path) -> None:
     path = folder / "api-keys.toml"
     path.write_text(path.read_text() + "# a comment")
-    done("api-key", "--tenant", "a", "--file", path)
+    output_of("api-key", "--tenant", "a", "--file", path)
     assert len(ApiKeys.read(path)) == 2
 
 
@@ -185,17 +185,15 @@ def test_api_key_is_added_after_a_last_line_without_an_end(folder: Path) -> None
         (b"[server]\nport = 1\n", "server: unknown key; expected [[keys]] only (file PATH)"),
     ],
 )
-def test_api_key_leaves_a_file_alone_that_it_cannot_be_added_to(
-    content: bytes, message: str, tmp_path: Path
-) -> None:
+def test_api_key_leaves_an_invalid_file_unchanged(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "api-keys.toml"
     path.write_bytes(content)
-    said = refused("api-key", "--tenant", "a", "--file", path)
-    assert said.startswith(message.replace("PATH", str(path)))
+    output = refused("api-key", "--tenant", "a", "--file", path)
+    assert output.startswith(message.replace("PATH", str(path)))
     assert path.read_bytes() == content
 
 
-def test_api_key_refuses_what_the_server_would(tmp_path: Path) -> None:
+def test_api_key_refuses_entries_that_the_server_would_refuse(tmp_path: Path) -> None:
     assert refused("api-key", "--tenant", "", "--file", tmp_path / "k").startswith("keys[0].tenant: expected")
     assert refused("api-key", "--tenant", "a", "--scope", "infre").startswith("keys[0].scopes: expected")
     assert refused("api-key", "--tenant", "a", "--scope", "").startswith("keys[0].scopes: expected")
@@ -205,4 +203,4 @@ def test_api_key_refuses_what_the_server_would(tmp_path: Path) -> None:
 
 def test_help_says_that_it_is_for_development() -> None:
     for command in ([], ["init"], ["mint"], ["keypair"]):
-        assert "In production an issuer signs" in " ".join(done(*command, "--help").split())
+        assert "In production an issuer signs" in " ".join(output_of(*command, "--help").split())

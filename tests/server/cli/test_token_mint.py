@@ -1,4 +1,4 @@
-"""`cobatch token mint`: the token is what the configured server expects, or the command says why not."""
+"""`cobatch token mint`: tokens that the configured server accepts, and one-line refusals."""
 
 from pathlib import Path
 from typing import Any
@@ -17,28 +17,28 @@ from cryptography.hazmat.primitives.serialization import (
 from jwt.algorithms import OKPAlgorithm
 
 from cobatch.server.cli.token_keys import load_signer
-from tests.support.auth.token_commands import ADDRESS, ISSUER, done, folder, made, refused, verified
+from tests.support.auth.token_commands import ADDRESS, ISSUER, folder, generated, output_of, refused, verified
 
-__all__ = ["folder", "made"]  # fixtures
+__all__ = ["folder", "generated"]  # fixtures
 
 
-def test_mint_takes_its_claims_from_flags(made: Path) -> None:
-    key = made / "dev-key.pem"
+def test_mint_takes_its_claims_from_flags(generated: Path) -> None:
+    key = generated / "dev-key.pem"
     flags = ["--issuer", ISSUER, "--audience", ADDRESS, "--tenant", "t", "--scope", "infer:a admin"]
-    claims = verified(done("mint", "--key", key, *flags, "--expires-in", "90s").rstrip("\n"), made)
+    claims = verified(output_of("mint", "--key", key, *flags, "--expires-in", "90s").rstrip("\n"), generated)
     assert (claims["sub"], claims["scope"], claims["client_id"]) == ("t", "infer:a admin", "cobatch-token")
     assert claims["exp"] - claims["iat"] == 90
 
 
-def test_no_two_tokens_are_the_same(made: Path) -> None:
-    config = made / "cobatch.toml"
-    ids = {verified(done("mint", "--config", config).rstrip("\n"), made)["jti"] for _ in range(5)}
+def test_no_two_tokens_are_the_same(generated: Path) -> None:
+    config = generated / "cobatch.toml"
+    ids = {verified(output_of("mint", "--config", config).rstrip("\n"), generated)["jti"] for _ in range(5)}
     assert len(ids) == 5
 
 
-def test_flags_of_mint_win_over_the_file(made: Path) -> None:
+def test_flags_of_mint_win_over_the_file(generated: Path) -> None:
     flags = ["--issuer", "https://other.example", "--audience", "elsewhere", "--kid", "k", "--alg", "PS256"]
-    minted = done("mint", "--config", made / "cobatch.toml", *flags).rstrip("\n")
+    minted = output_of("mint", "--config", generated / "cobatch.toml", *flags).rstrip("\n")
     claims = jwt.decode(minted, options={"verify_signature": False})
     assert (claims["iss"], claims["aud"]) == ("https://other.example", "elsewhere")
     assert jwt.get_unverified_header(minted) == {"typ": "at+jwt", "alg": "PS256", "kid": "k"}
@@ -47,17 +47,17 @@ def test_flags_of_mint_win_over_the_file(made: Path) -> None:
 def test_mint_uses_the_claims_that_the_issuer_is_configured_with(folder: Path) -> None:
     config = folder / "cobatch.toml"
     config.write_text(config.read_text() + 'tenant_claim = "org"\npermission_claims = ["scp"]\n')
-    claims = verified(done("mint", "--config", config, "--tenant", "acme").rstrip("\n"), folder)
+    claims = verified(output_of("mint", "--config", config, "--tenant", "acme").rstrip("\n"), folder)
     assert (claims["org"], claims["scp"], claims["sub"]) == ("acme", "infer metadata", "acme")
     assert "scope" not in claims
 
 
 def test_mint_finds_the_issuer_that_has_the_key(folder: Path) -> None:
-    done("keypair", "-o", folder / "second", "--alg", "EdDSA")
+    output_of("keypair", "-o", folder / "second", "--alg", "EdDSA")
     config = folder / "cobatch.toml"
     second = '\n[[auth.issuers]]\nissuer = "https://second.invalid"\nkey_files = ["second.jwks.json"]\n'
     config.write_text(config.read_text() + second)
-    minted = done("mint", "--config", config, "--key", folder / "second.pem").rstrip("\n")
+    minted = output_of("mint", "--config", config, "--key", folder / "second.pem").rstrip("\n")
     assert jwt.decode(minted, options={"verify_signature": False})["iss"] == "https://second.invalid"
     assert jwt.get_unverified_header(minted)["alg"] == "EdDSA"
 
@@ -69,7 +69,7 @@ def test_mint_signs_for_a_public_key_in_pem(folder: Path) -> None:
     (folder / "public.pem").write_bytes(public)
     config = folder / "cobatch.toml"
     config.write_text(config.read_text().replace("dev-jwks.json", "public.pem").replace("RS256", "PS256"))
-    minted = done("mint", "--config", config).rstrip("\n")
+    minted = output_of("mint", "--config", config).rstrip("\n")
     assert jwt.get_unverified_header(minted)["alg"] == "PS256"
 
 
@@ -82,7 +82,7 @@ def test_mint_signs_with_a_secret(tmp_path: Path) -> None:
         "[auth]\naudience = ['here']\n[[auth.issuers]]\nissuer = 'me'\n"
         "secret_file = 'secret'\nalgorithms = ['HS256']\n"
     )
-    minted = done("mint", "--config", config, "--key", secret).rstrip("\n")
+    minted = output_of("mint", "--config", config, "--key", secret).rstrip("\n")
     assert jwt.decode(minted, b"s" * 32, ["HS256"], audience="here", issuer="me")["sub"] == "me"
     assert jwt.get_unverified_header(minted) == {"typ": "at+jwt", "alg": "HS256"}
 
@@ -95,7 +95,7 @@ def test_mint_refuses_a_token_that_no_server_would_accept(folder: Path) -> None:
     assert refused("mint", "--config", config, "--alg", "ES256") == (
         "alg: expected one of RS256, PS256, got 'ES256' (flag --alg)"
     )
-    done("keypair", "-o", folder / "other", "--alg", "ES256")
+    output_of("keypair", "-o", folder / "other", "--alg", "ES256")
     assert refused("mint", "--config", config, "--key", folder / "other.pem") == (
         f"auth.issuers: the key is not among any issuer's key_files or secret_file (file {config})"
     )
@@ -107,16 +107,16 @@ def test_mint_refuses_a_token_that_no_server_would_accept(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "0s", "1", "h", "-1h", "1.5h", "1w", "999999s", "٣h", "1h\n"])
-def test_a_time_is_a_number_and_its_unit(text: str, made: Path) -> None:
-    assert refused("mint", "--config", made / "cobatch.toml", "--expires-in", text) == (
+def test_a_time_is_a_number_and_its_unit(text: str, generated: Path) -> None:
+    assert refused("mint", "--config", generated / "cobatch.toml", "--expires-in", text) == (
         f"expires-in: expected 90s, 30m, 12h or 7d, got {text!r} (flag --expires-in)"
     )
 
 
 def pem(key: Any, encryption: KeySerializationEncryption | None = None) -> bytes:
-    made = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption or NoEncryption())
-    assert isinstance(made, bytes)
-    return made
+    generated = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption or NoEncryption())
+    assert isinstance(generated, bytes)
+    return generated
 
 
 WEAK = "no server accepts this key; expected RSA of 2048 bits at least, P-256 or Ed25519"

@@ -1,4 +1,4 @@
-"""`[auth]` of the configuration file: what it means, and the words of every refusal."""
+"""`[auth]` of the configuration file: its values and every refusal."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read(folder: Path, text: str, **flags: object) -> AuthSettings:
 
 
 def refusal(folder: Path, text: str, **flags: object) -> str:
-    """The one line, without the folder's name."""
+    """Return the only message, without the folder's name."""
     with pytest.raises(SettingsError) as caught:
         read(folder, text, **flags)
     message = str(caught.value)
@@ -47,7 +47,7 @@ def test_an_issuer_and_an_audience_are_enough(folder: Path) -> None:
     assert "HS256" not in auth.issuers[0].algorithms
 
 
-def test_all_that_may_be_set(folder: Path) -> None:
+def test_every_key_is_read(folder: Path) -> None:
     text = """
 [auth]
 audience = ["a", "b"]
@@ -206,11 +206,11 @@ ONE = "auth.issuers[0]"
         (GOOD + "[[auth.models]]\nscopes = ['s']", "auth.models[0].model: missing"),
     ],
 )
-def test_a_mistake_is_refused_in_words(folder: Path, text: str, expected: str) -> None:
+def test_a_mistake_is_refused_by_key_and_expectation(folder: Path, text: str, expected: str) -> None:
     assert refusal(folder, text).startswith(expected)
 
 
-def test_who_may_listen_where(folder: Path) -> None:
+def test_auth_allows_other_hosts_and_excludes_allow_anonymous(folder: Path) -> None:
     read(folder, GOOD, host="0.0.0.0")
     assert refusal(folder, GOOD, allow_anonymous=True).startswith(
         "server.allow_anonymous: not together with [auth]"
@@ -221,7 +221,7 @@ def test_who_may_listen_where(folder: Path) -> None:
     "url",
     ["https://a.test", "https://a.test:1/x", "http://127.0.0.1:8", "http://[::1]/k", "http://localhost"],
 )
-def test_where_keys_may_be_fetched(url: str) -> None:
+def test_safe_urls_of_keys(url: str) -> None:
     assert is_safe_url(url)
 
 
@@ -231,11 +231,11 @@ def test_where_keys_may_be_fetched(url: str) -> None:
      "file:///etc/k", "https://", "https://user@a.test", "https://a.test:0", "https://a.test:99999",
      "https://[x]/", "https:a.test"],
 )  # fmt: skip
-def test_where_they_may_not(url: str) -> None:
+def test_unsafe_urls_of_keys(url: str) -> None:
     assert not is_safe_url(url)
 
 
-def test_a_rule_is_for_a_model_that_is_served(tmp_path: Path) -> None:
+def test_a_rule_names_a_served_model(tmp_path: Path) -> None:
     (tmp_path / "tiny.onnx").write_bytes(b"")
     (tmp_path / "secret").write_text("x" * 32)
     config = tmp_path / "cobatch.toml"

@@ -1,4 +1,4 @@
-"""[[models.pad]]: what may be written there, and what a refusal says; values in the input's datatype."""
+"""`[[models.pad]]`: its values and every refusal; padding values in the input's datatype."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_none_is_the_default(folder: Path) -> None:
     assert read(folder, "") == ()
 
 
-def test_all_that_may_be_said(folder: Path) -> None:
+def test_every_key_is_read(folder: Path) -> None:
     first = IDS + 'value = 1\nmask = "mask"\nbuckets = [16, 64]\noutputs = { hidden = 0, pairs = [0, 1] }'
     second = 'input = "types"\naxis = 1\nsame_length_as = "ids"\noutputs = { other = 2 }'
     third = 'input = "sound"\nmax = 1000\nvalue = -inf'

@@ -1,4 +1,4 @@
-"""docs/configuration.md and the JSON schema: generated from the structs, and true."""
+"""docs/configuration.md and the JSON schema: generated from the structs, complete and correct."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Settings: the order of their sources, and what a refusal says."""
+"""Settings: the order of their sources, and every refusal."""
 
 import math
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from cobatch.server.settings.values import SettingsError, is_loopback
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A file where a model is expected; settings never look inside."""
+    """Return the path of an empty file: settings do not read models."""
     path = tmp_path / "tiny.onnx"
     path.write_bytes(b"")
     return path
@@ -73,7 +73,7 @@ def test_flags_win_over_variables_over_file_over_defaults(model: Path, tmp_path:
     assert settings.models[0].max_batch_size == 2
 
 
-def test_what_is_set_for_models_by_flag_holds_for_every_model(model: Path, tmp_path: Path) -> None:
+def test_a_flag_about_models_holds_for_every_model(model: Path, tmp_path: Path) -> None:
     text = MODELS + MODELS + "name = 'other'\nmax_delay_ms = 3\n"
     settings = from_file(tmp_path, text, max_delay_ms="1.5")
     assert [one.max_delay_ms for one in settings.models] == [1.5, 1.5]
@@ -165,7 +165,7 @@ def test_a_file_is_refused_by_key_and_expectation(
     assert refusal(tmp_path, text).startswith(expected)
 
 
-def test_a_folder_is_no_model(tmp_path: Path) -> None:
+def test_a_folder_is_refused_as_a_model(tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
     message = refusal(tmp_path, "[[models]]\npath = 'tiny'")
     assert message == "models[0].path: expected a model file, got 'tiny': a folder (file cobatch.toml)"
@@ -224,7 +224,7 @@ def test_every_mistake_is_reported(model: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_a_mistake_has_no_others_in_its_wake(model: Path, tmp_path: Path) -> None:
+def test_a_mistake_causes_no_other_refusals(model: Path, tmp_path: Path) -> None:
     """A refused value is not also missing, in conflict or of the wrong name."""
     for text in (
         "[models]",
@@ -255,7 +255,7 @@ def test_one_name_cannot_be_given_to_several_models(model: Path, tmp_path: Path)
     assert message == "models[*].name: names one model, but there are 2 (flag --name)"
 
 
-def test_a_files_name_that_is_no_models_name_needs_one(tmp_path: Path) -> None:
+def test_a_file_name_unfit_for_urls_needs_a_name(tmp_path: Path) -> None:
     (tmp_path / "my model.onnx").write_bytes(b"")
     text = "[[models]]\npath = 'my model.onnx'\n"
     message = refusal(tmp_path, text)
@@ -296,18 +296,18 @@ def test_other_hosts(host: str) -> None:
     assert not is_loopback(host)
 
 
-def test_the_variable_of_other_commands_is_none_of_ours(model: Path) -> None:
+def test_the_variable_of_other_commands_is_ignored(model: Path) -> None:
     flags = {"model": model}
     assert load_settings(None, {"COBATCH_TOKEN": "t"}, flags) == load_settings(None, {}, flags)
 
 
-def test_settings_have_names_that_do_not_meet() -> None:
+def test_server_and_model_settings_have_different_names() -> None:
     assert not SERVER_FIELDS.keys() & MODEL_FIELDS.keys()
     assert env_name("max_batch_size") == "COBATCH_MAX_BATCH_SIZE"
     assert flag_name("max_batch_size") == "--max-batch-size"
 
 
-def test_settings_do_not_change() -> None:
+def test_settings_are_immutable() -> None:
     with pytest.raises(AttributeError):
         ServerSettings().port = 1  # type: ignore[misc]
     with pytest.raises(msgspec.ValidationError, match="unknown field"):
@@ -329,7 +329,7 @@ servers = st.builds(
 
 
 @given(server=servers)
-def test_every_way_in_gives_the_same_settings(
+def test_file_variables_and_flags_give_the_same_settings(
     tmp_path_factory: pytest.TempPathFactory, server: ServerSettings
 ) -> None:
     folder = tmp_path_factory.mktemp("ways")
@@ -357,7 +357,7 @@ anything = st.recursive(
 
 
 @given(setting=st.sampled_from(sorted(SERVER_FIELDS | MODEL_FIELDS)), value=anything)
-def test_any_flag_value_is_taken_or_refused_by_name(setting: str, value: object) -> None:
+def test_any_flag_value_is_accepted_or_refused_by_name(setting: str, value: object) -> None:
     try:
         settings = load_settings(None, {}, {"model": __file__, setting: value})
     except SettingsError as error:

@@ -1,4 +1,4 @@
-"""The `cobatch token` commands as a test runs them, and what they made."""
+"""Run the `cobatch token` commands, and check their files and tokens."""
 
 import shutil
 import stat
@@ -19,7 +19,7 @@ def token(*arguments: str | Path) -> Result:
     return CliRunner().invoke(token_app, [str(argument) for argument in arguments])
 
 
-def done(*arguments: str | Path) -> str:
+def output_of(*arguments: str | Path) -> str:
     result = token(*arguments)
     assert result.exit_code == 0, result.output
     return result.stdout
@@ -39,16 +39,16 @@ def mode(path: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `init` makes. Tests that change it take `folder`, a copy."""
-    folder = tmp_path_factory.mktemp("made") / "dev"
-    done("init", folder)
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder that `init` generated. Tests that change it use `folder`, a copy."""
+    folder = tmp_path_factory.mktemp("generated") / "dev"
+    output_of("init", folder)
     return folder
 
 
 @pytest.fixture
-def folder(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "dev"))
+def folder(generated: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(generated, tmp_path / "dev"))
 
 
 def verified(minted: str, folder: Path, algorithm: str = "RS256") -> dict[str, Any]:
