@@ -74,7 +74,7 @@ def describe(inference: Inference) -> Json:
         _complete(operation, inference.auth)
     components["schemas"] = schemas(components["schemas"], models.signatures, models.required)
     left_out = AUTH_KINDS if inference.auth is None else ()
-    components["examples"] = problem_examples(document.pop("x-problem-examples"), left_out)
+    components["examples"] = _problem_examples(document.pop("x-problem-examples"), left_out)
     return document
 
 
@@ -159,7 +159,7 @@ def _complete(operation: Json, auth: Authenticator | None) -> None:
         operation["security"] = [{name: []} for name in _scheme_names(auth)]
         slugs.update(_CREDENTIALS, _TOKENS if auth.settings.issuers else ())
         slugs.update(["forbidden"] if needs != "known" else (), ["tenant-limit"] if needs == "infer" else ())
-    responses = _merged(operation["responses"], problem_responses(slugs))
+    responses = _merged(operation["responses"], _problem_responses(slugs))
     if auth is not None and guarded and auth.settings.rate_limit_headers:
         for status, response in responses.items():
             # With 401 the tenant is unknown, and so are its limits.
@@ -189,10 +189,8 @@ def _merged(answers: Json, problems: Json) -> Json:
     return dict(sorted(responses.items()))
 
 
-def problem_examples(examples: Json | None = None, left_out: Collection[str] = ()) -> Json:
+def _problem_examples(examples: Json, left_out: Collection[str]) -> Json:
     """Return an example of each kind of problem by its slug, with the body that the server would write."""
-    if examples is None:
-        examples = msgspec.json.decode(_TEMPLATE)["x-problem-examples"]
     made = {}
     for slug, kind in KINDS.items():
         if slug not in left_out:
@@ -201,7 +199,7 @@ def problem_examples(examples: Json | None = None, left_out: Collection[str] = (
     return made
 
 
-def problem_responses(slugs: Collection[str]) -> Json:
+def _problem_responses(slugs: Collection[str]) -> Json:
     """Return responses by status for a route that answers with these kinds, and with those of any route."""
     by_status: dict[int, list[str]] = defaultdict(list)
     for slug, kind in KINDS.items():

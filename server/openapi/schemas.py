@@ -41,7 +41,9 @@ def schemas(answers: Json, signatures: Mapping[str, Signature], required: Mappin
         ),
     ]
     _, found = msgspec.json.schema_components(requests, ref_template="#/components/schemas/{name}")
-    made = answers | found | {"Problem": _problem()}
+    made = answers | found
+    for name, schema in made["Problem"]["properties"].items():
+        schema["description"] = (ALWAYS | SOMETIMES | MEMBERS)[name]
     for name in ("TensorMetadata", "OutputTensor"):
         made[name]["properties"]["datatype"] |= _DATATYPE
     if signatures:
@@ -79,46 +81,6 @@ def _shown(kind: type[msgspec.Struct], name: str, **types: Any) -> Any:
         forbid_unknown_fields=kind.__struct_config__.forbid_unknown_fields,
         namespace={"__doc__": kind.__doc__},
     )
-
-
-_TEXT = {"type": "string"}
-_NUMBER = {"type": "number"}
-_TEXTS = {"type": "array", "items": _TEXT}
-# A long shape is cut and ends with "...".
-_SHAPE = {"type": "array", "items": {"type": ["integer", "string"]}}
-# Types of a problem's members; the others are integers.
-_MEMBER_TYPES: dict[str, Json] = {
-    "actual": {"anyOf": [_TEXT, _SHAPE]},
-    "expected": {"anyOf": [_TEXT, _SHAPE]},
-    "shape": _SHAPE,
-    **dict.fromkeys(("limit_ms", "needed_ms", "timeout_ms"), _NUMBER),
-    **dict.fromkeys(("allowed", "inputs", "models", "outputs", "supported", "versions"), _TEXTS),
-    **dict.fromkeys(
-        ("datatype", "encoding", "field", "id", "model", "parameter", "permission", "reference", "tenant",
-         "tensor", "version", "what"),
-        _TEXT,
-    ),
-}  # fmt: skip
-
-
-def _problem() -> Json:
-    types: dict[str, Json] = {
-        **dict.fromkeys(ALWAYS, _TEXT),
-        "status": {"type": "integer", "minimum": 400, "maximum": 599},
-        "prediction": _ref("Prediction"),
-        "instance": _TEXT,
-        **{name: _MEMBER_TYPES.get(name, {"type": "integer"}) for name in MEMBERS},
-    }
-    texts = ALWAYS | SOMETIMES | MEMBERS
-    return {
-        "title": "Problem",
-        "description": "An error (RFC 9457). /problems lists the members of each `type`.",
-        "type": "object",
-        # A problem inside a prediction has no `error`.
-        "required": ["type", "title", "status", "detail"],
-        "properties": {name: schema | {"description": texts[name]} for name, schema in types.items()},
-        "additionalProperties": False,
-    }
 
 
 def _narrow(made: Json, signatures: Mapping[str, Signature], required: Mapping[str, list[str]]) -> None:

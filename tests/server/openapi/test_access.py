@@ -16,7 +16,7 @@ import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from cobatch.server.auth.gate import OPEN
-from cobatch.server.http.problem_kinds import KINDS
+from cobatch.server.http.problem_kinds import ALWAYS, KINDS, SOMETIMES
 from cobatch.server.openapi.document import AUTH_KINDS, describe
 from cobatch.server.settings.auth import TenantRule
 from tests.server.openapi.test_openapi import (
@@ -74,7 +74,12 @@ async def test_the_document_is_valid_and_complete(tmp_path: Path) -> None:
         assert described(running) == served(running)
     slugs = set().union(*[slugs_of(operation) for _, _, operation in operations(document)])
     assert slugs == set(KINDS) - IN_ITEMS
-    assert set(document["components"]["examples"]) == set(KINDS)
+    examples = document["components"]["examples"]
+    assert set(examples) == set(KINDS)
+    for slug, example in examples.items():
+        problem = example["value"]
+        assert (problem["type"], problem["status"]) == (f"/problems/{slug}", KINDS[slug].status)
+        assert set(problem) <= {*ALWAYS, *SOMETIMES, *KINDS[slug].members}, slug
     schemes = document["components"]["securitySchemes"]
     assert (schemes["bearer"]["type"], schemes["bearer"]["scheme"]) == ("http", "bearer")
     assert {key: schemes["apiKey"][key] for key in ("type", "in", "name")} == {
