@@ -1,4 +1,4 @@
-"""`cobatch bench`: its options. The load test is imported when the command runs."""
+"""`cobatch bench`: its options."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import Annotated
 import typer
 
 from cobatch.server.console import end
+from cobatch.server.loadtest.options import BenchError, UsageError, read_options
+from cobatch.server.loadtest.page import as_html
+from cobatch.server.loadtest.report import Progress, show
+from cobatch.server.loadtest.runner import run
 
 _ARRIVALS = "poisson|constant|bursty|diurnal|FILE"
 
@@ -105,11 +109,6 @@ def bench(
     times; without it, each connection sends its next request after an answer. The exit status is 1 if an
     answer was wrong or none arrived. See docs/bench.md for examples.
     """
-    from cobatch.server.loadtest.options import BenchError, UsageError, read_options
-    from cobatch.server.loadtest.page import as_html
-    from cobatch.server.loadtest.report import Progress, show
-    from cobatch.server.loadtest.runner import run
-
     for file in (json_file, html_file):
         if file is not None and not file.parent.is_dir():
             raise end(f"{file.parent}: no such folder", 2)

@@ -6,7 +6,7 @@ loop: each connection sends its next request after an answer, which finds the th
 stalls.
 
 `requests` prepares request bytes from `options` and the `target`'s metadata. `fleet` starts the generator
-processes; in each, `generator` sends over `connection` by `schedule` and only records seven numbers per
+processes; in each, a `driver` of `generator` sends the requests and only records seven numbers per
 request (`messages.COLUMNS`). `statistics` counts them, `results` and `capacity` interpret the counts,
 `report` and `page` render them; `runner` puts it together.
 

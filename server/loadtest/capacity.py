@@ -67,7 +67,6 @@ class Capacity:
     rejected: int = 0
 
     def sentence(self) -> str:
-        """Return the result in words."""
         limit = f"p99 within {self.slo_ms:g} ms"
         if self.rate is None:
             return self._no_rate(limit)

@@ -17,7 +17,8 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Self
 
-from cobatch.server.loadtest.generator import ClosedLoop, Driver, OpenLoop
+from cobatch.server.loadtest.driver import Driver
+from cobatch.server.loadtest.generator import ClosedLoop, OpenLoop
 from cobatch.server.loadtest.messages import Done, Failed, Plan, Ready, Start, Stop, Trial
 from cobatch.server.loadtest.options import BenchError
 from cobatch.server.loadtest.statistics import Tally
@@ -152,7 +153,6 @@ class _Process:
         self._driver: Driver | None = None
 
     async def serve(self) -> None:
-        """Run trials until the pipe is closed."""
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._on_exception)
         # A thread, since an event loop that reads the pipe would make writing to it non-blocking too.

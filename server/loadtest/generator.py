@@ -1,229 +1,125 @@
-"""Run one trial in one process. The closed loop sends after each answer, the open loop by the clock.
-
-Nothing is computed here: a finished request becomes seven numbers in an array, which the main process reads.
-"""
+"""The closed loop, which sends after each answer, and the open loop, which sends by schedule and timer."""
 
 from __future__ import annotations
 
 import asyncio
-from abc import ABC, abstractmethod
-from array import array
+import ctypes
+import os
+import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle, islice, takewhile
 from math import inf
-from time import monotonic, process_time
+from time import monotonic
 
-from cobatch.server.loadtest.codec import Checker
-from cobatch.server.loadtest.connection import Connection
-from cobatch.server.loadtest.messages import (
-    Done,
-    Failed,
-    Heartbeat,
-    NewKind,
-    Plan,
-    PreparedRequest,
-    Ready,
-    Samples,
-    Trial,
-)
-from cobatch.server.loadtest.schedule import Timer, choices, schedule
-from cobatch.server.loadtest.target import reason
+import numpy as np
 
-_FLUSH_S = 0.1  # between two batches of samples
-_HEARTBEAT_S = 1.0
-_TIMEOUT_CHECK_S = 0.5
+from cobatch.batcher.simulator.traffic import Trace
+from cobatch.server.loadtest.driver import Connection, Driver, Report
+from cobatch.server.loadtest.messages import Plan, PreparedRequest, Trial
+
+_CHUNK = 4096  # random numbers drawn at once
 _RECONNECT_S = 0.05  # after a connection could not be opened
 _SEND_LIMIT = 32  # requests sent before answers are read again
 _OPEN_AT_START = 64
+_CLOCK_MONOTONIC = 1  # the clock of time.monotonic
+_ABSOLUTE_TIME = 1
+_TIMER_FLAGS = os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0)
 
-Report = Callable[[Ready | Samples | NewKind | Heartbeat | Done | Failed], None]
+Due = tuple[float, PreparedRequest]
 
 
-class Driver(ABC):
-    """Connections, answers and samples of a trial; the subclasses decide when a request is sent."""
+def schedule(plan: Plan, trial: Trial, number: int, processes: int) -> Iterator[Due]:
+    """Yield (seconds from the start, request) for generator process `number` of `processes`.
 
-    def __init__(self, plan: Plan, trial: Trial, connections: int, report: Report) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._plan = plan
-        self._trial = trial
-        self._connection_limit = connections
-        self._report = report
-        self._checker = None if plan.expected is None else Checker(plan.expected)
-        self._context = plan.address.context()
-        self._connections: set[Connection] = set()
-        self._opening: set[asyncio.Task[None]] = set()
-        self._most_open = 0
-        self._samples = array("d")
-        self._kinds: dict[str, int] = {}
-        self._end_s = inf
-        self._next_check_s = 0.0
-        self._heartbeat_from = (0.0, 0.0)  # CPU seconds, clock
-        self._measured_from: tuple[float, float] | None = None
-        self._measured_until: tuple[float, float] | None = None
-        self._over = self._loop.create_future()
+    Requests are dealt to the processes in rotation, so that together they send the same load as one would.
+    """
+    arrivals = trial.arrivals
+    assert arrivals is not None
+    times = arrivals.times(np.random.default_rng([plan.seed, trial.seed, 0]))
+    load = zip(times, choices(plan, trial), strict=False)
+    return takewhile(lambda due: due[0] < trial.lasts_s, islice(load, number, None, processes))
 
-    async def prepare(self) -> None:
-        """Open the first connections. Raises OSError."""
-        await asyncio.gather(*(self._connect() for _ in range(self._first_connections())))
 
-    def _first_connections(self) -> int:
-        return self._connection_limit
+def choices(plan: Plan, trial: Trial, number: int = 0) -> Iterator[PreparedRequest]:
+    """Yield requests: callers in proportion to their shares, each caller's examples in rotation."""
+    rotations = {key: cycle(_rotated(requests, number)) for key, requests in plan.requests.items()}
+    if isinstance(trial.arrivals, Trace):
+        callers = {name: caller for caller, name in enumerate(plan.names)}
+        for recorded in trial.arrivals.requests:
+            yield next(rotations[callers[recorded.tenant] if recorded.tenant else 0, recorded.rows])
+        return
+    by_caller = [rotations[caller, rows] for caller, rows in enumerate(plan.rows)]
+    if len(by_caller) == 1:
+        yield from by_caller[0]
+    shares = np.cumsum(plan.shares)
+    rng = np.random.default_rng([plan.seed, trial.seed, 1, number])
+    while True:
+        drawn = np.searchsorted(shares, rng.random(_CHUNK) * shares[-1], side="right")
+        for caller in drawn.tolist():
+            yield next(by_caller[caller])
 
-    async def run(self, at_s: float) -> None:
-        """Run the trial from this time until its last request is over."""
-        self._end_s = at_s + self._trial.lasts_s
-        self._heartbeat_from = (process_time(), monotonic())
-        self._loop.call_later(at_s + self._trial.warmup_s - monotonic(), self._start_measuring)
-        flushing = self._loop.call_later(_FLUSH_S, self._flush)
-        self._begin(at_s)
-        await self._over
-        flushing.cancel()
-        self._fail_unanswered(monotonic())
-        self._flush(again=False)
-        self._report(self._summary())
-        for task in self._opening:
-            task.cancel()
-        for connection in list(self._connections):
-            connection.drop()
 
-    @abstractmethod
-    def _begin(self, at_s: float) -> None:
-        """Send requests from this time on."""
+def _rotated(requests: Sequence[PreparedRequest], number: int) -> list[PreparedRequest]:
+    at = number % len(requests)
+    return [*requests[at:], *requests[:at]]
 
-    def stop(self) -> None:
-        """Send no more requests and wait for no answers."""
-        self._end_s = min(self._end_s, monotonic())
-        if not self._over.done():
-            self._over.set_result(None)
 
-    def _fail_unanswered(self, now: float) -> None:
-        """Record the requests in flight as failures; there are some only if the trial was stopped."""
-        unanswered = [one for one in self._connections if one.request is not None]
-        oldest_s = min((one.due for one in unanswered), default=now)
-        for connection in unanswered:
-            message = f"the first had waited for {now - oldest_s:.3f} s"
-            self.on_failure(connection, "stopped before its answer", message)
+class _Timespec(ctypes.Structure):
+    _fields_ = (("tv_sec", ctypes.c_long), ("tv_nsec", ctypes.c_long))
 
-    # Connections.
 
-    async def _connect(self) -> None:
-        address = self._plan.address
-        name = address.host if self._context is not None else None
-        _, connection = await self._loop.create_connection(
-            lambda: Connection(self), address.host, address.port, ssl=self._context, server_hostname=name
-        )
-        self._connections.add(connection)
-        self._most_open = max(self._most_open, len(self._connections))
-        self._on_opened(connection)
+class _Itimerspec(ctypes.Structure):
+    _fields_ = (("it_interval", _Timespec), ("it_value", _Timespec))
 
-    def _open(self) -> None:
-        task = self._loop.create_task(self._try_to_connect())
-        self._opening.add(task)
-        task.add_done_callback(self._opening.discard)
 
-    async def _try_to_connect(self) -> None:
-        began = monotonic()
+class Timer:
+    """Calls `callback` once for each `set`, at its time or right after.
+
+    uvloop rounds its timers to milliseconds, too coarse for answers within 0.1 ms. Linux has timers that are
+    file descriptors (timerfd); elsewhere the loop's timers are used, and the report shows the send delay.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
+        self._loop = loop
+        self._callback = callback
+        self._handle: asyncio.TimerHandle | None = None
+        self._file = -1
+        if sys.platform == "linux":
+            self._libc = ctypes.CDLL(None, use_errno=True)
+            self._file = self._libc.timerfd_create(_CLOCK_MONOTONIC, _TIMER_FLAGS)
+        if self._file >= 0:
+            self._spec = _Itimerspec()
+            self._pointer = ctypes.byref(self._spec)
+            loop.add_reader(self._file, self._on_expired)
+
+    def set(self, at_s: float) -> None:
+        """Replace the time to call back: a time of `time.monotonic`; at once if it has passed."""
+        if self._file < 0:
+            if self._handle is not None:
+                self._handle.cancel()
+            self._handle = self._loop.call_at(at_s, self._callback)
+            return
+        seconds = int(at_s)
+        value = self._spec.it_value
+        value.tv_sec = seconds
+        value.tv_nsec = int((at_s - seconds) * 1e9)
+        self._libc.timerfd_settime(self._file, _ABSOLUTE_TIME, self._pointer, None)
+
+    def _on_expired(self) -> None:
         try:
-            async with asyncio.timeout(self._plan.timeout_s):
-                await self._connect()
-        except (OSError, TimeoutError) as error:
-            self._on_not_opened(began, reason(error))
+            os.read(self._file, 8)
+        except BlockingIOError:  # set again after the loop saw it expire
+            return
+        self._callback()
 
-    @abstractmethod
-    def _on_opened(self, connection: Connection) -> None:
-        """Use a new connection."""
-
-    @abstractmethod
-    def _on_not_opened(self, began_s: float, why: str) -> None:
-        """Handle a connection that could not be opened."""
-
-    @abstractmethod
-    def _on_free(self, connection: Connection) -> None:
-        """Use a connection whose request is over."""
-
-    def on_closed(self, connection: Connection) -> None:
-        """Forget a closed connection."""
-        self._connections.discard(connection)
-
-    # Answers.
-
-    def on_answer(self, connection: Connection, now: float) -> None:
-        """Record the answer, and use the connection again."""
-        request, answer = connection.request, connection.answer
-        assert request is not None
-        kind = 0
-        if answer.status != 200:
-            kind = self._kind(answer.error_kind(), answer.error_message)
-        elif self._checker is not None:
-            why = self._checker.check(request.example, answer.head, answer.body)
-            kind = 0 if why is None else self._kind("wrong answer", why.__str__)
-        times = (connection.due, connection.taken, connection.sent, now)
-        self._samples.extend((*times, kind, request.caller, answer.batch))
-        connection.request = None
-        if answer.keep_alive and not connection.closing:
-            self._on_free(connection)
-        else:
-            connection.close()
-
-    def on_failure(self, connection: Connection, kind: str, message: str) -> None:
-        """Record a request without an answer."""
-        assert connection.request is not None
-        times = (connection.due, connection.taken, connection.sent)
-        self._record_failure(times, connection.request, kind, message)
-
-    def _record_failure(
-        self, times: tuple[float, float, float], request: PreparedRequest, kind: str, message: str
-    ) -> None:
-        number = self._kind(kind, lambda: message)
-        self._samples.extend((*times, monotonic(), number, request.caller, 0))
-
-    def _kind(self, name: str, message: Callable[[], str]) -> int:
-        number = self._kinds.get(name)
-        if number is None:
-            number = self._kinds[name] = len(self._kinds) + 1
-            self._report(NewKind(number, name, message()))
-        return number
-
-    # Reports during the trial.
-
-    def _flush(self, again: bool = True) -> None:
-        now = monotonic()
-        if self._samples:
-            self._report(Samples(self._samples.tobytes()))
-            del self._samples[:]
-        cpu_s, at_s = self._heartbeat_from
-        if now - at_s >= _HEARTBEAT_S:
-            used_s = process_time()
-            self._report(Heartbeat(self._open_requests(), (used_s - cpu_s) / (now - at_s)))
-            self._heartbeat_from = (used_s, now)
-        if now >= self._next_check_s:
-            self._next_check_s = now + _TIMEOUT_CHECK_S
-            self._check_timeouts(now)
-        if again and not self._over.done():
-            self._loop.call_later(_FLUSH_S, self._flush)
-
-    def _check_timeouts(self, now: float) -> None:
-        oldest_s = now - self._plan.timeout_s
-        for connection in list(self._connections):
-            if connection.request is not None and connection.sent < oldest_s:
-                connection.give_up("no answer in time")
-
-    def _open_requests(self) -> int:
-        return sum(one.request is not None for one in self._connections)
-
-    def _start_measuring(self) -> None:
-        self._measured_from = (process_time(), monotonic())
-        self._loop.call_later(self._end_s - monotonic(), self._stop_measuring)
-
-    def _stop_measuring(self) -> None:
-        if self._measured_until is None:
-            self._measured_until = (process_time(), monotonic())
-
-    def _summary(self) -> Done:
-        self._stop_measuring()
-        assert self._measured_until is not None
-        cpu_s, at_s = self._measured_from or self._measured_until
-        return Done(self._measured_until[0] - cpu_s, self._measured_until[1] - at_s, self._most_open)
+    def close(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+        if self._file >= 0:
+            self._loop.remove_reader(self._file)
+            os.close(self._file)
+            self._file = -1
 
 
 class ClosedLoop(Driver):
@@ -269,7 +165,6 @@ class ClosedLoop(Driver):
             self._stop_if_over()
 
     def on_closed(self, connection: Connection) -> None:
-        """Open another connection in its place."""
         super().on_closed(connection)
         if self._begun:
             self._open_again()
@@ -351,9 +246,6 @@ class OpenLoop(Driver):
         if self._next_s == inf:
             self._stop_if_over()
 
-    def _on_opened(self, connection: Connection) -> None:
-        self._on_free(connection)
-
     def _on_not_opened(self, began_s: float, why: str) -> None:
         if self._waiting:
             self._fail_waiting("cannot connect", why)
@@ -392,6 +284,5 @@ class OpenLoop(Driver):
             self.stop()
 
     def stop(self) -> None:
-        """Send no more requests and wait for no answers."""
         self._timer.close()
         super().stop()

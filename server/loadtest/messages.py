@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,7 +32,6 @@ class Address:
 
     @property
     def authority(self) -> str:
-        """Value of the Host header."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == (443 if self.tls else 80) else f"{host}:{self.port}"
 
@@ -99,25 +98,21 @@ class Trial:
         return self.warmup_s + self.seconds
 
 
-@dataclass(frozen=True, slots=True)
 class Ready:
     """The connections are open."""
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(NamedTuple):
     """Start at this time of the monotonic clock, which all processes share."""
 
     at_s: float
 
 
-@dataclass(frozen=True, slots=True)
 class Stop:
     """Send no more requests and wait for no answers."""
 
 
-@dataclass(frozen=True, slots=True)
-class NewKind:
+class NewKind(NamedTuple):
     """Name of an error kind that samples refer to by `number`, with the server's first message."""
 
     number: int
@@ -125,23 +120,20 @@ class NewKind:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class Samples:
+class Samples(NamedTuple):
     """Float64 values: a row of COLUMNS for each finished request."""
 
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Heartbeat:
+class Heartbeat(NamedTuple):
     """A process's requests in flight or waiting for a connection, and its CPU share since the last one."""
 
     open_requests: int
     cpu_share: float
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
+class Done(NamedTuple):
     """End of a trial: CPU and wall seconds of the measured period, largest number of open connections."""
 
     cpu_s: float
@@ -149,8 +141,7 @@ class Done:
     connections: int
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(NamedTuple):
     """The trial cannot be run, with the reason."""
 
     reason: str

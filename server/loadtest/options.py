@@ -34,7 +34,7 @@ _WARMUP_S = 1.0
 _CLOSED_CONNECTIONS = 16
 _OPEN_CONNECTIONS = 512
 _WHOLE_TRACE_S = 1e9
-_CREDENTIAL_HEADERS = ("Authorization", "X-API-Key")
+_CREDENTIALS = {"token_file": ("Authorization", "Bearer "), "api_key_file": ("X-API-Key", "")}
 _TENANT_KEYS = ("name", "share", "rows", "priority", "deadline_ms", "token_file", "api_key_file")
 
 
@@ -144,11 +144,9 @@ def read_options(given: Mapping[str, Any]) -> Options:
 
 
 def _default_caller(given: Mapping[str, Any]) -> Caller:
-    token, key = given["token"], given["api_key"]
-    if given["token_file"] is not None:
-        token = _read_secret(given["token_file"])
+    token = given["token"] if given["token_file"] is None else _read_secret(given["token_file"])
     headers = _headers(given["header"] or [])
-    headers |= (_bearer(token) if token else {}) | (_api_key(key) if key else {})
+    headers |= _credential("token_file", token) | _credential("api_key_file", given["api_key"])
     return Caller(
         rows=given["rows"], priority=given["priority"], deadline_ms=given["deadline_ms"], headers=headers
     )
@@ -172,11 +170,12 @@ def _caller(text: str, default: Caller, number: int) -> Caller:
             )
         given[key.strip()] = value.strip()
     headers = dict(default.headers)
-    for key, credential in (("token_file", _bearer), ("api_key_file", _api_key)):
+    for key in _CREDENTIALS:
         if key in given:
             # A tenant's credential replaces the default one: a request must have only one.
-            headers = {name: value for name, value in headers.items() if name not in _CREDENTIAL_HEADERS}
-            headers |= credential(_read_secret(given.pop(key)))
+            for name, _ in _CREDENTIALS.values():
+                headers.pop(name, None)
+            headers |= _credential(key, _read_secret(given.pop(key)))
     fields = msgspec.structs.asdict(default) | {"name": f"tenant {number + 1}", **given, "headers": headers}
     try:
         caller = msgspec.convert(fields, Caller, strict=False)
@@ -198,12 +197,9 @@ def _read_secret(path: str | Path) -> str:
     return secret
 
 
-def _bearer(token: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {token}"}
-
-
-def _api_key(key: str) -> dict[str, str]:
-    return {"X-API-Key": key}
+def _credential(key: str, secret: str | None) -> dict[str, str]:
+    name, prefix = _CREDENTIALS[key]
+    return {name: prefix + secret} if secret else {}
 
 
 def _trace(arrivals: str) -> Trace | None:

@@ -21,7 +21,7 @@ from cobatch.server.console import plain_table, stdout
 from cobatch.server.loadtest.capacity import Capacity
 from cobatch.server.loadtest.options import Options
 from cobatch.server.loadtest.results import Results, Summary
-from cobatch.server.loadtest.statistics import Interval, LatencyHistogram, Tally
+from cobatch.server.loadtest.statistics import Counts, LatencyHistogram, Tally, total
 from cobatch.server.loadtest.target import Model
 
 _TABLE_PERCENTILES = ("p50", "p90", "p99", "p99.9", "max")
@@ -53,13 +53,11 @@ class Report:
 
     @property
     def title(self) -> str:
-        """The model and the server."""
         server = f" ({self.model.server})" if self.model.server else ""
         return f"{self.model.name} at {self.options.url}{server}"
 
     @property
     def load(self) -> str:
-        """The kind of load, in words."""
         options = self.options
         parts = ["binary" if options.binary else "JSON"]
         parts.append(f"open loop, {options.arrivals} arrivals" if options.open_loop else "closed loop")
@@ -227,7 +225,6 @@ class Progress:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """Print a line that stays."""
         if not self._quiet:
             self._console.print(Text(text), soft_wrap=True)
 
@@ -242,16 +239,16 @@ class Progress:
             self.say(_line(load, elapsed_s, recent, recent_s))
 
 
-def _last_second(tally: Tally, elapsed_s: float) -> tuple[Interval, float]:
+def _last_second(tally: Tally, elapsed_s: float) -> tuple[Counts, float]:
     """Return the sum of the last complete intervals, and their length in seconds."""
     each_s = tally.recent.each_s
     # Samples arrive ten times a second, so the last two intervals are incomplete.
     last = int(elapsed_s / each_s) - 1
     numbers = range(max(0, last - round(_LIVE_PERIOD_S / each_s)), max(0, last))
-    return tally.recent.sum(numbers), max(len(numbers), 1) * each_s
+    return total(tally.recent[number] for number in numbers), max(len(numbers), 1) * each_s
 
 
-def _line(load: str, elapsed_s: float, recent: Interval, seconds: float) -> str:
+def _line(load: str, elapsed_s: float, recent: Counts, seconds: float) -> str:
     return (
         f"{load} {elapsed_s:5.1f} s: {per_s(recent.due / seconds)} offered, "
         f"{per_s(recent.answered / seconds)} answered, p50 {_ms(recent.latency, 0.5)} ms, "
@@ -259,21 +256,20 @@ def _line(load: str, elapsed_s: float, recent: Interval, seconds: float) -> str:
     )
 
 
-def _view(load: str, tally: Tally, elapsed_s: float, recent: Interval, recent_s: float) -> Group:
+def _view(load: str, tally: Tally, elapsed_s: float, recent: Counts, recent_s: float) -> Group:
     grid = plain_table(
         "", "offered/s", "answered/s", "p50 ms", "p90 ms", "p99 ms", "max ms", "batch", no_wrap=True
     )
-    total, trial = tally.total, tally.trial
-    whole = Interval(total.due, total.latency, total.errors, total.answered)
+    whole, trial = tally.total, tally.trial
     whole_s = max(1e-9, min(elapsed_s, trial.lasts_s) - trial.warmup_s)
-    for name, interval, seconds in (("last second", recent, recent_s), ("all", whole, whole_s)):
+    for name, counts, seconds in (("last second", recent, recent_s), ("all", whole, whole_s)):
         grid.add_row(
             name,
-            f"{interval.due / seconds:,.0f}",
-            f"{interval.answered / seconds:,.0f}",
-            *(_ms(interval.latency, q) for q in (0.5, 0.9, 0.99)),
-            f"{interval.latency.max_us / 1000:,.2f}",
-            f"{interval.mean_batch:.1f}" if interval.mean_batch else "",
+            f"{counts.due / seconds:,.0f}",
+            f"{counts.answered / seconds:,.0f}",
+            *(_ms(counts.latency, q) for q in (0.5, 0.9, 0.99)),
+            f"{counts.latency.max_us / 1000:,.2f}",
+            f"{counts.mean_batch:.1f}" if counts.mean_batch else "",
         )
     open_requests = sum(beat.open_requests for beat in tally.heartbeats.values())
     cpu = ", ".join(f"{tally.heartbeats[number].cpu_share:.0%}" for number in sorted(tally.heartbeats))
@@ -283,7 +279,7 @@ def _view(load: str, tally: Tally, elapsed_s: float, recent: Interval, recent_s:
     head = Text(f"{load}: {max(0.0, elapsed_s):.1f} of {trial.lasts_s:.1f} s{phase}", "bold")
     foot = [Text(f"{open_requests:,} in flight, generator CPU {cpu or '-'}")]
     foot += [
-        Text(f"{count:,} x {kind}", "red") for kind, count in total.errors.most_common(_LIVE_ERROR_KINDS)
+        Text(f"{count:,} x {kind}", "red") for kind, count in whole.errors.most_common(_LIVE_ERROR_KINDS)
     ]
     return Group(head, grid, *foot)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cobatch.server.loadtest.statistics import Counts, Interval, LatencyHistogram, Tally
+from cobatch.server.loadtest.statistics import Counts, LatencyHistogram, Tally
 from cobatch.server.loadtest.target import ServerCounters
 
 _QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99.9": 0.999, "p99.99": 0.9999}
@@ -40,7 +40,6 @@ class Summary:
 
     @property
     def failed(self) -> int:
-        """Requests without a right answer."""
         return sum(self.errors.values())
 
 
@@ -95,16 +94,23 @@ class Results:
         return [(kind, count, self.messages.get(kind, "")) for kind, count in self.total.errors.items()]
 
     def as_json(self) -> dict[str, Any]:
-        """Return the results as JSON values."""
         document: dict[str, Any] = asdict(self)
         document["batches"] = {str(rows): count for rows, count in self.batches.items()}
         return _rounded(document)  # type: ignore[no-any-return]
 
 
 def summarise(
-    tally: Tally, rate: float | None, names: Sequence[str], local: bool, server: ServerCounters | None
+    tally: Tally,
+    rate: float | None,
+    names: Sequence[str],
+    local: bool,
+    before: ServerCounters | None,
+    after: ServerCounters | None,
 ) -> Results:
-    """Compute the results. `names`: of the callers; `local`: the server runs on this machine."""
+    """Compute the results.
+
+    `names`: of the callers; `local`: the server runs on this machine; `before`, `after`: its counters.
+    """
     seconds = tally.measured_s or 1e-9
     with_deadline = [deadline_s is not None for deadline_s in tally.deadlines_s]
     callers = [
@@ -135,7 +141,7 @@ def summarise(
             bottlenecks=bottlenecks(tally),
             notes=notes(tally, local),
         ),
-        server=None if server is None or not server.executions else _server(server),
+        server=None if before is None or after is None else _server(before, after),
         intervals=_intervals(tally),
         buckets=total.latency.buckets(),
         sent_buckets=tally.send_latency.buckets(),
@@ -161,14 +167,17 @@ def _percentiles(latency: LatencyHistogram) -> dict[str, float]:
     return {"mean": latency.mean_us / 1000, "min": extremes_ms[0], **percentiles, "max": extremes_ms[1]}
 
 
-def _server(counters: ServerCounters) -> dict[str, float]:
-    requests = counters.succeeded or 1
+def _server(before: ServerCounters, after: ServerCounters) -> dict[str, float] | None:
+    counters = {name: after[name] - before[name] for name in after}
+    if not counters["executions"]:
+        return None
+    requests = counters["succeeded"] or 1
     return {
-        "inferences": counters.inferences,
-        "executions": counters.executions,
-        "mean_batch": counters.inferences / counters.executions,
-        "queue_ms": counters.queue_ns / requests / 1e6,
-        "compute_ms": counters.compute_ns / requests / 1e6,
+        "inferences": counters["inferences"],
+        "executions": counters["executions"],
+        "mean_batch": counters["inferences"] / counters["executions"],
+        "queue_ms": counters["queue_ns"] / requests / 1e6,
+        "compute_ms": counters["compute_ns"] / requests / 1e6,
     }
 
 
@@ -180,15 +189,15 @@ def _intervals(tally: Tally) -> list[IntervalSummary]:
     return [_interval((number + 1) * each_s, tally.intervals[number], each_s) for number in range(count)]
 
 
-def _interval(end_s: float, interval: Interval, seconds: float) -> IntervalSummary:
+def _interval(end_s: float, counts: Counts, seconds: float) -> IntervalSummary:
     return IntervalSummary(
         end_s=end_s,
-        offered_rate=interval.due / seconds,
-        answered_rate=interval.answered / seconds,
-        latency_ms=_percentiles(interval.latency),
-        mean_batch=interval.mean_batch,
-        largest_batch=interval.largest_batch,
-        errors=dict(interval.errors),
+        offered_rate=counts.due / seconds,
+        answered_rate=counts.answered / seconds,
+        latency_ms=_percentiles(counts.latency),
+        mean_batch=counts.mean_batch,
+        largest_batch=counts.largest_batch,
+        errors=dict(counts.errors),
     )
 
 

@@ -131,8 +131,8 @@ class _Runner:
         before = read_counters(address, model, callers[0].headers)
         self.fleet.run(trial, tally, lambda: self.progress.update(load, tally))
         after = read_counters(address, model, callers[0].headers)
-        counters = after.since(before) if before is not None and after is not None else None
-        return summarise(tally, rate, self.plan.names, is_loopback(address.host), counters), tally
+        results = summarise(tally, rate, self.plan.names, is_loopback(address.host), before, after)
+        return results, tally
 
     def _deadline_s(self, caller: Caller) -> float | None:
         """Return the caller's deadline; in a search at most the latency limit."""

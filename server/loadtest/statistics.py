@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
@@ -39,13 +39,11 @@ class LatencyHistogram:
         self.max_us = 0.0
 
     def add(self, values_us: Column) -> None:
-        """Count durations."""
         if len(values_us):
             self.counts += np.bincount(_bucket_of(values_us), minlength=_BUCKETS)
             self._extend(len(values_us), values_us.sum(), values_us.min(), values_us.max())
 
     def merge(self, other: LatencyHistogram) -> None:
-        """Add the counts of another histogram."""
         if other.count:
             self.counts += other.counts
             self._extend(other.count, other.total_us, other.min_us, other.max_us)
@@ -94,12 +92,13 @@ def _bound_us(bucket: int) -> float:
 
 
 @dataclass
-class Interval:
-    """Requests due in a period (`due`, `latency`, `errors`) and answers that arrived in it (the others)."""
+class Counts:
+    """Counts of a caller or an interval: requests by due time, and answers by arrival time."""
 
     due: int = 0
-    latency: LatencyHistogram = field(default_factory=LatencyHistogram)
-    errors: Counter[str] = field(default_factory=Counter)
+    good: int = 0  # of those due, answered right within the deadline
+    latency: LatencyHistogram = field(default_factory=LatencyHistogram)  # of those due and answered
+    errors: Counter[str] = field(default_factory=Counter)  # of those due
     answered: int = 0
     batch_rows: int = 0  # sum over the answers that told the rows of their batch
     batch_answers: int = 0  # number of those answers
@@ -110,9 +109,9 @@ class Interval:
         """Mean rows of a batch, weighted by answers; 0 if unknown."""
         return self.batch_rows / self.batch_answers if self.batch_answers else 0.0
 
-    def add(self, other: Interval) -> None:
-        """Add the counts of another interval."""
+    def add(self, other: Counts) -> None:
         self.due += other.due
+        self.good += other.good
         self.latency.merge(other.latency)
         self.errors.update(other.errors)
         self.answered += other.answered
@@ -121,23 +120,24 @@ class Interval:
         self.largest_batch = max(self.largest_batch, other.largest_batch)
 
 
+def total(counts: Iterable[Counts]) -> Counts:
+    """Return the sum."""
+    result = Counts()
+    for one in counts:
+        result.add(one)
+    return result
+
+
 class Intervals:
     """Intervals of `each_s` seconds, numbered from the start; only the last `limit` are kept."""
 
     def __init__(self, each_s: float, limit: int | None = None) -> None:
         self.each_s = each_s
         self._limit = limit
-        self._by_number: dict[int, Interval] = {}
+        self._by_number: dict[int, Counts] = {}
 
-    def __getitem__(self, number: int) -> Interval:
-        return self._by_number.get(number) or Interval()
-
-    def sum(self, numbers: range) -> Interval:
-        """Return the sum of some intervals."""
-        total = Interval()
-        for number in numbers:
-            total.add(self[number])
-        return total
+    def __getitem__(self, number: int) -> Counts:
+        return self._by_number.get(number) or Counts()
 
     def add_due(
         self, due_s: Column, latency_s: Column, kind: Column, count_kinds: Callable[[Column], dict[str, int]]
@@ -149,7 +149,6 @@ class Intervals:
             interval.errors.update(count_kinds(kind[mask & (kind != 0)]))
 
     def add_done(self, done_s: Column, batch: Column) -> None:
-        """Count right answers by arrival time."""
         for interval, mask in self._parts(done_s):
             rows = batch[mask]
             interval.answered += len(rows)
@@ -160,21 +159,10 @@ class Intervals:
             oldest = max(self._by_number) - self._limit
             self._by_number = {number: one for number, one in self._by_number.items() if number > oldest}
 
-    def _parts(self, at_s: Column) -> Iterator[tuple[Interval, Mask]]:
+    def _parts(self, at_s: Column) -> Iterator[tuple[Counts, Mask]]:
         numbers = (at_s / self.each_s).astype(np.int64)
         for number in np.unique(numbers).tolist():
-            yield self._by_number.setdefault(number, Interval()), numbers == number
-
-
-@dataclass
-class Counts:
-    """One caller's requests that were due in the measured period; `answered`: answers that arrived in it."""
-
-    due: int = 0
-    answered: int = 0
-    good: int = 0  # right answers within the deadline
-    latency: LatencyHistogram = field(default_factory=LatencyHistogram)
-    errors: Counter[str] = field(default_factory=Counter)
+            yield self._by_number.setdefault(number, Counts()), numbers == number
 
 
 class Tally:
@@ -203,12 +191,10 @@ class Tally:
         self._start_s = 0.0
 
     def begin(self, at_s: float) -> None:
-        """Set the start of the trial."""
         self._start_s = at_s
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the start."""
         return monotonic() - self._start_s
 
     @property
@@ -219,18 +205,9 @@ class Tally:
 
     @property
     def total(self) -> Counts:
-        """The sum over all callers."""
-        total = Counts()
-        for one in self.callers:
-            total.due += one.due
-            total.answered += one.answered
-            total.good += one.good
-            total.latency.merge(one.latency)
-            total.errors.update(one.errors)
-        return total
+        return total(self.callers)
 
     def take(self, process: int, message: object) -> None:
-        """Count a message of a generator process."""
         match message:
             case NewKind(number, name, text):
                 self._kinds[process, number] = name

@@ -16,6 +16,8 @@ from cobatch.server.loadtest.messages import Address
 from cobatch.server.loadtest.options import BenchError, UsageError
 
 _PATH = re.compile(r"^(.*?)(?:/v2(?:/models/([^/]+)(?:/versions/([^/]+))?(?:/infer)?)?)?/?$")
+ServerCounters = Mapping[str, int]
+
 _STATISTICS_TIMEOUT_S = 3.0  # short: a load that was stopped because the server hangs must end soon
 
 
@@ -50,20 +52,6 @@ class Model:
     server: str
     platform: str
     inputs: tuple[Tensor, ...]
-
-
-class ServerCounters(NamedTuple):
-    """Counts and nanoseconds that a server reports for a model."""
-
-    inferences: int
-    executions: int
-    succeeded: int
-    queue_ns: int
-    compute_ns: int
-
-    def since(self, before: ServerCounters) -> ServerCounters:
-        """Return the difference to earlier counters."""
-        return ServerCounters(*(after - then for after, then in zip(self, before, strict=True)))
 
 
 def parse_url(text: str, ca_file: str | None, insecure: bool) -> tuple[Address, str | None, str | None]:
@@ -156,13 +144,13 @@ def read_counters(address: Address, model: Model, headers: Mapping[str, str]) ->
         reply = fetch(address, "GET", f"{model.path}/stats", headers, timeout_s=_STATISTICS_TIMEOUT_S)
         statistics = _json_object(reply)["model_stats"][0]
         durations = statistics["inference_stats"]
-        return ServerCounters(
-            int(statistics["inference_count"]),
-            int(statistics["execution_count"]),
-            int(durations["success"]["count"]),
-            int(durations["queue"]["ns"]),
-            int(durations["compute_infer"]["ns"]),
-        )
+        return {
+            "inferences": int(statistics["inference_count"]),
+            "executions": int(statistics["execution_count"]),
+            "succeeded": int(durations["success"]["count"]),
+            "queue_ns": int(durations["queue"]["ns"]),
+            "compute_ns": int(durations["compute_infer"]["ns"]),
+        }
     except (BenchError, KeyError, IndexError, TypeError, ValueError):
         return None
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from cobatch.batcher.simulator.traffic import Even, Poisson, read_trace
 from cobatch.engines.base import DATATYPES
 from cobatch.server.loadtest.codec import decode, difference, encode, request_bytes
+from cobatch.server.loadtest.generator import choices, schedule
 from cobatch.server.loadtest.messages import Address, Expected, Plan, PreparedRequest, Trial
 from cobatch.server.loadtest.options import Caller, UsageError, parse_callers
 from cobatch.server.loadtest.requests import FileInputs, RandomInputs
-from cobatch.server.loadtest.schedule import choices, schedule
 from cobatch.server.loadtest.target import Tensor, parse_url
 
 

@@ -1,4 +1,4 @@
-"""One HTTP/1.1 connection of the generator, and the parser of its answers.
+"""The parser of HTTP/1.1 answers.
 
 The common answer arrives in one piece with a Content-Length and is parsed with a few searches. All others go
 through httptools.
@@ -6,15 +6,11 @@ through httptools.
 
 from __future__ import annotations
 
-import asyncio
 import re
-from time import monotonic
-from typing import Protocol, cast
 
 import httptools
 
 from cobatch.server.loadtest.codec import error_message
-from cobatch.server.loadtest.messages import PreparedRequest
 
 _LENGTH = re.compile(rb"\r\n(content-length): *(\d+)\r\n", re.IGNORECASE)
 _CHUNKED = re.compile(rb"\r\ntransfer-encoding:", re.IGNORECASE)
@@ -133,7 +129,6 @@ class Answer:
         return f"{self.status} {match[1].decode('utf-8', 'replace')}" if match else f"status {self.status}"
 
     def error_message(self) -> str:
-        """Return the server's error message."""
         return error_message(self.body)
 
 
@@ -175,96 +170,6 @@ class _Parser:
         self._complete = self._parser.get_status_code() >= 200
 
     def result(self) -> tuple[int, bytes, bytes]:
-        """Return status, head, body."""
         status = self._parser.get_status_code()
         first = f"HTTP/{self._parser.get_http_version()} {status} ".encode()
         return status, b"\r\n".join([first, *self._lines, b""]), b"".join(self._parts)
-
-
-class Owner(Protocol):
-    """Receives a connection's events."""
-
-    def on_answer(self, connection: Connection, now: float) -> None:
-        """Handle `connection.answer` to `connection.request`; its last part arrived `now`."""
-        ...
-
-    def on_failure(self, connection: Connection, kind: str, message: str) -> None:
-        """Handle a request that gets no answer. The connection is closing."""
-        ...
-
-    def on_closed(self, connection: Connection) -> None:
-        """Handle the end of the connection."""
-        ...
-
-
-class Connection(asyncio.Protocol):
-    """`request` is None while the connection is idle. `due`, `taken`, `sent`: as in `messages.COLUMNS`."""
-
-    __slots__ = ("_owner", "_transport", "answer", "due", "request", "sent", "taken")
-
-    def __init__(self, owner: Owner) -> None:
-        self._owner = owner
-        self._transport: asyncio.Transport
-        self.answer = Answer()
-        self.request: PreparedRequest | None = None
-        self.due = self.taken = self.sent = 0.0
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport."""
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's has another base class
-
-    def send(self, request: PreparedRequest, due: float, taken: float, now: float) -> None:
-        """Send a request on an idle connection."""
-        self.request = request
-        self.due = due
-        self.taken = taken
-        self.sent = now
-        self._transport.write(request.data)
-
-    def data_received(self, data: bytes) -> None:
-        """Parse a part of the answer."""
-        now = monotonic()  # read before parsing, which takes a microsecond of the generator's time
-        try:
-            complete = self.answer.feed(data)
-        except Malformed as error:
-            self.give_up("malformed answer", str(error))
-            return
-        if not complete:
-            return
-        if self.request is None:  # a notice on an idle connection before the server closes it
-            self._transport.close()
-            return
-        self._owner.on_answer(self, now)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        """Finish the request under way."""
-        if self.request is not None and self.answer.end():
-            self._owner.on_answer(self, monotonic())
-        if self.request is not None:
-            kind = "connection closed within an answer" if self.answer.started else "connection closed"
-            self._fail(kind, str(error or ""))
-        self._owner.on_closed(self)
-
-    def give_up(self, kind: str, message: str = "") -> None:
-        """Fail the request and abort the connection."""
-        self._fail(kind, message)
-        self._transport.abort()
-
-    def _fail(self, kind: str, message: str) -> None:
-        if self.request is not None:
-            self._owner.on_failure(self, kind, message)
-            self.request = None
-
-    def drop(self) -> None:
-        """Abort the connection without reporting its request."""
-        self.request = None
-        self._transport.abort()
-
-    def close(self) -> None:
-        """Close the idle connection."""
-        self._transport.close()
-
-    @property
-    def closing(self) -> bool:
-        """True if no request can be sent any more."""
-        return self._transport.is_closing()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cobatch.server.loadtest.connection import Answer, Malformed
+from cobatch.server.loadtest.answers import Answer, Malformed
 
 HEAD = b"HTTP/1.1 200 OK\r\nServer-Timing: queue;dur=0.1, batch;desc=12\r\n"
 WHOLE = HEAD + b"Content-Length: 5\r\n\r\nhello"
