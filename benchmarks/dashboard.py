@@ -1,11 +1,11 @@
-"""The live page under the load of three tenants: pictures of it, and what it costs to keep it open.
+"""The live page under the load of three tenants: screenshots, and the cost of open pages.
 
 `python -m benchmarks.dashboard [--seconds N] [--images FOLDER]`
 
-Serves *wide* with [auth]; callers of *search* (weight 4), *ads* (weight 2) and *jobs* (weight 1, at most 48
-requests at once, which it runs into) come in waves. After so many seconds a real Chromium is shown the page,
-and the pictures are written. Before that, on an idle server: CPU with nobody looking, with one page open and
-with ten. `docs/images` has what the last run wrote; a person has to look at it.
+Serves *wide* with [auth]; callers of *search* (weight 4), *ads* (weight 2) and *jobs* (weight 1, limited to
+48 concurrent requests, which it reaches) come in waves. After `--seconds` a real Chromium opens the page and
+takes the screenshots. Before that, it measures the CPU time of an idle server with no page open, with one and
+with ten. `docs/images` has the screenshots of the last run, which need a human check.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from cobatch.server.auth import api_keys
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 _PATH = "/v2/models/wide/infer"
 _COST_S = 20
-# Callers of each tenant, the rows of their requests, and how long each waits before the next one, in seconds.
+# Of each tenant: callers, the rows of their requests, and the mean pause between requests in seconds.
 _CALLERS = {"search": (32, (1, 1, 2), 0.05), "ads": (16, (1, 2, 4), 0.06), "jobs": (64, (4, 8), 0.25)}
 _WAVE_S = 50
 _RULES = """
@@ -53,7 +53,7 @@ _SHOWN = (("light", 1400, 900), ("dark", 1400, 900), ("phone", 390, 844))
 
 
 def configure(folder: Path) -> tuple[Path, dict[str, str]]:
-    """A configuration with API keys for the tenants, and for *ops*, who may look at the page."""
+    """Write a configuration with API keys for the tenants, and for *ops*, who may read the page."""
     folder.mkdir(parents=True, exist_ok=True)
     scopes = dict.fromkeys(_CALLERS, ("infer",)) | {"ops": ("admin",)}
     minted = {tenant: api_keys.mint(tenant, scopes[tenant]) for tenant in scopes}
@@ -64,21 +64,19 @@ def configure(folder: Path) -> tuple[Path, dict[str, str]]:
 
 
 async def _call(address: str, key: str, sizes: tuple[int, ...], think_s: float, end_s: float) -> None:
-    """One caller: asks, thinks, asks again."""
+    """Run a caller: send a request, pause, repeat."""
     host, port = address.split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
-    messages = [wire.encode("wide", wire.rows_of("wide", size, 0), True) for size in sizes]
+    encoded = [wire.encode("wide", wire.rows_of("wide", size, 0), True) for size in sizes]
+    messages = [
+        wire.raw_request(wire.Message(one.body, one.headers | {"X-API-Key": key}), address, _PATH)
+        for one in encoded
+    ]
     while (now_s := time.monotonic()) < end_s:
         calm = 1.6 + 1.4 * math.sin(2 * math.pi * now_s / _WAVE_S)
         await asyncio.sleep(random.expovariate(1 / (think_s * (0.4 + calm))))
         message = random.choice(messages)
-        fields = message.headers | {
-            "Host": address,
-            "X-API-Key": key,
-            "Content-Length": str(len(message.body)),
-        }
-        head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-        writer.write(f"POST {_PATH} HTTP/1.1\r\n{head}\r\n".encode() + message.body)
+        writer.write(message)
         answer = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
         await reader.readexactly(int(answer.partition("content-length: ")[2].partition("\r")[0]))
     writer.close()
@@ -95,7 +93,7 @@ async def _load(address: str, keys: dict[str, str], end_s: float) -> None:
 
 @contextmanager
 def loaded(server: Server, keys: dict[str, str], seconds: float) -> Iterator[None]:
-    """All callers, in a thread of this process, while this lasts and no longer than so many seconds."""
+    """Run all callers in a thread of this process, for at most `seconds`."""
     end_s = time.monotonic() + seconds
     thread = threading.Thread(target=lambda: asyncio.run(_load(server.address, keys, end_s)))
     thread.start()
@@ -106,14 +104,14 @@ def loaded(server: Server, keys: dict[str, str], seconds: float) -> Iterator[Non
 
 
 @contextmanager
-def looking(server: Server, key: str) -> Iterator[None]:
-    """One open feed, read as a page reads it."""
+def open_page(server: Server, key: str) -> Iterator[None]:
+    """Read the events of the page, as an open page does."""
     connection = http.client.HTTPConnection(server.address)
     connection.request("GET", "/dashboard/events", headers={"X-API-Key": key})
     response = connection.getresponse()
 
     def read() -> None:
-        with suppress(OSError, http.client.HTTPException):  # the other thread ends it
+        with suppress(OSError, http.client.HTTPException):  # the other thread closes it
             while response.read1(1 << 16):
                 pass
 
@@ -129,11 +127,11 @@ def looking(server: Server, key: str) -> Iterator[None]:
 
 
 def cost(server: Server, key: str) -> None:
-    """Print how busy an otherwise idle server is with so many open pages."""
+    """Print the CPU share of an otherwise idle server by open pages."""
     for pages in (0, 1, 10):
         with ExitStack() as stack:
             for _ in range(pages):
-                stack.enter_context(looking(server, key))
+                stack.enter_context(open_page(server, key))
             time.sleep(1)
             before_us = cpu_us(server.pid)
             time.sleep(_COST_S)
@@ -142,7 +140,7 @@ def cost(server: Server, key: str) -> None:
 
 
 def pictures(server: Server, key: str, folder: Path) -> None:
-    """Write each of the pictures."""
+    """Write the screenshots."""
     folder.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
@@ -164,7 +162,7 @@ def pictures(server: Server, key: str, folder: Path) -> None:
 
 
 def _choose(page: Page) -> None:
-    """The last batch but one, and what became of one of its requests."""
+    """Select the last batch but one, and explain one of its requests."""
     page.click("#c-timeline button >> nth=1")
     page.focus("#c-timeline canvas")
     for pressed in ("End", "ArrowLeft", "Enter"):
@@ -174,17 +172,17 @@ def _choose(page: Page) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """See the module's docstring."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.dashboard")
-    parser.add_argument("--seconds", type=int, default=170, help="how long to load before the pictures")
-    parser.add_argument("--images", type=Path, default=IMAGES, help="where to write the pictures")
-    given = parser.parse_args(arguments)
+    parser.add_argument("--seconds", type=int, default=170, help="of load before the screenshots")
+    parser.add_argument("--images", type=Path, default=IMAGES, help="folder of the screenshots")
+    options = parser.parse_args(arguments)
     config, keys = configure(OUT / "dashboard")
     with cobatch(model_path("wide"), "wide", True, config, ["--keep-alive-s", "60"]) as server:
         cost(server, keys["ops"])
-        with loaded(server, keys, given.seconds + 20):
-            time.sleep(given.seconds)
-            pictures(server, keys["ops"], given.images)
+        with loaded(server, keys, options.seconds + 20):
+            time.sleep(options.seconds)
+            pictures(server, keys["ops"], options.images)
     return 0
 
 

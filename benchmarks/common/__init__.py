@@ -1,1 +1,1 @@
-"""What several benchmarks share: models, processes, load."""
+"""Models, processes, load and requests that several benchmarks share."""

@@ -1,10 +1,10 @@
-"""The models that the benchmarks and tests serve, made here from a seed: no download, no stored weights.
+"""The models of the benchmarks and tests, made from a seed: no download, no stored weights.
 
-*tiny* (16 floats in, 8 out) costs next to nothing to run, so what is measured is the server. *wide*
-(512 -> 4096 -> 4096 -> 16, 73 MiB of weights, far beyond a CPU's cache) must read all its weights
-for one row as for sixty-four, so batching pays on a CPU about as it does on a GPU. *deep* is that with four
-such layers in place of one, a quarter as fast: next to it HTTP costs little. *magika*, the
-file-type model that its wheel carries, hardly gains from batching: it shows what a server costs there.
+*tiny* (16 floats in, 8 out) costs next to nothing to run, so the server's cost is measured. *wide* (512 ->
+4096 -> 4096 -> 16, 73 MiB of weights, far beyond a CPU's cache) reads all its weights for one row as for 64,
+so batching pays on a CPU about as it does on a GPU. *deep* has five such layers and a quarter of the speed,
+so that HTTP costs little in comparison. *magika*, the file-type model of the magika package, hardly gains
+from batching.
 
 `python -m benchmarks.common.models [DIR]` writes tiny and wide and prints where.
 """
@@ -30,14 +30,13 @@ _MAGIKA = Path("models") / "standard_v3_3" / "model.onnx"
 
 
 def model_path(name: str, folder: Path = MODELS) -> Path:
-    """The file of *tiny*, *wide*, *deep* or *magika*; but for magika's it is written into `folder` where
-    missing."""
+    """Return the file of a model; all but *magika* are written into `folder` if missing."""
     if name == "magika":
         return magika_model_path()
     path = folder / f"{name}.onnx"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        # Renamed when whole, so that an interrupted run leaves no half model for the next to reuse.
+        # Renamed when complete: an interrupted run leaves no partial model.
         partial = path.with_suffix(f".{os.getpid()}.tmp")
         partial.write_bytes(make(LAYERS[name]).SerializeToString())
         partial.replace(path)
@@ -45,11 +44,11 @@ def model_path(name: str, folder: Path = MODELS) -> Path:
 
 
 def magika_model_path() -> Path:
-    """The model inside the installed `magika` wheel; raises FileNotFoundError where there is none.
+    """Return the model's file in the installed `magika` package. Raises FileNotFoundError.
 
     Input "bytes" INT32 [batch, 2048], output "target_label" FP32 [batch, 214].
     """
-    # find_spec and not an import, which would load magika's own session.
+    # An import would load magika's own session.
     spec = find_spec("magika")
     if spec is None or spec.origin is None:
         raise FileNotFoundError("the magika package is not installed (pip install magika)")
@@ -58,15 +57,15 @@ def magika_model_path() -> Path:
         return path
     found = sorted(path.parents[1].glob("*/model.onnx"))
     if not found:
-        raise FileNotFoundError(f"this magika package carries no {_MAGIKA}")
+        raise FileNotFoundError(f"this magika package has no {_MAGIKA}")
     return found[-1]
 
 
 def make(widths: tuple[int, ...], seed: int = SEED) -> onnx.ModelProto:
-    """An MLP over FP32: input "x" [batch, widths[0]], output "y" [batch, widths[-1]].
+    """Return an FP32 MLP: input "x" [batch, widths[0]], output "y" [batch, widths[-1]].
 
-    The same widths and seed make the same bytes. A single layer ends in a Relu, several have it
-    between them; weights are scaled so that activations stay near 1 in every layer.
+    The same widths and seed give the same bytes. A single layer ends in a Relu, several have Relus between
+    them; weights are scaled so that activations stay near 1 in every layer.
     """
     rng = np.random.default_rng(seed)
     nodes, weights = [], []
@@ -91,7 +90,7 @@ def make(widths: tuple[int, ...], seed: int = SEED) -> onnx.ModelProto:
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", widths[-1]])],
         weights,
     )
-    # An old opset and IR version: nothing newer is needed, and older runtimes can load it too.
+    # Older runtimes can load this opset and IR version too.
     model = helper.make_model(
         graph, ir_version=9, opset_imports=[helper.make_opsetid("", 17)], producer_name="cobatch"
     )
@@ -100,7 +99,7 @@ def make(widths: tuple[int, ...], seed: int = SEED) -> onnx.ModelProto:
 
 
 def main(arguments: list[str]) -> int:
-    """Write tiny and wide into the folder given (default: benchmarks/out/models)."""
+    """Write tiny and wide into a folder (default: benchmarks/out/models)."""
     if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
         print("usage: python -m benchmarks.common.models [DIR]", file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
-"""What ONNX Runtime reaches with no server around it: the bound for rows per second.
+"""ONNX Runtime without a server: the upper bound of rows per second.
 
-A process of its own, so that its memory and threads are as a server's are; it runs only when told
-to, in turns with the server. The session has the settings that the engine gives its own.
+It runs in its own process, with memory and threads like a server's, and measures on request, alternating with
+the server. The session has the settings of cobatch's engine.
 
 `python -m benchmarks.common.offline MODEL KIND THREADS` reads lines `ROWS SECONDS` and answers each with
 JSON.
@@ -32,33 +32,33 @@ _SWEEP_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """One measurement: rows per second, and the median microseconds of one run."""
+    """A measurement: rows per second, and the median time of a run in microseconds."""
 
     rows_per_s: float
     median_us: float
 
 
 class Offline:
-    """Drives the process."""
+    """The process, seen from the benchmark."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
     def measure(self, rows: int, seconds: float) -> Speed:
-        """Run batches of `rows` for about that long, at least one of them."""
+        """Run batches of `rows` for about `seconds`, at least one."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(rows, seconds, file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"the offline process ended with status {self._process.wait()}")
+            raise RuntimeError(f"the offline process exited with status {self._process.wait()}")
         return Speed(**json.loads(answer))
 
     def best_size(self) -> int:
-        """The batch size with most rows per second.
+        """Return the batch size with most rows per second.
 
-        Each size's fastest of several short tries, taken in turns: the machine's speed swings, and
-        a slow moment must not decide. What counts is measured again, at that size.
+        Each size counts with its fastest of several short tries, in turns, because the machine's speed
+        varies. The rate at the best size is measured again later.
         """
         tries: dict[int, list[float]] = {rows: [] for rows in SIZES}
         for _ in range(_SWEEPS):
@@ -69,7 +69,7 @@ class Offline:
 
 @contextmanager
 def offline(path: Path, model: str) -> Iterator[Offline]:
-    """The process for *tiny*, *wide* or *magika* in the file `path`."""
+    """Start the process for a model."""
     command = [sys.executable, "-m", "benchmarks.common.offline", str(path), model, str(default_threads())]
     process = subprocess.Popen(
         command, cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -82,12 +82,12 @@ def offline(path: Path, model: str) -> Iterator[Offline]:
 
 
 def default_threads() -> int:
-    """As many threads as the engine takes: one core is left for the event loop."""
+    """Return the engine's default number of threads: one core is left to the event loop."""
     return max(1, (os.cpu_count() or 1) - 1)
 
 
 def make_session(path: Path, threads: int) -> Any:
-    """An onnxruntime.InferenceSession on the CPU."""
+    """Return an onnxruntime.InferenceSession on the CPU."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -96,7 +96,7 @@ def make_session(path: Path, threads: int) -> Any:
 
 
 def _measure(session: Any, feed: dict[str, wire.Array], rows: int, seconds: float) -> Speed:
-    session.run(None, feed)  # the first run of a size sets up memory for it
+    session.run(None, feed)  # the first run of a size allocates
     times_s: list[float] = []
     start = before = time.perf_counter()
     while not times_s or before - start < seconds:

@@ -1,29 +1,32 @@
-"""Requests as bytes, sent at given moments with the generator of `cobatch bench`."""
+"""Requests as bytes, sent at given times by the generator of `cobatch bench`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
-from cobatch.batcher.simulator.traffic import Recorded, Trace
+import numpy as np
+
+from cobatch.batcher.simulator.traffic import Poisson, Recorded, Trace
 from cobatch.server.loadtest.fleet import Fleet
 from cobatch.server.loadtest.messages import Address, Plan, PreparedRequest, Trial
 from cobatch.server.loadtest.statistics import Counts, Tally
 
-_CONNECTIONS = 16_384  # at most: a server shall see each request when it is due
+_MAX_CONNECTIONS = 16_384  # enough to send each request when it is due
 _TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Requests, in turn as they go over the wire, at these moments from the start on."""
+    """Requests as raw bytes, sent in turn at these times from the start."""
 
     requests: Sequence[bytes]
     times_s: Sequence[float]
 
 
 def drive(address: str, *loads: Load, deadline_s: float | None = None, processes: int = 1) -> list[Counts]:
-    """What came of each load, all sent together to HOST:PORT. Latencies are from when a request was due."""
+    """Send all loads together, and return the counts of each. Latency counts from a request's due time."""
     host, _, port = address.rpartition(":")
     names = [str(number) for number in range(len(loads))]
     sent = [Recorded(at, 1, name) for name, load in zip(names, loads, strict=True) for at in load.times_s]
@@ -40,8 +43,8 @@ def drive(address: str, *loads: Load, deadline_s: float | None = None, processes
         timeout_s=_TIMEOUT_S,
     )
     trace = Trace(sent)
-    # The last one is due within the trial.
-    trial = Trial(trace, _CONNECTIONS, trace.requests[-1].time_s + 1e-6)
+    # The trial ends after the last request is due.
+    trial = Trial(trace, _MAX_CONNECTIONS, trace.requests[-1].time_s + 1e-6)
     tally = Tally(trial, [deadline_s] * len(loads))
     with Fleet(plan, processes) as fleet:
         fleet.run(trial, tally, lambda: None)
@@ -51,5 +54,11 @@ def drive(address: str, *loads: Load, deadline_s: float | None = None, processes
 
 
 def constant(rate: float, seconds: float) -> list[float]:
-    """Moments at a constant rate."""
+    """Return times at a constant rate."""
     return [number / rate for number in range(int(rate * seconds))]
+
+
+def poisson(rate: float, seconds: float, seed: Sequence[int]) -> list[float]:
+    """Return the times of a Poisson process."""
+    times = Poisson(rate).times(np.random.default_rng(seed))
+    return list(takewhile(lambda time_s: time_s < seconds, times))

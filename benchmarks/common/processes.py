@@ -1,4 +1,4 @@
-"""The servers under test, as processes on free loopback ports, each with its output in a file."""
+"""The servers under test: processes on free loopback ports, with their output in files."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _STOP_TIMEOUT_S = 40.0
 
 
 class StartError(Exception):
-    """A server did not start; the text has the end of what it printed."""
+    """A server did not start; the text has its last lines."""
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A running server: its process and its HOST:PORT."""
+    """A running server and its HOST:PORT."""
 
     pid: int
     address: str
@@ -35,7 +35,7 @@ class Server:
 
 @contextmanager
 def floor(size: int, content_type: str) -> Iterator[Server]:
-    """Bare uvicorn that answers `size` fixed bytes."""
+    """Start bare uvicorn that answers with `size` fixed bytes."""
     with _running("floor", ["benchmarks.request_cost.floor_app", str(size), content_type], None) as server:
         yield server
 
@@ -44,8 +44,7 @@ def floor(size: int, content_type: str) -> Iterator[Server]:
 def cobatch(
     model: Path, name: str, fast_path: bool, config: Path | None = None, flags: Sequence[str] = ()
 ) -> Iterator[Server]:
-    """`cobatch serve MODEL`, ready to answer; default settings but for what `config` and `flags` say, and
-    ASGI only unless `fast_path`."""
+    """Start `cobatch serve MODEL` with default settings and those in `config` and `flags`."""
     switch = "--fast-path" if fast_path else "--no-fast-path"
     command = ["cobatch", "serve", str(model), "--name", name, "--port", "0", switch]
     if config is not None:
@@ -59,7 +58,7 @@ def cobatch(
 def _running(name: str, module: list[str], ready: str | None) -> Iterator[Server]:
     log = OUT / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    # A variable left over from someone's own server must not change what is measured.
+    # The settings of the user's own server must not change the measurement.
     environ = {key: value for key, value in os.environ.items() if not key.startswith("COBATCH_")}
     environ["PYTHONUNBUFFERED"] = "1"
     with log.open("wb") as output:
@@ -83,16 +82,16 @@ def _running(name: str, module: list[str], ready: str | None) -> Iterator[Server
 
 
 def _wait_until_up(name: str, process: subprocess.Popen[bytes], log: Path, ready: str | None) -> str:
-    """HOST:PORT once the server says it listens and answers 200 at `ready`."""
+    """Return HOST:PORT once the server listens and answers 200 at `ready`."""
     give_up = time.monotonic() + _START_TIMEOUT_S
     while process.poll() is None and time.monotonic() < give_up:
-        said = _LISTENING.search(log.read_text(errors="replace"))
-        if said and (ready is None or _answers(said[1], ready)):
-            return said[1]
+        line = _LISTENING.search(log.read_text(errors="replace"))
+        if line and (ready is None or _answers(line[1], ready)):
+            return line[1]
         time.sleep(0.02)
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-    ended = process.poll()
-    why = f"ended with status {ended}" if ended is not None else f"not ready in {_START_TIMEOUT_S:.0f} s"
+    status = process.poll()
+    why = f"exited with status {status}" if status is not None else f"not ready in {_START_TIMEOUT_S:.0f} s"
     raise StartError(f"{name}: {why}; it printed:\n{tail}")
 
 

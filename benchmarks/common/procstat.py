@@ -1,8 +1,8 @@
 """CPU time and memory of a server's processes, from /proc.
 
-schedstat counts nanoseconds on a CPU for each thread; /proc/PID/stat counts ticks of 10 ms and is
-only the fallback, for kernels built without it. A thread that has ended is no longer counted, which
-is right for servers here: their threads live as long as they do.
+schedstat counts nanoseconds of CPU time for each thread; /proc/PID/stat counts ticks of 10 ms and is the
+fallback for kernels without schedstat. Threads that have ended are not counted; the servers' threads do not
+end.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ _PROC = Path("/proc")
 
 
 def cpu_us(pid: int) -> float:
-    """Microseconds of CPU that the process and its descendants have used so far, all threads."""
+    """Return the CPU time of a process and its descendants in microseconds, of all threads."""
     return sum(_process_us(each) for each in descendants(pid))
 
 
 def descendants(pid: int) -> list[int]:
-    """The process and every process below it."""
+    """Return the process and all processes below it."""
     children: dict[int, list[int]] = {}
     for entry in _PROC.iterdir():
         if entry.name.isdigit():
             try:
-                # The command's name may hold anything, so read what follows its closing bracket.
+                # The command's name may contain anything: read after its closing bracket.
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except (FileNotFoundError, ProcessLookupError):
-                continue  # it ended while we were looking
+                continue  # it has ended meanwhile
             children.setdefault(parent, []).append(int(entry.name))
     found = [pid]
     for each in found:
@@ -56,7 +56,7 @@ def _ticks_us(pid: int) -> float:
 
 
 def memory_bytes(pid: int) -> int:
-    """Proportional set size: what is its own, and its part of what it shares; 0 if it has ended."""
+    """Return the proportional set size of a process; 0 if it has ended."""
     try:
         text = (_PROC / str(pid) / "smaps_rollup").read_text()
     except (FileNotFoundError, ProcessLookupError):

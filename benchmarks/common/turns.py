@@ -1,4 +1,4 @@
-"""One turn: a server, or the model alone, measured for a few seconds; and several made into one."""
+"""Turns: a server, or the model alone, measured for a few seconds."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _IDLE_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """`who` is floor, cobatch or offline. Per request (offline: per run): microseconds of CPU, p50, p99.
+    """The figures of `who` (floor, cobatch or offline). Times are microseconds per request; offline: per run.
 
-    `per_s` is requests, or rows for offline, per second; `batch` the rows in the batch of a mean
-    request. What was not measured is 0.
+    `per_s` is requests per second; offline: rows. `batch` is the mean batch size of a request. Figures that
+    were not measured are 0.
     """
 
     who: str
@@ -45,9 +45,9 @@ def serve_turn(
     trace: bool,
     rotating: tuple[str, Sequence[str]] | None = None,
 ) -> Turn:
-    """Load on a server, which must be idle or become so. With `trace`, a rate between two batches.
+    """Measure a server under load, once it is idle. With `trace`, its rate is that between two batches.
 
-    `rotating` is a header's name and the values that the requests have in turn.
+    `rotating` is the name of a header, and its values in turn.
     """
     wait_until_idle(server.pid)
     before = cpu_us(server.pid)
@@ -65,13 +65,13 @@ def serve_turn(
 
 
 def offline_turn(offline: Offline, rows: int, seconds: float) -> Turn:
-    """The model alone, in batches of `rows`."""
+    """Measure the model alone, in batches of `rows`."""
     speed = offline.measure(rows, seconds)
     return Turn("offline", speed.rows_per_s, speed.median_us, batch=rows)
 
 
 def mean_turn(turns: Sequence[Turn]) -> Turn:
-    """Turns of one kind and of one length as one."""
+    """Return the mean of turns of the same kind and length."""
     return Turn(
         turns[0].who,
         fmean(turn.per_s for turn in turns),
@@ -83,11 +83,11 @@ def mean_turn(turns: Sequence[Turn]) -> Turn:
 
 
 def steady_rate(load: Load) -> float:
-    """Answers per second from the middle of one gap between answers to the middle of a later one.
+    """Return answers per second, from the middle of a gap between answers to the middle of a later one.
 
-    Answers come in bursts, one per batch, up to a second apart where the model is slow: counting
-    them over a fixed time would be wrong by up to a batch at either end. So the count runs between
-    the longest gap of the first and of the last two fifths.
+    Answers come in bursts, one for each batch, up to a second apart for a slow model: a count over a fixed
+    time would be off by up to a batch at either end. So it runs from the longest gap in the first two fifths
+    to the longest in the last two.
     """
     times = load.times
     span = times[-1] - times[0]
@@ -101,8 +101,7 @@ def steady_rate(load: Load) -> float:
 
 
 def wait_until_idle(pid: int, share: float = _IDLE_SHARE) -> None:
-    """Wait while the process works off what a client that has left had sent it: until it takes no more than
-    this share of a core."""
+    """Wait until the process uses less than this share of a core: requests of a client that left may run."""
     give_up = time.monotonic() + _IDLE_TIMEOUT_S
     before = cpu_us(pid)
     while time.monotonic() < give_up:

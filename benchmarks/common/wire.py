@@ -1,6 +1,6 @@
-"""V2 infer requests and answers as the benchmarks send and read them, apart from the server's own code.
+"""V2 infer requests and responses, encoded and decoded without the server's own codec.
 
-What is compared with a direct run must not go through the codec that is being measured.
+Answers are compared with a direct run, so they must not pass the code that is measured.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Array = np.ndarray[Any, Any]
 
 
 class RefusedError(Exception):
-    """A server answered something else than 200."""
+    """A server answered with another status than 200."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A model's one input: its name, V2 datatype and elements per row."""
+    """The input of a model: name, V2 datatype and elements per row."""
 
     name: str
     datatype: str
@@ -41,14 +41,14 @@ _DTYPES = {"FP32": np.dtype("<f4"), "INT32": np.dtype("<i4")}
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A body and the headers that belong to it."""
+    """A body and its headers."""
 
     body: bytes
     headers: dict[str, str]
 
 
 def rows_of(model: str, rows: int, seed: int) -> Array:
-    """Made-up input [rows, elements] for a model: normal floats, or the bytes of a file."""
+    """Return random input [rows, elements] for a model: normal floats, or bytes as integers."""
     rng = np.random.default_rng(seed)
     tensor = INPUTS[model]
     if tensor.datatype == "INT32":
@@ -57,7 +57,7 @@ def rows_of(model: str, rows: int, seed: int) -> Array:
 
 
 def encode(model: str, rows: Array, binary: bool) -> Message:
-    """An infer request: flat JSON data, or binary data with a binary answer asked for."""
+    """Return an infer request: flat JSON data, or binary data with a binary response."""
     tensor = INPUTS[model]
     described: dict[str, Any] = {"name": tensor.name, "shape": list(rows.shape), "datatype": tensor.datatype}
     if not binary:
@@ -70,8 +70,27 @@ def encode(model: str, rows: Array, binary: bool) -> Message:
     return Message(text + data, {"Content-Type": "application/octet-stream", JSON_LENGTH: str(len(text))})
 
 
+def with_deadline(message: Message, deadline_ms: float) -> Message:
+    """Return a V2 request with the protocol's `timeout` among its parameters."""
+    length = int(message.headers.get(JSON_LENGTH, len(message.body)))
+    document = json.loads(message.body[:length])
+    document["parameters"] = {**document.get("parameters", {}), "timeout": int(deadline_ms * 1000)}
+    head = orjson.dumps(document)
+    headers = dict(message.headers)
+    if JSON_LENGTH in headers:
+        headers[JSON_LENGTH] = str(len(head))
+    return Message(head + message.body[length:], headers)
+
+
+def raw_request(message: Message, host: str, path: str) -> bytes:
+    """Return a POST request as bytes."""
+    lines = [f"POST {path} HTTP/1.1", f"Host: {host}", f"Content-Length: {len(message.body)}"]
+    lines += [f"{name}: {value}" for name, value in message.headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + message.body
+
+
 def decode(answer: Message) -> Array:
-    """The first output of an infer response, as an array of its shape."""
+    """Return the first output of an infer response."""
     length = {key.lower(): value for key, value in answer.headers.items()}.get(JSON_LENGTH.lower())
     text = answer.body if length is None else answer.body[: int(length)]
     output = json.loads(text)["outputs"][0]
@@ -82,7 +101,7 @@ def decode(answer: Message) -> Array:
 
 
 def post(address: str, path: str, request: Message) -> Message:
-    """POST on a connection of its own to HOST:PORT; raises RefusedError unless the answer is 200."""
+    """Send a POST on a new connection. Raises RefusedError unless the status is 200."""
     connection = http.client.HTTPConnection(address, timeout=60)
     try:
         connection.request("POST", path, request.body, request.headers)

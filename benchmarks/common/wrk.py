@@ -1,7 +1,7 @@
-"""Load from `wrk` (Debian's package): one thread, keep-alive, the same body again and again.
+"""Load from `wrk` (a Debian package): one thread, keep-alive, always the same body.
 
-wrk builds the request once and sends those bytes; nothing of Lua runs per request unless answers
-are to be traced, which costs the client a few microseconds each and is for engine-bound cases only.
+wrk builds the request once and sends those bytes. Lua runs for each request only if answers are traced, which
+costs the client some microseconds each and is for engine-bound cases.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ function done(summary, latency, requests)
 end
 """
 
-# Requests that differ in one header, in turn; made beforehand, so that they cost no more to send.
+# Requests that differ in one header, in turn; built beforehand, so that they cost no more to send.
 _ROTATE = """
 local requests, at = {{}}, 0
 function init()
@@ -50,20 +50,27 @@ function request()
 end
 """
 
-# One line per answer: when it came, and the batch it was in as its Server-Timing says (0: not said).
-_TRACE = """
+# The monotonic clock, in seconds, for scripts of wrk.
+CLOCK = """
 local ffi = require("ffi")
 ffi.cdef[[
   typedef struct { long seconds; long nanoseconds; } moment_t;
   int clock_gettime(int clock, moment_t *moment);
 ]]
 local moment = ffi.new("moment_t")
+function now()
+  ffi.C.clock_gettime(1, moment)
+  return tonumber(moment.seconds) + tonumber(moment.nanoseconds) / 1e9
+end
+"""
+
+# Records the time of each answer, and its batch size from Server-Timing (0: none).
+_TRACE = """
 local threads = {}
 times, batches = {}, {}
 function setup(thread) threads[#threads + 1] = thread end
 function response(status, headers, body)
-  ffi.C.clock_gettime(1, moment)
-  times[#times + 1] = tonumber(moment.seconds) * 1e6 + tonumber(moment.nanoseconds) / 1e3
+  times[#times + 1] = now() * 1e6
   local timing = headers["server-timing"] or headers["Server-Timing"] or ""
   batches[#batches + 1] = tonumber(timing:match("batch;desc=\\"?(%d+)")) or 0
 end
@@ -80,12 +87,12 @@ end
 
 
 class WrkError(Exception):
-    """The load could not be put on, or some requests failed; the text is for a person."""
+    """wrk failed, or some requests failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What one run of wrk saw. Times are microseconds; `times` and `batches` are per answer, if traced."""
+    """The report of wrk. Times are microseconds; `times` and `batches` are those of each traced answer."""
 
     requests: int
     duration_us: int
@@ -99,10 +106,10 @@ class Load:
 
 
 def require_wrk() -> str:
-    """Path of wrk; raises WrkError that says how to get it."""
+    """Return the path of wrk. Raises WrkError."""
     found = shutil.which("wrk")
     if found is None:
-        raise WrkError("wrk, which puts on the load, is not installed: apt-get install wrk")
+        raise WrkError("wrk is not installed: apt-get install wrk")
     return found
 
 
@@ -116,10 +123,10 @@ def run_wrk(
     rotating: tuple[str, Sequence[str]] | None = None,
     strict: bool = True,
 ) -> Load:
-    """POST the body for `seconds` from `connections` connections; raises WrkError on any failed request.
+    """Send POST requests for `seconds` in a closed loop. Raises WrkError.
 
-    `rotating` is a header's name and the values that the requests have in turn. Without `strict`, failed
-    requests are counted and no more.
+    `rotating` is the name of a header, and its values in turn. With `strict` a failed request is an error;
+    otherwise it is counted.
     """
     with tempfile.TemporaryDirectory(prefix="cobatch-wrk-") as folder:
         body_file, script = Path(folder, "body"), Path(folder, "post.lua")
@@ -135,7 +142,7 @@ def run_wrk(
                 body_file=json.dumps(str(body_file)),
                 headers="\n".join(lines),
                 rotate=rotate,
-                trace=_TRACE if trace else "",
+                trace=CLOCK + _TRACE if trace else "",
             )
         )
         command = [require_wrk(), "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s"]

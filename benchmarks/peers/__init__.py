@@ -1,1 +1,1 @@
-"""cobatch and what its users would pick in its place, side by side: `./scripts/bench-peers`."""
+"""cobatch beside other servers: `./scripts/bench-peers`."""

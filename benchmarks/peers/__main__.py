@@ -1,9 +1,9 @@
 """All servers side by side: `./scripts/bench-peers [--quick] [--only tiny,overload] [--peers A,B]`.
 
-Makes an environment for each peer where there is none yet (some minutes, once), measures, prints tables and
-writes peers.json, plots and README.md into benchmarks/results (`--quick`, or a part:
-benchmarks/out/peers/results). A peer that cannot be installed, does not start or answers wrongly is left
-out, and the page says why; cobatch may not be.
+Makes an environment for each server (some minutes, once), measures, prints tables, and writes peers.json,
+plots and README.md into benchmarks/results (`--quick`, or a part: benchmarks/out/peers/results). A server
+that cannot be installed, does not start or answers wrongly is left out, with the reason on the page; for
+cobatch that is an error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks.peers.tables import tables
 from benchmarks.request_cost import answers
 from benchmarks.request_cost.report import describe_machine
 
-# Connections and seconds: magika's batch of 64 takes a third of a second or more, so a turn must see several.
+# Connections, and seconds of a turn: a batch of 64 of magika takes a third of a second or more.
 _MODELS = {"tiny": ((1, 16, 64, 256), 2), "wide": ((16, 64, 256), 2), "magika": ((1, 16, 64, 256), 4)}
 _SECTIONS = (*_MODELS, "overload")
 _OVERLOAD_S = 6
@@ -38,7 +38,7 @@ _CANNOT = (MissingError, answers.WrongAnswerError, wire.RefusedError, WrkError, 
 
 
 class Bench:
-    """One run: who takes part, and what was found so far."""
+    """One run: the servers that take part, and the results so far."""
 
     def __init__(self, options: argparse.Namespace, plans: Sequence[turns.Plan]) -> None:
         self._options = options
@@ -54,7 +54,7 @@ class Bench:
         self.results = Results(describe_machine(), settings)
 
     def prepare(self) -> None:
-        """Environments and versions."""
+        """Make the environments and read the versions."""
         for peer in self._options.peers:
             try:
                 python = OUR_PYTHON if peer is OURS else python_of(peer, self._options.environments)
@@ -82,7 +82,7 @@ class Bench:
             self.results.turns += turns.rounds(plan, servers)
 
     def _ready(self, peer: Peer, model: str, stack: ExitStack) -> Running:
-        """Started, checked, warm and stopped until its turn."""
+        """Start a server, check and warm it up, and pause it until its turn."""
         print(f"{model}: starting {peer.title}", flush=True)
         running = stack.enter_context(started(peer, model, self._pythons[peer.name], self._options.max_batch))
         turns.check(running)
@@ -114,7 +114,7 @@ class Bench:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0; 2 where cobatch itself could not be measured."""
+    """Return 0; 2 if cobatch itself could not be measured."""
     options = _parse(arguments)
     bench = Bench(options, _plans(options))
     try:
@@ -137,17 +137,15 @@ def _plans(options: argparse.Namespace) -> list[turns.Plan]:
         if model in options.only:
             levels = options.connections or ((64,) if options.quick else connections)
             length = options.seconds or (1 if options.quick and model != "magika" else seconds)
-            # Magika is slow and steady: a round less.
-            many = max(1, options.rounds - 1) if model == "magika" else options.rounds
-            plans.append(turns.Plan(model, levels, many, length))
+            # Magika is slow and its figures vary little: one round less.
+            rounds = max(1, options.rounds - 1) if model == "magika" else options.rounds
+            plans.append(turns.Plan(model, levels, rounds, length))
     return plans
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="./scripts/bench-peers", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="one short round with 64 connections: does it work"
-    )
+    parser.add_argument("--quick", action="store_true", help="one short round with 64 connections")
     parser.add_argument(
         "--only", type=_some(_SECTIONS), default=_SECTIONS, help=f"some of {','.join(_SECTIONS)}"
     )
@@ -165,9 +163,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="FOLDER",
         default=FOLDER,
-        help="where the peers' environments are, or are to be (default: benchmarks/out/peers)",
+        help="the folder of the environments (default: benchmarks/out/peers)",
     )
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="where to write")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="output folder")
     options = parser.parse_args(arguments)
     options.rounds = options.rounds or (1 if options.quick else 3)
     options.overload_s = 2 if options.quick else _OVERLOAD_S
@@ -180,11 +178,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _some(known: tuple[str, ...]):  # type: ignore[no-untyped-def]
     def parse(text: str) -> tuple[str, ...]:
-        asked = tuple(text.split(","))
-        unknown = sorted(set(asked) - set(known))
+        names = tuple(text.split(","))
+        unknown = sorted(set(names) - set(known))
         if unknown:
             raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not one of {', '.join(known)}")
-        return asked
+        return names
 
     return parse
 

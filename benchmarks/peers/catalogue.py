@@ -1,6 +1,6 @@
-"""Who is compared, in what version, with which bodies, and how each is told what to do.
+"""The servers compared: versions, bodies, and their settings.
 
-The versions are the latest on 24 Nov 2026; a newer one is a change to this file.
+The versions are the latest on 24 Nov 2026.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _ENGINE = ("onnxruntime==1.32.0", "numpy==2.4.6")
 
 
 class Body(StrEnum):
-    """What a request's body and its answer's are. PLAIN is `{"x": [...]}`, RAW a row's bytes and no more."""
+    """The format of a request and its answer. PLAIN is `{"x": [...]}`, RAW the bytes of a row."""
 
     V2_JSON = "V2 JSON"
     V2_BINARY = "V2 binary"
@@ -22,7 +22,7 @@ class Body(StrEnum):
 
     @property
     def kind(self) -> str:
-        """What it is compared with: text with text, bytes with bytes."""
+        """The kind of body that it is compared with: text with text, bytes with bytes."""
         return "binary" if self in {Body.V2_BINARY, Body.RAW} else "JSON"
 
 
@@ -32,10 +32,10 @@ V2_READY = "/v2/models/{model}/ready"
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """One server: its environment, its app in `apps/`, and a path for each body that it takes.
+    """One server: its environment, its app in `apps/`, and a path for each body that it accepts.
 
-    `package` is the one whose version is reported; `python` an interpreter that its packages insist on;
-    `deadline` how it is told of one in the overload case. `frozen` means that it may be stopped (SIGSTOP)
+    `package` is the one whose version is reported; `python` is the interpreter that its packages need;
+    `deadline` describes how a deadline is set in the overload case. `frozen`: it can be stopped (SIGSTOP)
     while others are measured.
     """
 
@@ -87,12 +87,12 @@ OTHERS = (
         "triton",
         "Triton (PyTriton)",
         "nvidia-pytriton",
-        ("nvidia-pytriton==0.7.0", _ENGINE[0]),  # it wants an older NumPy
+        ("nvidia-pytriton==0.7.0", _ENGINE[0]),  # it needs an older NumPy
         {Body.V2_JSON: V2_PATH, Body.V2_BINARY: V2_PATH},
         V2_READY,
-        "its queue policy's time",
+        "the timeout of its queue policy",
         python="/usr/bin/python3.11",
-        frozen=False,  # its processes take each other for dead when they go on
+        frozen=False,  # after a stop its processes regard each other as dead
     ),
     Peer(
         "mlserver",
@@ -101,7 +101,7 @@ OTHERS = (
         ("mlserver==1.7.1", *_ENGINE),
         {Body.V2_JSON: V2_PATH},
         V2_READY,
-        "none to be had",
+        "it has none",
     ),
     Peer(
         "litserve",

@@ -1,4 +1,4 @@
-"""A virtual environment for each peer; made again when its packages change. It cannot be moved."""
+"""A virtual environment for each server, renewed when its packages change. It cannot be moved."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _PYTHON = (3, 11)
 
 
 class MissingError(Exception):
-    """A peer cannot be run here; the text says why."""
+    """A server cannot run here; the text says why."""
 
 
 def python_of(peer: Peer, environments: Path = FOLDER) -> Path:
-    """The interpreter of the peer's environment, which is made where missing. Raises MissingError."""
+    """Return the interpreter of a server's environment, made if missing. Raises MissingError."""
     folder = environments.absolute() / peer.name
     python = folder / "venv" / "bin" / "python"
     stamp = folder / "installed.json"
@@ -38,15 +38,15 @@ def python_of(peer: Peer, environments: Path = FOLDER) -> Path:
 
 
 def versions_of(peer: Peer, python: Path) -> dict[str, str]:
-    """Of the peer's package, and of the engine and interpreter under it."""
+    """Return the versions of a server's package, the engine and the interpreter."""
     code = (
         "import sys, json, importlib.metadata as m;"
         f"print(json.dumps({{n: m.version(n) for n in {[peer.package, 'onnxruntime', 'numpy']!r}}}"
         "| {'python': sys.version.split()[0]}))"
     )
-    said = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout
-    found: dict[str, str] = json.loads(said)
-    return found
+    output = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout
+    versions: dict[str, str] = json.loads(output)
+    return versions
 
 
 def _base(peer: Peer) -> str:
@@ -54,7 +54,7 @@ def _base(peer: Peer) -> str:
         return getattr(sys, "_base_executable", sys.executable)
     found = shutil.which(peer.python)
     if found is None:
-        raise MissingError(f"{peer.title} needs {peer.python}, which is not there")
+        raise MissingError(f"{peer.title} needs {peer.python}, which is not installed")
     return found
 
 

@@ -1,4 +1,4 @@
-"""What the comparison is to show: each goal, the case that is worst for it, and whether it is met."""
+"""The goals of the comparison: each with its worst case and a verdict."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _ANY, _MANY = 1, 16
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """How many times better cobatch has to be, and is in the worst case (None: nothing was measured).
+    """The factor by which cobatch has to be better, and the one found in the worst case (None: not measured).
 
-    `missing` are the servers that it is about and of which there is no figure.
+    `missing` are the servers without a figure.
     """
 
     text: str
@@ -31,14 +31,14 @@ class Goal:
 
     @property
     def met(self) -> bool | None:
-        """None where it cannot be said."""
+        """True or False; None if figures are missing."""
         if self.found is not None and self.found < self.at_least:
             return False
         return None if self.found is None or self.missing else True
 
 
 def goals(results: Results) -> list[Goal]:
-    """All, in the order of issue 7."""
+    """Return all goals."""
     turns = results.turns
     return [
         _goal(turns, "CPU per request, tiny", 5.0, _SLOWER, "tiny", _cpu),
@@ -61,7 +61,7 @@ def _p50(turn: Turn) -> float:
 
 
 def _rate(turn: Turn) -> float:
-    """As time, so that less is better in all of them."""
+    """Return the time per request, so that less is better as for the others."""
     return 1 / turn.per_s if turn.per_s else 0.0
 
 
@@ -75,7 +75,7 @@ def _goal(
     least: int = _ANY,
     most: int = 1 << 30,
 ) -> Goal:
-    """Of each peer, body and number of connections, the median of the rounds' ratios; the lowest counts."""
+    """Find the case with the lowest median of the rounds' ratios."""
     cases = dict.fromkeys(
         (turn.peer, turn.kind, turn.connections)
         for turn in turns

@@ -1,10 +1,9 @@
-"""Overload: requests come at 1.5 times what a server manages, and an answer after the deadline is worth
-nothing.
+"""Overload: an open loop at 1.5 times a server's capacity, where answers after the deadline do not count.
 
-An open loop of random (Poisson) arrivals; latency counts from when a request should have left. A server's
-capacity is its own, the better of two closed loops just before, in the same round; then it is started again
-with the deadline, and a limit on its queue that fits it, told to it in the ways that its framework has.
-Goodput is what it answers with 200 within the deadline, per second.
+Arrivals are random (Poisson); latency counts from the time that a request is due. The capacity of each server
+is the better of two closed loops just before, in the same round; then it is restarted with the deadline and a
+suitable limit of its queue, set in the way of its framework. Goodput is the number of answers with 200 within
+the deadline per second.
 """
 
 from __future__ import annotations
@@ -12,29 +11,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.common import wire
-from benchmarks.common.open_loop import Load, drive
+from benchmarks.common.open_loop import Load, drive, poisson
 from benchmarks.peers import bodies
 from benchmarks.peers.catalogue import OURS, Body, Peer
 from benchmarks.peers.servers import Running, started
 from benchmarks.peers.turns import measured, warm_up
-from cobatch.batcher.simulator.traffic import Poisson
 
 MODEL = "wide"
 FACTOR = 1.5
 DEADLINE_MS = 100
 _CAPACITY_CONNECTIONS = (64, 256)
 _BODIES = 32
-# As many requests are let in as a server answers in this part of the deadline, where it has such a limit.
+# The queue limit: the requests that a server answers in this part of the deadline.
 _QUEUE_PART = 0.7
-_LEAST_QUEUE = 16
+_MIN_QUEUE = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Overload:
-    """Per second: what the server managed, what was offered, what was answered with 200, and in time."""
+    """Requests per second: capacity, offered, answered with 200, answered in time, refused."""
 
     model: str
     peer: str
@@ -55,17 +51,17 @@ class Overload:
 
 
 def body_of(peer: Peer) -> Body:
-    """Bytes where the server takes them."""
+    """Return the binary body if the server accepts one."""
     return min(peer.paths, key=lambda body: body.kind != "binary")
 
 
 def measure(peer: Peer, python: Path, max_batch: int, seconds: int, number: int) -> Overload:
-    """Raises MissingError where the server does not start."""
+    """Measure one server. Raises MissingError if it does not start."""
     body = body_of(peer)
     with started(peer, MODEL, python, max_batch) as running:
         warm_up(running, body)
-        capacity = max(measured(running, body, many, 2, number).per_s for many in _CAPACITY_CONNECTIONS)
-    max_queue = max(_LEAST_QUEUE, int(capacity * DEADLINE_MS / 1000 * _QUEUE_PART))
+        capacity = max(measured(running, body, count, 2, number).per_s for count in _CAPACITY_CONNECTIONS)
+    max_queue = max(_MIN_QUEUE, int(capacity * DEADLINE_MS / 1000 * _QUEUE_PART))
     with started(peer, MODEL, python, max_batch, DEADLINE_MS, max_queue) as running:
         warm_up(running, body)
         times_s = arrivals(FACTOR * capacity, seconds, number)
@@ -89,13 +85,8 @@ def measure(peer: Peer, python: Path, max_batch: int, seconds: int, number: int)
 
 
 def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
-    """Poisson, from 0 s."""
-    times_s: list[float] = []
-    for time_s in Poisson(rate).times(np.random.default_rng([seed, 11])):
-        if time_s >= seconds:
-            break
-        times_s.append(time_s)
-    return times_s
+    """Return the times of a Poisson process."""
+    return poisson(rate, seconds, [seed, 11])
 
 
 def shown(one: Overload) -> str:
@@ -109,5 +100,5 @@ def shown(one: Overload) -> str:
 def _request(running: Running, body: Body, seed: int) -> bytes:
     message = bodies.encode(body, running.model, wire.rows_of(running.model, 1, seed))
     if running.peer is OURS:
-        message = bodies.with_deadline(message, DEADLINE_MS)
-    return bodies.on_the_wire(message, running.address, running.path(body))
+        message = wire.with_deadline(message, DEADLINE_MS)
+    return wire.raw_request(message, running.address, running.path(body))

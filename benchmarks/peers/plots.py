@@ -69,7 +69,7 @@ def draw_bars(axes: Axes, groups: Groups) -> None:
     axes.set_yticks(range(len(groups)), list(groups))
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.margins(x=0.12)
+    axes.margins(x=0.15)
     if len(series) > 1:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 

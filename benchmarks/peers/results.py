@@ -1,4 +1,4 @@
-"""What a run found, as one document, and the medians and ratios that are made of it."""
+"""The results of a run as one document, with their medians and ratios."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.peers.turns import Turn
 
 @dataclass(slots=True)
 class Results:
-    """Every turn; `skipped` says by name why a peer is not among them."""
+    """All turns; `skipped` maps servers that were left out to the reason."""
 
     machine: dict[str, Any]
     settings: dict[str, Any]
@@ -28,19 +28,19 @@ class Results:
         return asdict(self)
 
     def peers(self) -> list[str]:
-        """Who was measured, in order."""
+        """Return the names of the servers measured, in order."""
         return list(dict.fromkeys([turn.peer for turn in self.turns] + [one.peer for one in self.overload]))
 
 
 def read(document: dict[str, Any]) -> Results:
-    """What `document` made."""
+    """Read the results from a document."""
     turns = [Turn(**turn) for turn in document["turns"]]
     overload = [Overload(**one) for one in document["overload"]]
     return Results(**{**document, "turns": turns, "overload": overload})
 
 
 def pick(turns: Iterable[Turn], **wanted: object) -> list[Turn]:
-    """Those whose attributes are as wanted."""
+    """Return the turns with these attributes."""
     return [turn for turn in turns if all(getattr(turn, name) == value for name, value in wanted.items())]
 
 
@@ -51,7 +51,7 @@ def middle(turns: Sequence[Turn], name: str) -> float:
 def ratio(
     turns: Sequence[Turn], peer: str, value: Callable[[Turn], float], **wanted: object
 ) -> tuple[float, float, float] | None:
-    """Of the peer's value to ours, in the same round: median, lowest, highest; None where one is missing."""
+    """Return median, lowest and highest of the rounds' ratios of a server's value to ours."""
     theirs = {turn.round: turn for turn in pick(turns, peer=peer, **wanted)}
     ours = {turn.round: turn for turn in pick(turns, peer=OURS.name, **wanted)}
     both = [(theirs[number], ours[number]) for number in theirs.keys() & ours.keys()]

@@ -1,4 +1,4 @@
-"""The servers that are compared: started, stopped while others have their turn, ended with all they began."""
+"""The servers compared: started, paused between their turns, and ended with all their processes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _STOP_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What the model was asked for so far."""
+    """Runs and rows of the model so far."""
 
     runs: int
     rows: int
@@ -53,18 +53,18 @@ class Running:
         return f"http://{self.address}{self.path(body)}"
 
     def counts(self) -> Counts:
-        """By the model's own count: cobatch's statistics, or what a peer's app has written down."""
+        """Return the model's counts: from cobatch's statistics, or from the file of a server's app."""
         if self.peer is OURS:
-            said = json.loads(_get(self.address, f"/v2/models/{self.model}/stats")[1])["model_stats"][0]
-            return Counts(said["execution_count"], said["inference_count"])
+            stats = json.loads(_get(self.address, f"/v2/models/{self.model}/stats")[1])["model_stats"][0]
+            return Counts(stats["execution_count"], stats["inference_count"])
         return Counts(*_COUNTS.unpack(self.counts_file.read_bytes()))
 
     def memory(self) -> int:
-        """Bytes of all its processes, what they share counted once."""
+        """Return the memory of all its processes in bytes, shared memory counted once."""
         return sum(memory_bytes(each) for each in descendants(self.pid))
 
     def pause(self) -> None:
-        """Stop all its processes, so that what it does while idle costs nobody else."""
+        """Stop all its processes, so that they use no CPU while others are measured."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
@@ -80,9 +80,9 @@ class Running:
 def started(
     peer: Peer, model: str, python: Path, max_batch: int, deadline_ms: int = 0, max_queue: int = 0
 ) -> Iterator[Running]:
-    """The server with this model. Raises MissingError where it does not start.
+    """Start a server with this model. Raises MissingError if it does not start.
 
-    `deadline_ms` and `max_queue` (how many requests it may have at once), where given, in the peer's own way.
+    `deadline_ms` and `max_queue` (concurrent requests) are set in the server's own way; 0: not set.
     """
     folder = FOLDER / peer.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def started(
 
 
 def _environment(python: Path) -> dict[str, str]:
-    """Ours without what a person's own servers or Python are told; the environment's programs come first."""
+    """Return the environment without settings of the user, and with the server's programs first in PATH."""
     kept = {
         key: value
         for key, value in os.environ.items()
@@ -143,14 +143,14 @@ def _wait_until_ready(running: Running, process: subprocess.Popen[bytes], log: P
         if _get(running.address, peer.ready.format(model=running.model))[0] == 200:
             return
         time.sleep(0.05)
-    ended = process.poll()
-    why = f"ended with status {ended}" if ended is not None else f"was not ready in {peer.start_s:.0f} s"
+    status = process.poll()
+    why = f"exited with status {status}" if status is not None else f"was not ready in {peer.start_s:.0f} s"
     last = " | ".join(log.read_text(errors="replace").strip().splitlines()[-4:])
     raise MissingError(f"{peer.title} {why}: {last} ({log})")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask it to end, wait, and make an end of what it left behind."""
+    """Terminate a server, and kill the processes that it leaves."""
     pids = descendants(process.pid)
     began = {each: _start_time(each) for each in pids}
     for each in pids:
@@ -162,7 +162,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.kill()
         process.wait()
     for each in pids[1:]:
-        # The same number may be another's process by now; the same start time may not.
+        # The same pid may be that of another process by now, with another start time.
         if began[each] is not None and _start_time(each) == began[each]:
             _kill(each, signal.SIGKILL)
 
@@ -188,7 +188,7 @@ def _free_ports(many: int) -> list[int]:
 
 
 def _get(address: str, path: str) -> tuple[int, bytes]:
-    """Status and body; status 0 where nobody answers."""
+    """Return status and body; status 0 without an answer."""
     connection = http.client.HTTPConnection(address, timeout=5)
     try:
         connection.request("GET", path)

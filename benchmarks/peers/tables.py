@@ -1,4 +1,4 @@
-"""The results as tables of text: figures of each server, and how far ahead of each other one cobatch is."""
+"""The results as tables: figures of each server, and ratios to cobatch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ TITLES = {peer.name: peer.title for peer in PEERS}
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The first two columns are words, the others figures."""
+    """A table with two columns of text, and others of figures."""
 
     title: str
     heads: list[str]
     rows: list[list[str]]
 
     def markdown(self) -> str:
-        """With columns in line, so that it can be read as it is."""
+        """Return the table as Markdown with aligned columns."""
         widths = [max(len(row[at]) for row in [self.heads, *self.rows]) for at in range(len(self.heads))]
         rule = ["-" * width if at < 2 else "-" * (width - 1) + ":" for at, width in enumerate(widths)]
         lines = [_line(self.heads, widths), "| " + " | ".join(rule) + " |"]
@@ -33,7 +33,7 @@ class Table:
 
 
 def tables(results: Results) -> list[Table]:
-    """In the order of what they say first: the goals, the ratios, then the figures, then overload."""
+    """Return all tables: goals, ratios, figures, overload."""
     found = [_goals(results), _ahead(results)] if any(name != OURS.name for name in results.peers()) else []
     cases = dict.fromkeys((turn.model, turn.kind) for turn in results.turns)
     found += [_figures(results.turns, model, kind) for model, kind in cases]
@@ -44,11 +44,11 @@ def _goals(results: Results) -> Table:
     rows = []
     for goal in goals(results):
         found = "" if goal.found is None else f"{goal.found:.2f}"
-        met = {True: "yes", False: "no", None: "cannot be said"}[goal.met]
+        met = {True: "yes", False: "no", None: "unknown"}[goal.met]
         if goal.missing:
             met += f" (not measured: {', '.join(TITLES[peer] for peer in goal.missing)})"
         rows.append([goal.text, goal.where, f"{goal.at_least:g}", found, met])
-    heads = ["how many times better", "worst case", "at least", "found", "met"]
+    heads = ["cobatch is better by a factor", "worst case", "at least", "found", "met"]
     return Table("goals (medians of ratios within a round; the worst of all servers and cases)", heads, rows)
 
 
@@ -91,7 +91,7 @@ def _overload(results: Results) -> Table:
     for peer in dict.fromkeys(one.peer for one in results.overload):
         ones = [one for one in results.overload if one.peer == peer]
 
-        def mid(name: str, ones: list[object] = list(ones)) -> float:  # noqa: B006 - bound here on purpose
+        def mid(name: str, ones: list[object] = list(ones)) -> float:  # noqa: B006 - bound here
             return median(float(getattr(one, name)) for one in ones)
 
         counts = [f"{mid(name):,.0f}" for name in ("capacity", "offered", "answered", "goodput")]
@@ -101,7 +101,7 @@ def _overload(results: Results) -> Table:
 
 
 def _ahead(results: Results) -> Table:
-    """Ratios formed within each round; of several cases the one that is worst for us."""
+    """Return ratios formed within each round; of several cases the worst one for cobatch."""
     turns = results.turns
     heads = ["", "", "CPU, tiny JSON", "CPU, tiny binary", "req/s, tiny", "req/s, wide", "unloaded p50, tiny"]
     heads += ["req/s, magika", "p50, magika"]

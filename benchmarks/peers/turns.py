@@ -1,7 +1,7 @@
-"""Closed loops: every server in turn, in the same round, with the same number of connections.
+"""Closed loops: the servers take turns in each round, with the same number of connections.
 
-All servers of a model are started beforehand and stopped (SIGSTOP) while it is not their turn, so that what a
-framework does while idle costs nobody else; each round begins with another server.
+All servers of a model are started beforehand and stopped (SIGSTOP) between their turns, so that idle ones use
+no CPU; each round begins with another server.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from benchmarks.peers.catalogue import Body
 from benchmarks.peers.servers import Running
 from benchmarks.request_cost import answers
 
-# LitServe polls, which takes a seventh of a core; who works off a backlog takes all of one.
+# LitServe polls, which takes a seventh of a core; a server with requests left takes all of one.
 _IDLE_SHARE = 0.35
 _SEED = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one server did for a few seconds. `per_s` are answers with 200; `failures` all the others.
+    """The figures of one server in one turn. `per_s` counts answers with 200, `failures` all others.
 
-    `batch` is the mean number of rows of a run of the model.
+    `batch` is the mean number of rows in a run.
     """
 
     model: str
@@ -48,7 +48,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much of it: `seconds` for each turn."""
+    """The rounds of a model; `seconds` is the length of a turn."""
 
     model: str
     connections: tuple[int, ...]
@@ -57,7 +57,7 @@ class Plan:
 
 
 def check(running: Running) -> None:
-    """Before anything is timed: every body gets the right answers. Raises WrongAnswerError, RefusedError."""
+    """Check the answers to each body. Raises WrongAnswerError, RefusedError."""
     for body in running.peer.paths:
 
         def ask(rows: wire.Array, body: Body = body) -> wire.Array:
@@ -68,13 +68,13 @@ def check(running: Running) -> None:
 
 
 def warm_up(running: Running, *some: Body) -> None:
-    """With these bodies, or all that it takes."""
+    """Warm up with these bodies, or with all that it accepts."""
     for body in some or running.peer.paths:
         _load(running, body, 64, 1)
 
 
 def rounds(plan: Plan, servers: Sequence[Running]) -> list[Turn]:
-    """All turns. Servers are stopped before and after."""
+    """Measure all turns. Servers are paused before and after."""
     turns: list[Turn] = []
     for number in range(plan.rounds):
         for connections in plan.connections:
@@ -90,7 +90,7 @@ def rounds(plan: Plan, servers: Sequence[Running]) -> list[Turn]:
 
 
 def measured(running: Running, body: Body, connections: int, seconds: int, number: int) -> Turn:
-    """One server, which must be idle or become so, under one load."""
+    """Measure one server under load, once it is idle."""
     wait_until_idle(running.pid, _IDLE_SHARE)
     before, counts = cpu_us(running.pid), running.counts()
     requests, good, duration_us, p50_us, p99_us, errors = _load(running, body, connections, seconds)
@@ -116,7 +116,7 @@ def measured(running: Running, body: Body, connections: int, seconds: int, numbe
 def _load(
     running: Running, body: Body, connections: int, seconds: int
 ) -> tuple[int, int, int, float, float, int]:
-    """Requests, those with 200, microseconds, p50, p99, errors of sockets."""
+    """Return requests, those with 200, duration in microseconds, p50, p99, socket errors."""
     message = bodies.encode(body, running.model, wire.rows_of(running.model, 1, _SEED))
     load = run_wrk(running.url(body), message.body, message.headers, connections, seconds, strict=False)
     good = load.requests - load.not_2xx
@@ -124,7 +124,7 @@ def _load(
 
 
 def shown(turn: Turn) -> str:
-    """A line for who watches."""
+    """Return a line of progress."""
     return (
         f"{turn.model:6} c={turn.connections:<4} {turn.peer:10} {turn.body:12} {turn.per_s:9,.0f}/s "
         f"p50 {turn.p50_us / 1000:8.2f} p99 {turn.p99_us / 1000:8.2f} ms  CPU {turn.cpu_us:8,.1f} us  "

@@ -1,1 +1,1 @@
-"""What one request costs."""
+"""The cost of a request."""

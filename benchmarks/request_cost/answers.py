@@ -1,4 +1,4 @@
-"""Before anything is timed: does the server answer what a direct run of the model answers?"""
+"""Compare a server's answers with those of a direct run of the model, before anything is timed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _REQUESTS = 32
 
 
 class WrongAnswerError(Exception):
-    """A caller got something else than its own rows' result."""
+    """An answer is not the result of the request's rows."""
 
 
 def check(address: str, path: str, model: str, file: Path, binary: bool) -> None:
-    """Send different V2 requests of one to three rows at once; raises WrongAnswerError on a difference."""
+    """Send different concurrent V2 requests of one to three rows. Raises WrongAnswerError."""
 
     def ask(rows: wire.Array) -> wire.Array:
         return wire.decode(wire.post(address, path, wire.encode(model, rows, binary)))
@@ -29,10 +29,10 @@ def check(address: str, path: str, model: str, file: Path, binary: bool) -> None
 
 
 def compare(ask: Callable[[wire.Array], wire.Array], model: str, file: Path, most_rows: int) -> None:
-    """Ask for different rows from several threads at once; raises WrongAnswerError on a difference.
+    """Send different rows from several threads. Raises WrongAnswerError.
 
-    Batches formed from several callers give other roundings than single rows, hence the tolerance;
-    a neighbour's row is far outside it.
+    The tolerance allows for rounding, which depends on the batch; the result of another row is far outside
+    it.
     """
     session = make_session(file, default_threads())
     name = wire.INPUTS[model].name

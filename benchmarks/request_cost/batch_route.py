@@ -1,14 +1,13 @@
-"""What a request costs the server inside POST /batch, against the same request sent by itself.
+"""The cost of a request inside POST /batch, compared with the same request alone.
 
 `python -m benchmarks.request_cost.batch_route [--seconds 1] [--rounds 2] [--items 64] [--check]`
 
-Two servers with the tiny model: one with the fast path, one with ASGI only. In turns within a round,
-wrk sends: single infer requests on the fast path from 64 connections, the same through ASGI, and to the
-first server batches of 64 items, from one connection (as many requests under way as before) and from four.
-Compared is the CPU time of the server's processes (/proc) per infer request, so that each way pays for
-its own reading, parsing and writing. A single failed call fails the run. wrk sees only the outer status
-of a batch, so one is looked at item by item beforehand, and after each turn the model's statistics must
-have counted every item as done.
+Two servers have the tiny model: one with the fast path, one with ASGI only. In each round wrk sends in turn
+single infer requests on the fast path from 64 connections, the same through ASGI, and to the first server
+batches of 64 items, from one connection (as many concurrent requests as before) and from four. The CPU time
+of the server's processes (/proc) per infer request is compared, which includes reading, parsing and writing.
+A single failed call fails the run. wrk sees only the outer status of a batch, so a batch is checked item by
+item beforehand, and after each turn the model's statistics must count every item as successful.
 """
 
 from __future__ import annotations
@@ -41,11 +40,11 @@ def _batch_of(single: wire.Message, items: int) -> wire.Message:
 
 
 def _check(server: Server, single: wire.Message, batch: wire.Message) -> None:
-    """Every item of a batch must be answered as the request by itself is. Raises WrkError."""
+    """Raise WrkError unless each item of a batch gets the answer of the single request."""
     alone = json.loads(wire.post(server.address, _INFER, single).body)
     for item in json.loads(wire.post(server.address, "/batch", batch).body)["responses"]:
         if item["status"] != 200 or item["body"] != alone:
-            raise WrkError(f"item {item['id']} was answered {item}, by itself {alone}")
+            raise WrkError(f"item {item['id']} was answered {item}, the single request {alone}")
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -55,12 +54,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=int, default=1, help="seconds of each turn (default: 1)")
     parser.add_argument("--rounds", type=int, default=2, help="rounds of four turns (default: 2)")
     parser.add_argument("--items", type=int, default=64, help="items in a batch (default: 64)")
-    parser.add_argument("--check", action="store_true", help="end with status 1 where the target is missed")
+    parser.add_argument("--check", action="store_true", help="exit status 1 if the target is missed")
     return parser.parse_args(arguments)
 
 
 def _measure(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Microseconds of CPU per infer request, for each way and round."""
+    """Return the CPU time per infer request in microseconds, for each way and round."""
     single = wire.encode("tiny", wire.rows_of("tiny", 1, 0), False)
     batch = _batch_of(single, options.items)
     path = model_path("tiny")
@@ -86,7 +85,7 @@ def _measure(options: argparse.Namespace) -> dict[str, list[float]]:
 def _cpu_per_call(
     server: Server, path: str, message: wire.Message, connections: int, seconds: int, items: int
 ) -> float:
-    """Microseconds of the server's CPU per call. Raises WrkError unless every item was done."""
+    """Return the server's CPU time per call in microseconds. Raises WrkError unless every item succeeded."""
     wait_until_idle(server.pid)
     done, before = _done(server), cpu_us(server.pid)
     load = run_wrk(f"http://{server.address}{path}", message.body, message.headers, connections, seconds)
@@ -97,14 +96,14 @@ def _cpu_per_call(
 
 
 def _done(server: Server) -> int:
-    """How many infer requests the model has answered with a result so far."""
+    """Return the number of infer requests that the model has answered with a result."""
     with urllib.request.urlopen(f"http://{server.address}/v2/models/tiny/stats") as response:
         stats = json.load(response)["model_stats"][0]["inference_stats"]
     return int(stats["success"]["count"])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0; with --check 1 where the target is missed; 2 where it could not be measured."""
+    """Return 0; with --check 1 if the target is missed; 2 if the measurement failed."""
     options = _parse(arguments)
     try:
         require_wrk()
@@ -121,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _ratio(used: dict[str, list[float]], batch: str, alone: str) -> float:
-    """The median of the rounds' ratios."""
+    """Return the median of the rounds' ratios."""
     return median(one / other for one, other in zip(used[batch], used[alone], strict=True))
 
 

@@ -1,4 +1,4 @@
-"""The figures to reach: what is measured, against what, and how far it may be from it."""
+"""The cases: what is measured, what it is compared with, and the targets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.common.turns import Turn
 
 
 class Figure(StrEnum):
-    """What a case compares. The value is the words for its ratio."""
+    """The ratio of a case. The value is its description."""
 
     CPU = "CPU per request / floor's"
     LATENCY = "median latency / floor's"
@@ -20,7 +20,7 @@ class Figure(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One line of the table. `target` and `aim` bound the ratio: from below for a RATE, else from above."""
+    """A line of the table. `target` and `aim` bound the ratio, from below for RATE, from above otherwise."""
 
     key: str
     group: str
@@ -35,13 +35,13 @@ class Case:
 
     @property
     def title(self) -> str:
-        """For people: "tiny, JSON, 64 connections"."""
+        """The name in the table, such as "tiny, JSON, 64 connections"."""
         many = f"{self.connections} connection{'s' if self.connections > 1 else ''}"
         way = "" if self.fast_path else ", through ASGI"
         return f"{self.model}, {'binary' if self.binary else 'JSON'}, {many}{way}"
 
     def within(self, ratio: float, bound: float) -> bool:
-        """Whether the ratio is on the good side of the bound."""
+        """Return True if the ratio is within the bound."""
         return ratio >= bound if self.figure is Figure.RATE else ratio <= bound
 
 
@@ -54,7 +54,7 @@ CASES = (
     Case("wide-json-256", "wide", "wide", False, 256, Figure.RATE, 0.93),
     Case("wide-binary-1", "wide", "wide", True, 1, Figure.SINGLE, 1.15),
     Case("wide-json-1", "wide", "wide", False, 1, Figure.SINGLE, 1.15),
-    # A batch of 64 takes most of a second here, so a turn must be long enough to see several.
+    # A batch of 64 takes most of a second here: a turn must last for several.
     Case("magika-binary-64", "magika", "magika", True, 64, Figure.RATE, 0.92, at_least_s=6),
     Case("magika-json-64", "magika", "magika", False, 64, Figure.RATE, 0.92, at_least_s=6),
 )
@@ -63,7 +63,7 @@ GROUPS = tuple(dict.fromkeys(case.group for case in CASES))
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """cobatch's turn and, each the mean of a turn before it and one after, what it is compared with."""
+    """A turn of cobatch, and the references, each the mean of a turn before it and one after it."""
 
     cobatch: Turn
     floor: Turn | None
@@ -72,14 +72,14 @@ class Round:
 
 @dataclass(slots=True)
 class Result:
-    """The rounds of a case, and the ratio in each."""
+    """The rounds of a case."""
 
     case: Case
     rounds: list[Round] = field(default_factory=list)
 
     @property
     def ratios(self) -> list[float]:
-        """One per round, in order."""
+        """The ratio of each round."""
         return [self.value(each) / self.reference(each) for each in self.rounds]
 
     @property
@@ -89,20 +89,20 @@ class Result:
 
     @property
     def met(self) -> bool:
-        """Whether the target is met."""
+        """True if the target is met."""
         return self.case.within(self.ratio, self.case.target)
 
     @property
     def aim_met(self) -> bool:
-        """Whether there is an aim beyond the target, and it is met."""
+        """True if there is an aim beyond the target and it is met."""
         return self.case.aim is not None and self.case.within(self.ratio, self.case.aim)
 
     def value(self, each: Round) -> float:
-        """cobatch's figure: microseconds, or rows per second."""
+        """Return cobatch's figure: microseconds, or rows per second."""
         return _figure(self.case.figure, each.cobatch)
 
     def reference(self, each: Round) -> float:
-        """What it is divided by, in the same unit."""
+        """Return the figure that it is divided by, in the same unit."""
         figure = self.case.figure
         total = 0.0
         if each.floor is not None:

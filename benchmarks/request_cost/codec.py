@@ -1,8 +1,8 @@
-"""Tensor data between JSON and arrays: the ways there are, timed, to choose from.
+"""Tensor data between JSON and arrays: a comparison of libraries.
 
 `python -m benchmarks.request_cost.codec` prints microseconds per request for one row of 16, 2,048 and 150,528
-elements (an image of 224 x 224 x 3). In: a whole infer request's body to the row's bytes. Out: one
-row's share of a batch's output to the JSON text of its data.
+elements (an image of 224 x 224 x 3). In: from the body of an infer request to the row's bytes. Out: from one
+row of a batch's output to the JSON text of its data.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TRIES = 5
 _TRY_S = 0.03
 Array = np.ndarray[Any, Any]
 Way = Callable[[], object]
-# V2 datatype: (NumPy's, struct's code, simdjson's buffer and its type, the type of a number in JSON)
+# V2 datatype: NumPy dtype, code of struct, simdjson's buffer and its dtype, the type of a number in JSON.
 _KINDS: dict[str, tuple[str, str, str, str, type]] = {
     "FP32": ("<f4", "f", "d", "<f8", float),
     "INT32": ("<i4", "i", "i", "<i8", int),
@@ -47,7 +47,7 @@ class _RawRequest(msgspec.Struct, gc=False):
 
 
 def ways_in(row: Array, datatype: str) -> dict[str, Way]:
-    """Functions that turn an infer request with this one row into the row's bytes or array."""
+    """Return functions that decode an infer request with this row to the row's bytes or array."""
     narrow, code, buffer, wide, number = _KINDS[datatype]
     tensor = {"name": "x", "shape": [1, row.size], "datatype": datatype, "data": row}
     body = orjson.dumps({"inputs": [tensor]}, option=orjson.OPT_SERIALIZE_NUMPY)
@@ -64,7 +64,7 @@ def ways_in(row: Array, datatype: str) -> dict[str, Way]:
     def as_buffer(data: Any) -> Array:
         return np.frombuffer(data.as_buffer(of_type=buffer), wide).astype(narrow)
 
-    # A new parser each time, as a server needs: one that is shared refuses while a result is alive.
+    # A new parser each time: a shared one refuses while a result is alive.
     def whole() -> Array:
         document: Any = simdjson.Parser().parse(body)
         return as_buffer(document["inputs"][0]["data"])
@@ -82,7 +82,7 @@ def ways_in(row: Array, datatype: str) -> dict[str, Way]:
 
 
 def ways_out(batch: Array) -> dict[str, tuple[Way, int]]:
-    """Functions that turn a row of [rows, n] into JSON text, with the rows that one call does."""
+    """Return functions that encode rows of [rows, n] as JSON text, with the rows of one call."""
     row = batch[0]
     numpy = orjson.OPT_SERIALIZE_NUMPY
     return {
@@ -96,7 +96,7 @@ def ways_out(batch: Array) -> dict[str, tuple[Way, int]]:
 
 
 def best_us(way: Way) -> float:
-    """Microseconds of a call in the fastest of a few tries; the slower ones were interrupted."""
+    """Return the microseconds of a call in the fastest of a few tries; slower ones were interrupted."""
     timer = timeit.Timer(way)
     once = timer.timeit(1)
     calls = max(1, round(_TRY_S / max(once, 1e-7)))
@@ -105,7 +105,7 @@ def best_us(way: Way) -> float:
 
 
 def measure() -> dict[tuple[str, str], dict[str, list[float]]]:
-    """(direction, datatype) -> way -> microseconds, one for each of SIZES."""
+    """Return (direction, datatype) -> way -> microseconds for each of SIZES."""
     rng = np.random.default_rng(0)
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for datatype in _KINDS:
@@ -123,7 +123,7 @@ def measure() -> dict[tuple[str, str], dict[str, list[float]]]:
 
 
 def main() -> int:
-    """Print a table; the fastest way of each size is marked."""
+    """Print a table with the fastest way of each size marked."""
     table = Table(title="JSON data of one row, microseconds")
     table.add_column("", no_wrap=True)
     table.add_column("way (columns: elements)", no_wrap=True)

@@ -1,7 +1,7 @@
-"""The floor: what bare uvicorn costs when the application does nothing.
+"""The floor: bare uvicorn with an application that does nothing.
 
 `python -m benchmarks.request_cost.floor_app SIZE CONTENT_TYPE` listens on a free loopback port, prints it,
-and answers every request, once its body has been received, with the same SIZE bytes.
+and answers every request, after receiving its body, with the same SIZE bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 def make_app(size: int, content_type: str) -> Callable[[Any, _Receive, _Send], Awaitable[None]]:
-    """An ASGI application that reads the request and answers a fixed body of `size` bytes."""
+    """Return an ASGI application that reads the request and answers with a fixed body of `size` bytes."""
     start = {
         "type": "http.response.start",
         "status": 200,

@@ -1,11 +1,10 @@
-"""Has the request path become more than 10 % costlier? Seconds, and the same answer each time, so CI can ask.
+"""A guard against a costlier request path: fails at 10 % more than the baseline, reproducibly, in seconds.
 
-`python -m benchmarks.request_cost.guard [--update] [--time]`: what a request costs
-(`benchmarks.request_cost.request_path`) is counted in instructions under valgrind's callgrind, which does not
-vary with the machine's load, and divided by what the floor costs in the same run: so another processor or
-another build of Python hardly changes it. With `--time`, CPU time stands for instructions, and only a
-difference of 25 % counts. The baseline, guard.json, has figures for each minor version of Python; it is
-changed by `--update` alone.
+`python -m benchmarks.request_cost.guard [--update] [--time]` counts the instructions of a request
+(`benchmarks.request_cost.request_path`) under valgrind's callgrind, which do not depend on the machine's
+load, and divides them by those of the floor in the same run: another processor or build of Python hardly
+changes the ratio. With `--time` it measures CPU time, and only a difference of 25 % counts. The baseline,
+guard.json, has figures for each minor version of Python; only `--update` changes it.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _TOTAL = re.compile(r"^totals: (\d+)$", re.MULTILINE)
 
 
 def ratios(costs: Mapping[str, float]) -> dict[str, float]:
-    """Of each case to the floor with as many callers at once."""
+    """Return the ratio of each case to the floor with as many concurrent callers."""
     floors = {CASES[case][2]: cost for case, cost in costs.items() if CASES[case][0] == "floor"}
     return {
         case: round(cost / floors[CASES[case][2]], 4)
@@ -44,38 +43,37 @@ def ratios(costs: Mapping[str, float]) -> dict[str, float]:
 
 
 def costlier(found: Mapping[str, float], baseline: Mapping[str, float], tolerance: float) -> list[str]:
-    """Those cases that cost more than the baseline allows, or that it does not know."""
+    """Return the cases that cost more than the baseline allows or are not in it."""
     return [case for case, ratio in found.items() if ratio > baseline.get(case, 0.0) * (1 + tolerance)]
 
 
 def advice(worse: Sequence[str], method: str) -> str:
-    """What a person does about cases that have become costlier."""
+    """Return advice about cases that have become costlier."""
     named = "; ".join(worse)
     time = "" if method == "instructions" else " --time"
     return (
         f"costlier than the baseline by more than {TOLERANCE[method]:.0%}: {named}\n"
-        f"Not meant? `git bisect run python -m benchmarks.request_cost.guard{time}` finds the commit.\n"
-        f"The price of something wanted? `python -m benchmarks.request_cost.guard --update{time}`, "
-        "and commit guard.json\n"
-        "with a word on what is paid for."
+        f"To find the commit: `git bisect run python -m benchmarks.request_cost.guard{time}`\n"
+        f"To accept the new cost: `python -m benchmarks.request_cost.guard --update{time}`, "
+        "and commit guard.json with the reason."
     )
 
 
 def tools() -> tuple[str, str] | None:
-    """valgrind and a C compiler; None where one is missing."""
+    """Return the paths of valgrind and a C compiler; None if one is missing."""
     valgrind, compiler = shutil.which("valgrind"), shutil.which("cc") or shutil.which("g++")
     return None if valgrind is None or compiler is None else (valgrind, compiler)
 
 
 def counted(valgrind: str, compiler: str) -> dict[str, float]:
-    """Instructions per request in each case, the fewest of some repeats."""
+    """Return the instructions per request of each case, the minimum of some repeats."""
     with tempfile.TemporaryDirectory(prefix="cobatch-guard-") as folder:
         library, out = Path(folder, "counting.so"), Path(folder, "out")
         built = [compiler, "-shared", "-fPIC", "-x", "c", str(_COUNTING), "-o", str(library)]
         subprocess.run(built, check=True)
         command = [valgrind, "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={out}"]
         command += [sys.executable, "-m", "benchmarks.request_cost.request_path", str(library)]
-        # The order of sets and dicts of text must not differ from run to run.
+        # A fixed order of sets and dicts of strings.
         environ = os.environ | {"PYTHONHASHSEED": "0"}
         done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -98,24 +96,24 @@ def _read(folder: Path) -> dict[str, float]:
 
 
 def measured() -> dict[str, float]:
-    """Microseconds of CPU per request in each case, the least of many rounds."""
+    """Return the CPU time per request of each case in microseconds, the minimum of many rounds."""
     return {case: min(times) for case, times in uvloop.run(timed(_ROUNDS)).items()}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0; 1 where a case has become costlier; 2 where there is nothing to count or to compare with."""
+    """Return 0; 1 if a case has become costlier; 2 without valgrind or a baseline."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.request_cost.guard", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--update", action="store_true", help="make what is found the baseline")
-    parser.add_argument("--time", action="store_true", help="by CPU time, where there is no valgrind")
+    parser.add_argument("--update", action="store_true", help="make the figures the baseline")
+    parser.add_argument("--time", action="store_true", help="measure CPU time in place of instructions")
     options = parser.parse_args(arguments)
     method = "time" if options.time else "instructions"
     found_tools = tools()
     if options.time:
         costs = measured()
     elif found_tools is None:
-        print("needs valgrind and a C compiler (apt-get install valgrind g++); or --time", file=sys.stderr)
+        print("valgrind or a C compiler is missing: apt-get install valgrind g++, or --time", file=sys.stderr)
         return 2
     else:
         costs = counted(*found_tools)
@@ -123,14 +121,14 @@ def main(arguments: list[str] | None = None) -> int:
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     known = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
     baseline = known.get(method, {}).get(python, {})
-    print(f"{method} per request, Python {python}; ratios to the floor's")
+    print(f"{method} per request, Python {python}; ratios to the floor")
     for case, cost in costs.items():
         ratio = f"{found[case]:.3f} (baseline {baseline.get(case, 0.0):.3f})" if case in found else ""
         print(f"  {case:32} {cost:12,.1f}  {ratio}")
     if options.update:
         known.setdefault(method, {})[python] = found
         BASELINE.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
-        print(f"{BASELINE} now has these")
+        print(f"written to {BASELINE}")
         return 0
     if not baseline:
         print(f"no baseline of {method} for Python {python}: add one with --update")

@@ -1,12 +1,12 @@
-"""The figures that cobatch has to reach: its cost over a server that does nothing, and over the model alone.
+"""The cost of cobatch compared with a server that does nothing, and with the model alone.
 
 `python -m benchmarks.request_cost.overhead [--quick] [--only tiny,wide,magika,asgi] [--check]`
 
-For each case one cobatch is started, and beside it the floor (bare uvicorn answering as many fixed
-bytes) or the model alone in a process (offline), or both. A round is: the references, cobatch, the
-references again, and its ratio compares cobatch with the mean of the two: a machine whose speed
-drifts, drifts out of the ratio. What is reported is the median of the rounds' ratios. Answers are
-compared with a direct run before anything is timed, and a single failed request fails the run.
+For each case cobatch is started, and beside it the floor (bare uvicorn that answers with as many fixed
+bytes), the model alone in a process (offline), or both. A round measures the references, cobatch, and the
+references again; its ratio compares cobatch with the mean of the two, which cancels a drift of the machine's
+speed. The median of the rounds' ratios is reported. Answers are compared with a direct run before anything is
+timed, and a single failed request fails the run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _AGAINST_OFFLINE = (Figure.RATE, Figure.SINGLE)
 
 
 class Bench:
-    """The processes of one case while it is measured."""
+    """The processes of a case."""
 
     def __init__(self, case: Case, seconds: int, stack: ExitStack) -> None:
         self._case = case
@@ -50,7 +50,7 @@ class Bench:
             kind = {key.lower(): value for key, value in answer.headers.items()}["content-type"]
             self._floor = stack.enter_context(floor(len(answer.body), kind))
         self._offline = stack.enter_context(offline(file, case.model)) if self._needs_offline else None
-        # One row at a time is what a single caller's request costs; the rate's bound is the best size's.
+        # A single caller's request costs a run of one row; the rate is bounded by that of the best size.
         self._rows = self._offline.best_size() if self._offline and case.figure is Figure.RATE else 1
         for who, server in (("cobatch", self._server), ("floor", self._floor)):
             if server is not None:
@@ -61,7 +61,7 @@ class Bench:
         return self._case.figure in _AGAINST_OFFLINE
 
     def round(self) -> Round:
-        """The references, cobatch, the references again in the opposite order."""
+        """Measure the references, cobatch, and the references again in the opposite order."""
         around = max(1, (self._seconds + 1) // 2)
         floors: list[Turn] = []
         offlines: list[Turn] = []
@@ -82,7 +82,7 @@ class Bench:
 
     def _measure_offline(self, turns: list[Turn], seconds: int) -> None:
         if self._offline is not None:
-            # What a departed wrk left running would slow the reference and flatter us.
+            # Requests left by wrk would slow down the reference.
             wait_until_idle(self._server.pid)
             turns.append(offline_turn(self._offline, self._rows, seconds))
 
@@ -91,7 +91,7 @@ class Bench:
 
 
 def measure(case: Case, rounds: int, seconds: int, console: Console) -> Result:
-    """Measure one case from the start of its servers to their end."""
+    """Start the servers of a case and measure it."""
     result = Result(case)
     with ExitStack() as stack:
         console.print(f"{case.title}: starting", style="dim")
@@ -103,7 +103,7 @@ def measure(case: Case, rounds: int, seconds: int, console: Console) -> Result:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0; with --check 1 where a target is missed; 2 where it could not be measured."""
+    """Return 0; with --check 1 if a target is missed; 2 if the measurement failed."""
     options = _parse(arguments)
     progress = Console(stderr=True)
     try:
@@ -126,7 +126,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.request_cost.overhead", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--quick", action="store_true", help="one round of one second: does it work at all")
+    parser.add_argument("--quick", action="store_true", help="one round of one second")
     parser.add_argument("--rounds", type=int, help="rounds of each case (default: 3)")
     parser.add_argument("--seconds", type=int, help="seconds of cobatch's turn in a round (default: 3)")
     parser.add_argument(
@@ -134,7 +134,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every turn to a file")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
-    parser.add_argument("--check", action="store_true", help="end with status 1 where a target is missed")
+    parser.add_argument("--check", action="store_true", help="exit status 1 if a target is missed")
     options = parser.parse_args(arguments)
     for name, usual in (("rounds", 3), ("seconds", 3)):
         if getattr(options, name) is None:
@@ -145,11 +145,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _groups(text: str) -> tuple[str, ...]:
-    asked = tuple(text.split(","))
-    unknown = set(asked) - set(GROUPS)
+    groups = tuple(text.split(","))
+    unknown = set(groups) - set(GROUPS)
     if unknown:
         raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: not one of {', '.join(GROUPS)}")
-    return asked
+    return groups
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The results as a table for people and as JSON for later."""
+"""The results as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _PACKAGES = ("uvicorn", "httptools", "uvloop", "msgspec", "orjson", "pysimdjson"
 
 
 def wide_console() -> Console:
-    """stdout; where that is no terminal, rich would fold the tables into 80 columns."""
+    """Return a console on stdout that does not fold tables into 80 columns outside a terminal."""
     console = Console()
     return console if console.is_terminal else Console(width=160)
 
 
 def show(results: list[Result], console: Console, markdown: bool = False) -> None:
-    """Print the ratios with their targets, under them what they were made of."""
+    """Print the ratios with their targets, and the figures behind them."""
     for table in (_ratios(results), _details(results)):
         if markdown:
             table.box = box.MARKDOWN
@@ -40,7 +40,7 @@ def show(results: list[Result], console: Console, markdown: bool = False) -> Non
 
 
 def write(results: list[Result], file: Path, rounds: int, seconds: int) -> None:
-    """Write every turn, the ratios and the machine."""
+    """Write all turns, the ratios and the machine to a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     document = {
         "machine": describe_machine(),
@@ -52,7 +52,7 @@ def write(results: list[Result], file: Path, rounds: int, seconds: int) -> None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """What the figures depend on: processor, system, versions."""
+    """Return processor, system and versions, on which the figures depend."""
     info = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in info if line.startswith("model name")]
     printed = subprocess.run([require_wrk(), "--version"], capture_output=True, text=True, check=False).stdout
@@ -113,12 +113,12 @@ def _amount(figure: Figure, value: float) -> str:
 
 
 def _short(value: float) -> str:
-    """A figure for the table, with a decimal where it is small."""
+    """Format a figure, with a decimal if it is small."""
     return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
 
 def _details(results: list[Result]) -> Table:
-    table = Table(title="what they are made of (medians; offline: per run of a batch)")
+    table = Table(title="figures behind them (medians; offline: of a batch)")
     for heading in ("case", "who", "per second", "p50 us", "p99 us", "CPU us", "batch"):
         table.add_column(heading, justify="left" if heading in {"case", "who"} else "right")
     for result in results:

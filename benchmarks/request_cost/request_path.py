@@ -1,13 +1,11 @@
-"""The request path and nothing else, in one process: bytes handed to the protocol, answers taken from it.
+"""The request path alone, in one process: bytes are passed to the protocol, and answers are taken from it.
 
-No sockets, and an engine that does nothing; but the real protocol, batcher, worker thread and uvloop. So
-what one more request costs can be counted in instructions, or measured without the noise of a client.
-`floor` is uvicorn with an application that answers a fixed body, driven in the same way: what cobatch is
-compared with.
+There are no sockets, and the engine does nothing; protocol, batcher, worker thread and uvloop are real. So
+the cost of a request can be counted in instructions, or measured without the noise of a client. `floor` is
+uvicorn with an application that answers with a fixed body, driven in the same way, for comparison.
 
-`python -m benchmarks.request_cost.request_path LIBRARY` is what `benchmarks.request_cost.guard` runs under
-callgrind: LIBRARY switches the counting on and off (made by the guard from
-benchmarks/request_cost/counting.c).
+`benchmarks.request_cost.guard` runs `python -m benchmarks.request_cost.request_path LIBRARY` under callgrind;
+LIBRARY, which the guard builds from counting.c, switches the counting on and off.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settin
 
 MODEL = "tiny"
 ELEMENTS = 16
-# What is counted: for each case who serves, the body, and how many callers ask at once.
+# Of each case: the server, binary or JSON, and the number of concurrent callers.
 CASES = {
     "floor, 64 at once": ("floor", False, 64),
     "floor, alone": ("floor", False, 1),
@@ -49,13 +47,13 @@ FLOOR_BYTES = 157  # as long as a JSON answer of tiny
 REQUESTS = 256
 _REPEATS = 3
 _WARM_UP = 512
-_KEEP_ALIVE_S = 3600  # connections that wait for their case to come are not closed
-_READ = 1 << 18  # what uvloop reads at once
+_KEEP_ALIVE_S = 3600  # idle connections are not closed
+_READ = 1 << 18  # bytes that uvloop reads at once
 _ADDRESS = ("127.0.0.1", 1)
 
 
 class Idle:
-    """An engine whose runs take no time; a row is so many floats."""
+    """An engine whose runs take no time; a row has `elements` floats."""
 
     platform = "idle"
     slots = 2
@@ -68,7 +66,7 @@ class Idle:
         self._rows = [0] * self.slots
 
     def open(self) -> None:
-        """Nothing to load."""
+        """Do nothing."""
 
     def inputs(self, slot: int, rows: int, row_shapes: RowShapes) -> tuple[Array, ...]:  # noqa: ARG002
         return (self._inputs[slot],)
@@ -80,19 +78,19 @@ class Idle:
         return (self._outputs[: self._rows[slot]],)
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Do nothing."""
 
 
 class Answered:
-    """Counts answers, and sets `all` when as many as expected have been written."""
+    """Counts answers; `all` is set when the expected number has been written."""
 
     def __init__(self) -> None:
         self.all = asyncio.Event()
         self._missing = 0
 
-    def expect(self, many: int) -> None:
+    def expect(self, count: int) -> None:
         self.all.clear()
-        self._missing = many
+        self._missing = count
 
     def one(self) -> None:
         self._missing -= 1
@@ -101,7 +99,7 @@ class Answered:
 
 
 class Wire(asyncio.Transport):
-    """Takes what a protocol writes: a head with its body at once, or one after the other."""
+    """A transport that counts answers: head and body in one write, or in two."""
 
     def __init__(self, answered: Answered) -> None:
         super().__init__({"peername": _ADDRESS, "sockname": _ADDRESS})
@@ -109,7 +107,7 @@ class Wire(asyncio.Transport):
         self._head = False
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        # Uvicorn writes its head and an ASGI application's body apart.
+        # Uvicorn writes the head and the body of an ASGI application separately.
         whole = bytes(data)
         end = whole.find(b"\r\n\r\n")
         if not self._head:
@@ -128,12 +126,12 @@ class Wire(asyncio.Transport):
 
 
 class Path:
-    """Requests through one protocol class, `callers` of them at once."""
+    """Requests through one protocol class, from `callers` concurrent callers."""
 
     def __init__(self, make: Callable[[], Any], requests: Sequence[bytes], callers: int) -> None:
         self._answered = Answered()
         self._protocols = [make() for _ in range(callers)]
-        # Callers have the requests in turn. What is long comes in the pieces that uvloop reads.
+        # Callers get the requests in turn; long ones arrive in the pieces that uvloop reads.
         self._pieces = [
             [request[at : at + _READ] for at in range(0, len(request), _READ)]
             for request in (requests[caller % len(requests)] for caller in range(callers))
@@ -142,7 +140,7 @@ class Path:
             protocol.connection_made(Wire(self._answered))
 
     async def serve(self, requests: int) -> int:
-        """At least so many, each caller waiting for its answer; how many it were."""
+        """Serve at least `requests` in a closed loop, and return their number."""
         callers, answered = len(self._protocols), self._answered
         rounds = -(-requests // callers)
         for _ in range(rounds):
@@ -156,7 +154,7 @@ class Path:
 
 @contextlib.asynccontextmanager
 async def paths() -> AsyncIterator[dict[str, Path]]:
-    """All cases, warm."""
+    """Yield all cases, warmed up."""
     async with contextlib.AsyncExitStack() as stack:
         makers = {
             "fast": await stack.enter_async_context(serving()),
@@ -177,7 +175,7 @@ async def paths() -> AsyncIterator[dict[str, Path]]:
         }
         for path in found.values():
             await path.serve(_WARM_UP)
-        # As the server does when it is ready; a collection would fall into one case or another by chance.
+        # As the server does when it is ready; a collection would fall into some case by chance.
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -188,7 +186,7 @@ async def paths() -> AsyncIterator[dict[str, Path]]:
 async def serving(
     models: Sequence[str] = (MODEL,), elements: int = ELEMENTS, *, fast_path: bool = True
 ) -> AsyncIterator[Callable[[], Any]]:
-    """cobatch with these models, all alike; what makes a connection's protocol."""
+    """Serve these models, and yield a function that makes the protocol of a connection."""
     keep_freed_memory()  # as the command does
     settings = tuple(ModelSettings(path="idle.onnx", name=name) for name in models)
     http = ServerSettings(fast_path=fast_path, keep_alive_s=_KEEP_ALIVE_S)
@@ -213,17 +211,13 @@ def _maker(config: uvicorn.Config, state: Any = None) -> Callable[[], Any]:
 
 
 def request_of(binary: bool, model: str = MODEL, elements: int = ELEMENTS) -> bytes:
-    """One row for a model, as it goes over the wire."""
+    """Return a request with one row as bytes."""
     row = np.random.default_rng(5).standard_normal((1, elements), dtype=np.float32)
-    message = wire.encode(MODEL, row, binary)
-    lines = [f"POST /v2/models/{model}/infer HTTP/1.1", "Host: 127.0.0.1:8000"]
-    lines += [f"Content-Length: {len(message.body)}"]
-    lines += [f"{name}: {value}" for name, value in message.headers.items()]
-    return "\r\n".join([*lines, "", ""]).encode() + message.body
+    return wire.raw_request(wire.encode(MODEL, row, binary), "127.0.0.1:8000", f"/v2/models/{model}/infer")
 
 
 async def timed(rounds: int) -> dict[str, list[float]]:
-    """Microseconds of CPU per request, of all threads; every case in each round."""
+    """Return the CPU time per request in microseconds, of all threads; every case in each round."""
     found: dict[str, list[float]] = {case: [] for case in CASES}
     async with paths() as cases:
         for _ in range(rounds):
@@ -244,7 +238,7 @@ async def _counted(library: ctypes.CDLL) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Under callgrind: each case is one part of its output, named after the case."""
+    """Run under callgrind: each case is a part of its output with the name of the case."""
     uvloop.run(_counted(ctypes.CDLL(arguments[0])))
 
 

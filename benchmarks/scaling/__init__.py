@@ -1,1 +1,1 @@
-"""What a request costs as something grows."""
+"""The cost of a request as something grows."""

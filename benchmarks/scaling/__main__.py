@@ -1,12 +1,12 @@
-"""What a request costs as something grows: nothing may grow worse than linear, or with what is idle.
+"""The cost of a request as something grows: at most linear, and constant with what is idle.
 
 `python -m benchmarks.scaling [--quick] [--only batch,row,models,connections,queue,tenants] [--check]`: CPU
 time per request, of all threads. Batch size, row size and number of models are measured in one process
-without sockets (`benchmarks.request_cost.request_path`), connections against a real server with `wrk`, the
-queue's length and the number of tenants in the batcher alone (`benchmarks.scaling.queue_cost`). To each line
-a curve of the form that is to be expected is fitted (least squares on relative errors), and its slope is what
-one more of it costs. Prints and writes benchmarks/results/scaling (`--quick`, or a part:
-benchmarks/out/scaling). About three minutes. docs/scaling.md says what the figures mean.
+without sockets (`benchmarks.request_cost.request_path`), connections with a real server and `wrk`, the
+queue's length and the number of tenants in the batcher alone (`benchmarks.scaling.queue_cost`). A curve of
+the expected form is fitted to each line (least squares of relative errors); its slope is the cost of one
+more. Prints, and writes benchmarks/results/scaling (`--quick`, or a part: benchmarks/out/scaling). Takes
+about three minutes. docs/scaling.md explains the figures.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from benchmarks.scaling.fit import Line, Point, growth, verdict
 from cobatch.server.cli.plots import chart, draw_lines
 
 _INTRODUCTION = """\
-Made by `python -m benchmarks.scaling`: do not edit. CPU per request in microseconds; the growth is the
-last figure's to the first's, and what explains it is fitted ([what it means](../../../docs/scaling.md)).
-A cost may not grow at all with the size of a batch or with what is idle; not as fast as the square root of
-connections, queued requests or tenants; and no faster than in proportion with floats in a row and models
-that are asked.
+Made by `python -m benchmarks.scaling`: do not edit. CPU per request in microseconds; the growth is the ratio
+of the last figure to the first, and its explanation is fitted ([more](../../../docs/scaling.md)). A cost may
+not grow with the batch size or with what is idle; it must grow more slowly than the square root of
+connections, queued requests or tenants; and at most in proportion to the floats in a row and the models in
+use.
 """
 _CASES: dict[str, Callable[[bool], list[Line]]] = {
     "batch": lambda quick: uvloop.run(cases.batch(quick)),
@@ -47,21 +47,21 @@ _CASES: dict[str, Callable[[bool], list[Line]]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0; with --check 1 where something grows faster than it may."""
+    """Return 0; with --check 1 if a cost grows too fast."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a few short rounds of the ends: does it work")
+    parser.add_argument("--quick", action="store_true", help="a few short rounds of few sizes")
     parser.add_argument("--only", default=",".join(_CASES), help=f"some of {','.join(_CASES)}")
-    parser.add_argument("--check", action="store_true", help="end with 1 where something grows too fast")
+    parser.add_argument("--check", action="store_true", help="exit status 1 if a cost grows too fast")
     parser.add_argument("--results", type=Path, metavar="FOLDER")
     options = parser.parse_args(arguments)
-    asked = options.only.split(",")
-    if unknown := [name for name in asked if name not in _CASES]:
+    names = options.only.split(",")
+    if unknown := [name for name in names if name not in _CASES]:
         parser.error(f"{', '.join(unknown)}: not one of {', '.join(_CASES)}")
     lines: list[Line] = []
-    for name in asked:
+    for name in names:
         lines += (found := _CASES[name](options.quick))
         print("\n".join(_printed(line) for line in found), flush=True)
-    whole = not options.quick and asked == list(_CASES)
+    whole = not options.quick and names == list(_CASES)
     folder = options.results or (ROOT / "benchmarks" / "results" / "scaling" if whole else OUT / "scaling")
     write(lines, folder)
     bad = [line.name for line in lines if not verdict(line)]
@@ -70,13 +70,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write(lines: Sequence[Line], folder: Path) -> None:
-    """scaling.json, a plot for each x axis, and README.md."""
+    """Write scaling.json, a plot for each x axis, and README.md."""
     folder.mkdir(parents=True, exist_ok=True)
     machine = describe_machine()
     document = {"machine": machine, "lines": [asdict(line) for line in lines]}
     (folder / "scaling.json").write_text(json.dumps(document, indent=1) + "\n")
     parts = [
-        "# What a request costs as something grows\n",
+        "# The cost of a request as something grows\n",
         _INTRODUCTION,
         f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}.\n",
     ]
@@ -92,25 +92,27 @@ def _table(lines: Sequence[Line]) -> str:
     rows = []
     for line in lines:
         figures = ", ".join(f"{x:g}: {_us(y)}" for x, y in line.points)
-        said = "" if verdict(line) else " **too fast**"
-        rows.append(f"| {line.name} | {figures} | {growth(line):.2f}{said} | {line.explained} |")
-    return "\n".join(["| | us by size | growth | what explains it |", "|---|---|---:|---|", *rows])
+        mark = "" if verdict(line) else " **too fast**"
+        rows.append(f"| {line.name} | {figures} | {growth(line):.2f}{mark} | {line.explained} |")
+    return "\n".join(["| | us by size | growth | explanation |", "|---|---|---:|---|", *rows])
 
 
 def _plot(file: Path, axis: str, lines: Sequence[Line]) -> None:
-    """Draw measured points and fitted curves, on a logarithmic axis where some of these are not straight."""
+    """Draw measured points and fitted curves, on a logarithmic axis if some of these are not straight."""
+    straight = all(line.straight for line in lines)
     drawn: dict[str, Sequence[Point]] = {}
     for line in lines:
-        drawn |= {line.name: line.points, f"{line.name}, fitted": line.fitted}
+        for name, points in ((line.name, line.points), (f"{line.name}, fitted", line.fitted)):
+            # A logarithmic axis has no zero: it is drawn at one.
+            drawn[name] = points if straight else [(max(x, 1.0), y) for x, y in points]
     with chart(file, f"CPU per request by {axis}", axis, "microseconds") as axes:
         draw_lines(axes, drawn, [name for name in drawn if name.endswith(", fitted")])
-        if not all(line.straight for line in lines):
-            axes.set_xscale("symlog", base=2, linthresh=1)
-        axes.xaxis.set_major_formatter(_size)
-
-
-def _size(x: float, _position: float = 0.0) -> str:
-    return f"{x:.3g}" if x < 1000 else f"{x / 1024:.3g}k"
+        if straight:
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+        else:
+            axes.set_xscale("log", base=2)
+            sizes = [max(x, 1.0) for x, _ in lines[0].points]
+            axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
 
 
 def _us(value: float) -> str:

@@ -1,4 +1,4 @@
-"""What grows, and how the cost is measured: sizes in turn within a round, and the medians of the rounds."""
+"""The measurements: all sizes in each round, and the medians of the rounds."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ TENANTS = (1, 10, 100, 1_000, 10_000)
 _AT_ONCE = 64
 _FILES = 8_192  # 4,096 connections, in this process or in wrk's, and in the server's
 _ROUNDS, _QUICK_ROUNDS = 15, 3
-_ROUND_BYTES = 1 << 25  # of requests, in a round of a size
+_ROUND_BYTES = 1 << 25  # bytes of requests for each size in a round
 
 
 async def batch(quick: bool) -> list[Line]:
-    """So many callers at once, all in one batch."""
+    """Measure concurrent callers, all in one batch."""
     lines = []
     async with serving() as make:
         for kind in ("JSON", "binary"):
             request = request_of(kind == "binary")
             paths = {size: Path(make, [request], size) for size in _some(BATCHES, quick)}
             points = await _timed(paths, dict.fromkeys(paths, 512), quick)
-            words = "{a} us are the request's own; {b} us are the batch's, and are shared (error {error})"
+            words = "{a} us for each request; {b} us for each batch, shared by its requests (error {error})"
             lines.append(fit("batch size", kind, points, _shared, words, FLAT))
     return lines
 
 
 async def row(quick: bool) -> list[Line]:
-    """So many floats in a row, eight rows at once."""
+    """Measure floats in a row, eight rows at once."""
     lines = []
     for kind in ("JSON", "binary"):
         points: list[Point] = []
@@ -58,40 +58,42 @@ async def row(quick: bool) -> list[Line]:
                 many = max(8, min(512, _ROUND_BYTES // len(request)))
                 path = Path(make, [request], 8)
                 points += await _timed({elements: path}, {elements: many}, quick)
-        words = "{a} us and {b} us for each float, which is decoding and the one copy (error {error})"
+        words = "{a} us and {b} us for each float: decoding and one copy (error {error})"
         lines.append(fit(f"row size in {kind} (floats)", kind, points, float, words, LINEAR))
     return lines
 
 
 async def models(quick: bool) -> list[Line]:
-    """So many models: all callers ask one of them, or each as many as the others."""
+    """Measure models: all callers use one of them, or the callers are spread over all."""
     one: list[Point] = []
     spread: list[Point] = []
-    for many in _some(MODELS, quick):
-        names = [f"m{number}" for number in range(many)]
+    for count in _some(MODELS, quick):
+        names = [f"m{number}" for number in range(count)]
         async with serving(names) as make:
             requests = [request_of(False, name) for name in names]
             path = Path(make, requests[:1], _AT_ONCE)
-            one += await _timed({many: path}, {many: 512}, quick)
+            one += await _timed({count: path}, {count: 512}, quick)
             path = Path(make, requests, _AT_ONCE)
-            spread += await _timed({many: path}, {many: 512}, quick)
-    still = "{a} us, and {b} us for an idle model (error {error})"
-    words = "{a} us, and {b} us for each model asked, of which each gets a batch of its own (error {error})"
+            spread += await _timed({count: path}, {count: 512}, quick)
+    idle = "{a} us, and {b} us for an idle model (error {error})"
+    words = "{a} us, and {b} us for each model in use, which has its own batches (error {error})"
     return [
-        fit("number of models", "all ask one", one, float, still, FLAT),
-        fit("number of models", "all are asked", spread, float, words, LINEAR),
+        fit("number of models", "one in use", one, float, idle, FLAT),
+        fit("number of models", "all in use", spread, float, words, LINEAR),
     ]
 
 
 def connections(quick: bool) -> list[Line]:
-    """A real server and wrk: so many connections that ask, or 64 that ask and so many that do not; and bare
-    uvicorn, for what the sockets themselves cost."""
+    """Measure connections to a real server: all active, or 64 active beside idle ones.
+
+    Bare uvicorn shows the cost of the sockets themselves.
+    """
     allow_files(_FILES)
     message = wire.encode("tiny", wire.rows_of("tiny", 1, 5), binary=False)
-    asking: dict[int, list[float]] = {many: [] for many in _some(CONNECTIONS, quick)}
-    bare: dict[int, list[float]] = {many: [] for many in asking}
-    idle: dict[int, list[float]] = {many: [] for many in _some(IDLE, quick)}
-    # No connection is refused for a full queue, nor closed while it is held.
+    active: dict[int, list[float]] = {count: [] for count in _some(CONNECTIONS, quick)}
+    bare: dict[int, list[float]] = {count: [] for count in active}
+    idle: dict[int, list[float]] = {count: [] for count in _some(IDLE, quick)}
+    # Large enough limits that no request is refused and no idle connection closed.
     flags = ["--max-queue-rows", "8192", "--keep-alive-s", "600"]
     with (
         cobatch(model_path("tiny"), "tiny", True, flags=flags) as server,
@@ -100,49 +102,49 @@ def connections(quick: bool) -> list[Line]:
         for each in (server, uvicorn):
             _load(each, message, _AT_ONCE)
         for _ in range(1 if quick else 3):
-            for many, found in asking.items():
-                found.append(_load(server, message, many))
-                bare[many].append(_load(uvicorn, message, many))
-            for many, found in idle.items():
-                with _held(server, many):
-                    found.append(_load(server, message, _AT_ONCE))
-    words = "{a} us, and {b} us for a wake-up (cobatch: of two threads), shared by who asks (error {error})"
-    still = "{a} us, and {b} us for an idle one (error {error})"
+            for count, times_us in active.items():
+                times_us.append(_load(server, message, count))
+                bare[count].append(_load(uvicorn, message, count))
+            for count, times_us in idle.items():
+                with _held(server, count):
+                    times_us.append(_load(server, message, _AT_ONCE))
+    words = "{a} us, and {b} us for a wake-up (cobatch: of two threads), shared by requests (error {error})"
+    idle_words = "{a} us, and {b} us for an idle one (error {error})"
     return [
-        fit("connections", "all ask", _medians(asking), _shared, words, SHALLOW),
-        fit("connections", "bare uvicorn, all ask", _medians(bare), _shared, words, SHALLOW),
-        fit("connections", "64 ask, these do not", _medians(idle), float, still, FLAT),
+        fit("connections", "all active", _medians(active), _shared, words, SHALLOW),
+        fit("connections", "bare uvicorn, all active", _medians(bare), _shared, words, SHALLOW),
+        fit("connections", "idle ones beside 64 active", _medians(idle), float, idle_words, FLAT),
     ]
 
 
-def allow_files(many: int) -> None:
-    """This process, and those that it starts, may have so many files open. Raises OSError with what to do."""
+def allow_files(count: int) -> None:
+    """Raise the limit of open files of this process and its children. Raises OSError."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < many:
-        if hard != resource.RLIM_INFINITY and hard < many:
-            raise OSError(f"{many} open files are needed and {hard} allowed: ulimit -Hn {many}, as root")
-        resource.setrlimit(resource.RLIMIT_NOFILE, (many, hard))
+    if soft != resource.RLIM_INFINITY and soft < count:
+        if hard != resource.RLIM_INFINITY and hard < count:
+            raise OSError(f"{count} open files are needed and {hard} allowed: ulimit -Hn {count}, as root")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
-def _shared(many: float) -> float:
-    return 1 / many
+def _shared(count: float) -> float:
+    return 1 / count
 
 
 async def queue(quick: bool) -> list[Line]:
-    """So many requests queued: the batcher's part of submitting, cancelling and dispatching one."""
+    """Measure queued requests: the batcher's cost to submit, cancel and dispatch one."""
     lines = []
-    words = "{a} us, and {b} us each time that the queue doubles, as a heap may (error {error})"
+    words = "{a} us, and {b} us for each doubling of the queue, as for a heap (error {error})"
     for kind in (queue_cost.Kind(0), queue_cost.Kind(1_000, deadlines=True, priorities=True)):
-        benches = {many: queue_cost.Bench(kind, many) for many in _some(QUEUED, quick)}
+        benches = {count: queue_cost.Bench(kind, count) for count in _some(QUEUED, quick)}
         for name, points in _operations(benches, quick).items():
             lines.append(fit(f"queue length ({kind})", name, points, log2, words, SHALLOW))
     return lines
 
 
 async def tenants(quick: bool) -> list[Line]:
-    """So many tenants share 10,000 queued requests."""
-    benches = {many: queue_cost.Bench(queue_cost.Kind(many), 10_000) for many in _some(TENANTS, quick)}
-    words = "{a} us, and {b} us each time that tenants double: a heap of whose turn it is (error {error})"
+    """Measure tenants that share 10,000 queued requests."""
+    benches = {count: queue_cost.Bench(queue_cost.Kind(count), 10_000) for count in _some(TENANTS, quick)}
+    words = "{a} us, and {b} us for each doubling of the tenants: the heap of their turns (error {error})"
     found = _operations(benches, quick)
     return [fit("tenants", name, points, log2, words, SHALLOW) for name, points in found.items()]
 
@@ -182,7 +184,7 @@ def _medians(found: Mapping[int, list[float]]) -> list[Point]:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """As in the server: what is there is not looked through again and again."""
+    """Freeze the garbage collector, as the server does."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -193,21 +195,21 @@ def _no_collection() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _load(server: Server, message: wire.Message, many: int) -> float:
-    """CPU per request."""
+def _load(server: Server, message: wire.Message, connections: int) -> float:
+    """Return the CPU time per request in microseconds."""
     wait_until_idle(server.pid)
     before = cpu_us(server.pid)
     url = f"http://{server.address}/v2/models/tiny/infer"
-    load = run_wrk(url, message.body, message.headers, many, 2)
+    load = run_wrk(url, message.body, message.headers, connections, 2)
     return (cpu_us(server.pid) - before) / load.requests
 
 
 @contextlib.contextmanager
-def _held(server: Server, many: int) -> Iterator[None]:
-    """So many connections that have asked once for health, and then say nothing."""
+def _held(server: Server, count: int) -> Iterator[None]:
+    """Hold idle connections, each after one request of the health route."""
     host, _, port = server.address.rpartition(":")
     with contextlib.ExitStack() as stack:
-        for _ in range(many):
+        for _ in range(count):
             connection = stack.enter_context(socket.create_connection((host, int(port))))
             connection.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: bench\r\n\r\n")
             connection.recv(4096)

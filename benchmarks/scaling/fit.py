@@ -1,4 +1,4 @@
-"""A line of measured points, the curve that is to be expected fitted to it, and whether it grows too fast."""
+"""Measured points, a fitted curve of the expected form, and a verdict on their growth."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from math import log
 import numpy as np
 
 Point = tuple[float, float]
-# What a measurement may be off by.
+# The error of a measurement, as a factor.
 _NOISE = 1.3
-# How fast a cost may grow, as a power of x: not at all; as a heap's logarithm and colder caches do, while a
-# walk over all would be 1; in proportion.
+# The fastest growth allowed, as a power of x: constant; like a heap's logarithm with colder caches (a scan
+# would be 1); linear.
 FLAT, SHALLOW, LINEAR = 0.0, 0.5, 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """`power`: the fastest that the cost may grow. `straight`: the fitted curve is a line over x. Times are
-    microseconds per request."""
+    """Measured and fitted points, in microseconds per request. `power` is the fastest growth allowed.
+
+    `straight`: the fitted curve is linear in x.
+    """
 
     axis: str
     name: str
@@ -38,9 +40,9 @@ def fit(
     words: str,
     power: float,
 ) -> Line:
-    """Points and a + b * term(x) through them; `words` has {a}, {b} and {error}, the mean relative one."""
+    """Fit a + b * term(x) to the points. `words` explains it with {a}, {b} and {error} (mean, relative)."""
     xs, ys = [x for x, _ in points], np.array([y for _, y in points])
-    # Divided by y, so that the small ones count as much as the large ones.
+    # Divided by y, so that small values count as much as large ones.
     basis = np.array([[1.0, term(x)] for x in xs]) / ys[:, None]
     (a, b), *_ = np.linalg.lstsq(basis, np.ones(len(xs)), rcond=None)
     fitted = [(x, float(a + b * term(x))) for x in xs]
@@ -50,12 +52,12 @@ def fit(
 
 
 def growth(line: Line) -> float:
-    """Of the cost, from the first point to the last."""
+    """Return the ratio of the last cost to the first."""
     return line.points[-1][1] / line.points[0][1]
 
 
 def verdict(line: Line) -> bool:
-    """Whether it grows no faster than it may, between any point and the last."""
+    """Return True if the cost grows as slowly as required from each point to the last."""
     last_x, last_y = line.points[-1]
     return all(
         log(last_y / y) <= line.power * log(last_x / max(x, 1.0)) + log(_NOISE) for x, y in line.points[:-1]

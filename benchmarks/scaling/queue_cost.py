@@ -1,10 +1,10 @@
-"""What submit, cancel and dispatch cost by how much is queued: `python -m benchmarks.scaling.queue_cost
-[--check]`.
+"""The cost to submit, cancel and dispatch a request, by the number of queued requests.
 
-The batcher itself in a loop of its own, before an engine that never ends: microseconds of processor time for
-each request submitted, cancelled or taken into a batch of 64 while 100, 10,000 and 100,000 others are queued.
-The state stays what it is: what is submitted is cancelled again, what is taken is submitted again. Of many
-short rounds, in turns, the median; `--check` fails where the time grows to more than twice.
+`python -m benchmarks.scaling.queue_cost [--check]` runs the batcher in its own loop, before an engine that
+never finishes: CPU time of each request submitted, cancelled or taken into a batch of 64, while 100, 10,000
+and 100,000 others are queued. Each round restores the state: submitted requests are cancelled, those taken
+are submitted again. The median of many short rounds, in turns, counts; `--check` fails if the time grows to
+more than twice.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ PAYLOADS = [bytes(8)]
 
 
 class Ask(Request):
-    """A caller that is never answered."""
+    """A request that is never answered."""
 
     def done(self) -> None:
-        """Nobody listens."""
+        """Do nothing."""
 
 
 class Stuck:
-    """An engine, and its worker, that takes batches and ends none."""
+    """An engine and its worker that finish no batch."""
 
     platform = "stuck"
     max_batch_size = BATCH
@@ -64,17 +64,16 @@ class Stuck:
         return self
 
     def inputs(self, *_: object) -> tuple[np.ndarray[Any, Any], ...]:
-        """One for all."""
+        """Return the same buffer for all."""
         return (self._buffer,)
 
     def submit(self, job: Job) -> None:
-        """It never comes back."""
+        """Drop the job."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What the requests are like: of so many tenants (0: nobody is told apart), with a deadline or without,
-    of one priority or several."""
+    """The kind of requests: the number of tenants (0: no tenants), with deadlines, with priorities."""
 
     tenants: int
     deadlines: bool = False
@@ -87,11 +86,11 @@ class Kind:
 
 
 class Bench:
-    """A batcher with so many requests queued behind a batch that runs."""
+    """A batcher with `queued` requests behind a running batch."""
 
     def __init__(self, kind: Kind, queued: int) -> None:
         self._kind = kind
-        self._chance = random.Random(1)
+        self._random = random.Random(1)
         tenants = [Tenant(f"t{n}") for n in range(kind.tenants)]
         self._tenants: list[Tenant | None] = list(tenants) or [None]
         self._turn = 0
@@ -114,18 +113,18 @@ class Bench:
         request.tenant = self._tenants[self._turn % len(self._tenants)]
         self._turn += 1
         if self._kind.deadlines:
-            request.timeout_s = 1e6 + self._chance.random()
+            request.timeout_s = 1e6 + self._random.random()
         if self._kind.priorities:
-            request.priority = self._chance.randint(1, 8)
+            request.priority = self._random.randint(1, 8)
         return request
 
     def round(self) -> dict[str, float]:
-        """Microseconds for each request, of each operation."""
+        """Return the microseconds per request of each operation."""
         batcher = self.batcher
-        came = self.make(BATCH)
-        submit_us = timed(came, batcher.submit)
-        self._chance.shuffle(came)
-        cancel_us = timed(came, batcher.cancel)
+        requests = self.make(BATCH)
+        submit_us = timed(requests, batcher.submit)
+        self._random.shuffle(requests)
+        cancel_us = timed(requests, batcher.cancel)
         began = time.thread_time_ns()
         taken = self._take()
         dispatch_us = (time.thread_time_ns() - began) / 1000 / len(taken)
@@ -134,7 +133,7 @@ class Bench:
         return {"submit": submit_us, "cancel": cancel_us, "dispatch": dispatch_us}
 
     def _take(self) -> list[Request]:
-        """What a dispatch is, but for the packing: whose turn it is, and a batch of that out of the queue."""
+        """Form a batch as a dispatch does, without packing it."""
         queue = self.batcher._queue  # noqa: SLF001
         group: Group = queue.next_group
         taken = form(queue, group, BATCH)
@@ -146,7 +145,7 @@ class Bench:
 
 
 def timed(requests: list[Request], operation: Callable[[Request], None]) -> float:
-    """Microseconds for each."""
+    """Return the microseconds per request."""
     began = time.thread_time_ns()
     for request in requests:
         operation(request)
@@ -154,7 +153,7 @@ def timed(requests: list[Request], operation: Callable[[Request], None]) -> floa
 
 
 def measure(kind: Kind) -> dict[str, list[float]]:
-    """Microseconds by operation, one for each number queued."""
+    """Return the microseconds of each operation for each number of queued requests."""
     benches = [Bench(kind, queued) for queued in QUEUED]
     rounds: list[list[dict[str, float]]] = [[] for _ in benches]
     gc.collect()
@@ -179,8 +178,8 @@ def kinds() -> Iterator[Kind]:
 
 
 async def table() -> float:
-    """Print it; the largest growth."""
-    print(f"us per request, median of {ROUNDS} rounds of {BATCH}; what is queued:")
+    """Print the figures, and return the largest growth."""
+    print(f"us per request, median of {ROUNDS} rounds of {BATCH}, by queued requests:")
     print("| requests | operation | " + " | ".join(f"{queued:,}" for queued in QUEUED) + " | growth |")
     print("|---|---|" + "---:|" * (len(QUEUED) + 1))
     worst = 0.0
@@ -190,7 +189,7 @@ async def table() -> float:
             worst = max(worst, growth)
             cells = " | ".join(f"{us:.2f}" for us in times_us)
             print(f"| {kind} | {operation} | {cells} | {growth:.2f} |")
-    print(f"largest growth: {worst:.2f} (at most {MOST_GROWTH:g} is meant)")
+    print(f"largest growth: {worst:.2f} (limit {MOST_GROWTH:g})")
     return worst
 
 

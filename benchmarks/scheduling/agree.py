@@ -1,18 +1,17 @@
-"""Does `cobatch bench` measure what an independent tool measures? wrk and it put the same load on one server,
-in turns, with the same request.
+"""The accuracy of `cobatch bench`: it and wrk put the same load on a server, in turns, with the same request.
 
-`python -m benchmarks.scheduling.agree [--rounds 5] [--seconds 4]`. Below capacity: wrk's callers think for a
-while between an answer and their next request, wrk says when each request left, and `cobatch bench` sends
-requests at those very moments, in an open loop. So the server has the same to do, and what is compared is how
-each tool measures: latency from the sending, for wrk knows no other. At capacity: both as closed loops. There
-a tool's own work is part of what it measures: at one connection nothing runs while the tool computes, and at
-many, on a machine that tool and server share, the cheaper tool gets more out of the server. So that is
-compared only where a request costs the server far more than the tool (*wide*); for *tiny* it is shown.
+`python -m benchmarks.scheduling.agree [--rounds 5] [--seconds 4]`. Below capacity wrk's callers think between
+an answer and their next request; wrk records when each request left, and `cobatch bench` sends requests at
+the same times in an open loop. So the server has the same load, and the tools' measurements are compared:
+latency from the time of sending, which is all that wrk measures. At capacity both run closed loops, and a
+tool's own work is part of its measurement: with one connection nothing runs while the tool computes, and with
+many, on a shared machine, the cheaper tool gets more from the server. So that is compared only where a
+request costs the server far more than the tool (*wide*); for *tiny* it is shown.
 
-A round's figures are compared with each other, since the machine's speed changes between rounds; prints
-medians, and ends with status 1 if requests per second, p50 or p90 differ by more than 10 % where it counts.
-p99 is shown beside them: a few hiccups of the machine decide it, each tool has its own, and in a closed loop
-wrk adds to the slow ones what it would have sent meanwhile (its stats_correct).
+The figures of a round are compared with each other, since the machine's speed changes between rounds. Prints
+medians; the exit status is 1 if requests per second, p50 or p90 differ by more than 10 % in a case that
+counts. p99 is only shown: it depends on a few interruptions of the machine, which differ between the tools,
+and in a closed loop wrk corrects it for the requests that it would have sent meanwhile (stats_correct).
 """
 
 from __future__ import annotations
@@ -31,18 +30,12 @@ import numpy as np
 from benchmarks.common import wire
 from benchmarks.common.models import model_path
 from benchmarks.common.processes import ROOT, cobatch
-from benchmarks.common.wrk import require_wrk, run_wrk
+from benchmarks.common.wrk import CLOCK, require_wrk, run_wrk
 
 _WITHIN = 0.10
 
-# wrk's script: think, note when a request leaves on the monotonic clock, print that and percentiles.
+# A script of wrk that thinks, records the time of each request, and prints these and percentiles.
 _PACED = """
-local ffi = require("ffi")
-ffi.cdef[[
-  typedef struct { long seconds; long nanoseconds; } moment_t;
-  int clock_gettime(int clock, moment_t *moment);
-]]
-local moment = ffi.new("moment_t")
 local file = assert(io.open("BODY", "rb"))
 wrk.method, wrk.body = "POST", file:read("*a")
 wrk.headers["Content-Type"] = "application/json"
@@ -52,8 +45,7 @@ function setup(thread) threads[#threads + 1] = thread end
 function init() whole = wrk.format() end
 function delay() return math.random(SHORTEST, LONGEST) end
 function request()
-  ffi.C.clock_gettime(1, moment)
-  sent[#sent + 1] = tonumber(moment.seconds) + tonumber(moment.nanoseconds) / 1e9
+  sent[#sent + 1] = now()
   return whole
 end
 function done(summary, latency)
@@ -68,7 +60,7 @@ end
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`think_ms`: how long a caller waits between an answer and its next request; None: not at all."""
+    """`think_ms` is the pause between an answer and the next request; None: no pause."""
 
     model: str
     connections: int
@@ -77,10 +69,10 @@ class Case:
 
     @property
     def title(self) -> str:
-        """For a person."""
+        """The name in the table."""
         callers = "1 caller" if self.connections == 1 else f"{self.connections} callers"
         think = "" if self.think_ms is None else ", thinking {} to {} ms".format(*self.think_ms)
-        return f"{self.model}, {callers}{think}{'' if self.counts else ' (does not count)'}"
+        return f"{self.model}, {callers}{think}{'' if self.counts else ' (only shown)'}"
 
 
 _CASES = (
@@ -96,7 +88,7 @@ _CASES = (
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What one tool saw in one turn; p90 is 0 where wrk was not asked for it."""
+    """The figures of one tool in one turn; p90 is 0 if wrk did not report it."""
 
     per_s: float
     p50_us: float
@@ -126,7 +118,7 @@ def main() -> int:
 
 
 def turns(url: str, case: Case, seconds: int, folder: Path) -> tuple[Seen, Seen]:
-    """wrk, then `cobatch bench`."""
+    """Measure with wrk, then with `cobatch bench`."""
     rows = wire.rows_of(case.model, 1, 0)
     np.save(folder / "x.npy", rows)
     message = wire.encode(case.model, rows, binary=False)
@@ -138,13 +130,13 @@ def turns(url: str, case: Case, seconds: int, folder: Path) -> tuple[Seen, Seen]
         return wrk, ours(url, [*same, f"--seconds={seconds}"], folder)
     (folder / "body").write_bytes(message.body)
     wrk = thinking(url, case.connections, case.think_ms, seconds, folder)
-    # As many as there may be: at wrk's moments requests leave, answered or not.
+    # Without a limit of connections: requests leave at wrk's times, answered or not.
     return wrk, ours(url, [*same[1:], f"--arrivals={folder / 'sent.csv'}"], folder)
 
 
 def thinking(url: str, connections: int, think_ms: tuple[int, int], seconds: int, folder: Path) -> Seen:
-    """wrk's callers think; when their requests left is in `sent.csv`."""
-    script = _PACED.replace("BODY", str(folder / "body"))
+    """Measure with wrk and thinking callers; write the times of their requests to `sent.csv`."""
+    script = (CLOCK + _PACED).replace("BODY", str(folder / "body"))
     script = script.replace("SHORTEST", str(think_ms[0])).replace("LONGEST", str(think_ms[1]))
     (folder / "paced.lua").write_text(script)
     command = [
@@ -156,8 +148,8 @@ def thinking(url: str, connections: int, think_ms: tuple[int, int], seconds: int
         str(folder / "paced.lua"),
         url,
     ]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    lines = [line.split() for line in said.splitlines() if line.startswith("#")]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    lines = [line.split() for line in output.splitlines() if line.startswith("#")]
     requests, p50, p90, p99, errors = (int(one) for one in lines[0][1:])
     sent = [float(moment) for _, moment in lines[1:]]
     if errors or not requests:
@@ -167,7 +159,7 @@ def thinking(url: str, connections: int, think_ms: tuple[int, int], seconds: int
 
 
 def ours(url: str, options: list[str], folder: Path) -> Seen:
-    """The same with `cobatch bench`."""
+    """Measure with `cobatch bench`."""
     file = folder / "figures.json"
     command = [sys.executable, "-m", "cobatch", "bench", url, "--quiet", "--json", str(file), *options]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -177,7 +169,7 @@ def ours(url: str, options: list[str], folder: Path) -> Seen:
 
 
 def show(case: Case, rounds: list[tuple[Seen, Seen]]) -> bool:
-    """Print a case; whether the two agree."""
+    """Print a case, and return True if the tools agree."""
     agrees = True
     for name, title in _SHOWN.items():
         pairs = [(getattr(wrk, name), getattr(own, name)) for wrk, own in rounds]

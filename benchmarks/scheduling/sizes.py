@@ -1,9 +1,8 @@
-"""Is the batch size that follows from measured run times as good as the best one chosen by hand?
+"""The default batch size, which follows from measured run times, beside the best `max_batch_size` of a grid.
 
 `python -m benchmarks.scheduling.sizes [--connections 64] [--seconds 6] [--rounds 3]`: for *magika* (where
-batching hardly pays) and *wide* (where it does), a server with default settings and one for each
-`max_batch_size` of a grid, in turns, each under the same closed loop. What counts for magika is the median
-latency, for wide the rows per second.
+batching hardly pays) and *wide* (where it does), a server with default settings and one for each size take
+turns under the same closed loop. The median latency counts for magika, the rows per second for wide.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from benchmarks.common.models import model_path
 from benchmarks.common.processes import cobatch
 from benchmarks.common.wrk import Load, run_wrk
 
-# None: the default. Where batching hardly pays small ones are tried, else large ones.
+# None: the default. Small sizes where batching hardly pays, large ones where it does.
 SIZES = {"magika": (None, 1, 2, 4, 8), "wide": (None, 8, 16, 32, 64)}
 
 
@@ -45,7 +44,7 @@ def main() -> None:
 
 
 def measured(model: str, size: int | None, connections: int, seconds: int) -> Load:
-    """One server under load."""
+    """Measure one server under load."""
     message = wire.encode(model, wire.rows_of(model, 1, 0), binary=True)
     flags = [] if size is None else ["--max-batch-size", str(size)]
     with cobatch(model_path(model), model, True, flags=flags) as server:

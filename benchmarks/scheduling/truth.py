@@ -1,12 +1,12 @@
-"""Does the simulator tell the truth? A real server and `cobatch simulate` with the same arrivals.
+"""The accuracy of the simulator: a real server and `cobatch simulate` with the same arrivals.
 
-`python -m benchmarks.scheduling.truth [--model wide] [--seconds 10] [--rounds 3]`: measures the model's
-profile as `cobatch profile` does, then for each load a server on this machine is sent requests at random
-times (Poisson), each with a deadline, and the same times are played in the simulator. What is compared is
-goodput (answered within the deadline, counted from when they should have left) and the p99 of what was
-answered. What HTTP costs server and generator is measured too, for the two share a core (`--request-us` of
-the simulator). The profile is measured in each round, just before, because the machine's speed drifts. Loads
-are parts of the profile's capacity under the deadline.
+`python -m benchmarks.scheduling.truth [--model wide] [--seconds 10] [--rounds 3]` measures the model's
+profile as `cobatch profile` does; then, for each load, it sends a server on this machine requests with
+deadlines at random times (Poisson) and plays the same times in the simulator. It compares goodput (answers
+within the deadline, counted from the time they were due) and the p99 of the answers. The CPU time of HTTP in
+server and generator is measured too, since they share a core (the simulator's `--request-us`). The profile is
+measured in each round, because the machine's speed drifts. Loads are parts of the profile's capacity under
+the deadline.
 """
 
 from __future__ import annotations
@@ -15,37 +15,35 @@ import argparse
 import json
 import resource
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-import numpy as np
-
 from benchmarks.common import wire
 from benchmarks.common.models import model_path
-from benchmarks.common.open_loop import Load, drive
+from benchmarks.common.open_loop import Load, drive, poisson
 from benchmarks.common.processes import Server, cobatch
 from cobatch.batcher.simulator.bound import capacity
 from cobatch.batcher.simulator.engine import Profile
 from cobatch.batcher.simulator.measure import measure
 from cobatch.batcher.simulator.scenario import Scenario, results_of, run
-from cobatch.batcher.simulator.traffic import Caller, Poisson, Recorded, Trace
+from cobatch.batcher.simulator.traffic import Caller, Recorded, Trace
 from cobatch.engines.loader import load_engine
 
 LOADS = (0.5, 0.8, 1.2, 2.0)
 _BODIES = 32
 _MAX_BATCH_SIZE = 64
 _PROFILE_S = 4.0
-# Between the loop and the engine's thread, and back: two wake-ups and the work of the loop.
+# From the loop to the engine's thread, and back: two wake-ups and the work of the loop.
 _HANDOVER_MS = 0.1
-# To find out what HTTP costs on both sides: parts of the capacity, for so long each.
+# To measure the cost of HTTP on both sides.
 _TRIED_LOADS = (0.1, 0.5)
 _TRIED_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Of one run: answered in time, per second, and the p99 of what was answered, in ms."""
+    """The figures of a run: answers in time per second, and the p99 latency in ms."""
 
     goodput: float
     p99_ms: float
@@ -76,13 +74,9 @@ def main() -> None:
     for load, pairs in found.items():
         print(f"| {load:g} | " + " | ".join(column(pairs, "goodput") + column(pairs, "p99_ms")) + " |")
     if options.json is not None:
-        rows = [{"load": load, "rounds": [[vars_of(one) for one in pair] for pair in pairs]}
+        rows = [{"load": load, "rounds": [[asdict(one) for one in pair] for pair in pairs]}
                 for load, pairs in found.items()]  # fmt: skip
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
-
-
-def vars_of(seen: Seen) -> dict[str, float]:
-    return {"goodput": seen.goodput, "p99_ms": seen.p99_ms}
 
 
 def shown(seen: Seen) -> str:
@@ -90,14 +84,14 @@ def shown(seen: Seen) -> str:
 
 
 def column(pairs: Sequence[tuple[Seen, Seen]], name: str) -> list[str]:
-    """Medians of both, and the median of the rounds' ratios."""
+    """Return the medians of both, and the median of the rounds' ratios."""
     real_, simulated_ = ([getattr(pair[which], name) for pair in pairs] for which in (0, 1))
     ratio = median(s / r for r, s in zip(real_, simulated_, strict=True))
     return [f"{median(real_):,.1f}", f"{median(simulated_):,.1f}", f"{ratio:.2f}"]
 
 
 def profile_of(model: str) -> Profile:
-    """As `cobatch profile` has it."""
+    """Measure a profile as `cobatch profile` does."""
     engine = load_engine("auto", str(model_path(model)), _MAX_BATCH_SIZE)
     engine.open()
     try:
@@ -107,17 +101,13 @@ def profile_of(model: str) -> Profile:
 
 
 def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
-    """Poisson, the first at 0 s."""
-    times_s = []
-    for time_s in Poisson(rate).times(np.random.default_rng([seed, 7])):
-        if time_s >= seconds:
-            break
-        times_s.append(time_s)
+    """Return times of a Poisson process, the first at 0 s."""
+    times_s = poisson(rate, seconds, [seed, 7])
     return [time_s - times_s[0] for time_s in times_s]
 
 
 def real(options: argparse.Namespace, times_s: Sequence[float]) -> Seen:
-    """A server with default settings, sent the requests."""
+    """Send the requests to a server with default settings."""
     with cobatch(model_path(options.model), options.model, True) as server:
         bodies = [request(options, server, seed) for seed in range(_BODIES)]
         (all_,) = drive(server.address, Load(bodies, times_s), deadline_s=options.deadline_ms / 1000)
@@ -125,26 +115,17 @@ def real(options: argparse.Namespace, times_s: Sequence[float]) -> Seen:
 
 
 def request(options: argparse.Namespace, server: Server, seed: int) -> bytes:
-    """One row, with its deadline, as it goes over the wire."""
+    """Return a request of one row with its deadline as bytes."""
     message = wire.encode(options.model, wire.rows_of(options.model, 1, seed), binary=True)
-    length = int(message.headers[wire.JSON_LENGTH])
-    text = json.loads(message.body[:length])
-    text["parameters"] = {**text.get("parameters", {}), "timeout": int(options.deadline_ms * 1000)}
-    head = json.dumps(text).encode()
-    body = head + message.body[length:]
-    lines = [
-        f"POST /v2/models/{options.model}/infer HTTP/1.1",
-        f"Host: {server.address}",
-        f"Content-Type: {message.headers['Content-Type']}",
-        f"{wire.JSON_LENGTH}: {len(head)}",
-        f"Content-Length: {len(body)}",
-    ]
-    return "\r\n".join([*lines, "", ""]).encode() + body
+    timed = wire.with_deadline(message, options.deadline_ms)
+    return wire.raw_request(timed, server.address, f"/v2/models/{options.model}/infer")
 
 
 def request_us(options: argparse.Namespace, most: float) -> float:
-    """What a request costs the server's event loop and the generator, which share the core that the engine
-    leaves: what more of them cost more, in microseconds."""
+    """Return the CPU time of a request in the server's event loop and the generator, in microseconds.
+
+    They share the core that the engine leaves. The difference between two loads counts.
+    """
     figures = []
     for load in _TRIED_LOADS:
         times_s = arrivals(load * most, _TRIED_S, seed=0)
@@ -158,18 +139,18 @@ def request_us(options: argparse.Namespace, most: float) -> float:
 
 
 def _loop_us(pid: int) -> float:
-    """Of the first thread alone, which the event loop runs on."""
+    """Return the CPU time of the first thread, which runs the event loop."""
     return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[0]) / 1e3
 
 
 def _own_us() -> float:
-    """Of this process and of its children that have ended: generators."""
+    """Return the CPU time of this process and of its finished children, the generators."""
     who = (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
     return sum(one.ru_utime + one.ru_stime for one in who) * 1e6
 
 
 def simulated(options: argparse.Namespace, profile: Profile, us: float, times_s: Sequence[float]) -> Seen:
-    """The same arrivals in virtual time."""
+    """Simulate the same arrivals."""
     scenario = Scenario(
         profile,
         Trace([Recorded(time_s, 1, "") for time_s in times_s]),

@@ -58,7 +58,7 @@ def test_a_request_holds_the_row_and_an_answer_is_read_back(body: Body) -> None:
 @pytest.mark.parametrize("body", [Body.V2_JSON, Body.V2_BINARY])
 def test_a_deadline_is_added_and_the_rest_stays(body: Body) -> None:
     plain = bodies.encode(body, "tiny", wire.rows_of("tiny", 1, 3))
-    timed = bodies.with_deadline(plain, 100)
+    timed = wire.with_deadline(plain, 100)
 
     def split(message: wire.Message) -> tuple[dict[str, object], bytes]:
         length = int(message.headers.get(wire.JSON_LENGTH, len(message.body)))
@@ -74,7 +74,7 @@ def test_a_deadline_is_added_and_the_rest_stays(body: Body) -> None:
 
 def test_on_the_wire_it_is_one_request() -> None:
     message = bodies.encode(Body.RAW, "tiny", wire.rows_of("tiny", 1, 3))
-    head, _, body = bodies.on_the_wire(message, "127.0.0.1:1", "/raw").partition(b"\r\n\r\n")
+    head, _, body = wire.raw_request(message, "127.0.0.1:1", "/raw").partition(b"\r\n\r\n")
     assert head.splitlines()[0] == b"POST /raw HTTP/1.1"
     assert b"Content-Length: 64" in head.splitlines()
     assert body == message.body

@@ -1,5 +1,5 @@
-"""The same small server in each framework's own idiom; each file runs in an environment of its own.
+"""The same small server in the idiom of each framework; each file runs in its own environment.
 
-They know nothing of the rest of the repository: `shared.py` beside them is all they have in common. What they
-are told, they are told by variables of the environment, which `benchmarks.peers.catalogue` sets.
+They import nothing from the repository but `shared.py` beside them. Their settings are environment variables,
+which `benchmarks.peers.servers` sets.
 """

@@ -12,10 +12,10 @@ import shared
 from bentoml.validators import DType
 
 _DTYPE = "int32" if shared.NAME == "magika" else "float32"
-# A goal that its dispatcher works towards, and refuses what would miss it. Until it has learned what a
-# request takes, it takes a fifteenth of the goal for it: with the default, a minute, whoever comes alone
-# waits for company for two thirds of a second. This is a few times what 256 callers have to wait at worst,
-# and still it refuses some.
+# The goal of its dispatcher, which refuses requests that would miss it. Until it has measured the time of a
+# request, it assumes a fifteenth of the goal: with the default of a minute a single request waits two thirds
+# of a second for others. This value is a few times the worst latency of 256 callers, and it still refuses
+# some.
 _GOAL_MS = shared.DEADLINE_MS or (10_000 if shared.NAME == "magika" else 2_000)
 
 

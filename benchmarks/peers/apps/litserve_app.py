@@ -1,4 +1,4 @@
-"""LitServe: a LitAPI with batching, and `fast_queue` (ZeroMQ), which its documentation advises."""
+"""LitServe: a LitAPI with batching and `fast_queue` (ZeroMQ), as its documentation advises."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Predictor(litserve.LitAPI):
     def setup(self, device: str) -> None:  # noqa: ARG002 - its name is LitServe's
         self.model = shared.Model()
 
-    # Not annotated: LitServe would make of the annotation what FastAPI makes of it.
+    # Without annotation: LitServe would pass it to FastAPI.
     def decode_request(self, request):  # type: ignore[no-untyped-def]
         return np.array(request["x"], self.model.dtype)
 

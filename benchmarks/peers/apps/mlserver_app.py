@@ -1,4 +1,4 @@
-"""MLServer: a custom runtime with adaptive batching, in the server's own process, not a pool of workers."""
+"""MLServer: a custom runtime with adaptive batching, in the server's process and not in a pool of workers."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""mosec: a Rust server in front of one worker process; a route for JSON (through orjson), one for raw bytes.
+"""mosec: a Rust server with a route for JSON (with orjson) and one for raw bytes.
 
-Each route has a worker process of its own; the one that is not asked does nothing.
+Each route has its own worker process; the unused one is idle.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mosec.errors import DecodingError
 
 
 class Json(Worker):
-    """`{"x": [...]}` to `{"y": [...]}`. orjson in place of json, which halves what it costs."""
+    """`{"x": [...]}` to `{"y": [...]}`, with orjson, which halves the cost."""
 
     def __init__(self) -> None:
         super().__init__()

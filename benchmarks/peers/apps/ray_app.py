@@ -1,7 +1,7 @@
 """Ray Serve: one replica with `@serve.batch`, JSON and raw bytes.
 
-With what its performance guide advises for throughput: RAY_SERVE_THROUGHPUT_OPTIMIZED and HAProxy in place of
-its own proxy, both set before Ray is imported.
+It has the settings that its performance guide advises for throughput: RAY_SERVE_THROUGHPUT_OPTIMIZED and
+HAProxy in place of its own proxy, both set before Ray is imported.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Predictor:
 
 
 if __name__ == "__main__":
-    # Signals that come while Ray shuts down would leave its processes behind.
+    # Signals during Ray's shutdown would leave its processes running.
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")

@@ -1,6 +1,6 @@
-"""What the peers' apps have in common: what they are told, and the model, which counts its runs.
+"""The settings of the apps, and the model, which counts its runs.
 
-The session has the settings that cobatch's engine gives its own, so nobody's engine is faster than another's.
+The session has the settings of cobatch's engine, so that all engines are equally fast.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ PORT = int(os.environ.get("PEER_PORT", "8000"))
 NAME = os.environ.get("PEER_MODEL_NAME", "")
 MAX_BATCH = int(os.environ.get("PEER_MAX_BATCH", "64"))
 MAX_WAIT_MS = 2
-# Set for the overload case only: each framework then refuses or gives up late requests in its own way.
+# Set in the overload case: each framework then refuses or drops late requests in its own way.
 DEADLINE_MS = int(os.environ.get("PEER_DEADLINE_MS", "0"))
-# How many requests may be inside at once; as good as unlimited but in the overload case.
+# The limit of concurrent requests, large except in the overload case.
 MAX_QUEUE = int(os.environ.get("PEER_MAX_QUEUE", "0")) or 4096
 
 _COUNTS = struct.Struct("=qq")
@@ -44,15 +44,15 @@ class Model:
         self._counts = _counts()
 
     def __call__(self, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """One run; the benchmark reads from the counts how large batches were."""
-        # Not its own sums: mosec has a process for each route, and they take turns.
+        """Run a batch, and count it for the benchmark."""
+        # Read from the file: mosec has a process for each route, and they take turns.
         runs, done = _COUNTS.unpack_from(self._counts)
         _COUNTS.pack_into(self._counts, 0, runs + 1, done + len(rows))
         result: np.ndarray[Any, Any] = self._session.run(None, {self.input.name: rows})[0]
         return result
 
     def stack(self, bodies: list[bytes]) -> np.ndarray[Any, Any]:
-        """Rows that came as bytes, as one array."""
+        """Return rows given as bytes as one array."""
         return np.frombuffer(b"".join(bodies), self.dtype).reshape(len(bodies), self.elements)
 
 

@@ -1,4 +1,4 @@
-"""The recipe found everywhere: an asyncio queue, a loop that gathers a batch, a thread that runs it."""
+"""The common recipe: an asyncio queue, a task that gathers a batch, a thread that runs it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _Waiting = tuple[np.ndarray[Any, Any], "asyncio.Future[np.ndarray[Any, Any]]"]
 
 
 async def gather(queue: asyncio.Queue[_Waiting]) -> list[_Waiting]:
-    """The first that comes, and who else comes within the time or up to the size."""
+    """Wait for a request, and take others until the batch is full or the time is over."""
     loop = asyncio.get_running_loop()
     batch = [await queue.get()]
     until = loop.time() + shared.MAX_WAIT_MS / 1000
@@ -44,7 +44,7 @@ async def work(queue: asyncio.Queue[_Waiting]) -> None:
             continue
         try:
             outputs = await loop.run_in_executor(None, model, np.stack([row for row, _ in batch]))
-        except Exception as error:  # noqa: BLE001 - whoever waits has to hear of it
+        except Exception as error:  # noqa: BLE001 - it is passed to the waiting requests
             for _, future in batch:
                 if not future.done():
                     future.set_exception(error)
@@ -88,7 +88,7 @@ async def late(_request: Request, _error: Exception) -> Response:
 
 
 async def full(_request: Request, _error: Exception) -> Response:
-    return Response(b"too many wait", 503)
+    return Response(b"too many requests are waiting", 503)
 
 
 async def health(_request: Request) -> Response:

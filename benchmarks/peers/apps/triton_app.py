@@ -27,10 +27,10 @@ def infer(**inputs: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def policy() -> QueuePolicy | None:
-    """Who waits too long is refused.
+    """Return a policy that refuses requests after a time in the queue.
 
-    The time is the queue's alone, so the run needs its part of the deadline. `max_queue_size` does harm here:
-    with it as small as the deadline wants, Triton was busy refusing, and answered a third as many in time.
+    The time excludes the run, which needs its part of the deadline. `max_queue_size` does harm here: with a
+    value that fits the deadline Triton was busy refusing, and answered a third as many in time.
     """
     if not shared.DEADLINE_MS:
         return None

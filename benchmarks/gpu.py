@@ -1,8 +1,8 @@
-"""What ./scripts/gpu-check measures (with tests/engines/tensorrt/test_gpu.py) and the report that it prints.
+"""The measurements of ./scripts/gpu-check (with tests/engines/tensorrt/test_gpu.py), and its report.
 
-All of it works on any engine, so that ONNX Runtime on the CPU exercises it where there is no GPU.
+They work with any engine, so that ONNX Runtime on the CPU tests them without a GPU.
 
-`python -m benchmarks.gpu LINES` prints the report from the lines that the tests noted.
+`python -m benchmarks.gpu LINES` prints the report from the lines that the tests recorded.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import numpy as np
 
 from cobatch.engines.base import Array, Engine, RowShapes, TensorSpec
 
-# Where the tests note their lines; ./scripts/gpu-check sets it.
+# The variable with the file of the recorded lines; ./scripts/gpu-check sets it.
 REPORT = "GPU_REPORT"
-# The largest difference from the reference, as a part of the reference's largest value. FP32 products are
+# The largest difference from the reference, relative to the reference's largest value. FP32 products are
 # rounded to TF32 (10 bits) on the GPU.
 TOLERANCES = {"FP32": 5e-3, "FP16": 1e-2, "BF16": 5e-2}
 _TRTEXEC_AT = (Path("/usr/src/tensorrt/bin"), Path("/opt/tensorrt/bin"), Path("/usr/local/tensorrt/bin"))
@@ -40,17 +40,17 @@ _SECTIONS = ("build", "accuracy", "graphs", "throughput", "profiles", "sustained
 
 
 def to_bf16(values: Array) -> Array:
-    """FP32 as the bits of BF16, cut off (the values that the tests use need no rounding)."""
+    """Return FP32 as the bits of BF16, truncated (the values of the tests need no rounding)."""
     return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
 def from_bf16(bits: Array) -> Array:
-    """The bits of BF16 as FP32."""
+    """Return the bits of BF16 as FP32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def random_rows(spec: TensorSpec, rows: int, seed: int = 1) -> Array:
-    """Rows for an input; integers are below 128, so that they are a byte and a token as well."""
+    """Return random rows for an input; integers are below 128, valid as bytes and as tokens."""
     rng = np.random.default_rng(seed)
     shape = (rows, *spec.shape)
     if spec.datatype == "BF16":
@@ -63,19 +63,19 @@ def random_rows(spec: TensorSpec, rows: int, seed: int = 1) -> Array:
 
 
 def row_shapes(arrays: Sequence[Array]) -> RowShapes:
-    """What the engine is told beside the number of rows."""
+    """Return the shapes of a row of each input."""
     return tuple(tuple(array.shape[1:]) for array in arrays)
 
 
 def pack(engine: Engine, slot: int, arrays: Sequence[Array]) -> None:
-    """Write rows into a slot. No reference to its buffers is left, which a traceback would keep alive."""
+    """Write rows into a slot, without keeping a reference to its buffers."""
     rows = len(arrays[0])
     for buffer, array in zip(engine.inputs(slot, rows, row_shapes(arrays)), arrays, strict=True):
         buffer[:rows] = array
 
 
 def run(engine: Engine, arrays: Sequence[Array], slot: int = 0) -> tuple[Array, ...]:
-    """One batch, as the worker runs it; copies of its outputs."""
+    """Run a batch as the worker does, and return copies of its outputs."""
     rows, shapes = len(arrays[0]), row_shapes(arrays)
     pack(engine, slot, arrays)
     engine.enqueue(slot, rows, shapes)
@@ -83,7 +83,7 @@ def run(engine: Engine, arrays: Sequence[Array], slot: int = 0) -> tuple[Array, 
 
 
 def difference(datatype: str, ours: Array, theirs: Array) -> float:
-    """The largest difference, as a part of the reference's largest value; NaN is infinitely far."""
+    """Return the largest difference relative to the reference's largest value; infinity for NaN."""
     if ours.shape != theirs.shape:
         return float("inf")
     a, b = ((from_bf16(x) if datatype == "BF16" and x.dtype == np.uint16 else x) for x in (ours, theirs))
@@ -99,9 +99,9 @@ def difference(datatype: str, ours: Array, theirs: Array) -> float:
 
 
 def pipelined(engine: Engine, arrays: Sequence[Array], seconds: float) -> float:
-    """Rows a second with every slot busy: one batch is enqueued before the last one is waited for.
+    """Return rows per second with all slots busy: a batch is enqueued before the previous one ends.
 
-    The buffers are packed once: what is measured is copies and execution, as trtexec measures them.
+    The buffers are packed once: copies and execution are measured, as by trtexec.
     """
     rows, shapes = len(arrays[0]), row_shapes(arrays)
     for slot in range(engine.slots):
@@ -125,7 +125,7 @@ def pipelined(engine: Engine, arrays: Sequence[Array], seconds: float) -> float:
 
 
 def latency_us(engine: Engine, arrays: Sequence[Array], runs: int = 200) -> float:
-    """The median of a batch alone, from enqueue to outputs."""
+    """Return the median time of a single batch, from enqueue to outputs."""
     rows, shapes = len(arrays[0]), row_shapes(arrays)
     run(engine, arrays)
     taken = []
@@ -139,18 +139,18 @@ def latency_us(engine: Engine, arrays: Sequence[Array], runs: int = 200) -> floa
 
 @dataclass(frozen=True, slots=True)
 class Sustained:
-    """Rows a second in each of several windows, one after another."""
+    """Rows per second in consecutive windows."""
 
     windows: tuple[float, ...]
 
     @property
     def steadiness(self) -> float:
-        """The slowest window as a part of the median one."""
+        """The rate of the slowest window relative to the median."""
         return min(self.windows) / float(np.median(self.windows))
 
 
 def sustained(engine: Engine, arrays: Sequence[Array], windows: int, seconds: float) -> Sustained:
-    """Full load, and how steady it is."""
+    """Measure the rate at full load in several windows."""
     return Sustained(tuple(pipelined(engine, arrays, seconds) for _ in range(windows)))
 
 
@@ -158,7 +158,7 @@ def sustained(engine: Engine, arrays: Sequence[Array], windows: int, seconds: fl
 
 
 def find_trtexec() -> Path | None:
-    """`$TRTEXEC`, on the path, or where NVIDIA's packages and images put it."""
+    """Find trtexec: `$TRTEXEC`, PATH, or the folders of NVIDIA's packages and images."""
     named = os.environ.get("TRTEXEC") or shutil.which("trtexec")
     if named:
         return Path(named)
@@ -168,12 +168,12 @@ def find_trtexec() -> Path | None:
 def trtexec_command(
     program: Path, plan: Path, shapes: dict[str, tuple[int, ...]], seconds: int, *, graphs: bool, streams: int
 ) -> list[str]:
-    """Runs the plan as the engine does: with copies, on as many streams as there are slots."""
-    told = ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
+    """Return a command that runs the plan as the engine does: with copies, on a stream for each slot."""
+    sizes = ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
     return [
         str(program),
         f"--loadEngine={plan}",
-        f"--shapes={told}",
+        f"--shapes={sizes}",
         f"--duration={seconds}",
         "--warmUp=500",
         f"--infStreams={streams}",
@@ -182,15 +182,15 @@ def trtexec_command(
 
 
 def trtexec_qps(output: str) -> float:
-    """Batches a second, from what it prints; ValueError with its last lines where it says none."""
+    """Parse batches per second from trtexec's output. Raises ValueError."""
     found = _THROUGHPUT.findall(output)
     if not found:
-        raise ValueError("trtexec told no throughput: " + " | ".join(output.splitlines()[-5:]))
+        raise ValueError("trtexec reported no throughput: " + " | ".join(output.splitlines()[-5:]))
     return float(found[-1])
 
 
 def trtexec_rows_per_s(command: Sequence[str], rows: int) -> float:
-    """Run it. Raises ValueError."""
+    """Run trtexec. Raises ValueError."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     return trtexec_qps(done.stdout + done.stderr) * rows
 
@@ -199,7 +199,7 @@ def trtexec_rows_per_s(command: Sequence[str], rows: int) -> float:
 
 
 def note(section: str, text: str) -> None:
-    """A line of the report, kept where ./scripts/gpu-check reads it; elsewhere nothing happens."""
+    """Record a line of the report for ./scripts/gpu-check; without it, do nothing."""
     path = os.environ.get(REPORT)
     if path:
         with Path(path).open("a") as lines:
@@ -207,7 +207,7 @@ def note(section: str, text: str) -> None:
 
 
 def machine(ask: Callable[[], str] | None = None) -> list[str]:
-    """What the figures hold for."""
+    """Return a description of the machine."""
     versions = []
     for package in (
         "cobatch",
@@ -228,7 +228,7 @@ def machine(ask: Callable[[], str] | None = None) -> list[str]:
         f"host: {platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         f"packages: {', '.join(versions)}",
         f"trtexec: {find_trtexec() or 'not found'}",
-        f"CUDA graphs: {'cuda-bindings is there' if _has('cuda.bindings') else 'no cuda-bindings'}",
+        f"CUDA graphs: {'cuda-bindings is installed' if _has('cuda.bindings') else 'no cuda-bindings'}",
     ]
 
 
@@ -251,7 +251,7 @@ def _has(module: str) -> bool:
 
 
 def report(lines: Sequence[str], about: Sequence[str]) -> str:
-    """The whole report from noted lines, section by section."""
+    """Return the report from the recorded lines, section by section."""
     noted: dict[str, list[str]] = {section: [] for section in _SECTIONS}
     for line in lines:
         section, text = json.loads(line)
@@ -261,7 +261,7 @@ def report(lines: Sequence[str], about: Sequence[str]) -> str:
         parts += [
             "",
             section,
-            *(f"  {text}" for text in texts or ["(nothing was noted: see the tests above)"]),
+            *(f"  {text}" for text in texts or ["(no lines: see the tests above)"]),
         ]
     return "\n".join(parts) + "\n"
 
