@@ -1,4 +1,4 @@
-"""The generated tables of docs/ are up to date."""
+"""The generated tables in docs/ are up to date."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 from tests.support.paths import ROOT
 
 
-def test_the_tables_of_the_documentation_are_up_to_date() -> None:
+def test_generated_tables_are_up_to_date() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "docs.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -31,7 +31,7 @@ from cobatch.server.inference.model import Model
 from cobatch.server.settings.schema import ModelSettings
 from tests.support.http.serving import DEADLINE_S, GatedEngine
 from tests.support.virtual.loop import Call, FakeEngine, FakeWorker, calls, make_batcher, run
-from tests.support.virtual.tenants import Asked, Metered
+from tests.support.virtual.tenants import CallWithCallback, Metered
 
 RUN_S = 0.010
 LIMIT_S = 0.100
@@ -434,7 +434,7 @@ def test_a_callback_may_submit_again_at_once() -> None:
             again.append(Call([[5, 5]]))
             house.submit(again[-1])
 
-        house.submit(*(Asked(1, 2, submit) for _ in range(8)))
+        house.submit(*(CallWithCallback(1, 2, submit) for _ in range(8)))
         await asyncio.sleep(1)
         assert len(again) == 8
         for caller in again:

@@ -1,4 +1,4 @@
-"""Batches for POST /batch, and their answers."""
+"""Requests for POST /batch, and their answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.http.serving import GATE, rows_of
 
 
 def infer(number: int, *rows: int, **more: Any) -> dict[str, Any]:
-    """An item that asks `gate` for its rows, the number by default."""
+    """Return an infer item for `gate`; its only row is `number` by default."""
     return {"id": f"i{number}", "url": GATE, "method": "POST", "body": rows_of(*rows or (number,)), **more}
 
 
@@ -20,7 +20,7 @@ def get(url: str, **more: Any) -> dict[str, Any]:
 
 
 async def ask(running: InProcess, *items: dict[str, Any], **headers: str) -> list[dict[str, Any]]:
-    """The responses of one batch, in which nothing is wrong as a whole."""
+    """Return the responses of a batch that was accepted as a whole."""
     response = await running.http.post("/batch", json={"requests": items}, headers=headers)
     assert response.status_code == 200, response.text
     assert response.headers["content-type"] == "application/json"
@@ -33,7 +33,7 @@ async def ask(running: InProcess, *items: dict[str, Any], **headers: str) -> lis
 
 
 def slug(answer: dict[str, Any] | httpx.Response) -> str:
-    """Which problem an item's answer, or a whole one, is."""
+    """Return the kind of problem of an item's answer or a whole answer."""
     if isinstance(answer, httpx.Response):
         answer = {
             "status": answer.status_code,

@@ -1,4 +1,4 @@
-"""Infer requests in the binary form, made by hypothesis: whole ones, and ones damaged in their parts."""
+"""Hypothesis strategies for infer requests in the binary form, valid and damaged."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ SIGNATURES = [
 
 @dataclass
 class Message:
-    """An infer request in the binary form, whole or damaged."""
+    """An infer request in the binary form, valid or damaged."""
 
     json: Any
-    tails: list[tuple[dict[str, Any], bytes]]  # of the inputs that came as binary, in their order
+    tails: list[tuple[dict[str, Any], bytes]]  # of the binary inputs, in order
     header: str | None = None  # instead of the JSON's length
-    damage: list[Callable[[bytes], bytes]] = field(default_factory=list)  # of the finished body
+    damage: list[Callable[[bytes], bytes]] = field(default_factory=list)  # applied to the complete body
 
     def build(self) -> tuple[bytes, str]:
-        """Body and header."""
+        """Return body and header."""
         text = json.dumps(self.json).encode()
         body = text + b"".join([data for _, data in self.tails])
         for change in self.damage:
@@ -47,7 +47,7 @@ class Message:
 
 
 def values(draw: st.DrawFn, spec: TensorSpec, elements: int) -> tuple[bytes, list[Any] | None]:
-    """Random elements: as binary, and as JSON where that can be."""
+    """Return random elements as binary, and as JSON where possible."""
     if spec.datatype == "BYTES":
         words = draw(st.lists(st.text(max_size=5), min_size=elements, max_size=elements))
         coded = [word.encode() for word in words]
@@ -64,7 +64,7 @@ def values(draw: st.DrawFn, spec: TensorSpec, elements: int) -> tuple[bytes, lis
 
 @st.composite
 def whole(draw: st.DrawFn, signature: Signature) -> Message:
-    """A good message: each input in binary or in JSON, as chance has it."""
+    """Draw a valid message; each input is binary or JSON."""
     rows = draw(st.integers(1, 3))
     inputs, tails = [], []
     for spec in draw(st.permutations(signature.inputs)):
@@ -93,7 +93,7 @@ anything = st.recursive(
 
 
 def damage_tensor(draw: st.DrawFn, tensor: dict[str, Any]) -> None:
-    """Damage what an input says of itself."""
+    """Damage the description of an input."""
     key = draw(st.sampled_from(["name", "data", "parameters", "shape", "datatype"]))
     shape = tensor.get("shape")
     match draw(st.integers(0, 5)):
@@ -110,7 +110,7 @@ def damage_tensor(draw: st.DrawFn, tensor: dict[str, Any]) -> None:
 
 
 def damage_sizes(draw: st.DrawFn, message: Message) -> None:
-    """Damage that fits together at first sight: sizes that add up, shapes of the right rank."""
+    """Damage an input plausibly: sizes still add up, shapes keep their rank."""
     match draw(st.integers(0, 2)):
         case 0 if message.tails:
             at = draw(st.integers(0, len(message.tails) - 1))
@@ -127,7 +127,7 @@ def damage_sizes(draw: st.DrawFn, message: Message) -> None:
             tensor = draw(st.sampled_from(message.json["inputs"]))
             kinds = [spec for spec in SPECS if spec.name == tensor.get("name")] or SPECS
             tensor["shape"] = [1, *(draw(integers) if size == -1 else size for size in kinds[0].shape)]
-            if draw(st.booleans()):  # no elements: whatever else the shape says, no data is missing
+            if draw(st.booleans()):  # no elements, so no data is missing for any shape
                 tensor["shape"][1:] = [draw(st.sampled_from(EDGES)) for _ in kinds[0].shape]
                 tensor["shape"][-1] = 0
                 tensor["data"] = []
@@ -136,7 +136,7 @@ def damage_sizes(draw: st.DrawFn, message: Message) -> None:
 
 
 def damage_body(draw: st.DrawFn) -> Callable[[bytes], bytes]:
-    """Cut it, put something in, or put something in place of something."""
+    """Cut, insert or replace bytes of the body."""
     at = draw(st.integers(0, 300))
     more = draw(st.binary(min_size=1, max_size=20))
     match draw(st.integers(0, 2)):
@@ -149,7 +149,7 @@ def damage_body(draw: st.DrawFn) -> Callable[[bytes], bytes]:
 
 
 def damage(draw: st.DrawFn, message: Message) -> None:
-    """Damage one part of it."""
+    """Damage one part of the message."""
     inputs = message.json["inputs"]
     match draw(st.integers(0, 9)):
         case 0:
@@ -170,7 +170,7 @@ def damage(draw: st.DrawFn, message: Message) -> None:
 
 @st.composite
 def hostile(draw: st.DrawFn, signature: Signature) -> Message:
-    """A good message damaged in up to three places."""
+    """Draw a valid message and damage it in up to three places."""
     message = draw(whole(signature))
     for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
         damage(draw, message)

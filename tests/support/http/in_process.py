@@ -1,4 +1,4 @@
-"""The whole application in the test's own event loop, through httpx: no sockets, no threads but engines'."""
+"""The whole application in the test's event loop, through httpx: no sockets, and threads only for engines."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class InProcess:
     http: httpx.AsyncClient
 
     def batcher(self, name: str = "gate") -> Batcher:
-        """A loaded model's batcher."""
+        """Return a loaded model's batcher."""
         batcher = self.core.models[name].batcher
         assert batcher is not None
         return batcher
@@ -51,7 +51,7 @@ async def in_process(
     auth: AuthSettings | None = None,
     **settings: Any,
 ) -> AsyncIterator[InProcess]:
-    """The application with its lifespan; `engines` by path go before what the files would be loaded with."""
+    """Run the application with its lifespan. `engines`, by path, replace the engines of model files."""
     fakes = engines or {}
 
     def load(kind: str, path: str, max_batch_size: int, options: EngineOptions) -> Engine:
@@ -71,7 +71,7 @@ async def in_process(
     inner = app.app._app if isinstance(app.app, Gate) else app.app
     assert isinstance(inner, InferRoutes)
     starlette: Any = inner.app
-    # What goes wrong inside must come back as a response, as it does over a socket.
+    # An exception becomes a response, as it does over a socket.
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     with mock.patch.object(cobatch.server.inference.model, "load_engine", load):
         async with (
@@ -94,9 +94,9 @@ async def in_process(
 async def gated(
     *, max_queue_rows: int = 1000, ready: bool = True, engine: GatedEngine | None = None, **settings: Any
 ) -> AsyncIterator[tuple[InProcess, GatedEngine]]:
-    """One model, `gate`, whose engine the test holds; batches of at most 4 rows."""
+    """Run one model, `gate`, with a GatedEngine and batches of at most 4 rows."""
     engine = engine or GatedEngine()
     model = ModelSettings(path="gate", max_batch_size=engine.max_batch_size, max_queue_rows=max_queue_rows)
     async with in_process(model, engines={"gate": engine}, ready=ready, **settings) as running:
-        engine.ran.clear()  # the warm-up's
+        engine.ran.clear()  # the warm-up's runs
         yield running, engine

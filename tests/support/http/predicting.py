@@ -1,4 +1,4 @@
-"""The application in this process, through httpx, with its lifespan run; for tests of the native resource."""
+"""The application in this process, through httpx, for tests of /v1 predictions."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class App:
     async def predict(
         self, model: str, message: object, headers: Mapping[str, str] | None = None
     ) -> httpx.Response:
-        """POST a prediction in JSON."""
+        """POST a prediction in JSON; return the answer."""
         return await self.client.post(f"/v1/models/{model}/predictions", json=message, headers=headers)
 
     async def later(self, *rows: int, headers: Mapping[str, str] | None = None, **more: Any) -> str:
-        """Start a prediction of `gate` that is answered later: where it is."""
+        """Start an asynchronous prediction of `gate`; return its URL."""
         prefer = {"Prefer": "respond-async"} | dict(headers or {})
         answer = await self.predict("gate", rows_of(*rows, **more), prefer)
         assert answer.status_code == 202, answer.text
@@ -56,7 +56,7 @@ class App:
 
 
 class Subjects:
-    """In place of the gate: the caller is whoever the header says."""
+    """Replaces the gate: a header names the principal."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -68,7 +68,7 @@ class Subjects:
 
 
 def principal(name: str) -> Principal:
-    """A caller who may run every model."""
+    """Return a principal that may run every model."""
     may = frozenset(("infer", "metadata"))
     return Principal(Tenant(name), name, permissions=may, expires_s=math.inf, rules={})
 
@@ -77,7 +77,7 @@ def principal(name: str) -> Principal:
 async def running(
     served: tuple[ModelSettings, ...], engines: Mapping[str, Engine] | None = None, **settings: Any
 ) -> AsyncIterator[App]:
-    """Run the application with these models; `engines` by path go before what the files would load."""
+    """Run the application with these models. `engines`, by path, replace the engines of model files."""
     fakes = engines or {}
 
     def load(kind: str, path: str, max_batch_size: int, options: EngineOptions) -> Engine:
@@ -107,11 +107,11 @@ async def running(
 
 @contextlib.asynccontextmanager
 async def gated(*, hold: bool = True, **settings: Any) -> AsyncIterator[tuple[App, GatedEngine]]:
-    """The application with one model, `gate`, at most 4 rows a batch, 8 may wait, held from the start."""
+    """Run one model, `gate`, held from the start: batches of at most 4 rows, a queue of 8."""
     engine = GatedEngine()
     model = ModelSettings(path="gate", max_batch_size=engine.max_batch_size, max_queue_rows=8)
     async with running((model,), {"gate": engine}, **settings) as app:
-        engine.ran.clear()  # what the warm-up ran
+        engine.ran.clear()  # the warm-up's runs
         if hold:
             engine.hold()
         yield app, engine
@@ -119,7 +119,7 @@ async def gated(*, hold: bool = True, **settings: Any) -> AsyncIterator[tuple[Ap
 
 @contextlib.asynccontextmanager
 async def small_models(folder: Path) -> AsyncIterator[App]:
-    """The application with real models, batches of 4 rows, 50 rows in the queue, bodies up to 100 kB."""
+    """Run real models: batches of 4 rows, a queue of 50 rows, bodies up to 100 kB."""
     files = {
         "add": models.two_inputs(),
         "negate": models.negate(width=3),
@@ -147,7 +147,7 @@ def any_size() -> bytes:
 
 
 def outputs(answer: httpx.Response) -> Any:
-    """The outputs of a prediction that was completed."""
+    """Return the outputs of a completed prediction."""
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"] == "application/json"
     assert answer.json()["status"] == "completed"
@@ -155,26 +155,26 @@ def outputs(answer: httpx.Response) -> Any:
 
 
 def b64(array: np.ndarray[Any, Any], dtype: str | None = None) -> dict[str, Any]:
-    """A tensor as JSON carries bytes."""
+    """Encode a tensor as base64 in JSON."""
     data = base64.b64encode(array.tobytes()).decode()
     return {"b64": data, "dtype": dtype or array.dtype.name, "shape": list(array.shape)}
 
 
 async def began(engine: GatedEngine) -> list[int]:
-    """Wait until a batch has begun and stands still: its first column."""
+    """Wait until a batch is held; return its first column."""
     return await asyncio.to_thread(engine.began.get, timeout=DEADLINE_S)
 
 
 def rows_of(*rows: int, **more: Any) -> dict[str, Any]:
-    """A request for `gate`: one number in each row."""
+    """Return a request for `gate` with one number in each row."""
     return {"inputs": {"x": [[row] for row in rows]}, **more}
 
 
 async def leave(
     app: App, path: str, message: object, engine: GatedEngine, headers: Mapping[str, str]
 ) -> None:
-    """A client that sends a request and leaves once its batch has begun."""
-    body = json.dumps(message, separators=(",", ":")).encode()  # as httpx writes it
+    """Send a request and disconnect once its batch has started."""
+    body = json.dumps(message, separators=(",", ":")).encode()  # as httpx encodes it
     sent = False
 
     async def receive() -> dict[str, Any]:
@@ -186,7 +186,7 @@ async def leave(
         return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
-        """Nobody is there."""
+        """Ignore a response to a disconnected client."""
 
     fields = {"content-type": "application/json"} | dict(headers)
     scope = {
@@ -198,7 +198,7 @@ async def leave(
 
 
 def slug(answer: httpx.Response) -> str:
-    """Which problem an answer is."""
+    """Return the kind of problem of an answer."""
     assert answer.headers["content-type"] == "application/problem+json"
     problem = answer.json()
     assert problem["status"] == answer.status_code

@@ -1,4 +1,4 @@
-"""`cobatch serve` as a process of its own, by its real console script, and connections to it."""
+"""`cobatch serve` as a child process, started by its console script, and connections to it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.support.models.gate import HELD
 from tests.support.paths import ROOT
 
 COBATCH = Path(sys.executable).with_name("cobatch")
-# Only bounds a test that would otherwise hang; the server's own longest wait by default is 30 s.
+# Reached only by a bug; the server's longest wait is 30 s by default.
 WAIT_S = 60.0
 
 
 class Answer:
-    """A response, read to its end."""
+    """A complete response."""
 
     def __init__(self, response: HTTPResponse) -> None:
         self.status = response.status
@@ -34,12 +34,12 @@ class Answer:
 
     @property
     def json(self) -> Any:
-        """The body."""
+        """The body as JSON."""
         return json.loads(self.body)
 
     @property
     def rows(self) -> Any:
-        """The one output of an infer answer, nested as its shape says."""
+        """The only output of an infer answer, as a list of rows."""
         assert self.status == 200, self.body
         (output,) = self.json["outputs"]
         rows, *row_shape = output["shape"]
@@ -55,7 +55,7 @@ class Connection:
         self._http = HTTPConnection("127.0.0.1", port, timeout=WAIT_S)
 
     def get(self, path: str) -> Answer:
-        """GET and its answer."""
+        """Send a GET; return its answer."""
         self._http.request("GET", path)
         return self.answer()
 
@@ -64,7 +64,7 @@ class Connection:
         self._http.request("POST", f"/v2/models/{model}/infer", _body(rows, datatype))
 
     def send_half(self, model: str, rows: list[list[Any]]) -> bytes:
-        """Write an infer request's headers and the first half of its body; the other half."""
+        """Write an infer request's headers and the first half of its body; return the second half."""
         body = _body(rows, "FP32")
         self._http.putrequest("POST", f"/v2/models/{model}/infer")
         self._http.putheader("Content-Length", str(len(body)))
@@ -72,20 +72,20 @@ class Connection:
         return body[len(body) // 2 :]
 
     def send_rest(self, body: bytes) -> None:
-        """Write what `send_half` left."""
+        """Write the half that `send_half` returned."""
         self._http.send(body)
 
     def answer(self) -> Answer:
-        """Read the answer to what was sent."""
+        """Read the next answer."""
         return Answer(self._http.getresponse())
 
     def infer(self, model: str, rows: list[list[Any]], datatype: str = "FP32") -> Answer:
-        """An infer request and its answer."""
+        """Send an infer request; return its answer."""
         self.send_infer(model, rows, datatype)
         return self.answer()
 
     def close(self) -> None:
-        """Leave."""
+        """Close the connection."""
         self._http.close()
 
 
@@ -95,10 +95,10 @@ def _body(rows: list[list[Any]], datatype: str) -> bytes:
 
 
 class Cobatch:
-    """A running `cobatch serve`. As a context manager it leaves no process behind.
+    """A running `cobatch serve`; as a context manager it leaves no process behind.
 
-    `gate`: run under `tests.support.models.gate`; `opening`: hold models at their opening too. `folder` is
-    where the process's files go. The environment is this process's without COBATCH_* and with `env`.
+    `gate`: hold runs with `tests.support.models.gate`, with `opening` also the opening of models. The process
+    writes its files to `folder`. It inherits the environment without COBATCH_*, updated with `env`.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Cobatch:
         self.stderr_path = folder / "stderr.txt"
         self.stdout: list[str] = []
         self._connections: list[Connection] = []
-        self._said = threading.Condition()
+        self._changed = threading.Condition()
         self._ended = False
         self._gate, theirs = socket.socketpair()
         self._gate.settimeout(WAIT_S)
@@ -138,7 +138,7 @@ class Cobatch:
                 cwd=cwd,
                 env=environ | dict(env or {}),
                 pass_fds=[theirs.fileno()],
-                # A process group of its own, so that what it leaves behind can be seen.
+                # A process group of its own, to detect processes left behind.
                 start_new_session=True,
             )
         self._reader = threading.Thread(target=self._read, name="cobatch-stdout", daemon=True)
@@ -148,35 +148,35 @@ class Cobatch:
         assert self.process.stdout is not None
         with self.process.stdout as lines:
             for line in lines:
-                with self._said:
+                with self._changed:
                     self.stdout.append(line.rstrip("\n"))
-                    self._said.notify_all()
-        with self._said:
+                    self._changed.notify_all()
+        with self._changed:
             self._ended = True
-            self._said.notify_all()
+            self._changed.notify_all()
 
-    # What it says
+    # Output
 
     def line(self, start: str) -> str:
-        """The rest of the line on stdout that starts so, waited for."""
+        """Wait for the line on stdout with this start; return its rest."""
 
-        def said() -> list[str]:
+        def rests() -> list[str]:
             return [line.removeprefix(start) for line in self.stdout if line.startswith(start)]
 
-        with self._said:
-            self._said.wait_for(lambda: said() or self._ended, WAIT_S)
-            lines = said()
+        with self._changed:
+            self._changed.wait_for(lambda: rests() or self._ended, WAIT_S)
+            lines = rests()
         assert len(lines) == 1, f"{start!r} expected once in {self.stdout}; stderr:\n{self.stderr}"
         return lines[0]
 
     @property
     def stderr(self) -> str:
-        """What it wrote to stderr so far."""
+        """Its stderr so far."""
         return self.stderr_path.read_text()
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """The port that it listens on."""
         return int(self.line("cobatch: listening on http://127.0.0.1:"))
 
     def ready(self) -> Self:
@@ -184,21 +184,21 @@ class Cobatch:
         self.line("cobatch: ready: ")
         return self
 
-    # What it is told
+    # Control
 
     def connect(self) -> Connection:
-        """A connection that the server has accepted and answered on."""
+        """Open a connection and wait until the server has answered on it."""
         connection = Connection(self.port)
         self._connections.append(connection)
         assert connection.get("/v2/health/live").status == 200
         return connection
 
     def held(self) -> None:
-        """Wait until a run, or an opening, stands at the gate."""
+        """Wait until a run, or the opening of a model, is held at the gate."""
         assert self._gate.recv(1) == HELD, self.stderr
 
     def release(self) -> None:
-        """Let it go on."""
+        """Release the held run or opening."""
         self._gate.sendall(b"g")
 
     def signal(self, number: int = signal.SIGTERM) -> None:
@@ -206,14 +206,14 @@ class Cobatch:
         self.process.send_signal(number)
 
     def not_ready(self, connection: Connection) -> None:
-        """Ask over this connection until the server says that it is not ready."""
+        """Poll over this connection until the server is not ready."""
         for _ in range(100_000):
             if connection.get("/v2/health/ready").status == 503:
                 return
         raise AssertionError("still ready")
 
     def wait(self) -> int:
-        """Wait for the end; the exit status. Nothing of its process group is left then."""
+        """Wait for the exit; return the status. Checks that its process group is empty."""
         status = self.process.wait(WAIT_S)
         self._reader.join(WAIT_S)
         with contextlib.suppress(ProcessLookupError):
@@ -222,7 +222,7 @@ class Cobatch:
         return status
 
     def stop(self) -> int:
-        """SIGTERM and the end."""
+        """Send SIGTERM; wait for the exit and return its status."""
         self.signal()
         return self.wait()
 

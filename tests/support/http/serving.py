@@ -1,9 +1,8 @@
-"""A real server on loopback in a thread of this process, and a client that speaks bytes.
+"""A real server on loopback in a thread of this process, and a client that sends and receives bytes.
 
-The server is `server.serve.Server` under uvicorn with a socket of its own; only its signals are left
-out. A test that must hold a batch gives it a `GatedEngine`, which runs under the real worker and
-stands still while its gate is shut. Nothing here sleeps: a test waits for the server's own events
-(`Served.until`), with a deadline that only a broken server ever reaches.
+The server is `server.serve.Server` under uvicorn with its own socket, without signal handlers. To hold a
+batch, a test uses a `GatedEngine`, which runs under the real worker and blocks while its gate is shut.
+Nothing sleeps: a test waits for events of the server (`Served.until`), with a deadline that only bugs reach.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ T = TypeVar("T")
 
 
 class GatedEngine(FakeEngine):
-    """y = 2 * x; while `hold` is in force a batch that has begun does not end.
+    """y = 2 * x. After `hold`, a batch that started does not finish before `release`.
 
-    `began` gets the first column of each batch that begins while held. With `answer_width`, rows of
-    two numbers are answered with that many copies of twice the first.
+    `began` receives the first column of each batch that starts while held. With `answer_width`, the output
+    for rows of two numbers is `answer_width` copies of twice the first.
     """
 
     platform = "gated"
@@ -60,16 +59,16 @@ class GatedEngine(FakeEngine):
         self._rows: dict[int, int] = {}
 
     def hold(self) -> None:
-        """Shut the gate."""
+        """Shut the gate: batches block."""
         self._gate.clear()
 
     def release(self) -> None:
-        """Open it."""
+        """Open the gate: blocked batches finish."""
         self._gate.set()
 
     def open(self) -> None:
         if not self.may_open.wait(DEADLINE_S):
-            raise EngineError("nobody let the engine open")
+            raise EngineError("the test did not let the engine open")
 
     def enqueue(self, slot: int, rows: int, row_shapes: RowShapes) -> None:
         self._rows[slot] = rows
@@ -80,7 +79,7 @@ class GatedEngine(FakeEngine):
         if not self._gate.is_set():
             self.began.put(firsts)
         if not self._gate.wait(DEADLINE_S):
-            raise EngineError("nobody opened the gate")
+            raise EngineError("the test did not open the gate")
         self.ran.append(firsts)
         error = self.fails(x)
         if error is not None:
@@ -105,7 +104,7 @@ class Answer:
 
     @property
     def slug(self) -> str:
-        """Which problem this is; checks that the answer is one in all its parts."""
+        """The kind of problem; checks the members that every problem has."""
         problem = self.json
         assert self.headers["content-type"] == "application/problem+json"
         assert problem["status"] == self.status
@@ -118,7 +117,7 @@ class Answer:
 
 
 class Client:
-    """One connection, in bytes."""
+    """One connection that sends and receives bytes."""
 
     def __init__(self, port: int, receive_buffer: int | None = None) -> None:
         self.socket = socket.socket()
@@ -126,7 +125,7 @@ class Client:
         if receive_buffer is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.socket.connect(("127.0.0.1", port))
-        # Each `send` its own packet.
+        # Each `send` is a packet of its own.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._data = bytearray()
 
@@ -141,16 +140,16 @@ class Client:
         self.socket.close()
 
     def send(self, data: bytes) -> None:
-        """Send all of it."""
+        """Send all bytes."""
         self.socket.sendall(data)
 
     def ask(self, data: bytes) -> Answer:
-        """Send and read one response."""
+        """Send a request and read its response."""
         self.send(data)
         return self.answer()
 
     def answer(self, head: bool = False) -> Answer:
-        """Read one response; `head` for one to HEAD, which has no body."""
+        """Read one response; `head`: to a HEAD request, so without a body."""
         lines = self._until(b"\r\n\r\n").decode("latin-1").split("\r\n")
         version, status, _ = lines[0].split(" ", 2)
         assert version == "HTTP/1.1"
@@ -165,7 +164,7 @@ class Client:
         return Answer(int(status), headers, self._exactly(int(headers["content-length"])))
 
     def closed(self) -> bool:
-        """Whether the next thing that the server does is to end the connection."""
+        """Report whether the server closes the connection without sending more."""
         return not self._data and not self._receive()
 
     def _receive(self) -> bytes:
@@ -192,8 +191,8 @@ class Client:
         return data
 
 
-class _Quiet(Server):
-    """The server without what belongs to a process: signals, prints, the collector's freeze."""
+class _ThreadServer(Server):
+    """The server without its process-wide effects: signals, prints, the freeze of the garbage collector."""
 
     def __init__(self, settings: Settings) -> None:
         self.listening = threading.Event()
@@ -221,7 +220,7 @@ class _Quiet(Server):
 class Served:
     """A running server."""
 
-    def __init__(self, server: _Quiet, fast: bool) -> None:
+    def __init__(self, server: _ThreadServer, fast: bool) -> None:
         self.server = server
         self.fast = fast
         self._changed = threading.Condition()
@@ -229,26 +228,26 @@ class Served:
 
     @property
     def core(self) -> Inference:
-        """The handler core; use it on the loop (`call`), or read numbers of it."""
+        """The service. Use it on the loop (`call`), or read its numbers."""
         return self.server.inference
 
     def batcher(self, name: str = "gate") -> Batcher:
-        """A loaded model's batcher; the same holds."""
+        """Return a loaded model's batcher; use it like `core`."""
         batcher = self.core.models[name].batcher
         assert batcher is not None
         return batcher
 
     def connect(self, receive_buffer: int | None = None) -> Client:
-        """A new connection."""
+        """Open a connection."""
         return Client(self.server.port, receive_buffer)
 
     def ask(self, data: bytes) -> Answer:
-        """One request on a connection of its own."""
+        """Send a request on a new connection; return its response."""
         with self.connect() as client:
             return client.ask(data)
 
     def start(self, ready: bool = True) -> None:
-        """Start, and wait until it listens, or until every model is ready."""
+        """Start, and wait until it listens and, if `ready`, until all models are ready."""
         self._thread.start()
         assert self.server.listening.wait(DEADLINE_S)
         if ready:
@@ -256,7 +255,7 @@ class Served:
             self.watch()
 
     def watch(self) -> None:
-        """Make `until` look again whenever a batcher takes or drops a request."""
+        """Make `until` check its condition whenever a batcher accepts or cancels a request."""
         for model in self.core.models.values():
             batcher = model.batcher
             if batcher is not None:
@@ -275,34 +274,34 @@ class Served:
         return call
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until this holds, which only a request that comes or leaves can bring about."""
+        """Wait until a condition holds that changes only when a request is submitted or cancelled."""
         with self._changed:
             assert self._changed.wait_for(condition, DEADLINE_S)
 
     def call(self, function: Callable[[], T]) -> T:
-        """Call something on the server's loop."""
+        """Call a function on the server's loop; return its result."""
         result: queue.SimpleQueue[T] = queue.SimpleQueue()
         assert self.core.loop is not None
         self.core.loop.call_soon_threadsafe(lambda: result.put(function()))
         return result.get(timeout=DEADLINE_S)
 
     def connections(self) -> list[Any]:
-        """The protocols of all open connections. On the loop."""
+        """Return the protocols of all open connections. Call it on the loop."""
         return list(self.server.server_state.connections)
 
     def stop(self) -> None:
-        """Ask it to end, as a signal would."""
+        """Start the shutdown, as a signal would."""
         if not self.core.draining:
             self.server.handle_exit(15, None)
 
     def join(self) -> None:
-        """Wait for its end."""
+        """Wait until the server has stopped."""
         self._thread.join(DEADLINE_S)
         assert not self._thread.is_alive()
 
 
 def opened_again(served: Served, name: str = "gate") -> None:
-    """Wait until the attempt to open an engine anew is over, whatever came of it."""
+    """Wait until the attempt to reopen an engine has succeeded or failed."""
     done = threading.Event()
 
     def wait() -> None:
@@ -323,8 +322,7 @@ def serve(
     auth: AuthSettings | None = None,
     **settings: Any,
 ) -> Iterator[Served]:
-    """Serve `models`, on a free port unless one is given; `engines` by path go before what the files would be
-    loaded with."""
+    """Serve `models`, on a free port by default. `engines`, by path, replace the engines of model files."""
     fakes = engines or {}
 
     def load(kind: str, path: str, max_batch_size: int, options: EngineOptions) -> Engine:
@@ -332,7 +330,7 @@ def serve(
 
     http = ServerSettings(fast_path=fast, **{"port": 0, "drain_timeout_s": DEADLINE_S, **settings})
     with mock.patch.object(cobatch.server.inference.model, "load_engine", load):
-        served = Served(_Quiet(Settings(server=http, models=models, auth=auth)), fast)
+        served = Served(_ThreadServer(Settings(server=http, models=models, auth=auth)), fast)
         served.start(ready)
     try:
         yield served
@@ -349,7 +347,7 @@ def serve(
 def gated(
     fast: bool, *, max_queue_rows: int = 1000, ready: bool = True, **settings: Any
 ) -> Iterator[tuple[Served, GatedEngine]]:
-    """Serve one model, `gate`, whose engine the test holds."""
+    """Serve one model, `gate`, with a GatedEngine."""
     engine = GatedEngine()
     model = ModelSettings(path="gate", max_batch_size=engine.max_batch_size, max_queue_rows=max_queue_rows)
     with serve(fast, (model,), engines={"gate": engine}, ready=ready, **settings) as served:
@@ -359,7 +357,7 @@ def gated(
 def post(
     target: str, body: bytes | object, headers: Mapping[str, str] | None = None, version: str = "1.1"
 ) -> bytes:
-    """A POST with its body, JSON unless it is bytes; a header that is given replaces the usual one."""
+    """Build a POST; a body other than bytes is encoded as JSON. `headers` replace default ones."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     fields = {"Host": "test", "Content-Length": str(len(data))} | dict(headers or {})
     lines = [f"POST {target} HTTP/{version}", *(f"{name}: {value}" for name, value in fields.items())]
@@ -367,7 +365,7 @@ def post(
 
 
 def get(target: str, method: str = "GET") -> bytes:
-    """A request without a body."""
+    """Build a request without a body."""
     return f"{method} {target} HTTP/1.1\r\nHost: test\r\n\r\n".encode()
 
 
@@ -375,17 +373,17 @@ GATE = "/v2/models/gate/infer"
 
 
 def rows_of(*rows: int, **more: object) -> dict[str, object]:
-    """An infer message for `gate`: one number in each row."""
+    """Return an infer message for `gate` with one number in each row."""
     x = {"name": "x", "shape": [len(rows), 1], "datatype": "INT64", "data": list(rows)}
     return {"inputs": [x], **more}
 
 
 def gate(*rows: int, headers: Mapping[str, str] | None = None, **more: object) -> bytes:
-    """A request for `gate`."""
+    """Build an infer request for `gate`."""
     return post(GATE, rows_of(*rows, **more), headers)
 
 
 def data_of(answer: Answer) -> Any:
-    """The first output's data of a good answer."""
+    """Return the first output's data of a successful answer."""
     assert answer.status == 200, answer
     return answer.json["outputs"][0]["data"]

@@ -1,4 +1,4 @@
-"""Real models behind a real server, and infer messages as a client of the V2 protocol writes them."""
+"""Real models behind a real server, and infer messages of the V2 protocol."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ONNX_TYPES = {
 
 
 def onnx_files() -> dict[str, bytes]:
-    """Models by name."""
+    """Build the models, by name."""
     return {
         "add": models.two_inputs(),
         "negate": models.negate(width=3),
@@ -41,14 +41,14 @@ def onnx_files() -> dict[str, bytes]:
 
 @contextlib.contextmanager
 def serve_models(fast: bool, folder: Path, **settings: Any) -> Iterator[Served]:
-    """All of them on ONNX Runtime, in batches of at most 4 rows; 50 rows may wait."""
-    made = [
+    """Serve all models on ONNX Runtime: batches of at most 4 rows, a queue of 50 rows."""
+    served_models = [
         ModelSettings(
             path=models.write(folder, data, f"{name}.onnx"), max_batch_size=4, max_queue_rows=50, threads=1
         )
         for name, data in onnx_files().items()
     ]
-    with serving.serve(fast, tuple(made), **settings) as served:
+    with serving.serve(fast, tuple(served_models), **settings) as served:
         yield served
 
 
@@ -62,23 +62,23 @@ def any_size() -> bytes:
 def infer(
     served: Served, model: str, message: object, headers: dict[str, str] | None = None, tail: bytes = b""
 ) -> Answer:
-    """One infer request; with a `tail`, in the binary form."""
+    """Build an infer request, in the binary form if it has a `tail`."""
     data = message if isinstance(message, bytes) else json.dumps(message).encode()
     fields = {"Inference-Header-Content-Length": str(len(data))} if tail or headers == BINARY else headers
     return served.ask(post(f"/v2/models/{model}/infer", data + tail, fields))
 
 
-BINARY: dict[str, str] = {"binary": "yes"}  # asks `infer` for the binary form of a body without a tail
+BINARY: dict[str, str] = {"binary": "yes"}  # makes `infer` use the binary form for a body without a tail
 
 
 def tensor(name: str, datatype: str, shape: list[int], data: object = None, **parameters: object) -> Any:
-    """An input of an infer message."""
-    made: dict[str, object] = {"name": name, "datatype": datatype, "shape": shape}
+    """Return an input of an infer message."""
+    tensor: dict[str, object] = {"name": name, "datatype": datatype, "shape": shape}
     if data is not None:
-        made["data"] = data
+        tensor["data"] = data
     if parameters:
-        made["parameters"] = parameters
-    return made
+        tensor["parameters"] = parameters
+    return tensor
 
 
 def fp32(*values: float) -> bytes:
@@ -86,7 +86,7 @@ def fp32(*values: float) -> bytes:
 
 
 def parts(answer: Answer) -> tuple[Any, bytes]:
-    """A binary answer's JSON and its tail."""
+    """Split a binary answer into its JSON and its tail."""
     assert answer.status == 200, answer
     assert answer.headers["content-type"] == "application/octet-stream"
     length = int(answer.headers["inference-header-content-length"])

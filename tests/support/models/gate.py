@@ -1,8 +1,8 @@
-"""Inside a `cobatch serve` that a test started: runs that stand still until the test lets them go.
+"""A gate inside a `cobatch serve` that a test started: it holds runs until the test releases them.
 
-`install` puts an engine around ONNX Runtime's that, before a run with the value HOLD in its first input,
-writes a byte to the socket whose number is in GATE_FD and waits for one to come back. With GATE_OPEN set
-it does so when a model is opened too. No time is involved: the test knows that the run stands.
+`install` wraps ONNX Runtime's engine. Before a run with the value HOLD in its first input it writes a byte to
+the socket GATE_FD and waits for a byte; with GATE_OPEN set also before it opens a model. The byte tells the
+test that the run is held, without timing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ HELD = b"h"
 
 def install() -> None:
     """Serve every ONNX model through the gate; called by the `sitecustomize` that the test wrote."""
-    from cobatch.engines import loader  # noqa: PLC0415 - the libraries load when the command would load them
+    from cobatch.engines import loader  # noqa: PLC0415 - loads libraries only when the command does
 
     loader.ENGINES["onnxruntime"] = _gated
 
@@ -45,5 +45,5 @@ def _gated(path: str, max_batch_size: int, options: Any) -> Any:
 
 def _hold(gate: socket.socket) -> None:
     gate.sendall(HELD)
-    # Empty when the test has ended: then there is nobody to wait for.
+    # Returns empty when the test has ended.
     gate.recv(1)

@@ -1,4 +1,4 @@
-"""Small odd ONNX models, each made for one thing that an engine must get right or refuse."""
+"""Small ONNX models, each for one case that an engine must handle or refuse."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FLOAT = TensorProto.FLOAT
 Axes = Sequence[int | str | None] | None
 Value = tuple[str, int, Axes]
 
-# What the runtime of today and those of some years back can load.
+# Old enough for runtimes of several years ago.
 IR_VERSION = 9
 OPSET = 17
 
@@ -23,7 +23,7 @@ def model(
     outputs: Sequence[Value],
     constants: Sequence[TensorProto] = (),
 ) -> bytes:
-    """A serialised model of these nodes; a value is (name, TensorProto type, shape)."""
+    """Serialise a model of these nodes. A value is (name, TensorProto type, shape)."""
     graph = helper.make_graph(
         list(nodes),
         "graph",
@@ -31,13 +31,13 @@ def model(
         [helper.make_tensor_value_info(*value) for value in outputs],
         list(constants),
     )
-    made = helper.make_model(graph, ir_version=IR_VERSION, opset_imports=[helper.make_opsetid("", OPSET)])
-    onnx.checker.check_model(made)
-    return bytes(made.SerializeToString())
+    built = helper.make_model(graph, ir_version=IR_VERSION, opset_imports=[helper.make_opsetid("", OPSET)])
+    onnx.checker.check_model(built)
+    return bytes(built.SerializeToString())
 
 
 def write(folder: Path, data: bytes, name: str = "model.onnx") -> str:
-    """Write a model and say where."""
+    """Write a model; return its path."""
     path = folder / name
     path.write_bytes(data)
     return str(path)
@@ -48,13 +48,13 @@ def _int64s(name: str, values: Sequence[int]) -> TensorProto:
 
 
 def negate(batch: int | str | None = "batch", width: int | str = 3, datatype: int = FLOAT) -> bytes:
-    """y = -x, [batch, width]; `batch` an int fixes the first axis, a str `width` leaves the second open."""
+    """y = -x, [batch, width]. An int fixes an axis, a str leaves it variable."""
     shape: Axes = [batch, width]
     return model([helper.make_node("Neg", ["x"], ["y"])], [("x", datatype, shape)], [("y", datatype, shape)])
 
 
 def identity(datatype: int, width: int | str = 2) -> bytes:
-    """y = x of any type, strings too: [batch, width]."""
+    """y = x of any type, also strings: [batch, width]."""
     shape: Axes = ["batch", width]
     return model(
         [helper.make_node("Identity", ["x"], ["y"])], [("x", datatype, shape)], [("y", datatype, shape)]
@@ -62,7 +62,7 @@ def identity(datatype: int, width: int | str = 2) -> bytes:
 
 
 def sum_rows(batch: int | str | None = "batch") -> bytes:
-    """y[r] = sum of row r, [batch, 1]; x is [batch, any]: the output's shape is fixed, the input's is not."""
+    """y[r] = sum of row r, [batch, 1], of x [batch, any]: a variable input and a fixed output."""
     return model(
         [helper.make_node("ReduceSum", ["x", "axes"], ["y"], keepdims=1)],
         [("x", FLOAT, [batch, "width"])],
@@ -85,7 +85,7 @@ def two_inputs(first: int | str = "batch", second: int | str = "batch") -> bytes
 
 
 def pick() -> bytes:
-    """y[r] = (10, 20, 30)[x[r]], INT64 [batch, 1]: an index outside -3..2 fails the whole run."""
+    """y[r] = (10, 20, 30)[x[r]], INT64 [batch, 1]; an index outside -3..2 fails the whole run."""
     return model(
         [helper.make_node("Gather", ["table", "x"], ["y"])],
         [("x", TensorProto.INT64, ["batch", 1])],
@@ -95,7 +95,7 @@ def pick() -> bytes:
 
 
 def never_zero() -> bytes:
-    """y[r] = 10 for x[r] = 1, INT64 [batch, 1]; zeros, the warm-up's input, fail the run."""
+    """y[r] = 10 for x[r] = 1, INT64 [batch, 1]; the warm-up's zeros fail the run."""
     return model(
         [helper.make_node("Sub", ["x", "far"], ["at"]), helper.make_node("Gather", ["table", "at"], ["y"])],
         [("x", TensorProto.INT64, ["batch", 1])],
@@ -105,7 +105,7 @@ def never_zero() -> bytes:
 
 
 def value_sets_width() -> bytes:
-    """y is zeros, FP32 [batch, max(x)], from x FP32 [batch, 1]: equal shapes in, differing shapes out."""
+    """y = zeros, FP32 [batch, max(x)], of x FP32 [batch, 1]: equal input shapes, different output shapes."""
     return model(
         [
             helper.make_node("ReduceMax", ["x"], ["most"], keepdims=0),
@@ -122,7 +122,7 @@ def value_sets_width() -> bytes:
 
 
 def total_only() -> bytes:
-    """y = the sum over the batch, declared [1, 3] or so ONNX Runtime works out: no row has its own."""
+    """y = the sum over the batch, [1, 3]: the output has no row for each input row."""
     return model(
         [helper.make_node("ReduceSum", ["x", "axes"], ["y"], keepdims=1)],
         [("x", FLOAT, ["batch", 3])],
@@ -132,7 +132,7 @@ def total_only() -> bytes:
 
 
 def two_rows_each() -> bytes:
-    """y is x [batch, 6] as [2 * batch, 3]: that its first axis is not ours only a run shows."""
+    """y = x [batch, 6] as [2 * batch, 3]: only a run shows that the first axis is not the batch."""
     return model(
         [helper.make_node("Reshape", ["x", "shape"], ["y"])],
         [("x", FLOAT, ["batch", 6])],
@@ -142,7 +142,7 @@ def two_rows_each() -> bytes:
 
 
 def every_pair() -> bytes:
-    """y = x @ t.T, [batch, n]: two inputs whose rows are not each other's; y's row grows with the batch."""
+    """y = x @ t.T, [batch, n]: inputs with unrelated first axes; y's rows grow with t."""
     return model(
         [
             helper.make_node("Transpose", ["t"], ["tt"], perm=[1, 0]),
@@ -154,7 +154,7 @@ def every_pair() -> bytes:
 
 
 def scalar() -> bytes:
-    """y = x + s with s a scalar input: no axis to batch along."""
+    """y = x + s with a scalar input s: no batch axis."""
     return model(
         [helper.make_node("Add", ["x", "s"], ["y"])],
         [("x", FLOAT, ["batch", 3]), ("s", FLOAT, [])],

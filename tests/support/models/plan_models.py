@@ -1,4 +1,4 @@
-"""Models that plans are built from, and what builds them without a GPU."""
+"""Models for TensorRT plans, and the check for a builder that needs no GPU."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ RTX = "tensorrt-rtx"
 
 
 def require_builder() -> None:
-    """Skip where TensorRT for RTX's wheels cannot be had: elsewhere than on x86-64 Linux."""
+    """Skip the test without the wheels of TensorRT for RTX, which exist for x86-64 Linux only."""
     pytest.importorskip("tensorrt_rtx_bindings", reason="tensorrt-rtx-cu13-bindings is not installed")
 
 
 def magika_path() -> Path:
-    """The file-type model of the demo: INT32 [batch, 2048] to FP32 [batch, 214]."""
+    """Return the path of Magika's file-type model: INT32 [batch, 2048] to FP32 [batch, 214]."""
     (path,) = Path(magika.__file__).parent.glob("models/*/model.onnx")
     return path
 
@@ -32,7 +32,7 @@ def convolution(
     width: int | str = "width",
     kind: int = models.FLOAT,
 ) -> bytes:
-    """scores [batch, 8] of image [batch, 3, height, width]: a convolution, then the mean over the picture."""
+    """scores [batch, 8] of image [batch, 3, height, width]: a convolution, then the mean over each image."""
     weights = np.linspace(-1, 1, 8 * 3 * 3 * 3, dtype=np.float32).reshape(8, 3, 3, 3)
     values = weights.astype(helper.tensor_dtype_to_np_dtype(kind))
     return models.model(
@@ -49,7 +49,7 @@ def convolution(
 
 
 def unsupported() -> bytes:
-    """TensorRT has no Det."""
+    """Return a model with Det, which TensorRT does not support."""
     return models.model(
         [
             helper.make_node("Neg", ["x"], ["y"], name="first"),
@@ -61,9 +61,9 @@ def unsupported() -> bytes:
 
 
 def write_with_weights_apart(folder: Path, scale: float, location: str = "model.weights") -> Path:
-    """y = x * scale, whose weights lie in a file of their own: the ONNX file is the same for every scale."""
+    """Write y = x * scale with external weights: the ONNX file is the same for every scale."""
     weights = numpy_helper.from_array(np.full((1, 1024), scale, np.float32), "weights")
-    made = onnx.load_from_string(
+    model = onnx.load_from_string(
         models.model(
             [helper.make_node("Mul", ["x", "weights"], ["y"])],
             [("x", models.FLOAT, ["batch", 1024])],
@@ -73,5 +73,5 @@ def write_with_weights_apart(folder: Path, scale: float, location: str = "model.
     )
     path = folder / "model.onnx"
     (folder / location).unlink(missing_ok=True)
-    onnx.save_model(made, str(path), save_as_external_data=True, location=location, size_threshold=0)
+    onnx.save_model(model, str(path), save_as_external_data=True, location=location, size_threshold=0)
     return path

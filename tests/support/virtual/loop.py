@@ -1,6 +1,6 @@
 """Virtual time: an event loop whose clock jumps to the next timer, and a worker that runs in it.
 
-With these a test of minutes takes milliseconds, nothing sleeps, and "at the deadline" is exact.
+A test of minutes takes milliseconds, nothing sleeps, and deadlines are exact.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class _JumpingSelector(selectors.SelectSelector):
         events = super().select(0)
         if not events:
             if timeout is None:
-                raise RuntimeError("deadlock: nothing is scheduled and nothing can happen any more")
+                raise RuntimeError("deadlock: no timer and no event is left")
             self.now_s += max(0.0, timeout)
         return events
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Starts at 0 s; `time` moves only while every task waits."""
+    """An event loop that starts at 0 s; its time advances only while all tasks wait."""
 
     def __init__(self) -> None:
         self._jumping = _JumpingSelector()
@@ -54,7 +54,7 @@ def run(main: Coroutine[Any, Any, None]) -> None:
 
 
 class FakeEngine:
-    """One input "x" INT64 [rows, width], one output "y" = 2 * x. `fails` says whether a batch does."""
+    """Input "x" INT64 [rows, width], output "y" = 2 * x. `fails` returns the error of a batch, if any."""
 
     platform = "fake"
 
@@ -70,7 +70,7 @@ class FakeEngine:
         self.buffers: dict[int, Array] = {}
 
     def open(self) -> None:
-        """Nothing to open."""
+        """Do nothing."""
 
     def inputs(self, slot: int, rows: int, row_shapes: RowShapes) -> tuple[Array, ...]:
         buffer = np.full((self.max_batch_size, *row_shapes[0]), -1, np.int64)
@@ -78,22 +78,22 @@ class FakeEngine:
         return (buffer,)
 
     def enqueue(self, slot: int, rows: int, row_shapes: RowShapes) -> None:
-        """Nothing runs by itself."""
+        """Do nothing."""
 
     def wait(self, slot: int) -> tuple[Array, ...]:
         raise AssertionError("the fake worker computes")
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Do nothing."""
 
 
 class FakeWorker:
-    """Runs jobs one after another in virtual time; `ran` has (start, rows) of each."""
+    """Runs jobs one after another in virtual time. `ran` lists (start, rows) of each."""
 
     def __init__(self, engine: FakeEngine, run_s: Callable[[int], float] = lambda rows: 0.010) -> None:
         self.engine = engine
         self.deliver: Deliver | None = None
-        # An engine that promises to take no time: nothing is refused because of what is foretold.
+        # A predicted run time near 0, so that no deadline is refused as unreachable.
         self.warmup_us: dict[int, float] = {engine.max_batch_size: 1e-3}
         self.run_s = run_s
         self.ran: list[tuple[float, int]] = []
@@ -115,7 +115,7 @@ class FakeWorker:
         loop.call_later(self.time_s(job), self._end, job, started_s)
 
     def time_s(self, job: Job) -> float:
-        """How long a job runs."""
+        """Return the run time of a job."""
         return self.run_s(job.rows)
 
     def _end(self, job: Job, started_s: float) -> None:
@@ -131,7 +131,7 @@ class FakeWorker:
 
 
 class Call(Request):
-    """A caller: keeps what it was told and when."""
+    """A request that records its answers and their time."""
 
     __slots__ = ("answers", "at_s", "value", "values")
 
@@ -153,22 +153,22 @@ class Call(Request):
 
     @property
     def answer(self) -> Array | Exception:
-        """The one answer."""
+        """The only answer."""
         (answer,) = self.answers
         return answer
 
     def check(self) -> None:
-        """Answered once, with twice its own rows."""
+        """Check that it was answered once, with twice its own rows."""
         assert isinstance(self.answer, np.ndarray), self.answer
         assert np.array_equal(self.answer, self.values * 2)
 
 
 def make_batcher(worker: FakeWorker, *, max_queue_rows: int = 1000, **options: Any) -> Batcher:
-    """A batcher on the running virtual loop."""
+    """Create a batcher on the running virtual loop."""
     loop = asyncio.get_running_loop()
     return Batcher("fake", [worker], max_queue_rows=max_queue_rows, loop=loop, clock=loop.time, **options)
 
 
 def calls(count: int, width: int = 2) -> list[Call]:
-    """One-row callers with distinct values."""
+    """Return one-row requests with distinct values."""
     return [Call([[1000 * n + column for column in range(width)]]) for n in range(count)]

@@ -1,6 +1,6 @@
-"""Random stories for the batcher, and the engine and worker that they are played on.
+"""Hypothesis strategies for random scenarios of the batcher, and the engine and worker that run them.
 
-Which of it happens is chance's; what it means is in tests/batcher/test_exactly_once.py.
+tests/batcher/test_exactly_once.py runs them and checks the outcome.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from tests.support.virtual.loop import Array, FakeEngine
 POISON = -666
 SPOILED = -1
 LONG_S = 100_000.0
-# Gaps between events: none at all, the next iteration of the loop, and times that fall before, on and
-# after the ends of runs and delays.
+# Gaps between events: none, the next iteration of the loop, and times before, at and after the ends of runs
+# and delays.
 GAPS_S = [None, None, None, 0.0, 0.001, 0.005, 0.010, 0.0101]
 RUNS_S = [0.0, 0.001, 0.005, 0.010, 0.030]
 
 
-# What is drawn
+# Scenarios
 
 
 @dataclass(frozen=True)
 class Submit:
-    """A caller: its rows (True: poisoned), and what its callback does."""
+    """Submit a request with these rows (True: poisoned); its callback may raise or act."""
 
     rows: tuple[bool, ...]
     width: int
@@ -44,7 +44,7 @@ class Submit:
 
 @dataclass(frozen=True)
 class Cancel:
-    """Some caller leaves, wherever it is by then: counted back from the latest, modulo their number."""
+    """Cancel a request in any state: an index back from the latest, modulo their number."""
 
     back: int
 
@@ -54,7 +54,7 @@ Act = Submit | Cancel
 
 @dataclass(frozen=True)
 class Story:
-    """Everything that chance decides. Draining begins after `drain_after` acts, at the latest after all."""
+    """All random choices. Draining starts after `drain_after` acts, at the latest after all."""
 
     max_batch_size: int
     slots: int
@@ -102,11 +102,11 @@ STORIES = st.builds(
 )
 
 
-# What it is played on
+# Engine and worker
 
 
 class StrictEngine(FakeEngine):
-    """Keeps one input and one output buffer per slot and spoils both as soon as they may be reused."""
+    """Reuses one input and one output buffer per slot, and overwrites both as early as allowed."""
 
     def __init__(self, max_batch_size: int, slots: int) -> None:
         super().__init__(max_batch_size, slots)
@@ -116,21 +116,21 @@ class StrictEngine(FakeEngine):
 
     def inputs(self, slot: int, rows: int, row_shapes: RowShapes) -> tuple[Array, ...]:
         if slot in self.taken:
-            # Not raised: the batcher takes what is raised here for the engine's own trouble.
+            # Not raised: the batcher would take an exception for a failure of the engine.
             self.wrong.append(f"rows are packed into slot {slot}, which still runs")
         if slot in self.outputs:
             self.outputs[slot].fill(SPOILED)
         return super().inputs(slot, rows, row_shapes)
 
     def outputs_of(self, slot: int, rows: int) -> Array:
-        """Twice the slot's rows."""
+        """Return twice the slot's rows."""
         self.outputs[slot] = self.buffers[slot][:rows] * 2
         return self.outputs[slot]
 
 
 @dataclass
 class Run:
-    """A batch as the worker got it, and what came of it."""
+    """A batch as the worker received it, and its outcome."""
 
     requests: tuple[Request, ...]
     poisoned: int
@@ -144,7 +144,7 @@ def _is_poisoned(request: Request) -> bool:
 
 
 class ScriptedWorker:
-    """Runs jobs one after another in virtual time, each with the next fate of the story."""
+    """Runs jobs one after another in virtual time, each with the next fate of the scenario."""
 
     def __init__(
         self, engine: StrictEngine, warmup_us: dict[int, float], fates: Iterator[tuple[float, str]]
@@ -162,7 +162,9 @@ class ScriptedWorker:
         assert isinstance(batch, Batch)
         assert batch.rows == job.rows == sum(request.rows for request in batch.requests)
         assert 0 < job.rows <= self.engine.max_batch_size
-        assert all(request.state is State.RUNNING for request in batch.requests), "nobody waits for these"
+        assert all(request.state is State.RUNNING for request in batch.requests), (
+            "an ended request was packed"
+        )
         assert {request.row_shapes for request in batch.requests} == {job.row_shapes}
         assert job.slot not in self.engine.taken
         self.engine.taken.add(job.slot)
@@ -188,7 +190,7 @@ class ScriptedWorker:
         outputs = None if entry.error else (self.engine.outputs_of(job.slot, job.rows),)
         self.engine.taken.discard(job.slot)
         assert self.deliver is not None
-        # As from a thread: the loop hears of it in an iteration of its own.
+        # As from a thread: in a new iteration of the loop.
         self.deliver(job, Outcome(outputs, entry.error, started_s, asyncio.get_running_loop().time()))
         if self._jobs:
             self._start()

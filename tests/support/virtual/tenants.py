@@ -1,4 +1,4 @@
-"""Tenants in virtual time: who sends how much, and what each got of the engine."""
+"""Load by tenants in virtual time, and the share of the engine that each received."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from cobatch.batcher.tenant import Tenant
 from cobatch.engines.jobs import Job
 from tests.support.virtual.loop import Call, FakeEngine, FakeWorker
 
-# Seconds of a run by its rows.
+# Run times in seconds, by rows.
 
 
 def flat(rows: int) -> float:
-    """As of a GPU that is far from full: a batch costs the same at any size."""
+    """A GPU far from saturation: a batch costs the same at any size."""
     return 0.010
 
 
 def affine(rows: int) -> float:
-    """As of one that pays for each row, and for each batch."""
+    """A cost per row and per batch."""
     return 0.004 + 0.002 * rows
 
 
 def linear(rows: int) -> float:
-    """As of Magika on one core: nothing is gained by batching."""
+    """Magika on one core: batching gains nothing."""
     return 0.0105 * rows
 
 
 class Metered(FakeWorker):
-    """Knows what each tenant had of the engine: of each run, according to its rows. A row of n numbers
-    costs `wide(n)` times what `run_s` says."""
+    """Measures each tenant's engine time, by its rows in each run. A row of n numbers costs `wide(n)` times
+    `run_s`."""
 
     def __init__(
         self,
@@ -64,19 +64,19 @@ class Metered(FakeWorker):
         return run_s
 
     async def until(self, batches: int) -> None:
-        """Until so many have begun."""
+        """Wait until this number of batches has started."""
         if self.batches < batches:
             self._reached = batches, asyncio.Event()
             await self._reached[1].wait()
 
     def parts(self, *tenants: Tenant) -> list[float]:
-        """Each one's part of what they had together."""
+        """Return each tenant's share of the engine time of all these tenants."""
         whole_s = sum(self.used_s[tenant] for tenant in tenants)
         return [self.used_s[tenant] / whole_s for tenant in tenants]
 
 
-class Asked(Call):
-    """A caller that has `then` called when it has been answered."""
+class CallWithCallback(Call):
+    """A request that calls `then` when it is answered."""
 
     __slots__ = ("then",)
 
@@ -90,7 +90,7 @@ class Asked(Call):
 
 
 class Tenants:
-    """Callers of one batcher. `latencies_s` by tenant, of those that were answered; `refused` the others."""
+    """Load for one batcher. `latencies_s`: of answered requests, `refused`: number of refusals, by tenant."""
 
     def __init__(self, batcher: Batcher, seed: int = 1) -> None:
         self.batcher = batcher
@@ -102,7 +102,7 @@ class Tenants:
     def ask(
         self, tenant: Tenant, rows: int = 1, width: int = 1, then: Callable[[], None] | None = None
     ) -> Call:
-        """Submit one; raises where it is refused."""
+        """Submit a request. Raises its refusal."""
 
         def answered(call: Call) -> None:
             call.check()
@@ -110,20 +110,20 @@ class Tenants:
             if then is not None and not self._stopped:
                 then()
 
-        asked = Asked(rows, width, answered)
-        asked.tenant = tenant
-        self.batcher.submit(asked)
-        return asked
+        call = CallWithCallback(rows, width, answered)
+        call.tenant = tenant
+        self.batcher.submit(call)
+        return call
 
     def try_to_ask(self, tenant: Tenant) -> None:
-        """Submit one of one row, or count it as refused because the queue is full."""
+        """Submit a request of one row; count it in `refused` if the queue is full."""
         try:
             self.ask(tenant)
         except QueueFullError:
             self.refused[tenant] += 1
 
     def backlog(self, tenant: Tenant, queued: int, rows: int = 1, width: int = 1) -> None:
-        """From now on as many requests of it wait, until `stop`."""
+        """Keep `queued` requests of a tenant waiting until `stop`."""
 
         def again() -> None:
             self.ask(tenant, rows, width, again)
@@ -132,7 +132,7 @@ class Tenants:
             again()
 
     def poisson(self, tenant: Tenant, per_s: float) -> None:
-        """From now on requests of one row come at random, until `stop`."""
+        """Submit requests of one row as a Poisson process until `stop`."""
 
         def arrive() -> None:
             if self._stopped:
@@ -143,12 +143,12 @@ class Tenants:
         asyncio.get_running_loop().call_later(self.chance.expovariate(per_s), arrive)
 
     async def stop(self) -> None:
-        """Nobody comes any more; those that wait are answered."""
+        """Submit nothing more and drain the batcher."""
         self._stopped = True
         with contextlib.suppress(TimeoutError):
             await self.batcher.drain(100)
 
 
 def percentile(times_s: list[float], part: float) -> float:
-    """The time that so large a part of them does not exceed."""
+    """Return the percentile `part`, from 0 to 1."""
     return sorted(times_s)[min(len(times_s) - 1, int(len(times_s) * part))]
