@@ -100,7 +100,7 @@ def settings(struct: type[msgspec.Struct], *, flags: bool = False) -> str:
 
 def schema() -> str:
     """Return the JSON schema of the configuration file, for editors."""
-    document = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | msgspec.json.schema(Settings)
+    document = {"$schema": "http://json-schema.org/draft-07/schema#"} | msgspec.json.schema(Settings)
     parts = document["$defs"]
     for struct in STRUCTS:
         part = parts[struct.__name__]

@@ -51,7 +51,9 @@ def build(
     ] = None,
     timing_cache: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="File of kernel timings, read and updated; speeds later builds."),
+        typer.Option(
+            metavar="FILE", help="File of kernel timings, read and updated; speeds up later builds."
+        ),
     ] = None,
     hardware_compatible: Annotated[
         bool, typer.Option("--hardware-compatible", help="For every GPU from Ampere on; may run slower.")

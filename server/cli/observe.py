@@ -26,13 +26,11 @@ _TIMEOUT_S = 10.0
 _CHUNK_BYTES = 1 << 16
 _DEFAULT_URL = "http://127.0.0.1:8000"
 
-_Url = Annotated[str, typer.Option("--url", metavar="URL", help="Address of the server.")]
+_Url = Annotated[str, typer.Option(metavar="URL", help="Address of the server.")]
 _TokenFile = Annotated[
     Path | None,
     typer.Option(
-        "--token-file",
-        metavar="FILE",
-        help=f"File with a token or API key that has the permission admin (default: ${TOKEN_VARIABLE}).",
+        metavar="FILE", help=f"File with a token or API key that permits admin (default: ${TOKEN_VARIABLE})."
     ),
 ]
 

@@ -38,11 +38,11 @@ _TENANT = "me"
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 _Alg = Annotated[
-    str, typer.Option("--alg", metavar="RS256|PS256|ES256|EdDSA", help="Algorithm that the key signs with.")
+    str, typer.Option(metavar="RS256|PS256|ES256|EdDSA", help="Algorithm that the key signs with.")
 ]
 _Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
-_Scope = Annotated[str, typer.Option("--scope", metavar="WORDS", help="Permissions, separated by spaces.")]
-_Tenant = typer.Option("--tenant", metavar="NAME", help="Tenant that the requests belong to.")
+_Scope = Annotated[str, typer.Option(metavar="WORDS", help="Permissions, separated by spaces.")]
+_Tenant = typer.Option(metavar="NAME", help="Tenant that the requests belong to.")
 
 token_app = typer.Typer(
     help="Make keys, tokens and API keys for development. In production an issuer signs the tokens.",
@@ -57,7 +57,7 @@ token_app = typer.Typer(
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder; made if it is missing.")] = Path(),
     model: Annotated[
-        Path | None, typer.Option("--model", metavar="FILE", help="Model file for the configuration.")
+        Path | None, typer.Option(metavar="FILE", help="Model file for the configuration.")
     ] = None,
     alg: _Alg = "RS256",
     force: _Force = False,
@@ -86,26 +86,21 @@ def init(
 @token_app.command("mint")
 def mint(
     key: Annotated[
-        Path | None,
-        typer.Option("--key", metavar="FILE", help=f"Private key, or HS256's secret (default: {KEY})."),
+        Path | None, typer.Option(metavar="FILE", help=f"Private key, or HS256's secret (default: {KEY}).")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="The server's configuration, with [auth].")
+        Path | None, typer.Option(metavar="FILE", help="The server's configuration, with [auth].")
     ] = None,
-    issuer: Annotated[str | None, typer.Option("--issuer", metavar="URL", help="The token's iss.")] = None,
-    audience: Annotated[
-        str | None, typer.Option("--audience", metavar="URL", help="The token's aud.")
-    ] = None,
+    issuer: Annotated[str | None, typer.Option(metavar="URL", help="The token's iss.")] = None,
+    audience: Annotated[str | None, typer.Option(metavar="URL", help="The token's aud.")] = None,
     tenant: Annotated[str, _Tenant] = _TENANT,
     scope: _Scope = _SCOPE,
-    expires_in: Annotated[str, typer.Option(metavar="TIME", help="90s, 30m, 12h or 7d.")] = "1h",
+    expires_in: Annotated[str, typer.Option(metavar="TIME", help="Lifetime: 90s, 30m, 12h or 7d.")] = "1h",
     kid: Annotated[
-        str | None,
-        typer.Option("--kid", metavar="ID", help="Name of the key (default: the server's)."),
+        str | None, typer.Option(metavar="ID", help="Key ID (default: the one in the server's keys).")
     ] = None,
     alg: Annotated[
-        str | None,
-        typer.Option("--alg", metavar="ALGORITHM", help="PS256 with an RSA key (default: the key's)."),
+        str | None, typer.Option(metavar="ALGORITHM", help="PS256 for an RSA key (default: the key's).")
     ] = None,
 ) -> None:
     """Print an access token (RFC 9068) for development, signed with a key of yours.
@@ -162,12 +157,12 @@ def keypair(
 def api_key(
     tenant: Annotated[str, _Tenant],
     scope: _Scope = _SCOPE,
-    name: Annotated[str, typer.Option("--name", metavar="TEXT", help="Note of who has the key.")] = "",
+    name: Annotated[str, typer.Option(metavar="TEXT", help="Note about its holder.")] = "",
     expires_in: Annotated[
-        str | None, typer.Option(metavar="TIME", help="12h or 90d (default: it does not expire).")
+        str | None, typer.Option(metavar="TIME", help="Lifetime, as 12h or 90d (default: unlimited).")
     ] = None,
     file: Annotated[
-        Path | None, typer.Option("--file", metavar="FILE", help=f"File to add its hash to, as {API_KEYS}.")
+        Path | None, typer.Option(metavar="FILE", help=f"File to add its hash to, such as {API_KEYS}.")
     ] = None,
 ) -> None:
     """Make an API key, for a client that cannot do OAuth.

@@ -37,7 +37,7 @@ Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Rate = Annotated[float, Meta(gt=0, le=1_000_000)]
 Seconds = Annotated[float, Meta(gt=0, le=864_000)]
 
-# RFC 9068, 2.2: what an access token must have.
+# RFC 9068, 2.2: claims that an access token must have.
 REQUIRED_CLAIMS = ("iss", "exp", "aud", "sub", "client_id", "iat", "jti")
 
 
@@ -94,7 +94,7 @@ class AuthSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     issuers: Annotated[tuple[Issuer, ...], about("accepted issuers, as `[[auth.issuers]]`")] = ()
     tenants: Annotated[tuple[TenantRule, ...], about("limits of tenants, as `[[auth.tenants]]`")] = ()
-    models: Annotated[tuple[ModelRule, ...], about("who may call a model, as `[[auth.models]]`")] = ()
+    models: Annotated[tuple[ModelRule, ...], about("access to a model, as `[[auth.models]]`")] = ()
     audience: Annotated[
         tuple[Text, ...],
         Meta(extra={"separator": ""}),

@@ -12,7 +12,7 @@ class Setting(NamedTuple):
     name: str
     type: str  # "an integer from 0 to 65535"
     default: Any  # msgspec.NODEFAULT if it must be given
-    computed: str  # how the value follows from others, where `default` does not say
+    computed: str  # how an omitted value is computed; "" if `default` holds
     placeholder: str  # of its value in `--help`
     help: str
     is_switch: bool

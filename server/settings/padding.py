@@ -25,9 +25,7 @@ class PadSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     same_length_as: Annotated[
         Text | None, about("input of another table, whose length and buckets this one shares")
     ] = None
-    mask: Annotated[
-        Text | None, about("input that the server fills: 1 where rows have elements, 0 where they are padded")
-    ] = None
+    mask: Annotated[Text | None, about("input that the server fills: 1 for elements, 0 for padding")] = None
     buckets: Annotated[
         tuple[Size, ...], about("lengths to pad to, in ascending order", default="powers of two")
     ] = ()

@@ -39,7 +39,7 @@ Items = Annotated[int, Meta(ge=1, le=65_536), placeholder("N")]
 Threads = Annotated[int, Meta(ge=1, le=1024), placeholder("N")]
 Instances = Annotated[int, Meta(ge=1, le=64), placeholder("N")]
 Slots = Annotated[int, Meta(ge=2, le=8), placeholder("N")]
-# Lists that may be written as text with commas, which is what a flag and a variable hold.
+# Lists that may be written as text with commas, as flags and variables have them.
 _COMMAS = Meta(min_length=1, extra={"separator": ","})
 Devices = Annotated[tuple[Annotated[int, Meta(ge=0, le=9999)], ...], _COMMAS]
 Sizes = Annotated[tuple[Annotated[int, Meta(ge=1, le=999_999)], ...], _COMMAS]
