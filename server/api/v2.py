@@ -38,9 +38,9 @@ def v2_routes(inference: Inference) -> list[Route]:
         return _health(inference.ready, {"ready": inference.ready})
 
     async def model_ready(request: Request) -> Response:
-        found = find(inference, request)
-        is_ready = found.ready and not inference.draining
-        return _health(is_ready, {"name": found.name, "ready": is_ready})
+        model = find(inference, request)
+        is_ready = model.ready and not inference.draining
+        return _health(is_ready, {"name": model.name, "ready": is_ready})
 
     def of_model(describe: Callable[[Model], Json]) -> Endpoint:
         async def endpoint(request: Request) -> Response:

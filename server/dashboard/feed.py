@@ -162,8 +162,8 @@ class Feed:
     def _longest_lag_s(self) -> float:
         counts = self._inference.observer.lag.lags.counts()
         before, self._lags = self._lags, counts
-        found = np.flatnonzero(counts - before)
-        return float(EDGES_S[min(found[-1], len(EDGES_S) - 1)]) if len(found) else 0.0
+        nonzero = np.flatnonzero(counts - before)
+        return float(EDGES_S[min(nonzero[-1], len(EDGES_S) - 1)]) if len(nonzero) else 0.0
 
     def _wake(self) -> None:
         if self._ticked is not None and not self._ticked.done():

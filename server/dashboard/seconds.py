@@ -125,10 +125,10 @@ def totals_of(batcher: Batcher, traffics: Iterable[Traffic]) -> Totals:
 
 def sparse(counts: Counts) -> list[int]:
     """Return the index of the first count above 0, and the counts from there to the last above 0."""
-    found = np.flatnonzero(counts)
-    if not len(found):
+    nonzero = np.flatnonzero(counts)
+    if not len(nonzero):
         return []
-    first, last = int(found[0]), int(found[-1])
+    first, last = int(nonzero[0]), int(nonzero[-1])
     return [first, *counts[first : last + 1].tolist()]
 
 

@@ -191,12 +191,12 @@ def _merged(answers: Json, problems: Json) -> Json:
 
 def _problem_examples(examples: Json, left_out: Collection[str]) -> Json:
     """Return an example of each kind of problem by its slug, with the body that the server would write."""
-    made = {}
+    result = {}
     for slug, kind in KINDS.items():
         if slug not in left_out:
             text = b"".join(Problem(slug, **examples[slug]).reply().body)
-            made[slug] = {"summary": kind.title, "value": msgspec.json.decode(text)}
-    return made
+            result[slug] = {"summary": kind.title, "value": msgspec.json.decode(text)}
+    return result
 
 
 def _problem_responses(slugs: Collection[str]) -> Json:

@@ -105,8 +105,8 @@ def _requests(model: str, signature: Signature) -> Iterator[tuple[str, str, str,
     """Yield `operationId`, media type, key and example of each way to send a row to the model."""
 
     def example(value: Any, form: str = "", **headers: str) -> Json:
-        made: Json = {"summary": f"One row for {model}{form}", "value": value, "x-path": {"name": model}}
-        return made | ({"x-headers": headers} if headers else {})
+        request: Json = {"summary": f"One row for {model}{form}", "value": value, "x-path": {"name": model}}
+        return request | ({"x-headers": headers} if headers else {})
 
     if (message := infer_json(signature)) is not None:
         yield "infer", JSON, model, example(message)

@@ -40,23 +40,24 @@ def schemas(answers: Json, signatures: Mapping[str, Signature], required: Mappin
             namespace={"__doc__": "Requests, each of which gets its own answer."},
         ),
     ]
-    _, found = msgspec.json.schema_components(requests, ref_template="#/components/schemas/{name}")
-    made = answers | found
-    for name, schema in made["Problem"]["properties"].items():
+    _, derived = msgspec.json.schema_components(requests, ref_template="#/components/schemas/{name}")
+    result = answers | derived
+    for name, schema in result["Problem"]["properties"].items():
         schema["description"] = (ALWAYS | SOMETIMES | MEMBERS)[name]
     for name in ("TensorMetadata", "OutputTensor"):
-        made[name]["properties"]["datatype"] |= _DATATYPE
+        result[name]["properties"]["datatype"] |= _DATATYPE
     if signatures:
-        _narrow(made, signatures, required)
-    for schema in made.values():
+        _narrow(result, signatures, required)
+    for schema in result.values():
         schema["description"] = " ".join(schema["description"].split())
-    return dict(sorted(made.items()))
+    return dict(sorted(result.items()))
 
 
 def raw_options() -> Json:
     """Return the schemas of the options in a raw body's query."""
-    found: Json = msgspec.json.schema_components([v1_messages.RawOptions])[1]["RawOptions"]["properties"]
-    return found
+    _, components = msgspec.json.schema_components([v1_messages.RawOptions])
+    properties: Json = components["RawOptions"]["properties"]
+    return properties
 
 
 def _ref(name: str) -> Json:
@@ -83,21 +84,21 @@ def _shown(kind: type[msgspec.Struct], name: str, **types: Any) -> Any:
     )
 
 
-def _narrow(made: Json, signatures: Mapping[str, Signature], required: Mapping[str, list[str]]) -> None:
+def _narrow(result: Json, signatures: Mapping[str, Signature], required: Mapping[str, list[str]]) -> None:
     """Restrict the schemas to the inputs and outputs of the loaded models."""
     tensors: dict[TensorSpec, Json] = {}
     for model, signature in signatures.items():
         for spec in signature.inputs:
             tensors.setdefault(spec, _v2_input(model, spec))
-    inputs = made["InferRequest"]["properties"]["inputs"]
+    inputs = result["InferRequest"]["properties"]["inputs"]
     inputs["items"] = {"allOf": [inputs["items"], {"anyOf": list(tensors.values())}]}
     inputs["minItems"] = 1
     outputs = list(dict.fromkeys(spec.name for one in signatures.values() for spec in one.outputs))
-    made["WantedOutput"]["properties"]["name"]["enum"] = outputs
-    properties = made["PredictionRequest"]["properties"]
+    result["WantedOutput"]["properties"]["name"]["enum"] = outputs
+    properties = result["PredictionRequest"]["properties"]
     models = [_v1_inputs(model, one.inputs, required[model]) for model, one in signatures.items()]
     properties["inputs"] = {"anyOf": models}
-    for options in (properties, made["FormOptions"]["properties"]):
+    for options in (properties, result["FormOptions"]["properties"]):
         options["outputs"]["anyOf"][0]["items"]["enum"] = outputs
 
 

@@ -59,7 +59,7 @@ def test_refusals_are_counted_by_status_and_kind(gates: Gated) -> None:
 
 def test_refusals_of_a_full_queue_are_counted() -> None:
     with gated(True, max_queue_rows=4) as (served, engine), contextlib.ExitStack() as stack:
-        held(served, engine, stack)
+        occupy_slots(served, engine, stack)
         queued = stack.enter_context(served.connect())
         queued.send(gate(6, 7, 8, 9))
         served.until(lambda: served.batcher().queued_rows == 4)
@@ -73,7 +73,7 @@ def test_refusals_of_a_full_queue_are_counted() -> None:
         engine.release()
 
 
-def held(served: Served, engine: GatedEngine, stack: contextlib.ExitStack) -> None:
+def occupy_slots(served: Served, engine: GatedEngine, stack: contextlib.ExitStack) -> None:
     """Occupy both slots, each with a request of four rows."""
     engine.hold()
     batcher = served.batcher()
@@ -87,7 +87,7 @@ def held(served: Served, engine: GatedEngine, stack: contextlib.ExitStack) -> No
 def test_a_disconnected_client_is_counted_once(gates: Gated) -> None:
     served, engine = gates
     with contextlib.ExitStack() as stack:
-        held(served, engine, stack)
+        occupy_slots(served, engine, stack)
         client = served.connect()
         client.send(gate(9))
         served.until(lambda: served.batcher().queued_rows == 1)
@@ -101,7 +101,7 @@ def test_a_disconnected_client_is_counted_once(gates: Gated) -> None:
 
 def test_queued_rows_are_counted_by_priority() -> None:
     with gated(True) as (served, engine), contextlib.ExitStack() as stack:
-        held(served, engine, stack)
+        occupy_slots(served, engine, stack)
         for priority, rows in ((1, (5,)), (1, (6,)), (0, (7, 8, 9))):
             client = stack.enter_context(served.connect())
             client.send(gate(*rows, parameters={"priority": priority}))
@@ -161,7 +161,7 @@ def routes() -> set[str]:
 def test_batches_are_counted_by_size_and_reason() -> None:
     with gated(True) as (served, engine):
         with contextlib.ExitStack() as stack:
-            held(served, engine, stack)
+            occupy_slots(served, engine, stack)
             for row in range(3):
                 client = stack.enter_context(served.connect())
                 client.send(gate(row))
@@ -216,10 +216,10 @@ def states(now: Scrape) -> list[str]:
 def test_open_metrics_on_request(gates: Gated) -> None:
     served, _ = gates
     assert served.ask(gate(1)).status == 200
-    ask = get("/metrics").replace(
+    request = get("/metrics").replace(
         b"\r\n\r\n", b"\r\nAccept: application/openmetrics-text; version=1.0.0\r\n\r\n"
     )
-    answer = served.ask(ask)
+    answer = served.ask(request)
     assert answer.headers["content-type"].startswith("application/openmetrics-text")
     text = answer.body.decode()
     assert text.endswith("# EOF\n")
@@ -236,9 +236,11 @@ def test_open_metrics_on_request(gates: Gated) -> None:
 def test_scraped_families_match_the_table(gates: Gated) -> None:
     served, _ = gates
     served.ask(gate(1))
-    found = {name: family for name, family in scrape(served).families.items() if name.startswith("cobatch_")}
+    scraped = {
+        name: family for name, family in scrape(served).families.items() if name.startswith("cobatch_")
+    }
     table = {family.name: family for family in FAMILIES}
-    for name, family in found.items():
+    for name, family in scraped.items():
         if family.type != "gauge" or not name.endswith("_info"):
             assert table[name].kind == family.type
             assert table[name].help == family.documentation
@@ -250,4 +252,4 @@ def test_scraped_families_match_the_table(gates: Gated) -> None:
         if family.name.startswith(("cobatch_gpu", "cobatch_tenant", "cobatch_auth", "cobatch_batch_padding"))
     } | {metric_names.ELEMENTS.name}
     infos = {family.name for family in FAMILIES if family.kind == "info"}
-    assert set(table) - set(found) - infos == optional - infos
+    assert set(table) - set(scraped) - infos == optional - infos

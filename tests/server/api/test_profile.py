@@ -55,23 +55,23 @@ def tracks(document: Any) -> dict[tuple[int, int], str]:
 
 
 def slices(document: Any) -> dict[str, list[Event]]:
-    found = defaultdict(list)
+    by_track = defaultdict(list)
     named = tracks(document)
     for one in document["traceEvents"]:
         if one["ph"] == "X":
-            found[named[one["pid"], one["tid"]]].append(one)
-    return found
+            by_track[named[one["pid"], one["tid"]]].append(one)
+    return by_track
 
 
 # The file
 
 
 def test_loop_worker_and_slots_are_tracks() -> None:
-    found = slices(trace(batch(1)))
-    said = {
-        track: [(one["name"], one["ts"], one["dur"]) for one in events] for track, events in found.items()
+    by_track = slices(trace(batch(1)))
+    times = {
+        track: [(one["name"], one["ts"], one["dur"]) for one in events] for track, events in by_track.items()
     }
-    assert said == {
+    assert times == {
         "threads: event loop": [("pack", 1000, 1000), ("answer", 5000, 1000)],
         "threads: worker 0 of m": [("run 3 rows, idle", 3000, 1000)],
         "slots of m: engine 0, slot 1": [
@@ -84,7 +84,7 @@ def test_loop_worker_and_slots_are_tracks() -> None:
         ],
     }
     args = {"model": "m", "batch": 1, "rows": 3, "requests": 2, "reason": "idle"}
-    assert found["threads: worker 0 of m"][0]["args"] == args
+    assert by_track["threads: worker 0 of m"][0]["args"] == args
 
 
 def test_requests_have_waits_and_batches_have_arrows() -> None:
@@ -130,10 +130,10 @@ def test_models_and_engines_have_tracks_of_their_own() -> None:
 
 
 def test_a_batch_that_was_not_packed_has_no_run() -> None:
-    found = slices(trace(batch(1, started_s=0.0, finished_s=0.0, failed=True)))
-    assert "threads: worker 0 of m" not in found
-    assert found["slots of m: engine 0, slot 1"][0]["args"]["failed"] is True
-    assert all(one["dur"] >= 0 for events in found.values() for one in events)
+    by_track = slices(trace(batch(1, started_s=0.0, finished_s=0.0, failed=True)))
+    assert "threads: worker 0 of m" not in by_track
+    assert by_track["slots of m: engine 0, slot 1"][0]["args"]["failed"] is True
+    assert all(one["dur"] >= 0 for events in by_track.values() for one in events)
 
 
 def test_time_zero_is_the_earliest_event() -> None:
@@ -185,10 +185,10 @@ def test_a_recording_has_batches_and_failures(fast: bool) -> None:
         # A stopping server ends the recording and sends it.
         served.stop()
         document = document_of(client)
-    found = slices(document)
-    runs = found["threads: worker 0 of gate"]
+    by_track = slices(document)
+    runs = by_track["threads: worker 0 of gate"]
     assert [(one["args"]["rows"], one["args"].get("failed")) for one in runs] == [(2, None), (1, True)]
-    loop = sorted(found["threads: event loop"], key=lambda one: one["ts"])
+    loop = sorted(by_track["threads: event loop"], key=lambda one: one["ts"])
     assert [one["name"] for one in loop] == ["pack", "answer", "pack", "answer"]
     for before, after in pairwise(loop):
         assert before["ts"] + before["dur"] <= after["ts"] + 0.01
@@ -269,9 +269,9 @@ def command(served: Served, *words: str) -> Any:
 def test_the_command_writes_a_file(tmp_path: Path) -> None:
     file = tmp_path / "some.json"
     with gated(True) as (served, _):
-        told = command(served, "--seconds", "0.02", "-o", str(file))
-    assert told.exit_code == 0, told.output
-    assert str(file) in told.stdout
+        result = command(served, "--seconds", "0.02", "-o", str(file))
+    assert result.exit_code == 0, result.output
+    assert str(file) in result.stdout
     assert json.loads(file.read_bytes())["otherData"]["seconds"] == 0.02
     assert list(tmp_path.iterdir()) == [file]
 
@@ -279,17 +279,17 @@ def test_the_command_writes_a_file(tmp_path: Path) -> None:
 def test_a_refused_command_leaves_no_file(tmp_path: Path) -> None:
     file = tmp_path / "some.json"
     with gated(True) as (served, _):
-        told = command(served, "--seconds", "100", "-o", str(file))
+        result = command(served, "--seconds", "100", "-o", str(file))
         nowhere = command(served, "--seconds", "0.01", "-o", str(tmp_path / "none" / "x"))
-    assert (told.exit_code, nowhere.exit_code) == (1, 1)
-    assert "seconds must be a number above 0 and at most 60" in told.stderr
+    assert (result.exit_code, nowhere.exit_code) == (1, 1)
+    assert "seconds must be a number above 0 and at most 60" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
 def test_the_command_refuses_impossible_seconds(seconds: str, tmp_path: Path) -> None:
     with gated(True) as (served, _):
-        told = command(served, f"--seconds={seconds}", "-o", str(tmp_path / "x"))
-    assert told.exit_code == 1
-    assert f"--seconds: expected a number over 0, got {seconds}" in told.stderr
+        result = command(served, f"--seconds={seconds}", "-o", str(tmp_path / "x"))
+    assert result.exit_code == 1
+    assert f"--seconds: expected a number over 0, got {seconds}" in result.stderr
     assert list(tmp_path.iterdir()) == []

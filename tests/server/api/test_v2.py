@@ -63,17 +63,17 @@ def served(path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
 
 
 @pytest.fixture
-def held(path: str) -> Iterator[tuple[Served, GatedEngine]]:
+def gated_server(path: str) -> Iterator[tuple[Served, GatedEngine]]:
     """Serve one model whose engine the test holds, with batches of at most 4 rows."""
     with gated(path == "fast") as pair:
         yield pair
 
 
 def tensor(datatype: str, shape: list[int], data: object = None, **parameters: object) -> dict[str, Any]:
-    made: dict[str, Any] = {"name": "x", "datatype": datatype, "shape": shape}
+    result: dict[str, Any] = {"name": "x", "datatype": datatype, "shape": shape}
     if data is not None:
-        made["data"] = data
-    return made | ({"parameters": parameters} if parameters else {})
+        result["data"] = data
+    return result | ({"parameters": parameters} if parameters else {})
 
 
 ONE = {"inputs": [tensor("FP32", [1, 3], [1, 2, 3])]}
@@ -154,8 +154,8 @@ def count_of(stats: Any, name: str) -> int:
     return count
 
 
-def test_statistics_count_answers_and_failures(held: tuple[Served, GatedEngine]) -> None:
-    served, engine = held
+def test_statistics_count_answers_and_failures(gated_server: tuple[Served, GatedEngine]) -> None:
+    served, engine = gated_server
     with served.connect() as first, served.connect() as second, served.connect() as third:
         engine.hold()
         first.send(gate(1))
@@ -219,8 +219,8 @@ def test_invalid_parameters(served: Served, name: str, value: object) -> None:
     assert (answer.status, answer.slug, answer.json["parameter"]) == (400, "bad-parameter", name)
 
 
-def test_a_request_expires_in_the_queue(held: tuple[Served, GatedEngine]) -> None:
-    served, engine = held
+def test_a_request_expires_in_the_queue(gated_server: tuple[Served, GatedEngine]) -> None:
+    served, engine = gated_server
     with served.connect() as first, served.connect() as late, served.connect() as patient:
         engine.hold()
         first.send(gate(1))
@@ -279,8 +279,8 @@ def test_invalid_raw_requests(served: Served, model: str, body: bytes, status: i
     assert (answer.status, answer.slug) == (status, slug)
 
 
-def test_usage_is_in_the_body_only_on_request(held: tuple[Served, GatedEngine]) -> None:
-    served, _ = held
+def test_usage_is_in_the_body_only_on_request(gated_server: tuple[Served, GatedEngine]) -> None:
+    served, _ = gated_server
     usage = served.ask(gate(7, 8, parameters={"usage": True})).json["parameters"]
     assert usage["batch_rows"] == 2
     assert set(usage) == {"batch_rows", "queue_us", "compute_us"}

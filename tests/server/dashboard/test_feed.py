@@ -65,13 +65,13 @@ def parsed(event: bytes) -> tuple[str, Any]:
     return kind.removeprefix("event: "), json.loads(data.removeprefix("data: "))
 
 
-async def following(stream: AsyncIterator[bytes]) -> tuple[str, Any]:
+async def next_event(stream: AsyncIterator[bytes]) -> tuple[str, Any]:
     """Return the next event."""
     async with asyncio.timeout(DEADLINE_S):
         return parsed(await anext(stream))
 
 
-async def asked(stream: AsyncIterator[bytes]) -> asyncio.Task[bytes]:
+async def waiting_for_event(stream: AsyncIterator[bytes]) -> asyncio.Task[bytes]:
     """Return a task that waits for the next event."""
     task: asyncio.Task[bytes] = asyncio.ensure_future(anext(stream))
     await asyncio.sleep(0)
@@ -89,15 +89,15 @@ async def test_hello_with_kept_seconds_comes_first_and_then_ticks() -> None:
         assert await infer(running, 1, 2) == 200
         driver.second()
         stream = driver.look()
-        kind, said = await following(stream)
+        kind, data = await next_event(stream)
         assert kind == "hello"
-        (second,) = said["history"]
+        (second,) = data["history"]
         assert second["models"]["gate"]["delta"]["rows"] == 2
         assert second["time"] == driver.clock.wall()
-        assert said["totals"]["gate"]["rows"] == 2
-        assert said["models"]["gate"]["sizes"] == [1, 2, 3, 4]
+        assert data["totals"]["gate"]["rows"] == 2
+        assert data["models"]["gate"]["sizes"] == [1, 2, 3, 4]
 
-        waiting = await asked(stream)
+        waiting = await waiting_for_event(stream)
         assert not waiting.done()
         assert await infer(running, 3) == 200
         driver.second()
@@ -119,8 +119,8 @@ async def test_viewers_share_an_event_and_without_viewers_there_is_none() -> Non
             assert not timeline.called
             streams = [driver.look() for _ in range(3)]
             for stream in streams:
-                assert (await following(stream))[0] == "hello"
-            tasks = [await asked(stream) for stream in streams]
+                assert (await next_event(stream))[0] == "hello"
+            tasks = [await waiting_for_event(stream) for stream in streams]
             timeline.reset_mock()
             driver.second()
             events = [await task for task in tasks]
@@ -132,12 +132,12 @@ async def test_a_viewer_that_missed_a_tick_gets_hello_again() -> None:
     async with gated() as (running, _):
         driver = Driver(running)
         stream = driver.look()
-        await following(stream)
+        await next_event(stream)
         driver.second()
         driver.second()
-        kind, said = await following(stream)
+        kind, data = await next_event(stream)
         assert kind == "hello"
-        assert len(said["history"]) == 2
+        assert len(data["history"]) == 2
 
 
 async def test_old_seconds_are_dropped() -> None:
@@ -145,8 +145,8 @@ async def test_old_seconds_are_dropped() -> None:
         driver = Driver(running)
         for _ in range(KEPT + 5):
             driver.second()
-        _, said = await following(driver.look())
-        times = [second["time"] for second in said["history"]]
+        _, data = await next_event(driver.look())
+        times = [second["time"] for second in data["history"]]
         assert len(times) == KEPT
         assert times[-1] == driver.clock.wall()
         assert times[0] == times[-1] - KEPT + 1
@@ -156,8 +156,8 @@ async def test_streams_end_when_the_server_stops() -> None:
     async with gated() as (running, _):
         driver = Driver(running)
         stream = driver.look()
-        await following(stream)
-        waiting = await asked(stream)
+        await next_event(stream)
+        waiting = await waiting_for_event(stream)
         driver.feed.close()
         with pytest.raises(StopAsyncIteration):
             await waiting
@@ -173,11 +173,11 @@ async def test_a_stream_ends_with_its_credential() -> None:
             expires_s=driver.clock.wall() + 1.5,
         )  # fmt: skip
         stream = driver.look(principal)
-        await following(stream)
-        waiting = await asked(stream)
+        await next_event(stream)
+        waiting = await waiting_for_event(stream)
         driver.second()
         assert parsed(await waiting)[0] == "tick"
-        waiting = await asked(stream)
+        waiting = await waiting_for_event(stream)
         driver.second()
         with pytest.raises(StopAsyncIteration):
             await waiting
@@ -187,9 +187,9 @@ async def test_a_cancelled_stream_does_not_affect_others() -> None:
     async with gated() as (running, _):
         driver = Driver(running)
         leaves, stays = driver.look(), driver.look()
-        await following(leaves)
-        await following(stays)
-        leaving, staying = await asked(leaves), await asked(stays)
+        await next_event(leaves)
+        await next_event(stays)
+        leaving, staying = await waiting_for_event(leaves), await waiting_for_event(stays)
         leaving.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await leaving
@@ -203,20 +203,20 @@ async def test_a_failed_tick_is_logged_and_the_next_one_works(
 ) -> None:
     async with gated() as (running, _):
         feed = Feed(running.core, History())
-        told = asyncio.Event()
+        succeeded = asyncio.Event()
         outcomes = [RuntimeError("broken"), None]
 
         def tick() -> None:
             outcome = outcomes.pop(0)
             if outcome is not None:
                 raise outcome
-            told.set()
+            succeeded.set()
             raise asyncio.CancelledError
 
         with mock.patch.object(feed_module, "INTERVAL_S", 0.0), mock.patch.object(feed, "tick", tick):
             ticking = asyncio.create_task(feed.run())
             async with asyncio.timeout(DEADLINE_S):
-                await told.wait()
+                await succeeded.wait()
             with contextlib.suppress(asyncio.CancelledError):
                 await ticking
         assert "a second of the live page is missing" in caplog.text
@@ -227,14 +227,14 @@ async def test_hello_has_settings_without_secrets() -> None:
     async with gated(
         kept_s=60.0, trace_endpoint="http://me:hidden@collector:4318", tls_cert="/etc/secret.pem"
     ) as (running, _):
-        said = hello(running.core, 0.0)
-    assert said["settings"]["kept_s"] == 60.0
-    assert "kept_s" in said["own"]
-    assert "receive_timeout_s" not in said["own"]
-    text = msgspec.json.encode(said).decode()
+        data = hello(running.core, 0.0)
+    assert data["settings"]["kept_s"] == 60.0
+    assert "kept_s" in data["own"]
+    assert "receive_timeout_s" not in data["own"]
+    text = msgspec.json.encode(data).decode()
     assert "hidden" not in text
     assert "secret" not in text
-    gate = said["models"]["gate"]
+    gate = data["models"]["gate"]
     assert gate["platform"] == "gated"
     assert "max_batch_size" in gate["own"]
     assert "instances" not in gate["own"]
@@ -251,13 +251,13 @@ async def test_ticks_have_tenants_with_weights(tmp_path: Path) -> None:
             for _ in range(times):
                 assert await infer(running, 1, 2, **{"X-API-Key": keys[tenant]}) == 200
         driver.second()
-        _, said = await following(driver.look())
-        tenants = said["history"][-1]["tenants"]
+        _, data = await next_event(driver.look())
+        tenants = data["history"][-1]["tenants"]
         assert (tenants["red"]["requests"], tenants["red"]["rows"], tenants["red"]["weight"]) == (3, 6, 3.0)
         assert (tenants["blue"]["requests"], tenants["blue"]["rows"]) == (1, 2)
         driver.second()
-        _, said = await following(driver.look())
-        assert "requests" not in said["history"][-1]["tenants"]["red"]
+        _, data = await next_event(driver.look())
+        assert "requests" not in data["history"][-1]["tenants"]["red"]
 
 
 async def test_the_application_runs_the_feed() -> None:

@@ -115,7 +115,7 @@ async def test_document_has_configured_schemes_only(tmp_path: Path, fields: Any,
     assert ("/.well-known/oauth-protected-resource" in document["paths"]) == ("bearer" in schemes)
 
 
-def held(document: Json, operation: Json, answer: httpx.Response) -> str:
+def check_response(document: Json, operation: Json, answer: httpx.Response) -> str:
     """Check a response against the document; return its kind of problem, "" for none."""
     response = operation["responses"][str(answer.status_code)]
     kind = answer.headers["content-type"].partition(";")[0]
@@ -150,7 +150,7 @@ async def test_responses_match_the_document(tmp_path: Path) -> None:
             ) -> tuple[str, httpx.Response]:
                 headers = {"x-api-key": key} if key else {}
                 answer = await running.http.request(method, url, headers=headers, **body)
-                return held(document, operation, answer), answer
+                return check_response(document, operation, answer), answer
 
             anonymous, answer = await ask(None)
             assert (anonymous == "unauthenticated") == ("security" in operation), path
@@ -176,7 +176,7 @@ async def test_oauth_metadata_matches_the_document(tmp_path: Path) -> None:
         document = document_of(running)
         operation = document["paths"]["/.well-known/oauth-protected-resource"]["get"]
         answer = await running.http.get("/.well-known/oauth-protected-resource")
-    assert held(document, operation, answer) == ""
+    assert check_response(document, operation, answer) == ""
     promised = media_of(operation["responses"]["200"], "application/json")["example"]
     assert promised["resource"] == AUDIENCE
     assert promised.items() <= answer.json().items()

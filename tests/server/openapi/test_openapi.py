@@ -42,7 +42,7 @@ IN_ITEMS = {"not-batchable"}
 
 def several(folder: Path) -> list[ModelSettings]:
     """Models with one input and two, fixed and variable axes, and text."""
-    made = {
+    files = {
         "negate": models.negate(),
         "pairs": models.two_inputs(),
         "sum": models.sum_rows(),
@@ -51,7 +51,7 @@ def several(folder: Path) -> list[ModelSettings]:
     }
     return [
         ModelSettings(name=name, path=models.write(folder, data, f"{name}.onnx"))
-        for name, data in made.items()
+        for name, data in files.items()
     ]
 
 
@@ -94,8 +94,8 @@ def slugs_of(operation: Json) -> set[str]:
 
 
 def media_of(response: Json, kind: str) -> Json:
-    found: Json = response["content"][kind]
-    return found
+    media: Json = response["content"][kind]
+    return media
 
 
 # The document
@@ -149,7 +149,7 @@ async def test_every_problem_is_a_response_of_an_operation() -> None:
 async def test_examples_of_responses_match_their_schemas(tmp_path: Path) -> None:
     async with in_process(*several(tmp_path)) as running:
         document = describe(running.core)
-    held = 0
+    checked = 0
     for _, _, operation in operations(document):
         for response in operation["responses"].values():
             for media in response["content"].values():
@@ -159,8 +159,8 @@ async def test_examples_of_responses_match_their_schemas(tmp_path: Path) -> None
                     media[k] for k in ("example",) if k in media
                 ]:
                     check(document, media["schema"], value)
-                    held += 1
-    assert held > 200
+                    checked += 1
+    assert checked > 200
 
 
 # Examples
@@ -272,10 +272,10 @@ class Page(HTMLParser):
         assert not self._open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        self.ids += [found["id"] or ""] if "id" in found else []
-        self.links += [found["href"] or ""] if "href" in found else []
-        self.loads += [tag] if "src" in found or tag in ("script", "link", "iframe", "object") else []
+        given = dict(attrs)
+        self.ids += [given["id"] or ""] if "id" in given else []
+        self.links += [given["href"] or ""] if "href" in given else []
+        self.loads += [tag] if "src" in given or tag in ("script", "link", "iframe", "object") else []
         if tag not in self.VOID:
             self._open.append(tag)
 
