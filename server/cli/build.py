@@ -11,7 +11,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -109,16 +108,16 @@ def _check_files(model: Path, plan: Path) -> None:
 def _build(model: Path, plan: Path, options: BuildOptions) -> Manifest:
     machine = manifests.this_machine(load_tensorrt(options.runtime))
     wanted = manifests.wanted(model, machine, options)
-    with _interruptible() as interrupted, _bar(model.name) as show:
+    with _interruptible() as interrupts, _bar(model.name) as show:
 
         def progress(phase: str, fraction: float) -> bool:
             show(phase, fraction)
-            return not interrupted()
+            return not interrupts
 
         try:
             built = building.build(model, options, progress)
         except Exception:
-            if interrupted():
+            if interrupts:
                 raise end("interrupted", 130) from None
             raise
     manifest = manifests.built(wanted, built.plan, built.profiles, built.max_batch_size)
@@ -127,16 +126,12 @@ def _build(model: Path, plan: Path, options: BuildOptions) -> Manifest:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Yield a function that returns True once SIGINT has arrived; the signal itself interrupts nothing."""
+def _interruptible() -> Iterator[list[int]]:
+    """Yield the list of SIGINTs that have arrived; they interrupt nothing by themselves."""
     signals: list[int] = []
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        signals.append(number)
-
-    before = signal.signal(signal.SIGINT, note)
+    before = signal.signal(signal.SIGINT, lambda number, _: signals.append(number))
     try:
-        yield lambda: bool(signals)
+        yield signals
     finally:
         signal.signal(signal.SIGINT, before)
 

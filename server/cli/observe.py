@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
+from http.client import HTTPResponse
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 from urllib import request
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlsplit
@@ -23,7 +26,6 @@ from cobatch.server.console import end
 from cobatch.server.settings.load import TOKEN_VARIABLE
 
 _TIMEOUT_S = 10.0
-_CHUNK_BYTES = 1 << 16
 _DEFAULT_URL = "http://127.0.0.1:8000"
 
 _Url = Annotated[str, typer.Option(metavar="URL", help="Address of the server.")]
@@ -35,10 +37,6 @@ _TokenFile = Annotated[
 ]
 
 
-class CallError(Exception):
-    """The server cannot be reached, or refused; the text says why in one line."""
-
-
 def explain(
     request_id: Annotated[str, typer.Argument(metavar="ID", help="X-Request-Id of a response.")],
     url: _Url = _DEFAULT_URL,
@@ -46,14 +44,9 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="Print the full record as JSON.")] = False,
 ) -> None:
     """Say where a recent request's time went: its batch, why that was sent, and what it waited for."""
-    try:
-        record = json.loads(_call("GET", url, f"/v1/requests/{quote(request_id, safe='')}", token_file))
-    except CallError as error:
-        raise end(str(error), 1) from None
-    if as_json:
-        typer.echo(json.dumps(record, indent=2))
-    else:
-        typer.echo("\n".join(record["in_words"]))
+    with _response("GET", url, f"/v1/requests/{quote(request_id, safe='')}", token_file) as response:
+        record = json.load(response)
+    typer.echo(json.dumps(record, indent=2) if as_json else "\n".join(record["in_words"]))
 
 
 def trace(
@@ -72,51 +65,42 @@ def trace(
         raise end(f"--seconds: expected a number over 0, got {seconds:g}", 1)
     path = output or Path(f"cobatch-{datetime.now().astimezone():%Y%m%dT%H%M%S}.trace.json")
     part = path.with_name(path.name + ".part")
+    target = f"/v1/profile?seconds={seconds:g}"
     try:
-        with part.open("wb") as file:
-            target = f"/v1/profile?seconds={seconds:g}"
-            _call("POST", url, target, token_file, timeout_s=seconds + _TIMEOUT_S, keep=file.write)
+        with part.open("wb") as file, _response("POST", url, target, token_file, seconds) as response:
+            shutil.copyfileobj(response, file)
         part.replace(path)
-    except (CallError, OSError) as error:
+    except OSError as error:
         raise end(str(error), 1) from None
     finally:
         part.unlink(missing_ok=True)
     typer.echo(f"{path}: open it in https://ui.perfetto.dev or chrome://tracing")
 
 
-def _call(
-    method: str,
-    url: str,
-    path: str,
-    token_file: Path | None,
-    *,
-    timeout_s: float = _TIMEOUT_S,
-    keep: Callable[[bytes], Any] | None = None,
-) -> bytes:
-    """Return the response's body, or give it to `keep` piece by piece. Raises CallError."""
+@contextmanager
+def _response(
+    method: str, url: str, path: str, token_file: Path | None, wait_s: float = 0.0
+) -> Iterator[HTTPResponse]:
+    """Yield the response to read. A server that refuses or cannot be reached ends the command."""
     if urlsplit(url).scheme not in ("http", "https"):
-        raise CallError(f"--url: expected an address with http:// or https://, got {url!r}")
+        raise end(f"--url: expected an address with http:// or https://, got {url!r}", 1)
     headers = _credential(token_file)
     call = request.Request(url.rstrip("/") + path, method=method, headers=headers)  # noqa: S310 - checked
     try:
-        with request.urlopen(call, timeout=timeout_s) as response:  # noqa: S310 - the same
-            if keep is None:
-                return bytes(response.read())
-            while piece := response.read(_CHUNK_BYTES):
-                keep(piece)
-            return b""
+        with request.urlopen(call, timeout=wait_s + _TIMEOUT_S) as response:  # noqa: S310 - the same
+            yield response
     except HTTPError as error:
-        raise CallError(f"{url} answered {error.code}: {_detail(error)}") from None
+        raise end(f"{url} answered {error.code}: {_detail(error)}", 1) from None
     except OSError as error:
         reason = error.reason if isinstance(error, URLError) else error
-        raise CallError(f"cannot reach {url}: {reason}") from None
+        raise end(f"cannot reach {url}: {reason}", 1) from None
 
 
 def _credential(token_file: Path | None) -> dict[str, str]:
     try:
         token = os.environ.get(TOKEN_VARIABLE, "") if token_file is None else token_file.read_text()
     except (OSError, ValueError) as error:
-        raise CallError(f"--token-file: cannot read {token_file}: {error}") from None
+        raise end(f"--token-file: cannot read {token_file}: {error}", 1) from None
     token = token.strip()
     if not token:
         return {}
