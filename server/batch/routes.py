@@ -111,7 +111,6 @@ class Call:
         self._principal = principal
         self._tenant = None if principal is None else principal.tenant
         self._open = len(items)
-        self._admitted: set[Model] = set()
         self._submitted: list[tuple[Model, BatcherRequest]] = []
         self._watcher: asyncio.Task[None] | None = None
         self._done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
@@ -143,10 +142,16 @@ class Call:
         self._submitted.clear()
 
     def _submit_all(self) -> None:
+        progress, paths = self.progress, self._inference.infer_paths
         alike: dict[Model, list[Member]] = {}
-        for place, item in enumerate(self.progress.items):
+        for place, item in enumerate(progress.items):
             try:
-                model = self._admitted_model(place, item)
+                plain = item.method == "POST" and not item.headers
+                model = (paths.get(item.url) if plain else None) or self._find(item)
+                progress.models[place] = model
+                if model not in alike:
+                    self._admit(model)
+                    alike[model] = []
                 if isinstance(item, ParsedItem):
                     decoded = model.decoder.read((item.body, None, None))
                 else:
@@ -155,7 +160,7 @@ class Call:
                 self._refuse(place, error)
                 continue
             if model.decoder.is_plain_row(decoded):
-                alike.setdefault(model, []).append((place, decoded))
+                alike[model].append((place, decoded))
             else:
                 self._submit_alone(model, place, decoded)
         for model, members in alike.items():
@@ -164,24 +169,18 @@ class Call:
             for first in range(0, len(members), size):
                 self._submit_together(model, members[first : first + size])
 
-    def _admitted_model(self, place: int, item: AnyItem) -> Model:
-        """The model that an item is for, if it may enter. Raises Problem."""
-        inference, principal = self._inference, self._principal
-        plain = item.method == "POST" and not item.headers
-        model = inference.infer_paths.get(item.url) if plain else None
-        if model is None:
-            name, version = infer_target(item)
-            if principal is not None and not principal.may_infer(name):
-                raise inference.forbidden(INFER, name)
-            model = find_model(inference, principal, name, version)
-        self.progress.models[place] = model
-        if model not in self._admitted:
-            problem = inference.admit(model, principal)
-            if problem is not None:
-                raise problem
-            # Further items meet the batcher's own limits when they are submitted.
-            self._admitted.add(model)
-        return model
+    def _find(self, item: AnyItem) -> Model:
+        """The model that an item is for. Raises Problem."""
+        name, version = infer_target(item)
+        if self._principal is not None and not self._principal.may_infer(name):
+            raise self._inference.forbidden(INFER, name)
+        return find_model(self._inference, self._principal, name, version)
+
+    def _admit(self, model: Model) -> None:
+        """Raise Problem if no item for the model may enter; the batcher decides about each."""
+        problem = self._inference.admit(model, self._principal)
+        if problem is not None:
+            raise problem
 
     def _submit_alone(self, model: Model, place: int, decoded: Decoded) -> None:
         try:
