@@ -1,6 +1,6 @@
-"""The body of a prediction's request, taken apart by its content type: what came, not yet what it means.
+"""The body of a prediction's request in its parts, by content type.
 
-A multipart body is cut with python-multipart's parser rather than with Starlette's form: that one decodes
+A multipart body is cut with python-multipart's parser rather than with Starlette's form, which decodes
 parts without a file name as text, drops their content types, and writes large parts to disk.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -22,13 +22,23 @@ JSON = "application/json"
 OCTETS = "application/octet-stream"
 NPY = "application/x-npy"
 MULTIPART = "multipart/form-data"
-SUPPORTED = [JSON, MULTIPART, OCTETS, NPY]
-# The part that carries what is not a tensor.
+_TENSORS = [JSON, OCTETS, NPY]
+_SUPPORTED = [JSON, MULTIPART, OCTETS, NPY]
+# The part of a form with the options.
 OPTIONS_PART = "request"
 
-_MOST_PARTS = 256
-# Longer bodies are hashed in a thread: SHA-256 takes a millisecond or so for each.
+_MAX_PARTS = 256
+# Longer bodies are hashed in a thread: SHA-256 takes about 1 ms for each MiB.
 _HASH_IN_THREAD_BYTES = 1 << 20
+_CALLBACKS = (
+    "on_part_begin",
+    "on_header_field",
+    "on_header_value",
+    "on_header_end",
+    "on_part_data",
+    "on_part_end",
+    "on_end",
+)
 
 
 class Field(NamedTuple):
@@ -54,17 +64,17 @@ def read_content(request: Request, body: bytes | bytearray) -> Content:
     query = request.query_params.multi_items()
     name = media.decode("latin-1")
     if name == MULTIPART:
-        return Content(MULTIPART, _parts(bytes(body), parameters.get(b"boundary", b"")), query)
+        return Content(MULTIPART, _read_form(bytes(body), parameters.get(b"boundary", b"")), query)
     if name == OCTETS and body.startswith(MAGIC):
         name = NPY
-    if name not in (JSON, OCTETS, NPY):
-        detail = f"the body's Content-Type is {given!r}, it must be one of {', '.join(SUPPORTED)}"
-        raise Problem("unsupported-media-type", detail, supported=SUPPORTED)
+    if name not in _TENSORS:
+        detail = f"the body's Content-Type is {given!r}, it must be one of {', '.join(_SUPPORTED)}"
+        raise Problem("unsupported-media-type", detail, supported=_SUPPORTED)
     return Content(name, [Field("", name, body)], query)
 
 
 async def fingerprint(path: str, content: Content) -> bytes:
-    """A digest of all that was asked for; a form's boundary, which is another each time, is not in it."""
+    """A digest of the whole request, without a form's boundary, which is another one each time."""
     head = [path, content.media, *(text for item in content.query for text in item)]
     pieces: list[bytes | bytearray] = [text.encode() for text in head]
     for field in content.fields:
@@ -77,44 +87,44 @@ async def fingerprint(path: str, content: Content) -> bytes:
 def _digest(pieces: list[bytes | bytearray]) -> bytes:
     machine = hashlib.sha256()
     for piece in pieces:
-        # Lengths go in too, or bytes could move from one piece to the next unseen.
+        # Without the lengths, bytes could move from one piece to the next unnoticed.
         machine.update(len(piece).to_bytes(8, "little"))
         machine.update(piece)
     return machine.digest()
 
 
 class _Form:
-    """Collects the parts that the parser finds."""
+    """Collects the parts that the parser finds; the methods are its callbacks."""
 
     def __init__(self) -> None:
         self.fields: list[Field] = []
-        self.ended = False
+        self.complete = False
         self._header = bytearray()
         self._value = bytearray()
         self._headers: dict[bytes, bytes] = {}
         self._data = bytearray()
 
-    def begin(self) -> None:
-        if len(self.fields) >= _MOST_PARTS:
-            raise _bad_form(f"it has more than {_MOST_PARTS} parts")
+    def on_part_begin(self) -> None:
+        if len(self.fields) >= _MAX_PARTS:
+            raise _bad_form(f"it has more than {_MAX_PARTS} parts")
         self._headers = {}
         self._data = bytearray()
 
-    def header_field(self, data: bytes, start: int, end: int) -> None:
+    def on_header_field(self, data: bytes, start: int, end: int) -> None:
         self._header += data[start:end]
 
-    def header_value(self, data: bytes, start: int, end: int) -> None:
+    def on_header_value(self, data: bytes, start: int, end: int) -> None:
         self._value += data[start:end]
 
-    def header_end(self) -> None:
+    def on_header_end(self) -> None:
         self._headers[bytes(self._header).lower()] = bytes(self._value)
         self._header.clear()
         self._value.clear()
 
-    def data(self, data: bytes, start: int, end: int) -> None:
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
         self._data += memoryview(data)[start:end]
 
-    def part_end(self) -> None:
+    def on_part_end(self) -> None:
         _, options = parse_options_header(self._headers.get(b"content-disposition"))
         try:
             name = options[b"name"].decode()
@@ -123,48 +133,33 @@ class _Form:
         media, _ = parse_options_header(self._headers.get(b"content-type", b"text/plain"))
         self.fields.append(Field(name, _media_of_part(name, media, self._data), self._data))
 
-    def end(self) -> None:
-        self.ended = True
+    def on_end(self) -> None:
+        self.complete = True
 
 
-def _parts(body: bytes, boundary: bytes) -> list[Field]:
+def _read_form(body: bytes, boundary: bytes) -> list[Field]:
     if not boundary:
         raise _bad_form("its Content-Type names no boundary")
     form = _Form()
     try:
-        parser = MultipartParser(
-            boundary,
-            {
-                "on_part_begin": form.begin,
-                "on_header_field": form.header_field,
-                "on_header_value": form.header_value,
-                "on_header_end": form.header_end,
-                "on_part_data": form.data,
-                "on_part_end": form.part_end,
-                "on_end": form.end,
-            },
-        )
+        callbacks: Any = {name: getattr(form, name) for name in _CALLBACKS}
+        parser = MultipartParser(boundary, callbacks)
         parser.write(body)
         parser.finalize()
     except FormParserError as error:
         raise _bad_form(str(error)[:200]) from None
-    if not form.ended:
+    if not form.complete:
         raise _bad_form("it ends before its last boundary")
     return form.fields
 
 
 def _media_of_part(name: str, media: bytes, data: bytearray) -> str:
-    """Text, which is what a part without a type is, is JSON here: `curl -F 'x=[[1,2]]'` sends that."""
-    if data.startswith(MAGIC):
-        return NPY
-    text = media.decode("latin-1")
-    if text in (JSON, "text/plain"):
-        return JSON
-    if text in (OCTETS, NPY):
+    """The media type of a part. Text, a part's default, is JSON here: `curl -F 'x=[[1,2]]'` sends that."""
+    text = NPY if data.startswith(MAGIC) else media.decode("latin-1").replace("text/plain", JSON)
+    if text in _TENSORS:
         return text
-    supported = [JSON, OCTETS, NPY]
-    detail = f"part {name!r} is {text!r}, it must be one of {', '.join(supported)}"
-    raise Problem("unsupported-media-type", detail, supported=supported)
+    detail = f"part {name!r} is {text!r}, it must be one of {', '.join(_TENSORS)}"
+    raise Problem("unsupported-media-type", detail, supported=_TENSORS)
 
 
 def _bad_form(why: str) -> Problem:

@@ -1,7 +1,7 @@
-"""The prediction as an object: what it is now, or what became of it.
+"""The prediction as an object: its present state, or its outcome.
 
-Fields that have nothing to say are left out. An answer is made inside `Request.done`, while the
-outputs are valid, and is text from then on: what is kept is what will be sent.
+Fields without a value are left out. An answer is made inside `Request.done`, while the outputs are valid, and
+is text from then on: the text that is kept is the text that is sent.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RUNNING = "running"
 
 
 class Answer(NamedTuple):
-    """The end of a prediction. `problem` is what a request that waited for it is answered with instead."""
+    """The end of a prediction. A request that waits for it is answered with `problem`, if there is one."""
 
     status: str
     text: bytes
@@ -38,7 +38,7 @@ class Answer(NamedTuple):
     timing: bytes | None = None
 
 
-# First and last row of what could not be done, both included.
+# First and last row of each missing part, both included.
 Ranges = list[tuple[int, int]]
 
 
@@ -48,20 +48,19 @@ def unfinished(id_: str, status: str, model: str) -> bytes:
 
 
 def cancelled(id_: str, model: str) -> Answer:
-    """The object of a prediction that nobody wanted any more."""
+    """The object of a cancelled prediction."""
     fields = {"id": id_, "status": CANCELLED, "model": model}
     problem = Problem("cancelled", "the prediction was cancelled before it was done", prediction=fields)
     return Answer(CANCELLED, msgspec.json.encode(fields), problem)
 
 
 def failed(id_: str, model: str, error: Exception) -> Answer:
-    """The object of a prediction that could not be made; the same problem is in it and goes with it."""
+    """The object of a failed prediction, which contains the problem."""
     status = EXPIRED if isinstance(error, ExpiredError) else FAILED
     fields: dict[str, Any] = {"id": id_, "status": status, "model": model}
     problem = from_error(error)
     body = msgspec.json.decode(problem.reply().body[0])
-    # The member for V2 clients, which repeats the detail.
-    del body["error"]
+    del body["error"]  # repeats the detail for V2 clients
     problem.members["prediction"] = fields
     return Answer(status, msgspec.json.encode(fields | {"error": body}), problem)
 
@@ -74,18 +73,12 @@ def done(
     assert batch is not None
     failures = request.failures
     missing = _merged([(first, first + rows - 1) for first, rows, _ in failures])
-    fields: dict[str, Any] = {
-        "id": id_,
-        "status": INCOMPLETE if failures else COMPLETED,
-        "model": model,
-    }
+    status = INCOMPLETE if failures else COMPLETED
+    fields: dict[str, Any] = {"id": id_, "status": status, "model": model}
     if failures:
         problem = from_error(failures[0][2])
-        fields["incomplete_details"] = {
-            "reason": problem.kind.slug,
-            "detail": problem.detail,
-            "rows": missing,
-        }
+        details = {"reason": problem.kind.slug, "detail": problem.detail, "rows": missing}
+        fields["incomplete_details"] = details
     end = request.first_row + request.rows
     fields["outputs"] = {
         specs[index].name: _output(specs[index], batch.outputs[index][request.first_row : end], best, missing)
@@ -99,7 +92,7 @@ def done(
         "compute_us": round((batch.finished_s - batch.started_s) * 1e6),
     }
     timing = b"queue;dur=%.3f%b" % (queue_s * 1e3, timing_of_batch(batch))
-    return Answer(fields["status"], msgspec.json.encode(fields), timing=timing)
+    return Answer(status, msgspec.json.encode(fields), timing=timing)
 
 
 def _merged(ranges: Ranges) -> Ranges:
@@ -114,7 +107,7 @@ def _merged(ranges: Ranges) -> Ranges:
 
 
 def _output(spec: TensorSpec, rows: Array, best: int | None, missing: Ranges) -> dict[str, Any]:
-    """`shape` is always that of the whole output, also where only its best scores are shown."""
+    """An output. `shape` is that of the whole output, also where only its best scores are shown."""
     fields: dict[str, Any] = {"dtype": _dtype_name(spec), "shape": rows.shape}
     values = _widened(spec, rows)
     if best is None or values.ndim < 2:
@@ -129,12 +122,12 @@ def _dtype_name(spec: TensorSpec) -> str:
 
 
 def _widened(spec: TensorSpec, rows: Array) -> Array:
-    """BF16 travels as bits; as numbers they are float32's upper half."""
+    """The rows as numbers: the bits of BF16 are the upper half of float32's."""
     return (rows.astype(np.uint32) << 16).view(np.float32) if spec.datatype == "BF16" else rows
 
 
 def _with_nulls(values: Array, missing: Ranges, encode: Any) -> msgspec.Raw:
-    """JSON of all rows, null for each that is missing."""
+    """The rows in JSON, with null for each missing one."""
     if not missing:
         return msgspec.Raw(encode(values))
     pieces: list[bytes] = []
@@ -160,20 +153,20 @@ def _text(value: Any) -> Any:
 
 
 def _dumps(value: Any) -> bytes:
-    # Float32 with as few digits as keep its value, and null for what is not finite.
+    # Float32 with the fewest digits that keep its value, null for non-finite values.
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def _top(values: Array, most: int) -> list[Any]:
-    """The best scores along the last axis: descending, of equal ones the first first, NaN after all."""
+def _top(values: Array, count: int) -> list[Any]:
+    """The best scores along the last axis in descending order: equal ones by index, NaN last."""
     if values.ndim > 1:
-        return [_top(row, most) for row in values]
+        return [_top(row, count) for row in values]
     keys = np.where(np.isnan(values), -np.inf, values) if values.dtype.kind == "f" else values
     candidates = np.arange(len(keys))
-    if most < len(keys):
-        least = np.partition(keys, len(keys) - most)[len(keys) - most]
+    if count < len(keys):
+        least = np.partition(keys, len(keys) - count)[len(keys) - count]
         candidates = np.flatnonzero(keys >= least)
-    # Sorted from the back, so that equal ones come out back to front, and then turned round.
+    # Sorted from the back and then reversed, which leaves equal ones in the order of their indices.
     backwards = candidates[::-1]
-    order = backwards[np.argsort(keys[backwards], kind="stable")][::-1][:most]
+    order = backwards[np.argsort(keys[backwards], kind="stable")][::-1][:count]
     return [{"index": index, "score": values[index]} for index in order]

@@ -1,12 +1,10 @@
-"""The request headers of the native resource: Prefer (RFC 7240) and Idempotency-Key.
+"""The native resource: POST /v1/models/NAME/predictions, and the predictions themselves.
 
-The native resource: POST /v1/models/NAME/predictions, and the predictions themselves.
+A request that waits for its prediction gets the object, or else its problem, with the object as the member
+`prediction`. GET and DELETE of a prediction answer 200 with the object in any state.
 
-A request that waits for its prediction gets the object, or the problem that came of it with the object as
-its member `prediction`. GET and DELETE of a prediction answer 200 with the object whatever is in it.
-
-A client that leaves cancels what it waited for, unless that is kept: one that sent an Idempotency-Key
-is about to ask again.
+A client that disconnects cancels the prediction that it waits for, unless it is kept: a client that sent an
+Idempotency-Key is about to ask again.
 """
 
 from __future__ import annotations
@@ -14,142 +12,148 @@ from __future__ import annotations
 import asyncio
 from typing import NamedTuple
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from cobatch.batcher.errors import BatcherError
-from cobatch.batcher.tenant import Tenant
-from cobatch.server.api.routing import as_response, find, guarded
-from cobatch.server.auth.principal import principal_in, subject_in
+from cobatch.server.api.routing import Endpoint, as_response, find, guarded
+from cobatch.server.auth.principal import Principal, principal_in, subject_in
 from cobatch.server.edge.exchange import record_in
 from cobatch.server.http.body import BodyError, read_body
 from cobatch.server.http.compression import compressed
-from cobatch.server.http.problem import Problem, from_error, stopping
+from cobatch.server.http.problem import Problem, from_error
 from cobatch.server.http.reply import JSON, Reply
 from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Inference
-from cobatch.server.predictions import decode as v1_decode
-from cobatch.server.predictions.content import fingerprint, read_content
+from cobatch.server.predictions.content import Content, fingerprint, read_content
+from cobatch.server.predictions.decode import decode
 from cobatch.server.predictions.encode import Answer
-from cobatch.server.predictions.store import Prediction, Predictions
+from cobatch.server.predictions.store import Prediction, PredictionStore
 
-_MOST_KEY = 255
+_MAX_KEY_LENGTH = 255
+Header = tuple[bytes, bytes]
+# An Idempotency-Key and the digest of its request.
+Idempotency = tuple[str, bytes]
 
 
 class Preferences(NamedTuple):
-    """What the client would like: an answer at once and the result later; seconds to wait for it."""
+    """The header Prefer (RFC 7240): a response before the result, and seconds to wait for the result."""
 
     respond_async: bool
-    wait_s: int | None
+    wait_s: float | None
 
 
-def preferences(request: Request) -> Preferences:
-    """Preferences that are unknown or malformed are passed over, as the RFC asks; of two, the first holds."""
-    found: dict[str, str] = {}
+def preferences(request: Request, max_wait_s: float) -> Preferences:
+    """Unknown and malformed preferences are ignored, as the RFC asks; of two equal ones the first counts."""
+    given: dict[str, str] = {}
     for header in request.headers.getlist("prefer"):
         # No preference that is known here has a comma or a semicolon in its value.
         for item in header.split(","):
             name, _, value = item.partition(";")[0].partition("=")
-            found.setdefault(name.strip().lower(), value.strip().strip('"'))
-    wait = found.get("wait", "")
-    wait_s = int(wait) if wait.isascii() and wait.isdigit() and len(wait) < 10 else None
-    return Preferences("respond-async" in found, wait_s)
+            given.setdefault(name.strip().lower(), value.strip().strip('"'))
+    wait = given.get("wait", "")
+    wait_s = min(int(wait), max_wait_s) if wait.isascii() and wait.isdigit() and len(wait) < 10 else None
+    return Preferences("respond-async" in given, wait_s)
 
 
 def idempotency_key(request: Request) -> str | None:
-    """The key, as opaque text, or None. Raises Problem where it is none."""
+    """The key, as opaque text, or None. Raises Problem for an invalid one."""
     keys = request.headers.getlist("idempotency-key")
     if not keys:
         return None
     key = keys[0]
-    if len(keys) > 1 or not 1 <= len(key) <= _MOST_KEY or not all(" " <= char <= "~" for char in key):
-        raise Problem(
-            "bad-parameter",
-            f"Idempotency-Key must be one value of 1 to {_MOST_KEY} printable ASCII characters",
-            parameter="Idempotency-Key",
-        )
+    if len(keys) > 1 or not 1 <= len(key) <= _MAX_KEY_LENGTH or not all(" " <= char <= "~" for char in key):
+        detail = f"Idempotency-Key must be one value of 1 to {_MAX_KEY_LENGTH} printable ASCII characters"
+        raise Problem("bad-parameter", detail, parameter="Idempotency-Key")
     return key
 
 
-class _LeftError(Exception):
-    """The client has left; nobody reads what is answered."""
-
-
-def v1_routes(core: Inference) -> list[Route]:
+def v1_routes(inference: Inference) -> list[Route]:
     """All of them, for Starlette."""
-    resource = _Resource(core)
+    resource = _Resource(inference)
 
     async def one(request: Request) -> Response:
         return await (resource.delete if request.method == "DELETE" else resource.get)(request)
 
     # One route for both methods, so that the 405 for others names both.
     return [
-        Route("/v1/models/{name}/predictions", guarded(core, "infer", resource.post), methods=["POST"]),
-        Route("/v1/predictions/{id}", guarded(core, "known", one), methods=["GET", "DELETE"]),
+        Route(
+            "/v1/models/{name}/predictions",
+            guarded(inference, "infer", _unread(resource.post)),
+            methods=["POST"],
+        ),
+        Route(
+            "/v1/predictions/{id}",
+            guarded(inference, "known", _unread(one)),
+            methods=["GET", "DELETE"],
+        ),
     ]
+
+
+def _unread(endpoint: Endpoint) -> Endpoint:
+    """The endpoint, with an empty response where the client has disconnected."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except ClientDisconnect:
+            return Response()
+
+    return answer
 
 
 class _Resource:
     """The endpoints, and the predictions that they keep."""
 
-    def __init__(self, core: Inference) -> None:
-        self._core = core
-        self._settings = core.settings.server
-        self._kept = Predictions(core.settings.server)
+    def __init__(self, inference: Inference) -> None:
+        self._inference = inference
+        self._settings = inference.settings.server
+        self._kept = PredictionStore(inference.settings.server)
 
     async def post(self, request: Request) -> Response:
         """Make a prediction, or join the one that the same Idempotency-Key has made."""
-        model = find(self._core, request)
-        subject = subject_in(request.scope)
+        model = find(self._inference, request)
         principal = principal_in(request.scope)
-        tenant = None if principal is None else principal.tenant
-        prefers = preferences(request)
+        subject = subject_in(request.scope)
+        prefers = preferences(request, self._settings.max_wait_s)
         key = idempotency_key(request)
+        keep = prefers.respond_async or key is not None
         if key is None or not self._kept.has_key(subject, key):
-            self._check_open(model, tenant)
-            if key is not None or prefers.respond_async:
+            self._admit(model, principal)
+            if keep:
                 self._kept.check_room(0)
-        try:
-            headers = dict(request.headers.raw)
-            body = await read_body(headers, request.receive, self._settings.max_body_bytes)
-        except BodyError as error:
-            if error.problem is None:
-                return _nobody_reads_this()
-            raise error.problem from None
-        content = read_content(request, body)
-        idempotency = None
-        if key is not None:
-            idempotency = key, await fingerprint(request.url.path, content)
-        # No await from here until the prediction is kept: two requests with one key must not both start.
-        prediction = None
-        if idempotency is not None:
-            prediction = self._kept.join(subject, *idempotency)
+        content = read_content(request, await self._body(request))
+        idempotency = None if key is None else (key, await fingerprint(request.url.path, content))
+        # No await until the prediction is kept: of two requests with one key, only one may start.
+        prediction = None if idempotency is None else self._kept.join(subject, *idempotency)
         if prediction is None:
-            # Asked again: while the body came others may have come too, or the end.
-            self._check_open(model, tenant)
-            decoded = v1_decode.decode(content, model.decoder)
-            prediction = Prediction(subject, model, decoded, tenant, record_in(request.scope))
-            self._start(prediction, decoded.bytes, idempotency, keep=prefers.respond_async or key is not None)
+            # Asked again: other requests came while the body did.
+            self._admit(model, principal)
+            prediction = self._start(request, model, content, idempotency, keep=keep)
         if prefers.respond_async:
             return await self._respond_later(request, prediction, prefers)
-        return await self._respond(request, prediction)
+        try:
+            answer = await _answer(request, prediction)
+        except (ClientDisconnect, asyncio.CancelledError):
+            # The latter where the server ends this request.
+            if not prediction.kept:
+                prediction.cancel()
+            raise
+        assert answer is not None
+        return await self._final(request, answer)
 
     async def get(self, request: Request) -> Response:
-        """The prediction as it is now, or as it is once it is finished or the wait is over."""
+        """The prediction as it is now, or when it is finished or the wait is over."""
         prediction = self._find(request)
-        prefers = preferences(request)
-        if prefers.wait_s is None:
+        wait_s = preferences(request, self._settings.max_wait_s).wait_s
+        if wait_s is None:
             return await self._object(request, prediction)
-        wait_s = min(prefers.wait_s, self._settings.max_wait_s)
-        try:
-            await _answer(request, prediction, wait_s)
-        except _LeftError:
-            return _nobody_reads_this()
+        await _answer(request, prediction, wait_s)
         return await self._object(request, prediction, _applied(f"wait={wait_s:g}"))
 
     async def delete(self, request: Request) -> Response:
-        """Cancel it, if it is not finished."""
+        """Cancel the prediction, unless it is finished."""
         prediction = self._find(request)
         prediction.cancel()
         return await self._object(request, prediction)
@@ -157,17 +161,27 @@ class _Resource:
     def _find(self, request: Request) -> Prediction:
         return self._kept.find(request.path_params["id"], subject_in(request.scope))
 
-    def _check_open(self, model: Model, tenant: Tenant | None) -> None:
-        if self._core.draining:
-            raise stopping()
-        problem = model.refusal(tenant)
+    def _admit(self, model: Model, principal: Principal | None) -> None:
+        problem = self._inference.admit(model, principal)
         if problem is not None:
             raise problem
 
+    async def _body(self, request: Request) -> bytes | bytearray:
+        try:
+            headers = dict(request.headers.raw)
+            return await read_body(headers, request.receive, self._settings.max_body_bytes)
+        except BodyError as error:
+            raise error.problem or ClientDisconnect from None
+
     def _start(
-        self, prediction: Prediction, tensor_bytes: int, idempotency: tuple[str, bytes] | None, *, keep: bool
-    ) -> None:
-        """Submit it. Where that fails nothing is kept, the key neither."""
+        self, request: Request, model: Model, content: Content, idempotency: Idempotency | None, *, keep: bool
+    ) -> Prediction:
+        """Submit a prediction. If that fails, nothing is kept, nor is the key."""
+        principal = principal_in(request.scope)
+        tenant = None if principal is None else principal.tenant
+        decoded = decode(content, model.decoder)
+        tensor_bytes = decoded.bytes
+        prediction = Prediction(subject_in(request.scope), model, decoded, tenant, record_in(request.scope))
         if keep:
             self._kept.check_room(tensor_bytes)
         try:
@@ -176,52 +190,28 @@ class _Resource:
             raise from_error(error) from None
         if keep:
             self._kept.keep(prediction, tensor_bytes, idempotency)
-
-    async def _respond(self, request: Request, prediction: Prediction) -> Response:
-        """The answer to a request that waits for it."""
-        try:
-            answer = await _answer(request, prediction, None)
-        except _LeftError:
-            self._leave(prediction)
-            return _nobody_reads_this()
-        except asyncio.CancelledError:
-            # The server ends this request.
-            self._leave(prediction)
-            raise
-        assert answer is not None
-        return await self._final(request, answer)
+        return prediction
 
     async def _respond_later(
         self, request: Request, prediction: Prediction, prefers: Preferences
     ) -> Response:
-        """202 and where to look; or the answer, where it came within the time that the client gave."""
+        """202 and the object's location; or the answer, where it came within the client's wait."""
         if prefers.wait_s is not None:
-            wait_s = min(prefers.wait_s, self._settings.max_wait_s)
-            try:
-                answer = await _answer(request, prediction, wait_s)
-            except _LeftError:
-                return _nobody_reads_this()
+            answer = await _answer(request, prediction, prefers.wait_s)
             if answer is not None:
-                return await self._final(request, answer, _applied(f"wait={wait_s:g}"))
+                return await self._final(request, answer, _applied(f"wait={prefers.wait_s:g}"))
         location = f"{request.scope.get('root_path', '')}/v1/predictions/{prediction.id}"
         headers = ((b"location", location.encode()), _applied("respond-async"))
         return as_response(Reply(202, JSON, (prediction.text,), headers=headers))
 
-    def _leave(self, prediction: Prediction) -> None:
-        if prediction.on_answer is None:
-            prediction.cancel()
-
-    async def _final(self, request: Request, answer: Answer, *headers: tuple[bytes, bytes]) -> Response:
+    async def _final(self, request: Request, answer: Answer, *headers: Header) -> Response:
         if answer.problem is not None:
             return as_response(answer.problem.reply(*headers, instance=request.url.path))
-        return await self._send(
-            request, Reply(200, JSON, (answer.text,), timing=answer.timing, headers=headers)
-        )
+        reply = Reply(200, JSON, (answer.text,), timing=answer.timing, headers=headers)
+        return await self._send(request, reply)
 
-    async def _object(
-        self, request: Request, prediction: Prediction, *headers: tuple[bytes, bytes]
-    ) -> Response:
-        """The object as it is now. It moves on, and it is one subject's: nobody may store it."""
+    async def _object(self, request: Request, prediction: Prediction, *headers: Header) -> Response:
+        """The object in its present state. Caches must not store it: it changes, and is one subject's."""
         headers += ((b"cache-control", b"no-store"),)
         return await self._send(request, Reply(200, JSON, (prediction.text,), headers=headers))
 
@@ -230,32 +220,28 @@ class _Resource:
         return as_response(await compressed(reply, accept, self._settings.compress_min_bytes))
 
 
-async def _answer(request: Request, prediction: Prediction, timeout_s: float | None) -> Answer | None:
-    """The answer once it is there, None if the time is over before. Raises _LeftError."""
+async def _answer(request: Request, prediction: Prediction, timeout_s: float | None = None) -> Answer | None:
+    """The prediction's answer, or None after the timeout. Raises ClientDisconnect."""
     answered = prediction.answered
     if answered is None:
         return prediction.answer
-    # After the body, all that `receive` has to say is that the client left.
-    left = asyncio.ensure_future(_left(request))
+    disconnected = asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait((answered, left), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((answered, disconnected), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if answered.done():
             return answered.result()
-        if left.done():
-            raise _LeftError
+        if disconnected.done():
+            raise ClientDisconnect
         return None
     finally:
-        left.cancel()
+        disconnected.cancel()
 
 
-async def _left(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
+    """Wait for the client to disconnect: the only message after the body."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def _applied(preference: str) -> tuple[bytes, bytes]:
+def _applied(preference: str) -> Header:
     return b"preference-applied", preference.encode()
-
-
-def _nobody_reads_this() -> Response:
-    return Response()

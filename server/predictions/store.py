@@ -1,20 +1,17 @@
-"""One prediction, from acceptance to its answer.
+"""One prediction from acceptance to its answer, and the store of predictions that are kept for their clients.
 
-The store of predictions that are kept for their clients.
-
-A prediction is kept when its client said that it will come back for it: by `Prefer: respond-async` or an
+A prediction is kept when its client announced to come back for it: by `Prefer: respond-async` or an
 `Idempotency-Key`. Others live as long as the request that waits for them.
 
 The store's bounds, which hold at every moment:
 
 * at most `kept_predictions` in all, finished or not;
-* at most `kept_bytes`, counting the tensors of one that is unfinished, the answer of one that is
-  finished, and some for the rest of it;
-* finished ones for `kept_s` at most, the oldest ones less where the room is needed.
+* at most `kept_bytes`: an unfinished prediction counts its tensors, a finished one its answer, and each
+  `OVERHEAD_BYTES` more;
+* finished ones for at most `kept_s`, the oldest ones less where room is needed.
 
-Unfinished ones are never dropped: where they leave no room, nothing more is accepted. All methods run on
-the event loop. The batcher answers everything that it accepted, also when it stops, so nothing here needs
-to be told of the end.
+Unfinished ones are never dropped: where they leave no room, nothing more is accepted. All methods run on the
+event loop. The batcher answers every accepted request, also when it stops, so the store needs no end.
 """
 
 from __future__ import annotations
@@ -30,16 +27,19 @@ from cobatch.batcher.tenant import Tenant
 from cobatch.server.http.problem import Problem
 from cobatch.server.inference.model import Model
 from cobatch.server.observability.record import RequestRecord
-from cobatch.server.predictions import encode as v1_encode
+from cobatch.server.predictions import encode
 from cobatch.server.predictions.decode import Decoded
 from cobatch.server.predictions.encode import Answer
 from cobatch.server.settings.schema import ServerSettings
 
 log = logging.getLogger("cobatch.server")
 
+# Of a kept prediction, beside its tensors or its answer. The answer that one was too large takes less.
+OVERHEAD_BYTES = 2048
+
 
 class Prediction:
-    """One prediction. `answer` is None until it is finished; `kept_bytes` is what it counts in a store."""
+    """One prediction. `answer` is None until it is finished; `kept_bytes` is its size in a store."""
 
     def __init__(
         self,
@@ -49,23 +49,23 @@ class Prediction:
         tenant: Tenant | None = None,
         record: RequestRecord | None = None,
     ) -> None:
-        # Long enough that nobody finds another's by trying.
+        # Too long to be guessed.
         self.id = secrets.token_urlsafe(18)
         self.subject = subject
+        self.model = model
         self.answer: Answer | None = None
         self.idempotency: tuple[str, bytes] | None = None  # key and digest
         self.kept_bytes = 0
         self.finished_s = 0.0
         self.on_answer: Callable[[Prediction], None] | None = None
-        self._model = model
-        self._request: PredictionRequest | None = PredictionRequest(self, model, decoded, tenant, record)
-        # To be waited for with `asyncio.wait`, which cancels nothing; None once `answer` is there.
+        self._request: PredictionRequest | None = PredictionRequest(self, decoded, tenant, record)
+        # Wait for it with `asyncio.wait`, which does not cancel it; None once `answer` is set.
         self.answered: asyncio.Future[Answer] | None = asyncio.get_running_loop().create_future()
 
     @property
-    def model_name(self) -> str:
-        """Its model's name."""
-        return self._model.name
+    def kept(self) -> bool:
+        """Whether a store keeps it, or has kept it."""
+        return self.on_answer is not None
 
     @property
     def status(self) -> str:
@@ -74,33 +74,32 @@ class Prediction:
             return self.answer.status
         assert self._request is not None
         parts = self._request.parts or [self._request]
-        waits = all(part.state is State.QUEUED for part in parts)
-        return v1_encode.QUEUED if waits else v1_encode.RUNNING
+        queued = all(part.state is State.QUEUED for part in parts)
+        return encode.QUEUED if queued else encode.RUNNING
 
     @property
     def text(self) -> bytes:
-        """The object as it is now, as JSON."""
+        """The object in its present state, as JSON."""
         if self.answer is not None:
             return self.answer.text
-        return v1_encode.unfinished(self.id, self.status, self._model.name)
+        return encode.unfinished(self.id, self.status, self.model.name)
 
     def submit(self) -> None:
-        """Into the queue. Raises BatcherError; then nothing has happened."""
+        """Queue the request. Raises BatcherError; then nothing has changed."""
         assert self._request is not None
-        self._model.loaded_batcher.submit(self._request)
+        self.model.loaded_batcher.submit(self._request)
 
     def cancel(self) -> None:
-        """Nobody wants it any more. Harmless when it is finished."""
-        request = self._request
-        if request is not None:
-            self._model.loaded_batcher.cancel(request)
-            self.settle(v1_encode.cancelled(self.id, self._model.name))
+        """Cancel the request. Harmless when it is finished."""
+        if self._request is not None:
+            self.model.loaded_batcher.cancel(self._request)
+            self.finish(encode.cancelled(self.id, self.model.name))
 
-    def settle(self, answer: Answer) -> None:
-        """It is finished; whoever waits is woken with this answer, whatever a store makes of it."""
+    def finish(self, answer: Answer) -> None:
+        """Wake the waiting requests with this answer; a store may keep a shorter one."""
         if self.answered is None:
             return
-        # What is kept must not keep the tensors, nor through the future an answer too large to be kept.
+        # A kept prediction must not keep the tensors, nor, through the future, an answer that is too large.
         answered, self.answered, self._request = self.answered, None, None
         self.answer = answer
         if self.on_answer is not None:
@@ -111,64 +110,52 @@ class Prediction:
 class PredictionRequest(Request):
     """A prediction's rows in the batcher."""
 
-    __slots__ = ("_model", "_prediction", "_record", "_wants")
+    __slots__ = ("_outputs", "_prediction", "_record")
 
     def __init__(
-        self,
-        prediction: Prediction,
-        model: Model,
-        decoded: Decoded,
-        tenant: Tenant | None,
-        record: RequestRecord | None,
+        self, prediction: Prediction, decoded: Decoded, tenant: Tenant | None, record: RequestRecord | None
     ) -> None:
         super().__init__(decoded.rows, decoded.row_shapes, decoded.payloads)
         self.priority = decoded.priority
         self.timeout_s = decoded.timeout_s
         self.partial = True
         self.tenant = tenant
+        self._outputs = decoded.outputs
         self._prediction = prediction
-        self._model = model
         self._record = record
         if record is not None:
-            record.model = model.name
+            record.model = prediction.model.name
             record.rows = decoded.rows
-        self._wants = decoded.outputs
 
     def done(self) -> None:
-        id_, name = self._prediction.id, self._model.name
+        id_, model = self._prediction.id, self._prediction.model
         if self._record is not None:
             self._record.ran(self)
         try:
             if self.error is None:
-                specs = self._model.decoder.signature.outputs
-                answer = v1_encode.done(id_, name, specs, self._wants, self)
+                answer = encode.done(id_, model.name, model.decoder.signature.outputs, self._outputs, self)
             else:
-                answer = v1_encode.failed(id_, name, self.error)
+                answer = encode.failed(id_, model.name, self.error)
         except Exception as error:
-            log.exception("model %s: encoding prediction %s failed", name, id_)
-            answer = v1_encode.failed(id_, name, error)
-        status, slug = 200, ""
-        if answer.problem is not None:
-            status, slug = answer.problem.kind.status, answer.problem.kind.slug
-        self._model.traffic.count(status, slug, time.monotonic() - self.enqueued_s)
-        self._prediction.settle(answer)
+            log.exception("model %s: encoding prediction %s failed", model.name, id_)
+            answer = encode.failed(id_, model.name, error)
+        kind = None if answer.problem is None else answer.problem.kind
+        status, slug = (200, "") if kind is None else (kind.status, kind.slug)
+        model.traffic.count(status, slug, time.monotonic() - self.enqueued_s)
+        self._prediction.finish(answer)
 
 
-# What a kept prediction counts beside its tensors or answer; an answer that says it was too large fits in.
-OVERHEAD_BYTES = 2048
-
-
-class Predictions:
-    """The kept ones of a process."""
+class PredictionStore:
+    """The kept predictions of a process."""
 
     def __init__(self, settings: ServerSettings) -> None:
-        self._most = settings.kept_predictions
-        self._most_bytes = settings.kept_bytes
+        self._max_count = settings.kept_predictions
+        self._max_bytes = settings.kept_bytes
         self._kept_s = settings.kept_s
         self._all: dict[str, Prediction] = {}
         self._by_key: dict[tuple[str, str], Prediction] = {}
         self._finished: dict[str, Prediction] = {}  # the oldest first
-        self._bytes = 0
+        self.size_bytes = 0
         self._finished_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -176,83 +163,71 @@ class Predictions:
         return len(self._all)
 
     @property
-    def size_bytes(self) -> int:
-        """What all together count."""
-        return self._bytes
-
-    @property
     def unfinished(self) -> int:
-        """How many are not finished."""
+        """The number of unfinished predictions."""
         return len(self._all) - len(self._finished)
 
     def find(self, id_: str, subject: str) -> Prediction:
-        """Raises Problem, the same whether there is none, or there was one, or it is another's."""
+        """A subject's prediction. Raises the same Problem for an unknown, a dropped and another's id."""
         prediction = self._all.get(id_)
         if prediction is None or prediction.subject != subject:
             raise Problem("unknown-prediction", f"there is no prediction {id_!r}, or none any more")
         return prediction
 
     def has_key(self, subject: str, key: str) -> bool:
-        """Whether `join` would find one, or a mismatch."""
+        """Whether `join` would find a prediction, or a mismatch."""
         return (subject, key) in self._by_key
 
     def join(self, subject: str, key: str, digest: bytes) -> Prediction | None:
-        """The prediction that was made with this key. Raises Problem if for another request."""
+        """The prediction that was made with this key. Raises Problem if that was for another request."""
         prediction = self._by_key.get((subject, key))
         if prediction is None:
             return None
         assert prediction.idempotency is not None
         if prediction.idempotency[1] != digest:
-            raise Problem(
-                "idempotency-mismatch",
-                "the Idempotency-Key came with another request before: path, Content-Type or body differ",
-            )
+            detail = "the Idempotency-Key came with another request before: path, Content-Type or body differ"
+            raise Problem("idempotency-mismatch", detail)
         return prediction
 
     def check_room(self, tensor_bytes: int) -> None:
-        """Raises Problem if a prediction with such tensors could not be kept now."""
-        unfinished_bytes = self._bytes - self._finished_bytes
-        size = OVERHEAD_BYTES + tensor_bytes
-        if size > self._most_bytes:
-            raise Problem(
-                "body-too-large",
-                f"the tensors have {tensor_bytes} bytes; those of a prediction that is kept may have "
-                f"{self._most_bytes - OVERHEAD_BYTES}",
-                body_bytes=tensor_bytes,
-                limit_bytes=self._most_bytes - OVERHEAD_BYTES,
-            )
-        if self.unfinished >= self._most or unfinished_bytes + size > self._most_bytes:
+        """Raise Problem if a prediction with such tensors could not be kept now."""
+        unfinished_bytes = self.size_bytes - self._finished_bytes
+        limit = self._max_bytes - OVERHEAD_BYTES
+        if tensor_bytes > limit:
+            detail = f"the tensors have {tensor_bytes} bytes; those of a kept prediction may have {limit}"
+            raise Problem("body-too-large", detail, body_bytes=tensor_bytes, limit_bytes=limit)
+        if self.unfinished >= self._max_count or unfinished_bytes + tensor_bytes > limit:
             raise Problem(
                 "too-many-predictions",
                 f"{self.unfinished} kept predictions with {unfinished_bytes} bytes are not finished yet",
-                limit=self._most,
-                limit_bytes=self._most_bytes,
+                limit=self._max_count,
+                limit_bytes=self._max_bytes,
                 retry_after_s=1,
             )
 
     def keep(self, prediction: Prediction, tensor_bytes: int, idempotency: tuple[str, bytes] | None) -> None:
-        """Keep one that was just submitted; `check_room` has said that there is room for it."""
+        """Keep a prediction that was just submitted; `check_room` has found room for it."""
         prediction.kept_bytes = OVERHEAD_BYTES + tensor_bytes
         prediction.idempotency = idempotency
         prediction.on_answer = self._on_answer
         self._make_room(1, prediction.kept_bytes)
         self._all[prediction.id] = prediction
-        self._bytes += prediction.kept_bytes
+        self.size_bytes += prediction.kept_bytes
         if idempotency is not None:
             self._by_key[prediction.subject, idempotency[0]] = prediction
 
     def _on_answer(self, prediction: Prediction) -> None:
         answer = prediction.answer
         assert answer is not None
-        self._bytes -= prediction.kept_bytes
+        self.size_bytes -= prediction.kept_bytes
         size = OVERHEAD_BYTES + len(answer.text)
-        room = self._most_bytes - (self._bytes - self._finished_bytes)
+        room = self._max_bytes - (self.size_bytes - self._finished_bytes)
         if size > room:
             prediction.answer = _too_large(prediction, len(answer.text), room - OVERHEAD_BYTES)
             size = OVERHEAD_BYTES
         self._make_room(0, size)
         prediction.kept_bytes = size
-        self._bytes += size
+        self.size_bytes += size
         self._finished_bytes += size
         self._finished[prediction.id] = prediction
         loop = asyncio.get_running_loop()
@@ -260,9 +235,9 @@ class Predictions:
         if self._timer is None:
             self._timer = loop.call_later(self._kept_s, self._drop_old)
 
-    def _make_room(self, more: int, more_bytes: int) -> None:
+    def _make_room(self, count: int, size: int) -> None:
         while self._finished and (
-            len(self._all) + more > self._most or self._bytes + more_bytes > self._most_bytes
+            len(self._all) + count > self._max_count or self.size_bytes + size > self._max_bytes
         ):
             self._drop(next(iter(self._finished.values())))
 
@@ -279,17 +254,13 @@ class Predictions:
     def _drop(self, prediction: Prediction) -> None:
         del self._all[prediction.id]
         del self._finished[prediction.id]
-        self._bytes -= prediction.kept_bytes
+        self.size_bytes -= prediction.kept_bytes
         self._finished_bytes -= prediction.kept_bytes
         if prediction.idempotency is not None:
             del self._by_key[prediction.subject, prediction.idempotency[0]]
 
 
 def _too_large(prediction: Prediction, size: int, limit: int) -> Answer:
-    problem = Problem(
-        "result-too-large",
-        f"the answer has {size} bytes, more than could be kept",
-        body_bytes=size,
-        limit_bytes=limit,
-    )
-    return v1_encode.failed(prediction.id, prediction.model_name, problem)
+    detail = f"the answer has {size} bytes, more than could be kept"
+    problem = Problem("result-too-large", detail, body_bytes=size, limit_bytes=limit)
+    return encode.failed(prediction.id, prediction.model.name, problem)

@@ -16,7 +16,7 @@ from cobatch.engines.errors import EngineRunError
 from cobatch.server.http.problem import Problem
 from cobatch.server.inference.model import Model
 from cobatch.server.predictions.decode import Decoded
-from cobatch.server.predictions.store import OVERHEAD_BYTES, Prediction, Predictions
+from cobatch.server.predictions.store import OVERHEAD_BYTES, Prediction, PredictionStore
 from cobatch.server.settings.schema import ModelSettings, ServerSettings
 from cobatch.server.v2.decode import Decoder
 from tests.support.virtual.loop import FakeEngine, FakeWorker, make_batcher, run
@@ -35,8 +35,8 @@ def make_model(engine: FakeEngine | None = None) -> Model:
     return model
 
 
-def make_store(most: int = 4, most_bytes: int = 1 << 20) -> Predictions:
-    return Predictions(ServerSettings(kept_predictions=most, kept_bytes=most_bytes, kept_s=KEPT_S))
+def make_store(most: int = 4, most_bytes: int = 1 << 20) -> PredictionStore:
+    return PredictionStore(ServerSettings(kept_predictions=most, kept_bytes=most_bytes, kept_s=KEPT_S))
 
 
 def work(rows: int = 1, width: int = 1) -> Decoded:
@@ -45,7 +45,7 @@ def work(rows: int = 1, width: int = 1) -> Decoded:
 
 
 def keep(
-    store: Predictions,
+    store: PredictionStore,
     model: Model,
     subject: str = "me",
     key: str | None = None,
@@ -61,7 +61,7 @@ def keep(
     return prediction
 
 
-def gone(store: Predictions, prediction: Prediction) -> bool:
+def gone(store: PredictionStore, prediction: Prediction) -> bool:
     try:
         return store.find(prediction.id, prediction.subject) is not prediction
     except Problem:
