@@ -12,7 +12,6 @@ export class Figure {
     this.values = new Map();
     this.legend = element("ul", { class: "legend" });
     legend.forEach((entry) => this.legendEntry(entry));
-    this.label = label;
     this.canvas = element("canvas", { tabindex: "0", role: "img", "aria-label": `${title}. ${label}` });
     this.root.append(
       element("figcaption", {}, element("h2", {}, title, this.note), this.legend),
@@ -23,11 +22,11 @@ export class Figure {
     new ResizeObserver(() => this.redraw?.()).observe(this.canvas);
   }
 
-  legendEntry({ key, name, color, kind = "", title }) {
+  legendEntry({ key, name, color, kind = "" }) {
     const value = element("b", {}, "");
     this.values.set(key, value);
     const swatch = color ? element("i", { class: `k${color} ${kind}` }) : null;
-    this.legend.append(element("li", { title }, swatch, name, value));
+    this.legend.append(element("li", {}, swatch, name, value));
   }
 
   show(key, text) {
@@ -100,10 +99,11 @@ export class TimeChart extends Figure {
     this.options.paint(plot, this.seconds, this);
     plot.times();
     const at = this.cursor.second(this.seconds);
-    if (at && this.cursor.time !== null) plot.cursor(at.time);
+    const when = at && this.cursor.time !== null ? ago(this.now - at.time) : "";
+    if (when) plot.cursor(at.time);
     const words = at ? this.options.tell(at, this) : "no data yet";
-    setText(this.note, this.cursor.time !== null && at ? ago(this.now - at.time) : this.options.note ?? "");
-    this.say(`${this.cursor.time !== null && at ? ago(this.now - at.time) + ": " : ""}${words}`);
+    setText(this.note, when || (this.options.note ?? ""));
+    this.say(when ? `${when}: ${words}` : words);
   }
 }
 

@@ -3,15 +3,12 @@
 // Colours come from the style sheet, which alone decides between light and dark.
 export const theme = {
   read() {
-    const style = getComputedStyle(document.documentElement);
-    this.color = (name) => style.getPropertyValue(`--${name}`).trim();
-    this.cache = Object.fromEntries(
-      ["fg", "soft", "line", "track", "card", "heat", "c1", "c2", "c3", "c4", "c5", "c6", "c7"].map((name) => [name, this.color(name)]),
-    );
-    return this;
+    this.style = getComputedStyle(document.documentElement);
+    this.colors = {};
   },
   get(name) {
-    return (this.cache ?? this.read().cache)[name];
+    if (!this.style) this.read();
+    return (this.colors[name] ??= this.style.getPropertyValue(`--${name}`).trim());
   },
 };
 

@@ -11,7 +11,7 @@ const STAGES = [
 ];
 
 export class Explainer {
-  start() {
+  constructor() {
     this.form = document.getElementById("explain");
     this.input = document.getElementById("request-id");
     this.output = document.getElementById("explained");

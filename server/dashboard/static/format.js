@@ -1,6 +1,6 @@
 // Formats numbers.
 
-export const NONE = "–";
+const NONE = "–";
 
 export function count(value) {
   if (value == null || Number.isNaN(value)) return NONE;
@@ -12,7 +12,7 @@ export function count(value) {
 }
 
 export function whole(value) {
-  return value == null ? NONE : Math.round(value).toLocaleString("en");
+  return Math.round(value).toLocaleString("en");
 }
 
 export function duration(seconds) {

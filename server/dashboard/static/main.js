@@ -5,8 +5,8 @@ import { element, setText, theme } from "./dom.js";
 import { Explainer } from "./explain.js";
 import { Feed, hasToken, remember } from "./feed.js";
 import { count, duration, percent } from "./format.js";
-import { latencyOf, panels } from "./panels.js";
-import { Store } from "./store.js";
+import { panels } from "./panels.js";
+import { latencyOf, Store } from "./store.js";
 import { node, refusals, settings, tenants, tiles, totals } from "./tables.js";
 import { Timeline } from "./timeline.js";
 
@@ -69,7 +69,7 @@ function draw(whole = false) {
   if (!store.last || document.hidden || (page.paused && !whole)) return;
   const seconds = store.seconds(page.windowS);
   charts.forEach((chart) => chart.draw(seconds, store.last.time, page.windowS));
-  timeline.take(store.last.timeline?.[store.model], store.of(store.last).full);
+  timeline.take(store.last.timeline?.[store.model]);
   tiles(store, seconds);
   tenants(store, page.windowS);
   refusals(store, seconds, page.windowS === 60 ? "1 min" : "5 min");
@@ -141,5 +141,4 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
   theme.read();
   draw(true);
 });
-explainer.start();
 feed.start();

@@ -3,7 +3,7 @@
 import { TimeChart } from "./charts.js";
 import { theme } from "./dom.js";
 import { count, duration, percent } from "./format.js";
-import { Latencies, sum } from "./store.js";
+import { sum } from "./store.js";
 
 // Dispatch reasons in the order of drawing, with their colours. The server sends the explanations.
 const REASONS = { full: 3, idle: 1, delay: 2, deadline: 4, shape: 7, drain: 6, retry: 5 };
@@ -126,7 +126,7 @@ function sizes(cursor) {
       const usual = best ? (from === best.upper ? `${from}` : `${from} to ${best.upper}`) : "–";
       self.show("mean", count(one.batch));
       self.show("usual", usual);
-      self.show("full", one.one.full == null ? "–" : count(one.one.full));
+      self.show("full", count(one.one.full));
       return best ? `${count(one.batch)} rows per batch, most rows in batches of ${usual}` : "no batch";
     },
   }, cursor);
@@ -208,7 +208,6 @@ function busy(cursor) {
 function queue(cursor) {
   return new TimeChart("c-queue", {
     title: "Queue",
-    note: "",
     label: "Waiting requests on average, and queued rows at the end of each second",
     legend: [
       { key: "waiting", name: "waiting requests, on average", color: "1", kind: "line" },
@@ -226,11 +225,4 @@ function queue(cursor) {
       return `${count(one.waiting)} waiting requests on average, ${count(one.queued)} queued rows at the end`;
     },
   }, cursor);
-}
-
-// The latencies of several seconds together.
-export function latencyOf(seconds, bins) {
-  const all = new Latencies(bins);
-  for (const { one } of seconds) all.add(one.latency);
-  return all;
 }

@@ -40,16 +40,8 @@ export class Plot {
 
   // Horizontal lines with their values.
   grid(values, text) {
-    const { context } = this;
-    context.lineWidth = 1;
-    context.strokeStyle = theme.get("line");
-    for (const value of values) {
-      const y = Math.round(this.y(value)) + 0.5;
-      context.beginPath();
-      context.moveTo(0, y);
-      context.lineTo(this.width, y);
-      context.stroke();
-    }
+    this.context.fillStyle = theme.get("line");
+    for (const value of values) this.context.fillRect(0, Math.round(this.y(value)), this.width, 1);
     // Written after the data, so that it does not cover them.
     this.labels = values.map((value) => [this.y(value), text(value)]);
   }
@@ -129,20 +121,15 @@ export class Plot {
   }
 
   cursor(time) {
-    const x = Math.round(this.x(time)) + 0.5;
-    this.context.strokeStyle = theme.get("fg");
-    this.context.lineWidth = 1;
     this.context.globalAlpha = 0.6;
-    this.context.beginPath();
-    this.context.moveTo(x, 0);
-    this.context.lineTo(x, this.bottom);
-    this.context.stroke();
+    this.context.fillStyle = theme.get("fg");
+    this.context.fillRect(Math.round(this.x(time)), 0, 1, this.bottom);
     this.context.globalAlpha = 1;
   }
 }
 
 // The next larger number that is easy to halve.
-export function nice(value) {
+function nice(value) {
   const power = 10 ** Math.floor(Math.log10(value));
   return power * [1, 2, 4, 6, 8, 10].find((step) => value <= step * power * 1.0001);
 }

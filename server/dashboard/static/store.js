@@ -144,3 +144,10 @@ export class Latencies {
     return null;
   }
 }
+
+// The latencies of several seconds together.
+export function latencyOf(seconds, bins) {
+  const all = new Latencies(bins);
+  for (const { one } of seconds) all.add(one.latency);
+  return all;
+}

@@ -2,8 +2,7 @@
 
 import { element, setText } from "./dom.js";
 import { count, duration, long, percent, whole } from "./format.js";
-import { latencyOf } from "./panels.js";
-import { sum, tally } from "./store.js";
+import { latencyOf, sum, tally } from "./store.js";
 
 const TILE_S = 10;
 const byId = (id) => document.getElementById(id);

@@ -61,9 +61,8 @@ export class Timeline extends Figure {
   }
 
   // The timeline does not move while a batch is selected.
-  take(sent, full) {
+  take(sent) {
     if (this.chosen !== null) return;
-    this.full = full;
     this.batches = (sent ?? []).map((values) => Object.fromEntries(FIELDS.map((name, index) => [name, values[index]])));
     this.redraw();
   }
