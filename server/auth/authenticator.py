@@ -20,7 +20,7 @@ from weakref import WeakSet
 
 from cobatch.server.auth.api_keys import ApiKeys
 from cobatch.server.auth.challenges import Challenges
-from cobatch.server.auth.credentials import Credential, bearer_token
+from cobatch.server.auth.credentials import Credential, Headers, bearer_token, credential_in
 from cobatch.server.auth.jwks import FetchedKeys, KeySource, KeysUnavailableError, StaticKeys
 from cobatch.server.auth.keys import Key, configured_keys
 from cobatch.server.auth.principal import Principal
@@ -59,8 +59,8 @@ class Authenticator:
         self._clock = clock
         self._now = wall_clock
         self._rules = {rule.model: rule for rule in settings.models}
-        self._named_scopes = {rule.scope for rule in settings.tenants}
-        self._named_scopes.update(scope for rule in settings.models for scope in rule.scopes)
+        model_scopes = [scope for rule in settings.models for scope in rule.scopes]
+        self._named_scopes = {rule.scope for rule in settings.tenants}.union(model_scopes)
         self._keys: dict[str, KeySource] = {one.issuer: self._key_source(one) for one in settings.issuers}
         self._verifier = TokenVerifier(settings, self._keys, wall_clock)
         self._api_keys = ApiKeys.read(Path(settings.api_keys_file)) if settings.api_keys_file else None
@@ -91,8 +91,17 @@ class Authenticator:
         """True once any credential can be checked."""
         return self._api_keys is not None or any(source.ready for source in self._keys.values())
 
-    def lookup(self, credential: Credential | None) -> Principal | Problem | None:
-        """Return the result that needs no signature check; None where `authenticate` has to make one."""
+    def lookup(self, headers: Headers) -> Principal | Problem | None:
+        """Return the result that needs no signature check; None where `authenticate` has to make one.
+
+        The request must have no query.
+        """
+        try:
+            return self._lookup(credential_in(headers, b"", self.challenges))
+        except Problem as problem:
+            return problem
+
+    def _lookup(self, credential: Credential | None) -> Principal | Problem | None:
         if credential is None:
             self.results["missing"] += 1
             return self.challenges.missing()
@@ -111,12 +120,13 @@ class Authenticator:
             return self.challenges.invalid_token(refusal[0])
         return None
 
-    async def authenticate(self, credential: Credential | None, address: str) -> Principal:
+    async def authenticate(self, headers: Headers, query: bytes, address: str) -> Principal:
         """Return the principal of a request. Raises Problem.
 
         Forged tokens are charged to the client's `address`.
         """
-        known = self.lookup(credential)
+        credential = credential_in(headers, query, self.challenges)
+        known = self._lookup(credential)
         if isinstance(known, Principal):
             return known
         if known is not None:

@@ -17,6 +17,8 @@ from urllib.parse import unquote_plus
 
 from cobatch.server.auth.challenges import Challenges
 
+Headers = Sequence[tuple[bytes, bytes]]
+
 AUTHORIZATION = b"authorization"
 API_KEY = b"x-api-key"
 # RFC 6750, 2.1: b68token.
@@ -31,9 +33,7 @@ class Credential(NamedTuple):
     is_key: bool
 
 
-def credential_in(
-    headers: Sequence[tuple[bytes, bytes]], query: bytes, challenges: Challenges
-) -> Credential | None:
+def credential_in(headers: Headers, query: bytes, challenges: Challenges) -> Credential | None:
     """Return a request's only credential, None if it has none. Raises Problem for two."""
     found = [(name, value) for name, value in headers if name in (AUTHORIZATION, API_KEY)]
     if names_token(query):

@@ -13,7 +13,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cobatch.server.auth.authenticator import Authenticator
 from cobatch.server.auth.challenges import WELL_KNOWN
-from cobatch.server.auth.credentials import credential_in
 from cobatch.server.auth.principal import PRINCIPAL, Principal
 from cobatch.server.auth.tenants import rate_limit_headers
 from cobatch.server.http.problem import Problem
@@ -24,8 +23,6 @@ OPEN = re.compile(
     r"/v2/health/(?:live|ready)|/v2/models/[^/]+(?:/versions/[^/]+)?/ready|/problems(?:/[^/]*)?"
     rf"|/dashboard(?:/static/[^/]*)?|{WELL_KNOWN}(?:/.*)?"
 )
-# With the setting `metrics_open`.
-OPEN_WITH_METRICS = re.compile(rf"{OPEN.pattern}|/metrics")
 
 
 class Gate:
@@ -34,12 +31,14 @@ class Gate:
     def __init__(self, app: ASGIApp, auth: Authenticator, *, open_metrics: bool = False) -> None:
         self._app = app
         self._auth = auth
-        self._open = OPEN_WITH_METRICS if open_metrics else OPEN
+        self._open = re.compile(rf"{OPEN.pattern}|/metrics") if open_metrics else OPEN
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._is_open(scope):
+            client = scope.get("client")
+            address = client[0] if client else ""
             try:
-                principal = await self._authenticate(scope)
+                principal = await self._auth.authenticate(scope["headers"], scope["query_string"], address)
             except Problem as problem:
                 await send_reply(problem.reply(instance=scope["path"]), scope, send)
                 return
@@ -47,11 +46,6 @@ class Gate:
             if self._auth.settings.rate_limit_headers and principal.tenant.limited:
                 send = _with_rate_limit_headers(send, principal)
         await self._app(scope, receive, send)
-
-    async def _authenticate(self, scope: Scope) -> Principal:
-        credential = credential_in(scope["headers"], scope["query_string"], self._auth.challenges)
-        client = scope.get("client")
-        return await self._auth.authenticate(credential, client[0] if client else "")
 
     def _is_open(self, scope: Scope) -> bool:
         path = scope["path"].removeprefix(scope.get("root_path", ""))

@@ -12,7 +12,6 @@ import msgspec
 from httptools import HttpRequestParser
 
 from cobatch.server.auth.authenticator import Authenticator
-from cobatch.server.auth.credentials import credential_in
 from cobatch.server.auth.principal import Principal
 from cobatch.server.http.compression import choose
 from cobatch.server.http.problem import Problem
@@ -84,11 +83,7 @@ def _authenticate(auth: Authenticator, headers: Headers, block: CachedHeaders) -
 
     Returns False if a signature has to be checked: that may wait for the issuer's keys, as ASGI can.
     """
-    known: Principal | Problem | None
-    try:
-        known = auth.lookup(credential_in(headers, b"", auth.challenges))
-    except Problem as problem:
-        known = problem
+    known = auth.lookup(headers)
     if isinstance(known, Principal):
         block.principal = known
     else:

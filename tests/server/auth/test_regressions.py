@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cobatch.server.auth.authenticator import Authenticator
-from cobatch.server.auth.credentials import Credential
+from cobatch.server.auth.credentials import AUTHORIZATION
 from cobatch.server.auth.principal import Principal
 from cobatch.server.auth.throttle import SignatureThrottle
 from tests.support.auth import tokens
@@ -83,7 +83,7 @@ def test_scopes_without_meaning_here_are_dropped(tmp_path: Path) -> None:
     with protected(True, tmp_path) as running:
         good = token(scope="infer " + " ".join(f"x{n}" for n in range(500)))
         assert data_of(running.infer(good, 1)) == [2]
-        recalled = running.auth.lookup(Credential(f"Bearer {good}".encode(), is_key=False))
+        recalled = running.auth.lookup([(AUTHORIZATION, f"Bearer {good}".encode())])
         assert isinstance(recalled, Principal)
         assert recalled.values == {"infer"}
 
@@ -122,7 +122,7 @@ def test_a_token_without_sub_differs_from_a_sub_that_equals_its_tenant(tmp_path:
     for claims in ({"org": "bob", "sub": None}, {"org": "other", "sub": "bob"}):
         signed = SIGNER.token(claims)
         principal = asyncio.run(
-            authenticator.authenticate(Credential(f"Bearer {signed}".encode(), is_key=False), "")
+            authenticator.authenticate([(AUTHORIZATION, f"Bearer {signed}".encode())], b"", "")
         )
         subjects.add(principal.subject)
     assert len(subjects) == 2
