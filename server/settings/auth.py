@@ -126,7 +126,7 @@ def build_auth(table: Table, source: str, errors: Errors) -> AuthSettings:
             if "permissions" in issuer:
                 _check_permissions(issuer["permissions"])
     auth = msgspec.convert(values_of(table), AuthSettings)
-    if not errors.about("auth"):
+    if not errors.under("auth"):
         _check_together(auth, source, errors)
     return auth
 

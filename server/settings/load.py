@@ -94,7 +94,7 @@ def read_settings(
         if not tables and document.get("models", []) == []:
             raise SettingsError("models: no model to serve; give MODEL, or [[models]] in a --config file")
     models = _build_models(_with_flags(tables, given, errors), errors)
-    if auth is not None and not errors.about("models"):
+    if auth is not None and not errors.under("models"):
         _check_rules(auth, [model.name for model in models], source, errors)
     return Settings(server=msgspec.convert(values_of(server), ServerSettings), models=models, auth=auth)
 
@@ -196,7 +196,7 @@ def _build_models(tables: list[Table], errors: Errors) -> tuple[ModelSettings, .
     models: dict[str, ModelSettings] = {}  # by key path
     for table in tables:
         with errors:
-            if "pad" in table and not errors.about(table["pad"].key):
+            if "pad" in table and not errors.under(table["pad"].key):
                 check_pads(table["pad"].value)
         with errors:
             _check_model_file(table["path"])

@@ -37,7 +37,7 @@ class Errors:
     def __len__(self) -> int:
         return len(self.messages)
 
-    def about(self, key: str) -> bool:
+    def under(self, key: str) -> bool:
         """Return True if a value under this key path was refused."""
         return any(message.startswith(key) for message in self.messages)
 
@@ -100,11 +100,10 @@ class Reader:
                         raise SettingsError(f"{key}: unknown key{self._hint(name, fields)} ({self.source})")
                     checked[name] = self._value(key, value, fields[name])
             for name in _required(struct):
-                with self.errors:
-                    if name not in table:
-                        expected = settings_of(struct)[name].help
-                        missing = f"missing; expected {expected}" if expected else "missing"
-                        raise SettingsError(f"{where}.{name}: {missing} ({self.source})")
+                if name not in table:
+                    expected = settings_of(struct)[name].help
+                    missing = f"missing; expected {expected}" if expected else "missing"
+                    self.errors.messages.append(f"{where}.{name}: {missing} ({self.source})")
         return checked
 
     def _value(self, key: str, value: object, kind: Any) -> Given:
@@ -112,8 +111,9 @@ class Reader:
         match tables_in(info):
             case None:
                 given = check(key, value, kind, self.source)
-                is_file = extra_of(info).get("placeholder") in ("FILE", "FOLDER")
-                return given._replace(value=self._resolved(given.value)) if is_file else given
+                # The types File and Folder of describe.py.
+                is_path = extra_of(info).get("placeholder") in ("FILE", "FOLDER")
+                return given._replace(value=self._resolved(given.value)) if is_path else given
             case struct, False:
                 return Given(self.table(key, value, struct), key, self.source)
             case struct, _:
@@ -129,7 +129,7 @@ class Reader:
     def _resolved(self, names: Any) -> Any:
         if isinstance(names, tuple):
             return tuple(map(self._resolved, names))
-        return str(self._folder / Path(names).expanduser())
+        return str(self._folder / names)
 
 
 def _required(struct: type[msgspec.Struct]) -> list[str]:
