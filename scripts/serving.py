@@ -1,7 +1,4 @@
-"""`cobatch serve` as a child process: start it, wait until it is ready, stop it.
-
-Standard library only: scripts/smoke.py uses it in an environment that has nothing but the wheel.
-"""
+"""`cobatch serve` as a child process: start it, wait until it is ready, stop it."""
 
 from __future__ import annotations
 

@@ -18,6 +18,39 @@ from tests.support.paths import ROOT
 
 ROOMS = {"server", "batcher", "engines"}
 INSTALLED = {"cobatch", f"cobatch-{cobatch.__version__}.dist-info"}
+# In the environment of the installed package: hides the packages that it does not depend on, without extras.
+ONLY_DEPENDENCIES = """
+import sys
+from importlib.metadata import packages_distributions, requires
+from packaging.requirements import Requirement
+
+needed, open_ = set(), ["cobatch"]
+while open_:
+    name = open_.pop().lower().replace("_", "-")
+    base, _, extras = name.partition("[")
+    if name not in needed:
+        needed |= {name, base}
+        for text in requires(base) or ():
+            one = Requirement(text)
+            if one.marker is None or any(
+                one.marker.evaluate({"extra": extra}) for extra in ["", *extras.rstrip("]").split(",")]
+            ):
+                open_ += [one.name, *(f"{one.name}[{extra}]" for extra in one.extras)]
+hidden = {
+    module for module, names in packages_distributions().items()
+    if not needed & {name.lower().replace("_", "-") for name in names}
+}
+
+
+class Hide:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name in hidden:
+            raise ModuleNotFoundError(f"{name} is no dependency of cobatch", name=name)
+
+
+sys.meta_path.insert(0, Hide)
+"""
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **env: str) -> str:
@@ -80,6 +113,9 @@ def test_an_installed_distribution_serves_beside_hostile_modules(kind: str, tmp_
     run(python, "-m", "pip", "install", *offline, "--no-compile", built)
     assert {path.name for path in set(site.iterdir()) - before} == INSTALLED
     assert files_in(site) == files_in(ROOT / "src")
+    (site / "sitecustomize.py").write_text(ONLY_DEPENDENCIES)
+    hides = "try: import pytest\nexcept ModuleNotFoundError as error: print(error)"
+    assert run(python, "-c", hides) == "pytest is no dependency of cobatch\n"
 
     hostile = tmp_path / "hostile"
     hostile.mkdir()
