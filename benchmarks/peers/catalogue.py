@@ -5,8 +5,14 @@ The versions are the latest on 24 Nov 2026.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from enum import StrEnum
+
+import numpy as np
+import orjson
+
+from benchmarks.common import wire
 
 _ENGINE = ("onnxruntime==1.32.0", "numpy==2.4.6")
 
@@ -24,6 +30,25 @@ class Body(StrEnum):
     def kind(self) -> str:
         """The kind of body that it is compared with: text with text, bytes with bytes."""
         return "binary" if self in {Body.V2_BINARY, Body.RAW} else "JSON"
+
+    def make_request(self, model: str, row: wire.Array) -> wire.Message:
+        """Return a request with one row."""
+        if self in {Body.V2_JSON, Body.V2_BINARY}:
+            return wire.encode(model, row.reshape(1, -1), self is Body.V2_BINARY)
+        if self is Body.RAW:
+            return wire.Message(row.tobytes(), {"Content-Type": "application/octet-stream"})
+        value = row.reshape(1, -1) if self is Body.BATCHED else row.reshape(-1)
+        body = orjson.dumps({"x": value}, option=orjson.OPT_SERIALIZE_NUMPY)
+        return wire.Message(body, {"Content-Type": "application/json"})
+
+    def read_output(self, answer: wire.Message) -> wire.Array:
+        """Return the output of the row, flat; all models here answer FP32."""
+        if self in {Body.V2_JSON, Body.V2_BINARY}:
+            return wire.decode(answer).reshape(-1)
+        if self is Body.RAW:
+            return np.frombuffer(answer.body, np.dtype("<f4"))
+        document = json.loads(answer.body)
+        return np.array(document if self is Body.BATCHED else document["y"], np.float32).reshape(-1)
 
 
 V2_PATH = "/v2/models/{model}/infer"

@@ -14,7 +14,6 @@ from benchmarks.common.models import model_path
 from benchmarks.common.procstat import cpu_us
 from benchmarks.common.turns import wait_until_idle
 from benchmarks.common.wrk import run_wrk
-from benchmarks.peers import bodies
 from benchmarks.peers.catalogue import Body
 from benchmarks.peers.servers import Running
 from benchmarks.request_cost import answers
@@ -61,8 +60,8 @@ def check(running: Running) -> None:
     for body in running.peer.paths:
 
         def ask(rows: wire.Array, body: Body = body) -> wire.Array:
-            message = bodies.encode(body, running.model, rows)
-            return bodies.decode(body, wire.post(running.address, running.path(body), message)).reshape(1, -1)
+            message = body.make_request(running.model, rows)
+            return body.read_output(wire.post(running.address, running.path(body), message)).reshape(1, -1)
 
         answers.compare(ask, running.model, model_path(running.model), most_rows=1)
 
@@ -117,7 +116,7 @@ def _load(
     running: Running, body: Body, connections: int, seconds: int
 ) -> tuple[int, int, int, float, float, int]:
     """Return requests, those with 200, duration in microseconds, p50, p99, socket errors."""
-    message = bodies.encode(body, running.model, wire.rows_of(running.model, 1, _SEED))
+    message = body.make_request(running.model, wire.rows_of(running.model, 1, _SEED))
     load = run_wrk(running.url(body), message.body, message.headers, connections, seconds, strict=False)
     good = load.requests - load.not_2xx
     return load.requests, good, load.duration_us, load.p50_us, load.p99_us, load.socket_errors

@@ -1,22 +1,16 @@
-"""The cost to submit, cancel and dispatch a request, by the number of queued requests.
+"""The batcher alone, with many requests queued: the cost to submit, cancel and dispatch one.
 
-`python -m benchmarks.scaling.queue_cost [--check]` runs the batcher in its own loop, before an engine that
-never finishes: CPU time of each request submitted, cancelled or taken into a batch of 64, while 100, 10,000
-and 100,000 others are queued. Each round restores the state: submitted requests are cancelled, those taken
-are submitted again. The median of many short rounds, in turns, counts; `--check` fails if the time grows to
-more than twice.
+It runs in its own loop, before an engine that never finishes. Each round restores the state: submitted
+requests are cancelled, and those taken into a batch are submitted again.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import random
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -29,11 +23,8 @@ from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import RowShapes, Signature, TensorSpec
 from cobatch.engines.jobs import Deliver, Job
 
-QUEUED = (100, 10_000, 100_000)
-TENANTS = (0, 1, 1_000)
 BATCH = 64
 ROUNDS = 200
-MOST_GROWTH = 2.0
 OPERATIONS = ("submit", "cancel", "dispatch")
 ROW_SHAPES: RowShapes = ((1,),)
 PAYLOADS = [bytes(8)]
@@ -150,53 +141,3 @@ def timed(requests: list[Request], operation: Callable[[Request], None]) -> floa
     for request in requests:
         operation(request)
     return (time.thread_time_ns() - began) / 1000 / len(requests)
-
-
-def measure(kind: Kind) -> dict[str, list[float]]:
-    """Return the microseconds of each operation for each number of queued requests."""
-    benches = [Bench(kind, queued) for queued in QUEUED]
-    rounds: list[list[dict[str, float]]] = [[] for _ in benches]
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    for _ in range(ROUNDS):
-        for bench, results in zip(benches, rounds, strict=True):
-            results.append(bench.round())
-    gc.enable()
-    gc.unfreeze()
-    return {
-        operation: [median(one[operation] for one in results) for results in rounds]
-        for operation in OPERATIONS
-    }
-
-
-def kinds() -> Iterator[Kind]:
-    for tenants in TENANTS:
-        yield Kind(tenants)
-    yield Kind(1, deadlines=True)
-    yield Kind(1_000, deadlines=True, priorities=True)
-
-
-async def table() -> float:
-    """Print the figures, and return the largest growth."""
-    print(f"us per request, median of {ROUNDS} rounds of {BATCH}, by queued requests:")
-    print("| requests | operation | " + " | ".join(f"{queued:,}" for queued in QUEUED) + " | growth |")
-    print("|---|---|" + "---:|" * (len(QUEUED) + 1))
-    worst = 0.0
-    for kind in kinds():
-        for operation, times_us in measure(kind).items():
-            growth = times_us[-1] / times_us[0]
-            worst = max(worst, growth)
-            cells = " | ".join(f"{us:.2f}" for us in times_us)
-            print(f"| {kind} | {operation} | {cells} | {growth:.2f} |")
-    print(f"largest growth: {worst:.2f} (limit {MOST_GROWTH:g})")
-    return worst
-
-
-def main() -> int:
-    worst = asyncio.run(table())
-    return int("--check" in sys.argv[1:] and worst > MOST_GROWTH)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""How the others batch: each as its original's documents have it, on a few requests."""
+"""The policies of other servers, on a few requests: each as its original's documentation says."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ class Bench:
         return [round(1000 * end, 6) for end in records["end_s"][records["outcome"] == outcome].tolist()]
 
 
-def test_a_window_opens_with_a_request_and_all_in_it_leave_at_its_end() -> None:
+def test_a_window_opens_with_a_request_and_is_dispatched_at_its_end() -> None:
     bench = Bench(FixedWindow, max_batch_size=2, window_ms=5)
     # Three in the first window, in batches of two; the next one waits for the engine.
     assert bench(0, 1, 4, 6) == [(5, 2), (17, 1), (28, 1)]
 
 
-def test_a_window_knows_no_deadline() -> None:
+def test_a_window_ignores_deadlines() -> None:
     bench = Bench(FixedWindow, max_batch_size=8, window_ms=50)
     assert bench(0, timeout_ms=1) == [(50, 1)]
     assert bench.ends(ANSWERED) == [61]
@@ -70,7 +70,7 @@ def test_size_or_timeout(arrivals: tuple[float, ...], batches: list[tuple[float,
 
 
 @pytest.mark.parametrize("drops", [False, True])
-def test_size_or_timeout_leaves_late_ones_out_only_where_it_is_told(drops: bool) -> None:
+def test_size_or_timeout_drops_expired_requests_only_if_configured(drops: bool) -> None:
     bench = Bench(SizeOrTimeout, max_batch_size=1, max_queue_rows=9, timeout_ms=0, drops=drops)
     bench(0, 1, timeout_ms=8)
     assert len(bench.ends(EXPIRED)) == drops
@@ -83,25 +83,25 @@ def test_a_full_queue_refuses() -> None:
     assert bench.records.refusals == {"queue": 2}
 
 
-def test_triton_sends_the_largest_preferred_size_at_once_and_less_after_the_delay() -> None:
+def test_triton_dispatches_the_largest_preferred_size_at_once_and_less_after_the_delay() -> None:
     bench = Bench(TritonLike, max_batch_size=8, max_queue_rows=99, preferred=(2, 4), delay_ms=3)
-    # Two at 1 ms; five wait when the engine is free at 13 ms: four leave, and the last after its delay.
+    # Two at 1 ms; five are queued when the engine is free at 13 ms: four leave, and the last after its delay.
     assert bench(0, 1, 2, 3, 4, 5, 6) == [(1, 2), (13, 4), (27, 1)]
 
 
-def test_triton_without_a_delay_sends_what_is_there() -> None:
+def test_triton_without_a_delay_dispatches_all_that_is_queued() -> None:
     assert Bench(TritonLike, max_batch_size=8, max_queue_rows=99)(0, 1, 2) == [(0, 1), (11, 2)]
 
 
-def test_triton_rejects_what_is_late_and_runs_what_will_be() -> None:
+def test_triton_rejects_expired_requests_and_runs_those_about_to_expire() -> None:
     bench = Bench(TritonLike, max_batch_size=8, max_queue_rows=99)
     bench(0, 0.5, 2, timeout_ms=10)
-    # At 11 ms the second is over its time; the third is not, but will be when it is answered.
+    # At 11 ms the second has expired; the third will have when it is answered.
     assert bench.ends(EXPIRED) == [11]
     assert bench.ends(ANSWERED) == [11, 22]
 
 
-def test_triton_rejects_what_has_waited_for_its_queue_timeout() -> None:
+def test_triton_rejects_requests_after_the_queue_timeout() -> None:
     bench = Bench(TritonLike, max_batch_size=8, max_queue_rows=99, queue_timeout_ms=9)
     bench(0, 1, 3)
     assert bench.ends(EXPIRED) == [11]
@@ -116,7 +116,7 @@ def test_clipper_grows_by_one_and_shrinks_by_a_tenth() -> None:
     assert sizes[21:24] == [18, 19, 20]
 
 
-def test_clipper_takes_the_most_urgent_first_and_drops_what_is_late() -> None:
+def test_clipper_takes_the_earliest_deadline_first_and_drops_expired_requests() -> None:
     bench = Bench(Clipper, max_batch_size=64, max_queue_rows=999, objective_ms=None)
     timeouts = iter([50.0, 40.0, 30.0, 5.0])
 

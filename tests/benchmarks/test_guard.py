@@ -1,4 +1,4 @@
-"""The regression guard: what it compares, and, as CI runs it, the request path itself."""
+"""The regression guard: its comparison, and its run on the request path."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from benchmarks.request_cost.request_path import CASES
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
-def test_each_case_is_compared_with_the_floor_of_as_many_callers() -> None:
+def test_each_case_is_compared_with_the_floor_of_equally_many_callers() -> None:
     costs = dict.fromkeys(CASES, 30.0) | {"floor, 64 at once": 20.0, "floor, alone": 60.0}
     found = guard.ratios(costs)
     assert found["JSON, 64 at once"] == 1.5
@@ -21,20 +21,20 @@ def test_each_case_is_compared_with_the_floor_of_as_many_callers() -> None:
     assert not any(case.startswith("floor") for case in found)
 
 
-def test_ten_percent_is_allowed_and_no_more() -> None:
+def test_ten_percent_more_is_the_limit() -> None:
     baseline = {"a": 1.0, "b": 2.0}
     assert guard.costlier({"a": 1.0999, "b": 2.19}, baseline, 0.10) == []
     assert guard.costlier({"a": 1.1001, "b": 2.19}, baseline, 0.10) == ["a"]
     assert guard.costlier({"new": 0.1}, baseline, 0.10) == ["new"]
 
 
-def test_the_baseline_knows_every_case() -> None:
+def test_the_baseline_has_every_case() -> None:
     for by_python in json.loads(guard.BASELINE.read_text()).values():
         for known in by_python.values():
             assert known.keys() == {case for case, (who, *_) in CASES.items() if who != "floor"}
 
 
-def test_who_reads_that_it_is_costlier_is_told_what_to_do(
+def test_a_costlier_case_is_reported_with_advice(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     costs = dict.fromkeys(CASES, 30.0)
@@ -54,7 +54,7 @@ def test_who_reads_that_it_is_costlier_is_told_what_to_do(
     assert guard.main([]) == 0
 
 
-def test_without_valgrind_it_does_not_fall_back_to_what_varies(
+def test_without_valgrind_it_does_not_measure_time_instead(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(guard, "tools", lambda: None)
@@ -66,7 +66,7 @@ def test_without_valgrind_it_does_not_fall_back_to_what_varies(
 def test_the_request_path_has_not_become_costlier() -> None:
     if guard.tools() is None or PYTHON not in json.loads(guard.BASELINE.read_text())["instructions"]:
         pytest.skip(f"needs valgrind, a C compiler and a baseline for Python {PYTHON}")
-    # A process of its own: callgrind cannot be put around one that runs.
+    # In its own process: callgrind cannot attach to a running one.
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.request_cost.guard"],
         cwd=Path(guard.__file__).parents[2],

@@ -1,4 +1,4 @@
-"""What benchmarks send at given moments, with the generator of `cobatch bench`."""
+"""Requests of benchmarks at given times, sent by the generator of `cobatch bench`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cobatch.server.loadtest.messages import Address
 from tests.support.http.serving import gated
 
 
-def test_loads_that_are_sent_together_are_counted_apart() -> None:
+def test_concurrent_loads_are_counted_separately() -> None:
     with gated(fast=True) as (served, engine):
         address = Address("127.0.0.1", served.server.port)
         body, headers = encode({"x": np.array([[1]])}, {"x": "INT64"}, False, {})

@@ -1,4 +1,4 @@
-"""What the comparison of servers computes: bodies there and back, ratios, tables, plots; not the servers."""
+"""The comparison of servers without the servers: bodies, ratios, tables, plots."""
 
 import json
 import xml.etree.ElementTree as ET
@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from benchmarks.common import wire
-from benchmarks.peers import bodies, page
+from benchmarks.peers import page
 from benchmarks.peers.catalogue import OURS, PEERS, Body
 from benchmarks.peers.goals import Goal, goals
 from benchmarks.peers.overload import Overload, arrivals, body_of
@@ -32,9 +32,9 @@ def _turns() -> list[Turn]:
 
 
 @pytest.mark.parametrize("body", list(Body))
-def test_a_request_holds_the_row_and_an_answer_is_read_back(body: Body) -> None:
+def test_a_request_contains_the_row_and_an_answer_is_decoded(body: Body) -> None:
     row = wire.rows_of("tiny", 1, 3)
-    message = bodies.encode(body, "tiny", row)
+    message = body.make_request("tiny", row)
     if body is Body.RAW:
         sent = np.frombuffer(message.body, "<f4")
         answer = message.body
@@ -42,22 +42,22 @@ def test_a_request_holds_the_row_and_an_answer_is_read_back(body: Body) -> None:
         length = int(message.headers.get(wire.JSON_LENGTH, len(message.body)))
         tensor = json.loads(message.body[:length])["inputs"][0]
         sent = np.array(tensor.get("data", np.frombuffer(message.body[length:], "<f4")), "<f4")
-        # An answer has the form of a request, but for a name.
+        # An answer has the form of a request with another key.
         answer = json.dumps({"outputs": [tensor]}).encode() + message.body[length:]
         headers = {} if body is Body.V2_JSON else {wire.JSON_LENGTH: str(len(answer) - 64)}
-        assert np.array_equal(bodies.decode(body, wire.Message(answer, headers)), row[0])
+        assert np.array_equal(body.read_output(wire.Message(answer, headers)), row[0])
         return
     else:
         said = json.loads(message.body)["x"]
         sent = np.array(said, "<f4").reshape(-1)
         answer = json.dumps(said if body is Body.BATCHED else {"y": said}).encode()
     assert np.array_equal(sent, row[0])
-    assert np.array_equal(bodies.decode(body, wire.Message(answer, {})), row[0])
+    assert np.array_equal(body.read_output(wire.Message(answer, {})), row[0])
 
 
 @pytest.mark.parametrize("body", [Body.V2_JSON, Body.V2_BINARY])
-def test_a_deadline_is_added_and_the_rest_stays(body: Body) -> None:
-    plain = bodies.encode(body, "tiny", wire.rows_of("tiny", 1, 3))
+def test_a_deadline_is_added_and_the_rest_is_unchanged(body: Body) -> None:
+    plain = body.make_request("tiny", wire.rows_of("tiny", 1, 3))
     timed = wire.with_deadline(plain, 100)
 
     def split(message: wire.Message) -> tuple[dict[str, object], bytes]:
@@ -72,8 +72,8 @@ def test_a_deadline_is_added_and_the_rest_stays(body: Body) -> None:
     assert {**after, **({"parameters": parameters} if parameters else {})} == before
 
 
-def test_on_the_wire_it_is_one_request() -> None:
-    message = bodies.encode(Body.RAW, "tiny", wire.rows_of("tiny", 1, 3))
+def test_a_raw_request_has_its_head_and_body() -> None:
+    message = Body.RAW.make_request("tiny", wire.rows_of("tiny", 1, 3))
     head, _, body = wire.raw_request(message, "127.0.0.1:1", "/raw").partition(b"\r\n\r\n")
     assert head.splitlines()[0] == b"POST /raw HTTP/1.1"
     assert b"Content-Length: 64" in head.splitlines()
@@ -82,11 +82,11 @@ def test_on_the_wire_it_is_one_request() -> None:
 
 def test_ratios_are_formed_within_a_round() -> None:
     found = ratio(_turns(), "mosec", lambda turn: turn.cpu_us, model="tiny")
-    assert found == (2.0, 2.0, 3.0)  # the ratio of the medians would say 2.0 to 2.0 and hide the 3
+    assert found == (2.0, 2.0, 3.0)  # the ratio of the medians would be 2.0 and hide the 3
     assert ratio(_turns(), "ray", lambda turn: turn.cpu_us) is None
 
 
-def test_results_are_written_and_read_again(tmp_path: Path) -> None:
+def test_results_are_written_and_read(tmp_path: Path) -> None:
     machine = {"cpu": "C", "cores": 2, "system": "S", "wrk": "w"}
     settings = {"max_batch": 64, "max_wait_ms": 2, "plans": ["tiny"], "checked": 32, "date": "today"}
     results = Results(machine, settings, versions={"cobatch": {"cobatch": "1"}}, turns=_turns())
@@ -95,7 +95,7 @@ def test_results_are_written_and_read_again(tmp_path: Path) -> None:
     page.write(results, tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert "Ray Serve: there is no Ray" in text
-    assert "2.00 (2.00-3.00)" in text  # mosec's CPU beside ours
+    assert "2.00 (2.00-3.00)" in text  # CPU of mosec relative to ours
     assert "mosec, JSON, 64 conn." in text
     assert "| 40%" in text.replace("|                ", "| ")  # its goodput in overload
     again = read(json.loads((tmp_path / "peers.json").read_text()))
@@ -105,7 +105,7 @@ def test_results_are_written_and_read_again(tmp_path: Path) -> None:
         ET.fromstring((tmp_path / f"{plot}.svg").read_text())
 
 
-def test_the_columns_of_a_table_are_in_line() -> None:
+def test_the_columns_of_a_table_are_aligned() -> None:
     lines = (
         Table("t", ["a", "b", "c"], [["long name", "x", "1"], ["n", "y", "1,000"]]).markdown().splitlines()
     )
@@ -120,7 +120,7 @@ def _goal(results: Results, text: str) -> Goal:
 
 
 @pytest.mark.parametrize(("theirs", "met"), [(130.1, True), (129.9, False)])
-def test_a_goal_is_met_where_the_worst_case_is_good_enough(theirs: float, met: bool) -> None:
+def test_a_goal_is_met_if_the_worst_case_is_good_enough(theirs: float, met: bool) -> None:
     ours = [replace(TURN, connections=many, cpu_us=100.0) for many in (1, 64)]
     mosec = [replace(TURN, peer="mosec", connections=1, cpu_us=900.0)]
     mosec += [replace(TURN, peer="mosec", connections=64, cpu_us=theirs)]
@@ -138,7 +138,7 @@ def test_more_requests_are_better_and_one_connection_does_not_count() -> None:
     assert goal.found == pytest.approx(3.0)
 
 
-def test_a_goal_over_servers_that_were_not_measured_is_not_met_but_may_be_missed() -> None:
+def test_a_goal_with_unmeasured_servers_cannot_be_met_but_missed() -> None:
     def found(cpu_us: float) -> Goal:
         turns = [TURN, replace(TURN, peer="ray", cpu_us=cpu_us)]
         return _goal(Results({}, {}, turns=turns), "CPU per request, tiny")
@@ -150,7 +150,7 @@ def test_a_goal_over_servers_that_were_not_measured_is_not_met_but_may_be_missed
 
 
 @pytest.mark.parametrize(("goodput", "met"), [(90.1, True), (89.9, False)])
-def test_goodput_is_ours_alone(goodput: float, met: bool) -> None:
+def test_goodput_is_that_of_cobatch(goodput: float, met: bool) -> None:
     one = Overload("wide", "cobatch", "raw", 0, 100.0, 150.0, goodput, goodput, 60.0, 90.0, 99.0)
     results = Results({}, {}, turns=[TURN], overload=[one, replace(one, peer="mosec", goodput=1.0)])
     assert _goal(results, "goodput").met is met
@@ -167,14 +167,14 @@ def test_a_bar_is_longer_by_the_same_length_for_each_factor() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
 
 
-def test_every_peer_has_an_app_and_bytes_come_first() -> None:
+def test_every_server_has_an_app_and_binary_bodies_come_first() -> None:
     apps = Path(page.__file__).parent / "apps"
     assert [peer.name for peer in PEERS if peer is not OURS and not (apps / peer.app).exists()] == []
     assert body_of(OURS) is Body.V2_BINARY
     assert {body_of(peer).kind for peer in PEERS if len(peer.paths) == 1} == {"JSON"}
 
 
-def test_arrivals_are_as_many_as_the_rate_says() -> None:
+def test_arrivals_have_their_rate() -> None:
     times_s = arrivals(1000.0, 4.0, seed=1)
     assert times_s == sorted(times_s)
     assert 3700 < len(times_s) < 4300

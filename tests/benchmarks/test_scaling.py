@@ -1,4 +1,4 @@
-"""What a request costs as something grows: fits, verdicts, the page, and how requests are counted."""
+"""The cost of a request as something grows: fits, verdicts, the page, the count of requests."""
 
 import json
 import resource
@@ -24,7 +24,7 @@ def _one(power: float, _quick: bool) -> list[Line]:
     return [_grown(power, FLAT)]
 
 
-def test_a_fitted_curve_finds_what_it_was_made_of() -> None:
+def test_a_fit_finds_the_coefficients() -> None:
     points = [(x, 3.0 + 2.0 / x) for x in XS]
     line = fit("x", "n", points, lambda x: 1 / x, "{a} {b} {error}", FLAT)
     assert line.explained == "3 2 0%"
@@ -43,16 +43,16 @@ def test_a_fitted_curve_finds_what_it_was_made_of() -> None:
         (2.0, LINEAR, False),
     ],
 )
-def test_nothing_grows_faster_than_it_may(power: float, allowed: float, good: bool) -> None:
+def test_the_verdict_depends_on_the_growth_allowed(power: float, allowed: float, good: bool) -> None:
     assert verdict(_grown(power, allowed)) is good
 
 
 @pytest.mark.parametrize(("last", "good"), [(12.9, True), (13.1, False)])
-def test_none_of_what_is_idle_counts_as_a_size_too(last: float, good: bool) -> None:
+def test_zero_is_a_size_too(last: float, good: bool) -> None:
     assert verdict(fit("x", "n", [(0.0, 10.0), (64.0, last)], float, "", FLAT)) is good
 
 
-def test_the_page_has_a_plot_for_each_axis_and_says_what_grows_too_fast(tmp_path: Path) -> None:
+def test_the_page_has_a_plot_for_each_axis_and_marks_fast_growth(tmp_path: Path) -> None:
     lines = [_grown(0.0, FLAT), fit("row size in JSON (floats)", "J", [(1, 1), (9, 99)], float, "", LINEAR)]
     scaling.write(lines, tmp_path)
     text = (tmp_path / "README.md").read_text()
@@ -66,9 +66,7 @@ def test_the_page_has_a_plot_for_each_axis_and_says_what_grows_too_fast(tmp_path
     ]
 
 
-def test_a_check_ends_with_1_where_something_grows_too_fast(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_check_fails_if_a_cost_grows_too_fast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     arguments = ["--only", "batch", "--results", str(tmp_path)]
     for power, status in ((0.0, 0), (1.0, 1)):
         monkeypatch.setitem(scaling._CASES, "batch", partial(_one, power))
@@ -76,7 +74,7 @@ def test_a_check_ends_with_1_where_something_grows_too_fast(
         assert scaling.main([*arguments, "--check"]) == status
 
 
-def test_more_open_files_are_allowed_or_it_is_said_how(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_of_open_files_is_raised_or_the_error_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[tuple[int, int]] = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: said.append(limits))
@@ -88,7 +86,7 @@ def test_more_open_files_are_allowed_or_it_is_said_how(monkeypatch: pytest.Monke
         scaling_cases.allow_files(4097)
 
 
-async def test_more_requests_may_be_served_than_were_asked_for_and_all_are_counted() -> None:
+async def test_the_number_of_served_requests_is_rounded_up_and_returned() -> None:
     async with request_path.serving() as make:
         path = request_path.Path(make, [request_path.request_of(False)], 8)
         assert await path.serve(11) == 16

@@ -1,7 +1,7 @@
-"""Goodput under a deadline: near the bound up to capacity, and no collapse beyond it.
+"""Goodput under a deadline: near the bound up to capacity, without collapse beyond it.
 
-Engines and deadlines that once made it collapse: where requests with little time left made batches small,
-those behind them had less left, and so on.
+These engines and deadlines once made it collapse: requests with little time left made batches small, which
+left less time to those behind them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LINEAR = Profile.linear("linear", fixed_us=5000, row_us=100, max_rows=128)
 
 
 def noisy(profile: Profile) -> Profile:
-    """Runs that now and then take twice as long."""
+    """Return a profile whose runs sometimes take twice as long."""
     quantiles = {0.0: 0.95, 0.5: 1.0, 0.95: 1.3, 0.99: 2.0}
     return Profile(
         "noisy", {n: {q: f * us[0.5] for q, f in quantiles.items()} for n, us in profile.runs.items()}
@@ -39,11 +39,11 @@ def of_bound(results: Results) -> float:
 
 @pytest.mark.parametrize(("name", "deadline_ms"), [("bert-large-a100", 100), ("resnet50-v100", 200)])
 @pytest.mark.parametrize("load", [0.5, 0.8, 0.95, 1.2, 2.0])
-def test_it_is_near_the_bound(name: str, deadline_ms: float, load: float) -> None:
+def test_goodput_is_near_the_bound(name: str, deadline_ms: float, load: float) -> None:
     assert of_bound(simulated(load_profile(name), deadline_ms, load)) > 0.98
 
 
-def test_while_requests_are_lost_batches_grow_as_far_as_rows_get_cheaper() -> None:
+def test_in_overload_batches_grow_as_long_as_rows_get_cheaper() -> None:
     # On this profile 64 rows are within 3 % of the cheapest, and 128 are the cheapest.
     profile = load_profile("bert-large-a100")
     before, beyond = (simulated(profile, 100, load).batches for load in (0.95, 2.0))
@@ -53,16 +53,18 @@ def test_while_requests_are_lost_batches_grow_as_far_as_rows_get_cheaper() -> No
 
 @pytest.mark.parametrize("load", [0.8, 0.95, 1.2, 2.0])
 @pytest.mark.parametrize(("deadline_ms", "least"), [(20, 0.7), (30, 0.7), (40, 0.9)])
-def test_a_deadline_of_hardly_two_runs_is_no_collapse(deadline_ms: float, least: float, load: float) -> None:
-    # The bound does not know that rows wait for one another; with 20 ms nobody could come nearer than 0.9.
+def test_goodput_does_not_collapse_with_a_short_deadline(
+    deadline_ms: float, least: float, load: float
+) -> None:
+    # The bound ignores that rows of a batch wait for each other; with 20 ms no policy could exceed 0.9 of it.
     assert of_bound(simulated(LINEAR, deadline_ms, load)) > least
 
 
 @pytest.mark.parametrize("load", [1.05, 1.2, 2.0, 4.0])
-def test_an_engine_whose_times_vary_is_no_collapse(load: float) -> None:
+def test_goodput_does_not_collapse_with_varying_run_times(load: float) -> None:
     assert of_bound(simulated(noisy(load_profile("resnet50-v100")), 200, load)) > 0.8
 
 
 @pytest.mark.parametrize("load", [0.95, 1.2, 2.0])
-def test_a_model_that_hardly_gains_by_batching_is_no_collapse(load: float) -> None:
+def test_goodput_does_not_collapse_with_a_model_that_hardly_gains_by_batching(load: float) -> None:
     assert of_bound(simulated(load_profile("resnet50-t4"), 100, load)) > 0.93

@@ -1,4 +1,4 @@
-"""The simulator: what it says must be what queueing theory says, and the same each time."""
+"""The simulator agrees with queueing theory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def simulated(scenario: Scenario) -> Results:
     return results
 
 
-def test_things_happen_in_their_order() -> None:
+def test_events_run_in_order() -> None:
     loop = VirtualLoop()
     seen: list[tuple[str, float]] = []
 
@@ -48,7 +48,7 @@ def test_things_happen_in_their_order() -> None:
     ]  # fmt: skip
 
 
-def test_nothing_happens_at_the_end_or_after() -> None:
+def test_no_event_runs_at_the_end_or_after() -> None:
     loop = VirtualLoop()
     seen: list[float] = []
     loop.call_later(2.0, lambda: seen.append(loop.time()))
@@ -57,40 +57,42 @@ def test_nothing_happens_at_the_end_or_after() -> None:
     assert loop.time() == 2.0
 
 
-def test_requests_that_never_meet_take_a_run() -> None:
+def test_a_single_request_takes_a_run() -> None:
     results = simulated(Scenario(CONSTANT, Even(500), seconds=2))
     assert results.total.latency_ms["p99.9"] == pytest.approx(1.0)
     assert results.total.goodput == 500
 
 
-def test_callers_that_wait_for_answers_are_as_fast_as_the_engine() -> None:
+def test_a_closed_loop_is_as_fast_as_the_engine() -> None:
     results = simulated(Scenario(CONSTANT, Closed(1), seconds=1))
     assert results.total.goodput == pytest.approx(1000, rel=0.01)
     slow = simulated(Scenario(CONSTANT, Closed(1, think_ms=1), seconds=1))
     assert slow.total.goodput == pytest.approx(500, rel=0.01)
 
 
-def test_handing_over_costs_a_lone_request_both_ways() -> None:
+def test_the_handover_adds_to_the_latency_twice() -> None:
     results = simulated(Scenario(CONSTANT, Even(100), seconds=1, handover_ms=0.25))
     assert results.total.latency_ms["p50"] == pytest.approx(1.5)
 
 
-def test_the_event_loop_costs_a_lone_request_its_time() -> None:
+def test_the_event_loop_adds_its_time_to_the_latency() -> None:
     results = simulated(Scenario(CONSTANT, Even(100), seconds=1, request_us=500))
     assert results.total.latency_ms["p50"] == pytest.approx(1.5)
 
 
-def test_where_the_event_loop_is_the_bottleneck_the_engine_has_time() -> None:
-    # Runs of a millisecond for up to 64 rows; the loop manages 1,000 requests a second.
+def test_an_event_loop_that_is_the_bottleneck_leaves_the_engine_idle() -> None:
+    # Runs of a millisecond for up to 64 rows; the loop handles 1,000 requests per second.
     ran = run(Scenario(CONSTANT, Closed(64), seconds=5, request_us=1000))
     results = results_of(ran)
     assert results.total.goodput == pytest.approx(1000, rel=0.02)
     assert results.utilisation < 0.9
 
 
-def test_requests_wait_for_a_busy_event_loop_from_when_they_should_have_come() -> None:
-    """A loop that takes 1 ms for each request is a queue (M/D/1) of its own before the engine, which takes no
-    time. Half of it is spent on the answer, which waits for others that came meanwhile."""
+def test_latency_includes_the_wait_for_a_busy_event_loop() -> None:
+    """A loop that takes 1 ms for each request is an M/D/1 queue before an engine that takes no time.
+
+    Half of it is spent on the answer, which waits for requests that arrived meanwhile.
+    """
     instant = Profile.linear("instant", 1e-3, 0, 1)
     load = 0.5
     ran = run(Scenario(instant, Poisson(load * 1000), seconds=60, request_us=1000))
@@ -100,7 +102,7 @@ def test_requests_wait_for_a_busy_event_loop_from_when_they_should_have_come() -
 
 
 def test_the_engine_does_not_wait_for_a_busy_event_loop() -> None:
-    # Both are busy for nearly all the time that there is: two slots, so that the next batch lies ready.
+    # Both are busy nearly all the time: with two slots the next batch is ready.
     one = Profile.linear("one at a time", 1000, 0, 1)
     ran = run(Scenario(one, Closed(8), seconds=5, max_batch_size=1, request_us=800))
     assert results_of(ran).total.goodput == pytest.approx(1000, rel=0.05)
@@ -116,8 +118,8 @@ def test_backlogged_tenants_have_their_shares() -> None:
 
 
 @pytest.mark.parametrize("router", ["least-loaded", "two-choices"])
-def test_where_runs_differ_a_router_that_looks_beats_one_that_does_not(router: Router) -> None:
-    # Where they do not, taking turns is best: nobody gets two requests at once.
+def test_a_router_that_knows_the_load_is_better_if_runs_differ(router: Router) -> None:
+    # With equal runs round-robin is best.
     uneven = Profile("uneven", {1: {0.0: 500.0, 0.9: 500.0, 0.91: 5000.0, 1.0: 5000.0}})
 
     def p99(name: Router) -> float:
@@ -128,7 +130,7 @@ def test_where_runs_differ_a_router_that_looks_beats_one_that_does_not(router: R
     assert p99(router) < 0.8 * p99("round-robin")
 
 
-def test_the_capacity_is_that_of_the_best_size_in_time() -> None:
+def test_the_capacity_is_that_of_the_best_size_within_the_deadline() -> None:
     for deadline_s, rows, run_s in ((None, 64, 0.0114), (0.0080, 30, 0.0080)):
         rate, best_rows = capacity(LINEAR, 64, deadline_s)
         assert best_rows == rows
@@ -142,7 +144,7 @@ def arrivals_and_limits() -> Iterator[tuple[list[float], float]]:
         yield sorted(rng.uniform(0, 6, size=7).tolist()), float(rng.uniform(1, 4))
 
 
-def test_the_bound_is_what_trying_all_subsets_finds() -> None:
+def test_the_bound_equals_that_of_an_exhaustive_search() -> None:
     def feasible(times: tuple[float, ...], limit_s: float) -> bool:
         free_s = 0.0
         for time_s in times:
@@ -157,7 +159,7 @@ def test_the_bound_is_what_trying_all_subsets_finds() -> None:
         assert path_bound(times, 1.0, limit_s, 0.0, 100.0) == best
 
 
-def test_a_profile_survives_its_file(tmp_path: Path) -> None:
+def test_a_profile_is_written_and_read(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     noisy = load_profile("bert-large-a100")
     path.write_text(json.dumps(noisy.as_json()))
@@ -171,7 +173,7 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
     assert again.quantile_s(64, 1.0) == pytest.approx(0.02652)
 
 
-def test_the_included_profiles_say_where_they_are_from() -> None:
+def test_the_included_profiles_name_their_sources() -> None:
     assert len(included()) >= 2
     for name in included():
         profile = load_profile(name)
@@ -182,7 +184,7 @@ def test_the_included_profiles_say_where_they_are_from() -> None:
 
 
 @pytest.mark.parametrize("text", ["{}", "[1]", '{"name": "x", "runs": []}', "no JSON"])
-def test_what_is_no_profile_is_refused(text: str, tmp_path: Path) -> None:
+def test_an_invalid_profile_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     path.write_text(text)
     with pytest.raises(ProfileError):
@@ -194,7 +196,7 @@ def test_what_is_no_profile_is_refused(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "process", [Poisson(1000), Even(1000), Bursty(1000, burst_s=0.05), Diurnal(1000, period_s=5)]
 )
-def test_processes_keep_their_rate(process: Poisson | Even | Bursty | Diurnal) -> None:
+def test_arrival_processes_have_their_rate(process: Poisson | Even | Bursty | Diurnal) -> None:
     times = np.fromiter(until(process, 50), float)
     assert np.all(np.diff(times) >= 0)
     assert len(times) == pytest.approx(50_000, rel=0.06)
@@ -211,7 +213,7 @@ def until(process: Poisson | Even | Bursty | Diurnal, end_s: float) -> Iterator[
         yield time_s
 
 
-def test_a_trace_is_played_as_recorded(tmp_path: Path) -> None:
+def test_a_trace_is_replayed(tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
     path.write_text("seconds,rows,tenant\n# from somewhere\n10.0,2,b\n10.5\n\n12,1,a\n")
     trace = read_trace(path, speed=2)
@@ -228,7 +230,7 @@ def test_a_trace_is_played_as_recorded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "x\ny\n", "1,0\n", "1\n2,two\n", "1\n-1\n"])
-def test_what_is_no_trace_is_refused(text: str, tmp_path: Path) -> None:
+def test_an_invalid_trace_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
     path.write_text(text)
     with pytest.raises(TraceError):

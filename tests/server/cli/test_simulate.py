@@ -58,7 +58,7 @@ def test_goodput_is_simulated_at_several_loads(tmp_path: Path) -> None:
 
 
 def test_the_scheduler_has_the_settings_of_the_server() -> None:
-    # At a low load requests would leave alone; the delay lets them gather.
+    # At a low load requests leave alone without a delay.
     arguments = ("simulate", "bert-large-a100", "--load", "0.3", "--requests", "2000")
     assert "delay" not in done(*arguments)
     delayed = done(*arguments, "--max-delay-ms", "50")
@@ -80,7 +80,7 @@ def test_tenants_and_nodes(tmp_path: Path) -> None:
     ET.fromstring(plot.read_text())
 
 
-def test_a_trace_and_callers_that_wait(tmp_path: Path) -> None:
+def test_a_trace_and_a_closed_loop(tmp_path: Path) -> None:
     trace = tmp_path / "trace.csv"
     trace.write_text("".join(f"{number / 100},1\n" for number in range(200)))
     assert "simulated 199 requests" in done("simulate", "resnet50-v100", "--arrivals", trace)
@@ -88,7 +88,7 @@ def test_a_trace_and_callers_that_wait(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["--tenant", "gold"], "key=value"),
         (["--tenant", "speed=1"], "no setting 'speed'"),
@@ -101,8 +101,8 @@ def test_a_trace_and_callers_that_wait(tmp_path: Path) -> None:
         (["--deadline-ms", "1"], "no run is as short"),
     ],
 )
-def test_an_invalid_option_is_refused_in_one_line(arguments: list[str], says: str) -> None:
-    assert says in refused(*arguments)
+def test_an_invalid_option_is_refused_in_one_line(arguments: list[str], message: str) -> None:
+    assert message in refused(*arguments)
 
 
 def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
