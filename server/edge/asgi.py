@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cobatch.server.auth.principal import PRINCIPAL, Principal, principal_in
+from cobatch.server.auth.principal import PRINCIPAL, principal_in
 from cobatch.server.edge.exchange import EXCHANGE, Exchange
 from cobatch.server.http.body import BodyError, read_body
 from cobatch.server.http.compression import choose
@@ -166,55 +166,34 @@ class InferRoutes:
     async def _infer(self, model: Model, scope: Scope, receive: Receive, send: Send) -> None:
         exchange: AsgiExchange = scope[EXCHANGE]
         headers = exchange.headers
+        inference = self._inference
         principal = scope.get(PRINCIPAL)
-        problem = self._inference.admit(model, principal)
-        reply: Reply | None = None
+        problem = inference.admit(model, principal)
         if problem is None:
             try:
                 json_length = _json_length(headers, scope["headers"]) if _JSON_LENGTH in headers else None
-                limit = self._inference.settings.server.max_body_bytes
-                body = await read_body(headers, receive, limit)
+                body = await read_body(headers, receive, inference.settings.server.max_body_bytes)
             except BodyError as error:
                 if error.problem is None:
                     return  # the client has disconnected
                 problem = error.problem
-            else:
-                if b"accept-encoding" in headers:
-                    exchange.coding = choose(headers[b"accept-encoding"])
-                reply = await self._answer(exchange, model, body, json_length, receive, principal)
-                if reply is None:
-                    return
         if problem is not None:
-            reply = problem.reply(instance=model.infer_path)
+            reply: Reply | None = problem.reply(instance=model.infer_path)
+        else:
+            if b"accept-encoding" in headers:
+                exchange.coding = choose(headers[b"accept-encoding"])
+            exchange.receive = receive
+            answer = exchange.answer = asyncio.get_running_loop().create_future()
+            exchange.request = inference.infer(model, body, json_length, exchange.on_reply, principal)
+            self._watch.add(exchange)
+            try:
+                reply = await answer
+            finally:
+                self._watch.discard(exchange)
+                exchange.cancel()  # only if the server cancels this task
+            if reply is None:
+                return
         assert reply is not None
-        await self._send(exchange, model, reply, send)
-
-    async def _answer(
-        self,
-        exchange: AsgiExchange,
-        model: Model,
-        body: bytes | bytearray,
-        json_length: int | None,
-        receive: Receive,
-        principal: Principal | None,
-    ) -> Reply | None:
-        """Return the reply, None if the client disconnected before it."""
-        answer: asyncio.Future[Reply | None] = asyncio.get_running_loop().create_future()
-        exchange.answer = answer
-        exchange.request = self._inference.infer(
-            model, body, json_length, exchange.on_reply, principal, exchange.record
-        )
-        if answer.done():
-            return answer.result()
-        exchange.receive = receive
-        self._watch.add(exchange)
-        try:
-            return await answer
-        finally:
-            self._watch.discard(exchange)
-            exchange.cancel()  # nothing, unless the server cancels this task
-
-    async def _send(self, exchange: AsgiExchange, model: Model, reply: Reply, send: Send) -> None:
         body = b"".join(reply.body)
         head = reply.header_list(len(body))
         if reply.request_id is not None and exchange.record is None:
@@ -222,7 +201,7 @@ class InferRoutes:
             head.append((REQUEST_ID, reply.request_id))
         else:
             exchange.request_id = reply.request_id
-            note_problem(exchange.scope, reply.slug)
+            note_problem(scope, reply.slug)
         await send({"type": "http.response.start", "status": reply.status, "headers": head})
         await send({"type": "http.response.body", "body": body})
 

@@ -132,7 +132,6 @@ class Connection(asyncio.Protocol):
         self._scope: Scope = {
             "type": "http",
             "asgi": _ASGI,
-            "http_version": "1.1",
             "server": get_local_addr(self.transport),
             "client": get_remote_addr(self.transport),
             "scheme": "https" if is_ssl(self.transport) else "http",
@@ -283,30 +282,27 @@ class Connection(asyncio.Protocol):
             self._ahead = before
 
     def _new_scope(self) -> Scope:
-        version, url = self.parser.get_http_version(), self.url
-        scope: Scope = {**self._scope}
-        if version != "1.1":
-            scope["http_version"] = version
-        path = url
+        url = path = self.url
         query = b""
         if not url.startswith(b"/") or b"?" in url or b"#" in url:
             target = httptools.parse_url(url)
             path, query = target.path, target.query or b""
+        root = self.config.root_path
         text = path.decode("ascii")
-        root: str = scope["root_path"]
-        scope["method"] = self.parser.get_method().decode("ascii")
-        scope["path"] = root + (unquote(text) if "%" in text else text)
-        scope["raw_path"] = root.encode("ascii") + path
-        scope["query_string"] = query
-        scope["headers"] = self.headers
-        scope["state"] = self._app_state.copy()
-        self.headers = []
-        return scope
+        headers, self.headers = self.headers, []
+        return {
+            **self._scope,
+            "http_version": self.parser.get_http_version(),
+            "method": self.parser.get_method().decode("ascii"),
+            "path": root + (unquote(text) if "%" in text else text),
+            "raw_path": root.encode("ascii") + path if root else path,
+            "query_string": query,
+            "headers": headers,
+            "state": self._app_state.copy(),
+        }
 
     def _run(self, cycle: AsgiCycle) -> None:
-        task = self.loop.create_task(cycle.run(self.config.loaded_app))
-        self.server_state.tasks.add(task)
-        task.add_done_callback(self.server_state.tasks.discard)
+        self.server_state.tasks.add(self.loop.create_task(cycle.run(self.config.loaded_app)))
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)

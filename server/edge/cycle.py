@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import MutableMapping
+from collections.abc import Awaitable, Generator, MutableMapping
 from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Scope
@@ -20,10 +20,21 @@ HIGH_WATER_BYTES = 65536
 _BODILESS = (204, 304)
 
 
+class _Sent:
+    """An awaitable that is done."""
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return iter(())  # type: ignore[return-value]  # cheaper than a generator
+
+
+_SENT = _Sent()
+
+
 class Client(Protocol):
     """The connection, as far as a cycle uses it."""
 
     transport: Any
+    server_state: Any
     writable: asyncio.Event
     write_paused: bool
 
@@ -65,6 +76,7 @@ class AsgiCycle:
         except Exception:
             log.exception("the ASGI application failed")
         finally:
+            self._client.server_state.tasks.discard(asyncio.current_task())
             if self.disconnected or self.response_complete:
                 pass
             elif self.response_started:
@@ -126,12 +138,20 @@ class AsgiCycle:
         body, self._body = self._body, b""
         return {"type": "http.request", "body": bytes(body), "more_body": self._more_body}
 
-    async def send(self, message: MutableMapping[str, Any]) -> None:
-        """Write a part of the response."""
+    def send(self, message: MutableMapping[str, Any]) -> Awaitable[None]:
+        """Write a part of the response. A coroutine only if the client is slow, as it would cost more."""
         if self._client.write_paused and not self.disconnected:
-            await self._client.writable.wait()
-        if self.disconnected:
-            return
+            return self._send_later(message)
+        if not self.disconnected:
+            self._send(message)
+        return _SENT
+
+    async def _send_later(self, message: MutableMapping[str, Any]) -> None:
+        await self._client.writable.wait()
+        if not self.disconnected:
+            self._send(message)
+
+    def _send(self, message: MutableMapping[str, Any]) -> None:
         kind = message["type"]
         if kind == "http.response.start" and not self.response_started:
             self._start(message)

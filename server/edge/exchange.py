@@ -55,9 +55,9 @@ class Exchange(msgspec.Struct, eq=False):
     def on_reply(self, reply: Reply) -> None:
         """Deliver the reply, compressed if the client takes that. Called once, unless `leave` was."""
         if reply.request_id is None and self.record is None:
-            record = self.make_record()
-            if self.request is not None:
-                record.ran(self.request)
+            self.make_record()
+        if self.record is not None and self.request is not None:
+            self.record.ran(self.request)
         self.request = None  # it refers to this object
         coding = self.coding
         if coding is None or reply.length < self.inference.settings.server.compress_min_bytes:
@@ -91,11 +91,13 @@ class Exchange(msgspec.Struct, eq=False):
         """Drop the request from the batcher: its client is gone."""
         request, self.request = self.request, None
         if request is not None:
-            self.inference.cancel(request)
+            request.model.loaded_batcher.cancel(request)
+            if self.record is not None:
+                self.record.rows = request.rows
 
     def leave(self, model: Model, now_s: float) -> None:
         """Count an infer request whose client disconnected before the response."""
-        self.cancel()
         if self.record is None:
             self.make_record()
+        self.cancel()
         self.finish(model, LEFT, LEFT_SLUG, now_s)

@@ -73,14 +73,9 @@ class FastExchange(Exchange, kw_only=True):
             if connection.chunk is not None:
                 assert self.inference.auth is None or block.principal is not None
                 store(connection.cache, connection.chunk, block)
-            self.infer(self.body)
-
-    def infer(self, body: bytes | bytearray) -> None:
-        """Submit the request."""
-        block = self.block
-        self.request = self.inference.infer(
-            block.model, body, block.json_length, self.on_reply, block.principal, self.record
-        )
+            self.request = self.inference.infer(
+                block.model, self.body, block.json_length, self.on_reply, block.principal
+            )
 
     def refuse(self, reply: Reply) -> None:
         """Answer before the body, which is then dropped.
@@ -138,7 +133,10 @@ class FastConnection(Connection):
                 if block is not None and len(data) - end == block.length:
                     principal = block.principal
                     if principal is None or principal.expires_s > time.time():
-                        self._new_exchange(block).infer(data[end:])
+                        exchange = self._new_exchange(block)
+                        exchange.request = self.inference.infer(
+                            block.model, data[end:], block.json_length, exchange.on_reply, principal
+                        )
                         return
                     del self.cache[data[:end]]
                 self.chunk = data

@@ -1,8 +1,7 @@
 """All models of a process, and the path of one infer request through them.
 
 Both edges (`server.edge.fast_path` below ASGI, `server.edge.asgi`), POST /batch and predictions use it:
-`admit` once the headers have arrived, `infer` with the body, `cancel` if the client disconnects. The reply
-comes by callback.
+`admit` once the headers have arrived, `infer` with the body. The reply comes by callback.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from cobatch.server.http.problem import Problem, from_error, stopping
 from cobatch.server.http.reply import Reply
 from cobatch.server.inference.model import Model
 from cobatch.server.observability.observer import Observer
-from cobatch.server.observability.record import RequestRecord
 from cobatch.server.settings.auth import INFER
 from cobatch.server.settings.schema import Settings
 from cobatch.server.v2.decode import Decoded, WantedOutputs
@@ -31,38 +29,27 @@ from cobatch.server.v2.messages import Body
 log = logging.getLogger("cobatch.server")
 
 
-class ModelRequest(Request):
-    """A request that knows its model, and how those who watch the server know it: None where nobody does."""
+class InferRequest(Request):
+    """A V2 infer request in the batcher; `done` encodes its reply while the outputs are valid."""
 
-    __slots__ = ("model", "record")
-    model: Model
-    record: RequestRecord | None
-
-
-class InferRequest(ModelRequest):
-    """A V2 infer request in the batcher; `done` encodes its answer while the outputs are valid."""
-
-    __slots__ = ("id", "reply", "usage", "wants")
+    __slots__ = ("id", "model", "outputs", "reply", "usage")
 
     def __init__(
         self, model: Model, decoded: Decoded, reply: Callable[[Reply], None], tenant: Tenant | None
     ) -> None:
-        # Not by `super()`, which would cost each request a tenth of what this does.
+        # `super()` would cost a tenth of what this does.
         Request.__init__(self, decoded.rows, decoded.row_shapes, decoded.payloads)
         self.tenant = tenant
         self.priority, self.timeout_s, self.usage = decoded.options
         self.id: str | None = decoded.id
-        self.wants: WantedOutputs = decoded.outputs
+        self.outputs: WantedOutputs = decoded.outputs
         self.model = model
         self.reply = reply
-        self.record = None
 
     def done(self) -> None:
-        if self.record is not None:
-            self.record.ran(self)
         try:
             if self.error is None:
-                reply = self.model.encoder.encode(self, self.wants, self.id, self.usage)
+                reply = self.model.encoder.encode(self, self.outputs, self.id, self.usage)
             else:
                 reply = from_error(self.error).reply(instance=self.model.infer_path)
         except Exception as error:  # noqa: BLE001 - logged there
@@ -71,15 +58,19 @@ class InferRequest(ModelRequest):
 
 
 def encoding_failed(model: Model, error: Exception) -> Reply:
-    """What the caller is told when its answer could not be written; the log says why."""
+    """Log that an answer could not be encoded; return the client's reply."""
     log.error("model %s: encoding an answer failed", model.name, exc_info=error)
     problem = Problem("internal", "the server failed to encode the answer; its log says why")
     return problem.reply(instance=model.infer_path)
 
 
-def instance_of(model: Model) -> str:
-    """Return the `instance` of problems on the infer routes: the same for both edges and all versions."""
-    return model.infer_path
+def refused(model: Model, error: Exception, tenant: Tenant | None) -> Reply:
+    """Return the reply to a request that was not accepted. Unexpected errors are logged."""
+    problem = from_error(error)
+    if problem.kind.slug == "internal":
+        whose = "" if tenant is None else f" of tenant {tenant.name}"
+        log.error("model %s: an infer request%s failed", model.name, whose, exc_info=error)
+    return problem.reply(instance=model.infer_path)
 
 
 def _log_load_failure(name: str, error: EngineError) -> None:
@@ -87,9 +78,9 @@ def _log_load_failure(name: str, error: EngineError) -> None:
 
 
 class Inference:
-    """All models of a process, and what both edges do with them. Raises SettingsError for bad key files.
+    """All models of a process. Raises SettingsError for invalid key files.
 
-    `auth` is None where everybody is anonymous; principals are None then, too.
+    Without authentication `auth` is None, and so are principals.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -98,33 +89,33 @@ class Inference:
         self.rate_limit_headers = settings.auth is not None and settings.auth.rate_limit_headers
         self.models = {model.name: Model(model) for model in settings.models}
         self.observer = Observer()
-        # What the fast path compares the request target with, byte for byte.
+        # By request target, for the fast path; and by path.
         self.infer_targets: dict[bytes, Model] = {}
-        self.infer_paths: dict[str, Model] = {}  # the same as text
+        self.infer_paths: dict[str, Model] = {}
         for name, model in self.models.items():
             for base in (f"/v2/models/{name}", f"/v2/models/{name}/versions/{model.version}"):
                 self.infer_targets[f"{base}/infer".encode()] = model
                 self.infer_paths[f"{base}/infer"] = model
         self.draining = False
-        # Called when draining begins: what would go on for good has to end then.
+        # Called when draining begins, to end streams that have no end of their own.
         self.on_draining: list[Callable[[], None]] = []
         self.loop: asyncio.AbstractEventLoop | None = None  # set when the application starts
-        self._told = False
-        # For whoever runs the process; until then there is nobody to tell.
+        self._was_ready = False
+        # Set by the process (`server.serve`).
         self.on_ready: Callable[[], None] = lambda: None
         self.on_load_failed: Callable[[str, EngineError], None] = _log_load_failure
 
     def tell_if_ready(self) -> None:
-        """Call `on_ready` the first time that everything is ready; asked when a part of it has become so."""
-        if self.ready and not self._told:
-            self._told = True
+        """Call `on_ready` when everything is ready for the first time."""
+        if self.ready and not self._was_ready:
+            self._was_ready = True
             self.on_ready()
 
     @property
     def ready(self) -> bool:
-        """Whether every model takes requests, and anybody's credentials can be checked."""
-        open_ = not self.draining and (self.auth is None or self.auth.ready)
-        return open_ and all(model.ready for model in self.models.values())
+        """All models accept requests, and credentials can be checked."""
+        is_open = not self.draining and (self.auth is None or self.auth.ready)
+        return is_open and all(model.ready for model in self.models.values())
 
     def admit(self, model: Model, principal: Principal | None) -> Problem | None:
         """Decide whether a request may enter now; return the problem if it may not.
@@ -170,7 +161,7 @@ class Inference:
         return [] if self.auth is None else self.auth.tenants.totals()
 
     def forbidden(self, permission: str, model: str | None = None) -> Problem:
-        """A known caller lacks a permission; for `infer` and `metadata` of one model, with its name."""
+        """Return the problem of a principal without a permission; `infer` and `metadata` are for a model."""
         assert self.auth is not None
         detail = f"this needs the permission {permission}"
         if model is not None:
@@ -184,42 +175,22 @@ class Inference:
         json_length: int | None,
         reply: Callable[[Reply], None],
         principal: Principal | None,
-        record: RequestRecord | None = None,
     ) -> InferRequest | None:
-        """Decode and submit. `reply` is called exactly once, at once or later, unless cancelled.
+        """Decode and submit a request. `json_length`: the value of Inference-Header-Content-Length.
 
-        None when it was called already. `json_length` is Inference-Header-Content-Length's value. `record`
-        gets what there is to say of it.
+        `reply` is called exactly once, now or later, unless the request is cancelled. Returns None if it was
+        called already.
         """
-        tenant = None if principal is None else principal.tenant
         problem = self.admit(model, principal)
         if problem is not None:
             reply(problem.reply(instance=model.infer_path))
             return None
+        tenant = None if principal is None else principal.tenant
         try:
-            decoded = model.decoder.decode(body, json_length)
-            request = InferRequest(model, decoded, reply, tenant)
-            if record is not None:
-                request.record = record
-                record.rows = request.rows
+            request = InferRequest(model, model.decoder.decode(body, json_length), reply, tenant)
             model.batcher.submit(request)  # type: ignore[union-attr]  # None is never admitted
             return request
-        except Exception as error:  # noqa: BLE001 - `refused` logs what is not expected
-            # No name for the problem here: its traceback holds this frame, and the frame would hold it.
+        except Exception as error:  # noqa: BLE001 - `refused` logs unexpected ones
+            # The problem needs no name here: its traceback refers to this frame, a cycle.
             reply(refused(model, error, tenant))
             return None
-
-    def cancel(self, request: ModelRequest) -> None:
-        """The caller has left."""
-        batcher = request.model.batcher
-        assert batcher is not None
-        batcher.cancel(request)
-
-
-def refused(model: Model, error: Exception, tenant: Tenant | None) -> Reply:
-    """The reply to a request that was not accepted. The log says why where that is unexpected."""
-    problem = from_error(error)
-    if problem.kind.slug == "internal":
-        whose = "" if tenant is None else f" of tenant {tenant.name}"
-        log.error("model %s: an infer request%s failed", model.name, whose, exc_info=error)
-    return problem.reply(instance=model.infer_path)
