@@ -54,27 +54,12 @@ _LOOP = 1
 _FIRST_WORKER = 10
 
 
-class BatchEvent(NamedTuple):
-    """A finished batch. Times are in seconds of the batcher's clock.
-
-    `requests` has the time of queueing and the rows of each request. `started_s` and `finished_s` are 0 if
-    packing failed and nothing ran.
-    """
+class RecordedBatch(NamedTuple):
+    """A finished batch, and the time of queueing and the rows of each of its requests."""
 
     model: str
-    engine: int
-    slot: int
-    number: int
-    rows: int
-    reason: str
-    requests: Sequence[tuple[float, int]]
-    gathered_s: float
-    dispatched_s: float
-    started_s: float
-    finished_s: float
-    answering_s: float
-    answered_s: float
-    failed: bool = False
+    batch: Batch
+    requests: list[tuple[float, int]]
 
 
 class Sample(NamedTuple):
@@ -151,36 +136,19 @@ class Recorder:
         self._inference = inference
         self._clock = clock
         self.begin_s = clock()
-        self.batches: list[BatchEvent] = []
+        self.batches: list[RecordedBatch] = []
         self.samples: list[Sample] = []
         self._left_out = 0
         self._requests = 0
 
     def on_batch(self, batcher: Batcher, batch: Batch) -> None:
         """Record a finished batch."""
-        packed = batch.dispatched_s > 0
         self._requests += len(batch.requests)
         if self._requests > _REQUEST_LIMIT:
             self._left_out += 1
             return
-        self.batches.append(
-            BatchEvent(
-                batcher.name,
-                batch.engine,
-                batch.slot,
-                batch.number,
-                batch.rows,
-                batch.reason,
-                [(one.enqueued_s, one.rows) for one in batch.requests],
-                batch.gathered_s,
-                batch.dispatched_s if packed else batch.answering_s,
-                batch.started_s if packed else 0.0,
-                batch.finished_s if packed else 0.0,
-                batch.answering_s,
-                batch.answered_s,
-                batch.failed,
-            )
-        )
+        requests = [(one.enqueued_s, one.rows) for one in batch.requests]
+        self.batches.append(RecordedBatch(batcher.name, batch, requests))
 
     async def watch(self, seconds: float) -> None:
         """Sample the loop and the queues until the time is over or the server stops."""
@@ -205,7 +173,7 @@ class Recorder:
 
 
 def trace_text(
-    batches: Sequence[BatchEvent], samples: Sequence[Sample], begin_s: float, about: dict[str, Any]
+    batches: Sequence[RecordedBatch], samples: Sequence[Sample], begin_s: float, about: dict[str, Any]
 ) -> Iterator[bytes]:
     """Yield the file in pieces. Its time 0 is `begin_s`, or earlier if a request was queued before that."""
     layout = _Layout(batches, samples, begin_s)
@@ -227,16 +195,17 @@ def _lines(events: Iterable[Event]) -> bytes:
 class _Layout:
     """The tracks, and the events on them."""
 
-    def __init__(self, batches: Sequence[BatchEvent], samples: Sequence[Sample], begin_s: float) -> None:
+    def __init__(self, batches: Sequence[RecordedBatch], samples: Sequence[Sample], begin_s: float) -> None:
         # Viewers drop events before 0, so time 0 is the earliest event.
-        queued_s = [queued_s for batch in batches for queued_s, _ in batch.requests]
-        self._begin_s = min([begin_s, *queued_s, *[batch.gathered_s for batch in batches]])
+        queued_s = [queued_s for one in batches for queued_s, _ in one.requests]
+        self._begin_s = min([begin_s, *queued_s, *[one.batch.gathered_s for one in batches]])
         models = dict.fromkeys(model for sample in samples for model in sample.queued_rows)
-        models |= dict.fromkeys(batch.model for batch in batches)
+        models |= dict.fromkeys(one.model for one in batches)
         self._models = {model: number for number, model in enumerate(models)}
-        engines = sorted({(self._models[batch.model], batch.engine) for batch in batches})
+        slots = {(self._models[one.model], one.batch.engine, one.batch.slot) for one in batches}
+        self._slots = sorted(slots)
+        engines = dict.fromkeys((model, engine) for model, engine, _ in self._slots)
         self._workers = {engine: _FIRST_WORKER + number for number, engine in enumerate(engines)}
-        self._slots = sorted({(self._models[b.model], b.engine, b.slot) for b in batches})
         self._request = 0
 
     def names(self) -> Iterator[Event]:
@@ -261,32 +230,36 @@ class _Layout:
             process = _FIRST_REQUESTS + self._models[model]
             yield self._at(sample.time_s, "C", "queued", process, 0, args={"rows": rows})
 
-    def batch(self, batch: BatchEvent) -> Iterator[Event]:
+    def batch(self, recorded: RecordedBatch) -> Iterator[Event]:
         """Yield the events of a batch and of its requests."""
-        number = self._models[batch.model]
+        batch, number = recorded.batch, self._models[recorded.model]
         args: dict[str, Any] = {
-            "model": batch.model,
+            "model": recorded.model,
             "batch": batch.number,
             "rows": batch.rows,
-            "requests": len(batch.requests),
+            "requests": len(recorded.requests),
             "reason": batch.reason,
         } | ({"failed": True} if batch.failed else {})
         slots, track = _FIRST_SLOTS + number, _slot_track(batch.engine, batch.slot)
         worker = self._workers[number, batch.engine]
         name = f"{batch.rows} row{'' if batch.rows == 1 else 's'}, {batch.reason}"
         arrow = {"id": batch.number, "cat": "batch"}
+        packed_s = batch.dispatched_s or batch.answering_s  # 0: packing failed
         yield self._slice(batch.gathered_s, batch.answered_s, name, slots, track, args)
-        for stage, from_s, to_s in _stages(batch):
-            yield self._slice(from_s, to_s, stage, slots, track)
-        yield self._slice(batch.gathered_s, batch.dispatched_s, "pack", _THREADS, _LOOP, args)
+        yield self._slice(batch.gathered_s, packed_s, "fill", slots, track)
+        yield self._slice(batch.gathered_s, packed_s, "pack", _THREADS, _LOOP, args)
         yield self._at(batch.gathered_s, "s", "batch", _THREADS, _LOOP, **arrow)
-        if batch.finished_s:
+        if batch.dispatched_s:
+            yield self._slice(packed_s, batch.started_s, "wait for the engine", slots, track)
+            yield self._slice(batch.started_s, batch.finished_s, "run", slots, track)
+            yield self._slice(batch.finished_s, batch.answering_s, "wait for the loop", slots, track)
             yield self._slice(batch.started_s, batch.finished_s, f"run {name}", _THREADS, worker, args)
             yield self._at(batch.started_s, "t", "batch", _THREADS, worker, **arrow)
+        yield self._slice(batch.answering_s, batch.answered_s, "answer", slots, track)
         yield self._slice(batch.answering_s, batch.answered_s, "answer", _THREADS, _LOOP, args)
         yield self._at(batch.answering_s, "f", "batch", _THREADS, _LOOP, **arrow, bp="e")
         process = _FIRST_REQUESTS + number
-        for queued_s, rows in batch.requests:
+        for queued_s, rows in recorded.requests:
             self._request += 1
             # A local id keeps the wait inside the group of its model.
             ids: dict[str, Any] = {"cat": "request", "id2": {"local": self._request}}
@@ -312,21 +285,6 @@ class _Layout:
 
     def _us(self, time_s: float) -> float:
         return round((time_s - self._begin_s) * 1e6, 3)
-
-
-def _stages(batch: BatchEvent) -> list[tuple[str, float, float]]:
-    """Return the stages of a slot in their order."""
-    fill = ("fill", batch.gathered_s, batch.dispatched_s)
-    answer = ("answer", batch.answering_s, batch.answered_s)
-    if not batch.finished_s:
-        return [fill, answer]
-    return [
-        fill,
-        ("wait for the engine", batch.dispatched_s, batch.started_s),
-        ("run", batch.started_s, batch.finished_s),
-        ("wait for the loop", batch.finished_s, batch.answering_s),
-        answer,
-    ]
 
 
 def _slot_track(engine: int, slot: int) -> int:

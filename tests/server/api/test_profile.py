@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from cobatch.batcher.request import Batch
 from cobatch.engines.errors import EngineRunError
 from cobatch.server.api import profile as profiling
-from cobatch.server.api.profile import BatchEvent, Sample, trace_text
+from cobatch.server.api.profile import RecordedBatch, Sample, trace_text
 from cobatch.server.cli import app
 from tests.support.auth import protected as guarded
 from tests.support.http import in_process
@@ -26,17 +27,19 @@ BOTH = pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
 Event = dict[str, Any]
 
 
-def trace(*batches: BatchEvent, samples: list[Sample] | None = None, begin_s: float = 0.0) -> Any:
+def trace(*batches: RecordedBatch, samples: list[Sample] | None = None, begin_s: float = 0.0) -> Any:
     return json.loads(b"".join(trace_text(batches, samples or [], begin_s, {"server": "x"})))
 
 
-def batch(number: int, at_s: float = 0.0, **changed: Any) -> BatchEvent:
+def batch(number: int, at_s: float = 0.0, **changed: Any) -> RecordedBatch:
     """Return a batch with stages of one millisecond."""
     stages = ("gathered_s", "dispatched_s", "started_s", "finished_s", "answering_s", "answered_s")
-    times = {name: at_s + n * 0.001 for n, name in enumerate(stages, 1)}
-    requests = [(at_s, 1), (at_s + 0.0005, 2)]
-    fields = {"model": "m", "engine": 0, "slot": number % 2, "number": number, "rows": 3, "reason": "idle"}
-    return BatchEvent(**{**fields, "requests": requests, **times, **changed})
+    model = changed.pop("model", "m")
+    requests = changed.pop("requests", [(at_s, 1), (at_s + 0.0005, 2)])
+    result = Batch([], 3, (), "idle", number=number, slot=number % 2)
+    for name, value in ({name: at_s + n * 0.001 for n, name in enumerate(stages, 1)} | changed).items():
+        setattr(result, name, value)
+    return RecordedBatch(model, result, requests)
 
 
 def tracks(document: Any) -> dict[tuple[int, int], str]:
@@ -130,7 +133,7 @@ def test_models_and_engines_have_tracks_of_their_own() -> None:
 
 
 def test_a_batch_that_was_not_packed_has_no_run() -> None:
-    by_track = slices(trace(batch(1, started_s=0.0, finished_s=0.0, failed=True)))
+    by_track = slices(trace(batch(1, dispatched_s=0.0, failed=True)))
     assert "threads: worker 0 of m" not in by_track
     assert by_track["slots of m: engine 0, slot 1"][0]["args"]["failed"] is True
     assert all(one["dur"] >= 0 for events in by_track.values() for one in events)
