@@ -17,7 +17,7 @@ import msgspec
 from cobatch.server.auth.credentials import names_token
 from cobatch.server.http.problem import Problem
 from cobatch.server.http.reply import Reply
-from cobatch.server.v2.messages import LARGE_BYTES, InferMessage
+from cobatch.server.v2.messages import LARGE_BYTES, InferMessage, decode_json
 
 _encode = msgspec.json.encode
 _INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
@@ -79,7 +79,10 @@ _decode_parsed = msgspec.json.Decoder(_ParsedBatch).decode
 
 def decode_items(body: bytes | bytearray, limit: int) -> Sequence[AnyItem]:
     """The items of a call, at most `limit`, each with an id of its own. Raises Problem."""
-    items: Sequence[AnyItem] = _decode_together(body, limit) or _decode_items(body, limit)
+    items: Sequence[AnyItem] = _decode_together(body, limit)
+    if not items:
+        _tally.limit = _tally.left = limit
+        items = decode_json(_decode, body, "a batch").requests
     if len({item.id for item in items}) != len(items):
         seen: set[str] = set()
         for item in items:
@@ -102,16 +105,6 @@ def _decode_together(body: bytes | bytearray, limit: int) -> Sequence[ParsedItem
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return ()
     return items if len(items) <= limit and len(body) < LARGE_BYTES * len(items) else ()
-
-
-def _decode_items(body: bytes | bytearray, limit: int) -> Sequence[Item]:
-    _tally.limit = _tally.left = limit
-    try:
-        return _decode(body).requests
-    except msgspec.ValidationError as error:
-        raise Problem("bad-request", f"not a batch: {error}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Problem("not-json", f"the body is not JSON: {error}") from None
 
 
 def infer_target(item: AnyItem) -> tuple[str, str | None]:

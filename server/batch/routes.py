@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -66,13 +66,14 @@ class BatchRoute:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             reply = await self._reply(scope, receive)
+        except ClientDisconnect:
+            return
         except Problem as problem:
             reply = problem.reply(instance=scope["path"])
-        if reply is not None:
-            await send_reply(reply, scope, send)
+        await send_reply(reply, scope, send)
 
-    async def _reply(self, scope: Scope, receive: Receive) -> Reply | None:
-        """The response, None when the client has disconnected. Raises Problem."""
+    async def _reply(self, scope: Scope, receive: Receive) -> Reply:
+        """The response. Raises Problem, ClientDisconnect."""
         settings = self._inference.settings.server
         headers = dict(scope["headers"])
         principal = principal_in(scope)
@@ -82,17 +83,13 @@ class BatchRoute:
         try:
             body = await read_body(headers, receive, settings.max_body_bytes)
         except BodyError as error:
-            if error.problem is None:
-                return None
-            raise error.problem from None
+            raise error.problem or ClientDisconnect from None
         record = record_in(scope) or RequestRecord("", "POST", BATCH, time.monotonic())
         if principal is not None:
             record.tenant = principal.tenant.name
         call = Call(self._inference, decode_items(body, settings.max_batch_items), principal)
         try:
             replies = await call.replies(receive)
-            if replies is None:
-                return None
             record.request_id = record.request_id or new_id()
             await self._observer.call_done(record, call.progress, replies)
         finally:
@@ -113,18 +110,16 @@ class Call:
         self._open = len(items)
         self._submitted: list[tuple[Model, BatcherRequest]] = []
         self._watcher: asyncio.Task[None] | None = None
-        self._done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def replies(self, receive: Receive) -> list[Reply] | None:
-        """All items' replies in order; None when the client disconnected before the last one."""
+    async def replies(self, receive: Receive) -> list[Reply]:
+        """All items' replies in order. Raises ClientDisconnect."""
         self._submit_all()
         if self._open:
             # Most calls end before a client could leave, and a task costs as much as an item or two.
             timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._start_watching, receive)
             try:
-                if not await self._done:
-                    self._count_left()
-                    return None
+                await self._done
             finally:
                 timer.cancel()
                 if self._watcher is not None:
@@ -210,7 +205,7 @@ class Call:
         self.progress.replies[place] = reply
         self._open -= 1
         if not self._open and not self._done.done():
-            self._done.set_result(True)
+            self._done.set_result(None)
 
     def _refuse(self, place: int, error: Exception) -> None:
         model = self.progress.models[place]
@@ -231,12 +226,6 @@ class Call:
             if model is not None:
                 model.traffic.count(reply.status, reply.slug, duration_s)
 
-    def _count_left(self) -> None:
-        """Count all items: the client reads none of the replies."""
-        for model in self.progress.models:
-            if model is not None:
-                model.traffic.count(LEFT, LEFT_SLUG, 0.0)
-
     def _start_watching(self, receive: Receive) -> None:
         self._watcher = asyncio.create_task(self._watch(receive))
 
@@ -244,7 +233,10 @@ class Call:
         # After the body, the only message is that the client has disconnected.
         await receive()
         if not self._done.done():
-            self._done.set_result(False)
+            for model in self.progress.models:
+                if model is not None:
+                    model.traffic.count(LEFT, LEFT_SLUG, 0.0)
+            self._done.set_exception(ClientDisconnect())
 
     def _cancel(self) -> None:
         for model, request in self._submitted:

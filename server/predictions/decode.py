@@ -10,7 +10,7 @@ import base64
 import binascii
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -24,6 +24,7 @@ from cobatch.server.v2.binary import read_binary, read_raw
 from cobatch.server.v2.checks import check_tensor, wrong_data, wrong_shape
 from cobatch.server.v2.decode import Decoder
 from cobatch.server.v2.json_data import JsonReader
+from cobatch.server.v2.messages import decode_json
 
 _Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 _Axis = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -68,7 +69,9 @@ class Encoded(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 WantedOutputs = tuple[tuple[int, int | None], ...]
 # Of a BYTES element in memory: Python's object and the pointer to it.
 _BYTES_OBJECT = 41
-_S = TypeVar("_S", bound=msgspec.Struct)
+_decode_request = msgspec.json.Decoder(JsonRequest).decode
+_decode_options = msgspec.json.Decoder(FormOptions).decode
+_decode_encoded = msgspec.json.Decoder(Encoded).decode
 
 
 class Decoded(NamedTuple):
@@ -93,7 +96,7 @@ class Decoded(NamedTuple):
 
 
 def decode(content: Content, decoder: Decoder) -> Decoded:
-    """Decode a request for the model whose V2 decoder this is. Raises Problem."""
+    """Decode a request for the model of this V2 decoder. Raises Problem."""
     if content.media in (JSON, MULTIPART) and content.query:
         name = content.query[0][0]
         raise Problem("bad-parameter", f"{name} belongs in the body, not in the query", parameter=name)
@@ -101,7 +104,7 @@ def decode(content: Content, decoder: Decoder) -> Decoded:
     options: JsonRequest | FormOptions | RawOptions
     fields: Sequence[Field]
     if content.media == JSON:
-        options = _parse(content.fields[0].data, JsonRequest, "a prediction's request")
+        options = decode_json(_decode_request, content.fields[0].data, "a prediction's request")
         fields = [Field(name, JSON, raw) for name, raw in options.inputs.items()]
     elif content.media == MULTIPART:
         fields = [field for field in content.fields if field.name != OPTIONS_PART]
@@ -118,22 +121,13 @@ def decode(content: Content, decoder: Decoder) -> Decoded:
     return Decoded(rows, row_shapes, payloads, outputs, options.priority, timeout_s)
 
 
-def _parse(text: Any, kind: type[_S], what: str) -> _S:
-    try:
-        return msgspec.json.decode(text, type=kind)
-    except msgspec.ValidationError as error:
-        raise Problem("bad-request", f"not {what}: {error}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Problem("not-json", f"the body is not JSON: {error}") from None
-
-
 def _form_options(content: Content) -> FormOptions:
     parts = [field for field in content.fields if field.name == OPTIONS_PART]
     if len(parts) > 1:
         raise Problem("bad-request", f"the part {OPTIONS_PART!r} is there {len(parts)} times")
     if not parts:
         return FormOptions()
-    return _parse(parts[0].data, FormOptions, f"a valid part {OPTIONS_PART!r}")
+    return decode_json(_decode_options, parts[0].data, f"a valid part {OPTIONS_PART!r}")
 
 
 def _query_options(query: Sequence[tuple[str, str]]) -> RawOptions:
@@ -208,7 +202,7 @@ def _read_json(
     # Something follows the blanks: the text was parsed once already, or it is not JSON.
     if bytes(memoryview(data)[:64]).lstrip()[:1] != b"{":
         return reader.read_nested(data, partial(check_tensor, spec, spec.datatype))
-    given = _parse(data, Encoded, f"a valid input {spec.name!r}")
+    given = decode_json(_decode_encoded, data, f"a valid input {spec.name!r}")
     try:
         raw = base64.b64decode(given.b64, validate=True)
     except (binascii.Error, ValueError) as error:

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-import orjson
 
 from cobatch.batcher.errors import ExpiredError
 from cobatch.batcher.request import Request
 from cobatch.engines.base import Array, TensorSpec
 from cobatch.server.http.problem import Problem, from_error
 from cobatch.server.predictions.decode import WantedOutputs
-from cobatch.server.v2.encode import timing_of_batch
+from cobatch.server.v2.encode import dumps, text_of, timing_of_batch
 
 COMPLETED = "completed"
 INCOMPLETE = "incomplete"
@@ -113,7 +112,7 @@ def _output(spec: TensorSpec, rows: Array, best: int | None, missing: Ranges) ->
     if best is None or values.ndim < 2:
         fields["data"] = _with_nulls(values, missing, _nested)
     else:
-        fields["top_k"] = _with_nulls(values, missing, lambda some: _dumps(_top(some, best)))
+        fields["top_k"] = _with_nulls(values, missing, lambda some: dumps(_top(some, best)))
     return fields
 
 
@@ -143,18 +142,11 @@ def _with_nulls(values: Array, missing: Ranges, encode: Any) -> msgspec.Raw:
 def _nested(values: Array) -> bytes:
     if values.dtype == object:
         return msgspec.json.encode(_text(values.tolist()))
-    return _dumps(np.ascontiguousarray(values))
+    return dumps(np.ascontiguousarray(values))
 
 
 def _text(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_text(one) for one in value]
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-
-
-def _dumps(value: Any) -> bytes:
-    # Float32 with the fewest digits that keep its value, null for non-finite values.
-    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+    return [_text(one) for one in value] if isinstance(value, list) else text_of(value)
 
 
 def _top(values: Array, count: int) -> list[Any]:

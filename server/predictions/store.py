@@ -64,7 +64,7 @@ class Prediction:
 
     @property
     def kept(self) -> bool:
-        """Whether a store keeps it, or has kept it."""
+        """True once a store keeps the prediction, also after it was dropped."""
         return self.on_answer is not None
 
     @property
@@ -175,7 +175,7 @@ class PredictionStore:
         return prediction
 
     def has_key(self, subject: str, key: str) -> bool:
-        """Whether `join` would find a prediction, or a mismatch."""
+        """Return whether `join` would find a prediction, or a mismatch."""
         return (subject, key) in self._by_key
 
     def join(self, subject: str, key: str, digest: bytes) -> Prediction | None:

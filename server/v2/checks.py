@@ -1,6 +1,6 @@
 """Checks of tensors against a model's signature, for every request format.
 
-Each raises a Problem that names the tensor, what was expected and what came.
+Each raises a Problem that names the tensor, the expected and the given value.
 """
 
 from __future__ import annotations
@@ -82,6 +82,6 @@ def wrong_shape(spec: TensorSpec, shape: list[int], why: str | None = None) -> P
 
 
 def wrong_data(spec: TensorSpec, why: str, **members: Any) -> Problem:
-    """The Problem of an input whose data is not what its shape and datatype make."""
+    """The Problem of an input whose data does not fit its shape and datatype."""
     detail = f"input {spec.name!r} ({spec.datatype}): {why}"
     return Problem("wrong-data", detail, tensor=spec.name, datatype=spec.datatype, **members)

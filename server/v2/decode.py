@@ -102,7 +102,7 @@ class Decoder:
         return Decoded(rows, row_shapes, payloads, message.id, self._wanted(message), options)
 
     def is_plain_row(self, decoded: Decoded) -> bool:
-        """Whether a request is one row of fixed shape and size that asks for all outputs in JSON only."""
+        """Return whether a request is one row of fixed shape and size that asks for all outputs in JSON."""
         return (
             decoded.rows == 1
             and decoded.row_shapes is self.row_shapes

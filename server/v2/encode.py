@@ -106,7 +106,7 @@ class Encoder:
             if output.dtype == object or not 0 < elements <= _SHORT_ROW_ELEMENTS:
                 return _json_elements(output[first : first + rows].reshape(-1))
             flat = output.reshape(output.shape[0], elements)
-            cut = batch.memo[index] = _orjson(flat)[2:-2].split(b"],[")
+            cut = batch.memo[index] = dumps(flat)[2:-2].split(b"],[")
         return cut[first] if rows == 1 else b",".join(cut[first : first + rows])
 
     def _binary_rows(self, batch: Batch, index: int, first: int, rows: int) -> bytes | memoryview:
@@ -154,15 +154,17 @@ class Encoder:
 def _json_elements(flat: np.ndarray[Any, Any]) -> bytes:
     """JSON of the elements of a one-dimensional array, without the brackets."""
     if flat.dtype == object:
-        return msgspec.json.encode([_text(value) for value in flat])[1:-1]
-    return _orjson(flat)[1:-1]
+        return msgspec.json.encode([text_of(value) for value in flat])[1:-1]
+    return dumps(flat)[1:-1]
 
 
-def _orjson(array: np.ndarray[Any, Any]) -> bytes:
-    return orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY)
+def dumps(value: Any) -> bytes:
+    """A value in JSON: float32 with the fewest digits that keep it, null for non-finite values."""
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def _text(value: object) -> str:
+def text_of(value: object) -> str:
+    """An element of a BYTES output as text."""
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 

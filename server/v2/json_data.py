@@ -7,7 +7,7 @@ Three ways, chosen by size and form, as `benchmarks/request_cost/codec.py` measu
 * flat and large: simdjson, which has parsed the whole message (`server.v2.messages`), writes the
   numbers into a buffer without a Python object for each;
 * nested, or rejected by the first two: plain lists and `numpy.array`. This way also finds ragged data and
-  says what is wrong.
+  words the refusal.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _BUFFERS: dict[str, tuple[Literal["d", "u", "i"], type[np.number[Any]]]] = {
     "u": ("u", np.uint64),
     "i": ("i", np.int64),
 }
-# A malformed or unfitting value makes the quick ways raise one of these; the careful way says what it is.
+# A malformed or unfitting value makes the quick ways raise one of these; the careful way names it.
 _UNFIT = (msgspec.MsgspecError, struct.error, OverflowError, TypeError, ValueError)
 
 

@@ -6,7 +6,8 @@ on the datatype that the model expects (see `server.v2.json_data`).
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import simdjson
@@ -52,6 +53,7 @@ Parsed = tuple[InferMessage, memoryview | None, list[simdjson.Array] | None]
 
 
 _decode = msgspec.json.Decoder(InferMessage).decode
+_T = TypeVar("_T")
 
 # simdjson parses messages of at least this length; from about 500 numbers on it is the faster parser.
 LARGE_BYTES = 4096
@@ -66,7 +68,7 @@ def parse(body: Body, json_length: int | None) -> Parsed:
     """Take a body apart. `json_length` is the header's value, None without that header. Raises Problem."""
     if json_length is None:
         large = parse_large(body) if LARGE_BYTES <= len(body) <= LARGE_LIMIT_BYTES else None
-        return large or (parse_json(body), None, None)
+        return large or (decode_json(_decode, body, "an infer request"), None, None)
     if json_length > len(body):
         raise Problem(
             "bad-binary",
@@ -75,21 +77,21 @@ def parse(body: Body, json_length: int | None) -> Parsed:
             body_bytes=len(body),
         )
     view = memoryview(body)
-    return parse_json(view[:json_length]), view[json_length:], None
+    return decode_json(_decode, view[:json_length], "an infer request"), view[json_length:], None
 
 
-def parse_json(text: Body | memoryview) -> InferMessage:
-    """The message that a text is. Raises Problem."""
+def decode_json(decode: Callable[[Any], _T], text: Body | memoryview | msgspec.Raw, what: str) -> _T:
+    """Decode a text with a msgspec decoder; `what` names the expected content. Raises Problem."""
     try:
-        return _decode(text)
+        return decode(text)
     except msgspec.ValidationError as error:
-        raise Problem("bad-request", f"not an infer request: {error}") from None
+        raise Problem("bad-request", f"not {what}: {error}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Problem("not-json", f"the body is not JSON: {error}") from None
 
 
 def parse_large(text: Body) -> Parsed | None:
-    """Parse a message of flat data with simdjson; None for one that `parse_json` must take.
+    """Parse a message of flat data with simdjson; None for one that msgspec must parse.
 
     Everything but the data goes through msgspec, so both accept the same and refuse in the same words.
     """
