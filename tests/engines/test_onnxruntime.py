@@ -1,4 +1,4 @@
-"""ONNX Runtime on real files: what is bound, padded, refused, and what a failing run leaves behind."""
+"""ONNX Runtime on real files: bindings, padding, refused models, and failing runs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def refused(folder: Path, data: bytes, max_batch_size: int = 4) -> str:
 
 
 def run(engine: OnnxRuntimeEngine, *inputs: Array, slot: int = 0) -> tuple[Array, ...]:
-    """Pack, run, and take copies, as the batcher does."""
+    """Pack, run, and copy the outputs, as the batcher does."""
     shapes: RowShapes = tuple(array.shape[1:] for array in inputs)
     rows = len(inputs[0])
     for buffer, array in zip(engine.inputs(slot, len(inputs[0]), shapes), inputs, strict=True):
@@ -75,13 +75,13 @@ def test_signature_leaves_the_batch_axis_out(tmp_path: Path) -> None:
     assert TensorSpec("t", "INT8", ()).row_elements == 1
 
 
-def test_signature_is_there_only_once_open(tmp_path: Path) -> None:
+def test_the_signature_is_known_once_the_engine_is_open(tmp_path: Path) -> None:
     engine = OnnxRuntimeEngine(models.write(tmp_path, models.negate()), 4)
     with pytest.raises(RuntimeError, match="not open"):
         _ = engine.signature
 
 
-def test_every_run_reads_the_buffers_anew_and_writes_the_same_outputs(tmp_path: Path) -> None:
+def test_each_run_reads_the_buffers_and_writes_the_same_outputs(tmp_path: Path) -> None:
     engine = opened(tmp_path, models.negate())
     (buffer,) = engine.inputs(0, 1, ((3,),))
     buffer[:2] = 1
@@ -97,7 +97,7 @@ def test_every_run_reads_the_buffers_anew_and_writes_the_same_outputs(tmp_path: 
     assert engine.inputs(0, 1, ((3,),))[0] is buffer
 
 
-def test_slots_have_memory_of_their_own(tmp_path: Path) -> None:
+def test_slots_do_not_share_memory(tmp_path: Path) -> None:
     engine = opened(tmp_path, models.negate())
     for slot in range(engine.slots):
         engine.inputs(slot, 1, ((3,),))[0][:1] = slot + 1
@@ -142,15 +142,15 @@ def test_strings(tmp_path: Path) -> None:
     assert run(engine, x)[0].tolist() == x.tolist()
 
 
-def test_widths_come_and_go(tmp_path: Path) -> None:
-    """A wider row replaces the memory; bindings to the old one must not be used again."""
+def test_rows_of_changing_width(tmp_path: Path) -> None:
+    """A wider row replaces the memory; bindings to the old memory must not be used again."""
     engine = opened(tmp_path, models.sum_rows())
     for width in (2, 7, 2, 1, 100, 7, 2):
         x = np.full((3, width), 2, np.float32)
         assert run(engine, x)[0].tolist() == [[2 * width]] * 3
 
 
-def test_all_widths_share_the_widest_ones_memory(tmp_path: Path) -> None:
+def test_all_widths_share_the_memory_of_the_widest(tmp_path: Path) -> None:
     engine = opened(tmp_path, models.sum_rows())
     before = engine.inputs(0, 1, ((2,),))[0]
     wide = engine.inputs(0, 1, ((9,),))[0]
@@ -158,7 +158,7 @@ def test_all_widths_share_the_widest_ones_memory(tmp_path: Path) -> None:
     assert np.shares_memory(engine.inputs(0, 1, ((2,),))[0], wide), "the narrow memory was kept beside it"
 
 
-def test_the_binding_that_was_not_used_for_longest_goes_first(
+def test_the_least_recently_used_binding_is_dropped_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cobatch.engines.onnxruntime._BINDING_LIMIT", 2)
@@ -172,7 +172,7 @@ def test_rows_of_no_elements(tmp_path: Path) -> None:
     assert run(opened(tmp_path, models.sum_rows()), np.zeros((2, 0), np.float32))[0].tolist() == [[0], [0]]
 
 
-def test_more_shapes_than_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_shapes_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cobatch.engines.onnxruntime._BINDING_LIMIT", 3)
     engine = opened(tmp_path, models.sum_rows())
     for width in [*range(1, 9), 1, 8]:
@@ -182,15 +182,15 @@ def test_more_shapes_than_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert len(engine._slots[0].inputs) <= 3
 
 
-def test_outputs_whose_shape_the_values_decide(tmp_path: Path) -> None:
-    """Left to ONNX Runtime in a kept binding, the second shape would fail against the first's memory."""
+def test_outputs_whose_shape_depends_on_the_values(tmp_path: Path) -> None:
+    """With a cached binding the second output shape would not fit the memory of the first."""
     engine = opened(tmp_path, models.value_sets_width())
     for width in (2, 5, 1, 3):
         assert run(engine, floats([1], [width]))[0].shape == (2, width)
 
 
 @pytest.mark.parametrize("fixed", [1, 3])
-def test_a_fixed_first_axis_is_filled_up_with_zeros(tmp_path: Path, fixed: int) -> None:
+def test_a_fixed_first_axis_is_padded_with_zeros(tmp_path: Path, fixed: int) -> None:
     engine = opened(tmp_path, models.negate(batch=fixed), max_batch_size=64)
     assert engine.signature.fixed_batch == fixed
     assert engine.max_batch_size == fixed
@@ -213,7 +213,7 @@ def test_a_model_that_refuses_zeros_is_served(tmp_path: Path) -> None:
     assert run(engine, np.array([[1], [2]], np.int64))[0].tolist() == [[10], [10]]
 
 
-def test_what_cannot_be_batched_is_refused_by_name(tmp_path: Path) -> None:
+def test_models_that_cannot_be_batched_are_refused_by_name(tmp_path: Path) -> None:
     assert "input 's' is a scalar" in refused(tmp_path, models.scalar())
     assert "first axes differ" in refused(tmp_path, models.two_inputs(2, 1))
     assert "'x' 2, 'k' batch" in refused(tmp_path, models.two_inputs(2, "batch"))
@@ -226,11 +226,11 @@ def test_what_cannot_be_batched_is_refused_by_name(tmp_path: Path) -> None:
     assert "input 'x' has type tensor(bfloat16), which is not supported" in message
 
 
-def test_a_batch_of_one_shows_too_that_an_output_does_not_follow(tmp_path: Path) -> None:
+def test_a_batch_of_one_reveals_an_output_without_batch_axis(tmp_path: Path) -> None:
     assert "1 rows gave [2, 3]" in refused(tmp_path, models.two_rows_each(), max_batch_size=1)
 
 
-def test_files_that_are_no_model(tmp_path: Path) -> None:
+def test_files_that_are_no_model_are_refused(tmp_path: Path) -> None:
     assert "cannot load" in refused(tmp_path, b"not a model")
     engine = OnnxRuntimeEngine(str(tmp_path / "missing.onnx"), 4)
     with pytest.raises(EngineLoadError, match=r"missing\.onnx"):
@@ -244,7 +244,7 @@ def test_threads_leave_a_core_to_the_event_loop(monkeypatch: pytest.MonkeyPatch)
     assert OnnxRuntimeEngine("x.onnx", 4, threads=3)._threads == 3
 
 
-def test_loader_picks_by_name_or_suffix(tmp_path: Path) -> None:
+def test_the_loader_chooses_by_name_or_suffix(tmp_path: Path) -> None:
     path = models.write(tmp_path, models.negate())
     for kind in ("auto", "onnxruntime"):
         engine = load_engine(kind, path, 7)
@@ -252,7 +252,7 @@ def test_loader_picks_by_name_or_suffix(tmp_path: Path) -> None:
     assert load_engine("auto", Path(path), 7).platform == "onnxruntime_onnx"
 
 
-def test_loader_refuses_what_there_is_no_engine_for() -> None:
+def test_the_loader_refuses_unknown_engines_and_files() -> None:
     with pytest.raises(EngineLoadError, match="unknown engine 'openvino'; expected one of onnxrun"):
         load_engine("openvino", "model.onnx", 4)
     for kind in ("auto", "tensorrt"):
@@ -270,7 +270,7 @@ def test_an_engine_whose_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def load(engine: OnnxRuntimeEngine) -> tuple[Worker, EngineError | None]:
-    """Open and warm up on a worker's thread, to its end."""
+    """Open and warm up on a worker thread, then end it."""
     answers: list[EngineError | None] = []
     worker = Worker(engine, "test")
     worker.start(answers.append)
@@ -293,7 +293,7 @@ def test_warm_up_of_a_fixed_first_axis_runs_that_size_alone(tmp_path: Path) -> N
     assert list(worker.warmup_us) == [3]
 
 
-def test_rows_that_are_not_each_others_are_refused(tmp_path: Path) -> None:
+def test_inputs_whose_rows_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     _, error = load(OnnxRuntimeEngine(models.write(tmp_path, models.every_pair()), 4, threads=1))
     assert isinstance(error, EngineLoadError)
     assert "the row shape depends on the number of rows: [1] and, with 2 rows, [2]" in str(error)

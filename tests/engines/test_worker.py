@@ -1,4 +1,4 @@
-"""The worker's thread: its life, the order of things with two slots, and what a failure leaves behind.
+"""The worker thread: its life, the order of calls with two slots, and failures.
 
 The engines here are fakes whose runs wait for an event, so each test says what happens when; nothing
 sleeps. `WAIT_S` only bounds a test that would otherwise hang.
@@ -26,7 +26,7 @@ SHAPES: RowShapes = ((2,),)
 
 
 class Gated:
-    """y = 2 * x, INT64 [rows, 2]. Once `gate` is set to an event, each run waits for a `release`."""
+    """y = 2 * x, INT64 [rows, 2]. With `gate` set to an event, each run waits for a `release`."""
 
     platform = "fake"
 
@@ -74,16 +74,16 @@ class Gated:
         self.fails("close", self.buffers[0])
 
     def seen(self) -> list[str]:
-        """What was called since the last time."""
+        """Return the calls since the last time."""
         return [self.events.get_nowait() for _ in range(self.events.qsize())]
 
     def next(self) -> str:
-        """The next call, waited for."""
+        """Wait for the next call."""
         return self.events.get(timeout=WAIT_S)
 
 
 class Served:
-    """A worker over an engine, opened, with what it delivered and on which thread."""
+    """An open worker over an engine; records its outcomes and their thread."""
 
     def __init__(self, engine: Gated) -> None:
         self.engine = engine
@@ -103,7 +103,7 @@ class Served:
         return job
 
     def outcome(self, job: Job) -> Outcome:
-        """The next outcome, which must be this job's."""
+        """Wait for the next outcome, which must be this job's."""
         got, outcome, _ = self.outcomes.get(timeout=WAIT_S)
         assert got is job
         return outcome
@@ -114,14 +114,14 @@ class Served:
 
 
 def start(worker: Worker) -> EngineError | None:
-    """Start and wait until the engine is open or has failed to."""
+    """Start the worker and wait until its engine is open or has failed to open."""
     answers: queue.SimpleQueue[EngineError | None] = queue.SimpleQueue()
     worker.start(answers.put)
     return answers.get(timeout=WAIT_S)
 
 
 def rejecting(what: str, error: Exception, value: int) -> Callable[[str, Array], None]:
-    """Make an engine raise at this step where a row holds the value."""
+    """Make an engine raise in this step if a row has the value."""
 
     def fails(step: str, rows: Array) -> None:
         if step == what and (rows == value).any():
@@ -130,7 +130,7 @@ def rejecting(what: str, error: Exception, value: int) -> Callable[[str, Array],
     return fails
 
 
-def test_life_from_start_to_join() -> None:
+def test_a_worker_from_start_to_join() -> None:
     engine = Gated(max_batch_size=1)
     served = Served(engine)
     assert served.worker._thread.name == "cobatch-fake"
@@ -158,11 +158,11 @@ def test_deliver_may_be_given_at_the_start_and_runs_on_the_workers_thread() -> N
     assert worker.join(WAIT_S)
 
 
-def test_a_worker_that_was_never_started_has_nothing_to_join() -> None:
+def test_joining_a_worker_that_was_never_started() -> None:
     assert Worker(Gated(), "fake").join(0)
 
 
-def test_join_says_when_a_batch_still_runs() -> None:
+def test_join_times_out_while_a_batch_runs() -> None:
     engine = Gated()
     served = Served(engine)
     engine.gate = threading.Semaphore(0)
@@ -175,7 +175,7 @@ def test_join_says_when_a_batch_still_runs() -> None:
     assert served.worker.join(WAIT_S)
 
 
-def test_what_was_submitted_before_the_stop_is_answered() -> None:
+def test_jobs_submitted_before_the_stop_are_delivered() -> None:
     engine = Gated(slots=4)
     served = Served(engine)
     engine.gate = threading.Semaphore(0)
@@ -190,20 +190,20 @@ def test_what_was_submitted_before_the_stop_is_answered() -> None:
     assert engine.seen()[-1] == "close"
 
 
-def test_the_next_batch_is_enqueued_before_the_running_one_is_waited_for() -> None:
+def test_the_next_batch_is_enqueued_before_the_wait_for_the_running_one() -> None:
     engine = Gated(slots=2)
     served = Served(engine)
     engine.gate = threading.Semaphore(0)
     first = served.submit(0, 1)
     assert [engine.next(), engine.next()] == ["enqueue 0", "wait 0"]
-    # Both arrive while slot 0 is waited for; the third, slot 0 again, as the batcher would send it.
+    # Both arrive during the wait for slot 0; the third is for slot 0 again, as from the batcher.
     second = served.submit(1, 2)
     third = Job(0, 1, SHAPES, 3)
     served.worker.submit(third)
     assert engine.seen() == []
     engine.gate.release()
     served.outcome(first)
-    # Slot 0 is free and its job is there: it is enqueued before slot 1 is waited for.
+    # Slot 0 is free and has a job, which is enqueued before the wait for slot 1.
     assert [engine.next() for _ in range(3)] == ["enqueue 1", "enqueue 0", "wait 1"]
     engine.gate.release()
     served.outcome(second)
@@ -213,25 +213,25 @@ def test_the_next_batch_is_enqueued_before_the_running_one_is_waited_for() -> No
     served.end()
 
 
-def test_an_engine_that_runs_by_itself_gets_the_next_batch_while_one_runs() -> None:
+def test_an_asynchronous_engine_gets_the_next_batch_during_a_run() -> None:
     engine = Gated(slots=2)
     engine.asynchronous = True
     served = Served(engine)
-    # What the warm-up found: nobody need look after the engine for a minute, unless both slots run.
+    # A long run time from the warm-up: the worker waits a minute for jobs unless both slots run.
     served.worker.warmup_us = {4: 60e6}
     first = served.submit(0, 1)
     assert engine.next() == "enqueue 0"
     second = served.submit(1, 2)
     assert [engine.next(), engine.next()] == ["enqueue 1", "wait 0"]
     served.outcome(first)
-    # It waits for a third now, and a stop ends that.
+    # It now waits for a third job; a stop ends the wait.
     assert engine.seen() == []
     served.worker.stop()
     served.outcome(second)
     assert served.worker.join(WAIT_S)
 
 
-def test_an_engine_that_runs_by_itself_is_waited_for_once_it_may_be_done() -> None:
+def test_an_asynchronous_engine_is_waited_for_once_it_may_be_done() -> None:
     engine = Gated(slots=2)
     engine.asynchronous = True
     served = Served(engine)
@@ -240,7 +240,7 @@ def test_an_engine_that_runs_by_itself_is_waited_for_once_it_may_be_done() -> No
     served.end()
 
 
-def test_what_waits_is_enqueued_before_the_last_answers_are_delivered() -> None:
+def test_waiting_jobs_are_enqueued_before_the_last_outputs_are_delivered() -> None:
     engine = Gated(slots=2)
     served = Served(engine)
     engine.gate = threading.Semaphore(0)
@@ -263,7 +263,7 @@ def test_what_waits_is_enqueued_before_the_last_answers_are_delivered() -> None:
     served.end()
 
 
-def test_an_engine_that_dies_of_its_warm_up_is_not_served() -> None:
+def test_an_engine_that_dies_in_its_warm_up_is_not_served() -> None:
     engine = Gated()
     engine.fails = rejecting("wait", EngineDeadError("gone"), 0)
     worker = Worker(engine, "fake")
@@ -272,7 +272,7 @@ def test_an_engine_that_dies_of_its_warm_up_is_not_served() -> None:
     assert engine.seen()[-1] == "close"
 
 
-def test_no_more_than_the_slots_run() -> None:
+def test_at_most_one_batch_per_slot_runs() -> None:
     engine = Gated(slots=2)
     served = Served(engine)
     engine.gate = threading.Semaphore(0)
@@ -291,7 +291,7 @@ def test_no_more_than_the_slots_run() -> None:
         assert running <= 2
 
 
-def test_a_batch_behind_another_did_not_start_before_that_ended() -> None:
+def test_a_batch_behind_another_starts_when_that_one_ends() -> None:
     engine = Gated(slots=3)
     served = Served(engine)
     engine.gate = threading.Semaphore(0)
@@ -309,7 +309,7 @@ def test_a_failing_batch_fails_alone(step: str) -> None:
     served = Served(engine)
     engine.fails = rejecting(step, EngineRunError("bad row"), 13)
     good, bad = served.submit(0, 1), served.submit(1, 13)
-    # One that cannot even be enqueued is answered at once, maybe before the one that runs.
+    # A batch that cannot be enqueued fails at once, perhaps before the running one ends.
     got = [served.outcomes.get(timeout=WAIT_S)[:2] for _ in range(2)]
     outcomes = dict(got)
     assert outcomes[good].error is None
@@ -323,7 +323,7 @@ def test_a_failing_batch_fails_alone(step: str) -> None:
 
 
 @pytest.mark.parametrize("step", ["enqueue", "wait"])
-def test_any_exception_becomes_an_engines(step: str) -> None:
+def test_any_exception_becomes_an_engine_error(step: str) -> None:
     engine = Gated()
     served = Served(engine)
     engine.fails = rejecting(step, MemoryError("no more"), 13)
@@ -334,7 +334,7 @@ def test_any_exception_becomes_an_engines(step: str) -> None:
     served.end()
 
 
-def test_an_engines_own_error_is_passed_on_as_it_is() -> None:
+def test_an_engine_error_is_passed_on_unchanged() -> None:
     engine = Gated()
     served = Served(engine)
     dead = EngineDeadError("gone")
@@ -344,7 +344,7 @@ def test_an_engines_own_error_is_passed_on_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_outputs_of_another_number_of_rows_reach_nobody(rows: int) -> None:
+def test_outputs_with_a_wrong_number_of_rows_are_not_delivered(rows: int) -> None:
     engine = Gated()
     served = Served(engine)
     engine.answer = lambda x: np.zeros((rows, 2), np.int64)
@@ -461,7 +461,7 @@ def test_warm_up_of_a_slow_model_skips_to_the_largest_size(monkeypatch: pytest.M
     assert engine.seen().count("wait 0") == 3
 
 
-def test_zeros_that_fail_are_a_warning_and_no_reason_not_to_serve(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_warm_up_that_fails_on_zeros_is_only_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     engine = Gated()
     engine.fails = rejecting("wait", EngineRunError("zero"), 0)
     with caplog.at_level(logging.WARNING):
@@ -480,7 +480,7 @@ def test_zeros_that_fail_are_a_warning_and_no_reason_not_to_serve(caplog: pytest
         (lambda rows: rows @ rows.T, "the row shape depends on the number of rows"),
     ],
 )
-def test_outputs_that_cannot_be_handed_out_fail_the_load(
+def test_outputs_that_cannot_be_split_into_rows_fail_the_load(
     answer: Callable[[Array], Array], message: str
 ) -> None:
     engine = Gated()

@@ -1,4 +1,4 @@
-"""Real builds, by TensorRT for RTX on the CPU, and the words that a user gets where one cannot be."""
+"""Real builds with TensorRT for RTX on the CPU, and the errors of builds that fail."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def refusal(model: Path | str, **options: Any) -> str:
     return str(refused.value)
 
 
-def test_magika_builds_and_its_progress_goes_from_nothing_to_all() -> None:
+def test_magika_builds_with_progress_from_0_to_1() -> None:
     seen: list[tuple[str, float]] = []
 
     def progress(phase: str, fraction: float) -> bool:
@@ -64,7 +64,7 @@ def test_several_profiles_of_a_convolutional_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.BFLOAT16])
-def test_precision_is_the_models(tmp_path: Path, kind: int) -> None:
+def test_the_precision_is_that_of_the_model(tmp_path: Path, kind: int) -> None:
     path = models.write(tmp_path, convolution(height=32, width=32, kind=kind))
     assert build_plan(Path(path), BuildOptions(runtime=RTX))
 
@@ -76,7 +76,7 @@ def test_a_fixed_batch_needs_no_profile_and_takes_none(tmp_path: Path) -> None:
     assert "every axis of the model's inputs is fixed" in refusal(path, profiles=("1/4/4",))
 
 
-def test_an_axis_beside_the_batch_needs_a_profile_and_the_refusal_says_which(tmp_path: Path) -> None:
+def test_a_dynamic_axis_besides_the_batch_needs_a_profile(tmp_path: Path) -> None:
     path = models.write(tmp_path, convolution(width=32))
     said = refusal(path)
     assert "input 'image' [?, 3, ?, 32] is dynamic in axis 2 too, not only in the batch" in said
@@ -138,14 +138,14 @@ def test_profiles_of_several_inputs() -> None:
         ({"bytes": ((1, 5), (8, 5), (64, 5))}, "Dimension mismatch for tensor bytes and profile 0"),
     ],
 )
-def test_what_tensorrt_itself_says_against_a_profile_is_in_the_error(
+def test_tensorrts_own_reason_against_a_profile_is_in_the_error(
     monkeypatch: pytest.MonkeyPatch, ranges: Any, reason: str
 ) -> None:
     monkeypatch.setattr(building, "make_profiles", lambda *_: [ranges])
     assert reason in refusal(magika_path())
 
 
-def test_a_build_that_fails_carries_the_loggers_last_errors() -> None:
+def test_the_error_of_a_failed_build_quotes_the_log() -> None:
     assert "no tactics to implement the operation within workspace limit" in refusal(
         magika_path(), workspace_mb=1
     )
@@ -163,11 +163,11 @@ def test_strings_are_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x08\x09"])
-def test_a_file_that_is_no_model(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path, content: bytes) -> None:
     assert "cannot parse" in refusal(models.write(tmp_path, content))
 
 
-def test_a_model_without_a_batch_axis(tmp_path: Path) -> None:
+def test_a_model_without_a_batch_axis_is_refused(tmp_path: Path) -> None:
     assert "has no batch axis" in refusal(models.write(tmp_path, models.scalar()))
 
 
@@ -178,7 +178,7 @@ def test_a_build_can_be_cancelled_and_another_begun() -> None:
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-def test_what_progress_raises_ends_the_build_not_the_process(error: type[BaseException]) -> None:
+def test_an_exception_of_progress_ends_the_build_not_the_process(error: type[BaseException]) -> None:
     calls = 0
 
     def progress(_phase: str, _fraction: float) -> bool:
@@ -191,7 +191,7 @@ def test_what_progress_raises_ends_the_build_not_the_process(error: type[BaseExc
     assert calls == 1
 
 
-def test_what_this_runtime_has_not_is_refused_by_name(tmp_path: Path) -> None:
+def test_options_that_this_runtime_lacks_are_refused_by_name(tmp_path: Path) -> None:
     assert "tensorrt-rtx has no timing cache" in refusal(magika_path(), timing_cache=tmp_path / "timings")
     assert "libnvinfer_lean" in refusal(magika_path(), version_compatible=True)
 
@@ -205,13 +205,13 @@ def test_flags_are_listed_by_name() -> None:
     assert BuildOptions(runtime=RTX).flags == ("AMPERE_PLUS",)
 
 
-def test_phases_inside_phases_fill_their_parents_step() -> None:
+def test_nested_phases_fill_the_step_of_their_parent() -> None:
     phases = Phases()
     assert phases.start("all", None, 2) == 0
     assert phases.start("half", "all", 4) == 0
     assert phases.step("half", 0) == 1 / 8
     assert phases.step("half", 1) == 2 / 8
-    # It ends early, is entered again, and the whole does not go back.
+    # It ends early and is entered again; the fraction does not fall.
     assert phases.finish("half") == 1 / 2
     assert phases.start("half", "all", 4) == 1 / 2
     assert phases.step("all", 0) == 1 / 2
@@ -234,7 +234,7 @@ def test_the_log_keeps_the_last_errors(caplog: pytest.LogCaptureFixture) -> None
     assert kept.take() == [f"error {number}" for number in range(24, 40)]
     assert kept.reason("none") == "none"
     assert [record.levelname for record in caplog.records[:2]] == ["WARNING", "ERROR"]
-    kept.logger.log(severity.ERROR, object())  # what cannot be kept does not raise either
+    kept.logger.log(severity.ERROR, object())  # an object that is no string must not raise
 
 
 def on_a_thread(work: Callable[[], None]) -> None:
@@ -243,10 +243,10 @@ def on_a_thread(work: Callable[[], None]) -> None:
     thread.join()
 
 
-def test_errors_go_to_the_log_of_their_thread_and_of_unknown_threads_to_all() -> None:
+def test_errors_go_to_the_log_of_their_thread_or_to_all() -> None:
     trt = load_tensorrt(RTX).trt
     mine, told = make_log(trt), []
-    builder = trt.Builder(mine.logger)  # while it lives, TensorRT takes no other logger
+    builder = trt.Builder(mine.logger)  # while it exists, TensorRT uses no other logger
 
     def fail_elsewhere() -> None:
         with pytest.raises(EngineLoadError) as refused:
@@ -261,7 +261,7 @@ def test_errors_go_to_the_log_of_their_thread_and_of_unknown_threads_to_all() ->
     del builder
 
 
-def test_a_module_that_is_missing_broken_or_old(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_broken_or_old_module_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(EngineLoadError, match=r"not installed; pip install 'cobatch\[tensorrt\]'"):
         load_tensorrt()
@@ -276,7 +276,7 @@ def test_a_module_that_is_missing_broken_or_old(monkeypatch: pytest.MonkeyPatch)
     assert load_tensorrt(RTX).flag("NoSuchEnum", "FP16") is None
 
 
-def test_a_module_whose_library_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_without_its_library_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.11: cannot open shared object')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)

@@ -1,4 +1,4 @@
-"""Building with TensorRT 10.0, 10.16 and 11.4 as the stand-ins have them, and from a file to an engine."""
+"""Builds with the stand-ins of TensorRT 10.0, 10.16 and 11.4, and from a file to an engine."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def told(plan: bytes) -> dict[str, Any]:
-    """What the builder was asked, as a stand-in's plan has it in its second line."""
+    """Return the builder's settings, from the second line of a stand-in's plan."""
     answer: dict[str, Any] = json.loads(plan.split(b"\n", 2)[1])
     return answer
 
@@ -84,11 +84,11 @@ def test_every_option_reaches_the_builder(
     assert everything["hardware_compatible"]
     assert everything["version_compatible"]
     assert everything["version"] == version
-    # A flag's number that this version does not know would have been an error in the log.
+    # A flag's number that this version lacks would be an error in the log.
     assert caplog.records == []
 
 
-def test_timings_are_kept_and_anothers_are_begun_anew(
+def test_timings_are_reused_unless_they_are_of_another_gpu(
     version: str, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     timings = tmp_path / "timings"
@@ -116,7 +116,9 @@ def test_the_parsers_errors(version: str, tmp_path: Path) -> None:
     )
 
 
-def test_a_builder_that_cannot_be_made(model: Path, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_builder_that_cannot_be_created(
+    model: Path, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trt = load_tensorrt().trt
 
     def nothing(logger: Any) -> None:
@@ -130,7 +132,7 @@ def test_a_builder_that_cannot_be_made(model: Path, fake: FakeCuda, monkeypatch:
         build(model, BuildOptions())
 
 
-def test_this_machine_is_told_by_the_driver(version: str) -> None:
+def test_the_driver_describes_this_machine(version: str) -> None:
     runtime = load_tensorrt()
     assert this_machine(runtime) == Machine("tensorrt", version, "Fake GPU 0", "9.0")
     assert this_machine(runtime, 1).gpu == "Fake GPU 1"
@@ -140,7 +142,7 @@ def test_this_machine_is_told_by_the_driver(version: str) -> None:
 
 @pytest.mark.parametrize(("flag", "runs"), [("--version-compatible", True), ("--hardware-compatible", False)])
 def test_a_plan_of_10_on_11(fake: FakeCuda, model: Path, tmp_path: Path, flag: str, runs: bool) -> None:
-    """In a folder of its own, where there is no model to build anew from."""
+    """Load the plan from a folder without its model, so that it cannot be rebuilt."""
     use("10.16")
     plan = tmp_path / "apart" / "m.plan"
     plan.parent.mkdir()
@@ -170,7 +172,7 @@ def load_and_run(path: Path, options: EngineOptions) -> None:
         engine.close()
 
 
-def test_a_model_is_built_on_first_use_and_started_from_the_cache_then(
+def test_a_model_is_built_on_first_use_and_then_read_from_the_cache(
     version: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[Path] = []
@@ -184,7 +186,7 @@ def test_a_model_is_built_on_first_use_and_started_from_the_cache_then(
     load_and_run(model, options)
     load_and_run(model, options)
     assert built == [model]
-    # Another GPU is another machine, although it is of the same kind: its name is part of the key here.
+    # A GPU with another name is another machine: the name is part of the key.
     load_and_run(model, EngineOptions(plan_cache=tmp_path / "plans", device=1))
     assert built == [model, model]
     use("11.4" if version.startswith("10") else "10.16")
@@ -192,7 +194,7 @@ def test_a_model_is_built_on_first_use_and_started_from_the_cache_then(
     assert built == [model] * 3
 
 
-def test_a_version_compatible_plan_needs_the_operators_word(
+def test_a_version_compatible_plan_needs_the_operators_consent(
     fake: FakeCuda, model: Path, tmp_path: Path
 ) -> None:
     plan = tmp_path / "m.plan"
@@ -203,7 +205,7 @@ def test_a_version_compatible_plan_needs_the_operators_word(
         load_and_run(plan, EngineOptions())
 
 
-def test_a_plan_is_shown_as_what_it_serves(fake: FakeCuda, model: Path) -> None:
+def test_inspect_shows_the_tensors_of_a_plan(fake: FakeCuda, model: Path) -> None:
     plan = model.with_suffix(".plan")
     assert CliRunner().invoke(app, ["build", str(model), "--max-batch-size", "4"]).exit_code == 0
     shown = CliRunner().invoke(app, ["inspect", str(plan), "--json"])
@@ -223,7 +225,7 @@ def test_the_plans_bytes_are_checked_before_they_are_loaded(
         plan_source(plan, BuildOptions())()
 
 
-def test_serve_builds_on_first_use_and_starts_from_the_cache_then(
+def test_serve_builds_on_first_use_and_then_reads_from_the_cache(
     fake: FakeCuda, model: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "plans"

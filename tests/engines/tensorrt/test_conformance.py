@@ -1,7 +1,7 @@
-"""The stand-ins, and what the engine uses, against NVIDIA's own bindings of three versions.
+"""Compare the stand-ins, and all names that the engine uses, with NVIDIA's bindings of three versions.
 
-The bindings are small wheels, fetched once into the cache. They import without TensorRT over a library that
-defines the ten functions they link to; nothing of it is ever called.
+The bindings are small wheels, downloaded once into the cache. They can be imported without TensorRT, over a
+library that defines the ten functions they link to and that is never called.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WHEELS = {
     "10.16.1.11": "tensorrt-cu13-bindings==10.16.1.11",
     "11.4.0.106": "tensorrt-cu13-bindings==11.4.0.106",
 }
-# The oldest has no wheel for Python 3.13 and later.
+# The oldest version has no wheel for Python 3.13 and later.
 HERE_ARE = [version for version in WHEELS if version != "10.0.1" or sys.version_info < (3, 13)]
 LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
 FUNCTIONS = (
@@ -83,7 +83,7 @@ def _read(version: str) -> Described:
 
 
 def real(version: str) -> Described:
-    """What the bindings declare; skips, or fails under CI, where they cannot be had."""
+    """Return the bindings' declarations; skip without them, or fail under CI."""
     try:
         return _read(version)
     except CannotBuildError as error:
@@ -95,7 +95,7 @@ def real(version: str) -> Described:
 
 @pytest.fixture(params=HERE_ARE)
 def version(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A version, which the stand-ins are for the time of the test."""
+    """Set the stand-ins to a version during the test."""
     versions.use(request.param)
     yield request.param
     versions.use()
@@ -110,7 +110,7 @@ def enumerations() -> dict[str, Any]:
 
 
 def attributes(cls: type) -> set[str]:
-    """What is public of a class: what it and its bases define, and what they set on `self`."""
+    """Return a class's public names: of it and its bases, and the attributes set on `self`."""
     names: set[str] = set()
     for base in cls.__mro__:
         if not base.__module__.startswith("tests.support.gpu.stand_ins"):
@@ -126,15 +126,15 @@ def _is_self(node: ast.expr) -> bool:
     return isinstance(node, ast.Name) and node.id == "self"
 
 
-# `Owned` is how the stand-ins hold memory; these are its own.
+# Members of `Owned`, with which the stand-ins hold memory.
 OURS = {"on_its_thread"}
 
 
-def test_the_wheels_are_of_the_versions_that_are_stood_in_for() -> None:
+def test_the_wheels_have_the_versions_of_the_stand_ins() -> None:
     assert tuple(WHEELS) == versions.VERSIONS
 
 
-def test_every_enumeration_is_theirs_member_by_member(version: str) -> None:
+def test_every_enumeration_has_nvidias_members(version: str) -> None:
     theirs = real(version)
     found = {
         name: {str(key): int(value.value) for key, value in cls.__members__.items()}
@@ -144,7 +144,7 @@ def test_every_enumeration_is_theirs_member_by_member(version: str) -> None:
     assert len(found) > 8
 
 
-def test_every_class_and_member_is_theirs(version: str) -> None:
+def test_every_class_and_member_exists_in_the_bindings(version: str) -> None:
     theirs = real(version)
     for name, cls in classes().items():
         if name in enumerations():
@@ -157,7 +157,7 @@ def test_every_class_and_member_is_theirs(version: str) -> None:
         assert not unknown, f"{version}: {name} has no {sorted(unknown)}"
 
 
-def test_every_method_takes_their_parameters_by_their_names(version: str) -> None:
+def test_every_method_has_the_parameter_names_of_the_bindings(version: str) -> None:
     theirs = real(version)
     checked = 0
     for name, cls in classes().items():
@@ -174,7 +174,7 @@ def test_every_method_takes_their_parameters_by_their_names(version: str) -> Non
     assert checked > 40
 
 
-def test_a_method_is_one_and_a_property_is_one(version: str) -> None:
+def test_methods_and_properties_are_the_same_kind_as_in_the_bindings(version: str) -> None:
     theirs = real(version)
     for name, cls in classes().items():
         for attribute in set() if name in enumerations() else attributes(cls) - OURS:
@@ -184,14 +184,14 @@ def test_a_method_is_one_and_a_property_is_one(version: str) -> None:
                 assert is_method == isinstance(kind, list), f"{version}: {name}.{attribute}"
 
 
-def test_what_a_version_lacks_the_stand_in_lacks(version: str) -> None:
+def test_the_stand_in_lacks_the_names_that_a_version_lacks(version: str) -> None:
     theirs = real(version)
     for cls, member, _, _ in versions._versioned:
         has = member in theirs[cls.__name__]["members"]
         assert hasattr(cls, member) == has, f"{version}: {cls.__name__}.{member}"
 
 
-def test_what_the_engine_overrides_is_called_as_it_expects(version: str) -> None:
+def test_callbacks_have_the_parameters_of_the_bindings(version: str) -> None:
     from cobatch.engines.tensorrt.diagnostics import make_log, make_recorder  # noqa: PLC0415
     from cobatch.engines.tensorrt.plans.build import make_watch  # noqa: PLC0415
 
@@ -206,12 +206,12 @@ def test_what_the_engine_overrides_is_called_as_it_expects(version: str) -> None
             if not isinstance(told, list) or method == "__init__":
                 continue
             ours = list(inspect.signature(getattr(instance, method)).parameters)
-            # They are called by position, and some of theirs have no names.
+            # TensorRT calls them by position, and some of its parameters have no names.
             assert len(ours) == len(told[0]), f"{version}: {name}.{method}{told[0]}, ours {ours}"
 
 
 def _used() -> tuple[set[str], set[tuple[str, str]]]:
-    """Attributes that the engine's code asks for, and pairs of strings, such as ("BuilderFlag", "FP16")."""
+    """Return the attributes that the engine's code reads, and pairs of strings as ("BuilderFlag", "FP16")."""
     names: set[str] = set()
     pairs: set[tuple[str, str]] = set()
     for path in ENGINE:
@@ -233,14 +233,14 @@ def _used() -> tuple[set[str], set[tuple[str, str]]]:
     return names, pairs
 
 
-def test_the_stand_ins_have_every_name_of_theirs_that_the_engine_uses() -> None:
+def test_the_stand_ins_have_every_name_that_the_engine_uses() -> None:
     theirs = {
         name for version in HERE_ARE for cls in real(version).values() for name in cls.get("members", ())
     }
     ours: set[str] = {member for _, member, _, _ in versions._versioned}
     for name, cls in classes().items():
         ours |= set() if name in enumerations() else attributes(cls)
-    # Callbacks are the engine's to define; a name without an underscore may be anybody's.
+    # The engine defines callbacks itself; other public names may belong to any library.
     callbacks = {
         name for cls in ("IErrorRecorder", "IProgressMonitor") for name in real("11.4.0.106")[cls]["members"]
     }
@@ -249,7 +249,7 @@ def test_the_stand_ins_have_every_name_of_theirs_that_the_engine_uses() -> None:
     assert len(used & theirs) > 20
 
 
-def test_every_enumerator_that_the_engine_asks_for_is_in_some_version() -> None:
+def test_every_enumerator_that_the_engine_looks_up_is_in_a_version() -> None:
     asked = {pair for pair in _used()[1] if pair[0] in enumerations()}
     known = {
         (name, member)

@@ -1,6 +1,6 @@
-"""The TensorRT engine over the fake GPU: real PyCUDA, only TensorRT's own classes are stood in for.
+"""The TensorRT engine over the fake GPU: real PyCUDA, stand-ins for TensorRT's classes.
 
-Whatever a test does, the `cuda` fixture says at its end whether a rule was broken, and what was left.
+At the end of each test the `cuda` fixture checks that no rule was broken and no object is left.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["cuda"]  # the fixture
 
 @pytest.fixture(params=["lazy", "threaded"])
 def mode(request: pytest.FixtureRequest, cuda: FakeCuda) -> Iterator[str]:
-    """Queued work runs when it is waited for, or on a thread of its own at once."""
+    """Run queued work when it is waited for ("lazy"), or at once on its own thread ("threaded")."""
     cuda.mode(request.param)
     yield request.param
     cuda.mode("lazy")
@@ -39,7 +39,7 @@ def graphs(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)
 
 
-def test_every_number_of_rows_gives_its_own_answers(cuda: FakeCuda, mode: str, graphs: bool) -> None:
+def test_every_number_of_rows_gets_its_own_outputs(cuda: FakeCuda, mode: str, graphs: bool) -> None:
     with opened(engine_of(models.negate(), graphs=graphs)) as engine:
         for rows in (1, 8, 3, 5, 2, 1, 7):
             for slot in (0, 1):
@@ -90,7 +90,7 @@ def test_a_slot_is_packed_while_the_other_runs(cuda: FakeCuda, mode: str, graphs
         assert np.array_equal(engine.wait(1)[0], -batches[-1])
 
 
-def test_inputs_are_packed_into_page_locked_memory_and_stay_the_same(cuda: FakeCuda) -> None:
+def test_inputs_are_page_locked_and_reused(cuda: FakeCuda) -> None:
     with opened(engine_of(models.negate())) as engine:
         (first,) = engine.inputs(0, 1, ((3,),))
         (again,) = engine.inputs(0, 8, ((3,),))
@@ -121,13 +121,13 @@ def test_calls_of_the_driver_per_batch(cuda: FakeCuda, graphs: bool) -> None:
 
 
 def calls_of(cuda: FakeCuda) -> Counter[str]:
-    """Without what the stand-in of TensorRT asks the driver."""
+    """Remove the calls that TensorRT's stand-in makes."""
     calls = cuda.calls()
     del calls["cuStreamIsCapturing"]
     return calls
 
 
-def test_buckets_take_turns_without_a_call_more(cuda: FakeCuda, graphs: bool) -> None:
+def test_alternating_buckets_need_no_additional_call(cuda: FakeCuda, graphs: bool) -> None:
     with opened(engine_of(models.negate(), graphs=graphs)) as engine:
         counts = []
         for rows in (1, 8, 2, 8, 3):
@@ -138,10 +138,9 @@ def test_buckets_take_turns_without_a_call_more(cuda: FakeCuda, graphs: bool) ->
 
 
 class Calls:
-    """Calls that our engines' code makes or is made of, by name; a profiler for `sys.setprofile`.
+    """Counts calls in our engines' code by name; a profiler for `sys.setprofile`.
 
-    PyCUDA's functions are Boost.Python's objects, which it does not see: there is one for each call of the
-    driver, and those are counted by the driver.
+    It does not see PyCUDA's functions, which are objects of Boost.Python: the fake driver counts those.
     """
 
     def __init__(self) -> None:
@@ -165,7 +164,7 @@ def test_python_calls_per_batch_of_the_engine(cuda: FakeCuda, graphs: bool) -> N
         engine.wait(0)
         sys.setprofile(None)
         launch = {"Graph.launch": 1} if graphs else {"Slot._enqueue": 1}
-        # Looking up how the batch lies is the one call of C.
+        # Looking up the batch's layout is the only call of C.
         assert calls.seen == {
             "TensorRTEngine.enqueue": 1,
             "Slot.enqueue": 1,
@@ -193,7 +192,7 @@ def test_python_calls_per_batch_of_the_workers_thread(cuda: FakeCuda, graphs: bo
     assert calls.seen.total() <= 20 * 36, calls.seen
 
 
-def test_under_the_worker(cuda: FakeCuda, mode: str, graphs: bool) -> None:
+def test_batches_run_under_the_worker(cuda: FakeCuda, mode: str, graphs: bool) -> None:
     with_worker = WithWorker(engine_of(models.negate(), graphs=graphs))
     assert set(with_worker.worker.warmup_us) == {1, 2, 4, 8}
     for number in range(10):
@@ -227,7 +226,7 @@ def test_batches_are_rounded_up_to_a_bucket(
 
 
 def bucket_of(engine: TensorRTEngine, rows: int, row_shapes: tuple[tuple[int, ...], ...]) -> int:
-    """How many rows the last batch of so many was run with."""
+    """Return the bucket that a batch of this many rows ran with."""
     layout, _ = engine._slots[0]._entries[rows, row_shapes]
     return len(layout.outputs[0])
 
@@ -247,7 +246,7 @@ def test_a_plan_for_larger_batches_is_used_up_to_the_limit(cuda: FakeCuda) -> No
         assert engine.inputs(0, 1, ((3,),))[0].shape == (4, 3)
 
 
-def test_a_fixed_batch_is_run_whole(cuda: FakeCuda, graphs: bool) -> None:
+def test_a_fixed_batch_runs_at_its_size(cuda: FakeCuda, graphs: bool) -> None:
     with opened(engine_of(models.negate(batch=5), graphs=graphs)) as engine:
         assert engine.signature.fixed_batch == engine.max_batch_size == 5
         x = floats([1, 2, 3], [4, 5, 6])
@@ -262,7 +261,7 @@ def test_several_profiles(cuda: FakeCuda, graphs: bool) -> None:
         for rows in (1, 2, 3, 7, 12):
             x = np.random.default_rng(rows).random((rows, 3), np.float32)
             assert np.array_equal(run(engine, x)[0], -x)
-        # Between the profiles the next bucket that one of them takes is used.
+        # Between the profiles the next bucket that a profile accepts is used.
         assert [bucket_of(engine, rows, ((3,),)) for rows in (1, 2, 3, 7, 12)] == [1, 2, 8, 8, 12]
 
 
@@ -274,7 +273,7 @@ def test_rows_of_varying_shape(cuda: FakeCuda, mode: str) -> None:
             assert np.array_equal(run(engine, x, slot=rows % 2)[0], -x)
 
 
-def test_a_row_that_no_profile_takes_is_refused_by_name(cuda: FakeCuda) -> None:
+def test_a_row_that_fits_no_profile_is_refused_by_name(cuda: FakeCuda) -> None:
     with opened(engine_of(models.negate(width="width"), "x:1x2/4x16/8x32")) as engine:
         for width in (1, 33):
             with pytest.raises(EngineRunError, match=rf"input 'x' of shape \[1, {width}\] fits no profile"):
@@ -292,8 +291,8 @@ def test_profiles_for_short_and_long_rows(cuda: FakeCuda) -> None:
             start(engine, 0, np.ones((3, 64), np.float32))
 
 
-def test_shapes_take_turns_on_one_context(cuda: FakeCuda, mode: str) -> None:
-    """Where rows vary, a context's shapes are set anew whenever the last batch's were others."""
+def test_alternating_shapes_on_one_context(cuda: FakeCuda, mode: str) -> None:
+    """With variable rows a context's shapes are set again when the last batch had other shapes."""
     with opened(engine_of(models.negate(width="width"), "x:1x1/4x8/8x16")) as engine:
         for turn in range(12):
             width = (3, 16, 5)[turn % 3]
@@ -303,13 +302,13 @@ def test_shapes_take_turns_on_one_context(cuda: FakeCuda, mode: str) -> None:
 
 
 def test_an_engine_is_closed_while_a_batch_runs(cuda: FakeCuda, mode: str, graphs: bool) -> None:
-    """Nothing is freed under it. What comes of it nobody asks any more."""
+    """Its memory is not freed while it runs. No caller waits for its outputs."""
     with opened(engine_of(models.negate(width=4), graphs=graphs)) as engine:
         start(engine, 0, floats([1, 2, 3, 4]))
         start(engine, 1, floats([5, 6, 7, 8]))
 
 
-def test_many_shapes_are_forgotten_again(cuda: FakeCuda) -> None:
+def test_the_number_of_cached_shapes_is_limited(cuda: FakeCuda) -> None:
     with opened(engine_of(models.negate(width="width"), "x:1x1/8x8/8x600")) as engine:
         for width in range(1, 600):
             x = np.full((1, width), width, np.float32)
@@ -318,21 +317,21 @@ def test_many_shapes_are_forgotten_again(cuda: FakeCuda) -> None:
         assert len(engine._slots[0]._arrays) <= 256
 
 
-def test_a_plan_of_no_model_is_refused_with_tensorrts_reason(cuda: FakeCuda) -> None:
+def test_bytes_that_are_no_plan_are_refused_with_tensorrts_reason(cuda: FakeCuda) -> None:
     engine = TensorRTEngine("broken.plan", 8, plan_source=lambda: b"nonsense")
     why = r"cannot load the plan of broken\.plan \(the plan has 8 bytes"
     with pytest.raises(EngineLoadError, match=why), opened(engine):
         pass
 
 
-def test_a_gpu_that_is_not_there(cuda: FakeCuda) -> None:
+def test_a_missing_gpu_is_an_error(cuda: FakeCuda) -> None:
     engine = TensorRTEngine("model.plan", 8, device=7, plan_source=lambda: plan_of(models.negate()))
     with pytest.raises(EngineLoadError, match="there is no GPU 7: CUDA sees 2"), opened(engine):
         pass
 
 
 @pytest.mark.parametrize("device", [0, 1])
-def test_it_runs_on_the_gpu_that_was_asked_for(cuda: FakeCuda, device: int) -> None:
+def test_it_runs_on_the_selected_gpu(cuda: FakeCuda, device: int) -> None:
     with opened(engine_of(models.negate(), device=device)) as engine:
         assert engine._device.cuda.Context.get_device() == engine._device.cuda.Device(device)
         assert run(engine, floats([1, 2, 3]))[0].tolist() == [[-1, -2, -3]]
@@ -346,7 +345,9 @@ def test_two_engines_on_one_gpu(cuda: FakeCuda) -> None:
         assert one.wait(0)[0].tolist() == [[-1, -2, -3]]
 
 
-def test_without_cuda_bindings_batches_are_enqueued(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_cuda_bindings_batches_are_enqueued_call_by_call(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
     with opened(engine_of(models.negate())) as engine:
         cuda.forget_calls()
@@ -354,7 +355,7 @@ def test_without_cuda_bindings_batches_are_enqueued(cuda: FakeCuda, monkeypatch:
         assert cuda.calls()["enqueueV3"] == 1
 
 
-def test_without_pycuda_it_says_what_to_install(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pycuda_the_error_names_the_package(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycuda.driver", None)
     engine = TensorRTEngine("model.plan", 8, plan_source=lambda: b"")
     with pytest.raises(
@@ -364,16 +365,14 @@ def test_without_pycuda_it_says_what_to_install(cuda: FakeCuda, monkeypatch: pyt
     engine.close()
 
 
-def test_answers_that_are_still_read_outlive_the_engine(
-    cuda: FakeCuda, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_outputs_in_use_outlive_the_engine(cuda: FakeCuda, caplog: pytest.LogCaptureFixture) -> None:
     with_worker = WithWorker(engine_of(models.negate()))
     assert with_worker.run(0).tolist() == [[-1, -1, -1]]
     assert with_worker.outcome is not None
     assert with_worker.outcome.outputs is not None
     (output,) = with_worker.outcome.outputs
     with_worker.end()
-    # A context takes its memory along, so this one is never let go.
+    # Destroying a context frees its memory, so this one is kept.
     assert "outputs are still in use; the GPU's context is kept" in caplog.text
     assert cuda.live_objects()["context"] == 1
     assert output.tolist() == [[-1, -1, -1]]

@@ -1,4 +1,4 @@
-"""What goes wrong on a GPU: at load in words, at run for its batch alone, and for good where CUDA says so."""
+"""Faults of a GPU: at load with a reason, at run for one batch, and sticky errors of CUDA."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def graphs(request: pytest.FixtureRequest) -> bool:
 
 
 def plant(method: str, text: str, code: str = "FAILED_EXECUTION") -> None:
-    """The next call of this method of TensorRT's fails with these words."""
+    """Make the next call of this method of TensorRT fail with this text."""
     importlib.import_module("tensorrt.planting").plant(method, text, code)
 
 
 def made(model: bytes, max_batch_size: int = 8, **options: Any) -> TensorRTEngine:
-    """An engine of a plan with something odd in it."""
+    """Return an engine of a plan with unusual properties."""
     plan = importlib.import_module("tensorrt.plan").make_plan(model, max_batch_size=max_batch_size, **options)
     return TensorRTEngine("odd.plan", max_batch_size, plan_source=lambda: plan)
 
 
 def refused(engine: TensorRTEngine) -> str:
-    """Why it cannot be loaded."""
+    """Return the error of loading it."""
     with pytest.raises(EngineLoadError) as caught, opened(engine):
         pass
     return str(caught.value)
@@ -82,7 +82,7 @@ def test_outputs_that_do_not_follow_the_batch_axis_are_named(cuda: FakeCuda, mod
     assert "output 'y'" in refused(made(model))
 
 
-def test_a_plan_that_does_not_load_says_what_tensorrt_said(cuda: FakeCuda) -> None:
+def test_the_error_of_a_plan_that_does_not_load_quotes_tensorrt(cuda: FakeCuda) -> None:
     plant(
         "deserialize_cuda_engine",
         "The engine plan file is not compatible with this version",
@@ -95,7 +95,7 @@ def test_a_plan_that_does_not_load_says_what_tensorrt_said(cuda: FakeCuda) -> No
 # At load: out of memory
 
 
-def test_out_of_memory_says_how_much_was_asked_for_and_what_would_fit(cuda: FakeCuda) -> None:
+def test_out_of_memory_names_the_need_and_a_batch_size_that_fits(cuda: FakeCuda) -> None:
     wide = models.negate(width=1000)
     cuda.memory(2_500_000)
     why = refused(engine_of(wide, max_batch_size=512))
@@ -104,7 +104,7 @@ def test_out_of_memory_says_how_much_was_asked_for_and_what_would_fit(cuda: Fake
     needs = r"Besides its weights the model needs [\d.]+ MiB for batches of 512 rows"
     assert re.search(rf"GPU 0 is out of memory: .* for .*{needs}", why)
     assert re.search(r"[\d.]+ MiB were free", why)
-    # And so it does, while a third more does not.
+    # The suggested size fits, and a third more does not.
     rows = int(found[1])
     with opened(engine_of(wide, max_batch_size=rows)) as engine:
         assert run(engine, np.ones((rows, 1000), np.float32))[0].shape == (rows, 1000)
@@ -115,13 +115,13 @@ def test_out_of_memory_says_how_much_was_asked_for_and_what_would_fit(cuda: Fake
 
 @pytest.mark.parametrize("nth", range(2, 8))
 def test_any_allocation_may_fail(cuda: FakeCuda, nth: int) -> None:
-    # Twice in a row, since PyCUDA collects garbage and tries again. The first is the weights'.
+    # Twice in a row, since PyCUDA collects garbage and tries again. The first allocation is the weights.
     for _ in range(2):
         cuda.inject("cuMemAlloc", OUT_OF_MEMORY, nth)
     assert "GPU 0 is out of memory" in refused(engine_of(models.negate()))
 
 
-def test_an_execution_context_that_does_not_fit(cuda: FakeCuda) -> None:
+def test_an_execution_context_without_memory_fails_the_load(cuda: FakeCuda) -> None:
     plant("create_execution_context", "Cuda Runtime (out of memory)", "FAILED_ALLOCATION")
     assert "is out of memory: TensorRT cannot create an execution context; " in refused(
         engine_of(models.negate())
@@ -137,14 +137,14 @@ def test_an_execution_context_that_does_not_fit(cuda: FakeCuda) -> None:
 
 
 def calls_of_a_life(cuda: FakeCuda, graphs: bool) -> list[tuple[str, int]]:
-    """Each call between open and close, and how often it is made."""
+    """Return each call between open and close, with its count."""
     cuda.forget_calls()
     live(engine_of(models.negate(), graphs=graphs))
     return sorted(cuda.calls().items())
 
 
 def live(engine: TensorRTEngine) -> None:
-    """From open to close with some batches between."""
+    """Open, run some batches, close."""
     with opened(engine):
         for slot in (0, 1):
             start(engine, slot, X)
@@ -153,12 +153,12 @@ def live(engine: TensorRTEngine) -> None:
 
 
 def apart(engine: TensorRTEngine) -> None:
-    """The same on a thread of its own, as each engine of a server has one."""
+    """Do the same on a new thread, as each engine of a server has one."""
     with ThreadPoolExecutor(1) as pool:
         pool.submit(live, engine).result(WAIT_S)
 
 
-# What is not freed because freeing it failed is still there; nothing else is.
+# Only objects whose freeing failed may be left.
 CLEAN_UP = {
     "cuDevicePrimaryCtxRelease", "cuCtxDetach", "cuCtxPopCurrent", "cuMemFree", "cuMemFreeHost",
     "cuStreamDestroy", "cuEventDestroy", "cuGraphDestroy", "cuGraphExecDestroy",
@@ -168,15 +168,15 @@ POINTS = [("exec:htod", 1), ("exec:kernel", 1), ("exec:dtoh", 1), ("exec:record"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("code", [OUT_OF_MEMORY, ILLEGAL_ADDRESS, LAUNCH_FAILED])
-def test_an_error_at_any_call_is_an_engines_and_leaves_nothing_behind(
+def test_an_error_at_any_call_is_an_engine_error_and_leaks_nothing(
     cuda: FakeCuda, code: int, graphs: bool
 ) -> None:
     seen = 0
     for name, count in [*calls_of_a_life(cuda, graphs), *POINTS]:
         if name in {"cuGetErrorString", "cuDriverGetVersion", "cuStreamIsCapturing", "cuCtxGetDevice"}:
-            continue  # PyCUDA's or the stand-in's own
+            continue  # made by PyCUDA or the stand-in itself
         if name == "cuStreamEndCapture" and code == OUT_OF_MEMORY:
-            continue  # the fake would go on capturing, which no driver does
+            continue  # the fake would continue to capture, unlike a driver
         for nth in {1, count}:
             fresh(cuda)
             cuda.inject(name, code, nth)
@@ -189,7 +189,7 @@ def test_an_error_at_any_call_is_an_engines_and_leaves_nothing_behind(
             seen += told is not None
             assert cuda.violations() == [], (name, nth)
             assert name in CLEAN_UP or cuda.live_objects() == {}, (name, nth)
-            # Whatever happened, the next one works.
+            # The next engine works after any error.
             apart(engine_of(models.negate(), graphs=graphs))
             assert cuda.violations() == [], (name, nth)
     assert seen >= 25
@@ -204,7 +204,7 @@ def fresh(cuda: FakeCuda) -> None:
 # At run
 
 
-def test_what_tensorrt_reports_is_in_the_batchs_error_and_the_next_batch_runs(cuda: FakeCuda) -> None:
+def test_tensorrts_report_is_in_the_error_and_the_next_batch_runs(cuda: FakeCuda) -> None:
     with opened(engine_of(models.negate(), graphs=False)) as engine:
         plant("execute_async_v3", "assertion numel > 0 failed in kernel foo")
         with pytest.raises(EngineRunError) as caught:
@@ -215,7 +215,7 @@ def test_what_tensorrt_reports_is_in_the_batchs_error_and_the_next_batch_runs(cu
         assert np.array_equal(run(engine, X)[0], -X)
 
 
-def test_rows_of_a_failed_batch_are_not_run_again_as_surplus(cuda: FakeCuda) -> None:
+def test_rows_of_a_failed_batch_are_not_used_as_padding(cuda: FakeCuda) -> None:
     with opened(engine_of(models.negate(), graphs=False)) as engine:
         plant("execute_async_v3", "bad row")
         with pytest.raises(EngineRunError):
@@ -223,7 +223,7 @@ def test_rows_of_a_failed_batch_are_not_run_again_as_surplus(cuda: FakeCuda) -> 
         assert not (engine.inputs(0, 1, ((3,),))[0] == 13).any()
 
 
-def test_the_other_slots_batch_is_not_touched_by_a_failure(cuda: FakeCuda) -> None:
+def test_a_failure_does_not_affect_the_other_slot(cuda: FakeCuda) -> None:
     with opened(engine_of(models.negate(), graphs=False)) as engine:
         start(engine, 0, X)
         plant("execute_async_v3", "bad row")
@@ -243,7 +243,7 @@ def test_a_sticky_error_ends_the_engine(cuda: FakeCuda, code: int, graphs: bool)
         ]
         with pytest.raises(EngineDeadError, match=rf"^GPU 0: .*{words}"):
             engine.wait(0)
-        # From now on nothing is asked of the driver.
+        # From now on the driver is not called.
         cuda.forget_calls()
         with pytest.raises(EngineDeadError, match=words):
             start(engine, 1, X)
@@ -259,7 +259,7 @@ def test_a_sticky_error_that_tensorrt_finds_first(cuda: FakeCuda) -> None:
             start(engine, 0, X)
 
 
-def test_a_batch_whose_data_kills_the_kernel(cuda: FakeCuda, graphs: bool) -> None:
+def test_a_batch_whose_data_makes_the_kernel_fault(cuda: FakeCuda, graphs: bool) -> None:
     with opened(engine_of(models.pick(), graphs=graphs)) as engine:
         assert run(engine, np.array([[2], [0]]))[0].tolist() == [[30], [10]]
         start(engine, 0, np.array([[1], [99]]))
@@ -267,7 +267,7 @@ def test_a_batch_whose_data_kills_the_kernel(cuda: FakeCuda, graphs: bool) -> No
             engine.wait(0)
 
 
-def test_the_other_gpu_goes_on(cuda: FakeCuda, graphs: bool) -> None:
+def test_the_other_gpu_is_not_affected(cuda: FakeCuda, graphs: bool) -> None:
     one, other = (
         engine_of(models.negate(), device=0, graphs=graphs),
         engine_of(models.negate(), device=1, graphs=graphs),
@@ -280,7 +280,7 @@ def test_the_other_gpu_goes_on(cuda: FakeCuda, graphs: bool) -> None:
 
 
 def die(cuda: FakeCuda, engine: TensorRTEngine) -> EngineError | None:
-    """What comes of a batch on a GPU that faults."""
+    """Return the errors of a batch on a GPU that faults."""
     with opened(engine):
         cuda.inject("exec:kernel", ILLEGAL_ADDRESS)
         try:
@@ -290,8 +290,8 @@ def die(cuda: FakeCuda, engine: TensorRTEngine) -> EngineError | None:
     return None
 
 
-def test_a_dead_engine_can_be_opened_anew_in_a_fresh_context(cuda: FakeCuda, graphs: bool) -> None:
-    # Somebody else, such as a library, keeps the primary context and with it the error.
+def test_after_a_fault_a_new_engine_opens_in_a_new_context(cuda: FakeCuda, graphs: bool) -> None:
+    # Another holder, such as a library, keeps the primary context and with it the error.
     holder = importlib.import_module("pycuda.driver")
     holder.init()
     primary = holder.Device(0).retain_primary_context()
@@ -301,9 +301,7 @@ def test_a_dead_engine_can_be_opened_anew_in_a_fresh_context(cuda: FakeCuda, gra
     primary.detach()
 
 
-def test_zeros_that_fail_the_warm_up_are_no_reason_not_to_serve(
-    cuda: FakeCuda, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_model_that_fails_on_zeros_is_served(cuda: FakeCuda, caplog: pytest.LogCaptureFixture) -> None:
     engine = engine_of(models.negate())
     plant("execute_async_v3", "zeros are not allowed")
     with opened(engine):
@@ -313,7 +311,7 @@ def test_zeros_that_fail_the_warm_up_are_no_reason_not_to_serve(
         assert np.array_equal(run(engine, X)[0], -X)
 
 
-def test_what_cannot_be_captured_is_enqueued(cuda: FakeCuda, caplog: pytest.LogCaptureFixture) -> None:
+def test_work_that_cannot_be_captured_is_enqueued(cuda: FakeCuda, caplog: pytest.LogCaptureFixture) -> None:
     cuda.inject("cuStreamBeginCapture", 801)
     with opened(engine_of(models.negate())) as engine:
         assert "no CUDA graph: cuStreamBeginCapture failed: " in caplog.text

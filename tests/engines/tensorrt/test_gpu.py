@@ -1,7 +1,7 @@
-"""On a real GPU with TensorRT: `pytest -m gpu`, or ./scripts/gpu-check, which prints a report too.
+"""TensorRT on a real GPU: `pytest -m gpu`, or ./scripts/gpu-check, which prints a report too.
 
-Skipped where there is none; where GPU_CHECK is set, as in ./scripts/gpu-check, that is a failure. Not run by
-anybody yet: docs/gpu.md says what has been.
+Skipped without a GPU; with GPU_CHECK set, as in ./scripts/gpu-check, that is a failure. docs/gpu.md lists the
+runs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.support.http.process import COBATCH, Cobatch
 from tests.support.models import models
 from tests.support.models.plan_models import convolution, magika_path
 
-# NVIDIA's modules may warn of what is theirs to mend; it must not look like a failure of ours.
+# Warnings of NVIDIA's modules are no failures of ours.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -51,7 +51,7 @@ _ASK = (
 
 @cache
 def why_not() -> str:
-    """Why there is nothing to test here; asked in a process of its own, as this one may have a fake GPU."""
+    """Return why there is no GPU to test, asked in a new process, as this one may have a fake GPU."""
     asked = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, text=True, check=False)
     if asked.returncode:
         said = asked.stderr.strip().splitlines() or [f"the question ended with status {asked.returncode}"]
@@ -71,7 +71,7 @@ def _gpu() -> None:
 
 
 def built_with_lean_runtime(model: Path, plan: Path) -> None:
-    """A version-compatible plan carries a runtime, which NVIDIA's wheels of TensorRT do not bring along."""
+    """Build a version-compatible plan, whose runtime is missing in NVIDIA's wheels of TensorRT."""
     try:
         cobatch_build(model, plan, "--version-compatible")
     except AssertionError as error:
@@ -82,7 +82,7 @@ def built_with_lean_runtime(model: Path, plan: Path) -> None:
 
 
 def cobatch_build(model: Path, plan: Path, *arguments: str) -> tuple[float, dict[str, Any]]:
-    """`cobatch build` as a person runs it: seconds, and the manifest."""
+    """Run `cobatch build`; return its seconds and the manifest."""
     began = time.monotonic()
     command = [str(COBATCH), "build", str(model), "-o", str(plan), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -133,7 +133,7 @@ def magika_plan(folder: Path) -> Path:
 # Build
 
 
-def test_a_timing_cache_makes_the_second_build_quicker(folder: Path) -> None:
+def test_a_timing_cache_makes_the_second_build_faster(folder: Path) -> None:
     timings = folder / "timings"
     taken = [
         cobatch_build(magika_path(), folder / "timed.plan", "--timing-cache", str(timings))[0]
@@ -153,7 +153,7 @@ def test_a_hardware_compatible_plan_builds_and_runs(folder: Path) -> None:
     assert worst_difference(plan, model, (1, 8)) <= gpu.TOLERANCES["FP32"]
 
 
-def test_a_version_compatible_plan_builds_and_runs_with_the_operators_word(folder: Path) -> None:
+def test_a_version_compatible_plan_builds_and_runs_with_consent(folder: Path) -> None:
     model = Path(models.write(folder, convolution(height=32, width=32), "version.onnx"))
     plan = folder / "version.plan"
     built_with_lean_runtime(model, plan)
@@ -163,7 +163,7 @@ def test_a_version_compatible_plan_builds_and_runs_with_the_operators_word(folde
     gpu.note("build", "--version-compatible: built, refused without --plan-host-code, run with it")
 
 
-def test_a_model_is_built_on_first_use_and_taken_from_the_cache_then(folder: Path) -> None:
+def test_a_model_is_built_on_first_use_and_then_from_the_cache(folder: Path) -> None:
     model = Path(models.write(folder, convolution(height=32, width=32), "first.onnx"))
     taken = []
     for _ in range(2):
@@ -198,7 +198,7 @@ def worst_difference(plan: Path, onnx: Path, sizes: tuple[int, ...], **options: 
 
 
 def test_magika_agrees_with_onnx_runtime(magika_plan: Path) -> None:
-    # Sizes between the buckets too: rows are padded up and the answers cut back.
+    # Includes sizes between the buckets: batches are padded and the outputs cut.
     worst = worst_difference(magika_plan, magika_path(), (1, 3, 8, 33, 64))
     gpu.note("accuracy", f"magika, FP32: {worst:.1e} of the largest value (allowed {gpu.TOLERANCES['FP32']})")
 
@@ -256,7 +256,7 @@ def test_several_profiles(folder: Path) -> None:
 # Speed
 
 
-def test_graphs_on_and_off_answer_the_same(magika_plan: Path) -> None:
+def test_outputs_are_equal_with_and_without_graphs(magika_plan: Path) -> None:
     if not gpu._has("cuda.bindings"):
         pytest.skip("cuda-bindings is not installed, so there are no CUDA graphs")
     answers: dict[bool, list[Array]] = {}
@@ -324,7 +324,7 @@ def test_full_load_is_steady_and_leaks_no_memory(folder: Path) -> None:
 
 
 async def call(port: int, model: str, rows: Array, seconds: float) -> tuple[int, list[float]]:
-    """CALLERS at once, a row each: how many answers came, and the differences from `expected`."""
+    """Send rows from CALLERS clients at once; return the number of answers and their differences."""
     from tritonclient.http.aio import InferenceServerClient, InferInput  # noqa: PLC0415 - slow to import
 
     with reference(magika_path()) as theirs:
@@ -386,7 +386,7 @@ def test_an_illegal_access_ends_the_engine_and_a_new_one_opens(magika_plan: Path
     assert told["second"]["error"] == "EngineDeadError"
 
 
-def test_no_memory_at_load_is_told_in_words(magika_plan: Path) -> None:
+def test_no_memory_at_load_is_a_clear_error(magika_plan: Path) -> None:
     told = fault("memory", magika_plan)
     gpu.note("faults", f"no memory left: {told['full']['text']}")
     assert told["full"]["error"] == "EngineLoadError"

@@ -1,4 +1,4 @@
-"""docs/gpu.md, deploy/Dockerfile.gpu and scripts/gpu-check: what of them shows without a GPU."""
+"""docs/gpu.md, deploy/Dockerfile.gpu and scripts/gpu-check, as far as they can be checked without a GPU."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def options_of_build() -> set[str]:
     }
 
 
-def test_the_flags_of_build_are_all_told() -> None:
+def test_all_flags_of_build_are_documented() -> None:
     told = set(re.findall(r"^\| `(--[a-z-]+)", DOCS, re.MULTILINE))
     assert told == options_of_build()
     assert len(signature(build).parameters) == len(told) + 2  # MODEL and -o
 
 
-def test_the_settings_are_all_told_with_their_names() -> None:
+def test_all_settings_are_documented_by_name() -> None:
     told = set(re.findall(r"^\| `(\w+) = ", DOCS, re.MULTILINE))
     others = {"engine", "devices", "instances"}
     mine = set(EngineOptions.__dataclass_fields__) - {"threads", "device"} | others
@@ -44,7 +44,7 @@ def test_the_settings_are_all_told_with_their_names() -> None:
     assert told <= set(MODEL_FIELDS)
 
 
-def test_the_image_is_made_from_files_that_are_there() -> None:
+def test_the_image_is_built_from_existing_files() -> None:
     for line in re.findall(r"^COPY (.*) \S+$", DOCKERFILE, re.MULTILINE):
         for source in line.split():
             assert (ROOT / source).exists(), source
@@ -54,7 +54,7 @@ def test_the_image_is_made_from_files_that_are_there() -> None:
     assert f"nvcr.io/nvidia/tensorrt:{tag}" in DOCS
 
 
-def test_the_script_runs_all_that_needs_a_gpu() -> None:
+def test_the_script_runs_all_gpu_tests() -> None:
     script = (ROOT / "scripts" / "gpu-check").read_text()
     (listed,) = re.findall(r"^tests=\((.*)\)$", script, re.MULTILINE)
     mark = "pytest.mark." + "gpu"
@@ -62,14 +62,14 @@ def test_the_script_runs_all_that_needs_a_gpu() -> None:
     assert {ROOT / path for path in listed.split()} == marked
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_have_targets() -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", DOCS):
         assert (ROOT / "docs" / target).is_file(), target
 
 
 @pytest.mark.slow
-def test_a_machine_without_a_gpu_is_told_so(tmp_path: Path) -> None:
-    """With nothing on the path but what the script needs before it asks for nvidia-smi."""
+def test_the_script_says_that_there_is_no_gpu(tmp_path: Path) -> None:
+    """Run it with only the programs on the path that it needs before nvidia-smi."""
     for tool in ("bash", "dirname", "env"):
         found = subprocess.run(["sh", "-c", f"command -v {tool}"], capture_output=True, text=True, check=True)
         (tmp_path / tool).symlink_to(found.stdout.strip())

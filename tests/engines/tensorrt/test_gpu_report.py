@@ -1,4 +1,4 @@
-"""What the GPU check measures with and prints, exercised with ONNX Runtime on the CPU."""
+"""The measurements and report of the GPU check, exercised with ONNX Runtime on the CPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TRTEXEC = """
 
 
 class Counting(OnnxRuntimeEngine):
-    """Refuses what a slot must not be asked, and counts."""
+    """Counts batches, and refuses to enqueue in a busy slot."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path, 8, 1)
@@ -50,7 +50,7 @@ def engine() -> Counting:
     return made
 
 
-def test_every_slot_is_busy_and_all_batches_are_counted(engine: Counting) -> None:
+def test_all_slots_are_busy_and_all_batches_are_counted(engine: Counting) -> None:
     (spec,) = engine.signature.inputs
     rows = [gpu.random_rows(spec, 8)]
     assert gpu.pipelined(engine, rows, 0.0) > 0
@@ -65,17 +65,17 @@ def test_a_batch_and_its_difference_from_another(engine: Counting) -> None:
     rows = gpu.random_rows(spec, 5)
     (outputs,) = gpu.run(engine, [rows])
     assert gpu.difference("FP32", outputs, outputs) == 0
-    spoilt = outputs.copy()
-    spoilt[3, 2] += np.abs(outputs).max() / 10
-    assert gpu.difference("FP32", spoilt, outputs) == pytest.approx(0.1, rel=1e-3)
-    spoilt[0, 0] = np.nan
-    assert gpu.difference("FP32", spoilt, outputs) == float("inf")
+    changed = outputs.copy()
+    changed[3, 2] += np.abs(outputs).max() / 10
+    assert gpu.difference("FP32", changed, outputs) == pytest.approx(0.1, rel=1e-3)
+    changed[0, 0] = np.nan
+    assert gpu.difference("FP32", changed, outputs) == float("inf")
     assert gpu.difference("FP32", outputs[:4], outputs) == float("inf")
     assert gpu.difference("INT64", np.array([1, 2]), np.array([1, 2])) == 0
     assert gpu.difference("FP32", np.zeros((0, 2)), np.zeros((0, 2))) == 0
 
 
-def test_bf16_travels_as_bits() -> None:
+def test_bf16_is_carried_as_bits() -> None:
     values = np.array([1.0, -2.5, 0.0, 3.0e38], np.float32)
     bits = gpu.to_bf16(values)
     assert bits.dtype == np.uint16
@@ -90,11 +90,11 @@ def test_rows_of_every_type(datatype: str) -> None:
     assert np.array_equal(rows, gpu.random_rows(TensorSpec("x", datatype, (3, 2)), 4))
 
 
-def test_steadiness_is_the_slowest_windows_part_of_the_median() -> None:
+def test_steadiness_is_the_slowest_window_over_the_median() -> None:
     assert gpu.Sustained((100.0, 80.0, 120.0)).steadiness == 0.8
 
 
-def test_trtexec_is_asked_what_the_engine_is_asked() -> None:
+def test_trtexec_runs_the_same_load_as_the_engine() -> None:
     command = gpu.trtexec_command(
         Path("/bin/trtexec"), Path("m.plan"), {"x": (8, 3), "m:0": (8, 1)}, 3, graphs=True, streams=2
     )
@@ -112,7 +112,7 @@ def test_trtexec_is_asked_what_the_engine_is_asked() -> None:
     )
 
 
-def test_trtexec_says_how_fast_it_was(tmp_path: Path) -> None:
+def test_trtexecs_throughput_is_parsed(tmp_path: Path) -> None:
     assert gpu.trtexec_qps(TRTEXEC) == 130.298
     with pytest.raises(ValueError, match=r"no throughput: one \| two"):
         gpu.trtexec_qps("one\ntwo")
@@ -122,7 +122,7 @@ def test_trtexec_says_how_fast_it_was(tmp_path: Path) -> None:
     assert gpu.trtexec_rows_per_s([str(program)], 8) == pytest.approx(8 * 130.298)
 
 
-def test_trtexec_is_found_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trtexec_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRTEXEC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(gpu, "_TRTEXEC_AT", (tmp_path / "none", tmp_path))

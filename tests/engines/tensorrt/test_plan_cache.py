@@ -1,4 +1,4 @@
-"""Where plans come from: the folder of built plans, plans that the operator named, and their manifests."""
+"""Sources of plans: the cache folder, plans given by the operator, and their manifests."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The models that were really built, one after another."""
+    """Record the models that are built."""
     made: list[Path] = []
 
     def counted(model: Path, *arguments: Any) -> Any:
@@ -85,7 +85,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_a_model_is_built_once_and_then_taken_from_the_folder(
+def test_a_model_is_built_once_and_then_read_from_the_folder(
     model: Path, folder: Path, builds: list[Path]
 ) -> None:
     plan = built_plan(model, OPTIONS, MACHINE, folder)
@@ -101,7 +101,7 @@ def test_a_model_is_built_once_and_then_taken_from_the_folder(
     )
 
 
-def test_plans_are_for_their_owner_alone(model: Path, folder: Path) -> None:
+def test_only_the_owner_can_read_plans(model: Path, folder: Path) -> None:
     before = os.umask(0)
     try:
         built_plan(model, OPTIONS, MACHINE, folder)
@@ -124,7 +124,7 @@ def test_plans_are_for_their_owner_alone(model: Path, folder: Path) -> None:
         {"machine": dataclasses.replace(MACHINE, version="1.0.0")},
     ],
 )
-def test_whatever_a_plan_depends_on_makes_another_plan(
+def test_each_dependency_of_a_plan_changes_its_name(
     model: Path, folder: Path, builds: list[Path], other: dict[str, Any]
 ) -> None:
     built_plan(model, OPTIONS, MACHINE, folder)
@@ -141,7 +141,7 @@ def test_another_model_under_the_same_name_is_built(model: Path, folder: Path, b
 
 
 @pytest.mark.parametrize("location", ["model.weights", "w" * 200 + ".weights"])
-def test_weights_in_a_file_of_their_own_count(
+def test_external_weights_are_part_of_the_digest(
     tmp_path: Path, folder: Path, builds: list[Path], location: str
 ) -> None:
     digests = []
@@ -179,12 +179,12 @@ def forge_version(plan: Path) -> None:
     write_plan(plan, plan.read_bytes(), dataclasses.replace(manifest, version="0.0.1"))
 
 
-@pytest.mark.parametrize("spoil", [damage_plan, lose_manifest, cut_manifest, empty_plan, forge_version])
-def test_a_kept_plan_that_is_not_what_its_manifest_says_is_built_anew(
-    model: Path, folder: Path, builds: list[Path], warnings: pytest.LogCaptureFixture, spoil: Any
+@pytest.mark.parametrize("damage", [damage_plan, lose_manifest, cut_manifest, empty_plan, forge_version])
+def test_a_cached_plan_that_does_not_match_its_manifest_is_rebuilt(
+    model: Path, folder: Path, builds: list[Path], warnings: pytest.LogCaptureFixture, damage: Any
 ) -> None:
     built_plan(model, OPTIONS, MACHINE, folder)
-    spoil(plan_in(folder))
+    damage(plan_in(folder))
     plan = built_plan(model, OPTIONS, MACHINE, folder)
     assert len(builds) == 2
     assert "rebuilt" in warnings.records[0].getMessage()
@@ -192,7 +192,7 @@ def test_a_kept_plan_that_is_not_what_its_manifest_says_is_built_anew(
     assert len(builds) == 2
 
 
-def test_a_folder_that_others_may_write_to_is_refused(model: Path, folder: Path, builds: list[Path]) -> None:
+def test_a_folder_that_others_can_write_to_is_refused(model: Path, folder: Path, builds: list[Path]) -> None:
     for loose in (0o720, 0o702):
         folder.mkdir(exist_ok=True)
         folder.chmod(loose)
@@ -203,7 +203,7 @@ def test_a_folder_that_others_may_write_to_is_refused(model: Path, folder: Path,
     assert builds == []
 
 
-def test_without_a_folder_the_model_is_built_and_served_all_the_same(
+def test_without_a_folder_the_model_is_built_and_served(
     model: Path, tmp_path: Path, builds: list[Path], warnings: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
@@ -212,7 +212,7 @@ def test_without_a_folder_the_model_is_built_and_served_all_the_same(
     assert "plans are not cached" in warnings.records[0].getMessage()
 
 
-def test_a_disk_that_is_full_costs_the_next_start_a_build(
+def test_a_full_disk_means_that_the_next_start_builds_again(
     model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, warnings: pytest.LogCaptureFixture
 ) -> None:
     def full(*_: object) -> None:
@@ -224,7 +224,7 @@ def test_a_disk_that_is_full_costs_the_next_start_a_build(
     assert list(folder.glob("*.plan")) == []
 
 
-def test_nothing_half_written_is_left_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_no_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.mkdir()
 
     def interrupted(_: Path, __: Path) -> None:
@@ -236,7 +236,7 @@ def test_nothing_half_written_is_left_behind(folder: Path, monkeypatch: pytest.M
     assert list(folder.iterdir()) == []
 
 
-def test_two_processes_at_once_build_once(model: Path, folder: Path) -> None:
+def test_two_concurrent_processes_build_once(model: Path, folder: Path) -> None:
     folder.mkdir(mode=0o700)
     plan = folder / f"model-{wanted(model, MACHINE, OPTIONS).key}.plan"
     program = (
@@ -246,7 +246,7 @@ def test_two_processes_at_once_build_once(model: Path, folder: Path) -> None:
         "print('begun', flush=True)\n"
         f"t.built_plan(Path({str(model)!r}), t.OPTIONS, t.MACHINE, Path({str(folder)!r}))\n"
     )
-    # Both are held where the second would find nothing built yet.
+    # Both are held before the second looks for a cached plan.
     with plan.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         running = [
@@ -264,14 +264,14 @@ def test_two_processes_at_once_build_once(model: Path, folder: Path) -> None:
 
 
 def made_plan(model: Path, plan: Path, machine: Machine = MACHINE, **changed: Any) -> bytes:
-    """What `cobatch build -o` writes, as if it had been on another machine."""
+    """Write a plan as `cobatch build -o` does, as if on another machine."""
     made = build(model, OPTIONS)
     manifest = built(wanted(model, machine, OPTIONS), made.plan, made.profiles, made.max_batch_size)
     write_plan(plan, made.plan, dataclasses.replace(manifest, **changed))
     return made.plan
 
 
-def test_a_plan_that_fits_is_loaded_as_it_is(model: Path, tmp_path: Path, builds: list[Path]) -> None:
+def test_a_plan_that_fits_is_loaded(model: Path, tmp_path: Path, builds: list[Path]) -> None:
     plan = tmp_path / "ready.plan"
     content = made_plan(model, plan)
     assert given_plan(plan, MACHINE) == content
@@ -301,7 +301,7 @@ def test_a_plan_that_does_not_fit_is_refused_with_the_reason(
     assert "`cobatch build`" in str(refused.value)
 
 
-def test_a_plan_that_does_not_fit_is_built_anew_from_the_model_beside_it(
+def test_a_plan_that_does_not_fit_is_rebuilt_from_the_model_beside_it(
     model: Path, folder: Path, builds: list[Path], warnings: pytest.LogCaptureFixture
 ) -> None:
     plan = model.with_suffix(".plan")
@@ -313,7 +313,7 @@ def test_a_plan_that_does_not_fit_is_built_anew_from_the_model_beside_it(
     assert manifest is not None
     assert manifest.profiles == ("x:1x3/8x3/8x3",)
     assert "is rebuilt from" in warnings.records[0].getMessage()
-    # Another model that only has the name does not stand in for it.
+    # Another model with the same name is not used.
     models.write(model.parent, models.negate(width=4))
     with pytest.raises(EngineLoadError, match="cannot be used"):
         given_plan(plan, MACHINE, folder)
@@ -339,7 +339,7 @@ def test_a_plan_that_cannot_be_read(tmp_path: Path) -> None:
         model_digest(tmp_path / "gone.onnx")
 
 
-def test_the_source_that_an_engine_is_given(
+def test_the_plan_source_of_an_engine(
     model: Path, folder: Path, builds: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
@@ -350,7 +350,7 @@ def test_the_source_that_an_engine_is_given(
 
     monkeypatch.setattr("cobatch.engines.tensorrt.plans.manifest.this_machine", identity)
     source = plan_source(model, OPTIONS, folder, device=1)
-    assert (builds, asked) == ([], [])  # nothing is done on the thread that makes it
+    assert (builds, asked) == ([], [])  # creating it does nothing yet
     plan = source()
     assert (builds, asked) == ([model], [1])
     for suffix in PLAN_SUFFIXES:
@@ -359,7 +359,7 @@ def test_the_source_that_an_engine_is_given(
         assert plan_source(named, OPTIONS, folder)() == plan
 
 
-def test_the_folder_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_folder() == tmp_path / "cobatch" / "plans"
     for unusable in ("", "relative"):
@@ -399,7 +399,7 @@ def test_versions_that_run_a_plan(built_by: str, flags: tuple[str, ...], here: s
         (("AMPERE_PLUS",), "NVIDIA A100", "8.0", True),
         (("AMPERE_PLUS",), "NVIDIA B200", "10.0", True),
         (("AMPERE_PLUS",), "Tesla T4", "7.5", False),
-        (("AMPERE_PLUS",), "none", "none", True),  # no GPU to speak against it: loading will
+        (("AMPERE_PLUS",), "none", "none", True),  # no GPU to compare with; loading checks it
     ],
 )
 def test_gpus_that_run_a_plan(flags: tuple[str, ...], gpu: str, capability: str, runs: bool) -> None:

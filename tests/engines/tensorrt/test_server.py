@@ -1,7 +1,7 @@
-"""The whole server over the fake GPU: built on first use, many callers at once, and what a fault does.
+"""The whole server over the fake GPU: build on first use, concurrent callers, faults.
 
-`gate` answers 10, 20 and 30 for 0, 1 and 2. Anything beyond makes the kernel read where it must not, which on
-a GPU is the end of the context.
+`gate` answers 10, 20 and 30 for 0, 1 and 2. Other values make the kernel read out of bounds, which on a GPU
+makes the context unusable.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def graphs(request: pytest.FixtureRequest) -> bool:
 
 @contextlib.contextmanager
 def served(folder: Path, *, gpus: int = 1, fast: bool = True, **settings: Any) -> Iterator[Served]:
-    """`gate` on the first GPU, and `gate1` on the next if that is asked for."""
+    """Serve `gate` on the first GPU and, if wanted, `gate1` on the next."""
     found = []
     for device in range(gpus):
         path = models.write(folder, models.pick(), f"gate{device or ''}.onnx")
@@ -71,7 +71,7 @@ def test_callers_get_their_own_rows(
     cuda.mode("lazy")
 
 
-def test_a_second_start_finds_the_plan(
+def test_a_second_start_uses_the_cached_plan(
     cuda: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with served(tmp_path) as running:
@@ -95,7 +95,7 @@ def test_a_sticky_error_is_503_and_the_model_is_opened_again_once(
         assert live(running).status == 503
 
 
-def test_other_gpus_go_on(cuda: FakeCuda, tmp_path: Path) -> None:
+def test_a_fault_does_not_affect_other_gpus(cuda: FakeCuda, tmp_path: Path) -> None:
     with served(tmp_path, gpus=2) as running:
         cuda.inject("exec:kernel", ILLEGAL_ADDRESS)
         assert running.ask(gate(1)).slug == "engine-dead"
@@ -108,7 +108,7 @@ def test_other_gpus_go_on(cuda: FakeCuda, tmp_path: Path) -> None:
 
 
 def test_one_model_on_two_gpus(cuda: FakeCuda, tmp_path: Path) -> None:
-    """Whatever happens to one GPU, the other one serves; the first gets an engine again, once."""
+    """If one GPU fails the other one serves; the failed one gets a new engine once."""
     path = models.write(tmp_path, models.pick(), "gate.onnx")
     model = ModelSettings(
         path=path, engine="tensorrt", devices=(0, 1), max_batch_size=8, plan_cache=str(tmp_path / "plans")
@@ -116,7 +116,7 @@ def test_one_model_on_two_gpus(cuda: FakeCuda, tmp_path: Path) -> None:
     with serve(True, (model,)) as running:
         batcher = running.batcher()
         assert batcher.lanes == 2
-        for lanes in (2, 2, 1):  # the first dies, the second, and the first again
+        for lanes in (2, 2, 1):  # the first engine dies, the second, and the first again
             assert running.ask(gate(DEADLY)).slug == "engine-dead"
             assert data_of(running.ask(gate(1))) == [20]
             assert running.ask(get("/v2/models/gate/ready")).status == 200
@@ -129,9 +129,7 @@ def test_one_model_on_two_gpus(cuda: FakeCuda, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
-def test_rows_that_the_plan_does_not_take_are_the_callers_fault(
-    cuda: FakeCuda, tmp_path: Path, fast: bool
-) -> None:
+def test_rows_that_the_plan_refuses_are_a_client_error(cuda: FakeCuda, tmp_path: Path, fast: bool) -> None:
     plan = tmp_path / "gate.plan"
     plan.write_bytes(plan_of(models.negate(width="width"), "x:1x2/4x16/8x32"))
     with serve(fast, (ModelSettings(path=str(plan), max_batch_size=8),)) as running:
@@ -162,7 +160,7 @@ def test_callers_in_flight_when_the_gpu_faults_are_all_answered(cuda: FakeCuda, 
         assert data_of(running.ask(gate(0))) == [10]
 
 
-async def test_a_model_that_does_not_fit_says_so(cuda: FakeCuda, tmp_path: Path) -> None:
+async def test_a_model_that_does_not_fit_is_a_clear_error(cuda: FakeCuda, tmp_path: Path) -> None:
     path = models.write(tmp_path, models.negate(width=1000), "wide.onnx")
     model = Model(
         ModelSettings(path=path, engine="tensorrt", max_batch_size=64, plan_cache=str(tmp_path / "plans"))

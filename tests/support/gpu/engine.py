@@ -1,4 +1,4 @@
-"""Engines over the fake GPU, and batches through them, for the tests of the TensorRT engine."""
+"""Engines over the fake GPU, and batches on them, for the tests of the TensorRT engine."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ WAIT_S = 20
 
 @pytest.fixture
 def cuda() -> Iterator[FakeCuda]:
-    """The fake driver. No rule may have been broken at the end, and nothing may be left."""
+    """The fake driver. At the end no rule may be broken and no object left."""
     fake = require_fake_gpu()
-    # Only now is it there to be imported: the fake driver and the stand-ins come with it.
+    # It can be imported only now that the fake driver and the stand-ins are loaded.
     planting = importlib.import_module("tensorrt.planting")
     planting.clear()
     driver._corrupt.clear()
     planting.strict_graphs(True)
     yield fake
     planting.clear()
-    # A test that failed may have left its engine open; the next one must not fail for it.
+    # A failed test may have left its engine open, which must not fail the next test.
     current = importlib.import_module("pycuda.driver").Context
     while current.get_current() is not None:
         current.pop()
@@ -51,7 +51,7 @@ def cuda() -> Iterator[FakeCuda]:
 
 @functools.cache
 def plan_of(model: bytes, *profiles: str, max_batch_size: int = 8) -> bytes:
-    """A plan for the stand-ins, built by our own build code."""
+    """Build a plan for the stand-ins with our own build code."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         path.write_bytes(model)
@@ -61,14 +61,14 @@ def plan_of(model: bytes, *profiles: str, max_batch_size: int = 8) -> bytes:
 def engine_of(
     model: bytes, *profiles: str, max_batch_size: int = 8, built_for: int | None = None, **options: Any
 ) -> TensorRTEngine:
-    """An engine of the model, not open yet. `built_for`: the plan's largest batch."""
+    """Create an engine of the model. `built_for`: the plan's largest batch."""
     plan = plan_of(model, *profiles, max_batch_size=built_for or max_batch_size)
     return TensorRTEngine("model.plan", max_batch_size, plan_source=lambda: plan, **options)
 
 
 @contextlib.contextmanager
 def opened(engine: TensorRTEngine) -> Iterator[TensorRTEngine]:
-    """Open, and closed at the end whatever happens."""
+    """Open an engine and close it at the end."""
     try:
         engine.open()
         yield engine
@@ -81,30 +81,30 @@ def start(engine: TensorRTEngine, slot: int, *rows: Array) -> None:
     shapes = tuple(array.shape[1:] for array in rows)
     for buffer, array in zip(engine.inputs(slot, len(rows[0]), shapes), rows, strict=True):
         buffer[: len(array)] = array
-    del buffer  # an exception that somebody keeps would keep it, too
+    del buffer  # an exception that is kept would keep it, too
     engine.enqueue(slot, len(rows[0]), shapes)
 
 
 def run(engine: TensorRTEngine, *rows: Array, slot: int = 0) -> tuple[Array, ...]:
-    """A batch's outputs, copied as callers copy them."""
+    """Run a batch and return copies of its outputs."""
     start(engine, slot, *rows)
     return tuple(np.array(output) for output in engine.wait(slot))
 
 
 def floats(*rows: Sequence[float]) -> Array:
-    """FP32 rows."""
+    """Return FP32 rows."""
     return np.array(rows, np.float32)
 
 
 def start_worker(worker: Worker) -> EngineError | None:
-    """Start it and wait until its engine is open or has failed to."""
+    """Start a worker and wait until its engine is open or has failed to open."""
     answers: queue.SimpleQueue[EngineError | None] = queue.SimpleQueue()
     worker.start(answers.put)
     return answers.get(timeout=WAIT_S)
 
 
 class WithWorker:
-    """An engine under the real worker, driven from the test's thread as the loop would."""
+    """An engine under the real worker, driven from the test's thread instead of the event loop."""
 
     def __init__(self, engine: TensorRTEngine) -> None:
         self.engine = engine

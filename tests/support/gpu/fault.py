@@ -1,6 +1,6 @@
-"""Run as a program on a GPU, once for each fault: what it does to a process must not reach the other tests.
+"""Cause a fault on a GPU, in a process of its own, since it would affect other tests in the same process.
 
-`python -m tests.support.gpu.fault illegal|memory PLAN` does it and prints what came of it, as JSON.
+`python -m tests.support.gpu.fault illegal|memory PLAN` prints the errors as JSON.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from cobatch.engines.base import Engine
 from cobatch.engines.errors import EngineError
 from cobatch.engines.loader import load_engine
 
-# Writes to address 16, which is nobody's. PTX is text, ended by a zero; the driver compiles it, without nvcc.
-# ptxas takes it for compute capabilities 7.5 to 12.0.
+# Writes to the unmapped address 16. PTX is text that ends with a zero; the driver compiles it without nvcc.
+# ptxas accepts it for compute capabilities 7.5 to 12.0.
 _ILLEGAL = b"""
 .version 6.3
 .target sm_75
@@ -36,7 +36,7 @@ _ILLEGAL = b"""
 
 @contextlib.contextmanager
 def opened(plan: str) -> Iterator[Engine]:
-    """The engine, open on this thread, where its context is current."""
+    """Open the engine on this thread, where its context is current."""
     engine = load_engine("tensorrt", plan, 8)
     try:
         engine.open()
@@ -46,7 +46,7 @@ def opened(plan: str) -> Iterator[Engine]:
 
 
 def attempt(engine: Engine) -> dict[str, str]:
-    """A batch: `error` and `text`, both empty where it went well."""
+    """Run a batch; return its `error` and `text`, both empty on success."""
     rows = [random_rows(spec, 4) for spec in engine.signature.inputs]
     try:
         run(engine, rows)
@@ -56,7 +56,7 @@ def attempt(engine: Engine) -> dict[str, str]:
 
 
 def illegal(plan: str) -> dict[str, Any]:
-    """A kernel of ours writes where nobody may, in the engine's context; then a new engine is opened."""
+    """Run a kernel with an illegal write in the engine's context, then open a new engine."""
     import pycuda.driver as cuda  # type: ignore[import-not-found,unused-ignore]  # noqa: PLC0415 - GPUs only
 
     with opened(plan) as engine:
@@ -77,7 +77,7 @@ def _again(plan: str) -> dict[str, str]:
 
 
 def memory(plan: str) -> dict[str, Any]:
-    """Nearly all of the GPU's memory is taken before the engine is opened, and given back after."""
+    """Allocate nearly all of the GPU's memory before the engine is opened, and free it after."""
     import pycuda.driver as cuda  # type: ignore[import-not-found,unused-ignore]  # noqa: PLC0415 - GPUs only
 
     cuda.init()
@@ -98,7 +98,7 @@ def memory(plan: str) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    """Print what came of it."""
+    """Print the errors as JSON."""
     fault, plan = arguments
     sys.stdout.write(json.dumps({"illegal": illegal, "memory": memory}[fault](plan)) + "\n")
     return 0

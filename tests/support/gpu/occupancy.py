@@ -1,12 +1,11 @@
-"""How busy a GPU is kept, in virtual time; and what a batch costs the worker's thread, measured.
+"""GPU occupancy in virtual time, and the measured cost of a batch for the worker thread.
 
     python -m tests.support.gpu.occupancy
 
 The first table runs the real batcher and worker over a GPU whose times are given
 (tests/support/gpu/pipeline.py). The second runs the TensorRT engine over the fake driver with real PyCUDA:
-what takes time there is the Python code and PyCUDA's, and the fake driver's bookkeeping, which is dearer than
-a driver's in that it checks every call; the kernels themselves are left out. It needs CUDA's headers and g++
-(./scripts/fake-gpu).
+its time is that of our Python code, PyCUDA, and the fake driver, which is slower than a real one because it
+checks every call; kernels are not run. It needs CUDA's headers and g++ (./scripts/fake-gpu).
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _SHARES = (0.0, 0.3, 0.6, 0.8, 0.95, 1.2, 1.5, 2.0)
 
 
 def model() -> None:
-    """Idle shares, for packing plus delivery as a share of a run, and slots."""
+    """Print the idle share by slots and by the time for packing and delivery as a share of a run."""
     print("GPU idle, %, batches of 64 full; packing + delivery as a share of a run:")
     print(f"{'run':>8} {'slots':>6} {'copies':>7}" + "".join(f"{share:>8}" for share in _SHARES))
     for run_s in (0.0005, 0.002, 0.02):
@@ -50,7 +49,7 @@ def model() -> None:
 
 
 class Calls:
-    """Calls on the worker's thread from our own code: a profiler for `threading.setprofile`."""
+    """Counts calls in our code on the worker thread; a profiler for `threading.setprofile`."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -62,13 +61,13 @@ class Calls:
 
 
 def engine(graphs: bool) -> TensorRTEngine:
-    """One input and one output of three numbers a row."""
+    """Return an engine with one input and one output of three numbers per row."""
     plan = plan_of(models.negate(), max_batch_size=8)
     return TensorRTEngine("bench.plan", 8, graphs=graphs, plan_source=lambda: plan)
 
 
 def enqueue_us(graphs: bool) -> tuple[float, float]:
-    """Median microseconds of `enqueue`, and of `wait` without the time that the GPU runs."""
+    """Return the median microseconds of `enqueue`, and of `wait` without the GPU's run time."""
     fake = require_fake_gpu()
     fake.mode("threaded")
     enqueues, waits = [], []
@@ -89,7 +88,7 @@ def enqueue_us(graphs: bool) -> tuple[float, float]:
 
 
 def worker_calls(graphs: bool) -> tuple[float, float, Counter[str]]:
-    """Per batch: calls from our code, processor microseconds of the worker's thread, calls of the driver."""
+    """Return per batch: calls in our code, CPU microseconds of the worker thread, calls of the driver."""
     fake = require_fake_gpu()
     calls = Calls()
     threading.setprofile(calls)
@@ -116,7 +115,7 @@ def worker_calls(graphs: bool) -> tuple[float, float, Counter[str]]:
 
 
 def measure() -> None:
-    """The second table."""
+    """Print the second table."""
     print("\nThe worker's thread, per batch of 1 row (fake driver, real PyCUDA and cuda-bindings):")
     for graphs in (False, True):
         enqueue, wait = enqueue_us(graphs)
@@ -129,7 +128,7 @@ def measure() -> None:
 
 
 def main() -> int:
-    """Both tables."""
+    """Print both tables."""
     model()
     measure()
     return 0

@@ -1,8 +1,8 @@
-"""Loop thread, worker thread and GPU in virtual time, with the real batcher and the real worker.
+"""The event loop's thread, the worker thread and a GPU in virtual time, with the real batcher and worker.
 
-The worker's own code runs on its own thread, but never beside anything else: whenever it would block, for a
-job or for the GPU, it hands over to the machine, which goes on with what happens next in virtual time. The
-loop's callbacks take as long as `spend` says, and what the worker and the GPU do meanwhile happens meanwhile.
+The worker's code runs on its own thread, but never in parallel with another: instead of blocking for a job or
+the GPU it hands over to the machine, which continues with the next event in virtual time. Callbacks of the
+loop take the time given to `spend`, during which the worker and the GPU go on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WAIT_S = 20
 
 
 class Machine:
-    """The clock, the event loop's thread, and the baton that the worker's thread runs with."""
+    """The virtual clock, the event loop, and the hand-over between its thread and the worker thread."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -41,23 +41,23 @@ class Machine:
         self._number = 0
         self._posted: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._turning = False
-        self._loop_s: float | None = None  # the loop's own time while one of its callbacks runs
+        self._loop_s: float | None = None  # the loop's time during one of its callbacks
         self._loop_free_s = 0.0
         self._mine = threading.Semaphore(0)
         self._workers = threading.Semaphore(0)
 
     def time(self) -> float:
-        """Of whoever asks: the loop in a callback, or the worker."""
+        """Return the time of the caller: the loop in a callback, or the worker."""
         return self.now_s if self._loop_s is None else self._loop_s
 
     def at(self, time_s: float, callback: Callable[..., object], *args: Any) -> Timer:
-        """Something that happens whatever the loop does."""
+        """Schedule an event that does not depend on the loop."""
         timer = Timer(callback, args)
         self._number += 1
         heappush(self._events, (time_s, self._number, timer))
         return timer
 
-    # The loop, as far as the batcher needs one
+    # The loop's methods that the batcher uses
 
     def call_soon(self, callback: Callable[..., object], *args: Any) -> None:
         self._posted.append((callback, args))
@@ -78,7 +78,7 @@ class Machine:
         return timer
 
     def spend(self, seconds: float) -> None:
-        """The callback that runs takes so long here; before the machine runs, nothing takes time."""
+        """Advance the loop's time in the running callback; before the machine runs, nothing takes time."""
         if self._loop_s is not None:
             self._loop_s += seconds
 
@@ -94,27 +94,27 @@ class Machine:
     # The worker's thread
 
     def block(self, until_s: float | None) -> Timer | None:
-        """On the worker's thread: stand still until then, or until `wake`."""
+        """On the worker thread: block until this time, or until `wake`."""
         timer = None if until_s is None else self.at(until_s, self.wake)
         self._mine.release()
         assert self._workers.acquire(timeout=WAIT_S)
         return timer
 
     def wake(self) -> None:
-        """Let the worker run until it blocks again."""
+        """Run the worker until it blocks again."""
         self._workers.release()
         assert self._mine.acquire(timeout=WAIT_S)
 
     def started(self) -> None:
-        """The worker's thread has just been started: let it run until it blocks."""
+        """Run the worker thread, which was just started, until it blocks."""
         assert self._mine.acquire(timeout=WAIT_S)
 
     def ended(self) -> None:
-        """On the worker's thread: it will not block any more."""
+        """On the worker thread: end it without blocking."""
         self._mine.release()
 
     def run(self, end_s: float) -> None:
-        """Until then, or until nothing is left to happen."""
+        """Run until this time, or until no event is left."""
         while self._events and self._events[0][0] <= end_s:
             time_s, _, timer = heappop(self._events)
             if timer.callback is not None:
@@ -124,7 +124,7 @@ class Machine:
 
 
 class Jobs:
-    """The worker's queue. A job is `handover_s` on its way, which is what waking a thread takes."""
+    """The worker's queue. A job arrives after `handover_s`, the time to wake a thread."""
 
     def __init__(self, machine: Machine, handover_s: float) -> None:
         self._machine = machine
@@ -160,8 +160,8 @@ class Jobs:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds. Of the GPU per batch: copying in, running, copying out; of the loop per batch: packing and
-    handing out; of the worker: enqueuing, and noticing that a batch is done; `handover_s`: waking it."""
+    """Durations in seconds per batch: of the GPU (copy in, run, copy out), of the loop (pack, deliver) and of
+    the worker (enqueue, notice the end of a batch, and wake up: `handover_s`)."""
 
     run_s: float
     in_s: float = 0.0
@@ -174,7 +174,7 @@ class Times:
 
 
 class PipelineEngine:
-    """A GPU with a copy engine each way and one for kernels. Each row's answer is itself."""
+    """A GPU with a copy engine for each direction and one for kernels. Each row's output is the row."""
 
     platform = "pipeline"
 
@@ -187,14 +187,14 @@ class PipelineEngine:
         spec = TensorSpec("x", "INT64", (1,))
         self.signature = Signature((spec,), (TensorSpec("y", "INT64", (1,)),))
         self.buffers = [np.zeros((max_batch_size, 1), np.int64) for _ in range(slots)]
-        self.ran: list[tuple[float, float]] = []  # from when to when the kernels of each batch ran
+        self.ran: list[tuple[float, float]] = []  # start and end of each batch's kernels
         self.batch_rows: list[int] = []
         self._rows = [0] * slots
         self._done_s = [0.0] * slots
         self._free_s = [0.0, 0.0, 0.0]
 
     def open(self) -> None:
-        """Nothing to open."""
+        """Do nothing."""
 
     def inputs(self, slot: int, rows: int, row_shapes: RowShapes) -> tuple[Array, ...]:
         self.machine.spend(self.times.pack_s)
@@ -222,7 +222,7 @@ class PipelineEngine:
 
 
 class Caller(Request):
-    """One that asks again as soon as it is answered."""
+    """A closed-loop client: sends the next request after each answer."""
 
     __slots__ = ("answered", "ask", "cost_s", "machine", "value")
 
@@ -246,7 +246,7 @@ class Caller(Request):
 
 @dataclass
 class Figures:
-    """Of a run's second half. `idle`: the share of time in which no kernel ran."""
+    """Results of a run's second half. `idle`: share of time without a running kernel."""
 
     idle: float
     batches: int
@@ -262,7 +262,7 @@ def simulate(
     seconds: float = 1.0,
     asynchronous: bool = True,
 ) -> Figures:
-    """So many callers, each asking again at once, for so long."""
+    """Run the pipeline with closed-loop clients."""
     machine = Machine()
     with _virtual(machine) as worker_time:
         engine = PipelineEngine(machine, times, slots, max_batch_size)
@@ -315,7 +315,7 @@ def _load(machine: Machine, worker: Worker, times: Times, callers: int, end_s: f
 
 @contextmanager
 def _virtual(machine: Machine) -> Iterator[SimpleNamespace]:
-    """The worker's clock is the machine's."""
+    """Replace the worker's clock with the machine's."""
     seen = SimpleNamespace(calls=0)
 
     def monotonic() -> float:

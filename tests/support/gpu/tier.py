@@ -1,7 +1,7 @@
-"""The tier without a GPU: real PyCUDA and cuda-bindings over a fake driver, TensorRT stood in for.
+"""Tests without a GPU: real PyCUDA and cuda-bindings over a fake driver, with stand-ins for TensorRT.
 
-`require_fake_gpu()` makes this process one with two fake GPUs, or skips the test and says why; under CI it
-fails instead. A process stays that way: the driver's library cannot be unloaded.
+`require_fake_gpu()` gives this process two fake GPUs, or skips the test with the reason; under CI it fails
+instead. The process keeps them: the driver's library cannot be unloaded.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from tests.support.gpu.fakecuda.build import Built, CannotBuildError, build
 from tests.support.gpu.fakecuda.control import FakeCuda
 
 STAND_INS = Path(__file__).parent / "stand_ins"
-# Which TensorRT the stand-ins are, in a new process: what `environment` hands on. (The server would refuse a
-# COBATCH_… that it does not know.)
+# TensorRT version of the stand-ins in a new process, set by `environment`. (Without the prefix COBATCH_,
+# since the server refuses unknown settings.)
 VERSION_VARIABLE = "STAND_IN_TENSORRT"
 
 
 def require_fake_gpu() -> FakeCuda:
-    """The fake driver as new, with `pycuda`, `cuda.bindings` and `tensorrt` ready to be imported."""
+    """Return the reset fake driver; `pycuda`, `cuda.bindings` and `tensorrt` can be imported."""
     fake = _required()
     fake.reset()
     return fake
@@ -46,10 +46,10 @@ def environment(
     inject: Sequence[tuple[str, int, int]] = (),
     threaded: bool = False,
 ) -> dict[str, str]:
-    """This process's environment, and what makes a new Python process one with fake GPUs.
+    """Return this process's environment, extended so that a new Python process has fake GPUs.
 
-    `version`: which TensorRT the stand-ins are there. `report`: a file that each broken rule is written to.
-    `inject`: as FakeCuda's, (call, code, nth) each.
+    `version`: of the stand-ins for TensorRT. `report`: file that broken rules are written to. `inject`:
+    errors as of FakeCuda, (call, code, nth) each.
     """
     _required()
     built = _built()[0]
@@ -85,6 +85,6 @@ def _fake_gpu() -> tuple[FakeCuda | None, str]:
     if built is None:
         return None, why_not
     fake = FakeCuda(built.library)
-    # In front: a machine with a GPU may have the real ones, and these tests are about the others.
+    # In front, since a machine with a GPU may have the real modules.
     sys.path[:0] = [str(built.site), str(STAND_INS)]
     return fake, ""

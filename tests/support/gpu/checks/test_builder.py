@@ -1,4 +1,4 @@
-"""The builder's stand-ins beside a real builder, TensorRT for RTX's: what one answers the other does."""
+"""Compare the builder's stand-ins with the real builder of TensorRT for RTX."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _real() -> Any:
 
 
 class Build:
-    """One build with a module, and what it told."""
+    """One build with a module, with its log and progress."""
 
     def __init__(self, trt: Any) -> None:
         self.trt = trt
@@ -58,7 +58,7 @@ class Build:
         return None if plan is None else bytes(plan)
 
     def watch(self, step: Callable[[str], bool]) -> list[tuple[str, str]]:
-        """Have `step` asked whether to go on; what comes back fills with (event, phase)."""
+        """Let `step` decide if the build goes on; the returned list receives (event, phase)."""
         told: list[tuple[str, str]] = []
         base = self.trt.IProgressMonitor
 
@@ -93,7 +93,7 @@ def test_a_parsed_network_has_the_models_inputs_and_outputs(build: Build) -> Non
     assert (tensor.name, tuple(tensor.shape), tensor.is_shape_tensor) == ("x", (-1, 3), False)
 
 
-def test_a_file_is_parsed_and_one_that_is_not_there_is_not(build: Build, tmp_path: Path) -> None:
+def test_a_missing_file_is_not_parsed(build: Build, tmp_path: Path) -> None:
     assert build.parser.parse_from_file(models.write(tmp_path, models.negate()))
     assert not Build(build.trt).parser.parse_from_file(str(tmp_path / "none.onnx"))
 
@@ -108,7 +108,7 @@ def test_an_operator_that_is_not_supported_is_named(build: Build) -> None:
     assert str(error.code()).rpartition(".")[2].startswith("UNSUPPORTED_NODE")
 
 
-def test_with_a_profile_it_is_built(build: Build) -> None:
+def test_a_model_builds_with_a_profile(build: Build) -> None:
     build.parser.parse(models.negate())
     profile = build.profile("x", (1, 3), (4, 3), (8, 3))
     assert profile
@@ -120,7 +120,7 @@ def test_with_a_profile_it_is_built(build: Build) -> None:
     assert build.errors == []
 
 
-def test_without_a_profile_it_is_not(build: Build) -> None:
+def test_a_dynamic_model_does_not_build_without_a_profile(build: Build) -> None:
     build.parser.parse(models.negate())
     assert build.serialized() is None
     assert "no optimization profile has been defined" in " ".join(build.errors)
@@ -129,12 +129,12 @@ def test_without_a_profile_it_is_not(build: Build) -> None:
 @pytest.mark.parametrize(
     ("shapes", "name"),
     [
-        (((1, 3), (4, 3), (8, 3)), "other"),  # any name is taken, and only the build tells
-        (((1, 4), (4, 4), (8, 4)), "x"),  # an axis that the model fixes
+        (((1, 3), (4, 3), (8, 3)), "other"),  # any name is accepted, and only the build fails
+        (((1, 4), (4, 4), (8, 4)), "x"),  # an axis that is fixed in the model
         (((1,), (4,), (8,)), "x"),  # too few axes
     ],
 )
-def test_with_a_profile_that_does_not_fit_it_is_not(
+def test_a_model_does_not_build_with_a_profile_that_does_not_fit(
     build: Build, shapes: tuple[Shape, ...], name: str
 ) -> None:
     build.parser.parse(models.negate())
@@ -150,7 +150,7 @@ def test_a_profile_out_of_order_is_false_and_is_not_added(build: Build) -> None:
     assert build.config.add_optimization_profile(profile) == -1
 
 
-def test_a_smallest_batch_of_nothing_is_taken(build: Build) -> None:
+def test_a_smallest_batch_of_zero_is_accepted(build: Build) -> None:
     assert build.profile("x", (0, 3), (4, 3), (8, 3))
 
 
@@ -159,7 +159,7 @@ def test_a_model_without_dynamic_axes_needs_no_profile(build: Build) -> None:
     assert build.serialized()
 
 
-def test_a_monitor_hears_of_phases_within_phases(build: Build) -> None:
+def test_a_monitor_receives_nested_phases(build: Build) -> None:
     build.parser.parse(models.negate(batch=2))
     told = build.watch(lambda _phase: True)
     assert build.serialized()

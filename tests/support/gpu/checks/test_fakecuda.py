@@ -1,6 +1,6 @@
-"""The fake driver itself: honest where the rules are kept, and each broken rule planted and told.
+"""The fake driver: correct results if no rule is broken, and a report of each broken rule.
 
-Through real PyCUDA, and through cuda-bindings where PyCUDA would not let a mistake through.
+Uses real PyCUDA, and cuda-bindings for mistakes that PyCUDA prevents.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ POISON = 0xCB
 
 
 class Gpu:
-    """PyCUDA and cuda-bindings, with the primary context of device 0 current on this thread."""
+    """Import PyCUDA and cuda-bindings, with device 0's primary context current on this thread."""
 
     def __init__(self) -> None:
         self.cuda: Any = importlib.import_module("pycuda.driver")
@@ -56,15 +56,15 @@ def gpu(fake: FakeCuda) -> Iterator[Gpu]:
     gpu.context.detach()
 
 
-# Where every rule is kept
+# No rule is broken
 
 
-def test_a_copy_there_and_back_runs_when_it_is_waited_for(fake: FakeCuda, gpu: Gpu) -> None:
+def test_copies_run_when_they_are_waited_for(fake: FakeCuda, gpu: Gpu) -> None:
     stream, source, target = gpu.stream(), gpu.pinned(7), gpu.pinned(0)
     memory = gpu.cuda.mem_alloc(64)
     gpu.cuda.memcpy_htod_async(memory, source, stream)
     gpu.cuda.memcpy_dtoh_async(target, memory, stream)
-    assert set(target) == {POISON}  # who reads too early sees nothing of the answer
+    assert set(target) == {POISON}  # reading too early shows no result
     stream.synchronize()
     assert set(target) == {7}
     del stream
@@ -99,7 +99,7 @@ def test_a_stream_waits_for_an_event_of_another(gpu: Gpu) -> None:
     assert target[0] == 5
 
 
-def test_without_waiting_for_it_another_streams_work_has_not_run(gpu: Gpu) -> None:
+def test_work_of_another_stream_has_not_run_without_a_wait(gpu: Gpu) -> None:
     one, other, source, target = gpu.stream(), gpu.stream(), gpu.pinned(5), gpu.pinned(0)
     memory = gpu.cuda.mem_alloc(64)
     gpu.cuda.memcpy_htod_async(memory, source, one)
@@ -109,7 +109,7 @@ def test_without_waiting_for_it_another_streams_work_has_not_run(gpu: Gpu) -> No
     one.synchronize()
 
 
-def test_asking_in_a_loop_comes_to_an_end(gpu: Gpu) -> None:
+def test_polling_ends(gpu: Gpu) -> None:
     stream, source, event = gpu.stream(), gpu.pinned(5), gpu.cuda.Event()
     memory = gpu.cuda.mem_alloc(64)
     gpu.cuda.memcpy_htod_async(memory, source, stream)
@@ -117,7 +117,7 @@ def test_asking_in_a_loop_comes_to_an_end(gpu: Gpu) -> None:
     assert [event.query() for _ in range(3)] == [False, True, True]
 
 
-def test_memory_is_poisoned_as_the_test_says(fake: FakeCuda, gpu: Gpu) -> None:
+def test_new_memory_has_the_chosen_byte(fake: FakeCuda, gpu: Gpu) -> None:
     fake.poison(0x5A)
     target = np.zeros(16, np.uint8)
     gpu.cuda.memcpy_dtoh(target, gpu.cuda.mem_alloc(16))
@@ -125,7 +125,7 @@ def test_memory_is_poisoned_as_the_test_says(fake: FakeCuda, gpu: Gpu) -> None:
     assert set(gpu.cuda.pagelocked_empty(16, np.uint8)) == {0x5A}
 
 
-def test_events_measure_time_unless_they_were_told_not_to(gpu: Gpu) -> None:
+def test_events_measure_time_unless_timing_is_disabled(gpu: Gpu) -> None:
     stream, begin, end = gpu.stream(), gpu.cuda.Event(), gpu.cuda.Event()
     begin.record(stream)
     end.record(stream)
@@ -138,8 +138,8 @@ def test_events_measure_time_unless_they_were_told_not_to(gpu: Gpu) -> None:
         untimed.time_since(begin)
 
 
-def test_a_device_address_is_none_of_the_hosts(gpu: Gpu) -> None:
-    # Canonical addresses have their top 16 bits alike: the processor refuses this one.
+def test_a_device_address_is_no_host_address(gpu: Gpu) -> None:
+    # A canonical address has equal top 16 bits; the processor refuses this one.
     assert int(gpu.cuda.mem_alloc(16)) >> 47 not in {0, 0x1FFFF}
 
 
@@ -154,7 +154,7 @@ def test_memory_runs_out(fake: FakeCuda, gpu: Gpu) -> None:
     broke(fake)
 
 
-def test_there_are_two_devices_with_memory_of_their_own(gpu: Gpu) -> None:
+def test_there_are_two_devices_with_separate_memory(gpu: Gpu) -> None:
     assert gpu.cuda.Device.count() == 2
     held = gpu.cuda.mem_alloc(1 << 20)
     second = gpu.cuda.Device(1).retain_primary_context()
@@ -172,7 +172,7 @@ def test_calls_are_counted(fake: FakeCuda, gpu: Gpu) -> None:
     assert fake.calls() == {"cuMemAlloc": 1, "cuMemFree": 1}
 
 
-def test_what_its_context_takes_along_is_told(fake: FakeCuda) -> None:
+def test_objects_freed_with_their_context_are_reported(fake: FakeCuda) -> None:
     gpu = Gpu()
     kept = gpu.cuda.mem_alloc(16), gpu.stream()
     gpu.context.detach()
@@ -181,7 +181,7 @@ def test_what_its_context_takes_along_is_told(fake: FakeCuda) -> None:
     broke(fake)
 
 
-# Each broken rule
+# Broken rules
 
 
 def test_no_context_is_current(fake: FakeCuda) -> None:
@@ -226,7 +226,7 @@ def test_a_host_buffer_is_written_to_before_its_copy_has_run(
     broke(fake, "the host buffer was written to before its copy had run")
 
 
-def test_a_copy_to_memory_that_is_too_small_or_freed_or_none(fake: FakeCuda, gpu: Gpu) -> None:
+def test_a_copy_to_memory_that_is_too_small_freed_or_invalid(fake: FakeCuda, gpu: Gpu) -> None:
     stream, host, memory = gpu.stream(), gpu.pinned(3, 65), gpu.cuda.mem_alloc(64)
     address = int(memory)
     with pytest.raises(gpu.cuda.LogicError):
@@ -238,7 +238,7 @@ def test_a_copy_to_memory_that_is_too_small_or_freed_or_none(fake: FakeCuda, gpu
     broke(fake, "too small for 65 bytes", "was freed", "is no device memory")
 
 
-def test_a_freed_address_is_never_given_out_again(gpu: Gpu) -> None:
+def test_a_freed_address_is_never_reused(gpu: Gpu) -> None:
     addresses = []
     for _ in range(3):
         memory = gpu.cuda.mem_alloc(64)
@@ -282,7 +282,7 @@ def test_streams_and_events_are_used_after_their_end(fake: FakeCuda, gpu: Gpu) -
     broke(fake, "the stream is used after its end", "the event is used after its end")
 
 
-def test_what_its_context_took_along_is_used_in_the_next(fake: FakeCuda, gpu: Gpu) -> None:
+def test_an_object_of_a_destroyed_context_is_used_in_the_next(fake: FakeCuda, gpu: Gpu) -> None:
     _, stream = gpu.driver.cuStreamCreate(NON_BLOCKING)
     gpu.context.detach()
     gpu.context = gpu.cuda.Device(0).retain_primary_context()
@@ -305,7 +305,7 @@ def test_an_object_is_used_on_another_thread(fake: FakeCuda, gpu: Gpu) -> None:
     broke(fake, "cuStreamSynchronize: the stream belongs to another thread")
 
 
-def test_a_context_of_ours_is_current_on_two_threads(fake: FakeCuda) -> None:
+def test_a_created_context_is_current_on_two_threads(fake: FakeCuda) -> None:
     cuda: Any = importlib.import_module("pycuda.driver")
     driver: Any = importlib.import_module("cuda.bindings.driver")
     cuda.init()
@@ -343,46 +343,46 @@ def test_a_call_that_the_fake_does_not_have(fake: FakeCuda, gpu: Gpu) -> None:
 # Errors, planted and sticky
 
 
-def test_a_planted_error_comes_once_and_when_it_should(fake: FakeCuda, gpu: Gpu) -> None:
+def test_a_planted_error_occurs_once_at_its_call(fake: FakeCuda, gpu: Gpu) -> None:
     fake.inject("cuMemAlloc", OUT_OF_MEMORY, nth=2)
     assert [gpu.code(gpu.driver.cuMemAlloc(16)) for _ in range(3)] == [0, OUT_OF_MEMORY, 0]
     broke(fake)
 
 
-def test_pycuda_asks_for_memory_twice(fake: FakeCuda, gpu: Gpu) -> None:
+def test_pycuda_repeats_a_failed_allocation(fake: FakeCuda, gpu: Gpu) -> None:
     fake.inject("cuMemAlloc", OUT_OF_MEMORY)
     gpu.cuda.mem_alloc(16)
     fake.inject("cuMemAlloc", OUT_OF_MEMORY, times=2)
-    # A class of PyCUDA's own, and not Python's MemoryError.
+    # A class of PyCUDA, no subclass of Python's MemoryError.
     with pytest.raises(gpu.cuda.MemoryError, match="cuMemAlloc failed: out of memory"):
         gpu.cuda.mem_alloc(16)
     broke(fake)
 
 
 @pytest.mark.parametrize("code", [ILLEGAL_ADDRESS, LAUNCH_FAILED])
-def test_after_a_sticky_error_every_call_answers_it(fake: FakeCuda, gpu: Gpu, code: int) -> None:
+def test_after_a_sticky_error_every_call_returns_it(fake: FakeCuda, gpu: Gpu, code: int) -> None:
     memory, stream = gpu.driver.cuMemAlloc(16)[1], gpu.driver.cuStreamCreate(NON_BLOCKING)[1]
     fake.inject("cuStreamSynchronize", code)
     assert gpu.code(gpu.driver.cuStreamSynchronize(stream)) == code
-    # Cleaning up is what is left to do, and answers the same.
+    # Cleaning up is allowed, and returns the same error.
     assert gpu.code(gpu.driver.cuMemFree(memory)) == gpu.code(gpu.driver.cuStreamDestroy(stream)) == code
     broke(fake)
     assert gpu.code(gpu.driver.cuMemGetInfo()) == code
     broke(fake, f"cuMemGetInfo_v2: called after sticky error {code}")
 
 
-def test_an_error_while_work_runs_is_told_by_the_next_call(fake: FakeCuda, gpu: Gpu) -> None:
+def test_an_error_of_running_work_is_returned_by_the_next_call(fake: FakeCuda, gpu: Gpu) -> None:
     stream, memory, host, target = gpu.stream(), gpu.cuda.mem_alloc(64), gpu.pinned(1), gpu.pinned(0)
     fake.inject("exec:htod", ILLEGAL_ADDRESS)
     gpu.cuda.memcpy_htod_async(memory, host, stream)
     gpu.cuda.memcpy_dtoh_async(target, memory, stream)
     with pytest.raises(gpu.cuda.LogicError, match="illegal memory access"):
         stream.synchronize()
-    assert set(target) == {POISON}  # what is queued behind it does not run
+    assert set(target) == {POISON}  # work queued after it does not run
     broke(fake)
 
 
-def test_a_new_context_is_sound_and_so_is_another_device(fake: FakeCuda, gpu: Gpu) -> None:
+def test_a_new_context_and_another_device_are_usable(fake: FakeCuda, gpu: Gpu) -> None:
     fake.inject("cuMemGetInfo", ILLEGAL_ADDRESS)
     assert gpu.code(gpu.driver.cuMemGetInfo()) == ILLEGAL_ADDRESS
     second = gpu.cuda.Device(1).retain_primary_context()
@@ -397,7 +397,7 @@ def test_a_new_context_is_sound_and_so_is_another_device(fake: FakeCuda, gpu: Gp
     broke(fake)
 
 
-def test_a_context_that_somebody_else_retains_stays_corrupt(fake: FakeCuda, gpu: Gpu) -> None:
+def test_a_context_retained_elsewhere_stays_unusable(fake: FakeCuda, gpu: Gpu) -> None:
     other = gpu.driver.cuDevicePrimaryCtxRetain(0)[1]
     fake.inject("cuMemGetInfo", ILLEGAL_ADDRESS)
     gpu.driver.cuMemGetInfo()
@@ -408,7 +408,7 @@ def test_a_context_that_somebody_else_retains_stays_corrupt(fake: FakeCuda, gpu:
         gpu.driver.cuCtxPushCurrent(other)
         return gpu.code(gpu.driver.cuMemGetInfo())
 
-    # Another thread has not been told yet: it breaks no rule by asking.
+    # A call of another thread breaks no rule: it has not seen the error yet.
     assert in_thread(elsewhere) == ILLEGAL_ADDRESS
     gpu.driver.cuDevicePrimaryCtxRelease(0)
     broke(fake)

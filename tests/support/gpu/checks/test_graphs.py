@@ -1,4 +1,4 @@
-"""Graphs on the fake driver, by cuda-bindings on PyCUDA's stream; and the fake's execution threads."""
+"""Graphs on the fake driver, with cuda-bindings on PyCUDA's stream, and its execution threads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["fake", "gpu"]  # the fixtures
 
 
 class Copy:
-    """A copy to the device and back, on a stream of its own."""
+    """A copy to the device and back, on its own stream."""
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
@@ -47,9 +47,7 @@ def copy(gpu: Gpu) -> Copy:
     return Copy(gpu)
 
 
-def test_a_captured_graph_does_its_work_each_time_it_is_launched(
-    fake: FakeCuda, gpu: Gpu, copy: Copy
-) -> None:
+def test_a_captured_graph_runs_at_each_launch(fake: FakeCuda, gpu: Gpu, copy: Copy) -> None:
     graph = copy.captured()
     copy.stream.synchronize()
     assert copy.target[0] == 0  # capturing runs nothing
@@ -65,14 +63,14 @@ def test_a_captured_graph_does_its_work_each_time_it_is_launched(
     broke(fake)
 
 
-def test_a_graph_is_launched_whose_memory_was_freed(fake: FakeCuda, gpu: Gpu, copy: Copy) -> None:
+def test_a_graph_with_freed_memory_is_launched(fake: FakeCuda, gpu: Gpu, copy: Copy) -> None:
     graph = copy.captured()
     copy.memory.free()
     assert gpu.code(gpu.driver.cuGraphLaunch(graph, copy.handle)) == 1
     broke(fake, "cuGraphLaunch: the device memory was freed")
 
 
-def test_a_graphs_source_is_written_to_while_it_is_under_way(fake: FakeCuda, gpu: Gpu, copy: Copy) -> None:
+def test_a_graphs_source_is_written_to_while_it_runs(fake: FakeCuda, gpu: Gpu, copy: Copy) -> None:
     graph = copy.captured()
     gpu.driver.cuGraphLaunch(graph, copy.handle)
     copy.source[0] = 9
@@ -100,7 +98,7 @@ def test_a_capture_is_disturbed(fake: FakeCuda, gpu: Gpu, copy: Copy, disturb: A
     copy.begin()
     assert gpu.code(disturb(gpu, copy)) == 900
     assert gpu.code(gpu.driver.cuStreamEndCapture(copy.handle)) == 901
-    copy.queue()  # the stream can be used on
+    copy.queue()  # the stream is still usable
     copy.stream.synchronize()
     broke(fake, told)
 
@@ -124,7 +122,7 @@ def test_the_default_stream_is_captured(fake: FakeCuda, gpu: Gpu) -> None:
 # Execution threads
 
 
-def test_with_execution_threads_work_runs_though_nobody_waits(fake: FakeCuda, gpu: Gpu, copy: Copy) -> None:
+def test_with_execution_threads_work_runs_without_a_wait(fake: FakeCuda, gpu: Gpu, copy: Copy) -> None:
     fake.mode("threaded")
     event = gpu.cuda.Event()
     copy.queue()
@@ -135,9 +133,7 @@ def test_with_execution_threads_work_runs_though_nobody_waits(fake: FakeCuda, gp
     broke(fake)
 
 
-def test_with_execution_threads_streams_wait_for_each_other_all_the_same(
-    fake: FakeCuda, gpu: Gpu, copy: Copy
-) -> None:
+def test_with_execution_threads_streams_wait_for_each_other(fake: FakeCuda, gpu: Gpu, copy: Copy) -> None:
     fake.mode("threaded")
     other, event = Copy(gpu), gpu.cuda.Event(gpu.cuda.event_flags.DISABLE_TIMING)
     for value in range(1, 50):
@@ -151,7 +147,9 @@ def test_with_execution_threads_streams_wait_for_each_other_all_the_same(
     broke(fake)
 
 
-def test_with_execution_threads_a_fault_is_told_by_a_later_call(fake: FakeCuda, gpu: Gpu, copy: Copy) -> None:
+def test_with_execution_threads_a_fault_is_returned_by_a_later_call(
+    fake: FakeCuda, gpu: Gpu, copy: Copy
+) -> None:
     fake.mode("threaded")
     fake.inject("exec:dtoh", 719)
     copy.queue()

@@ -1,4 +1,4 @@
-"""What the fake driver says of handles and contexts that are nonsense, gone or somebody else's."""
+"""The fake driver's reports of invalid, freed and foreign handles and contexts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ Call = Callable[[Any], tuple[Any, ...]]
         ),
     ],
 )
-def test_nonsense_is_told(fake: FakeCuda, gpu: Gpu, call: Call, code: int, told: str) -> None:
+def test_invalid_handles_are_reported(fake: FakeCuda, gpu: Gpu, call: Call, code: int, told: str) -> None:
     assert gpu.code(call(gpu.driver)) == code
     broke(fake, told)
 
@@ -68,7 +68,7 @@ def test_a_capture_begins_twice_or_ends_twice(fake: FakeCuda, gpu: Gpu) -> None:
     broke(fake, "the stream is being captured already", "the stream is not being captured")
 
 
-def test_a_graphs_nodes_are_counted_and_flags_are_not_known(fake: FakeCuda, gpu: Gpu) -> None:
+def test_graph_nodes_are_counted_and_unknown_flags_are_reported(fake: FakeCuda, gpu: Gpu) -> None:
     stream, memory = _stream(gpu), gpu.driver.cuMemAlloc(16)[1]
     _begin(gpu, stream)
     gpu.driver.cuMemsetD8Async(memory, 1, 16, stream)
@@ -96,14 +96,14 @@ def test_a_context_is_used_after_its_end(fake: FakeCuda, gpu: Gpu) -> None:
     broke(fake, "the context is used after its end")
 
 
-def test_a_context_of_ours_is_destroyed_while_another_thread_uses_it(fake: FakeCuda, gpu: Gpu) -> None:
+def test_a_created_context_is_destroyed_while_another_thread_uses_it(fake: FakeCuda, gpu: Gpu) -> None:
     context = gpu.driver.cuCtxCreate(None, 0, 0)[1]
     assert in_thread(lambda: gpu.code(gpu.driver.cuCtxDestroy(context))) == 216
     assert gpu.code(gpu.driver.cuCtxDestroy(context)) == 0
     broke(fake, "cuCtxDestroy_v2: the context is current on another thread")
 
 
-def test_the_stack_of_contexts_is_popped_empty_or_grows_too_high(fake: FakeCuda, gpu: Gpu) -> None:
+def test_the_stack_of_contexts_underflows_or_overflows(fake: FakeCuda, gpu: Gpu) -> None:
     assert in_thread(lambda: gpu.code(gpu.driver.cuCtxPopCurrent())) == 201
     context = gpu.driver.cuCtxGetCurrent()[1]
 
@@ -114,7 +114,7 @@ def test_the_stack_of_contexts_is_popped_empty_or_grows_too_high(fake: FakeCuda,
     broke(fake, "cuCtxPopCurrent_v2: no context is current", "32 contexts are on the stack")
 
 
-def test_nothing_goes_before_cuinit() -> None:
+def test_calls_before_cuinit_fail() -> None:
     program = (
         "from cuda.bindings import driver\n"
         "count = lambda: int(driver.cuDeviceGetCount()[0])\n"
@@ -125,7 +125,7 @@ def test_nothing_goes_before_cuinit() -> None:
     assert told.stdout.split() == ["3", "0", "0"]
 
 
-def test_devices_beyond_the_second_are_refused_quietly(fake: FakeCuda, gpu: Gpu) -> None:
+def test_devices_beyond_the_second_are_refused_without_a_broken_rule(fake: FakeCuda, gpu: Gpu) -> None:
     cuda: Any = importlib.import_module("pycuda.driver")
     for number in (-1, 2):
         with pytest.raises(cuda.LogicError, match="invalid device ordinal"):

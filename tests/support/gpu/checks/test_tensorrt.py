@@ -1,4 +1,4 @@
-"""TensorRT's stand-ins: honest where the rules are kept, and each broken rule planted and told."""
+"""TensorRT's stand-ins: correct results if no rule is broken, and a report of each broken rule."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROWS = 4
 
 
 class Trt:
-    """The stand-ins, with what they log and tell an error recorder."""
+    """The stand-ins, with their log and error recorder."""
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
@@ -60,7 +60,7 @@ class Trt:
 
 
 class Batch:
-    """An execution context of y = -x, [1 to 8, 3], with its memory and all that a batch needs set."""
+    """An execution context of y = -x, [1 to 8, 3], ready for a batch."""
 
     def __init__(self, trt: Trt, engine: Any = None) -> None:
         self.gpu = trt.gpu
@@ -91,7 +91,7 @@ class Batch:
         return driver.cuGraphInstantiate(graph, 0)[1]
 
     def is_right(self) -> bool:
-        """The rows that were asked for are there, and nothing was written behind them."""
+        """Check the requested rows, and that nothing was written after them."""
         wanted, got = -self.hosts["x"][:ROWS], self.hosts["y"]
         rest = got[ROWS:].view(np.uint8)
         return bool(np.array_equal(got[:ROWS], wanted) and set(rest.ravel()) == {POISON})
@@ -109,7 +109,7 @@ def batch(trt: Trt) -> Batch:
     return Batch(trt)
 
 
-# Where every rule is kept
+# No rule is broken
 
 
 @pytest.mark.parametrize("mode", ["lazy", "threaded"])
@@ -148,7 +148,7 @@ def test_a_captured_batch_is_computed_each_time(fake: FakeCuda, gpu: Gpu, batch:
         (TensorProto.BOOL, "BOOL", np.uint8),
     ],
 )
-def test_every_type_arrives_bit_by_bit(gpu: Gpu, trt: Trt, datatype: int, name: str, bits: Any) -> None:
+def test_every_type_arrives_bit_for_bit(gpu: Gpu, trt: Trt, datatype: int, name: str, bits: Any) -> None:
     engine = trt.engine(models.identity(datatype))
     assert engine.get_tensor_dtype("x").name == name
     context, stream = engine.create_execution_context(), gpu.stream()
@@ -165,7 +165,7 @@ def test_every_type_arrives_bit_by_bit(gpu: Gpu, trt: Trt, datatype: int, name: 
     assert np.array_equal(got, sent)
 
 
-def test_objects_hold_memory_of_the_device_until_they_go(fake: FakeCuda, trt: Trt) -> None:
+def test_objects_hold_device_memory_until_they_are_freed(fake: FakeCuda, trt: Trt) -> None:
     engine = trt.engine()
     context = engine.create_execution_context()
     assert fake.live_objects()["device memory"] == 2
@@ -174,7 +174,7 @@ def test_objects_hold_memory_of_the_device_until_they_go(fake: FakeCuda, trt: Tr
     broke(fake)
 
 
-def test_there_is_no_memory_for_them(fake: FakeCuda, trt: Trt) -> None:
+def test_objects_without_memory_fail(fake: FakeCuda, trt: Trt) -> None:
     fake.memory(10)
     assert trt.engine() is None
     fake.memory(len(models.negate()) + 10)
@@ -184,7 +184,7 @@ def test_there_is_no_memory_for_them(fake: FakeCuda, trt: Trt) -> None:
     broke(fake)
 
 
-def test_a_shape_that_depends_on_the_data_is_not_known(trt: Trt) -> None:
+def test_a_shape_that_depends_on_the_data_is_unknown(trt: Trt) -> None:
     context = trt.engine(models.value_sets_width()).create_execution_context()
     context.set_input_shape("x", (2, 1))
     assert context.infer_shapes() == []
@@ -215,7 +215,7 @@ def test_an_error_of_the_driver_while_it_queues_reaches_the_recorder(
     broke(fake)
 
 
-def test_a_kernel_that_fails_spoils_the_context(fake: FakeCuda, gpu: Gpu, trt: Trt) -> None:
+def test_a_failed_kernel_makes_the_context_unusable(fake: FakeCuda, gpu: Gpu, trt: Trt) -> None:
     engine = trt.engine(models.pick())
     context, stream = engine.create_execution_context(), gpu.stream()
     memory = {key: gpu.cuda.mem_alloc(8) for key in ("x", "y")}
@@ -229,7 +229,7 @@ def test_a_kernel_that_fails_spoils_the_context(fake: FakeCuda, gpu: Gpu, trt: T
     broke(fake)
 
 
-# Each broken rule
+# Broken rules
 
 
 def test_no_shape_is_set(fake: FakeCuda, trt: Trt) -> None:
@@ -258,9 +258,7 @@ def test_a_shape_is_that_of_another_profile(fake: FakeCuda, gpu: Gpu, trt: Trt) 
     broke(fake, "outside profile 0")
 
 
-def test_the_profile_was_switched_on_a_stream_that_nobody_waited_for(
-    fake: FakeCuda, gpu: Gpu, batch: Batch
-) -> None:
+def test_a_profile_was_switched_on_a_stream_without_a_wait(fake: FakeCuda, gpu: Gpu, batch: Batch) -> None:
     other = gpu.stream()
     assert batch.context.set_optimization_profile_async(0, int(other.handle))
     batch.context.set_input_shape("x", (ROWS, 3))
@@ -330,14 +328,14 @@ def test_captured_after_other_shapes_were_run(fake: FakeCuda, batch: Batch) -> N
     broke(fake, "execute_async_v3: captured before")
 
 
-def test_a_graph_is_launched_whose_context_has_other_shapes_now(
+def test_a_graph_is_launched_after_its_contexts_shapes_changed(
     fake: FakeCuda, trt: Trt, batch: Batch
 ) -> None:
     batch.queue()
     batch.stream.synchronize()
     graph = batch.capture()
     batch.context.set_input_shape("x", (2, 3))
-    for strict in (False, True):  # others do it all the same: a test may allow it
+    for strict in (False, True):  # a test may allow it
         trt.planting.strict_graphs(strict)
         batch.gpu.driver.cuGraphLaunch(graph, batch.handle)
         batch.stream.synchronize()
@@ -389,7 +387,7 @@ def test_after_a_sticky_error_nothing_may_be_called(fake: FakeCuda, gpu: Gpu, ba
     broke(fake, "enqueueV3: called after sticky error 700")
 
 
-def test_memory_of_its_own_that_was_not_given(fake: FakeCuda, gpu: Gpu, trt: Trt) -> None:
+def test_working_memory_that_was_not_set(fake: FakeCuda, gpu: Gpu, trt: Trt) -> None:
     strategy = trt.trt.ExecutionContextAllocationStrategy.USER_MANAGED
     batch = Batch(trt)
     context = batch.engine.create_execution_context(strategy)
@@ -407,7 +405,7 @@ def test_memory_of_its_own_that_was_not_given(fake: FakeCuda, gpu: Gpu, trt: Trt
     broke(fake, "no device memory is set", "the device memory that was set is too small")
 
 
-def test_memory_of_its_own_as_the_oldest_version_takes_it(fake: FakeCuda, gpu: Gpu, trt: Trt) -> None:
+def test_working_memory_as_the_oldest_version_sets_it(fake: FakeCuda, gpu: Gpu, trt: Trt) -> None:
     versions: Any = importlib.import_module("tensorrt.versions")
     versions.use("10.0.1")
     try:

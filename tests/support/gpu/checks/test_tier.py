@@ -1,4 +1,4 @@
-"""The tier itself: the cache, processes of their own, and where it cannot be had."""
+"""The fake GPU's set-up: the cache, new processes, and machines that cannot build it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ context.detach()
 """
 
 
-def test_a_process_of_its_own_has_fake_gpus_and_tells_what_broke_a_rule(tmp_path: Path) -> None:
+def test_a_new_process_has_fake_gpus_and_reports_broken_rules(tmp_path: Path) -> None:
     report = tmp_path / "report"
     environ = environment("10.0", report=report, inject=[("cuEventSynchronize", 719, 1)], threaded=True)
     done = subprocess.run(
@@ -46,13 +46,13 @@ def test_a_process_of_its_own_has_fake_gpus_and_tells_what_broke_a_rule(tmp_path
     assert report.read_text() == "cuStreamCreate: called after sticky error 719\n"
 
 
-def test_what_is_there_is_not_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_results_are_not_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
     require_fake_gpu()
     monkeypatch.setattr(build, "run", lambda *_: pytest.fail("it builds"))
     assert build.build().library.is_file()
 
 
-def test_what_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_build_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def fail(folder: Path) -> None:
@@ -76,7 +76,7 @@ def test_without_headers_the_tier_is_skipped_and_under_ci_it_fails(
         require_fake_gpu()
 
 
-def test_every_entry_point_is_generated_and_none_is_made_up(tmp_path: Path) -> None:
+def test_exactly_the_declared_entry_points_are_generated(tmp_path: Path) -> None:
     require_fake_gpu()
     include = build.cuda_root() / "include"
     text = generate(include, list(build.SOURCES))

@@ -1,1 +1,1 @@
-"""A CUDA driver in memory, for PyCUDA and cuda-bindings to run on where there is no GPU."""
+"""A CUDA driver in memory, which PyCUDA and cuda-bindings run on without a GPU."""

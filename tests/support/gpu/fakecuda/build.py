@@ -1,7 +1,7 @@
-"""Builds the fake driver, and PyCUDA against it, once: into a cache outside the repository.
+"""Build the fake driver, and PyCUDA against it, once, into a cache outside the repository.
 
-Run by `./scripts/fake-gpu`, and by the tests that need it. A folder's name is a hash of what its contents
-are made from, so a change makes a new one, and of two runs at once one builds and the other waits.
+Run by `./scripts/fake-gpu`, and by the tests that need it. A folder's name is a hash of its sources, so a
+change leads to a new folder; of two concurrent runs one builds and the other waits.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from tests.support.gpu.fakecuda.generate import generate
 
 HERE = Path(__file__).parent
 PYCUDA = "pycuda==2026.1"
-# What PyCUDA imports beside NumPy, which is the environment's own.
+# PyCUDA's dependencies besides NumPy, which is the environment's.
 REQUIRES = ("pytools>=2025.2", "platformdirs>=4", "mako>=1.3")
 BUILDS_WITH = ("setuptools>=80", "wheel>=0.45")
 SOURCES = tuple(
     HERE / f"{name}.c" for name in ("calls", "devices", "contexts", "memory", "work", "streams", "graphs")
 )
 LIBRARY = "libcuda.so.1"
-# To be counted up when what is done below changes and not only how.
+# Increase it when the result of the code below changes.
 RECIPE = "1"
 _ROOTS = ("/usr/local/cuda", "/usr/local/cuda-13.0")
 
 
 class CannotBuildError(Exception):
-    """What is missing here, or the last lines of what failed."""
+    """The fake driver cannot be built; the text is the reason or the last lines of output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +47,16 @@ class Built:
 
 
 def cache_folder() -> Path:
-    """Where everything is kept; what lies there can be deleted at any time."""
+    """Return the cache folder; its contents can be deleted at any time."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "cobatch" / "fake-gpu"
 
 
 def cuda_root() -> Path:
-    """The CUDA toolkit. Raises CannotBuildError."""
+    """Return the folder of the CUDA toolkit. Raises CannotBuildError."""
     nvcc = shutil.which("nvcc")
     beside = [str(Path(nvcc).resolve().parent.parent)] if nvcc else []
-    # The headers alone, as wheels: they are in the development set.
+    # The headers only, from wheels of the development dependencies.
     wheels = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13"
     named = os.environ.get("CUDA_ROOT")
     for root in [*([named] if named else []), *beside, str(wheels), *_ROOTS]:
@@ -66,7 +66,7 @@ def cuda_root() -> Path:
 
 
 def build(say: Callable[[str], None] = lambda _line: None) -> Built:
-    """Both, from the cache where they are there. Raises CannotBuildError."""
+    """Return both, from the cache or built. Raises CannotBuildError."""
     root = cuda_root()
     for tool in ("gcc", "g++"):
         if shutil.which(tool) is None:
@@ -76,7 +76,7 @@ def build(say: Callable[[str], None] = lambda _line: None) -> Built:
 
 
 def build_library(root: Path) -> Path:
-    """The fake driver; half a second. Raises CannotBuildError."""
+    """Build the fake driver in about half a second. Raises CannotBuildError."""
     header = root / "include" / "cuda.h"
     key = _hash([*SOURCES, HERE / "fake.h", HERE / "generate.py", header])
     return once(f"driver-{key}", lambda folder: _compile(root, folder)) / LIBRARY
@@ -90,7 +90,7 @@ def _compile(root: Path, folder: Path) -> None:
     flags = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-pthread"]
     paths = [f"-I{HERE}", f"-I{include}", *map(str, SOURCES), str(made)]
     run(["gcc", *flags, f"-Wl,-soname,{LIBRARY}", *paths, "-o", str(library), "-ldl"])
-    # What PyCUDA's build asks the linker for.
+    # The library name that PyCUDA's build links to.
     (folder / "libcuda.so").symlink_to(LIBRARY)
 
 
@@ -105,23 +105,23 @@ def _build_pycuda(root: Path, library: Path, say: Callable[[str], None]) -> Path
         with tempfile.TemporaryDirectory() as scratch:
             wheel = _wheel(root, library, Path(scratch), np.__version__)
             pip("install", "--target", str(folder / "site"), "--no-deps", str(wheel))
-        # Their own requirements are small and pure; NumPy is nobody's.
+        # Their requirements are small pure Python packages without NumPy.
         pip("install", "--target", str(folder / "site"), *REQUIRES)
 
     return once(f"pycuda-{key}", make) / "site"
 
 
 def _wheel(root: Path, library: Path, scratch: Path, numpy: str) -> Path:
-    """Built in an environment of its own, since PyCUDA's build needs NumPy and setuptools installed first."""
+    """Build PyCUDA in a new environment, since its build needs NumPy and setuptools installed first."""
     run([sys.executable, "-m", "venv", str(scratch / "venv")])
     python = str(scratch / "venv" / "bin" / "python")
     pip("install", f"numpy=={numpy}", *BUILDS_WITH, python=python)
-    # PyCUDA's build reads its settings from the home folder, and there is no curand.h in every toolkit.
+    # PyCUDA's build reads settings from the home folder, and some toolkits have no curand.h.
     (scratch / ".aksetup-defaults.py").write_text(
         f"CUDA_ENABLE_CURAND = False\nCUDA_ROOT = {str(root)!r}\n"
         f"CUDADRV_LIB_DIR = [{str(library.parent)!r}]\n"
     )
-    for settings in (".config", ".pip"):  # pip's own, which may say where packages come from
+    for settings in (".config", ".pip"):  # pip's settings, such as the package index
         (scratch / settings).symlink_to(Path.home() / settings)
     environ = {
         **os.environ,
@@ -163,7 +163,7 @@ def _hash(files: list[Path], words: list[str] | None = None) -> str:
 
 
 def once(name: str, make: Callable[[Path], None]) -> Path:
-    """The folder of this name in the cache, made by `make` where it is not there yet."""
+    """Return the folder of this name in the cache; `make` creates it if it is missing."""
     folder = cache_folder() / name
     if folder.exists():
         return folder
@@ -181,7 +181,7 @@ def once(name: str, make: Callable[[Path], None]) -> Path:
 
 
 def main() -> int:
-    """Build and say where; status 1 and the reason where it cannot be done."""
+    """Build and print the folders; exit status 1 with the reason on failure."""
     try:
         built = build(lambda line: print(line, file=sys.stderr))  # noqa: T201 - a program
     except CannotBuildError as error:

@@ -1,4 +1,4 @@
-"""The fake driver's controls, for tests: what broke a rule, what was called, what is to fail."""
+"""Controls of the fake driver for tests: broken rules, calls, planted errors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-# Errors that tests plant, by their number in cuda.h.
+# Errors that tests plant, with their numbers in cuda.h.
 OUT_OF_MEMORY = 2
 ILLEGAL_ADDRESS = 700
 LAUNCH_FAILED = 719
@@ -17,15 +17,15 @@ _VERSION = re.compile(r"_v\d+\Z")
 
 
 class FakeCuda:
-    """The driver that is loaded in this process; there is only one.
+    """The only driver that is loaded in this process.
 
-    A call's name may be given with or without its version: "cuMemAlloc", "cuMemAlloc_v2". Beside calls of
-    the driver there are `enqueueV3`, which is TensorRT's stand-in queueing its kernel, and points where
-    queued work runs: `exec:htod`, `exec:kernel`, `exec:dtoh`, `exec:host`, `exec:record`, `exec:wait`.
+    A call's name may have its version or not: "cuMemAlloc", "cuMemAlloc_v2". Besides calls of the driver
+    there are `enqueueV3`, by which TensorRT's stand-in queues its kernel, and the points at which queued work
+    runs: `exec:htod`, `exec:kernel`, `exec:dtoh`, `exec:host`, `exec:record`, `exec:wait`.
     """
 
     def __init__(self, library: Path) -> None:
-        # Global, so that PyCUDA finds its symbols and cuda-bindings this library by its name.
+        # Global, so that PyCUDA finds its symbols and cuda-bindings finds the library by name.
         self._fake = fake = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         for name in ("fakeViolation", "fakeCallName", "fakeKind"):
             getattr(fake, name).restype = ctypes.c_char_p
@@ -33,47 +33,46 @@ class FakeCuda:
         fake.fakeMemory.argtypes = [ctypes.c_size_t]
 
     def reset(self) -> None:
-        """As if the process had just started; no thread may still use the driver."""
+        """Restore the state of a new process; no thread may use the driver meanwhile."""
         self._fake.fakeReset()
 
     def violations(self) -> list[str]:
-        """Every rule that was broken since `reset`: the call, and how."""
+        """Return the rules broken since `reset`: the call, and how."""
         return [self._fake.fakeViolation(index).decode() for index in range(self._fake.fakeViolations())]
 
     def inject(self, call: str, code: int, nth: int = 1, times: int = 1) -> None:
-        """The nth time that this call is made from now on it answers `code`, and so `times` times in a row.
+        """Make the nth next call return `code`, `times` times in a row.
 
-        PyCUDA asks for memory a second time when there is none, after Python's garbage collector has run.
-
-        700, 719 and their like spoil the context for good; planted at `exec:…` they do so while work runs,
-        and the next call tells.
+        PyCUDA repeats a failed allocation once, after a run of Python's garbage collector. Sticky errors such
+        as 700 and 719 make the context unusable; planted at `exec:...` they occur while work runs, and the
+        next call returns them.
         """
         for _ in range(times):
             if not self._fake.fakeInject(call.encode(), code, nth):
                 raise RuntimeError("too many errors are planted")
 
     def mode(self, mode: str) -> None:
-        """ "lazy": queued work runs when somebody waits for it. "threaded": each stream runs by itself."""
+        """Set the mode. "lazy": queued work runs in calls that wait; "threaded": each stream has a thread."""
         self._fake.fakeThreaded(_MODES[mode])
 
     def poison(self, byte: int) -> None:
-        """What unwritten memory is filled with."""
+        """Set the byte that new memory is filled with."""
         self._fake.fakePoison(byte)
 
     def memory(self, total: int) -> None:
-        """How much memory each device has; 1 GiB until told."""
+        """Set the memory of each device; 1 GiB by default."""
         self._fake.fakeMemory(total)
 
     def live_objects(self) -> dict[str, int]:
-        """How many contexts, streams, events, "device memory", … are alive; without those that are none."""
+        """Return the number of live objects by kind: contexts, streams, "device memory"; without zeros."""
         return self._by_kind(self._fake.fakeLive)
 
     def orphans(self) -> dict[str, int]:
-        """What was still there when its context ended, and nobody had freed."""
+        """Return the objects that were not freed before their context ended."""
         return self._by_kind(self._fake.fakeOrphans)
 
     def calls(self) -> Counter[str]:
-        """How often each call was made since `reset` or `forget_calls`, without versions in the names."""
+        """Return the count of each call since `reset` or `forget_calls`, by name without version."""
         found: Counter[str] = Counter()
         for call in range(self._fake.fakeCalls()):
             if count := self._fake.fakeCallCount(call):
@@ -81,7 +80,7 @@ class FakeCuda:
         return found
 
     def forget_calls(self) -> None:
-        """Count from nothing again."""
+        """Reset the counts of calls."""
         self._fake.fakeForgetCalls()
 
     def _by_kind(self, count: ctypes._NamedFuncPointer) -> dict[str, int]:

@@ -1,8 +1,8 @@
-"""The part of the fake driver that is made from CUDA's headers: every entry point that `cuda.h` declares.
+"""Generate a part of the fake driver from CUDA's headers: every entry point that `cuda.h` declares.
 
-What the C files beside this one write out as `fake_<name>` gets an entry point that calls it, within
-`fake_enter` and `fake_leave`; every other one answers an error, and is told. `cuGetProcAddress`, which
-cuda-bindings finds everything with, knows a name by the version of CUDA that it is asked for.
+Functions that the C files define as `fake_<name>` get an entry point that calls them, between `fake_enter`
+and `fake_leave`; all other entry points return an error and report a broken rule. `cuGetProcAddress`, which
+cuda-bindings looks up all functions with, finds a name by the requested version of CUDA.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _ANYWHERE = re.compile(
     r"cu(Init|DriverGetVersion|Device\w+|GetError\w+|GetProcAddress\w*|CtxCreate\w*|CtxDestroy\w*|CtxDetach"
     r"|CtxPushCurrent\w*|CtxPopCurrent\w*|CtxSetCurrent|CtxGetCurrent|CtxGetApiVersion|CtxAttach)\Z"
 )
-# A spoilt context answers these with its error; calling them is what closing is.
+# Calls that closing makes: an unusable context returns its error for them, and that breaks no rule.
 _CLEANS_UP = re.compile(r"cu(MemFree\w*|MemHostUnregister|\w+Destroy\w*|ModuleUnload|StreamEndCapture)\Z")
-# What would wait for, or allocate beside, the stream that its thread captures.
+# Calls that would wait or allocate while their thread captures a stream.
 _UNSAFE = re.compile(
     r"cu(MemAlloc\w*|MemHostAlloc|MemHostRegister\w*|MemFree(_v2|Host)?|Memcpy\w+(?<!Async)_v2|MemsetD\w+(?<!Async)_v2"
     r"|CtxSynchronize)\Z"
@@ -31,7 +31,7 @@ _UNSAFE = re.compile(
 
 
 def generate(include: Path, sources: list[Path]) -> str:
-    """The C text. `include`: the folder with cuda.h and cudaTypedefs.h."""
+    """Return the C source. `include`: the folder with cuda.h and cudaTypedefs.h."""
     header = _preprocessed(include)
     declared = dict.fromkeys(name for name, _ in _PROTOTYPE.findall(header))
     written = dict(match for path in sources for match in _WRITTEN.findall(path.read_text()))
@@ -54,7 +54,7 @@ CUresult fake_unknown(int call);
 
 
 def _preprocessed(include: Path) -> str:
-    # So that the header declares every version of every call.
+    # Makes the header declare every version of every call.
     command = ["gcc", "-E", "-P", "-D__CUDA_API_VERSION_INTERNAL", f"-I{include}", "-x", "c", "-"]
     headers = "#include <cuda.h>\n#include <cudaProfiler.h>\n"  # the second for PyCUDA
     return subprocess.run(command, input=headers, capture_output=True, text=True, check=True).stdout
@@ -81,7 +81,7 @@ def _tables(names: list[str]) -> str:
 
 def _entry(number: int, name: str, parameters: str | None) -> str:
     if parameters is None:
-        # Whatever it is called with: in C's calling convention the arguments are the caller's affair.
+        # Without parameters: in C's calling convention the caller cleans up the arguments.
         alias = f"fake_none_{number}"
         return (
             f'CUresult {alias}(void) __asm__("{name}");\n'
@@ -107,7 +107,7 @@ def _name_of(parameter: str) -> str:
 
 
 def _words(header: str) -> str:
-    """cuGetErrorName and cuGetErrorString."""
+    """Return cuGetErrorName and cuGetErrorString."""
     errors = dict.fromkeys(re.findall(r"\b(CUDA_(?:SUCCESS|ERROR_\w+))\s*=\s*\d+", header))
     names = "".join(f'    case {name}: *text = "{name}"; break;\n' for name in errors)
     words = "".join(f'    case {name}: *text = "{_text(name)}"; break;\n' for name in errors)
@@ -122,7 +122,7 @@ def _words(header: str) -> str:
     )
 
 
-# As the driver words them, where that is not the enumerator's name in lower case.
+# Error texts of the driver that are not the enumerator's name in lower case.
 _DRIVER_WORDS = {
     "CUDA_SUCCESS": "no error",
     "CUDA_ERROR_INVALID_VALUE": "invalid argument",
@@ -156,7 +156,7 @@ def _text(name: str) -> str:
 
 
 def _addresses(include: Path, declared: list[str]) -> str:
-    """cuGetProcAddress: of each name the newest form that is not newer than what is asked for."""
+    """Return cuGetProcAddress, which finds a name's newest version up to the requested one."""
     versions: dict[str, set[int]] = defaultdict(set)
     for name, version in _VERSIONED.findall((include / "cudaTypedefs.h").read_text()):
         versions[name].add(int(version))

@@ -1,4 +1,4 @@
-"""What the fake's own tests share."""
+"""Helpers of the fake driver's own tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 
 def in_thread(work: Callable[[], Any]) -> Any:
-    """Run it on a thread of its own; what it answers, or raises."""
+    """Run a function on a new thread; return its result or raise its error."""
     outcome: list[Any] = []
 
     def run() -> None:
@@ -28,7 +28,7 @@ def in_thread(work: Callable[[], Any]) -> Any:
 
 
 def broke(fake: Any, *expected: str) -> None:
-    """That just these rules were broken, in this order; each by a part of its text."""
+    """Check that exactly these rules were broken, in this order, each by a part of its text."""
     found = fake.violations()
     if len(found) != len(expected) or any(
         part not in text for part, text in zip(expected, found, strict=True)

@@ -1,1 +1,1 @@
-"""Packages that stand in for ones which need a GPU; gpu_tier.py puts this folder on the path."""
+"""Stand-ins for packages that need a GPU; tier.py puts this folder on the path."""

@@ -1,7 +1,7 @@
-"""Prints what NVIDIA's bindings declare, as JSON. Run by the conformance test, in a process of its own.
+"""Print the declarations of NVIDIA's bindings as JSON. Run by the conformance test, in a new process.
 
-By class: its enumerators, or its members, where a method has the parameter names of each of its overloads.
-Names of parameters are only in pybind11's docstrings.
+By class: its enumerators, or its members; a method has the parameter names of each overload, which are only
+in pybind11's docstrings.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def parameters(signature: str) -> list[str]:
-    """The names in `f(self: T, a: X[int, str], b: Y = <Y.A: 0>) -> Z`, without self."""
+    """Return the names in `f(self: T, a: X[int, str], b: Y = <Y.A: 0>) -> Z`, without self."""
     inside = signature[signature.index("(") + 1 :]
     depth, part, parts = 0, "", []
     for letter in inside:
@@ -29,7 +29,7 @@ def parameters(signature: str) -> list[str]:
 
 
 def member(name: str, value: Any) -> Any:
-    """ "property", "value", or a method's overloads."""
+    """Return "property", "value", or a method's overloads."""
     if isinstance(value, property):
         return "property"
     if isinstance(value, type) or not callable(value):
@@ -42,7 +42,7 @@ def member(name: str, value: Any) -> Any:
 
 
 def describe(cls: Any) -> dict[str, Any]:
-    """An enumeration or a class."""
+    """Return the declaration of an enumeration or a class."""
     if hasattr(cls, "__members__"):
         return {"enum": {name: int(value) for name, value in cls.__members__.items()}}
     names = [name for name in dir(cls) if not name.startswith("_") or name in {"__init__", "__bool__"}]

@@ -1,13 +1,12 @@
-"""Stands in for NVIDIA's `tensorrt` over the fake driver: what cobatch uses of it, and no more.
+"""A stand-in for NVIDIA's `tensorrt` over the fake driver, with the parts that cobatch uses.
 
-Every name and parameter here is compared with NVIDIA's own bindings by
-tests/engines/tensorrt/test_conformance.py. It is 10.16 unless STAND_IN_TENSORRT says otherwise, or
-`versions.use` does: names that a version lacks are not there, and enumerators count as they do in that
-version.
+tests/engines/tensorrt/test_conformance.py compares every name and parameter with NVIDIA's bindings. The
+version is 10.16 unless STAND_IN_TENSORRT or `versions.use` sets another: names that a version lacks are
+missing, and enumerators have the values of that version.
 
-A plan holds its model as ONNX, and `execute_async_v3` queues a kernel that computes through ONNX Runtime, on
-the fake device's memory, when the stream reaches it. A rule of TensorRT's, or of cobatch's (one thread), that
-is broken makes the call fail, and is told to the fake driver.
+A plan holds its model as ONNX, and `execute_async_v3` queues a kernel that runs ONNX Runtime on the fake
+device's memory when the stream reaches it. A broken rule of TensorRT, or of cobatch (one thread), makes the
+call fail and is reported to the fake driver.
 """
 
 from .builder import Builder as Builder

@@ -31,7 +31,7 @@ class ITensor:
 
 
 class INetworkDefinition:
-    """Filled by a parser."""
+    """A network, filled by a parser."""
 
     def __init__(self) -> None:
         self._model = b""
@@ -56,7 +56,7 @@ class INetworkDefinition:
 
 
 class IOptimizationProfile:
-    """Ranges of shapes. As TensorRT's, it takes any name, and only its truth value says what it thinks."""
+    """Ranges of shapes. As in TensorRT it accepts any name, and only its truth value shows an error."""
 
     def __init__(self) -> None:
         self._shapes: Profile = {}
@@ -93,7 +93,7 @@ class ITimingCache:
 
 
 class IBuilderConfig:
-    """What to build and how."""
+    """Build settings."""
 
     def __init__(self, told: Told) -> None:
         self._told = told
@@ -168,7 +168,7 @@ class Builder(WithRecorder):
     def build_serialized_network(
         self, network: INetworkDefinition, config: IBuilderConfig
     ) -> IHostMemory | None:
-        """None where it cannot be built; the logger knows why."""
+        """Return the plan; None on failure, with the reason in the log."""
         why = planting.take("build_serialized_network") or _refusal(network, config)
         if why is not None:
             self._told.error(*why)
@@ -209,7 +209,7 @@ def _matches(declared: Shape, shape: Shape) -> bool:
 
 
 def _report(monitor: Any) -> bool:
-    """Tell the monitor of a build, as TensorRT does; whether it lets the build go on."""
+    """Report a build to the monitor as TensorRT does; return True if the build goes on."""
     if monitor is None:
         return True
     whole = "Building engine"
@@ -217,7 +217,7 @@ def _report(monitor: Any) -> bool:
     monitor.phase_start(whole, None, len(_PHASES))
     for step, phase in enumerate(_PHASES):
         monitor.phase_start(phase, whole, 2)
-        # All of a phase's steps, then its parent's.
+        # All steps of a phase, then its parent's.
         go_on = go_on and monitor.step_complete(phase, 0) and monitor.step_complete(phase, 1)
         monitor.phase_finish(phase)
         go_on = go_on and monitor.step_complete(whole, step)

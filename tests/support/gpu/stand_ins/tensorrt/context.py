@@ -29,21 +29,21 @@ _Ranges = list[tuple[Tensor, Shape, int]]
 
 
 def _plain_int(value: Any, what: str) -> int:
-    # 10.0 takes nothing else, later versions what has __int__.
+    # 10.0 accepts only int, later versions any object with __int__.
     if type(value) is not int:
         raise TypeError(f"{what}: incompatible function arguments: {value!r} is no plain int")
     return value
 
 
 class _Changes:
-    """How often a context's shapes or profile were set to something else."""
+    """Count of the changes of a context's shapes or profile."""
 
     def __init__(self) -> None:
         self.count = 0
 
 
 class _Run:
-    """Whether a queued batch, or profile switch, has run: told by its kernel."""
+    """True once a queued batch, or profile switch, has run; set by its kernel."""
 
     def __init__(self) -> None:
         self.done = False
@@ -54,7 +54,7 @@ class _Run:
 
 @with_versions
 class IExecutionContext(WithRecorder, Owned):
-    """What runs batches of one engine, one after the other, on the thread that made it."""
+    """Runs batches of one engine, one after the other, on the thread that created it."""
 
     def __init__(self) -> None:
         raise TypeError("tensorrt.IExecutionContext: No constructor defined!")
@@ -70,7 +70,7 @@ class IExecutionContext(WithRecorder, Owned):
         context._profile = 0
         context._shapes = {}
         context._addresses = {}
-        # The stream of a profile switch and whether it has run; the run since the shapes were set; how often.
+        # The stream of a profile switch and if it has run; the run since the shapes were set; its count.
         context._switch = None
         context._warm = None
         context._changes = _Changes()
@@ -95,7 +95,7 @@ class IExecutionContext(WithRecorder, Owned):
         return self._profile
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
-        """False, and why in the log and recorder, as all methods here."""
+        """Set a shape. On an error return False, with the reason in log and recorder, as all methods do."""
         stream = _plain_int(stream_handle, "set_optimization_profile_async")
         if not self._may("set_optimization_profile_async"):
             return False
@@ -140,7 +140,7 @@ class IExecutionContext(WithRecorder, Owned):
         return not self._missing()
 
     def infer_shapes(self) -> list[str]:
-        """The inputs whose shapes are missing."""
+        """Return the inputs without shapes."""
         if not self._may("infer_shapes") or self._planted("infer_shapes"):
             return []
         return self._missing()
@@ -153,7 +153,7 @@ class IExecutionContext(WithRecorder, Owned):
         ]
 
     def get_tensor_shape(self, name: str) -> Shape:
-        """-1 in the axes that are not known."""
+        """Return the shape, with -1 for unknown axes."""
         tensor = self._engine._tensor(name)
         if tensor is None:
             return (-1,)
@@ -170,7 +170,7 @@ class IExecutionContext(WithRecorder, Owned):
         return output_shapes(self._engine._plan.model, inputs)
 
     def get_max_output_size(self, name: str) -> int:
-        """Bytes."""
+        """Return the bytes needed."""
         tensor = self._engine._tensor(name)
         shape = self.get_tensor_shape(name)
         return 0 if tensor is None or -1 in shape else prod(shape) * tensor.item_bytes
@@ -195,14 +195,14 @@ class IExecutionContext(WithRecorder, Owned):
 
     @device_memory.setter
     def device_memory(self, memory: int) -> None:
-        """As `set_device_memory`, where that is not there; it must be large enough."""
+        """Set the memory in versions without `set_device_memory`; it must be large enough."""
         address = _plain_int(memory, "device_memory")
         self._memory = (address, room(address))
         self._changed()
 
     @only_in("10.16.1.11", "11.4.0.106")
     def set_device_memory(self, memory: int, size: int) -> None:
-        """For a context that was made USER_MANAGED."""
+        """Set the memory of a USER_MANAGED context."""
         self._memory = (_plain_int(memory, "set_device_memory"), size)
         self._changed()
 
@@ -220,7 +220,7 @@ class IExecutionContext(WithRecorder, Owned):
         if wrong:
             violate(f"execute_async_v3: {wrong}")
             return self._fail("INVALID_ARGUMENT", wrong)
-        # A captured kernel outlives the context, which must not hang on it.
+        # A captured kernel outlives the context and must not reference it.
         run, changes, model = _Run(), self._changes, self._engine._plan.model
         before = changes.count
 
@@ -293,7 +293,7 @@ class IExecutionContext(WithRecorder, Owned):
 
 
 def _compute(model: bytes, ranges: _Ranges) -> None:
-    """Run the model on the device's memory itself, where a kernel reads and writes."""
+    """Run the model on the device's memory, as a kernel does."""
     session = session_of(model)
     binding = session.io_binding()
     for tensor, shape, address in ranges:

@@ -1,4 +1,4 @@
-"""The fake driver as the stand-ins call it: allocations, kernels, and who broke which rule."""
+"""The fake driver's functions for the stand-ins: allocations, kernels, broken rules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ALIGNMENT = 256
 
 @functools.cache
 def library() -> Any:
-    """libcuda as this process has it, which must be the fake one."""
+    """Return this process's libcuda, which must be the fake one."""
     fake = ctypes.CDLL("libcuda.so.1")
     fake.fakeRoom.restype = ctypes.c_size_t
     fake.fakeRoom.argtypes = [ctypes.c_uint64]
@@ -38,42 +38,42 @@ def library() -> Any:
 
 
 def violate(text: str) -> None:
-    """Keep a broken rule for the test."""
+    """Report a broken rule to the test."""
     library().fakeViolate(f"tensorrt: {text}".encode())
 
 
 def has_context() -> bool:
-    """Whether a live CUDA context is current on this thread."""
+    """Return True if a live CUDA context is current on this thread."""
     return bool(library().fakeCurrentDevice() >= 0)
 
 
 def words(code: int) -> str:
-    """The driver's own for an error."""
+    """Return the driver's name of an error."""
     text = ctypes.c_char_p()
     library().cuGetErrorString(code, ctypes.byref(text))
     return (text.value or b"unknown error").decode()
 
 
 def room(address: int) -> int:
-    """Bytes from a device address to its allocation's end; 0 where there is none, or it was freed."""
+    """Return the bytes from a device address to its allocation's end; 0 if invalid or freed."""
     return int(library().fakeRoom(address))
 
 
 def host_address(address: int, size: int) -> int:
-    """Where the bytes of a live device range really are; 0 where it is none."""
+    """Return the host address of a live device range; 0 if it is invalid."""
     return int(library().fakeBytes(address, size) or 0)
 
 
 def is_capturing(stream: int) -> bool:
-    """Whether a stream is being captured."""
+    """Return True if a stream is being captured."""
     return bool(library().fakeIsCapturing(stream))
 
 
 class Owned:
-    """An object of TensorRT's that owns device memory, and the thread that it must stay on."""
+    """An object of TensorRT that owns device memory and belongs to one thread."""
 
     def __init__(self, size: int) -> None:
-        """Raises MemoryError."""
+        """Allocate the memory. Raises MemoryError."""
         self._address = 0
         self._thread = threading.get_ident()
         self._generation = library().fakeGeneration()
@@ -83,14 +83,14 @@ class Owned:
         self._address = address.value
 
     def on_its_thread(self, what: str) -> bool:
-        """Whether the caller is the thread that made it; else a rule is broken."""
+        """Return True on the thread that created it; else report a broken rule."""
         if threading.get_ident() == self._thread:
             return True
         violate(f"{what}: {type(self).__name__} belongs to another thread")
         return False
 
     def __del__(self) -> None:
-        # After a reset the memory is gone, and with it the test that this would be told to.
+        # After a reset the memory and the test are gone.
         if not self._address or self._generation != library().fakeGeneration():
             return
         if threading.get_ident() != self._thread:
@@ -121,14 +121,14 @@ _generation = 0
 
 
 def _forget_old() -> None:
-    """Kernels of graphs that were there before the last reset."""
+    """Drop the kernels of graphs from before the last reset."""
     global _generation  # noqa: PLW0603 - of the process, as the driver is
     if _generation != (now := library().fakeGeneration()):
         _generation = now
         _kernels.clear()
 
 
-# Why kernels failed, newest last: what a person who debugs a test wants to know, and a GPU doesn't tell.
+# Reasons of failed kernels, newest last, for debugging a test: a GPU does not tell them.
 failures: list[str] = []
 _run_in_c = _KERNEL(_run)
 
@@ -136,10 +136,10 @@ _run_in_c = _KERNEL(_run)
 def enqueue(
     stream: int, work: Callable[[], None], ranges: Sequence[tuple[int, int]], *, captured: bool
 ) -> int:
-    """Queue `work`, which uses these device ranges (address, size); the driver's error code, 0 for none."""
+    """Queue `work`, which uses these device ranges (address, size); return the driver's error code."""
     _forget_old()
     number = next(_numbers)
-    # A captured kernel runs as often as its graph is launched.
+    # A captured kernel runs at each launch of its graph.
     _kernels[number] = (work, not captured)
     count = len(ranges)
     addresses = (ctypes.c_uint64 * count)(*(address for address, _ in ranges))

@@ -1,4 +1,4 @@
-"""What TensorRT calls back: loggers, error recorders and progress monitors."""
+"""TensorRT's callbacks: loggers, error recorders and progress monitors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .versions import Enum, package
 
 
 class ILogger:
-    """To be subclassed; `log` may be called from any thread."""
+    """The base of loggers; `log` may be called from any thread."""
 
     class Severity(Enum):
         INTERNAL_ERROR = 0
@@ -31,7 +31,7 @@ class ILogger:
 
 
 class Logger(ILogger):
-    """Writes to standard error."""
+    """A logger that writes to standard error."""
 
     def __init__(self, min_severity: ILogger.Severity = ILogger.Severity.WARNING) -> None:
         super().__init__()
@@ -43,31 +43,31 @@ class Logger(ILogger):
 
 
 class IErrorRecorder:
-    """To be subclassed; `report_error` may be called from any thread."""
+    """The base of error recorders; `report_error` may be called from any thread."""
 
     def __init__(self) -> None:
         pass
 
 
 class IProgressMonitor:
-    """To be subclassed."""
+    """The base of progress monitors."""
 
     def __init__(self) -> None:
         pass
 
 
 class Told:
-    """What an object tells its errors to: the logger, and the error recorder where it has one."""
+    """The receivers of an object's errors: the logger and, if set, the error recorder."""
 
     def __init__(self, logger: ILogger, recorder: Any = None) -> None:
-        # As pybind11: an `ILogger` whose __init__ was not called, or something else, is refused.
+        # As pybind11 does, refuse an `ILogger` whose __init__ was not called, and other types.
         if not isinstance(logger, ILogger):
             raise TypeError(f"incompatible constructor arguments: {logger!r} is no ILogger")
         self.logger = logger
         self.recorder = recorder
 
     def error(self, code: str, text: str) -> None:
-        """Tell an error, `code` by its name in ErrorCodeTRT."""
+        """Report an error; `code` is its name in ErrorCodeTRT."""
         value = package().ErrorCodeTRT[code]
         line = f"Error Code {int(value)}: {text}"
         self.logger.log(ILogger.Severity.ERROR, line)
@@ -76,7 +76,7 @@ class Told:
 
 
 class WithRecorder:
-    """An object with an `error_recorder`, which what it makes takes over."""
+    """An object with an `error_recorder`, which the objects that it creates inherit."""
 
     _told: Told
 

@@ -1,4 +1,4 @@
-"""The ONNX parser, with a few operators and types that it does not take."""
+"""The ONNX parser, without some operators and types."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .logs import ILogger, Told
 from .plan import DATA_TYPES, read_tensors
 from .versions import package
 
-# Some that TensorRT's parser does not have.
+# Some operators that TensorRT's parser lacks.
 UNSUPPORTED = {"BitShift", "DynamicQuantizeLinear", "StringNormalizer", "TfIdfVectorizer", "Unique", "Det"}
 
 
@@ -28,7 +28,7 @@ class _Error:
 
 
 class ParserError:
-    """What the parser has against a model."""
+    """An error of the parser."""
 
     def __init__(self, error: _Error) -> None:
         self._error = error
@@ -50,7 +50,7 @@ class ParserError:
 
 
 class OnnxParser:
-    """Fills a network."""
+    """Parses a model into a network."""
 
     def __init__(self, network: INetworkDefinition, logger: ILogger) -> None:
         self._network = network

@@ -15,7 +15,7 @@ from onnx import TensorProto
 from .versions import package
 
 _MAGIC = b"cobatch stand-in plan\n"
-# TensorRT's type for ONNX's; other types have none.
+# TensorRT's types by ONNX's; other types are not supported.
 DATA_TYPES = {
     TensorProto.FLOAT: "FLOAT",
     TensorProto.FLOAT16: "HALF",
@@ -41,17 +41,17 @@ _BYTES = {
 }
 
 Shape = tuple[int, ...]
-# Of each input with a dynamic axis: the smallest, best and largest shape.
+# The min, opt and max shape of each input with a dynamic axis.
 Profile = dict[str, tuple[Shape, Shape, Shape]]
 
 
 class PlanError(Exception):
-    """These bytes are no plan; the text is what TensorRT would log."""
+    """The bytes are no plan; the text is TensorRT's log message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """An input or output. What a real engine may say of one and the stand-ins never do, tests can set."""
+    """An input or output. Tests can set properties that a real engine may have and the stand-ins never do."""
 
     name: str
     is_input: bool
@@ -70,7 +70,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`model` is ONNX; `tensors` overrides what its inputs and outputs are said to be, by name."""
+    """A plan. `model` is ONNX; `tensors` overrides properties of its inputs and outputs by name."""
 
     model: bytes
     profiles: list[Profile]
@@ -81,14 +81,14 @@ class Plan:
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        """The file's contents."""
+        """Return the file's contents."""
         told = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "model"}
         return _MAGIC + json.dumps(told).encode() + b"\n" + self.model
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Plan:
-        """Raises PlanError."""
-        # Without the first line the second is no JSON.
+        """Parse a file's contents. Raises PlanError."""
+        # Without the first line the second is not JSON.
         head, _, rest = data.removeprefix(_MAGIC).partition(b"\n")
         try:
             told = json.loads(head)
@@ -111,7 +111,7 @@ def make_plan(
     version: str | None = None,
     max_batch_size: int = 8,
 ) -> bytes:
-    """A plan's bytes without a build. Without profiles: each dynamic axis from 1 to `max_batch_size`."""
+    """Return a plan's bytes without a build. Default profile: dynamic axes from 1 to `max_batch_size`."""
     made: list[Profile] = [
         {name: (tuple(low), tuple(best), tuple(high)) for name, (low, best, high) in profile.items()}
         for profile in profiles
@@ -123,7 +123,7 @@ def make_plan(
 
 
 def altered(plan: bytes, **changes: Any) -> bytes:
-    """The plan with other fields of `Plan`, such as `tensors={"x": {"dtype": "FP8"}}`."""
+    """Return the plan with other fields of `Plan`, such as `tensors={"x": {"dtype": "FP8"}}`."""
     return replace(Plan.from_bytes(plan), **changes).to_bytes()
 
 
@@ -133,7 +133,7 @@ def _ranges(shape: Shape, most: int) -> tuple[Shape, Shape, Shape]:
 
 
 def read_tensors(model: bytes, overrides: Mapping[str, dict[str, Any]] | None = None) -> list[Tensor]:
-    """The model's inputs and outputs, in order. Raises KeyError for a type that TensorRT does not have."""
+    """Return the model's inputs and outputs. Raises KeyError for a type that TensorRT lacks."""
     graph = onnx.load_from_string(model).graph
     constants = {constant.name for constant in graph.initializer}
     tensors = []
@@ -154,7 +154,7 @@ def read_tensors(model: bytes, overrides: Mapping[str, dict[str, Any]] | None = 
 
 @functools.lru_cache(maxsize=64)
 def session_of(model: bytes) -> ort.InferenceSession:
-    """ONNX Runtime's session of a model, kept for the next test that uses the same."""
+    """Return ONNX Runtime's session of a model, cached for the next test."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -164,7 +164,7 @@ def session_of(model: bytes) -> ort.InferenceSession:
 
 @functools.lru_cache(maxsize=1024)
 def output_shapes(model: bytes, inputs: tuple[tuple[str, Shape], ...]) -> dict[str, Shape]:
-    """What the outputs' shapes are for these inputs'; -1 in an axis that depends on the data."""
+    """Infer the outputs' shapes; -1 marks an axis that depends on the data."""
     loaded = onnx.load_from_string(model)
     sizes = dict(inputs)
     for value in loaded.graph.input:
@@ -174,7 +174,7 @@ def output_shapes(model: bytes, inputs: tuple[tuple[str, Shape], ...]) -> dict[s
         for axis in value.type.tensor_type.shape.dim:
             if not axis.HasField("dim_value"):
                 axis.Clear()
-    # Sizes that were inferred before, for no inputs in particular, would stand in the way.
+    # Sizes inferred earlier, without inputs, would be used instead.
     del loaded.graph.value_info[:]
     inferred = onnx.shape_inference.infer_shapes(loaded, data_prop=True)
     return {

@@ -1,4 +1,4 @@
-"""Runtime and engine: a plan read back."""
+"""Runtime and engine: a plan is loaded."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .versions import only_in, package, with_versions
 
 
 class Runtime(WithRecorder):
-    """Reads plans."""
+    """Loads plans."""
 
     def __init__(self, logger: ILogger) -> None:
         self._told = Told(logger)
         self.engine_host_code_allowed = False
 
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
-        """None where it cannot be read; the logger knows why."""
+        """Load a plan; None on failure, with the reason in the log."""
         why = planting.take("deserialize_cuda_engine") or self._wrong()
         if why is None:
             try:
@@ -94,7 +94,7 @@ class ICudaEngine(WithRecorder, Owned):
 
     @property
     def num_optimization_profiles(self) -> int:
-        # A model without dynamic axes has one as well, which says nothing.
+        # A model without dynamic axes has an empty profile.
         return max(1, len(self._plan.profiles))
 
     def get_tensor_name(self, index: int) -> str:
@@ -148,7 +148,7 @@ class ICudaEngine(WithRecorder, Owned):
         return self._working_bytes(profile_index)
 
     def _working_bytes(self, profile_index: int) -> int:
-        """As much as its inputs take at their largest, as if there were one layer."""
+        """Return the largest size of the inputs, as for a single layer."""
         ranges = self._ranges(profile_index)
         return sum(
             prod(ranges[tensor.name][2] if tensor.name in ranges else tensor.shape) * tensor.item_bytes
@@ -157,7 +157,7 @@ class ICudaEngine(WithRecorder, Owned):
         )
 
     def create_execution_context(self, strategy: Any = None) -> IExecutionContext | None:
-        """None where it cannot be made; the logger knows why."""
+        """Create a context; None on failure, with the reason in the log."""
         why = planting.take("create_execution_context")
         if why is None and not has_context():
             violate("create_execution_context: no CUDA context is current")

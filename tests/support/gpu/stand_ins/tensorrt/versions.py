@@ -1,4 +1,4 @@
-"""Which TensorRT is stood in for, and how its names differ from another's."""
+"""The version of the stand-ins, and the differences between versions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _FLAGS_10_0 = _counted(
     "VERSION_COMPATIBLE EXCLUDE_LEAN_RUNTIME FP8 ERROR_ON_TIMING_CACHE_MISS BF16 DISABLE_COMPILATION_CACHE "
     "STRIP_PLAN REFIT_IDENTICAL WEIGHT_STREAMING"
 ) | {"WEIGHTLESS": 19}
-# By enumeration what its members count as, in each of VERSIONS.
+# The members' values of each enumeration, in each of VERSIONS.
 _ENUMS: dict[str, list[dict[str, int]]] = {
     "DataType": [
         _counted(_DATA_TYPES),
@@ -79,7 +79,7 @@ _versioned: list[tuple[type, str, Any, tuple[str, ...]]] = []
 
 
 class Enum(enum.Enum):
-    """As pybind11's enumerations: no numbers, but `int` makes them such."""
+    """An enumeration as pybind11's: members are no numbers, but `int` converts them."""
 
     def __int__(self) -> int:
         return int(self.value)
@@ -89,7 +89,7 @@ class Enum(enum.Enum):
 
 
 def only_in(*versions: str) -> Callable[[_T], _T]:
-    """Mark a method or property that the other versions lack; the class must be `@with_versions`."""
+    """Mark a method or property that other versions lack; the class must have `@with_versions`."""
 
     def mark(member: _T) -> _T:
         target: Any = member.fget if isinstance(member, property) else member
@@ -110,14 +110,14 @@ def with_versions(cls: type[_T]) -> type[_T]:
 
 
 def package() -> Any:
-    """The module that these files make up, under whichever name it was imported."""
+    """Return the stand-in module, under the name that it was imported with."""
     return sys.modules[__package__ or "tensorrt"]
 
 
 def use(version: str | None = None) -> None:
-    """Be this version from now on, such as "11.4.0.106" or "11.4"; None: what the environment says.
+    """Set the version, such as "11.4.0.106" or "11.4"; None: from the environment.
 
-    Modules that have copied enumerations, or values of them, must ask again.
+    Modules that copied enumerations or their values must read them again.
     """
     wanted = version or os.environ.get("STAND_IN_TENSORRT") or DEFAULT
     full = next(known for known in VERSIONS if known.startswith(wanted))
