@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from cobatch import __version__
@@ -30,6 +30,21 @@ _PLAIN: dict[str, Any] = {
 }
 
 
+class SectionedCommand(TyperCommand):
+    """A command whose help lists options by `rich_help_panel`, which typer does only with rich."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            title = "Arguments" if param.param_type_name == "argument" else "Options"
+            if record is not None:
+                sections.setdefault(getattr(param, "rich_help_panel", None) or title, []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
 class LazyGroup(TyperGroup):
     """A group whose commands are imported when they are run or asked for their help."""
 
@@ -45,7 +60,7 @@ class LazyGroup(TyperGroup):
         if isinstance(command, typer.Typer):
             return get_command(command)
         single = typer.Typer(**_PLAIN)
-        single.command(cmd_name)(command)
+        single.command(cmd_name, cls=SectionedCommand)(command)
         return get_command(single)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:

@@ -105,14 +105,14 @@ def _warn(message: str) -> None:
     typer.echo(f"cobatch: warning: {message}", err=True)
 
 
-def _parameter(setting: Setting) -> Parameter:
+def _parameter(setting: Setting, section: str) -> Parameter:
     flag = flag_name(setting.name)
     default = setting.computed or _shown(setting.default)
     text = f"{setting.help[0].upper()}{setting.help[1:]}{f' (default: {default})' if default else ''}."
     if setting.is_switch:
-        switch = typer.Option(f"{flag}/--no-{flag[2:]}", help=text)
+        switch = typer.Option(f"{flag}/--no-{flag[2:]}", help=text, rich_help_panel=section)
         return _keyword(setting.name, Annotated[bool | None, switch])
-    option = typer.Option(flag, metavar=setting.placeholder, help=text)
+    option = typer.Option(flag, metavar=setting.placeholder, help=text, rich_help_panel=section)
     return _keyword(setting.name, Annotated[str | None, option])
 
 
@@ -143,8 +143,8 @@ serve.__signature__ = Signature(  # type: ignore[attr-defined]
         _keyword("config", Annotated[Path | None, _CONFIG]),
         _keyword("check", Annotated[bool, _CHECK], False),
         *(
-            _parameter(setting)
-            for struct in (ModelSettings, ServerSettings)
+            _parameter(setting, section)
+            for struct, section in ((ModelSettings, "Model options"), (ServerSettings, "Server options"))
             for setting in settings_of(struct).values()
             if setting.name not in _FILE_ONLY
         ),

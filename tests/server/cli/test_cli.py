@@ -66,8 +66,12 @@ def refused(result: Result) -> str:
 
 def test_every_setting_has_a_flag() -> None:
     text = cobatch("serve", "--help").stdout
-    for setting in [*SERVER_FIELDS, *(MODEL_FIELDS.keys() - {"path"})]:
-        assert f"  {flag_name(setting)} " in text
+    head, models, server = re.split(r"^(?:Model|Server) options:$", text, flags=re.MULTILINE)
+    assert "  --check " in head
+    for setting in SERVER_FIELDS:
+        assert f"  {flag_name(setting)} " in server
+    for setting in MODEL_FIELDS.keys() - {"path"}:
+        assert f"  {flag_name(setting)} " in models
 
 
 def test_serve_passes_settings_and_returns_the_servers_status(served: list[Settings], model: Path) -> None:
