@@ -35,7 +35,16 @@ import msgspec
 from cobatch.server.auth.principal import MAX_NAME, is_name
 from cobatch.server.settings.auth import Texts, is_permission
 from cobatch.server.settings.describe import Text
-from cobatch.server.settings.values import Errors, Given, Reader, SettingsError, read_toml, refused
+from cobatch.server.settings.values import (
+    Errors,
+    Given,
+    Reader,
+    SettingsError,
+    Table,
+    read_toml,
+    refused,
+    suggestion,
+)
 
 _SHAPE = re.compile(r"cb_([a-z2-7]{12})_([A-Za-z0-9_-]{43})")
 _ID = re.compile(r"[a-z2-7]{12}")
@@ -53,6 +62,10 @@ class _Entry(msgspec.Struct, frozen=True, kw_only=True):
     scopes: Texts
     name: str = ""
     expires: Any = None
+
+
+class _File(msgspec.Struct, frozen=True):
+    keys: tuple[_Entry, ...] = ()
 
 
 class ApiKey(NamedTuple):
@@ -73,8 +86,8 @@ _NO_SECRET = "_" * 43
 class ApiKeys:
     """The keys of one file."""
 
-    def __init__(self, keys: Iterable[ApiKey]) -> None:
-        self._keys = {key.id: key for key in keys}
+    def __init__(self, keys: Mapping[str, ApiKey]) -> None:
+        self._keys = keys
 
     @classmethod
     def read(cls, path: Path) -> ApiKeys:
@@ -84,17 +97,16 @@ class ApiKeys:
     @classmethod
     def parse(cls, document: Mapping[str, object], source: str) -> ApiKeys:
         """Check a TOML document; `source` names its origin in messages. Raises SettingsError."""
-        for name in document:
-            if name != "keys":
-                raise SettingsError(f"{name}: unknown key; expected [[keys]] only ({source})")
-        tables = document.get("keys", [])
-        if not isinstance(tables, list):
-            raise refused("keys", "an array of tables, written [[keys]]", tables, source)
-        keys = [_entry(f"keys[{index}]", table, source) for index, table in enumerate(tables)]
-        first: dict[str, int] = {}
-        for index, key in enumerate(keys):
-            if first.setdefault(key.id, index) != index:
-                raise SettingsError(f"keys[{index}].id: {key.id} is keys[{first[key.id]}]'s too ({source})")
+        errors = Errors()
+        file = Reader(source, Path(), errors, _hint).table("", document, _File)
+        keys: dict[str, ApiKey] = {}
+        for table in file["keys"].value if "keys" in file else ():
+            with errors:
+                key = _api_key(table)
+                if key.id in keys:
+                    raise SettingsError(f"{table['id'].key}: {key.id} is the ID of two keys ({source})")
+                keys[key.id] = key
+        errors.raise_any()
         return cls(keys)
 
     def __len__(self) -> int:
@@ -151,21 +163,22 @@ def _digest(secret: str) -> bytes:
     return hashlib.sha256(secret.encode("ascii")).digest()
 
 
-def _entry(where: str, table: object, source: str) -> ApiKey:
-    errors = Errors()
-    given = Reader(source, Path(), errors).table(where, table, _Entry)
-    errors.raise_any()
-    _check(given["id"], _ID.fullmatch, "12 of the letters a to z and digits 2 to 7")
-    _check(given["sha256"], _SHA256.fullmatch, "64 hex digits, of the secret's SHA-256")
+def _hint(name: str, known: Iterable[str]) -> str:
+    return "; expected [[keys]] only" if "keys" in known else suggestion(name, known)
+
+
+def _api_key(table: Table) -> ApiKey:
+    _check(table["id"], _ID.fullmatch, "12 of the letters a to z and digits 2 to 7")
+    _check(table["sha256"], _SHA256.fullmatch, "64 hex digits, of the secret's SHA-256")
     for name in ("tenant", "name"):
-        if name in given and given[name].value:
-            _check(given[name], is_name, f"at most {MAX_NAME} printable characters")
+        if name in table and table[name].value:
+            _check(table[name], is_name, f"at most {MAX_NAME} printable characters")
     return ApiKey(
-        id=given["id"].value,
-        tenant=given["tenant"].value,
-        scopes=_scopes(given["scopes"]),
-        expires_s=_expires_s(given["expires"]) if "expires" in given else math.inf,
-        digest=bytes.fromhex(given["sha256"].value),
+        id=table["id"].value,
+        tenant=table["tenant"].value,
+        scopes=_scopes(table["scopes"]),
+        expires_s=_expires_s(table["expires"]) if "expires" in table else math.inf,
+        digest=bytes.fromhex(table["sha256"].value),
     )
 
 

@@ -201,11 +201,21 @@ def test_a_wrong_entry_is_explained(change: dict[str, Any], message: str) -> Non
     assert str(error.value).endswith("(file x)")
 
 
+def test_all_errors_of_a_file_are_reported() -> None:
+    with pytest.raises(SettingsError) as error:
+        keys_of(ENTRY | {"id": 7, "scope": "x"}, ENTRY | {"sha256": "0"}, ENTRY)
+    assert [message.partition(":")[0] for message in error.value.messages] == [
+        "keys[0].id",
+        "keys[0].scope",
+        "keys[1].sha256",
+    ]
+
+
 def test_two_keys_cannot_have_one_id() -> None:
     other = ENTRY | {"id": "zzzzzzzzzzzz"}
     with pytest.raises(SettingsError) as error:
         keys_of(ENTRY, other, ENTRY)
-    assert str(error.value) == f"keys[2].id: {ID} is keys[0]'s too (file x)"
+    assert str(error.value) == f"keys[2].id: {ID} is the ID of two keys (file x)"
 
 
 @pytest.mark.parametrize(
