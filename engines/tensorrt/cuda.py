@@ -148,8 +148,8 @@ def as_engine_error(error: BaseException) -> EngineError:
     text = f"{type(error).__name__}: {error}"
     if not (type(error).__module__.startswith("pycuda") or isinstance(error, CallError)):
         return EngineRunError(text)
-    found = _FAILED.fullmatch(str(error))
-    harmless = found is not None and found[2] in _HARMLESS
+    match = _FAILED.fullmatch(str(error))
+    harmless = match is not None and match[2] in _HARMLESS
     return EngineRunError(text) if harmless else EngineDeadError(text)
 
 

@@ -384,9 +384,9 @@ def test_an_engine_that_cannot_be_opened_is_closed_and_the_thread_ends(
 
     engine.fails = fails
     worker = Worker(engine, "fake")
-    told = start(worker)
-    assert isinstance(told, EngineLoadError)
-    assert str(error) in str(told)
+    failure = start(worker)
+    assert isinstance(failure, EngineLoadError)
+    assert str(error) in str(failure)
     assert worker.join(WAIT_S)
     assert engine.seen() == ["open", "close"]
     assert ("opening the engine failed" in caplog.text) == (not isinstance(error, EngineError))

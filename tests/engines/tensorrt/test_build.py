@@ -43,10 +43,10 @@ def test_magika_builds_with_progress_from_0_to_1() -> None:
         seen.append((phase, fraction))
         return True
 
-    made = built(magika_path(), progress, opt_batch_size=16)
-    assert [as_spec(profile) for profile in made.profiles] == ["bytes:1x2048/16x2048/64x2048"]
-    assert made.max_batch_size == 64
-    assert len(made.plan) > 1_000_000
+    result = built(magika_path(), progress, opt_batch_size=16)
+    assert [as_spec(profile) for profile in result.profiles] == ["bytes:1x2048/16x2048/64x2048"]
+    assert result.max_batch_size == 64
+    assert len(result.plan) > 1_000_000
     fractions = [fraction for _, fraction in seen]
     assert fractions == sorted(fractions)
     assert (fractions[0], fractions[-1]) == (0.0, 1.0)
@@ -56,11 +56,11 @@ def test_magika_builds_with_progress_from_0_to_1() -> None:
 def test_several_profiles_of_a_convolutional_model(tmp_path: Path) -> None:
     path = models.write(tmp_path, convolution())
     specs = ("image:1x3x32x32/8x3x64x64/16x3x64x64", "image:1x3x224x224/1x3x224x224/4x3x256x256")
-    made = built(path, profiles=specs)
-    assert tuple(as_spec(profile) for profile in made.profiles) == specs
-    assert made.max_batch_size == 16
+    result = built(path, profiles=specs)
+    assert tuple(as_spec(profile) for profile in result.profiles) == specs
+    assert result.max_batch_size == 16
     one = built(path, profiles=specs[:1])
-    assert len(made.plan) > len(one.plan)
+    assert len(result.plan) > len(one.plan)
 
 
 @pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.BFLOAT16])
@@ -71,16 +71,16 @@ def test_the_precision_is_that_of_the_model(tmp_path: Path, kind: int) -> None:
 
 def test_a_fixed_batch_needs_no_profile_and_takes_none(tmp_path: Path) -> None:
     path = models.write(tmp_path, convolution(4, 32, 32))
-    made = built(path)
-    assert (made.profiles, made.max_batch_size) == ((), 4)
+    result = built(path)
+    assert (result.profiles, result.max_batch_size) == ((), 4)
     assert "every axis of the model's inputs is fixed" in refusal(path, profiles=("1/4/4",))
 
 
 def test_a_dynamic_axis_besides_the_batch_needs_a_profile(tmp_path: Path) -> None:
     path = models.write(tmp_path, convolution(width=32))
-    said = refusal(path)
-    assert "input 'image' [?, 3, ?, 32] is dynamic in axis 2 too, not only in the batch" in said
-    spec = said.rpartition("--profile ")[2]
+    message = refusal(path)
+    assert "input 'image' [?, 3, ?, 32] is dynamic in axis 2 too, not only in the batch" in message
+    spec = message.rpartition("--profile ")[2]
     assert spec == "image:Nx3xNx32/Nx3xNx32/Nx3xNx32"
     assert built(path, profiles=(spec.replace("N", "8"),)).max_batch_size == 8
 
@@ -108,9 +108,9 @@ def test_a_dynamic_axis_besides_the_batch_needs_a_profile(tmp_path: Path) -> Non
     ],
 )
 def test_a_bad_profile_is_refused_before_it_is_built(tmp_path: Path, spec: str, words: str) -> None:
-    said = refusal(models.write(tmp_path, convolution()), profiles=(spec,))
-    assert said.startswith(f"profile {spec!r}: ")
-    assert words in said
+    message = refusal(models.write(tmp_path, convolution()), profiles=(spec,))
+    assert message.startswith(f"profile {spec!r}: ")
+    assert words in message
 
 
 def test_profiles_of_several_inputs() -> None:
@@ -152,14 +152,14 @@ def test_the_error_of_a_failed_build_quotes_the_log() -> None:
 
 
 def test_an_unsupported_operator_is_named_with_its_node(tmp_path: Path) -> None:
-    said = refusal(models.write(tmp_path, unsupported()))
-    assert "node 'blocks.0/det' (Det): unsupported node" in said
+    message = refusal(models.write(tmp_path, unsupported()))
+    assert "node 'blocks.0/det' (Det): unsupported node" in message
 
 
 def test_strings_are_refused_by_name(tmp_path: Path) -> None:
-    said = refusal(models.write(tmp_path, models.identity(TensorProto.STRING)))
-    assert "cannot parse" in said
-    assert "Failed to convert" in said
+    message = refusal(models.write(tmp_path, models.identity(TensorProto.STRING)))
+    assert "cannot parse" in message
+    assert "Failed to convert" in message
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x08\x09"])
@@ -245,16 +245,16 @@ def on_a_thread(work: Callable[[], None]) -> None:
 
 def test_errors_go_to_the_log_of_their_thread_or_to_all() -> None:
     trt = load_tensorrt(RTX).trt
-    mine, told = make_log(trt), []
+    mine, errors = make_log(trt), []
     builder = trt.Builder(mine.logger)  # while it exists, TensorRT uses no other logger
 
     def fail_elsewhere() -> None:
         with pytest.raises(EngineLoadError) as refused:
             built(magika_path(), workspace_mb=1)
-        told.append(str(refused.value))
+        errors.append(str(refused.value))
 
     on_a_thread(fail_elsewhere)
-    assert "within workspace limit" in told[0]
+    assert "within workspace limit" in errors[0]
     assert mine.take() == []
     on_a_thread(lambda: mine.logger.log(trt.ILogger.Severity.ERROR, "from within"))
     assert mine.take() == ["from within"]

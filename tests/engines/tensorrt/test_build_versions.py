@@ -37,11 +37,11 @@ VERSIONS = ("10.0.1", "10.16.1.11", "11.4.0.106")
 
 @pytest.fixture
 def fake() -> Iterator[FakeCuda]:
-    made = require_fake_gpu()
+    fake = require_fake_gpu()
     load_tensorrt().trt.versions.use(None)
-    yield made
+    yield fake
     load_tensorrt().trt.versions.use(None)
-    assert made.violations() == []
+    assert fake.violations() == []
 
 
 @pytest.fixture(params=VERSIONS)
@@ -59,7 +59,7 @@ def model(tmp_path: Path) -> Path:
     return Path(models.write(tmp_path, models.negate()))
 
 
-def told(plan: bytes) -> dict[str, Any]:
+def settings_in(plan: bytes) -> dict[str, Any]:
     """Return the builder's settings, from the second line of a stand-in's plan."""
     answer: dict[str, Any] = json.loads(plan.split(b"\n", 2)[1])
     return answer
@@ -68,7 +68,7 @@ def told(plan: bytes) -> dict[str, Any]:
 def test_every_option_reaches_the_builder(
     version: str, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain = told(build(model, BuildOptions()).plan)
+    plain = settings_in(build(model, BuildOptions()).plan)
     assert plain["profiles"] == [{"x": [[1, 3], [64, 3], [64, 3]]}]
     assert not plain["hardware_compatible"]
     assert not plain["version_compatible"]
@@ -79,7 +79,7 @@ def test_every_option_reaches_the_builder(
         hardware_compatible=True,
         version_compatible=True,
     )
-    everything = told(build(model, options).plan)
+    everything = settings_in(build(model, options).plan)
     assert everything["profiles"] == [{"x": [[1, 3], [2, 3], [4, 3]]}, {"x": [[4, 3], [8, 3], [16, 3]]}]
     assert everything["hardware_compatible"]
     assert everything["version_compatible"]

@@ -76,9 +76,9 @@ def _read(version: str) -> Described:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["version"] == version
-    classes: Described = told["classes"]
+    declared = json.loads(done.stdout)
+    assert declared["version"] == version
+    classes: Described = declared["classes"]
     return classes
 
 
@@ -136,12 +136,12 @@ def test_the_wheels_have_the_versions_of_the_stand_ins() -> None:
 
 def test_every_enumeration_has_nvidias_members(version: str) -> None:
     theirs = real(version)
-    found = {
+    members = {
         name: {str(key): int(value.value) for key, value in cls.__members__.items()}
         for name, cls in enumerations().items()
     }
-    assert found == {name: theirs[name]["enum"] for name in found}
-    assert len(found) > 8
+    assert members == {name: theirs[name]["enum"] for name in members}
+    assert len(members) > 8
 
 
 def test_every_class_and_member_exists_in_the_bindings(version: str) -> None:
@@ -164,12 +164,12 @@ def test_every_method_has_the_parameter_names_of_the_bindings(version: str) -> N
         if name in enumerations():
             continue
         for method, function in inspect.getmembers(cls, inspect.isfunction):
-            told = theirs[name]["members"].get(method)
+            declared = theirs[name]["members"].get(method)
             hidden = method.startswith("_") and method not in {"__init__", "__bool__"}
-            if method in OURS or hidden or not told:
+            if method in OURS or hidden or not declared:
                 continue
             ours = [parameter for parameter in inspect.signature(function).parameters if parameter != "self"]
-            assert ours in told, f"{version}: {name}.{method} takes {told}, ours {ours}"
+            assert ours in declared, f"{version}: {name}.{method} takes {declared}, ours {ours}"
             checked += 1
     assert checked > 40
 
@@ -196,18 +196,18 @@ def test_callbacks_have_the_parameters_of_the_bindings(version: str) -> None:
     from cobatch.engines.tensorrt.plans.build import make_watch  # noqa: PLC0415
 
     theirs = real(version)
-    made = {
+    callbacks = {
         "ILogger": make_log(stand_ins).logger,
         "IErrorRecorder": make_recorder(stand_ins),
         "IProgressMonitor": make_watch(stand_ins, lambda _phase, _fraction: True).monitor,
     }
-    for name, instance in made.items():
-        for method, told in theirs[name]["members"].items():
-            if not isinstance(told, list) or method == "__init__":
+    for name, instance in callbacks.items():
+        for method, overloads in theirs[name]["members"].items():
+            if not isinstance(overloads, list) or method == "__init__":
                 continue
             ours = list(inspect.signature(getattr(instance, method)).parameters)
             # TensorRT calls them by position, and some of its parameters have no names.
-            assert len(ours) == len(told[0]), f"{version}: {name}.{method}{told[0]}, ours {ours}"
+            assert len(ours) == len(overloads[0]), f"{version}: {name}.{method}{overloads[0]}, ours {ours}"
 
 
 def _used() -> tuple[set[str], set[tuple[str, str]]]:
@@ -219,11 +219,11 @@ def _used() -> tuple[set[str], set[tuple[str, str]]]:
             if isinstance(node, ast.Attribute):
                 names.add(node.attr)
             if isinstance(node, ast.Call):
-                told = [
+                strings = [
                     a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)
                 ]
-                names |= set(told[:1])  # hasattr(engine, "…") and the like
-                pairs |= {(told[0], told[1])} if len(told) == 2 else set()
+                names |= set(strings[:1])  # hasattr(engine, "…") and the like
+                pairs |= {(strings[0], strings[1])} if len(strings) == 2 else set()
             if isinstance(node, ast.For) and isinstance(node.iter, ast.Tuple):
                 names |= {
                     a.value
@@ -250,12 +250,12 @@ def test_the_stand_ins_have_every_name_that_the_engine_uses() -> None:
 
 
 def test_every_enumerator_that_the_engine_looks_up_is_in_a_version() -> None:
-    asked = {pair for pair in _used()[1] if pair[0] in enumerations()}
+    used = {pair for pair in _used()[1] if pair[0] in enumerations()}
     known = {
         (name, member)
         for version in HERE_ARE
         for name, cls in real(version).items()
         for member in cls.get("enum", ())
     }
-    assert asked <= known
-    assert ("NetworkDefinitionCreationFlag", "STRONGLY_TYPED") in asked
+    assert used <= known
+    assert ("NetworkDefinitionCreationFlag", "STRONGLY_TYPED") in used

@@ -33,7 +33,7 @@ def plant(method: str, text: str, code: str = "FAILED_EXECUTION") -> None:
     importlib.import_module("tensorrt.planting").plant(method, text, code)
 
 
-def made(model: bytes, max_batch_size: int = 8, **options: Any) -> TensorRTEngine:
+def engine_with(model: bytes, max_batch_size: int = 8, **options: Any) -> TensorRTEngine:
     """Return an engine of a plan with unusual properties."""
     plan = importlib.import_module("tensorrt.plan").make_plan(model, max_batch_size=max_batch_size, **options)
     return TensorRTEngine("odd.plan", max_batch_size, plan_source=lambda: plan)
@@ -65,21 +65,21 @@ def test_tensors_that_cannot_be_served_are_named(
     cuda: FakeCuda, tensor: str, odd: dict[str, Any], reason: str
 ) -> None:
     what = "input" if tensor == "x" else "output"
-    assert f"{what} {tensor!r} {reason}" in refused(made(models.negate(), tensors={tensor: odd}))
+    assert f"{what} {tensor!r} {reason}" in refused(engine_with(models.negate(), tensors={tensor: odd}))
 
 
 def test_an_output_whose_shape_depends_on_the_data_is_named(cuda: FakeCuda) -> None:
-    why = refused(made(models.value_sets_width()))
+    why = refused(engine_with(models.value_sets_width()))
     assert "output 'y' has a shape that depends on the data, [" in why
 
 
 def test_inputs_whose_first_axes_differ_are_named(cuda: FakeCuda) -> None:
-    assert "the inputs' first axes differ" in refused(made(models.two_inputs(first=4, second=8)))
+    assert "the inputs' first axes differ" in refused(engine_with(models.two_inputs(first=4, second=8)))
 
 
 @pytest.mark.parametrize("model", [models.total_only(), models.two_rows_each()])
 def test_outputs_that_do_not_follow_the_batch_axis_are_named(cuda: FakeCuda, model: bytes) -> None:
-    assert "output 'y'" in refused(made(model))
+    assert "output 'y'" in refused(engine_with(model))
 
 
 def test_the_error_of_a_plan_that_does_not_load_quotes_tensorrt(cuda: FakeCuda) -> None:
@@ -88,7 +88,7 @@ def test_the_error_of_a_plan_that_does_not_load_quotes_tensorrt(cuda: FakeCuda) 
         "The engine plan file is not compatible with this version",
         "INVALID_CONFIG",
     )
-    why = refused(made(models.negate()))
+    why = refused(engine_with(models.negate()))
     assert "The engine plan file is not compatible with this version" in why
 
 
@@ -99,13 +99,13 @@ def test_out_of_memory_names_the_need_and_a_batch_size_that_fits(cuda: FakeCuda)
     wide = models.negate(width=1000)
     cuda.memory(2_500_000)
     why = refused(engine_of(wide, max_batch_size=512))
-    found = re.search(r"max_batch_size = (\d+) would fit", why)
-    assert found is not None, why
+    match = re.search(r"max_batch_size = (\d+) would fit", why)
+    assert match is not None, why
     needs = r"Besides its weights the model needs [\d.]+ MiB for batches of 512 rows"
     assert re.search(rf"GPU 0 is out of memory: .* for .*{needs}", why)
     assert re.search(r"[\d.]+ MiB were free", why)
     # The suggested size fits, and a third more does not.
-    rows = int(found[1])
+    rows = int(match[1])
     with opened(engine_of(wide, max_batch_size=rows)) as engine:
         assert run(engine, np.ones((rows, 1000), np.float32))[0].shape == (rows, 1000)
     cuda.reset()
@@ -174,19 +174,19 @@ def test_an_error_at_any_call_is_an_engine_error_and_leaks_nothing(
     seen = 0
     for name, count in [*calls_of_a_life(cuda, graphs), *POINTS]:
         if name in {"cuGetErrorString", "cuDriverGetVersion", "cuStreamIsCapturing", "cuCtxGetDevice"}:
-            continue  # made by PyCUDA or the stand-in itself
+            continue  # engine_with by PyCUDA or the stand-in itself
         if name == "cuStreamEndCapture" and code == OUT_OF_MEMORY:
             continue  # the fake would continue to capture, unlike a driver
         for nth in {1, count}:
             fresh(cuda)
             cuda.inject(name, code, nth)
             engine = engine_of(models.negate(), graphs=graphs)
-            told = None
+            error_type = None
             with contextlib.suppress(EngineError):
-                told = EngineError
+                error_type = EngineError
                 live(engine)
-                told = None
-            seen += told is not None
+                error_type = None
+            seen += error_type is not None
             assert cuda.violations() == [], (name, nth)
             assert name in CLEAN_UP or cuda.live_objects() == {}, (name, nth)
             # The next engine works after any error.

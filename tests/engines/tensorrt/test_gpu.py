@@ -1,7 +1,7 @@
 """TensorRT on a real GPU: `pytest -m gpu`, or ./scripts/gpu-check, which prints a report too.
 
-Skipped without a GPU; with GPU_CHECK set, as in ./scripts/gpu-check, that is a failure. docs/gpu.md lists the
-runs.
+Skipped without a GPU; with GPU_CHECK set, as in ./scripts/gpu-check, that is a failure. Not yet run on a real
+GPU: docs/gpu.md lists what has been run.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ _ASK = (
 @cache
 def why_not() -> str:
     """Return why there is no GPU to test, asked in a new process, as this one may have a fake GPU."""
-    asked = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, text=True, check=False)
-    if asked.returncode:
-        said = asked.stderr.strip().splitlines() or [f"the question ended with status {asked.returncode}"]
-        return said[-1].removeprefix("cobatch.engines.errors.EngineLoadError: ")
+    answer = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, text=True, check=False)
+    if answer.returncode:
+        lines = answer.stderr.strip().splitlines() or [f"the question ended with status {answer.returncode}"]
+        return lines[-1].removeprefix("cobatch.engines.errors.EngineLoadError: ")
     from cobatch.engines.tensorrt.cuda import gpu_identity  # noqa: PLC0415 - PyCUDA is there
 
     here = " ".join(gpu_identity(0))
-    if here != asked.stdout.strip():
+    if here != answer.stdout.strip():
         return f"a fake GPU ({here}) is loaded in this process; run `pytest -m gpu` by itself"
     return ""
 
@@ -371,25 +371,25 @@ def fault(kind: str, plan: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.support.gpu.fault", kind, str(plan)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout, f"the process ended with status {done.returncode}: {done.stderr[-2000:]}"
-    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    told["status"] = done.returncode
-    return told
+    errors: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    errors["status"] = done.returncode
+    return errors
 
 
 def test_an_illegal_access_ends_the_engine_and_a_new_one_opens(magika_plan: Path) -> None:
-    told = fault("illegal", magika_plan)
-    gpu.note("faults", f"illegal access: {told['first']['error']}: {told['first']['text']}")
-    again = told["again"]["text"] or "a batch ran"
-    gpu.note("faults", f"opened again in the same process: {again}; exit status {told['status']}")
-    assert told["before"]["error"] == ""
-    assert "EngineDeadError" in (told["first"]["error"], told["second"]["error"])
-    assert told["second"]["error"] == "EngineDeadError"
+    errors = fault("illegal", magika_plan)
+    gpu.note("faults", f"illegal access: {errors['first']['error']}: {errors['first']['text']}")
+    again = errors["again"]["text"] or "a batch ran"
+    gpu.note("faults", f"opened again in the same process: {again}; exit status {errors['status']}")
+    assert errors["before"]["error"] == ""
+    assert "EngineDeadError" in (errors["first"]["error"], errors["second"]["error"])
+    assert errors["second"]["error"] == "EngineDeadError"
 
 
 def test_no_memory_at_load_is_a_clear_error(magika_plan: Path) -> None:
-    told = fault("memory", magika_plan)
-    gpu.note("faults", f"no memory left: {told['full']['text']}")
-    assert told["full"]["error"] == "EngineLoadError"
-    assert "memory" in told["full"]["text"]
-    assert told["after"]["error"] == ""
-    assert told["status"] == 0
+    errors = fault("memory", magika_plan)
+    gpu.note("faults", f"no memory left: {errors['full']['text']}")
+    assert errors["full"]["error"] == "EngineLoadError"
+    assert "memory" in errors["full"]["text"]
+    assert errors["after"]["error"] == ""
+    assert errors["status"] == 0

@@ -31,17 +31,17 @@ def options_of_build() -> set[str]:
 
 
 def test_all_flags_of_build_are_documented() -> None:
-    told = set(re.findall(r"^\| `(--[a-z-]+)", DOCS, re.MULTILINE))
-    assert told == options_of_build()
-    assert len(signature(build).parameters) == len(told) + 2  # MODEL and -o
+    documented = set(re.findall(r"^\| `(--[a-z-]+)", DOCS, re.MULTILINE))
+    assert documented == options_of_build()
+    assert len(signature(build).parameters) == len(documented) + 2  # MODEL and -o
 
 
 def test_all_settings_are_documented_by_name() -> None:
-    told = set(re.findall(r"^\| `(\w+) = ", DOCS, re.MULTILINE))
+    documented = set(re.findall(r"^\| `(\w+) = ", DOCS, re.MULTILINE))
     others = {"engine", "devices", "instances"}
     mine = set(EngineOptions.__dataclass_fields__) - {"threads", "device"} | others
-    assert told == mine
-    assert told <= set(MODEL_FIELDS)
+    assert documented == mine
+    assert documented <= set(MODEL_FIELDS)
 
 
 def test_the_image_is_built_from_existing_files() -> None:
@@ -71,8 +71,10 @@ def test_links_have_targets() -> None:
 def test_the_script_says_that_there_is_no_gpu(tmp_path: Path) -> None:
     """Run it with only the programs on the path that it needs before nvidia-smi."""
     for tool in ("bash", "dirname", "env"):
-        found = subprocess.run(["sh", "-c", f"command -v {tool}"], capture_output=True, text=True, check=True)
-        (tmp_path / tool).symlink_to(found.stdout.strip())
+        located = subprocess.run(
+            ["sh", "-c", f"command -v {tool}"], capture_output=True, text=True, check=True
+        )
+        (tmp_path / tool).symlink_to(located.stdout.strip())
     done = subprocess.run(
         [ROOT / "scripts" / "gpu-check"],
         env={"PATH": str(tmp_path)},

@@ -45,9 +45,9 @@ class Counting(OnnxRuntimeEngine):
 
 @pytest.fixture
 def engine() -> Counting:
-    made = Counting(str(model_path("tiny")))
-    made.open()
-    return made
+    counting = Counting(str(model_path("tiny")))
+    counting.open()
+    return counting
 
 
 def test_all_slots_are_busy_and_all_batches_are_counted(engine: Counting) -> None:

@@ -60,14 +60,14 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Record the models that are built."""
-    made: list[Path] = []
+    models: list[Path] = []
 
     def counted(model: Path, *arguments: Any) -> Any:
-        made.append(model)
+        models.append(model)
         return build(model, *arguments)
 
     monkeypatch.setattr(building, "build", counted)
-    return made
+    return models
 
 
 @pytest.fixture
@@ -257,18 +257,18 @@ def test_two_concurrent_processes_build_once(model: Path, folder: Path) -> None:
             assert process.stdout is not None
             assert process.stdout.readline() == "begun\n"
         assert not plan.exists()
-    told = [process.communicate(timeout=60)[0] for process in running]
+    outputs = [process.communicate(timeout=60)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0]
-    assert sum("building a plan of" in text for text in told) == 1, told
-    assert sum(f"plan {plan}\n" in text for text in told) == 1, told
+    assert sum("building a plan of" in text for text in outputs) == 1, outputs
+    assert sum(f"plan {plan}\n" in text for text in outputs) == 1, outputs
 
 
 def made_plan(model: Path, plan: Path, machine: Machine = MACHINE, **changed: Any) -> bytes:
     """Write a plan as `cobatch build -o` does, as if on another machine."""
-    made = build(model, OPTIONS)
-    manifest = built(wanted(model, machine, OPTIONS), made.plan, made.profiles, made.max_batch_size)
-    write_plan(plan, made.plan, dataclasses.replace(manifest, **changed))
-    return made.plan
+    result = build(model, OPTIONS)
+    manifest = built(wanted(model, machine, OPTIONS), result.plan, result.profiles, result.max_batch_size)
+    write_plan(plan, result.plan, dataclasses.replace(manifest, **changed))
+    return result.plan
 
 
 def test_a_plan_that_fits_is_loaded(model: Path, tmp_path: Path, builds: list[Path]) -> None:
@@ -342,17 +342,17 @@ def test_a_plan_that_cannot_be_read(tmp_path: Path) -> None:
 def test_the_plan_source_of_an_engine(
     model: Path, folder: Path, builds: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[int] = []
+    devices: list[int] = []
 
     def identity(runtime: Any, device: int) -> Machine:
-        asked.append(device)
+        devices.append(device)
         return MACHINE
 
     monkeypatch.setattr("cobatch.engines.tensorrt.plans.manifest.this_machine", identity)
     source = plan_source(model, OPTIONS, folder, device=1)
-    assert (builds, asked) == ([], [])  # creating it does nothing yet
+    assert (builds, devices) == ([], [])  # creating it does nothing yet
     plan = source()
-    assert (builds, asked) == ([model], [1])
+    assert (builds, devices) == ([model], [1])
     for suffix in PLAN_SUFFIXES:
         named = model.parent / f"named{suffix}"
         write_plan(named, plan, read_manifest(plan_in(folder)) or pytest.fail("no manifest"))

@@ -35,10 +35,10 @@ def graphs(request: pytest.FixtureRequest) -> bool:
 @contextlib.contextmanager
 def served(folder: Path, *, gpus: int = 1, fast: bool = True, **settings: Any) -> Iterator[Served]:
     """Serve `gate` on the first GPU and, if wanted, `gate1` on the next."""
-    found = []
+    entries = []
     for device in range(gpus):
         path = models.write(folder, models.pick(), f"gate{device or ''}.onnx")
-        found.append(
+        entries.append(
             ModelSettings(
                 path=path,
                 engine="tensorrt",
@@ -48,7 +48,7 @@ def served(folder: Path, *, gpus: int = 1, fast: bool = True, **settings: Any) -
                 **settings,
             )
         )
-    with serve(fast, tuple(found)) as running:
+    with serve(fast, tuple(entries)) as running:
         yield running
 
 

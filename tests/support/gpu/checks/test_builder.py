@@ -59,7 +59,7 @@ class Build:
 
     def watch(self, step: Callable[[str], bool]) -> list[tuple[str, str]]:
         """Let `step` decide if the build goes on; the returned list receives (event, phase)."""
-        told: list[tuple[str, str]] = []
+        events: list[tuple[str, str]] = []
         base = self.trt.IProgressMonitor
 
         class Monitor(base):  # type: ignore[misc, valid-type]  # as above
@@ -67,17 +67,17 @@ class Build:
                 base.__init__(self)
 
             def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-                told.append(("start" if parent_phase else "outermost", phase_name))
+                events.append(("start" if parent_phase else "outermost", phase_name))
 
             def step_complete(self, phase_name: str, step_number: int) -> bool:
-                told.append(("step", phase_name))
+                events.append(("step", phase_name))
                 return step(phase_name)
 
             def phase_finish(self, phase_name: str) -> None:
-                told.append(("finish", phase_name))
+                events.append(("finish", phase_name))
 
         self.monitor = self.config.progress_monitor = Monitor()
-        return told
+        return events
 
 
 @pytest.fixture(params=["stand-in", "real"])
@@ -161,12 +161,12 @@ def test_a_model_without_dynamic_axes_needs_no_profile(build: Build) -> None:
 
 def test_a_monitor_receives_nested_phases(build: Build) -> None:
     build.parser.parse(models.negate(batch=2))
-    told = build.watch(lambda _phase: True)
+    events = build.watch(lambda _phase: True)
     assert build.serialized()
-    outermost = next(phase for event, phase in told if event == "outermost")
-    assert ("finish", outermost) in told
-    assert ("step", outermost) in told
-    assert any(event == "start" for event, _ in told)
+    outermost = next(phase for event, phase in events if event == "outermost")
+    assert ("finish", outermost) in events
+    assert ("step", outermost) in events
+    assert any(event == "start" for event, _ in events)
 
 
 def test_a_monitor_can_end_a_build(build: Build) -> None:

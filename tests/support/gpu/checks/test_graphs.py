@@ -87,20 +87,20 @@ def test_a_graph_is_launched_after_it_was_destroyed(fake: FakeCuda, gpu: Gpu, co
 
 
 @pytest.mark.parametrize(
-    ("disturb", "told"),
+    ("disturb", "report"),
     [
         (lambda gpu, copy: gpu.driver.cuStreamSynchronize(copy.handle), "the stream is being captured"),
         (lambda gpu, copy: gpu.driver.cuMemAlloc(16), "called while this thread captures a stream"),
         (lambda gpu, copy: gpu.driver.cuCtxSynchronize(), "called while this thread captures a stream"),
     ],
 )
-def test_a_capture_is_disturbed(fake: FakeCuda, gpu: Gpu, copy: Copy, disturb: Any, told: str) -> None:
+def test_a_capture_is_disturbed(fake: FakeCuda, gpu: Gpu, copy: Copy, disturb: Any, report: str) -> None:
     copy.begin()
     assert gpu.code(disturb(gpu, copy)) == 900
     assert gpu.code(gpu.driver.cuStreamEndCapture(copy.handle)) == 901
     copy.queue()  # the stream is still usable
     copy.stream.synchronize()
-    broke(fake, told)
+    broke(fake, report)
 
 
 def test_an_event_of_a_capture_is_waited_for(fake: FakeCuda, gpu: Gpu, copy: Copy) -> None:

@@ -21,7 +21,7 @@ Call = Callable[[Any], tuple[Any, ...]]
 
 
 @pytest.mark.parametrize(
-    ("call", "code", "told"),
+    ("call", "code", "report"),
     [
         (lambda d: d.cuStreamSynchronize(d.CUstream(4096)), 400, "0x1000 is no stream"),
         (lambda d: d.cuEventSynchronize(d.CUevent(4096)), 400, "0x1000 is no event"),
@@ -47,9 +47,9 @@ Call = Callable[[Any], tuple[Any, ...]]
         ),
     ],
 )
-def test_invalid_handles_are_reported(fake: FakeCuda, gpu: Gpu, call: Call, code: int, told: str) -> None:
+def test_invalid_handles_are_reported(fake: FakeCuda, gpu: Gpu, call: Call, code: int, report: str) -> None:
     assert gpu.code(call(gpu.driver)) == code
-    broke(fake, told)
+    broke(fake, report)
 
 
 def _stream(gpu: Gpu) -> Any:
@@ -121,8 +121,8 @@ def test_calls_before_cuinit_fail() -> None:
         "print(count(), int(driver.cuInit(0)[0]), count())"
     )
     command = [sys.executable, "-c", program]
-    told = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
-    assert told.stdout.split() == ["3", "0", "0"]
+    report = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    assert report.stdout.split() == ["3", "0", "0"]
 
 
 def test_devices_beyond_the_second_are_refused_without_a_broken_rule(fake: FakeCuda, gpu: Gpu) -> None:

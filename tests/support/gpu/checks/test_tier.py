@@ -62,8 +62,8 @@ def test_a_failed_build_leaves_no_files(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(build.CannotBuildError):
         build.once("thing", fail)
     assert [path.name for path in build.cache_folder().iterdir()] == ["thing.lock"]
-    made = build.once("thing", lambda folder: (folder / "whole").touch())
-    assert [path.name for path in made.iterdir()] == ["whole"]
+    created = build.once("thing", lambda folder: (folder / "whole").touch())
+    assert [path.name for path in created.iterdir()] == ["whole"]
 
 
 @pytest.mark.parametrize(("ci", "outcome"), [("", pytest.skip.Exception), ("true", pytest.fail.Exception)])

@@ -84,11 +84,11 @@ def build_library(root: Path) -> Path:
 
 def _compile(root: Path, folder: Path) -> None:
     include = root / "include"
-    made = folder / "generated.c"
-    made.write_text(generate(include, list(SOURCES)))
+    generated = folder / "generated.c"
+    generated.write_text(generate(include, list(SOURCES)))
     library = folder / LIBRARY
     flags = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-pthread"]
-    paths = [f"-I{HERE}", f"-I{include}", *map(str, SOURCES), str(made)]
+    paths = [f"-I{HERE}", f"-I{include}", *map(str, SOURCES), str(generated)]
     run(["gcc", *flags, f"-Wl,-soname,{LIBRARY}", *paths, "-o", str(library), "-ldl"])
     # The library name that PyCUDA's build links to.
     (folder / "libcuda.so").symlink_to(LIBRARY)

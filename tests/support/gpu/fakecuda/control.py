@@ -73,21 +73,21 @@ class FakeCuda:
 
     def calls(self) -> Counter[str]:
         """Return the count of each call since `reset` or `forget_calls`, by name without version."""
-        found: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         for call in range(self._fake.fakeCalls()):
             if count := self._fake.fakeCallCount(call):
-                found[_VERSION.sub("", self._fake.fakeCallName(call).decode())] += count
-        return found
+                counts[_VERSION.sub("", self._fake.fakeCallName(call).decode())] += count
+        return counts
 
     def forget_calls(self) -> None:
         """Reset the counts of calls."""
         self._fake.fakeForgetCalls()
 
     def _by_kind(self, count: ctypes._NamedFuncPointer) -> dict[str, int]:
-        found = {}
+        counts = {}
         kind = 0
         while (name := self._fake.fakeKind(kind)) is not None:
             if number := count(kind):
-                found[name.decode()] = number
+                counts[name.decode()] = number
             kind += 1
-        return found
+        return counts

@@ -63,10 +63,10 @@ def _preprocessed(include: Path) -> str:
 def _needs(name: str) -> str:
     if _ANYWHERE.match(name):
         return "NOTHING"
-    found = ["NEEDS_CONTEXT"]
-    found += ["CLEANS_UP"] if _CLEANS_UP.match(name) else []
-    found += ["UNSAFE_IN_CAPTURE"] if _UNSAFE.match(name) else []
-    return " | ".join(found)
+    flags = ["NEEDS_CONTEXT"]
+    flags += ["CLEANS_UP"] if _CLEANS_UP.match(name) else []
+    flags += ["UNSAFE_IN_CAPTURE"] if _UNSAFE.match(name) else []
+    return " | ".join(flags)
 
 
 def _tables(names: list[str]) -> str:
@@ -174,9 +174,9 @@ def _addresses(include: Path, declared: list[str]) -> str:
 
 
 def _suffix(symbol: str) -> tuple[str, str]:
-    found = _SUFFIX.match(symbol)
-    assert found is not None
-    return found[1], found[2] or "1"
+    match = _SUFFIX.match(symbol)
+    assert match is not None
+    return match[1], match[2] or "1"
 
 
 _FIND = """

@@ -29,8 +29,8 @@ def in_thread(work: Callable[[], Any]) -> Any:
 
 def broke(fake: Any, *expected: str) -> None:
     """Check that exactly these rules were broken, in this order, each by a part of its text."""
-    found = fake.violations()
-    if len(found) != len(expected) or any(
-        part not in text for part, text in zip(expected, found, strict=True)
+    violations = fake.violations()
+    if len(violations) != len(expected) or any(
+        part not in text for part, text in zip(expected, violations, strict=True)
     ):
-        pytest.fail(f"expected {list(expected)}, the fake tells {found}")
+        pytest.fail(f"expected {list(expected)}, the fake tells {violations}")

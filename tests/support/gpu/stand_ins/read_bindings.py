@@ -35,10 +35,10 @@ def member(name: str, value: Any) -> Any:
     if isinstance(value, type) or not callable(value):
         return "value"
     lines = (value.__doc__ or "").splitlines()
-    told = [
+    signatures = [
         line for line in lines if re.match(rf"\s*(\d+\. )?{name}\(", line) and "*args, **kwargs" not in line
     ]
-    return [parameters(line) for line in told]
+    return [parameters(line) for line in signatures]
 
 
 def describe(cls: Any) -> dict[str, Any]:

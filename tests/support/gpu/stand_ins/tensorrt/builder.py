@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import planting
-from .logs import ILogger, Told, WithRecorder
+from .logs import ErrorSink, ILogger, WithRecorder
 from .plan import Plan, Profile, Shape, Tensor
 from .versions import package
 
@@ -95,8 +95,8 @@ class ITimingCache:
 class IBuilderConfig:
     """Build settings."""
 
-    def __init__(self, told: Told) -> None:
-        self._told = told
+    def __init__(self, sink: ErrorSink) -> None:
+        self._sink = sink
         self._profiles: list[IOptimizationProfile] = []
         self._flags: set[str] = set()
         self._limits: dict[str, int] = {}
@@ -110,7 +110,7 @@ class IBuilderConfig:
 
     def add_optimization_profile(self, profile: IOptimizationProfile) -> int:
         if not profile:
-            self._told.error(
+            self._sink.error(
                 "INVALID_ARGUMENT", "Optimization profile is not valid: min, opt, max are not in order"
             )
             return -1
@@ -134,7 +134,7 @@ class IBuilderConfig:
 
     def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> bool:
         if cache._data and not ignore_mismatch and not cache._data.startswith(_own_timings()):
-            self._told.error("INVALID_ARGUMENT", "The timing cache is another GPU's or version's")
+            self._sink.error("INVALID_ARGUMENT", "The timing cache is another GPU's or version's")
             return False
         self._timings = cache
         return True
@@ -151,16 +151,16 @@ class Builder(WithRecorder):
     """Builds plans."""
 
     def __init__(self, logger: ILogger) -> None:
-        self._told = Told(logger)
+        self._sink = ErrorSink(logger)
 
     def create_network(self, flags: int = 0) -> INetworkDefinition:
         known = package().NetworkDefinitionCreationFlag
         if flags & ~sum(1 << int(flag) for flag in known):
-            self._told.error("INVALID_ARGUMENT", f"unknown network creation flags {flags:#x}")
+            self._sink.error("INVALID_ARGUMENT", f"unknown network creation flags {flags:#x}")
         return INetworkDefinition()
 
     def create_builder_config(self) -> IBuilderConfig:
-        return IBuilderConfig(self._told)
+        return IBuilderConfig(self._sink)
 
     def create_optimization_profile(self) -> IOptimizationProfile:
         return IOptimizationProfile()
@@ -171,7 +171,7 @@ class Builder(WithRecorder):
         """Return the plan; None on failure, with the reason in the log."""
         why = planting.take("build_serialized_network") or _refusal(network, config)
         if why is not None:
-            self._told.error(*why)
+            self._sink.error(*why)
             return None
         if not _report(config.progress_monitor):
             return None

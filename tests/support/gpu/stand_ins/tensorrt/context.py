@@ -18,7 +18,7 @@ from .driver import (
     violate,
     words,
 )
-from .logs import Told, WithRecorder
+from .logs import ErrorSink, WithRecorder
 from .plan import Shape, Tensor, output_shapes, session_of
 from .versions import only_in, with_versions
 
@@ -60,11 +60,11 @@ class IExecutionContext(WithRecorder, Owned):
         raise TypeError("tensorrt.IExecutionContext: No constructor defined!")
 
     @classmethod
-    def _make(cls, engine: ICudaEngine, size: int, managed: bool, told: Told) -> IExecutionContext:
+    def _make(cls, engine: ICudaEngine, size: int, managed: bool, sink: ErrorSink) -> IExecutionContext:
         context = cls.__new__(cls)
         Owned.__init__(context, size)
         context._engine = engine
-        context._told = told
+        context._sink = sink
         context._managed = managed
         context._memory = (0, 0)
         context._profile = 0
@@ -285,7 +285,7 @@ class IExecutionContext(WithRecorder, Owned):
         return planted is not None
 
     def _fail(self, code: str, text: str) -> bool:
-        self._told.error(code, f"IExecutionContext: {text}")
+        self._sink.error(code, f"IExecutionContext: {text}")
         return False
 
     def _cuda(self, code: int) -> bool:

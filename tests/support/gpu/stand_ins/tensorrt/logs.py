@@ -56,7 +56,7 @@ class IProgressMonitor:
         pass
 
 
-class Told:
+class ErrorSink:
     """The receivers of an object's errors: the logger and, if set, the error recorder."""
 
     def __init__(self, logger: ILogger, recorder: Any = None) -> None:
@@ -78,14 +78,14 @@ class Told:
 class WithRecorder:
     """An object with an `error_recorder`, which the objects that it creates inherit."""
 
-    _told: Told
+    _sink: ErrorSink
 
     @property
     def error_recorder(self) -> Any:
-        return self._told.recorder
+        return self._sink.recorder
 
     @error_recorder.setter
     def error_recorder(self, recorder: Any) -> None:
         if recorder is not None and not isinstance(recorder, IErrorRecorder):
             raise TypeError(f"{recorder!r} is no IErrorRecorder")
-        self._told.recorder = recorder
+        self._sink.recorder = recorder

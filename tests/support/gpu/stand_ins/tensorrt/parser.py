@@ -10,7 +10,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # it has no types
 
 from .builder import INetworkDefinition
-from .logs import ILogger, Told
+from .logs import ErrorSink, ILogger
 from .plan import DATA_TYPES, read_tensors
 from .versions import package
 
@@ -54,7 +54,7 @@ class OnnxParser:
 
     def __init__(self, network: INetworkDefinition, logger: ILogger) -> None:
         self._network = network
-        self._told = Told(logger)
+        self._sink = ErrorSink(logger)
         self._errors: list[_Error] = []
 
     @property
@@ -70,7 +70,7 @@ class OnnxParser:
     def parse(self, model: bytes, path: str | None = None) -> bool:
         self._errors = _check(bytes(model))
         for error in self._errors:
-            self._told.error("INVALID_ARGUMENT", error.desc)
+            self._sink.error("INVALID_ARGUMENT", error.desc)
         if self._errors:
             return False
         self._network._model = bytes(model)

@@ -82,8 +82,8 @@ class Plan:
 
     def to_bytes(self) -> bytes:
         """Return the file's contents."""
-        told = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "model"}
-        return _MAGIC + json.dumps(told).encode() + b"\n" + self.model
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "model"}
+        return _MAGIC + json.dumps(fields).encode() + b"\n" + self.model
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Plan:
@@ -91,12 +91,12 @@ class Plan:
         # Without the first line the second is not JSON.
         head, _, rest = data.removeprefix(_MAGIC).partition(b"\n")
         try:
-            told = json.loads(head)
-            told["profiles"] = [
+            fields = json.loads(head)
+            fields["profiles"] = [
                 {name: tuple(map(tuple, shapes)) for name, shapes in profile.items()}
-                for profile in told["profiles"]
+                for profile in fields["profiles"]
             ]
-            return cls(model=rest, **told)
+            return cls(model=rest, **fields)
         except (ValueError, TypeError, KeyError):
             raise PlanError(
                 "Serialization assertion stdVersionRead == kSERIALIZATION_VERSION failed."
@@ -112,14 +112,14 @@ def make_plan(
     max_batch_size: int = 8,
 ) -> bytes:
     """Return a plan's bytes without a build. Default profile: dynamic axes from 1 to `max_batch_size`."""
-    made: list[Profile] = [
+    ranges: list[Profile] = [
         {name: (tuple(low), tuple(best), tuple(high)) for name, (low, best, high) in profile.items()}
         for profile in profiles
     ]
-    if not made:
+    if not ranges:
         inputs = [tensor for tensor in read_tensors(model) if tensor.is_input and -1 in tensor.shape]
-        made = [{tensor.name: _ranges(tensor.shape, max_batch_size) for tensor in inputs}]
-    return Plan(model, made, version or package().__version__, tensors=tensors or {}).to_bytes()
+        ranges = [{tensor.name: _ranges(tensor.shape, max_batch_size) for tensor in inputs}]
+    return Plan(model, ranges, version or package().__version__, tensors=tensors or {}).to_bytes()
 
 
 def altered(plan: bytes, **changes: Any) -> bytes:
@@ -143,12 +143,12 @@ def read_tensors(model: bytes, overrides: Mapping[str, dict[str, Any]] | None = 
                 continue
             kind = value.type.tensor_type
             shape = tuple(axis.dim_value if axis.HasField("dim_value") else -1 for axis in kind.shape.dim)
-            told = {
+            fields = {
                 "shape": shape,
                 "dtype": DATA_TYPES.get(kind.elem_type, "FLOAT"),
                 **(overrides or {}).get(value.name, {}),
             }
-            tensors.append(Tensor(value.name, is_input, element=kind.elem_type, **told))
+            tensors.append(Tensor(value.name, is_input, element=kind.elem_type, **fields))
     return tensors
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from . import planting
 from .context import IExecutionContext
 from .driver import Owned, has_context, violate
-from .logs import ILogger, Told, WithRecorder
+from .logs import ErrorSink, ILogger, WithRecorder
 from .plan import Plan, PlanError, Profile, Shape, Tensor, read_tensors
 from .versions import only_in, package, with_versions
 
@@ -17,7 +17,7 @@ class Runtime(WithRecorder):
     """Loads plans."""
 
     def __init__(self, logger: ILogger) -> None:
-        self._told = Told(logger)
+        self._sink = ErrorSink(logger)
         self.engine_host_code_allowed = False
 
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
@@ -31,13 +31,13 @@ class Runtime(WithRecorder):
                 why = "INTERNAL_ERROR", str(error)
         if why is None:
             try:
-                return ICudaEngine._make(plan, Told(self._told.logger, self._told.recorder))
+                return ICudaEngine._make(plan, ErrorSink(self._sink.logger, self._sink.recorder))
             except MemoryError as error:
                 why = (
                     "FAILED_ALLOCATION",
                     f"Requested amount of GPU memory ({error} bytes) could not be allocated.",
                 )
-        self._told.error(*why)
+        self._sink.error(*why)
         return None
 
     def _wrong(self) -> tuple[str, str] | None:
@@ -74,19 +74,19 @@ class ICudaEngine(WithRecorder, Owned):
         raise TypeError("tensorrt.ICudaEngine: No constructor defined!")
 
     @classmethod
-    def _make(cls, plan: Plan, told: Told) -> ICudaEngine:
+    def _make(cls, plan: Plan, sink: ErrorSink) -> ICudaEngine:
         engine = cls.__new__(cls)
         Owned.__init__(engine, len(plan.model))
         engine._plan = plan
-        engine._told = told
+        engine._sink = sink
         engine._tensors = read_tensors(plan.model, plan.tensors)
         return engine
 
     def _tensor(self, name: str) -> Tensor | None:
-        found = next((tensor for tensor in self._tensors if tensor.name == name), None)
-        if found is None:
-            self._told.error("INVALID_ARGUMENT", f"Given invalid tensor name: {name}.")
-        return found
+        tensor = next((tensor for tensor in self._tensors if tensor.name == name), None)
+        if tensor is None:
+            self._sink.error("INVALID_ARGUMENT", f"Given invalid tensor name: {name}.")
+        return tensor
 
     @property
     def num_io_tensors(self) -> int:
@@ -101,43 +101,43 @@ class ICudaEngine(WithRecorder, Owned):
         return self._tensors[index].name
 
     def get_tensor_mode(self, name: str) -> Any:
-        found = self._tensor(name)
-        return package().TensorIOMode[("OUTPUT", "INPUT")[found.is_input] if found else "NONE"]
+        tensor = self._tensor(name)
+        return package().TensorIOMode[("OUTPUT", "INPUT")[tensor.is_input] if tensor else "NONE"]
 
     def get_tensor_dtype(self, name: str) -> Any:
-        found = self._tensor(name)
-        return package().DataType[found.dtype if found else "FLOAT"]
+        tensor = self._tensor(name)
+        return package().DataType[tensor.dtype if tensor else "FLOAT"]
 
     def get_tensor_shape(self, name: str) -> Shape:
-        found = self._tensor(name)
-        return found.shape if found else (-1,)
+        tensor = self._tensor(name)
+        return tensor.shape if tensor else (-1,)
 
     def get_tensor_location(self, name: str) -> Any:
-        found = self._tensor(name)
-        return package().TensorLocation[found.location if found else "DEVICE"]
+        tensor = self._tensor(name)
+        return package().TensorLocation[tensor.location if tensor else "DEVICE"]
 
     def get_tensor_format(self, name: str, profile_index: int = 0) -> Any:
-        found = self._tensor(name)
-        return package().TensorFormat[found.format if found else "LINEAR"]
+        tensor = self._tensor(name)
+        return package().TensorFormat[tensor.format if tensor else "LINEAR"]
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[Shape]:
-        found = self._tensor(name)
-        if found is None or not found.is_input or not 0 <= profile_index < self.num_optimization_profiles:
-            self._told.error("INVALID_ARGUMENT", f"No profile {profile_index} for tensor {name}.")
+        tensor = self._tensor(name)
+        if tensor is None or not tensor.is_input or not 0 <= profile_index < self.num_optimization_profiles:
+            self._sink.error("INVALID_ARGUMENT", f"No profile {profile_index} for tensor {name}.")
             return []
-        return list(self._ranges(profile_index).get(name, (found.shape,) * 3))
+        return list(self._ranges(profile_index).get(name, (tensor.shape,) * 3))
 
     def _ranges(self, profile_index: int) -> Profile:
         return self._plan.profiles[profile_index] if self._plan.profiles else {}
 
     def is_shape_inference_io(self, name: str) -> bool:
-        found = self._tensor(name)
-        return found is not None and found.is_shape
+        tensor = self._tensor(name)
+        return tensor is not None and tensor.is_shape
 
     @only_in("10.16.1.11", "11.4.0.106")
     def get_aliased_input_tensor(self, name: str) -> str | None:
-        found = self._tensor(name)
-        return found.aliased if found else None
+        tensor = self._tensor(name)
+        return tensor.aliased if tensor else None
 
     @only_in("10.0.1", "10.16.1.11")
     def get_device_memory_size_for_profile(self, profile_index: int) -> int:
@@ -168,9 +168,9 @@ class ICudaEngine(WithRecorder, Owned):
         if why is None and self.on_its_thread("create_execution_context"):
             try:
                 return IExecutionContext._make(
-                    self, size, managed, Told(self._told.logger, self._told.recorder)
+                    self, size, managed, ErrorSink(self._sink.logger, self._sink.recorder)
                 )
             except MemoryError:
                 why = "FAILED_ALLOCATION", f"Requested size was {size} bytes. Cuda Runtime (out of memory)"
-        self._told.error(*(why or ("INVALID_STATE", "wrong thread")))
+        self._sink.error(*(why or ("INVALID_STATE", "wrong thread")))
         return None
