@@ -38,7 +38,7 @@ def serve(*, config: Path | None, check: bool, **flags: object) -> None:
     if check and settings.server.tracing and not errors:
         _check_libraries(settings, errors)
     if errors:
-        for message in errors.messages:
+        for message in errors:
             typer.echo(f"cobatch: {message}", err=True)
         raise typer.Exit(2)
     _warn_if_open(settings)

@@ -6,6 +6,7 @@ values against each other, so that a mistake stops the start and not a client.
 """
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -13,15 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from cobatch.server.settings.describe import File, Text, about
-from cobatch.server.settings.values import (
-    Errors,
-    Given,
-    SettingsError,
-    Table,
-    is_loopback,
-    refused,
-    values_of,
-)
+from cobatch.server.settings.values import Errors, Table, is_loopback, unexpected, values_of
 
 # `infer` is for all models, `infer:MODEL` for one; either includes reading the model's metadata, which every
 # V2 client needs. `admin` reads statistics, metrics, the repository and the dashboard; it does not include
@@ -119,80 +112,70 @@ def is_permission(text: str) -> bool:
 
 
 def build_auth(table: Table, source: str, errors: Errors) -> AuthSettings:
-    """Check the values of `[auth]` against each other; refusals go to `errors`."""
+    """Build `[auth]` from its values, and check them against each other; refusals go to `errors`."""
     for issuer in table["issuers"].value if "issuers" in table else ():
         issuer.setdefault("name", issuer["issuer"])
-        with errors:
-            if "permissions" in issuer:
-                _check_permissions(issuer["permissions"])
     auth = msgspec.convert(values_of(table), AuthSettings)
     if not errors.under("auth"):
-        _check_together(auth, source, errors)
+        errors += [f"{message} ({source})" for message in _conflicts(auth)]
     return auth
 
 
-def _check_permissions(given: Given) -> None:
-    for claim, permissions in given.value.items():
-        for permission in permissions:
-            if not is_permission(permission):
-                expected = "permissions: infer, infer:MODEL, metadata, admin"
-                raise refused(f"{given.key}.{claim}", expected, permission, given.source)
-
-
-def _check_together(auth: AuthSettings, source: str, errors: Errors) -> None:
-    """Check what one field alone cannot say."""
-    with errors:
-        if not auth.issuers and not auth.api_keys_file:
-            needed = "needs [[auth.issuers]] or api_keys_file, or no client could call"
-            raise SettingsError(f"auth: {needed} ({source})")
-        if auth.issuers and not auth.audience:
-            why = "the name of this server in a token's aud; without it any token of the issuer would do"
-            raise SettingsError(f"auth.audience: missing; expected {why} ({source})")
+def _conflicts(auth: AuthSettings) -> Iterator[str]:
+    """Yield what the fields cannot check alone."""
+    if not auth.issuers and not auth.api_keys_file:
+        yield "auth: needs [[auth.issuers]] or api_keys_file, or no client could call"
+    if auth.issuers and not auth.audience:
+        why = "the name of this server in a token's aud; without it any token of the issuer would do"
+        yield f"auth.audience: missing; expected {why}"
     for index, issuer in enumerate(auth.issuers):
-        with errors:
-            _check_issuer(f"auth.issuers[{index}]", issuer, source)
-            for other in auth.issuers[:index]:
-                if issuer.issuer == other.issuer or issuer.name == other.name:
-                    raise SettingsError(f"auth.issuers[{index}]: {issuer.name!r} is there twice ({source})")
+        yield from _issuer_conflicts(f"auth.issuers[{index}]", issuer)
+        for other in auth.issuers[:index]:
+            if issuer.issuer == other.issuer or issuer.name == other.name:
+                yield f"auth.issuers[{index}]: {issuer.name!r} is there twice"
     for index, rule in enumerate(auth.tenants):
-        with errors:
-            _check_tenant(f"auth.tenants[{index}]", rule, auth, source)
+        yield from _tenant_conflicts(f"auth.tenants[{index}]", rule, auth)
     for index, rule_ in enumerate(auth.models):
-        with errors:
-            if not rule_.tenants and not rule_.scopes:
-                raise SettingsError(f"auth.models[{index}]: needs tenants or scopes ({source})")
+        if not rule_.tenants and not rule_.scopes:
+            yield f"auth.models[{index}]: needs tenants or scopes"
 
 
-def _check_tenant(where: str, rule: TenantRule, auth: AuthSettings, source: str) -> None:
+def _tenant_conflicts(where: str, rule: TenantRule, auth: AuthSettings) -> Iterator[str]:
     if rule.tenant and rule.scope:
-        raise SettingsError(f"{where}: tenant and scope together; give one ({source})")
+        yield f"{where}: tenant and scope together; give one"
     if rule.tenant and len(auth.issuers) > 1 and "|" not in rule.tenant and not auth.api_keys_file:
         names = ", ".join(issuer.name for issuer in auth.issuers)
         form = "with several issuers a tenant is ISSUER'S NAME|TENANT"
-        raise SettingsError(f"{where}.tenant: {form}; the issuers are {names} ({source})")
+        yield f"{where}.tenant: {form}; the issuers are {names}"
     if rule.burst is not None and rule.requests_per_s is None:
-        raise SettingsError(f"{where}.burst: needs requests_per_s ({source})")
+        yield f"{where}.burst: needs requests_per_s"
 
 
-def _check_issuer(where: str, issuer: Issuer, source: str) -> None:
-    for key in ("issuer", "name"):
+def _issuer_conflicts(where: str, issuer: Issuer) -> Iterator[str]:
+    # An issuer without a name has its identifier as the name.
+    for key in ("issuer", "name") if issuer.name != issuer.issuer else ("issuer",):
         if re.search(r"[\s|]", getattr(issuer, key)):
             # They are put in front of tenants and subjects, and must not run into them.
-            raise refused(f"{where}.{key}", "text without spaces and |", getattr(issuer, key), source)
-    ways = [name for name in ("jwks_url", "key_files", "secret_file") if getattr(issuer, name)]
-    if len(ways) > 1:
-        raise SettingsError(f"{where}: {' and '.join(ways)} together; give one ({source})")
+            yield unexpected(f"{where}.{key}", "text without spaces and |", getattr(issuer, key))
+    for claim, permissions in issuer.permissions.items():
+        for permission in permissions:
+            if not is_permission(permission):
+                expected = "permissions: infer, infer:MODEL, metadata, admin"
+                yield unexpected(f"{where}.permissions.{claim}", expected, permission)
+    sources = [name for name in ("jwks_url", "key_files", "secret_file") if getattr(issuer, name)]
+    if len(sources) > 1:
+        yield f"{where}: {' and '.join(sources)} together; give one"
     symmetric = issuer.algorithms == ("HS256",)
     if "HS256" in issuer.algorithms and not symmetric:
         # RFC 8725, 3.1: one key, one algorithm.
-        raise SettingsError(f"{where}.algorithms: HS256 only alone, as algorithms = ['HS256'] ({source})")
-    if symmetric != bool(issuer.secret_file):
-        raise SettingsError(f"{where}: HS256 needs secret_file, and only HS256 has one ({source})")
+        yield f"{where}.algorithms: HS256 only alone, as algorithms = ['HS256']"
+    elif len(sources) < 2 and symmetric != bool(issuer.secret_file):
+        yield f"{where}: HS256 needs secret_file, and only HS256 has one"
     # Without a source of keys, they are looked for at the issuer's own address.
-    url = issuer.jwks_url or ("" if ways else issuer.issuer)
+    url = issuer.jwks_url or ("" if sources else issuer.issuer)
     if url and not is_safe_url(url):
-        expected = "an https:// URL, or http:// on loopback"
-        raise refused(f"{where}.{'jwks_url' if issuer.jwks_url else 'issuer'}", expected, url, source)
+        key = "jwks_url" if issuer.jwks_url else "issuer"
+        yield unexpected(f"{where}.{key}", "an https:// URL, or http:// on loopback", url)
 
 
 def is_safe_url(url: str) -> bool:

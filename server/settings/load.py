@@ -80,7 +80,7 @@ def read_settings(
         try:
             document = read_toml(path, given["config"].source)
         except SettingsError as error:
-            errors.messages += error.messages
+            errors += error.messages
             # Settings that are missing elsewhere may be in that file.
             return Settings()
     source = f"file {path}"

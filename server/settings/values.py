@@ -28,18 +28,12 @@ class SettingsError(Exception):
         self.messages = messages
 
 
-class Errors:
-    """Collect refusals, to report all of them: `with errors:` records a SettingsError and goes on."""
-
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def __len__(self) -> int:
-        return len(self.messages)
+class Errors(list[str]):
+    """Messages of all refusals: `with errors:` records a SettingsError and goes on."""
 
     def under(self, key: str) -> bool:
         """Return True if a value under this key path was refused."""
-        return any(message.startswith(key) for message in self.messages)
+        return any(message.startswith(key) for message in self)
 
     def __enter__(self) -> None:
         pass
@@ -48,14 +42,14 @@ class Errors:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         if isinstance(error, SettingsError):
-            self.messages += error.messages
+            self += error.messages
             return True
         return False
 
     def raise_any(self) -> None:
         """Raise SettingsError with all that was recorded, if anything was."""
-        if self.messages:
-            raise SettingsError(*self.messages)
+        if self:
+            raise SettingsError(*self)
 
 
 class Given(NamedTuple):
@@ -103,7 +97,7 @@ class Reader:
                 if name not in table:
                     expected = settings_of(struct)[name].help
                     missing = f"missing; expected {expected}" if expected else "missing"
-                    self.errors.messages.append(f"{where}.{name}: {missing} ({self.source})")
+                    self.errors.append(f"{where}.{name}: {missing} ({self.source})")
         return checked
 
     def _value(self, key: str, value: object, kind: Any) -> Given:
@@ -167,9 +161,13 @@ def check(key: str, value: object, kind: Any, source: str, *, text: bool = False
 
 def refused(key: str, expected: str, value: object, source: str, *, text: bool = False) -> SettingsError:
     """Return the refusal of a value; the caller raises it."""
+    return SettingsError(f"{unexpected(key, expected, value, text=text)} ({source})")
+
+
+def unexpected(key: str, expected: str, value: object, *, text: bool = False) -> str:
+    """Say what was expected, and what came."""
     # Variables and flags are always text; only for a file is the type worth saying.
-    came = reprlib.repr(value) if text else _describe_value(value)
-    return SettingsError(f"{key}: expected {expected}, got {came} ({source})")
+    return f"{key}: expected {expected}, got {reprlib.repr(value) if text else _describe_value(value)}"
 
 
 def _describe_value(value: object) -> str:
