@@ -105,26 +105,20 @@ class Records:
         return np.frombuffer(bytes(self._entries), _FIELDS)
 
 
-class RequestSource:
-    """Makes the requests of a scenario: the rows of a trace, or callers drawn by their shares."""
-
-    def __init__(self, callers: Sequence[Caller], seed: int, trace: Trace | None = None) -> None:
-        self._callers = callers
-        tenants = {one.name: _tenant(one) for one in callers}
-        # A single caller without a name has no tenant, as on a server without authentication.
-        anonymous = len(tenants) == 1 and "default" in tenants
-        self._tenants = [None if anonymous else tenants[one.name] for one in callers]
-        self._next = _drawn(callers, seed) if trace is None else _recorded(callers, trace)
-
-    def __call__(self, records: Records) -> SimulatedRequest:
-        """Make the next request."""
-        number, rows = next(self._next)
-        caller = self._callers[number]
+def make_requests(
+    records: Records, callers: Sequence[Caller], seed: int, trace: Trace | None = None
+) -> Iterator[SimulatedRequest]:
+    """Yield requests: the rows of a trace, or of callers drawn by their shares."""
+    tenants = {one.name: _tenant(one) for one in callers}
+    # A single caller without a name has no tenant, as on a server without authentication.
+    anonymous = len(tenants) == 1 and "default" in tenants
+    for number, rows in _drawn(callers, seed) if trace is None else _recorded(callers, trace):
+        caller = callers[number]
         request = SimulatedRequest(number, rows, records)
-        request.tenant = self._tenants[number]
+        request.tenant = None if anonymous else tenants[caller.name]
         request.timeout_s = caller.timeout_s
         request.priority = caller.priority
-        return request
+        yield request
 
 
 def _tenant(caller: Caller) -> Tenant:

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from math import inf
 from typing import Any, cast
 
@@ -27,8 +26,8 @@ from cobatch.batcher.simulator.nodes import (
     Entries,
     Node,
     Records,
-    RequestSource,
     Router,
+    make_requests,
     make_router,
 )
 from cobatch.batcher.simulator.traffic import Arrivals, Caller, Trace
@@ -163,7 +162,16 @@ def _traffic(
     """Return the times of arrival, and the function that sends a request."""
     arrivals = scenario.arrivals
     trace = arrivals if isinstance(arrivals, Trace) else None
-    send = partial(_send, RequestSource(scenario.callers, scenario.seed, trace), records, route)
+    requests = make_requests(records, scenario.callers, scenario.seed, trace)
+
+    def send() -> None:
+        request = next(requests)
+        records.arrive(request)
+        request.node = node = route()
+        refusal = node.submit(request)
+        if refusal is not None:
+            records.refuse(request, refusal)
+
     if not isinstance(arrivals, Closed):
         return scenario.times(), send
 
@@ -172,15 +180,6 @@ def _traffic(
 
     records.on_end = send_again
     return iter([n * 1e-5 for n in range(arrivals.connections)]), send
-
-
-def _send(make: RequestSource, records: Records, route: Callable[[], Node]) -> None:
-    request = make(records)
-    records.arrive(request)
-    request.node = node = route()
-    refusal = node.submit(request)
-    if refusal is not None:
-        records.refuse(request, refusal)
 
 
 @dataclass

@@ -8,10 +8,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cobatch.batcher.simulator.scenario import Results
+
 if TYPE_CHECKING:  # an extra: commands run without it
     from matplotlib.axes import Axes
 
 Line = Sequence[tuple[float, float]]
+Runs = Sequence[tuple[float | None, Results]]  # the load, None for a closed loop or a trace
 # Okabe and Ito's colours, which most people with a colour vision deficiency can tell apart.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _MARKED_POINTS = 20
@@ -63,3 +66,22 @@ def draw_lines(axes: Axes, lines: Mapping[str, Line], dashed: Sequence[str] = ()
         )
     axes.set_ylim(bottom=0)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+
+
+def plot_runs(file: Path, title: str, runs: Runs) -> None:
+    """Draw goodput by load; for a single load the distribution of batch sizes. Raises PlotError, OSError."""
+    loads = [(load, results) for load, results in runs if load is not None]
+    if len(loads) < 2:
+        with chart(file, title, "batch size, rows", "part of all rows, %") as axes:
+            draw_lines(axes, {"cobatch": _sizes(runs[0][1])})
+        return
+    lines: dict[str, Line] = {"cobatch": [(load, results.total.goodput) for load, results in loads]}
+    if all(results.bound is not None for _, results in loads):
+        lines["bound"] = [(load, results.bound or 0.0) for load, results in loads]
+    with chart(file, title, "load, parts of capacity", "goodput per second") as axes:
+        draw_lines(axes, lines, ["bound"])
+
+
+def _sizes(results: Results) -> Line:
+    rows = sum(size * count for size, count in results.batches.items()) or 1
+    return [(size, 100 * size * count / rows) for size, count in results.batches.items()]

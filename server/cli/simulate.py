@@ -17,7 +17,7 @@ from cobatch.batcher.simulator.bound import capacity
 from cobatch.batcher.simulator.engine import Profile, ProfileError, included, load_profile
 from cobatch.batcher.simulator.measure import measure
 from cobatch.batcher.simulator.nodes import ROUTERS, Router
-from cobatch.batcher.simulator.scenario import Closed, Results, Scenario, Totals, results_of, run
+from cobatch.batcher.simulator.scenario import Closed, Scenario, Totals, results_of, run
 from cobatch.batcher.simulator.traffic import (
     Arrivals,
     Bursty,
@@ -31,7 +31,7 @@ from cobatch.batcher.simulator.traffic import (
 )
 from cobatch.engines.errors import EngineError
 from cobatch.engines.loader import EngineOptions, load_engine
-from cobatch.server.cli.plots import Line, PlotError, chart, check_plot, draw_lines
+from cobatch.server.cli.plots import PlotError, Runs, check_plot, plot_runs
 from cobatch.server.console import end, plain_table, stdout
 
 _PROCESSES: dict[str, Callable[[float], Arrivals]] = {
@@ -41,8 +41,6 @@ _PROCESSES: dict[str, Callable[[float], Arrivals]] = {
     "diurnal": Diurnal,
 }
 _WARMUP_PART = 0.1
-
-Runs = Sequence[tuple[float | None, Results]]  # the load, None for a closed loop or a trace
 _OptionalRows = Annotated[int | None, typer.Option(metavar="ROWS", min=1, help="As for serve.")]
 _OptionalMs = Annotated[float | None, typer.Option(metavar="MS", min=0.0, help="As for serve.")]
 
@@ -142,7 +140,7 @@ def simulate(
         if json_file is not None:
             json_file.write_text(as_json(base.profile, runs))
         if plot is not None:
-            write_plot(plot, base.profile, runs)
+            plot_runs(plot, base.profile.name, runs)
     except OSError as error:
         raise end(f"{error.filename}: {error.strerror}", 1) from None
 
@@ -341,22 +339,3 @@ def as_json(profile: Profile, runs: Runs) -> str:
     found = [{"load": load, **results.as_json()} for load, results in runs]
     document = {"profile": profile.as_json(), "runs": found}
     return json.dumps(document, indent=2) + "\n"
-
-
-def write_plot(file: Path, profile: Profile, runs: Runs) -> None:
-    """Draw goodput by load; for a single load the distribution of batch sizes. Raises PlotError, OSError."""
-    loads = [(load, results) for load, results in runs if load is not None]
-    if len(loads) < 2:
-        with chart(file, profile.name, "batch size, rows", "part of all rows, %") as axes:
-            draw_lines(axes, {"cobatch": _sizes(runs[0][1])})
-        return
-    lines: dict[str, Line] = {"cobatch": [(load, results.total.goodput) for load, results in loads]}
-    if all(results.bound is not None for _, results in loads):
-        lines["bound"] = [(load, results.bound or 0.0) for load, results in loads]
-    with chart(file, profile.name, "load, parts of capacity", "goodput per second") as axes:
-        draw_lines(axes, lines, ["bound"])
-
-
-def _sizes(results: Results) -> Line:
-    rows = sum(size * count for size, count in results.batches.items()) or 1
-    return [(size, 100 * size * count / rows) for size, count in results.batches.items()]
