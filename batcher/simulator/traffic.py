@@ -5,7 +5,7 @@ Each process yields the times of requests, ascending; only a trace ends.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from math import pi
@@ -43,7 +43,7 @@ class Poisson:
 
 
 @dataclass(frozen=True)
-class Even:
+class Constant:
     """A constant rate: equal gaps."""
 
     rate: float
@@ -100,6 +100,14 @@ def _poisson(
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Return the times of a Poisson process within one stretch of time."""
     return np.sort(start_s + length_s * rng.random(rng.poisson(rate * length_s)))
+
+
+PROCESSES: dict[str, Callable[[float], Arrivals]] = {
+    "poisson": Poisson,
+    "constant": Constant,
+    "bursty": Bursty,
+    "diurnal": Diurnal,
+}
 
 
 class Recorded(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, get_origin, get_type_hints
@@ -19,11 +19,9 @@ from cobatch.batcher.simulator.measure import measure
 from cobatch.batcher.simulator.nodes import ROUTERS, Router
 from cobatch.batcher.simulator.scenario import Closed, Scenario, Totals, results_of, run
 from cobatch.batcher.simulator.traffic import (
+    PROCESSES,
     Arrivals,
-    Bursty,
     Caller,
-    Diurnal,
-    Even,
     Poisson,
     Trace,
     TraceError,
@@ -34,12 +32,6 @@ from cobatch.engines.loader import EngineOptions, load_engine
 from cobatch.server.cli.plots import PlotError, Runs, check_plot, plot_runs
 from cobatch.server.console import end, plain_table, stdout
 
-_PROCESSES: dict[str, Callable[[float], Arrivals]] = {
-    "poisson": Poisson,
-    "even": Even,
-    "bursty": Bursty,
-    "diurnal": Diurnal,
-}
 _WARMUP_PART = 0.1
 _OptionalRows = Annotated[int | None, typer.Option(metavar="ROWS", min=1, help="As for serve.")]
 _OptionalMs = Annotated[float | None, typer.Option(metavar="MS", min=0.0, help="As for serve.")]
@@ -57,7 +49,7 @@ def simulate(
     arrivals: Annotated[
         str,
         typer.Option(
-            metavar="poisson|bursty|diurnal|even|FILE",
+            metavar="poisson|constant|bursty|diurnal|FILE",
             help="An arrival process, or a recorded trace with lines of seconds[,rows[,tenant]].",
         ),
     ] = "poisson",
@@ -204,19 +196,19 @@ def _arrivals(
 ) -> list[tuple[float | None, Arrivals | Closed]]:
     if isinstance(base.arrivals, Closed):
         return [(None, base.arrivals)]
-    if arrivals not in _PROCESSES:
+    if arrivals not in PROCESSES:
         return [(None, _trace(arrivals))]
     most = _request_capacity(base)
     rates = [rate] if rate is not None else [load * most for load in loads]
     if min(rates) <= 0:
         raise OptionError("--rate, --load: must be more than 0")
-    return [(rate / most, _PROCESSES[arrivals](rate)) for rate in rates]
+    return [(rate / most, PROCESSES[arrivals](rate)) for rate in rates]
 
 
 def _trace(name: str) -> Trace:
     path = Path(name)
     if not path.exists():
-        raise OptionError(f"--arrivals: expected {', '.join(_PROCESSES)} or a trace's file, got {name!r}")
+        raise OptionError(f"--arrivals: expected {', '.join(PROCESSES)} or a trace's file, got {name!r}")
     return read_trace(path)
 
 

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 
-from cobatch.batcher.simulator.traffic import (
-    Arrivals,
-    Bursty,
-    Diurnal,
-    Even,
-    Poisson,
-    Trace,
-    TraceError,
-    read_trace,
-)
+from cobatch.batcher.simulator.traffic import PROCESSES, Arrivals, Trace, TraceError, read_trace
 
 Span = tuple[float, float]  # lowest and highest value
 
-_PROCESSES: dict[str, Callable[[float], Arrivals]] = {
-    "poisson": Poisson,
-    "constant": Even,
-    "bursty": Bursty,
-    "diurnal": Diurnal,
-}
 _SECONDS = 10.0
 _WARMUP_S = 1.0
 _CLOSED_CONNECTIONS = 16
@@ -98,7 +83,7 @@ class Options:
     def process(self, rate: float) -> Arrivals:
         """Return the arrival process at this mean rate."""
         if self.trace is None:
-            return _PROCESSES[self.arrivals](rate)
+            return PROCESSES[self.arrivals](rate)
         return Trace(self.trace.requests, rate / self.trace.rate)
 
     @property
@@ -204,10 +189,10 @@ def _credential(key: str, secret: str | None) -> dict[str, str]:
 
 def _trace(arrivals: str) -> Trace | None:
     """Read the trace file, or return None if `arrivals` names a process."""
-    if arrivals in _PROCESSES:
+    if arrivals in PROCESSES:
         return None
     if not Path(arrivals).exists():
-        raise UsageError(f"--arrivals: expected {', '.join(_PROCESSES)} or a trace file, got {arrivals!r}")
+        raise UsageError(f"--arrivals: expected {', '.join(PROCESSES)} or a trace file, got {arrivals!r}")
     try:
         return read_trace(Path(arrivals))
     except TraceError as error:

@@ -15,7 +15,15 @@ from cobatch.batcher.simulator.clock import VirtualLoop
 from cobatch.batcher.simulator.engine import Profile, ProfileError, included, load_profile
 from cobatch.batcher.simulator.nodes import Router
 from cobatch.batcher.simulator.scenario import Closed, Results, Scenario, results_of, run
-from cobatch.batcher.simulator.traffic import Bursty, Caller, Diurnal, Even, Poisson, TraceError, read_trace
+from cobatch.batcher.simulator.traffic import (
+    Bursty,
+    Caller,
+    Constant,
+    Diurnal,
+    Poisson,
+    TraceError,
+    read_trace,
+)
 
 LINEAR = Profile.linear("linear", fixed_us=5000, row_us=100, max_rows=64)
 CONSTANT = Profile.linear("constant", fixed_us=1000, row_us=0, max_rows=8)
@@ -58,7 +66,7 @@ def test_no_event_runs_at_the_end_or_after() -> None:
 
 
 def test_a_single_request_takes_a_run() -> None:
-    results = simulated(Scenario(CONSTANT, Even(500), seconds=2))
+    results = simulated(Scenario(CONSTANT, Constant(500), seconds=2))
     assert results.total.latency_ms["p99.9"] == pytest.approx(1.0)
     assert results.total.goodput == 500
 
@@ -71,12 +79,12 @@ def test_a_closed_loop_is_as_fast_as_the_engine() -> None:
 
 
 def test_the_handover_adds_to_the_latency_twice() -> None:
-    results = simulated(Scenario(CONSTANT, Even(100), seconds=1, handover_ms=0.25))
+    results = simulated(Scenario(CONSTANT, Constant(100), seconds=1, handover_ms=0.25))
     assert results.total.latency_ms["p50"] == pytest.approx(1.5)
 
 
 def test_the_event_loop_adds_its_time_to_the_latency() -> None:
-    results = simulated(Scenario(CONSTANT, Even(100), seconds=1, request_us=500))
+    results = simulated(Scenario(CONSTANT, Constant(100), seconds=1, request_us=500))
     assert results.total.latency_ms["p50"] == pytest.approx(1.5)
 
 
@@ -194,19 +202,19 @@ def test_an_invalid_profile_is_refused(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "process", [Poisson(1000), Even(1000), Bursty(1000, burst_s=0.05), Diurnal(1000, period_s=5)]
+    "process", [Poisson(1000), Constant(1000), Bursty(1000, burst_s=0.05), Diurnal(1000, period_s=5)]
 )
-def test_arrival_processes_have_their_rate(process: Poisson | Even | Bursty | Diurnal) -> None:
+def test_arrival_processes_have_their_rate(process: Poisson | Constant | Bursty | Diurnal) -> None:
     times = np.fromiter(until(process, 50), float)
     assert np.all(np.diff(times) >= 0)
     assert len(times) == pytest.approx(50_000, rel=0.06)
     counts = np.histogram(times, bins=500)[0]
     spread = counts.var() / counts.mean()
-    expected = {Even: (0, 0.1), Poisson: (0.8, 1.2), Bursty: (5, 1000), Diurnal: (5, 1000)}[type(process)]
+    expected = {Constant: (0, 0.1), Poisson: (0.8, 1.2), Bursty: (5, 1000), Diurnal: (5, 1000)}[type(process)]
     assert expected[0] <= spread <= expected[1]
 
 
-def until(process: Poisson | Even | Bursty | Diurnal, end_s: float) -> Iterator[float]:
+def until(process: Poisson | Constant | Bursty | Diurnal, end_s: float) -> Iterator[float]:
     for time_s in process.times(np.random.default_rng(1)):
         if time_s >= end_s:
             return

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cobatch.batcher.simulator.traffic import Even
+from cobatch.batcher.simulator.traffic import Constant
 from cobatch.server.loadtest.driver import Driver
 from cobatch.server.loadtest.generator import ClosedLoop, OpenLoop
 from cobatch.server.loadtest.messages import (
@@ -124,7 +124,7 @@ async def drive(driver: Driver, recorder: Recorder) -> None:
 async def run(
     plan: Plan, rate: float | None, seconds: float, connections: int, warmup_s: float = 0.0
 ) -> Recorder:
-    trial = Trial(None if rate is None else Even(rate), connections, seconds, warmup_s)
+    trial = Trial(None if rate is None else Constant(rate), connections, seconds, warmup_s)
     recorder = Recorder(trial)
     driver = (
         ClosedLoop(plan, trial, connections, recorder, 0)
@@ -169,7 +169,7 @@ async def test_waiting_for_a_connection_is_part_of_the_latency() -> None:
         return GOOD
 
     async with serving(serve) as server:
-        trial = Trial(Even(200.0), 2, 0.1)
+        trial = Trial(Constant(200.0), 2, 0.1)
         recorder = Recorder(trial)
         driver = OpenLoop(planned(server.port), trial, 2, recorder, 0, 1)
         await drive(driver, recorder)
@@ -258,7 +258,7 @@ async def test_waiting_for_a_connection_times_out() -> None:
 
 async def test_a_stopped_server_fails_each_request() -> None:
     async with serving(lambda _: asyncio.sleep(0, GOOD)) as server:
-        trial = Trial(Even(200.0), 4, 0.1)
+        trial = Trial(Constant(200.0), 4, 0.1)
         recorder = Recorder(trial)
         driver = OpenLoop(planned(server.port), trial, 4, recorder, 0, 1)
         await driver.prepare()
@@ -296,7 +296,7 @@ async def test_a_stopped_closed_loop_reports_its_requests_in_flight() -> None:
 
 async def test_a_stopped_open_loop_reports_its_waiting_requests() -> None:
     async with serving(lambda _: asyncio.Event().wait()) as server:  # type: ignore[arg-type,return-value]
-        trial = Trial(Even(500.0), 1, 1e6)
+        trial = Trial(Constant(500.0), 1, 1e6)
         recorder = Recorder(trial)
         driver = OpenLoop(planned(server.port), trial, 1, recorder, 0, 1)
         await driver.prepare()

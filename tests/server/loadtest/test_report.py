@@ -7,7 +7,7 @@ import io
 import numpy as np
 from rich.console import Console
 
-from cobatch.batcher.simulator.traffic import Even
+from cobatch.batcher.simulator.traffic import Constant
 from cobatch.server.loadtest.messages import Heartbeat, NewKind, Samples, Trial
 from cobatch.server.loadtest.report import Progress
 from cobatch.server.loadtest.statistics import Tally
@@ -15,7 +15,7 @@ from cobatch.server.loadtest.statistics import Tally
 
 def tally(seconds: float = 5.0) -> Tally:
     """Return 2.5 s at 10 requests/s, one in ten refused, with a slower last second."""
-    found = Tally(Trial(Even(10.0), 4, seconds), [None])
+    found = Tally(Trial(Constant(10.0), 4, seconds), [None])
     found.take(0, NewKind(1, "429 queue-full", "no room"))
     rows = [
         (n / 10, n / 10, n / 10, n / 10 + (0.02 if n >= 10 else 0.01), n % 10 == 9, 0, 3) for n in range(25)

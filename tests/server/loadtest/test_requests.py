@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cobatch.batcher.simulator.traffic import Even, Poisson, read_trace
+from cobatch.batcher.simulator.traffic import Constant, Poisson, read_trace
 from cobatch.engines.base import DATATYPES
 from cobatch.server.loadtest.codec import decode, difference, encode, request_bytes
 from cobatch.server.loadtest.generator import choices, schedule
@@ -202,7 +202,7 @@ def plan_of(shares: list[float], rows: int = 1, examples: int = 3) -> Plan:
 @given(st.integers(1, 5), st.integers(0, 9), st.booleans())
 def test_several_processes_send_the_same_load_as_one(processes: int, seed: int, poisson: bool) -> None:
     plan = plan_of([1.0, 2.0])
-    trial = Trial(Poisson(700.0) if poisson else Even(700.0), 4, seconds=0.5, warmup_s=0.2, seed=seed)
+    trial = Trial(Poisson(700.0) if poisson else Constant(700.0), 4, seconds=0.5, warmup_s=0.2, seed=seed)
     alone = list(schedule(plan, trial, 0, 1))
     dealt = [list(schedule(plan, trial, number, processes)) for number in range(processes)]
     assert sorted((due for part in dealt for due in part), key=lambda due: due[0]) == alone

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cobatch.batcher.simulator.traffic import Even
+from cobatch.batcher.simulator.traffic import Constant
 from cobatch.server.loadtest.messages import Done, Trial
 from cobatch.server.loadtest.results import bottlenecks, notes
 from cobatch.server.loadtest.statistics import LatencyHistogram, Tally
@@ -37,7 +37,7 @@ def test_above_counts_durations_over_a_limit() -> None:
 
 
 def test_a_late_or_busy_generator_is_reported_as_the_bottleneck() -> None:
-    tally = Tally(Trial(Even(1.0), 1, 1.0), [None])
+    tally = Tally(Trial(Constant(1.0), 1, 1.0), [None])
     tally.callers[0].latency.add(np.array([20_000.0] * 200))
     tally.send_delay.add(np.array([100.0] * 200))
     tally.done[0] = Done(0.5, 1.0, 1)
