@@ -152,13 +152,12 @@ def _check_server(server: Table, auth: AuthSettings | None, errors: Errors) -> N
     allowed = server.get("allow_anonymous")
     with errors:
         if auth is not None and allowed is not None and allowed.value:
-            raise SettingsError(f"{allowed.key}: not together with [auth] ({allowed.source})")
+            raise allowed.refused("not together with [auth]")
         if auth is None and "host" in server and not (allowed is not None and allowed.value):
             _check_host(server["host"])
     with errors:
         if "tls_key" in server and "tls_cert" not in server:
-            given = server["tls_key"]
-            raise SettingsError(f"{given.key}: needs tls_cert, the certificate ({given.source})")
+            raise server["tls_key"].refused("needs tls_cert, the certificate")
     with errors:
         if "trusted_proxies" in server:
             _check_proxies(server["trusted_proxies"])
@@ -187,8 +186,7 @@ def _with_flags(tables: list[Table], given: Table, errors: Errors) -> list[Table
     for_models = {name: one for name, one in given.items() if name in MODEL_FIELDS}
     with errors:
         if "name" in for_models and len(tables) > 1:
-            _, key, source = for_models.pop("name")
-            raise SettingsError(f"{key}: names one model, but there are {len(tables)} ({source})")
+            raise for_models.pop("name").refused(f"names one model, but there are {len(tables)}")
     return [table | for_models for table in tables]
 
 
@@ -211,7 +209,7 @@ def _build_models(tables: list[Table], errors: Errors) -> tuple[ModelSettings, .
 def _check_model_file(path: Given) -> None:
     if not Path(path.value).is_file():
         why = "a folder" if Path(path.value).is_dir() else "no file there"
-        raise SettingsError(f"{path.key}: expected a model file, got {path.value!r}: {why} ({path.source})")
+        raise path.refused(f"expected a model file, got {path.value!r}: {why}")
 
 
 def _check_name(key: str, name: str, table: Table, models: Mapping[str, ModelSettings]) -> None:

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from cobatch.server.settings.describe import Text, about
-from cobatch.server.settings.values import Given, SettingsError, Table
+from cobatch.server.settings.values import SettingsError, Table
 
 Axis = Annotated[int, Meta(ge=0, le=31)]
 Size = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -53,10 +53,10 @@ def check_pads(tables: list[Table]) -> None:
         shared = table.get("same_length_as")
         if shared is not None and leaders.count(shared.value) != 1:
             count = "two" if shared.value in leaders else "no"
-            raise _error(shared, f"{count} tables with a length of their own are for {shared.value!r}")
+            raise shared.refused(f"{count} tables with a length of their own are for {shared.value!r}")
     for mask in [table["mask"] for table in tables if "mask" in table]:
         if mask.value in masks or any(mask.value == name for name, _ in padded):
-            raise _error(mask, f"{mask.value!r} is in another table already, or another length's mask")
+            raise mask.refused(f"{mask.value!r} is in another table already, or another length's mask")
         masks.append(mask.value)
 
 
@@ -64,15 +64,11 @@ def _check_one(table: Table) -> None:
     if "same_length_as" in table:
         for name in ("mask", "buckets", "max"):
             if name in table:
-                raise _error(table[name], "belongs in the table of the input that has the length")
+                raise table[name].refused("belongs in the table of the input that has the length")
     if "buckets" not in table:
         return
     if "max" in table:
-        raise _error(table["max"], "not together with buckets, whose last one is the longest")
+        raise table["max"].refused("not together with buckets, whose last one is the longest")
     buckets = table["buckets"].value
     if not buckets or list(buckets) != sorted(set(buckets)):
-        raise _error(table["buckets"], "expected one or more lengths, each larger than the one before")
-
-
-def _error(given: Given, why: str) -> SettingsError:
-    return SettingsError(f"{given.key}: {why} ({given.source})")
+        raise table["buckets"].refused("expected one or more lengths, each larger than the one before")

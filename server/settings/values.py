@@ -59,6 +59,10 @@ class Given(NamedTuple):
     key: str
     source: str
 
+    def refused(self, why: str) -> SettingsError:
+        """Return the refusal of the value; the caller raises it."""
+        return SettingsError(f"{self.key}: {why} ({self.source})")
+
 
 Table = dict[str, Given]
 Hint = Callable[[str, Iterable[str]], str]
