@@ -11,6 +11,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from cobatch.engines.errors import EngineError
@@ -22,7 +23,7 @@ from cobatch.server.api.requests import request_routes
 from cobatch.server.api.routing import as_response
 from cobatch.server.api.v2 import v2_routes
 from cobatch.server.auth.gate import Gate
-from cobatch.server.batch.routes import BATCH, BatchRoute, batch_routes
+from cobatch.server.batch.routes import BATCH, BatchRoute
 from cobatch.server.batch.spans import ItemObserver
 from cobatch.server.dashboard import dashboard_routes
 from cobatch.server.dashboard.feed import Feed
@@ -87,14 +88,15 @@ def build(inference: Inference) -> ASGIApp:
             yield
 
     handlers = {HTTPException: _http_error, Exception: _server_error}
+    batch = BatchRoute(inference, ItemObserver(history, tracer))
     routes = [
-        *v2_routes(inference), *batch_routes(), *v1_routes(inference), *problem_pages(inference),
+        Route(BATCH, batch, methods=["POST"]),
+        *v2_routes(inference), *v1_routes(inference), *problem_pages(inference),
         *openapi_routes(inference), *auth_routes(inference), *metrics_routes(inference, gpus),
         *request_routes(inference, history), *profile_routes(inference), *dashboard_routes(inference, feed),
     ]  # fmt: skip
     starlette = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     starlette.router.redirect_slashes = False
-    batch = BatchRoute(inference, ItemObserver(history, tracer))
     app: ASGIApp = InferRoutes(starlette, inference, {BATCH: batch})
     if inference.auth is not None:
         app = Gate(app, inference.auth, open_metrics=settings.metrics_open)

@@ -13,9 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
-from starlette.routing import Route
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from cobatch.batcher.bundle import Bundle
@@ -45,25 +43,17 @@ WATCH_AFTER_S = 0.05
 Member = tuple[int, Decoded]
 
 
-def batch_routes() -> list[Route]:
-    """The route, for Starlette's 405. `BatchRoute` serves it: the router would cost as much as some items."""
-
-    async def batch(request: Request) -> Response:
-        # Only with a line feed behind it, which Starlette's pattern accepts.
-        path = request.url.path
-        raise HTTPException(404, f"there is nothing at {path!r}")
-
-    return [Route(BATCH, batch, methods=["POST"])]
-
-
 class BatchRoute:
-    """POST /batch as ASGI."""
+    """POST /batch as ASGI; the router, which costs as much as some items, is for other methods only."""
 
     def __init__(self, inference: Inference, observer: ItemObserver) -> None:
         self._inference = inference
         self._observer = observer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"].endswith("\n"):
+            # Starlette's pattern accepts a line feed.
+            raise HTTPException(404)
         try:
             reply = await self._reply(scope, receive)
         except ClientDisconnect:

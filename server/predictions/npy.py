@@ -31,22 +31,17 @@ _UNREADABLE = (
     RecursionError, tokenize.TokenError, Warning,
 )  # fmt: skip
 _NAMES = {dtype.name: name for name, dtype in DATATYPES.items() if name not in ("BF16", "BYTES")}
+# float32, <f4 and f4, for example.
+_ALIASES = {"bytes": "BYTES", "bfloat16": "BF16"} | {
+    alias: datatype
+    for name, datatype in _NAMES.items()
+    for alias in (name, np.dtype(name).str, np.dtype(name).str[1:])
+}
 
 
 def datatype_of(name: str) -> str | None:
     """The V2 datatype of a V2 or NumPy name (float32, f4, <f4); None for an unknown name."""
     return name if name in DATATYPES else _ALIASES.get(name)
-
-
-def _aliases() -> dict[str, str]:
-    aliases = {"bytes": "BYTES", "bfloat16": "BF16"}
-    for dtype_name, datatype in _NAMES.items():
-        text = np.dtype(dtype_name).str
-        aliases |= {dtype_name: datatype, text: datatype, text[1:]: datatype}
-    return aliases
-
-
-_ALIASES = _aliases()
 
 
 def read_npy(data: memoryview, spec: TensorSpec) -> tuple[list[int], Payload]:
