@@ -62,7 +62,7 @@ def metrics_routes(inference: Inference, gpus: Gpus) -> list[Route]:
 
     async def scrape(request: Request) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        seen = await asyncio.to_thread(gpus.read) if gpus.some else []
+        seen = await asyncio.to_thread(gpus.read) if gpus.available else []
         pieces: list[bytes] = []
         for metric in [*families(inference, seen), *process.collect()]:
             pieces.append(encode(_OneFamily(metric)).removesuffix(_EOF))

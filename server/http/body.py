@@ -1,4 +1,4 @@
-"""Reading a request's body through ASGI within its limits, before anything is kept of it."""
+"""Reading a request's body through ASGI, within its limit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cobatch.server.http.problem import Problem, too_large
 
 
 class BodyError(Exception):
-    """The body cannot be had; `problem` is None when the client left before it was complete."""
+    """The body is not usable. `problem` is None if the client disconnected before it was complete."""
 
     def __init__(self, problem: Problem | None) -> None:
         super().__init__("no body")
@@ -20,13 +20,13 @@ class BodyError(Exception):
 
 
 async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int) -> bytes | bytearray:
-    """The whole body, decompressed, at most `limit` bytes as it came and after. Raises BodyError."""
+    """Return the whole body, decompressed; at most `limit` bytes before and after. Raises BodyError."""
     length = headers.get(b"content-length", b"0")
     if length.isdigit() and (len(length) > 18 or int(length) > limit):
         raise BodyError(too_large(int(length[:18]), limit))
     message = await receive()
     if message["type"] == "http.request" and not message.get("more_body", False):
-        # At once, as small ones come; another coroutine would cost more than all of this.
+        # A small body arrives at once; another coroutine would cost more than all of this.
         body: bytes | bytearray = message.get("body", b"")
         if len(body) > limit:
             raise BodyError(too_large(len(body), limit))
@@ -36,7 +36,7 @@ async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int
     if coding is None:
         return body
     try:
-        # In a thread: a small body can be a good part of a second to unpack.
+        # In a thread: unpacking a small body can take a large part of a second.
         return await asyncio.to_thread(decompress, body, coding, limit)
     except Problem as problem:
         raise BodyError(problem) from None

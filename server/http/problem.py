@@ -1,8 +1,8 @@
-"""What went wrong, and the body that says so (RFC 9457); `server.http.problem_kinds` has the table of kinds.
+"""Problems (RFC 9457): every response with an error. `server.http.problem_kinds` has the table of kinds.
 
-A `Problem` is raised by the wire formats and made from the batcher's errors by `from_error`; nothing
-else in the server decides a status code. The body is `application/problem+json`; `error` repeats the
-detail for V2 clients, which look for nothing else. Extra members are for programs.
+Wire formats raise a `Problem`; `from_error` makes one from the batcher's errors. Nothing else decides a
+status code. The body is `application/problem+json`; `error` repeats the detail for V2 clients, which read
+nothing else. Extra members are for programs.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from cobatch.server.http.reply import Reply
 __all__ = ["KINDS", "PROBLEM_JSON", "Kind", "Problem", "from_error", "too_large"]
 
 PROBLEM_JSON = b"application/problem+json"
-# What a caller sent may be quoted, but not at the length of a body.
+# Longer text from a client is cut when it is quoted.
 _LONGEST = 1000
 
 
 def _clipped(value: Any) -> Any:
-    """The value, or as much of a long text or list as a person would read."""
+    """Return the value; of a long text or list, the beginning."""
     if isinstance(value, str) and len(value) > _LONGEST:
         return value[:_LONGEST] + "..."
     if isinstance(value, list) and len(value) > _LONGEST:
@@ -33,7 +33,7 @@ def _clipped(value: Any) -> Any:
 
 
 class Problem(Exception):
-    """A refusal with its kind, a sentence for a person and members for a program."""
+    """A refusal: its kind, a sentence for people and members for programs."""
 
     def __init__(
         self,
@@ -52,9 +52,9 @@ class Problem(Exception):
         self.members = {name: _clipped(value) for name, value in members.items()}
 
     def reply(self, *headers: tuple[bytes, bytes], instance: str | None = None) -> Reply:
-        """The answer that tells the caller. `retry_after_s` also becomes the header, rounded up.
+        """Return the response. `instance`: the path of the request, if it is known.
 
-        `instance` is the path that was asked, where whoever answers knows it.
+        A member `retry_after_s` becomes Retry-After, rounded up, and `retry_after_ms`.
         """
         kind = self.kind
         headers += self.headers
@@ -70,7 +70,7 @@ class Problem(Exception):
             body["instance"] = instance
         retry_after_s = body.pop("retry_after_s", None)
         if retry_after_s is not None:
-            # RFC 9110, 10.2.3: whole seconds; rounding up keeps the promise.
+            # RFC 9110, 10.2.3: whole seconds; rounded up, so that a retry is not too early.
             headers += ((b"retry-after", b"%d" % max(1, math.ceil(retry_after_s))),)
             body["retry_after_ms"] = max(1, math.ceil(retry_after_s * 1000))
         if kind.status == 405:
@@ -79,15 +79,11 @@ class Problem(Exception):
         return Reply(kind.status, PROBLEM_JSON, (text,), headers=headers, close=self.close, slug=kind.slug)
 
 
-# Of each of the batcher's errors: the kind, which of its attributes become members as they are, and which,
-# in seconds, become members in milliseconds under another name.
+# For each of the batcher's errors: the kind, the attributes that become members as they are, and those in
+# seconds that become members in milliseconds.
 _FROM: dict[type[batching.BatcherError], tuple[str, tuple[str, ...], dict[str, str]]] = {
     batching.QueueFullError: ("queue-full", ("queued_rows", "limit", "retry_after_s"), {}),
-    batching.TenantLimitError: (
-        "tenant-limit",
-        ("tenant", "what", "used", "limit", "retry_after_s"),
-        {},
-    ),
+    batching.TenantLimitError: ("tenant-limit", ("tenant", "what", "used", "limit", "retry_after_s"), {}),
     batching.TooManyRowsError: ("too-many-rows", ("rows", "limit"), {}),
     batching.TooLongError: ("wrong-shape", ("tensor", "expected", "actual", "limit"), {}),
     batching.LengthMismatchError: ("wrong-shape", ("tensor", "expected", "actual"), {}),
@@ -109,7 +105,7 @@ _FROM: dict[type[batching.BatcherError], tuple[str, tuple[str, ...], dict[str, s
 
 
 def from_error(error: Exception) -> Problem:
-    """The problem that an exception means to a caller; what is not known is `internal`."""
+    """Return the problem that an exception is to a client; an unknown exception is `internal`."""
     match error:
         case Problem():
             return error
@@ -127,7 +123,7 @@ def from_error(error: Exception) -> Problem:
 
 
 def too_large(length: int, limit: int) -> Problem:
-    """A body over the limit. The connection ends: reading the rest only to drop it would be the attack."""
+    """Return the problem of a body over the limit. The connection ends, since the rest is not read."""
     return Problem(
         "body-too-large",
         f"the body has {length} bytes or more, the limit is {limit}",
@@ -143,5 +139,5 @@ def internal() -> Problem:
 
 
 def stopping() -> Problem:
-    """The server takes nothing new because it is about to stop."""
+    """Return the problem of a request to a server that is about to stop."""
     return Problem("draining", "the server is about to stop", close=True, retry_after_s=1)

@@ -1,4 +1,4 @@
-"""An answer before it has become HTTP: what the handler core makes and both edges write."""
+"""A response before it is written as HTTP/1.1 or sent through ASGI."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ PROBLEM = "cobatch.problem"
 
 
 class Reply(msgspec.Struct, eq=False, gc=False):
-    """Status, content type, body in pieces, and the headers that only some answers have.
+    """A response: status, content type, body in pieces, and optional headers.
 
-    `timing` is the value of Server-Timing. `json_length` is the V2 binary extension's
-    Inference-Header-Content-Length. `request_id` is for X-Request-Id, where it is known to whoever makes the
-    answer; who sends it may know better. `headers` are further ones, names in lower case. `close` ends the
-    connection after this answer. `slug`: the kind of problem that it tells of.
+    `timing` is Server-Timing, `json_length` the V2 binary extension's Inference-Header-Content-Length,
+    `request_id` X-Request-Id if the client has none of its own. `headers` are further ones, names in lower
+    case. `close` ends the connection after this response. `slug`: the kind of problem in it.
 
-    A struct, since one is made for every request; nothing in it leads back to it, so `gc=False`.
+    `gc=False`: nothing in it refers back to it.
     """
 
     status: int
@@ -36,11 +35,11 @@ class Reply(msgspec.Struct, eq=False, gc=False):
 
     @property
     def length(self) -> int:
-        """Bytes of the body. Counted when asked: an answer within a batch is not."""
+        """Bytes of the body."""
         return sum(map(len, self.body))
 
     def header_list(self, length: int | None = None) -> list[tuple[bytes, bytes]]:
-        """All headers, as ASGI wants them; `length` where the body's is known."""
+        """Return all headers for ASGI. `length`: the body's, if it is known."""
         length = self.length if length is None else length
         headers = [(b"content-type", self.content_type), (b"content-length", b"%d" % length)]
         if self.timing is not None:

@@ -1,11 +1,10 @@
-"""A request's id: the caller's own where it is sane, else one of ours; the answer repeats it.
+"""Request ids: the client's own if it is sane, else one of ours; the response repeats it.
 
-Ids stand in log lines, in traces and in URLs (`GET /v1/requests/ID`), so only what is harmless in all of
-them is taken. What is not is passed over, as if there were no such header: it is no reason to refuse.
+Ids are written into log lines, traces and URLs (`GET /v1/requests/ID`), so a client's id must be harmless in
+all of them. Any other is ignored.
 
-An id of ours that goes with an answer of an infer request says where it rode: `PROCESS-BATCH.ROW`, the batch
-in hexadecimal digits. So nothing need be kept for each request to find it again, and to write the id costs
-next to nothing.
+Our id in the response to an infer request names the place where it ran: `PROCESS-BATCH.ROW`, the batch in
+hexadecimal. Nothing is kept per request to find it again, and writing the id costs almost nothing.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from itertools import count
 
 from cobatch.batcher.request import Batch
 
-# What UUIDs, ULIDs, Amazon's (Root=1-...), Heroku's and nginx's ids are made of.
+# Enough for UUIDs, ULIDs, and the ids of Amazon (Root=1-...), Heroku and nginx.
 _SANE = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._:=@+-]{0,127}")
-# No other process has this. A caller's id that begins so is that of another request.
+# Unique to this process. A client's id that begins with it belongs to another request.
 _PROCESS = secrets.token_hex(4)
 _OURS = f"{_PROCESS}-".encode()
 _LEAD = f"{_PROCESS}-%x.".encode()
@@ -27,21 +26,21 @@ _numbers = count(1)
 
 
 def sane(value: bytes) -> str | None:
-    """The id as text, if it is one that may stand anywhere and is not one of ours; else None."""
+    """Return the id as text, None if it is not harmless or is one of ours."""
     return value.decode("ascii") if _SANE.fullmatch(value) and not value.startswith(_OURS) else None
 
 
 def new_id() -> str:
-    """An id that says nothing."""
+    """Return an id that names no place."""
     return f"{_PROCESS}-r{next(_numbers):x}"
 
 
 def id_lead(batch: Batch) -> bytes:
-    """What the ids of all requests in a batch begin with; empty where the batch is one request's alone."""
+    """Return the beginning of the ids in a batch; empty for the joined batch of a split request."""
     return _LEAD % batch.number if batch.number else b""
 
 
 def place_of(request_id: str) -> tuple[int, int] | None:
-    """The batch's number and the request's first row in it, as the id says; None where it says nothing."""
-    found = _OF_BATCH.fullmatch(request_id)
-    return None if found is None else (int(found[1], 16), int(found[2]))
+    """Return the batch's number and the request's first row in it; None if the id names no place."""
+    match = _OF_BATCH.fullmatch(request_id)
+    return None if match is None else (int(match[1], 16), int(match[2]))

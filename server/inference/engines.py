@@ -1,4 +1,4 @@
-"""From a model's settings to its engines, and what each of them asks."""
+"""From a model's settings to the options of each of its engines."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from cobatch.server.settings.schema import ModelSettings
 
 
 class Place(NamedTuple):
-    """Where one of a model's engines runs: the GPU, and its number there. `alone`: there is no other."""
+    """The place of one of a model's engines: the GPU, and its number there. `alone`: it is the only one."""
 
     device: int
     instance: int
@@ -17,12 +17,12 @@ class Place(NamedTuple):
 
     @property
     def suffix(self) -> str:
-        """For the thread's name."""
+        """The end of the thread's name."""
         return "" if self.alone else f"-{self.device}.{self.instance}"
 
 
 def places(settings: ModelSettings) -> list[Place]:
-    """One for each engine: `instances` on each of the `devices`."""
+    """Return a place for each engine: `instances` on each of the `devices`."""
     alone = len(settings.devices) * settings.instances == 1
     return [
         Place(device, number, alone) for number in range(settings.instances) for device in settings.devices
@@ -30,7 +30,7 @@ def places(settings: ModelSettings) -> list[Place]:
 
 
 def engine_options(settings: ModelSettings, place: Place) -> EngineOptions:
-    """The engine's part of a model's settings."""
+    """Return an engine's options."""
     return EngineOptions(
         threads=settings.threads or _threads(settings),
         device=place.device,
@@ -44,7 +44,7 @@ def engine_options(settings: ModelSettings, place: Place) -> EngineOptions:
 
 
 def _threads(settings: ModelSettings) -> int | None:
-    """Several engines share the cores that one would have; None: what an engine takes for itself."""
+    """Share the cores among several engines; None: one engine decides itself."""
     if settings.instances == 1:
         return None
     return max(1, (available_cores() - 1) // settings.instances)

@@ -1,4 +1,4 @@
-"""One served model: its workers, its batcher, its codec, and how far along it is."""
+"""One served model: its engines' workers, its batcher and its codec, from loading to stopping."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _JOIN_S = 5.0
 
 
 class Model:
-    """A model from its settings on. `batcher` is None until the engine is open.
+    """A model. `batcher` is None until the engines are open; `decoder` and `encoder` exist when it does.
 
-    `decoder` and `encoder` exist when `batcher` does.
+    `traffic` counts requests on all routes but infer, which has `infer_traffic`.
     """
 
     decoder: Decoder
@@ -43,17 +43,17 @@ class Model:
         self.settings = settings
         self.batcher: Batcher | None = None
         self.load_error: EngineError | None = None
-        self.traffic = Traffic()  # of all that does not come to the infer route
+        self.traffic = Traffic()
         self.infer_traffic = Traffic()
         self._workers: list[Worker] = []
         self._places: dict[Worker, Place] = {}
         self._hung: list[Worker] = []
-        self._died: set[Place] = set()  # whose engine has died once
+        self._died: set[Place] = set()  # an engine has died there before
         self._rebuilding = 0
         self._reopening: set[asyncio.Task[None]] = set()
 
     async def load(self) -> None:
-        """Open the engine on its thread, warm it up, begin to accept. Raises EngineError."""
+        """Open the engines, warm them up and begin to accept requests. Raises EngineError."""
         loop = asyncio.get_running_loop()
         settings = self.settings
         try:
@@ -78,18 +78,17 @@ class Model:
             padder=padder,
             loop=loop,
         )
-        several = "" if len(self._workers) == 1 else f"{len(self._workers)} engines, "
         log.info(
-            "model %s: ready (%s%s, batches of up to %d rows, full at %d)",
+            "model %s: ready (engines: %d, %s, batches of up to %d rows, full at %d)",
             self.name,
-            several,
+            len(self._workers),
             engine.platform,
             engine.max_batch_size,
             self.batcher.full_rows,
         )
 
     async def _open(self, place: Place) -> Worker:
-        """A worker with an engine that is open and warm. Raises EngineError."""
+        """Return a worker whose engine is open and warm. Raises EngineError."""
         loop = asyncio.get_running_loop()
         opened: asyncio.Future[None] = loop.create_future()
         settings = self.settings
@@ -106,13 +105,13 @@ class Model:
     def _on_lost(self, lost: BatchWorker, why: BatcherError) -> None:
         worker = next(one for one in self._workers if one is lost)
         place = self._places[worker]
-        worker.stop()  # it ends with its last batch; one that hangs, should it ever come back
+        worker.stop()  # ends with its last batch, if that ever ends
         if isinstance(why, ExecutionTimeoutError):
-            # Its thread cannot be ended, but another engine can be opened.
+            # Its thread cannot be ended, but another engine can take its place.
             self._hung.append(worker)
             self._start(self._reopen(place, "a run that did not end"))
         elif place not in self._died:
-            # Only once, since what kills engine after engine is not helped by more of them.
+            # Once per place: a cause that kills each engine would kill the next one too.
             self._died.add(place)
             self._rebuilding += 1
             self._start(self._rebuild(worker, place))
@@ -124,11 +123,11 @@ class Model:
 
     async def _rebuild(self, worker: Worker, place: Place) -> None:
         try:
-            # Its thread frees what the next engine needs, and has answered all its batches by then.
+            # The next engine needs the memory that the thread frees.
             if await asyncio.to_thread(worker.join, _JOIN_S):
                 await self._reopen(place, "its engine died")
             else:
-                log.critical("model %s: the dead engine does not let go", self.name)
+                log.critical("model %s: the dead engine's thread does not end", self.name)
         finally:
             self._rebuilding -= 1
 
@@ -144,28 +143,28 @@ class Model:
 
     @property
     def all_traffic(self) -> Traffic:
-        """All requests for this model, on whichever route."""
+        """Requests for this model on all routes."""
         return self.infer_traffic.plus(self.traffic)
 
     @property
     def engine_worker(self) -> Worker:
-        """The first worker; only when `batcher` is not None."""
+        """The first worker; only if `batcher` is not None."""
         return self._workers[0]
 
     @property
     def loaded_batcher(self) -> Batcher:
-        """The batcher; only when `batcher` is not None."""
+        """The batcher; only if it is not None."""
         assert self.batcher is not None
         return self.batcher
 
     @property
     def ready(self) -> bool:
-        """Whether a request would be accepted, but for a full queue."""
+        """A request would be accepted, unless the queue is full."""
         return self.batcher is not None and self.batcher.closed is None and self.batcher.lanes > 0
 
     @property
     def dead(self) -> bool:
-        """Whether no engine is usable, and opening it anew did not help: only a new process does."""
+        """No engine is usable or can be opened again: only a new process helps."""
         gone = self.batcher is not None and isinstance(self.batcher.closed, EngineGoneError)
         return gone and not self._rebuilding
 
@@ -186,40 +185,35 @@ class Model:
         return Problem("starting", f"model {self.name!r} is being loaded", model=self.name, retry_after_s=1)
 
     async def stop(self, drain_timeout_s: float) -> None:
-        """Answer what was accepted, then end the worker."""
+        """Answer accepted requests, then end the workers."""
         if self.batcher is not None:
             await self.batcher.drain(drain_timeout_s)
             counted = self.batcher.counters
             log.info("model %s: ran %d rows in %d batches", self.name, counted.rows, counted.batches)
             padded = counted.padding_total
             if padded is not None:
-                log.info(
-                    "model %s: %.1f %% of %d elements were padding",
-                    self.name,
-                    padded.waste * 100,
-                    padded.elements,
-                )
+                text = "model %s: %.1f %% of %d elements were padding"
+                log.info(text, self.name, padded.waste * 100, padded.elements)
         for task in self._reopening:
             task.cancel()
         for worker in self._workers:
             worker.stop()
-        # The threads are asked for, not slept for: each ends as soon as its last batch has. The time for
-        # a batch that outlived the draining is already over.
+        # A thread ends with its last batch. A batch that outlived the draining has had its time.
         until_s = 0 if self.batcher is not None and self.batcher.running_batches else _JOIN_S
         for worker in self._workers:
             if not await asyncio.to_thread(worker.join, until_s):
-                log.error("model %s: a worker is still busy; it ends with the process", self.name)
+                log.error("model %s: a worker is still busy and ends with the process", self.name)
 
     @property
     def worker_alive(self) -> bool:
-        """Whether a worker's thread runs."""
+        """A worker's thread is still running."""
         return any(not worker.join(0) for worker in [*self._hung, *self._workers])
 
 
 def _resolver(
     loop: asyncio.AbstractEventLoop, opened: asyncio.Future[None]
 ) -> Callable[[EngineError | None], None]:
-    """What a worker calls on its thread once its engine is open or has failed to."""
+    """Return the callback of a worker's thread for when its engine is open or has failed to open."""
 
     def settle(error: EngineError | None) -> None:
         if opened.cancelled():

@@ -1,4 +1,4 @@
-"""What [[models.pad]] says, held against the model that was loaded: names, axes, datatypes."""
+"""Checks [[models.pad]] against the loaded model's names, axes and datatypes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from cobatch.engines.base import Signature, TensorSpec
 from cobatch.engines.errors import EngineLoadError
 from cobatch.server.settings.padding import PadSettings
 
-_MOST_BF16 = 3.38e38
+_BF16_LIMIT = 3.38e38
 
 log = logging.getLogger("cobatch.model")
 
 
 def make_padder(model: str, pads: Sequence[PadSettings], signature: Signature) -> Padder | None:
-    """What pads the model's rows, None where nothing is to be padded. Raises EngineLoadError."""
+    """Return the padder of the model's rows, None without [[models.pad]]. Raises EngineLoadError."""
     if not pads:
         return None
     padder = _Reader(pads, signature).read()
@@ -28,8 +28,8 @@ def make_padder(model: str, pads: Sequence[PadSettings], signature: Signature) -
         for axis, size in enumerate(spec.shape):
             if size == -1 and Where(index, axis) not in follow:
                 log.warning(
-                    "model %s: axis %d of output %r may vary, and no [[models.pad]] says that it is as long "
-                    "as an input: it is never cut back",
+                    "model %s: axis %d of output %r varies, and no [[models.pad]] relates it to an input: "
+                    "its padding is not removed",
                     model,
                     axis,
                     spec.name,
@@ -52,7 +52,7 @@ class _Reader:
         return Padder(self._signature, lengths, self._values)
 
     def _length(self, number: int, pad: PadSettings) -> Length:
-        """The length that a table is about, with the other tables that share it."""
+        """Return the length in a table, with the other tables that share it."""
         inputs = [self._input(number, pad)]
         outputs = self._outputs(number, pad)
         for other, shares in enumerate(self._pads):
@@ -85,7 +85,7 @@ class _Reader:
                 _check_axis(key, "output", self._signature.outputs[index], axis)
                 where = Where(index, axis)
                 if where in self._claimed:
-                    raise EngineLoadError(f"{key}: axis {axis} of output {name!r} is there twice")
+                    raise EngineLoadError(f"{key}: axis {axis} of output {name!r} is named twice")
                 self._claimed.add(where)
                 found.append(where)
         return found
@@ -96,15 +96,13 @@ class _Reader:
         if spec.datatype == "BYTES" or spec.shape.count(-1) != 1:
             shape = [-1, *spec.shape]
             what = f"input {name!r} is {spec.datatype} {shape}"
-            raise EngineLoadError(
-                f"{key}: {what}; a mask is of numbers or BOOL, and one axis of its rows varies"
-            )
+            raise EngineLoadError(f"{key}: {what}; a mask needs numbers or BOOL, and one variable axis")
         self._values[index] = _value(key, spec, None)
         return Mask(index, spec.shape, np.array(_value(key, spec, 1), spec.dtype).tobytes())
 
 
 def _powers(most: int | None) -> tuple[int, ...]:
-    """Powers of two, and last of all `most` itself; nothing for those without end."""
+    """Return the powers of two below `most`, and `most`; nothing if there is no limit."""
     if most is None:
         return ()
     return (*(1 << n for n in range((most - 1).bit_length())), most)
@@ -129,7 +127,7 @@ def _check_axis(key: str, what: str, spec: TensorSpec, axis: int) -> None:
 
 
 def _value(key: str, spec: TensorSpec, value: bool | float | str | None) -> Any:
-    """A value in the form in which the input's elements are: bytes, or a NumPy scalar."""
+    """Return a value as an element of the input: bytes, or a NumPy scalar."""
     kind = spec.dtype.kind
     fits = False
     if value is None:
@@ -140,7 +138,7 @@ def _value(key: str, spec: TensorSpec, value: bool | float | str | None) -> Any:
         fits = value in (0, 1) and not isinstance(value, str)
     elif spec.datatype == "BF16" or kind == "f":
         fits = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = fits and (abs(float(value)) < _MOST_BF16 or spec.datatype != "BF16")
+        fits = fits and (abs(float(value)) < _BF16_LIMIT or spec.datatype != "BF16")
     elif isinstance(value, int) and not isinstance(value, bool):
         fits = np.iinfo(spec.dtype).min <= value <= np.iinfo(spec.dtype).max
     if fits and isinstance(value, str):
@@ -155,6 +153,6 @@ def _value(key: str, spec: TensorSpec, value: bool | float | str | None) -> Any:
 
 
 def _bf16(value: bool | float | str) -> np.uint16:
-    """The nearest number's bits; of two that are as near the even one."""
+    """Return the bits of the nearest BF16 number, of two equally near ones the even one."""
     bits = int(np.float32(value).view(np.uint32))
     return np.uint16(min(0xFFFFFFFF, bits + 0x7FFF + (bits >> 16 & 1)) >> 16)

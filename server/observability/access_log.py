@@ -1,12 +1,11 @@
-"""The access log: one line for each request, as JSON or to be read by people.
+"""The access log: one line per request, as JSON or as text for people.
 
-A line says who asked what, what came of it and where the time went; never a credential, a header other than
-the request's id, a query or a tensor. What a caller chooses (the id, the path) is escaped, so that nobody
-writes lines of his own.
+A line has the tenant, the request, the response and the time in each stage; never a credential, a header
+other than the request's id, a query or a tensor. Text from the client (id, path) is escaped, so that it
+cannot forge lines.
 
-Lines are made on the loop and written by a thread of their own, those of `_FLUSH_S` at once: whoever reads
-them may be slow, and requests do not wait for that. Where the reader is `_MOST_CHUNKS` of those behind, lines
-are dropped; they are counted, and a line says so once there is room again.
+Lines are made on the loop and written by a thread, those of `_FLUSH_S` together: a slow reader holds up no
+request. If it is `_CHUNKS` of those behind, lines are dropped; a later line says how many.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import sys
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
+from logging.handlers import QueueListener
 from time import time
 from typing import Literal, TextIO
 
@@ -32,24 +32,24 @@ LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERR
 
 _LONGEST_PATH = 500
 _FLUSH_S = 0.05
-_MOST_CHUNKS = 100
-_JOIN_S = 5.0
+_CHUNKS = 100
+_STOP_S = 5.0
 _NAMES = {number: name for name, number in LEVELS.items()}
-# What stands in a readable line without quotes.
+# Needs no quotes in a text line.
 _WORD = re.compile(r"[!#-~]+")
 _TRACE_ID = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-")
 _encode = msgspec.json.Encoder().encode
 
 
 def level_of(status: int) -> int:
-    """How grave an answer is: the server's failures are errors, refusals are warnings."""
+    """Return the level of a status: 5xx are errors, 4xx warnings."""
     if status >= 500:
         return logging.ERROR
     return logging.WARNING if status >= 400 else logging.INFO
 
 
 class Line(msgspec.Struct, omit_defaults=True):
-    """What a line says, in this order, but for what there is nothing to say about. Times in microseconds."""
+    """The fields of a line, in order; fields with their default are left out. Times in microseconds."""
 
     time: str
     level: str
@@ -71,13 +71,13 @@ class Line(msgspec.Struct, omit_defaults=True):
 
 
 def line_of(record: RequestRecord, now: str) -> Line:
-    """The line of a request. `now`: the time, as text."""
+    """Return the line of a request. `now`: the time, as text."""
     line = Line(
         now,
         _NAMES[level_of(record.status)],
         record.request_id,
         record.method,
-        # A prediction's id is all that it takes to read it, where nobody is asked who he is.
+        # Without authentication, the id of a prediction is enough to read it.
         record.route if "{id}" in record.route else record.path[:_LONGEST_PATH],
         record.status,
         record.slug,
@@ -98,7 +98,7 @@ def line_of(record: RequestRecord, now: str) -> Line:
 
 
 def _trace_id(record: RequestRecord) -> str:
-    """Where its spans are; of one that is not traced here, where its caller's may be."""
+    """Return the id of the request's trace here, else of its client's."""
     if record.traceresponse:
         return record.traceresponse[3:35].decode()
     found = _TRACE_ID.match(record.traceparent) if record.traceparent else None
@@ -106,14 +106,14 @@ def _trace_id(record: RequestRecord) -> str:
 
 
 class Times:
-    """Moments as text (RFC 3339, UTC, milliseconds); makes all but the milliseconds once a second."""
+    """Formats times (RFC 3339, UTC, milliseconds); all but the milliseconds once per second."""
 
     def __init__(self) -> None:
         self._second = -1
         self._text = ""
 
     def text(self, time_s: float) -> str:
-        """`time_s`: since the epoch."""
+        """Return the text of a time in seconds since the epoch."""
         second = int(time_s)
         if second != self._second:
             self._second = second
@@ -125,12 +125,12 @@ _REST = [name for name in Line.__struct_fields__ if name not in ("time", "level"
 
 
 def as_json(line: Line) -> str:
-    """One line of JSON."""
+    """Return a line of JSON."""
     return _encode(line).decode() + "\n"
 
 
 def as_text(line: Line) -> str:
-    """One line for people: who asked for what, then the rest by name."""
+    """Return a line for people: the request, then the other fields by name."""
     words = [f"{line.time} {line.level.upper():<7} {line.status} {_word(line.method)} {_word(line.path)}"]
     for name in _REST:
         value = getattr(line, name)
@@ -140,12 +140,12 @@ def as_text(line: Line) -> str:
 
 
 def _word(text: str) -> str:
-    # Quoted where it could be taken for two words, or for the end of the line.
+    # Quoted if it could be read as two words, or as the end of the line.
     return text if _WORD.fullmatch(text) else json.dumps(text)
 
 
 class AccessLog:
-    """A sink for records. `least`: lines of this level (`level_of`) and above are written.
+    """A subscriber to requests. Lines below the level `least` (`level_of`) are left out.
 
     `clock`: seconds since the epoch.
     """
@@ -162,73 +162,67 @@ class AccessLog:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lines: list[str] = []
         self._dropped = 0
-        self._chunks: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._write, name="cobatch-access-log", daemon=True)
+        self._chunks: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+        self._listener: QueueListener | None = None
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin to write, for requests on this loop."""
         self._loop = loop
-        self._thread.start()
+        handler = logging.StreamHandler(self._stream or sys.stderr)
+        handler.terminator = ""
+        self._listener = QueueListener(self._chunks, handler)
+        self._listener.start()
 
     def request_done(self, record: RequestRecord) -> None:
-        """Its line, if it is grave enough."""
+        """Make the line of a request, if its level is high enough."""
         if level_of(record.status) < self._least:
             return
         lines = self._lines
         if not lines and self._loop is not None:
-            # Many at once: to wake the thread costs more than a line.
+            # Together, since waking the thread costs more than a line.
             self._loop.call_later(_FLUSH_S, self.flush)
         lines.append(self._format(line_of(record, self._times.text(self._clock()))))
 
     def flush(self) -> None:
-        """Give the lines that there are to the thread, or drop them where it is far behind."""
+        """Pass the collected lines to the thread, or drop them if it is far behind."""
         lines = self._lines
         if not lines:
             return
         self._lines = []
-        if self._chunks.qsize() >= _MOST_CHUNKS:
+        if self._chunks.qsize() >= _CHUNKS:
             self._dropped += len(lines)
             return
         if self._dropped:
             dropped, self._dropped = self._dropped, 0
             lines.insert(0, self._dropped_line(dropped))
-        self._chunks.put("".join(lines))
+        self._chunks.put(logging.makeLogRecord({"msg": "".join(lines)}))
 
     def _dropped_line(self, dropped: int) -> str:
         now = self._times.text(self._clock())
         if self._json:
-            said = {"time": now, "level": "warning", "dropped_lines": dropped}
-            return _encode(said).decode() + "\n"
+            line = {"time": now, "level": "warning", "dropped_lines": dropped}
+            return _encode(line).decode() + "\n"
         return f"{now} WARNING dropped_lines={dropped}\n"
 
     def stop(self) -> None:
-        """Write what is left. Whoever reads the lines has a few seconds for them."""
+        """Write the rest. A reader that has stopped reading holds this up for a few seconds only."""
         self.flush()
-        self._chunks.put(None)
-        if self._thread.ident is not None:
-            self._thread.join(_JOIN_S)
-
-    def _write(self) -> None:
-        while (text := self._chunks.get()) is not None:
-            try:
-                stream = self._stream or sys.stderr
-                stream.write(text)
-                stream.flush()
-            except (OSError, ValueError):
-                # Whoever read the lines is gone, and nobody is left to be told.
-                return
+        if self._listener is not None:
+            stopping = threading.Thread(target=self._listener.stop, daemon=True)
+            stopping.start()
+            stopping.join(_STOP_S)
 
 
 class JsonFormatter(logging.Formatter):
-    """The server's other messages in the same form, since they go to the same place."""
+    """Formats the server's other messages as JSON too, since they go to the same stream."""
 
     def format(self, record: logging.LogRecord) -> str:
-        said = {
+        line = {
             "time": Times().text(record.created),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
         }
         if record.exc_info:
-            said["exception"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(said).decode()
+            line["exception"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(line).decode()

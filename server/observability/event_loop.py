@@ -1,7 +1,7 @@
-"""How late the event loop is: what every request waits for that no queue shows.
+"""The event loop's lag, which delays every request and is in no queue, and its thread's CPU time.
 
-A timer that is due every quarter of a second says by how much it was late. uvloop's timers are due on whole
-milliseconds, so a lag of up to one means nothing.
+A timer due four times a second measures how late it is. uvloop's timers are due on whole milliseconds, so a
+lag of up to one means nothing.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import time
 
 from cobatch.batcher.durations import PENDING_LIMIT, DurationHistogram
 
-_EVERY_S = 0.25
+_INTERVAL_S = 0.25
 
 
 class LoopLag:
-    """Of one loop, from `start` to `stop`. `lags` are the samples."""
+    """Measures one loop from `start` to `stop`. `lags` are the samples."""
 
     def __init__(self) -> None:
         self.lags = DurationHistogram()
@@ -25,24 +25,24 @@ class LoopLag:
         self._cpu_clock: int | None = None
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Called on the loop's thread."""
+        """Begin, on the loop's thread."""
         if hasattr(time, "pthread_getcpuclockid"):
             self._cpu_clock = time.pthread_getcpuclockid(threading.get_ident())
         self._arm(loop)
 
     def stop(self) -> None:
-        """The loop is about to end, and its thread's clock with it."""
+        """End, before the loop and its thread's clock do."""
         if self._timer is not None:
             self._timer.cancel()
         self._cpu_clock = None
 
     @property
     def cpu_s(self) -> float | None:
-        """Seconds of the processor that the loop's thread has used; None where the system does not say."""
+        """CPU seconds of the loop's thread; None if the system cannot tell."""
         return None if self._cpu_clock is None else time.clock_gettime(self._cpu_clock)
 
     def _arm(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._due_s = loop.time() + _EVERY_S
+        self._due_s = loop.time() + _INTERVAL_S
         self._timer = loop.call_at(self._due_s, self._tick, loop)
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -1,4 +1,4 @@
-"""The machine's GPUs as NVML tells of them, where there is NVML and `nvidia-ml-py` (the extra `nvml`)."""
+"""GPU memory and utilization from NVML, if there is NVML and `nvidia-ml-py` (the extra `nvml`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ log = logging.getLogger("cobatch.gpu")
 
 
 class Gpu(NamedTuple):
-    """One GPU now; `utilization` is from 0 to 1. None is what the GPU does not say."""
+    """The state of one GPU; `utilization` is from 0 to 1. A figure that the GPU does not report is None."""
 
     number: int
     name: str
@@ -22,14 +22,14 @@ class Gpu(NamedTuple):
 
 
 class Gpus:
-    """All GPUs; none where NVML is missing. Its calls take milliseconds: make them on another thread."""
+    """All GPUs, none without NVML. Calls take milliseconds: make them on another thread."""
 
     def __init__(self) -> None:
         self._nvml: Any = None
         self._handles: list[Any] = []
 
     def open(self) -> None:
-        """Look for GPUs. That there are none is no error."""
+        """Look for GPUs. Having none is no error."""
         try:
             nvml = importlib.import_module("pynvml")
         except ImportError:
@@ -38,37 +38,36 @@ class Gpus:
             nvml.nvmlInit()
             self._handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
         except nvml.NVMLError as error:
-            log.info("no metrics of GPUs: %s", error)
+            log.info("no GPU metrics: %s", error)
             return
         self._nvml = nvml
 
     def close(self) -> None:
-        """Let go of the driver."""
+        """Release the driver."""
         nvml, self._nvml, self._handles = self._nvml, None, []
         if nvml is not None:
             nvml.nvmlShutdown()
 
     @property
-    def some(self) -> bool:
-        """Whether there are any."""
+    def available(self) -> bool:
+        """There is at least one GPU."""
         return bool(self._handles)
 
     def read(self) -> list[Gpu]:
-        """As they are now; those that do not answer are left out."""
-        found = []
+        """Return the present state of each GPU that answers."""
+        gpus = []
         for index, handle in enumerate(self._handles):
             try:
-                found.append(self._read(index, handle))
+                gpus.append(self._read(index, handle))
             except self._nvml.NVMLError as error:
                 log.debug("GPU %d does not answer: %s", index, error)
-        return found
+        return gpus
 
     def _read(self, index: int, handle: Any) -> Gpu:
         nvml = self._nvml
         name, uuid = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetUUID(handle)
         total = used = utilization = None
-        # A GPU that shares the machine's memory has no figures of its own, a part of one (MIG) does not say
-        # how busy it is.
+        # A GPU that shares the machine's memory reports no memory, a MIG instance no utilization.
         with contextlib.suppress(nvml.NVMLError):
             memory = nvml.nvmlDeviceGetMemoryInfo(handle)
             total, used = int(memory.total), int(memory.used)
@@ -78,5 +77,5 @@ class Gpus:
 
 
 def _text(value: str | bytes) -> str:
-    """Older versions of the library answer with bytes."""
+    """Return text; older versions of the library have bytes."""
     return value.decode() if isinstance(value, bytes) else value

@@ -1,19 +1,17 @@
-"""Traces by OpenTelemetry: a span for each request, and one for each batch, linked to the requests in it.
+"""OpenTelemetry traces: a span per request, and one per batch with links to its requests.
 
-    POST /v2/models/{name}/infer   (server; the caller's span is its parent, where there is one)
-    ├─ queue     until a batch was made up
-    ├─ batch     packed, in a slot of the engine, until the run began; linked to the batch's span
+    POST /v2/models/{name}/infer   (server; its parent is the client's span, if there is one)
+    ├─ queue     until its batch is formed
+    ├─ batch     packed into a slot of the engine, until the run begins; linked to the batch's span
     └─ compute   the run
-    POST /batch                    (the same; an item of it is a span of this kind inside it)
-    batch NAME   (a trace of its own: several callers' requests ride in it; links to each of them)
+    POST /batch                    (the same, with a span of this kind for each item)
+    batch NAME   (a trace of its own, since requests of several clients share it; linked to each of them)
 
-Whether a request is traced is decided when its headers are there (head sampling): as its caller has decided,
-who says so in `traceparent`, and else by lot. For one that is not there is nothing but that decision. Spans
-are made when the request is over, with the times that were taken anyhow, and sent by a thread of the SDK's.
+Head sampling: a request's `traceparent` decides, else the sampling ratio. A request that is not traced costs
+nothing else. Spans are made when the request is done, from times that are taken anyway, and sent by the SDK's
+thread. The response has `traceresponse` (W3C Trace Context, level 3) with the ids of its trace.
 
-What a request is answered has `traceresponse` (W3C Trace Context, level 3): where to find its trace.
-
-OpenTelemetry's own variables hold: OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES, OTEL_EXPORTER_OTLP_*,
+OpenTelemetry's own variables apply: OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES, OTEL_EXPORTER_OTLP_*,
 OTEL_BSP_*.
 """
 
@@ -52,22 +50,21 @@ from cobatch import __version__
 from cobatch.batcher.request import Batch
 from cobatch.server.observability.record import RequestRecord
 
-# Of a caller's header: whether it is one, and whether the caller traces this request. A later version may
-# have more behind it.
+# A valid header, with the digit that has the sampled flag. A later version may have more fields.
 _TRACEPARENT = re.compile(
     r"(?:(00)|(?!ff)[0-9a-f]{2})-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]([0-9a-f])(?(1)|(?:-.*)?)"
 )
-# How long after its first request's end a batch is waited for by those of its requests that end later.
+# A batch's span stays open this long after its first request, for links to the others.
 _CLOSE_AFTER_S = 1.0
-_MOST_LINKS = 1024
+_LINKS = 1024
 _STOP_S = 3.0
 _PROPAGATOR = TraceContextTextMapPropagator()
-# It warns of each `tracestate` that is none, with as much of it as its sender likes.
+# It logs each invalid `tracestate` in full, whatever its length.
 logging.getLogger("opentelemetry.trace.span").setLevel(logging.ERROR)
 
 
 class Tracing:
-    """A sink for records. `ratio`: the part of the requests to trace whose callers have not decided.
+    """A `Tracer`. `ratio`: sampling ratio for requests without a traceparent.
 
     `clock` is the server's monotonic clock, `wall_clock` the time of the spans. `lot` draws from 0 to 1.
     """
@@ -88,9 +85,9 @@ class Tracing:
             resource = resource.merge(Resource({SERVICE_NAME: "cobatch"}))
         self._provider = TracerProvider(
             resource=resource,
-            # Decided here, before there is a span.
+            # `begin` has decided.
             sampler=ALWAYS_ON,
-            span_limits=SpanLimits(max_links=_MOST_LINKS),
+            span_limits=SpanLimits(max_links=_LINKS),
             shutdown_on_exit=False,
         )
         target = None if endpoint is None else f"{endpoint.rstrip('/')}/v1/traces"
@@ -104,15 +101,15 @@ class Tracing:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Begin, for requests on this loop."""
+        """Close batches' spans on this loop."""
         self._loop = loop
 
     def draw(self) -> bool:
-        """Whether the lot falls on a request that has just come."""
+        """Decide by the sampling ratio whether to trace a request without a traceparent."""
         return self._lot() < self._ratio
 
     def begin(self, record: RequestRecord, drawn: bool) -> None:
-        """Give it its span, if it is to be traced; its headers have been read. `drawn`: the lot's word."""
+        """Begin the span of a request to be traced. `drawn`: what `draw` answered for it."""
         parent = _TRACEPARENT.fullmatch(record.traceparent) if record.traceparent else None
         if parent is None:
             if not drawn:
@@ -123,7 +120,7 @@ class Tracing:
             context = _PROPAGATOR.extract(carrier)
         else:
             return
-        # Monotonic time drifts from the clocks of others.
+        # Monotonic time drifts from wall time.
         self._offset_s = self._wall_clock() - self._clock()
         record.trace = span = self._tracer.start_span(
             record.method, context, SpanKind.SERVER, start_time=self._ns(record.received_s)
@@ -132,11 +129,11 @@ class Tracing:
         record.traceresponse = b"00-%032x-%016x-01" % (mine.trace_id, mine.span_id)
 
     def request_done(self, record: RequestRecord) -> None:
-        """Make its spans, if it is traced."""
+        """End the spans of a request, if it is traced."""
         span: Span | None = record.trace
         if span is None:
             return
-        record.trace = None  # it and the span would keep each other
+        record.trace = None  # they refer to each other
         if record.route:
             span.update_name(f"{record.method} {record.route}")
         span.set_attributes(_attributes(record))
@@ -147,7 +144,7 @@ class Tracing:
         span.end(self._ns(record.answered_s))
 
     def item_done(self, call: RequestRecord, item: RequestRecord) -> None:
-        """Make the spans of a batch call's item inside the call's, if that is traced."""
+        """Make the spans of a batch call's item inside those of the call, if that is traced."""
         if call.trace is not None:
             item.trace = self._tracer.start_span(
                 item.method, set_span_in_context(call.trace), start_time=self._ns(item.received_s)
@@ -157,8 +154,8 @@ class Tracing:
     def _stages(self, span: Span, record: RequestRecord, batch: Batch) -> None:
         inside = set_span_in_context(span)
         mine = span.get_span_context()
-        rode_in = batch.joined or (batch,)
-        of_batches = [Link(self._span_of(one, record.model, mine)) for one in rode_in]
+        batches = batch.joined or (batch,)
+        of_batches = [Link(self._span_of(one, record.model, mine)) for one in batches]
         for name, from_s, to_s, links in (
             ("queue", record.enqueued_s, batch.gathered_s, ()),
             ("batch", batch.gathered_s, batch.started_s, of_batches),
@@ -168,7 +165,7 @@ class Tracing:
             stage.end(self._ns(max(from_s, to_s)))
 
     def _span_of(self, batch: Batch, model: str, request: SpanContext) -> SpanContext:
-        """The batch's span, linked to this request of it."""
+        """Return the batch's span, linked to this request."""
         span = self._open.get(batch)
         if span is None:
             span = self._open[batch] = self._tracer.start_span(
@@ -181,7 +178,7 @@ class Tracing:
             if batch.failed:
                 span.set_status(StatusCode.ERROR)
             if self._loop is not None:
-                # Those who ride in it are answered now or soon.
+                # Its other requests are answered soon.
                 self._loop.call_later(_CLOSE_AFTER_S, self._close, batch)
         span.add_link(request)
         return span.get_span_context()
@@ -192,7 +189,7 @@ class Tracing:
             span.end(self._ns(batch.answered_s or batch.finished_s))
 
     def stop(self) -> None:
-        """Send what is left. Gives up after a few seconds: the end waits for no receiver that is gone."""
+        """Send the rest. Give up after a few seconds if the receiver is gone."""
         for batch in list(self._open):
             self._close(batch)
         sending = threading.Thread(target=self._provider.shutdown, name="cobatch-traces", daemon=True)
@@ -207,8 +204,8 @@ class Tracing:
 
 
 def _attributes(record: RequestRecord) -> dict[str, AttributeValue]:
-    """By the semantic conventions for HTTP servers; our own begin with `cobatch.`."""
-    found: dict[str, AttributeValue] = {
+    """Return attributes by the semantic conventions for HTTP servers; our own begin with `cobatch.`."""
+    attributes: dict[str, AttributeValue] = {
         http.HTTP_REQUEST_METHOD: record.method,
         http.HTTP_RESPONSE_STATUS_CODE: record.status,
         url.URL_PATH: record.path,
@@ -217,18 +214,18 @@ def _attributes(record: RequestRecord) -> dict[str, AttributeValue]:
         "cobatch.request.id": record.request_id,
     }
     if record.route:
-        found[http.HTTP_ROUTE] = record.route
+        attributes[http.HTTP_ROUTE] = record.route
     if record.status >= 500:
-        found[error.ERROR_TYPE] = record.slug or str(record.status)
+        attributes[error.ERROR_TYPE] = record.slug or str(record.status)
     if record.slug:
-        found["cobatch.problem"] = record.slug
+        attributes["cobatch.problem"] = record.slug
     if record.tenant:
-        found["cobatch.tenant"] = record.tenant
+        attributes["cobatch.tenant"] = record.tenant
     if record.model:
-        found["cobatch.model"] = record.model
+        attributes["cobatch.model"] = record.model
     if record.rows:
-        found["cobatch.rows"] = record.rows
-    return found
+        attributes["cobatch.rows"] = record.rows
+    return attributes
 
 
 def _batch_attributes(batch: Batch, model: str) -> dict[str, AttributeValue]:

@@ -198,7 +198,7 @@ async def test_internal(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Mo
         monkeypatch.setattr(model.encoder, "encode", broken)
         problem = await ask(running, "internal", infer(rows_of(1)))
         monkeypatch.undo()
-        monkeypatch.setattr("cobatch.server.api.v2.metadata", broken)
+        monkeypatch.setattr(type(model), "engine_worker", property(broken))
         problem = await ask(running, "internal", {"method": "GET", "url": "/v2/models/gate"})
         assert "secret" not in json.dumps(problem)
     assert caplog.text.count("secret") >= 2

@@ -250,7 +250,7 @@ async def test_a_slow_reader_holds_nobody_up_and_what_is_dropped_is_counted() ->
     log.flush()
     assert stream.taking.wait(20)
     # The thread stands still with the first line: so many more chunks lie ready, and the rest is dropped.
-    for _ in range(access_log._MOST_CHUNKS + 3):
+    for _ in range(access_log._CHUNKS + 3):
         log.request_done(_done())
         log.flush()
     stream.gate.set()
@@ -261,7 +261,7 @@ async def test_a_slow_reader_holds_nobody_up_and_what_is_dropped_is_counted() ->
     lines = lines_of(stream.getvalue())
     dropped = [line["dropped_lines"] for line in lines if "dropped_lines" in line]
     assert dropped == [3]
-    assert len(lines) - len(dropped) == access_log._MOST_CHUNKS + 2
+    assert len(lines) - len(dropped) == access_log._CHUNKS + 2
 
 
 def _emptied(log: AccessLog) -> None:

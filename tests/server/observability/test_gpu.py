@@ -101,7 +101,7 @@ def test_none_where_the_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "pynvml", None)
     gpus = Gpus()
     gpus.open()
-    assert not gpus.some
+    assert not gpus.available
     assert gpus.read() == []
     gpus.close()
 
@@ -110,7 +110,7 @@ def test_none_where_the_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_real_one() -> None:
     gpus = Gpus()
     gpus.open()
-    if not gpus.some:
+    if not gpus.available:
         # In ./scripts/gpu-check there is one.
         why_not = pytest.fail if os.environ.get("GPU_CHECK") else pytest.skip
         why_not("needs a GPU of NVIDIA's, its driver and nvidia-ml-py")
