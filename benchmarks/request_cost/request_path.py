@@ -13,11 +13,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import functools
 import gc
+import itertools
 import sys
 import time
 import unittest.mock
 from collections.abc import AsyncIterator, Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,9 +29,11 @@ import uvloop
 
 from benchmarks.common import wire
 from benchmarks.request_cost.floor_app import make_app
-from cobatch.engines import loader
+from cobatch.batcher.batcher import Batcher
+from cobatch.engines import loader, worker
 from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec
 from cobatch.server.edge.asgi import InferRoutes
+from cobatch.server.inference import model as model_module
 from cobatch.server.serve import Server, keep_freed_memory
 from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings
 
@@ -197,7 +202,14 @@ async def serving(
     while not isinstance(app, InferRoutes):
         app = app.app
     starlette: Any = app.app
-    with unittest.mock.patch.dict(loader.ENGINES, onnxruntime=lambda *_: Idle(elements)):
+    # Each reading is a microsecond later: what is learned of run times, and so each decision, is the same on
+    # every machine and under any load.
+    clock = itertools.count(0.0, 1e-6).__next__
+    with (
+        unittest.mock.patch.dict(loader.ENGINES, onnxruntime=lambda *_: Idle(elements)),
+        unittest.mock.patch.object(worker, "time", SimpleNamespace(monotonic=clock)),
+        unittest.mock.patch.object(model_module, "Batcher", functools.partial(Batcher, clock=clock)),
+    ):
         async with starlette.router.lifespan_context(starlette):
             await loaded.wait()
             yield _maker(server.config, server.server_state)
