@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cobatch.server.api.metrics import STATES
 from cobatch.server.auth.authenticator import RESULTS
@@ -23,6 +24,8 @@ METRICS = ROOT / "docs" / "metrics.md"
 RULES = DEPLOY / "prometheus" / "alerts.yml"
 CONFIG = DEPLOY / "prometheus" / "prometheus.yml"
 DASHBOARD = DEPLOY / "grafana" / "cobatch.json"
+T = TypeVar("T")
+_SCRAPES = 300
 
 
 def scraped(served: Served) -> threading.Semaphore:
@@ -52,15 +55,16 @@ def config_for(port: int, folder: Path, more: str = "") -> Path:
     return path
 
 
-def wait_for(scrapes: threading.Semaphore) -> None:
-    """Wait for three scrapes: one may have begun before, and the third begins after the second was stored."""
-    for _ in range(3):
+def eventually(scrapes: threading.Semaphore, read: Callable[[], T], expected: T) -> None:
+    """Assert that a value becomes the expected one, and read it again after each scrape.
+
+    On a busy machine scrapes can be late or exceed Prometheus' timeout.
+    """
+    for _ in range(_SCRAPES):
+        if read() == expected:
+            return
         assert scrapes.acquire(timeout=DEADLINE_S)
-
-
-def drain(scrapes: threading.Semaphore) -> None:
-    while scrapes.acquire(blocking=False):
-        pass
+    assert read() == expected
 
 
 def test_prometheus_stores_metrics_and_rules(tmp_path: Path) -> None:
@@ -70,16 +74,19 @@ def test_prometheus_stores_metrics_and_rules(tmp_path: Path) -> None:
             with served.connect() as client:
                 for _ in range(7):
                     assert client.ask(gate(1)).status == 200
-            drain(scrapes)
-            wait_for(scrapes)
-            (target,) = running.ask("targets")["activeTargets"]
-            assert (target["health"], target["lastError"]) == ("up", "")
-            requests = running.values('cobatch_requests_total{model="gate", code="200"}')
-            assert [value for _, value in requests] == [7]
-            median = running.values(
-                "histogram_quantile(0.5, sum by (le) (cobatch_request_duration_seconds_bucket))"
-            )
-            assert [0 < value < DEADLINE_S for _, value in median] == [True]
+
+            def health() -> list[tuple[str, str]]:
+                targets = running.ask("targets")["activeTargets"]
+                return [(target["health"], target["lastError"]) for target in targets]
+
+            def values(query: str) -> list[float]:
+                return [value for _, value in running.values(query)]
+
+            eventually(scrapes, health, [("up", "")])
+            requests = 'cobatch_requests_total{model="gate", code="200"}'
+            eventually(scrapes, lambda: values(requests), [7.0])
+            median = "histogram_quantile(0.5, sum by (le) (cobatch_request_duration_seconds_bucket))"
+            eventually(scrapes, lambda: [0 < value < DEADLINE_S for value in values(median)], [True])
             kinds = running.ask("targets/metadata", metric="cobatch_queue_delay_seconds")
             assert [one["type"] for one in kinds] == ["histogram"]
             groups = running.ask("rules")["groups"]
@@ -92,8 +99,7 @@ def test_prometheus_scrapes_with_credentials(tmp_path: Path) -> None:
         more = f"    authorization:\n      credentials_file: {tmp_path / 'token'}\n"
         scrapes = scraped(server.served)
         with prometheus(config_for(server.served.server.port, tmp_path, more), tmp_path) as running:
-            wait_for(scrapes)
-            assert [value for _, value in running.values("cobatch_ready")] == [1]
+            eventually(scrapes, lambda: [value for _, value in running.values("cobatch_ready")], [1.0])
 
 
 def test_promtool_accepts_the_text() -> None:
