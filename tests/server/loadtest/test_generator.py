@@ -43,6 +43,8 @@ class Server:
     def __init__(self, serve: Serve) -> None:
         self.serve = serve
         self.requests = 0
+        self.last = 0  # number of the request at which `on_last` is called
+        self.on_last: Callable[[], None] = lambda: None
         self.port = 0
         self.tasks: set[asyncio.Task[None]] = set()
 
@@ -56,6 +58,8 @@ class Server:
             while True:
                 await reader.readexactly(len(REQUEST))
                 self.requests += 1
+                if self.requests == self.last:
+                    self.on_last()
                 answer = await self.serve(self.requests)
                 if answer is None:
                     return
@@ -121,16 +125,22 @@ async def drive(driver: Driver, recorder: Recorder) -> None:
         await asyncio.sleep(0)
 
 
-async def run(
-    plan: Plan, rate: float | None, seconds: float, connections: int, warmup_s: float = 0.0
+async def run_open(
+    plan: Plan, rate: float, seconds: float, connections: int, warmup_s: float = 0.0
 ) -> Recorder:
-    trial = Trial(None if rate is None else Constant(rate), connections, seconds, warmup_s)
+    trial = Trial(Constant(rate), connections, seconds, warmup_s)
     recorder = Recorder(trial)
-    driver = (
-        ClosedLoop(plan, trial, connections, recorder, 0)
-        if rate is None
-        else OpenLoop(plan, trial, connections, recorder, 0, 1)
-    )
+    await drive(OpenLoop(plan, trial, connections, recorder, 0, 1), recorder)
+    return recorder
+
+
+async def run_closed(server: Server, plan: Plan, connections: int, requests: int) -> Recorder:
+    """Run until the server has received this many requests, which does not depend on the machine's speed."""
+    trial = Trial(None, connections, 1e6)
+    recorder = Recorder(trial)
+    driver = ClosedLoop(plan, trial, connections, recorder, 0)
+    server.requests, server.last = 0, requests
+    server.on_last = lambda: setattr(driver, "_end_s", 0.0)
     await drive(driver, recorder)
     return recorder
 
@@ -146,7 +156,7 @@ async def test_a_stall_delays_every_request_due_in_it() -> None:
         return GOOD
 
     async with serving(serve) as server:
-        recorder = await run(planned(server.port), 500.0, 0.1, 64)
+        recorder = await run_open(planned(server.port), 500.0, 0.1, 64)
     due, sent, done = recorder.column("due"), recorder.column("sent"), recorder.column("done")
     assert len(due) == 49
     assert sorted(due) == pytest.approx([recorder.tally._start_s + n / 500 for n in range(1, 50)], abs=1e-6)
@@ -184,18 +194,21 @@ async def test_waiting_for_a_connection_is_part_of_the_latency() -> None:
 
 
 async def test_a_closed_loop_has_one_request_per_connection() -> None:
-    in_flight, most = 0, 0
+    in_flight, most, all_here = 0, 0, asyncio.Event()
 
     async def serve(number: int) -> bytes:
         nonlocal in_flight, most
         in_flight += 1
         most = max(most, in_flight)
+        if number == 5:
+            all_here.set()
+        await all_here.wait()
         await asyncio.sleep(0)
         in_flight -= 1
         return GOOD
 
     async with serving(serve) as server:
-        recorder = await run(planned(server.port), None, 0.15, 5)
+        recorder = await run_closed(server, planned(server.port), 5, 100)
     assert most == 5
     assert recorder.tally.callers[0].due == server.requests == recorder.tally.callers[0].latency.count
     assert recorder.column("due") == recorder.column("taken")
@@ -221,9 +234,13 @@ async def test_each_kind_of_failure_is_counted_once() -> None:
 
     expected = Expected([{"y": np.array([[1]])}])
     async with serving(serve) as server:
-        for rate in (None, 300.0):
+        for closed in (True, False):
             server.requests = 0
-            recorder = await run(planned(server.port, expected), rate, 0.2, 3)
+            plan = planned(server.port, expected)
+            if closed:
+                recorder = await run_closed(server, plan, 3, 60)
+            else:
+                recorder = await run_open(plan, 300.0, 0.2, 3)
             assert recorder.tally.callers[0].due == server.requests >= 20
             assert set(recorder.errors) == {
                 "status 429", "connection closed", "malformed answer", "wrong answer"
@@ -240,8 +257,9 @@ async def test_a_missing_answer_times_out() -> None:
         return GOOD
 
     async with serving(serve) as server:
-        for rate in (None, 100.0):
-            recorder = await run(planned(server.port, timeout_s=0.05), rate, 0.1, 3)
+        plan = planned(server.port, timeout_s=0.2)
+        # In the open loop each of the nine requests has a connection, so none waits for one.
+        for recorder in (await run_closed(server, plan, 3, 5), await run_open(plan, 100.0, 0.1, 9)):
             assert set(recorder.errors) == {"no answer in time"}
             assert recorder.tally.callers[0].latency.count > 0
 
@@ -251,7 +269,7 @@ async def test_waiting_for_a_connection_times_out() -> None:
         return await asyncio.Event().wait() and GOOD
 
     async with serving(serve) as server:
-        recorder = await run(planned(server.port, timeout_s=0.05), 100.0, 0.1, 1)
+        recorder = await run_open(planned(server.port, timeout_s=0.05), 100.0, 0.1, 1)
     assert set(recorder.errors) == {"no answer in time", "no connection was free in time"}
     assert sum(recorder.errors.values()) == recorder.tally.callers[0].due == 9
 
@@ -268,12 +286,12 @@ async def test_a_stopped_server_fails_each_request() -> None:
     assert sum(recorder.errors.values()) == 19
     assert "cannot connect" in recorder.errors
     with pytest.raises(OSError, match=r"\d"):
-        await run(planned(server.port), None, 0.1, 1)
+        await run_closed(server, planned(server.port), 1, 1)
 
 
 async def test_requests_due_in_the_warm_up_are_not_counted() -> None:
     async with serving(lambda _: asyncio.sleep(0, GOOD)) as server:
-        recorder = await run(planned(server.port), 200.0, 0.1, 4, warmup_s=0.1025)
+        recorder = await run_open(planned(server.port), 200.0, 0.1, 4, warmup_s=0.1025)
     assert len(recorder.column("due")) == 40
     assert recorder.tally.callers[0].due == 20
     assert sum(recorder.tally.intervals[number].due for number in range(3)) == 40
@@ -313,7 +331,7 @@ async def test_a_stopped_open_loop_reports_its_waiting_requests() -> None:
 async def test_the_generators_own_work_is_not_in_the_latency() -> None:
     """In a closed loop a request is due when it is sent, not when the last answer came."""
     async with serving(lambda _: asyncio.sleep(0, GOOD)) as server:
-        recorder = await run(planned(server.port), None, 0.05, 1)
+        recorder = await run_closed(server, planned(server.port), 1, 20)
     assert recorder.column("due") == recorder.column("sent")
     done = recorder.column("done")
     assert all(sent > before for sent, before in zip(recorder.column("sent")[1:], done, strict=False))
