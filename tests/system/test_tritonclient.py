@@ -1,4 +1,4 @@
-"""`tritonclient[http]`, unchanged, against `cobatch serve` on loopback: what its users call works."""
+"""`tritonclient[http]`, unchanged, against `cobatch serve` on loopback: its users' calls work."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ MODELS = {
 }
 CALLERS = 96
 
-# The asyncio client asks after health without reading the answer's body, and leaves the connection to
-# the garbage collector if that has not arrived yet.
+# The asyncio client requests health without reading the response's body, and leaves the connection to the
+# garbage collector if the body has not arrived yet.
 pytestmark = pytest.mark.filterwarnings("ignore:Unclosed connection:ResourceWarning")
 
 
 @pytest.fixture(scope="module", params=["--fast-path", "--no-fast-path"])
 def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """HOST:PORT of a server with all of MODELS, as the client wants it."""
+    """HOST:PORT of a server with all of MODELS."""
     folder = tmp_path_factory.mktemp("triton")
     config = folder / "cobatch.toml"
     tables = [_table(folder, name, data) for name, data in MODELS.items()]
@@ -59,7 +59,7 @@ def _table(folder: Path, name: str, data: bytes) -> str:
 
 
 class Client(Protocol):
-    """Either client; a call is named and made, whatever that takes."""
+    """Either client; a call is made by its name."""
 
     def __call__(self, method: str, /, *arguments: Any, **options: Any) -> Any: ...
 
@@ -83,13 +83,13 @@ def client(request: pytest.FixtureRequest, url: str) -> Iterator[Client]:
 
 
 def given(array: Array, *, name: str = "x", binary: bool = True) -> Any:
-    """An input as the client's users make it."""
+    """Make an input as the client's users do."""
     tensor = InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
     return tensor.set_data_from_numpy(array, binary_data=binary)
 
 
 def refused(client: Client, *arguments: Any, **options: Any) -> tuple[str, str]:
-    """The status and the message that an infer call was refused with."""
+    """Return the status and the message of a refused infer call."""
     with pytest.raises(InferenceServerException) as raised:
         client("infer", *arguments, **options)
     return raised.value.status(), raised.value.message()
@@ -100,7 +100,7 @@ def test_health(client: Client) -> None:
     assert client("is_server_ready") is True
     for name in MODELS:
         assert client("is_model_ready", name) is True
-    assert client("is_model_ready", "nobody") is False
+    assert client("is_model_ready", "unknown") is False
 
 
 def test_server_metadata(client: Client) -> None:
@@ -125,9 +125,9 @@ def test_model_metadata(client: Client) -> None:
     assert client("get_model_metadata", "sum")["inputs"][0]["shape"] == [-1, -1]
 
 
-def test_metadata_of_an_unknown_model_is_an_error_with_our_words(client: Client) -> None:
-    with pytest.raises(InferenceServerException, match="there is no model 'nobody'"):
-        client("get_model_metadata", "nobody")
+def test_metadata_of_an_unknown_model_is_an_error_with_the_servers_message(client: Client) -> None:
+    with pytest.raises(InferenceServerException, match="there is no model 'unknown'"):
+        client("get_model_metadata", "unknown")
 
 
 @pytest.mark.parametrize("binary_out", [True, False])
@@ -146,12 +146,12 @@ def test_infer_in_every_mix_of_binary_and_json(client: Client, binary_in: bool, 
     assert ("data" in output) == (not binary_out)
 
 
-def test_infer_as_the_first_example_of_the_clients_guide_has_it(client: Client) -> None:
+def test_infer_as_in_the_first_example_of_the_clients_guide(client: Client) -> None:
     x = np.ones((1, 3), np.float32)
     assert np.array_equal(client("infer", "negate", [given(x)]).as_numpy("y"), -x)
 
 
-def test_several_inputs_in_any_order_and_the_outputs_that_were_asked_for(client: Client) -> None:
+def test_several_inputs_in_any_order_and_the_wanted_outputs(client: Client) -> None:
     x, k = np.array([[1, 2], [3, 4]], np.float32), np.array([[10], [20]], np.int64)
     both = client("infer", "total", [given(k, name="k"), given(x, binary=False)])
     assert np.array_equal(both.as_numpy("total"), x + k)
@@ -180,7 +180,7 @@ def test_several_inputs_in_any_order_and_the_outputs_that_were_asked_for(client:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_datatypes_come_back_as_they_went(client: Client, model: str, rows: Array, binary: bool) -> None:
+def test_datatypes_come_back_unchanged(client: Client, model: str, rows: Array, binary: bool) -> None:
     wanted = [InferRequestedOutput("y", binary_data=binary)]
     answer = client("infer", model, [given(rows, binary=binary)], outputs=wanted).as_numpy("y")
     assert answer.shape == rows.shape
@@ -195,7 +195,7 @@ def _bytes(value: str | bytes) -> bytes:
     return value.encode() if isinstance(value, str) else value
 
 
-def test_strings_of_numpys_own_kind(client: Client) -> None:
+def test_numpys_strings(client: Client) -> None:
     rows = np.array([["one", "two"]], np.object_)
     answer = client("infer", "text", [given(rows)]).as_numpy("y")
     assert answer.tolist() == [[b"one", b"two"]]
@@ -226,9 +226,9 @@ def test_compression_both_ways(client: Client, algorithm: str) -> None:
     assert np.array_equal(result.as_numpy("y"), -x)
 
 
-def test_errors_are_raised_with_the_servers_own_words(client: Client) -> None:
+def test_errors_are_raised_with_the_servers_message(client: Client) -> None:
     x = given(np.zeros((1, 3), np.float32))
-    assert refused(client, "nobody", [x]) == ("404", "there is no model 'nobody'")
+    assert refused(client, "unknown", [x]) == ("404", "there is no model 'unknown'")
     status, message = refused(client, "negate", [given(np.zeros((1, 4), np.float32))])
     assert (status, message) == ("422", "input 'x' has shape [-1, 3] (-1: any), got [1, 4]")
     status, message = refused(client, "negate", [given(np.zeros((1, 3), np.float64))])
@@ -256,7 +256,7 @@ def test_after_an_error_the_same_client_goes_on(client: Client) -> None:
 
 
 def own_rows(number: int) -> Array:
-    """What nobody else sends: 1 to 5 rows."""
+    """Make rows that no other caller sends: 1 to 5 of them."""
     return np.arange(3 * (number % 5 + 1), dtype=np.float32).reshape(-1, 3) + 1000 * number
 
 
@@ -284,7 +284,7 @@ def test_many_callers_each_get_their_own_rows_greenlets(url: str) -> None:
             assert np.array_equal(answer.get_result().as_numpy("y"), -rows)
 
 
-async def test_one_callers_bad_input_is_its_own(url: str) -> None:
+async def test_a_callers_invalid_input_does_not_affect_others(url: str) -> None:
     async with tritonclient.http.aio.InferenceServerClient(url, conn_limit=CALLERS) as client:
 
         async def call(number: int) -> None:

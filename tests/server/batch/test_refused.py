@@ -19,7 +19,7 @@ from tests.support.http.serving import GATE, rows_of
      "/v2/models/gate", "/v2/health/ready", "/v1/models/gate/predictions", "/v1/predictions/x", "\ud7ff"],
 )  # fmt: skip
 @pytest.mark.parametrize("method", ["GET", "POST"])
-async def test_other_addresses_are_refused(url: str, method: str) -> None:
+async def test_other_urls_are_refused(url: str, method: str) -> None:
     async with gated() as (running, _):
         answers = await ask(running, {"id": "x", "url": url, "method": method, "body": {}}, infer(1))
         assert slug(answers[0]) == "not-batchable"
@@ -101,7 +101,7 @@ async def test_an_item_without_body_or_with_another_kind_of_json() -> None:
         (b'{"requests":[{"id":"a","url":"/v2","method":"GET","dependsOn":["b"]}]}', "bad-request"),
     ],
 )
-async def test_a_body_that_is_no_batch(body: bytes, expected: str) -> None:
+async def test_a_malformed_call(body: bytes, expected: str) -> None:
     async with gated() as (running, _):
         assert slug(await running.http.post("/batch", content=body)) == expected
 
@@ -120,7 +120,7 @@ async def test_as_many_items_as_allowed() -> None:
         response = await running.http.post("/batch", json={"requests": [*map(infer, range(4))]})
         assert slug(response) == "too-many-items"
         assert response.json()["limit"] == 3
-        # The rest of a body that goes over is not even parsed.
+        # The rest of a body with too many items is not parsed.
         many = b'{"requests":[' + b'{"id":"a","url":"","method":""},' * 4
         assert slug(await running.http.post("/batch", content=many)) == "too-many-items"
 

@@ -1,4 +1,4 @@
-"""POST /batch: each item its own answer, all of them in one queue at once."""
+"""POST /batch: each item has its own answer, and all are in the queue together."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def test_each_item_has_its_own_answer_in_order() -> None:
         assert data(answers[5]) == [10]
 
 
-async def test_an_item_is_answered_with_the_very_bytes_that_its_own_call_gets() -> None:
+async def test_an_items_answer_has_the_bytes_of_its_own_calls_answer() -> None:
     message = rows_of(7, id='"ü\\')
     async with gated() as (running, _):
         alone = await running.http.post(GATE, json=message)
@@ -78,8 +78,8 @@ MESSAGES: list[Any] = [
 
 
 @pytest.mark.parametrize("together", [True, False])
-async def test_whatever_is_said_of_a_message_is_said_of_it_as_an_item(together: bool, tmp_path: Path) -> None:
-    """By itself an infer message is parsed with the batch; beside bodies that are none, after it."""
+async def test_an_items_answer_is_that_of_its_own_call(together: bool, tmp_path: Path) -> None:
+    """Infer messages are parsed together with the call, or, beside other bodies, after it."""
     path = models.write(tmp_path, models.negate(width=3), "negate.onnx")
     url = "/v2/models/negate/infer"
     async with in_process(ModelSettings(path=path, threads=1)) as running:
@@ -94,14 +94,14 @@ async def test_whatever_is_said_of_a_message_is_said_of_it_as_an_item(together: 
     assert {each["status"] for each in answers} == {200, 400, 422}
 
 
-async def test_items_ride_in_the_same_batches() -> None:
+async def test_items_share_batches() -> None:
     async with gated() as (running, engine):
         answers = await ask(running, *map(infer, range(3)), get(GATE), *map(infer, range(3, 10)))
         assert engine.ran == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
         assert answers[0]["headers"]["server-timing"].endswith("batch;desc=4, reason;desc=full")
 
 
-async def test_items_ride_with_other_callers() -> None:
+async def test_items_share_batches_with_other_callers() -> None:
     async with gated() as (running, engine):
         other = running.http.post(GATE, json=rows_of(9))
         await asyncio.gather(ask(running, infer(1), infer(2)), other)
@@ -113,7 +113,7 @@ async def test_no_items() -> None:
         assert await ask(running) == []
 
 
-async def test_an_item_that_the_engine_fails_on_fails_alone(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_item_whose_run_fails_fails_alone(caplog: pytest.LogCaptureFixture) -> None:
     async with gated() as (running, engine):
         engine.fails = lambda rows: EngineRunError("no twos") if (rows == 2).any() else None
         answers = await ask(running, *map(infer, range(4)))
@@ -122,7 +122,7 @@ async def test_an_item_that_the_engine_fails_on_fails_alone(caplog: pytest.LogCa
         assert answers[2]["body"]["reference"] in caplog.text
 
 
-async def test_items_beyond_the_queue_are_refused_each_for_itself() -> None:
+async def test_items_beyond_the_queue_are_refused_one_by_one() -> None:
     async with gated(max_queue_rows=3) as (running, _):
         answers = await ask(running, infer(0), infer(1, 1, 2, 3), infer(2), infer(3), infer(4))
         assert [each["status"] for each in answers] == [200, 429, 200, 200, 429]
@@ -146,7 +146,7 @@ async def test_urls_may_be_quoted_and_versioned_and_have_a_query() -> None:
         assert [sorted(rows) for rows in engine.ran] == [[0, 1, 2]]
 
 
-async def test_plain_headers_are_taken() -> None:
+async def test_plain_headers_are_accepted() -> None:
     headers = {"Content-Type": "application/json; charset=utf-8", "ACCEPT": "*/*"}
     async with gated() as (running, _):
         (answer,) = await ask(running, infer(1, headers=headers))
@@ -155,7 +155,7 @@ async def test_plain_headers_are_taken() -> None:
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_over_sockets(fast: bool) -> None:
-    """Also through uvicorn, where a connection goes on after a batch."""
+    """Through uvicorn a connection goes on after a call."""
     items = [*map(infer, range(6)), get("/v2"), get("/batch")]
     with serving.gated(fast) as (served, engine), served.connect() as client:
         engine.ran.clear()
@@ -167,7 +167,7 @@ def test_over_sockets(fast: bool) -> None:
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_a_connection_that_is_lost(fast: bool) -> None:
+def test_a_lost_connection(fast: bool) -> None:
     with serving.gated(fast) as (served, engine):
         engine.hold()
         with served.connect() as client:
@@ -220,7 +220,7 @@ async def test_alike_items_have_answers_of_their_own() -> None:
         assert running.batcher().counters.accepted == 8
 
 
-async def test_an_alike_item_that_the_engine_fails_on_fails_alone() -> None:
+async def test_an_alike_item_whose_run_fails_fails_alone() -> None:
     async with gated(engine=FixedEngine()) as (running, engine):
         engine.fails = lambda rows: EngineRunError("no twos") if (rows == 2).any() else None
         answers = await ask(running, *map(infer, range(4)))
@@ -230,7 +230,7 @@ async def test_an_alike_item_that_the_engine_fails_on_fails_alone() -> None:
         assert running.batcher().counters.failed == 1
 
 
-async def test_alike_items_beyond_the_queue_are_refused_each_for_itself() -> None:
+async def test_alike_items_beyond_the_queue_are_refused_one_by_one() -> None:
     async with gated(engine=FixedEngine(), max_queue_rows=3) as (running, _):
         answers = await ask(running, *map(infer, range(4)))
         assert [each["status"] for each in answers] == [200, 200, 200, 429]
@@ -239,7 +239,7 @@ async def test_alike_items_beyond_the_queue_are_refused_each_for_itself() -> Non
         assert (counters.accepted, counters.refused) == (3, 1)
 
 
-async def test_alike_items_that_cannot_be_in_time_are_refused_each(tmp_path: Path) -> None:
+async def test_alike_items_with_an_unreachable_deadline_are_refused_one_by_one(tmp_path: Path) -> None:
     """The model's own deadline is shorter than its runs have become."""
     path = models.write(tmp_path, models.negate(width=3), "negate.onnx")
     async with in_process(ModelSettings(path=path, threads=1, deadline_ms=50.0)) as running:

@@ -1,4 +1,4 @@
-"""Items of POST /batch as whoever watches sees them: ids, `cobatch explain`, spans, counts."""
+"""Observing the items of POST /batch: ids, `cobatch explain`, spans, counts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def explained(served: Served, request_id: str) -> Any:
 
 
 @BOTH
-def test_items_that_are_alike_say_where_they_rode(fast: bool) -> None:
+def test_items_are_explained_by_their_batches(fast: bool) -> None:
     with gated(fast) as (served, _):
         call, answers = ask(served, *map(infer, range(6)))
         found = [explained(served, f"{call}.{n}") for n in range(6)]
@@ -63,7 +63,7 @@ def test_items_that_are_alike_say_where_they_rode(fast: bool) -> None:
 
 @contextlib.contextmanager
 def negating(fast: bool, folder: Path, **settings: Any) -> Iterator[Served]:
-    """A model whose items travel together, four at a time."""
+    """A model whose items are bundled, four at a time."""
     path = models.write(folder, models.negate(width=3), "negate.onnx")
     with serve(fast, (ModelSettings(path=path, threads=1),), **settings) as served:
         queue = served.batcher("negate")._queue
@@ -78,7 +78,7 @@ def negated(number: int) -> dict[str, Any]:
 
 
 @BOTH
-def test_items_that_travel_together_too(fast: bool, tmp_path: Path) -> None:
+def test_bundled_items_are_explained_by_their_batches(fast: bool, tmp_path: Path) -> None:
     with negating(fast, tmp_path) as served:
         call, answers = ask(served, *map(negated, range(4)))
         found = [explained(served, f"{call}.{n}") for n in range(4)]
@@ -87,7 +87,7 @@ def test_items_that_travel_together_too(fast: bool, tmp_path: Path) -> None:
     assert [(one["batches"][0]["rows"], one["batches"][0]["requests"]) for one in found] == [(4, 4)] * 4
 
 
-def test_a_larger_item_beside_items_that_travel_together(tmp_path: Path) -> None:
+def test_a_larger_item_beside_a_bundle(tmp_path: Path) -> None:
     two = negated(7)
     two["body"]["inputs"][0] |= {"shape": [2, 3], "data": [7, 2, 3, 8, 2, 3]}
     with negating(True, tmp_path) as served:
@@ -99,7 +99,7 @@ def test_a_larger_item_beside_items_that_travel_together(tmp_path: Path) -> None
 
 
 @BOTH
-def test_all_others_have_records(fast: bool) -> None:
+def test_other_items_have_records(fast: bool) -> None:
     with gated(fast) as (served, _):
         split = infer(0, *range(6))
         bad = {**infer(1), "body": {"inputs": []}}
@@ -118,7 +118,7 @@ def test_all_others_have_records(fast: bool) -> None:
 
 
 @BOTH
-def test_one_that_fails_among_others_that_are_alike(fast: bool) -> None:
+def test_an_item_that_fails_among_others(fast: bool) -> None:
     with gated(fast) as (served, engine):
         engine.fails = lambda x: EngineRunError("no") if 2 in x[:, 0] else None
         call, answers = ask(served, *map(infer, range(4)))
@@ -126,14 +126,14 @@ def test_one_that_fails_among_others_that_are_alike(fast: bool) -> None:
     assert [answer["status"] for answer in answers] == [200, 200, 500, 200]
     assert [one["status"] for one in found] == [200, 200, 500, 200]
     assert found[2]["problem"] == "run-failed"
-    # Each was run again, the one to blame by itself in the end.
+    # Each was run again, the failing one alone in the end.
     assert [one["batches"][0]["reason"] for one in found] == ["retry"] * 4
     assert [one["batches"][0].get("failed", False) for one in found] == [False, False, True, False]
     assert found[2]["batches"][0]["rows"] == 1
     assert "That batch failed, or did not end in time." in found[2]["in_words"]
 
 
-def test_only_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_of_kept_items(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(history, "_ITEMS", 4)
     recent = History()
     explain = Explainer(recent).explain
@@ -145,7 +145,7 @@ def test_only_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
     recent.on_items("a", [record(400), record(401)])
     recent.on_items("b", [record(402), record(403)])
-    recent.on_items("a", [record(404)])  # the newest of that name, and one less
+    recent.on_items("a", [record(404)])  # the newest of that name, with one item less
     recent.on_items("c", [record(405)])
     assert [explain(one)["status"] for one in ("b.1", "a.0", "c.0")] == [403, 404, 405]
     recent.on_items("d", [record(406)])
@@ -158,7 +158,7 @@ def test_only_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
             explain(gone)
 
 
-def test_items_of_a_client_that_left_are_counted() -> None:
+def test_items_of_a_disconnected_client_are_counted() -> None:
     with gated(True) as (served, engine):
         engine.hold()
         with served.connect() as client:
@@ -205,7 +205,7 @@ def test_a_span_for_each_item_inside_the_calls() -> None:
         inside = {child.name: child for child in got.spans if child.parent_span_id == span.span_id}
         links.append(len(inside["batch"].links) if inside else 0)
         assert set(inside) in ({"queue", "batch", "compute"}, set())
-    # The one without a tensor and the model's metadata rode nowhere; the split one in two batches.
+    # The items without tensors ran in no batch, the split one in two.
     assert links == [1, 1, 1, 1, 1, 0, 2, 1, 0]
     rows = [attributes(by_id[one]).get("cobatch.rows") for one in names]
     assert rows == [1, 1, 1, 1, 1, None, 6, 2, None]
@@ -213,7 +213,7 @@ def test_a_span_for_each_item_inside_the_calls() -> None:
     assert sum(len(one.links) for one in batches.values()) == sum(links)
 
 
-def test_spans_of_items_that_travel_together(tmp_path: Path) -> None:
+def test_spans_of_bundled_items(tmp_path: Path) -> None:
     pytest.importorskip("opentelemetry.exporter.otlp", reason="needs the extra otel")
     from tests.support.http.otlp import attributes, receiver  # noqa: PLC0415 - needs the extra too
 

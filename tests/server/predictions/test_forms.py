@@ -1,4 +1,4 @@
-"""The forms that a prediction's tensors may come in, good and bad: JSON, base64, .npy, raw, multipart."""
+"""The forms of a prediction's tensors, valid and invalid: JSON, base64, .npy, raw, multipart."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def npy(array: np.ndarray[Any, Any]) -> bytes:
 
 
 def header(text: str, version: bytes = b"\x01\x00") -> bytes:
-    """A .npy file's beginning with this header, whatever it says."""
+    """Build the beginning of a .npy file with any text as its header."""
     data = text.encode() + b"\n"
     return b"\x93NUMPY" + version + len(data).to_bytes(2 if version[0] == 1 else 4, "little") + data
 
@@ -83,7 +83,7 @@ async def test_npy_of_text(app: App, array: np.ndarray[Any, Any]) -> None:
     assert outputs(answer)["y"]["data"] == [["ä", "bc"]]
 
 
-async def test_raw_body_is_one_row_or_what_the_query_says(app: App) -> None:
+async def test_raw_body_is_one_row_or_has_the_querys_shape(app: App) -> None:
     media = "application/octet-stream"
     one = await post(app, "negate", X[:1].tobytes(), media)
     assert outputs(one)["y"]["data"] == (-X[:1]).tolist()
@@ -98,7 +98,7 @@ async def test_raw_body_is_one_row_or_what_the_query_says(app: App) -> None:
     assert slug(await post(app, "add", X.tobytes(), media)) == "bad-request"
 
 
-async def test_a_form_of_every_kind_of_part(app: App) -> None:
+async def test_a_form_with_every_kind_of_part(app: App) -> None:
     x = np.array([[1, 2], [3, 4]], F32)
     k = np.array([[10], [20]], np.int64)
     total = [[11, 12], [23, 24]]
@@ -128,7 +128,7 @@ async def test_a_form_of_every_kind_of_part(app: App) -> None:
         ([("x" * 5000, (None, "[]"))], "bad-request"),
     ],
 )
-async def test_bad_forms(app: App, files: Any, expected: str) -> None:
+async def test_invalid_forms(app: App, files: Any, expected: str) -> None:
     answer = await app.client.post("/v1/models/negate/predictions", files=files)
     assert answer.status_code < 500
     assert slug(answer) == expected
@@ -148,7 +148,7 @@ async def test_bad_forms(app: App, files: Any, expected: str) -> None:
         ("multipart/form-data; boundary=" + "a" * 300, b"--a"),
     ],
 )
-async def test_forms_that_are_none(app: App, media: str, body: bytes) -> None:
+async def test_malformed_forms(app: App, media: str, body: bytes) -> None:
     assert slug(await post(app, "negate", body, media)) == "bad-request"
 
 
@@ -190,7 +190,7 @@ async def test_forms_that_are_none(app: App, media: str, body: bytes) -> None:
         (b'{"inputs": {"x": ' + b"[" * 20_000 + b"]" * 20_000 + b"}}", "not-json"),
     ],
 )
-async def test_bad_json(app: App, body: bytes, expected: str) -> None:
+async def test_invalid_json(app: App, body: bytes, expected: str) -> None:
     answer = await post(app, "negate", body, "application/json")
     assert answer.status_code in (400, 422), answer.text
     assert slug(answer) == expected
@@ -221,7 +221,7 @@ async def test_bad_json(app: App, body: bytes, expected: str) -> None:
         (b"\x93NUMPY\x02\x00\xff\xff\xff\xff", "wrong-data"),
     ],
 )
-async def test_bad_npy(app: App, body: bytes, expected: str) -> None:
+async def test_invalid_npy(app: App, body: bytes, expected: str) -> None:
     answer = await post(app, "negate", body, "application/x-npy")
     assert answer.status_code == 422, answer.text
     assert slug(answer) == expected
@@ -235,7 +235,7 @@ async def test_other_refusals(app: App) -> None:
     )
     assert slug(await post(app, "negate", b"{}", "application/json", "?top_k=1")) == "bad-parameter"
     assert slug(await post(app, "negate", b" " * 100_001, "application/json")) == "body-too-large"
-    assert slug(await app.predict("nobody", {})) == "unknown-model"
+    assert slug(await app.predict("unknown", {})) == "unknown-model"
     assert slug(await app.client.get("/v1/models/negate/predictions")) == "method-not-allowed"
     too_many = await app.predict("negate", {"inputs": {"x": [[1, 2, 3]] * 51}})
     assert (too_many.status_code, slug(too_many)) == (413, "too-many-rows")
@@ -243,7 +243,7 @@ async def test_other_refusals(app: App) -> None:
     assert slug(await app.predict("add", {"inputs": differing})) == "wrong-shape"
 
 
-async def test_a_zero_axis_beside_a_huge_one_harms_nobody(app: App) -> None:
+async def test_a_zero_axis_beside_a_huge_one_is_refused(app: App) -> None:
     x = {"b64": "", "dtype": "float32", "shape": [1, 0, 2**31 - 1]}
     answer = await app.predict("any-size", {"inputs": {"x": x}})
     assert answer.status_code != 500, answer.text

@@ -1,4 +1,4 @@
-"""Predictions that outlive their request: asked for later, waited for, cancelled, joined by a key."""
+"""Predictions that outlive their request: fetched later, awaited, cancelled, joined by a key."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def test_from_queued_to_running_to_completed() -> None:
         assert (await app.client.get(queued[-1])).json() == done.json()
 
 
-async def test_a_split_one_runs_as_soon_as_its_first_part_does() -> None:
+async def test_a_split_prediction_runs_once_its_first_part_does() -> None:
     async with gated() as (app, engine):
         location = await app.later(*range(8))
         await began(engine)
@@ -47,7 +47,7 @@ async def test_a_split_one_runs_as_soon_as_its_first_part_does() -> None:
         assert (await app.client.get(location, headers=WAIT)).json()["usage"]["rows"] == 8
 
 
-async def test_waits_are_bounded_and_malformed_ones_are_none() -> None:
+async def test_waits_are_bounded_and_malformed_ones_ignored() -> None:
     async with gated(max_wait_s=0) as (app, _):
         location = await app.later(1)
         bounded = await app.client.get(location, headers=WAIT)
@@ -71,7 +71,7 @@ async def test_respond_async_with_a_wait_answers_within_it() -> None:
         assert kept.json() == answer.json()
 
 
-async def test_a_failed_one_is_an_object_with_its_error() -> None:
+async def test_a_failed_prediction_is_an_object_with_its_error() -> None:
     async with gated() as (app, engine):
         engine.fails = lambda rows: EngineRunError("secret")
         location = await app.later(1)
@@ -85,7 +85,7 @@ async def test_a_failed_one_is_an_object_with_its_error() -> None:
         assert "secret" not in answer.text
 
 
-async def test_an_expired_one() -> None:
+async def test_an_expired_prediction() -> None:
     async with gated() as (app, engine):
         first = await app.later(1, 2, 3, 4)
         await began(engine)
@@ -103,7 +103,7 @@ async def test_an_expired_one() -> None:
             assert (await app.client.get(running, headers=WAIT)).json()["status"] == "completed"
 
 
-async def test_cancelling_is_idempotent_and_wakes_who_waits() -> None:
+async def test_cancelling_is_idempotent_and_wakes_waiting_requests() -> None:
     async with gated() as (app, engine):
         await app.later(1, 2, 3, 4)
         await began(engine)
@@ -126,7 +126,7 @@ async def test_cancelling_is_idempotent_and_wakes_who_waits() -> None:
         assert [5] not in engine.ran
 
 
-async def test_only_its_subject_sees_it() -> None:
+async def test_only_its_subject_sees_a_prediction() -> None:
     async with gated(hold=False) as (app, _):
         location = await app.later(1, headers={"Subject": "me"} | KEY)
         for subject in ({"Subject": "you"}, {}):
@@ -155,7 +155,7 @@ async def test_the_same_key_joins() -> None:
         assert engine.ran == [[1]]
 
 
-async def test_a_key_for_something_else_is_refused() -> None:
+async def test_a_key_of_another_request_is_refused() -> None:
     async with gated(hold=False) as (app, engine):
         await app.predict("gate", rows_of(1), KEY)
         other = await app.predict("gate", rows_of(2), KEY)
@@ -168,11 +168,11 @@ async def test_a_key_for_something_else_is_refused() -> None:
         assert engine.ran == [[1]]
 
 
-async def test_a_form_is_the_same_whatever_its_boundary() -> None:
+async def test_a_forms_boundary_does_not_matter() -> None:
     async with gated(hold=False) as (app, engine):
         ids = set()
         for _ in range(2):
-            # httpx makes up another boundary each time.
+            # httpx chooses another boundary each time.
             answer = await app.client.post(GATE, files={"x": (None, "[[1]]")}, headers=KEY)
             ids.add(answer.json()["id"])
         assert len(ids) == 1
@@ -182,14 +182,14 @@ async def test_a_form_is_the_same_whatever_its_boundary() -> None:
 
 
 @pytest.mark.parametrize("key", [b"", b"a" * 256, b"a\tb", "ä".encode()])
-async def test_keys_that_are_none(key: bytes) -> None:
+async def test_invalid_keys(key: bytes) -> None:
     async with gated(hold=False) as (app, _):
         headers = {b"Idempotency-Key": key, b"Content-Type": b"application/json"}
         answer = await app.client.post(GATE, json=rows_of(1), headers=headers)
         assert slug(answer) == "bad-parameter"
 
 
-async def test_what_was_refused_does_not_occupy_the_key() -> None:
+async def test_a_refused_request_does_not_occupy_the_key() -> None:
     async with gated() as (app, engine):
         assert slug(await app.predict("gate", {"inputs": {}}, KEY)) == "missing-tensor"
         running = await app.later(1, 1, 1, 1)
@@ -202,23 +202,23 @@ async def test_what_was_refused_does_not_occupy_the_key() -> None:
             await app.client.get(location, headers=WAIT)
         answer = await app.predict("gate", rows_of(5), KEY)
         assert answer.json()["outputs"]["y"]["data"] == [[10]]
-        # A key that is known is answered even when nothing new would be taken.
+        # A known key is answered even when nothing new is accepted.
         app.core.draining = True
         assert (await app.predict("gate", rows_of(5), KEY)).json() == answer.json()
         refused = await app.predict("gate", rows_of(5), {"Idempotency-Key": "another"})
         assert (refused.status_code, slug(refused)) == (503, "draining")
 
 
-# Leaving, bounds, the end
+# Disconnects, bounds, shutdown
 
 
-async def test_a_client_that_leaves_cancels() -> None:
+async def test_a_disconnect_cancels() -> None:
     async with gated() as (app, engine):
         await leave(app, GATE, rows_of(1), engine, {})
         assert app.core.models["gate"].loaded_batcher.counters.cancelled == 1
 
 
-async def test_a_client_that_leaves_and_has_a_key_comes_back_for_the_answer() -> None:
+async def test_a_key_leads_back_to_the_answer_after_a_disconnect() -> None:
     async with gated() as (app, engine):
         await leave(app, GATE, rows_of(2), engine, KEY)
         engine.release()
@@ -228,7 +228,7 @@ async def test_a_client_that_leaves_and_has_a_key_comes_back_for_the_answer() ->
         assert app.core.models["gate"].loaded_batcher.counters.cancelled == 0
 
 
-async def test_a_client_that_leaves_while_it_waits_for_a_kept_one_harms_nothing() -> None:
+async def test_a_disconnect_does_not_cancel_a_kept_prediction() -> None:
     async with gated() as (app, engine):
         await leave(app, GATE, rows_of(1), engine, {"prefer": "respond-async, wait=20"})
         engine.release()
@@ -245,7 +245,7 @@ async def test_a_cancelled_handler_cancels_its_prediction() -> None:
         assert app.core.models["gate"].loaded_batcher.counters.cancelled == 1
 
 
-async def test_no_more_than_may_be_kept() -> None:
+async def test_the_limit_of_kept_predictions() -> None:
     async with gated(kept_predictions=2) as (app, engine):
         kept = [await app.later(1), await app.later(2)]
         refused = await app.predict("gate", rows_of(3), ASYNC)
@@ -262,13 +262,13 @@ async def test_no_more_than_may_be_kept() -> None:
         assert (await app.client.get(kept[1])).status_code == 200
 
 
-async def test_a_prediction_nobody_will_ask_for_is_not_kept() -> None:
+async def test_a_prediction_without_key_or_respond_async_is_not_kept() -> None:
     async with gated(hold=False) as (app, _):
         answer = await app.predict("gate", rows_of(1))
         assert slug(await app.client.get(f"/v1/predictions/{answer.json()['id']}")) == "unknown-prediction"
 
 
-async def test_draining_answers_or_fails_what_is_unfinished(caplog: pytest.LogCaptureFixture) -> None:
+async def test_draining_answers_or_fails_unfinished_predictions(caplog: pytest.LogCaptureFixture) -> None:
     async with gated() as (app, engine):
         batcher = app.core.models["gate"].loaded_batcher
         accepted = asyncio.Event()
@@ -306,7 +306,7 @@ async def test_large_answers_are_compressed() -> None:
         assert kept.json()["outputs"]["y"]["data"] == [[2] * 1000]
 
 
-async def test_a_large_body_with_a_key_is_hashed_beside_the_loop() -> None:
+async def test_a_large_body_with_a_key_is_hashed_in_a_thread() -> None:
     async with gated(hold=False) as (app, engine):
         blanks = b" " * (2 << 20)
         body = b'{"inputs": {"x": [[1]]}}' + blanks

@@ -1,4 +1,4 @@
-"""The native resource: the object that comes back, and what of it."""
+"""The native resource: the prediction object and its fields."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def test_the_whole_object(app: App) -> None:
     assert answer.headers["server-timing"].endswith("batch;desc=2, reason;desc=idle")
 
 
-async def test_only_the_outputs_that_are_asked_for(app: App) -> None:
+async def test_only_the_wanted_outputs(app: App) -> None:
     inputs = {"x": [[1, 2]], "k": [[10]]}
     assert list(outputs(await app.predict("add", {"inputs": inputs}))) == ["total", "count"]
     answer = await app.predict("add", {"inputs": inputs, "outputs": ["count"]})
@@ -52,7 +52,7 @@ async def test_a_request_larger_than_a_batch_comes_back_whole(app: App) -> None:
 
 
 async def test_rows_that_failed_are_named_and_null(app: App) -> None:
-    # Parts of four rows; the third has an index that is not there.
+    # Parts of four rows; the third has an index out of range.
     good = [0, 1, 2, 0]
     rows = [[value] for value in [*good, *good, 0, 99, 0, 0, *good, 1]]
     answer = await app.predict("pick", {"inputs": {"x": rows}})
@@ -69,7 +69,7 @@ async def test_rows_that_failed_are_named_and_null(app: App) -> None:
     assert answer.json()["outputs"]["y"]["top_k"] == [*[None] * 8, [{"index": 0, "score": 20}]]
 
 
-async def test_a_failed_one_is_the_problem_with_the_object_in_it(app: App) -> None:
+async def test_a_failed_prediction_is_a_problem_that_contains_the_object(app: App) -> None:
     answer = await app.predict("pick", {"inputs": {"x": [[99]]}})
     assert (answer.status_code, slug(answer)) == (500, "run-failed")
     problem = answer.json()
@@ -91,7 +91,7 @@ async def test_top_k_is_descending_and_stable(app: App) -> None:
     assert [best["index"] for best in second] == [0, 1]
 
 
-async def test_top_k_of_many_axes_more_than_there_are_and_not_numbers(app: App) -> None:
+async def test_top_k_of_many_axes_beyond_the_size_and_of_nan(app: App) -> None:
     x = np.array([[[1, np.nan], [np.inf, -np.inf]]], np.float32)
     answer = await app.predict("any-size", {"inputs": {"x": b64(x)}, "top_k": {"y": 9}})
     assert outputs(answer)["y"]["top_k"] == [
@@ -118,5 +118,7 @@ async def test_top_k_per_output_leaves_the_others_whole(app: App) -> None:
         ("negate", [[1, 2, 3]], {"top_k": 1, "outputs": []}),
     ],
 )
-async def test_top_k_of_what_is_no_score_is_refused(app: App, model: str, inputs: Any, more: Any) -> None:
+async def test_top_k_of_an_output_without_scores_is_refused(
+    app: App, model: str, inputs: Any, more: Any
+) -> None:
     assert slug(await app.predict(model, {"inputs": {"x": inputs}, **more})) == "bad-parameter"

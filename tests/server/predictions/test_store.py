@@ -1,4 +1,4 @@
-"""The store of kept predictions in virtual time: its bounds, what is dropped when, what keys lead to."""
+"""The store of kept predictions in virtual time: its bounds, when predictions are dropped, keys."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def keep(
     timeout_s: float | None = None,
     **sizes: int,
 ) -> Prediction:
-    """Submit one and keep it, as the route does. Raises Problem."""
-    asked = work(**sizes)._replace(timeout_s=timeout_s)
-    prediction = Prediction(subject, model, asked)
-    store.check_room(asked.bytes)
+    """Submit a prediction and keep it, as the route does. Raises Problem."""
+    decoded = work(**sizes)._replace(timeout_s=timeout_s)
+    prediction = Prediction(subject, model, decoded)
+    store.check_room(decoded.bytes)
     prediction.submit()
-    store.keep(prediction, asked.bytes, None if key is None else (key, b"digest"))
+    store.keep(prediction, decoded.bytes, None if key is None else (key, b"digest"))
     return prediction
 
 
@@ -68,7 +68,7 @@ def gone(store: PredictionStore, prediction: Prediction) -> bool:
         return True
 
 
-def test_finished_ones_are_kept_for_their_time_and_not_longer() -> None:
+def test_finished_predictions_are_kept_for_their_time() -> None:
     async def main() -> None:
         store, model = make_store(), make_model()
         first = keep(store, model, key="k")
@@ -92,7 +92,7 @@ def test_finished_ones_are_kept_for_their_time_and_not_longer() -> None:
     run(main())
 
 
-def test_the_oldest_finished_makes_room_and_unfinished_ones_never_do() -> None:
+def test_only_finished_predictions_make_room_the_oldest_first() -> None:
     async def main() -> None:
         store, model = make_store(most=3), make_model()
         old = [keep(store, model) for _ in range(3)]
@@ -109,7 +109,7 @@ def test_the_oldest_finished_makes_room_and_unfinished_ones_never_do() -> None:
     run(main())
 
 
-def test_bytes_of_unfinished_ones_count() -> None:
+def test_bytes_of_unfinished_predictions_count() -> None:
     async def main() -> None:
         width = 1000
         store, model = make_store(most=100, most_bytes=2 * (OVERHEAD_BYTES + 8 * width)), make_model()
@@ -125,7 +125,7 @@ def test_bytes_of_unfinished_ones_count() -> None:
     run(main())
 
 
-def test_an_answer_that_is_too_large_reaches_who_waits_but_is_not_kept() -> None:
+def test_a_too_large_answer_reaches_the_waiting_request_but_is_not_kept() -> None:
     async def main() -> None:
         # One element is 8 bytes of tensor, but here 20 and more as text.
         engine = FakeEngine()
@@ -146,7 +146,7 @@ def test_an_answer_that_is_too_large_reaches_who_waits_but_is_not_kept() -> None
     run(main())
 
 
-def test_nobody_finds_anothers_or_an_unknown_one() -> None:
+def test_another_subjects_and_unknown_predictions_are_not_found() -> None:
     async def main() -> None:
         store, model = make_store(), make_model()
         mine = keep(store, model, subject="me", key="k")
@@ -187,12 +187,12 @@ def test_cancelling_is_final_and_frees_the_queue() -> None:
     run(main())
 
 
-def test_rows_whose_time_is_over_are_missing_from_an_answer() -> None:
+def test_expired_rows_are_missing_from_an_answer() -> None:
     async def main() -> None:
         store, model = make_store(), make_model()
         keep(store, model, rows=8)
         await asyncio.sleep(RUN_S / 10)
-        # Its first part lies packed behind the batch that runs, the others wait until their time is over.
+        # Its first part is packed behind the running batch, the others wait until they expire.
         late = keep(store, model, rows=20, timeout_s=RUN_S / 2)
         lost = keep(store, model, rows=20, timeout_s=RUN_S / 2)
         await asyncio.sleep(RUN_S / 2 - EPSILON_S)
@@ -227,7 +227,7 @@ operations = st.lists(
     st.integers(OVERHEAD_BYTES + 1000, 60_000),
     st.sets(st.integers(0, 10), max_size=3),
 )
-def test_the_bounds_hold_whatever_comes(
+def test_the_bounds_always_hold(
     operations: list[tuple[str, int, int]], most: int, most_bytes: int, bad: set[int]
 ) -> None:
     async def main() -> None:

@@ -20,7 +20,7 @@ from tests.support.virtual.loop import Array
 
 
 class Bf16Engine(GatedEngine):
-    """y = x, BF16 [rows, 2]; no CPU engine of ours takes that datatype, so this stands for one that does."""
+    """y = x, BF16 [rows, 2]; it stands in for an engine with that datatype, which no CPU engine here has."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def test_every_datatype_both_ways(served: Served, datatype: str, binary_in: bool
     assert tail == data if binary_out else output["data"] == VALUES[datatype]
 
 
-def test_bf16_travels_as_binary_only(served: Served) -> None:
+def test_bf16_is_binary_only(served: Served) -> None:
     data = struct.pack("<2H", 0x3F80, 0xC000)  # 1 and -2
     target = "/v2/models/bf16/infer"
     text = json.dumps(

@@ -1,8 +1,8 @@
-"""Fuzz of the binary tensor extension that knows its structure: good messages, then damaged in their parts.
+"""Structured fuzzing of the binary tensor extension: valid messages, then damaged in their parts.
 
-Whatever comes, the decoder answers with rows that fit their shapes or with a Problem of the caller's, in
-memory bounded by the body; through a server it is never a 5xx, and a good request that rides beside it gets
-its own answer. `FUZZ_EXAMPLES=100000 pytest tests/server/v2/test_fuzz_binary.py` looks longer than CI does.
+The decoder always answers with rows that fit their shapes or with a 4xx Problem, in memory bounded by the
+body; through a server a damaged message is never answered with 5xx, and a valid request beside it gets its
+own answer. `FUZZ_EXAMPLES=100000 pytest tests/server/v2/test_fuzz_binary.py` looks longer than CI does.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from tests.support.virtual.loop import Array, FakeEngine
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "500"))
 fuzz = settings(
     max_examples=EXAMPLES,
-    deadline=None,  # a loaded machine is no failure; what hangs runs into the client's own deadline
+    deadline=None,  # a loaded machine is no failure; the client's own deadline ends a hanging test
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
 
 def check(signature: Signature, decoder: Decoder, body: bytes, length: int | None) -> bool:
-    """Whether it was decoded; what was fits its shapes, so that packing it cannot go wrong."""
+    """Return whether a body was decoded; check that its payloads fit their shapes and can be packed."""
     problem = None
     try:
         decoded = decoder.decode(body, length)
@@ -52,20 +52,20 @@ def check(signature: Signature, decoder: Decoder, body: bytes, length: int | Non
         assert all(want in (-1, size) and size >= 0 for want, size in zip(spec.shape, shape, strict=True))
         elements = decoded.rows * prod(shape)
         size = len(payload) if isinstance(payload, list) else memoryview(payload).nbytes
-        np.empty((64, *shape), np.bool_)  # an engine has to be able to make room for it
+        np.empty((64, *shape), np.bool_)  # an engine can allocate it
         assert size == elements * (1 if isinstance(payload, list) else spec.dtype.itemsize)
     return True
 
 
 @fuzz
 @given(st.data(), st.sampled_from(SIGNATURES))
-def test_a_good_message_is_decoded(data: st.DataObject, signature: Signature) -> None:
+def test_a_valid_message_is_decoded(data: st.DataObject, signature: Signature) -> None:
     body, header = data.draw(whole(signature)).build()
     assert check(signature, Decoder(signature, 1 << 40), body, int(header))
 
 
 def bounded(signature: Signature, body: bytes, length: int | None) -> None:
-    """The same as `check`, within memory that the body's size bounds."""
+    """Check a body within memory that its size bounds."""
     decoder = Decoder(signature, 1 << 40)
     tracemalloc.start()
     try:
@@ -92,7 +92,7 @@ def test_noise_is_refused(body: bytes, length: int | None, signature: Signature)
 
 
 class EchoEngine(FakeEngine):
-    """Five inputs of five datatypes, which come back as they are."""
+    """Returns its five inputs of five datatypes unchanged."""
 
     def __init__(self) -> None:
         super().__init__(max_batch_size=8)
@@ -147,7 +147,9 @@ def beside(served: Served) -> Iterator[Client]:
 
 @settings(fuzz, max_examples=max(1, EXAMPLES // 2))
 @given(message=hostile(SIGNATURES[0]) | whole(SIGNATURES[0]))
-def test_a_damaged_message_harms_nobody(served: Served, beside: Client, message: Message) -> None:
+def test_a_damaged_message_does_not_affect_another_request(
+    served: Served, beside: Client, message: Message
+) -> None:
     body, header = message.build()
     with served.connect() as client:
         client.send(post(TARGET, body, {"Inference-Header-Content-Length": header}))

@@ -1,4 +1,4 @@
-"""Large JSON goes through simdjson: when it does, what it must not let pass, and its own limits."""
+"""Large JSON goes through simdjson: on which conditions, ragged data, and its own limits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def message(data: list[object], **more: object) -> bytes:
     return json.dumps({"inputs": [tensor], **more}).encode()
 
 
-def test_a_flat_message_takes_the_quick_way_and_keeps_its_values() -> None:
+def test_a_flat_message_goes_through_simdjson_and_keeps_its_values() -> None:
     values: list[object] = [n / 8 for n in range(WIDTH)]
     body = message(values, id="a", outputs=[{"name": "y"}])
     assert len(body) >= LARGE_BYTES
@@ -42,6 +42,6 @@ def test_rows_hidden_within_a_row_are_refused(inner: list[object]) -> None:
     assert refused.value.kind.slug == "wrong-data"
 
 
-def test_the_longest_array_that_simdjson_meets_is_shorter_than_it_can_count() -> None:
+def test_arrays_are_shorter_than_simdjson_can_count() -> None:
     """Beyond 2**24 - 1 elements pysimdjson 7.0.2 writes past its memory; each takes two bytes at least."""
     assert LARGE_LIMIT_BYTES < 2 * 2**24
