@@ -199,8 +199,12 @@ class Stage:
             assert self.worker.dead
         elif isinstance(answer, ExpiredError):
             assert caller.timeout_s is not None
-            # As soon as it is certain, which is a run before its time is over.
-            assert caller.enqueued_s <= caller.at_s <= caller.enqueued_s + caller.timeout_s + 1e-9
+            # As soon as it is certain: a run before its time is over, or when a run that it was in has failed.
+            own = {caller, *(caller.parts or ())}
+            failed = any(run.error is not None and own & set(run.requests) for run in self.worker.runs)
+            in_time = caller.at_s <= caller.enqueued_s + caller.timeout_s + 1e-9
+            assert caller.enqueued_s <= caller.at_s
+            assert in_time or failed
         else:
             assert isinstance(answer, AbandonedError)
             assert self.story.drain_s < LONG_S
