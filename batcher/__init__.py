@@ -1,4 +1,4 @@
-"""The heart: admission, queue, policy, packing rows into a batch, giving each caller its rows back.
+"""Admission, queue, scheduling, packing rows into a batch and giving each caller its own rows back.
 
-Knows asyncio (in `batcher.batcher` alone) and nothing of HTTP.
+Only `batcher`, `lanes` and `completion` know asyncio, and none knows HTTP.
 """

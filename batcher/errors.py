@@ -1,14 +1,14 @@
 """Why a request was not accepted, or was accepted and could not be answered.
 
-Split by blame: `QueueFullError`, `TooManyRowsError`, `TenantLimitError` and those about lengths are about
-what the caller asks for, `DrainingError` is ours, `BatchFailedError` and `EngineGoneError` are the engine's.
+Split by blame: `BatchFailedError`, `EngineGoneError` and `ExecutionTimeoutError` are the engine's,
+`DrainingError` and `AbandonedError` ours; the others are about the caller's request.
 """
 
 from __future__ import annotations
 
 
 class BatcherError(Exception):
-    """Base of everything the batcher tells a caller instead of an answer. `reason`: a word to count it by."""
+    """Base of all errors that a caller gets in place of an answer. `reason`: the word it is counted by."""
 
     reason = "failed"
 
@@ -37,7 +37,7 @@ class QueueFullError(BatcherError):
 
 
 class TenantLimitError(BatcherError):
-    """The tenant has as much in here as it may have. `what` says which limit, `used` how much it has."""
+    """A limit of the tenant is reached: `what` names it, `used` is how much of it is in use."""
 
     reason = "tenant"
 
@@ -51,9 +51,9 @@ class TenantLimitError(BatcherError):
 
 
 class TooLongError(BatcherError):
-    """An axis of an input is longer than the largest length that the model's rows are padded to.
+    """An axis of an input is longer than the largest length that rows are padded to.
 
-    `expected` and `actual` are shapes, and `axis` counts, with the batch axis.
+    `expected` and `actual` are shapes with the batch axis, and `axis` counts it.
     """
 
     reason = "length"
@@ -69,7 +69,7 @@ class TooLongError(BatcherError):
 
 
 class LengthMismatchError(BatcherError):
-    """Two inputs that must have the same length have not."""
+    """Two inputs that must have the same length differ."""
 
     reason = "length"
 
@@ -86,13 +86,13 @@ class LengthMismatchError(BatcherError):
 
 
 class DrainingError(BatcherError):
-    """The batcher takes no new requests because it is about to stop."""
+    """The batcher accepts no requests because it is about to stop."""
 
     reason = "draining"
 
 
 class DeadlineTooShortError(BatcherError):
-    """The request's time limit is shorter than its run takes, whoever else waits."""
+    """The request's timeout is shorter than its run alone."""
 
     reason = "deadline"
 
@@ -106,7 +106,7 @@ class DeadlineTooShortError(BatcherError):
 
 
 class DeadlineUnreachableError(BatcherError):
-    """With what is queued before it, the request would not be answered in time."""
+    """Behind the requests that are queued, this one would not be answered in time."""
 
     reason = "deadline"
 
@@ -121,7 +121,7 @@ class DeadlineUnreachableError(BatcherError):
 
 
 class ExpiredError(BatcherError):
-    """The request's own time limit was over, or could not be kept any more, before its rows were run."""
+    """The request's timeout ended, or could not be met any more, before its rows ran."""
 
     def __init__(self, timeout_s: float) -> None:
         super().__init__(f"the request could not be run within its timeout of {timeout_s * 1e3:g} ms")
@@ -138,11 +138,11 @@ class ExecutionTimeoutError(BatcherError):
 
 
 class AbandonedError(BatcherError):
-    """The time to drain was over before the request could be run."""
+    """The time to drain ended before the request could be run."""
 
 
 class BatchFailedError(BatcherError):
-    """The engine failed on this request's rows. `reference` is in the log beside the engine's words."""
+    """The engine failed on this request's rows. `reference` is in the log beside the engine's message."""
 
     def __init__(self, model: str, reference: str) -> None:
         super().__init__(f"model {model!r} failed on this request (reference {reference})")

@@ -56,8 +56,6 @@ class Lane:
     error for its callers, once the engine has died.
     """
 
-    __slots__ = ("engine", "free_s", "free_slots", "gone", "number", "running", "totals", "watch", "worker")
-
     def __init__(self, worker: BatchWorker, number: int, totals: EngineTotals) -> None:
         self.worker = worker
         self.number = number

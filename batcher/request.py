@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
 from math import inf
 from typing import Any, NamedTuple, Protocol
@@ -67,6 +68,7 @@ class Pad(NamedTuple):
     row_padding: int
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Batch:
     """Requests that run together, and the result of the run.
 
@@ -82,55 +84,24 @@ class Batch:
     `joined`. `failed`: no answers but errors, or none yet.
     """
 
-    __slots__ = (
-        "answered_s",
-        "answering_s",
-        "dispatched_s",
-        "engine",
-        "failed",
-        "finished_s",
-        "gathered_s",
-        "joined",
-        "memo",
-        "number",
-        "outputs",
-        "reason",
-        "requests",
-        "row_shapes",
-        "rows",
-        "shares",
-        "slot",
-        "started_s",
-    )
-
-    def __init__(
-        self,
-        requests: list[Request],
-        rows: int,
-        row_shapes: RowShapes,
-        reason: str,
-        engine: int = 0,
-        number: int = 0,
-        slot: int = 0,
-    ) -> None:
-        self.requests = requests
-        self.engine = engine
-        self.rows = rows
-        self.row_shapes = row_shapes
-        self.reason = reason
-        self.shares: dict[Tenant | None, int] = {}
-        self.gathered_s = 0.0
-        self.dispatched_s = 0.0
-        self.started_s = 0.0
-        self.finished_s = 0.0
-        self.answering_s = 0.0
-        self.answered_s = 0.0
-        self.number = number
-        self.slot = slot
-        self.failed = False
-        self.joined: Sequence[Batch] = ()
-        self.outputs: Sequence[np.ndarray[Any, Any]] = ()
-        self.memo: dict[Any, Any] = {}
+    requests: list[Request]
+    rows: int
+    row_shapes: RowShapes
+    reason: str
+    engine: int = 0
+    number: int = 0
+    slot: int = 0
+    shares: dict[Tenant | None, int] = field(default_factory=dict)
+    gathered_s: float = 0.0
+    dispatched_s: float = 0.0
+    started_s: float = 0.0
+    finished_s: float = 0.0
+    answering_s: float = 0.0
+    answered_s: float = 0.0
+    failed: bool = False
+    joined: Sequence[Batch] = ()
+    outputs: Sequence[np.ndarray[Any, Any]] = ()
+    memo: dict[Any, Any] = field(default_factory=dict)
 
     def for_one(self, joined: Sequence[Batch]) -> Batch:
         """Return a batch for one of its requests, with the same times, to hold that request's own outputs."""
@@ -147,6 +118,7 @@ class Batch:
         self.requests = []
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Request:
     """Rows of one caller. Subclass it and define `done`.
 
@@ -162,50 +134,25 @@ class Request:
     costs as much as the inference of a small model.
     """
 
-    # Set when it is queued.
-    level: int
-    entry: object
-
-    __slots__ = (
-        "batch",
-        "callers",
-        "deadline_s",
-        "enqueued_s",
-        "entry",
-        "error",
-        "expiry",
-        "first_row",
-        "level",
-        "pad",
-        "partial",
-        "parts",
-        "payloads",
-        "priority",
-        "row_shapes",
-        "rows",
-        "state",
-        "tenant",
-        "timeout_s",
-    )
-
-    def __init__(self, rows: int, row_shapes: RowShapes, payloads: Sequence[Payload]) -> None:
-        self.rows = rows
-        self.row_shapes = row_shapes
-        self.payloads = payloads
-        self.callers = 1
-        self.tenant: Tenant | None = None
-        self.state = State.NEW
-        self.error: Exception | None = None
-        self.batch: Batch | None = None
-        self.first_row = 0
-        self.enqueued_s = 0.0
-        self.deadline_s = inf
-        self.partial = False
-        self.parts: list[Request] | None = None
-        self.priority = 0
-        self.timeout_s: float | None = None
-        self.expiry: Timer | None = None
-        self.pad: Pad | None = None  # if set, `row_shapes` are its bucket's
+    rows: int
+    row_shapes: RowShapes
+    payloads: Sequence[Payload]
+    callers: int = 1
+    tenant: Tenant | None = None
+    state: State = State.NEW
+    error: Exception | None = None
+    batch: Batch | None = None
+    first_row: int = 0
+    enqueued_s: float = 0.0
+    deadline_s: float = inf
+    partial: bool = False
+    parts: list[Request] | None = None
+    priority: int = 0
+    timeout_s: float | None = None
+    expiry: Timer | None = None
+    pad: Pad | None = None  # if set, `row_shapes` are its bucket's
+    level: int = 0
+    entry: object = None
 
     def done(self) -> None:
         """Deliver the answer. Must not raise; an exception is logged and dropped."""

@@ -1,15 +1,12 @@
-"""A token bucket in one number: when it will be full again.
+"""A tenant's account: its limits, its open requests and what it has used.
 
-That is the generic cell rate algorithm (ITU-T I.371, annex A): no refilling, no timer, O(1).
-
-For whom a request is run: what one tenant has in the batchers now, and how much it may have.
-
-One object per tenant for all models of a process; only the event loop touches it.
+There is one object per tenant for all models of a process; only the event loop touches it.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from cobatch.batcher.errors import TenantLimitError, TooManyRowsError
 
@@ -18,55 +15,53 @@ _ROUNDING_S = 1e-9
 
 
 class Bucket:
-    """Lets through `per_s` a second, and up to `burst` at once. Times are seconds of one clock."""
+    """A token bucket: lets through `per_s` a second, and up to `burst` at once.
 
-    __slots__ = ("_full_at_s", "_interval_s", "burst")
+    Its only state is the time at which it will be full again (the generic cell rate algorithm, ITU-T I.371,
+    annex A): no refilling, no timer, O(1). Times are seconds of one clock.
+    """
+
+    __slots__ = ("_full_at_s", "_interval_s", "burst", "window_s")
 
     def __init__(self, per_s: float, burst: int) -> None:
         self.burst = burst
+        self.window_s = burst / per_s  # in which it fills
         self._interval_s = 1 / per_s
         self._full_at_s = -math.inf
 
     def wait_s(self, count: int, now_s: float) -> float:
-        """Seconds until so many would be let through at once, 0.0 for now; more than `burst` never are."""
+        """Return the seconds until `count` would be let through at once; more than `burst` never are."""
         if count > self.burst:
             return math.inf
         wait_s = self.until_full_s(now_s) - (self.burst - count) * self._interval_s
         return wait_s if wait_s > _ROUNDING_S else 0.0
 
     def take(self, count: int, now_s: float) -> None:
-        """So many are let through; `wait_s` has been asked."""
+        """Let `count` through; `wait_s` has been asked."""
         self._full_at_s = max(self._full_at_s, now_s) + count * self._interval_s
 
     def left(self, now_s: float) -> int:
-        """How many would be let through at once."""
+        """Return how many would be let through at once."""
         return max(0, math.floor(self.burst - self.until_full_s(now_s) / self._interval_s + 1e-6))
 
     def until_full_s(self, now_s: float) -> float:
-        """Seconds until it is full if nothing is taken."""
+        """Return the seconds until it is full if nothing is taken."""
         return max(0.0, self._full_at_s - now_s)
 
-    @property
-    def window_s(self) -> float:
-        """Seconds in which it fills."""
-        return self.burst * self._interval_s
 
-
+@dataclass(slots=True, eq=False)
 class Usage:
-    """The usage of a tenant, in requests. `rows` and `engine_s`, its share of the runs' durations, do not
-    count retries of failed batches."""
+    """Requests of a tenant; `rows` and `engine_s`, its part of the time, of successful runs."""
 
-    __slots__ = ("answered", "engine_s", "failed", "refused", "rows")
-
-    def __init__(self) -> None:
-        self.clear()
+    answered: int = 0
+    failed: int = 0
+    refused: int = 0
+    rows: int = 0
+    engine_s: float = 0.0
 
     def clear(self) -> None:
         """Start again at 0."""
-        self.answered = 0
-        self.failed = 0
-        self.refused = 0
-        self.rows = 0
+        self.answered = self.failed = self.refused = self.rows = 0
         self.engine_s = 0.0
 
     def add(self, other: Usage) -> None:
@@ -83,28 +78,16 @@ class Usage:
         return self.answered + self.failed + self.refused
 
     def any(self) -> bool:
-        """Report whether anything was counted."""
+        """Return whether anything was counted."""
         return bool(self.requests or self.rows)
 
 
 class Tenant:
-    """A tenant's account. Limits are None where there is none; without `burst`, one second's rate.
+    """A tenant's account. A limit that is None does not exist; without `burst`, it is one second's rate.
 
-    `weight`: its part of an engine beside other tenants that have work for it.
+    `weight`: its share of an engine beside other tenants that have work for it. `open_requests` are accepted
+    and not answered; `queued_rows` are those of their rows that have not been sent to an engine.
     """
-
-    __slots__ = (
-        "__weakref__",
-        "bucket",
-        "limited",
-        "max_concurrent",
-        "max_queue_rows",
-        "name",
-        "open_requests",
-        "queued_rows",
-        "usage",
-        "weight",
-    )
 
     def __init__(
         self,
@@ -125,15 +108,15 @@ class Tenant:
             self.bucket = Bucket(requests_per_s, burst or math.ceil(requests_per_s))
         self.limited = any(limit is not None for limit in (max_concurrent, max_queue_rows, requests_per_s))
         self.usage = Usage()
-        self.open_requests = 0  # accepted and not answered yet
-        self.queued_rows = 0  # of those, rows that have not been sent to an engine
+        self.open_requests = 0
+        self.queued_rows = 0
 
     def refusal(
         self, requests: int, rows: int, now_s: float, drain_s: float
     ) -> TenantLimitError | TooManyRowsError | None:
-        """Why so many more requests, of so many rows together, would be too much now, or None.
+        """Return why `requests` more requests, of `rows` rows together, exceed a limit now, or None.
 
-        `drain_s` is how long the queue needs to empty, for the hint when to come back.
+        `drain_s` is how long the queue needs to empty, for the retry hint.
         """
         most = self.max_concurrent
         if most is not None and self.open_requests + requests > most:
@@ -150,12 +133,12 @@ class Tenant:
         return None
 
     def enter(self, requests: int, now_s: float) -> None:
-        """So many requests are accepted; `refusal` has been asked."""
+        """Account for accepted requests; `refusal` has been asked."""
         self.open_requests += requests
         if self.bucket is not None:
             self.bucket.take(requests, now_s)
 
     def idle(self, now_s: float) -> bool:
-        """Whether forgetting this object would change nothing."""
+        """Return whether a new object in place of this one would behave alike."""
         at_rest = not self.open_requests and not self.queued_rows
         return at_rest and (self.bucket is None or self.bucket.until_full_s(now_s) == 0)

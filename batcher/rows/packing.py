@@ -1,4 +1,4 @@
-"""Rows into the engine's input buffers: the one copy between a caller's body and the engine."""
+"""Packing: the one copy of rows, from a caller's body to the engine's input buffers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Array = np.ndarray[Any, Any]
 
 
 def pack(requests: Sequence[Request], buffers: Sequence[Array]) -> None:
-    """Copy each request's rows behind one another into `buffers` and note where they begin.
+    """Copy the rows of all requests into `buffers` in order, and set `first_row` of each.
 
-    `buffers` are the slot's inputs, C-contiguous [max_batch_size, ...]; the requests' row shapes are
-    those of the buffers, but for what is padded, and their rows together fit.
+    `buffers` are the slot's inputs, C-contiguous [max_batch_size, ...], with the requests' row shapes beside
+    padding, and room for all rows. Raises ValueError if a payload has the wrong length.
     """
     first_row = 0
     padded = False
@@ -37,7 +37,7 @@ def pack(requests: Sequence[Request], buffers: Sequence[Array]) -> None:
 def _pack_bytes(requests: Sequence[Request], index: int, target: memoryview, row_bytes: int) -> None:
     for request in requests:
         at = request.first_row * row_bytes
-        # Raises ValueError if the payload has another length: nobody's rows may end in another's place.
+        # Assignment checks the length: no rows can end in the place of another request's.
         target[at : at + request.rows * row_bytes] = request.payloads[index]  # type: ignore[assignment]
 
 
@@ -50,7 +50,7 @@ def _pack_elements(requests: Sequence[Request], index: int, buffer: Array) -> No
 
 
 def _pack_padded(requests: Sequence[Request], index: int, buffer: Array) -> None:
-    """The same where some of the requests are shorter than their place; what is left of it is filled."""
+    """Pack requests of which some are shorter than their place, and fill the rest of it."""
     target = buffer.data.cast("B") if buffer.dtype != object and buffer.size else None
     row_bytes = buffer.nbytes // len(buffer)
     for request in requests:
@@ -73,7 +73,7 @@ def _pack_padded(requests: Sequence[Request], index: int, buffer: Array) -> None
 
 
 def _array(payload: Payload, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
-    """A payload with its shape. Raises ValueError if it has another length."""
+    """Return a payload as an array. Raises ValueError if it has another length."""
     if isinstance(payload, list):
         elements = np.empty(len(payload), object)
         elements[:] = payload

@@ -1,16 +1,14 @@
-"""Rows of different lengths in one batch: padded to a bucket's length, and cut back afterwards.
+"""Padding: rows of different lengths in one batch, padded to a bucket's length and cut back afterwards.
 
-Rows that differ in one axis could not share a batch. Where a model's configuration says that an axis may be
-padded, a request is filled up to the next bucket's length, and the bucket is what it is grouped by: the
-queue and its order know nothing of all this.
+Rows that differ in one axis could not share a batch. If the configuration allows an axis to be padded, a
+request is padded to the next bucket's length and grouped by the bucket; the queue knows nothing of it.
 
-A batch has its bucket's shape, not that of its longest member. So what a request wastes depends on its own
-length alone, not on whom it rides with, and sorting within a bucket would gain nothing: the buckets are the
-sorting, and whose turn it is stays as it was. It also keeps few shapes alive, which engines are grateful
-for: memory, bindings and tuned kernels are kept for each.
+A batch has its bucket's shape, not that of its longest member. So the padding of a request depends on its
+own length alone, sorting within a bucket would gain nothing, and the order of requests stays. It also keeps
+the number of shapes small, for each of which engines keep memory, bindings and tuned kernels.
 
-Outputs are cut back only along the axes that the configuration names. That an output's axis has the bucket's
-size says nothing: a model with 64 classes and a bucket of 64 would lose classes.
+Outputs are cut back only along the axes that the configuration names. An output's axis that has the bucket's
+size proves nothing: a model with 64 classes and a bucket of 64 would lose classes.
 """
 
 from __future__ import annotations
@@ -27,9 +25,9 @@ from cobatch.batcher.request import Batch, InputPad, OutputCut, Pad, Request
 from cobatch.batcher.statistics import Padded
 from cobatch.engines.base import RowShapes, Signature
 
-# Of the pads that are kept: there are as many as lengths that callers send.
+# Pads kept, one for each length that callers send.
 _KEPT_PADS = 4096
-# Padding that is kept as bytes; longer ones are written by NumPy, which takes a microsecond to begin.
+# Bytes of padding that are kept ready; more is written by NumPy, which takes a microsecond to begin.
 _LONGEST_TAIL = 2048
 _ALL = slice(None)
 
@@ -42,8 +40,8 @@ class Where(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """An input that tells rows from padding. `row_shape`: its row's, with -1 for the length; `one`: its
-    element's bytes for what is no padding."""
+    """An input that marks padding. `row_shape` has -1 for the length; `one` is the element of a real
+    position, as bytes."""
 
     tensor: int
     row_shape: tuple[int, ...]
@@ -52,9 +50,9 @@ class Mask(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Length:
-    """A size that differs from caller to caller, and every axis that has it.
+    """A size that differs between requests, and every axis that has it.
 
-    The first of `inputs` is what it is told from. `buckets` ascend, () for the powers of two without end.
+    It is read from the first of `inputs`. `buckets` ascend; () stands for all powers of two.
     """
 
     inputs: tuple[Where, ...]
@@ -63,14 +61,14 @@ class Length:
     mask: Mask | None = None
 
     def bucket(self, size: int) -> int | None:
-        """The least bucket that holds it, None if none does."""
+        """Return the smallest bucket of at least `size`, None if there is none."""
         if not self.buckets:
             return 1 << max(0, size - 1).bit_length()
         return next((bucket for bucket in self.buckets if bucket >= size), None)
 
 
 class Padder:
-    """What may be padded of one model. `values`: of its inputs, what they are padded with."""
+    """Pads the requests of one model. `values`: the padding of each input."""
 
     def __init__(self, signature: Signature, lengths: Sequence[Length], values: Sequence[Any]) -> None:
         self.lengths = tuple(lengths)
@@ -81,22 +79,22 @@ class Padder:
         self._pads: dict[RowShapes, Pad] = {}
 
     def assign(self, request: Request) -> BatcherError | None:
-        """Put a request, which comes with its own row shapes, into its bucket; why that is not possible."""
+        """Put a request, which has its own row shapes, into its bucket; return why that is impossible."""
         pad = self._pads.get(request.row_shapes)
         if pad is None:
-            made = self._make(request.rows, request.row_shapes)
-            if isinstance(made, BatcherError):
-                return made
+            result = self._make(request.rows, request.row_shapes)
+            if isinstance(result, BatcherError):
+                return result
             if len(self._pads) >= _KEPT_PADS:
                 self._pads.clear()
-            pad = self._pads[request.row_shapes] = made
+            pad = self._pads[request.row_shapes] = result
         if pad.row_shapes != request.row_shapes:
             request.pad = pad
         request.row_shapes = pad.row_shapes
         return None
 
     def add_masks(self, rows: int, row_shapes: list[tuple[int, ...]], payloads: list[Any]) -> None:
-        """Make the masks that a caller left out, None in `payloads`: all ones, as long as what they mask."""
+        """Add the masks that a caller left out (None in `payloads`): ones, of the length that they mask."""
         for told_from, mask in self.masks:
             if payloads[mask.tensor] is None:
                 size = row_shapes[told_from.tensor][told_from.axis]
@@ -119,11 +117,11 @@ class Padder:
             size = own[first.tensor][first.axis]
             bucket = length.bucket(size)
             if bucket is None:
-                return TooLongError(*self._words(rows, own, first), first.axis + 1, length.buckets[-1])
+                return TooLongError(*self._shapes(rows, own, first), first.axis + 1, length.buckets[-1])
             for where in length.inputs:
                 if own[where.tensor][where.axis] != size:
                     other = self._signature.inputs[first.tensor].name
-                    return LengthMismatchError(*self._words(rows, own, where), where.axis + 1, other, size)
+                    return LengthMismatchError(*self._shapes(rows, own, where), where.axis + 1, other, size)
                 shapes[where.tensor][where.axis] = bucket
             for where in length.outputs if bucket != size else ():
                 cuts.setdefault(where.tensor, []).append((1 + where.axis, size, bucket))
@@ -136,8 +134,8 @@ class Padder:
             sum(prod(full) - prod(short) for short, full, _ in pairs),
         )
 
-    def _words(self, rows: int, own: RowShapes, where: Where) -> tuple[str, list[int], list[int]]:
-        """For an error about an input: its name, what the model takes, what came."""
+    def _shapes(self, rows: int, own: RowShapes, where: Where) -> tuple[str, list[int], list[int]]:
+        """Return an input's name, expected shape and actual shape, for an error about it."""
         spec = self._signature.inputs[where.tensor]
         return spec.name, [-1, *spec.shape], [rows, *own[where.tensor]]
 
@@ -165,10 +163,10 @@ def _output_cut(axes: list[tuple[int, int, int]] | None) -> OutputCut | None:
 
 
 def cut_back(request: Request, pad: Pad) -> Batch | None:
-    """Give a request that ran a batch of its own, in which its outputs have its own lengths.
+    """Give a request that ran a batch of its own whose outputs have the request's lengths; return it.
 
-    None where there is nothing to cut. They are valid only as long as the batch's. Raises ValueError where an
-    output does not follow the input, as the configuration says that it does.
+    None if there is nothing to cut. The outputs are valid only as long as the batch's. Raises ValueError if
+    an output does not have the input's length, contrary to the configuration.
     """
     if not any(pad.outputs):
         return None
@@ -190,5 +188,5 @@ def _cut(rows: np.ndarray[Any, Any], number: int, cut: OutputCut) -> np.ndarray[
         if rows.ndim <= axis or rows.shape[axis] != bucket:
             shape = list(rows.shape)
             raise ValueError(f"output {number} has shape {shape}, axis {axis} should be {bucket} long")
-    # In one piece: whoever encodes it counts on that.
+    # Encoders need it contiguous.
     return np.ascontiguousarray(rows[cut.body])

@@ -1,7 +1,7 @@
-"""A request with more rows than one batch takes: cut into parts, and put together again.
+"""Splitting: a request with more rows than a batch takes is cut into parts, and joined again.
 
-The parts are ordinary requests in the queue and ride with whatever else fits. The caller hears once:
-when all parts are answered, or when the first one fails, which cancels the others.
+The parts are ordinary requests in the queue and share batches with others. The caller is told once: when all
+parts are answered, or when the first one fails, which cancels the others.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cobatch.batcher.request import Batch, Payload, Request, State
 
 
 class Part(Request):
-    """Some consecutive rows of a larger request; keeps a copy of its outputs until all are there."""
+    """Consecutive rows of a larger request, with a copy of their outputs until all parts are done."""
 
     __slots__ = ("on_done", "outputs")
 
@@ -38,7 +38,7 @@ class Part(Request):
                 end = self.first_row + self.rows
                 # A copy: the engine writes the next batch into these buffers.
                 self.outputs = [output[self.first_row : end].copy() for output in self.batch.outputs]
-        except Exception as error:  # noqa: BLE001 - out of memory, say: the whole must hear of it
+        except Exception as error:  # noqa: BLE001 - such as out of memory: the whole must fail
             self.batch = None
             self.error = error
         self.on_done(self)
@@ -61,9 +61,9 @@ def cut(whole: Request, most_rows: int, on_done: Callable[[Part], None]) -> list
 def join(whole: Request, parts: list[Part]) -> Batch:
     """Give `whole` the outputs of all its parts, in order, as if one batch had run them.
 
-    At least one part has run; the rows of those that failed are zeros (b"" for BYTES). The times are
-    the first part's way to the engine and the sum of the runs; `rows` is the largest batch that a part
-    rode in. Raises ValueError where the parts' outputs differ in shape but for the rows.
+    At least one part has run; the rows of failed parts are zeros (b"" for BYTES). The times before the run
+    are the first part's; the run lasts as long as all runs together; `rows` is the largest batch's. Raises
+    ValueError if the parts' outputs differ in shape beside the rows.
     """
     batches = [part.batch for part in parts if part.error is None and part.batch is not None]
     ran = next(part.outputs for part in parts if part.error is None)

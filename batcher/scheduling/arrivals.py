@@ -15,18 +15,8 @@ from collections.abc import Sequence
 from math import inf
 
 from cobatch.batcher.request import Batch, Request
+from cobatch.batcher.scheduling import tuning
 from cobatch.batcher.scheduling.run_times import RunTimes
-from cobatch.batcher.scheduling.tuning import (
-    IDLE_GAIN,
-    MOST_WAIT,
-    RATE_LEAST_REQUESTS,
-    RATE_WINDOW_S,
-    RETURN_MARGIN,
-    RETURNED,
-    RETURNS_SEEN,
-    TIMER_S,
-    WAIT_GAIN,
-)
 
 
 class ArrivalRate:
@@ -40,9 +30,9 @@ class ArrivalRate:
     def per_s(self, now_s: float, count: int) -> float | None:
         """Return the rate, given the count of all requests so far; None until enough have come."""
         passed_s = now_s - self._at_s
-        if passed_s >= RATE_WINDOW_S:
+        if passed_s >= tuning.RATE_WINDOW_S:
             new = (count - self._count) / passed_s
-            known = self._rate is not None or count >= RATE_LEAST_REQUESTS
+            known = self._rate is not None or count >= tuning.RATE_LEAST_REQUESTS
             self._rate = new if known else None
             self._at_s, self._count = now_s, count
         return self._rate
@@ -53,7 +43,7 @@ class ClosedLoopEstimator:
 
     def __init__(self) -> None:
         self._ends: deque[tuple[float, int]] = deque(maxlen=2)  # when a batch ended, its requests
-        self._returns_s: deque[float] = deque(maxlen=RETURNS_SEEN)
+        self._returns_s: deque[float] = deque(maxlen=tuning.RETURNS_SEEN)
         self._rows_per_answer = 0.0
         # The engine is idle this long for each run: packing, starting, noticing the end.
         self._idle_s = 0.0
@@ -65,7 +55,7 @@ class ClosedLoopEstimator:
         free_s = max(batch.gathered_s, self._finished_s)
         self._finished_s = batch.finished_s
         idle_s = batch.started_s - free_s + now_s - batch.finished_s
-        self._idle_s += (idle_s - self._idle_s) * IDLE_GAIN
+        self._idle_s += (idle_s - self._idle_s) * tuning.IDLE_GAIN
 
     def on_formed(self, requests: Sequence[Request]) -> None:
         """Note that these requests, in the order in which they came, leave as a batch."""
@@ -73,7 +63,7 @@ class ClosedLoopEstimator:
         for end_s, answered in reversed(self._ends):
             if end_s <= first_s:
                 back = requests[: min(answered, len(requests))]
-                last = back[max(0, int(len(back) * RETURNED) - 1)]
+                last = back[max(0, int(len(back) * tuning.RETURNED) - 1)]
                 # More requests than were answered are not those clients.
                 self._returns_s.append(last.enqueued_s - end_s if len(requests) <= answered else inf)
                 self._rows_per_answer = sum([request.rows for request in back]) / answered
@@ -84,18 +74,18 @@ class ClosedLoopEstimator:
 
         None if waiting does not pay.
         """
-        if len(self._returns_s) < RETURNS_SEEN or queued >= full_rows:
+        if len(self._returns_s) < tuning.RETURNS_SEEN or queued >= full_rows:
             return None
         returns_s = sorted(self._returns_s)
-        wait_s = returns_s[-2] + TIMER_S  # one may have been held up
+        wait_s = returns_s[-2] + tuning.TIMER_S  # one may have been held up
         rows = min(full_rows, queued + round(self._ends[-1][1] * self._rows_per_answer))
         run_s = run_times.expected_s(rows)
-        most_s = run_s * MOST_WAIT
+        most_s = run_s * tuning.MOST_WAIT
         if wait_s > most_s:
             return None
         # One run of all rows after a wait, or two runs without one. If nothing is queued yet, the first
         # request to come would leave with some of the others.
         now_rows = queued or max(1, rows // 2)
         two_s = run_times.expected_s(now_rows) + run_times.expected_s(max(1, rows - now_rows)) + self._idle_s
-        gain = two_s / (run_s + returns_s[RETURNS_SEEN // 2])
-        return (rows, min(wait_s * RETURN_MARGIN, most_s)) if gain > WAIT_GAIN else None
+        gain = two_s / (run_s + returns_s[tuning.RETURNS_SEEN // 2])
+        return (rows, min(wait_s * tuning.RETURN_MARGIN, most_s)) if gain > tuning.WAIT_GAIN else None

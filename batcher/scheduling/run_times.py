@@ -22,28 +22,11 @@ from collections.abc import Mapping
 from math import inf
 from typing import Protocol
 
-from cobatch.batcher.scheduling.tuning import (
-    ALWAYS_KEPT,
-    AS_EXPECTED,
-    AS_GOOD,
-    BATCH_OVERHEAD_US,
-    HIGH_QUANTILE,
-    LEARN_S,
-    MEMORY_S,
-    MOST_SHAPE_FACTOR,
-    MOST_STALE_S,
-    NEAR_BEST,
-    NEAR_BEST_OVERLOADED,
-    RUNS_KEPT,
-    SHAPE_GAIN,
-    SHAPES_KEPT,
-    STALE_S,
-    WORTH_CHANGING,
-)
+from cobatch.batcher.scheduling import tuning
 from cobatch.engines.base import RowShapes
 
 
-def efficient_rows(run_us: Mapping[int, float], max_batch_size: int, near: float = NEAR_BEST) -> int:
+def efficient_rows(run_us: Mapping[int, float], max_batch_size: int, near: float = tuning.NEAR_BEST) -> int:
     """Return the smallest batch size at which a row costs at most `near` times the least.
 
     `run_us` maps rows to the microseconds of one run. If none was measured: `max_batch_size`.
@@ -62,27 +45,19 @@ def cost_over_best(run_us: Mapping[int, float], rows: int) -> float:
 
 
 def _per_row(run_us: Mapping[int, float]) -> dict[int, float]:
-    return {rows: (us + BATCH_OVERHEAD_US) / rows for rows, us in run_us.items()}
+    return {rows: (us + tuning.BATCH_OVERHEAD_US) / rows for rows, us in run_us.items()}
 
 
 class RunTimes(Protocol):
-    """Predicted seconds of a run by its rows."""
+    """Predicted seconds of a run by its rows; see `RunTimeModel`."""
 
-    def expected_s(self, rows: int) -> float:
-        """Return the median time."""
-        ...
+    def expected_s(self, rows: int) -> float: ...
 
-    def high_s(self, rows: int) -> float:
-        """Return the 95th percentile."""
-        ...
+    def high_s(self, rows: int) -> float: ...
 
-    def most_rows(self, budget_s: float, most: int) -> int:
-        """Return the largest batch, up to `most` rows, whose 95th percentile is in the budget; or 0."""
-        ...
+    def most_rows(self, budget_s: float, most: int) -> int: ...
 
-    def ran_s(self, rows: int) -> float:
-        """Return when a run of about this size last ended, -inf if none has."""
-        ...
+    def ran_s(self, rows: int) -> float: ...
 
 
 class _Bucket:
@@ -94,11 +69,11 @@ class _Bucket:
         self.rows = float(rows)
         self.seed_rows = rows
         self.seed_s = seed_s
-        self.stale_s = STALE_S
+        self.stale_s = tuning.STALE_S
         self.observed = False
         self.new = False
         self.expected_s = self.high_s = seed_s or 0.0
-        self.runs: deque[tuple[float, int, float]] = deque(maxlen=RUNS_KEPT)  # when, rows, seconds
+        self.runs: deque[tuple[float, int, float]] = deque(maxlen=tuning.RUNS_KEPT)  # when, rows, seconds
         self._sow()
 
     def _sow(self) -> None:
@@ -110,7 +85,7 @@ class _Bucket:
         """Return to the warm-up's measurement, if there is one."""
         if self.seed_s is not None:
             self.observed = False
-            self.stale_s = min(2 * self.stale_s, MOST_STALE_S)
+            self.stale_s = min(2 * self.stale_s, tuning.MOST_STALE_S)
             self.rows = float(self.seed_rows)
             self.runs.clear()
             self._sow()
@@ -124,7 +99,7 @@ class _Bucket:
         runs = self.runs
         self.new = False
         self.observed = True
-        while len(runs) > ALWAYS_KEPT and runs[0][0] < now_s - MEMORY_S:
+        while len(runs) > tuning.ALWAYS_KEPT and runs[0][0] < now_s - tuning.MEMORY_S:
             runs.popleft()
         self.rows = mean = sum([run[1] for run in runs]) / len(runs)
         # A larger run is never scaled below its proportional part: a run of no rows costs at least nothing.
@@ -132,11 +107,11 @@ class _Bucket:
             [max(s + (mean - rows) * more_row_s, s * min(1.0, mean / rows)) for _, rows, s in runs]
         )
         self.expected_s = times[len(times) // 2]
-        self.high_s = times[min(len(times) - 1, int(len(times) * HIGH_QUANTILE))]
+        self.high_s = times[min(len(times) - 1, int(len(times) * tuning.HIGH_QUANTILE))]
 
 
 class RunTimeModel:
-    """Run times of one model by rows, without the wait for the engine; see `RunTimes`.
+    """Run times of one model by rows, without the wait for the engine.
 
     `seed_us` maps rows to microseconds measured by the warm-up; without any, a run is taken to cost a
     millisecond at any size. Growing a batch pays up to `full_rows`, in overload up to `overloaded_rows`.
@@ -171,7 +146,7 @@ class RunTimeModel:
             bucket = self._buckets[number] = _Bucket(rows)
         bucket.runs.append((now_s, rows, run_s))
         bucket.new = True
-        if bucket.observed and now_s < self._learned_s + LEARN_S:
+        if bucket.observed and now_s < self._learned_s + tuning.LEARN_S:
             return False
         self._learned_s = now_s
         for number, each in self._buckets.items():
@@ -215,10 +190,12 @@ class RunTimeModel:
         full_rows, now = efficient_rows(run_us, self._most), self.full_rows
         if now:
             over_best = cost_over_best(run_us, now)
-            as_good = full_rows < now and cost_over_best(run_us, full_rows) <= over_best * AS_GOOD
-        if not now or over_best > WORTH_CHANGING or as_good:
+            as_good = full_rows < now and cost_over_best(run_us, full_rows) <= over_best * tuning.AS_GOOD
+        if not now or over_best > tuning.WORTH_CHANGING or as_good:
             self.full_rows = full_rows
-        self.overloaded_rows = max(self.full_rows, efficient_rows(run_us, self._most, NEAR_BEST_OVERLOADED))
+        self.overloaded_rows = max(
+            self.full_rows, efficient_rows(run_us, self._most, tuning.NEAR_BEST_OVERLOADED)
+        )
         self.row_s = self.expected_s(self.full_rows) / self.full_rows
 
     def expected_s(self, rows: int) -> float:
@@ -311,13 +288,13 @@ class ShapeRunTimes:
         """Measure the shape's factor; and the curve, if the run is as expected: a shape that has become
         slower must not make all others look slower."""
         ratio = run_s / max(self._model.expected_s(rows), 1e-9)
-        ratio = min(max(ratio, 1 / MOST_SHAPE_FACTOR), MOST_SHAPE_FACTOR)
+        ratio = min(max(ratio, 1 / tuning.MOST_SHAPE_FACTOR), tuning.MOST_SHAPE_FACTOR)
         scaled = self._shapes.get(row_shapes)
         if scaled is None:
-            if len(self._shapes) >= SHAPES_KEPT:
+            if len(self._shapes) >= tuning.SHAPES_KEPT:
                 del self._shapes[next(iter(self._shapes))]
             scaled = self._shapes[row_shapes] = _ScaledRunTimes(self._model, ratio)
         scaled.last_s = now_s
-        usual = abs(ratio - scaled.factor) < AS_EXPECTED * scaled.factor
-        scaled.factor += (ratio - scaled.factor) * SHAPE_GAIN
+        usual = abs(ratio - scaled.factor) < tuning.AS_EXPECTED * scaled.factor
+        scaled.factor += (ratio - scaled.factor) * tuning.SHAPE_GAIN
         return usual and self._model.observe(rows, run_s / scaled.factor, now_s)

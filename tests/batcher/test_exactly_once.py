@@ -199,7 +199,7 @@ class Stage:
             assert self.worker.dead
         elif isinstance(answer, ExpiredError):
             assert caller.timeout_s is not None
-            # As soon as it is certain: a run before its time is over, or when a run that it was in has failed.
+            # As soon as it is certain: a run before its time is over, or when its batch has failed.
             own = {caller, *(caller.parts or ())}
             failed = any(run.error is not None and own & set(run.requests) for run in self.worker.runs)
             in_time = caller.at_s <= caller.enqueued_s + caller.timeout_s + 1e-9
