@@ -1,4 +1,4 @@
-/* What every call goes through: counts, injected errors, the rules that hold for all of them. */
+/* The steps common to all calls: counts, planted errors, general rules. */
 #include "fake.h"
 
 #define CALLS 2048
@@ -23,7 +23,7 @@ long fake_thread(void) {
     return thread;
 }
 
-/* In a process of its own there is no test to ask: FAKE_CUDA_REPORT names a file for what broke a rule. */
+/* In a process started by a test, FAKE_CUDA_REPORT names a file for broken rules. */
 static void keep(const char *text) {
     const char *report = getenv("FAKE_CUDA_REPORT");
     FILE *file = report ? fopen(report, "a") : NULL;
@@ -49,7 +49,7 @@ int fake_is_sticky(CUresult code) {
     return code == 214 || code == 700 || code == 702 || code == 710 || (code >= 714 && code <= 719);
 }
 
-/* Whether `planted` names the call `name`; the version at its end may be left out. */
+/* True if `planted` names the call `name`, with or without its version. */
 static int is_named(const char *name, const char *planted) {
     size_t length = strlen(planted);
     if (strncmp(name, planted, length) != 0) return 0;
@@ -73,7 +73,7 @@ static int was_told(const object *context) {
     return 0;
 }
 
-/* This thread has been answered the context's sticky error: from now on it may only clean up. */
+/* This thread has received the context's sticky error: from now on it may only clean up. */
 void fake_tell(object *context) {
     if (!was_told(context) && context->told_count < TOLD) context->told[context->told_count++] = fake_thread();
 }
@@ -126,7 +126,7 @@ CUresult fake_leave(int call, CUresult result) {
     return result;
 }
 
-/* What the generated code answers for a call that is not written out here. */
+/* The result of the generated code for a call that the C files do not define. */
 CUresult fake_unknown(int call) {
     CUresult result = fake_enter(call);
     if (!result) result = fake_broken(CUDA_ERROR_NOT_SUPPORTED, "the fake driver does not have this call");
@@ -157,7 +157,7 @@ int fakeInject(const char *name, int code, int nth) {
     return fits;
 }
 
-/* The same controls for a process that a test starts: FAKE_CUDA_INJECT is "call=code=nth" with commas between. */
+/* The same controls for a process started by a test: FAKE_CUDA_INJECT is "call=code=nth,...". */
 __attribute__((constructor)) static void read_environment(void) {
     fake_threaded = getenv("FAKE_CUDA_THREADED") != NULL;
     char *planted = getenv("FAKE_CUDA_INJECT") ? strdup(getenv("FAKE_CUDA_INJECT")) : NULL;

@@ -1,4 +1,4 @@
-/* Contexts, and the registry of everything that has a handle. */
+/* Contexts, and the registry of all objects with a handle. */
 #include "fake.h"
 
 object *fake_objects = NULL;
@@ -9,7 +9,7 @@ static __thread object *stack[STACK];
 static __thread int depth;
 static const char *const kind_names[KINDS] = {"context", "stream", "event", "device memory",
                                               "page-locked memory", "graph", "executable graph"};
-/* What was alive when its context ended, and was not freed by hand. */
+/* Objects that were alive when their context ended. */
 static int orphans[KINDS];
 
 object *fake_current(void) { return depth ? stack[depth - 1] : NULL; }
@@ -31,7 +31,7 @@ object *fake_find(enum kind kind, const void *handle) {
     return NULL;
 }
 
-/* The object with this handle, if it lives, is of the current context and was made on this thread. */
+/* The object with this handle if it is alive, of the current context, and created on this thread. */
 CUresult fake_own(enum kind kind, const void *handle, object **found) {
     object *own = *found = fake_find(kind, handle);
     const char *what = kind_names[kind];
@@ -49,7 +49,7 @@ CUresult fake_spoil(object *context, CUresult code) {
     return code;
 }
 
-/* Does not wait: whoever ends a context may hold Python's lock, which a running kernel needs. */
+/* Does not wait: the caller may hold Python's lock, which a running kernel needs. */
 void fake_end_context(object *context) {
     if (!context->sticky && fake_pending(context))
         fake_broken(CUDA_ERROR_UNKNOWN, "work is still queued in the context that ends");
@@ -63,7 +63,7 @@ void fake_end_context(object *context) {
     pthread_cond_broadcast(&fake_changed);
 }
 
-/* Only the process's one primary context may be current on several threads: it is everybody's. */
+/* Only the primary context may be current on several threads. */
 static CUresult hold(object *context) {
     if (!context->primary && context->holders && context->holder != fake_thread())
         return fake_broken(CUDA_ERROR_CONTEXT_ALREADY_IN_USE, "the context is current on another thread");
@@ -207,7 +207,7 @@ CUresult fake_cuCtxSynchronize(void) {
 
 /* The controls, for control.py. */
 
-/* How many of this kind are alive, in all contexts. */
+/* The number of live objects of this kind, in all contexts. */
 int fakeLive(int kind) {
     int count = 0;
     pthread_mutex_lock(&fake_lock);
@@ -226,7 +226,7 @@ int fakeCurrentDevice(void) { return depth && stack[depth - 1]->alive ? stack[de
 
 static uint64_t generation;
 
-/* How often there was a reset: what was made before one is nobody's any more. */
+/* The number of resets: objects from before a reset belong to no test any more. */
 uint64_t fakeGeneration(void) { return generation; }
 
 void fakeReset(void) {

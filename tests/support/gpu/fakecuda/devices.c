@@ -1,9 +1,9 @@
-/* Two devices, alike. */
+/* Two equal devices. */
 #include "fake.h"
 
 static int initialised;
 
-/* Whether there is this device. */
+/* True if the device exists. */
 CUresult fake_checked(CUdevice device) {
     if (!initialised) return fake_broken(CUDA_ERROR_NOT_INITIALIZED, "cuInit was not called");
     return device < 0 || device >= DEVICES ? CUDA_ERROR_INVALID_DEVICE : CUDA_SUCCESS;

@@ -1,12 +1,12 @@
-/* A CUDA driver in memory that holds its user to the rules.
+/* A CUDA driver in memory that checks the rules of CUDA.
  *
- * Every exported call goes through `fake_enter`, which the generated code calls first: it counts the call,
- * answers what a test injected, and refuses what lacks a context or comes after a sticky error. A broken
- * rule makes the call answer an error and is kept as well, so that a test sees it even where the error was
- * swallowed. Everything but the running of queued work happens under one lock.
+ * The generated code of every exported call first calls `fake_enter`, which counts the call, returns planted
+ * errors, and refuses calls without a context or after a sticky error. A broken rule makes the call return an
+ * error and is recorded, so that a test sees it even if the error was ignored. All but queued work runs under
+ * one lock.
  *
- * Device addresses are no addresses of this process: they are never used twice, so a stale one is always
- * found, and code that follows one on the host crashes, as it would read nonsense beside a GPU.
+ * Device addresses are no addresses of this process. They are never reused, so a stale one is always found, and
+ * host code that dereferences one crashes.
  */
 #ifndef FAKE_H
 #define FAKE_H
@@ -29,13 +29,13 @@
 
 enum kind { CONTEXT, STREAM, EVENT, DEVICE_MEMORY, PINNED_MEMORY, GRAPH, GRAPH_EXEC, KINDS };
 enum work { COPY_IN, COPY_OUT, COPY_DEVICE, FILL, KERNEL, HOST_FUNCTION, RECORD, WAIT };
-/* What a call needs; the generator's table says which. */
+/* Requirements of a call, from the generator's table. */
 enum need { NOTHING = 0, NEEDS_CONTEXT = 1, CLEANS_UP = 2, UNSAFE_IN_CAPTURE = 4 };
 
 typedef struct object object;
 typedef struct op op;
 
-/* A queued piece of work. A graph's are copied into the stream when it is launched. */
+/* A piece of queued work. A launch copies a graph's work into the stream. */
 struct op {
     enum work work;
     object *stream;
@@ -58,7 +58,7 @@ struct op {
     op *next;
 };
 
-/* Anything with a handle. Never freed, so that what is used after its end is recognised. */
+/* Any object with a handle. Never freed, so that a use after its end is recognised. */
 struct object {
     enum kind kind;
     int alive;

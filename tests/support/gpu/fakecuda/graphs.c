@@ -91,7 +91,7 @@ CUresult fake_cuGraphGetNodes(CUgraph handle, CUgraphNode *nodes, size_t *count)
     return CUDA_SUCCESS;
 }
 
-/* For the stand-ins: whether this stream is being captured. */
+/* For the stand-ins: true if this stream is being captured. */
 int fakeIsCapturing(const void *handle) {
     pthread_mutex_lock(&fake_lock);
     object *stream = fake_find(STREAM, handle);

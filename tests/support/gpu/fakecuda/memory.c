@@ -4,7 +4,7 @@
 #define ALIGNMENT 512
 
 size_t fake_memory_total = (size_t)1 << 30;
-/* The top 16 bits of a real address are all alike: these are no addresses here. */
+/* The top 16 bits of a real address are equal, so these are never valid addresses of the process. */
 static CUdeviceptr next_address = 0x00d0000000000000ull;
 
 static size_t memory_used(int device) {
@@ -14,7 +14,7 @@ static size_t memory_used(int device) {
     return used;
 }
 
-/* The allocation that holds this range, dead or alive; NULL where there is none. */
+/* The allocation that holds this range, dead or alive; NULL if none does. */
 object *fake_device_memory(CUdeviceptr address, size_t size) {
     for (object *each = fake_objects; each; each = each->next)
         if (each->kind == DEVICE_MEMORY && address >= each->address && address + size <= each->address + each->size)
@@ -48,7 +48,7 @@ CUresult fake_check_pinned(const void *host, size_t size) {
     return CUDA_SUCCESS;
 }
 
-/* Where the bytes of a device address really are; the address must have been checked. */
+/* The host address of a device address, which must have been checked. */
 unsigned char *fake_bytes(CUdeviceptr address) {
     object *memory = fake_device_memory(address, 1);
     return memory && memory->bytes ? memory->bytes + (address - memory->address) : NULL;
@@ -66,14 +66,14 @@ uint64_t fake_sum(const void *bytes, size_t size) {
     return sum;
 }
 
-/* Freed page-locked memory is poisoned but stays, for whoever still reads it; device memory goes. */
+/* Freed page-locked memory is poisoned but stays readable; device memory is freed. */
 void fake_end_memory(object *memory) {
     memory->alive = 0;
     if (memory->kind == PINNED_MEMORY) {
         if (!memory->registered) memset(memory->bytes, fake_poison, memory->size);
         return;
     }
-    /* A kernel in Python may be at it still; then the process keeps it. */
+    /* A kernel in Python may still use it; then the process keeps it. */
     if (!fake_running(memory->context)) free(memory->bytes);
     memory->bytes = NULL;
 }
@@ -92,7 +92,7 @@ CUresult fake_cuMemAlloc_v2(CUdeviceptr *address, size_t size) {
     memory->bytes = malloc(size);
     memset(memory->bytes, fake_poison, size);
     memory->address = *address = next_address;
-    next_address += (size / ALIGNMENT + 2) * ALIGNMENT; /* a gap behind each, so that overruns are seen */
+    next_address += (size / ALIGNMENT + 2) * ALIGNMENT; /* a gap after each allocation reveals overruns */
     return CUDA_SUCCESS;
 }
 
@@ -165,7 +165,7 @@ CUresult fake_cuMemHostUnregister(void *host) {
     return result;
 }
 
-/* Waits for what the default stream waits for, then copies at once. */
+/* Waits as the default stream does, then copies at once. */
 static CUresult synchronous(CUdeviceptr address, size_t size) {
     CUresult result = fake_check_device(address, size, "the device memory");
     if (result) return result;
@@ -214,7 +214,7 @@ CUresult fake_cuPointerGetAttribute(void *data, CUpointer_attribute attribute, C
 
 void fakeMemory(size_t total) { fake_memory_total = total; }
 
-/* Where the bytes of a live device range are, for a kernel that runs in Python; NULL where it is none. */
+/* The host address of a live device range, for a kernel in Python; NULL if it is invalid. */
 void *fakeBytes(CUdeviceptr address, size_t size) {
     pthread_mutex_lock(&fake_lock);
     object *memory = fake_device_memory(address, size);
@@ -223,7 +223,7 @@ void *fakeBytes(CUdeviceptr address, size_t size) {
     return bytes;
 }
 
-/* How many bytes lie at a device address up to its allocation's end: 0 where it is none, or freed. */
+/* The bytes from a device address to its allocation's end; 0 if it is invalid or freed. */
 size_t fakeRoom(CUdeviceptr address) {
     pthread_mutex_lock(&fake_lock);
     object *memory = fake_device_memory(address, 1);

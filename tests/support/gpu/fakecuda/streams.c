@@ -1,7 +1,7 @@
 /* Streams, events and asynchronous copies. */
 #include "fake.h"
 
-/* Each context has one default stream, made when it is first used. */
+/* Each context has one default stream, created on first use. */
 object *fake_default_stream(object *context) {
     for (object *each = fake_objects; each; each = each->next)
         if (each->kind == STREAM && each->legacy && each->context == context) return each;
@@ -10,7 +10,7 @@ object *fake_default_stream(object *context) {
     return made;
 }
 
-/* The stream with this handle, NULL and the reason where it cannot be used. */
+/* The stream with this handle; NULL, with the reason, if it cannot be used. */
 object *fake_stream(CUstream handle, CUresult *why) {
     object *stream = NULL;
     if (handle == NULL || handle == CU_STREAM_LEGACY) {
@@ -37,14 +37,14 @@ CUresult fake_cuStreamDestroy_v2(CUstream handle) {
     object *stream;
     CUresult result = fake_own(STREAM, handle, &stream);
     if (result) return result;
-    /* Its work still runs, but nobody waits: a kernel may need the lock of Python's that the caller holds. */
+    /* Its work still runs, without a wait: a kernel may need Python's lock, which the caller holds. */
     if (!stream->threaded) fake_drain(stream, stream->queued);
     stream->alive = 0;
     pthread_cond_broadcast(&fake_changed);
     return CUDA_SUCCESS;
 }
 
-/* A stream or event that is being captured is not there to be waited for. */
+/* A stream or event that is being captured cannot be waited for. */
 static CUresult waits(object *stream) {
     if (!stream->capture) return CUDA_SUCCESS;
     stream->capture_broken = 1;
@@ -58,7 +58,7 @@ CUresult fake_cuStreamSynchronize(CUstream handle) {
     return result ? result : fake_drain(stream, stream->queued);
 }
 
-/* Asking lets one piece of work run, or somebody who asks in a loop would do so for ever. */
+/* A query runs one piece of work, so that polling ends. */
 static CUresult progress(object *stream, uint64_t until) {
     if (stream->done < until && stream->first && !stream->threaded && !stream->busy)
         fake_drain(stream, stream->done + 1);

@@ -1,7 +1,7 @@
 /* Queued work: checked when it is queued, and again when it runs.
  *
- * Nothing runs before somebody waits for it, and then only as much as was waited for. That shows what a
- * forgotten wait leaves undone. With execution threads each stream runs by itself as soon as it can.
+ * Work runs only when it is waited for, and only as far as needed, which reveals a forgotten wait. With
+ * execution threads each stream runs as soon as it can.
  */
 #include "fake.h"
 
@@ -20,7 +20,7 @@ int fake_uses(const op *work, const object *memory) {
     return 0;
 }
 
-/* Whether work that has not run yet uses this memory. */
+/* True if work that has not run yet uses this memory. */
 int fake_in_use(const object *memory) {
     for (object *each = fake_objects; each; each = each->next) {
         if (each->kind != STREAM || !each->alive || each->context->sticky) continue;
@@ -68,7 +68,7 @@ void fake_free_work(object *owner) {
     owner->first = owner->last = NULL;
 }
 
-/* Add a copy of it to what a stream or graph has to do. */
+/* Add a copy of the work to a stream or graph. */
 void fake_append(object *owner, const op *work) {
     op *made = copy_of(work);
     if (owner->last) owner->last->next = made;
@@ -76,13 +76,13 @@ void fake_append(object *owner, const op *work) {
     owner->last = made;
 }
 
-/* What an asynchronous fault does: the context is lost, the next call that can tell does. */
+/* An asynchronous fault: the context becomes unusable, and the next call that can returns the error. */
 static void fault(object *context, CUresult code) { fake_spoil(context, code); }
 
 static const char *const points[] = {"exec:htod", "exec:dtoh", "exec:dtod", "exec:memset",
                                      "exec:kernel", "exec:host", "exec:record", "exec:wait"};
 
-/* Under the lock: whether the work may run; where not, its context is lost. */
+/* Under the lock: true if the work may run; otherwise its context becomes unusable. */
 static int may_run(op *work, object *context) {
     CUresult planted = fake_injected(points[work->work]);
     CUresult wrong = planted ? planted : check(work);
@@ -139,7 +139,7 @@ static void run_first(object *stream) {
     pthread_cond_broadcast(&fake_changed);
 }
 
-/* Wait until the stream's work up to `until` has run, running it here where no thread does. */
+/* Wait until the stream's work up to `until` has run; run it here without an execution thread. */
 CUresult fake_drain(object *stream, uint64_t until) {
     while (stream->done < until && stream->first) {
         if (stream->threaded || stream->busy) pthread_cond_wait(&fake_changed, &fake_lock);
@@ -153,7 +153,7 @@ void fake_finish(object *context) {
         if (each->kind == STREAM && each->context == context && each->alive) fake_drain(each, each->queued);
 }
 
-/* Whether work of this context is queued, and whether some runs right now. */
+/* True if work of this context is queued; and if some is running. */
 int fake_pending(const object *context) {
     for (object *each = fake_objects; each; each = each->next)
         if (each->kind == STREAM && each->context == context && each->first) return 1;
@@ -186,7 +186,7 @@ static void start_thread(object *stream) {
     pthread_detach(thread);
 }
 
-/* Queue work that has been checked. A copy out poisons where it goes, which shows who reads it too early. */
+/* Queue checked work. A copy out poisons its target, which reveals a read that is too early. */
 CUresult fake_push(object *stream, op *work) {
     work->stream = stream;
     work->seq = ++stream->queued;
@@ -212,7 +212,7 @@ CUresult fake_queue(CUstream handle, op *work) {
     return CUDA_SUCCESS;
 }
 
-/* For the stand-ins: a kernel that reads and writes these ranges and is run as `kernel(user)`. */
+/* For the stand-ins: queue `kernel(user)`, which reads and writes these ranges. */
 CUresult fake_enqueueV3(CUstream stream, CUresult (*kernel)(uint64_t), uint64_t user, int count,
                         CUdeviceptr *addresses, size_t *sizes) {
     op work = {.work = KERNEL, .kernel = kernel, .user = user, .count = count, .addresses = addresses, .sizes = sizes};
