@@ -46,7 +46,7 @@ class AsgiExchange(Exchange, kw_only=True):
     route: str = ""
     status: int = 0
     request_id: bytes | None = None
-    watched: bool = False
+    watcher: asyncio.Task[None] | None = None
 
     def make_record(self) -> RequestRecord:
         scope = self.scope
@@ -214,13 +214,12 @@ class _DisconnectWatch:
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[AsgiExchange, None] = {}
-        self._tasks: dict[AsgiExchange, asyncio.Task[None]] = {}
+        self._waiting: dict[AsgiExchange, bool] = {}  # True: met by a sweep
         self._sweeping = False
 
     def add(self, exchange: AsgiExchange) -> None:
         """Watch an exchange."""
-        self._waiting[exchange] = None
+        self._waiting[exchange] = False
         if not self._sweeping:
             self._sweeping = True
             asyncio.get_running_loop().call_later(_WATCH_AFTER_S, self._sweep)
@@ -228,17 +227,16 @@ class _DisconnectWatch:
     def discard(self, exchange: AsgiExchange) -> None:
         """Watch an exchange no more."""
         self._waiting.pop(exchange, None)
+        if exchange.watcher is not None:
+            exchange.watcher.cancel()
 
     def _sweep(self) -> None:
-        for exchange in [exchange for exchange in self._tasks if exchange not in self._waiting]:
-            self._tasks.pop(exchange).cancel()
         loop = asyncio.get_running_loop()
-        for exchange in self._waiting:
-            if not exchange.watched:
-                exchange.watched = True
-            elif exchange not in self._tasks:
-                self._tasks[exchange] = loop.create_task(exchange.watch())
-        self._sweeping = bool(self._waiting or self._tasks)
+        for exchange, met in self._waiting.items():
+            self._waiting[exchange] = True
+            if met and exchange.watcher is None:
+                exchange.watcher = loop.create_task(exchange.watch())
+        self._sweeping = bool(self._waiting)
         if self._sweeping:
             loop.call_later(_WATCH_AFTER_S, self._sweep)
 

@@ -81,18 +81,17 @@ _HEADS = _Heads()
 
 
 class Connection(asyncio.Protocol):
-    """One connection whose requests go to the ASGI application. `make_protocol` sets `inference`."""
-
-    inference: Inference
+    """One connection whose requests go to the ASGI application."""
 
     def __init__(
         self,
+        inference: Inference,
         config: Config,
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        self.inference = self.inference  # an attribute of the instance is found faster
+        self.inference = inference
         self.config = config
         self.server_state = server_state
         self.loop = _loop or asyncio.get_event_loop()

@@ -20,6 +20,16 @@ HIGH_WATER_BYTES = 65536
 _BODILESS = (204, 304)
 
 
+def joined(body: bytes | bytearray, data: bytes) -> bytes | bytearray:
+    """Return a body with its next part. A body of one part is not copied."""
+    if not body:
+        return data
+    if type(body) is not bytearray:
+        body = bytearray(body)
+    body += data
+    return body
+
+
 class _Sent:
     """An awaitable that is done."""
 
@@ -91,12 +101,7 @@ class AsgiCycle:
         """A part of the body has arrived."""
         if self.response_complete:
             return
-        if not self._body:
-            self._body = data
-        elif type(self._body) is bytearray:
-            self._body += data
-        else:
-            self._body = bytearray(self._body) + data
+        self._body = joined(self._body, data)
         if len(self._body) > HIGH_WATER_BYTES:
             self._client.pause_reading()
         self._wake()

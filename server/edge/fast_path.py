@@ -10,21 +10,18 @@ not asked (`server.edge.header_cache`).
 
 from __future__ import annotations
 
-import asyncio
 import time
+from functools import partial
 from typing import Any
-
-from uvicorn.config import Config
-from uvicorn.server import ServerState
 
 from cobatch.server.auth.tenants import rate_limit_headers
 from cobatch.server.edge.connection import BODY, Connection
+from cobatch.server.edge.cycle import joined
 from cobatch.server.edge.exchange import Exchange
 from cobatch.server.edge.header_cache import CachedHeaders, HeaderCache, match, store
 from cobatch.server.http.problem import too_large
 from cobatch.server.http.reply import Reply
 from cobatch.server.inference.service import Inference
-from cobatch.server.observability.observer import Observer
 from cobatch.server.observability.record import INFER_ROUTE, RequestRecord
 
 
@@ -56,14 +53,8 @@ class FastExchange(Exchange, kw_only=True):
 
     def on_body(self, data: bytes) -> None:
         """Keep a part of the body, unless the request is refused already."""
-        if self.response_complete:
-            return
-        if not self.body:
-            self.body = data
-        elif type(self.body) is bytearray:
-            self.body += data
-        else:
-            self.body = bytearray(self.body) + data
+        if not self.response_complete:
+            self.body = joined(self.body, data)
 
     def on_end(self) -> None:
         """Infer with the whole body."""
@@ -106,23 +97,12 @@ class FastExchange(Exchange, kw_only=True):
 
 
 class FastConnection(Connection):
-    """One connection with the fast path. `make_protocol` sets `inference`, `observer` and `cache`."""
+    """One connection with the fast path. `cache` is the server's."""
 
-    observer: Observer
-    cache: HeaderCache
-
-    def __init__(
-        self,
-        config: Config,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
-        # Attributes of the instance are found faster.
-        self.observer = self.observer
-        self.cache = self.cache
-        self.chunk: bytes | None = None
+    def __init__(self, inference: Inference, cache: HeaderCache, **of_uvicorn: Any) -> None:
+        super().__init__(inference, **of_uvicorn)
+        self.cache = cache
+        self.chunk: bytes | None = None  # what is being parsed, if a message begins with it
 
     def data_received(self, data: bytes) -> None:
         if not self.receiving:
@@ -153,7 +133,7 @@ class FastConnection(Connection):
             keep_alive=block.keep_alive,
         )
         self.cycle = exchange
-        if block.marks or self.observer.watched:
+        if block.marks or self.inference.observer.watched:
             exchange.begin(bool(block.marks))
         return exchange
 
@@ -178,9 +158,8 @@ class FastConnection(Connection):
             exchange.refuse(reply)
 
 
-def make_protocol(inference: Inference) -> type[Connection]:
-    """Return the protocol class of one server, for uvicorn's `http`."""
+def make_protocol(inference: Inference) -> Any:
+    """Return the factory of connections, for uvicorn's `http`."""
     if not inference.settings.server.fast_path:
-        return type("CobatchConnection", (Connection,), {"inference": inference})
-    attributes = {"inference": inference, "observer": inference.observer, "cache": {}}
-    return type("CobatchFastConnection", (FastConnection,), attributes)
+        return partial(Connection, inference)
+    return partial(FastConnection, inference, {})

@@ -10,11 +10,10 @@ from typing import Any
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.errors import BatcherError, EngineGoneError, ExecutionTimeoutError
 from cobatch.batcher.lanes import BatchWorker
-from cobatch.batcher.tenant import Tenant
 from cobatch.engines.errors import EngineError
 from cobatch.engines.loader import load_engine
 from cobatch.engines.worker import Worker
-from cobatch.server.http.problem import Problem, from_error
+from cobatch.server.http.problem import Problem
 from cobatch.server.inference.engines import Place, engine_options, places
 from cobatch.server.inference.padding import make_padder
 from cobatch.server.observability.traffic import Traffic
@@ -167,16 +166,6 @@ class Model:
         """No engine is usable or can be opened again: only a new process helps."""
         gone = self.batcher is not None and isinstance(self.batcher.closed, EngineGoneError)
         return gone and not self._rebuilding
-
-    def refusal(self, tenant: Tenant | None = None) -> Problem | None:
-        """Why a request would be refused before anybody reads its body, or None."""
-        batcher = self.batcher
-        if batcher is not None:
-            refusal: BatcherError | None = batcher.refusal(tenant=tenant)
-            if refusal is not None and tenant is not None:
-                tenant.usage.refused += 1
-            return None if refusal is None else from_error(refusal)
-        return self.unavailable()
 
     def unavailable(self) -> Problem:
         """Return the problem of a request for a model that is not loaded."""

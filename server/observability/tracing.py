@@ -213,19 +213,15 @@ def _attributes(record: RequestRecord) -> dict[str, AttributeValue]:
         network.NETWORK_PROTOCOL_VERSION: "1.1",
         "cobatch.request.id": record.request_id,
     }
-    if record.route:
-        attributes[http.HTTP_ROUTE] = record.route
-    if record.status >= 500:
-        attributes[error.ERROR_TYPE] = record.slug or str(record.status)
-    if record.slug:
-        attributes["cobatch.problem"] = record.slug
-    if record.tenant:
-        attributes["cobatch.tenant"] = record.tenant
-    if record.model:
-        attributes["cobatch.model"] = record.model
-    if record.rows:
-        attributes["cobatch.rows"] = record.rows
-    return attributes
+    optional: dict[str, AttributeValue] = {
+        http.HTTP_ROUTE: record.route,
+        error.ERROR_TYPE: (record.slug or str(record.status)) if record.status >= 500 else "",
+        "cobatch.problem": record.slug,
+        "cobatch.tenant": record.tenant,
+        "cobatch.model": record.model,
+        "cobatch.rows": record.rows,
+    }
+    return attributes | {name: value for name, value in optional.items() if value}
 
 
 def _batch_attributes(batch: Batch, model: str) -> dict[str, AttributeValue]:

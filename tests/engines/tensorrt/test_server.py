@@ -168,9 +168,7 @@ async def test_a_model_that_does_not_fit_is_a_clear_error(cuda: FakeCuda, tmp_pa
     cuda.memory(400_000)
     with pytest.raises(EngineLoadError, match=r"GPU 0 is out of memory.*max_batch_size = \d+ would fit"):
         await model.load()
-    refusal = model.refusal()
-    assert refusal is not None
-    assert refusal.kind.slug == "load-failed"
+    assert model.unavailable().kind.slug == "load-failed"
     await model.stop(1)
 
 
