@@ -12,13 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    InfoMetricFamily,
-    Metric,
-)
+from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from starlette.requests import Request
@@ -45,10 +39,7 @@ STATES = ("loading", "ready", "recovering", "failed", "dead", "draining")
 Rows = Iterable[tuple[tuple[object, ...], float]]
 Batchers = Sequence[tuple[str, Batcher]]
 
-_KINDS: dict[str, type[CounterMetricFamily | GaugeMetricFamily]] = {
-    "counter": CounterMetricFamily,
-    "gauge": GaugeMetricFamily,
-}
+_SUFFIXES = {"counter": "_total", "gauge": "", "info": "_info"}
 _EOF = b"# EOF\n"
 # Index of the first bucket above each bound.
 _ABOVE = np.searchsorted(EDGES_S, TIME_BOUNDS) + 1
@@ -89,7 +80,7 @@ class _OneFamily(Collector):
 def families(inference: Inference, gpus: Sequence[Gpu]) -> Iterator[Metric]:
     """Yield all metrics of the process."""
     batchers = [(name, m.batcher) for name, m in inference.models.items() if m.batcher is not None]
-    yield _info(names.INFO, [(__version__,)])
+    yield _metric(names.INFO, [((__version__,), 1)])
     yield _metric(names.READY, [((), inference.ready)])
     yield from _requests(inference)
     yield from _tenants(inference)
@@ -230,7 +221,7 @@ def _loop(inference: Inference) -> Iterator[Metric]:
 
 
 def _gpus(gpus: Sequence[Gpu]) -> Iterator[Metric]:
-    yield _info(names.GPU_INFO, [(gpu.number, gpu.name, gpu.uuid) for gpu in gpus])
+    yield _metric(names.GPU_INFO, [((gpu.number, gpu.name, gpu.uuid), 1) for gpu in gpus])
     for family, attribute in (
         (names.GPU_MEMORY, "memory_bytes"),
         (names.GPU_MEMORY_USED, "used_bytes"),
@@ -245,16 +236,10 @@ def _of_models(family: Family, batchers: Batchers, value: Callable[[Batcher], fl
 
 
 def _metric(family: Family, rows: Rows) -> Metric:
-    metric = _KINDS[family.kind](family.name, family.help, labels=family.labels)
-    for labels, value in rows:
-        metric.add_metric([str(label) for label in labels], float(value))
-    return metric
-
-
-def _info(family: Family, rows: Iterable[tuple[object, ...]]) -> Metric:
-    metric = InfoMetricFamily(family.name, family.help, labels=family.labels)
-    for labels in rows:
-        metric.add_metric([str(label) for label in labels], {})
+    metric = Metric(family.name, family.help, family.kind)
+    for values, value in rows:
+        labels = dict(zip(family.labels, map(str, values), strict=True))
+        metric.add_sample(family.name + _SUFFIXES[family.kind], labels, float(value))
     return metric
 
 

@@ -67,7 +67,8 @@ def describe(inference: Inference) -> Json:
     parameters = _parameters(components.pop("parameters"), models)
     for _, _, operation in operations_in(document):
         if "parameters" in operation:
-            operation["parameters"] = [parameters[_name(one)] for one in operation["parameters"]]
+            names = [one["$ref"].rpartition("/")[2] for one in operation["parameters"]]
+            operation["parameters"] = [parameters[name] for name in names]
     add_examples({one["operationId"]: one for _, _, one in operations_in(document)}, models)
     _add_versions(document["paths"], parameters["version"])
     for _, _, operation in operations_in(document):
@@ -83,10 +84,6 @@ def operations_in(document: Json) -> Iterator[tuple[str, str, Json]]:
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             yield path, method, operation
-
-
-def _name(reference: Json) -> str:
-    return str(reference["$ref"].rpartition("/")[2])
 
 
 def _parameters(parameters: Json, models: LoadedModels) -> Json:
@@ -154,18 +151,16 @@ def _complete(operation: Json, auth: Authenticator | None) -> None:
         slugs -= AUTH_KINDS
     else:
         operation["description"] += f" {_NEEDS[needs]}"
-    guarded = auth is not None and needs != "open"
-    if auth is not None and guarded:
-        operation["security"] = [{name: []} for name in _scheme_names(auth)]
-        slugs.update(_CREDENTIALS, _TOKENS if auth.settings.issuers else ())
+    guard = None if needs == "open" else auth
+    if guard is not None:
+        operation["security"] = [{name: []} for name in _scheme_names(guard)]
+        slugs.update(_CREDENTIALS, _TOKENS if guard.settings.issuers else ())
         slugs.update(["forbidden"] if needs != "known" else (), ["tenant-limit"] if needs == "infer" else ())
-    responses = _merged(operation["responses"], _problem_responses(slugs))
-    if auth is not None and guarded and auth.settings.rate_limit_headers:
+    operation["responses"] = responses = _merged(operation["responses"], _problem_responses(slugs))
+    if guard is not None and guard.settings.rate_limit_headers:
         for status, response in responses.items():
-            # With 401 the tenant is unknown, and so are its limits.
-            if status != "401":
-                responses[status] = response | {"headers": response.get("headers", {}) | _refs(_RATE_LIMIT)}
-    operation["responses"] = responses
+            if status != "401":  # then the tenant is unknown, and so are its limits
+                response["headers"] = response.get("headers", {}) | _refs(_RATE_LIMIT)
 
 
 def _refs(headers: Iterable[str]) -> Json:
@@ -174,19 +169,11 @@ def _refs(headers: Iterable[str]) -> Json:
 
 def _merged(answers: Json, problems: Json) -> Json:
     """Join responses; a status with a body of its own can have a problem as well."""
-    responses = dict(answers)
-    for status, problem in problems.items():
-        given = responses.get(status)
-        responses[status] = (
-            problem
-            if given is None
-            else problem
-            | {
-                "description": f"{given['description']} Or: {problem['description']}",
-                "content": given["content"] | problem["content"],
-            }
-        )
-    return dict(sorted(responses.items()))
+    for status in answers.keys() & problems.keys():
+        own, problem = answers[status], problems[status]
+        problem["description"] = f"{own['description']} Or: {problem['description']}"
+        problem["content"] = own["content"] | problem["content"]
+    return dict(sorted((answers | problems).items()))
 
 
 def _problem_examples(examples: Json, left_out: Collection[str]) -> Json:
@@ -215,15 +202,12 @@ def _problem_response(status: int, slugs: list[str]) -> Json:
         "schema": {"allOf": [{"$ref": "#/components/schemas/Problem"}, {"properties": types}]},
         "examples": {slug: {"$ref": f"#/components/examples/{slug}"} for slug in slugs},
     }
-    headers = {
+    sent = {
         "Retry-After": any("retry_after_ms" in kind.members for kind in kinds),
         "Allow": status == 405,
         "WWW-Authenticate": not _CHALLENGED.isdisjoint(slugs),
     }
-    response: Json = {
-        "description": "; ".join(kind.title for kind in kinds),
-        "content": {PROBLEM_JSON.decode(): media},
-    }
-    if any(headers.values()):
-        response["headers"] = _refs(name for name, sent in headers.items() if sent)
-    return response
+    headers = _refs(name for name, is_sent in sent.items() if is_sent)
+    description = "; ".join(kind.title for kind in kinds)
+    response = {"description": description, "content": {PROBLEM_JSON.decode(): media}}
+    return response | ({"headers": headers} if headers else {})
