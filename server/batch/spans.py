@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import Protocol
 
 from cobatch.batcher.bundle import Bundle
 from cobatch.batcher.request import Request
@@ -20,16 +19,11 @@ from cobatch.server.http.reply import Reply
 from cobatch.server.http.request_id import place_of
 from cobatch.server.inference.model import Model
 from cobatch.server.observability.history import LONGEST_PATH, History
+from cobatch.server.observability.observer import Tracer
 from cobatch.server.observability.record import INFER_ROUTE, RequestRecord
 
 # A traced item's spans take 0.1 ms: other work gets its turn after this many items.
 _ITEMS_AT_ONCE = 8
-
-
-class ItemTracer(Protocol):
-    """Makes the spans of items (`server.observability.tracing`, which needs the extra `otel`)."""
-
-    def item_done(self, call: RequestRecord, item: RequestRecord) -> None: ...
 
 
 class Progress:
@@ -65,7 +59,7 @@ class Progress:
 class ItemObserver:
     """Tells `history` of all calls' items, and `tracer`, if there is one, of those of traced calls."""
 
-    def __init__(self, history: History, tracer: ItemTracer | None) -> None:
+    def __init__(self, history: History, tracer: Tracer | None) -> None:
         self._history = history
         self._tracer = tracer
 

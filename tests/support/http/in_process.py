@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -49,9 +49,11 @@ async def in_process(
     engines: Mapping[str, Engine] | None = None,
     ready: bool = True,
     auth: AuthSettings | None = None,
+    wrap: Callable[[ASGIApp], ASGIApp] = lambda app: app,
     **settings: Any,
 ) -> AsyncIterator[InProcess]:
-    """Run the application with its lifespan. `engines`, by path, replace the engines of model files."""
+    """Run the application with its lifespan. `engines`, by path, replace the engines of model files; `wrap`
+    puts a middleware around the application."""
     fakes = engines or {}
 
     def load(kind: str, path: str, max_batch_size: int, options: EngineOptions) -> Engine:
@@ -72,7 +74,7 @@ async def in_process(
     assert isinstance(inner, InferRoutes)
     starlette: Any = inner.app
     # An exception becomes a response, as it does over a socket.
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    transport = httpx.ASGITransport(wrap(app), raise_app_exceptions=False)
     with mock.patch.object(cobatch.server.inference.model, "load_engine", load):
         async with (
             starlette.router.lifespan_context(starlette),

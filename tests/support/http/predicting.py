@@ -10,21 +10,19 @@ import math
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import httpx
 import numpy as np
-from onnx import TensorProto, helper
+from onnx import TensorProto
+from starlette.types import ASGIApp
 
-import cobatch.server.inference.model
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import Engine
-from cobatch.engines.loader import EngineOptions, load_engine
-from cobatch.server.app import build
 from cobatch.server.auth.principal import PRINCIPAL, Principal
-from cobatch.server.edge.asgi import InferRoutes, ObservingMiddleware
 from cobatch.server.inference.service import Inference
-from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings
+from cobatch.server.settings.schema import ModelSettings
+from tests.support.http import wire
+from tests.support.http.in_process import in_process
 from tests.support.http.serving import DEADLINE_S, GatedEngine
 from tests.support.models import models
 
@@ -34,7 +32,7 @@ GATE = "/v1/models/gate/predictions"
 class App:
     """A running application and a client for it."""
 
-    def __init__(self, app: ObservingMiddleware, core: Inference, client: httpx.AsyncClient) -> None:
+    def __init__(self, app: ASGIApp, core: Inference, client: httpx.AsyncClient) -> None:
         self.app = app
         self.core = core
         self.client = client
@@ -78,31 +76,8 @@ async def running(
     served: tuple[ModelSettings, ...], engines: Mapping[str, Engine] | None = None, **settings: Any
 ) -> AsyncIterator[App]:
     """Run the application with these models. `engines`, by path, replace the engines of model files."""
-    fakes = engines or {}
-
-    def load(kind: str, path: str, max_batch_size: int, options: EngineOptions) -> Engine:
-        return fakes.get(path) or load_engine(kind, path, max_batch_size, options)
-
-    core = Inference(Settings(server=ServerSettings(**settings), models=served))
-    ready = asyncio.Event()
-    core.on_ready = ready.set
-    app = build(core)
-    assert isinstance(app, ObservingMiddleware)
-    inner = app.app
-    assert isinstance(inner, InferRoutes)
-    transport = httpx.ASGITransport(Subjects(app))
-    with mock.patch.object(cobatch.server.inference.model, "load_engine", load):
-        async with (
-            inner.app.router.lifespan_context(inner.app),  # type: ignore[attr-defined]
-            httpx.AsyncClient(transport=transport, base_url="http://test") as client,
-        ):
-            await asyncio.wait_for(ready.wait(), DEADLINE_S)
-            try:
-                yield App(app, core, client)
-            finally:
-                for engine in fakes.values():
-                    if isinstance(engine, GatedEngine):
-                        engine.release()
+    async with in_process(*served, engines=engines, wrap=Subjects, **settings) as running:
+        yield App(running.app, running.core, running.http)
 
 
 @contextlib.asynccontextmanager
@@ -123,7 +98,7 @@ async def small_models(folder: Path) -> AsyncIterator[App]:
     files = {
         "add": models.two_inputs(),
         "negate": models.negate(width=3),
-        "any-size": any_size(),
+        "any-size": wire.any_size(),
         "pick": models.pick(),
         "text": models.identity(TensorProto.STRING, "width"),
         "truth": models.identity(TensorProto.BOOL, 2),
@@ -137,13 +112,6 @@ async def small_models(folder: Path) -> AsyncIterator[App]:
     )
     async with running(settings, max_body_bytes=100_000) as app:
         yield app
-
-
-def any_size() -> bytes:
-    """y = -x, FP32 [batch, any, any]."""
-    shape = ["batch", "width", "height"]
-    nodes = [helper.make_node("Neg", ["x"], ["y"])]
-    return models.model(nodes, [("x", TensorProto.FLOAT, shape)], [("y", TensorProto.FLOAT, shape)])
 
 
 def outputs(answer: httpx.Response) -> Any:
