@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-import http.client
+import argparse
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.common import wire
 from benchmarks.common.models import OUT
 
 ROOT = Path(__file__).parents[2]
 _LISTENING = re.compile(r"listening on http://(\S+)")
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 40.0
+
+
+def some_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """Return a parser of comma-separated names for argparse."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(text.split(","))
+        if unknown := sorted(set(names) - set(known)):
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not one of {', '.join(known)}")
+        return names
+
+    return parse
 
 
 class StartError(Exception):
@@ -86,21 +99,10 @@ def _wait_until_up(name: str, process: subprocess.Popen[bytes], log: Path, ready
     give_up = time.monotonic() + _START_TIMEOUT_S
     while process.poll() is None and time.monotonic() < give_up:
         line = _LISTENING.search(log.read_text(errors="replace"))
-        if line and (ready is None or _answers(line[1], ready)):
+        if line and (ready is None or wire.get(line[1], ready)[0] == 200):
             return line[1]
         time.sleep(0.02)
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
     status = process.poll()
     why = f"exited with status {status}" if status is not None else f"not ready in {_START_TIMEOUT_S:.0f} s"
     raise StartError(f"{name}: {why}; it printed:\n{tail}")
-
-
-def _answers(address: str, path: str) -> bool:
-    connection = http.client.HTTPConnection(address, timeout=5)
-    try:
-        connection.request("GET", path)
-        return connection.getresponse().status == 200
-    except OSError:
-        return False
-    finally:
-        connection.close()

@@ -100,6 +100,19 @@ def decode(answer: Message) -> Array:
     return np.frombuffer(answer.body[int(length) :], dtype).reshape(output["shape"])
 
 
+def get(address: str, path: str) -> tuple[int, bytes]:
+    """Return status and body of a GET on a new connection; status 0 without an answer."""
+    connection = http.client.HTTPConnection(address, timeout=5)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read()
+    except (OSError, http.client.HTTPException):
+        return 0, b""
+    finally:
+        connection.close()
+
+
 def post(address: str, path: str, request: Message) -> Message:
     """Send a POST on a new connection. Raises RefusedError unless the status is 200."""
     connection = http.client.HTTPConnection(address, timeout=60)

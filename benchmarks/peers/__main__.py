@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks.common import wire
-from benchmarks.common.processes import ROOT
+from benchmarks.common.processes import ROOT, some_of
 from benchmarks.common.wrk import WrkError, require_wrk
 from benchmarks.peers import overload, page, turns
 from benchmarks.peers.catalogue import OURS, PEERS, Peer
@@ -147,10 +147,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="./scripts/bench-peers", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one short round with 64 connections")
     parser.add_argument(
-        "--only", type=_some(_SECTIONS), default=_SECTIONS, help=f"some of {','.join(_SECTIONS)}"
+        "--only", type=some_of(_SECTIONS), default=_SECTIONS, help=f"some of {','.join(_SECTIONS)}"
     )
     names = tuple(peer.name for peer in PEERS)
-    parser.add_argument("--peers", type=_some(names), default=names, help=f"some of {','.join(names)}")
+    parser.add_argument("--peers", type=some_of(names), default=names, help=f"some of {','.join(names)}")
     parser.add_argument(
         "--connections", type=_numbers, help="with each model (default: 1,16,64,256; wide: not 1)"
     )
@@ -174,17 +174,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         options.results = ROOT / "benchmarks" / "results" if whole else FOLDER / "results"
     options.peers = [peer for peer in PEERS if peer.name in options.peers]
     return options
-
-
-def _some(known: tuple[str, ...]):  # type: ignore[no-untyped-def]
-    def parse(text: str) -> tuple[str, ...]:
-        names = tuple(text.split(","))
-        unknown = sorted(set(names) - set(known))
-        if unknown:
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not one of {', '.join(known)}")
-        return names
-
-    return parse
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import signal
@@ -16,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.common import wire
 from benchmarks.common.models import model_path
 from benchmarks.common.offline import default_threads
 from benchmarks.common.processes import ROOT
@@ -26,6 +26,7 @@ from benchmarks.peers.environments import FOLDER, MissingError
 _APPS = Path(__file__).parent / "apps"
 _COUNTS = struct.Struct("=qq")
 _STOP_S = 30.0
+OUR_PYTHON = Path(sys.executable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class Running:
     def counts(self) -> Counts:
         """Return the model's counts: from cobatch's statistics, or from the file of a server's app."""
         if self.peer is OURS:
-            stats = json.loads(_get(self.address, f"/v2/models/{self.model}/stats")[1])["model_stats"][0]
+            stats = json.loads(wire.get(self.address, f"/v2/models/{self.model}/stats")[1])["model_stats"][0]
             return Counts(stats["execution_count"], stats["inference_count"])
         return Counts(*_COUNTS.unpack(self.counts_file.read_bytes()))
 
@@ -140,7 +141,7 @@ def _wait_until_ready(running: Running, process: subprocess.Popen[bytes], log: P
     peer = running.peer
     give_up = time.monotonic() + peer.start_s
     while process.poll() is None and time.monotonic() < give_up:
-        if _get(running.address, peer.ready.format(model=running.model))[0] == 200:
+        if wire.get(running.address, peer.ready.format(model=running.model))[0] == 200:
             return
         time.sleep(0.05)
     status = process.poll()
@@ -185,19 +186,3 @@ def _free_ports(many: int) -> list[int]:
     for listener in listeners:
         listener.close()
     return ports
-
-
-def _get(address: str, path: str) -> tuple[int, bytes]:
-    """Return status and body; status 0 without an answer."""
-    connection = http.client.HTTPConnection(address, timeout=5)
-    try:
-        connection.request("GET", path)
-        response = connection.getresponse()
-        return response.status, response.read()
-    except (OSError, http.client.HTTPException):
-        return 0, b""
-    finally:
-        connection.close()
-
-
-OUR_PYTHON = Path(sys.executable)

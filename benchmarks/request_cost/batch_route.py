@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import urllib.request
 from contextlib import ExitStack
 from statistics import median
 
@@ -97,9 +96,8 @@ def _cpu_per_call(
 
 def _done(server: Server) -> int:
     """Return the number of infer requests that the model has answered with a result."""
-    with urllib.request.urlopen(f"http://{server.address}/v2/models/tiny/stats") as response:
-        stats = json.load(response)["model_stats"][0]["inference_stats"]
-    return int(stats["success"]["count"])
+    _, body = wire.get(server.address, "/v2/models/tiny/stats")
+    return int(json.loads(body)["model_stats"][0]["inference_stats"]["success"]["count"])
 
 
 def main(arguments: list[str] | None = None) -> int:

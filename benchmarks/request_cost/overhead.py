@@ -21,7 +21,7 @@ from rich.console import Console
 from benchmarks.common import wire
 from benchmarks.common.models import model_path
 from benchmarks.common.offline import offline
-from benchmarks.common.processes import Server, StartError, cobatch, floor
+from benchmarks.common.processes import Server, StartError, cobatch, floor, some_of
 from benchmarks.common.turns import Turn, mean_turn, offline_turn, serve_turn, wait_until_idle
 from benchmarks.common.wrk import WrkError, require_wrk
 from benchmarks.request_cost import answers, report
@@ -130,7 +130,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="rounds of each case (default: 3)")
     parser.add_argument("--seconds", type=int, help="seconds of cobatch's turn in a round (default: 3)")
     parser.add_argument(
-        "--only", type=_groups, default=GROUPS, metavar="GROUPS", help=f"some of {','.join(GROUPS)}"
+        "--only", type=some_of(GROUPS), default=GROUPS, metavar="GROUPS", help=f"some of {','.join(GROUPS)}"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every turn to a file")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
@@ -142,14 +142,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1")
     return options
-
-
-def _groups(text: str) -> tuple[str, ...]:
-    groups = tuple(text.split(","))
-    unknown = set(groups) - set(GROUPS)
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: not one of {', '.join(GROUPS)}")
-    return groups
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 import uvloop
 
 from benchmarks.common.models import OUT
-from benchmarks.common.processes import ROOT
+from benchmarks.common.processes import ROOT, some_of
 from benchmarks.request_cost.report import describe_machine
 from benchmarks.scaling import cases
 from benchmarks.scaling.fit import Line, Point, growth, verdict
@@ -50,18 +50,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Return 0; with --check 1 if a cost grows too fast."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few short rounds of few sizes")
-    parser.add_argument("--only", default=",".join(_CASES), help=f"some of {','.join(_CASES)}")
+    parser.add_argument(
+        "--only", type=some_of(tuple(_CASES)), default=tuple(_CASES), help=f"some of {','.join(_CASES)}"
+    )
     parser.add_argument("--check", action="store_true", help="exit status 1 if a cost grows too fast")
     parser.add_argument("--results", type=Path, metavar="FOLDER")
     options = parser.parse_args(arguments)
-    names = options.only.split(",")
-    if unknown := [name for name in names if name not in _CASES]:
-        parser.error(f"{', '.join(unknown)}: not one of {', '.join(_CASES)}")
     lines: list[Line] = []
-    for name in names:
+    for name in options.only:
         lines += (found := _CASES[name](options.quick))
         print("\n".join(_printed(line) for line in found), flush=True)
-    whole = not options.quick and names == list(_CASES)
+    whole = not options.quick and options.only == tuple(_CASES)
     folder = options.results or (ROOT / "benchmarks" / "results" / "scaling" if whole else OUT / "scaling")
     write(lines, folder)
     bad = [line.name for line in lines if not verdict(line)]
