@@ -43,14 +43,14 @@ class Explainer:
         self._clock = clock
 
     def explain(self, request_id: str) -> dict[str, Any]:
-        """Return all that is known of a request. Raises Problem if that is nothing."""
+        """Return the explanation of a request. Raises Problem if the request is unknown."""
         result = self._by_record(self._history.record(request_id))
         if result is None:
             item = self._history.item(request_id)
             result = self._by_place(item.decode()) if isinstance(item, bytes) else self._by_record(item)
         result = result or self._by_place(request_id)
         if result is None:
-            detail = f"there was no request {request_id!r}, or it is too long ago"
+            detail = f"request {request_id!r} is unknown, or no longer kept"
             raise Problem("unknown-request", detail, id=request_id)
         return result | {"id": request_id}
 

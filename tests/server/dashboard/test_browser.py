@@ -183,7 +183,7 @@ def test_keyboard_selects_a_second_and_a_batch(browser: Browser) -> None:
         expect(page.locator("#explained")).to_contain_text(re.compile(rf"\bbatch {seen[2]}\b"))
         page.fill("#request-id", "never-was")
         page.keyboard.press("Enter")
-        expect(page.locator("#explained")).to_contain_text("there was no request 'never-was'")
+        expect(page.locator("#explained")).to_contain_text("request 'never-was' is unknown")
 
 
 def test_a_paused_page_does_not_change(browser: Browser) -> None:

@@ -1,10 +1,8 @@
-"""Explain my latency: what is told of a recent request, over HTTP and by `cobatch explain`."""
+"""GET /v1/requests/ID, and `cobatch explain`: timings and batches of recent requests."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,8 @@ from cobatch.server.api.requests import REASONS
 from cobatch.server.cli import app
 from cobatch.server.http.request_id import place_of
 from cobatch.server.observability import history
-from cobatch.server.observability.record import RequestRecord
 from tests.support.auth import protected as guarded
 from tests.support.http.serving import GATE, Answer, Client, GatedEngine, Served, gate, gated, get, post
-from tests.support.virtual.loop import Call, FakeEngine, FakeWorker, make_batcher, run
 
 BOTH = pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
 STAGES = ("queue", "pack", "wait_for_engine", "compute", "answer")
@@ -38,7 +34,7 @@ def explained(served: Served, request_id: str) -> Any:
 
 
 def held_then_together(served: Served, engine: GatedEngine, *requests: bytes) -> list[Answer]:
-    """Send the first, which the engine is held with, then the others, which ride behind it in one batch."""
+    """Hold the engine with the first request, and send the others, which then share a batch."""
     counters = served.batcher().counters
     engine.hold()
     clients: list[Client] = []
@@ -57,7 +53,7 @@ def held_then_together(served: Served, engine: GatedEngine, *requests: bytes) ->
 
 
 @BOTH
-def test_in_which_company_it_rode_and_what_it_waited_for(fast: bool) -> None:
+def test_explanation_has_batch_and_earlier_runs(fast: bool) -> None:
     with gated(fast) as (served, engine):
         answers = held_then_together(served, engine, gate(7), gate(1), gate(2, 3))
         first, second, third = (explained(served, id_of(answer)) for answer in answers)
@@ -80,27 +76,27 @@ def test_in_which_company_it_rode_and_what_it_waited_for(fast: bool) -> None:
 
 
 @BOTH
-def test_by_the_callers_own_id(fast: bool) -> None:
+def test_by_the_clients_own_id(fast: bool) -> None:
     with gated(fast) as (served, _):
         served.ask(gate(1, headers={"X-Request-Id": "mine"}))
         served.ask(gate(1, 2, headers={"X-Request-Id": "mine"}))
-        found = explained(served, "mine")
-    # The newest of that name.
-    assert (found["id"], found["status"], found["rows"], found["model"]) == ("mine", 200, 2, "gate")
-    assert found["batches"][0]["rows"] == 2
+        result = explained(served, "mine")
+    # The newest request with this id.
+    assert (result["id"], result["status"], result["rows"], result["model"]) == ("mine", 200, 2, "gate")
+    assert result["batches"][0]["rows"] == 2
 
 
 @BOTH
-def test_one_that_rode_in_several_batches(fast: bool) -> None:
+def test_a_request_in_several_batches(fast: bool) -> None:
     with gated(fast) as (served, _):
-        found = explained(served, id_of(served.ask(gate(*range(6)))))
-    assert [one["rows"] for one in found["batches"]] == [4, 2]
-    assert found["rows"] == 6
-    assert set(found["times_us"]) == {*STAGES, "total"}
+        result = explained(served, id_of(served.ask(gate(*range(6)))))
+    assert [one["rows"] for one in result["batches"]] == [4, 2]
+    assert result["rows"] == 6
+    assert set(result["times_us"]) == {*STAGES, "total"}
 
 
 @BOTH
-def test_one_that_was_refused_and_one_that_failed(fast: bool) -> None:
+def test_refused_and_failed_requests(fast: bool) -> None:
     with gated(fast) as (served, engine):
         refused = explained(served, id_of(served.ask(post(GATE, b"{"))))
         engine.fails = lambda x: EngineRunError("no")
@@ -112,37 +108,37 @@ def test_one_that_was_refused_and_one_that_failed(fast: bool) -> None:
 
 
 @BOTH
-def test_predictions_too(fast: bool) -> None:
+def test_predictions_are_explained(fast: bool) -> None:
     with gated(fast) as (served, _):
         headers = {"Content-Type": "application/json"}
         answer = served.ask(post("/v1/models/gate/predictions", {"inputs": {"x": [[1], [2]]}}, headers))
-        found = explained(served, id_of(answer))
-    assert (found["model"], found["rows"], found["batches"][0]["rows"]) == ("gate", 2, 2)
+        result = explained(served, id_of(answer))
+    assert (result["model"], result["rows"], result["batches"][0]["rows"]) == ("gate", 2, 2)
 
 
-def test_a_part_of_a_batch_that_failed_says_so() -> None:
+def test_a_retried_part_of_a_batch_has_its_reason() -> None:
     with gated(True) as (served, engine):
         engine.fails = lambda x: EngineRunError("no") if 13 in x[:, 0] else None
         answers = held_then_together(served, engine, gate(7), gate(1), gate(13))
-        found = explained(served, id_of(answers[1]))
+        result = explained(served, id_of(answers[1]))
     assert [answer.status for answer in answers] == [200, 200, 500]
-    assert found["batches"][0]["reason"] == policy.RETRY
-    assert found["batches"][0]["requests"] == 1
+    assert result["batches"][0]["reason"] == policy.RETRY
+    assert result["batches"][0]["requests"] == 1
 
 
 @BOTH
-def test_whose_rows_were_in_it_and_who_may_ask(fast: bool, tmp_path: Path) -> None:
+def test_explanation_has_tenants_and_needs_admin(fast: bool, tmp_path: Path) -> None:
     with guarded.protected(fast, tmp_path) as p:
         answer = p.infer(guarded.token("alice"), 1, 2)
         path = f"/v1/requests/{id_of(answer)}"
         assert p.ask(guarded.get_as(guarded.token("alice"), path)).status == 403
-        found = p.ask(guarded.get_as(guarded.token("root", scope="admin"), path)).json
+        result = p.ask(guarded.get_as(guarded.token("root", scope="admin"), path)).json
         assert p.ask(get(path)).status == 401
-    assert found["tenant"] == "alice"
-    assert found["batches"][0]["tenants"] == {"alice": 2}
+    assert result["tenant"] == "alice"
+    assert result["batches"][0]["tenants"] == {"alice": 2}
 
 
-def test_what_is_not_known() -> None:
+def test_unknown_ids() -> None:
     with gated(True) as (served, _):
         given = id_of(served.ask(gate(1, 2)))
         start, row = given.split(".")
@@ -153,7 +149,7 @@ def test_what_is_not_known() -> None:
         assert served.ask(get("/v1/requests/none")).slug == "unknown-request"
 
 
-def test_only_the_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_batches_and_records_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(history, "_RECORDS", 2)
     monkeypatch.setattr(history, "_BATCHES", 2)
     with gated(True) as (served, _):
@@ -161,32 +157,12 @@ def test_only_the_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         refused = [id_of(served.ask(post(GATE, b"{"))) for _ in range(3)]
         statuses = [served.ask(get(f"/v1/requests/{one}")).status for one in ids]
         assert statuses == [404, 200, 200]
-        # Being asked is a request too.
+        # The requests above are records too, and displaced this one.
         assert served.ask(get(f"/v1/requests/{refused[0]}")).status == 404
 
 
-def test_a_busy_model_leaves_the_others_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(history, "_BATCHES", 6)
-
-    async def main() -> None:
-        recent = history.History(models=2)
-        for name in ("busy", "idle"):
-            batcher = make_batcher(FakeWorker(FakeEngine()))
-            batcher.name = name
-            batcher.watch_batches(partial(recent.on_batch, batcher))
-            for call in [Call([[1]]) for _ in range(10 if name == "busy" else 2)]:
-                batcher.submit(call)
-                await asyncio.sleep(1)
-        assert [len(recent.last(name, 40)) for name in ("busy", "idle", "none")] == [3, 2, 0]
-        numbers = [kept.batch.number for kept in recent.last("busy", 2)]
-        assert numbers == sorted(numbers)
-        assert len(numbers) == 2
-
-    run(main())
-
-
 @BOTH
-def test_an_id_of_ours_names_one_request_only(fast: bool) -> None:
+def test_a_client_cannot_reuse_an_id_of_the_server(fast: bool) -> None:
     with gated(fast) as (served, _):
         for request in (gate(1), get("/none")):
             first = id_of(served.ask(request))
@@ -197,35 +173,27 @@ def test_an_id_of_ours_names_one_request_only(fast: bool) -> None:
             assert (after["status"], after["time"]) == (before["status"], before["time"])
 
 
-def test_a_list_of_states_is_kept_whole_or_not_at_all() -> None:
-    record = RequestRecord("", "GET", "/", 0.0)
-    record.mark(b"tracestate", b"a=1")
-    record.mark(b"tracestate", b"b=" + b"2" * 9000)
-    record.mark(b"tracestate", b"c=3")
-    assert record.tracestate == "a=1,c=3"
-
-
 @BOTH
-def test_what_is_kept_is_not_as_long_as_a_caller_likes(fast: bool) -> None:
+def test_long_headers_and_paths_are_cut(fast: bool) -> None:
     with gated(fast) as (served, _):
         long = {"traceparent": "0" * 9000, "tracestate": "a=b," * 4000}
         given = id_of(served.ask(get("/none/" + "x" * 20_000).replace(b"\r\n\r\n", lines(long))))
-        found = explained(served, given)
+        result = explained(served, given)
         kept = [
             sink.__self__.record(given)  # type: ignore[attr-defined]  # a bound method
             for sink in served.core.observer._requests
         ]
-    assert found["path"] == "/none/" + "x" * 494
+    assert result["path"] == "/none/" + "x" * 494
     for record in kept:
         assert len(record.path) + len(record.traceparent) + len(record.tracestate) < 1000
 
 
 def lines(headers: dict[str, str]) -> bytes:
-    """More headers, and the end."""
+    """Return further header lines and the end of the headers."""
     return "".join(f"\r\n{name}: {value}" for name, value in headers.items()).encode() + b"\r\n\r\n"
 
 
-def test_every_reason_has_its_words() -> None:
+def test_every_reason_is_explained() -> None:
     reasons = {value for name, value in vars(policy).items() if name.isupper() and isinstance(value, str)}
     assert set(REASONS) == reasons
 
@@ -233,34 +201,34 @@ def test_every_reason_has_its_words() -> None:
 # The command
 
 
-def ask(served: Served, *words: str, **variables: str) -> Any:
+def command(served: Served, *words: str, **variables: str) -> Any:
     url = f"http://127.0.0.1:{served.server.port}"
     return CliRunner().invoke(app, [*words, "--url", url], env=variables)
 
 
-def test_the_command() -> None:
+def test_command_prints_sentences_or_json() -> None:
     with gated(True) as (served, _):
         given = id_of(served.ask(gate(1)))
-        told = ask(served, "explain", given)
-        as_json = ask(served, "explain", given, "--json")
-        unknown = ask(served, "explain", "none")
-    assert told.exit_code == 0
-    assert told.stdout.startswith("It took ")
-    assert "(idle)" in told.stdout
+        result = command(served, "explain", given)
+        as_json = command(served, "explain", given, "--json")
+        unknown = command(served, "explain", "none")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("It took ")
+    assert "(idle)" in result.stdout
     assert json.loads(as_json.stdout)["id"] == given
     assert unknown.exit_code == 1
-    assert "answered 404: there was no request 'none'" in unknown.stderr
+    assert "answered 404: request 'none' is unknown" in unknown.stderr
 
 
-def test_the_command_with_credentials(tmp_path: Path) -> None:
+def test_command_with_credentials(tmp_path: Path) -> None:
     with guarded.protected(True, tmp_path, keys={"ops": ("admin",)}) as p:
         given = id_of(p.infer(guarded.token(), 1))
         file = tmp_path / "token"
         file.write_text(guarded.token("root", scope="admin") + "\n")
-        assert ask(p.served, "explain", given).exit_code == 1
-        assert ask(p.served, "explain", given, "--token-file", str(file)).exit_code == 0
-        assert ask(p.served, "explain", given, COBATCH_TOKEN=p.keys["ops"]).exit_code == 0
-        missing = ask(p.served, "explain", given, "--token-file", str(tmp_path / "none"))
+        assert command(p.served, "explain", given).exit_code == 1
+        assert command(p.served, "explain", given, "--token-file", str(file)).exit_code == 0
+        assert command(p.served, "explain", given, COBATCH_TOKEN=p.keys["ops"]).exit_code == 0
+        missing = command(p.served, "explain", given, "--token-file", str(tmp_path / "none"))
     assert missing.exit_code == 1
     assert "--token-file: cannot read" in missing.stderr
 
@@ -272,7 +240,7 @@ def test_the_command_with_credentials(tmp_path: Path) -> None:
         ("http://127.0.0.1:1", "cannot reach"),
     ],
 )
-def test_a_server_that_cannot_be_asked(url: str, why: str) -> None:
+def test_command_with_unreachable_server(url: str, why: str) -> None:
     result = CliRunner().invoke(app, ["explain", "x", "--url", url])
     assert result.exit_code == 1
     assert why in result.stderr
