@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -28,3 +30,13 @@ def end(message: str, status: int) -> typer.Exit:
     """Print why the command failed, in one line on stderr; the caller raises the returned exit."""
     typer.echo(f"cobatch: {' '.join(message.split())}", err=True)
     return typer.Exit(status)
+
+
+def option(metavar: str, text: str, *names: str, **attributes: Any) -> Any:
+    """Return an option with a placeholder and a help text; typer's attributes apply."""
+    return typer.Option(*names, metavar=metavar, help=text, **attributes)
+
+
+def switch(name: str, text: str) -> Any:
+    """Return a switch that has no `--no-...` form."""
+    return typer.Option(name, help=text)

@@ -36,7 +36,7 @@ _MAX_KEYS = 200
 _RSA_BITS = range(2048, 8193)
 _RSA_EXPONENT = 2**33
 _SECRET_BYTES = 32  # RFC 7518, 3.2: the size of the digest
-_PUBLIC_MEMBERS: dict[str, tuple[type[Algorithm], tuple[str, ...]]] = {
+PUBLIC_MEMBERS: dict[str, tuple[type[Algorithm], tuple[str, ...]]] = {
     "RSA": (RSAAlgorithm, ("kty", "n", "e")),
     "EC": (ECAlgorithm, ("kty", "crv", "x", "y")),
     "OKP": (OKPAlgorithm, ("kty", "crv", "x")),
@@ -55,8 +55,8 @@ class Key(msgspec.Struct, eq=False):
         return f"Key({reprlib.repr(self.kid)}, {self.algorithm})"
 
 
-class _UnusableKeyError(Exception):
-    """The reason why a key is skipped; never quotes its material."""
+class UnusableKeyError(Exception):
+    """The reason why a key cannot be used; never quotes its material."""
 
 
 def parse_jwks(text: bytes, algorithms: Sequence[str]) -> list[Key]:
@@ -70,7 +70,7 @@ def parse_jwks(text: bytes, algorithms: Sequence[str]) -> list[Key]:
         kid = jwk.get("kid") if isinstance(jwk, dict) else None
         try:
             key = _from_jwk(jwk, algorithms)
-        except _UnusableKeyError as reason:
+        except UnusableKeyError as reason:
             log.debug("skipped a JWK: kid %s, %s", reprlib.repr(kid), reason)
             continue
         # Keys without a name are all kept.
@@ -101,53 +101,56 @@ def _jwk_list(text: bytes) -> list[Any]:
 
 def _from_jwk(jwk: Any, algorithms: Sequence[str]) -> Key:
     if not isinstance(jwk, dict):
-        raise _UnusableKeyError("it is not an object")
+        raise UnusableKeyError("it is not an object")
     kid, use, operations, own = (jwk.get(name) for name in ("kid", "use", "key_ops", "alg"))
     if kid is not None and not (isinstance(kid, str) and len(kid) <= MAX_KID):
-        raise _UnusableKeyError(f"its kid is not a text of at most {MAX_KID} characters")
+        raise UnusableKeyError(f"its kid is not a text of at most {MAX_KID} characters")
     if use not in (None, "sig"):
-        raise _UnusableKeyError("its use is not sig")
+        raise UnusableKeyError("its use is not sig")
     if operations is not None and not (isinstance(operations, list) and "verify" in operations):
-        raise _UnusableKeyError("its key_ops lack verify")
+        raise UnusableKeyError("its key_ops lack verify")
     if own is not None and own not in algorithms:
-        raise _UnusableKeyError("its alg is not configured")
+        raise UnusableKeyError("its alg is not configured")
     return _bound_key(kid, _public_key(jwk), algorithms if own is None else [own])
 
 
-def _public_key(jwk: dict[str, Any]) -> object:
+def _public_key(jwk: dict[str, Any]) -> Any:
     """Read the public members only. Symmetric keys (`oct`) are refused, since JWK sets are public."""
     kind = jwk.get("kty")
-    if not isinstance(kind, str) or kind not in _PUBLIC_MEMBERS:
-        raise _UnusableKeyError("its kty is none of RSA, EC, OKP")
-    family, names = _PUBLIC_MEMBERS[kind]
+    if not isinstance(kind, str) or kind not in PUBLIC_MEMBERS:
+        raise UnusableKeyError("its kty is none of RSA, EC, OKP")
+    family, names = PUBLIC_MEMBERS[kind]
     try:
         return family.from_jwk({name: jwk[name] for name in names})
     except (KeyError, TypeError, ValueError, OverflowError, PyJWTError, UnsupportedAlgorithm):
-        raise _UnusableKeyError(f"its members are not a valid {kind} key") from None
+        raise UnusableKeyError(f"its members are not a valid {kind} key") from None
 
 
-def _bound_key(kid: str | None, public_key: object, algorithms: Iterable[str]) -> Key:
-    """Bind a key to the first of `algorithms` that its kind, size and curve allow."""
-    fitting: tuple[str, ...]
+def fitting_algorithms(public_key: object) -> tuple[str, ...]:
+    """Return the algorithms that a key's kind, size and curve allow. Raises UnusableKeyError."""
     match public_key:
         case RSAPublicKey():
             if (bits := public_key.key_size) not in _RSA_BITS:
-                raise _UnusableKeyError(f"it has {bits} bits, not {_RSA_BITS.start} to {_RSA_BITS[-1]}")
+                raise UnusableKeyError(f"it has {bits} bits, not {_RSA_BITS.start} to {_RSA_BITS[-1]}")
             if public_key.public_numbers().e >= _RSA_EXPONENT:
-                raise _UnusableKeyError("its exponent is so large that each check would be slow")
-            fitting = ("RS256", "PS256")
+                raise UnusableKeyError("its exponent is so large that each check would be slow")
+            return "RS256", "PS256"
         case EllipticCurvePublicKey():
             if not isinstance(public_key.curve, SECP256R1):
-                raise _UnusableKeyError(f"its curve is {public_key.curve.name}, not P-256")
-            fitting = ("ES256",)
+                raise UnusableKeyError(f"its curve is {public_key.curve.name}, not P-256")
+            return ("ES256",)
         case Ed25519PublicKey():
-            fitting = ("EdDSA",)
-        case _:
-            raise _UnusableKeyError("not an RSA, P-256 or Ed25519 key")
+            return ("EdDSA",)
+    raise UnusableKeyError("not an RSA, P-256 or Ed25519 key")
+
+
+def _bound_key(kid: str | None, public_key: Any, algorithms: Iterable[str]) -> Key:
+    """Bind a key to the first of `algorithms` that fits it."""
+    fitting = fitting_algorithms(public_key)
     for algorithm in algorithms:
         if algorithm in fitting:
             return Key(kid, algorithm, public_key)
-    raise _UnusableKeyError(f"it is for {' or '.join(fitting)}, which is not configured")
+    raise UnusableKeyError(f"it is for {' or '.join(fitting)}, which is not configured")
 
 
 def configured_keys(issuer: Issuer) -> list[Key]:
@@ -200,7 +203,7 @@ def _from_pem(path: Path, text: bytes, algorithms: Sequence[str]) -> Key:
         return _bound_key(None, load_pem_public_key(text), algorithms)
     except (ValueError, UnsupportedAlgorithm):
         raise SettingsError(f"auth: {path}: not a public key in PEM") from None
-    except _UnusableKeyError as reason:
+    except UnusableKeyError as reason:
         raise SettingsError(f"auth: {path}: {reason}") from None
 
 

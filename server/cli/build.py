@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -24,8 +25,12 @@ from cobatch.engines.tensorrt.plans import build as building
 from cobatch.engines.tensorrt.plans import manifest as manifests
 from cobatch.engines.tensorrt.plans.cache import PLAN_SUFFIXES
 from cobatch.engines.tensorrt.plans.manifest import BuildOptions, Manifest
-from cobatch.server.console import end
+from cobatch.server.console import end, option, switch
 
+_OPT_HELP = "Rows to choose kernels for (default: the largest batch)."
+_CACHE_HELP = "File of kernel timings, read and updated; speeds up later builds."
+_HARDWARE_HELP = "For every GPU from Ampere on; may run slower."
+_VERSION_HELP = "For later TensorRT versions too; serve it with --plan-host-code."
 _PROFILE_HELP = (
     "Shapes to build for, once for each profile: MIN/OPT/MAX rows (1/8/64), or "
     "INPUT:MIN/OPT/MAX with commas (ids:1x16/8x64/64x512,mask:…); default: 1/OPT/MAX of the batch sizes."
@@ -33,38 +38,20 @@ _PROFILE_HELP = (
 
 
 def build(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="An ONNX file.")],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="The plan (default: MODEL's .plan).")
+        Path | None, option("FILE", "The plan (default: MODEL's .plan).", "-o", "--output")
     ] = None,
-    max_batch_size: Annotated[
-        int, typer.Option(metavar="ROWS", min=1, max=65536, help="Largest batch, in rows.")
-    ] = 64,
-    opt_batch_size: Annotated[
-        int | None,
-        typer.Option(metavar="ROWS", min=1, help="Rows to choose kernels for (default: the largest batch)."),
-    ] = None,
-    profile: Annotated[list[str] | None, typer.Option(metavar="SPEC", help=_PROFILE_HELP)] = None,
-    workspace_mb: Annotated[
-        int | None, typer.Option(metavar="MB", min=1, help="Most scratch memory of a layer.")
-    ] = None,
-    timing_cache: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="File of kernel timings, read and updated; speeds up later builds."
-        ),
-    ] = None,
-    hardware_compatible: Annotated[
-        bool, typer.Option("--hardware-compatible", help="For every GPU from Ampere on; may run slower.")
-    ] = False,
-    version_compatible: Annotated[
-        bool,
-        typer.Option(
-            "--version-compatible", help="For later TensorRT versions too; serve it with --plan-host-code."
-        ),
-    ] = False,
+    max_batch_size: Annotated[int, option("ROWS", "Largest batch, in rows.", min=1, max=65536)] = 64,
+    opt_batch_size: Annotated[int | None, option("ROWS", _OPT_HELP, min=1)] = None,
+    profiles: Annotated[list[str] | None, option("SPEC", _PROFILE_HELP, "--profile")] = None,
+    workspace_mb: Annotated[int | None, option("MB", "Most scratch memory of a layer.", min=1)] = None,
+    timing_cache: Annotated[Path | None, option("FILE", _CACHE_HELP)] = None,
+    hardware_compatible: Annotated[bool, switch("--hardware-compatible", _HARDWARE_HELP)] = False,
+    version_compatible: Annotated[bool, switch("--version-compatible", _VERSION_HELP)] = False,
     runtime: Annotated[
-        str, typer.Option(metavar="tensorrt|tensorrt-rtx", help="Library that builds and runs the plan.")
+        str, option("tensorrt|tensorrt-rtx", "Library that builds and runs the plan.")
     ] = "tensorrt",
 ) -> None:
     """Build a TensorRT plan from an ONNX model, for the GPU of this machine.
@@ -75,16 +62,7 @@ def build(
     logging.basicConfig(level="WARNING", format="cobatch: %(message)s")
     plan = output or model.with_suffix(".plan")
     _check_files(model, plan)
-    options = BuildOptions(
-        max_batch_size=max_batch_size,
-        opt_batch_size=opt_batch_size,
-        profiles=tuple(profile or ()),
-        workspace_mb=workspace_mb,
-        timing_cache=timing_cache,
-        hardware_compatible=hardware_compatible,
-        version_compatible=version_compatible,
-        runtime=runtime,
-    )
+    options = msgspec.convert(context.params | {"profiles": profiles or ()}, BuildOptions)
     start_s = time.monotonic()
     try:
         manifest = _build(model, plan, options)
@@ -108,48 +86,36 @@ def _check_files(model: Path, plan: Path) -> None:
 def _build(model: Path, plan: Path, options: BuildOptions) -> Manifest:
     machine = manifests.this_machine(load_tensorrt(options.runtime))
     wanted = manifests.wanted(model, machine, options)
-    with _interruptible() as interrupts, _bar(model.name) as show:
-
-        def progress(phase: str, fraction: float) -> bool:
-            show(phase, fraction)
-            return not interrupts
-
-        try:
-            built = building.build(model, options, progress)
-        except Exception:
-            if interrupts:
-                raise end("interrupted", 130) from None
-            raise
+    with _progress(model.name) as progress:
+        built = building.build(model, options, progress)
     manifest = manifests.built(wanted, built.plan, built.profiles, built.max_batch_size)
     manifests.write_plan(plan, built.plan, manifest)
     return manifest
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """Yield the list of SIGINTs that have arrived; they interrupt nothing by themselves."""
-    signals: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: signals.append(number))
+def _progress(name: str) -> Iterator[Callable[[str, float], bool]]:
+    """Yield a callback that moves a bar, if stderr is a terminal, and returns False after Ctrl-C."""
+    interrupts: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    console = Console(stderr=True)
+    phase_column = TextColumn("{task.fields[phase]}", markup=False)
+    columns = TextColumn(escape(name)), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), phase_column
     try:
-        yield signals
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task(name, total=1.0, phase="")
+
+            def progress(phase: str, fraction: float) -> bool:
+                bar.update(task, completed=fraction, phase=phase)
+                return not interrupts
+
+            yield progress
+    except Exception:
+        if interrupts:
+            raise end("interrupted", 130) from None
+        raise
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
-def _bar(name: str) -> Iterator[Callable[[str, float], None]]:
-    """Show a bar on stderr if that is a terminal."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn(escape(name)),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[phase]}", markup=False),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(name, total=1.0, phase="")
-        yield lambda phase, fraction: progress.update(task, completed=fraction, phase=phase)
 
 
 def _summary(plan: Path, manifest: Manifest, seconds: float) -> str:

@@ -15,7 +15,7 @@ from rich.text import Text
 from cobatch.engines.base import TensorSpec
 from cobatch.engines.errors import EngineError
 from cobatch.engines.loader import load_engine
-from cobatch.server.console import end, stdout
+from cobatch.server.console import end, option, stdout, switch
 from cobatch.server.settings.load import load_settings
 from cobatch.server.settings.schema import ModelSettings
 from cobatch.server.settings.values import SettingsError
@@ -23,10 +23,8 @@ from cobatch.server.settings.values import SettingsError
 
 def inspect(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model file.")],
-    engine: Annotated[
-        str, typer.Option(metavar="auto|onnxruntime|tensorrt", help="Engine that opens it.")
-    ] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    engine: Annotated[str, option("auto|onnxruntime|tensorrt", "Engine that opens it.")] = "auto",
+    as_json: Annotated[bool, switch("--json", "Print JSON instead of a table.")] = False,
 ) -> None:
     """Print a model's inputs and outputs: names, datatypes, shapes, and the batch axis."""
     try:

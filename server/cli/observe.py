@@ -22,26 +22,24 @@ from urllib.parse import quote, urlsplit
 
 import typer
 
-from cobatch.server.console import end
+from cobatch.server.console import end, option, switch
 from cobatch.server.settings.load import TOKEN_VARIABLE
 
 _TIMEOUT_S = 10.0
 _DEFAULT_URL = "http://127.0.0.1:8000"
 
-_Url = Annotated[str, typer.Option(metavar="URL", help="Address of the server.")]
-_TokenFile = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", help=f"File with a token or API key that permits admin (default: ${TOKEN_VARIABLE})."
-    ),
-]
+_TOKEN_HELP = f"File with a token or API key that permits admin (default: ${TOKEN_VARIABLE})."
+_OUTPUT_HELP = "Output file (default: cobatch-TIME.trace.json)."
+
+_Url = Annotated[str, option("URL", "Address of the server.")]
+_TokenFile = Annotated[Path | None, option("FILE", _TOKEN_HELP)]
 
 
 def explain(
     request_id: Annotated[str, typer.Argument(metavar="ID", help="X-Request-Id of a response.")],
     url: _Url = _DEFAULT_URL,
     token_file: _TokenFile = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the full record as JSON.")] = False,
+    as_json: Annotated[bool, switch("--json", "Print the full record as JSON.")] = False,
 ) -> None:
     """Say where a recent request's time went: its batch, why that was sent, and what it waited for."""
     with _response("GET", url, f"/v1/requests/{quote(request_id, safe='')}", token_file) as response:
@@ -51,13 +49,8 @@ def explain(
 
 def trace(
     url: _Url = _DEFAULT_URL,
-    seconds: Annotated[float, typer.Option(metavar="S", help="Time to record.")] = 5.0,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", metavar="FILE", help="Output file (default: cobatch-TIME.trace.json)."
-        ),
-    ] = None,
+    seconds: Annotated[float, option("S", "Time to record.")] = 5.0,
+    output: Annotated[Path | None, option("FILE", _OUTPUT_HELP, "--output", "-o")] = None,
     token_file: _TokenFile = None,
 ) -> None:
     """Record the scheduler of a running server, for https://ui.perfetto.dev or chrome://tracing."""
@@ -84,7 +77,12 @@ def _response(
     """Yield the response to read. A server that refuses or cannot be reached ends the command."""
     if urlsplit(url).scheme not in ("http", "https"):
         raise end(f"--url: expected an address with http:// or https://, got {url!r}", 1)
-    headers = _credential(token_file)
+    try:
+        token = (os.environ.get(TOKEN_VARIABLE, "") if token_file is None else token_file.read_text()).strip()
+    except (OSError, ValueError) as error:
+        raise end(f"--token-file: cannot read {token_file}: {error}", 1) from None
+    credential = {"X-API-Key": token} if token.startswith("cb_") else {"Authorization": f"Bearer {token}"}
+    headers = credential if token else {}
     call = request.Request(url.rstrip("/") + path, method=method, headers=headers)  # noqa: S310 - checked
     try:
         with request.urlopen(call, timeout=wait_s + _TIMEOUT_S) as response:  # noqa: S310 - the same
@@ -94,17 +92,6 @@ def _response(
     except OSError as error:
         reason = error.reason if isinstance(error, URLError) else error
         raise end(f"cannot reach {url}: {reason}", 1) from None
-
-
-def _credential(token_file: Path | None) -> dict[str, str]:
-    try:
-        token = os.environ.get(TOKEN_VARIABLE, "") if token_file is None else token_file.read_text()
-    except (OSError, ValueError) as error:
-        raise end(f"--token-file: cannot read {token_file}: {error}", 1) from None
-    token = token.strip()
-    if not token:
-        return {}
-    return {"X-API-Key": token} if token.startswith("cb_") else {"Authorization": f"Bearer {token}"}
 
 
 def _detail(error: HTTPError) -> str:

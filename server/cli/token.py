@@ -20,8 +20,8 @@ import typer
 
 from cobatch.server.auth.api_keys import ApiKeys, toml_string
 from cobatch.server.auth.api_keys import mint as mint_api_key
-from cobatch.server.cli.token_keys import PRIVATE, Output, issuer_of, load_signer, make_pair, sign, write
-from cobatch.server.console import end
+from cobatch.server.cli.token_keys import PRIVATE, issuer_of, load_signer, make_pair, sign, write
+from cobatch.server.console import end, option, switch
 from cobatch.server.settings.auth import AuthSettings, build_auth
 from cobatch.server.settings.values import Errors, Reader, SettingsError, check, read_toml, refused
 
@@ -37,12 +37,17 @@ _SCOPE = "infer metadata"
 _TENANT = "me"
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
-_Alg = Annotated[
-    str, typer.Option(metavar="RS256|PS256|ES256|EdDSA", help="Algorithm that the key signs with.")
-]
-_Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
-_Scope = Annotated[str, typer.Option(metavar="WORDS", help="Permissions, separated by spaces.")]
-_Tenant = typer.Option(metavar="NAME", help="Tenant that the requests belong to.")
+_Algorithm = Annotated[str, option("RS256|PS256|ES256|EdDSA", "Algorithm that the key signs with.")]
+_Config = Annotated[Path | None, option("FILE", "The server's configuration, with [auth].")]
+_Expiry = Annotated[str | None, option("TIME", "Lifetime, as 12h or 90d (default: unlimited).")]
+_Force = Annotated[bool, switch("--force", "Replace existing files.")]
+_Key = Annotated[Path | None, option("FILE", f"Private key, or HS256's secret (default: {KEY}).")]
+_KeyFile = Annotated[Path | None, option("FILE", f"File to add its hash to, such as {API_KEYS}.")]
+_Kid = Annotated[str | None, option("ID", "Key ID (default: the one in the server's keys).")]
+_Model = Annotated[Path | None, option("FILE", "Model file for the configuration.")]
+_MintAlgorithm = Annotated[str | None, option("ALGORITHM", "PS256 for an RSA key (default: the key's).")]
+_Scope = Annotated[str, option("WORDS", "Permissions, separated by spaces.")]
+_Tenant = Annotated[str, option("NAME", "Tenant that the requests belong to.")]
 
 token_app = typer.Typer(
     help="Make keys, tokens and API keys for development. In production an issuer signs the tokens.",
@@ -56,10 +61,8 @@ token_app = typer.Typer(
 @token_app.command("init")
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder; made if it is missing.")] = Path(),
-    model: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Model file for the configuration.")
-    ] = None,
-    alg: _Alg = "RS256",
+    model: _Model = None,
+    alg: _Algorithm = "RS256",
     force: _Force = False,
 ) -> None:
     """Set up a protected server for development.
@@ -73,35 +76,23 @@ def init(
             raise SettingsError(f"{model}: no model file there (flag --model)")
         pem, jwks = make_pair(algorithm)
         api_key, entry = mint_api_key(_TENANT, _SCOPE.split(), "cobatch token init")
-        outputs = [
-            Output(folder / KEY, pem, PRIVATE),
-            Output(folder / JWKS, jwks),
-            Output(folder / API_KEYS, entry.encode(), PRIVATE),
-            Output(folder / CONFIG, _config_text(folder, model, algorithm).encode()),
-        ]
-        write(outputs, force=force)
+        private = {folder / KEY: pem, folder / API_KEYS: entry.encode()}
+        config = _config_text(folder, model, algorithm).encode()
+        write(private, {folder / JWKS: jwks, folder / CONFIG: config}, force=force)
     typer.echo(_next_steps(folder, model, api_key))
 
 
 @token_app.command("mint")
 def mint(
-    key: Annotated[
-        Path | None, typer.Option(metavar="FILE", help=f"Private key, or HS256's secret (default: {KEY}).")
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The server's configuration, with [auth].")
-    ] = None,
-    issuer: Annotated[str | None, typer.Option(metavar="URL", help="The token's iss.")] = None,
-    audience: Annotated[str | None, typer.Option(metavar="URL", help="The token's aud.")] = None,
-    tenant: Annotated[str, _Tenant] = _TENANT,
+    key: _Key = None,
+    config: _Config = None,
+    issuer: Annotated[str | None, option("URL", "The token's iss.")] = None,
+    audience: Annotated[str | None, option("URL", "The token's aud.")] = None,
+    tenant: _Tenant = _TENANT,
     scope: _Scope = _SCOPE,
-    expires_in: Annotated[str, typer.Option(metavar="TIME", help="Lifetime: 90s, 30m, 12h or 7d.")] = "1h",
-    kid: Annotated[
-        str | None, typer.Option(metavar="ID", help="Key ID (default: the one in the server's keys).")
-    ] = None,
-    alg: Annotated[
-        str | None, typer.Option(metavar="ALGORITHM", help="PS256 for an RSA key (default: the key's).")
-    ] = None,
+    expires_in: Annotated[str, option("TIME", "Lifetime: 90s, 30m, 12h or 7d.")] = "1h",
+    kid: _Kid = None,
+    alg: _MintAlgorithm = None,
 ) -> None:
     """Print an access token (RFC 9068) for development, signed with a key of yours.
 
@@ -134,8 +125,8 @@ def mint(
 
 @token_app.command("keypair")
 def keypair(
-    output: Annotated[str, typer.Option("--output", "-o", metavar="NAME", help="NAME.pem, NAME.jwks.json.")],
-    alg: _Alg = "RS256",
+    output: Annotated[str, option("NAME", "NAME.pem, NAME.jwks.json.", "--output", "-o")],
+    alg: _Algorithm = "RS256",
     force: _Force = False,
 ) -> None:
     """Make a key pair, and print the configuration for it.
@@ -147,7 +138,7 @@ def keypair(
     with _refusals():
         algorithm = _algorithm(alg)
         pem, jwks = make_pair(algorithm)
-        write([Output(private, pem, PRIVATE), Output(public, jwks)], force=force)
+        write({private: pem}, {public: jwks}, force=force)
     typer.echo(f"# {private} is private: its readers can make any token. {public} is public.", err=True)
     typer.echo("# For the server's configuration; key_files are relative to its folder:", err=True)
     typer.echo(f'[auth]\naudience = ["{ADDRESS}"]\n\n{_issuer_text(public.name, algorithm)}', nl=False)
@@ -155,23 +146,20 @@ def keypair(
 
 @token_app.command("api-key")
 def api_key(
-    tenant: Annotated[str, _Tenant],
+    tenant: _Tenant,
     scope: _Scope = _SCOPE,
-    name: Annotated[str, typer.Option(metavar="TEXT", help="Note about its holder.")] = "",
-    expires_in: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Lifetime, as 12h or 90d (default: unlimited).")
-    ] = None,
-    file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help=f"File to add its hash to, such as {API_KEYS}.")
-    ] = None,
+    name: Annotated[str, option("TEXT", "Note about its holder.")] = "",
+    expires_in: _Expiry = None,
+    file: _KeyFile = None,
 ) -> None:
     """Make an API key, for a client that cannot do OAuth.
 
     It is printed only once, on stdout; the file holds its hash.
     """
     with _refusals():
-        lifetime = None if expires_in is None else timedelta(seconds=_seconds(expires_in))
-        expires = None if lifetime is None else datetime.now(UTC).replace(microsecond=0) + lifetime
+        expires = None
+        if expires_in is not None:
+            expires = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=_seconds(expires_in))
         secret, entry = mint_api_key(tenant, scope.split(), name, expires)
         if file is not None:
             _append_key(file, entry)

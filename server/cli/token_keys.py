@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,15 +16,18 @@ import jwt
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import load_pem_private_key as load_pem
 from jwt.algorithms import get_default_algorithms
 
-from cobatch.server.auth.keys import Key, configured_keys, load_secret
+from cobatch.server.auth.keys import (
+    PUBLIC_MEMBERS,
+    Key,
+    UnusableKeyError,
+    configured_keys,
+    fitting_algorithms,
+    load_secret,
+)
 from cobatch.server.settings.auth import AuthSettings, Issuer
 from cobatch.server.settings.values import SettingsError
 
@@ -33,15 +36,12 @@ PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | Ed25519PrivateKey
 CLIENT_ID = "cobatch-token"
 PRIVATE = 0o600
 PUBLIC = 0o644
-_RSA_BITS = 2048
 _MAKERS: dict[str, Callable[[], PrivateKey]] = {
-    "RS256": lambda: rsa.generate_private_key(65537, _RSA_BITS),
-    "PS256": lambda: rsa.generate_private_key(65537, _RSA_BITS),
+    "RS256": lambda: rsa.generate_private_key(65537, 2048),
+    "PS256": lambda: rsa.generate_private_key(65537, 2048),
     "ES256": lambda: ec.generate_private_key(ec.SECP256R1()),
     "EdDSA": Ed25519PrivateKey.generate,
 }
-# RFC 7638, 3.2, and RFC 8037, 2: the members that a thumbprint is computed from.
-_THUMBPRINT = {"RSA": ("e", "kty", "n"), "EC": ("crv", "kty", "x", "y"), "OKP": ("crv", "kty", "x")}
 
 
 class Signer(NamedTuple):
@@ -53,14 +53,6 @@ class Signer(NamedTuple):
     key: PrivateKey | bytes
     algorithms: tuple[str, ...]
     kid: str | None
-
-
-class Output(NamedTuple):
-    """A file to write."""
-
-    path: Path
-    content: bytes
-    mode: int = PUBLIC
 
 
 def make_pair(algorithm: str) -> tuple[bytes, bytes]:
@@ -84,25 +76,16 @@ def load_signer(path: Path) -> Signer:
         assert isinstance(secret, bytes)
         return Signer(secret, ("HS256",), None)
     try:
-        private = load_pem_private_key(text, None)
+        private = load_pem(text, None)
+        algorithms = fitting_algorithms(private.public_key())
     except TypeError:
         why = "the key is encrypted; give one without a passphrase"
         raise SettingsError(f"{path}: {why} (flag --key)") from None
     except (ValueError, UnsupportedAlgorithm):
         raise SettingsError(f"{path}: not a private key in PEM (flag --key)") from None
-    algorithms: tuple[str, ...]
-    match private:
-        case rsa.RSAPrivateKey() if private.key_size >= _RSA_BITS:
-            algorithms = ("RS256", "PS256")
-        case ec.EllipticCurvePrivateKey(curve=ec.SECP256R1()):
-            algorithms = ("ES256",)
-        case Ed25519PrivateKey():
-            algorithms = ("EdDSA",)
-        case rsa.RSAPrivateKey() | ec.EllipticCurvePrivateKey():
-            expected = "RSA of 2048 bits at least, P-256 or Ed25519"
-            raise SettingsError(f"{path}: no server accepts this key; expected {expected} (flag --key)")
-        case _:
-            raise SettingsError(f"{path}: not an RSA, P-256 or Ed25519 key (flag --key)")
+    except UnusableKeyError as reason:
+        raise SettingsError(f"{path}: {reason} (flag --key)") from None
+    assert isinstance(private, PrivateKey)
     return Signer(private, algorithms, _thumbprint(_jwk(private, algorithms[0])))
 
 
@@ -126,27 +109,27 @@ def sign(claims: dict[str, Any], signer: Signer, algorithm: str, kid: str | None
     return jwt.encode({"client_id": CLIENT_ID} | claims | times, signer.key, algorithm, headers)
 
 
-def write(outputs: Sequence[Output], *, force: bool) -> None:
+def write(private: dict[Path, bytes], public: dict[Path, bytes], *, force: bool) -> None:
     """Write all files, or none if one exists and `force` is not set. Raises SettingsError."""
-    for output in outputs:
-        if os.path.lexists(output.path) and not force:
-            raise SettingsError(f"{output.path} exists; --force replaces it")
-    for output in outputs:
+    for path in (*private, *public):
+        if os.path.lexists(path) and not force:
+            raise SettingsError(f"{path} exists; --force replaces it")
+    for path, content in (private | public).items():
         try:
-            output.path.parent.mkdir(parents=True, exist_ok=True)
-            output.path.unlink(missing_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
             # O_EXCL: the mode holds from the first byte on, and no link leads elsewhere.
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-            with os.fdopen(os.open(output.path, flags, output.mode), "wb") as file:
-                file.write(output.content)
+            mode = PRIVATE if path in private else PUBLIC
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+                file.write(content)
         except OSError as error:
-            raise SettingsError(f"cannot write {output.path}: {error.strerror}") from None
+            raise SettingsError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _jwk(private: PrivateKey, algorithm: str) -> dict[str, Any]:
-    """Return the public half as a JWK, with no other members than the key's."""
+    """Return the public half as a JWK of the members that RFC 7638, 3.2 hashes."""
     jwk: dict[str, Any] = get_default_algorithms()[algorithm].to_jwk(private.public_key(), as_dict=True)
-    return {name: jwk[name] for name in _THUMBPRINT[jwk["kty"]]}
+    return {name: jwk[name] for name in PUBLIC_MEMBERS[jwk["kty"]][1]}
 
 
 def _thumbprint(jwk: dict[str, Any]) -> str:
