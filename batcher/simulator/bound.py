@@ -1,16 +1,9 @@
-"""An upper bound of what any policy can answer in time.
+"""An upper bound of what any policy can answer in time; docs/scheduling.md has the proof.
 
-**Capacity.** A run of b rows occupies the engine for L(b) with any policy, and none of its rows is answered
-in time if L(b) exceeds the deadline. So in the long run a second of the engine yields at most max over b of b
-* P(L(b) <= deadline) / E[L(b)] answers in time (runs are renewals; no policy knows L(b) beforehand).
-
-**Bound on a path.** Given times of arrival allow a tighter bound. Give each row that was answered in time an
-equal part of its run: at least 1 / capacity seconds, between its arrival and its deadline, and parts do not
-overlap. So these rows could be jobs of that length on one machine, each finished between its arrival and its
-deadline. For equal jobs with deadlines in the order of arrival, first come first served that skips late jobs
-finishes the most (exchange argument: sort the jobs of an optimal schedule by arrival, and swap the first that
-differs). N nodes are at most one machine N times as fast. The bound is exact for constant run times, and
-holds in the mean for others. It ignores that a batch starts only when its last row has arrived.
+A run of b rows occupies the engine for L(b). So a second of it yields at most the maximum over b of b *
+P(L(b) <= deadline) / E[L(b)] answers in time: the capacity. Given the times of arrival, no policy answers
+more in time than one machine with equal jobs of 1 / capacity seconds that serves first come first and skips
+late jobs.
 """
 
 from __future__ import annotations

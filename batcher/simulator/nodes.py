@@ -109,7 +109,15 @@ def make_requests(
     records: Records, callers: Sequence[Caller], seed: int, trace: Trace | None = None
 ) -> Iterator[SimulatedRequest]:
     """Yield requests: the rows of a trace, or of callers drawn by their shares."""
-    tenants = {one.name: _tenant(one) for one in callers}
+    tenants = {
+        one.name: Tenant(
+            one.name,
+            weight=one.weight,
+            max_concurrent=one.max_concurrent,
+            max_queue_rows=one.max_queue_rows,
+        )
+        for one in callers
+    }
     # A single caller without a name has no tenant, as on a server without authentication.
     anonymous = len(tenants) == 1 and "default" in tenants
     for number, rows in _drawn(callers, seed) if trace is None else _recorded(callers, trace):
@@ -119,15 +127,6 @@ def make_requests(
         request.timeout_s = caller.timeout_s
         request.priority = caller.priority
         yield request
-
-
-def _tenant(caller: Caller) -> Tenant:
-    return Tenant(
-        caller.name,
-        weight=caller.weight,
-        max_concurrent=caller.max_concurrent,
-        max_queue_rows=caller.max_queue_rows,
-    )
 
 
 def _drawn(callers: Sequence[Caller], seed: int) -> Iterator[tuple[int, int]]:
