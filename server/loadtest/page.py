@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from math import ceil, floor, log10
 from operator import attrgetter
+from typing import Any
 
 from cobatch.server.loadtest.report import Report, machine, table
 from cobatch.server.loadtest.results import IntervalSummary, Results, Summary
@@ -36,7 +37,9 @@ _FONT = 'font-family="sans-serif" font-size="12"'
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 36, 48
 _KEY, _CHARACTER = 40, 7  # width of the legend
 
-_Value = Callable[[IntervalSummary], float]
+_Value = Callable[[Any], float | None]  # of an IntervalSummary or Summary
+_RATES: dict[str, _Value] = {"offered": attrgetter("offered_rate"), "answered": attrgetter("answered_rate")}
+_BATCHES = {"largest": attrgetter("largest_batch"), "mean, weighted by requests": attrgetter("mean_batch")}
 
 
 def as_html(report: Report) -> str:
@@ -51,9 +54,7 @@ def as_html(report: Report) -> str:
     heads, *rows = table(report)
     parts.append(_table(heads, ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)))
     if len(trials) > 1:
-        distributions = {_load_name(one): one.buckets for one in trials[:_LINE_LIMIT]}
-        charts = [_throughput_by_rate(trials), _latency_by_rate(trials), _distribution(distributions)]
-        parts.append(_figures(charts))
+        parts.append(_figures(_charts_by_rate(trials)))
     parts += [_trial(results) for results in trials]
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -103,48 +104,60 @@ def _trial(results: Results) -> str:
 
 def _trial_charts(results: Results) -> list[str]:
     def over_time(title: str, y_name: str, lines: Mapping[str, _Value], dashed: Sequence[str] = ()) -> str:
-        points = {
-            name: [(one.end_s, value(one)) for one in results.intervals] for name, value in lines.items()
-        }
-        return _chart(title, "s", y_name, points, dashed)
+        return _plot(title, "s", y_name, results.intervals, "end_s", lines, dashed)
 
+    histograms = {"from the due time": results.buckets, "from the time of sending": results.sent_buckets}
     charts = [
-        _distribution(
-            {"from the due time": results.buckets, "from the time of sending": results.sent_buckets},
-            ["from the time of sending"],
-        ),
-        _latency_over_time(results),
-        over_time(
-            "Throughput and offered rate",
-            "per second",
-            {"offered": attrgetter("offered_rate"), "answered": attrgetter("answered_rate")},
-            ["offered"],
-        ),
+        _distribution(histograms, ["from the time of sending"]),
+        over_time("Latency by due time", "ms", {name: _latency(name) for name in ("max", "p99", "p50")}),
+        over_time("Throughput and offered rate", "per second", _RATES, ["offered"]),
     ]
     if any(one.largest_batch for one in results.intervals):
-        batch = {
-            "largest": attrgetter("largest_batch"),
-            "mean, weighted by requests": attrgetter("mean_batch"),
-        }
-        charts.append(over_time("Batch sizes (0: no answers)", "rows", batch))
+        charts.append(over_time("Batch sizes (0: no answers)", "rows", _BATCHES))
     if results.total.errors:
         kinds = list(results.total.errors)[:_LINE_LIMIT]
         charts.append(
-            over_time("Errors by due time", "per interval", {kind: _errors_of(kind) for kind in kinds})
+            over_time("Errors by due time", "per interval", {kind: _errors(kind) for kind in kinds})
         )
     return charts
 
 
-def _errors_of(kind: str) -> _Value:
-    return lambda interval: interval.errors.get(kind, 0)
+def _charts_by_rate(trials: Sequence[Results]) -> list[str]:
+    def by_rate(title: str, y_name: str, lines: Mapping[str, _Value], dashed: Sequence[str] = ()) -> str:
+        totals = sorted((one.total for one in trials), key=attrgetter("offered_rate"))
+        return _plot(title, "offered per second", y_name, totals, "offered_rate", lines, dashed)
+
+    rates = _RATES | {"good": attrgetter("good_rate")}
+    return [
+        by_rate("Throughput by offered rate", "per second", rates, ["offered"]),
+        by_rate("Latency by offered rate", "ms", {name: _latency(name) for name in ("p99", "p50")}),
+        _distribution({_load_name(one): one.buckets for one in trials[:_LINE_LIMIT]}),
+    ]
 
 
-def _latency_over_time(results: Results) -> str:
-    intervals = [one for one in results.intervals if one.latency_ms["max"]]
-    lines: dict[str, Line] = {
-        name: [(one.end_s, one.latency_ms[name]) for one in intervals] for name in ("max", "p99", "p50")
+def _latency(quantile: str) -> _Value:
+    return lambda one: one.latency_ms[quantile] if one.latency_ms["max"] else None
+
+
+def _errors(kind: str) -> _Value:
+    return lambda one: one.errors.get(kind, 0)
+
+
+def _plot(
+    title: str,
+    x_name: str,
+    y_name: str,
+    items: Sequence[IntervalSummary | Summary],
+    x: str,
+    lines: Mapping[str, _Value],
+    dashed: Sequence[str],
+) -> str:
+    """Draw values of `items` over their attribute `x`, without those that are None."""
+    points = {
+        name: [(getattr(one, x), y) for one in items if (y := value(one)) is not None]
+        for name, value in lines.items()
     }
-    return _chart("Latency by due time", "s", "ms", lines)
+    return _chart(title, x_name, y_name, {name: line for name, line in points.items() if line}, dashed)
 
 
 def _distribution(histograms: Mapping[str, Sequence[tuple[float, int]]], dashed: Sequence[str] = ()) -> str:
@@ -166,30 +179,6 @@ def _nines(buckets: Sequence[tuple[float, int]]) -> Line:
 
 def _as_percentage(nines: float) -> str:
     return f"{100 * (1 - 10**-nines):.10g}%" if nines == int(nines) else ""
-
-
-def _by_rate(trials: Sequence[Results]) -> list[Summary]:
-    return sorted((one.total for one in trials), key=lambda total: total.offered_rate)
-
-
-def _throughput_by_rate(trials: Sequence[Results]) -> str:
-    totals = _by_rate(trials)
-    lines: dict[str, Line] = {
-        "offered": [(one.offered_rate, one.offered_rate) for one in totals],
-        "answered": [(one.offered_rate, one.answered_rate) for one in totals],
-    }
-    good = [(one.offered_rate, one.good_rate) for one in totals if one.good_rate is not None]
-    if good:
-        lines["good"] = good
-    return _chart("Throughput by offered rate", "offered per second", "per second", lines, ["offered"])
-
-
-def _latency_by_rate(trials: Sequence[Results]) -> str:
-    lines: dict[str, Line] = {
-        name: [(one.offered_rate, one.latency_ms[name]) for one in _by_rate(trials)]
-        for name in ("p99", "p50")
-    }
-    return _chart("Latency by offered rate", "offered per second", "ms", lines)
 
 
 def _chart(

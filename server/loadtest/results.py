@@ -162,9 +162,9 @@ def _summary(name: str, counts: Counts, seconds: float, deadline: bool) -> Summa
 
 
 def _percentiles(latency: LatencyHistogram) -> dict[str, float]:
-    percentiles = {name: latency.quantile_us(q) / 1000 for name, q in _QUANTILES.items()}
-    extremes_ms = latency.min_us / 1000, latency.max_us / 1000
-    return {"mean": latency.mean_us / 1000, "min": extremes_ms[0], **percentiles, "max": extremes_ms[1]}
+    quantiles_us = {name: latency.quantile_us(q) for name, q in _QUANTILES.items()}
+    values_us = {"mean": latency.mean_us, "min": latency.min_us, **quantiles_us, "max": latency.max_us}
+    return {name: us / 1000 for name, us in values_us.items()}
 
 
 def _server(before: ServerCounters, after: ServerCounters) -> dict[str, float] | None:
@@ -186,19 +186,18 @@ def _intervals(tally: Tally) -> list[IntervalSummary]:
     count = round(tally.trial.lasts_s / each_s)
     if tally.stopped_s is not None:
         count = int(tally.stopped_s / each_s)
-    return [_interval((number + 1) * each_s, tally.intervals[number], each_s) for number in range(count)]
-
-
-def _interval(end_s: float, counts: Counts, seconds: float) -> IntervalSummary:
-    return IntervalSummary(
-        end_s=end_s,
-        offered_rate=counts.due / seconds,
-        answered_rate=counts.answered / seconds,
-        latency_ms=_percentiles(counts.latency),
-        mean_batch=counts.mean_batch,
-        largest_batch=counts.largest_batch,
-        errors=dict(counts.errors),
-    )
+    return [
+        IntervalSummary(
+            end_s=(number + 1) * each_s,
+            offered_rate=counts.due / each_s,
+            answered_rate=counts.answered / each_s,
+            latency_ms=_percentiles(counts.latency),
+            mean_batch=counts.mean_batch,
+            largest_batch=counts.largest_batch,
+            errors=dict(counts.errors),
+        )
+        for number, counts in enumerate(map(tally.intervals.__getitem__, range(count)))
+    ]
 
 
 def _rounded(value: Any) -> Any:
