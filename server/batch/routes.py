@@ -24,7 +24,7 @@ from cobatch.server.auth.principal import Principal, principal_in
 from cobatch.server.batch.items import AnyItem, ParsedItem, decode_items, encode_batch, infer_target
 from cobatch.server.batch.spans import ItemObserver, Progress
 from cobatch.server.edge.exchange import record_in
-from cobatch.server.http.body import BodyError, read_body
+from cobatch.server.http.body import read_body
 from cobatch.server.http.compression import compressed
 from cobatch.server.http.problem import Problem, from_error
 from cobatch.server.http.reply import JSON, Reply, send_reply
@@ -70,10 +70,7 @@ class BatchRoute:
         problem = self._inference.admit_call(principal)
         if problem is not None:
             raise problem
-        try:
-            body = await read_body(headers, receive, settings.max_body_bytes)
-        except BodyError as error:
-            raise error.problem or ClientDisconnect from None
+        body = await read_body(headers, receive, settings.max_body_bytes)
         record = record_in(scope) or RequestRecord("", "POST", BATCH, time.monotonic())
         if principal is not None:
             record.tenant = principal.tenant.name

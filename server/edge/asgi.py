@@ -10,11 +10,12 @@ import asyncio
 import time
 from collections.abc import Awaitable, Mapping
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cobatch.server.auth.principal import PRINCIPAL, principal_in
 from cobatch.server.edge.exchange import EXCHANGE, Exchange
-from cobatch.server.http.body import BodyError, read_body
+from cobatch.server.http.body import read_body
 from cobatch.server.http.compression import choose
 from cobatch.server.http.problem import Problem
 from cobatch.server.http.reply import PROBLEM, Reply, note_problem
@@ -169,17 +170,16 @@ class InferRoutes:
         inference = self._inference
         principal = scope.get(PRINCIPAL)
         problem = inference.admit(model, principal)
-        if problem is None:
+        reply = None if problem is None else problem.reply(instance=model.infer_path)
+        if reply is None:
             try:
                 json_length = _json_length(headers, scope["headers"]) if _JSON_LENGTH in headers else None
                 body = await read_body(headers, receive, inference.settings.server.max_body_bytes)
-            except BodyError as error:
-                if error.problem is None:
-                    return  # the client has disconnected
-                problem = error.problem
-        if problem is not None:
-            reply: Reply | None = problem.reply(instance=model.infer_path)
-        else:
+            except ClientDisconnect:
+                return
+            except Problem as error:
+                reply = error.reply(instance=model.infer_path)
+        if reply is None:
             if b"accept-encoding" in headers:
                 exchange.coding = choose(headers[b"accept-encoding"])
             exchange.receive = receive
@@ -245,5 +245,5 @@ def _json_length(headers: dict[bytes, bytes], raw_headers: list[tuple[bytes, byt
     value = headers[_JSON_LENGTH]
     repeated = len(raw_headers) != len(headers) and [name for name, _ in raw_headers].count(_JSON_LENGTH) > 1
     if repeated or not value.isdigit() or len(value) > 18:
-        raise BodyError(Problem("bad-binary", "Inference-Header-Content-Length must be one whole number"))
+        raise Problem("bad-binary", "Inference-Header-Content-Length must be one whole number")
     return int(value)

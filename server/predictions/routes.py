@@ -20,7 +20,7 @@ from cobatch.batcher.errors import BatcherError
 from cobatch.server.api.routing import Endpoint, as_response, find, guarded
 from cobatch.server.auth.principal import Principal, principal_in, subject_in
 from cobatch.server.edge.exchange import record_in
-from cobatch.server.http.body import BodyError, read_body
+from cobatch.server.http.body import read_body
 from cobatch.server.http.compression import compressed
 from cobatch.server.http.problem import Problem, from_error
 from cobatch.server.http.reply import JSON, Reply
@@ -123,7 +123,9 @@ class _Resource:
             self._admit(model, principal)
             if keep:
                 self._kept.check_room(0)
-        content = read_content(request, await self._body(request))
+        headers = dict(request.headers.raw)
+        body = await read_body(headers, request.receive, self._settings.max_body_bytes)
+        content = read_content(request, body)
         idempotency = None if key is None else (key, await fingerprint(request.url.path, content))
         # No await until the prediction is kept: of two requests with one key, only one may start.
         prediction = None if idempotency is None else self._kept.join(subject, *idempotency)
@@ -165,13 +167,6 @@ class _Resource:
         problem = self._inference.admit(model, principal)
         if problem is not None:
             raise problem
-
-    async def _body(self, request: Request) -> bytes | bytearray:
-        try:
-            headers = dict(request.headers.raw)
-            return await read_body(headers, request.receive, self._settings.max_body_bytes)
-        except BodyError as error:
-            raise error.problem or ClientDisconnect from None
 
     def _start(
         self, request: Request, model: Model, content: Content, idempotency: Idempotency | None, *, keep: bool
