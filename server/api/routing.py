@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Literal
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -69,6 +69,8 @@ def guarded(inference: Inference, needs: Needs, endpoint: Endpoint) -> Endpoint:
             if principal is not None:
                 _check(inference, needs, principal, request.path_params.get("name", ""))
             return await endpoint(request)
+        except ClientDisconnect:
+            return Response()  # no client reads it
         except Problem as problem:
             model = inference.models.get(request.path_params["name"]) if needs == "infer" else None
             if model is not None:

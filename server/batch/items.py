@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Generic, TypeVar
 from urllib.parse import unquote_to_bytes
 
 import msgspec
@@ -63,18 +63,15 @@ class ParsedItem(_Head, gc=False, kw_only=True, forbid_unknown_fields=True):
 
 
 AnyItem = Item | ParsedItem
+_T = TypeVar("_T", Item, ParsedItem)
 
 
-class _Batch(msgspec.Struct, forbid_unknown_fields=True):
-    requests: list[Item]
+class _Batch(msgspec.Struct, Generic[_T], forbid_unknown_fields=True):
+    requests: list[_T]
 
 
-class _ParsedBatch(msgspec.Struct, forbid_unknown_fields=True):
-    requests: list[ParsedItem]
-
-
-_decode = msgspec.json.Decoder(_Batch).decode
-_decode_parsed = msgspec.json.Decoder(_ParsedBatch).decode
+_decode = msgspec.json.Decoder(_Batch[Item]).decode
+_decode_parsed = msgspec.json.Decoder(_Batch[ParsedItem]).decode
 
 
 def decode_items(body: bytes | bytearray, limit: int) -> Sequence[AnyItem]:

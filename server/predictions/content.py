@@ -30,15 +30,6 @@ OPTIONS_PART = "request"
 _MAX_PARTS = 256
 # Longer bodies are hashed in a thread: SHA-256 takes about 1 ms for each MiB.
 _HASH_IN_THREAD_BYTES = 1 << 20
-_CALLBACKS = (
-    "on_part_begin",
-    "on_header_field",
-    "on_header_value",
-    "on_header_end",
-    "on_part_data",
-    "on_part_end",
-    "on_end",
-)
 
 
 class Field(NamedTuple):
@@ -142,7 +133,7 @@ def _read_form(body: bytes, boundary: bytes) -> list[Field]:
         raise _bad_form("its Content-Type names no boundary")
     form = _Form()
     try:
-        callbacks: Any = {name: getattr(form, name) for name in _CALLBACKS}
+        callbacks: Any = {name: getattr(form, name) for name in dir(form) if name.startswith("on_")}
         parser = MultipartParser(boundary, callbacks)
         parser.write(body)
         parser.finalize()

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from cobatch.batcher.errors import BatcherError
-from cobatch.server.api.routing import Endpoint, as_response, find, guarded
+from cobatch.server.api.routing import as_response, find, guarded
 from cobatch.server.auth.principal import Principal, principal_in, subject_in
 from cobatch.server.edge.exchange import record_in
 from cobatch.server.http.body import read_body
@@ -78,29 +78,9 @@ def v1_routes(inference: Inference) -> list[Route]:
 
     # One route for both methods, so that the 405 for others names both.
     return [
-        Route(
-            "/v1/models/{name}/predictions",
-            guarded(inference, "infer", _unread(resource.post)),
-            methods=["POST"],
-        ),
-        Route(
-            "/v1/predictions/{id}",
-            guarded(inference, "known", _unread(one)),
-            methods=["GET", "DELETE"],
-        ),
+        Route("/v1/models/{name}/predictions", guarded(inference, "infer", resource.post), methods=["POST"]),
+        Route("/v1/predictions/{id}", guarded(inference, "known", one), methods=["GET", "DELETE"]),
     ]
-
-
-def _unread(endpoint: Endpoint) -> Endpoint:
-    """The endpoint, with an empty response where the client has disconnected."""
-
-    async def answer(request: Request) -> Response:
-        try:
-            return await endpoint(request)
-        except ClientDisconnect:
-            return Response()
-
-    return answer
 
 
 class _Resource:
