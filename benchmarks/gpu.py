@@ -183,10 +183,10 @@ def trtexec_command(
 
 def trtexec_qps(output: str) -> float:
     """Parse batches per second from trtexec's output. Raises ValueError."""
-    found = _THROUGHPUT.findall(output)
-    if not found:
+    rates = _THROUGHPUT.findall(output)
+    if not rates:
         raise ValueError("trtexec reported no throughput: " + " | ".join(output.splitlines()[-5:]))
-    return float(found[-1])
+    return float(rates[-1])
 
 
 def trtexec_rows_per_s(command: Sequence[str], rows: int) -> float:
@@ -237,10 +237,10 @@ def _nvidia_smi() -> str:
     if program is None:
         return "none (no nvidia-smi)"
     query = "--query-gpu=name,driver_version,memory.total,compute_cap"
-    asked = subprocess.run(
+    done = subprocess.run(
         [program, query, "--format=csv,noheader"], capture_output=True, text=True, check=False
     )
-    return " | ".join(asked.stdout.strip().splitlines()) or f"nvidia-smi: {asked.stderr.strip()}"
+    return " | ".join(done.stdout.strip().splitlines()) or f"nvidia-smi: {done.stderr.strip()}"
 
 
 def _has(module: str) -> bool:

@@ -69,10 +69,10 @@ def print_request(types: FileTypes, path: Path) -> int:
 
 def collect(options: argparse.Namespace) -> list[Path]:
     """Return the files of the repository and of DIR, each once."""
-    found = own_files(ROOT)[: options.max_files]
+    files = own_files(ROOT)[: options.max_files]
     if options.directory:
-        found += [path.resolve() for path in find_files(options.directory, options.max_files)]
-    return list(dict.fromkeys(found))
+        files += [path.resolve() for path in find_files(options.directory, options.max_files)]
+    return list(dict.fromkeys(files))
 
 
 def extract(types: FileTypes, files: Sequence[Path]) -> dict[Path, Rows | None]:
@@ -145,8 +145,8 @@ def classify(types: FileTypes, server: Server, options: argparse.Namespace, cons
     ]
     labels_table(console, lines)
     if options.directory:
-        mine = [line for line, path in zip(lines, rows, strict=True) if not path.is_relative_to(ROOT)]
-        files_table(console, mine, f"Files in {options.directory}")
+        given = [line for line, path in zip(lines, rows, strict=True) if not path.is_relative_to(ROOT)]
+        files_table(console, given, f"Files in {options.directory}")
     console.print(
         f"{len(sent)} files classified; {len(rows) - len(sent)} are too short for the model. "
         f"{len(checked)} answers compared with the magika package: all equal (to {TOLERANCE:g})."

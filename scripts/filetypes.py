@@ -94,16 +94,16 @@ def own_files(repository: Path) -> list[Path]:
 
 def find_files(root: Path, most: int) -> list[Path]:
     """Return readable regular files under `root`, sorted, at most `most`; no hidden files, no links."""
-    found: list[Path] = []
+    files: list[Path] = []
     for directory, subdirectories, names in os.walk(root):
         subdirectories[:] = sorted(d for d in subdirectories if not d.startswith((".", "__pycache__")))
         for name in sorted(names):
             path = Path(directory, name)
             if _is_readable(path):
-                found.append(path)
-                if len(found) == most:
-                    return found
-    return found
+                files.append(path)
+                if len(files) == most:
+                    return files
+    return files
 
 
 def _is_readable(path: Path) -> bool:

@@ -55,10 +55,10 @@ def magika_model_path() -> Path:
     path = Path(spec.origin).parent / _MAGIKA
     if path.exists():
         return path
-    found = sorted(path.parents[1].glob("*/model.onnx"))
-    if not found:
+    candidates = sorted(path.parents[1].glob("*/model.onnx"))
+    if not candidates:
         raise FileNotFoundError(f"this magika package has no {_MAGIKA}")
-    return found[-1]
+    return candidates[-1]
 
 
 def make(widths: tuple[int, ...], seed: int = SEED) -> onnx.ModelProto:

@@ -107,10 +107,10 @@ class Load:
 
 def require_wrk() -> str:
     """Return the path of wrk. Raises WrkError."""
-    found = shutil.which("wrk")
-    if found is None:
+    program = shutil.which("wrk")
+    if program is None:
         raise WrkError("wrk is not installed: apt-get install wrk")
-    return found
+    return program
 
 
 def run_wrk(

@@ -95,12 +95,12 @@ class Bench:
             for peer in self._present():
                 python, size = self._pythons[peer.name], self._options.max_batch
                 try:
-                    found = overload.measure(peer, python, size, self._options.overload_s, number)
+                    measured = overload.measure(peer, python, size, self._options.overload_s, number)
                 except _CANNOT as error:
                     self._skip(peer, error)
                     continue
-                self.results.overload.append(found)
-                print(f"  {overload.shown(found)}", flush=True)
+                self.results.overload.append(measured)
+                print(f"  {overload.shown(measured)}", flush=True)
 
     def _present(self) -> list[Peer]:
         return [peer for peer in self._options.peers if peer.name in self._pythons]

@@ -52,10 +52,10 @@ def versions_of(peer: Peer, python: Path) -> dict[str, str]:
 def _base(peer: Peer) -> str:
     if peer.python is None:
         return getattr(sys, "_base_executable", sys.executable)
-    found = shutil.which(peer.python)
-    if found is None:
+    program = shutil.which(peer.python)
+    if program is None:
         raise MissingError(f"{peer.title} needs {peer.python}, which is not installed")
-    return found
+    return program
 
 
 def _run(command: list[str], log: Path) -> None:

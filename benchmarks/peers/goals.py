@@ -81,14 +81,14 @@ def _goal(
         for turn in turns
         if turn.peer in peers and turn.model == model and least <= turn.connections <= most
     )
-    found: list[tuple[float, str]] = []
+    factors: list[tuple[float, str]] = []
     seen = set()
     for peer, kind, connections in cases:
         factor = ratio(turns, peer, value, model=model, kind=kind, connections=connections)
         if factor is not None:
             seen.add(peer)
-            found.append((factor[0], f"{_TITLES[peer]}, {kind}, {connections} conn."))
-    worst, where = min(found, default=(None, ""))
+            factors.append((factor[0], f"{_TITLES[peer]}, {kind}, {connections} conn."))
+    worst, where = min(factors, default=(None, ""))
     return Goal(text, at_least, worst, where, tuple(peer for peer in peers if peer not in seen))
 
 

@@ -65,9 +65,9 @@ def measure(peer: Peer, python: Path, max_batch: int, seconds: int, number: int)
         warm_up(running, body)
         times_s = arrivals(FACTOR * capacity, seconds, number)
         requests = [_request(running, body, seed) for seed in range(_BODIES)]
-        (all_,) = drive(running.address, Load(requests, times_s), deadline_s=DEADLINE_MS / 1000)
+        (counts,) = drive(running.address, Load(requests, times_s), deadline_s=DEADLINE_MS / 1000)
     span_s = times_s[-1]
-    answered = all_.latency.count
+    answered = counts.latency.count
     return Overload(
         MODEL,
         peer.name,
@@ -76,10 +76,10 @@ def measure(peer: Peer, python: Path, max_batch: int, seconds: int, number: int)
         capacity,
         len(times_s) / span_s,
         answered / span_s,
-        all_.good / span_s,
+        counts.good / span_s,
         (len(times_s) - answered) / span_s,
-        all_.latency.quantile_us(0.5) / 1000,
-        all_.latency.quantile_us(0.99) / 1000,
+        counts.latency.quantile_us(0.5) / 1000,
+        counts.latency.quantile_us(0.99) / 1000,
     )
 
 

@@ -82,6 +82,6 @@ def _versions(results: Results) -> str:
     lines = ["| server | versions | deadline |", "| --- | --- | --- |"]
     for peer in PEERS:
         if peer.name in results.versions:
-            found = ", ".join(f"{name} {version}" for name, version in results.versions[peer.name].items())
-            lines.append(f"| {peer.title} | {found} | {peer.deadline} |")
+            versions = ", ".join(f"{name} {version}" for name, version in results.versions[peer.name].items())
+            lines.append(f"| {peer.title} | {versions} | {peer.deadline} |")
     return "\n".join(lines)

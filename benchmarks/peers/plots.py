@@ -35,7 +35,7 @@ def write_plots(results: Results, folder: Path) -> list[str]:
         shares: dict[str, list[float]] = {}
         for one in results.overload:
             shares.setdefault(TITLES[one.peer], []).append(one.share * 100)
-        groups = {peer: {"in time": max(median(found), 0.1)} for peer, found in shares.items()}
+        groups = {peer: {"in time": max(median(values), 0.1)} for peer, values in shares.items()}
         title = "Answered in time at 1.5 times capacity, wide"
         _write(folder / "overload.svg", title, "% of capacity", groups)
         plots.append("overload")

@@ -90,7 +90,7 @@ def started(
     counts, log = folder / f"{model}.counts", folder / f"{model}.log"
     counts.write_bytes(bytes(_COUNTS.size))
     port, *spare = _free_ports(3)
-    told = {
+    settings = {
         "PEER_PORT": str(port),
         "PEER_SPARE_PORT": str(spare[0]),
         "PEER_SPARE_PORT_2": str(spare[1]),
@@ -105,14 +105,14 @@ def started(
     }
     command = [str(python), peer.app]
     if peer is OURS:
-        command = [str(python), "-m", "cobatch", "serve", told["PEER_MODEL"], f"--name={model}"]
+        command = [str(python), "-m", "cobatch", "serve", settings["PEER_MODEL"], f"--name={model}"]
         command += [f"--port={port}", f"--max-batch-size={max_batch}"]
         command += [f"--max-queue-rows={max_queue}"] if max_queue else []
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
             cwd=ROOT if peer is OURS else _APPS,
-            env=_environment(python) | told,
+            env=_environment(python) | settings,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -34,20 +34,20 @@ class Table:
 
 def tables(results: Results) -> list[Table]:
     """Return all tables: goals, ratios, figures, overload."""
-    found = [_goals(results), _ahead(results)] if any(name != OURS.name for name in results.peers()) else []
+    every = [_goals(results), _ahead(results)] if any(name != OURS.name for name in results.peers()) else []
     cases = dict.fromkeys((turn.model, turn.kind) for turn in results.turns)
-    found += [_figures(results.turns, model, kind) for model, kind in cases]
-    return [*found, _overload(results)] if results.overload else found
+    every += [_figures(results.turns, model, kind) for model, kind in cases]
+    return [*every, _overload(results)] if results.overload else every
 
 
 def _goals(results: Results) -> Table:
     rows = []
     for goal in goals(results):
-        found = "" if goal.found is None else f"{goal.found:.2f}"
+        factor = "" if goal.found is None else f"{goal.found:.2f}"
         met = {True: "yes", False: "no", None: "unknown"}[goal.met]
         if goal.missing:
             met += f" (not measured: {', '.join(TITLES[peer] for peer in goal.missing)})"
-        rows.append([goal.text, goal.where, f"{goal.at_least:g}", found, met])
+        rows.append([goal.text, goal.where, f"{goal.at_least:g}", factor, met])
     heads = ["cobatch is better by a factor", "worst case", "at least", "found", "met"]
     return Table("goals (medians of ratios within a round; the worst of all servers and cases)", heads, rows)
 
@@ -60,11 +60,11 @@ def _figures(turns: list[Turn], model: str, kind: str) -> Table:
     heads += ["MB", "failed"]
     rows = []
     for peer in dict.fromkeys(turn.peer for turn in ours):
-        mine = pick(ours, peer=peer)
-        cells = [_cell(pick(mine, connections=level)) for level in levels]
-        memory = f"{max(turn.memory for turn in mine) / 1e6:,.0f}"
-        failed = f"{sum(turn.failures for turn in mine):,}"
-        rows.append([TITLES[peer], mine[0].body, *cells, memory, failed])
+        turns_of_peer = pick(ours, peer=peer)
+        cells = [_cell(pick(turns_of_peer, connections=level)) for level in levels]
+        memory = f"{max(turn.memory for turn in turns_of_peer) / 1e6:,.0f}"
+        failed = f"{sum(turn.failures for turn in turns_of_peer):,}"
+        rows.append([TITLES[peer], turns_of_peer[0].body, *cells, memory, failed])
     return Table(f"{model}, {kind}", heads, rows)
 
 
@@ -126,7 +126,7 @@ def _ahead(results: Results) -> Table:
 
 
 def _cpu(turns: list[Turn], peer: str, kind: str) -> str:
-    return _said(ratio(turns, peer, lambda turn: turn.cpu_us, model="tiny", connections=64, kind=kind))
+    return _with_range(ratio(turns, peer, lambda turn: turn.cpu_us, model="tiny", connections=64, kind=kind))
 
 
 def _worst(
@@ -137,18 +137,18 @@ def _worst(
         for turn in pick(turns, model=model, peer=peer)
         if levels(turn.connections)
     )
-    found = [
+    ratios = [
         ratio(turns, peer, lambda turn: float(getattr(turn, name)), model=model, connections=level, kind=kind)
         for level, kind in cases
     ]
-    known = [one for one in found if one is not None]
-    return _said(worse(known)) if known else ""
+    known = [one for one in ratios if one is not None]
+    return _with_range(worse(known)) if known else ""
 
 
-def _said(found: _Ratio | None) -> str:
-    if found is None:
+def _with_range(ratio_: _Ratio | None) -> str:
+    if ratio_ is None:
         return ""
-    return f"{found[0]:.2f} ({found[1]:.2f}-{found[2]:.2f})"
+    return f"{ratio_[0]:.2f} ({ratio_[1]:.2f}-{ratio_[2]:.2f})"
 
 
 def short(value: float) -> str:

@@ -109,7 +109,7 @@ def cost(rounds: int, seconds: int, tokens: Tokens, console: Console) -> dict[st
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Measurement:
     """The latencies of successful answers in microseconds (0 without any), and the answers by status."""
 
     p50_us: float
@@ -118,7 +118,9 @@ class Seen:
     answers: dict[str, int]
 
 
-def flood(rounds: int, seconds: int, tokens: Tokens, console: Console) -> list[tuple[Seen, Seen, Seen]]:
+def flood(
+    rounds: int, seconds: int, tokens: Tokens, console: Console
+) -> list[tuple[Measurement, Measurement, Measurement]]:
     """Return for each round: good requests alone, good ones beside the flood, the forged ones."""
     bad_per_s = 5 * _GOOD_PER_S
     good = Load([_raw(tokens.token(number)) for number in range(16)], constant(_GOOD_PER_S, seconds))
@@ -130,15 +132,15 @@ def flood(rounds: int, seconds: int, tokens: Tokens, console: Console) -> list[t
             wait_until_idle(server.pid)
             (alone,) = drive(server.address, good)
             beside, attack = drive(server.address, good, Load(bad, constant(bad_per_s, seconds)))
-            results.append((_seen(alone), _seen(beside), _seen(attack)))
+            results.append((_measurement(alone), _measurement(beside), _measurement(attack)))
             console.print(f"  flood {number + 1} of {rounds}", style="dim")
     return results
 
 
-def _seen(of: Counts) -> Seen:
+def _measurement(of: Counts) -> Measurement:
     latency = of.latency
     answers = {"200": latency.count, **of.errors} if latency.count else dict(of.errors)
-    return Seen(latency.quantile_us(0.5), latency.quantile_us(0.99), latency.max_us, answers)
+    return Measurement(latency.quantile_us(0.5), latency.quantile_us(0.99), latency.max_us, answers)
 
 
 def _raw(token: str) -> bytes:

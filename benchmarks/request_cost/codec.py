@@ -107,7 +107,7 @@ def best_us(way: Way) -> float:
 def measure() -> dict[tuple[str, str], dict[str, list[float]]]:
     """Return (direction, datatype) -> way -> microseconds for each of SIZES."""
     rng = np.random.default_rng(0)
-    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    times_us: dict[tuple[str, str], dict[str, list[float]]] = {}
     for datatype in _KINDS:
         for size in SIZES:
             batch: Array
@@ -116,10 +116,10 @@ def measure() -> dict[tuple[str, str], dict[str, list[float]]]:
             else:
                 batch = rng.integers(0, 50_000, (BATCH, size), dtype=np.int32)
             for name, way in ways_in(batch[0], datatype).items():
-                found.setdefault(("in", datatype), {}).setdefault(name, []).append(best_us(way))
+                times_us.setdefault(("in", datatype), {}).setdefault(name, []).append(best_us(way))
             for name, (way, rows) in ways_out(batch).items():
-                found.setdefault(("out", datatype), {}).setdefault(name, []).append(best_us(way) / rows)
-    return found
+                times_us.setdefault(("out", datatype), {}).setdefault(name, []).append(best_us(way) / rows)
+    return times_us
 
 
 def main() -> int:

@@ -42,9 +42,9 @@ def ratios(costs: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def costlier(found: Mapping[str, float], baseline: Mapping[str, float], tolerance: float) -> list[str]:
+def costlier(current: Mapping[str, float], baseline: Mapping[str, float], tolerance: float) -> list[str]:
     """Return the cases that cost more than the baseline allows or are not in it."""
-    return [case for case, ratio in found.items() if ratio > baseline.get(case, 0.0) * (1 + tolerance)]
+    return [case for case, ratio in current.items() if ratio > baseline.get(case, 0.0) * (1 + tolerance)]
 
 
 def advice(worse: Sequence[str], method: str) -> str:
@@ -109,31 +109,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--time", action="store_true", help="measure CPU time in place of instructions")
     options = parser.parse_args(arguments)
     method = "time" if options.time else "instructions"
-    found_tools = tools()
+    programs = tools()
     if options.time:
         costs = measured()
-    elif found_tools is None:
+    elif programs is None:
         print("valgrind or a C compiler is missing: apt-get install valgrind g++, or --time", file=sys.stderr)
         return 2
     else:
-        costs = counted(*found_tools)
-    found = ratios(costs)
+        costs = counted(*programs)
+    current = ratios(costs)
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     known = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
     baseline = known.get(method, {}).get(python, {})
     print(f"{method} per request, Python {python}; ratios to the floor")
     for case, cost in costs.items():
-        ratio = f"{found[case]:.3f} (baseline {baseline.get(case, 0.0):.3f})" if case in found else ""
+        ratio = f"{current[case]:.3f} (baseline {baseline.get(case, 0.0):.3f})" if case in current else ""
         print(f"  {case:32} {cost:12,.1f}  {ratio}")
     if options.update:
-        known.setdefault(method, {})[python] = found
+        known.setdefault(method, {})[python] = current
         BASELINE.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
         print(f"written to {BASELINE}")
         return 0
     if not baseline:
         print(f"no baseline of {method} for Python {python}: add one with --update")
         return 2
-    worse = costlier(found, baseline, TOLERANCE[method])
+    worse = costlier(current, baseline, TOLERANCE[method])
     if worse:
         print(advice(worse, method))
     return 1 if worse else 0

@@ -174,17 +174,17 @@ async def paths() -> AsyncIterator[dict[str, Path]]:
                 )
             ),
         }
-        found = {
+        cases = {
             case: Path(makers[who], [request_of(binary)], callers)
             for case, (who, binary, callers) in CASES.items()
         }
-        for path in found.values():
+        for path in cases.values():
             await path.serve(_WARM_UP)
         # As the server does when it is ready; a collection would fall into some case by chance.
         gc.collect()
         gc.freeze()
         gc.disable()
-        yield found
+        yield cases
 
 
 @contextlib.asynccontextmanager
@@ -230,14 +230,14 @@ def request_of(binary: bool, model: str = MODEL, elements: int = ELEMENTS) -> by
 
 async def timed(rounds: int) -> dict[str, list[float]]:
     """Return the CPU time per request in microseconds, of all threads; every case in each round."""
-    found: dict[str, list[float]] = {case: [] for case in CASES}
+    times_us: dict[str, list[float]] = {case: [] for case in CASES}
     async with paths() as cases:
         for _ in range(rounds):
             for case, path in cases.items():
                 began = time.process_time()
                 await path.serve(REQUESTS)
-                found[case].append((time.process_time() - began) / REQUESTS * 1e6)
-    return found
+                times_us[case].append((time.process_time() - began) / REQUESTS * 1e6)
+    return times_us
 
 
 async def _counted(library: ctypes.CDLL) -> None:

@@ -58,8 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     lines: list[Line] = []
     for name in options.only:
-        lines += (found := _CASES[name](options.quick))
-        print("\n".join(_printed(line) for line in found), flush=True)
+        lines += (measured := _CASES[name](options.quick))
+        print("\n".join(_printed(line) for line in measured), flush=True)
     whole = not options.quick and options.only == tuple(_CASES)
     folder = options.results or (ROOT / "benchmarks" / "results" / "scaling" if whole else OUT / "scaling")
     write(lines, folder)
@@ -80,10 +80,10 @@ def write(lines: Sequence[Line], folder: Path) -> None:
         f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}.\n",
     ]
     for axis in dict.fromkeys(line.axis for line in lines):
-        mine = [line for line in lines if line.axis == axis]
+        same_axis = [line for line in lines if line.axis == axis]
         name = re.sub(r"\W+", "-", axis.removesuffix(" (floats)")).strip("-")
-        _plot(folder / f"{name}.svg", axis, mine)
-        parts += [f"## By {axis}\n", _table(mine), f"\n![{axis}]({name}.svg)\n"]
+        _plot(folder / f"{name}.svg", axis, same_axis)
+        parts += [f"## By {axis}\n", _table(same_axis), f"\n![{axis}]({name}.svg)\n"]
     (folder / "README.md").write_text("\n".join(parts))
 
 

@@ -145,8 +145,8 @@ async def tenants(quick: bool) -> list[Line]:
     """Measure tenants that share 10,000 queued requests."""
     benches = {count: queue_cost.Bench(queue_cost.Kind(count), 10_000) for count in _some(TENANTS, quick)}
     words = "{a} us, and {b} us for each doubling of the tenants: the heap of their turns (error {error})"
-    found = _operations(benches, quick)
-    return [fit("tenants", name, points, log2, words, SHALLOW) for name, points in found.items()]
+    points_by_name = _operations(benches, quick)
+    return [fit("tenants", name, points, log2, words, SHALLOW) for name, points in points_by_name.items()]
 
 
 def _some(sizes: tuple[int, ...], quick: bool) -> tuple[int, ...]:
@@ -154,7 +154,7 @@ def _some(sizes: tuple[int, ...], quick: bool) -> tuple[int, ...]:
 
 
 async def _timed(paths: Mapping[int, Path], requests: Mapping[int, int], quick: bool) -> list[Point]:
-    found: dict[int, list[float]] = {size: [] for size in paths}
+    times_us: dict[int, list[float]] = {size: [] for size in paths}
     for size, path in paths.items():
         await path.serve(requests[size])
     with _no_collection():
@@ -162,24 +162,24 @@ async def _timed(paths: Mapping[int, Path], requests: Mapping[int, int], quick: 
             for size, path in paths.items():
                 began = time.process_time()
                 served = await path.serve(requests[size])
-                found[size].append((time.process_time() - began) / served * 1e6)
-    return _medians(found)
+                times_us[size].append((time.process_time() - began) / served * 1e6)
+    return _medians(times_us)
 
 
 def _operations(benches: Mapping[int, queue_cost.Bench], quick: bool) -> dict[str, list[Point]]:
-    found: dict[str, dict[int, list[float]]] = {
+    times_us: dict[str, dict[int, list[float]]] = {
         name: {size: [] for size in benches} for name in queue_cost.OPERATIONS
     }
     with _no_collection():
         for _ in range(10 if quick else queue_cost.ROUNDS):
             for size, bench in benches.items():
                 for name, took_us in bench.round().items():
-                    found[name][size].append(took_us)
-    return {name: _medians(by_size) for name, by_size in found.items()}
+                    times_us[name][size].append(took_us)
+    return {name: _medians(by_size) for name, by_size in times_us.items()}
 
 
-def _medians(found: Mapping[int, list[float]]) -> list[Point]:
-    return [(float(size), median(values)) for size, values in found.items()]
+def _medians(times_us: Mapping[int, list[float]]) -> list[Point]:
+    return [(float(size), median(values)) for size, values in times_us.items()]
 
 
 @contextlib.contextmanager

@@ -140,14 +140,14 @@ def _print_comparison(simulations: list[Simulation], results: list[Results]) -> 
         )
 
 
-def _write_json(file: Path | None, found: list[dict[str, Any]]) -> None:
+def _write_json(file: Path | None, figures: list[dict[str, Any]]) -> None:
     if file is not None:
-        file.write_text(json.dumps(found, indent=1) + "\n")
+        file.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def _all_cases(pool: ProcessPoolExecutor, quick: bool, requests: int) -> list[dict[str, Any]]:
     """Run, print and draw the cases of docs/scheduling.md; return their figures."""
-    found = []
+    figures = []
     for case in CASES[:3:2] if quick else CASES:
         simulations = [
             one for load in LOADS for one in _simulations(case, load, 10_000 if quick else requests)
@@ -156,11 +156,11 @@ def _all_cases(pool: ProcessPoolExecutor, quick: bool, requests: int) -> list[di
         _print_case(case, best)
         if not quick:
             _plot(case, best)
-        found += [
+        figures += [
             {"case": case.name, "load": load, "policy": label, "settings": one.settings, **_figures(one)}
             for (label, load), one in best.items()
         ]
-    return found
+    return figures
 
 
 def _simulations(case: Case, load: float, requests: int) -> Iterator[Simulation]:

@@ -87,7 +87,7 @@ _CASES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Measurement:
     """The figures of one tool in one turn; p90 is 0 if wrk did not report it."""
 
     per_s: float
@@ -117,7 +117,7 @@ def main() -> int:
     return 0 if agrees else 1
 
 
-def turns(url: str, case: Case, seconds: int, folder: Path) -> tuple[Seen, Seen]:
+def turns(url: str, case: Case, seconds: int, folder: Path) -> tuple[Measurement, Measurement]:
     """Measure with wrk, then with `cobatch bench`."""
     rows = wire.rows_of(case.model, 1, 0)
     np.save(folder / "x.npy", rows)
@@ -126,7 +126,7 @@ def turns(url: str, case: Case, seconds: int, folder: Path) -> tuple[Seen, Seen]
     same = [f"--connections={case.connections}", f"--input=x={folder / 'x.npy'}"]
     if case.think_ms is None:
         load = run_wrk(url, message.body, message.headers, case.connections, seconds)
-        wrk = Seen(load.requests / load.duration_us * 1e6, load.p50_us, 0.0, load.p99_us)
+        wrk = Measurement(load.requests / load.duration_us * 1e6, load.p50_us, 0.0, load.p99_us)
         return wrk, ours(url, [*same, f"--seconds={seconds}"], folder)
     (folder / "body").write_bytes(message.body)
     wrk = thinking(url, case.connections, case.think_ms, seconds, folder)
@@ -134,7 +134,9 @@ def turns(url: str, case: Case, seconds: int, folder: Path) -> tuple[Seen, Seen]
     return wrk, ours(url, [*same[1:], f"--arrivals={folder / 'sent.csv'}"], folder)
 
 
-def thinking(url: str, connections: int, think_ms: tuple[int, int], seconds: int, folder: Path) -> Seen:
+def thinking(
+    url: str, connections: int, think_ms: tuple[int, int], seconds: int, folder: Path
+) -> Measurement:
     """Measure with wrk and thinking callers; write the times of their requests to `sent.csv`."""
     script = (CLOCK + _PACED).replace("BODY", str(folder / "body"))
     script = script.replace("SHORTEST", str(think_ms[0])).replace("LONGEST", str(think_ms[1]))
@@ -155,20 +157,20 @@ def thinking(url: str, connections: int, think_ms: tuple[int, int], seconds: int
     if errors or not requests:
         raise SystemExit(f"wrk: {requests} answers, {errors} errors")
     (folder / "sent.csv").write_text("".join(f"{moment:.6f}\n" for moment in sent))
-    return Seen(len(sent) / (sent[-1] - sent[0]), p50, p90, p99)
+    return Measurement(len(sent) / (sent[-1] - sent[0]), p50, p90, p99)
 
 
-def ours(url: str, options: list[str], folder: Path) -> Seen:
+def ours(url: str, options: list[str], folder: Path) -> Measurement:
     """Measure with `cobatch bench`."""
     file = folder / "figures.json"
     command = [sys.executable, "-m", "cobatch", "bench", url, "--quiet", "--json", str(file), *options]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     run = json.loads(file.read_text())["runs"][0]
     latency_us = {name: value * 1000 for name, value in run["sent_latency_ms"].items()}
-    return Seen(run["total"]["answered_rate"], latency_us["p50"], latency_us["p90"], latency_us["p99"])
+    return Measurement(run["total"]["answered_rate"], latency_us["p50"], latency_us["p90"], latency_us["p99"])
 
 
-def show(case: Case, rounds: list[tuple[Seen, Seen]]) -> bool:
+def show(case: Case, rounds: list[tuple[Measurement, Measurement]]) -> bool:
     """Print a case, and return True if the tools agree."""
     agrees = True
     for name, title in _SHOWN.items():

@@ -42,7 +42,7 @@ _TRIED_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Measurement:
     """The figures of a run: answers in time per second, and the p99 latency in ms."""
 
     goodput: float
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    found: dict[float, list[tuple[Seen, Seen]]] = {load: [] for load in LOADS}
+    pairs_by_load: dict[float, list[tuple[Measurement, Measurement]]] = {load: [] for load in LOADS}
     for number in range(options.rounds):
         profile = profile_of(options.model)
         most, _ = capacity(profile, profile.max_rows, options.deadline_ms / 1000)
@@ -67,23 +67,23 @@ def main() -> None:
         for load in LOADS:
             times_s = arrivals(load * most, options.seconds, seed=number)
             pair = real(options, times_s), simulated(options, profile, us, times_s)
-            found[load].append(pair)
+            pairs_by_load[load].append(pair)
             print(f"  load {load:g}: real {shown(pair[0])}, simulated {shown(pair[1])}", flush=True)
     print("| load | goodput/s, real | simulated | ratio | p99 ms, real | simulated | ratio |")
     print("|---:" * 7 + "|")
-    for load, pairs in found.items():
+    for load, pairs in pairs_by_load.items():
         print(f"| {load:g} | " + " | ".join(column(pairs, "goodput") + column(pairs, "p99_ms")) + " |")
     if options.json is not None:
         rows = [{"load": load, "rounds": [[asdict(one) for one in pair] for pair in pairs]}
-                for load, pairs in found.items()]  # fmt: skip
+                for load, pairs in pairs_by_load.items()]  # fmt: skip
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def shown(seen: Seen) -> str:
-    return f"{seen.goodput:,.0f}/s p99 {seen.p99_ms:.1f} ms"
+def shown(measurement: Measurement) -> str:
+    return f"{measurement.goodput:,.0f}/s p99 {measurement.p99_ms:.1f} ms"
 
 
-def column(pairs: Sequence[tuple[Seen, Seen]], name: str) -> list[str]:
+def column(pairs: Sequence[tuple[Measurement, Measurement]], name: str) -> list[str]:
     """Return the medians of both, and the median of the rounds' ratios."""
     real_, simulated_ = ([getattr(pair[which], name) for pair in pairs] for which in (0, 1))
     ratio = median(s / r for r, s in zip(real_, simulated_, strict=True))
@@ -106,12 +106,12 @@ def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
     return [time_s - times_s[0] for time_s in times_s]
 
 
-def real(options: argparse.Namespace, times_s: Sequence[float]) -> Seen:
+def real(options: argparse.Namespace, times_s: Sequence[float]) -> Measurement:
     """Send the requests to a server with default settings."""
     with cobatch(model_path(options.model), options.model, True) as server:
         bodies = [request(options, server, seed) for seed in range(_BODIES)]
-        (all_,) = drive(server.address, Load(bodies, times_s), deadline_s=options.deadline_ms / 1000)
-    return Seen(all_.good / times_s[-1], all_.latency.quantile_us(0.99) / 1000)
+        (counts,) = drive(server.address, Load(bodies, times_s), deadline_s=options.deadline_ms / 1000)
+    return Measurement(counts.good / times_s[-1], counts.latency.quantile_us(0.99) / 1000)
 
 
 def request(options: argparse.Namespace, server: Server, seed: int) -> bytes:
@@ -149,7 +149,9 @@ def _own_us() -> float:
     return sum(one.ru_utime + one.ru_stime for one in who) * 1e6
 
 
-def simulated(options: argparse.Namespace, profile: Profile, us: float, times_s: Sequence[float]) -> Seen:
+def simulated(
+    options: argparse.Namespace, profile: Profile, us: float, times_s: Sequence[float]
+) -> Measurement:
     """Simulate the same arrivals."""
     scenario = Scenario(
         profile,
@@ -163,7 +165,7 @@ def simulated(options: argparse.Namespace, profile: Profile, us: float, times_s:
     )
     results = results_of(run(scenario))
     good = results.total.goodput * scenario.seconds
-    return Seen(good / times_s[-1], results.total.latency_ms["p99"])
+    return Measurement(good / times_s[-1], results.total.latency_ms["p99"])
 
 
 if __name__ == "__main__":

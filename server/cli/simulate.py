@@ -328,6 +328,6 @@ def _part(count: int, totals: Totals) -> str:
 
 def as_json(profile: Profile, runs: Runs) -> str:
     """Return all figures of all runs."""
-    found = [{"load": load, **results.as_json()} for load, results in runs]
-    document = {"profile": profile.as_json(), "runs": found}
+    documents = [{"load": load, **results.as_json()} for load, results in runs]
+    document = {"profile": profile.as_json(), "runs": documents}
     return json.dumps(document, indent=2) + "\n"
