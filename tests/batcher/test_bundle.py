@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.bundle import Bundle
-from cobatch.batcher.errors import BatchFailedError, EngineGoneError, ExpiredError, QueueFullError
+from cobatch.batcher.errors import (
+    BatchFailedError,
+    DeadlineTooShortError,
+    DeadlineUnreachableError,
+    EngineGoneError,
+    ExpiredError,
+    QueueFullError,
+    TooManyRowsError,
+)
 from cobatch.batcher.request import Request
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.errors import EngineDeadError, EngineRunError
 from tests.support.virtual.loop import Call, FakeEngine, FakeWorker, calls, make_batcher, run
 
 BAD = -666
+REFUSALS = (QueueFullError, TooManyRowsError, DeadlineTooShortError, DeadlineUnreachableError)
 
 
 class Members(Bundle):
@@ -196,5 +208,55 @@ def test_other_ends_are_told_to_every_member() -> None:
         dead.enter(batcher.submit)
         await asyncio.sleep(1)
         assert [type(one.answer) for one in dead.calls] == [EngineGoneError] * 2
+
+    run(main())
+
+
+arrivals = st.lists(
+    st.tuples(
+        st.lists(st.sampled_from([1, 2, 3, BAD]), min_size=1, max_size=6),  # the members' values
+        st.sampled_from([0.0, 0.001, 0.012, 0.03]),  # seconds since the previous one
+        st.none() | st.sampled_from([0.0, 0.005, 0.015, 0.04]),  # seconds until it is cancelled
+    ),
+    max_size=8,
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(arrivals, st.integers(1, 12), st.none() | st.sampled_from([9.0, 25.0, 80.0]))
+def test_every_member_is_answered_exactly_once(
+    arrivals: list[tuple[list[int], float, float | None]], max_queue_rows: int, deadline_ms: float | None
+) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        batcher = make_batcher(poisoned(), max_queue_rows=max_queue_rows, deadline_ms=deadline_ms)
+        bundles: list[tuple[Members, bool]] = []
+
+        def cancel(members: Members) -> None:
+            for request in (members, *members.calls):
+                batcher.cancel(request)
+
+        for values, after_s, cancel_s in arrivals:
+            await asyncio.sleep(after_s)
+            members = bundle(*values)
+            members.enter(batcher.submit)
+            bundles.append((members, cancel_s is not None))
+            if cancel_s is not None:
+                loop.call_later(cancel_s, cancel, members)
+        assert await batcher.drain(100)
+        outcomes: Counter[str] = Counter()
+        for members, cancelled in bundles:
+            for member in members.calls:
+                assert len(member.answers) == 1 or (cancelled and not member.answers)
+                outcomes["cancelled" if not member.answers else type(member.answer).__name__] += 1
+                if member.answers and isinstance(member.answer, np.ndarray):
+                    member.check()
+                    assert member.values[0, 0] != BAD
+        counters = batcher.counters
+        refused = sum(outcomes[kind.__name__] for kind in REFUSALS)
+        assert (counters.refused, counters.cancelled) == (refused, outcomes["cancelled"])
+        assert counters.accepted == sum(outcomes.values()) - refused
+        assert counters.failed == outcomes["BatchFailedError"] + outcomes["ExpiredError"]
+        assert batcher.open_requests() == ({}, 0)
 
     run(main())
