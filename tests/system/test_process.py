@@ -14,6 +14,8 @@ from tests.support.http.process import Answer, Cobatch, Connection
 from tests.support.models import models
 from tests.support.models.gate import HOLD
 
+pytestmark = pytest.mark.slow
+
 FAST = pytest.mark.parametrize("path", ["--fast-path", "--no-fast-path"])
 HELD_ROW = [float(HOLD)] * 3
 

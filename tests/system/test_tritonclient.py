@@ -37,7 +37,7 @@ CALLERS = 96
 
 # The asyncio client requests health without reading the response's body, and leaves the connection to the
 # garbage collector if the body has not arrived yet.
-pytestmark = pytest.mark.filterwarnings("ignore:Unclosed connection:ResourceWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Unclosed connection:ResourceWarning")]
 
 
 @pytest.fixture(scope="module", params=["--fast-path", "--no-fast-path"])

@@ -194,12 +194,14 @@ def light_p99_s(curve: Curve, flood_rate: float | None, part: float, requests: i
     return result[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("part", "requests"), [(0.02, 300), (0.1, 1000), (0.3, 1000)])
 def test_a_flood_costs_a_light_tenant_one_batch(part: float, requests: int) -> None:
     alone_s, beside_s = (light_p99_s(flat, rate, part, requests) for rate in (0, 10))
     assert beside_s <= 1.2 * alone_s + flat(8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("curve", "full_rows", "part"),
     [(affine, 8, 0.005), (affine, 8, 0.02), (affine, 8, 0.1), (affine, 8, 0.2), (linear, 1, 0.02)],

@@ -13,6 +13,8 @@ from cobatch.batcher.simulator.engine import Profile, load_profile
 from cobatch.batcher.simulator.scenario import Results, Scenario, results_of, run
 from cobatch.batcher.simulator.traffic import Caller, Poisson
 
+pytestmark = pytest.mark.slow
+
 LINEAR = Profile.linear("linear", fixed_us=5000, row_us=100, max_rows=128)
 
 
