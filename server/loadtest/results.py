@@ -245,5 +245,5 @@ def notes(tally: Tally, local: bool) -> list[str]:
         )
     answers = total.latency.count
     if 0 < answers < _FEW_ANSWERS:
-        remarks.append(f"{answers} answers are few: the slowest {max(1, answers // 100)} determine p99")
+        remarks.append(f"{answers} answers are few: p99 depends on the slowest {max(1, answers // 100)}")
     return remarks
