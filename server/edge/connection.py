@@ -166,7 +166,7 @@ class Connection(asyncio.Protocol):
         return cycle is not None and not cycle.response_complete
 
     def _end(self, problem: Problem) -> None:
-        """End the connection for a reason that the client is told, unless this request is answered."""
+        """End the connection with a problem, unless this request is answered."""
         if self._farewell is not None:
             return
         if self._owes_response():

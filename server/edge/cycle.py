@@ -14,7 +14,7 @@ from cobatch.server.http.reply import Reply
 
 log = logging.getLogger("cobatch.edge")
 
-# Of a body that the application has not asked for, at most this much is read.
+# An unread body is buffered up to this size.
 HIGH_WATER_BYTES = 65536
 # Responses without a body, and without Content-Length.
 _BODILESS = (204, 304)

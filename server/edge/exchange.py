@@ -28,7 +28,7 @@ def record_in(scope: Scope) -> RequestRecord | None:
 class Exchange(msgspec.Struct, eq=False):
     """A request and its response. `coding`: the content coding that the client takes, if any.
 
-    There is no record of a good infer request that nobody observes: its response's id names its batch.
+    A good infer request without subscribers has no record: its response's id names its batch.
     """
 
     inference: Inference

@@ -102,7 +102,7 @@ class FastConnection(Connection):
     def __init__(self, inference: Inference, cache: HeaderCache, **of_uvicorn: Any) -> None:
         super().__init__(inference, **of_uvicorn)
         self.cache = cache
-        self.chunk: bytes | None = None  # what is being parsed, if a message begins with it
+        self.chunk: bytes | None = None  # the bytes being parsed, if a message begins there
 
     def data_received(self, data: bytes) -> None:
         if not self.receiving:

@@ -1,1 +1,1 @@
-"""Counters, records of requests, traces, the access log, and who subscribes to them."""
+"""Counters, records of requests, traces and the access log."""

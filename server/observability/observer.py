@@ -44,7 +44,7 @@ class Tracer(Protocol):
         """Make the spans of a batch call's item inside those of the call."""
 
     def stop(self) -> None:
-        """Send what is left."""
+        """Send the rest."""
 
 
 class Observer:

@@ -30,7 +30,7 @@ def test_idle_connections_are_closed(fast: bool) -> None:
 
 
 @FAST_OR_NOT
-def test_what_was_accepted_is_answered(fast: bool) -> None:
+def test_accepted_requests_are_answered(fast: bool) -> None:
     with gated(fast) as (served, engine):
         clients = [served.connect() for _ in range(3)]
         engine.hold()
@@ -50,7 +50,7 @@ def test_what_was_accepted_is_answered(fast: bool) -> None:
 
 
 @FAST_OR_NOT
-def test_a_pipeline_is_cut_after_the_one_that_was_accepted(fast: bool) -> None:
+def test_a_pipeline_is_cut_after_the_accepted_request(fast: bool) -> None:
     with gated(fast) as (served, engine), served.connect() as client:
         engine.hold()
         client.send(gate(1) + gate(2) + gate(3))
@@ -83,7 +83,7 @@ def test_a_half_request_is_refused(fast: bool, piece: int, headers: dict[str, st
 
 
 @FAST_OR_NOT
-def test_an_answer_that_nobody_takes_does_not_hold_up_the_end(fast: bool) -> None:
+def test_an_unread_response_does_not_delay_the_end(fast: bool) -> None:
     x = {"name": "x", "shape": [1, 2], "datatype": "INT64", "data": [1, 2]}
     request = post(GATE, {"inputs": [x], "parameters": {"binary_data_output": True}})
     with gated(fast, drain_timeout_s=0.1) as (served, engine), served.connect(receive_buffer=4096) as client:
@@ -95,7 +95,7 @@ def test_an_answer_that_nobody_takes_does_not_hold_up_the_end(fast: bool) -> Non
 
 
 @FAST_OR_NOT
-def test_what_is_not_done_in_time_is_told_so(fast: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_unfinished_requests_get_abandoned(fast: bool, caplog: pytest.LogCaptureFixture) -> None:
     with gated(fast, drain_timeout_s=0.1) as (served, engine), served.connect() as client:
         engine.hold()
         client.send(gate(1))

@@ -1,6 +1,6 @@
-"""What goes over the wire for the infer routes; every test runs on the fast path and through ASGI.
+"""Infer requests over the wire; every test runs on the fast path and through ASGI.
 
-Here what is answered with 200; `test_wire_refused` and `test_wire_busy` have the rest.
+Those answered with 200; `test_wire_refused` and `test_wire_busy` have the others.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield served
 
 
-def test_each_path_takes_its_own_way(served: Served) -> None:
+def test_each_request_takes_the_expected_path(served: Served) -> None:
     with served.connect() as client:
         for _ in range(2):
             assert client.ask(post("/v2/models/add/infer", ADD)).status == 200

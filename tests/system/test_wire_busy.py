@@ -1,4 +1,4 @@
-"""What goes over the wire while the engine is busy, loading, failing or about to stop.
+"""Responses over the wire while the engine is busy, loading, failing or about to stop.
 
 The engine is one that the test holds, so that "queued", "full" and "draining" are states and not luck.
 """
@@ -30,14 +30,14 @@ def held_server(path: str) -> Iterator[tuple[Served, GatedEngine]]:
 
 @pytest.fixture
 def held(held_server: tuple[Served, GatedEngine]) -> Iterator[tuple[Served, GatedEngine]]:
-    """One model whose batches the test holds, at most 4 rows each; 8 rows may wait."""
+    """A model whose batches of at most 4 rows the test holds; the queue takes 8 rows."""
     served, engine = held_server
     yield served, engine
     engine.fails = lambda rows: None
     engine.release()
 
 
-def test_callers_in_one_batch_get_their_own_rows(held: tuple[Served, GatedEngine]) -> None:
+def test_clients_in_one_batch_get_their_own_rows(held: tuple[Served, GatedEngine]) -> None:
     served, engine = held
     engine.hold()
     with contextlib.ExitStack() as stack:
@@ -97,7 +97,7 @@ def test_a_dead_engine(path: str, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def fill(stack: contextlib.ExitStack, served: Served, engine: GatedEngine) -> list[serving.Client]:
-    """Hold the engine and send requests until no row more fits the queue."""
+    """Hold the engine and send requests until the queue is full."""
     engine.hold()
     batcher = served.batcher()
     clients: list[serving.Client] = []
@@ -128,7 +128,7 @@ def test_a_full_queue_refuses_before_the_body(held: tuple[Served, GatedEngine]) 
         engine.release()
         for n, other in enumerate(waiting):
             assert set(data_of(other.answer())) == {2 * n}
-        # The body that nobody wanted is passed over, and the connection goes on.
+        # The body of the refused request is skipped, and the connection goes on.
         client.send(request[end:])
         assert data_of(client.ask(gate(6))) == [12]
 
@@ -148,7 +148,7 @@ def test_a_full_queue_and_a_known_header_block(held: tuple[Served, GatedEngine])
 
 
 def test_more_rows_than_there_is_room_for(held: tuple[Served, GatedEngine]) -> None:
-    """The headers do not say how many rows will come, so this is refused after the body."""
+    """The headers do not tell the number of rows, so this is refused after the body."""
     served, engine = held
     with contextlib.ExitStack() as stack:
         first, second = stack.enter_context(served.connect()), stack.enter_context(served.connect())

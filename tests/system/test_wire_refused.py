@@ -1,4 +1,4 @@
-"""What goes over the wire when a request is wrong: which problem, which members, and that it goes on."""
+"""Wrong requests over the wire: the problem, its members, and that the connection goes on."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def _case_id(case: Case) -> str:
 
 
 @pytest.mark.parametrize(("model", "message", "status", "slug", "members"), WRONG, ids=map(_case_id, WRONG))
-def test_a_wrong_request_is_told_what_is_wrong(
+def test_a_wrong_request_gets_the_right_problem(
     served: Served, model: str, message: object, status: int, slug: str, members: Mapping[str, object]
 ) -> None:
     with served.connect() as client:
@@ -309,7 +309,7 @@ def test_a_small_body_that_becomes_a_large_one(served: Served) -> None:
     assert (answer.status, answer.slug) == (413, "body-too-large")
 
 
-def test_the_identity_encoding_is_none(served: Served) -> None:
+def test_the_identity_encoding_changes_nothing(served: Served) -> None:
     assert served.ask(post("/v2/models/add/infer", ADD, {"Content-Encoding": "identity"})).status == 200
 
 
@@ -328,10 +328,10 @@ def test_the_largest_body(served: Served) -> None:
     assert served.ask(post("/v2/models/add/infer", body)).status == 200
 
 
-# The server or the engine fails on it
+# Failures of the server or the engine
 
 
-def test_a_failing_input_is_its_caller_s_alone(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_input_affects_its_client_only(served: Served, caplog: pytest.LogCaptureFixture) -> None:
     def pick(index: int) -> Answer:
         return infer(served, "pick", {"inputs": [tensor("x", "INT64", [1, 1], [index])]})
 

@@ -1,4 +1,4 @@
-"""The connection, over raw sockets, on the fast path and through uvicorn's own cycle.
+"""The connection, over raw sockets, on the fast path and through ASGI.
 
 What a client may do with a connection: pieces, pipelines, old versions, chunks, limits, leaving.
 """
@@ -75,7 +75,7 @@ def test_a_byte_at_a_time(client: Client) -> None:
 
 
 def test_every_place_to_cut_a_request_in_two(client: Client) -> None:
-    """Whole ones in between, so that the header block is one that the fast path knows."""
+    """Whole requests in between, so that the header block is in the fast path's cache."""
     request = gate(7)
     for n in range(1, len(request)):
         client.send(request[:n])
@@ -120,7 +120,7 @@ def test_a_pipeline_is_answered_in_order(client: Client, count: int) -> None:
 
 
 def mixed(count: int) -> tuple[bytes, list[int | str]]:
-    """Requests of all sorts and what comes of each: the doubled number, or a slug, or a status."""
+    """Requests of all kinds, each with its expected number, slug or status."""
     kinds: list[tuple[bytes, int | str]] = []
     for n in range(count):
         kinds += [
@@ -168,7 +168,7 @@ def test_a_pipeline_while_the_first_still_runs(served: Served, engine: GatedEngi
     engine.hold()
     client.send(gate(1))
     assert engine.began.get(timeout=DEADLINE_S) == [1]
-    # The same header block again, in a packet of its own, while the answer before it is due.
+    # The same header block again, in a packet of its own, while the response before it is pending.
     client.send(gate(2))
     client.send(gate(3) + get("/v2/health/live"))
     assert served.ask(get("/v2/health/live")).status == 200
@@ -178,7 +178,7 @@ def test_a_pipeline_while_the_first_still_runs(served: Served, engine: GatedEngi
     assert data_of(client.ask(gate(4))) == [8]
 
 
-# Old versions and ends that were asked for
+# Old versions and Connection: close
 
 
 @pytest.mark.parametrize("headers", [{}, {"Connection": "keep-alive"}])
@@ -267,7 +267,7 @@ def test_thousands_of_tiny_chunks(client: Client) -> None:
 
 
 def test_a_chunked_body_that_grows_over_the_limit(client: Client) -> None:
-    """It is refused while it grows: the last chunk is never sent."""
+    """Refused while it grows: the last chunk is never sent."""
     client.send(chunked(GATE, b" " * 60_000, end=b""))
     client.send(b"9c41\r\n" + b" " * 40_001)
     answer = client.answer()
@@ -281,28 +281,28 @@ def test_a_body_of_the_limit_in_chunks(client: Client) -> None:
     assert data_of(client.ask(chunked(GATE, body[:50_000], body[50_000:]))) == [14]
 
 
-# Answers that nobody reads
+# Unread responses
 
 
 MIB_OF_ANSWER = 1 << 17  # INT64 numbers
 
 
 def greedy_request() -> bytes:
-    """Asks for 1 MiB in binary."""
+    """Request 1 MiB in binary."""
     x = {"name": "x", "shape": [1, 2], "datatype": "INT64", "data": [1, 2]}
     return post(GATE, {"inputs": [x], "parameters": {"binary_data_output": True}})
 
 
 def unsent(served: Served) -> int:
-    """Bytes that the server keeps for clients which do not read."""
+    """Return the bytes that the server keeps for clients that do not read."""
     sizes: list[int] = served.call(
         lambda: [protocol.transport.get_write_buffer_size() for protocol in served.connections()]
     )
     return sum(sizes)
 
 
-def test_answers_to_a_pipeline_that_nobody_reads(served: Served, engine: GatedEngine) -> None:
-    """What waits for the client stays small, and others go on."""
+def test_unread_responses_to_a_pipeline(served: Served, engine: GatedEngine) -> None:
+    """The server buffers little for the client, and other clients are served."""
     engine.answer_width = MIB_OF_ANSWER
     taken = served.batcher().counters.accepted
     with served.connect(receive_buffer=4096) as greedy:
@@ -311,13 +311,13 @@ def test_answers_to_a_pipeline_that_nobody_reads(served: Served, engine: GatedEn
         for n in range(50):
             assert data_of(served.ask(gate(n))) == [2 * n]
             assert unsent(served) < 3 << 20
-        # 50 of them were the others'. The system's own buffers take some MiB.
+        # 50 of them came from other clients. The system's buffers take some MiB.
         assert served.batcher().counters.accepted - taken < 50 + 20
         assert {len(greedy.answer().body) >> 20 for _ in range(60)} == {1}
 
 
-def test_answers_that_nobody_reads_to_one_request_after_another(served: Served, engine: GatedEngine) -> None:
-    """None is in a pipeline: here the server stops reading."""
+def test_unread_responses_to_consecutive_requests(served: Served, engine: GatedEngine) -> None:
+    """Without a pipeline: the server stops reading."""
     engine.answer_width = MIB_OF_ANSWER
     taken = served.batcher().counters.accepted
     with served.connect(receive_buffer=4096) as greedy:
@@ -331,7 +331,7 @@ def test_answers_that_nobody_reads_to_one_request_after_another(served: Served, 
 
 
 def test_a_client_that_sends_faster_than_it_is_answered(served: Served, engine: GatedEngine) -> None:
-    """The server reads on only when what it read is answered: a pipeline is never longer than a read."""
+    """The server reads on only when all it has read is answered: a pipeline is no longer than a read."""
     requests = 5_000
     longest = 0
     with served.connect() as flood:
@@ -345,11 +345,11 @@ def test_a_client_that_sends_faster_than_it_is_answered(served: Served, engine: 
     assert 0 < longest <= (1 << 18) // len(gate(1))
 
 
-# Clients that leave
+# Disconnects
 
 
 def held(served: Served, engine: GatedEngine, stack: contextlib.ExitStack) -> Client:
-    """A request that runs until the test lets go."""
+    """A request that runs until the test releases the engine."""
     engine.hold()
     client = stack.enter_context(served.connect())
     client.send(gate(1))
@@ -357,7 +357,7 @@ def held(served: Served, engine: GatedEngine, stack: contextlib.ExitStack) -> Cl
     return client
 
 
-def test_one_that_leaves_while_queued_is_dropped_before_packing(served: Served, engine: GatedEngine) -> None:
+def test_a_disconnect_drops_a_queued_request_before_packing(served: Served, engine: GatedEngine) -> None:
     batcher = served.batcher()
     cancelled, taken = batcher.counters.cancelled, batcher.counters.accepted
     engine.ran.clear()
@@ -376,7 +376,7 @@ def test_one_that_leaves_while_queued_is_dropped_before_packing(served: Served, 
     assert engine.ran == [[1], [3]]
 
 
-def test_one_that_leaves_while_running_harms_nobody(served: Served, engine: GatedEngine) -> None:
+def test_a_disconnect_during_the_run_harms_no_other_request(served: Served, engine: GatedEngine) -> None:
     batcher = served.batcher()
     cancelled = batcher.counters.cancelled
     with contextlib.ExitStack() as stack:
@@ -387,7 +387,7 @@ def test_one_that_leaves_while_running_harms_nobody(served: Served, engine: Gate
         assert data_of(served.ask(gate(5))) == [10]
 
 
-def test_one_that_resets_the_connection(served: Served, engine: GatedEngine) -> None:
+def test_a_client_that_resets_the_connection(served: Served, engine: GatedEngine) -> None:
     batcher = served.batcher()
     cancelled = batcher.counters.cancelled
     with contextlib.ExitStack() as stack:
@@ -399,8 +399,8 @@ def test_one_that_resets_the_connection(served: Served, engine: GatedEngine) -> 
         assert data_of(served.ask(gate(5))) == [10]
 
 
-def test_one_that_leaves_with_a_pipeline_behind_it(served: Served, engine: GatedEngine) -> None:
-    """While more is in the pipeline the server does not read, and so cannot see it leave; no harm comes."""
+def test_a_disconnect_with_a_pipeline(served: Served, engine: GatedEngine) -> None:
+    """With requests in the pipeline the server does not read, so it cannot notice the disconnect."""
     taken = served.batcher().counters.accepted
     with contextlib.ExitStack() as stack:
         first = held(served, engine, stack)
@@ -414,7 +414,7 @@ def test_one_that_leaves_with_a_pipeline_behind_it(served: Served, engine: Gated
 
 
 @pytest.mark.parametrize("piece", [0, 1, 40, -1])
-def test_one_that_leaves_before_the_end_of_its_request(served: Served, piece: int) -> None:
+def test_a_disconnect_before_the_end_of_the_request(served: Served, piece: int) -> None:
     taken = served.batcher().counters.accepted
     with served.connect() as leaver:
         leaver.send(gate(2)[:piece])
@@ -423,10 +423,10 @@ def test_one_that_leaves_before_the_end_of_its_request(served: Served, piece: in
     assert served.batcher().counters.accepted == taken
 
 
-def test_one_that_stops_sending_is_taken_for_gone(
+def test_a_half_closed_connection_counts_as_disconnected(
     served: Served, engine: GatedEngine, client: Client
 ) -> None:
-    """A half-closed connection is to uvicorn, as to most servers of HTTP, a client that has left."""
+    """As in most HTTP servers, a half-closed connection counts as disconnected."""
     cancelled = served.batcher().counters.cancelled
     engine.hold()
     client.send(gate(7))
@@ -458,7 +458,7 @@ def test_other_spellings_of_the_target(client: Client, target: str) -> None:
         assert data_of(client.ask(gate(8))) == [16]
 
 
-def test_a_name_with_a_slash_that_is_none(client: Client) -> None:
+def test_an_encoded_slash_in_a_name_is_no_separator(client: Client) -> None:
     assert client.ask(post("/v2/models/ga%2Fte/infer", rows_of(7))).slug == "not-found"
     assert data_of(client.ask(gate(8))) == [16]
 

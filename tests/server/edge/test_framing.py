@@ -1,4 +1,4 @@
-"""Bytes that are not quite a request, and requests hidden in others' bytes.
+"""Malformed requests, and requests hidden in the bytes of others.
 
 The fast path remembers header blocks and serves a block that it knows without the parser. Whatever is
 sent, and however it is cut into packets, the answers must be those that the parser alone would give.
@@ -46,7 +46,7 @@ def engine(module_pair: tuple[Served, GatedEngine]) -> GatedEngine:
 
 @pytest.fixture
 def client(served: Served) -> Iterator[Client]:
-    """A connection on which `gate(7)`'s header block has been seen."""
+    """A connection after a request with `gate(7)`'s header block."""
     with served.connect() as client:
         assert data_of(client.ask(gate(7))) == [14]
         yield client
@@ -56,7 +56,7 @@ BLOCK, BODY = (gate(7)[: gate(7).index(b"\r\n\r\n") + 4], gate(7)[gate(7).index(
 
 
 def refused(client: Client) -> None:
-    """Told so in our words, and the connection ends."""
+    """Check for a problem, and for the end of the connection."""
     answer = client.answer()
     assert (answer.status, answer.slug) == (400, "bad-http")
     assert answer.headers["connection"] == "close"
@@ -126,7 +126,7 @@ def test_bad_framing_first_thing_a_byte_at_a_time(served: Served, name: str) -> 
 
 @pytest.mark.parametrize("name", ["garbage", "two lengths", "a chunk size that is no number"])
 @pytest.mark.parametrize("before", [1, 3])
-def test_what_came_before_the_bad_one_is_answered_first(
+def test_requests_before_a_bad_one_are_answered_first(
     served: Served, engine: GatedEngine, client: Client, name: str, before: int
 ) -> None:
     engine.hold()
@@ -151,7 +151,7 @@ def test_bad_bytes_while_an_answer_is_due(served: Served, engine: GatedEngine, c
 
 
 def test_a_bad_chunk_after_the_answer(client: Client) -> None:
-    """The request was refused early, as nobody is called so; there is no second answer to it."""
+    """The request was refused early for its model's name; there is no second response to it."""
     client.send(
         post("/v2/models/nobody/infer", b"", {"Transfer-Encoding": "chunked"}).replace(
             b"Content-Length: 0\r\n", b""
@@ -163,7 +163,7 @@ def test_a_bad_chunk_after_the_answer(client: Client) -> None:
 
 
 def test_no_version(client: Client) -> None:
-    """HTTP/0.9, which has no body: an answer, and the end."""
+    """HTTP/0.9 has no body: one response, and the end."""
     assert client.ask(b"POST " + GATE.encode() + b"\r\n\r\n").slug == "not-json"
     assert client.closed()
 
@@ -176,7 +176,7 @@ def test_headers_without_end(served: Served, client: Client) -> None:
             assert served.ask(get("/v2/health/live")).status == 200
     except (BrokenPipeError, ConnectionResetError):
         pass
-    # What it said may have been lost with the reset; that it ended is what counts.
+    # The response may be lost with the reset; the end of the connection counts.
     assert data_of(served.ask(gate(8))) == [16]
 
 
@@ -198,7 +198,7 @@ def test_many_headers_that_are_not_too_many(client: Client) -> None:
         assert data_of(client.ask(gate(7, headers=headers))) == [14]
 
 
-# Known header blocks
+# Cached header blocks
 
 
 def test_a_known_block_with_another_body(client: Client) -> None:
@@ -239,7 +239,7 @@ def test_a_known_block_with_garbage_behind(client: Client) -> None:
 
 
 def test_a_known_request_within_a_body_is_a_body(served: Served, client: Client) -> None:
-    """In a packet of its own, after headers that announced just so many bytes."""
+    """In a packet of its own, after headers with exactly its length."""
     taken = served.batcher().counters.accepted
     client.send(post(GATE, b"", {"Content-Length": str(len(gate(7)))}))
     client.send(gate(7))
@@ -269,7 +269,7 @@ def test_a_known_request_within_a_header_is_a_header(served: Served, client: Cli
 
 
 def test_a_known_request_within_the_body_of_a_refused_one(served: Served, client: Client) -> None:
-    """A request that is answered before its body has come still owns that body."""
+    """A request that is answered before its body has arrived still owns that body."""
     taken = served.batcher().counters.accepted
     client.send(post("/v2/models/nobody/infer", b"", {"Content-Length": str(len(gate(7)))}))
     assert client.answer().slug == "unknown-model"
@@ -290,8 +290,8 @@ def test_a_body_that_has_blank_lines(client: Client) -> None:
         assert data_of(client.ask(post(GATE, body))) == [14]
 
 
-def test_blocks_that_differ_in_what_they_say(client: Client) -> None:
-    """Equal but for one header: each keeps its own meaning."""
+def test_header_blocks_with_different_meanings(client: Client) -> None:
+    """Equal except for one header: each keeps its own meaning."""
     for _ in range(2):
         assert data_of(client.ask(gate(7, headers={"X": "a"}))) == [14]
         assert client.ask(gate(7, headers={"Inference-Header-Content-Length": "5"})).slug == "not-json"
@@ -304,7 +304,7 @@ def test_blocks_that_differ_in_what_they_say(client: Client) -> None:
     assert client.closed()
 
 
-def test_no_more_than_so_many_blocks_are_kept(
+def test_the_number_of_cached_blocks_is_bounded(
     served: Served, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (protocol,) = served.call(served.connections)
@@ -337,7 +337,7 @@ def test_an_upgrade_that_is_not_taken(client: Client, protocol: str) -> None:
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_the_body_of_an_upgrade_is_no_request(served: Served, client: Client, apart: bool) -> None:
-    """The parser takes the headers' end for the request's; what follows must not be taken for a request."""
+    """To the parser the request ends with its headers; the bytes after it must not become a request."""
     taken = served.batcher().counters.accepted
     headers = {"Upgrade": "h2c", "Connection": "Upgrade", "Content-Length": str(len(gate(7)))}
     request = post(GATE, gate(7), headers)
@@ -373,11 +373,11 @@ def test_connect(client: Client) -> None:
         ("http://[", "bad-http"),
     ],
 )
-def test_a_target_that_is_none(client: Client, target: str, slug: str) -> None:
+def test_an_invalid_target(client: Client, target: str, slug: str) -> None:
     assert client.ask(post(target, rows_of(7))).slug == slug
 
 
-def test_a_target_that_is_none_behind_a_request_that_runs(
+def test_an_invalid_target_behind_a_running_request(
     served: Served, engine: GatedEngine, client: Client
 ) -> None:
     engine.hold()

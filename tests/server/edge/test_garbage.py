@@ -1,4 +1,4 @@
-"""Requests leave nothing to the garbage collector: whoever is done with them lets go of them.
+"""Requests leave nothing to the garbage collector: no object of theirs is in a reference cycle.
 
 With cycles, memory would grow by whole bodies until a collection, and the collector would have to run
 often; `server.serve` makes it run seldom.
@@ -16,10 +16,10 @@ REQUESTS = 40
 
 
 def collected(served: Served, request: bytes, status: int) -> int:
-    """Objects that only the collector could free, after many such requests on one connection."""
+    """Return how many objects only the collector can free after many such requests."""
     with served.connect() as client:
         for _ in range(3):
-            client.ask(request)  # what is made once and kept
+            client.ask(request)  # objects that are made once and kept
         gc.collect()
         gc.disable()
         try:
@@ -47,5 +47,5 @@ def test_requests_leave_no_garbage(fast: bool, request_: bytes, status: int) -> 
     with gated(fast) as (served, _):
         assert served.ask(get("/v2/health/ready")).status == 200
         left = collected(served, request_, status)
-    # A cycle for each request would be several objects for each.
+    # A reference cycle per request would be several objects each.
     assert left < REQUESTS

@@ -1,4 +1,4 @@
-"""Hostile input: each is refused for what it is, at once, and the next one is served; on both paths.
+"""Hostile input: refused with the right problem, at once, and the next request is served; on both paths.
 
 Never a 5xx, never a stall: a client here waits `DEADLINE_S` for an answer, and after each case an ordinary
 request on a new connection is answered. Bombs are in `test_compression`.
@@ -22,7 +22,7 @@ from tests.support.http.wire import any_size
 from tests.support.models import models
 
 LIMIT = 200_000
-# So many numbers take the large message's way through the decoder, a few the small one's.
+# The decoder has one path for this many numbers, and one for a few.
 MANY = 3000
 
 
@@ -61,14 +61,14 @@ def x(datatype: str, shape: list[int], data: object = None, **parameters: object
 
 
 def text_of(shape: str, data: str, datatype: str = "FP32") -> bytes:
-    """The same as text, for what Python's JSON would not write."""
+    """The same as text, for JSON that Python would not write."""
     return f'{{"inputs":[{{"name":"x","datatype":"{datatype}","shape":{shape},"data":{data}}}]}}'.encode()
 
 
 def refused(
     served: Served, model: str, body: object, *, tail: bytes | None = None, length: int | str | None = None
 ) -> tuple[int, str]:
-    """Status and kind of the problem; the next request is served. With a tail, a binary body."""
+    """Return the problem's status and kind; check that the next request is served. `tail`: binary."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     headers = {}
     if tail is not None or length is not None:
@@ -144,7 +144,7 @@ def test_duplicates(served: Served) -> None:
 
 @pytest.mark.parametrize("padding", [0, 5000], ids=["small", "large"])
 def test_a_name_given_twice_in_an_object_means_the_last(served: Served, padding: int) -> None:
-    """As in most readers of JSON, and the same whatever the message's length."""
+    """As in most JSON parsers, for short and long messages alike."""
     spaces = " " * padding
     tensor = '{"name":"z","name":"x","datatype":"FP32","shape":[7],"shape":[1,2],"data":[8],"data":[1,2]}'
     body = f'{{"inputs":[],{spaces}"id":"a","inputs":[{tensor}],"id":"b"}}'.encode()
@@ -205,7 +205,7 @@ def test_numbers_of_many_digits(served: Served, digits: int, sign: str) -> None:
     "text", [b'"\xff"', b'"a\xc3"', b'"\xed\xa0\x80"', b'"\\ud800"', b'"\x00"', b'"\\x"']
 )
 @pytest.mark.parametrize("count", [1, MANY])
-def test_text_that_is_none(served: Served, text: bytes, count: int) -> None:
+def test_invalid_text(served: Served, text: bytes, count: int) -> None:
     data = b"[%b]" % b",".join([text] * count)
     shape = f"[1,{count}]".encode()
     for model, datatype in (("text", b"BYTES"), ("width", b"FP32")):
@@ -226,7 +226,7 @@ def test_a_header_that_lies_about_the_json(served: Served) -> None:
         assert refused(served, "negate", message, tail=tail, length=beyond) == (400, "bad-binary")
     for odd in ("-1", "+5", "0x10", "1e2", " ", "1 2", "1,2", "\xb2", "9" * 19):
         assert refused(served, "negate", message, tail=tail, length=odd) == (400, "bad-binary")
-    # As a raw body, which the length 0 says it is, it is too long.
+    # Length 0 means a raw body, for which it is too long.
     assert refused(served, "negate", message, tail=tail, length=0) == (422, "wrong-data")
 
 
@@ -267,7 +267,7 @@ def test_long_names_are_not_sent_back(served: Served) -> None:
 
 
 def chunks(body: bytes, size: int, **headers: str) -> bytes:
-    """The body in chunks of so many bytes."""
+    """Return the body in chunks of `size` bytes."""
     lines = ["POST /v2/models/negate/infer HTTP/1.1", "Host: test", "Transfer-Encoding: chunked"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     pieces = [body[at : at + size] for at in range(0, len(body), size)]

@@ -1,4 +1,4 @@
-"""What a connection's clock ends, and what it must not: idle, slow and stalled clients.
+"""Time limits of a connection: idle, slow and stalled clients.
 
 These tests are about time, so the limits are small and real; whatever else they need to happen before
 or after a limit is made to happen by another connection's limit, never by sleeping.
@@ -31,7 +31,7 @@ LONG_S = 10 * DEADLINE_S
 
 @pytest.fixture(scope="module", params=["fast", "asgi"])
 def impatient(request: pytest.FixtureRequest) -> Iterator[Served]:
-    """A request must have come whole within 0.2 s; an idle connection may stay for long."""
+    """A server with a receive limit of 0.2 s and a long keep-alive time."""
     with gated(request.param == "fast", receive_timeout_s=0.2, keep_alive_s=LONG_S) as (served, _):
         yield served
 
@@ -44,7 +44,7 @@ def too_late(client: Client) -> None:
 
 
 def wait_a_limit(served: Served, times: int = 2) -> None:
-    """Come back after the receive limit has passed: a connection that says nothing was closed by it."""
+    """Return after the receive limit has passed: it closed a silent connection."""
     for _ in range(times):
         with served.connect() as clock:
             assert clock.closed()
@@ -58,7 +58,7 @@ def wait_a_limit(served: Served, times: int = 2) -> None:
     "request_", [gate(7), get("/v2/health/live"), post(GATE, b"{")], ids=["infer", "live", "bad"]
 )
 def test_an_idle_connection_is_closed(fast: bool, request_: bytes) -> None:
-    """After the keep-alive time, although the receive limit is far away."""
+    """After the keep-alive time, although the receive limit is long."""
     with gated(fast, keep_alive_s=0.1, receive_timeout_s=LONG_S) as (served, _), served.connect() as client:
         client.ask(request_)
         assert client.closed()
@@ -125,7 +125,7 @@ def test_a_body_that_was_asked_for_and_does_not_come(impatient: Served) -> None:
 
 
 def test_a_sender_that_never_stops_and_never_ends(impatient: Served) -> None:
-    """A byte now and then does not extend the limit: it is the whole request's."""
+    """A byte now and then does not extend the limit of the whole request."""
     with impatient.connect() as client:
         client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         client.send(f"POST {GATE} HTTP/1.1\r\nX: ".encode())
@@ -139,14 +139,14 @@ def test_a_sender_that_never_stops_and_never_ends(impatient: Served) -> None:
 
 
 def test_a_refused_body_that_stops_coming(impatient: Served) -> None:
-    """It has been answered before, so it gets no second answer."""
+    """It was answered before, so it gets no second response."""
     with impatient.connect() as client:
         answer = client.ask(post("/v2/models/nobody/infer", b"", {"Content-Length": "10"}))
         assert answer.slug == "unknown-model"
         assert client.closed()
 
 
-# What takes long for the server's reasons
+# Delays of the server
 
 
 @FAST_OR_NOT
@@ -163,7 +163,7 @@ def test_a_long_run_is_not_the_client_s_fault(fast: bool) -> None:
 @FAST_OR_NOT
 @pytest.mark.parametrize("piece", [10, -5])
 def test_a_half_request_behind_a_long_run(fast: bool, piece: int) -> None:
-    """First the answer that is due; only then has the half one had its time."""
+    """The response before it comes first; only then does the limit of the half request count."""
     with (
         gated(fast, receive_timeout_s=0.2, keep_alive_s=LONG_S) as (served, engine),
         served.connect() as client,
@@ -204,18 +204,18 @@ def test_others_are_served_while_senders_stall(impatient: Served) -> None:
             too_late(client)
 
 
-# Clients that do not take their answers
+# Unread responses
 
 
-def test_an_answer_that_nobody_takes_does_not_keep_its_connection(impatient: Served) -> None:
-    """Two gone by one answer: the server gives the connection up although it could not close it in order."""
+def test_an_unread_response_does_not_keep_its_connection(impatient: Served) -> None:
+    """The server aborts a connection that it cannot close in order."""
     with impatient.connect() as client:
         client.send(get("/openapi.json") * 2000)
         until_gone(impatient)
 
 
 def until_gone(served: Served) -> None:
-    """Wait until the server has no connection left but ours that say nothing, which limits end too."""
+    """Wait until the server has closed all connections but the silent ones, which limits end too."""
     for _ in range(50):
         wait_a_limit(served, times=1)
         if not served.call(lambda: len(served.server.server_state.connections)):

@@ -100,11 +100,11 @@ def test_tritonclients_two_algorithms(served: Served, algorithms: tuple[str | No
         assert np.array_equal(result.as_numpy("y"), -x)
 
 
-# What must not be
+# Invalid bodies
 
 
 def packed(served: Served, coding: str, body: bytes) -> Answer:
-    """The answer to this body; what came before it on the connection and comes after it is served."""
+    """Return the response to this body; requests before and after it on the connection are served."""
     with served.connect() as other:
         assert other.ask(wide(None, None)).status == 200
         answer = served.ask(post("/v2/models/negate/infer", body, {"Content-Encoding": coding}))
@@ -170,5 +170,5 @@ def test_codings_that_are_not_known(served: Served, coding: str) -> None:
         (b"gzip;q=0", None),
     ],
 )  # fmt: skip
-def test_what_a_client_accepts(accept: bytes, coding: bytes | None) -> None:
+def test_accept_encoding(accept: bytes, coding: bytes | None) -> None:
     assert choose(accept) == coding

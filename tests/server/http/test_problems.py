@@ -1,4 +1,4 @@
-"""Problems: each kind that a request can provoke, right in all its parts; 404, 405 and HEAD."""
+"""Problems: each kind that a request can cause, with all its parts; 404, 405 and HEAD."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PREDICTIONS = "/v1/models/gate/predictions"
 X: dict[str, Any] = {"name": "x", "shape": [1, 1], "datatype": "INT64", "data": [1]}
 NO_DATA = {name: value for name, value in X.items() if name != "data"}
 
-# Kinds that other tests provoke: those of the connection, of the worker, and of predictions.
+# Kinds that other tests cause: those of the connection, of the worker, and of predictions.
 ELSEWHERE = {
     "abandoned",
     "bad-http",
@@ -55,7 +55,7 @@ def batch(*items: dict[str, Any]) -> dict[str, Any]:
     return {"method": "POST", "url": "/batch", "json": {"requests": items}}
 
 
-# What provokes each kind at a server with one model, `gate`.
+# Requests that cause each kind at a server with one model, `gate`.
 REQUESTS: dict[str, list[dict[str, Any]]] = {
     "not-json": [infer(b"{"), {"method": "POST", "url": "/batch", "content": b"\xff"}],
     "bad-request": [infer({}), {"method": "POST", "url": "/batch", "json": []}],
@@ -96,7 +96,7 @@ REQUESTS: dict[str, list[dict[str, Any]]] = {
 
 
 def check(answer: httpx.Response, slug: str, path: str) -> dict[str, Any]:
-    """The body of a problem, found to be right in all its parts."""
+    """Check a problem's parts; return its body."""
     kind = KINDS[slug]
     body: dict[str, Any] = answer.json()
     assert (answer.status_code, body["type"]) == (kind.status, f"/problems/{slug}"), body
@@ -220,7 +220,7 @@ async def test_refused_for_its_deadline(error: BatcherError, monkeypatch: pytest
         assert problem["timeout_ms"] < problem["needed_ms"]
 
 
-# Who calls
+# Credentials
 
 
 async def test_bad_authorization_unauthenticated_invalid_credentials_forbidden(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ async def test_too_many_bad_tokens(tmp_path: Path) -> None:
 
 
 async def test_keys_unavailable() -> None:
-    # Nobody listens on port 1.
+    # Nothing listens on port 1.
     issuer = Issuer(issuer=ISSUER, name="test", jwks_url="http://127.0.0.1:1/jwks")
     async with gated(auth=AuthSettings(issuers=(issuer,), audience=(AUDIENCE,)), ready=False) as (running, _):
         running.http.headers["authorization"] = f"Bearer {SIGNER.token(good_claims(time.time()))}"

@@ -1,4 +1,4 @@
-"""An engine that dies, over the wire: 503 with a type of its own, and one attempt to open another."""
+"""An engine that dies, over the wire: 503 with its own type, and one attempt to open another."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEADLY = 13
 
 
 def mortal() -> GatedEngine:
-    """Dies of a row with DEADLY in it, and then of anything."""
+    """Dies on a row with DEADLY in it, and on any row after that."""
     engine = GatedEngine()
     dead = False
 
@@ -42,7 +42,7 @@ def mortal() -> GatedEngine:
 
 @contextlib.contextmanager
 def served_by(fast: bool, *engines: GatedEngine) -> Iterator[Served]:
-    """The first is served, and each one after it is what opening anew gives."""
+    """Load the first engine, then the next ones each time that an engine is opened again."""
     models = (ModelSettings(path="gate", max_batch_size=4),)
     with (
         serve(fast, models, engines={"gate": engines[0]}) as served,
@@ -58,7 +58,7 @@ def test_it_is_opened_again_once(fast: bool, caplog: pytest.LogCaptureFixture) -
     with served_by(fast, mortal(), second) as served:
         gone = served.ask(gate(DEADLY))
         assert (gone.status, gone.slug) == (503, "engine-dead")
-        # Nobody is taken while it is being opened, and nobody restarts the process for it.
+        # No request is accepted while it is being opened, and liveness stays.
         assert served.ask(gate(1)).slug == "engine-dead"
         assert served.ask(get("/v2/models/gate/ready")).status == 503
         assert served.ask(get("/v2/health/live")).status == 200
@@ -85,7 +85,7 @@ def test_an_attempt_that_fails_is_the_last(caplog: pytest.LogCaptureFixture) -> 
         assert "still dead" in caplog.text
 
 
-def test_what_waited_is_answered_before_the_next_engine_serves() -> None:
+def test_queued_requests_are_answered_before_the_next_engine_serves() -> None:
     second = mortal()
     second.may_open.clear()
     first = mortal()

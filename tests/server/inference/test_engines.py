@@ -1,4 +1,4 @@
-"""Settings of a TensorRT model: how they are given, checked, and what the engine is told."""
+"""Settings of a TensorRT model: their forms, their checks, and the options of the engine."""
 
 from __future__ import annotations
 
@@ -116,9 +116,9 @@ def test_refusals(model: Path, setting: str, value: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("name", "kind"), [("m.onnx", "onnxruntime"), ("m.plan", "tensorrt"), ("m.engine", "tensorrt")]
 )
-def test_what_opens_a_file(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_for_each_kind_of_file(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, int, EngineOptions]] = []
-    made: Engine = object()  # type: ignore[assignment]  # nobody asks it anything
+    made: Engine = object()  # type: ignore[assignment]  # it is never used
 
     def make(path: str, max_batch_size: int, options: EngineOptions) -> Engine:
         asked.append((path, max_batch_size, options))

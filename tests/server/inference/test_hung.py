@@ -1,4 +1,4 @@
-"""A run that does not end, over the wire: 504, not ready, and another engine takes over."""
+"""A run that does not end, over the wire: 504, not ready, and another engine takes its place."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_run_that_does_not_end(fast: bool) -> None:
         taken = served.batcher().counters.accepted
         waiting.send(gate(2))
         served.until(lambda: served.batcher().counters.accepted > taken)
-        # The hung run ends after all, answers nobody, and the new engine serves who waits.
+        # The hung run ends after all and answers no request; the new engine serves the queue.
         engine.release()
         engine.may_open.set()
         assert data_of(waiting.answer()) == [4]

@@ -1,4 +1,4 @@
-"""Several engines for one model, over the wire: they run at the same time, and each its own threads."""
+"""Several engines for one model, over the wire: they run at the same time, each on its own threads."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_two_run_at_the_same_time(fast: bool) -> None:
     assert not threads()
 
 
-def test_one_that_hangs_leaves_the_other_at_work() -> None:
+def test_one_engine_hangs_and_the_other_keeps_working() -> None:
     engines = [GatedEngine(), GatedEngine(), GatedEngine()]
     model = ModelSettings(path="gate", max_batch_size=4, instances=2, execution_timeout_ms=50.0)
     with (
@@ -52,7 +52,7 @@ def test_one_that_hangs_leaves_the_other_at_work() -> None:
         mock.patch.object(cobatch.server.inference.model, "load_engine", return_value=engines[2]),
     ):
         engines[0].hold()
-        engines[2].may_open.clear()  # the one that is opened in its place is not there at once
+        engines[2].may_open.clear()  # its replacement takes time to open
         client.send(gate(1))
         assert client.answer().slug == "execution-timeout"
         assert served.ask(get("/v2/models/gate/ready")).status == 200

@@ -192,7 +192,7 @@ def test_batch_items(served: Served, alone: ort.InferenceSession) -> None:
         check(item["body"], run_alone(alone, some_ids(length)))
 
 
-def test_a_mask_of_the_callers_own(served: Served, alone: ort.InferenceSession) -> None:
+def test_a_mask_from_the_client(served: Served, alone: ort.InferenceSession) -> None:
     ids = some_ids(5)
     mask = np.array([[1, 1, 0, 1, 0]])
     body = message(ids)
@@ -222,7 +222,7 @@ def test_refusals_name_tensor_and_limit(served: Served) -> None:
     assert (missing.slug, missing.json["tensor"]) == ("missing-tensor", "ids")
 
 
-def test_the_description_asks_for_no_mask(served: Served) -> None:
+def test_the_metadata_has_no_mask(served: Served) -> None:
     schemas = served.ask(get("/openapi.json")).json["components"]["schemas"]
     (inputs,) = schemas["PredictionRequest"]["properties"]["inputs"]["anyOf"]
     assert inputs["required"] == ["ids"]
@@ -259,7 +259,7 @@ async def test_many_lengths_at_once_share_batches(path: str, alone: ort.Inferenc
         assert running.batcher("text").counters.batches < len(lengths)
 
 
-async def test_what_was_padded_is_logged_at_the_end(path: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_padding_is_logged_at_the_end(path: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "cobatch.model"):
         async with in_process(settings(path)) as running:
             await running.http.post(INFER, json=message(some_ids(3)))
@@ -267,7 +267,7 @@ async def test_what_was_padded_is_logged_at_the_end(path: str, caplog: pytest.Lo
     assert "its padding is not removed" not in caplog.text
 
 
-async def test_an_output_that_nobody_speaks_of_is_warned_of(
+async def test_an_output_without_pad_settings_is_warned_of(
     path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     pads = (PadSettings(input="ids", mask="mask"),)

@@ -1,4 +1,4 @@
-"""The access log: a line for each request on both edges, what is in it, and what is never in it."""
+"""The access log: a line for each request on both edges, its fields, and text that must not be in it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def lines_of(text: str) -> list[dict[str, Any]]:
 
 
 def asked(fast: bool, *requests: bytes, **settings: Any) -> list[dict[str, Any]]:
-    """The lines that these requests make, one after another on one connection."""
+    """Return the lines of these requests, sent in turn on one connection."""
     settings = {"access_log": "json", **settings}
     with (
         mock.patch("sys.stderr", io.StringIO()) as stream,
@@ -49,7 +49,7 @@ def asked(fast: bool, *requests: bytes, **settings: Any) -> list[dict[str, Any]]
     return lines_of(stream.getvalue())
 
 
-# What is in a line
+# Fields
 
 
 @BOTH
@@ -126,7 +126,7 @@ def test_a_client_that_left(fast: bool) -> None:
 
 
 @BOTH
-def test_predictions_have_their_batch_too_and_their_ids_are_not_told(fast: bool) -> None:
+def test_predictions_have_their_batch_and_their_ids_are_hidden(fast: bool) -> None:
     body = {"inputs": {"x": [[1], [2]]}}
     headers = {"Content-Type": "application/json"}
     lines = asked(fast, post("/v1/models/gate/predictions", body, headers), get("/v1/predictions/secret"))
@@ -139,7 +139,7 @@ def test_off_says_nothing(fast: bool) -> None:
     assert asked(fast, gate(1), post(GATE, b"{"), access_log="off") == []
 
 
-# What is never in it
+# Secrets and forged lines
 
 
 @BOTH
@@ -163,7 +163,7 @@ def test_credentials_and_data_never(fast: bool, tmp_path: Path) -> None:
         assert secret not in text
 
 
-def test_nobody_writes_lines_of_his_own() -> None:
+def test_a_client_cannot_forge_lines() -> None:
     record = RequestRecord("id", "GET", '/a\n{"status": 200}\r "\x1b[2J', 0.0)
     record.status = 404
     for form in (as_json, as_text):
@@ -180,7 +180,7 @@ def test_a_long_path_is_cut() -> None:
     assert len(line_of(record, "now").path) < 600
 
 
-# Readable lines
+# Text lines
 
 
 def test_lines_for_people() -> None:
@@ -211,7 +211,7 @@ def test_times() -> None:
 
 
 @BOTH
-def test_the_trace_of_a_caller(fast: bool) -> None:
+def test_the_client_s_trace(fast: bool) -> None:
     trace = "0af7651916cd43dd8448eb211c80319c"
     headers = [{"traceparent": value} for value in (f"00-{trace}-b7ad6b7169203331-01", "x\ty", trace)]
     lines = asked(fast, *[gate(1, headers=each) for each in headers])
@@ -222,7 +222,7 @@ def test_the_trace_of_a_caller(fast: bool) -> None:
 
 
 class _Stuck(io.StringIO):
-    """A reader that takes nothing until it is let go."""
+    """A reader that blocks until it is released."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -241,15 +241,15 @@ def _done(status: int = 200) -> RequestRecord:
     return record
 
 
-async def test_a_slow_reader_holds_nobody_up_and_what_is_dropped_is_counted() -> None:
+async def test_a_slow_reader_blocks_nothing_and_dropped_lines_are_counted() -> None:
     stream = _Stuck()
     log = AccessLog("json", logging.INFO, stream)
     log.start(asyncio.get_running_loop())
-    log._loop = None  # it flushes when this says so
+    log._loop = None  # the test flushes
     log.request_done(_done())
     log.flush()
     assert stream.taking.wait(20)
-    # The thread stands still with the first line: so many more chunks lie ready, and the rest is dropped.
+    # The thread is blocked with the first line: the queue fills, and the rest is dropped.
     for _ in range(access_log._CHUNKS + 3):
         log.request_done(_done())
         log.flush()
@@ -341,7 +341,7 @@ def _id(client: Client, request: bytes) -> str:
 
 
 def test_ids_on_a_known_header_block_are_each_requests_own() -> None:
-    """The fast path remembers header blocks, but none that says under which name its request is known."""
+    """The fast path caches header blocks, but none that identifies its request."""
     with gated(True) as (served, _), served.connect() as client:
         same = gate(1, headers={"X-Request-Id": "mine"})
         assert [_id(client, same) for _ in range(3)] == ["mine"] * 3

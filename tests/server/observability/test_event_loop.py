@@ -1,4 +1,4 @@
-"""How late the loop is, on a loop whose time the test moves."""
+"""The event loop's lag, on a loop whose time the test moves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cobatch.server.observability.event_loop import LoopLag
 
 
 class Loop:
-    """Timers, and a clock that stands still."""
+    """Timers, and a clock that the test moves."""
 
     def __init__(self) -> None:
         self.now_s = 100.0
@@ -27,7 +27,7 @@ class Loop:
         return cast("asyncio.TimerHandle", handle)
 
     def pass_(self, late_s: float) -> None:
-        """The next timer's time comes, and is over by so much when it is called."""
+        """Call the next timer, this late."""
         ((when_s, callback, arguments),) = self.timers
         self.timers.clear()
         self.now_s = when_s + late_s
@@ -40,7 +40,7 @@ def test_each_timer_says_how_late_it_was() -> None:
     for late_s in (0.0, 0.5, -0.0001):
         loop.pass_(late_s)
     assert lag.lags.count == 3
-    # One that comes a little early, as uvloop's may, is not late.
+    # A timer that is a little early, as uvloop's may be, is not late.
     assert lag.lags.sum_s == pytest.approx(0.5)
     lag.stop()
     assert not loop.timers

@@ -19,8 +19,10 @@ class NvmlError(Exception):
 
 
 class Nvml:
-    """Two GPUs: one says how busy it is, the other does not. `lost` ones answer nothing, `sharing` ones have
-    no memory of their own."""
+    """Two GPUs: one reports its utilization, the other does not.
+
+    `lost` ones do not answer, `sharing` ones have no memory of their own.
+    """
 
     NVMLError = NvmlError
 

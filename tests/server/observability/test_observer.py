@@ -26,7 +26,7 @@ def served(both: tuple[Served, GatedEngine]) -> Served:
 
 
 class Sink:
-    """Keeps what it is told. Also a tracer that draws every request."""
+    """Collects requests and batches. Also a tracer that draws every request."""
 
     def __init__(self) -> None:
         self.begun: list[RequestRecord] = []
@@ -95,7 +95,7 @@ def test_a_removed_subscriber_is_not_called(served: Served) -> None:
 
 
 class Failing(Sink):
-    """Raises whatever it is told."""
+    """Raises an exception whenever it is called."""
 
     def begin(self, record: RequestRecord, drawn: bool) -> None:
         raise RuntimeError("not with me")

@@ -1,4 +1,4 @@
-"""Traces: spans as a real receiver of OTLP gets them, from both edges."""
+"""Traces: the spans that a real OTLP receiver gets, from both edges."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROUTE = "POST /v2/models/{name}/infer"
 
 @contextmanager
 def traced(fast: bool, got: Receiver, **settings: Any) -> Iterator[tuple[Served, GatedEngine]]:
-    """A server that traces to it; all spans are there when this ends."""
+    """A server that sends traces to it; all spans have arrived at the end."""
     with gated(fast, **{"tracing": True, "trace_endpoint": got.endpoint, **settings}) as both:
         yield both
 
@@ -122,7 +122,7 @@ def test_the_parts_of_a_split_request_ride_in_several_batches(fast: bool) -> Non
 
 
 @BOTH
-def test_errors_are_the_servers_not_the_callers(fast: bool) -> None:
+def test_only_server_errors_are_errors(fast: bool) -> None:
     with receiver() as got, traced(fast, got) as (served, engine):
         assert served.ask(post(GATE, b"{")).status == 400
         engine.fails = lambda x: EngineRunError("no")
@@ -144,7 +144,7 @@ def test_errors_are_the_servers_not_the_callers(fast: bool) -> None:
     (of_batch,) = got.named("batch gate")
     assert of_batch.status.code == Status.STATUS_CODE_ERROR
     assert set(inside(got, by_status[500])) == {"queue", "batch", "compute"}
-    # A path that nobody serves is no name: there would be as many as callers can think of.
+    # An unknown path is no span name: clients could invent any number of them.
     assert by_status[404].name == "GET"
     assert "http.route" not in attributes(by_status[404])
 
@@ -163,7 +163,7 @@ def test_tenants_are_named_and_tokens_are_not(fast: bool, tmp_path: Path) -> Non
     assert b"815" not in text
 
 
-def test_who_sends_them_is_named() -> None:
+def test_the_service_is_named() -> None:
     with receiver() as got, traced(True, got) as (served, _):
         served.ask(gate(1))
     assert got.resource["service.name"] == "cobatch"
@@ -186,7 +186,7 @@ def test_opentelemetrys_own_variables_hold(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def trace_of(answer: Answer) -> tuple[str, str] | None:
-    """Trace and span of the answer's header, None where there is none."""
+    """Return the trace and span in the response's header, None without one."""
     header = answer.headers.get("traceresponse")
     found = re.fullmatch(r"00-([0-9a-f]{32})-([0-9a-f]{16})-01", header) if header is not None else None
     assert (found is None) == (header is None)
@@ -194,7 +194,7 @@ def trace_of(answer: Answer) -> tuple[str, str] | None:
 
 
 @BOTH
-def test_the_caller_decides_and_else_the_lot(fast: bool) -> None:
+def test_the_client_decides_or_else_the_sampling_ratio(fast: bool) -> None:
     with receiver() as got:
         with traced(fast, got, trace_sample=0.0) as (served, _):
             said = [
@@ -219,7 +219,7 @@ def test_the_caller_decides_and_else_the_lot(fast: bool) -> None:
      f"ff-{TRACE}-{CALLER}-01", f"00-{TRACE.upper()}-{CALLER}-01", f"00-{TRACE}-{CALLER}-01\n",
      f"00-{TRACE}-{CALLER}-01-more"],
 )  # fmt: skip
-def test_a_header_that_is_none_is_passed_over(header: str) -> None:
+def test_an_invalid_header_is_ignored(header: str) -> None:
     traces = Tracing(0.5, "http://127.0.0.1:1", lot=lambda: 0.4)
     record = RequestRecord("", "GET", "/v2", 1.0)
     record.traceparent = header
@@ -239,7 +239,7 @@ def test_a_later_version_with_more_in_it_is_taken() -> None:
 
 
 @pytest.mark.parametrize(("drawn", "is_traced"), [(0.0999, True), (0.1, False)])
-def test_the_lot(drawn: float, is_traced: bool) -> None:
+def test_the_sampling_ratio(drawn: float, is_traced: bool) -> None:
     traces = Tracing(0.1, "http://127.0.0.1:1", lot=lambda: drawn)
     record = RequestRecord("", "GET", "/v2", 1.0)
     traces.begin(record, traces.draw())
