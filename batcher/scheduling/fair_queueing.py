@@ -25,18 +25,6 @@ class TenantShare:
     order then.
     """
 
-    __slots__ = (
-        "cost_correction_s",
-        "flows",
-        "in_turns",
-        "order",
-        "rows",
-        "share",
-        "start_s",
-        "tenant",
-        "weight",
-    )
-
     def __init__(self, tenant: Tenant | None) -> None:
         self.tenant = tenant
         self.weight = 1.0 if tenant is None else tenant.weight
@@ -46,7 +34,11 @@ class TenantShare:
         self.order: PriorityQueue | None = None
         self.flows: dict[Flow, None] = {}
         self.in_turns = False
-        self.share = self  # it takes turns with the other shares
+
+    @property
+    def share(self) -> TenantShare:
+        """Itself: it takes turns with the other shares."""
+        return self
 
     def charge(self, cost_s: float) -> None:
         """Charge for rows that are taken. The start never goes back: a credit is kept for the next time."""
@@ -76,7 +68,9 @@ class Turn(Protocol):
 
     rows: int
     in_turns: bool
-    share: TenantShare
+
+    @property
+    def share(self) -> TenantShare: ...
 
 
 T = TypeVar("T", bound=Turn)

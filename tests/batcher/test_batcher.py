@@ -348,7 +348,7 @@ def test_a_dead_engine_fails_everyone_at_once_and_refuses_from_then_on() -> None
     run(main())
 
 
-def test_a_callback_that_raises_costs_nobody_else_the_answer(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_callback_that_raises_costs_no_other_request_its_answer(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(Call):
         def done(self) -> None:
             raise ValueError("broken caller")
@@ -571,7 +571,7 @@ def constant(run_s: float, rows: int) -> float:
 
 
 def test_after_many_lone_requests_the_next_leaves_in_the_same_iteration() -> None:
-    """Where runs are so short that somebody right behind it loses next to nothing."""
+    """If runs are so short that a request right behind it loses little."""
 
     async def main() -> None:
         for run_s, at_once in ((0.0001, True), (0.010, False)):

@@ -64,7 +64,7 @@ def check(caller: Call, in_time: bool) -> None:
 
 
 def learn(batcher: Batcher, run_s: float) -> None:
-    """Let it learn that runs take so long now."""
+    """Let it learn that runs take `run_s` now."""
     for n in range(200):
         batcher._scheduler.run_times.observe(1 << n % 4, run_s, n * 0.050)
     batcher._scheduler.learn()
@@ -94,7 +94,7 @@ def test_a_timeout_shorter_than_a_run_is_refused(more_s: float, in_time: bool) -
 
 @pytest.mark.parametrize(("rows", "run_s"), [(8, 0.020), (9, 0.026), (16, 0.040), (20, 0.052)])
 @pair
-def test_what_a_split_request_takes_is_the_sum_of_its_runs(
+def test_the_time_of_a_split_request_is_the_sum_of_its_runs(
     rows: int, run_s: float, more_s: float, in_time: bool
 ) -> None:
     """One that has the engine to itself is not given up while its parts run one after another."""
@@ -165,7 +165,7 @@ def test_anothers_backlog_does_not_count_as_ahead() -> None:
     run(main())
 
 
-def test_come_back_after_so_long_and_there_is_time() -> None:
+def test_after_the_retry_hint_there_is_time() -> None:
     async def main() -> None:
         batcher = make_batcher(Metered(affine))
         submit(batcher, *(call() for _ in range(50)))
@@ -185,7 +185,7 @@ def test_come_back_after_so_long_and_there_is_time() -> None:
     run(main())
 
 
-def test_come_back_after_so_long_and_there_is_room() -> None:
+def test_after_the_retry_hint_there_is_room() -> None:
     async def main() -> None:
         batcher = make_batcher(Metered(affine), max_queue_rows=80)
         submit(batcher, call())
@@ -486,7 +486,7 @@ ARRIVALS = st.lists(
     slots=st.integers(1, 3),
     max_delay_ms=st.sampled_from([0.0, 0.0, 15.0]),
 )
-def test_where_runs_take_what_is_foretold_nobody_is_answered_late(
+def test_no_late_answer_if_runs_take_the_predicted_time(
     arrivals: list[tuple[float, float | None, int, int, int]],
     curve: Callable[[int], float],
     slots: int,
@@ -527,7 +527,7 @@ def test_where_runs_take_what_is_foretold_nobody_is_answered_late(
 
 
 @pair
-def test_what_is_run_again_must_be_in_time_too(more_s: float, in_time: bool) -> None:
+def test_a_retry_must_meet_the_deadline_too(more_s: float, in_time: bool) -> None:
     """A batch fails and is run again in halves; the second half would end at 30 ms."""
 
     async def main() -> None:

@@ -57,7 +57,7 @@ def test_counts_are_the_callers_own() -> None:
 
 
 def test_the_list_stays_the_same_one() -> None:
-    """Whoever appends may keep it."""
+    """A caller that appends may keep it."""
     counted = DurationHistogram()
     values = counted.values
     values.extend([0.5] * PENDING_LIMIT)

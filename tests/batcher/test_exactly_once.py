@@ -164,19 +164,19 @@ class Stage:
             self.do(act)
 
     async def _drain(self) -> None:
-        """As soon as nobody waits any more, and no sooner."""
+        """Drain, which ends as soon as no request is open, and no sooner."""
         loop = asyncio.get_running_loop()
         in_time = await self.batcher.drain(self.story.drain_s)
         for caller in self.callers:
-            assert caller.left or caller.refusal or caller.answers, "drained, and somebody still waits"
+            assert caller.left or caller.refusal or caller.answers, "drained with an open request"
         assert in_time or self.story.drain_s < LONG_S
         assert loop.time() <= max([self.last_s, *(caller.at_s for caller in self.callers)])
-        assert await self.batcher.drain(LONG_S), "everybody has been answered"
+        assert await self.batcher.drain(LONG_S), "every request has been answered"
 
     # What must be true afterwards
 
     def check(self) -> None:
-        """Everybody got what was due, and the batcher is as it was before the first."""
+        """Check that every request ended rightly, and the batcher is as it was before the first."""
         assert self.engine.wrong == []
         for caller in self.callers:
             self._check_caller(caller)
@@ -274,7 +274,7 @@ def test_every_accepted_request_is_answered_exactly_once(story: Story) -> None:
 # What chance finds seldom
 
 
-def test_the_fault_of_a_caller_that_left_is_not_laid_on_one_that_stayed() -> None:
+def test_the_fault_of_a_cancelled_request_fails_no_other() -> None:
     async def main() -> None:
         engine = FakeEngine()
         engine.fails = lambda rows: EngineRunError("failed") if POISON in rows else None
@@ -293,7 +293,7 @@ def test_the_fault_of_a_caller_that_left_is_not_laid_on_one_that_stayed() -> Non
     run(main())
 
 
-def test_draining_does_not_wait_for_a_run_that_nobody_waits_for() -> None:
+def test_draining_does_not_wait_for_a_run_without_live_requests() -> None:
     async def main() -> None:
         batcher = make_batcher(FakeWorker(FakeEngine(), run_s=lambda rows: LONG_S))
         leaving = Call([[1]])

@@ -93,7 +93,7 @@ class Stage:
         self.engine.gate = threading.Semaphore(0)
 
     def go(self, runs: int = 1) -> None:
-        """Let so many runs pass the gate."""
+        """Let `runs` runs pass the gate."""
         assert self.engine.gate is not None
         self.engine.gate.release(runs)
 
@@ -181,7 +181,7 @@ async def test_a_caller_that_leaves_while_its_batch_runs_hears_nothing(stage: St
     assert leaving.answers == []
 
 
-async def test_a_failing_run_costs_only_who_is_at_fault(
+async def test_a_failing_run_fails_only_the_request_at_fault(
     stage: Stage, caplog: pytest.LogCaptureFixture
 ) -> None:
     stage.engine.fails = lambda rows: EngineRunError("thirteen") if 13 in rows else None
@@ -246,7 +246,7 @@ async def test_many_callers_from_many_tasks_each_get_their_own_rows(stage: Stage
     assert stage.batcher.running_batches == 0
 
 
-def test_a_batch_that_comes_back_after_the_loop_was_closed_is_no_ones(
+def test_a_batch_that_comes_back_after_the_loop_closed_is_dropped(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     kept: list[Stage] = []

@@ -33,10 +33,10 @@ class Future(Call):
 
 @pytest.mark.parametrize("at_s", MOMENTS_S)
 @pytest.mark.parametrize("tells", [True, False], ids=["cancels", "only goes"])
-def test_ray_41057_a_cancelled_caller_kills_the_loop(
+def test_ray_41057_a_cancelled_request_does_not_stop_the_batcher(
     at_s: float, tells: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """`set_result` on the future of a client that had gone ended the task that batched for everybody."""
+    """`set_result` on the future of a client that had gone ended the task that batched for all."""
     caplog.set_level(logging.CRITICAL)
 
     async def main() -> None:
@@ -69,8 +69,8 @@ def test_ray_41057_a_cancelled_caller_kills_the_loop(
 
 
 @pytest.mark.parametrize("at_s", MOMENTS_S)
-def test_ray_50046_a_batch_whose_callers_are_all_gone_hangs(at_s: float) -> None:
-    """It waited for the data of requests that had been cancelled, and everybody behind it with it."""
+def test_ray_50046_a_batch_of_cancelled_requests_does_not_hang(at_s: float) -> None:
+    """It waited for the data of requests that had been cancelled, and all requests behind it with it."""
 
     async def main() -> None:
         batcher = make_batcher(FakeWorker(FakeEngine(max_batch_size=4, slots=1)))
@@ -90,7 +90,7 @@ def test_ray_50046_a_batch_whose_callers_are_all_gone_hangs(at_s: float) -> None
     run(main())
 
 
-def test_ray_42631_what_is_left_behind_a_full_batch_waits_for_the_next_to_come() -> None:
+def test_ray_42631_the_rest_behind_a_full_batch_does_not_wait_for_the_next_request() -> None:
     """Only an arrival woke the batcher, although more were queued than fitted the batch."""
 
     async def main() -> None:
@@ -106,7 +106,7 @@ def test_ray_42631_what_is_left_behind_a_full_batch_waits_for_the_next_to_come()
     run(main())
 
 
-def test_ray_66140_one_that_cannot_be_measured_takes_the_others_with_it() -> None:
+def test_ray_66140_one_bad_request_does_not_fail_the_others() -> None:
     """Here: one whose rows are fewer bytes than it says."""
 
     async def main() -> None:
@@ -131,7 +131,7 @@ def test_ray_66140_one_that_cannot_be_measured_takes_the_others_with_it() -> Non
 
 @pytest.mark.parametrize("same", [True, False])
 @pytest.mark.parametrize("slots", [1, 2])
-def test_mlserver_1306_one_caller_gets_everybodys_rows_and_the_others_none(same: bool, slots: int) -> None:
+def test_mlserver_1306_every_caller_gets_its_own_rows(same: bool, slots: int) -> None:
     """Three at once, also with the same values: each has as many rows in its answer as it asked for."""
 
     async def main() -> None:
@@ -150,7 +150,7 @@ def test_mlserver_1306_one_caller_gets_everybodys_rows_and_the_others_none(same:
 
 
 @pytest.mark.parametrize("leaving", [0, 1, 2])
-def test_mlserver_1306_nor_does_a_caller_that_leaves_shift_the_rows(leaving: int) -> None:
+def test_mlserver_1306_a_cancelled_request_does_not_shift_rows(leaving: int) -> None:
     async def main() -> None:
         for at_s in MOMENTS_S:
             batcher = make_batcher(FakeWorker(FakeEngine(max_batch_size=8)))
@@ -169,7 +169,7 @@ def test_mlserver_1306_nor_does_a_caller_that_leaves_shift_the_rows(leaving: int
     run(main())
 
 
-def test_litserve_340_one_bad_request_fails_the_whole_batch() -> None:
+def test_litserve_340_one_bad_request_fails_alone() -> None:
     async def main() -> None:
         engine = FakeEngine()
         engine.fails = lambda rows: EngineRunError("bad") if -1 in rows else None
@@ -187,7 +187,7 @@ def test_litserve_340_one_bad_request_fails_the_whole_batch() -> None:
     run(main())
 
 
-def test_triton_7077_the_work_of_clients_that_are_gone_is_done_all_the_same() -> None:
+def test_triton_7077_requests_of_disconnected_clients_do_not_run() -> None:
     async def main() -> None:
         worker = FakeWorker(FakeEngine(max_batch_size=4, slots=1))
         batcher = make_batcher(worker)

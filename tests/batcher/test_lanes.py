@@ -1,5 +1,4 @@
-"""Several engines for one model, fed from one queue: whichever is free first; one that is lost stops nobody
-else."""
+"""Several engines for one model, fed from one queue: whichever is free first; a lost one stops no other."""
 
 from __future__ import annotations
 
@@ -61,7 +60,7 @@ def test_as_many_batches_run_at_once_as_there_are_engines(count: int) -> None:
     run(main())
 
 
-def test_an_idle_engine_takes_what_is_there_although_another_runs() -> None:
+def test_an_idle_engine_takes_queued_rows_while_another_runs() -> None:
     async def main() -> None:
         house = House(*engines(2))
         first, second, third = calls(3)
@@ -122,7 +121,7 @@ def test_what_kills_one_engine_is_not_tried_on_another() -> None:
     run(main())
 
 
-def test_without_any_engine_nobody_is_accepted_until_there_is_one() -> None:
+def test_without_an_engine_requests_are_refused_until_there_is_one() -> None:
     async def main() -> None:
         house = House(*engines(2))
         for worker in house.workers:
@@ -145,7 +144,7 @@ def test_without_any_engine_nobody_is_accepted_until_there_is_one() -> None:
     run(main())
 
 
-def test_one_that_hangs_does_not_keep_the_others() -> None:
+def test_a_hung_engine_does_not_stop_the_others() -> None:
     """Its batch is given up; what it had not begun runs elsewhere."""
 
     async def main() -> None:
@@ -173,10 +172,10 @@ def test_one_that_hangs_does_not_keep_the_others() -> None:
     slots=st.integers(1, 3),
     fails=st.sets(st.integers(0, 400), max_size=5),
 )
-def test_everybody_is_answered_once(
+def test_every_request_is_answered_once(
     counts: list[int], waits: list[float], lanes: int, slots: int, fails: set[int]
 ) -> None:
-    """Whoever runs it, and whatever fails."""
+    """On any engine, whatever fails."""
 
     async def main() -> None:
         house = House(*engines(lanes, slots))

@@ -114,7 +114,7 @@ def test_the_limit(more_s: float, hangs: bool) -> None:
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
-def test_the_limit_is_of_a_run_and_not_of_the_wait_for_it(slots: int) -> None:
+def test_the_limit_does_not_include_the_wait_for_the_engine(slots: int) -> None:
     """Each run takes most of the limit, and those behind it wait for more than it."""
 
     async def main() -> None:
@@ -130,7 +130,7 @@ def test_the_limit_is_of_a_run_and_not_of_the_wait_for_it(slots: int) -> None:
     run(main())
 
 
-def test_without_a_limit_nobody_watches() -> None:
+def test_without_a_limit_there_is_no_watchdog() -> None:
     async def main() -> None:
         batcher = make_batcher(FakeWorker(FakeEngine(), lambda rows: 1e6))
         (caller,) = calls(1)
@@ -141,10 +141,10 @@ def test_without_a_limit_nobody_watches() -> None:
     run(main())
 
 
-# What becomes of everybody
+# The fate of all requests
 
 
-def test_what_had_not_begun_is_run_on_the_next_engine_and_before_what_is_queued() -> None:
+def test_batches_that_had_not_begun_run_first_on_the_next_engine() -> None:
     async def main() -> None:
         house = House(Hanging(0))
         batcher, (_, second) = house.batcher, house.workers
@@ -175,7 +175,7 @@ def test_what_had_not_begun_is_run_on_the_next_engine_and_before_what_is_queued(
     run(main())
 
 
-def test_who_watches_batches_is_told_of_it_once() -> None:
+def test_a_hung_batch_is_reported_once() -> None:
     """With its requests, which know it; also that which was sent behind it, when it has run elsewhere."""
 
     async def main() -> None:
@@ -213,7 +213,7 @@ def test_a_run_behind_another_began_when_that_ended() -> None:
     run(main())
 
 
-def test_what_the_hung_engine_says_after_all_is_ignored() -> None:
+def test_a_late_outcome_of_a_hung_engine_is_ignored() -> None:
     """The batch that hung, and the one that was given to it beside: both come back after five seconds."""
 
     async def main() -> None:
@@ -380,9 +380,9 @@ def test_a_caller_may_leave_at_any_moment(at_s: float, who: str) -> None:
         hung, beside, queued = calls(8), calls(8), calls(3)
         split = Call([[n, n] for n in range(20)])
         house.submit(*hung, *beside, *queued, split)
-        everybody = [*hung, *beside, *queued, split]
+        every_call = [*hung, *beside, *queued, split]
         leaving = {
-            "hung": hung[:2], "beside": beside[:2], "queued": queued[:2], "split": [split], "all": everybody
+            "hung": hung[:2], "beside": beside[:2], "queued": queued[:2], "split": [split], "all": every_call
         }[who]  # fmt: skip
         await asyncio.sleep(at_s)
         gone = [caller for caller in leaving if not caller.answers]
@@ -391,7 +391,7 @@ def test_a_caller_may_leave_at_any_moment(at_s: float, who: str) -> None:
             batcher.cancel(caller)
         assert all(caller.state is State.CANCELLED for caller in gone)
         await asyncio.sleep(COMES_BACK_S + 1)
-        for caller in everybody:
+        for caller in every_call:
             if caller in gone:
                 assert caller.answers == []
             elif caller in hung:
@@ -465,7 +465,7 @@ def test_one_that_cannot_be_opened_again_is_gone() -> None:
     run(main())
 
 
-def test_where_opening_again_fails_everybody_is_told() -> None:
+def test_if_no_engine_can_be_opened_every_request_fails() -> None:
     async def main() -> None:
         house = House(Hanging(0))
         house._open = lambda worker: house.batcher.gone(EngineError("no memory"))  # type: ignore[method-assign]
@@ -526,7 +526,7 @@ def test_a_server_that_stops_opens_no_engine_again() -> None:
     run(main())
 
 
-def test_what_is_left_when_the_time_to_drain_is_over_is_abandoned() -> None:
+def test_requests_left_after_the_time_to_drain_are_abandoned() -> None:
     async def main() -> None:
         house = House(Hanging(0))
         callers = calls(20)

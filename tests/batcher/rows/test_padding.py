@@ -47,7 +47,7 @@ def widths(*sizes: int, rows: int = 1) -> list[Call]:
 
 
 async def answer(batcher: Batcher) -> None:
-    """Until everybody has been answered."""
+    """Wait until every request is answered."""
     assert await batcher.drain(60)
 
 
@@ -60,7 +60,7 @@ def test_buckets_are_powers_of_two(size: int, bucket: int) -> None:
 
 
 @pytest.mark.parametrize(("size", "bucket"), [(0, 3), (3, 3), (4, 5), (5, 5), (6, None)])
-def test_or_the_ones_that_are_listed(size: int, bucket: int | None) -> None:
+def test_buckets_may_be_listed(size: int, bucket: int | None) -> None:
     assert Length((ROW,), buckets=(3, 5)).bucket(size) == bucket
 
 
@@ -84,7 +84,7 @@ def test_requests_of_different_length_ride_together_and_get_their_own() -> None:
         await answer(batcher)
         for call in calls:
             call.check()
-        # Those of 3 and 4 elements, and those whose bucket is as long as they are.
+        # Those of 3 and 4 elements, and those as long as their bucket.
         assert sorted(rows for _, rows in worker.ran) == [1, 1, 3]
         assert {bucket: one.rows for bucket, one in batcher.counters.padding.items()} == {
             (1,): 1, (2,): 1, (4,): 3,
@@ -93,7 +93,7 @@ def test_requests_of_different_length_ride_together_and_get_their_own() -> None:
     run(main())
 
 
-def test_the_engine_sees_the_value_and_nothing_of_other_requests() -> None:
+def test_the_engine_sees_padding_and_no_rows_of_other_requests() -> None:
     seen: list[Array] = []
 
     async def main() -> None:
@@ -191,7 +191,7 @@ def test_a_request_of_many_rows_is_cut_padded_and_put_together() -> None:
     run(main())
 
 
-def test_a_caller_that_left_costs_the_others_nothing() -> None:
+def test_a_cancelled_request_costs_the_others_nothing() -> None:
     async def main() -> None:
         batcher = make(FakeWorker(FakeEngine()), padder(4))
         gone, stays = widths(3, 2)
@@ -206,8 +206,8 @@ def test_a_caller_that_left_costs_the_others_nothing() -> None:
     run(main())
 
 
-def test_what_is_handed_out_is_not_kept() -> None:
-    """Neither the engine's buffers nor copies of them, by whoever keeps its request."""
+def test_outputs_are_not_kept_after_the_answer() -> None:
+    """Neither the engine's buffers nor copies of them, even if a caller keeps its request."""
 
     async def main() -> None:
         batcher = make(FakeWorker(FakeEngine()), padder(4))
@@ -227,7 +227,7 @@ def test_what_is_handed_out_is_not_kept() -> None:
     st.sampled_from([(), (40,), (3, 17, 40), (1, 2, 4, 8, 16, 32, 40)]),
     st.integers(1, 8),
 )
-def test_everybody_gets_its_own_rows_whatever_the_lengths(
+def test_every_request_gets_its_own_rows_at_any_length(
     sizes: list[tuple[int, int]], buckets: tuple[int, ...], most: int
 ) -> None:
     async def main() -> None:
@@ -348,7 +348,7 @@ def test_inputs_that_share_a_length_must_have_it(
     assert "'ids' has 3: they must have the same length" in str(error)
 
 
-def test_a_payload_of_another_size_ends_in_nobodys_place() -> None:
+def test_a_payload_of_the_wrong_size_is_refused() -> None:
     made = padder(4)
     request = Requested(1, ((3,),), [bytes(16)])
     assert made.assign(request) is None

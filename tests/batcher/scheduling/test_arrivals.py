@@ -1,4 +1,4 @@
-"""Callers that wait for their answers ride together, where that pays; nobody waits for anybody else."""
+"""Closed-loop clients share a batch if that pays; no request waits for others."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def sizes(
     timeout_s: float | None = None,
     reasons: dict[str, int] | None = None,
 ) -> list[int]:
-    """The batches that callers who ask so many times are answered in."""
+    """The sizes of the batches in which closed-loop clients are answered."""
     worker = warmed_up(run_s)
 
     async def main() -> None:
@@ -113,7 +113,7 @@ def test_two_groups_become_one(back_s: float) -> None:
 
 
 @pytest.mark.parametrize(("run_s", "back_s"), [(linear, 0.0001), (quick, 0.001), (steep, 0.005)])
-def test_nobody_is_waited_for_where_that_does_not_pay(run_s: Callable[[int], float], back_s: float) -> None:
+def test_no_wait_if_it_does_not_pay(run_s: Callable[[int], float], back_s: float) -> None:
     reasons: dict[str, int] = {}
     sizes(run_s, back_s, reasons=reasons)
     assert DELAY not in reasons
@@ -143,13 +143,13 @@ def test_an_engine_that_stands_idle_after_each_run_should_run_less_often(
         assert wait_s == pytest.approx(0.004)
 
 
-def test_those_with_deadlines_wait_as_long_as_they_can() -> None:
+def test_requests_with_deadlines_wait_while_they_can() -> None:
     reasons: dict[str, int] = {}
     assert set(sizes(steep, 0.001, timeout_s=0.1, reasons=reasons)[30:-2]) == {CALLERS}
     assert DEADLINE not in reasons
 
 
-def test_whoever_comes_meanwhile_and_has_no_time_ends_the_wait() -> None:
+def test_a_request_without_time_ends_the_wait() -> None:
     async def main() -> None:
         batcher = make_batcher(warmed_up(steep))
         loop = asyncio.get_running_loop()
@@ -170,7 +170,7 @@ def test_whoever_comes_meanwhile_and_has_no_time_ends_the_wait() -> None:
         tight.check()
         assert tight.at_s <= tight.deadline_s
         assert tight.batch is not None
-        assert tight.batch.gathered_s < tight.enqueued_s + 0.0002  # as soon as nobody comes any more
+        assert tight.batch.gathered_s < tight.enqueued_s + 0.0002  # as soon as no other request comes
         assert batcher.counters.reasons[DEADLINE] == 1
 
     run(main())
@@ -196,8 +196,8 @@ def test_callers_at_random_are_not_waited_for() -> None:
     run(main())
 
 
-def test_who_does_not_come_back_is_waited_for_once() -> None:
-    """The wait is short, and what was expected is forgotten."""
+def test_clients_that_do_not_return_are_waited_for_once() -> None:
+    """The wait is short, and the expectation is forgotten."""
 
     async def main() -> None:
         batcher = make_batcher(warmed_up(steep))

@@ -20,7 +20,7 @@ def test_a_model_whose_run_is_almost_free_is_batched_as_far_as_it_goes() -> None
     assert efficient_rows({rows: 5 + 0.2 * rows for rows in POWERS}, 64) == 64
 
 
-def test_a_model_whose_run_costs_the_same_at_any_size_is_batched_as_far_as_it_goes() -> None:
+def test_a_run_of_constant_time_is_batched_to_the_largest_size() -> None:
     assert efficient_rows(dict.fromkeys(POWERS, 10_000), 64) == 64
 
 

@@ -60,7 +60,7 @@ def test_backlogged_tenants_get_their_shares(curve: Curve) -> None:
 
 @pytest.mark.parametrize("rows", [(1, 2, 3), (3, 2, 1), (8, 1, 1), (1, 1, 8), (20, 1, 3)])
 @pytest.mark.parametrize("curve", [flat, affine])
-def test_whoever_asks_for_many_rows_at_once_gets_no_more(curve: Curve, rows: tuple[int, int, int]) -> None:
+def test_large_requests_get_no_larger_share(curve: Curve, rows: tuple[int, int, int]) -> None:
     assert measured(Metered(curve), rows) == pytest.approx(SHARES, rel=0.02)
 
 
@@ -69,7 +69,7 @@ def test_whoever_asks_for_many_rows_at_once_gets_no_more(curve: Curve, rows: tup
     ("width", "batches"), [((1, 2, 3), 1000), ((3, 2, 1), 1000), ((1, 1, 9), 1000), ((9, 1, 3), 4000)]
 )
 @pytest.mark.parametrize("curve", [flat, affine])
-def test_whoever_has_dear_rows_gets_fewer_of_them(
+def test_a_tenant_with_expensive_rows_gets_fewer(
     curve: Curve, width: tuple[int, int, int], batches: int
 ) -> None:
     """Shapes do not ride together, and their runs cost one, two, three or nine times as much."""
@@ -104,7 +104,7 @@ def test_tenants_of_one_weight_get_the_same() -> None:
     run(main())
 
 
-def test_those_that_nobody_told_apart_are_one_tenant() -> None:
+def test_requests_without_a_tenant_share_one_account() -> None:
     async def main() -> None:
         worker = Metered(flat)
         callers = Tenants(make_batcher(worker))
@@ -130,7 +130,7 @@ def test_those_that_nobody_told_apart_are_one_tenant() -> None:
 # Work-conserving
 
 
-def test_a_share_that_is_not_used_is_the_others() -> None:
+def test_an_unused_share_goes_to_the_others() -> None:
     async def main() -> None:
         worker = Metered(flat)
         callers = Tenants(make_batcher(worker))
@@ -151,7 +151,7 @@ def test_a_share_that_is_not_used_is_the_others() -> None:
 
 
 @pytest.mark.parametrize("curve", [flat, affine])
-def test_with_several_tenants_and_shapes_the_engine_never_stands_still(curve: Curve) -> None:
+def test_with_several_tenants_and_shapes_the_engine_is_never_idle(curve: Curve) -> None:
     async def main() -> None:
         worker = Metered(curve)
         callers = Tenants(make_batcher(worker))
@@ -215,7 +215,7 @@ def test_a_flood_costs_a_light_tenant_one_batch_where_larger_ones_take_longer(
 
 
 def test_a_light_tenant_makes_every_other_batch_small_at_most() -> None:
-    """Otherwise one that always has a row queued would cost everybody the gain of batching."""
+    """Otherwise a tenant that always has a row queued would cost all others the gain of batching."""
 
     async def main() -> None:
         worker = Metered(affine)
@@ -271,7 +271,7 @@ def test_a_rare_shape_of_the_same_tenant_keeps_its_place_in_the_line() -> None:
 
 
 @pytest.mark.parametrize("floods", [1, 2, 5])
-def test_whoever_floods_the_queue_leaves_room_for_others(floods: int) -> None:
+def test_a_tenant_that_floods_the_queue_leaves_room_for_others(floods: int) -> None:
     async def main() -> None:
         callers = Tenants(make_batcher(Metered(lambda rows: 1000.0), max_queue_rows=1000))
         tenants = [Tenant(f"flood {n}") for n in range(floods)]
@@ -291,7 +291,7 @@ def test_whoever_floods_the_queue_leaves_room_for_others(floods: int) -> None:
 
 
 @pytest.mark.parametrize("weight", [1.0, 5.0])
-def test_whoever_returns_from_idleness_has_saved_up_nothing(weight: float) -> None:
+def test_a_tenant_has_no_credit_from_idleness(weight: float) -> None:
     async def main() -> None:
         worker = Metered(flat)
         callers = Tenants(make_batcher(worker))
@@ -331,7 +331,7 @@ def test_coming_and_going_earns_nothing() -> None:
 # The account
 
 
-def test_a_start_never_goes_back_and_what_was_too_much_is_kept() -> None:
+def test_a_start_never_goes_back_and_a_credit_is_kept() -> None:
     share = TenantShare(Tenant("t", weight=2.0))
     share.charge(4.0)
     assert share.start_s == 2.0
@@ -362,7 +362,7 @@ def test_tenants_that_are_idle_are_forgotten() -> None:
     sizes=st.lists(st.tuples(st.integers(1, 10), st.integers(1, 2)), min_size=5, max_size=5),
     curve=st.sampled_from([flat, affine]),
 )
-def test_everybody_gets_a_share_and_a_bounded_wait(
+def test_every_tenant_gets_its_share_and_a_bounded_wait(
     weights: list[float], sizes: list[tuple[int, int]], curve: Curve
 ) -> None:
     async def main() -> None:

@@ -40,7 +40,7 @@ def call(timeout_s: float) -> Call:
 
 @pytest.mark.parametrize(("lag_s", "overhead_s"), [(0.0, 0.0), (0.0005, 0.001), (0.1, 1.0)])
 @pytest.mark.parametrize(("more_s", "in_time"), [(-EPSILON_S, False), (EPSILON_S, True)])
-def test_who_would_be_answered_late_by_a_busy_loop_is_refused(
+def test_a_request_that_a_busy_loop_would_answer_late_is_refused(
     lag_s: float, overhead_s: float, more_s: float, in_time: bool
 ) -> None:
     """`overhead_s` is twice the lag, before reading and before answering; at most a part of the timeout."""

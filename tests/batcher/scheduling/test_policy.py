@@ -86,22 +86,22 @@ def decided(
     return decide(Queue(lines, **more), now, max_delay_s)
 
 
-def test_nothing_is_done_about_nothing() -> None:
+def test_an_empty_queue_needs_nothing() -> None:
     for now in (IDLE_NOW, BUSY, replace(IDLE_NOW, draining=True)):
         assert decided(now=now) is None
 
 
-def test_an_idle_engine_gets_what_is_there() -> None:
+def test_an_idle_engine_gets_the_queued_rows_at_once() -> None:
     line = Line(1)
     assert decided(line) == Release(line, IDLE)
 
 
-def test_what_cannot_ride_along_is_the_reason_too() -> None:
+def test_other_shapes_in_the_queue_are_the_reason() -> None:
     line, other = Line(1), Line(2)
     assert decided(line, other) == Release(line, SHAPE)
 
 
-def test_whose_turn_it_is_goes_first_when_the_engine_is_idle() -> None:
+def test_an_idle_engine_gets_the_group_whose_turn_it_is() -> None:
     line, full = Line(1, oldest_s=NOW_S), Line(FULL_ROWS, oldest_s=0.0)
     assert decided(line, full) == Release(line, SHAPE)
     assert decided(full, line) == Release(full, FULL)
@@ -124,13 +124,13 @@ def test_a_full_batch_does_not_wait(rows: int) -> None:
 
 
 @pytest.mark.parametrize(("rows", "leaves"), [(FULL_ROWS - 1, False), (FULL_ROWS, True)])
-def test_behind_a_running_batch_only_a_full_one_leaves(rows: int, leaves: bool) -> None:
+def test_only_a_full_batch_leaves_behind_a_running_one(rows: int, leaves: bool) -> None:
     line = Line(rows)
     assert decided(line, now=BUSY) == (Release(line, FULL) if leaves else None)
 
 
 @pytest.mark.parametrize(("run_s", "leaves"), [(0.003, True), (0.0029, False)])
-def test_a_wait_ends_where_a_deadline_does(run_s: float, leaves: bool) -> None:
+def test_a_delay_ends_at_a_deadline(run_s: float, leaves: bool) -> None:
     """The request must be answered in 3 ms; what its run hardly ever exceeds is taken off."""
     line = Line(1)
     urgent_s = NOW_S + 0.003
@@ -139,7 +139,7 @@ def test_a_wait_ends_where_a_deadline_does(run_s: float, leaves: bool) -> None:
 
 
 @pytest.mark.parametrize(("rows_per_s", "waits"), [(None, True), (99.0, False), (101.0, True)])
-def test_nobody_waits_for_company_that_does_not_come(rows_per_s: float | None, waits: bool) -> None:
+def test_no_delay_if_no_request_is_expected(rows_per_s: float | None, waits: bool) -> None:
     """In the 5 ms that are left half a row would come at 100 rows a second."""
     line = Line(1)
     came = decided(line, now=replace(IDLE_NOW, rows_per_s=rows_per_s), max_delay_s=DELAY_S)
@@ -147,13 +147,13 @@ def test_nobody_waits_for_company_that_does_not_come(rows_per_s: float | None, w
 
 
 @pytest.mark.parametrize(("left_s", "leaves"), [(LEAD_S * 1.01, False), (LEAD_S * 0.99, True), (-1.0, True)])
-def test_where_tenants_compete_a_batch_is_made_up_late(left_s: float, leaves: bool) -> None:
+def test_a_batch_is_formed_late_if_tenants_compete(left_s: float, leaves: bool) -> None:
     full = Line(FULL_ROWS)
     free_s = NOW_S + left_s
     came = decided(full, now=replace(BUSY, free_s=free_s), contended=True)
     assert came == (Release(full, FULL) if leaves else WaitUntil(free_s - LEAD_S))
     assert decided(full, now=replace(BUSY, free_s=free_s)) == Release(full, FULL)
-    # So it is where requests are lost, whoever's they are.
+    # The same if deadlines are missed, of any tenant.
     assert decided(full, now=replace(BUSY, free_s=free_s, overloaded=True)) == came
 
 
@@ -161,30 +161,30 @@ COMPANY = Now(NOW_S, running=False, free_s=NOW_S, expected_rows=5, expected_by_s
 
 
 @pytest.mark.parametrize(("rows", "leaves"), [(4, False), (5, True), (6, True)])
-def test_those_who_were_answered_are_waited_for_until_they_are_back(rows: int, leaves: bool) -> None:
+def test_closed_loop_clients_are_waited_for_until_they_are_back(rows: int, leaves: bool) -> None:
     decision = decide(Queue((Line(rows),)), COMPANY)
     assert decision == (Release(Line(rows), DELAY) if leaves else WaitUntil(COMPANY.expected_by_s, 5))
 
 
 @pytest.mark.parametrize(("now_s", "leaves"), [(before(NOW_S + 0.002), False), (NOW_S + 0.002, True)])
-def test_and_no_longer_than_they_take(now_s: float, leaves: bool) -> None:
+def test_the_wait_for_clients_ends_in_time(now_s: float, leaves: bool) -> None:
     decision = decide(Queue((Line(4),)), replace(COMPANY, time_s=now_s))
     assert decision == (Release(Line(4), DELAY) if leaves else WaitUntil(NOW_S + 0.002, 5))
 
 
 @pytest.mark.parametrize(("run_s", "leaves"), [(0.099, False), (0.1, True)])
-def test_nor_past_a_deadline(run_s: float, leaves: bool) -> None:
+def test_the_wait_for_clients_ends_at_a_deadline(run_s: float, leaves: bool) -> None:
     queue = Queue((Line(4),), urgent_s=NOW_S + 0.1)
     decision = decide(queue, replace(COMPANY, run_s=run_s))
     wait = WaitUntil(min(COMPANY.expected_by_s, queue.urgent_s - run_s), 5)
     assert decision == (Release(Line(4), DEADLINE) if leaves else wait)
 
 
-def test_nor_where_several_shapes_wait() -> None:
+def test_no_wait_for_clients_if_several_shapes_are_queued() -> None:
     assert decide(Queue((Line(4), Line(1))), COMPANY) == Release(Line(4), SHAPE)
 
 
-def test_draining_waits_for_nobody() -> None:
+def test_draining_does_not_wait() -> None:
     line = Line(1)
     assert decided(line, now=replace(IDLE_NOW, draining=True), max_delay_s=DELAY_S) == Release(line, DRAIN)
 
@@ -203,7 +203,9 @@ NOWS = st.builds(
 
 
 @given(lines=LINES, now=NOWS, max_delay_s=st.sampled_from([0.0, DELAY_S]), contended=st.booleans())
-def test_whatever_is_queued(lines: tuple[Any, ...], now: Now, max_delay_s: float, contended: bool) -> None:
+def test_invariants_for_any_queue(
+    lines: tuple[Any, ...], now: Now, max_delay_s: float, contended: bool
+) -> None:
     """An idle engine waits only for the delay; a wait is for the future."""
     came = decided(*lines, now=now, max_delay_s=max_delay_s, contended=contended)
     if not lines:

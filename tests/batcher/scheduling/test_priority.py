@@ -1,4 +1,4 @@
-"""Priority and ageing: within a tenant, whoever has waited longest is next, and a level is worth a second."""
+"""Priority and ageing: within a tenant, the longest wait is next, and a level is worth a second."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_within_a_level_first_come_first_served() -> None:
     ("later_s", "overtakes"), [(AGEING_S - EPSILON_S, True), (AGEING_S + EPSILON_S, False)]
 )
 @pytest.mark.parametrize("high", [1, 4, 7])
-def test_the_level_above_overtakes_who_came_less_than_a_second_before(
+def test_a_higher_level_overtakes_requests_up_to_a_second_older(
     later_s: float, overtakes: bool, high: int
 ) -> None:
     for swapped in (False, True):
@@ -211,7 +211,7 @@ def test_low_priority_keeps_no_batch_from_filling() -> None:
     run(main())
 
 
-def test_a_priority_is_the_tenants_own_affair() -> None:
+def test_a_priority_counts_only_within_a_tenant() -> None:
     """It goes before what the same tenant asks for, not before others'."""
 
     async def main() -> None:

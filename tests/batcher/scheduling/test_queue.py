@@ -46,7 +46,7 @@ class Queued(RuleBasedStateMachine):
         if request.state is not State.QUEUED:
             return
         self.queue.cancel(request)
-        assert request.payloads == (), "the memory of what nobody wants is given back at once"
+        assert request.payloads == (), "the memory of a cancelled request is freed at once"
         self.lines[request.row_shapes].remove(request)
         self.gone.append((request, State.CANCELLED))
 

@@ -1,7 +1,7 @@
 """The queue with tenants, priorities and deadlines against a model of it.
 
-No loss, no duplicate, sums that add up, what is kept of those that left is bounded; each tenant's part of
-what was served differs from its share by no more than start-time fair queueing allows; and a request waits
+No loss, no duplicate, sums that add up, the number of tombstones is bounded; each tenant's part of
+the service differs from its share by no more than start-time fair queueing allows; and a request waits
 for no more than that.
 """
 
@@ -271,10 +271,10 @@ class Fair(Queues):
                     self.rows_of[tenant] += its_rows
                 rows = self.took(taken)
                 self.queue.settle(taken.shares, rows * ROW_S, rows)
-                self.nobody_waits_for_longer_than_its_share_takes(taken)
+                self.no_request_waits_longer_than_its_share_takes(taken)
                 self.shares_are_kept()
 
-    def nobody_waits_for_longer_than_its_share_takes(self, taken: FormedBatch) -> None:
+    def no_request_waits_longer_than_its_share_takes(self, taken: FormedBatch) -> None:
         weights = [1.0, *WEIGHTS]
         for request in taken.requests:
             assert isinstance(request, Queued)

@@ -1,4 +1,4 @@
-"""What is expected of a run: learned from the last ones, seeded by the warm-up, monotone in rows."""
+"""Predicted run times: learned from the last runs, seeded by the warm-up, monotone in rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EPSILON_MS = 1e-6  # times in virtual time are sums
 
 
 def learn(model: RunTimeModel, rows: int, run_s: float, times: int, now_s: float = 0.0) -> float:
-    """Let it observe so many runs, and take them all in; when the last one ended."""
+    """Let the model learn from runs; return when the last one ended."""
     for _ in range(times):
         now_s += LEARN_S
         model.observe(rows, run_s, now_s)
@@ -33,7 +33,7 @@ def learn(model: RunTimeModel, rows: int, run_s: float, times: int, now_s: float
 # Seeds
 
 
-def test_the_warm_up_is_believed_until_something_has_run() -> None:
+def test_the_warm_up_is_believed_until_a_batch_has_run() -> None:
     model = RunTimeModel(8, MAGIKA_US)
     for rows, run_us in MAGIKA_US.items():
         assert model.expected_s(rows) == model.high_s(rows) == pytest.approx(run_us / 1e6)
@@ -54,7 +54,7 @@ def test_one_slow_run_does_not_make_a_size_look_bad() -> None:
 
 
 def test_what_has_not_run_drifts_with_what_has() -> None:
-    """Twice as slow as in the warm-up: sizes that nobody made are so, too."""
+    """Twice as slow as in the warm-up: so are sizes that did not run."""
     model = RunTimeModel(8, MAGIKA_US)
     learn(model, 1, 0.020, 10)
     for rows, run_us in MAGIKA_US.items():
@@ -82,7 +82,7 @@ def test_old_behaviour_is_forgotten_in_seconds() -> None:
 
 
 @pytest.mark.parametrize(("gap_s", "believed"), [(5.0 - 4 * LEARN_S, True), (5.0 + LEARN_S, False)])
-def test_what_is_older_than_the_memory_is_not_believed(gap_s: float, believed: bool) -> None:
+def test_runs_older_than_the_memory_are_forgotten(gap_s: float, believed: bool) -> None:
     model = RunTimeModel(8, {8: 10_000.0})
     now_s = 1.0
     for _ in range(32):
@@ -153,7 +153,7 @@ def test_the_largest_batch_that_fits_a_budget(seeds: dict[int, float], budget_s:
     assert rows == max((n for n in range(1, most + 1) if model.high_s(n) <= budget_s), default=0)
 
 
-# What is full
+# The full size
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_the_same_is_learned_without_a_warm_up(run_us: dict[int, float], full_ro
 
 
 @pytest.mark.parametrize("curve", [flat, affine, linear])
-def test_what_is_full_stays_while_batches_of_all_sizes_run(curve: Callable[[int], float]) -> None:
+def test_the_full_size_is_stable_while_batches_of_all_sizes_run(curve: Callable[[int], float]) -> None:
     """Noise of a tenth, sizes as they come: it does not creep."""
     chance = np.random.default_rng(3)
     model = RunTimeModel(8, {rows: curve(rows) * 1e6 for rows in (1, 2, 4, 8)})
@@ -300,7 +300,7 @@ def test_a_wait_for_company_ends_where_none_is_expected() -> None:
 
 
 def test_a_size_that_was_slow_for_a_while_is_tried_again() -> None:
-    """Something else had the machine: large batches took three times as long, and then nobody made any."""
+    """Something else had the machine: large batches took three times as long, and then none was made."""
     seeds = {1: 2_000.0, 8: 3_000.0, 64: 6_000.0}
     model = RunTimeModel(64, seeds)
     assert model.full_rows == 64

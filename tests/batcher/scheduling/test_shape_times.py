@@ -1,4 +1,4 @@
-"""Run times where rows vary in shape: each shape's are foretold, and those of others are not spoilt by it."""
+"""Run times where rows vary in shape: each shape has its own, and does not spoil the others'."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tenant's account: the bucket against one that is simulated step by step, and what is refused."""
+"""A tenant's account: the bucket against one simulated step by step, and its refusals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Simulated:
         self.tokens = min(Fraction(self.burst), self.tokens + seconds * self.per_s)
 
 
-# In quarters and eighths, which floats have exactly; so what is compared is the algorithm.
+# In quarters and eighths, which floats have exactly; so the algorithms are compared exactly.
 STEPS = st.lists(
     st.tuples(st.integers(0, 40).map(lambda n: Fraction(n, 8)), st.integers(1, 6)), min_size=1, max_size=60
 )
@@ -63,7 +63,7 @@ def test_it_lets_through_what_a_token_bucket_lets_through(
     st.floats(0, 1e9),
     st.lists(st.floats(0, 10), min_size=1, max_size=50),
 )
-def test_whoever_waits_as_told_is_let_through(
+def test_a_client_that_waits_as_told_is_let_through(
     per_s: float, burst: int, now_s: float, waits: list[float]
 ) -> None:
     bucket = Bucket(per_s, burst)

@@ -1,4 +1,4 @@
-"""Nobody is refused for ever because runs were slow once: what is known is doubted, and tried.
+"""No request is refused for ever because runs were slow once: old run times are doubted, and tried.
 
 What would be too late is not run, and only a run can teach that it would not be.
 """
@@ -41,7 +41,7 @@ class Disturbed:
 
 
 async def ask(batcher: Batcher, seconds: float, **what: int) -> list[str]:
-    """What one caller after another is told; before the next one comes there is time to run what is quick."""
+    """The outcome of one request after another; before the next comes there is time for a quick run."""
     told = []
     for _ in range(round(seconds / BETWEEN_S)):
         one = call(**what)
@@ -120,7 +120,7 @@ def test_while_runs_are_slow_one_a_second_finds_out_and_is_answered_late() -> No
 
 
 @pytest.mark.parametrize(("more_s", "tried"), [(-EPSILON_S, False), (EPSILON_S, True)])
-def test_doubt_begins_so_long_after_a_run(more_s: float, tried: bool) -> None:
+def test_a_trial_needs_a_second_without_a_run(more_s: float, tried: bool) -> None:
     async def main() -> None:
         batcher = make_batcher(Metered(affine))
         await asyncio.sleep(5)
@@ -140,7 +140,7 @@ def test_doubt_begins_so_long_after_a_run(more_s: float, tried: bool) -> None:
     run(main())
 
 
-def test_nobody_is_let_in_to_find_out_while_others_would_wait_for_him() -> None:
+def test_no_trial_while_other_requests_would_wait_for_it() -> None:
     async def main() -> None:
         batcher = make_batcher(Metered(affine))
         await asyncio.sleep(5)
