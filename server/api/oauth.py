@@ -11,7 +11,7 @@ from starlette.routing import Route
 
 from cobatch.server.api.routing import guarded, json
 from cobatch.server.auth.authenticator import Authenticator
-from cobatch.server.auth.challenges import WELL_KNOWN
+from cobatch.server.auth.credentials import WELL_KNOWN
 from cobatch.server.inference.service import Inference
 from cobatch.server.settings.auth import ADMIN, INFER, METADATA
 

@@ -25,6 +25,7 @@ import json
 import math
 import re
 import secrets
+import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime, time
 from pathlib import Path
@@ -97,8 +98,12 @@ class ApiKeys:
     @classmethod
     def parse(cls, document: Mapping[str, object], source: str) -> ApiKeys:
         """Check a TOML document; `source` names its origin in messages. Raises SettingsError."""
+
+        def hint(name: str, known: Iterable[str]) -> str:
+            return "; expected [[keys]] only" if "keys" in known else suggestion(name, known)
+
         errors = Errors()
-        file = Reader(source, Path(), errors, _hint).table("", document, _File)
+        file = Reader(source, Path(), errors, hint).table("", document, _File)
         keys: dict[str, ApiKey] = {}
         for table in file["keys"].value if "keys" in file else ():
             with errors:
@@ -133,20 +138,17 @@ def mint(
     """
     key_id = base64.b32encode(secrets.token_bytes(8)).decode().lower()[:12]
     secret = secrets.token_urlsafe(32)
-    entry: dict[str, str | Sequence[str]] = {
-        "id": key_id,
-        "sha256": _digest(secret).hex(),
-        "tenant": tenant,
-        "scopes": list(scopes),
-        "name": name,
+    fields = {
+        "id": toml_string(key_id),
+        "sha256": toml_string(_digest(secret).hex()),
+        "tenant": toml_string(tenant),
+        "scopes": f"[{', '.join(map(toml_string, scopes))}]",
+        "name": toml_string(name) if name else "",
+        "expires": "" if expires is None else expires.isoformat(),
     }
-    ApiKeys.parse({"keys": [entry]}, "the new key")
-    if not name:
-        del entry["name"]
-    lines = ["[[keys]]", *(f"{field} = {_toml(value)}" for field, value in entry.items())]
-    if expires is not None:
-        lines.append(f"expires = {expires.isoformat()}")
-    return f"cb_{key_id}_{secret}", "".join(f"{line}\n" for line in lines)
+    entry = "".join(f"{field} = {value}\n" for field, value in fields.items() if value)
+    ApiKeys.parse(tomllib.loads(f"[[keys]]\n{entry}"), "the new key")
+    return f"cb_{key_id}_{secret}", f"[[keys]]\n{entry}"
 
 
 def toml_string(text: str) -> str:
@@ -155,16 +157,8 @@ def toml_string(text: str) -> str:
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _toml(value: str | Sequence[str]) -> str:
-    return toml_string(value) if isinstance(value, str) else f"[{', '.join(map(toml_string, value))}]"
-
-
 def _digest(secret: str) -> bytes:
     return hashlib.sha256(secret.encode("ascii")).digest()
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    return "; expected [[keys]] only" if "keys" in known else suggestion(name, known)
 
 
 def _api_key(table: Table) -> ApiKey:

@@ -19,8 +19,7 @@ from typing import Any
 from weakref import WeakSet
 
 from cobatch.server.auth.api_keys import ApiKeys
-from cobatch.server.auth.challenges import Challenges
-from cobatch.server.auth.credentials import Credential, Headers, bearer_token, credential_in
+from cobatch.server.auth.credentials import Challenges, Credential, Headers, bearer_token, credential_in
 from cobatch.server.auth.jwks import FetchedKeys, KeySource, KeysUnavailableError, StaticKeys
 from cobatch.server.auth.keys import Key, configured_keys
 from cobatch.server.auth.principal import Principal
@@ -53,7 +52,8 @@ class Authenticator:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings = settings
-        self.challenges = Challenges(_resource_of(settings))
+        urls = (name for name in settings.audience if name.startswith(("https://", "http://")))
+        self.challenges = Challenges(settings.resource or next(urls, ""))
         self.tenants = Tenants(settings.tenants, clock)
         self.throttle = SignatureThrottle(clock)
         self._clock = clock
@@ -61,7 +61,8 @@ class Authenticator:
         self._rules = {rule.model: rule for rule in settings.models}
         model_scopes = [scope for rule in settings.models for scope in rule.scopes]
         self._named_scopes = {rule.scope for rule in settings.tenants}.union(model_scopes)
-        self._keys: dict[str, KeySource] = {one.issuer: self._key_source(one) for one in settings.issuers}
+        self._fetched: list[FetchedKeys] = []
+        self._keys = {issuer.issuer: self._key_source(issuer) for issuer in settings.issuers}
         self._verifier = TokenVerifier(settings, self._keys, wall_clock)
         self._api_keys = ApiKeys.read(Path(settings.api_keys_file)) if settings.api_keys_file else None
         self._api_key_principals: dict[str, Principal] = {}  # by the key's ID
@@ -72,18 +73,18 @@ class Authenticator:
         self.results: Counter[str] = Counter(dict.fromkeys(RESULTS, 0))
 
     def _key_source(self, issuer: Issuer) -> KeySource:
-        if issuer.secret_file or issuer.key_files:
-            return StaticKeys(configured_keys(issuer))
-        return FetchedKeys(issuer, self.settings, self._withdraw)
+        if keys := configured_keys(issuer):
+            return StaticKeys(keys)
+        self._fetched.append(FetchedKeys(issuer, self.settings, self._withdraw))
+        return self._fetched[-1]
 
     async def start(self, on_ready: Callable[[], None]) -> None:
         """Start to fetch keys, without waiting for them. Call `on_ready` when an issuer's keys arrive."""
-        for source in self._keys.values():
+        for source in self._fetched:
             await source.start(on_ready)
 
     async def stop(self) -> None:
-        """Stop fetching keys."""
-        for source in self._keys.values():
+        for source in self._fetched:
             await source.stop()
 
     @property
@@ -209,12 +210,6 @@ class Authenticator:
         """Expire all principals whose tokens this key signed; its issuer no longer publishes it."""
         for principal in self._principals_by_key.pop(key, ()):
             principal.expires_s = 0.0
-
-
-def _resource_of(settings: AuthSettings) -> str:
-    """Return this server's identifier for clients (RFC 9728), "" where the settings have none."""
-    urls = [name for name in settings.audience if name.startswith(("https://", "http://"))]
-    return settings.resource or (urls[0] if urls else "")
 
 
 def _claim_values(claims: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:

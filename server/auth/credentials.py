@@ -1,8 +1,8 @@
-"""Credentials in a request (RFC 6750, 2), and the strict parser of compact JWTs.
+"""Credentials in a request and their refusals (RFC 6750, 2 and 3), and the strict parser of compact JWTs.
 
 One request carries one credential, in one header. Whatever two parsers could read in two ways is refused, or
 a proxy and this server might disagree on the owner of a token: a second credential, duplicate JSON members,
-other alphabets, non-JSON numbers.
+other alphabets, non-JSON numbers. No refusal repeats the credential.
 """
 
 from __future__ import annotations
@@ -13,17 +13,60 @@ import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
-from urllib.parse import unquote_plus
+from urllib.parse import unquote_plus, urlsplit
 
-from cobatch.server.auth.challenges import Challenges
+from cobatch.server.http.problem import Problem
 
 Headers = Sequence[tuple[bytes, bytes]]
 
 AUTHORIZATION = b"authorization"
 API_KEY = b"x-api-key"
+WELL_KNOWN = "/.well-known/oauth-protected-resource"
+# RFC 6750, 3: parameters are printable ASCII without quotes and backslashes.
+_UNQUOTABLE = re.compile(r"[^ !#-\[\]-~]")
 # RFC 6750, 2.1: b68token.
 _TOKEN = re.compile(rb"[A-Za-z0-9\-._~+/]+=*")
 _COMPACT = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)")
+
+
+class Challenges:
+    """Makes the refusals of a server with the identifier `resource` (RFC 9728), "" if it has none."""
+
+    def __init__(self, resource: str = "") -> None:
+        self.resource = resource
+        self._metadata: str | None = None
+        if resource:
+            parts = urlsplit(resource)
+            # RFC 9728, 3.1: the well-known part goes between host and path.
+            self._metadata = f"{parts.scheme}://{parts.netloc}{WELL_KNOWN}{parts.path.rstrip('/')}"
+
+    def missing(self) -> Problem:
+        """No credentials. RFC 6750, 3.1: the challenge has no error code."""
+        return self._problem("unauthenticated", None, "credentials are required")
+
+    def invalid_request(self, detail: str) -> Problem:
+        """Malformed credentials, or two of them."""
+        return self._problem("bad-authorization", "invalid_request", detail)
+
+    def invalid_token(self, detail: str) -> Problem:
+        """A token or key that is not accepted. `detail` must not quote the credential."""
+        return self._problem("invalid-credentials", "invalid_token", detail)
+
+    def insufficient_scope(self, permission: str, detail: str, model: str | None = None) -> Problem:
+        """An authenticated client without the permission."""
+        members = {"permission": permission} | ({} if model is None else {"model": model})
+        return self._problem("forbidden", "insufficient_scope", detail, permission, **members)
+
+    def _problem(
+        self, slug: str, error: str | None, detail: str, scope: str | None = None, **members: Any
+    ) -> Problem:
+        """Return a problem with its `WWW-Authenticate`, which links to the metadata (RFC 9728, 5.1)."""
+        parameters = {"error": error, "error_description": detail if error else None, "scope": scope}
+        parameters["resource_metadata"] = self._metadata
+        given = {name: _UNQUOTABLE.sub("'", text) for name, text in parameters.items() if text is not None}
+        pairs = ", ".join(f'{name}="{text}"' for name, text in given.items())
+        challenge = f"Bearer {pairs}".strip().encode()
+        return Problem(slug, detail, headers=((b"www-authenticate", challenge),), **members)
 
 
 class Credential(NamedTuple):

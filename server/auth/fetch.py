@@ -45,23 +45,19 @@ async def fetch_url(url: str) -> Fetched:
     """GET a document: status 200, at most 1 MiB, within 10 s. Raises OSError or ValueError."""
     if not is_safe_url(url):
         raise ValueError("the address is neither https:// nor http:// on loopback")
-    async with asyncio.timeout(TIMEOUT_S):
-        return await _in_thread(functools.partial(_get, url))
-
-
-def _in_thread(function: Callable[[], Fetched]) -> Awaitable[Fetched]:
-    """Run a function in a daemon thread; unlike asyncio.to_thread, it does not delay the server's stop."""
     outcome: Future[Fetched] = Future()
     outcome.set_running_or_notify_cancel()
 
     def run() -> None:
         try:
-            outcome.set_result(function())
+            outcome.set_result(_get(url))
         except BaseException as error:  # noqa: BLE001 - the waiting task gets any error
             outcome.set_exception(error)
 
+    # A daemon thread does not delay the server's stop, as asyncio.to_thread would.
     threading.Thread(target=run, name="cobatch-jwks", daemon=True).start()
-    return asyncio.wrap_future(outcome)
+    async with asyncio.timeout(TIMEOUT_S):
+        return await asyncio.wrap_future(outcome)
 
 
 def _get(url: str) -> Fetched:

@@ -12,7 +12,7 @@ import time
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cobatch.server.auth.authenticator import Authenticator
-from cobatch.server.auth.challenges import WELL_KNOWN
+from cobatch.server.auth.credentials import WELL_KNOWN
 from cobatch.server.auth.principal import PRINCIPAL, Principal
 from cobatch.server.auth.tenants import rate_limit_headers
 from cobatch.server.http.problem import Problem
@@ -35,8 +35,7 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._is_open(scope):
-            client = scope.get("client")
-            address = client[0] if client else ""
+            address = (scope.get("client") or ("",))[0]
             try:
                 principal = await self._auth.authenticate(scope["headers"], scope["query_string"], address)
             except Problem as problem:

@@ -13,6 +13,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 
 from cobatch.server.auth.fetch import Fetch, fetch_keys, fetch_url
 from cobatch.server.auth.keys import Key, parse_jwks
@@ -23,6 +24,7 @@ log = logging.getLogger("cobatch.auth")
 _MIN_REFRESH_S = 30.0  # for any max-age
 _RETRY_S = 1.0
 _MAX_RETRY_S = 60.0
+_parts = attrgetter("kid", "algorithm", "material")  # keys themselves compare by identity
 
 
 class KeysUnavailableError(Exception):
@@ -58,20 +60,12 @@ class StaticKeys:
         self._keys = _KeySet(keys)
         self._nameless = _KeySet([key for key in keys if key.kid is None])
 
-    async def start(self, on_ready: Callable[[], None] = lambda: None) -> None:
-        """Do nothing: there is nothing to fetch."""
-
-    async def stop(self) -> None:
-        """Do nothing: nothing runs."""
-
     def get(self, kid: str | None, algorithm: str) -> Key | None:
-        """Return the key for a token with this `kid` and `alg`; None if there is none."""
         if kid is None or kid in self._keys.kids:
             return self._keys.get(kid, algorithm)
         return self._nameless.get(None, algorithm)
 
     async def find(self, kid: str | None, algorithm: str) -> Key | None:
-        """Return the same as `get`."""
         return self.get(kid, algorithm)
 
 
@@ -120,7 +114,6 @@ class FetchedKeys:
             self._refreshing = asyncio.create_task(self._refresh(), name="cobatch-jwks")
 
     async def stop(self) -> None:
-        """Stop fetching and refreshing. The keys stay."""
         tasks = [task for task in (self._refreshing, self._fetching) if task is not None]
         self._refreshing = None
         for task in tasks:
@@ -195,7 +188,7 @@ class FetchedKeys:
 
     def _replace(self, fresh: Sequence[Key]) -> None:
         before = self._keys.keys
-        keys = [next((old for old in before if _same(old, key)), key) for key in fresh]
+        keys = [next((old for old in before if _parts(old) == _parts(key)), key) for key in fresh]
         self._keys = _KeySet(keys)
         for key in before:
             if key not in keys:
@@ -216,12 +209,6 @@ KeySource = StaticKeys | FetchedKeys
 
 
 def _usable_keys(text: bytes, algorithms: Sequence[str]) -> list[Key]:
-    """Parse a JWK set; raise ValueError if it has no usable key, so that it does not replace one that has."""
-    keys = parse_jwks(text, algorithms)
-    if not keys:
-        raise ValueError(f"none of its keys is for {', '.join(algorithms)}")
-    return keys
-
-
-def _same(one: Key, other: Key) -> bool:
-    return one.kid == other.kid and one.algorithm == other.algorithm and one.material == other.material
+    if keys := parse_jwks(text, algorithms):
+        return keys
+    raise ValueError(f"none of its keys is for {', '.join(algorithms)}")

@@ -18,11 +18,13 @@ from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 from weakref import WeakValueDictionary, ref
 
+import msgspec
+
 from cobatch.batcher.tenant import Tenant, Usage
 from cobatch.server.settings.auth import TenantRule
 
 OTHER = "other"
-_Key = tuple[str, int]  # the tenant's name and the index of its rule, -1 for none
+_Key = tuple[str, int]  # the tenant's name and the index of its rule
 _MAX_IDLE_ACCOUNTS = 10_000
 _MAX_NAMED_TOTALS = 20
 _HALF_LIFE_S = 600.0  # of requests, when tenants are compared
@@ -43,7 +45,7 @@ class Tenants:
         *,
         max_idle: int = _MAX_IDLE_ACCOUNTS,
     ) -> None:
-        self._rules = rules
+        self._rules = [*rules, TenantRule()]  # the last one fits all, without limits
         self._clock = clock
         self._all: WeakValueDictionary[_Key, Tenant] = WeakValueDictionary()
         self._kept: dict[_Key, Tenant] = {}
@@ -52,10 +54,17 @@ class Tenants:
 
     def of(self, name: str, values: Collection[str]) -> Tenant:
         """Return the account of a tenant whose credential has these values (scopes, roles)."""
-        key = name, self._rule_for(name, values)
+        index, rule = next(
+            (index, rule)
+            for index, rule in enumerate(self._rules)
+            if (rule.tenant or name) == name and (not rule.scope or rule.scope in values)
+        )
+        key = name, index
         tenant = self._all.get(key)
         if tenant is None:
-            self._all[key] = tenant = self._create(*key)
+            limits = msgspec.structs.asdict(rule)
+            del limits["tenant"], limits["scope"]
+            self._all[key] = tenant = Tenant(name, **limits)
             self._totals.add(tenant)
         if key not in self._kept:
             self._kept[key] = tenant
@@ -66,25 +75,6 @@ class Tenants:
     def totals(self) -> list[tuple[str, Total]]:
         """Return the usage of the busiest tenants, by name, and of all others together."""
         return self._totals.totals()
-
-    def _rule_for(self, name: str, values: Collection[str]) -> int:
-        for index, rule in enumerate(self._rules):
-            if (rule.tenant or name) == name and (not rule.scope or rule.scope in values):
-                return index
-        return -1
-
-    def _create(self, name: str, index: int) -> Tenant:
-        if index < 0:
-            return Tenant(name)
-        rule = self._rules[index]
-        return Tenant(
-            name,
-            max_concurrent=rule.max_concurrent,
-            max_queue_rows=rule.max_queue_rows,
-            requests_per_s=rule.requests_per_s,
-            burst=rule.burst,
-            weight=rule.weight,
-        )
 
     def _drop_idle(self) -> None:
         """Drop idle accounts without other references. The limit doubles, so this is amortised O(1)."""
@@ -110,12 +100,8 @@ def rate_limit_headers(tenant: Tenant, now_s: float) -> tuple[tuple[bytes, bytes
     if tenant.max_concurrent is not None:
         policies.append(f'"concurrent";q={tenant.max_concurrent};qu="concurrent-requests"')
         left.append(f'"concurrent";r={max(0, tenant.max_concurrent - tenant.open_requests)}')
-    if not policies:
-        return ()
-    return (
-        (b"ratelimit-policy", ", ".join(policies).encode()),
-        (b"ratelimit", ", ".join(left).encode()),
-    )
+    fields = (b"ratelimit-policy", policies), (b"ratelimit", left)
+    return tuple((name, ", ".join(items).encode()) for name, items in fields if items)
 
 
 class Total(Usage):

@@ -25,6 +25,11 @@ _ACCESS_TOKEN = frozenset({"at+jwt", "application/at+jwt"})
 # since they exist to prevent this confusion (RFC 8725, 3.11).
 _UNTYPED = frozenset({"", "jwt", "application/jwt"})
 _ID_TOKEN_CLAIMS = ("nonce", "at_hash", "c_hash")  # OpenID Connect Core, 2 and 3.3.2.11
+_REFUSED_MEMBERS = {
+    "crit": "crit, and no extension is supported",  # RFC 7515, 4.1.11
+    "b64": "b64 (RFC 7797), which is not supported",
+    "cty": "cty: nested tokens are not supported",
+}
 _TIMES = ("exp", "nbf", "iat")
 _TEXTS = ("iss", "sub", "client_id", "jti")
 _MAX_TIME_S = 2**53  # a float represents every second up to here exactly
@@ -83,7 +88,11 @@ class TokenVerifier:
         except ValueError as error:
             raise TokenError(str(error)) from None
         _check_header(header)
-        issuer = self._issuer_of(claims)
+        name = claims.get("iss")
+        # RFC 9068, 4: the name equals `iss` exactly.
+        issuer = self._issuers.get(name) if isinstance(name, str) else None
+        if issuer is None:
+            raise TokenError("the token's iss is not a trusted issuer")
         algorithm = header["alg"]
         if algorithm not in issuer.algorithms:
             raise TokenError("the token's alg is not accepted from its issuer")
@@ -98,14 +107,6 @@ class TokenVerifier:
         before_check()
         _check_signature(token, key)
         return VerifiedToken(claims, issuer, key, expires_s)
-
-    def _issuer_of(self, claims: dict[str, Any]) -> Issuer:
-        """Find the issuer whose name equals `iss` exactly (RFC 9068, 4)."""
-        name = claims.get("iss")
-        issuer = self._issuers.get(name) if isinstance(name, str) else None
-        if issuer is None:
-            raise TokenError("the token's iss is not a trusted issuer")
-        return issuer
 
     def _check_claims(self, claims: dict[str, Any], issuer: Issuer) -> None:
         """Check all claims except times. RFC 9068, 2.2 and 4; RFC 7519, 4.1."""
@@ -128,7 +129,9 @@ class TokenVerifier:
     def _check_times(self, claims: dict[str, Any]) -> float:
         """Check RFC 7519, 4.1.4 to 4.1.6, with leeway; return the time at which the token expires."""
         for name in _TIMES:
-            if name in claims and not _is_time(claims[name]):
+            # A bool is an int, but not a time.
+            value = claims.get(name, 0)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MAX_TIME_S:
                 raise TokenError(f"the token's {name} is not a time in seconds")
         if "exp" not in claims:
             raise TokenError("the token has no exp")
@@ -154,21 +157,12 @@ def claim_at(claims: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-def _is_time(value: object) -> bool:
-    """Accept int and float, but not bool, which is an int."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_TIME_S
-
-
 def _check_header(header: dict[str, Any]) -> None:
     if not isinstance(header.get("alg"), str):
         raise TokenError("the token's header has no alg")
-    if "crit" in header:
-        # RFC 7515, 4.1.11: no extension is supported, so none may be critical.
-        raise TokenError("the token's header has crit, and no extension is supported")
-    if "b64" in header:
-        raise TokenError("the token's header has b64 (RFC 7797), which is not supported")
-    if "cty" in header:
-        raise TokenError("the token's header has cty: nested tokens are not supported")
+    for name, refusal in _REFUSED_MEMBERS.items():
+        if name in header:
+            raise TokenError(f"the token's header has {refusal}")
     if "kid" in header and not (isinstance(header["kid"], str) and len(header["kid"]) <= MAX_KID):
         raise TokenError(f"the token's kid is not a text of at most {MAX_KID} characters")
 

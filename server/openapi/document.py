@@ -24,7 +24,7 @@ from cobatch.server.api.oauth import metadata_document, metadata_path
 from cobatch.server.api.profile import DEFAULT_S, LIMIT_S
 from cobatch.server.api.routing import Needs
 from cobatch.server.auth.authenticator import Authenticator
-from cobatch.server.auth.challenges import WELL_KNOWN
+from cobatch.server.auth.credentials import WELL_KNOWN
 from cobatch.server.http.problem import PROBLEM_JSON, Problem
 from cobatch.server.http.problem_kinds import KINDS
 from cobatch.server.inference.service import Inference

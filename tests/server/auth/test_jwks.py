@@ -25,12 +25,10 @@ JWKS_URL = "https://issuer.test/jwks"
 
 async def test_static_keys() -> None:
     keys = StaticKeys([signer().key(), signer("ES256").key()])
-    await keys.start()
     assert keys.ready
     assert (await keys.find("key-RS256", "RS256")) is keys.get("key-RS256", "RS256") is not None
     for kid, algorithm in (("key-RS256", "ES256"), ("unknown", "RS256"), (None, "EdDSA"), ("", "RS256")):
         assert await keys.find(kid, algorithm) is None
-    await keys.stop()
 
 
 def test_a_key_without_a_kid_serves_any_unknown_kid() -> None:
