@@ -85,13 +85,11 @@ def fetch(
     """Send one request on its own connection; `path` is below the address's base. Raises BenchError."""
     try:
         context = address.context()
-        connection: http.client.HTTPConnection
-        if context is None:
-            connection = http.client.HTTPConnection(address.host, address.port, timeout=timeout_s)
-        else:
-            connection = http.client.HTTPSConnection(
-                address.host, address.port, timeout=timeout_s, context=context
-            )
+        connection = (
+            http.client.HTTPConnection(address.host, address.port, timeout=timeout_s)
+            if context is None
+            else http.client.HTTPSConnection(address.host, address.port, timeout=timeout_s, context=context)
+        )
         try:
             connection.request(method, address.base + path, body, dict(headers))
             response = connection.getresponse()
