@@ -1,7 +1,7 @@
 """An infer request's body -> rows, row shapes and payloads: parse, check against the signature, read.
 
-The quick checks compare whole values (`shape[1:] == ...`); only when one fails does the slower code find out
-what exactly is wrong, so that a valid request pays only for the comparison.
+The quick checks compare whole values (`shape[1:] == ...`). Only when one fails does slower code look for the
+fault, so a valid request pays for the comparison alone.
 """
 
 from __future__ import annotations

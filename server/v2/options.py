@@ -1,4 +1,4 @@
-"""The `parameters` of V2 requests: which ones are accepted and what they mean."""
+"""The `parameters` of V2 requests: the accepted ones and their meaning."""
 
 from __future__ import annotations
 
