@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from http.client import responses
 from typing import Any, Protocol
 from urllib.parse import unquote
 
@@ -27,7 +26,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
-from cobatch.server.edge.cycle import AsgiCycle
+from cobatch.server.edge.cycle import AsgiCycle, head_beginnings
 from cobatch.server.http.problem import Problem, stopping
 from cobatch.server.http.reply import Reply
 from cobatch.server.inference.service import Inference
@@ -55,29 +54,6 @@ class Cycle(Protocol):
     def on_body(self, data: bytes) -> None: ...
     def on_end(self) -> None: ...
     def on_disconnect(self) -> None: ...
-
-
-class _Heads(dict[int, bytes]):
-    """By status, the beginning of a response: the status line and uvicorn's default headers (the date).
-
-    Made anew when uvicorn renews its headers, each second.
-    """
-
-    defaults: list[tuple[bytes, bytes]] | None = None
-
-    def renew(self, defaults: list[tuple[bytes, bytes]]) -> None:
-        """Use these default headers."""
-        self.clear()
-        self.defaults = defaults
-
-    def __missing__(self, status: int) -> bytes:
-        lines = [b"HTTP/1.1 %d %b\r\n" % (status, responses.get(status, "").encode())]
-        lines += [b"%b: %b\r\n" % header for header in self.defaults or ()]
-        head = self[status] = b"".join(lines)
-        return head
-
-
-_HEADS = _Heads()
 
 
 class Connection(asyncio.Protocol):
@@ -325,12 +301,6 @@ class Connection(asyncio.Protocol):
 
     # Bytes out
 
-    def head_of(self, status: int) -> bytes:
-        """Return the beginning of a response: its status line and the date."""
-        if _HEADS.defaults is not self.server_state.default_headers:
-            _HEADS.renew(self.server_state.default_headers)
-        return _HEADS[status]
-
     def write_reply(self, reply: Reply, keep_alive: bool) -> float | None:
         """Write a whole response and go on with the connection, or end it.
 
@@ -357,9 +327,8 @@ class Connection(asyncio.Protocol):
         if reply.close or not keep_alive:
             keep_alive = False
             head += b"connection: close\r\n"
-        if _HEADS.defaults is not self.server_state.default_headers:
-            _HEADS.renew(self.server_state.default_headers)
-        transport.write(b"".join((_HEADS[reply.status], head, b"\r\n", *reply.body)))
+        heads = head_beginnings(self.server_state)
+        transport.write(b"".join((heads[reply.status], head, b"\r\n", *reply.body)))
         if not keep_alive:
             transport.close()
         self.on_response_complete()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Generator, MutableMapping
+from http.client import responses
 from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Scope
+from uvicorn.server import ServerState
 
 from cobatch.server.http.problem import internal
 from cobatch.server.http.reply import Reply
@@ -18,6 +20,29 @@ log = logging.getLogger("cobatch.edge")
 HIGH_WATER_BYTES = 65536
 # Responses without a body, and without Content-Length.
 _BODILESS = (204, 304)
+
+
+class _HeadBeginnings(dict[int, bytes]):
+    """By status, the status line and uvicorn's default headers (the date), which change each second."""
+
+    headers: list[tuple[bytes, bytes]] | None = None
+
+    def __missing__(self, status: int) -> bytes:
+        lines = [b"HTTP/1.1 %d %b\r\n" % (status, responses.get(status, "").encode())]
+        lines += [b"%b: %b\r\n" % header for header in self.headers or ()]
+        beginning = self[status] = b"".join(lines)
+        return beginning
+
+
+_BEGINNINGS = _HeadBeginnings()
+
+
+def head_beginnings(server_state: ServerState) -> dict[int, bytes]:
+    """Return the beginnings of responses, by status."""
+    if _BEGINNINGS.headers is not server_state.default_headers:
+        _BEGINNINGS.clear()
+        _BEGINNINGS.headers = server_state.default_headers
+    return _BEGINNINGS
 
 
 def joined(body: bytes | bytearray, data: bytes) -> bytes | bytearray:
@@ -48,7 +73,6 @@ class Client(Protocol):
     writable: asyncio.Event
     write_paused: bool
 
-    def head_of(self, status: int) -> bytes: ...
     def pause_reading(self) -> None: ...
     def resume_reading(self) -> None: ...
     def write_reply(self, reply: Reply, keep_alive: bool) -> float | None: ...
@@ -188,7 +212,7 @@ class AsgiCycle:
         fields = b"".join(lines)
         if fields.count(b"\n") != len(lines) or fields.count(b"\r") != len(lines):
             raise RuntimeError("a line break in a response header")
-        head = b"%b%b\r\n" % (self._client.head_of(status), fields)
+        head = b"%b%b\r\n" % (head_beginnings(self._client.server_state)[status], fields)
         if length:
             self._head = head
             self._body_left = 0 if self._scope["method"] == "HEAD" else length
