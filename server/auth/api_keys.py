@@ -16,8 +16,6 @@ and would give attackers a way to keep the server busy.
 The file is read once, at the start.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import hmac
@@ -29,7 +27,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime, time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import msgspec
 
@@ -43,7 +41,6 @@ from cobatch.server.settings.values import (
     SettingsError,
     Table,
     read_toml,
-    refused,
     suggestion,
 )
 
@@ -91,12 +88,12 @@ class ApiKeys:
         self._keys = keys
 
     @classmethod
-    def read(cls, path: Path) -> ApiKeys:
+    def read(cls, path: Path) -> Self:
         """Read the keys of a file. Raises SettingsError."""
         return cls.parse(read_toml(path, "auth.api_keys_file"), f"file {path}")
 
     @classmethod
-    def parse(cls, document: Mapping[str, object], source: str) -> ApiKeys:
+    def parse(cls, document: Mapping[str, object], source: str) -> Self:
         """Check a TOML document; `source` names its origin in messages. Raises SettingsError."""
 
         def hint(name: str, known: Iterable[str]) -> str:
@@ -178,7 +175,7 @@ def _api_key(table: Table) -> ApiKey:
 
 def _check(given: Given, accepts: Callable[[str], object], expected: str) -> None:
     if not accepts(given.value):
-        raise refused(given.key, expected, given.value, given.source)
+        raise given.unexpected(expected)
 
 
 def _scopes(given: Given) -> tuple[str, ...]:
@@ -188,15 +185,14 @@ def _scopes(given: Given) -> tuple[str, ...]:
     if not any(map(is_permission, scopes)):
         # A key with tenant classes alone would be known and then refused everything.
         expected = "a permission among them: infer, infer:MODEL, metadata, admin"
-        raise SettingsError(f"{given.key}: expected {expected}; got {', '.join(scopes)} ({given.source})")
+        raise given.refused(f"expected {expected}; got {', '.join(scopes)}")
     return scopes
 
 
 def _expires_s(given: Given) -> float:
     value = given.value
     if not isinstance(value, date):
-        expected = "a date or a date with a time, without quotes: 2027-01-31T12:00:00Z"
-        raise refused(given.key, expected, value, given.source)
+        raise given.unexpected("a date or a date with a time, without quotes: 2027-01-31T12:00:00Z")
     moment = value if isinstance(value, datetime) else datetime.combine(value, time.min)
     # A time without an offset is UTC, so that it means the same on every machine.
     return (moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)).timestamp()

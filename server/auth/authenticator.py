@@ -8,8 +8,6 @@ The time of a lookup leaks nothing, since the digest of an unknown token cannot 
 No token is stored here; the fast path does keep the bytes of recent header blocks (edge/header_cache.py).
 """
 
-from __future__ import annotations
-
 import hashlib
 import time
 from collections import Counter

@@ -5,8 +5,6 @@ a proxy and this server might disagree on the owner of a token: a second credent
 other alphabets, non-JSON numbers. No refusal repeats the credential.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import math

@@ -4,8 +4,6 @@ A fetch trusts only sources that outsiders cannot replace (HTTPS, or loopback), 
 bounded in time and size. Its errors are OSError and ValueError, with texts that are safe to log.
 """
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import json

@@ -4,8 +4,6 @@ The open paths are listed here; every other path, existing or future, needs a cr
 a route needs is declared with the route (`server.api.routing.guarded`).
 """
 
-from __future__ import annotations
-
 import re
 import time
 

@@ -6,8 +6,6 @@ first token after a rotation is noticed, and a flood of invented names costs the
 cool-down. While the issuer is unreachable its keys stay valid for up to `jwks_stale_s`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import random

@@ -5,8 +5,6 @@ One key, one algorithm (RFC 8725, 3.1): the algorithm is fixed here, from the co
 kind or for another use are skipped, and the log names their `kid`.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import reprlib

@@ -1,7 +1,5 @@
 """The authenticated client of a request and its permissions."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import msgspec

@@ -10,8 +10,6 @@ recently been much busier. So no total ever decreases, but one may restart at 0.
 belongs to the others.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -33,6 +31,17 @@ _TAKEOVER_RATIO = 2.0
 _FORGOTTEN_BELOW = 0.01  # requests, after decay
 # Collecting costs 0.25 us per account; with more accounts than this it happens less than once a second.
 _ACCOUNTS_PER_S = 2000
+
+
+class Total(Usage):
+    """The usage of one name. `weight` and `queued_rows` are current values; None and 0 for `other`."""
+
+    __slots__ = ("queued_rows", "weight")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight: float | None = None
+        self.queued_rows = 0
 
 
 class Tenants:
@@ -102,17 +111,6 @@ def rate_limit_headers(tenant: Tenant, now_s: float) -> tuple[tuple[bytes, bytes
         left.append(f'"concurrent";r={max(0, tenant.max_concurrent - tenant.open_requests)}')
     fields = (b"ratelimit-policy", policies), (b"ratelimit", left)
     return tuple((name, ", ".join(items).encode()) for name, items in fields if items)
-
-
-class Total(Usage):
-    """The usage of one name. `weight` and `queued_rows` are current values; None and 0 for `other`."""
-
-    __slots__ = ("queued_rows", "weight")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight: float | None = None
-        self.queued_rows = 0
 
 
 class _Account(NamedTuple):

@@ -6,8 +6,6 @@ affected: cached tokens need no check, and neither do refusals for other reasons
 unknown key).
 """
 
-from __future__ import annotations
-
 import ipaddress
 from collections.abc import Callable
 

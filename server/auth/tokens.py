@@ -6,8 +6,6 @@ chooses how it is checked: the algorithm belongs to the key, the key to the issu
 here, with a given clock and strict types (PyJWT accepts `exp` as text or as true).
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple

@@ -4,8 +4,6 @@ The credential comes from a file or the environment, not from an argument, which
 read.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

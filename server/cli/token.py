@@ -4,8 +4,6 @@ They stand in for an issuer. A token or an API key, which goes into a shell's va
 explanations go to stderr.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex
@@ -23,7 +21,7 @@ from cobatch.server.auth.api_keys import mint as mint_api_key
 from cobatch.server.cli.token_keys import PRIVATE, issuer_of, load_signer, make_pair, sign, write
 from cobatch.server.console import end, option, switch
 from cobatch.server.settings.auth import AuthSettings, build_auth
-from cobatch.server.settings.values import Errors, Reader, SettingsError, check, read_toml, refused
+from cobatch.server.settings.values import Errors, Given, Reader, SettingsError, check, read_toml
 
 # RFC 6761, 6.4: a reserved name, so no other issuer has it.
 ISSUER = "https://cobatch.dev.invalid"
@@ -118,7 +116,8 @@ def mint(
         if not claims["iss"] or not claims["aud"]:
             raise SettingsError("give --config, or --issuer and --audience: a token needs both")
         if alg is not None and alg not in signer.algorithms:
-            raise refused("alg", f"one of {', '.join(signer.algorithms)}", alg, "flag --alg", text=True)
+            expected = f"one of {', '.join(signer.algorithms)}"
+            raise Given(alg, "alg", "flag --alg").unexpected(expected, text=True)
         token = sign(claims, signer, alg or algorithm, kid or name, lifetime_s)
     typer.echo(token)
 

@@ -1,7 +1,5 @@
 """Development keys and tokens: the part of an issuer that `cobatch token` stands in for."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -6,7 +6,7 @@ is written, even one that a later source overrides, and every refusal is reporte
 """
 
 import ipaddress
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ from cobatch.server.settings.values import (
     check,
     is_loopback,
     read_toml,
-    refused,
     suggestion,
     values_of,
 )
@@ -88,14 +87,18 @@ def read_settings(
     file = {name: one.value for name, one in reader.table("", document, Settings).items()}
     server = file.get("server", {}) | {name: one for name, one in given.items() if name in SERVER_FIELDS}
     auth = build_auth(file["auth"], source, errors) if "auth" in file else None
-    _check_server(server, auth, errors)
+    errors += map(str, _server_conflicts(server, auth))
     tables = [{"path": given["model"]}] if "model" in given else file.get("models", [])
     with errors:
         if not tables and document.get("models", []) == []:
             raise SettingsError("models: no model to serve; give MODEL, or [[models]] in a --config file")
-    models = _build_models(_with_flags(tables, given, errors), errors)
+    for_models = {name: one for name, one in given.items() if name in MODEL_FIELDS}
+    with errors:
+        if "name" in for_models and len(tables) > 1:
+            raise for_models.pop("name").refused(f"names one model, but there are {len(tables)}")
+    models = _build_models([table | for_models for table in tables], errors)
     if auth is not None and not errors.under("models"):
-        _check_rules(auth, [model.name for model in models], source, errors)
+        errors += _rule_conflicts(auth, [model.name for model in models], source)
     return Settings(server=msgspec.convert(values_of(server), ServerSettings), models=models, auth=auth)
 
 
@@ -147,47 +150,26 @@ def _place(key: str, known: Iterable[str]) -> str:
     return "; it belongs in [server]" if key in SERVER_FIELDS else "; it belongs in [[models]]"
 
 
-def _check_server(server: Table, auth: AuthSettings | None, errors: Errors) -> None:
-    """Check the settings of the server against each other."""
-    allowed = server.get("allow_anonymous")
-    with errors:
-        if auth is not None and allowed is not None and allowed.value:
-            raise allowed.refused("not together with [auth]")
-        if auth is None and "host" in server and not (allowed is not None and allowed.value):
-            _check_host(server["host"])
-    with errors:
-        if "tls_key" in server and "tls_cert" not in server:
-            raise server["tls_key"].refused("needs tls_cert, the certificate")
-    with errors:
-        if "trusted_proxies" in server:
-            _check_proxies(server["trusted_proxies"])
-
-
-def _check_host(host: Given) -> None:
-    """Without authentication only this machine may call, unless the operator allows others."""
-    if not is_loopback(host.value):
-        expected = "a loopback address (127.0.0.0/8, ::1 or localhost)"
-        error = refused(host.key, expected, host.value, host.source, text=True)
+def _server_conflicts(server: Table, auth: AuthSettings | None) -> Iterator[SettingsError]:
+    """Yield what the settings of the server cannot be together."""
+    host, allowed = server.get("host"), server.get("allow_anonymous")
+    if allowed is not None and allowed.value:
+        if auth is not None:
+            yield allowed.refused("not together with [auth]")
+    elif auth is None and host is not None and not is_loopback(host.value):
+        # Without authentication only this machine may call, unless the operator allows others.
+        error = host.unexpected("a loopback address (127.0.0.0/8, ::1 or localhost)", text=True)
         why = "anyone who reaches it could call the models; write [auth], or --allow-anonymous permits that"
-        raise SettingsError(f"{error}: {why}")
-
-
-def _check_proxies(proxies: Given) -> None:
-    for address in proxies.value.split(","):
-        try:
-            ipaddress.ip_network(address.strip())
-        except ValueError:
-            expected = "addresses or networks (10.0.0.0/8), with commas between them"
-            raise refused(proxies.key, expected, address, proxies.source, text=True) from None
-
-
-def _with_flags(tables: list[Table], given: Table, errors: Errors) -> list[Table]:
-    """Add what variables and flags say about every model."""
-    for_models = {name: one for name, one in given.items() if name in MODEL_FIELDS}
-    with errors:
-        if "name" in for_models and len(tables) > 1:
-            raise for_models.pop("name").refused(f"names one model, but there are {len(tables)}")
-    return [table | for_models for table in tables]
+        yield SettingsError(f"{error}: {why}")
+    if "tls_key" in server and "tls_cert" not in server:
+        yield server["tls_key"].refused("needs tls_cert, the certificate")
+    if (proxies := server.get("trusted_proxies")) is not None:
+        for address in proxies.value.split(","):
+            try:
+                ipaddress.ip_network(address.strip())
+            except ValueError:
+                expected = "addresses or networks (10.0.0.0/8), with commas between them"
+                yield proxies._replace(value=address).unexpected(expected, text=True)
 
 
 def _build_models(tables: list[Table], errors: Errors) -> tuple[ModelSettings, ...]:
@@ -197,19 +179,16 @@ def _build_models(tables: list[Table], errors: Errors) -> tuple[ModelSettings, .
             if "pad" in table and not errors.under(table["pad"].key):
                 check_pads(table["pad"].value)
         with errors:
-            _check_model_file(table["path"])
+            path = table["path"]
+            if not Path(path.value).is_file():
+                why = "a folder" if Path(path.value).is_dir() else "no file there"
+                raise path.refused(f"expected a model file, got {path.value!r}: {why}")
         with errors:
             model = msgspec.convert(values_of(table), ModelSettings)
             key = table["path"].key.removesuffix(".path")
             _check_name(f"{key}.name", model.name, table, models)
             models[key] = model
     return tuple(models.values())
-
-
-def _check_model_file(path: Given) -> None:
-    if not Path(path.value).is_file():
-        why = "a folder" if Path(path.value).is_dir() else "no file there"
-        raise path.refused(f"expected a model file, got {path.value!r}: {why}")
 
 
 def _check_name(key: str, name: str, table: Table, models: Mapping[str, ModelSettings]) -> None:
@@ -220,11 +199,9 @@ def _check_name(key: str, name: str, table: Table, models: Mapping[str, ModelSet
             raise SettingsError(f"{key}: {name!r} is already {other}'s name ({source})")
 
 
-def _check_rules(auth: AuthSettings, names: list[str], source: str, errors: Errors) -> None:
+def _rule_conflicts(auth: AuthSettings, names: list[str], source: str) -> Iterator[str]:
     """Refuse rules for models that are not served: a misspelt name would leave a model without its rule."""
     for index, rule in enumerate(auth.models):
-        with errors:
-            if rule.model not in names:
-                near = suggestion(rule.model, names) or f"; served are {', '.join(names)}"
-                key = f"auth.models[{index}].model"
-                raise SettingsError(f"{key}: there is no model {rule.model!r}{near} ({source})")
+        if rule.model not in names:
+            near = suggestion(rule.model, names) or f"; served are {', '.join(names)}"
+            yield f"auth.models[{index}].model: there is no model {rule.model!r}{near} ({source})"

@@ -63,6 +63,10 @@ class Given(NamedTuple):
         """Return the refusal of the value; the caller raises it."""
         return SettingsError(f"{self.key}: {why} ({self.source})")
 
+    def unexpected(self, expected: str, *, text: bool = False) -> SettingsError:
+        """Return the refusal that says what was expected, and what came."""
+        return SettingsError(f"{unexpected(self.key, expected, self.value, text=text)} ({self.source})")
+
 
 Table = dict[str, Given]
 Hint = Callable[[str, Iterable[str]], str]
@@ -90,7 +94,7 @@ class Reader:
         checked: Table = {}
         with self.errors:
             if not isinstance(table, dict):
-                raise refused(where, "a table", table, self.source)
+                raise Given(table, where, self.source).unexpected("a table")
             for name, value in table.items():
                 key = f"{where}.{name}" if where else name
                 with self.errors:
@@ -120,7 +124,7 @@ class Reader:
     def _tables(self, where: str, listed: object, struct: type[msgspec.Struct]) -> list[Table]:
         if not isinstance(listed, list):
             written = re.sub(r"\[\d+\]", "", where)
-            raise refused(where, f"an array of tables, written [[{written}]]", listed, self.source)
+            raise Given(listed, where, self.source).unexpected(f"an array of tables, written [[{written}]]")
         tables = [self.table(f"{where}[{index}]", one, struct) for index, one in enumerate(listed)]
         return [table for table in tables if all(name in table for name in _required(struct))]
 
@@ -160,33 +164,20 @@ def check(key: str, value: object, kind: Any, source: str, *, text: bool = False
         return Given(msgspec.convert(given, kind, strict=not text and separator is None), key, source)
     except msgspec.ValidationError:
         expected = describe(info, "a list with commas" if separator else "an array")
-        raise refused(key, expected, value, source, text=text) from None
-
-
-def refused(key: str, expected: str, value: object, source: str, *, text: bool = False) -> SettingsError:
-    """Return the refusal of a value; the caller raises it."""
-    return SettingsError(f"{unexpected(key, expected, value, text=text)} ({source})")
+        raise Given(value, key, source).unexpected(expected, text=text) from None
 
 
 def unexpected(key: str, expected: str, value: object, *, text: bool = False) -> str:
-    """Say what was expected, and what came."""
+    """Say what was expected, and what came, short enough for one line."""
+    shown = reprlib.repr(value)
     # Variables and flags are always text; only for a file is the type worth saying.
-    return f"{key}: expected {expected}, got {reprlib.repr(value) if text else _describe_value(value)}"
-
-
-def _describe_value(value: object) -> str:
-    """Show a value as it came, short enough for one line."""
-    match value:
-        case bool():
-            return "true" if value else "false"
-        case str():
-            return f"the text {reprlib.repr(value)}"
-        case dict():
-            return "a table"
-        case list():
-            return "an array"
-        case _:
-            return reprlib.repr(value)
+    if isinstance(value, dict | list):
+        shown = "a table" if isinstance(value, dict) else "an array"
+    elif isinstance(value, bool):
+        shown = str(value).lower()
+    elif isinstance(value, str) and not text:
+        shown = f"the text {shown}"
+    return f"{key}: expected {expected}, got {shown}"
 
 
 def values_of(table: Table) -> dict[str, Any]:
