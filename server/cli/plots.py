@@ -63,6 +63,7 @@ def draw_lines(axes: Axes, lines: Mapping[str, Line], dashed: Sequence[str] = ()
             linestyle="--" if name in dashed else "-",
             marker="o" if len(points) <= _MARKED_POINTS else None,
             markersize=4,
+            zorder=3 - number / 10,  # the first line on top
         )
     axes.set_ylim(bottom=0)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
