@@ -36,7 +36,7 @@ def scraped(served: Served) -> threading.Semaphore:
         if record.path == "/metrics" and record.status == 200:
             scrapes.release()
 
-    served.call(lambda: served.core.observer.on_request(done, each=True))
+    served.call(lambda: served.inference.observer.on_request(done, each=True))
     return scrapes
 
 

@@ -347,7 +347,7 @@ def test_a_failing_input_affects_its_client_only(served: Served, caplog: pytest.
 def test_an_answer_that_cannot_be_encoded(
     served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    encoder = served.core.models["add"].encoder
+    encoder = served.inference.models["add"].encoder
     monkeypatch.setattr(encoder, "encode", None)
     answer = infer(served, "add", ADD)
     assert (answer.status, answer.slug) == (500, "internal")
@@ -357,7 +357,7 @@ def test_an_answer_that_cannot_be_encoded(
 def test_a_request_that_the_server_fails_on(
     served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    decoder = served.core.models["add"].decoder
+    decoder = served.inference.models["add"].decoder
     monkeypatch.setattr(decoder, "decode", None)
     answer = infer(served, "add", ADD)
     assert (answer.status, answer.slug) == (500, "internal")

@@ -203,7 +203,7 @@ def test_a_recording_has_batches_and_failures(fast: bool) -> None:
 
 def is_idle(served: Served) -> bool:
     return not served.call(
-        lambda: [sink for sink in served.core.observer._batches if "Recorder" in repr(sink)]
+        lambda: [sink for sink in served.inference.observer._batches if "Recorder" in repr(sink)]
     )
 
 
@@ -230,9 +230,9 @@ async def test_of_concurrent_requests_one_records() -> None:
         ]
         answers = await asyncio.gather(*others)
         assert [answer.status_code for answer in answers] == [409, 409]
-        running.core.draining = True  # ends the recording
+        running.inference.draining = True  # ends the recording
         assert (await first).status_code == 200
-        running.core.draining = False
+        running.inference.draining = False
         assert (await running.http.post("/v1/profile?seconds=0.01")).status_code == 200
 
 

@@ -181,7 +181,7 @@ def test_long_headers_and_paths_are_cut(fast: bool) -> None:
         result = explained(served, given)
         kept = [
             sink.__self__.record(given)  # type: ignore[attr-defined]  # a bound method
-            for sink in served.core.observer._requests
+            for sink in served.inference.observer._requests
         ]
     assert result["path"] == "/none/" + "x" * 494
     for record in kept:

@@ -130,7 +130,7 @@ def test_server_metadata(served: Served) -> None:
 def test_repository_index_with_and_without_body(served: Served) -> None:
     for body in (b"", b"{}", b'{"ready":true}'):
         index = served.ask(post("/v2/repository/index", body)).json
-        assert [entry["name"] for entry in index] == list(served.core.models)
+        assert [entry["name"] for entry in index] == list(served.inference.models)
         assert {"name": "negate", "version": "1", "state": "READY", "reason": ""} in index
 
 
@@ -187,7 +187,7 @@ def test_statistics_count_answers_and_failures(gated_server: tuple[Served, Gated
 
 def test_statistics_of_all_models(served: Served) -> None:
     listed = served.ask(get("/v2/models/stats")).json["model_stats"]
-    assert [stats["name"] for stats in listed] == list(served.core.models)
+    assert [stats["name"] for stats in listed] == list(served.inference.models)
 
 
 # Priority and timeout

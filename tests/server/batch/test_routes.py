@@ -194,7 +194,7 @@ async def test_other_methods_of_the_route() -> None:
 
 async def test_while_draining() -> None:
     async with gated() as (running, _):
-        running.core.draining = True
+        running.inference.draining = True
         response = await running.http.post("/batch", json={"requests": [infer(1)]})
         assert slug(response) == "draining"
         assert response.headers["connection"] == "close"

@@ -45,8 +45,8 @@ class Driver:
     def __init__(self, running: InProcess) -> None:
         self.clock = Clock()
         self.kept = History()
-        running.core.observer.on_batch(self.kept.on_batch)
-        self.feed = Feed(running.core, self.kept, clock=self.clock.monotonic, wall_clock=self.clock.wall)
+        running.inference.observer.on_batch(self.kept.on_batch)
+        self.feed = Feed(running.inference, self.kept, clock=self.clock.monotonic, wall_clock=self.clock.wall)
 
     def second(self) -> None:
         """Let a second pass."""
@@ -202,7 +202,7 @@ async def test_a_failed_tick_is_logged_and_the_next_one_works(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async with gated() as (running, _):
-        feed = Feed(running.core, History())
+        feed = Feed(running.inference, History())
         succeeded = asyncio.Event()
         outcomes = [RuntimeError("broken"), None]
 
@@ -227,7 +227,7 @@ async def test_hello_has_settings_without_secrets() -> None:
     async with gated(
         kept_s=60.0, trace_endpoint="http://me:hidden@collector:4318", tls_cert="/etc/secret.pem"
     ) as (running, _):
-        data = hello(running.core, 0.0)
+        data = hello(running.inference, 0.0)
     assert data["settings"]["kept_s"] == 60.0
     assert "kept_s" in data["own"]
     assert "receive_timeout_s" not in data["own"]

@@ -162,7 +162,7 @@ async def test_queue_full() -> None:
 
 async def test_draining() -> None:
     async with gated() as (running, _):
-        running.core.draining = True
+        running.inference.draining = True
         for url in (GATE, "/batch"):
             await ask(running, "draining", {"method": "POST", "url": url, "json": {}})
 
@@ -191,7 +191,7 @@ async def test_internal(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Mo
         raise RuntimeError("secret")
 
     async with gated() as (running, _):
-        model = running.core.models["gate"]
+        model = running.inference.models["gate"]
         monkeypatch.setattr(model.decoder, "decode", broken)
         await ask(running, "internal", infer(rows_of(1)))
         monkeypatch.undo()
@@ -252,9 +252,9 @@ async def test_tenant_limit(tmp_path: Path) -> None:
 async def test_too_many_bad_tokens(tmp_path: Path) -> None:
     auth, _ = settings_in(tmp_path)
     async with gated(auth=auth) as (running, _):
-        assert running.core.auth is not None
+        assert running.inference.auth is not None
         for _ in range(100):
-            running.core.auth.throttle.charge("127.0.0.1")
+            running.inference.auth.throttle.charge("127.0.0.1")
         running.http.headers["authorization"] = f"Bearer {SIGNER.token(good_claims(time.time()))}"
         await ask(running, "too-many-bad-tokens", infer(rows_of(1)))
 

@@ -59,7 +59,7 @@ class Sink:
 
 def test_a_request_is_reported_twice_and_its_batch_once(served: Served) -> None:
     sink = Sink()
-    observer = served.core.observer
+    observer = served.inference.observer
     served.call(lambda: observer.trace(sink))
     served.call(lambda: observer.on_batch(sink.batch))
     assert served.ask(gate(1, 2)).status == 200
@@ -80,7 +80,7 @@ def test_a_request_is_reported_twice_and_its_batch_once(served: Served) -> None:
 
 def test_a_removed_subscriber_is_not_called(served: Served) -> None:
     sink = Sink()
-    observer = served.core.observer
+    observer = served.inference.observer
     kept = served.call(lambda: observer.watched)
     served.call(lambda: observer.on_request(sink.request_done, each=True))
     served.call(lambda: observer.on_batch(sink.batch))
@@ -111,7 +111,7 @@ def test_an_exception_in_a_subscriber_reaches_no_request(
     served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
     failing, sink = Failing(), Sink()
-    observer = served.core.observer
+    observer = served.inference.observer
     served.call(lambda: observer.trace(failing))
     served.call(lambda: observer.on_batch(failing.batch))
     served.call(lambda: observer.on_request(sink.request_done, each=True))
@@ -127,7 +127,7 @@ def test_an_exception_in_a_subscriber_reaches_no_request(
 
 def test_refusals_have_records_with_their_kind(served: Served) -> None:
     sink = Sink()
-    served.call(lambda: served.core.observer.on_request(sink.request_done, each=True))
+    served.call(lambda: served.inference.observer.on_request(sink.request_done, each=True))
     assert served.ask(gate(1).replace(b'"x"', b'"z"')).slug == "unknown-tensor"
     (record,) = served.call(sink.done.copy)
     assert (record.status, record.slug, record.batch) == (400, "unknown-tensor", None)
@@ -136,7 +136,7 @@ def test_refusals_have_records_with_their_kind(served: Served) -> None:
 def test_a_response_whose_id_names_its_batch_has_no_record(both: tuple[Served, GatedEngine]) -> None:
     served, engine = both
     sink = Sink()
-    served.call(lambda: served.core.observer.on_request(sink.request_done))
+    served.call(lambda: served.inference.observer.on_request(sink.request_done))
     assert served.ask(gate(1)).status == 200
     assert not served.call(sink.done.copy)
     assert served.ask(gate(1, headers={"X-Request-Id": "mine"})).headers["x-request-id"] == "mine"
@@ -150,7 +150,7 @@ def test_a_response_whose_id_names_its_batch_has_no_record(both: tuple[Served, G
 
 
 def test_durations_are_counted_in_once_there_are_many(served: Served) -> None:
-    durations = served.core.models["gate"].infer_traffic.durations
+    durations = served.inference.models["gate"].infer_traffic.durations
     served.call(lambda: durations.values.extend([0.001] * PENDING_LIMIT))
     assert served.ask(gate(1)).status == 200
     # Through ASGI an answer is counted behind its batch.

@@ -252,7 +252,7 @@ def test_the_sampling_ratio(drawn: float, is_traced: bool) -> None:
 
 def test_off_loads_nothing_and_makes_no_records() -> None:
     with gated(True) as (served, _):
-        assert not served.core.observer.watched
+        assert not served.inference.observer.watched
         assert "traceresponse" not in served.ask(gate(1, headers=parent())).headers
     assert ServerSettings().tracing is False
 

@@ -49,7 +49,7 @@ async def guarded(folder: Path, **fields: Any) -> AsyncIterator[tuple[InProcess,
 
 def document_of(running: InProcess) -> Json:
     # As the server sends it.
-    document: Json = json.loads(json.dumps(describe(running.core)))
+    document: Json = json.loads(json.dumps(describe(running.inference)))
     return document
 
 
@@ -186,7 +186,7 @@ async def test_examples_of_requests_run_with_a_key(tmp_path: Path) -> None:
     auth, keys = settings_in(tmp_path, KEYS)
     async with in_process(*several(tmp_path), auth=auth) as running:
         running.http.headers["x-api-key"] = keys["all"]
-        document = describe(running.core)
+        document = describe(running.inference)
         for path, _, operation in operations(document):
             for media, content in operation.get("requestBody", {}).get("content", {}).items():
                 for example in content.get("examples", {}).values():

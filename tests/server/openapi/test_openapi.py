@@ -68,7 +68,7 @@ def check(document: Json, schema: Json, value: object) -> None:
 
 
 def described(running: InProcess) -> set[tuple[str, str]]:
-    return {(path, method) for path, method, _ in operations(describe(running.core))}
+    return {(path, method) for path, method, _ in operations(describe(running.inference))}
 
 
 def served(running: InProcess) -> set[tuple[str, str]]:
@@ -120,7 +120,7 @@ async def test_examples_follow_the_loaded_models() -> None:
     engine.may_open.clear()
     async with gated(ready=False, engine=engine) as (running, _):
         loaded = asyncio.Event()
-        running.core.on_ready = loaded.set
+        running.inference.on_ready = loaded.set
 
         async def examples() -> list[str]:
             document = (await running.http.get("/openapi.json")).json()
@@ -138,7 +138,7 @@ async def test_examples_follow_the_loaded_models() -> None:
 
 async def test_every_problem_is_a_response_of_an_operation() -> None:
     async with gated() as (running, _):
-        document = describe(running.core)
+        document = describe(running.inference)
     slugs = set().union(*[slugs_of(operation) for _, _, operation in operations(document)])
     # tests/server/openapi/test_access.py has those of authentication.
     assert slugs == set(KINDS) - IN_ITEMS - AUTH_KINDS
@@ -148,7 +148,7 @@ async def test_every_problem_is_a_response_of_an_operation() -> None:
 
 async def test_examples_of_responses_match_their_schemas(tmp_path: Path) -> None:
     async with in_process(*several(tmp_path)) as running:
-        document = describe(running.core)
+        document = describe(running.inference)
     checked = 0
     for _, _, operation in operations(document):
         for response in operation["responses"].values():
@@ -181,7 +181,7 @@ async def run_example(running: InProcess, path: str, media: str, example: Json) 
 async def test_examples_of_requests_run(tmp_path: Path) -> None:
     ran = 0
     async with in_process(*several(tmp_path)) as running:
-        document = describe(running.core)
+        document = describe(running.inference)
         for path, _, operation in operations(document):
             for media, content in operation.get("requestBody", {}).get("content", {}).items():
                 for example in content.get("examples", {}).values():
@@ -203,7 +203,7 @@ async def test_examples_of_requests_run(tmp_path: Path) -> None:
 
 async def test_examples_of_outputs_equal_real_outputs(tmp_path: Path) -> None:
     async with in_process(*several(tmp_path)) as running:
-        document = describe(running.core)
+        document = describe(running.inference)
         for path in ("/v2/models/{name}/infer", "/v1/models/{name}/predictions"):
             operation = document["paths"][path]["post"]
             example = operation["requestBody"]["content"][JSON]["examples"]["negate"]
@@ -215,7 +215,7 @@ async def test_examples_of_outputs_equal_real_outputs(tmp_path: Path) -> None:
 
 async def test_paths_without_a_body_run_with_their_examples(tmp_path: Path) -> None:
     async with in_process(*several(tmp_path)) as running:
-        document = describe(running.core)
+        document = describe(running.inference)
         for path, method, operation in operations(document):
             values = {
                 one["name"]: one["example"] for one in operation.get("parameters", []) if one["in"] == "path"
@@ -285,7 +285,7 @@ class Page(HTMLParser):
 
 async def test_page_is_complete_and_loads_nothing(tmp_path: Path) -> None:
     async with in_process(*several(tmp_path)) as running:
-        document = describe(running.core)
+        document = describe(running.inference)
         answer = await running.http.get("/docs")
         page = Page(answer.text)
         assert not page.loads
@@ -309,7 +309,9 @@ async def test_page_is_complete_and_loads_nothing(tmp_path: Path) -> None:
 
 async def test_names_of_models_are_escaped_in_the_page(tmp_path: Path) -> None:
     async with in_process(*several(tmp_path)) as running:
-        text = json.dumps(describe(running.core)).replace("negate", "<script>&'").replace("total", "<img>")
+        text = (
+            json.dumps(describe(running.inference)).replace("negate", "<script>&'").replace("total", "<img>")
+        )
     page = render(json.loads(text))
     assert "<script" not in page
     assert "<img" not in page
@@ -356,7 +358,7 @@ def test_schemathesis_finds_nothing(name: str, tmp_path: Path) -> None:
             env=env,
         )
         assert ran.returncode == 0, ran.stdout[-20_000:] + ran.stderr[-2000:]
-        assert served.core.ready
+        assert served.inference.ready
         # Some requests were accepted.
         assert served.batcher(name).counters.batches > 100
     assert "Tested: 28" in ran.stdout, ran.stdout

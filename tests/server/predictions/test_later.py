@@ -203,7 +203,7 @@ async def test_a_refused_request_does_not_occupy_the_key() -> None:
         answer = await app.predict("gate", rows_of(5), KEY)
         assert answer.json()["outputs"]["y"]["data"] == [[10]]
         # A known key is answered even when nothing new is accepted.
-        app.core.draining = True
+        app.inference.draining = True
         assert (await app.predict("gate", rows_of(5), KEY)).json() == answer.json()
         refused = await app.predict("gate", rows_of(5), {"Idempotency-Key": "another"})
         assert (refused.status_code, slug(refused)) == (503, "draining")
@@ -215,7 +215,7 @@ async def test_a_refused_request_does_not_occupy_the_key() -> None:
 async def test_a_disconnect_cancels() -> None:
     async with gated() as (app, engine):
         await leave(app, GATE, rows_of(1), engine, {})
-        assert app.core.models["gate"].loaded_batcher.counters.cancelled == 1
+        assert app.inference.models["gate"].loaded_batcher.counters.cancelled == 1
 
 
 async def test_a_key_leads_back_to_the_answer_after_a_disconnect() -> None:
@@ -225,14 +225,14 @@ async def test_a_key_leads_back_to_the_answer_after_a_disconnect() -> None:
         answer = await app.predict("gate", rows_of(2), KEY)
         assert answer.json()["outputs"]["y"]["data"] == [[4]]
         assert engine.ran == [[2]]
-        assert app.core.models["gate"].loaded_batcher.counters.cancelled == 0
+        assert app.inference.models["gate"].loaded_batcher.counters.cancelled == 0
 
 
 async def test_a_disconnect_does_not_cancel_a_kept_prediction() -> None:
     async with gated() as (app, engine):
         await leave(app, GATE, rows_of(1), engine, {"prefer": "respond-async, wait=20"})
         engine.release()
-        assert app.core.models["gate"].loaded_batcher.counters.cancelled == 0
+        assert app.inference.models["gate"].loaded_batcher.counters.cancelled == 0
 
 
 async def test_a_cancelled_handler_cancels_its_prediction() -> None:
@@ -242,7 +242,7 @@ async def test_a_cancelled_handler_cancels_its_prediction() -> None:
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
-        assert app.core.models["gate"].loaded_batcher.counters.cancelled == 1
+        assert app.inference.models["gate"].loaded_batcher.counters.cancelled == 1
 
 
 async def test_the_limit_of_kept_predictions() -> None:
@@ -270,7 +270,7 @@ async def test_a_prediction_without_key_or_respond_async_is_not_kept() -> None:
 
 async def test_draining_answers_or_fails_unfinished_predictions(caplog: pytest.LogCaptureFixture) -> None:
     async with gated() as (app, engine):
-        batcher = app.core.models["gate"].loaded_batcher
+        batcher = app.inference.models["gate"].loaded_batcher
         accepted = asyncio.Event()
         submit = batcher.submit
 

@@ -62,8 +62,8 @@ class Protected:
 
     @property
     def auth(self) -> Authenticator:
-        assert self.served.core.auth is not None
-        return self.served.core.auth
+        assert self.served.inference.auth is not None
+        return self.served.inference.auth
 
     def ask(self, data: bytes) -> Answer:
         return self.served.ask(data)

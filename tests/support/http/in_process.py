@@ -31,14 +31,14 @@ from tests.support.http.serving import DEADLINE_S, GatedEngine
 class InProcess:
     """A running application and a client for it."""
 
-    core: Inference
+    inference: Inference
     app: ASGIApp
     starlette: Starlette
     http: httpx.AsyncClient
 
     def batcher(self, name: str = "gate") -> Batcher:
         """Return a loaded model's batcher."""
-        batcher = self.core.models[name].batcher
+        batcher = self.inference.models[name].batcher
         assert batcher is not None
         return batcher
 
@@ -60,15 +60,15 @@ async def in_process(
         return fakes.get(path) or load_engine(kind, path, max_batch_size, options)
 
     http_settings = ServerSettings(**{"drain_timeout_s": DEADLINE_S, **settings})
-    core = Inference(Settings(server=http_settings, models=models, auth=auth))
+    inference = Inference(Settings(server=http_settings, models=models, auth=auth))
     loaded = asyncio.Event()
-    core.on_ready = loaded.set
+    inference.on_ready = loaded.set
 
     def failed(name: str, error: EngineError) -> None:
         loaded.set()
 
-    core.on_load_failed = failed
-    app = build(core)
+    inference.on_load_failed = failed
+    app = build(inference)
     assert isinstance(app, ObservingMiddleware)
     inner = app.app._app if isinstance(app.app, Gate) else app.app
     assert isinstance(inner, InferRoutes)
@@ -84,7 +84,7 @@ async def in_process(
                 async with asyncio.timeout(DEADLINE_S):
                     await loaded.wait()
             try:
-                yield InProcess(core, app, starlette, http)
+                yield InProcess(inference, app, starlette, http)
             finally:
                 for engine in fakes.values():
                     if isinstance(engine, GatedEngine):

@@ -32,9 +32,9 @@ GATE = "/v1/models/gate/predictions"
 class App:
     """A running application and a client for it."""
 
-    def __init__(self, app: ASGIApp, core: Inference, client: httpx.AsyncClient) -> None:
+    def __init__(self, app: ASGIApp, inference: Inference, client: httpx.AsyncClient) -> None:
         self.app = app
-        self.core = core
+        self.inference = inference
         self.client = client
 
     async def predict(
@@ -77,7 +77,7 @@ async def running(
 ) -> AsyncIterator[App]:
     """Run the application with these models. `engines`, by path, replace the engines of model files."""
     async with in_process(*served, engines=engines, wrap=Subjects, **settings) as running:
-        yield App(running.app, running.core, running.http)
+        yield App(running.app, running.inference, running.http)
 
 
 @contextlib.asynccontextmanager

@@ -227,13 +227,13 @@ class Served:
         self._thread = threading.Thread(target=server.run, name="served")
 
     @property
-    def core(self) -> Inference:
+    def inference(self) -> Inference:
         """The service. Use it on the loop (`call`), or read its numbers."""
         return self.server.inference
 
     def batcher(self, name: str = "gate") -> Batcher:
-        """Return a loaded model's batcher; use it like `core`."""
-        batcher = self.core.models[name].batcher
+        """Return a loaded model's batcher; use it like `inference`."""
+        batcher = self.inference.models[name].batcher
         assert batcher is not None
         return batcher
 
@@ -256,7 +256,7 @@ class Served:
 
     def watch(self) -> None:
         """Make `until` check its condition whenever a batcher accepts or cancels a request."""
-        for model in self.core.models.values():
+        for model in self.inference.models.values():
             batcher = model.batcher
             if batcher is not None:
                 batcher.__dict__["submit"] = self._noticed(batcher.submit)
@@ -281,8 +281,8 @@ class Served:
     def call(self, function: Callable[[], T]) -> T:
         """Call a function on the server's loop; return its result."""
         result: queue.SimpleQueue[T] = queue.SimpleQueue()
-        assert self.core.loop is not None
-        self.core.loop.call_soon_threadsafe(lambda: result.put(function()))
+        assert self.inference.loop is not None
+        self.inference.loop.call_soon_threadsafe(lambda: result.put(function()))
         return result.get(timeout=DEADLINE_S)
 
     def connections(self) -> list[Any]:
@@ -291,7 +291,7 @@ class Served:
 
     def stop(self) -> None:
         """Start the shutdown, as a signal would."""
-        if not self.core.draining:
+        if not self.inference.draining:
             self.server.handle_exit(15, None)
 
     def join(self) -> None:
@@ -305,7 +305,7 @@ def opened_again(served: Served, name: str = "gate") -> None:
     done = threading.Event()
 
     def wait() -> None:
-        tasks = asyncio.gather(*served.core.models[name]._reopening, return_exceptions=True)
+        tasks = asyncio.gather(*served.inference.models[name]._reopening, return_exceptions=True)
         tasks.add_done_callback(lambda _: done.set())
 
     served.call(wait)

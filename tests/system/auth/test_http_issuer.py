@@ -107,8 +107,8 @@ def test_an_outage_longer_than_the_keys_are_valid(fast: bool, issuing: Issuer) -
         good = issuing.token("alice", "infer")
         assert served.ask(infer(good)).status == 200
         issuing.down()
-        assert served.core.auth is not None
-        keys: Any = served.core.auth._keys[issuing.issuer]
+        assert served.inference.auth is not None
+        keys: Any = served.inference.auth._keys[issuing.issuer]
         with mock.patch.object(keys, "_stale_s", 0.0):
             served.call(keys._drop_stale)
         answer = served.ask(infer(good))

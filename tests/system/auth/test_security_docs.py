@@ -154,7 +154,7 @@ async def test_permissions_per_route(tmp_path: Path) -> None:
     }
     async with gated(auth=auth) as (running, _):
         assert set(documented) == served(running)
-        for path, method, operation in operations(describe(running.core)):
+        for path, method, operation in operations(describe(running.inference)):
             (expected,) = [text for words_, text in words.items() if words_ in operation["description"]]
             assert documented[path, method].partition(" with a")[0].partition(";")[0] == expected, path
 
