@@ -26,23 +26,21 @@ Entries = np.ndarray[Any, Any]
 
 
 class Node(Protocol):
-    """One server. `open_requests` counts those accepted and not answered."""
+    """One server. `open_requests` counts those accepted and not answered.
+
+    `submit` accepts a request, or returns the reason of a refusal. `batches` counts batches by their rows,
+    `reasons` by the reason of their dispatch.
+    """
 
     open_requests: int
 
-    def submit(self, request: SimulatedRequest) -> str | None:
-        """Accept a request; or return the reason of a refusal."""
-        ...
+    def submit(self, request: SimulatedRequest) -> str | None: ...
 
     @property
-    def batches(self) -> Counter[int]:
-        """The number of batches by their rows."""
-        ...
+    def batches(self) -> Counter[int]: ...
 
     @property
-    def reasons(self) -> Counter[str]:
-        """The number of batches by the reason of their dispatch."""
-        ...
+    def reasons(self) -> Counter[str]: ...
 
 
 class SimulatedRequest(Request):

@@ -7,9 +7,9 @@ import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import inf
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
@@ -223,10 +223,6 @@ class Results:
     arrived: int
     open_requests: int
     took_s: float
-
-    def as_json(self) -> dict[str, Any]:
-        """Return all figures as a JSON document."""
-        return asdict(self)
 
 
 def results_of(run: Run) -> Results:

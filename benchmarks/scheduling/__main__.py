@@ -15,7 +15,7 @@ import json
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     _write_json(
         options.json,
         [
-            {"policy": one.policy.label, "load": one.load, **each.as_json()}
+            {"policy": one.policy.label, "load": one.load, **asdict(each)}
             for one, each in zip(simulations, results, strict=True)
         ],
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, get_origin, get_type_hints
 
@@ -328,6 +328,6 @@ def _part(count: int, totals: Totals) -> str:
 
 def as_json(profile: Profile, runs: Runs) -> str:
     """Return all figures of all runs."""
-    documents = [{"load": load, **results.as_json()} for load, results in runs]
+    documents = [{"load": load, **asdict(results)} for load, results in runs]
     document = {"profile": profile.as_json(), "runs": documents}
     return json.dumps(document, indent=2) + "\n"
