@@ -38,7 +38,7 @@ _FRAMING = 16
 _ANSWERED = b"content-type: %b\r\ncontent-length: %d\r\nx-request-id: %b\r\nserver-timing: %b\r\n"
 _SHORTEST_TICK_S = 0.05
 _ASGI = {"version": "3.0", "spec_version": "2.3"}
-# What is being received: nothing, a request's headers, or its body.
+# The part of a request being received.
 NOTHING, HEADERS, BODY = range(3)
 
 

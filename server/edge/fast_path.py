@@ -154,7 +154,7 @@ class FastConnection(Connection):
             problem = too_large(block.length, limit)
         if problem is not None:
             reply = problem.reply(instance=block.model.infer_path)
-            reply.close |= too_long  # reading so much only to drop it would be the attack
+            reply.close |= too_long  # the body is not read
             exchange.refuse(reply)
 
 

@@ -1,7 +1,7 @@
 """Subscriptions to finished requests and batches: the access log, traces, the history, the live page.
 
 Records of single requests (`server.observability.record`) are made only where a subscriber needs them.
-Subscribers must be fast and may keep what they get. An exception in one is logged and reaches no request.
+Subscribers must be fast, and may keep their arguments. An exception in one is logged and reaches no request.
 """
 
 from __future__ import annotations

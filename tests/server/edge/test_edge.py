@@ -1,6 +1,6 @@
 """The connection, over raw sockets, on the fast path and through ASGI.
 
-What a client may do with a connection: pieces, pipelines, old versions, chunks, limits, leaving.
+Pieces, pipelines, old versions, chunks, limits, disconnects.
 """
 
 from __future__ import annotations
