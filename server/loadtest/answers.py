@@ -23,56 +23,40 @@ class Malformed(Exception):
 
 
 class Answer:
-    """One response, parsed incrementally. `head`: its lines with the final CRLF."""
+    """One response, parsed incrementally; the `on_` methods are httptools' callbacks.
 
-    __slots__ = ("_buffer", "_length_prefix", "_need", "_parser", "body", "head", "status")
+    `head`: its lines with the final CRLF.
+    """
 
     def __init__(self) -> None:
         self.status = 0
         self.head = b""
         self.body = b""
         self._length_prefix = b"\r\ncontent-length: "
-        self._buffer = bytearray()
-        self._need = 0
-        self._parser: _Parser | None = None
+        self._parser: httptools.HttpResponseParser | None = None  # of an answer that has begun
+        self._complete = self._until_closed = False
+        self._lines: list[bytes] = []
+        self._parts: list[bytes] = []
 
     def feed(self, data: bytes) -> bool:
         """Add received bytes; True when the answer is complete. Raises Malformed."""
-        if self._parser is not None:
-            return self._parse(data)
-        if self._buffer:
-            self._buffer += data
-            if len(self._buffer) < self._need:
-                return False
-            data = bytes(self._buffer)
-        end = data.find(b"\r\n\r\n")
-        if end < 0:
-            return self._keep(data, 0)
-        length = self._length(data, end + 2)
-        if length < 0:
-            self._parser = _Parser()
-            return self._parse(data)
-        whole = end + 4 + length
-        if len(data) != whole:
-            if len(data) > whole:
-                raise Malformed("bytes after the answer")
-            return self._keep(data, whole)
+        if self._parser is None:
+            end = data.find(b"\r\n\r\n")
+            length = -1 if end < 0 else self._length(data, end + 2)
+            if length >= 0 and len(data) == end + 4 + length:
+                try:
+                    self.status = int(data[9:12])
+                except ValueError:
+                    raise Malformed("no status line") from None
+                self.head = data[: end + 2]
+                self.body = data[end + 4 :]
+                return True
+            self._parser, self._complete = httptools.HttpResponseParser(self), False
         try:
-            self.status = int(data[9:12])
-        except ValueError:
-            raise Malformed("no status line") from None
-        self.head = data[: end + 2]
-        self.body = data[end + 4 :]
-        if self._buffer:
-            self._buffer = bytearray()
-            self._need = 0
-        return True
-
-    def _keep(self, data: bytes, need: int) -> bool:
-        self._need = need
-        if not self._buffer:
-            self._buffer += data
-        return False
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            raise Malformed(str(error.__context__ or error)) from None
+        return self._complete and self._take()
 
     def _length(self, data: bytes, end: int) -> int:
         """Return the Content-Length; -1 if httptools must parse this answer."""
@@ -90,27 +74,44 @@ class Answer:
         except ValueError:
             raise Malformed("bad Content-Length") from None
 
-    def _parse(self, data: bytes) -> bool:
-        assert self._parser is not None
-        if not self._parser.feed(data):
-            return False
-        self.status, self.head, self.body = self._parser.result()
-        self._parser, self._buffer, self._need = None, bytearray(), 0
+    def _take(self) -> bool:
+        parser = self._parser
+        assert parser is not None
+        self.status = parser.get_status_code()
+        first = f"HTTP/{parser.get_http_version()} {self.status} ".encode()
+        self.head = b"\r\n".join([first, *self._lines, b""])
+        self.body = b"".join(self._parts)
+        self._parser = None
         return True
 
     def end(self) -> bool:
         """Handle the end of the connection; True if it completed the answer."""
-        parser = self._parser
-        if parser is None or not parser.until_closed:
-            return False
-        self.status, self.head, self.body = parser.result()
-        self._parser = None
-        return True
+        return self._parser is not None and self._until_closed and self._take()
 
     @property
     def started(self) -> bool:
         """True if a part of the answer has arrived."""
-        return bool(self._buffer) or self._parser is not None
+        return self._parser is not None
+
+    def on_message_begin(self) -> None:
+        if self._complete:
+            raise Malformed("bytes after the answer")
+        self._lines, self._parts, self._until_closed = [], [], False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._lines.append(name + b": " + value)
+
+    def on_headers_complete(self) -> None:
+        lengths = (b"content-length:", b"transfer-encoding:")
+        self._until_closed = not any(line.lower().startswith(lengths) for line in self._lines)
+
+    def on_body(self, data: bytes) -> None:
+        self._parts.append(data)
+
+    def on_message_complete(self) -> None:
+        # A 1xx response only announces the answer.
+        assert self._parser is not None
+        self._complete = self._parser.get_status_code() >= 200
 
     @property
     def batch(self) -> int:
@@ -130,46 +131,3 @@ class Answer:
 
     def error_message(self) -> str:
         return error_message(self.body)
-
-
-class _Parser:
-    """Collects what httptools parses; its `on_` methods are httptools' callbacks."""
-
-    def __init__(self) -> None:
-        self._parser = httptools.HttpResponseParser(self)
-        self._lines: list[bytes] = []
-        self._parts: list[bytes] = []
-        self._complete = False
-        self._has_length = False
-        self.until_closed = False
-
-    def feed(self, data: bytes) -> bool:
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
-            raise Malformed(str(error)) from None
-        return self._complete
-
-    def on_message_begin(self) -> None:
-        if self._complete:
-            raise Malformed("bytes after the answer")
-        self._lines, self._parts, self._has_length = [], [], False
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._lines.append(name + b": " + value)
-        self._has_length = self._has_length or name.lower() in (b"content-length", b"transfer-encoding")
-
-    def on_headers_complete(self) -> None:
-        self.until_closed = not self._has_length
-
-    def on_body(self, data: bytes) -> None:
-        self._parts.append(data)
-
-    def on_message_complete(self) -> None:
-        # A 1xx response only announces the answer.
-        self._complete = self._parser.get_status_code() >= 200
-
-    def result(self) -> tuple[int, bytes, bytes]:
-        status = self._parser.get_status_code()
-        first = f"HTTP/{self._parser.get_http_version()} {status} ".encode()
-        return status, b"\r\n".join([first, *self._lines, b""]), b"".join(self._parts)

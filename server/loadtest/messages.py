@@ -5,6 +5,7 @@ from __future__ import annotations
 import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ class Address:
     port: int
     tls: bool = False
     base: str = ""
-    ca_file: str | None = None
+    ca_file: Path | None = None
     insecure: bool = False
 
     @property

@@ -1,16 +1,16 @@
 """Options of `cobatch bench`, parsed from the command line and checked."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+import typer
 
 from cobatch.batcher.simulator.traffic import PROCESSES, Arrivals, Trace, TraceError, read_trace
+from cobatch.server.console import option, switch
 
 Span = tuple[float, float]  # lowest and highest value
 
@@ -21,6 +21,15 @@ _OPEN_CONNECTIONS = 512
 _WHOLE_TRACE_S = 1e9
 _CREDENTIALS = {"token_file": ("Authorization", "Bearer "), "api_key_file": ("X-API-Key", "")}
 _TENANT_KEYS = ("name", "share", "rows", "priority", "deadline_ms", "token_file", "api_key_file")
+_ARRIVALS = "poisson|constant|bursty|diurnal|FILE"
+_PROCESS = "Arrival process, or trace with lines of seconds[,rows[,tenant]]."
+_CONNECTIONS = "Closed loop: clients (16); open loop: limit (512)."
+_SEARCH = "Search for the highest rate that holds --slo-ms."
+_TIME = "Measured time for each rate (10; a trace: all of it)."
+_SIZES = "Sizes of variable axes; SIZE may be LOW:HIGH."
+
+_COMPUTED: Any = None  # from the other options, unless given
+_NONE: Any = ()
 
 
 class BenchError(Exception):
@@ -50,35 +59,76 @@ class Caller(msgspec.Struct, frozen=True):
         return parameters
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class Options:
-    """Checked options. `rates` empty: closed loop, trace at its own speed, or capacity search."""
+    """The options, checked when made; raises UsageError. Each annotated field is a flag of the command.
 
-    url: str
-    model: str | None
-    version: str | None
-    rates: Sequence[float]
-    arrivals: str
-    connections: int
-    processes: int
-    seconds: float
-    warmup_s: float
-    timeout_s: float
-    seed: int
-    binary: bool
-    callers: Sequence[Caller]
-    examples: int
-    shapes: Sequence[str]
-    values: Sequence[str]
-    inputs: Sequence[str]
-    expect: Sequence[str]
-    rtol: float
-    atol: float
-    ca_file: str | None
-    insecure: bool
-    trace: Trace | None
-    slo_ms: float | None  # set: search for the capacity
-    trials: int
+    `rates` empty: closed loop, trace at its own speed, or capacity search.
+    """
+
+    url: Annotated[str, typer.Argument(metavar="URL", help="http://HOST:PORT[/v2/models/NAME]")]
+    model: Annotated[str | None, option("NAME", "Model to load (default: the only one).")] = None
+    model_version: Annotated[str | None, option("VERSION", "Version of the model.")] = None
+    rate: Annotated[str, option("PER_S,...", "Open loop: requests per second, in turn.")] = ""
+    arrivals: Annotated[str, option(_ARRIVALS, _PROCESS)] = "poisson"
+    connections: Annotated[int, option("N", _CONNECTIONS, min=1)] = _COMPUTED
+    find_capacity: Annotated[bool, switch("--find-capacity", _SEARCH)] = False
+    slo_ms: Annotated[float | None, option("MS", "Limit of p99.")] = None
+    trials: Annotated[int, option("N", "Trials that confirm a capacity.", min=1)] = 5
+    seconds: Annotated[float, option("S", _TIME)] = _COMPUTED
+    warmup_s: Annotated[float, option("S", "Warm-up before measuring (1; a trace: 0).", min=0)] = _COMPUTED
+    processes: Annotated[int, option("N", "Generator processes.", min=1)] = 1
+    binary: Annotated[bool, switch("--binary", "Binary tensors in both directions.")] = False
+    rows: Annotated[int, option("N", "Rows of each request.", min=1)] = 1
+    shapes: Annotated[list[str], option("INPUT=SIZE,...", _SIZES, "--shape")] = _NONE
+    values: Annotated[list[str], option("INPUT=LOW:HIGH", "Range of random values (integers: 0:99).")] = _NONE
+    examples: Annotated[int, option("N", "Random inputs, sent in rotation.", min=1)] = 16
+    inputs: Annotated[list[str], option("INPUT=FILE.npy|.jsonl", "Inputs from files instead.", "--input")] = (
+        _NONE
+    )
+    expect: Annotated[list[str], option("OUTPUT=FILE.npy|.jsonl|URL", "Expected answers.")] = _NONE
+    rtol: Annotated[float, option("R", "Relative tolerance.", min=0)] = 1e-3
+    atol: Annotated[float, option("A", "Absolute tolerance.", min=0)] = 1e-5
+    token: Annotated[str, option("TOKEN", "Bearer token.", envvar="COBATCH_BENCH_TOKEN")] = ""
+    token_file: Annotated[Path | None, option("FILE", "The same, from a file.")] = None
+    api_key: Annotated[str, option("KEY", "For X-API-Key.", envvar="COBATCH_BENCH_API_KEY")] = ""
+    header: Annotated[list[str], option("'NAME: VALUE'", "Additional header.")] = _NONE
+    tenant: Annotated[list[str], option("KEY=VALUE,...", f"{', '.join(_TENANT_KEYS)}.")] = _NONE
+    priority: Annotated[int, option("N", "Of each request; 1 is the highest.", min=0)] = 0
+    deadline_ms: Annotated[float | None, option("MS", "Deadline of each request (V2's timeout).")] = None
+    timeout_s: Annotated[float, option("S", "Longest wait for an answer.")] = 30.0
+    ca_file: Annotated[Path | None, option("FILE", "CA certificates to verify the server with.")] = None
+    insecure: Annotated[bool, switch("--insecure", "Do not verify the server's certificate.")] = False
+    seed: Annotated[int, option("N", "Equal seeds send equal loads.", min=0)] = 1
+    rates: Sequence[float] = ()
+    trace: Trace | None = None
+    callers: Sequence[Caller] = ()
+
+    def __post_init__(self) -> None:
+        if self.find_capacity != (self.slo_ms is not None):
+            raise UsageError("--find-capacity and --slo-ms go together")
+        for name in ("slo_ms", "deadline_ms", "timeout_s", "seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"--{name.replace('_', '-')}: must be more than 0")
+        self.trace, self.rates = _trace(self.arrivals), _rates(self.rate)
+        if self.arrivals != "poisson" and not self.open_loop:
+            raise UsageError(
+                "--arrivals: a closed loop sends when answers arrive: give --rate for an open loop"
+            )
+        whole_trace = self.trace is not None and self.slo_ms is None
+        if self.connections is None:
+            self.connections = _OPEN_CONNECTIONS if self.open_loop else _CLOSED_CONNECTIONS
+        self.connections = max(self.connections, self.processes)  # each process needs one
+        if self.seconds is None:
+            self.seconds = _WHOLE_TRACE_S if whole_trace else _SECONDS
+        if self.warmup_s is None:
+            self.warmup_s = _WARMUP_S if self.trace is None else 0.0
+        token = self.token if self.token_file is None else _read_secret(self.token_file)
+        headers = _headers(self.header)
+        headers |= _credential("token_file", token) | _credential("api_key_file", self.api_key)
+        default = Caller("all", 1.0, self.rows, self.priority, self.deadline_ms, headers)
+        self.callers = parse_callers(self.tenant, default)
 
     def process(self, rate: float) -> Arrivals:
         """Return the arrival process at this mean rate."""
@@ -90,51 +140,6 @@ class Options:
     def open_loop(self) -> bool:
         """True if requests are sent by the clock."""
         return bool(self.rates) or self.trace is not None or self.slo_ms is not None
-
-
-def read_options(given: Mapping[str, Any]) -> Options:
-    """Check the command's parameters, by name. Raises UsageError."""
-    slo_ms, arrivals = given["slo_ms"], given["arrivals"]
-    if given["find_capacity"] != (slo_ms is not None):
-        raise UsageError("--find-capacity and --slo-ms go together")
-    for name in ("slo_ms", "deadline_ms", "timeout_s", "seconds"):
-        if given[name] is not None and not given[name] > 0:
-            raise UsageError(f"--{name.replace('_', '-')}: must be more than 0")
-    trace, rates = _trace(arrivals), _rates(given["rate"])
-    open_loop = bool(rates) or trace is not None or slo_ms is not None
-    if arrivals != "poisson" and not open_loop:
-        raise UsageError("--arrivals: a closed loop sends when answers arrive: give --rate for an open loop")
-    connections = given["connections"] or (_OPEN_CONNECTIONS if open_loop else _CLOSED_CONNECTIONS)
-    seconds, warmup_s = given["seconds"], given["warmup_s"]
-    if seconds is None:
-        seconds = _SECONDS if trace is None or slo_ms is not None else _WHOLE_TRACE_S
-    if warmup_s is None:
-        warmup_s = _WARMUP_S if trace is None else 0.0
-    unchanged = {name: given[name] for name in Options.__dataclass_fields__ if name in given}
-    parsed = {
-        "version": given["model_version"],
-        "rates": rates,
-        "connections": max(connections, given["processes"]),  # each process needs one
-        "seconds": seconds,
-        "warmup_s": warmup_s,
-        "callers": parse_callers(given["tenant"] or [], _default_caller(given)),
-        "shapes": given["shape"] or [],
-        "values": given["values"] or [],
-        "inputs": given["input_"] or [],
-        "expect": given["expect"] or [],
-        "ca_file": None if given["ca_file"] is None else str(given["ca_file"]),
-        "trace": trace,
-    }
-    return Options(**(unchanged | parsed))
-
-
-def _default_caller(given: Mapping[str, Any]) -> Caller:
-    token = given["token"] if given["token_file"] is None else _read_secret(given["token_file"])
-    headers = _headers(given["header"] or [])
-    headers |= _credential("token_file", token) | _credential("api_key_file", given["api_key"])
-    return Caller(
-        rows=given["rows"], priority=given["priority"], deadline_ms=given["deadline_ms"], headers=headers
-    )
 
 
 def parse_callers(texts: Sequence[str], default: Caller) -> list[Caller]:

@@ -34,7 +34,7 @@ def prepare(options: Options) -> tuple[Plan, Model]:
     """Fetch the model's metadata, prepare the requests and try them. Raises BenchError."""
     address, model_in_path, version_in_path = parse_url(options.url, options.ca_file, options.insecure)
     callers = options.callers
-    name, version = options.model or model_in_path, options.version or version_in_path
+    name, version = options.model or model_in_path, options.model_version or version_in_path
     model = describe(address, name, version, callers[0].headers)
     inputs: Inputs
     if options.inputs:

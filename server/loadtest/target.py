@@ -8,6 +8,7 @@ import re
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
@@ -54,7 +55,7 @@ class Model:
     inputs: tuple[Tensor, ...]
 
 
-def parse_url(text: str, ca_file: str | None, insecure: bool) -> tuple[Address, str | None, str | None]:
+def parse_url(text: str, ca_file: Path | None, insecure: bool) -> tuple[Address, str | None, str | None]:
     """Return the address, and the model and version if the path has them. Raises UsageError."""
     parts = urlsplit(text if "://" in text else f"http://{text}")
     try:
