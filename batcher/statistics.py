@@ -166,7 +166,6 @@ class Counters:
 
 
 def _delays(requests: list[Request], gathered_s: float) -> list[float]:
-    """Return the queue delay of each caller's request."""
     delays = [gathered_s - one.enqueued_s for one in requests]
     callers = [one.callers for one in requests]
     if callers.count(1) == len(callers):

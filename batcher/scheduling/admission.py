@@ -58,7 +58,6 @@ class Admission:
         self._tried_s = now_s  # when the last request was admitted on trial
 
     def _drain_s(self) -> float:
-        """Return the estimated seconds until the queue is empty."""
         return max(LEAST_RETRY_S, self._queue.rows * self._queue.row_s / self.engines)
 
     def refusal(self, rows: int, tenant: Tenant | None, callers: int, now_s: float) -> BatcherError | None:

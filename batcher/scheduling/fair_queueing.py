@@ -53,12 +53,12 @@ class TenantShare:
 class Flow:
     """One tenant's requests of one shape."""
 
-    __slots__ = ("group", "in_turns", "lines", "rows", "share")
+    __slots__ = ("group", "in_turns", "order", "rows", "share")
 
     def __init__(self, group: Group, share: TenantShare) -> None:
         self.group = group
         self.share = share
-        self.lines = PriorityQueue()
+        self.order = PriorityQueue()
         self.rows = 0
         self.in_turns = False
 

@@ -101,7 +101,7 @@ class BatchFormation:
         capped = was_short = False
         next_flow: Callable[[], Flow | None] = group.turns.first
         while group.rows and self._rows < most_rows and (flow := next_flow()) is not None:
-            request = flow.lines.head()
+            request = flow.order.head()
             rows = self._rows + request.rows
             if requests and rows > most_rows:
                 break
@@ -125,7 +125,6 @@ class BatchFormation:
         return FormedBatch(requests, late, shares, capped, was_short)
 
     def _next_light(self) -> Flow | None:
-        """Return a light tenant's flow that still has rows."""
         return next((flow for flow in self._light if flow.rows), None)
 
     def _would_hold_up(self, request: Request, flow: Flow, rows: int) -> bool:
@@ -138,7 +137,6 @@ class BatchFormation:
         return self._light_rows > 0 and queue.run_s(rows) > HELD_UP * queue.run_s(self._light_rows)
 
     def _would_make_late(self, rows: int, plan: StartPlan) -> bool:
-        """Return whether a batch of `rows` rows would be too late for a request in it."""
         tightest_s = self._tightest_s
         return tightest_s < self._limit_s and tightest_s < plan.start_s + plan.run_times.high_s(rows)
 

@@ -84,7 +84,6 @@ def decide(queue: RequestQueue, now: Now, max_delay_s: float = 0.0) -> Release |
 
 
 def _with_returns(queue: RequestQueue, now: Now) -> Release | WaitUntil:
-    """Wait for the closed-loop clients that were just answered."""
     group = queue.next_group
     due_s = min(now.expected_by_s, queue.urgent_s - now.run_s)
     if now.time_s >= due_s:

@@ -25,7 +25,6 @@ def level_of(priority: int) -> int:
 
 
 def _turn_s(request: Request) -> float:
-    """Return the virtual time of a request's turn."""
     return request.enqueued_s + request.level * AGEING_S
 
 

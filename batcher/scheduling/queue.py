@@ -127,7 +127,7 @@ class RequestQueue:
         share.rows += rows
         group.rows += rows
         self.rows += rows
-        flow.lines.push(request)
+        flow.order.push(request)
         if share.order is not None:
             share.order.push(request)
         if share.tenant is not None:
@@ -142,7 +142,6 @@ class RequestQueue:
         return group
 
     def _unpark(self) -> None:
-        """Forget the parked flow."""
         self._parked = False
         flow = self._last
         assert flow is not None
@@ -166,7 +165,7 @@ class RequestQueue:
             if share.flows and share.order is None:
                 # From here on it needs an order of its own, until it has nothing queued.
                 (only,) = share.flows
-                share.order = only.lines.copy()
+                share.order = only.order.copy()
             share.flows[flow] = None
             group.turns.add(flow)
         return flow
@@ -197,7 +196,7 @@ class RequestQueue:
         assert isinstance(flow, Flow)
         request.state = state
         request.entry = None
-        flow.lines.leave(request)
+        flow.order.leave(request)
         if flow.share.order is not None:
             flow.share.order.leave(request)
         if request.deadline_s != inf:
@@ -243,7 +242,7 @@ class RequestQueue:
         share = flow.share
         if share.order is not None:
             return None
-        taken = flow.lines.take(most_rows)
+        taken = flow.order.take(most_rows)
         if taken is not None:
             rows = taken[1]
             self._subtract(flow, rows)
@@ -268,7 +267,7 @@ class RequestQueue:
     def waiting(self) -> list[Request]:
         """Return all queued requests, in no particular order. O(n)."""
         flows = [flow for group in self.groups.values() for flow in group.flows.values()]
-        return [request for flow in flows for request in flow.lines.live()]
+        return [request for flow in flows for request in flow.order.live()]
 
     def rows_of(self, tenant: Tenant) -> int:
         """Return the rows that a tenant has queued."""

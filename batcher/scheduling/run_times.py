@@ -38,12 +38,6 @@ def efficient_rows(run_us: Mapping[int, float], max_batch_size: int, near: float
     return min(rows for rows, us in per_row.items() if us <= good)
 
 
-def cost_over_best(run_us: Mapping[int, float], rows: int) -> float:
-    """Return a row's cost at this size as a multiple of the least; infinite if it was not measured."""
-    per_row = _per_row(run_us)
-    return per_row[rows] / min(per_row.values()) if rows in per_row else inf
-
-
 def _per_row(run_us: Mapping[int, float]) -> dict[int, float]:
     return {rows: (us + tuning.BATCH_OVERHEAD_US) / rows for rows, us in run_us.items()}
 
@@ -157,7 +151,6 @@ class RunTimeModel:
         return True
 
     def _more_row_s(self, number: int) -> float:
-        """Return the cost of one more row within a bucket."""
         low, high = (1 << number) // 2, 1 << number
         return (self.expected_s(high) - self.expected_s(low)) / (high - low) if low else 0.0
 
@@ -187,11 +180,11 @@ class RunTimeModel:
         # them would creep.
         largest = max(self._buckets)
         run_us = {n: self.expected_s(n) * 1e6 for n in (min(1 << b, self._most) for b in range(largest + 1))}
+        per_row = _per_row(run_us)
         full_rows, now = efficient_rows(run_us, self._most), self.full_rows
-        if now:
-            over_best = cost_over_best(run_us, now)
-            as_good = full_rows < now and cost_over_best(run_us, full_rows) <= over_best * tuning.AS_GOOD
-        if not now or over_best > tuning.WORTH_CHANGING or as_good:
+        now_us = per_row.get(now, inf)
+        is_worse = now_us > min(per_row.values()) * tuning.WORTH_CHANGING
+        if is_worse or (full_rows < now and per_row[full_rows] <= now_us * tuning.AS_GOOD):
             self.full_rows = full_rows
         self.overloaded_rows = max(
             self.full_rows, efficient_rows(run_us, self._most, tuning.NEAR_BEST_OVERLOADED)

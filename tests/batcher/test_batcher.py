@@ -446,9 +446,9 @@ def test_a_thousand_cancelled_requests_leave_no_tombstones() -> None:
             batcher.cancel(leaving)
         (group,) = batcher._queue.groups.values()
         (flow,) = group.flows.values()
-        assert flow.lines._waiting < 200
+        assert flow.order._waiting < 200
         assert batcher.queued_rows == 1
-        assert flow.lines.head() is staying
+        assert flow.order.head() is staying
 
     run(main())
 

@@ -109,8 +109,8 @@ class Queued(RuleBasedStateMachine):
         for shapes, group in self.queue.groups.items():
             live = len(self.lines[shapes])
             (flow,) = group.flows.values()
-            assert flow.lines.queued == live
-            assert flow.lines._waiting <= 2 * live + 65
+            assert flow.order.queued == live
+            assert flow.order._waiting <= 2 * live + 65
 
 
 Queued.TestCase.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)

@@ -158,7 +158,7 @@ class Queues(RuleBasedStateMachine):
         for group in queue.groups.values():
             assert len(group.turns._heap) <= 2 * 5 + 64 + 1
             for flow in group.flows.values():
-                assert flow.lines._waiting <= 2 * live + 65
+                assert flow.order._waiting <= 2 * live + 65
 
 
 class Anything(Queues):
