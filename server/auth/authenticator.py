@@ -22,7 +22,7 @@ from cobatch.server.auth.jwks import FetchedKeys, KeySource, KeysUnavailableErro
 from cobatch.server.auth.keys import Key, configured_keys
 from cobatch.server.auth.principal import Principal
 from cobatch.server.auth.tenants import Tenants
-from cobatch.server.auth.throttle import SignatureThrottle
+from cobatch.server.auth.throttle import Clock, SignatureThrottle
 from cobatch.server.auth.tokens import TokenError, TokenVerifier, VerifiedToken, claim_at
 from cobatch.server.http.problem import Problem
 from cobatch.server.settings.auth import AuthSettings, Issuer, is_permission
@@ -43,11 +43,7 @@ class Authenticator:
     """
 
     def __init__(
-        self,
-        settings: AuthSettings,
-        *,
-        wall_clock: Callable[[], float] = time.time,
-        clock: Callable[[], float] = time.monotonic,
+        self, settings: AuthSettings, *, wall_clock: Clock = time.time, clock: Clock = time.monotonic
     ) -> None:
         self.settings = settings
         urls = (name for name in settings.audience if name.startswith(("https://", "http://")))
@@ -62,7 +58,8 @@ class Authenticator:
         self._fetched: list[FetchedKeys] = []
         self._keys = {issuer.issuer: self._key_source(issuer) for issuer in settings.issuers}
         self._verifier = TokenVerifier(settings, self._keys, wall_clock)
-        self._api_keys = ApiKeys.read(Path(settings.api_keys_file)) if settings.api_keys_file else None
+        keys_file = settings.api_keys_file
+        self._api_keys = ApiKeys.read(Path(keys_file)) if keys_file else ApiKeys({})
         self._api_key_principals: dict[str, Principal] = {}  # by the key's ID
         self._cache: dict[bytes, Principal] = {}
         self._refusals: dict[bytes, tuple[str, float]] = {}  # detail, and the end of its time to live
@@ -88,7 +85,7 @@ class Authenticator:
     @property
     def ready(self) -> bool:
         """True once any credential can be checked."""
-        return self._api_keys is not None or any(source.ready for source in self._keys.values())
+        return bool(self.settings.api_keys_file) or any(source.ready for source in self._keys.values())
 
     def lookup(self, headers: Headers) -> Principal | Problem | None:
         """Return the result that needs no signature check; None where `authenticate` has to make one.
@@ -168,9 +165,7 @@ class Authenticator:
             raise Problem("too-many-bad-tokens", detail, retry_after_s=wait_s)
 
     def _by_api_key(self, presented: bytes) -> Principal | Problem:
-        key = None
-        if self._api_keys is not None:
-            key = self._api_keys.find(presented.decode("latin-1"), self._now())
+        key = self._api_keys.find(presented.decode("latin-1"), self._now())
         self.results["unknown-key" if key is None else "key"] += 1
         if key is None:
             return self.challenges.invalid_token("the API key is unknown or expired")

@@ -15,6 +15,7 @@ from operator import attrgetter
 
 from cobatch.server.auth.fetch import Fetch, fetch_keys, fetch_url
 from cobatch.server.auth.keys import Key, parse_jwks
+from cobatch.server.auth.throttle import Clock
 from cobatch.server.settings.auth import AuthSettings, Issuer
 
 log = logging.getLogger("cobatch.auth")
@@ -80,7 +81,7 @@ class FetchedKeys:
         auth: AuthSettings,
         on_withdrawn: Callable[[Key], None],
         fetch: Fetch = fetch_url,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock = time.monotonic,
     ) -> None:
         self._issuer = issuer
         self._auth = auth

@@ -12,18 +12,19 @@ belongs to the others.
 
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 from weakref import WeakValueDictionary, ref
 
 import msgspec
 
 from cobatch.batcher.tenant import Tenant, Usage
+from cobatch.server.auth.throttle import Clock
 from cobatch.server.settings.auth import TenantRule
 
 OTHER = "other"
 _Key = tuple[str, int]  # the tenant's name and the index of its rule
-_MAX_IDLE_ACCOUNTS = 10_000
+_MAX_IDLE = 10_000  # accounts
 _MAX_NAMED_TOTALS = 20
 _HALF_LIFE_S = 600.0  # of requests, when tenants are compared
 # A tenant has to be this many times busier to take another's place, or two equals would take turns.
@@ -48,11 +49,7 @@ class Tenants:
     """All accounts in use, or whose token bucket is not full again."""
 
     def __init__(
-        self,
-        rules: Sequence[TenantRule],
-        clock: Callable[[], float] = time.monotonic,
-        *,
-        max_idle: int = _MAX_IDLE_ACCOUNTS,
+        self, rules: Sequence[TenantRule], clock: Clock = time.monotonic, *, max_idle: int = _MAX_IDLE
     ) -> None:
         self._rules = [*rules, TenantRule()]  # the last one fits all, without limits
         self._clock = clock
@@ -124,7 +121,7 @@ class _Account(NamedTuple):
 class TenantTotals:
     """Usage totals of the `max_named` busiest tenants, and of all others together."""
 
-    def __init__(self, max_named: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, max_named: int, clock: Clock = time.monotonic) -> None:
         self._max_named = max_named
         self._clock = clock
         self._accounts: list[_Account] = []

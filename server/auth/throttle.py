@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 from cobatch.batcher.tenant import Bucket
 
+Clock = Callable[[], float]  # in seconds
+
 _PER_S = 20.0
 _BURST = 100
 # Each total is about a tenth of one core: one for all addresses that failed before, one for all others.
@@ -21,7 +23,7 @@ _MAX_ADDRESSES = 4096
 class SignatureThrottle:
     """Token buckets of failed signature checks. `clock` is monotonic, in seconds."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Clock) -> None:
         self._clock = clock
         # Two totals, so that an attack from many addresses does not exclude addresses that never failed.
         self._known_total = Bucket(_TOTAL_PER_S, int(_TOTAL_PER_S))

@@ -16,6 +16,7 @@ from cobatch.server.auth.credentials import header_and_claims
 from cobatch.server.auth.jwks import KeySource
 from cobatch.server.auth.keys import MAX_KID, Key
 from cobatch.server.auth.principal import MAX_NAME, is_name
+from cobatch.server.auth.throttle import Clock
 from cobatch.server.settings.auth import AuthSettings, Issuer
 
 _ACCESS_TOKEN = frozenset({"at+jwt", "application/at+jwt"})
@@ -62,12 +63,7 @@ class VerifiedToken(NamedTuple):
 class TokenVerifier:
     """Verifies tokens with `keys`, by issuer. `clock` is the wall clock, in seconds."""
 
-    def __init__(
-        self,
-        auth: AuthSettings,
-        keys: Mapping[str, KeySource],
-        clock: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, auth: AuthSettings, keys: Mapping[str, KeySource], clock: Clock = time.time) -> None:
         self._auth = auth
         self._keys = keys
         self._clock = clock

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import typer
 
-from cobatch.server.settings.auth import AuthSettings
 from cobatch.server.settings.describe import Setting, settings_of
 from cobatch.server.settings.load import read_settings
 from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings, flag_name
@@ -33,10 +32,8 @@ def serve(*, config: Path | None, check: bool, **flags: object) -> None:
     settings = read_settings(config, os.environ, flags, errors)
     with errors:
         _check_tls(settings.server.tls_cert, settings.server.tls_key)
-    if check and settings.auth is not None:
-        _check_keys(settings.auth, errors)
-    if check and settings.server.tracing and not errors:
-        _check_libraries(settings, errors)
+    if check:
+        _check_start(settings, errors)
     if errors:
         for message in errors:
             typer.echo(f"cobatch: {message}", err=True)
@@ -69,25 +66,22 @@ def _no_password() -> str:
     raise ValueError("the key is encrypted")
 
 
-def _check_keys(auth: AuthSettings, errors: Errors) -> None:
-    """Read the files of keys, as the server does when it starts."""
-    from cobatch.server.auth.api_keys import ApiKeys  # noqa: PLC0415 - only with --check
+def _check_start(settings: Settings, errors: Errors) -> None:
+    """Read the files of keys and make the application, as the server does; start nothing."""
+    from cobatch.server.app import create_app  # noqa: PLC0415 - only with --check
+    from cobatch.server.auth.api_keys import ApiKeys  # noqa: PLC0415 - the same
     from cobatch.server.auth.keys import configured_keys  # noqa: PLC0415 - loads cryptography
 
-    for issuer in auth.issuers:
+    if settings.auth is not None:
+        for issuer in settings.auth.issuers:
+            with errors:
+                configured_keys(issuer)
         with errors:
-            configured_keys(issuer)
-    with errors:
-        if auth.api_keys_file:
-            ApiKeys.read(Path(auth.api_keys_file))
-
-
-def _check_libraries(settings: Settings, errors: Errors) -> None:
-    """Make the application, which refuses to trace without OpenTelemetry. Starts nothing."""
-    from cobatch.server.app import create_app  # noqa: PLC0415 - only with --check
-
-    with errors:
-        create_app(settings)
+            if settings.auth.api_keys_file:
+                ApiKeys.read(Path(settings.auth.api_keys_file))
+    if settings.server.tracing and not errors:
+        with errors:  # tracing needs OpenTelemetry
+            create_app(settings)
 
 
 def _warn_if_open(settings: Settings) -> None:
@@ -117,17 +111,11 @@ def _parameter(setting: Setting, section: str) -> Parameter:
 
 
 def _shown(default: object) -> str:
-    match default:
-        case None:
-            return ""
-        case bool():
-            return "on" if default else "off"
-        case float():
-            return f"{default:g}"
-        case tuple():
-            return ",".join(map(str, default))
-        case _:
-            return str(default)
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if isinstance(default, tuple):
+        return ",".join(map(str, default))
+    return f"{default:g}" if isinstance(default, float) else "" if default is None else str(default)
 
 
 def _keyword(name: str, kind: Any, default: object = None) -> Parameter:

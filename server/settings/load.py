@@ -28,7 +28,6 @@ from cobatch.server.settings.schema import (
 )
 from cobatch.server.settings.values import (
     Errors,
-    Given,
     Reader,
     SettingsError,
     Table,
@@ -70,9 +69,7 @@ def read_settings(
 
     With refusals, values may be missing and `models` incomplete.
     """
-    given = _from_environ(environ, errors) | _from_flags(flags, errors)
-    if config is not None:
-        given["config"] = Given(str(config), "config", "flag --config")
+    given = _overrides(environ, {**flags, "config": config}, errors)
     document: dict[str, Any] = {}
     path = Path(given["config"].value if "config" in given else ".")
     if "config" in given:
@@ -102,8 +99,14 @@ def read_settings(
     return Settings(server=msgspec.convert(values_of(server), ServerSettings), models=models, auth=auth)
 
 
-def _from_environ(environ: Mapping[str, str], errors: Errors) -> Table:
+def _overrides(environ: Mapping[str, str], flags: Mapping[str, object], errors: Errors) -> Table:
+    """Return the settings in variables and flags; flags win."""
     table: Table = {}
+
+    def read(setting: str, value: object, source: str) -> None:
+        with errors:
+            table[setting] = check(_key(setting), value, _FLAGS[setting], source, text=isinstance(value, str))
+
     names = {env_name(setting): setting for setting in _FLAGS}
     ours = {name for name in environ if name.startswith(ENV_PREFIX)}
     for variable in sorted(ours - {TOKEN_VARIABLE}):
@@ -111,27 +114,16 @@ def _from_environ(environ: Mapping[str, str], errors: Errors) -> Table:
         # A Kubernetes Service named "cobatch" puts variables such as COBATCH_PORT=tcp://... into every pod.
         linked = "_SERVICE_" in variable or "_TCP" in variable or value.startswith("tcp://")
         hint = "; Kubernetes sets it for a Service of this name: enableServiceLinks: false" if linked else ""
-        with errors:
-            if variable not in names:
-                near = hint or suggestion(variable, names)
-                raise SettingsError(f"{variable}: unknown environment variable{near}")
-            source = f"environment variable {variable}{hint}"
-            setting = names[variable]
-            table[setting] = check(_key(setting), value, _FLAGS[setting], source, text=True)
-    return table
-
-
-def _from_flags(flags: Mapping[str, object], errors: Errors) -> Table:
-    table: Table = {}
-    for setting, value in flags.items():
-        with errors:
-            if value is None:
-                continue
-            if setting not in _FLAGS:
-                raise SettingsError(f"{flag_name(setting)}: unknown flag{suggestion(setting, _FLAGS)}")
+        if variable in names:
+            read(names[variable], value, f"environment variable {variable}{hint}")
+        else:
+            errors.append(f"{variable}: unknown environment variable{hint or suggestion(variable, names)}")
+    for setting, given in flags.items():
+        if setting not in _FLAGS:
+            errors.append(f"{flag_name(setting)}: unknown flag{suggestion(setting, _FLAGS)}")
+        elif given is not None:
             source = "argument MODEL" if setting == "model" else f"flag {flag_name(setting)}"
-            given = str(value) if isinstance(value, Path) else value
-            table[setting] = check(_key(setting), given, _FLAGS[setting], source, text=isinstance(given, str))
+            read(setting, str(given) if isinstance(given, Path) else given, source)
     return table
 
 

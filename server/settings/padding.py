@@ -39,7 +39,14 @@ class PadSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 def check_pads(tables: list[Table]) -> None:
     """Check the tables of one model by themselves and against each other. Raises SettingsError."""
     for table in tables:
-        _check_one(table)
+        for name in ("mask", "buckets", "max"):
+            if "same_length_as" in table and name in table:
+                raise table[name].refused("belongs in the table of the input that has the length")
+        if "buckets" in table and "max" in table:
+            raise table["max"].refused("not together with buckets, whose last one is the longest")
+        sizes = list(table["buckets"].value) if "buckets" in table else [1]
+        if not sizes or sizes != sorted(set(sizes)):
+            raise table["buckets"].refused("expected one or more lengths, each larger than the one before")
     leaders = [table["input"].value for table in tables if "same_length_as" not in table]
     masks: list[str] = []
     padded: set[tuple[str, int]] = set()
@@ -58,17 +65,3 @@ def check_pads(tables: list[Table]) -> None:
         if mask.value in masks or any(mask.value == name for name, _ in padded):
             raise mask.refused(f"{mask.value!r} is in another table already, or another length's mask")
         masks.append(mask.value)
-
-
-def _check_one(table: Table) -> None:
-    if "same_length_as" in table:
-        for name in ("mask", "buckets", "max"):
-            if name in table:
-                raise table[name].refused("belongs in the table of the input that has the length")
-    if "buckets" not in table:
-        return
-    if "max" in table:
-        raise table["max"].refused("not together with buckets, whose last one is the longest")
-    buckets = table["buckets"].value
-    if not buckets or list(buckets) != sorted(set(buckets)):
-        raise table["buckets"].refused("expected one or more lengths, each larger than the one before")
