@@ -1,4 +1,4 @@
-"""The plots of the page: bars on a logarithmic scale, since the servers differ by a factor of up to 600."""
+"""The plots of the page, on logarithmic scales, since the servers differ by a factor of up to 600."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from benchmarks.peers.results import Results, middle, pick
 from benchmarks.peers.tables import TITLES
 from benchmarks.peers.turns import Turn
-from cobatch.server.cli.plots import COLOURS, chart
+from cobatch.server.cli.plots import COLOURS, chart, draw_lines
 
 Groups = Mapping[str, Mapping[str, float]]  # a server's name to the name of a bar to its value, above 0
 
@@ -26,6 +26,14 @@ _BAR, _MARGIN = 0.2, 1.0  # inches
 def write_plots(results: Results, folder: Path) -> list[str]:
     """Write the plots, and return their names."""
     plots = []
+    curves = _curves(results)
+    if curves:
+        title = "Tiny, JSON, 1 to 256 connections"
+        with chart(
+            folder / "throughput.svg", title, "requests per second", "median latency, ms", (7.2, 3.8)
+        ) as axes:
+            draw_lines(axes, curves, log=True)
+        plots.append("throughput")
     for name, title, unit, field, connections, scale in _CLOSED_LOOPS:
         turns = pick(results.turns, model="tiny", connections=connections)
         if turns:
@@ -40,6 +48,19 @@ def write_plots(results: Results, folder: Path) -> list[str]:
         _write(folder / "overload.svg", title, "% of capacity", groups)
         plots.append("overload")
     return plots
+
+
+def _curves(results: Results) -> dict[str, list[tuple[float, float]]]:
+    """Return requests per second and median latency of each server, by connections."""
+    turns = pick(results.turns, model="tiny", kind="JSON")
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for peer in dict.fromkeys(turn.peer for turn in turns):
+        for connections in sorted({turn.connections for turn in turns}):
+            same = pick(turns, peer=peer, connections=connections)
+            if same:
+                point = middle(same, "per_s"), middle(same, "p50_us") / 1000
+                curves.setdefault(TITLES[peer], []).append(point)
+    return curves
 
 
 def _groups(turns: Sequence[Turn], field: str, scale: float) -> Groups:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # an extra: commands run without it
 Line = Sequence[tuple[float, float]]
 Runs = Sequence[tuple[float | None, Results]]  # the load, None for a closed loop or a trace
 # Okabe and Ito's colours, which most people with a colour vision deficiency can tell apart.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31")
 _MARKED_POINTS = 20
 
 
@@ -52,8 +52,10 @@ def chart(
         figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
-def draw_lines(axes: Axes, lines: Mapping[str, Line], dashed: Sequence[str] = ()) -> None:
-    """Draw named lines from 0 upwards, with their names beside the chart."""
+def draw_lines(
+    axes: Axes, lines: Mapping[str, Line], dashed: Sequence[str] = (), *, log: bool = False
+) -> None:
+    """Draw named lines from 0 upwards or on logarithmic scales, with their names beside the chart."""
     for number, (name, points) in enumerate(lines.items()):
         axes.plot(
             [x for x, _ in points],
@@ -65,7 +67,10 @@ def draw_lines(axes: Axes, lines: Mapping[str, Line], dashed: Sequence[str] = ()
             markersize=4,
             zorder=3 - number / 10,  # the first line on top
         )
-    axes.set_ylim(bottom=0)
+    if log:
+        axes.set(xscale="log", yscale="log")
+    else:
+        axes.set_ylim(bottom=0)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
 
