@@ -109,6 +109,9 @@ class AsgiCycle:
             await app(self._scope, self.receive, self.send)
         except Exception:
             log.exception("the ASGI application failed")
+        else:
+            if not self.response_complete and not self.disconnected:
+                log.error("the ASGI application returned without a complete response")
         finally:
             self._client.server_state.tasks.discard(asyncio.current_task())
             if self.disconnected or self.response_complete:
@@ -191,7 +194,6 @@ class AsgiCycle:
 
     def _start(self, message: MutableMapping[str, Any]) -> None:
         """Make the head. It is written with the body if that is of known length, else at once."""
-        self.response_started = True
         status = message["status"]
         length = None
         closes = False
@@ -212,6 +214,7 @@ class AsgiCycle:
         fields = b"".join(lines)
         if fields.count(b"\n") != len(lines) or fields.count(b"\r") != len(lines):
             raise RuntimeError("a line break in a response header")
+        self.response_started = True
         head = b"%b%b\r\n" % (head_beginnings(self._client.server_state)[status], fields)
         if length:
             self._head = head
