@@ -76,7 +76,8 @@ class ApiKey(NamedTuple):
     digest: bytes
 
 
-# Unknown IDs are compared with this entry, malformed keys with this secret: a miss costs as much as a hit.
+# Unknown IDs are compared with this entry, malformed keys with this secret: a miss costs as much as a hit,
+# one SHA-256 of 43 bytes and one comparison in constant time.
 _NO_KEY = ApiKey("", "", (), -math.inf, bytes(32))
 _NO_SECRET = "_" * 43
 
@@ -115,10 +116,7 @@ class ApiKeys:
         return len(self._keys)
 
     def find(self, presented: str, now_s: float) -> ApiKey | None:
-        """Return the entry of a key from a client; None if it is unknown, malformed or expired.
-
-        Always costs one SHA-256 of 43 bytes and one comparison in constant time.
-        """
+        """Return a presented key's entry; None if it is unknown, malformed or expired."""
         match = _SHAPE.fullmatch(presented)
         key_id, secret = match.groups() if match is not None else ("", _NO_SECRET)
         key = self._keys.get(key_id, _NO_KEY)
@@ -129,10 +127,7 @@ class ApiKeys:
 def mint(
     tenant: str, scopes: Sequence[str], name: str = "", expires: datetime | date | None = None
 ) -> tuple[str, str]:
-    """Make a new key; return the key for its user, and the table with its hash for the file.
-
-    Raises SettingsError where the file would be refused with it.
-    """
+    """Make a key; return it, and its table for the file. Raises SettingsError if that would be refused."""
     key_id = base64.b32encode(secrets.token_bytes(8)).decode().lower()[:12]
     secret = secrets.token_urlsafe(32)
     fields = {

@@ -88,10 +88,7 @@ class Authenticator:
         return bool(self.settings.api_keys_file) or any(source.ready for source in self._keys.values())
 
     def lookup(self, headers: Headers) -> Principal | Problem | None:
-        """Return the result that needs no signature check; None where `authenticate` has to make one.
-
-        The request must have no query.
-        """
+        """Return the result for a request without a query; None if `authenticate` has to check a token."""
         try:
             return self._lookup(credential_in(headers, b"", self.challenges))
         except Problem as problem:
@@ -117,10 +114,7 @@ class Authenticator:
         return None
 
     async def authenticate(self, headers: Headers, query: bytes, address: str) -> Principal:
-        """Return the principal of a request. Raises Problem.
-
-        Forged tokens are charged to the client's `address`.
-        """
+        """Return the principal of a request. Raises Problem, and charges `address` for a forged token."""
         credential = credential_in(headers, query, self.challenges)
         known = self._lookup(credential)
         if isinstance(known, Principal):
@@ -208,12 +202,9 @@ class Authenticator:
 def _claim_values(claims: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
     """Return the words of text claims (RFC 6749, 3.3) and the texts of list claims."""
     values: list[str] = []
-    for name in names:
-        claim = claim_at(claims, name)
-        if isinstance(claim, str):
-            values += claim.split()
-        elif isinstance(claim, list):
-            values += [item for item in claim if isinstance(item, str)]
+    for claim in (claim_at(claims, name) for name in names):
+        items = claim.split() if isinstance(claim, str) else claim if isinstance(claim, list) else ()
+        values += [item for item in items if isinstance(item, str)]
     return values
 
 

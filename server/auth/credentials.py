@@ -107,10 +107,7 @@ def bearer_token(authorization: bytes, challenges: Challenges) -> str:
 
 
 def header_and_claims(token: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parse a token's header and claims; its signature is not checked yet. Raises ValueError.
-
-    RFC 7515, 3.1 and 7.1: three parts, none of them empty.
-    """
+    """Parse the header and claims of a token (RFC 7515, 7.1), unverified. Raises ValueError."""
     match = _COMPACT.fullmatch(token)
     if match is None:
         raise ValueError("the token is not a signed JWT: three parts in base64url, separated by dots")

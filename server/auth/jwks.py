@@ -104,10 +104,7 @@ class FetchedKeys:
         return bool(self._keys.keys)
 
     async def start(self, on_ready: Callable[[], None] = lambda: None) -> None:
-        """Fetch now and refresh from now on, without waiting for the first keys.
-
-        `on_ready` is called when keys arrive after there were none.
-        """
+        """Fetch from now on, in a task. Call `on_ready` when keys arrive after there were none."""
         self._on_ready = on_ready
         if self._refreshing is None:
             self._refreshing = asyncio.create_task(self._refresh(), name="cobatch-jwks")
@@ -126,10 +123,9 @@ class FetchedKeys:
         return self._keys.get(kid, algorithm)
 
     async def find(self, kid: str | None, algorithm: str) -> Key | None:
-        """Return the key for a token with this `kid` and `alg`; None if the issuer has none.
+        """Return the key like `get`, but fetch first if there are no keys yet or the `kid` is new.
 
-        Waits for a fetch if there are no keys yet, or if the `kid` is new and the cool-down is over.
-        Raises KeysUnavailableError.
+        An unknown `kid` waits for no fetch during the cool-down. Raises KeysUnavailableError.
         """
         key = self.get(kid, algorithm)
         if self._keys.keys and (key is not None or kid is None or kid in self._keys.kids):

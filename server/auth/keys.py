@@ -152,10 +152,7 @@ def _bound_key(kid: str | None, public_key: Any, algorithms: Iterable[str]) -> K
 
 
 def configured_keys(issuer: Issuer) -> list[Key]:
-    """Return the keys in the issuer's `secret_file` or `key_files`; none if they are fetched.
-
-    Raises SettingsError.
-    """
+    """Return the keys in the issuer's files; none if they are fetched. Raises SettingsError."""
     if issuer.secret_file:
         return [load_secret(Path(issuer.secret_file))]
     return load_key_files([Path(name) for name in issuer.key_files], issuer.algorithms)
@@ -166,9 +163,7 @@ def load_key_files(paths: Iterable[Path], algorithms: Sequence[str]) -> list[Key
 
     A key without a `kid` serves every token whose `kid` is unknown, so each algorithm may have only one.
     """
-    keys: list[Key] = []
-    for path in paths:
-        keys += _keys_in(path, algorithms)
+    keys = [key for path in paths for key in _keys_in(path, algorithms)]
     nameless = [key.algorithm for key in keys if key.kid is None]
     for algorithm in nameless:
         if nameless.count(algorithm) > 1:

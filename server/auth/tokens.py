@@ -71,7 +71,7 @@ class TokenVerifier:
         self._audience = frozenset(auth.audience)
 
     async def verify(self, token: str, before_check: Callable[[], None] = lambda: None) -> VerifiedToken:
-        """Return the token's claims. `before_check` runs right before the signature check, and may raise.
+        """Return the token's claims. `before_check` runs right before the signature check.
 
         Raises TokenError, KeysUnavailableError, and the exceptions of `before_check`.
         """

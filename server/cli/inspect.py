@@ -42,8 +42,7 @@ def inspect(
 def _describe(settings: ModelSettings) -> dict[str, Any]:
     """Open the model and describe it, as `--json` prints it. Raises EngineLoadError if it cannot be served.
 
-    `batch_size` is None if any number of rows is accepted. Shapes have the batch axis first, and -1 where a
-    size is not fixed.
+    `batch_size` is None if it is free. Shapes have the batch axis first, and -1 where a size is not fixed.
     """
     engine = load_engine(settings.engine, settings.path, settings.max_batch_size)
     try:

@@ -27,10 +27,6 @@ from cobatch.server.settings.values import Errors, Given, Reader, SettingsError,
 ISSUER = "https://cobatch.dev.invalid"
 ADDRESS = "http://127.0.0.1:8000"
 KEY, JWKS, API_KEYS, CONFIG = "dev-key.pem", "dev-jwks.json", "api-keys.toml", "cobatch.toml"
-_CONFIG_HEAD = """\
-# Made by `cobatch token init`, for development: anyone with the private key can make any token.
-# In production an issuer signs tokens; [[auth.issuers]] then names it, and it publishes its keys.
-"""
 _SCOPE = "infer metadata"
 _TENANT = "me"
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -207,10 +203,7 @@ def _auth_in(config: Path) -> AuthSettings:
 
 
 def _append_key(path: Path, entry: str) -> None:
-    """Add an API key's table to its file, which is made if it is missing.
-
-    A file that a server would refuse is left as it is. Raises SettingsError.
-    """
+    """Add an API key's table to its file, or make the file. Raises SettingsError if it would be refused."""
     try:
         text = path.read_bytes().decode() if path.exists() else ""
         addition = ("" if not text else "\n" if text.endswith("\n") else "\n\n") + entry
@@ -229,28 +222,26 @@ def model_name(model: Path) -> str:
 
 
 def _issuer_text(jwks: str, algorithm: str) -> str:
-    return (
-        "[[auth.issuers]]\n"
-        f"issuer = {toml_string(ISSUER)}\n"
-        f"key_files = [{toml_string(jwks)}]\n"
-        f"algorithms = [{toml_string(algorithm)}]\n"
-    )
+    source = f"issuer = {toml_string(ISSUER)}\nkey_files = [{toml_string(jwks)}]"
+    return f"[[auth.issuers]]\n{source}\nalgorithms = [{toml_string(algorithm)}]\n"
 
 
 def _config_text(folder: Path, model: Path | None, algorithm: str) -> str:
-    parts = [_CONFIG_HEAD]
+    models = ""
     if model is not None:
         path = model.resolve()
         if path.is_relative_to(folder.resolve()):
             path = path.relative_to(folder.resolve())
-        name = toml_string(model_name(model))
-        parts.append(f"[[models]]\npath = {toml_string(str(path))}\nname = {name}\n")
-    parts.append(
-        "[auth]\n"
-        f"audience = [{toml_string(ADDRESS)}]  # this server, in a token's aud\n"
-        f"api_keys_file = {toml_string(API_KEYS)}\n"
-    )
-    return "\n".join([*parts, _issuer_text(JWKS, algorithm)])
+        models = f"[[models]]\npath = {toml_string(str(path))}\nname = {toml_string(model_name(model))}\n\n"
+    return f"""\
+# Made by `cobatch token init`, for development: anyone with the private key can make any token.
+# In production an issuer signs tokens; [[auth.issuers]] then names it, and it publishes its keys.
+
+{models}[auth]
+audience = [{toml_string(ADDRESS)}]  # this server, in a token's aud
+api_keys_file = {toml_string(API_KEYS)}
+
+{_issuer_text(JWKS, algorithm)}"""
 
 
 def _next_steps(folder: Path, model: Path | None, api_key: str) -> str:

@@ -43,10 +43,7 @@ _MAKERS: dict[str, Callable[[], PrivateKey]] = {
 
 
 class Signer(NamedTuple):
-    """A key that signs tokens, the algorithms it fits (the usual one first), and its `kid`.
-
-    HS256's secret has no `kid`.
-    """
+    """A key that signs tokens, its algorithms (the usual one first), and its `kid`; HS256's has none."""
 
     key: PrivateKey | bytes
     algorithms: tuple[str, ...]

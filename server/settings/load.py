@@ -65,10 +65,7 @@ def load_settings(config: Path | None, environ: Mapping[str, str], flags: Mappin
 def read_settings(
     config: Path | None, environ: Mapping[str, str], flags: Mapping[str, object], errors: Errors
 ) -> Settings:
-    """Return the settings as far as they are valid; refusals go to `errors`.
-
-    With refusals, values may be missing and `models` incomplete.
-    """
+    """Return the settings as far as they are valid; refusals go to `errors`, and their values are missing."""
     given = _overrides(environ, {**flags, "config": config}, errors)
     document: dict[str, Any] = {}
     path = Path(given["config"].value if "config" in given else ".")

@@ -73,10 +73,9 @@ Hint = Callable[[str, Iterable[str]], str]
 
 
 class Reader:
-    """Read the tables of a file by the structs that declare them.
+    """Read the tables of a file by their structs; refused values are left out, and go to `errors`.
 
-    Values that are refused are left out, and go to `errors`. Names of files are relative to `folder`. `hint`
-    ends the sentence about an unknown key.
+    Names of files are relative to `folder`. `hint` ends the sentence about an unknown key.
     """
 
     def __init__(self, source: str, folder: Path, errors: Errors, hint: Hint | None = None) -> None:
@@ -86,10 +85,7 @@ class Reader:
         self._hint = hint or suggestion
 
     def table(self, where: str, table: object, struct: type[msgspec.Struct]) -> Table:
-        """Read a table. A table in it becomes a Table, an array of tables a list of them.
-
-        Tables of the array that lack a required value are left out.
-        """
+        """Read a table; arrays of tables become lists, without the tables that lack a required value."""
         fields = {field.name: field.type for field in msgspec.structs.fields(struct)}
         checked: Table = {}
         with self.errors:
@@ -152,10 +148,7 @@ def read_toml(path: Path, origin: str) -> dict[str, Any]:
 
 
 def check(key: str, value: object, kind: Any, source: str, *, text: bool = False) -> Given:
-    """Convert one value; `text`: it is a flag's or a variable's, to be read as a number, switch or list.
-
-    Raises SettingsError.
-    """
+    """Convert one value, of a flag or variable if `text`. Raises SettingsError."""
     info = inspect.type_info(kind)
     # Some lists may be written as text in a file too: 0,1.
     separator = extra_of(info).get("separator") if isinstance(value, str) else None
