@@ -90,22 +90,19 @@ def decode(head: bytes, body: bytes) -> dict[str, Array]:
     try:
         for output in json.loads(body[:end])["outputs"]:
             size = (output.get("parameters") or {}).get("binary_data_size")
-            if size is None:
-                array = _from_json(output["data"], output["datatype"])
-            else:
-                array = _from_binary(bytes(tail[:size]), output["datatype"])
+            datatype = output["datatype"]
+            if size is not None:
+                array = _from_binary(bytes(tail[:size]), datatype)
                 tail = tail[size:]
+            elif datatype == "BF16":
+                array = to_bf16(np.asarray(output["data"], np.float32))
+            else:
+                # With the dtype given, a class label that Triton sends as text becomes a number again.
+                array = np.asarray(output["data"], DATATYPES[datatype])
             arrays[str(output["name"])] = array.reshape(output["shape"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not an answer of the protocol: {error!r}") from None
     return arrays
-
-
-def _from_json(data: Any, datatype: str) -> Array:
-    if datatype == "BF16":
-        return to_bf16(np.asarray(data, np.float32))
-    # With the dtype given, a class label that Triton sends as text becomes a number again.
-    return np.asarray(data, DATATYPES[datatype])
 
 
 def _from_binary(data: bytes, datatype: str) -> Array:

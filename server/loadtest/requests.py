@@ -38,10 +38,10 @@ def prepare(options: Options) -> tuple[Plan, Model]:
     model = describe(address, name, version, callers[0].headers)
     inputs: Inputs
     if options.inputs:
-        inputs = FileInputs("--input", options.inputs, model.inputs, "inputs")
+        inputs = FileInputs("--input", options.inputs, model.inputs or (), "inputs")
     else:
         sizes, spans = parse_sizes(options.shapes), parse_spans(options.values)
-        inputs = RandomInputs(model.inputs, sizes, spans, options.seed)
+        inputs = RandomInputs(model.inputs or (), sizes, spans, options.seed)
     examples = _Examples(inputs, options)
 
     def prepared(caller: int, example: int) -> PreparedRequest:
@@ -106,18 +106,14 @@ def _expected(options: Options, model: Model, examples: _Examples) -> Expected |
         raise UsageError("--expect: either files or one URL")
     if urls:
         answers = _reference_answers(urls[0], options, model, examples)
+    elif isinstance(examples.inputs, FileInputs):
+        outputs = FileInputs("--expect", options.expect, (), "outputs")
+        if outputs.count != examples.inputs.count:
+            raise UsageError(f"--expect: {outputs.count} answers for {examples.inputs.count} inputs")
+        answers = [outputs.example(number, rows) for number, rows in examples.keys]
     else:
-        answers = _file_answers(options, examples)
-    return Expected(answers, options.rtol, options.atol)
-
-
-def _file_answers(options: Options, examples: _Examples) -> list[Arrays]:
-    if not isinstance(examples.inputs, FileInputs):
         raise UsageError("--expect FILE needs --input FILE: random inputs have no answers in a file")
-    outputs = FileInputs("--expect", options.expect, (), "outputs")
-    if outputs.count != examples.inputs.count:
-        raise UsageError(f"--expect: {outputs.count} answers for {examples.inputs.count} inputs")
-    return [outputs.example(number, rows) for number, rows in examples.keys]
+    return Expected(answers, options.rtol, options.atol)
 
 
 def _reference_answers(url: str, options: Options, model: Model, examples: _Examples) -> list[Arrays]:
@@ -244,7 +240,7 @@ class FileInputs:
         self._flag, self._part = flag, part
         self._tensors = {tensor.name: tensor for tensor in tensors}
         self.datatypes = {tensor.name: tensor.datatype for tensor in tensors}
-        self._columns: dict[str, Sequence[Array]] = {}
+        self._columns: dict[str, list[Array]] = {}
         self._messages: list[dict[str, Array]] = []
         for text in texts:
             self._read(text)
@@ -278,44 +274,38 @@ class FileInputs:
     def _read(self, text: str) -> None:
         name, equals, file = text.partition("=")
         path = Path(file if equals else text)
+        if path.suffix == ".npy" and not equals:
+            raise UsageError(f"{self._flag}: which tensor is {text}? Give NAME={text}")
+        where = str(path)
         try:
             if path.suffix != ".npy":
-                self._read_lines(path)
-            elif equals:
-                array = np.load(path, allow_pickle=False)
-                self._columns[name] = list(self._typed(name, array, str(path)))
+                for number, line in enumerate(path.read_text().splitlines(), 1):
+                    where = f"{path}, line {number}"
+                    if line.strip():
+                        self._read_row(json.loads(line))
             else:
-                raise UsageError(f"{self._flag}: which tensor is {text}? Give NAME={text}")
-        except (OSError, UnicodeDecodeError, ValueError) as error:
-            raise UsageError(f"{self._flag}: {path}: {error}") from None
+                self._columns[name] = list(self._typed(name, np.load(path, allow_pickle=False)))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{self._flag}: {where}: {error}") from None
 
-    def _read_lines(self, path: Path) -> None:
-        columns: dict[str, list[Array]] = {}
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise UsageError(f"{self._flag}: {where}: expected an object")
-            if isinstance(row.get(self._part), list):
-                self._messages.append(self._message(row[self._part], where))
-                continue
+    def _read_row(self, row: Any) -> None:
+        if not isinstance(row, dict):
+            raise ValueError("expected an object")  # noqa: TRY004 - as all errors of the file
+        tensors = row.get(self._part)
+        if not isinstance(tensors, list):
             for name, values in row.items():
-                columns.setdefault(name, []).append(self._typed(name, values, where))
-        self._columns.update(columns)
-
-    def _message(self, tensors: list[Any], where: str) -> dict[str, Array]:
+                self._columns.setdefault(name, []).append(self._typed(name, values))
+            return
         try:
             self.datatypes |= {str(one["name"]): str(one["datatype"]) for one in tensors}
-            return {
-                one["name"]: self._typed(one["name"], one["data"], where).reshape(one["shape"])
-                for one in tensors
+            arrays = {
+                one["name"]: self._typed(one["name"], one["data"]).reshape(one["shape"]) for one in tensors
             }
         except (KeyError, TypeError):
-            raise UsageError(f"{self._flag}: {where}: not a message of the protocol") from None
+            raise ValueError("not a message of the protocol") from None
+        self._messages.append(arrays)
 
-    def _typed(self, name: str, values: Any, where: str) -> Array:
+    def _typed(self, name: str, values: Any) -> Array:
         """Convert to the datatype of the metadata; a tensor without metadata keeps its own."""
         datatype = self.datatypes.get(name)
         try:
@@ -330,7 +320,7 @@ class FileInputs:
                 return array.astype(dtype)
             return array.astype(dtype, casting="same_kind" if array.dtype.kind == "f" else "unsafe")
         except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"{self._flag}: {where}: {name!r} ({datatype}): {error}") from None
+            raise ValueError(f"{name!r} ({datatype}): {error}") from None
 
 
 Inputs = RandomInputs | FileInputs

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
+
+import msgspec
 
 from cobatch.server.loadtest.statistics import Counts, LatencyHistogram, Tally
 from cobatch.server.loadtest.target import ServerCounters
@@ -21,8 +22,7 @@ _WAITED_SHARE = 0.01
 _FEW_ANSWERS = 1000
 
 
-@dataclass(frozen=True)
-class Summary:
+class Summary(msgspec.Struct, frozen=True):
     """Requests of all callers or of one. Rates are per second, latencies in milliseconds.
 
     `answered_rate`: right answers by arrival time, regardless of when they were due. `good_rate`: requests
@@ -43,8 +43,7 @@ class Summary:
         return sum(self.errors.values())
 
 
-@dataclass(frozen=True)
-class IntervalSummary:
+class IntervalSummary(msgspec.Struct, frozen=True):
     """An interval that ends at `end_s`; latencies and errors of the requests due in it."""
 
     end_s: float
@@ -56,8 +55,7 @@ class IntervalSummary:
     errors: Mapping[str, int]
 
 
-@dataclass(frozen=True)
-class GeneratorSummary:
+class GeneratorSummary(msgspec.Struct, frozen=True):
     """The generator's own load. `bottlenecks`: reasons why the results are its limits, not the server's."""
 
     processes: int
@@ -70,8 +68,7 @@ class GeneratorSummary:
     notes: Sequence[str]
 
 
-@dataclass(frozen=True)
-class Results:
+class Results(msgspec.Struct, frozen=True):
     """One trial. `rate` None: closed loop. `server`: the server's own counts during the trial."""
 
     rate: float | None
@@ -94,9 +91,7 @@ class Results:
         return [(kind, count, self.messages.get(kind, "")) for kind, count in self.total.errors.items()]
 
     def as_json(self) -> dict[str, Any]:
-        document: dict[str, Any] = asdict(self)
-        document["batches"] = {str(rows): count for rows, count in self.batches.items()}
-        return _rounded(document)  # type: ignore[no-any-return]
+        return _rounded(msgspec.to_builtins(self, str_keys=True))  # type: ignore[no-any-return]
 
 
 def summarise(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -91,6 +91,16 @@ def _bound_us(bucket: int) -> float:
     return float(2.0**octave * (1 + (step + 1) / _BUCKETS_PER_OCTAVE))
 
 
+class _Finished(NamedTuple):
+    """Finished requests. `success`: which were answered right; `names`: of the kinds of errors."""
+
+    latency_s: Column
+    success: Mask
+    kind: Column
+    batch: Column
+    names: Mapping[int, str]
+
+
 @dataclass
 class Counts:
     """Counts of a caller or an interval: requests by due time, and answers by arrival time."""
@@ -109,22 +119,33 @@ class Counts:
         """Mean rows of a batch, weighted by answers; 0 if unknown."""
         return self.batch_rows / self.batch_answers if self.batch_answers else 0.0
 
-    def add(self, other: Counts) -> None:
-        self.due += other.due
-        self.good += other.good
-        self.latency.merge(other.latency)
-        self.errors.update(other.errors)
-        self.answered += other.answered
-        self.batch_rows += other.batch_rows
-        self.batch_answers += other.batch_answers
-        self.largest_batch = max(self.largest_batch, other.largest_batch)
+    def add(self, finished: _Finished, due: Mask, done: Mask, deadline_s: float | None = None) -> None:
+        """Count the requests of the mask `due` and the answers of the mask `done`."""
+        latency_s = finished.latency_s[due & finished.success]
+        self.due += int(due.sum())
+        self.good += int((latency_s <= (np.inf if deadline_s is None else deadline_s)).sum())
+        self.latency.add(latency_s * 1e6)
+        errors = _value_counts(finished.kind[due & ~finished.success])
+        self.errors.update({finished.names[number]: count for number, count in errors.items()})
+        rows = finished.batch[done & finished.success]
+        self.answered += len(rows)
+        self.batch_rows += int(rows.sum())
+        self.batch_answers += int((rows > 0).sum())
+        self.largest_batch = max(self.largest_batch, int(rows.max(initial=0)))
 
 
 def total(counts: Iterable[Counts]) -> Counts:
     """Return the sum."""
     result = Counts()
     for one in counts:
-        result.add(one)
+        result.due += one.due
+        result.good += one.good
+        result.latency.merge(one.latency)
+        result.errors.update(one.errors)
+        result.answered += one.answered
+        result.batch_rows += one.batch_rows
+        result.batch_answers += one.batch_answers
+        result.largest_batch = max(result.largest_batch, one.largest_batch)
     return result
 
 
@@ -139,30 +160,13 @@ class Intervals:
     def __getitem__(self, number: int) -> Counts:
         return self._by_number.get(number) or Counts()
 
-    def add_due(
-        self, due_s: Column, latency_s: Column, kind: Column, count_kinds: Callable[[Column], dict[str, int]]
-    ) -> None:
-        """Count requests by due time. `count_kinds`: returns the number of errors by name."""
-        for interval, mask in self._parts(due_s):
-            interval.due += int(mask.sum())
-            interval.latency.add(latency_s[mask & (kind == 0)] * 1e6)
-            interval.errors.update(count_kinds(kind[mask & (kind != 0)]))
-
-    def add_done(self, done_s: Column, batch: Column) -> None:
-        for interval, mask in self._parts(done_s):
-            rows = batch[mask]
-            interval.answered += len(rows)
-            interval.batch_rows += int(rows.sum())
-            interval.batch_answers += int((rows > 0).sum())
-            interval.largest_batch = max(interval.largest_batch, int(rows.max()))
+    def add(self, finished: _Finished, due_s: Column, done_s: Column) -> None:
+        due, done = ((times_s / self.each_s).astype(np.int64) for times_s in (due_s, done_s))
+        for number in np.union1d(due, done).tolist():
+            self._by_number.setdefault(number, Counts()).add(finished, due == number, done == number)
         if self._limit is not None and self._by_number:
             oldest = max(self._by_number) - self._limit
             self._by_number = {number: one for number, one in self._by_number.items() if number > oldest}
-
-    def _parts(self, at_s: Column) -> Iterator[tuple[Counts, Mask]]:
-        numbers = (at_s / self.each_s).astype(np.int64)
-        for number in np.unique(numbers).tolist():
-            yield self._by_number.setdefault(number, Counts()), numbers == number
 
 
 class Tally:
@@ -187,7 +191,7 @@ class Tally:
         self.done: dict[int, Done] = {}
         self.machine_busy: float | None = None  # share of all cores; None if unknown
         self.stopped_s: float | None = None  # seconds from the start, if stopped early
-        self._kinds: dict[tuple[int, int], str] = {}
+        self._kinds: defaultdict[int, dict[int, str]] = defaultdict(dict)  # by process and number
         self._start_s = 0.0
 
     def begin(self, at_s: float) -> None:
@@ -210,7 +214,7 @@ class Tally:
     def take(self, process: int, message: object) -> None:
         match message:
             case NewKind(number, name, text):
-                self._kinds[process, number] = name
+                self._kinds[process][number] = name
                 self.messages.setdefault(name, text)
             case Samples(data):
                 self._add(process, np.frombuffer(data).reshape(-1, len(COLUMNS)))
@@ -221,31 +225,21 @@ class Tally:
 
     def _add(self, process: int, samples: np.ndarray[Any, np.dtype[np.float64]]) -> None:
         due, taken, sent, done, kind, caller, batch = samples.T
-        due_s, done_s, latency = due - self._start_s, done - self._start_s, done - due
+        due_s, done_s = due - self._start_s, done - self._start_s
         first_s, end_s = self.trial.warmup_s, self.trial.lasts_s
         success = kind == 0
         counted = (due_s >= first_s) & (due_s < end_s)
-        arrived = success & (done_s >= first_s) & (done_s < end_s)
+        arrived = (done_s >= first_s) & (done_s < end_s)
         self.send_latency.add((done - sent)[counted & success] * 1e6)
         self.send_delay.add((taken - due)[counted] * 1e6)
         self.waited += int((counted & (sent - taken > _WAITED_S)).sum())
-
-        def count_kinds(kinds: Column) -> dict[str, int]:
-            return {self._kinds[process, number]: count for number, count in _value_counts(kinds).items()}
-
+        self.batches.update(_value_counts(batch[success & counted & (batch > 0)]))
+        finished = _Finished(done - due, success, kind, batch, self._kinds[process])
         for number, (counts, deadline_s) in enumerate(zip(self.callers, self.deadlines_s, strict=True)):
             own = caller == number
-            counts.answered += int((own & arrived).sum())
-            own &= counted
-            in_time = latency <= (np.inf if deadline_s is None else deadline_s)
-            counts.due += int(own.sum())
-            counts.good += int((own & success & in_time).sum())
-            counts.latency.add(latency[own & success] * 1e6)
-            counts.errors.update(count_kinds(kind[own & ~success]))
-        self.batches.update(_value_counts(batch[success & counted & (batch > 0)]))
+            counts.add(finished, own & counted, own & arrived, deadline_s)
         for intervals in (self.intervals, self.recent):
-            intervals.add_due(due_s, latency, kind, count_kinds)
-            intervals.add_done(done_s[success], batch[success])
+            intervals.add(finished, due_s, done_s)
 
 
 def _value_counts(values: Column) -> dict[int, int]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import http.client
 import json
 import re
-import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import quote, urlsplit
+
+import msgspec
 
 from cobatch.server.loadtest.codec import error_message
 from cobatch.server.loadtest.messages import Address
@@ -35,8 +36,7 @@ class Reply(NamedTuple):
         return f"{self.status}: {error_message(self.body) or 'no message'}"
 
 
-@dataclass(frozen=True)
-class Tensor:
+class Tensor(msgspec.Struct, frozen=True):
     """An input of the model's metadata; `shape` includes the batch axis, -1 marks a variable size."""
 
     name: str
@@ -44,15 +44,19 @@ class Tensor:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(msgspec.Struct):
     """A model's metadata. `path`: of its endpoints; `server`: name and version, if the server tells them."""
 
     name: str
-    path: str
-    server: str
-    platform: str
-    inputs: tuple[Tensor, ...]
+    path: str = ""
+    server: str = ""
+    platform: str | None = ""
+    inputs: tuple[Tensor, ...] | None = ()
+
+
+class _Server(msgspec.Struct):
+    name: str | None = None
+    version: str | None = None
 
 
 def parse_url(text: str, ca_file: Path | None, insecure: bool) -> tuple[Address, str | None, str | None]:
@@ -91,20 +95,18 @@ def fetch(
             if context is None
             else http.client.HTTPSConnection(address.host, address.port, timeout=timeout_s, context=context)
         )
-        try:
+        with closing(connection):
             connection.request(method, address.base + path, body, dict(headers))
             response = connection.getresponse()
             head = "".join(f"\r\n{name}: {value}" for name, value in response.getheaders())
             return Reply(response.status, head.encode(), response.read())
-        finally:
-            connection.close()
-    except (OSError, ssl.SSLError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise BenchError(f"{address.host}:{address.port}: {reason(error)}") from None
 
 
 def describe(address: Address, name: str | None, version: str | None, headers: Mapping[str, str]) -> Model:
     """Fetch a model's metadata; without a name, of the server's only model. Raises BenchError."""
-    server = _json_object(fetch(address, "GET", "/v2", headers))
+    server = fetch(address, "GET", "/v2", headers)
     name = name or _only_model(address, headers)
     path = f"/v2/models/{quote(name, safe='')}"
     if version:
@@ -112,16 +114,15 @@ def describe(address: Address, name: str | None, version: str | None, headers: M
     reply = fetch(address, "GET", path, headers)
     if reply.status != 200:
         raise BenchError(f"GET {path}: {reply.error}")
-    metadata = _json_object(reply)
     try:
-        inputs = tuple(
-            Tensor(str(one["name"]), str(one["datatype"]), tuple(int(size) for size in one["shape"]))
-            for one in metadata.get("inputs") or []
-        )
-    except (KeyError, TypeError, ValueError):
-        raise BenchError(f"GET {path}: the inputs do not follow the protocol") from None
-    labels = [server[key] for key in ("name", "version") if isinstance(server.get(key), str)]
-    return Model(name, path, " ".join(labels), str(metadata.get("platform", "")), inputs)
+        model = msgspec.json.decode(reply.body, type=Model, strict=False)
+    except msgspec.DecodeError as error:
+        raise BenchError(f"GET {path}: the metadata does not follow the protocol: {error}") from None
+    model.name, model.path = name, path
+    with suppress(msgspec.DecodeError):
+        labels = msgspec.json.decode(server.body, type=_Server)
+        model.server = " ".join(label for label in (labels.name, labels.version) if label)
+    return model
 
 
 def _only_model(address: Address, headers: Mapping[str, str]) -> str:
@@ -129,8 +130,8 @@ def _only_model(address: Address, headers: Mapping[str, str]) -> str:
     if reply.status in (401, 403):
         raise BenchError(f"POST /v2/repository/index: {reply.error}; or give --model")
     try:
-        names = sorted({str(one["name"]) for one in json.loads(reply.body)})
-    except (ValueError, KeyError, TypeError):
+        names = sorted({one.name for one in msgspec.json.decode(reply.body, type=list[Model])})
+    except msgspec.DecodeError:
         raise UsageError("the server does not list its models: give --model") from None
     if len(names) != 1:
         raise UsageError(f"which model? The server has {', '.join(names) or 'none'}: give --model")
@@ -141,7 +142,7 @@ def read_counters(address: Address, model: Model, headers: Mapping[str, str]) ->
     """Fetch Triton's statistics of the model; None if the server has none or does not show them."""
     try:
         reply = fetch(address, "GET", f"{model.path}/stats", headers, timeout_s=_STATISTICS_TIMEOUT_S)
-        statistics = _json_object(reply)["model_stats"][0]
+        statistics = json.loads(reply.body)["model_stats"][0]
         durations = statistics["inference_stats"]
         return {
             "inferences": int(statistics["inference_count"]),
@@ -152,14 +153,6 @@ def read_counters(address: Address, model: Model, headers: Mapping[str, str]) ->
         }
     except (BenchError, KeyError, IndexError, TypeError, ValueError):
         return None
-
-
-def _json_object(reply: Reply) -> dict[str, Any]:
-    try:
-        parsed = json.loads(reply.body)
-    except ValueError:
-        return {}
-    return parsed if isinstance(parsed, dict) else {}
 
 
 def reason(error: Exception) -> str:
