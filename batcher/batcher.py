@@ -135,13 +135,13 @@ class Batcher:
 
     @property
     def full(self) -> bool:
-        """Whether not even one row would be accepted now."""
+        """True if not even one row would be accepted now."""
         admission = self._scheduler.admission
         return self._queue.rows >= admission.max_queue_rows or admission.closed is not None
 
     @property
     def closed(self) -> BatcherError | None:
-        """Why no request is accepted any more, None while some are."""
+        """The reason why no request is accepted any more, None while some are."""
         return self._scheduler.admission.closed
 
     def open_requests(self) -> tuple[dict[int, int], int]:
@@ -306,5 +306,5 @@ class Batcher:
         self._lanes.use(worker)
 
     def gone(self, error: EngineError) -> None:
-        """Close: no other engine can be opened in place of one that hung or died."""
+        """Close if no engine is left: no other can be opened in place of one that hung or died."""
         self._lanes.gone(error)

@@ -1,4 +1,4 @@
-"""Why a request was not accepted, or was accepted and could not be answered.
+"""Errors for requests that were not accepted, or could not be answered.
 
 Split by blame: `BatchFailedError`, `EngineGoneError` and `ExecutionTimeoutError` are the engine's,
 `DrainingError` and `AbandonedError` ours; the others are about the caller's request.
@@ -112,7 +112,7 @@ class DeadlineUnreachableError(BatcherError):
 
     def __init__(self, timeout_s: float, needed_s: float, retry_after_s: float) -> None:
         super().__init__(
-            f"the timeout is {timeout_s * 1e3:g} ms, and with what waits now it would take "
+            f"the timeout is {timeout_s * 1e3:g} ms, and behind the queued requests it would take "
             f"{needed_s * 1e3:.3g} ms"
         )
         self.timeout_s = timeout_s

@@ -215,7 +215,7 @@ class Lanes:
     # Back from the engine
 
     def _deliver(self, lane: Lane, job: Job, outcome: Outcome) -> None:
-        """Hand an outcome over to the loop. Runs on the worker's thread."""
+        """Hand an outcome over to the loop, from the worker's thread."""
         try:
             self._loop.call_soon_threadsafe(self._on_outcome, lane, job, outcome)
         except RuntimeError:
@@ -299,7 +299,7 @@ class Lanes:
         batch.requests = []
 
     def _on_dead(self, lane: Lane, requests: list[Request], error: EngineError) -> None:
-        """The engine died. Its requests may be the cause, so they are not tried on another one."""
+        """Remove a dead engine. Its requests may be the cause, so they are not tried on another one."""
         self._remove(lane)
         first = lane.gone is None
         if lane.gone is None:
@@ -321,7 +321,7 @@ class Lanes:
             lane.watch = self._loop.call_later(limit_s, self._give_up, lane, batch, limit_s)
 
     def _give_up(self, lane: Lane, batch: Batch, limit_s: float) -> None:
-        """The engine hangs: fail its batch, and run those behind it elsewhere."""
+        """Give up a hung engine: fail its batch, and run those behind it elsewhere."""
         lane.watch = None
         self._remove(lane)
         del self._all[lane]
@@ -344,7 +344,7 @@ class Lanes:
         self._end_failed(batch)
 
     def _close(self, gone: EngineGoneError) -> None:
-        """There is no engine: accept nothing, and fail what waits. Batches that still run may be answered."""
+        """Accept nothing and fail all waiting requests. Batches that still run may be answered."""
         self._scheduler.admission.closed = gone
         waiting = [request for retry in self.retries for request in retry]
         self.retries.clear()
@@ -359,7 +359,7 @@ class Lanes:
         self._decide()
 
     def gone(self, error: EngineError) -> None:
-        """No other engine can be opened in place of one that was lost."""
+        """Close if no engine is left, since no other one can be opened."""
         if not self.lanes:
             self._close(self._completion.engine_gone(str(error)))
             self._decide()

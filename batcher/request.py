@@ -35,7 +35,7 @@ class State(IntEnum):
 
 
 class InputPad(NamedTuple):
-    """How one input of a request is padded.
+    """The padding of one input of a request.
 
     `row_shape` is the request's own. `body` selects its elements in rows of the bucket's shape; `rest` are
     disjoint boxes with the other elements, which become `value`. Where a row is its elements and then a
@@ -57,7 +57,7 @@ class OutputCut(NamedTuple):
 
 
 class Pad(NamedTuple):
-    """How requests of one shape are padded to `row_shapes`, and their outputs cut back (None: unchanged).
+    """The padding of requests of one shape to `row_shapes`, and the cuts of outputs (None: unchanged).
 
     `row_padding`: elements of padding in a row, over all inputs.
     """

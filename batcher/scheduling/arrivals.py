@@ -39,7 +39,7 @@ class ArrivalRate:
 
 
 class ClosedLoopEstimator:
-    """How soon, and how many of, the clients of a batch come back. Times are of the batcher's clock."""
+    """Estimates how soon, and how many of, a batch's clients come back. Times are of the batcher's clock."""
 
     def __init__(self) -> None:
         self._ends: deque[tuple[float, int]] = deque(maxlen=2)  # when a batch ended, its requests

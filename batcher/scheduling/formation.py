@@ -38,7 +38,7 @@ class FormedBatch(NamedTuple):
 
 
 class StartPlan(NamedTuple):
-    """When a batch would start and how long runs take, for requests with deadlines.
+    """The start of a batch and the run times, for requests with deadlines.
 
     `overloaded`: requests miss deadlines for want of engine time.
     """

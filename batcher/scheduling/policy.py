@@ -1,4 +1,4 @@
-"""When a batch leaves: a pure function of the queue, the clock and the predictions.
+"""The policy, when a batch leaves: a pure function of the queue, the time and the predictions.
 
 While the engine is idle, waiting only adds latency, so a batch leaves at once, with two exceptions: with
 `max_delay_s` it waits until its oldest request has waited that long, a deadline comes first, or no other

@@ -67,7 +67,7 @@ class RequestQueue:
 
     @property
     def contended(self) -> bool:
-        """Whether several tenants have rows, or had them recently."""
+        """True if several tenants have rows, or had them recently."""
         return self.shares.several
 
     @property
@@ -87,7 +87,7 @@ class RequestQueue:
 
     @property
     def oldest_s(self) -> float:
-        """When the oldest request was queued; there must be one, and `ages`."""
+        """The time at which the oldest request was queued; there must be one, and `ages`."""
         arrivals = self._arrivals
         while arrivals[0].state is not State.QUEUED:
             arrivals.popleft()
