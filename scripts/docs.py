@@ -19,8 +19,14 @@ from cobatch.server.http.problem_kinds import ALWAYS, KINDS, MEMBERS, SOMETIMES
 from cobatch.server.observability.metric_families import FAMILIES, Family
 from cobatch.server.settings.auth import AuthSettings, Issuer, ModelRule, TenantRule
 from cobatch.server.settings.describe import Setting, settings_of
-from cobatch.server.settings.padding import PadSettings
-from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings, env_name, flag_name
+from cobatch.server.settings.schema import (
+    ModelSettings,
+    PadSettings,
+    ServerSettings,
+    Settings,
+    env_name,
+    flag_name,
+)
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 _TABLE = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)

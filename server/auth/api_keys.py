@@ -27,13 +27,13 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime, time
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import msgspec
 
 from cobatch.server.auth.principal import MAX_NAME, is_name
 from cobatch.server.settings.auth import Texts, is_permission
-from cobatch.server.settings.describe import Text
+from cobatch.server.settings.describe import Text, pattern
 from cobatch.server.settings.values import (
     Errors,
     Given,
@@ -45,8 +45,6 @@ from cobatch.server.settings.values import (
 )
 
 _SHAPE = re.compile(r"cb_([a-z2-7]{12})_([A-Za-z0-9_-]{43})")
-_ID = re.compile(r"[a-z2-7]{12}")
-_SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
 # RFC 6749, 3.3: the characters of a scope.
 _SCOPE = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]+")
 
@@ -54,8 +52,8 @@ _SCOPE = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]+")
 class _Entry(msgspec.Struct, frozen=True, kw_only=True):
     """A table of the file, as far as types go."""
 
-    id: Text
-    sha256: Text
+    id: Annotated[str, pattern("[a-z2-7]{12}", "12 of the letters a to z and digits 2 to 7")]
+    sha256: Annotated[str, pattern("[0-9A-Fa-f]{64}", "64 hex digits, of the secret's SHA-256")]
     tenant: Text
     scopes: Texts
     name: str = ""
@@ -154,8 +152,6 @@ def _digest(secret: str) -> bytes:
 
 
 def _api_key(table: Table) -> ApiKey:
-    _check(table["id"], _ID.fullmatch, "12 of the letters a to z and digits 2 to 7")
-    _check(table["sha256"], _SHA256.fullmatch, "64 hex digits, of the secret's SHA-256")
     for name in ("tenant", "name"):
         if name in table and table[name].value:
             _check(table[name], is_name, f"at most {MAX_NAME} printable characters")

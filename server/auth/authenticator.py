@@ -110,7 +110,7 @@ class Authenticator:
         refusal = self._refusals.get(digest)
         if refusal is not None and refusal[1] > self._clock():
             self.results["refused-again"] += 1
-            return self.challenges.invalid_token(refusal[0])
+            return self.challenges.problem("invalid-credentials", refusal[0])
         return None
 
     async def authenticate(self, headers: Headers, query: bytes, address: str) -> Principal:
@@ -143,11 +143,10 @@ class Authenticator:
             if error.permanent:
                 refusal = error.detail, self._clock() + _REFUSAL_TTL_S
                 _store(self._refusals, _token_digest(credential), refusal, _MAX_REFUSALS)
-            raise self.challenges.invalid_token(error.detail) from None
+            raise self.challenges.problem("invalid-credentials", error.detail) from None
         except KeysUnavailableError as error:
             self.results["keys-unavailable"] += 1
-            detail = "the issuer's signing keys are unavailable"
-            raise Problem("keys-unavailable", detail, retry_after_s=error.retry_after_s) from None
+            raise Problem("keys-unavailable", str(error), retry_after_s=error.retry_after_s) from None
         self.results["verified"] += 1
         return verified
 
@@ -162,7 +161,7 @@ class Authenticator:
         key = self._api_keys.find(presented.decode("latin-1"), self._now())
         self.results["unknown-key" if key is None else "key"] += 1
         if key is None:
-            return self.challenges.invalid_token("the API key is unknown or expired")
+            return self.challenges.problem("invalid-credentials", "the API key is unknown or expired")
         principal = self._api_key_principals.get(key.id)
         if principal is None:
             values = frozenset(key.scopes)

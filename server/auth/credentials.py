@@ -20,6 +20,13 @@ Headers = Sequence[tuple[bytes, bytes]]
 AUTHORIZATION = b"authorization"
 API_KEY = b"x-api-key"
 WELL_KNOWN = "/.well-known/oauth-protected-resource"
+# RFC 6750, 3.1: the error of a challenge, by the problem's kind; without credentials it has none.
+_ERRORS = {
+    "unauthenticated": None,
+    "bad-authorization": "invalid_request",
+    "invalid-credentials": "invalid_token",
+    "forbidden": "insufficient_scope",
+}
 # RFC 6750, 3: parameters are printable ASCII without quotes and backslashes.
 _UNQUOTABLE = re.compile(r"[^ !#-\[\]-~]")
 # RFC 6750, 2.1: b68token.
@@ -38,33 +45,23 @@ class Challenges:
             # RFC 9728, 3.1: the well-known part goes between host and path.
             self._metadata = f"{parts.scheme}://{parts.netloc}{WELL_KNOWN}{parts.path.rstrip('/')}"
 
-    def missing(self) -> Problem:
-        """No credentials. RFC 6750, 3.1: the challenge has no error code."""
-        return self._problem("unauthenticated", None, "credentials are required")
-
-    def invalid_request(self, detail: str) -> Problem:
-        """Malformed credentials, or two of them."""
-        return self._problem("bad-authorization", "invalid_request", detail)
-
-    def invalid_token(self, detail: str) -> Problem:
-        """A token or key that is not accepted. `detail` must not quote the credential."""
-        return self._problem("invalid-credentials", "invalid_token", detail)
-
-    def insufficient_scope(self, permission: str, detail: str, model: str | None = None) -> Problem:
-        """An authenticated client without the permission."""
-        members = {"permission": permission} | ({} if model is None else {"model": model})
-        return self._problem("forbidden", "insufficient_scope", detail, permission, **members)
-
-    def _problem(
-        self, slug: str, error: str | None, detail: str, scope: str | None = None, **members: Any
-    ) -> Problem:
-        """Return a problem with its `WWW-Authenticate`, which links to the metadata (RFC 9728, 5.1)."""
-        parameters = {"error": error, "error_description": detail if error else None, "scope": scope}
-        parameters["resource_metadata"] = self._metadata
+    def problem(self, slug: str, detail: str, **members: Any) -> Problem:
+        """Return a refusal, whose challenge links to the metadata (RFC 9728, 5.1)."""
+        error = _ERRORS[slug]
+        parameters = {
+            "error": error,
+            "error_description": detail if error else None,
+            "scope": members.get("permission"),
+            "resource_metadata": self._metadata,
+        }
         given = {name: _UNQUOTABLE.sub("'", text) for name, text in parameters.items() if text is not None}
         pairs = ", ".join(f'{name}="{text}"' for name, text in given.items())
         challenge = f"Bearer {pairs}".strip().encode()
         return Problem(slug, detail, headers=((b"www-authenticate", challenge),), **members)
+
+    def missing(self) -> Problem:
+        """Return the refusal of a request without credentials."""
+        return self.problem("unauthenticated", "credentials are required")
 
 
 class Credential(NamedTuple):
@@ -79,9 +76,11 @@ def credential_in(headers: Headers, query: bytes, challenges: Challenges) -> Cre
     found = [(name, value) for name, value in headers if name in (AUTHORIZATION, API_KEY)]
     if names_token(query):
         # URLs end up in logs and browser histories.
-        raise challenges.invalid_request("a token in the query is refused: send the Authorization header")
+        raise challenges.problem(
+            "bad-authorization", "a token in the query is refused: send the Authorization header"
+        )
     if len(found) > 1:
-        raise challenges.invalid_request("two credentials in one request: send one header, once")
+        raise challenges.problem("bad-authorization", "two credentials in one request: send one header, once")
     return Credential(found[0][1], found[0][0] == API_KEY) if found else None
 
 
@@ -102,7 +101,7 @@ def bearer_token(authorization: bytes, challenges: Challenges) -> str:
         raise challenges.missing()
     token = rest.strip()
     if _TOKEN.fullmatch(token) is None:
-        raise challenges.invalid_request("Authorization must be Bearer and one token")
+        raise challenges.problem("bad-authorization", "Authorization must be Bearer and one token")
     return token.decode("ascii")
 
 

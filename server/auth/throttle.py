@@ -2,8 +2,7 @@
 
 A signature check takes the event loop longer than a small request, and only a check tells a forged token
 from a new one. So an address whose tokens failed is not checked again for a while. Other clients are not
-affected: cached tokens need no check, and neither do refusals for other reasons (expired, wrong audience,
-unknown key).
+affected: cached tokens and refusals for other reasons need no check.
 """
 
 import ipaddress

@@ -65,7 +65,11 @@ def build(
     options = msgspec.convert(context.params | {"profiles": profiles or ()}, BuildOptions)
     start_s = time.monotonic()
     try:
-        manifest = _build(model, plan, options)
+        wanted = manifests.wanted(model, manifests.this_machine(load_tensorrt(options.runtime)), options)
+        with _progress(model.name) as progress:
+            built = building.build(model, options, progress)
+        manifest = manifests.built(wanted, built.plan, built.profiles, built.max_batch_size)
+        manifests.write_plan(plan, built.plan, manifest)
     except EngineError as error:
         raise end(str(error), 1) from None
     except OSError as error:
@@ -81,16 +85,6 @@ def _check_files(model: Path, plan: Path) -> None:
         raise end(f"{plan}: a plan's name ends in {' or '.join(PLAN_SUFFIXES)}", 2)
     if not plan.parent.is_dir() or not os.access(plan.parent, os.W_OK):
         raise end(f"cannot write into {plan.parent}", 1)
-
-
-def _build(model: Path, plan: Path, options: BuildOptions) -> Manifest:
-    machine = manifests.this_machine(load_tensorrt(options.runtime))
-    wanted = manifests.wanted(model, machine, options)
-    with _progress(model.name) as progress:
-        built = building.build(model, options, progress)
-    manifest = manifests.built(wanted, built.plan, built.profiles, built.max_batch_size)
-    manifests.write_plan(plan, built.plan, manifest)
-    return manifest
 
 
 @contextlib.contextmanager

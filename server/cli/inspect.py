@@ -4,6 +4,7 @@ The model is opened by the engine that would serve it, so the output is what is 
 cannot be served fails here with the same message.
 """
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,12 +45,9 @@ def _describe(settings: ModelSettings) -> dict[str, Any]:
 
     `batch_size` is None if it is free. Shapes have the batch axis first, and -1 where a size is not fixed.
     """
-    engine = load_engine(settings.engine, settings.path, settings.max_batch_size)
-    try:
+    with closing(load_engine(settings.engine, settings.path, settings.max_batch_size)) as engine:
         engine.open()
         signature = engine.signature
-    finally:
-        engine.close()
 
     def tensor(spec: TensorSpec) -> dict[str, Any]:
         shape = [signature.fixed_batch or -1, *spec.shape]

@@ -11,7 +11,7 @@ import numpy as np
 from cobatch.batcher.rows.padding import Length, Mask, Padder, Where
 from cobatch.engines.base import Signature, TensorSpec
 from cobatch.engines.errors import EngineLoadError
-from cobatch.server.settings.padding import PadSettings
+from cobatch.server.settings.schema import PadSettings
 
 _BF16_LIMIT = 3.38e38
 

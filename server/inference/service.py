@@ -164,9 +164,11 @@ class Inference:
         """Return the problem of a principal without a permission; `infer` and `metadata` are for a model."""
         assert self.auth is not None
         detail = f"this needs the permission {permission}"
+        members = {"permission": permission}
         if model is not None:
-            detail = f"this needs the permission {permission} for the model {model!r}"
-        return self.auth.challenges.insufficient_scope(permission, detail, model)
+            detail += f" for the model {model!r}"
+            members["model"] = model
+        return self.auth.challenges.problem("forbidden", detail, **members)
 
     def infer(
         self,

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
-from cobatch.server.settings.describe import File, Text, about
+from cobatch.server.settings.describe import File, Text, about, pattern
 from cobatch.server.settings.values import Errors, Table, is_loopback, unexpected, values_of
 
 # `infer` is for all models, `infer:MODEL` for one; either includes reading the model's metadata, which every
@@ -25,6 +25,8 @@ ADMIN = "admin"
 _PERMISSION = re.compile(r"infer|infer:[A-Za-z0-9][A-Za-z0-9._-]*|metadata|admin")
 
 Algorithm = Literal["RS256", "PS256", "ES256", "EdDSA", "HS256"]
+# They are put in front of tenants and subjects, and must not run into them.
+IssuerName = Annotated[str, pattern(r"[^\s|]+", "text without spaces and |")]
 Texts = Annotated[tuple[Text, ...], Meta(min_length=1)]
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Rate = Annotated[float, Meta(gt=0, le=1_000_000)]
@@ -41,8 +43,8 @@ class Issuer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     the issuer's metadata (RFC 8414, OpenID Connect Discovery).
     """
 
-    issuer: Annotated[Text, about("the issuer's identifier, a token's `iss`")]
-    name: Annotated[str, about("short name, for logs and tenants", default="the issuer")] = ""
+    issuer: Annotated[IssuerName, about("the issuer's identifier, a token's `iss`")]
+    name: Annotated[IssuerName, about("short name, for logs and tenants", default="the issuer")] = ""
     jwks_url: Annotated[str, about("address of its keys", default="found through the issuer's metadata")] = ""
     key_files: Annotated[tuple[File, ...], about("files with its keys: PEM public keys or JWK sets")] = ()
     secret_file: Annotated[File, about("file with the secret of HS256, at least 32 bytes")] = ""
@@ -152,11 +154,6 @@ def _tenant_conflicts(where: str, rule: TenantRule, auth: AuthSettings) -> Itera
 
 
 def _issuer_conflicts(where: str, issuer: Issuer) -> Iterator[str]:
-    # An issuer without a name has its identifier as the name.
-    for key in ("issuer", "name") if issuer.name != issuer.issuer else ("issuer",):
-        if re.search(r"[\s|]", getattr(issuer, key)):
-            # They are put in front of tenants and subjects, and must not run into them.
-            yield unexpected(f"{where}.{key}", "text without spaces and |", getattr(issuer, key))
     for claim, permissions in issuer.permissions.items():
         for permission in permissions:
             if not is_permission(permission):

@@ -30,6 +30,11 @@ def placeholder(text: str) -> Meta:
     return Meta(extra={"placeholder": text})
 
 
+def pattern(expression: str, expected: str) -> Meta:
+    """Restrict text to a regular expression, which refusals describe as `expected`."""
+    return Meta(pattern=rf"^{expression}\Z", extra={"expected": expected})
+
+
 Text = Annotated[str, Meta(min_length=1)]
 # In a configuration file these are relative to its folder.
 File = Annotated[Text, placeholder("FILE")]
@@ -62,8 +67,8 @@ def _setting(field: msgspec.structs.FieldInfo) -> Setting:
 def describe(info: inspect.Type, array: str = "an array") -> str:
     """Say what a value of this type looks like: `an integer from 1 to 65536`."""
     match info:
-        case inspect.Metadata(type=inner):
-            return describe(inner, array)
+        case inspect.Metadata(type=inner, extra=extra):
+            return (extra or {}).get("expected") or describe(inner, array)
         case inspect.UnionType(types=types):
             *first, last = [describe(one, array) for one in types if not isinstance(one, inspect.NoneType)]
             return f"{', '.join(first)} or {last}" if first else last
@@ -77,8 +82,6 @@ def describe(info: inspect.Type, array: str = "an array") -> str:
             return "true or false"
         case inspect.LiteralType(values=values):
             return "one of " + ", ".join(sorted(str(value) for value in values))
-        case inspect.StrType(pattern=str(), max_length=most):
-            return f"1 to {most} letters, digits, '.', '_', '-', the first a letter or digit"
         case inspect.VarTupleType(item_type=item):
             return f"{array}, each item of it {describe(item)}"
         case inspect.DictType(value_type=value):

@@ -14,7 +14,6 @@ import msgspec
 
 from cobatch.server.settings.auth import AuthSettings, build_auth
 from cobatch.server.settings.describe import Text
-from cobatch.server.settings.padding import check_pads
 from cobatch.server.settings.schema import (
     ENV_PREFIX,
     MODEL_FIELDS,
@@ -166,7 +165,7 @@ def _build_models(tables: list[Table], errors: Errors) -> tuple[ModelSettings, .
     for table in tables:
         with errors:
             if "pad" in table and not errors.under(table["pad"].key):
-                check_pads(table["pad"].value)
+                _check_pads(table["pad"].value)
         with errors:
             path = table["path"]
             if not Path(path.value).is_file():
@@ -178,6 +177,37 @@ def _build_models(tables: list[Table], errors: Errors) -> tuple[ModelSettings, .
             _check_name(f"{key}.name", model.name, table, models)
             models[key] = model
     return tuple(models.values())
+
+
+def _check_pads(tables: list[Table]) -> None:
+    """Check the tables of one model. `server.inference.padding` compares them with the model itself."""
+    for table in tables:
+        for name in ("mask", "buckets", "max"):
+            if "same_length_as" in table and name in table:
+                raise table[name].refused("belongs in the table of the input that has the length")
+        if "buckets" in table and "max" in table:
+            raise table["max"].refused("not together with buckets, whose last one is the longest")
+        sizes = list(table["buckets"].value) if "buckets" in table else [1]
+        if not sizes or sizes != sorted(set(sizes)):
+            raise table["buckets"].refused("expected one or more lengths, each larger than the one before")
+    leaders = [table["input"].value for table in tables if "same_length_as" not in table]
+    masks: list[str] = []
+    padded: set[tuple[str, int]] = set()
+    for table in tables:
+        name, axis = table["input"].value, table["axis"].value if "axis" in table else 0
+        if (name, axis) in padded:
+            _, key, source = table["input"]
+            where = key.removesuffix(".input")
+            raise SettingsError(f"{where}: axis {axis} of {name!r} is there twice ({source})")
+        padded.add((name, axis))
+        shared = table.get("same_length_as")
+        if shared is not None and leaders.count(shared.value) != 1:
+            count = "two" if shared.value in leaders else "no"
+            raise shared.refused(f"{count} tables with a length of their own are for {shared.value!r}")
+    for mask in [table["mask"] for table in tables if "mask" in table]:
+        if mask.value in masks or any(mask.value == name for name, _ in padded):
+            raise mask.refused(f"{mask.value!r} is in another table already, or another length's mask")
+        masks.append(mask.value)
 
 
 def _check_name(key: str, name: str, table: Table, models: Mapping[str, ModelSettings]) -> None:

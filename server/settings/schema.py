@@ -1,7 +1,7 @@
 """The settings of one server process, each declared once.
 
-A setting is a field of a struct: its type, range, default and meaning stand here (and in padding.py and
-auth.py) and nowhere else. The flags of `cobatch serve` with their help, the environment variables, the
+A setting is a field of a struct: its type, range, default and meaning stand here (and in auth.py) and
+nowhere else. The flags of `cobatch serve` with their help, the environment variables, the
 refusals, docs/configuration.md and the JSON schema are derived from it, so a new setting is one line.
 """
 
@@ -12,13 +12,13 @@ import msgspec
 from msgspec import Meta
 
 from cobatch.server.settings.auth import AuthSettings
-from cobatch.server.settings.describe import File, Folder, Text, about, placeholder
-from cobatch.server.settings.padding import PadSettings
+from cobatch.server.settings.describe import File, Folder, Text, about, pattern, placeholder
 
 ENV_PREFIX = "COBATCH_"
 LARGEST = 2**31 - 1
 
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=128)]
+_NAME = "1 to 128 letters, digits, '.', '_', '-', the first a letter or digit"
+Name = Annotated[str, Meta(max_length=128), pattern("[A-Za-z0-9][A-Za-z0-9._-]*", _NAME)]
 EngineKind = Literal["auto", "onnxruntime", "tensorrt"]
 TensorRTKind = Literal["tensorrt", "tensorrt-rtx"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -43,6 +43,30 @@ Slots = Annotated[int, Meta(ge=2, le=8), placeholder("N")]
 _COMMAS = Meta(min_length=1, extra={"separator": ","})
 Devices = Annotated[tuple[Annotated[int, Meta(ge=0, le=9999)], ...], _COMMAS]
 Sizes = Annotated[tuple[Annotated[int, Meta(ge=1, le=999_999)], ...], _COMMAS]
+
+Axis = Annotated[int, Meta(ge=0, le=31)]
+Length = Annotated[int, Meta(ge=1, le=LARGEST)]
+PadValue = bool | int | float | str
+
+
+class PadSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[[models.pad]]`: an axis of an input. Axes are those of a row: 0 is the first after the batch axis."""
+
+    input: Annotated[Text, about("the input's name")]
+    axis: Annotated[Axis, about("axis of its rows that may be padded")] = 0
+    value: Annotated[PadValue | None, about("value to pad with", default="0, false or ''")] = None
+    same_length_as: Annotated[
+        Text | None, about("input of another table, whose length and buckets this one shares")
+    ] = None
+    mask: Annotated[Text | None, about("input that the server fills: 1 for elements, 0 for padding")] = None
+    buckets: Annotated[
+        tuple[Length, ...], about("lengths to pad to, in ascending order", default="powers of two")
+    ] = ()
+    max: Annotated[Length | None, about("longest length, if buckets are powers of two")] = None
+    outputs: Annotated[
+        dict[str, Axis | tuple[Axis, ...]],
+        about("outputs that are as long as the input, each with the axes of its rows"),
+    ] = {}
 
 
 class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

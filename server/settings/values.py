@@ -1,6 +1,6 @@
 """Check values of the settings one by one, and say precisely why one is refused.
 
-The structs in schema.py, padding.py and auth.py say what each value may be. The same types give the words of
+The structs in schema.py and auth.py say what each value may be. The same types give the words of
 a refusal, of `--help` and of docs/configuration.md (describe.py).
 """
 

@@ -168,7 +168,7 @@ EACH = "a date or a date with a time, without quotes: 2027-01-31T12:00:00Z"
             {"id": "AB2CD3EF4GH5"},
             "keys[0].id: expected 12 of the letters a to z and digits 2 to 7, got the text",
         ),
-        ({"id": 7}, "keys[0].id: expected text that is not empty, got 7 (file x)"),
+        ({"id": 7}, "keys[0].id: expected 12 of the letters a to z and digits 2 to 7, got 7 (file x)"),
         ({"sha256": SHA256[:-1]}, "keys[0].sha256: expected 64 hex digits, of the secret's SHA-256, got"),
         ({"tenant": ""}, "keys[0].tenant: expected text that is not empty, got the text ''"),
         ({"tenant": "a\nb"}, "keys[0].tenant: expected at most 256 printable characters, got the text"),

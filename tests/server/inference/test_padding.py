@@ -18,8 +18,7 @@ from onnx import TensorProto, helper
 
 from cobatch.engines.errors import EngineLoadError
 from cobatch.server.inference.model import Model
-from cobatch.server.settings.padding import PadSettings
-from cobatch.server.settings.schema import ModelSettings
+from cobatch.server.settings.schema import ModelSettings, PadSettings
 from tests.support.http.in_process import in_process
 from tests.support.http.serving import Answer, Served, get, post, serve
 from tests.support.models import models

@@ -142,7 +142,10 @@ ONE = "auth.issuers[0]"
         ),
         (AUTH + "issuers = [1]", f"{ONE}: expected a table, got 1"),
         (AUTH + "[[auth.issuers]]", f"{ONE}.issuer: missing"),
-        (AUTH + "[[auth.issuers]]\nissuer = ''", f"{ONE}.issuer: expected text that is not empty"),
+        (
+            AUTH + "[[auth.issuers]]\nissuer = ''",
+            f"{ONE}.issuer: expected text without spaces and |, got the text ''",
+        ),
         (GOOD + "jwks = 'x'", f"{ONE}.jwks: unknown key; did you mean"),
         (GOOD + "algorithms = []", f"{ONE}.algorithms: expected an array, each item of it one of ES256"),
         (

@@ -12,7 +12,7 @@ from cobatch.engines.base import TensorSpec
 from cobatch.engines.errors import EngineLoadError
 from cobatch.server.inference.padding import _powers, _value
 from cobatch.server.settings.load import load_settings
-from cobatch.server.settings.padding import PadSettings
+from cobatch.server.settings.schema import PadSettings
 from cobatch.server.settings.values import SettingsError
 from tests.support.paths import ROOT
 
