@@ -18,13 +18,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf, sqrt
 
-from cobatch.server.loadtest.results import Results
 from cobatch.server.loadtest.statistics import Tally
 
 VIOLATION_LIMIT = 0.01  # share of requests that may be late or fail
 _ALPHA = 0.05
 _PRECISION = (
-    1.05  # ratio of the lowest rate that does not hold to the highest that does, where the search ends
+    1.05  # the search ends at this ratio of the lowest rate that does not hold to the highest that does
 )
 _BACKOFFS = (0, 0.03, 0.06, 0.12, 0.24, 0.48)  # below the rate found: the rates to confirm, in order
 
@@ -42,7 +41,6 @@ class CapacityTrial:
     p99_ms: float
     limited: bool
     confirms: bool
-    results: Results
 
     @property
     def held(self) -> bool:

@@ -6,6 +6,7 @@ Nothing is computed here: a finished request becomes seven numbers in an array, 
 from __future__ import annotations
 
 import asyncio
+import sys
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable
@@ -38,24 +39,24 @@ Report = Callable[[Ready | Samples | NewKind | Heartbeat | Done | Failed], None]
 class Connection(asyncio.Protocol):
     """`request` is None while the connection is idle. `due`, `taken`, `sent`: as in `messages.COLUMNS`."""
 
-    __slots__ = ("_driver", "_transport", "answer", "due", "request", "sent", "taken")
+    __slots__ = ("_driver", "answer", "due", "request", "sent", "taken", "transport")
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
-        self._transport: asyncio.Transport
+        self.transport: asyncio.Transport
         self.answer = Answer()
         self.request: PreparedRequest | None = None
         self.due = self.taken = self.sent = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's has another base class
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's has another base class
 
     def send(self, request: PreparedRequest, due: float, taken: float, now: float) -> None:
         self.request = request
         self.due = due
         self.taken = taken
         self.sent = now
-        self._transport.write(request.data)
+        self.transport.write(request.data)
 
     def data_received(self, data: bytes) -> None:
         now = monotonic()  # read before parsing, which takes a microsecond of the generator's time
@@ -67,7 +68,7 @@ class Connection(asyncio.Protocol):
         if not complete:
             return
         if self.request is None:  # a notice on an idle connection before the server closes it
-            self._transport.close()
+            self.transport.close()
             return
         self._driver.on_answer(self, now)
 
@@ -76,35 +77,25 @@ class Connection(asyncio.Protocol):
             self._driver.on_answer(self, monotonic())
         if self.request is not None:
             kind = "connection closed within an answer" if self.answer.started else "connection closed"
-            self._fail(kind, str(error or ""))
+            self.fail(kind, str(error or ""))
         self._driver.on_closed(self)
 
     def give_up(self, kind: str, message: str = "") -> None:
         """Fail the request and abort the connection."""
-        self._fail(kind, message)
-        self._transport.abort()
+        self.fail(kind, message)
+        self.transport.abort()
 
-    def _fail(self, kind: str, message: str) -> None:
+    def fail(self, kind: str, message: str) -> None:
+        """Record the request, if there is one, as failed."""
         if self.request is not None:
-            self._driver.on_failure(self, kind, message)
+            self._driver.record_failure((self.due, self.taken, self.sent), self.request, kind, message)
             self.request = None
-
-    def drop(self) -> None:
-        """Abort the connection without reporting its request."""
-        self.request = None
-        self._transport.abort()
-
-    def close(self) -> None:
-        self._transport.close()
-
-    @property
-    def closing(self) -> bool:
-        """True if no request can be sent any more."""
-        return self._transport.is_closing()
 
 
 class Driver(ABC):
     """Connections, answers and samples of a trial; the subclasses decide when a request is sent."""
+
+    first_connections = sys.maxsize  # opened before the start
 
     def __init__(self, plan: Plan, trial: Trial, connections: int, report: Report) -> None:
         self._loop = asyncio.get_running_loop()
@@ -122,33 +113,33 @@ class Driver(ABC):
         self._end_s = inf
         self._next_check_s = 0.0
         self._heartbeat_from = (0.0, 0.0)  # CPU seconds, clock
-        self._measured_from: tuple[float, float] | None = None
-        self._measured_until: tuple[float, float] | None = None
+        self._measured: list[tuple[float, float]] = []  # the same, from the start of measuring
         self._over = self._loop.create_future()
 
     async def prepare(self) -> None:
         """Open the first connections. Raises OSError."""
-        await asyncio.gather(*(self._connect() for _ in range(self._first_connections())))
-
-    def _first_connections(self) -> int:
-        return self._connection_limit
+        count = min(self.first_connections, self._connection_limit)
+        await asyncio.gather(*(self._connect() for _ in range(count)))
 
     async def run(self, at_s: float) -> None:
         """Run the trial from this time until its last request is over."""
         self._end_s = at_s + self._trial.lasts_s
         self._heartbeat_from = (process_time(), monotonic())
-        self._loop.call_later(at_s + self._trial.warmup_s - monotonic(), self._start_measuring)
+        for time_s in (at_s + self._trial.warmup_s, self._end_s):
+            self._loop.call_later(time_s - monotonic(), self._read_clocks)
         flushing = self._loop.call_later(_FLUSH_S, self._flush)
         self._begin(at_s)
         await self._over
         flushing.cancel()
         self._fail_unanswered(monotonic())
         self._flush(again=False)
-        self._report(self._summary())
+        self._read_clocks()  # unless both are read, the trial was stopped
+        (cpu_s, clock_s), (end_cpu_s, end_clock_s) = self._measured[0], self._measured[:2][-1]
+        self._report(Done(end_cpu_s - cpu_s, end_clock_s - clock_s, self._most_open))
         for task in self._opening:
             task.cancel()
         for connection in list(self._connections):
-            connection.drop()
+            connection.transport.abort()
 
     @abstractmethod
     def _begin(self, at_s: float) -> None:
@@ -166,7 +157,7 @@ class Driver(ABC):
         oldest_s = min((one.due for one in unanswered), default=now)
         for connection in unanswered:
             message = f"the first had waited for {now - oldest_s:.3f} s"
-            self.on_failure(connection, "stopped before its answer", message)
+            connection.fail("stopped before its answer", message)
 
     # Connections.
 
@@ -221,17 +212,12 @@ class Driver(ABC):
         times = (connection.due, connection.taken, connection.sent, now)
         self._samples.extend((*times, kind, request.caller, answer.batch))
         connection.request = None
-        if answer.keep_alive and not connection.closing:
+        if answer.keep_alive and not connection.transport.is_closing():
             self._on_free(connection)
         else:
-            connection.close()
+            connection.transport.close()
 
-    def on_failure(self, connection: Connection, kind: str, message: str) -> None:
-        assert connection.request is not None
-        times = (connection.due, connection.taken, connection.sent)
-        self._record_failure(times, connection.request, kind, message)
-
-    def _record_failure(
+    def record_failure(
         self, times: tuple[float, float, float], request: PreparedRequest, kind: str, message: str
     ) -> None:
         number = self._kind(kind, lambda: message)
@@ -271,16 +257,5 @@ class Driver(ABC):
     def _open_requests(self) -> int:
         return sum(one.request is not None for one in self._connections)
 
-    def _start_measuring(self) -> None:
-        self._measured_from = (process_time(), monotonic())
-        self._loop.call_later(self._end_s - monotonic(), self._stop_measuring)
-
-    def _stop_measuring(self) -> None:
-        if self._measured_until is None:
-            self._measured_until = (process_time(), monotonic())
-
-    def _summary(self) -> Done:
-        self._stop_measuring()
-        assert self._measured_until is not None
-        cpu_s, at_s = self._measured_from or self._measured_until
-        return Done(self._measured_until[0] - cpu_s, self._measured_until[1] - at_s, self._most_open)
+    def _read_clocks(self) -> None:
+        self._measured.append((process_time(), monotonic()))

@@ -10,12 +10,12 @@ import ssl
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from multiprocessing.connection import Connection as Pipe
 from multiprocessing.connection import wait
 from pathlib import Path
 from time import monotonic
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from cobatch.server.loadtest.driver import Driver
 from cobatch.server.loadtest.generator import ClosedLoop, OpenLoop
@@ -29,10 +29,12 @@ _START_DELAY_S = 0.05  # until all processes have received the start time
 _JOIN_S = 10.0
 
 
-class Fleet:
+class Fleet(ExitStack):
     """Processes that run one trial after another; a context manager."""
 
     def __init__(self, plan: Plan, processes: int) -> None:
+        super().__init__()
+        self.callback(self._end)
         context = multiprocessing.get_context("spawn")
         self._pipes: list[Pipe] = []
         self._processes = []
@@ -47,12 +49,7 @@ class Fleet:
             self._processes.append(process)
         self.interrupted = False
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def _end(self) -> None:
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
@@ -69,7 +66,7 @@ class Fleet:
         """
         self._send(trial)
         self._receive_until(Ready, tally, lambda: None)
-        start_s, before = monotonic() + _START_DELAY_S, _cpu_ticks()
+        start_s, (idle, ticks) = monotonic() + _START_DELAY_S, _cpu_ticks()
         tally.begin(start_s)
         self._send(Start(start_s))
         try:
@@ -79,7 +76,9 @@ class Fleet:
             tally.stopped_s = monotonic() - start_s
             self._send(Stop())
             self._receive_until(Done, tally, on_progress)
-        tally.machine_busy = _busy_share(before, _cpu_ticks())
+        idle_now, ticks_now = _cpu_ticks()
+        if ticks_now > ticks:
+            tally.machine_busy = 1 - (idle_now - idle) / (ticks_now - ticks)
 
     def _send(self, message: object) -> None:
         for number, pipe in enumerate(self._pipes):
@@ -115,19 +114,13 @@ class Fleet:
         return BenchError(f"{process.name} ended with status {process.exitcode}; its output is above")
 
 
-def _cpu_ticks() -> tuple[int, int] | None:
-    """Return idle and total CPU ticks of this machine since boot; None where /proc/stat is missing."""
+def _cpu_ticks() -> tuple[int, int]:
+    """Return idle and total CPU ticks of this machine since boot; zeros where /proc/stat is missing."""
     try:
         ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     except (OSError, ValueError):
-        return None
+        return 0, 0
     return ticks[3] + ticks[4], sum(ticks)
-
-
-def _busy_share(before: tuple[int, int] | None, after: tuple[int, int] | None) -> float | None:
-    if before is None or after is None or after[1] <= before[1]:
-        return None
-    return 1 - (after[0] - before[0]) / (after[1] - before[1])
 
 
 def _main(pipe: Pipe, plan: Plan, number: int, processes: int) -> None:
@@ -183,7 +176,9 @@ class _Process:
 
     async def _run(self, trial: Trial) -> None:
         try:
-            driver = self._driver_for(trial)
+            share, rest = divmod(trial.connections, self._processes)
+            load = (self._plan, trial, share + (self._number < rest), self._send, self._number)
+            driver = ClosedLoop(*load) if trial.arrivals is None else OpenLoop(*load, self._processes)
             await driver.prepare()
         except (OSError, ssl.SSLError) as error:
             self._send(Failed(f"cannot connect: {reason(error)}"))
@@ -196,13 +191,6 @@ class _Process:
         else:
             self._orders.put_nowait(None)
         self._driver = None
-
-    def _driver_for(self, trial: Trial) -> Driver:
-        share, rest = divmod(trial.connections, self._processes)
-        connections = share + (self._number < rest)
-        if trial.arrivals is None:
-            return ClosedLoop(self._plan, trial, connections, self._send, self._number)
-        return OpenLoop(self._plan, trial, connections, self._send, self._number, self._processes)
 
     def _send(self, message: object) -> None:
         try:

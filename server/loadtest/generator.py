@@ -21,7 +21,6 @@ from cobatch.server.loadtest.messages import Plan, PreparedRequest, Trial
 _CHUNK = 4096  # random numbers drawn at once
 _RECONNECT_S = 0.05  # after a connection could not be opened
 _SEND_LIMIT = 32  # requests sent before answers are read again
-_OPEN_AT_START = 64
 _CLOCK_MONOTONIC = 1  # the clock of time.monotonic
 _ABSOLUTE_TIME = 1
 _TIMER_FLAGS = os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0)
@@ -65,14 +64,6 @@ def _rotated(requests: Sequence[PreparedRequest], number: int) -> list[PreparedR
     return [*requests[at:], *requests[:at]]
 
 
-class _Timespec(ctypes.Structure):
-    _fields_ = (("tv_sec", ctypes.c_long), ("tv_nsec", ctypes.c_long))
-
-
-class _Itimerspec(ctypes.Structure):
-    _fields_ = (("it_interval", _Timespec), ("it_value", _Timespec))
-
-
 class Timer:
     """Calls `callback` once for each `set`, at its time or right after.
 
@@ -89,8 +80,9 @@ class Timer:
             self._libc = ctypes.CDLL(None, use_errno=True)
             self._file = self._libc.timerfd_create(_CLOCK_MONOTONIC, _TIMER_FLAGS)
         if self._file >= 0:
-            self._spec = _Itimerspec()
-            self._pointer = ctypes.byref(self._spec)
+            # struct itimerspec: seconds and nanoseconds of the interval, then of the time.
+            self._time = (ctypes.c_long * 4)()
+            self._pointer = ctypes.byref(self._time)
             loop.add_reader(self._file, self._on_expired)
 
     def set(self, at_s: float) -> None:
@@ -100,10 +92,8 @@ class Timer:
                 self._handle.cancel()
             self._handle = self._loop.call_at(at_s, self._callback)
             return
-        seconds = int(at_s)
-        value = self._spec.it_value
-        value.tv_sec = seconds
-        value.tv_nsec = int((at_s - seconds) * 1e9)
+        self._time[2] = seconds = int(at_s)
+        self._time[3] = int((at_s - seconds) * 1e9)
         self._libc.timerfd_settime(self._file, _ABSOLUTE_TIME, self._pointer, None)
 
     def _on_expired(self) -> None:
@@ -155,7 +145,7 @@ class ClosedLoop(Driver):
             self._on_free(connection)
 
     def _on_not_opened(self, began_s: float, why: str) -> None:
-        self._record_failure((began_s, began_s, began_s), next(self._choices), "cannot connect", why)
+        self.record_failure((began_s, began_s, began_s), next(self._choices), "cannot connect", why)
         self._loop.call_later(_RECONNECT_S, self._open_again)
 
     def _open_again(self) -> None:
@@ -181,6 +171,8 @@ class OpenLoop(Driver):
     The connection used last is used next, so that a low rate keeps few connections busy.
     """
 
+    first_connections = 64
+
     def __init__(
         self, plan: Plan, trial: Trial, connections: int, report: Report, number: int, processes: int
     ) -> None:
@@ -192,9 +184,6 @@ class OpenLoop(Driver):
         self._at_s = 0.0
         self._next_s = inf
         self._next: PreparedRequest
-
-    def _first_connections(self) -> int:
-        return min(self._connection_limit, _OPEN_AT_START)
 
     def _begin(self, at_s: float) -> None:
         self._at_s = at_s
@@ -226,7 +215,7 @@ class OpenLoop(Driver):
     def _send(self, due: float, now: float, request: PreparedRequest) -> None:
         while self._idle:
             connection = self._idle.pop()
-            if not connection.closing:
+            if not connection.transport.is_closing():
                 connection.send(request, due, now, now)
                 return
         self._waiting.append((due, now, request))
@@ -254,7 +243,7 @@ class OpenLoop(Driver):
 
     def _fail_waiting(self, kind: str, message: str = "") -> None:
         due, taken, request = self._waiting.popleft()
-        self._record_failure((due, taken, monotonic()), request, kind, message)
+        self.record_failure((due, taken, monotonic()), request, kind, message)
 
     def on_closed(self, connection: Connection) -> None:
         """Open another connection if requests wait for one."""

@@ -214,25 +214,20 @@ def _rates(text: str | None) -> list[float]:
     return rates
 
 
-def parse_sizes(texts: Sequence[str]) -> dict[str, list[Span]]:
-    """Parse each NAME=SIZE,SIZE, where a size may be a span LOW:HIGH. Raises UsageError."""
-    sizes = {}
-    for text in texts:
-        name, value = _named("--shape", text)
-        sizes[name] = [_span("--shape", part) for part in value.split(",")]
-        if any(not (1 <= low <= high and low == int(low)) for low, high in sizes[name]):
-            raise UsageError(f"--shape: sizes are whole numbers from 1, got {text!r}")
-    return sizes
-
-
-def parse_spans(texts: Sequence[str]) -> dict[str, Span]:
-    """Parse each NAME=LOW:HIGH. Raises UsageError."""
+def parse_spans(flag: str, texts: Sequence[str]) -> dict[str, list[Span]]:
+    """Parse each NAME=SPAN,SPAN, where a span is LOW:HIGH or one number. Raises UsageError."""
     spans = {}
     for text in texts:
-        name, value = _named("--values", text)
-        low, high = spans[name] = _span("--values", value)
-        if not low <= high:
-            raise UsageError(f"--values: LOW must not be more than HIGH, got {text!r}")
+        name, equals, value = text.rpartition("=")
+        parts = [part.partition(":") for part in value.split(",")]
+        try:
+            spans[name] = [(float(low), float(high or low)) for low, _, high in parts]
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise UsageError(f"{flag}: expected NAME= and a number or LOW:HIGH, got {text!r}")
+        if any(not low <= high for low, high in spans[name]):
+            raise UsageError(f"{flag}: LOW must not be more than HIGH, got {text!r}")
     return spans
 
 
@@ -244,18 +239,3 @@ def _headers(texts: Sequence[str]) -> dict[str, str]:
             raise UsageError(f"--header: expected 'NAME: VALUE', got {text!r}")
         headers[name.strip()] = value.strip()
     return headers
-
-
-def _named(flag: str, text: str) -> tuple[str, str]:
-    name, equals, value = text.rpartition("=")
-    if not equals:
-        raise UsageError(f"{flag}: expected NAME=..., got {text!r}")
-    return name, value
-
-
-def _span(flag: str, text: str) -> Span:
-    low, _, high = text.partition(":")
-    try:
-        return float(low), float(high or low)
-    except ValueError:
-        raise UsageError(f"{flag}: expected a number or LOW:HIGH, got {text!r}") from None

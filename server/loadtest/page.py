@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from math import ceil, floor, log10
 from operator import attrgetter
-from typing import Any
 
 from cobatch.server.loadtest.report import Report, machine, table
 from cobatch.server.loadtest.results import IntervalSummary, Results, Summary
@@ -28,6 +27,8 @@ polyline[stroke="#000000"]{stroke:var(--fg)}
 """
 _LINE_LIMIT = 7  # per chart
 _POINT_LIMIT = 400  # per line
+_SENT = "from the time of sending"
+_DASHED = (_SENT, "offered")
 
 Line = Sequence[tuple[float, float]]
 # Okabe and Ito's colours, which most people with a colour vision deficiency can tell apart.
@@ -37,9 +38,19 @@ _FONT = 'font-family="sans-serif" font-size="12"'
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 36, 48
 _KEY, _CHARACTER = 40, 7  # width of the legend
 
-_Value = Callable[[Any], float | None]  # of an IntervalSummary or Summary
-_RATES: dict[str, _Value] = {"offered": attrgetter("offered_rate"), "answered": attrgetter("answered_rate")}
-_BATCHES = {"largest": attrgetter("largest_batch"), "mean, weighted by requests": attrgetter("mean_batch")}
+_Plot = tuple[str, str, Mapping[str, str]]  # title, unit, and the attribute of each line
+_RATES = {"offered": "offered_rate", "answered": "answered_rate"}
+_BATCHES = {"largest": "largest_batch", "mean, weighted by requests": "mean_batch"}
+_LATENCIES = {"p99": "latency_ms.p99", "p50": "latency_ms.p50"}
+_PLOTS_OVER_TIME: list[_Plot] = [
+    ("Latency by due time", "ms", {"max": "latency_ms.max", **_LATENCIES}),
+    ("Throughput and offered rate", "per second", _RATES),
+    ("Batch sizes (0: no answers)", "rows", _BATCHES),
+]
+_PLOTS_BY_RATE: list[_Plot] = [
+    ("Throughput by offered rate", "per second", {**_RATES, "good": "good_rate"}),
+    ("Latency by offered rate", "ms", _LATENCIES),
+]
 
 
 def as_html(report: Report) -> str:
@@ -54,7 +65,10 @@ def as_html(report: Report) -> str:
     heads, *rows = table(report)
     parts.append(_table(heads, ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)))
     if len(trials) > 1:
-        parts.append(_figures(_charts_by_rate(trials)))
+        totals = sorted((one.total for one in trials), key=attrgetter("offered_rate"))
+        charts = _plots(_PLOTS_BY_RATE, "offered per second", totals, "offered_rate")
+        histograms = {_load_name(one): one.buckets for one in trials[:_LINE_LIMIT]}
+        parts.append(_figures([*charts, _distribution(histograms)]))
     parts += [_trial(results) for results in trials]
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -99,71 +113,42 @@ def _trial(results: Results) -> str:
             for kind, count, message in results.errors()
         )
         parts.append(_table(["error", "count", ""], errors))
-    return "".join([*parts, _figures(_trial_charts(results))])
+    histograms = {"from the due time": results.buckets, _SENT: results.sent_buckets}
+    kinds = {kind: f"errors.{kind}" for kind in list(results.total.errors)[:_LINE_LIMIT]}
+    plots = [*_PLOTS_OVER_TIME, ("Errors by due time", "per interval", kinds)]
+    charts = _plots(plots, "s", results.intervals, "end_s")
+    return "".join([*parts, _figures([_distribution(histograms), *charts])])
 
 
-def _trial_charts(results: Results) -> list[str]:
-    def over_time(title: str, y_name: str, lines: Mapping[str, _Value], dashed: Sequence[str] = ()) -> str:
-        return _plot(title, "s", y_name, results.intervals, "end_s", lines, dashed)
-
-    histograms = {"from the due time": results.buckets, "from the time of sending": results.sent_buckets}
-    charts = [
-        _distribution(histograms, ["from the time of sending"]),
-        over_time("Latency by due time", "ms", {name: _latency(name) for name in ("max", "p99", "p50")}),
-        over_time("Throughput and offered rate", "per second", _RATES, ["offered"]),
-    ]
-    if any(one.largest_batch for one in results.intervals):
-        charts.append(over_time("Batch sizes (0: no answers)", "rows", _BATCHES))
-    if results.total.errors:
-        kinds = list(results.total.errors)[:_LINE_LIMIT]
-        charts.append(
-            over_time("Errors by due time", "per interval", {kind: _errors(kind) for kind in kinds})
-        )
+def _plots(
+    plots: Iterable[_Plot], x_name: str, items: Sequence[IntervalSummary | Summary], x: str
+) -> list[str]:
+    """Draw each plot over the attribute `x` of the items, and none that has only zeros."""
+    charts = []
+    for title, y_name, lines in plots:
+        points = {
+            name: [(getattr(one, x), y) for one in items if (y := _value(one, attribute)) is not None]
+            for name, attribute in lines.items()
+        }
+        if any(y for line in points.values() for _, y in line):
+            drawn = {name: line for name, line in points.items() if line}
+            charts.append(_chart(title, x_name, y_name, drawn))
     return charts
 
 
-def _charts_by_rate(trials: Sequence[Results]) -> list[str]:
-    def by_rate(title: str, y_name: str, lines: Mapping[str, _Value], dashed: Sequence[str] = ()) -> str:
-        totals = sorted((one.total for one in trials), key=attrgetter("offered_rate"))
-        return _plot(title, "offered per second", y_name, totals, "offered_rate", lines, dashed)
-
-    rates = _RATES | {"good": attrgetter("good_rate")}
-    return [
-        by_rate("Throughput by offered rate", "per second", rates, ["offered"]),
-        by_rate("Latency by offered rate", "ms", {name: _latency(name) for name in ("p99", "p50")}),
-        _distribution({_load_name(one): one.buckets for one in trials[:_LINE_LIMIT]}),
-    ]
+def _value(item: IntervalSummary | Summary, attribute: str) -> float | None:
+    """Return an attribute, or the entry of one: `errors.KIND`. Without answers there is no latency."""
+    name, _, key = attribute.partition(".")
+    value = getattr(item, name)
+    if name == "latency_ms" and not value["max"]:
+        return None
+    return value.get(key, 0) if key else value  # type: ignore[no-any-return]
 
 
-def _latency(quantile: str) -> _Value:
-    return lambda one: one.latency_ms[quantile] if one.latency_ms["max"] else None
-
-
-def _errors(kind: str) -> _Value:
-    return lambda one: one.errors.get(kind, 0)
-
-
-def _plot(
-    title: str,
-    x_name: str,
-    y_name: str,
-    items: Sequence[IntervalSummary | Summary],
-    x: str,
-    lines: Mapping[str, _Value],
-    dashed: Sequence[str],
-) -> str:
-    """Draw values of `items` over their attribute `x`, without those that are None."""
-    points = {
-        name: [(getattr(one, x), y) for one in items if (y := value(one)) is not None]
-        for name, value in lines.items()
-    }
-    return _chart(title, x_name, y_name, {name: line for name, line in points.items() if line}, dashed)
-
-
-def _distribution(histograms: Mapping[str, Sequence[tuple[float, int]]], dashed: Sequence[str] = ()) -> str:
+def _distribution(histograms: Mapping[str, Sequence[tuple[float, int]]]) -> str:
     """Draw latency by quantile, on an axis where each further nine takes the same space."""
     lines = {name: _nines(buckets) for name, buckets in histograms.items()}
-    return _chart("Latency distribution", "share of the answers", "ms", lines, dashed, _as_percentage)
+    return _chart("Latency distribution", "share of the answers", "ms", lines, _as_percentage)
 
 
 def _nines(buckets: Sequence[tuple[float, int]]) -> Line:
@@ -186,7 +171,6 @@ def _chart(
     x_name: str,
     y_name: str,
     lines: Mapping[str, Line],
-    dashed: Sequence[str] = (),
     x_text: Callable[[float], str] = "{:g}".format,
 ) -> str:
     """Draw a line chart with the y axis from 0 as SVG. `x_text`: formats a tick of the x axis."""
@@ -218,7 +202,7 @@ def _chart(
         parts.append(_text(left - 6, bottom + 4, f"{y:g}", "end"))
     for number, (name, line) in enumerate(lines.items()):
         colour = _COLOURS[number % len(_COLOURS)]
-        dash = "6 4" if name in dashed else ""
+        dash = "6 4" if name in _DASHED else ""
         parts.append(_stroke([at(x, y) for x, y in line], colour, 2, dash))
         if len(line) <= 20:
             parts += [

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from time import monotonic
-from types import TracebackType
 from typing import Any, Self
 
 import msgspec
@@ -20,7 +19,7 @@ from cobatch import __version__
 from cobatch.server.console import plain_table, stdout
 from cobatch.server.loadtest.capacity import Capacity
 from cobatch.server.loadtest.options import Options
-from cobatch.server.loadtest.results import Results, Summary
+from cobatch.server.loadtest.results import Results, Summary, per_s
 from cobatch.server.loadtest.statistics import Counts, LatencyHistogram, Tally, total
 from cobatch.server.loadtest.target import Model
 
@@ -33,6 +32,7 @@ _LOAD_OPTIONS = (
     "rates", "arrivals", "connections", "processes", "seconds", "warmup_s", "timeout_s", "seed", "binary",
     "shapes", "values", "inputs", "expect", "slo_ms", "open_loop",
 )  # fmt: skip
+_TRIAL_FIELDS = ("rate", "violations", "p99_ms", "held", "confirms")
 
 
 @dataclass
@@ -89,7 +89,7 @@ class Report:
             "runs": [results.as_json() for results in self.results],
             "capacity": None if capacity is None else _capacity_json(capacity),
         }
-        return json.dumps(document, indent=1) + "\n"
+        return msgspec.json.format(msgspec.json.encode(document), indent=1).decode() + "\n"
 
 
 def machine() -> str:
@@ -99,22 +99,13 @@ def machine() -> str:
 
 
 def _capacity_json(capacity: Capacity) -> dict[str, Any]:
-    return {
-        "slo_ms": capacity.slo_ms,
-        "rate": capacity.rate,
-        "failed_rate": capacity.failed_rate,
+    # An infinite p99 becomes null.
+    trials = [{name: getattr(one, name) for name in _TRIAL_FIELDS} for one in capacity.trials]
+    result = {name: getattr(capacity, name) for name in ("slo_ms", "rate", "failed_rate")}
+    return result | {
         "limited_by_generator": capacity.limited,
         "sentence": capacity.sentence(),
-        "trials": [
-            {
-                "rate": trial.rate,
-                "violations": trial.violations,
-                "p99_ms": trial.p99_ms if trial.p99_ms < float("inf") else None,
-                "held": trial.held,
-                "confirms": trial.confirms,
-            }
-            for trial in capacity.trials
-        ],
+        "trials": trials,
     }
 
 
@@ -130,7 +121,7 @@ def show(report: Report) -> None:
     console.print(grid)
     # After a search only the last trial has details; the others' figures are in the table.
     for results in all_results if capacity is None else all_results[-1:]:
-        _show_details(console, results, f"{_load_name(results)}: " if len(all_results) > 1 else "")
+        _show_details(console, results, f"{results.load}: " if len(all_results) > 1 else "")
     if capacity is not None:
         console.print(Text(capacity.sentence(), "bold"), soft_wrap=True)
 
@@ -147,7 +138,7 @@ def table(report: Report) -> list[list[str]]:
         batch = "-" if results.mean_batch is None else f"{results.mean_batch:.1f}"
         for one in (results.total, *results.callers):
             whole = one is results.total
-            row = [_load_name(results) if whole else "", *[one.name] * several]
+            row = [results.load if whole else "", *[one.name] * several]
             row += [f"{one.offered_rate:,.0f}", f"{one.answered_rate:,.0f}"]
             row += ["" if one.good_rate is None else f"{one.good_rate:,.0f}"] * good
             row += [f"{one.latency_ms[name]:,.2f}" for name in _TABLE_PERCENTILES]
@@ -156,15 +147,6 @@ def table(report: Report) -> list[list[str]]:
                 row.append(("yes" if held[number] else "no") if whole else "")
             rows.append(row)
     return rows
-
-
-def _load_name(results: Results) -> str:
-    return f"{results.connections} connections" if results.rate is None else per_s(results.rate)
-
-
-def per_s(rate: float) -> str:
-    """Format a rate."""
-    return f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.3g}/s"
 
 
 def _failures(summary: Summary) -> str:
@@ -199,13 +181,14 @@ def _show_details(console: Console, results: Results, prefix: str) -> None:
         say(f"note: {note}")
 
 
-class Progress:
+class Progress(ExitStack):
     """Shows a growing tally on stderr, so that stdout has only the report; a context manager.
 
     `quiet`: show nothing.
     """
 
     def __init__(self, quiet: bool, console: Console | None = None) -> None:
+        super().__init__()
         self._console = console or Console(stderr=True, highlight=False)
         self._quiet = quiet
         self._live: Live | None = None
@@ -215,14 +198,8 @@ class Progress:
 
     def __enter__(self) -> Self:
         if self._live is not None:
-            self._live.start()
+            self.enter_context(self._live)
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
 
     def say(self, text: str) -> None:
         if not self._quiet:

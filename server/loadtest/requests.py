@@ -19,7 +19,6 @@ from cobatch.server.loadtest.options import (
     Options,
     Span,
     UsageError,
-    parse_sizes,
     parse_spans,
 )
 from cobatch.server.loadtest.target import Model, Tensor, describe, fetch, parse_url
@@ -40,8 +39,11 @@ def prepare(options: Options) -> tuple[Plan, Model]:
     if options.inputs:
         inputs = FileInputs("--input", options.inputs, model.inputs or (), "inputs")
     else:
-        sizes, spans = parse_sizes(options.shapes), parse_spans(options.values)
-        inputs = RandomInputs(model.inputs or (), sizes, spans, options.seed)
+        sizes = parse_spans("--shape", options.shapes)
+        if any(low < 1 or low % 1 for spans in sizes.values() for low, _ in spans):
+            raise UsageError("--shape: sizes are whole numbers from 1")
+        ranges = {name: spans[0] for name, spans in parse_spans("--values", options.values).items()}
+        inputs = RandomInputs(model.inputs or (), sizes, ranges, options.seed)
     examples = _Examples(inputs, options)
 
     def prepared(caller: int, example: int) -> PreparedRequest:

@@ -22,6 +22,11 @@ _WAITED_SHARE = 0.01
 _FEW_ANSWERS = 1000
 
 
+def per_s(rate: float) -> str:
+    """Format a rate."""
+    return f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.3g}/s"
+
+
 class Summary(msgspec.Struct, frozen=True):
     """Requests of all callers or of one. Rates are per second, latencies in milliseconds.
 
@@ -85,6 +90,10 @@ class Results(msgspec.Struct, frozen=True):
     intervals: Sequence[IntervalSummary]
     buckets: Sequence[tuple[float, int]]
     sent_buckets: Sequence[tuple[float, int]] = ()
+
+    @property
+    def load(self) -> str:
+        return f"{self.connections} connections" if self.rate is None else per_s(self.rate)
 
     def errors(self) -> list[tuple[str, int, str]]:
         """Return (kind, count, the server's first message) of the errors."""

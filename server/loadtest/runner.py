@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from math import inf
 
 from cobatch.batcher.simulator.traffic import Trace
-from cobatch.server.loadtest.capacity import VIOLATION_LIMIT, CapacityTrial, search, violation_share
+from cobatch.server.loadtest.capacity import VIOLATION_LIMIT, Capacity, CapacityTrial, search, violation_share
 from cobatch.server.loadtest.fleet import Fleet
 from cobatch.server.loadtest.messages import Plan, Trial
-from cobatch.server.loadtest.options import BenchError, Caller, Options
-from cobatch.server.loadtest.report import Progress, Report, per_s
+from cobatch.server.loadtest.options import BenchError, Options
+from cobatch.server.loadtest.report import Progress, Report
 from cobatch.server.loadtest.requests import prepare
-from cobatch.server.loadtest.results import Results, summarise
+from cobatch.server.loadtest.results import Results, per_s, summarise
 from cobatch.server.loadtest.statistics import Tally
 from cobatch.server.loadtest.target import read_counters
 from cobatch.server.settings.values import is_loopback
@@ -32,10 +32,6 @@ def search_trial_s(seconds: float, rate: float, slo_ms: float) -> float:
     return max(enough_s, _LIMITS_PER_TRIAL * slo_ms / 1000)
 
 
-class _Interrupted(Exception):
-    """Ctrl-C during a trial."""
-
-
 def run(options: Options, progress: Progress) -> Report:
     """Run the load test. Raises BenchError."""
     plan, model = prepare(options)
@@ -48,25 +44,19 @@ def run(options: Options, progress: Progress) -> Report:
             if options.slo_ms is None:
                 runner.run_rates()
             else:
-                runner.search(options.slo_ms)
-        except (_Interrupted, KeyboardInterrupt):
+                report.capacity = runner.search(options.slo_ms)
+        except KeyboardInterrupt:
             report.interrupted = True
     if not report.results:
         raise BenchError("interrupted before anything was measured")
     return report
 
 
-@dataclass
 class _Runner:
-    plan: Plan
-    fleet: Fleet
-    progress: Progress
-    report: Report
-    _trials: int = 0
-
-    @property
-    def _options(self) -> Options:
-        return self.report.options
+    def __init__(self, plan: Plan, fleet: Fleet, progress: Progress, report: Report) -> None:
+        self._plan, self._fleet, self._progress, self._report = plan, fleet, progress, report
+        self._options = report.options
+        self._trials = 0
 
     def run_rates(self) -> None:
         """Run a trial at each rate, or the single trial of a closed loop or a trace."""
@@ -77,16 +67,24 @@ class _Runner:
             load = f"{options.connections} connections" if rate is None else per_s(rate)
             self._run(load, rate, options.seconds)
 
-    def search(self, slo_ms: float) -> None:
+    def search(self, slo_ms: float) -> Capacity:
         """Search for the capacity."""
 
         def attempt(rate: float, confirms: bool) -> CapacityTrial:
-            return self._attempt(rate, confirms, slo_ms)
+            load = f"{'confirming ' if confirms else ''}{per_s(rate)}"
+            results, tally = self._run(load, rate, search_trial_s(options.seconds, rate, slo_ms))
+            failures = results.total.failed / max(1, results.total.requests)
+            p99_ms = results.total.latency_ms["p99"] if failures <= VIOLATION_LIMIT else inf
+            violations, limited = violation_share(tally, slo_ms), bool(results.generator.bottlenecks)
+            trial = CapacityTrial(rate, violations, p99_ms, limited, confirms)
+            text = f"{load}: p99 {p99_ms:,.2f} ms, {violations:.2%} too late or failed"
+            self._progress.say(f"{text}: {'held' if trial.held else 'did not hold'}")
+            return trial
 
         options = self._options
         lowest_rate = _SEARCH_REQUESTS / 10 / (_LONGEST_TRIAL * options.seconds)
         start_rate = max(lowest_rate, options.rates[0] if options.rates else self._estimate())
-        self.report.capacity = search(slo_ms, start_rate, lowest_rate, options.trials, attempt)
+        return search(slo_ms, start_rate, lowest_rate, options.trials, attempt)
 
     def _estimate(self) -> float:
         """Return the rate to start the search at, from a closed loop."""
@@ -94,19 +92,8 @@ class _Runner:
         connections = max(options.processes, min(_ESTIMATE_CONNECTIONS, options.connections))
         trial = Trial(None, connections, _ESTIMATE_S, options.warmup_s)
         results, _ = self._run_trial(f"estimate, {connections} connections", trial, None)
-        self.progress.say(f"closed-loop throughput: {results.total.answered_rate:,.0f}/s")
+        self._progress.say(f"closed-loop throughput: {results.total.answered_rate:,.0f}/s")
         return results.total.answered_rate * _START_SHARE
-
-    def _attempt(self, rate: float, confirms: bool, slo_ms: float) -> CapacityTrial:
-        load = f"{'confirming ' if confirms else ''}{per_s(rate)}"
-        results, tally = self._run(load, rate, search_trial_s(self._options.seconds, rate, slo_ms))
-        failures = results.total.failed / max(1, results.total.requests)
-        p99_ms = results.total.latency_ms["p99"] if failures <= VIOLATION_LIMIT else float("inf")
-        violations, limited = violation_share(tally, slo_ms), bool(results.generator.bottlenecks)
-        trial = CapacityTrial(rate, violations, p99_ms, limited, confirms, results)
-        verdict = "held" if trial.held else "did not hold"
-        self.progress.say(f"{load}: p99 {p99_ms:,.2f} ms, {violations:.2%} too late or failed: {verdict}")
-        return trial
 
     def _run(self, load: str, rate: float | None, seconds: float) -> tuple[Results, Tally]:
         options = self._options
@@ -120,21 +107,18 @@ class _Runner:
         trial = Trial(arrivals, options.connections, seconds, options.warmup_s, self._trials)
         results, tally = self._run_trial(load, trial, rate)
         if tally.measured_s:
-            self.report.results.append(results)
-        if self.fleet.interrupted:
-            raise _Interrupted
+            self._report.results.append(results)
+        if self._fleet.interrupted:
+            raise KeyboardInterrupt
         return results, tally
 
     def _run_trial(self, load: str, trial: Trial, rate: float | None) -> tuple[Results, Tally]:
-        callers, address, model = self._options.callers, self.plan.address, self.report.model
-        tally = Tally(trial, [self._deadline_s(caller) for caller in callers])
+        callers, address, model = self._options.callers, self._plan.address, self._report.model
+        # In a search, the latency limit is a deadline too.
+        limits_ms = [min(one.deadline_ms or inf, self._options.slo_ms or inf) for one in callers]
+        tally = Tally(trial, [None if limit_ms == inf else limit_ms / 1000 for limit_ms in limits_ms])
         before = read_counters(address, model, callers[0].headers)
-        self.fleet.run(trial, tally, lambda: self.progress.update(load, tally))
+        self._fleet.run(trial, tally, lambda: self._progress.update(load, tally))
         after = read_counters(address, model, callers[0].headers)
-        results = summarise(tally, rate, self.plan.names, is_loopback(address.host), before, after)
+        results = summarise(tally, rate, self._plan.names, is_loopback(address.host), before, after)
         return results, tally
-
-    def _deadline_s(self, caller: Caller) -> float | None:
-        """Return the caller's deadline; in a search at most the latency limit."""
-        limits_ms = [limit for limit in (caller.deadline_ms, self._options.slo_ms) if limit is not None]
-        return min(limits_ms) / 1000 if limits_ms else None

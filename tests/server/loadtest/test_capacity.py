@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import inf
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from cobatch.server.loadtest.capacity import (
     violation_share,
 )
 from cobatch.server.loadtest.messages import Trial
-from cobatch.server.loadtest.results import Results
 from cobatch.server.loadtest.runner import search_trial_s
 from cobatch.server.loadtest.statistics import Tally
 
@@ -35,9 +33,7 @@ def simulate(
         number += 1
         part = bad(rate, number)
         p99_ms = 12.0 if part <= 0.01 else 99.0
-        return CapacityTrial(
-            rate, part, p99_ms, limited and part > 0.01, confirms, mock.create_autospec(Results)
-        )
+        return CapacityTrial(rate, part, p99_ms, limited and part > 0.01, confirms)
 
     return search(50.0, start, 1.0, trials, run)
 
@@ -121,6 +117,6 @@ def test_failures_count_as_late() -> None:
     tally.callers[0].errors["status 429"] = 10
     tally.callers[1].latency.add(np.full(10, 60_000.0))
     assert violation_share(tally, 50.0) == pytest.approx(0.1)
-    refusing = CapacityTrial(1.0, 0.1, inf, False, False, mock.create_autospec(Results))
+    refusing = CapacityTrial(1.0, 0.1, inf, False, False)
     assert not refusing.held
     assert "too many failed" in Capacity(50.0, None, 1.0, (), False, [refusing]).sentence()
