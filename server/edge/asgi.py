@@ -34,7 +34,7 @@ _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"
 class AsgiExchange(Exchange, kw_only=True):
     """A request through ASGI. `headers`: the last of each name; `route`: its path with parameters' names.
 
-    `model` is set for a good infer request that needs no record; it has `request_id` in its head already.
+    `model` is set when an infer request is answered; the head of the response has the id then.
     `answer`: resolved with the reply of an infer request, or None if the client disconnected.
     """
 
@@ -46,7 +46,6 @@ class AsgiExchange(Exchange, kw_only=True):
     model: Model | None = None
     route: str = ""
     status: int = 0
-    request_id: bytes | None = None
     watcher: asyncio.Task[None] | None = None
 
     def make_record(self) -> RequestRecord:
@@ -60,13 +59,11 @@ class AsgiExchange(Exchange, kw_only=True):
 
     def send(self, message: Message) -> Awaitable[None]:
         """Pass a message on, the head of the response with its id. Not a coroutine, which would cost more."""
-        if self.model is None and message["type"] == "http.response.start":
+        if message["type"] == "http.response.start":
             self.status = message["status"]
-            record = self.record or self.make_record()
-            if self.request_id is not None and not record.request_id:
-                # The client's own id goes before ours.
-                record.request_id = self.request_id.decode()
-            message["headers"] = [*message.get("headers", ()), *record.reply_headers()]
+            if self.model is None:
+                record = self.record or self.make_record()
+                message["headers"] = [*message.get("headers", ()), *record.reply_headers()]
         return self.send_on(message)
 
     def deliver(self, reply: Reply | None) -> None:
@@ -109,9 +106,8 @@ class ObservingMiddleware:
             raise
         finally:
             del scope[EXCHANGE]  # they refer to each other
-            model = exchange.model
-            if model is not None:
-                exchange.finish(model, 200, "", time.monotonic())
+            if exchange.model is not None and exchange.record is None:
+                exchange.finish(exchange.model, 200, "", time.monotonic())
             else:
                 self._done(scope, exchange, exchange.record or exchange.make_record())
 
@@ -194,14 +190,13 @@ class InferRoutes:
             if reply is None:
                 return
         assert reply is not None
+        exchange.model = model
+        exchange.add_id(reply)
+        note_problem(scope, reply.slug)
         body = b"".join(reply.body)
         head = reply.header_list(len(body))
-        if reply.request_id is not None and exchange.record is None:
-            exchange.model = model
+        if reply.request_id is not None:
             head.append((REQUEST_ID, reply.request_id))
-        else:
-            exchange.request_id = reply.request_id
-            note_problem(scope, reply.slug)
         await send({"type": "http.response.start", "status": reply.status, "headers": head})
         await send({"type": "http.response.body", "body": body})
 

@@ -68,13 +68,17 @@ class Exchange(msgspec.Struct, eq=False):
         packing.add_done_callback(lambda done: self.deliver(reply if done.exception() else done.result()))
 
     def add_id(self, reply: Reply) -> None:
-        """Give the reply the id of the record, if there is one: the client's own id goes before ours."""
-        record = self.record
-        if record is not None:
-            if not record.request_id and reply.request_id is not None:
-                record.request_id = reply.request_id.decode()
-            reply.request_id = None
-            reply.headers += record.reply_headers()
+        """Give the reply the id of its record; without a record, it has an id that names its batch.
+
+        The client's own id goes before ours.
+        """
+        if self.record is None and reply.request_id is not None:
+            return
+        record = self.record or self.make_record()
+        if not record.request_id and reply.request_id is not None:
+            record.request_id = reply.request_id.decode()
+        reply.request_id = None
+        reply.headers += record.reply_headers()
 
     def finish(self, model: Model, status: int, slug: str, answered_s: float) -> None:
         """Count an infer request that is answered, and pass its record on."""

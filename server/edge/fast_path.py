@@ -68,22 +68,13 @@ class FastExchange(Exchange, kw_only=True):
                 block.model, self.body, block.json_length, self.on_reply, block.principal
             )
 
-    def refuse(self, reply: Reply) -> None:
-        """Answer before the body, which is then dropped.
-
-        Not compressed in a thread: what follows must find the request answered.
-        """
-        if self.record is None:
-            self.make_record()
-        self.deliver(reply)
-
     def deliver(self, reply: Reply) -> None:
         self.response_complete = True
         block = self.block
         principal = block.principal
         if principal is not None and self.inference.rate_limit_headers and principal.tenant.limited:
             reply.headers += rate_limit_headers(principal.tenant, time.monotonic())
-        if self.record is not None:
+        if self.record is not None or reply.request_id is None:
             self.add_id(reply)
         written_s = self.connection.write_reply(reply, self.keep_alive)
         if written_s is not None:
@@ -155,7 +146,8 @@ class FastConnection(Connection):
         if problem is not None:
             reply = problem.reply(instance=block.model.infer_path)
             reply.close |= too_long  # the body is not read
-            exchange.refuse(reply)
+            # Without compression in a thread: the bytes that follow must find the request answered.
+            exchange.deliver(reply)
 
 
 def make_protocol(inference: Inference) -> Any:
