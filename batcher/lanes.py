@@ -30,7 +30,7 @@ from cobatch.batcher.statistics import Counters, EngineTotals
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import Engine
 from cobatch.engines.errors import EngineDeadError, EngineError
-from cobatch.engines.jobs import Deliver, Job, Outcome
+from cobatch.engines.worker import Deliver, Job, Outcome
 
 log = logging.getLogger("cobatch.batcher")
 

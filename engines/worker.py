@@ -14,10 +14,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
-from cobatch.engines.base import Array, Engine, batch_sizes
+import msgspec
+
+from cobatch.engines.base import Array, Engine, RowShapes, batch_sizes
 from cobatch.engines.errors import EngineDeadError, EngineError, EngineLoadError, EngineRunError
-from cobatch.engines.jobs import Deliver, Job, Outcome
 
 log = logging.getLogger("cobatch.worker")
 
@@ -27,6 +29,27 @@ _SHORTEST_RUN = 0.9  # of the shortest known run time: hardly any run is shorter
 _TIMER_DELAY_S = 0.00005  # delay of a thread that wakes up from a timed wait
 _SHORTER_WEIGHT, _LONGER_WEIGHT = 0.3, 0.05  # of a new run time that is below or above the average
 _OVERLAPPING_STAGES = 3  # copying in, running and copying out of three batches overlap at best
+
+
+class Job(msgspec.Struct, eq=False):
+    """A batch whose rows lie in a slot's input buffers. `context` is for the batcher's own use."""
+
+    slot: int
+    rows: int
+    row_shapes: RowShapes
+    context: Any
+
+
+class Outcome(msgspec.Struct, eq=False):
+    """Outputs or error of a job, and its start and end in `time.monotonic` seconds."""
+
+    outputs: tuple[Array, ...] | None
+    error: EngineError | None
+    started_s: float
+    finished_s: float
+
+
+Deliver = Callable[[Job, Outcome], None]
 
 
 class Worker:

@@ -20,7 +20,7 @@ import numpy as np
 
 from cobatch.batcher.simulator.clock import VirtualLoop
 from cobatch.engines.base import Array, Engine, RowShapes, Signature
-from cobatch.engines.jobs import Deliver, Job, Outcome
+from cobatch.engines.worker import Deliver, Job, Outcome
 
 _INCLUDED = Path(__file__).with_name("profiles")
 _CHUNK = 4096

@@ -21,7 +21,7 @@ from cobatch.batcher.scheduling.fair_queueing import Group
 from cobatch.batcher.scheduling.formation import form
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import RowShapes, Signature, TensorSpec
-from cobatch.engines.jobs import Deliver, Job
+from cobatch.engines.worker import Deliver, Job
 
 BATCH = 64
 ROUNDS = 200

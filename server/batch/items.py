@@ -17,7 +17,8 @@ import msgspec
 from cobatch.server.auth.credentials import names_token
 from cobatch.server.http.problem import Problem
 from cobatch.server.http.reply import Reply
-from cobatch.server.v2.messages import LARGE_BYTES, InferMessage, decode_json
+from cobatch.server.v2.decode import LARGE_BYTES, decode_json
+from cobatch.server.v2.messages import InferMessage
 
 _encode = msgspec.json.encode
 _INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
@@ -93,7 +94,7 @@ def _decode_together(body: bytes | bytearray, limit: int) -> Sequence[ParsedItem
     """The items with their bodies parsed; empty where that is not possible, or the bodies are long.
 
     Parsing a short body by itself costs as much again as parsing it with the others. Long bodies have a
-    faster parser of their own (see `server.v2.messages`).
+    faster parser of their own (see `server.v2.decode`).
     """
     if len(body) >= LARGE_BYTES * limit:
         return ()

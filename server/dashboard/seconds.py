@@ -22,7 +22,7 @@ from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.durations import EDGES_S
 from cobatch.batcher.request import Batch
 from cobatch.server.api.metrics import state_of
-from cobatch.server.http.request_id import id_lead
+from cobatch.server.http.request_id import LEAD
 from cobatch.server.inference.model import Model
 from cobatch.server.observability.history import BatchRecord
 from cobatch.server.observability.traffic import Traffic
@@ -190,5 +190,5 @@ def _values(batch: Batch, queued_s: Sequence[float], from_s: float) -> list[Any]
         max(0, round((batch.gathered_s - oldest_s) * 1e6)),
         batch.number,
         int(batch.failed),
-        f"{id_lead(batch).decode()}0",  # id of the request whose rows are first
+        (LEAD % batch.number).decode() + "0",  # id of the request whose rows are first
     ]

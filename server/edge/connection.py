@@ -26,7 +26,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
-from cobatch.server.edge.cycle import AsgiCycle, head_beginnings
+from cobatch.server.edge.cycle import AsgiCycle, HeadBeginnings
 from cobatch.server.http.problem import Problem, stopping
 from cobatch.server.http.reply import Reply
 from cobatch.server.inference.service import Inference
@@ -40,6 +40,7 @@ _SHORTEST_TICK_S = 0.05
 _ASGI = {"version": "3.0", "spec_version": "2.3"}
 # The part of a request being received.
 NOTHING, HEADERS, BODY = range(3)
+_BEGINNINGS = HeadBeginnings()
 
 
 class Cycle(Protocol):
@@ -301,6 +302,14 @@ class Connection(asyncio.Protocol):
 
     # Bytes out
 
+    def head_beginnings(self) -> dict[int, bytes]:
+        """Return the beginnings of responses, by status."""
+        headers = self.server_state.default_headers
+        if _BEGINNINGS.headers is not headers:
+            _BEGINNINGS.clear()
+            _BEGINNINGS.headers = headers
+        return _BEGINNINGS
+
     def write_reply(self, reply: Reply, keep_alive: bool) -> float | None:
         """Write a whole response and go on with the connection, or end it.
 
@@ -327,8 +336,7 @@ class Connection(asyncio.Protocol):
         if reply.close or not keep_alive:
             keep_alive = False
             head += b"connection: close\r\n"
-        heads = head_beginnings(self.server_state)
-        transport.write(b"".join((heads[reply.status], head, b"\r\n", *reply.body)))
+        transport.write(b"".join((self.head_beginnings()[reply.status], head, b"\r\n", *reply.body)))
         if not keep_alive:
             transport.close()
         self.on_response_complete()

@@ -9,7 +9,6 @@ from http.client import responses
 from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Scope
-from uvicorn.server import ServerState
 
 from cobatch.server.http.problem import internal
 from cobatch.server.http.reply import Reply
@@ -22,7 +21,7 @@ HIGH_WATER_BYTES = 65536
 _BODILESS = (204, 304)
 
 
-class _HeadBeginnings(dict[int, bytes]):
+class HeadBeginnings(dict[int, bytes]):
     """By status, the status line and uvicorn's default headers (the date), which change each second."""
 
     headers: list[tuple[bytes, bytes]] | None = None
@@ -32,17 +31,6 @@ class _HeadBeginnings(dict[int, bytes]):
         lines += [b"%b: %b\r\n" % header for header in self.headers or ()]
         beginning = self[status] = b"".join(lines)
         return beginning
-
-
-_BEGINNINGS = _HeadBeginnings()
-
-
-def head_beginnings(server_state: ServerState) -> dict[int, bytes]:
-    """Return the beginnings of responses, by status."""
-    if _BEGINNINGS.headers is not server_state.default_headers:
-        _BEGINNINGS.clear()
-        _BEGINNINGS.headers = server_state.default_headers
-    return _BEGINNINGS
 
 
 def joined(body: bytes | bytearray, data: bytes) -> bytes | bytearray:
@@ -73,6 +61,7 @@ class Client(Protocol):
     writable: asyncio.Event
     write_paused: bool
 
+    def head_beginnings(self) -> dict[int, bytes]: ...
     def pause_reading(self) -> None: ...
     def resume_reading(self) -> None: ...
     def write_reply(self, reply: Reply, keep_alive: bool) -> float | None: ...
@@ -215,7 +204,7 @@ class AsgiCycle:
         if fields.count(b"\n") != len(lines) or fields.count(b"\r") != len(lines):
             raise RuntimeError("a line break in a response header")
         self.response_started = True
-        head = b"%b%b\r\n" % (head_beginnings(self._client.server_state)[status], fields)
+        head = b"%b%b\r\n" % (self._client.head_beginnings()[status], fields)
         if length:
             self._head = head
             self._body_left = 0 if self._scope["method"] == "HEAD" else length

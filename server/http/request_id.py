@@ -13,14 +13,13 @@ import re
 import secrets
 from itertools import count
 
-from cobatch.batcher.request import Batch
-
 # Enough for UUIDs, ULIDs, and the ids of Amazon (Root=1-...), Heroku and nginx.
 _SANE = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._:=@+-]{0,127}")
 # Unique to this process. A client's id that begins with it belongs to another request.
 _PROCESS = secrets.token_hex(4)
 _OURS = f"{_PROCESS}-".encode()
-_LEAD = f"{_PROCESS}-%x.".encode()
+# The beginning of the ids in a batch, for its number.
+LEAD = f"{_PROCESS}-%x.".encode()
 _OF_BATCH = re.compile(rf"{_PROCESS}-([0-9a-f]{{1,15}})\.(\d{{1,9}})")
 _numbers = count(1)
 
@@ -33,11 +32,6 @@ def sane(value: bytes) -> str | None:
 def new_id() -> str:
     """Return an id that names no place."""
     return f"{_PROCESS}-r{next(_numbers):x}"
-
-
-def id_lead(batch: Batch) -> bytes:
-    """Return the beginning of the ids in a batch; empty for the joined batch of a split request."""
-    return _LEAD % batch.number if batch.number else b""
 
 
 def place_of(request_id: str) -> tuple[int, int] | None:

@@ -22,9 +22,8 @@ from cobatch.server.predictions.content import JSON, MULTIPART, NPY, OPTIONS_PAR
 from cobatch.server.predictions.npy import datatype_of, read_npy
 from cobatch.server.v2.binary import read_binary, read_raw
 from cobatch.server.v2.checks import check_tensor, wrong_data, wrong_shape
-from cobatch.server.v2.decode import Decoder
+from cobatch.server.v2.decode import Decoder, decode_json
 from cobatch.server.v2.json_data import JsonReader
-from cobatch.server.v2.messages import decode_json
 
 _Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 _Axis = Annotated[int, Meta(ge=0, le=2**31 - 1)]

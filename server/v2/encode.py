@@ -20,7 +20,7 @@ import orjson
 from cobatch.batcher.request import Batch, Request
 from cobatch.engines.base import Signature
 from cobatch.server.http.reply import JSON, OCTETS, Reply
-from cobatch.server.http.request_id import id_lead
+from cobatch.server.http.request_id import LEAD
 from cobatch.server.v2.decode import WantedOutputs
 
 _KEPT_FRAMES = 1024
@@ -50,12 +50,13 @@ class Encoder:
         shared = batch.memo.get("shared")
         if shared is None:
             shapes = tuple([output.shape[1:] for output in batch.outputs])
-            shared = batch.memo["shared"] = shapes, timing_of_batch(batch), id_lead(batch)
+            # A request with a batch of its own (a split one, for example) gets its id elsewhere.
+            lead_of_id = LEAD % batch.number if batch.number else None
+            shared = batch.memo["shared"] = shapes, timing_of_batch(batch), lead_of_id
         shapes, shared_timing, lead_of_id = shared
         timing = b"queue;dur=%.3f%b" % ((batch.dispatched_s - request.enqueued_s) * 1e3, shared_timing)
         first, rows = request.first_row, request.rows
-        # A request with a batch of its own (a split one, for example) gets its id elsewhere.
-        request_id = b"%b%d" % (lead_of_id, first) if lead_of_id else None
+        request_id = None if lead_of_id is None else b"%b%d" % (lead_of_id, first)
         start = self._start
         if message_id is not None:
             start += b',"id":' + msgspec.json.encode(message_id)

@@ -4,7 +4,7 @@ Three ways, chosen by size and form, as `benchmarks/request_cost/codec.py` measu
 
 * flat and small: msgspec makes a typed list and `struct` packs it, without NumPy, whose calls cost more
   than the work on a few numbers;
-* flat and large: simdjson, which has parsed the whole message (`server.v2.messages`), writes the
+* flat and large: simdjson, which has parsed the whole message (`server.v2.decode`), writes the
   numbers into a buffer without a Python object for each;
 * nested, or rejected by the first two: plain lists and `numpy.array`. This way also finds ragged data and
   words the refusal.

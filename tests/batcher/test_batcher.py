@@ -21,7 +21,7 @@ from cobatch.batcher.errors import (
 )
 from cobatch.batcher.request import State
 from cobatch.engines.errors import EngineDeadError, EngineRunError
-from cobatch.engines.jobs import Outcome
+from cobatch.engines.worker import Outcome
 from tests.support.virtual.loop import Call, FakeEngine, FakeWorker, calls, make_batcher, run
 
 RUN_S = 0.010

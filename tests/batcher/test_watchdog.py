@@ -26,7 +26,7 @@ from cobatch.batcher.errors import (
 from cobatch.batcher.lanes import BatchWorker
 from cobatch.batcher.request import Batch, Request, State
 from cobatch.engines.errors import EngineError, EngineRunError
-from cobatch.engines.jobs import Job
+from cobatch.engines.worker import Job
 from cobatch.server.inference.model import Model
 from cobatch.server.settings.schema import ModelSettings
 from tests.support.http.serving import DEADLINE_S, GatedEngine

@@ -18,8 +18,7 @@ import pytest
 
 from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec, batch_sizes
 from cobatch.engines.errors import EngineDeadError, EngineError, EngineLoadError, EngineRunError
-from cobatch.engines.jobs import Job, Outcome
-from cobatch.engines.worker import Worker
+from cobatch.engines.worker import Job, Outcome, Worker
 
 WAIT_S = 20
 SHAPES: RowShapes = ((2,),)

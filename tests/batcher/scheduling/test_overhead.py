@@ -8,7 +8,7 @@ import pytest
 
 from cobatch.batcher.errors import DeadlineTooShortError
 from cobatch.batcher.scheduling.tuning import MOST_OVERHEAD
-from cobatch.engines.jobs import Job, Outcome
+from cobatch.engines.worker import Job, Outcome
 from tests.support.virtual.loop import Call, make_batcher, run
 from tests.support.virtual.tenants import Metered, affine
 

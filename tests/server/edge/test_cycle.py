@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from cobatch.server.edge.cycle import AsgiCycle
+from cobatch.server.edge.cycle import AsgiCycle, HeadBeginnings
 from cobatch.server.http.reply import Reply
 
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -25,7 +25,7 @@ class Client:
         self.transport = SimpleNamespace(
             write=self.written.append, is_closing=lambda: self.closed, close=self.close
         )
-        self.server_state = SimpleNamespace(default_headers=[(b"date", b"today")], tasks=set())
+        self.server_state = SimpleNamespace(tasks=set())
         self.writable = asyncio.Event()
         self.write_paused = False
         self.replies: list[Reply] = []
@@ -38,6 +38,11 @@ class Client:
         assert not keep_alive
         self.replies.append(reply)
         return None
+
+    def head_beginnings(self) -> dict[int, bytes]:
+        beginnings = HeadBeginnings()
+        beginnings.headers = [(b"date", b"today")]
+        return beginnings
 
     def pause_reading(self) -> None:
         self.reading = False

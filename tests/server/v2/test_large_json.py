@@ -10,15 +10,8 @@ import pytest
 
 from cobatch.engines.base import Signature, TensorSpec
 from cobatch.server.http.problem import Problem
-from cobatch.server.v2.decode import Decoder
-from cobatch.server.v2.messages import (
-    LARGE_BYTES,
-    LARGE_LIMIT_BYTES,
-    InferMessage,
-    Parsed,
-    parse,
-    parse_large,
-)
+from cobatch.server.v2.decode import LARGE_BYTES, LARGE_LIMIT_BYTES, Decoder, parse, parse_large
+from cobatch.server.v2.messages import InferMessage, Parsed
 
 WIDTH = 2000
 DECODER = Decoder(Signature((TensorSpec("x", "FP32", (WIDTH,)),), (TensorSpec("y", "FP32", (1,)),)), 1000)

@@ -17,12 +17,11 @@ import pytest
 
 from cobatch.engines.base import Array
 from cobatch.engines.errors import EngineError
-from cobatch.engines.jobs import Job, Outcome
 from cobatch.engines.tensorrt import cuda as driver
 from cobatch.engines.tensorrt.engine import TensorRTEngine
 from cobatch.engines.tensorrt.plans.build import build_plan
 from cobatch.engines.tensorrt.plans.manifest import BuildOptions
-from cobatch.engines.worker import Worker
+from cobatch.engines.worker import Job, Outcome, Worker
 from tests.support.gpu.fakecuda.control import FakeCuda
 from tests.support.gpu.tier import require_fake_gpu
 

@@ -26,8 +26,7 @@ from cobatch.batcher.request import Request
 from cobatch.batcher.simulator.clock import Timer
 from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec
 from cobatch.engines.errors import EngineError
-from cobatch.engines.jobs import Job
-from cobatch.engines.worker import Worker
+from cobatch.engines.worker import Job, Worker
 
 WAIT_S = 20
 

@@ -17,7 +17,7 @@ from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.request import Request
 from cobatch.engines.base import RowShapes, Signature, TensorSpec
 from cobatch.engines.errors import EngineError
-from cobatch.engines.jobs import Deliver, Job, Outcome
+from cobatch.engines.worker import Deliver, Job, Outcome
 
 Array = np.ndarray[Any, Any]
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from cobatch.batcher.request import Batch, Request, State
 from cobatch.engines.base import RowShapes
 from cobatch.engines.errors import EngineDeadError, EngineError, EngineRunError
-from cobatch.engines.jobs import Deliver, Job, Outcome
+from cobatch.engines.worker import Deliver, Job, Outcome
 from tests.support.virtual.loop import Array, FakeEngine
 
 POISON = -666

@@ -12,7 +12,7 @@ from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.errors import QueueFullError
 from cobatch.batcher.request import Batch
 from cobatch.batcher.tenant import Tenant
-from cobatch.engines.jobs import Job
+from cobatch.engines.worker import Job
 from tests.support.virtual.loop import Call, FakeEngine, FakeWorker
 
 # Run times in seconds, by rows.
