@@ -17,11 +17,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from cobatch.batcher.errors import BatcherError
-from cobatch.server.api.routing import as_response, find, guarded
+from cobatch.server.api.routing import as_response, compressed_response, find, guarded
 from cobatch.server.auth.principal import Principal, principal_in, subject_in
 from cobatch.server.edge.exchange import record_in
 from cobatch.server.http.body import read_body
-from cobatch.server.http.compression import compressed
 from cobatch.server.http.problem import Problem, from_error
 from cobatch.server.http.reply import JSON, Reply
 from cobatch.server.inference.model import Model
@@ -183,16 +182,14 @@ class _Resource:
         if answer.problem is not None:
             return as_response(answer.problem.reply(*headers, instance=request.url.path))
         reply = Reply(200, JSON, (answer.text,), timing=answer.timing, headers=headers)
-        return await self._send(request, reply)
+        return await compressed_response(self._inference, request, reply)
 
     async def _object(self, request: Request, prediction: Prediction, *headers: Header) -> Response:
         """The object in its present state. Caches must not store it: it changes, and is one subject's."""
         headers += ((b"cache-control", b"no-store"),)
-        return await self._send(request, Reply(200, JSON, (prediction.text,), headers=headers))
-
-    async def _send(self, request: Request, reply: Reply) -> Response:
-        accept = request.headers.get("accept-encoding", "").encode("latin-1")
-        return as_response(await compressed(reply, accept, self._settings.compress_min_bytes))
+        return await compressed_response(
+            self._inference, request, Reply(200, JSON, (prediction.text,), headers=headers)
+        )
 
 
 async def _answer(request: Request, prediction: Prediction, timeout_s: float | None = None) -> Answer | None:
