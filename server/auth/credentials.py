@@ -129,7 +129,7 @@ def _decode_object(part: str, name: str) -> dict[str, Any]:
     data = _decode(part, name)
     try:
         text = data.decode()
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
         if "\\u" in text:
             # An escape can write half of a surrogate pair, which no output could encode.
             json.dumps(value, ensure_ascii=False).encode()
@@ -147,11 +147,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-def _no_constant(text: str) -> Any:
-    raise ValueError("NaN and Infinity are not JSON")
-
-
 def _finite(text: str) -> float:
+    """Refuse numbers that JSON has not: NaN, Infinity and those out of range."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError("number out of range")

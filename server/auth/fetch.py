@@ -79,12 +79,11 @@ def _get(url: str) -> Fetched:
 def _opener(url: str) -> request.OpenerDirector:
     """Build an opener without redirects, files and FTP, and without a proxy for loopback."""
     is_loopback = is_safe_url(f"http:{url.partition(':')[2]}")
+    proxies = request.ProxyHandler({} if is_loopback else None)
+    scheme = request.HTTPSHandler(context=_tls()) if url.startswith("https:") else request.HTTPHandler()
     opener = request.OpenerDirector()
-    opener.add_handler(request.HTTPErrorProcessor())
-    opener.add_handler(request.HTTPDefaultErrorHandler())
-    opener.add_handler(request.ProxyHandler({} if is_loopback else None))
-    is_tls = url.startswith("https:")
-    opener.add_handler(request.HTTPSHandler(context=_tls()) if is_tls else request.HTTPHandler())
+    for handler in (request.HTTPErrorProcessor(), request.HTTPDefaultErrorHandler(), proxies, scheme):
+        opener.add_handler(handler)
     return opener
 
 

@@ -32,14 +32,7 @@ _TENANT = "me"
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 _Algorithm = Annotated[str, option("RS256|PS256|ES256|EdDSA", "Algorithm that the key signs with.")]
-_Config = Annotated[Path | None, option("FILE", "The server's configuration, with [auth].")]
-_Expiry = Annotated[str | None, option("TIME", "Lifetime, as 12h or 90d (default: unlimited).")]
 _Force = Annotated[bool, switch("--force", "Replace existing files.")]
-_Key = Annotated[Path | None, option("FILE", f"Private key, or HS256's secret (default: {KEY}).")]
-_KeyFile = Annotated[Path | None, option("FILE", f"File to add its hash to, such as {API_KEYS}.")]
-_Kid = Annotated[str | None, option("ID", "Key ID (default: the one in the server's keys).")]
-_Model = Annotated[Path | None, option("FILE", "Model file for the configuration.")]
-_MintAlgorithm = Annotated[str | None, option("ALGORITHM", "PS256 for an RSA key (default: the key's).")]
 _Scope = Annotated[str, option("WORDS", "Permissions, separated by spaces.")]
 _Tenant = Annotated[str, option("NAME", "Tenant that the requests belong to.")]
 
@@ -55,7 +48,7 @@ token_app = typer.Typer(
 @token_app.command("init")
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder; made if it is missing.")] = Path(),
-    model: _Model = None,
+    model: Annotated[Path | None, option("FILE", "Model file for the configuration.")] = None,
     alg: _Algorithm = "RS256",
     force: _Force = False,
 ) -> None:
@@ -78,15 +71,15 @@ def init(
 
 @token_app.command("mint")
 def mint(
-    key: _Key = None,
-    config: _Config = None,
+    key: Annotated[Path | None, option("FILE", f"Private key, or HS256's secret (default: {KEY}).")] = None,
+    config: Annotated[Path | None, option("FILE", "The server's configuration, with [auth].")] = None,
     issuer: Annotated[str | None, option("URL", "The token's iss.")] = None,
     audience: Annotated[str | None, option("URL", "The token's aud.")] = None,
     tenant: _Tenant = _TENANT,
     scope: _Scope = _SCOPE,
     expires_in: Annotated[str, option("TIME", "Lifetime: 90s, 30m, 12h or 7d.")] = "1h",
-    kid: _Kid = None,
-    alg: _MintAlgorithm = None,
+    kid: Annotated[str | None, option("ID", "Key ID (default: the one in the server's keys).")] = None,
+    alg: Annotated[str | None, option("ALGORITHM", "PS256 for an RSA key (default: the key's).")] = None,
 ) -> None:
     """Print an access token (RFC 9068) for development, signed with a key of yours.
 
@@ -144,8 +137,8 @@ def api_key(
     tenant: _Tenant,
     scope: _Scope = _SCOPE,
     name: Annotated[str, option("TEXT", "Note about its holder.")] = "",
-    expires_in: _Expiry = None,
-    file: _KeyFile = None,
+    expires_in: Annotated[str | None, option("TIME", "Lifetime, as 12h or 90d (default: unlimited).")] = None,
+    file: Annotated[Path | None, option("FILE", f"File to add its hash to, such as {API_KEYS}.")] = None,
 ) -> None:
     """Make an API key, for a client that cannot do OAuth.
 

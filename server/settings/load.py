@@ -82,13 +82,11 @@ def read_settings(
     auth = build_auth(file["auth"], source, errors) if "auth" in file else None
     errors += map(str, _server_conflicts(server, auth))
     tables = [{"path": given["model"]}] if "model" in given else file.get("models", [])
-    with errors:
-        if not tables and document.get("models", []) == []:
-            raise SettingsError("models: no model to serve; give MODEL, or [[models]] in a --config file")
+    if not tables and document.get("models", []) == []:
+        errors.append("models: no model to serve; give MODEL, or [[models]] in a --config file")
     for_models = {name: one for name, one in given.items() if name in MODEL_FIELDS}
-    with errors:
-        if "name" in for_models and len(tables) > 1:
-            raise for_models.pop("name").refused(f"names one model, but there are {len(tables)}")
+    if "name" in for_models and len(tables) > 1:
+        errors += for_models.pop("name").refused(f"names one model, but there are {len(tables)}").messages
     models = _build_models([table | for_models for table in tables], errors)
     if auth is not None and not errors.under("models"):
         errors += _rule_conflicts(auth, [model.name for model in models], source)
@@ -166,15 +164,20 @@ def _build_models(tables: list[Table], errors: Errors) -> tuple[ModelSettings, .
         with errors:
             if "pad" in table and not errors.under(table["pad"].key):
                 _check_pads(table["pad"].value)
+        path = table["path"]
         with errors:
-            path = table["path"]
             if not Path(path.value).is_file():
                 why = "a folder" if Path(path.value).is_dir() else "no file there"
                 raise path.refused(f"expected a model file, got {path.value!r}: {why}")
         with errors:
             model = msgspec.convert(values_of(table), ModelSettings)
-            key = table["path"].key.removesuffix(".path")
-            _check_name(f"{key}.name", model.name, table, models)
+            key = path.key.removesuffix(".path")
+            source = table["name"].source if "name" in table else "the file's name; set name"
+            check(f"{key}.name", model.name, Name, source)
+            for other, earlier in models.items():
+                if earlier.name == model.name:
+                    source = table.get("name", path).source
+                    raise SettingsError(f"{key}.name: {model.name!r} is already {other}'s name ({source})")
             models[key] = model
     return tuple(models.values())
 
@@ -208,14 +211,6 @@ def _check_pads(tables: list[Table]) -> None:
         if mask.value in masks or any(mask.value == name for name, _ in padded):
             raise mask.refused(f"{mask.value!r} is in another table already, or another length's mask")
         masks.append(mask.value)
-
-
-def _check_name(key: str, name: str, table: Table, models: Mapping[str, ModelSettings]) -> None:
-    check(key, name, Name, table["name"].source if "name" in table else "the file's name; set name")
-    for other, model in models.items():
-        if model.name == name:
-            source = table.get("name", table["path"]).source
-            raise SettingsError(f"{key}: {name!r} is already {other}'s name ({source})")
 
 
 def _rule_conflicts(auth: AuthSettings, names: list[str], source: str) -> Iterator[str]:
