@@ -167,15 +167,13 @@ class Lanes:
     # To the engine
 
     def send(
-        self, lane: Lane, requests: list[Request], reason: str, shares: dict[Tenant | None, int] | None = None
+        self, lane: Lane, requests: list[Request], reason: str, shares: dict[Tenant | None, int]
     ) -> None:
         """Pack a batch into a free slot, which there must be, and give it to the worker."""
         row_shapes = requests[0].row_shapes
         rows = requests[0].rows if len(requests) == 1 else sum([request.rows for request in requests])
         slot = lane.free_slots.pop()
-        batch = Batch(requests, rows, row_shapes, reason, lane.number, next(_NUMBERS), slot)
-        if shares is not None:
-            batch.shares = shares
+        batch = Batch(requests, rows, row_shapes, reason, lane.number, next(_NUMBERS), slot, shares)
         lane.running[batch] = None
         batch.gathered_s = self._clock()
         job = Job(slot, rows, row_shapes, batch)
@@ -210,7 +208,7 @@ class Lanes:
                 requests.append(request)
         if requests:
             self._counters.retries += 1
-            self.send(lane, requests, RETRY)
+            self.send(lane, requests, RETRY, {})
 
     # Back from the engine
 
