@@ -85,18 +85,17 @@ def _check_start(settings: Settings, errors: Errors) -> None:
 
 
 def _warn_if_open(settings: Settings) -> None:
+    warnings = []
     host = settings.server.host
     behind_tls = settings.server.tls_cert is not None or settings.server.trusted_proxies is not None
     if settings.auth is not None and not is_loopback(host) and not behind_tls:
         advice = "anyone on the network path can read and use them; set --tls-cert, or use a TLS proxy"
-        _warn(f"tokens travel to {host} without TLS: {advice} and --trusted-proxies")
+        warnings.append(f"tokens travel to {host} without TLS: {advice} and --trusted-proxies")
     if settings.server.allow_anonymous:
         callers = "anyone on this machine" if is_loopback(host) else f"anyone who reaches {host}"
-        _warn(f"--allow-anonymous: {callers} may call the models, without authentication")
-
-
-def _warn(message: str) -> None:
-    typer.echo(f"cobatch: warning: {message}", err=True)
+        warnings.append(f"--allow-anonymous: {callers} may call the models, without authentication")
+    for warning in warnings:
+        typer.echo(f"cobatch: warning: {warning}", err=True)
 
 
 def _parameter(setting: Setting, section: str) -> Parameter:

@@ -106,28 +106,24 @@ class Reader:
 
     def _value(self, key: str, value: object, kind: Any) -> Given:
         info = inspect.type_info(kind)
-        match tables_in(info):
-            case None:
-                given = check(key, value, kind, self.source)
-                # The types File and Folder of describe.py.
-                is_path = extra_of(info).get("placeholder") in ("FILE", "FOLDER")
-                return given._replace(value=self._resolved(given.value)) if is_path else given
-            case struct, False:
-                return Given(self.table(key, value, struct), key, self.source)
-            case struct, _:
-                return Given(self._tables(key, value, struct), key, self.source)
-
-    def _tables(self, where: str, listed: object, struct: type[msgspec.Struct]) -> list[Table]:
-        if not isinstance(listed, list):
-            written = re.sub(r"\[\d+\]", "", where)
-            raise Given(listed, where, self.source).unexpected(f"an array of tables, written [[{written}]]")
-        tables = [self.table(f"{where}[{index}]", one, struct) for index, one in enumerate(listed)]
-        return [table for table in tables if all(name in table for name in _required(struct))]
-
-    def _resolved(self, names: Any) -> Any:
-        if isinstance(names, tuple):
-            return tuple(map(self._resolved, names))
-        return str(self._folder / names)
+        found = tables_in(info)
+        if found is None:
+            given = check(key, value, kind, self.source)
+            # The types File and Folder of describe.py.
+            if extra_of(info).get("placeholder") not in ("FILE", "FOLDER"):
+                return given
+            if isinstance(given.value, str):
+                return given._replace(value=str(self._folder / given.value))
+            return given._replace(value=tuple(str(self._folder / name) for name in given.value))
+        struct, is_array = found
+        if not is_array:
+            return Given(self.table(key, value, struct), key, self.source)
+        if not isinstance(value, list):
+            written = re.sub(r"\[\d+\]", "", key)
+            raise Given(value, key, self.source).unexpected(f"an array of tables, written [[{written}]]")
+        tables = [self.table(f"{key}[{index}]", one, struct) for index, one in enumerate(value)]
+        complete = [table for table in tables if all(name in table for name in _required(struct))]
+        return Given(complete, key, self.source)
 
 
 def _required(struct: type[msgspec.Struct]) -> list[str]:
