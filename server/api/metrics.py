@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -67,14 +67,13 @@ def metrics_routes(inference: Inference, gpus: Gpus) -> list[Route]:
     return [Route(METRICS, guarded(inference, "admin", scrape), methods=["GET"])]
 
 
-class _OneFamily(Collector):
+class _OneFamily(NamedTuple):
     """One family, as the registry that the encoders expect."""
 
-    def __init__(self, metric: Metric) -> None:
-        self._metric = metric
+    metric: Metric
 
     def collect(self) -> Iterable[Metric]:
-        return (self._metric,)
+        return self
 
 
 def families(inference: Inference, gpus: Sequence[Gpu]) -> Iterator[Metric]:
@@ -84,12 +83,16 @@ def families(inference: Inference, gpus: Sequence[Gpu]) -> Iterator[Metric]:
     yield _metric(names.READY, [((), inference.ready)])
     yield from _requests(inference)
     yield from _tenants(inference)
-    yield from _states(inference)
+    states = [(name, state_of(model, inference.draining)) for name, model in inference.models.items()]
+    yield _metric(names.STATE, [((name, one), one == state) for name, state in states for one in STATES])
     yield from _queues(batchers, inference.models)
     yield from _batches(batchers)
     yield from _padding(batchers)
     yield from _engines(batchers)
-    yield from _loop(inference)
+    lag = inference.observer.lag
+    yield _times(names.LAG, [((), lag.lags)])
+    if lag.cpu_s is not None:
+        yield _metric(names.LOOP_CPU, [((), lag.cpu_s)])
     if gpus:
         yield from _gpus(gpus)
 
@@ -139,11 +142,6 @@ def _tenants(inference: Inference) -> Iterator[Metric]:
     yield _metric(names.TENANT_QUEUE, [((name,), total.queued_rows) for name, total in totals])
 
 
-def _states(inference: Inference) -> Iterator[Metric]:
-    states = [(name, state_of(model, inference.draining)) for name, model in inference.models.items()]
-    yield _metric(names.STATE, [((name, one), one == state) for name, state in states for one in STATES])
-
-
 def _queues(batchers: Batchers, models: dict[str, Model]) -> Iterator[Metric]:
     open_ = {name: batcher.open_requests() for name, batcher in batchers}
     for levels, _ in open_.values():
@@ -153,8 +151,9 @@ def _queues(batchers: Batchers, models: dict[str, Model]) -> Iterator[Metric]:
     yield _of_models(names.EXPIRED, batchers, lambda batcher: batcher.counters.expired)
     queued = [((name, level), rows) for name, (levels, _) in open_.items() for level, rows in levels.items()]
     yield _metric(names.QUEUE_ROWS, queued)
-    limits = [((name,), models[name].settings.max_queue_rows) for name, _ in batchers]
-    yield _metric(names.QUEUE_LIMIT, limits)
+    yield _of_models(
+        names.QUEUE_LIMIT, batchers, lambda batcher: models[batcher.name].settings.max_queue_rows
+    )
     yield _times(names.QUEUE_DELAY, [((name,), batcher.counters.queue_delays) for name, batcher in batchers])
 
 
@@ -213,13 +212,6 @@ def _engines(batchers: Batchers) -> Iterator[Metric]:
     yield _metric(names.SLOTS_IN_USE, [((name, lane.number), lane.in_slots) for name, lane in lanes])
 
 
-def _loop(inference: Inference) -> Iterator[Metric]:
-    lag = inference.observer.lag
-    yield _times(names.LAG, [((), lag.lags)])
-    if lag.cpu_s is not None:
-        yield _metric(names.LOOP_CPU, [((), lag.cpu_s)])
-
-
 def _gpus(gpus: Sequence[Gpu]) -> Iterator[Metric]:
     yield _metric(names.GPU_INFO, [((gpu.number, gpu.name, gpu.uuid), 1) for gpu in gpus])
     for family, attribute in (
@@ -227,8 +219,8 @@ def _gpus(gpus: Sequence[Gpu]) -> Iterator[Metric]:
         (names.GPU_MEMORY_USED, "used_bytes"),
         (names.GPU_BUSY, "utilization"),
     ):
-        values = [(gpu.number, getattr(gpu, attribute)) for gpu in gpus]
-        yield _metric(family, [((number,), value) for number, value in values if value is not None])
+        values = [((gpu.number,), getattr(gpu, attribute)) for gpu in gpus]
+        yield _metric(family, [(labels, value) for labels, value in values if value is not None])
 
 
 def _of_models(family: Family, batchers: Batchers, value: Callable[[Batcher], float]) -> Metric:

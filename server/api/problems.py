@@ -60,8 +60,8 @@ def _page(request: Request, title: str, body: str, text: str) -> Response:
 
 def _index_text() -> str:
     width = max(map(len, KINDS))
-    lines = [f"{kind.status}  {kind.slug:{width}}  {kind.title}" for kind in KINDS.values()]
-    return "\n".join([*lines, "", "Each has a page: /problems/SLUG", ""])
+    lines = [f"{kind.status}  {kind.slug:{width}}  {kind.title}\n" for kind in KINDS.values()]
+    return f"{''.join(lines)}\nEach has a page: /problems/SLUG\n"
 
 
 def _index_html() -> str:

@@ -77,8 +77,7 @@ def profile_routes(inference: Inference) -> list[Route]:
     async def record(recorder: Recorder, seconds: float) -> AsyncIterator[bytes]:
         yield b""  # sends the headers
         await recorder.watch(seconds)
-        batches = tuple(recorder.batches)
-        for piece in trace_text(batches, recorder.samples, recorder.begin_s, recorder.about(seconds)):
+        for piece in recorder.text(seconds):
             yield piece
             await asyncio.sleep(0)  # let the loop serve requests between the pieces
 
@@ -161,15 +160,16 @@ class Recorder:
             awake_s = self._clock()
             self.samples.append(Sample(awake_s, awake_s - now_s - sleep_s, queued))
 
-    def about(self, seconds: float) -> dict[str, Any]:
-        """Return the file's description of itself."""
-        return {
+    def text(self, seconds: float) -> Iterator[bytes]:
+        """Yield the file in pieces."""
+        about = {
             "server": f"cobatch {__version__}",
             "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": seconds,
             "batches": len(self.batches),
             "batches_left_out": self._left_out,
         }
+        return trace_text(tuple(self.batches), self.samples, self.begin_s, about)
 
 
 def trace_text(
@@ -202,8 +202,7 @@ class _Layout:
         models = dict.fromkeys(model for sample in samples for model in sample.queued_rows)
         models |= dict.fromkeys(one.model for one in batches)
         self._models = {model: number for number, model in enumerate(models)}
-        slots = {(self._models[one.model], one.batch.engine, one.batch.slot) for one in batches}
-        self._slots = sorted(slots)
+        self._slots = sorted({(self._models[one.model], one.batch.engine, one.batch.slot) for one in batches})
         engines = dict.fromkeys((model, engine) for model, engine, _ in self._slots)
         self._workers = {engine: _FIRST_WORKER + number for number, engine in enumerate(engines)}
         self._request = 0
@@ -233,55 +232,42 @@ class _Layout:
     def batch(self, recorded: RecordedBatch) -> Iterator[Event]:
         """Yield the events of a batch and of its requests."""
         batch, number = recorded.batch, self._models[recorded.model]
-        args: dict[str, Any] = {
-            "model": recorded.model,
-            "batch": batch.number,
-            "rows": batch.rows,
-            "requests": len(recorded.requests),
-            "reason": batch.reason,
-        } | ({"failed": True} if batch.failed else {})
+        args: dict[str, Any] = {"model": recorded.model, "batch": batch.number, "rows": batch.rows}
+        args |= {"requests": len(recorded.requests), "reason": batch.reason}
+        args |= {"failed": True} if batch.failed else {}
         slots, track = _FIRST_SLOTS + number, _slot_track(batch.engine, batch.slot)
         worker = self._workers[number, batch.engine]
         name = f"{batch.rows} row{'' if batch.rows == 1 else 's'}, {batch.reason}"
         arrow = {"id": batch.number, "cat": "batch"}
         packed_s = batch.dispatched_s or batch.answering_s  # 0: packing failed
-        yield self._slice(batch.gathered_s, batch.answered_s, name, slots, track, args)
+        yield self._slice(batch.gathered_s, batch.answered_s, name, slots, track, args=args)
         yield self._slice(batch.gathered_s, packed_s, "fill", slots, track)
-        yield self._slice(batch.gathered_s, packed_s, "pack", _THREADS, _LOOP, args)
+        yield self._slice(batch.gathered_s, packed_s, "pack", _THREADS, _LOOP, args=args)
         yield self._at(batch.gathered_s, "s", "batch", _THREADS, _LOOP, **arrow)
         if batch.dispatched_s:
             yield self._slice(packed_s, batch.started_s, "wait for the engine", slots, track)
             yield self._slice(batch.started_s, batch.finished_s, "run", slots, track)
             yield self._slice(batch.finished_s, batch.answering_s, "wait for the loop", slots, track)
-            yield self._slice(batch.started_s, batch.finished_s, f"run {name}", _THREADS, worker, args)
+            yield self._slice(batch.started_s, batch.finished_s, f"run {name}", _THREADS, worker, args=args)
             yield self._at(batch.started_s, "t", "batch", _THREADS, worker, **arrow)
         yield self._slice(batch.answering_s, batch.answered_s, "answer", slots, track)
-        yield self._slice(batch.answering_s, batch.answered_s, "answer", _THREADS, _LOOP, args)
+        yield self._slice(batch.answering_s, batch.answered_s, "answer", _THREADS, _LOOP, args=args)
         yield self._at(batch.answering_s, "f", "batch", _THREADS, _LOOP, **arrow, bp="e")
         process = _FIRST_REQUESTS + number
         for queued_s, rows in recorded.requests:
             self._request += 1
             # A local id keeps the wait inside the group of its model.
             ids: dict[str, Any] = {"cat": "request", "id2": {"local": self._request}}
-            its = {"rows": rows, "batch": batch.number}
-            yield self._at(queued_s, "b", "queued", process, 0, args=its, **ids)
+            of_request = {"rows": rows, "batch": batch.number}
+            yield self._at(queued_s, "b", "queued", process, 0, args=of_request, **ids)
             yield self._at(batch.gathered_s, "e", "queued", process, 0, **ids)
 
     def _at(self, time_s: float, phase: str, name: str, process: int, track: int, **more: Any) -> Event:
         return {"ph": phase, "name": name, "pid": process, "tid": track, "ts": self._us(time_s), **more}
 
-    def _slice(
-        self,
-        from_s: float,
-        to_s: float,
-        name: str,
-        process: int,
-        track: int,
-        args: dict[str, Any] | None = None,
-    ) -> Event:
-        event = self._at(from_s, "X", name, process, track)
-        event["dur"] = round(max(0.0, self._us(to_s) - event["ts"]), 3)
-        return event if args is None else event | {"args": args}
+    def _slice(self, from_s: float, to_s: float, name: str, process: int, track: int, **more: Any) -> Event:
+        duration = round(max(0.0, self._us(to_s) - self._us(from_s)), 3)
+        return self._at(from_s, "X", name, process, track, dur=duration, **more)
 
     def _us(self, time_s: float) -> float:
         return round((time_s - self._begin_s) * 1e6, 3)

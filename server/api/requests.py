@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 from starlette.requests import Request
@@ -90,12 +91,10 @@ class Explainer:
         """Add the time, the stages, the batches and the sentences."""
         arrived = datetime.fromtimestamp(time.time() - self._clock() + from_s, UTC)
         result["time"] = arrived.isoformat(timespec="milliseconds")
-        result["times_us"] = {"total": _us(to_s - from_s)}
+        result["times_us"] = _times(from_s, to_s, batches)
         if batches:
-            first, last = batches[0], max(batches, key=lambda one: one.finished_s)
-            result["times_us"] = _times(from_s, to_s, first, last)
             result["batches"] = [self._describe(one) for one in batches]
-            result["waited_for"] = self._waited_for(result.get("model", ""), from_s, first)
+            result["waited_for"] = self._waited_for(result.get("model", ""), from_s, batches[0])
         result["in_words"] = list(_sentences(result))
         return result
 
@@ -114,39 +113,37 @@ class Explainer:
         if batch.failed:
             result["failed"] = True
         if kept is not None and kept.tenants:
-            shares: dict[str, int] = {}
+            shares: Counter[str] = Counter()
             for tenant, rows in zip(kept.tenants, kept.rows or [1] * len(kept.tenants), strict=True):
-                shares[tenant] = shares.get(tenant, 0) + rows
+                shares[tenant] += rows
             result["tenants"] = shares
         return result
 
     def _waited_for(self, model: str, from_s: float, batch: Batch) -> list[dict[str, Any]]:
         """Return the runs of other batches between the request's arrival and its own batch's run."""
-        waits = []
-        for one in self._history.batches(model):
-            if one is batch or one.engine != batch.engine:
-                continue
-            overlap_s = min(one.finished_s, batch.started_s) - max(one.started_s, from_s)
-            if overlap_s > 0:
-                waits.append({"batch": one.number, "rows": one.rows, "us": _us(overlap_s)})
-        return waits
+        return [
+            {"batch": one.number, "rows": one.rows, "us": _us(overlap_s)}
+            for one in self._history.batches(model)
+            if one is not batch
+            and one.engine == batch.engine
+            and (overlap_s := min(one.finished_s, batch.started_s) - max(one.started_s, from_s)) > 0
+        ]
 
 
 def _us(seconds: float) -> int:
     return max(0, round(seconds * 1e6))
 
 
-def _times(from_s: float, to_s: float, first: Batch, last: Batch) -> dict[str, int]:
+def _times(from_s: float, to_s: float, batches: list[Batch]) -> dict[str, int]:
     """Return consecutive stages; the runs of a request in several batches are one stage."""
+    total = {"total": _us(to_s - from_s)}
+    if not batches:
+        return total
+    first, finished_s = batches[0], max(one.finished_s for one in batches)
     packed_s = first.dispatched_s or first.started_s  # 0: packing failed
-    return {
-        "queue": _us(first.gathered_s - from_s),
-        "pack": _us(packed_s - first.gathered_s),
-        "wait_for_engine": _us(first.started_s - packed_s),
-        "compute": _us(last.finished_s - first.started_s),
-        "answer": _us(to_s - last.finished_s),
-        "total": _us(to_s - from_s),
-    }
+    ends_s = (first.gathered_s, packed_s, first.started_s, finished_s, to_s)
+    stages = zip(_STAGES, pairwise((from_s, *ends_s)), strict=True)
+    return {name: _us(end_s - begin_s) for name, (begin_s, end_s) in stages} | total
 
 
 def _sentences(result: dict[str, Any]) -> Iterable[str]:

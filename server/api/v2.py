@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from cobatch import __version__
-from cobatch.batcher.statistics import BatchTotals, Counters, PaddingTotals
+from cobatch.batcher.statistics import Counters, PaddingTotals
 from cobatch.engines.base import TensorSpec
 from cobatch.server.api.routing import Endpoint, Needs, find, guarded, json, loaded
 from cobatch.server.http.problem import Problem
@@ -32,15 +32,15 @@ def v2_routes(inference: Inference) -> list[Route]:
 
     async def live(_: Request) -> Response:
         dead = [name for name, model in inference.models.items() if model.dead]
-        return _health(not dead, {"live": not dead} | ({"dead_models": dead} if dead else {}))
+        return json({"live": False, "dead_models": dead}, 503) if dead else json({"live": True})
 
     async def ready(_: Request) -> Response:
-        return _health(inference.ready, {"ready": inference.ready})
+        return json({"ready": inference.ready}, 200 if inference.ready else 503)
 
     async def model_ready(request: Request) -> Response:
         model = find(inference, request)
         is_ready = model.ready and not inference.draining
-        return _health(is_ready, {"name": model.name, "ready": is_ready})
+        return json({"name": model.name, "ready": is_ready}, 200 if is_ready else 503)
 
     def of_model(describe: Callable[[Model], Json]) -> Endpoint:
         async def endpoint(request: Request) -> Response:
@@ -49,7 +49,8 @@ def v2_routes(inference: Inference) -> list[Route]:
         return endpoint
 
     async def all_stats(_: Request) -> Response:
-        return json({"model_stats": all_statistics(inference)})
+        models = inference.models.values()
+        return json({"model_stats": [statistics(model) for model in models if model.batcher is not None]})
 
     async def index(_: Request) -> Response:
         return json([index_entry(model) for model in inference.models.values()])
@@ -78,10 +79,6 @@ def v2_routes(inference: Inference) -> list[Route]:
             route(f"{base}/infer", "infer", infer, "POST"),
         ]
     return routes
-
-
-def _health(healthy: bool, body: Json) -> Response:
-    return json(body, 200 if healthy else 503)
 
 
 def metadata(model: Model) -> Json:
@@ -146,8 +143,10 @@ def statistics(model: Model) -> Json:
     by_rows = counters.by_rows
     requests = sum(totals.requests for totals in by_rows.values())
     queue_s = sum(totals.queue_s for totals in by_rows.values())
+    # Each request of a batch spends the batch's whole time in a stage.
     input_s, compute_s, output_s = (
-        _request_seconds(by_rows.values(), name) for name in ("input_s", "compute_s", "output_s")
+        sum((getattr(one, name) / one.batches * one.requests for one in by_rows.values()), start=0.0)
+        for name in ("input_s", "compute_s", "output_s")
     )
     last_s = counters.last_finished_s
     return {
@@ -178,29 +177,17 @@ def statistics(model: Model) -> Json:
     }
 
 
-def all_statistics(inference: Inference) -> list[Json]:
-    """Return the statistics of the loaded models."""
-    return [statistics(model) for model in inference.models.values() if model.batcher is not None]
-
-
 def _padding(counters: Counters) -> Json:
     """Return the share of padding in total and by bucket; nothing for a model without padding."""
     total = counters.padding_total
     if total is None:
         return {}
-    buckets = [
-        {"lengths": lengths, **_padded(totals)} for lengths, totals in sorted(counters.padding.items())
-    ]
-    return {"padding": {**_padded(total), "waste": round(total.waste, 6), "buckets": buckets}}
 
+    def padded(totals: PaddingTotals) -> Json:
+        return {name: getattr(totals, name) for name in ("batches", "rows", "elements", "padding")}
 
-def _padded(totals: PaddingTotals) -> Json:
-    return {name: getattr(totals, name) for name in ("batches", "rows", "elements", "padding")}
-
-
-def _request_seconds(batches: Iterable[BatchTotals], name: str) -> float:
-    """Sum a stage over requests: each request of a batch spends the batch's whole time in it."""
-    return sum((getattr(one, name) / one.batches * one.requests for one in batches), start=0.0)
+    buckets = [{"lengths": lengths, **padded(totals)} for lengths, totals in sorted(counters.padding.items())]
+    return {"padding": {**padded(total), "waste": round(total.waste, 6), "buckets": buckets}}
 
 
 def _duration(count: int, seconds: float) -> Json:

@@ -135,7 +135,7 @@ class Feed:
     def _tenant_seconds(self) -> dict[str, TenantSecond]:
         seconds, known = {}, {}
         for name, total in self._inference.tenant_totals():
-            now = (total.answered, total.rows, total.refused, total.engine_s)
+            now = known[name] = (total.answered, total.rows, total.refused, total.engine_s)
             before = self._tenants.get(name, _NO_USAGE)
             if now < before:
                 before = _NO_USAGE  # it was among the others for a while, and its totals began again
@@ -148,7 +148,6 @@ class Feed:
                 engine=round(engine_s, 6),
                 queued=total.queued_rows,
             )
-            known[name] = now
         self._tenants = known
         return seconds
 
@@ -175,7 +174,8 @@ class Feed:
         self.viewers += 1
         seen = -1
         try:
-            while not self._closed and not self._expired(principal):
+            # The stream of a credential ends when it expires.
+            while not self._closed and (principal is None or principal.expires_s > self._wall_clock()):
                 missed = seen < 0 or self._number != seen + 1
                 seen = self._number
                 yield self._hello() if missed else self._event
@@ -185,9 +185,6 @@ class Feed:
                     await asyncio.shield(self._ticked)
         finally:
             self.viewers -= 1
-
-    def _expired(self, principal: Principal | None) -> bool:
-        return principal is not None and principal.expires_s <= self._wall_clock()
 
     def _hello(self) -> bytes:
         data = msgspec.json.encode(hello(self._inference, self._started) | self._newest())
@@ -201,16 +198,6 @@ def _event(kind: bytes, data: bytes) -> bytes:
 
 def hello(inference: Inference, started: float) -> dict[str, Any]:
     """Return the constant data of a page. It has no secrets, and not the paths of files with secrets."""
-    models = {}
-    for name, model in inference.models.items():
-        values, own = _settings(model.settings)
-        models[name] = {
-            "platform": "" if model.batcher is None else model.engine_worker.engine.platform,
-            "sizes": size_bins(model.settings.max_batch_size),
-            "settings": values,
-            "own": own,
-        }
-    values, own = _settings(inference.settings.server)
     return {
         "version": __version__,
         "host": socket.gethostname(),
@@ -219,17 +206,24 @@ def hello(inference: Inference, started: float) -> dict[str, Any]:
         "latency": EDGES_S.tolist(),
         "reasons": REASONS,
         "kinds": {slug: kind.title for slug, kind in KINDS.items()},
-        "models": models,
-        "settings": values,
-        "own": own,
+        "models": {
+            name: {
+                "platform": "" if model.batcher is None else model.engine_worker.engine.platform,
+                "sizes": size_bins(model.settings.max_batch_size),
+                **_settings(model.settings),
+            }
+            for name, model in inference.models.items()
+        },
+        **_settings(inference.settings.server),
     }
 
 
-def _settings(settings: msgspec.Struct) -> tuple[dict[str, Any], list[str]]:
+def _settings(settings: msgspec.Struct) -> dict[str, Any]:
     """Return the values, and the names of those that differ from the default."""
     required = [field.name for field in msgspec.structs.fields(settings) if field.required]
     # A default can follow from another setting, so compare with an object that has the required ones only.
     plain = type(settings)(**{name: getattr(settings, name) for name in required})
     values = msgspec.to_builtins(settings)
     own = [name for name, value in msgspec.to_builtins(plain).items() if values[name] != value]
-    return {name: value for name, value in values.items() if name not in _SECRET}, required + own
+    shown = {name: value for name, value in values.items() if name not in _SECRET}
+    return {"settings": shown, "own": required + own}

@@ -99,12 +99,12 @@ def totals_of(batcher: Batcher, traffics: Iterable[Traffic]) -> Totals:
     counters = batcher.counters
     bins = size_bins(batcher.max_batch_size)
     sizes: Counter[int] = Counter()
-    for rows, of_size in counters.by_rows.items():
-        sizes[bins[bisect_left(bins, rows)]] += of_size.batches
-    slugs: Counter[str] = Counter()
+    for rows, totals in counters.by_rows.items():
+        sizes[bins[bisect_left(bins, rows)]] += totals.batches
+    problems: Counter[str] = Counter()
     for traffic in traffics:
         for (_, slug), count in traffic.problems.items():
-            slugs[slug] += count
+            problems[slug] += count
     by_rows = counters.by_rows.values()
     return Totals(
         requests=sum([one.requests for one in by_rows]),
@@ -119,7 +119,7 @@ def totals_of(batcher: Batcher, traffics: Iterable[Traffic]) -> Totals:
         output=fsum([one.output_s for one in by_rows]),
         sizes=dict(sizes),
         reasons=dict(counters.reasons),
-        problems=dict(slugs),
+        problems=dict(problems),
     )
 
 
@@ -166,8 +166,7 @@ def timeline(records: Sequence[BatchRecord]) -> list[list[Any]]:
 
     Times are in microseconds since the first batch was gathered.
     """
-    from_s = records[0].batch.gathered_s if records else 0.0
-    return [_values(one.batch, one.queued_s, from_s) for one in records]
+    return [_values(one.batch, one.queued_s, records[0].batch.gathered_s) for one in records]
 
 
 def _values(batch: Batch, queued_s: Sequence[float], from_s: float) -> list[Any]:
