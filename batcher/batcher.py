@@ -84,15 +84,12 @@ class Batcher:
             now_s=clock(),
         )
         self._queue = self._scheduler.queue
-        self._completion = Completion(
-            name, self._scheduler, self.counters, clock, max_batch_size=engine.max_batch_size
-        )
+        self._completion = Completion(name, self._scheduler, clock)
         self._lanes = Lanes(
             name,
             workers,
             self._scheduler,
             self._completion,
-            self.counters,
             loop,
             clock,
             decide=self.decide,

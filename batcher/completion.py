@@ -16,7 +16,6 @@ from cobatch.batcher.request import Batch, Pad, Request, State
 from cobatch.batcher.rows.padding import cut_back
 from cobatch.batcher.rows.splitting import Part, cut, join, release
 from cobatch.batcher.scheduling.scheduler import Scheduler
-from cobatch.batcher.statistics import Counters
 
 log = logging.getLogger("cobatch.batcher")
 
@@ -27,21 +26,13 @@ _ROUNDING_S = 1e-6
 class Completion:
     """Ends the requests of one model. `clock` is the batcher's."""
 
-    def __init__(
-        self,
-        model: str,
-        scheduler: Scheduler,
-        counters: Counters,
-        clock: Callable[[], float],
-        *,
-        max_batch_size: int,
-    ) -> None:
+    def __init__(self, model: str, scheduler: Scheduler, clock: Callable[[], float]) -> None:
         self._model = model
         self._scheduler = scheduler
         self._queue = scheduler.queue
-        self._counters = counters
+        self._counters = scheduler.counters
         self._clock = clock
-        self._max_batch_size = max_batch_size
+        self._max_batch_size = scheduler.max_batch_size
 
     # Answers
 

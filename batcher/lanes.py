@@ -26,7 +26,7 @@ from cobatch.batcher.rows.packing import pack
 from cobatch.batcher.rows.padding import Padder
 from cobatch.batcher.scheduling.policy import RETRY
 from cobatch.batcher.scheduling.scheduler import Scheduler
-from cobatch.batcher.statistics import Counters, EngineTotals
+from cobatch.batcher.statistics import EngineTotals
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import Engine
 from cobatch.engines.errors import EngineDeadError, EngineError
@@ -89,7 +89,6 @@ class Lanes:
         workers: Sequence[BatchWorker],
         scheduler: Scheduler,
         completion: Completion,
-        counters: Counters,
         loop: asyncio.AbstractEventLoop,
         clock: Callable[[], float],
         *,
@@ -108,7 +107,7 @@ class Lanes:
         self._scheduler = scheduler
         self._queue = scheduler.queue
         self._completion = completion
-        self._counters = counters
+        self._counters = scheduler.counters
         self._loop = loop
         self._clock = clock
         self._decide = decide
@@ -123,7 +122,7 @@ class Lanes:
     def _add(self, worker: BatchWorker) -> None:
         engines = self._counters.engines
         taken = {lane.number for lane in self.lanes}
-        number = next(number for number in range(len(taken) + 1) if number not in taken)
+        number = min(set(range(len(taken) + 1)) - taken)
         if number == len(engines):
             engines.append(EngineTotals())
         lane = Lane(worker, number, engines[number])

@@ -76,7 +76,8 @@ class Scheduler:
             now_s=now_s,
         )
         self.draining = False
-        self._counters = counters
+        self.counters = counters
+        self.max_batch_size = max_batch_size
         self._max_delay_s = max_delay_s
         self._latency_target_s = inf if latency_target_s is None else latency_target_s
         self._rate = ArrivalRate(now_s)
@@ -107,7 +108,7 @@ class Scheduler:
                 return error
         if tenant is not None:
             tenant.enter(request.callers, now_s)
-        self._counters.accepted += request.callers
+        self.counters.accepted += request.callers
         return None
 
     def is_lone(self) -> bool:
@@ -141,21 +142,21 @@ class Scheduler:
 
     def _look_ahead(self, now: Now) -> None:
         """Add the predictions that a delay or a deadline asks for."""
-        queue, missed = self.queue, self._counters.missed_deadlines
+        queue, missed = self.queue, self.counters.missed_deadlines
         now.overloaded = queue.deadlines > 0 and (self._overloaded or missed != self._missed)
         if queue.rows:
             run_times = self.shape_times.of(queue.next_group.row_shapes)
             # With a margin for late timers: when only the run is left, a request is removed.
             now.run_s = run_times.high_s(min(queue.rows, queue.full_rows)) + LEAD_S
         if self._max_delay_s:
-            now.rows_per_s = self._rate.per_s(now.time_s, self._counters.accepted)
+            now.rows_per_s = self._rate.per_s(now.time_s, self.counters.accepted)
 
     def _form(self, group: Group, reason: str, start_s: float) -> Dispatch:
         """Form a batch of the group that would start at `start_s`."""
         queue = self.queue
         most_rows, plan = queue.full_rows, None
         if queue.deadlines:
-            missed = self._counters.missed_deadlines
+            missed = self.counters.missed_deadlines
             self._overloaded = missed != self._missed
             self._missed = missed
             plan = StartPlan(start_s, self.shape_times.of(group.row_shapes), self._overloaded)
