@@ -95,9 +95,7 @@ class AuthSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         Meta(extra={"separator": ""}),
         about("names of this server, or one as text; a token's `aud` must have one of them"),
     ] = ()
-    resource: Annotated[str, about("address for clients (RFC 9728)", default="an audience that is a URL")] = (
-        ""
-    )
+    resource: Annotated[str, about("address for clients (RFC 9728)", default="a URL in `audience`")] = ""
     api_keys_file: Annotated[File, about("file of API keys")] = ""
     leeway_s: Annotated[float, Meta(ge=0, le=300), about("allowed difference between clocks")] = 10.0
     max_token_bytes: Annotated[int, Meta(ge=256, le=65536), about("largest token")] = 8192
