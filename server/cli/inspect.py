@@ -75,7 +75,11 @@ def _show(model: dict[str, Any]) -> None:
     """Print a heading, how rows are batched, and the tensors, on stdout."""
     console = stdout()
     size = model["batch_size"]
-    rows = "any number of rows" if size is None else f"fixed at {size} rows; fewer are padded"
+    rows = (
+        "any number of rows"
+        if size is None
+        else f"fixed at {size} {'row' if size == 1 else 'rows; fewer are padded'}"
+    )
     heading = Text.assemble((model["name"], "bold"), f"  {model['platform']}  {model['path']}")
     # Soft: the terminal breaks a long path, so that it is copied as one word.
     console.print(heading, soft_wrap=True)

@@ -116,7 +116,7 @@ def from_error(error: Exception) -> Problem:
         case batching.BatcherError() if type(error) in _FROM:
             slug, attributes, in_ms = _FROM[type(error)]
             members = {name: getattr(error, name) for name in attributes}
-            members |= {name: getattr(error, seconds) * 1e3 for name, seconds in in_ms.items()}
+            members |= {name: round(getattr(error, seconds) * 1e3, 3) for name, seconds in in_ms.items()}
             return Problem(slug, str(error), **members)
         case _:
             return internal()

@@ -169,6 +169,8 @@ def _build_models(tables: list[Table], errors: Errors) -> tuple[ModelSettings, .
             if not Path(path.value).is_file():
                 why = "a folder" if Path(path.value).is_dir() else "no file there"
                 raise path.refused(f"expected a model file, got {path.value!r}: {why}")
+            if Path(path.value).suffix == ".toml":
+                raise path.refused(f"expected a model file, got {path.value!r}; did you mean --config?")
         with errors:
             model = msgspec.convert(values_of(table), ModelSettings)
             key = path.key.removesuffix(".path")

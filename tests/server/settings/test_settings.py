@@ -185,6 +185,9 @@ def test_refusals_name_the_variable_or_the_flag(model: Path, tmp_path: Path) -> 
     assert missing == (
         "models[0].path: expected a model file, got 'gone.onnx': no file there (argument MODEL)"
     )
+    assert refusal(tmp_path, MODELS, model=str(tmp_path / "cobatch.toml")) == (
+        "models[0].path: expected a model file, got 'cobatch.toml'; did you mean --config? (argument MODEL)"
+    )
     assert refusal(tmp_path, MODELS, prot=1) == "--prot: unknown flag; did you mean port?"
 
 
