@@ -11,6 +11,7 @@ import numpy as np
 from cobatch.batcher.simulator.traffic import Poisson, Recorded, Trace
 from cobatch.server.loadtest.fleet import Fleet
 from cobatch.server.loadtest.messages import Address, Plan, PreparedRequest, Trial
+from cobatch.server.loadtest.options import Caller
 from cobatch.server.loadtest.statistics import Counts, Tally
 
 _MAX_CONNECTIONS = 16_384  # enough to send each request when it is due
@@ -37,9 +38,7 @@ def drive(address: str, *loads: Load, deadline_s: float | None = None, processes
             (number, 1): [PreparedRequest(one, number, 0) for one in load.requests]
             for number, load in enumerate(loads)
         },
-        names=names,
-        shares=[1.0] * len(loads),
-        rows=[1] * len(loads),
+        callers=[Caller(name) for name in names],
         timeout_s=_TIMEOUT_S,
     )
     trace = Trace(sent)

@@ -44,14 +44,14 @@ def choices(plan: Plan, trial: Trial, number: int = 0) -> Iterator[PreparedReque
     """Yield requests: callers in proportion to their shares, each caller's examples in rotation."""
     rotations = {key: cycle(_rotated(requests, number)) for key, requests in plan.requests.items()}
     if isinstance(trial.arrivals, Trace):
-        callers = {name: caller for caller, name in enumerate(plan.names)}
+        callers = {one.name: number for number, one in enumerate(plan.callers)}
         for recorded in trial.arrivals.requests:
             yield next(rotations[callers[recorded.tenant] if recorded.tenant else 0, recorded.rows])
         return
-    by_caller = [rotations[caller, rows] for caller, rows in enumerate(plan.rows)]
+    by_caller = [rotations[number, one.rows] for number, one in enumerate(plan.callers)]
     if len(by_caller) == 1:
         yield from by_caller[0]
-    shares = np.cumsum(plan.shares)
+    shares = np.cumsum([one.share for one in plan.callers])
     rng = np.random.default_rng([plan.seed, trial.seed, 1, number])
     while True:
         drawn = np.searchsorted(shares, rng.random(_CHUNK) * shares[-1], side="right")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cobatch.batcher.simulator.traffic import Arrivals
+from cobatch.server.loadtest.options import Caller
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
@@ -69,15 +70,12 @@ class Expected:
 class Plan:
     """Constants of all trials.
 
-    `requests`: by (caller, rows), sent in rotation. `names`, `shares`: of the callers; `rows`: of each
-    caller's requests where a trace does not set them.
+    `requests`: by (index of the caller, rows), sent in rotation.
     """
 
     address: Address
     requests: Mapping[tuple[int, int], Sequence[PreparedRequest]]
-    names: Sequence[str]
-    shares: Sequence[float]
-    rows: Sequence[int]
+    callers: Sequence[Caller]
     expected: Expected | None = None
     timeout_s: float = 30.0
     seed: int = 1

@@ -13,14 +13,7 @@ import numpy as np
 from cobatch.engines.base import DATATYPES
 from cobatch.server.loadtest.codec import Array, Checker, datatype_of, decode, encode, request_bytes, to_bf16
 from cobatch.server.loadtest.messages import Arrays, Expected, Plan, PreparedRequest
-from cobatch.server.loadtest.options import (
-    BenchError,
-    Caller,
-    Options,
-    Span,
-    UsageError,
-    parse_spans,
-)
+from cobatch.server.loadtest.options import BenchError, Caller, Options, Span, UsageError, parse_spans
 from cobatch.server.loadtest.target import Model, Tensor, describe, fetch, parse_url
 
 _DRAWN_BYTES_LIMIT = 64 << 20  # per request size; more inputs would not change the load
@@ -35,46 +28,29 @@ def prepare(options: Options) -> tuple[Plan, Model]:
     callers = options.callers
     name, version = options.model or model_in_path, options.model_version or version_in_path
     model = describe(address, name, version, callers[0].headers)
-    inputs: Inputs
-    if options.inputs:
-        inputs = FileInputs("--input", options.inputs, model.inputs or (), "inputs")
-    else:
-        sizes = parse_spans("--shape", options.shapes)
-        if any(low < 1 or low % 1 for spans in sizes.values() for low, _ in spans):
-            raise UsageError("--shape: sizes are whole numbers from 1")
-        ranges = {name: spans[0] for name, spans in parse_spans("--values", options.values).items()}
-        inputs = RandomInputs(model.inputs or (), sizes, ranges, options.seed)
-    examples = _Examples(inputs, options)
+    examples = _Examples(options, model)
+    path = f"{model.path}/infer"
 
     def prepared(caller: int, example: int) -> PreparedRequest:
         body, headers = examples.encode(example, callers[caller])
-        return PreparedRequest(request_bytes(address, f"{model.path}/infer", headers, body), caller, example)
+        return PreparedRequest(request_bytes(address, path, headers, body), caller, example)
 
-    plan = Plan(
-        address=address,
-        requests={
-            (number, rows): [prepared(number, example) for example in examples.numbers(rows)]
-            for number, caller in enumerate(callers)
-            for rows in _request_sizes(options, caller)
-        },
-        names=[caller.name for caller in callers],
-        shares=[caller.share for caller in callers],
-        rows=[caller.rows for caller in callers],
-        expected=_expected(options, model, examples),
-        timeout_s=options.timeout_s,
-        seed=options.seed,
-    )
-    _try_requests(callers, plan, model, examples)
+    requests = {
+        (number, rows): [prepared(number, example) for example in examples.numbers(rows)]
+        for number, caller in enumerate(callers)
+        for rows in _request_sizes(options, caller)
+    }
+    expected = _expected(options, model, examples)
+    plan = Plan(address, requests, callers, expected, options.timeout_s, options.seed)
+    _try_requests(plan, path, examples)
     return plan, model
 
 
 def _request_sizes(options: Options, caller: Caller) -> list[int]:
     """Return the numbers of rows of this caller's requests."""
-    if options.trace is None:
-        return [caller.rows]
     names = [one.name for one in options.callers]
     sizes = {caller.rows}
-    for recorded in options.trace.requests:
+    for recorded in options.trace.requests if options.trace is not None else ():
         tenant = recorded.tenant or names[0]
         if tenant not in names:
             raise UsageError(f"the trace has a tenant {tenant!r} that no --tenant describes")
@@ -83,16 +59,16 @@ def _request_sizes(options: Options, caller: Caller) -> list[int]:
     return sorted(sizes)
 
 
-def _try_requests(callers: Sequence[Caller], plan: Plan, model: Model, examples: _Examples) -> None:
+def _try_requests(plan: Plan, path: str, examples: _Examples) -> None:
     """Send a request of each caller, and all inputs if answers are checked. Raises BenchError."""
     checker = None if plan.expected is None else Checker(plan.expected)
-    for number, caller in enumerate(callers):
+    for number, caller in enumerate(plan.callers):
         every = number == 0 and checker is not None
         numbers = range(len(examples.arrays)) if every else examples.numbers(caller.rows)[:1]
+        prefix = f"{caller.name}: " if len(plan.callers) > 1 else ""
         for example in numbers[:_TRIED_LIMIT]:
             body, headers = examples.encode(example, caller)
-            reply = fetch(plan.address, "POST", f"{model.path}/infer", headers, body)
-            prefix = f"{caller.name}: " if len(callers) > 1 else ""
+            reply = fetch(plan.address, "POST", path, headers, body)
             if reply.status != 200:
                 raise BenchError(f"{prefix}the first request was answered with {reply.error}")
             why = checker.check(example, reply.head, reply.body) if checker is not None else None
@@ -138,32 +114,40 @@ def _reference_answers(url: str, options: Options, model: Model, examples: _Exam
 class _Examples:
     """The inputs of all requests, numbered consecutively over all request sizes."""
 
-    def __init__(self, inputs: Inputs, options: Options) -> None:
-        self.inputs = inputs
+    def __init__(self, options: Options, model: Model) -> None:
+        tensors = model.inputs or ()
+        self.inputs: RandomInputs | FileInputs
+        if options.inputs:
+            self.inputs = FileInputs("--input", options.inputs, tensors, "inputs")
+        else:
+            sizes = parse_spans("--shape", options.shapes)
+            if any(low < 1 or low % 1 for spans in sizes.values() for low, _ in spans):
+                raise UsageError("--shape: sizes are whole numbers from 1")
+            ranges = {name: spans[0] for name, spans in parse_spans("--values", options.values).items()}
+            self.inputs = RandomInputs(tensors, sizes, ranges, options.seed)
         self.arrays: list[Arrays] = []
         self.keys: list[tuple[int, int]] = []  # (number among examples of this size, rows)
-        self._limit = options.examples
-        self._binary = options.binary
+        self._options = options
         self._numbers: dict[int, range] = {}
 
     def numbers(self, rows: int) -> range:
         """Return the numbers of the examples with this many rows, made on first use."""
         if rows not in self._numbers:
-            first, keys = len(self.arrays), [(number, rows) for number in range(self._count(rows))]
-            self.keys += keys
-            self.arrays += [self.inputs.example(*key) for key in keys]
+            if isinstance(self.inputs, FileInputs):
+                count = -(-self.inputs.count // rows)
+            else:
+                size = sum(array.nbytes for array in self.inputs.example(0, rows).values())
+                count = max(1, min(self._options.examples, _DRAWN_BYTES_LIMIT // max(1, size)))
+            first = len(self.arrays)
+            self.keys += [(number, rows) for number in range(count)]
+            self.arrays += [self.inputs.example(number, rows) for number in range(count)]
             self._numbers[rows] = range(first, len(self.arrays))
         return self._numbers[rows]
 
-    def _count(self, rows: int) -> int:
-        if isinstance(self.inputs, FileInputs):
-            return -(-self.inputs.count // rows)
-        size = sum(array.nbytes for array in self.inputs.example(0, rows).values())
-        return max(1, min(self._limit, _DRAWN_BYTES_LIMIT // max(1, size)))
-
     def encode(self, number: int, caller: Caller) -> tuple[bytes, dict[str, str]]:
         """Return an example's body and all headers of this caller's request."""
-        body, headers = encode(self.arrays[number], self.inputs.datatypes, self._binary, caller.parameters)
+        binary, datatypes = self._options.binary, self.inputs.datatypes
+        body, headers = encode(self.arrays[number], datatypes, binary, caller.parameters)
         return body, {**caller.headers, **headers}
 
 
@@ -180,9 +164,10 @@ class RandomInputs:
         if not tensors:
             raise UsageError("the model's metadata has no inputs: give --input FILE")
         self.datatypes = {tensor.name: tensor.datatype for tensor in tensors}
-        for flag, name in [*(("--shape", name) for name in sizes), *(("--values", name) for name in spans)]:
-            if name not in self.datatypes:
-                raise UsageError(f"{flag}: no input {name!r}; the model has {', '.join(self.datatypes)}")
+        for flag, names in (("--shape", sizes), ("--values", spans)):
+            for name in names:
+                if name not in self.datatypes:
+                    raise UsageError(f"{flag}: no input {name!r}; the model has {', '.join(self.datatypes)}")
         for name, datatype in self.datatypes.items():
             if datatype not in DATATYPES:
                 raise UsageError(f"input {name!r}: unknown datatype {datatype!r}")
@@ -323,6 +308,3 @@ class FileInputs:
             return array.astype(dtype, casting="same_kind" if array.dtype.kind == "f" else "unsafe")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{name!r} ({datatype}): {error}") from None
-
-
-Inputs = RandomInputs | FileInputs

@@ -120,5 +120,6 @@ class _Runner:
         before = read_counters(address, model, callers[0].headers)
         self._fleet.run(trial, tally, lambda: self._progress.update(load, tally))
         after = read_counters(address, model, callers[0].headers)
-        results = summarise(tally, rate, self._plan.names, is_loopback(address.host), before, after)
+        names = [caller.name for caller in callers]
+        results = summarise(tally, rate, names, is_loopback(address.host), before, after)
         return results, tally

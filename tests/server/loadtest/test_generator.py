@@ -27,6 +27,7 @@ from cobatch.server.loadtest.messages import (
     Samples,
     Trial,
 )
+from cobatch.server.loadtest.options import Caller
 from cobatch.server.loadtest.results import notes
 from cobatch.server.loadtest.statistics import Tally
 
@@ -111,7 +112,7 @@ class Recorder:
 def planned(port: int, expected: Expected | None = None, timeout_s: float = 30.0) -> Plan:
     request = PreparedRequest(REQUEST, 0, 0)
     address = Address("127.0.0.1", port)
-    return Plan(address, {(0, 1): [request]}, ["all"], [1.0], [1], expected, timeout_s)
+    return Plan(address, {(0, 1): [request]}, [Caller()], expected, timeout_s)
 
 
 async def drive(driver: Driver, recorder: Recorder) -> None:

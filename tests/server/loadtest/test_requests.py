@@ -194,8 +194,8 @@ def plan_of(shares: list[float], rows: int = 1, examples: int = 3) -> Plan:
         for caller in range(len(shares))
         for size in range(1, rows + 1)
     }
-    names = [f"t{number}" for number in range(len(shares))]
-    return Plan(Address("h", 1), requests, names, shares, [1] * len(shares), Expected([]))
+    callers = [Caller(f"t{number}", share) for number, share in enumerate(shares)]
+    return Plan(Address("h", 1), requests, callers, Expected([]))
 
 
 @settings(max_examples=20)
