@@ -111,7 +111,6 @@ class Driver(ABC):
         self._samples = array("d")
         self._kinds: dict[str, int] = {}
         self._end_s = inf
-        self._next_check_s = 0.0
         self._heartbeat_from = (0.0, 0.0)  # CPU seconds, clock
         self._measured: list[tuple[float, float]] = []  # the same, from the start of measuring
         self._over = self._loop.create_future()
@@ -127,12 +126,13 @@ class Driver(ABC):
         self._heartbeat_from = (process_time(), monotonic())
         for time_s in (at_s + self._trial.warmup_s, self._end_s):
             self._loop.call_later(time_s - monotonic(), self._read_clocks)
-        flushing = self._loop.call_later(_FLUSH_S, self._flush)
+        self._repeat(_FLUSH_S, self._flush)
+        self._repeat(_HEARTBEAT_S, self._beat)
+        self._repeat(_TIMEOUT_CHECK_S, self._check_timeouts)
         self._begin(at_s)
         await self._over
-        flushing.cancel()
         self._fail_unanswered(monotonic())
-        self._flush(again=False)
+        self._flush()
         self._read_clocks()  # unless both are read, the trial was stopped
         (cpu_s, clock_s), (end_cpu_s, end_clock_s) = self._measured[0], self._measured[:2][-1]
         self._report(Done(end_cpu_s - cpu_s, end_clock_s - clock_s, self._most_open))
@@ -232,24 +232,28 @@ class Driver(ABC):
 
     # Reports during the trial.
 
-    def _flush(self, again: bool = True) -> None:
-        now = monotonic()
+    def _repeat(self, period_s: float, call: Callable[[], None]) -> None:
+        """Call a function in this period until the trial is over."""
+
+        def again() -> None:
+            if not self._over.done():
+                call()
+                self._repeat(period_s, call)
+
+        self._loop.call_later(period_s, again)
+
+    def _flush(self) -> None:
         if self._samples:
             self._report(Samples(self._samples.tobytes()))
             del self._samples[:]
-        cpu_s, at_s = self._heartbeat_from
-        if now - at_s >= _HEARTBEAT_S:
-            used_s = process_time()
-            self._report(Heartbeat(self._open_requests(), (used_s - cpu_s) / (now - at_s)))
-            self._heartbeat_from = (used_s, now)
-        if now >= self._next_check_s:
-            self._next_check_s = now + _TIMEOUT_CHECK_S
-            self._check_timeouts(now)
-        if again and not self._over.done():
-            self._loop.call_later(_FLUSH_S, self._flush)
 
-    def _check_timeouts(self, now: float) -> None:
-        oldest_s = now - self._plan.timeout_s
+    def _beat(self) -> None:
+        (cpu_s, at_s), self._heartbeat_from = self._heartbeat_from, (process_time(), monotonic())
+        used_s, passed_s = self._heartbeat_from[0] - cpu_s, self._heartbeat_from[1] - at_s
+        self._report(Heartbeat(self._open_requests(), used_s / passed_s))
+
+    def _check_timeouts(self) -> None:
+        oldest_s = monotonic() - self._plan.timeout_s
         for connection in list(self._connections):
             if connection.request is not None and connection.sent < oldest_s:
                 connection.give_up("no answer in time")

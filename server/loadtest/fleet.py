@@ -138,10 +138,7 @@ class _Process:
     """Runs the trials that arrive through the pipe in this process."""
 
     def __init__(self, pipe: Pipe, plan: Plan, number: int, processes: int) -> None:
-        self._pipe = pipe
-        self._plan = plan
-        self._number = number
-        self._processes = processes
+        self._pipe, self._plan, self._number, self._processes = pipe, plan, number, processes
         self._orders: asyncio.Queue[Trial | Start | None] = asyncio.Queue()
         self._driver: Driver | None = None
 

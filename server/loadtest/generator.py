@@ -259,9 +259,9 @@ class OpenLoop(Driver):
             self._fail_waiting("stopped before it was sent")
         super()._fail_unanswered(now)
 
-    def _check_timeouts(self, now: float) -> None:
-        super()._check_timeouts(now)
-        while self._waiting and self._waiting[0][0] < now - self._plan.timeout_s:
+    def _check_timeouts(self) -> None:
+        super()._check_timeouts()
+        while self._waiting and self._waiting[0][0] < monotonic() - self._plan.timeout_s:
             self._fail_waiting("no connection was free in time")
         self._stop_if_over()
 

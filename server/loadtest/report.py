@@ -208,12 +208,16 @@ class Progress(ExitStack):
     def update(self, load: str, tally: Tally) -> None:
         """Refresh the live view, or print a line every few seconds where stderr is no terminal."""
         elapsed_s = tally.elapsed_s
-        recent, recent_s = _last_second(tally, elapsed_s)
+        recent, seconds = _last_second(tally, elapsed_s)
         if self._live is not None:
-            self._live.update(_view(load, tally, elapsed_s, recent, recent_s), refresh=True)
+            self._live.update(_view(load, tally, elapsed_s, recent, seconds), refresh=True)
         elif monotonic() >= self._next_line_s and elapsed_s >= _LIVE_PERIOD_S:
             self._next_line_s = monotonic() + _LINE_S
-            self.say(_line(load, elapsed_s, recent, recent_s))
+            self.say(
+                f"{load} {elapsed_s:5.1f} s: {per_s(recent.due / seconds)} offered, "
+                f"{per_s(recent.answered / seconds)} answered, p50 {_ms(recent.latency, 0.5)} ms, "
+                f"p99 {_ms(recent.latency, 0.99)} ms, {recent.errors.total():,} failed"
+            )
 
 
 def _last_second(tally: Tally, elapsed_s: float) -> tuple[Counts, float]:
@@ -223,14 +227,6 @@ def _last_second(tally: Tally, elapsed_s: float) -> tuple[Counts, float]:
     last = int(elapsed_s / each_s) - 1
     numbers = range(max(0, last - round(_LIVE_PERIOD_S / each_s)), max(0, last))
     return total(tally.recent[number] for number in numbers), max(len(numbers), 1) * each_s
-
-
-def _line(load: str, elapsed_s: float, recent: Counts, seconds: float) -> str:
-    return (
-        f"{load} {elapsed_s:5.1f} s: {per_s(recent.due / seconds)} offered, "
-        f"{per_s(recent.answered / seconds)} answered, p50 {_ms(recent.latency, 0.5)} ms, "
-        f"p99 {_ms(recent.latency, 0.99)} ms, {recent.errors.total():,} failed"
-    )
 
 
 def _view(load: str, tally: Tally, elapsed_s: float, recent: Counts, recent_s: float) -> Group:
