@@ -25,7 +25,7 @@ from cobatch.server.auth.tenants import Tenants
 from cobatch.server.auth.throttle import Clock, SignatureThrottle
 from cobatch.server.auth.tokens import TokenError, TokenVerifier, VerifiedToken, claim_at
 from cobatch.server.http.problem import Problem
-from cobatch.server.settings.auth import AuthSettings, Issuer, is_permission
+from cobatch.server.settings.auth import AuthSettings, is_permission
 
 # The outcomes of authentication, as the metric labels them.
 RESULTS = (
@@ -55,8 +55,12 @@ class Authenticator:
         self._rules = {rule.model: rule for rule in settings.models}
         model_scopes = [scope for rule in settings.models for scope in rule.scopes]
         self._named_scopes = {rule.scope for rule in settings.tenants}.union(model_scopes)
-        self._fetched: list[FetchedKeys] = []
-        self._keys = {issuer.issuer: self._key_source(issuer) for issuer in settings.issuers}
+        self._keys: dict[str, KeySource] = {}
+        for issuer in settings.issuers:
+            keys = configured_keys(issuer)
+            source = StaticKeys(keys) if keys else FetchedKeys(issuer, settings, self._withdraw)
+            self._keys[issuer.issuer] = source
+        self._fetched = [source for source in self._keys.values() if isinstance(source, FetchedKeys)]
         self._verifier = TokenVerifier(settings, self._keys, wall_clock)
         keys_file = settings.api_keys_file
         self._api_keys = ApiKeys.read(Path(keys_file)) if keys_file else ApiKeys({})
@@ -66,12 +70,6 @@ class Authenticator:
         self._principals_by_key: dict[Key, WeakSet[Principal]] = {}
         # Header blocks in the fast path's cache are not counted again.
         self.results: Counter[str] = Counter(dict.fromkeys(RESULTS, 0))
-
-    def _key_source(self, issuer: Issuer) -> KeySource:
-        if keys := configured_keys(issuer):
-            return StaticKeys(keys)
-        self._fetched.append(FetchedKeys(issuer, self.settings, self._withdraw))
-        return self._fetched[-1]
 
     async def start(self, on_ready: Callable[[], None]) -> None:
         """Start to fetch keys, without waiting for them. Call `on_ready` when an issuer's keys arrive."""

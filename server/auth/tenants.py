@@ -79,7 +79,6 @@ class Tenants:
         return tenant
 
     def totals(self) -> list[tuple[str, Total]]:
-        """Return the usage of the busiest tenants, by name, and of all others together."""
         return self._totals.totals()
 
     def _drop_idle(self) -> None:
