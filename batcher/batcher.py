@@ -116,6 +116,11 @@ class Batcher:
         return self._queue.full_rows
 
     @property
+    def expected_run_s(self) -> float:
+        """The predicted run time of a batch of `full_rows` rows."""
+        return self._scheduler.run_times.expected_s(self.full_rows)
+
+    @property
     def running_batches(self) -> int:
         """Batches that are with an engine."""
         return self._lanes.running

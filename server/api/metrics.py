@@ -165,6 +165,7 @@ def _batches(batchers: Batchers) -> Iterator[Metric]:
     yield _metric(names.BATCHES, reasons)
     yield _batch_rows(batchers)
     yield _of_models(names.FULL_ROWS, batchers, lambda batcher: batcher.full_rows)
+    yield _of_models(names.EXPECTED_RUN, batchers, lambda batcher: batcher.expected_run_s)
     yield _times(names.COMPUTE, [((name,), batcher.counters.run_times) for name, batcher in batchers])
     yield _of_models(names.PACKING, batchers, seconds(lambda totals: totals.input_s))
     yield _of_models(names.DELIVERY, batchers, seconds(lambda totals: totals.output_s))

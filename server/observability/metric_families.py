@@ -85,6 +85,11 @@ FULL_ROWS = _family(
     "full_batch_rows", "gauge", "model",
     "Rows beyond which a larger batch gains nothing, as measured so far.",
 )
+EXPECTED_RUN = _family(
+    "expected_run_seconds", "gauge", "model",
+    "Predicted run time of a full batch, which deadlines are checked against.",
+    "Far from batch_compute_seconds: run times have just changed.",
+)
 COMPUTE = _family("batch_compute_seconds", "histogram", "model", "Run time of batches.")
 PACKING = _family("batch_packing_seconds", "counter", "model", "Time spent packing rows into batches.")
 DELIVERY = _family("batch_delivery_seconds", "counter", "model", "Time spent writing batches' responses.")

@@ -181,6 +181,14 @@ def test_batches_are_counted_by_size_and_reason() -> None:
     assert busy > 0
 
 
+def test_before_the_first_run_the_expected_run_time_is_the_warm_ups(gates: Gated) -> None:
+    served, _ = gates
+    warmup_us = served.server.inference.models["gate"].engine_worker.warmup_us.values()
+    expected_s = scrape(served).value("expected_run_seconds", model="gate")
+    assert expected_s is not None
+    assert min(warmup_us) * 0.999 <= expected_s * 1e6 <= max(warmup_us) * 1.001
+
+
 def test_failed_runs_are_counted_as_busy_time() -> None:
     with gated(True) as (served, engine):
         engine.fails = lambda x: EngineRunError("no") if x[0, 0] == 13 else None
