@@ -44,6 +44,8 @@ log = logging.getLogger("cobatch.batcher")
 class Batcher:
     """Batches the requests of one model for its opened workers, one for each engine.
 
+    `queue` and `admission` are the scheduler's: there is room for a row while `queue.rows` is below
+    `admission.open_rows`.
     `max_queue_rows` bounds the queued rows, without those that run. `clock` gives seconds and must be
     monotonic. It is not `loop.time` because uvloop rounds that to milliseconds and stops it during an
     iteration; on asyncio's own loops both are the same clock. `on_lost` is told of each worker whose engine
@@ -83,7 +85,8 @@ class Batcher:
             deadline_s=None if deadline_ms is None else deadline_ms / 1000,
             now_s=clock(),
         )
-        self._queue = self._scheduler.queue
+        self.queue = self._scheduler.queue
+        self.admission = self._scheduler.admission
         self._completion = Completion(name, self._scheduler, clock)
         self._lanes = Lanes(
             name,
@@ -108,12 +111,12 @@ class Batcher:
     @property
     def queued_rows(self) -> int:
         """Rows accepted and not yet sent to an engine."""
-        return self._queue.rows
+        return self.queue.rows
 
     @property
     def full_rows(self) -> int:
         """The size past which a batch gains nothing by growing, as measured so far."""
-        return self._queue.full_rows
+        return self.queue.full_rows
 
     @property
     def expected_run_s(self) -> float:
@@ -136,19 +139,13 @@ class Batcher:
         return len(self._lanes.lanes)
 
     @property
-    def full(self) -> bool:
-        """True if not even one row would be accepted now."""
-        admission = self._scheduler.admission
-        return self._queue.rows >= admission.max_queue_rows or admission.closed is not None
-
-    @property
     def closed(self) -> BatcherError | None:
         """The reason why no request is accepted any more, None while some are."""
-        return self._scheduler.admission.closed
+        return self.admission.closed
 
     def open_requests(self) -> tuple[dict[int, int], int]:
         """Return the queued rows by priority, and the number of requests that are not answered yet."""
-        queued = self._queue.waiting()
+        queued = self.queue.waiting()
         rows: dict[int, int] = {}
         for request in queued:
             rows[request.level] = rows.get(request.level, 0) + request.rows
@@ -162,7 +159,7 @@ class Batcher:
 
     def refusal(self, rows: int = 1, tenant: Tenant | None = None, callers: int = 1) -> BatcherError | None:
         """Return why a request of `rows` rows for `callers` callers would be refused now, or None."""
-        return self._scheduler.admission.refusal(rows, tenant, callers, self._clock())
+        return self.admission.refusal(rows, tenant, callers, self._clock())
 
     def submit(self, request: Request) -> None:
         """Queue a request, or raise why it is refused; then `request.done` is never called.
@@ -183,17 +180,17 @@ class Batcher:
         if request.rows > self.max_batch_size:
             for part in self._completion.cut(request):
                 part.enqueued_s = now_s
-                self._queue.push(part)
+                self.queue.push(part)
             self._decide_soon()
             return
-        group = self._queue.push(request)
+        group = self.queue.push(request)
         if self._soon:
             return
         lane = lanes.next
-        if lane is not None and (not lane.running or group.rows >= self._queue.full_rows):
+        if lane is not None and (not lane.running or group.rows >= self.queue.full_rows):
             if group.rows < self._wait_rows and request.timeout_s is None:
                 return  # decided when the expected rows are there, or at the end of the wait
-            if lane.running or not self._scheduler.is_lone():
+            if lane.running or self.queue.deadlines or not self._scheduler.lone:
                 self._decide_soon()
             else:
                 self.decide()
@@ -231,7 +228,7 @@ class Batcher:
         as much as ten requests. Never waits for time to pass: a lone request leaves in the next iteration.
         """
         arriving = self.counters.accepted != self._seen
-        if arriving and iterations and self._queue.rows < self._queue.full_rows:
+        if arriving and iterations and self.queue.rows < self.queue.full_rows:
             self._seen = self.counters.accepted
             self._loop.call_soon(self._settle, iterations - 1)
         else:
@@ -244,7 +241,7 @@ class Batcher:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        lanes, queue, scheduler = self._lanes, self._queue, self._scheduler
+        lanes, queue, scheduler = self._lanes, self.queue, self._scheduler
         while (lane := lanes.next) is not None:
             if lanes.retries:
                 lanes.send_retry(lane)
@@ -274,9 +271,9 @@ class Batcher:
         Return False if that took longer than `timeout_s`: the remaining requests got `AbandonedError`, and
         batches that still run are left to the engine.
         """
-        admission = self._scheduler.admission
+        admission = self.admission
         if admission.closed is None:
-            admission.closed = DrainingError(f"model {self.name!r} is about to stop")
+            admission.close(DrainingError(f"model {self.name!r} is about to stop"))
         self._scheduler.draining = True
         self._drained = self._loop.create_future()
         self.decide()
@@ -289,7 +286,7 @@ class Batcher:
 
     def _abandon(self, timeout_s: float) -> None:
         failed = self.counters.failed
-        waiting = self._lanes.awaited() + self._queue.take_all()
+        waiting = self._lanes.awaited() + self.queue.take_all()
         self._lanes.retries.clear()
         error = AbandonedError(f"model {self.name!r} stopped before the request was done")
         self._completion.fail_all(waiting, error)
@@ -299,7 +296,7 @@ class Batcher:
     def _check_drained(self) -> None:
         """End `drain` if nothing accepted is left. A batch without live requests is not waited for."""
         drained = self._drained
-        if drained is None or drained.done() or self._queue.rows or self._lanes.awaited():
+        if drained is None or drained.done() or self.queue.rows or self._lanes.awaited():
             return
         drained.set_result(None)
 

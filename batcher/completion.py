@@ -47,6 +47,7 @@ class Completion:
                     finish(request)
                 else:
                     self._answer_cut(request, request.pad)
+        batch.outputs, batch.memo = (), {}  # no longer valid
 
     def _answer_cut(self, request: Request, pad: Pad) -> None:
         """Answer a padded request: its outputs are cut back to its own length."""
@@ -57,7 +58,7 @@ class Completion:
         else:
             self._finish(request)
             if own is not None:
-                own.release()
+                own.outputs, own.memo = (), {}
 
     def _finish(self, request: Request) -> None:
         """Tell the caller; the state is DONE, and rows or error are set."""
@@ -211,4 +212,4 @@ class Completion:
             self.fail_run(request, f"its parts cannot be put together: {error!r}")
         else:
             self._finish(request)
-            batch.release()
+            batch.outputs, batch.memo = (), {}

@@ -188,8 +188,8 @@ class Lanes:
         batch.dispatched_s = now_s = self._clock()
         run_s = self._scheduler.shape_times.of(row_shapes).expected_s(rows)
         lane.free_s = max(lane.free_s, now_s) + run_s
-        self._choose()
         lane.worker.submit(job)
+        self._choose()
         if self._execution_timeout_s is not None and lane.watch is None:
             self._watch_next(lane)
 
@@ -253,21 +253,20 @@ class Lanes:
     def _answer(self, batch: Batch, now_s: float, *, idle: bool) -> None:
         """Give the engine its next batch if others wait, then answer this one."""
         scheduler = self._scheduler
-        scheduler.on_ended(batch, now_s, idle=idle)
         others_wait = self._queue.rows > 0 or len(self.retries) > 0
         if others_wait:
-            scheduler.on_ran(batch)
+            scheduler.on_ended(batch, now_s, idle=idle)
             self._decide()
         batch.answering_s = self._clock()
         self._completion.answer(batch)
         batch.answered_s = self._clock()
         scheduler.on_answered(batch, now_s)
+        if not others_wait:
+            scheduler.on_ended(batch, now_s, idle=idle)
         self._counters.count(batch, None if self._padder is None else self._padder.padded(batch))
         if self.on_batch is not None:
             self.on_batch(batch)
-        if not others_wait:
-            scheduler.on_ran(batch)
-        batch.release()
+        batch.requests = []
 
     # Failures
 
@@ -342,7 +341,7 @@ class Lanes:
 
     def _close(self, gone: EngineGoneError) -> None:
         """Accept nothing and fail all waiting requests. Batches that still run may be answered."""
-        self._scheduler.admission.closed = gone
+        self._scheduler.admission.close(gone)
         waiting = [request for retry in self.retries for request in retry]
         self.retries.clear()
         self._completion.fail_all(waiting + self._queue.take_all(), gone)
@@ -351,7 +350,7 @@ class Lanes:
         """Use another worker in place of one that was lost."""
         admission = self._scheduler.admission
         if not self._scheduler.draining and isinstance(admission.closed, EngineGoneError):
-            admission.closed = None
+            admission.close(None)
         self._add(worker)
         self._decide()
 

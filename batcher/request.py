@@ -111,12 +111,6 @@ class Batch:
         own.joined = joined
         return own
 
-    def release(self) -> None:
-        """Drop the requests and their outputs; the rest may be kept."""
-        self.outputs = ()
-        self.memo = {}
-        self.requests = []
-
 
 @dataclass(slots=True, eq=False, repr=False)
 class Request:

@@ -31,7 +31,8 @@ from cobatch.engines.base import RowShapes
 class Admission:
     """Decides which requests of one model are accepted.
 
-    `closed`: the reason why none is, if so. `engines`: the number of engines that share the work.
+    `closed`: the reason why none is, if so. `open_rows`: the size at which the queue is full; 0 if closed.
+    `engines`: the number of engines that share the work.
     `overhead_s`: the measured time beside queue and run, from the finished run to the written answer.
     """
 
@@ -49,13 +50,18 @@ class Admission:
         self.closed: BatcherError | None = None
         self.engines = 1
         self.overhead_s = 0.0
-        self.max_queue_rows = max_queue_rows
+        self.max_queue_rows = self.open_rows = max_queue_rows
         self.timeout_s = timeout_s  # of requests that have none of their own
         self._queue = queue
         self._model = model
         self._run_times = run_times
         self._max_batch_size = max_batch_size
         self._tried_s = now_s  # when the last request was admitted on trial
+
+    def close(self, why: BatcherError | None) -> None:
+        """Refuse every request for this reason; None ends that."""
+        self.closed = why
+        self.open_rows = 0 if why is not None else self.max_queue_rows
 
     def _drain_s(self) -> float:
         return max(LEAST_RETRY_S, self._queue.rows * self._queue.row_s / self.engines)

@@ -18,23 +18,10 @@ from typing import NamedTuple
 
 from cobatch.batcher.request import Request, State
 from cobatch.batcher.scheduling.fair_queueing import Flow, Group
-from cobatch.batcher.scheduling.queue import RequestQueue
+from cobatch.batcher.scheduling.queue import FormedBatch, RequestQueue
 from cobatch.batcher.scheduling.run_times import RunTimes
 from cobatch.batcher.scheduling.tuning import HELD_UP, LIGHT, ROW_COST, TIME_LEFT
 from cobatch.batcher.tenant import Tenant
-
-
-class FormedBatch(NamedTuple):
-    """A batch: its requests, requests found too late for any batch, and the rows of each tenant.
-
-    `capped`: a deadline kept it from growing; `was_short`: a light tenant's rows did.
-    """
-
-    requests: list[Request]
-    late: list[Request]
-    shares: dict[Tenant | None, int]
-    capped: bool = False
-    was_short: bool = False
 
 
 class StartPlan(NamedTuple):
@@ -62,10 +49,6 @@ def form(
     """
     if not queue.deadlines:
         plan = None
-        taken = queue.take_plain(group, most_rows)
-        if taken is not None:
-            requests, rows = taken
-            return FormedBatch(requests, [], {requests[0].tenant: rows})
     return BatchFormation(queue, group, most_rows, plan, may_be_short=not was_short).form()
 
 

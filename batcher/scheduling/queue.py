@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from math import inf
+from typing import NamedTuple
 
 from cobatch.batcher.request import Request, State
 from cobatch.batcher.scheduling.fair_queueing import FairQueue, Flow, Group, TenantShare, TenantShares
@@ -24,6 +25,19 @@ from cobatch.batcher.scheduling.priority import DEFAULT, level_of
 from cobatch.batcher.scheduling.tuning import TOMBSTONES_KEPT
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import RowShapes
+
+
+class FormedBatch(NamedTuple):
+    """A batch: its requests, requests found too late for any batch, and the rows of each tenant.
+
+    `capped`: a deadline kept it from growing; `was_short`: a light tenant's rows did.
+    """
+
+    requests: list[Request]
+    late: list[Request]
+    shares: dict[Tenant | None, int]
+    capped: bool = False
+    was_short: bool = False
 
 
 class RequestQueue:
@@ -231,23 +245,26 @@ class RequestQueue:
             self._arrivals.clear()
             self._urgent.clear()
 
-    def take_plain(self, group: Group, most_rows: int) -> tuple[list[Request], int] | None:
-        """Remove whole requests, up to `most_rows` rows but at least one; return them and their rows.
+    def take_plain(self, group: Group, most_rows: int) -> FormedBatch | None:
+        """Remove whole requests, up to `most_rows` rows but at least one.
 
-        None if the order takes a closer look: several tenants, several shapes of one, or several priorities.
+        None if that takes a closer look (`batcher.scheduling.formation`): several tenants, several shapes of
+        one, several priorities, or deadlines.
         """
-        if len(group.flows) > 1:
+        if self.deadlines or len(group.flows) > 1:
             return None
         (flow,) = group.flows.values()
         share = flow.share
         if share.order is not None:
             return None
         taken = flow.order.take(most_rows)
-        if taken is not None:
-            rows = taken[1]
-            self._subtract(flow, rows)
+        if taken is None:
+            return None
+        requests, rows = taken
+        self._subtract(flow, rows)
+        if self.shares.several:
             self.shares.served(share, rows * self.row_s)
-        return taken
+        return FormedBatch(requests, [], {share.tenant: rows})
 
     def take_all(self) -> list[Request]:
         """Empty the queue."""
@@ -258,8 +275,6 @@ class RequestQueue:
 
     def settle(self, shares: dict[Tenant | None, int], run_s: float, rows: int) -> None:
         """Correct the cost of a batch of `rows` rows that ran: its tenants pay for the measured time."""
-        if not self.shares.several:
-            return
         beyond_s = run_s / rows - self.row_s
         for tenant, its_rows in shares.items():
             self.shares.of(tenant).cost_correction_s += its_rows * beyond_s

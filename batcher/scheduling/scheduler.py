@@ -86,6 +86,7 @@ class Scheduler:
         self._missed = 0  # missed deadlines when the last batch was formed
         self._overloaded = False  # there were new ones since the batch before
         self._was_short = False  # the last batch, for the sake of a light tenant
+        self.lone = False  # the next request will probably have no other right behind it
         self._lone_batches = 0  # in a row, of one request with none behind it
         self.learn()
 
@@ -97,8 +98,7 @@ class Scheduler:
         `free_s`: when the first engine is expected to be idle.
         """
         admission, tenant = self.admission, request.tenant
-        full = self.queue.rows >= admission.max_queue_rows or admission.closed is not None
-        if full or tenant is not None or request.rows > 1:
+        if self.queue.rows >= admission.open_rows or tenant is not None or request.rows > 1:
             error = admission.refusal(request.rows, tenant, request.callers, now_s)
             if error is not None:
                 return error
@@ -110,10 +110,6 @@ class Scheduler:
             tenant.enter(request.callers, now_s)
         self.counters.accepted += request.callers
         return None
-
-    def is_lone(self) -> bool:
-        """Return whether the next request will probably have no other right behind it."""
-        return self._lone_batches >= LONE_BATCHES and not self.queue.deadlines
 
     def slack_s(self, request: Request, rows: int, now_s: float) -> float:
         """Return how long `rows` rows of a request may still wait and meet its deadline alone."""
@@ -162,12 +158,15 @@ class Scheduler:
             plan = StartPlan(start_s, self.shape_times.of(group.row_shapes), self._overloaded)
             if self._overloaded and self._latency_target_s == inf:
                 most_rows = self.run_times.overloaded_rows
-        formed = form(queue, group, most_rows, plan, was_short=self._was_short)
+        formed = queue.take_plain(group, most_rows)
+        if formed is None:
+            formed = form(queue, group, most_rows, plan, was_short=self._was_short)
         self._was_short = formed.was_short
         requests = formed.requests
         if requests:
             lone = self._short_runs and plan is None and len(requests) == 1 and not queue.rows
             self._lone_batches = self._lone_batches + 1 if lone else 0
+            self.lone = self._lone_batches >= LONE_BATCHES
             if self._long_runs:
                 self._closed_loop.on_formed(requests)
                 self._now.expected_rows = 0
@@ -175,28 +174,26 @@ class Scheduler:
 
     # After a run
 
-    def on_ended(self, batch: Batch, now_s: float, *, idle: bool) -> None:
-        """Note that a batch is about to be answered: its clients may soon be back, and worth waiting for.
-
-        `idle`: no other batch is with the engine. With several engines some clients come back while others
-        run, and there is nothing to wait for.
-        """
-        if not self._long_runs or self.admission.engines > 1:
-            return
-        self._closed_loop.on_ended(now_s, batch)
-        if idle and not self._max_delay_s:
-            queue = self.queue
-            returns = self._closed_loop.expected_returns(queue.rows, queue.full_rows, self.run_times)
-            if returns is not None:
-                self._now.expected_rows, wait_s = returns
-                self._now.expected_by_s = now_s + wait_s
-
-    def on_ran(self, batch: Batch) -> None:
-        """Learn from a run, and charge its tenants for the measured time."""
+    def on_ended(self, batch: Batch, noticed_s: float, *, idle: bool) -> None:
+        """Learn from a run that was noticed then: its clients may soon be back, and its tenants are charged
+        for the measured time. `idle`: no other batch is with the engine."""
+        if self._long_runs and self.admission.engines == 1:
+            # With several engines some clients come back while others run: there is nothing to wait for.
+            self._closed_loop.on_ended(noticed_s, batch)
+            if idle and not self._max_delay_s:
+                self._expect_returns(noticed_s)
         run_s = batch.finished_s - batch.started_s
-        self.queue.settle(batch.shares, run_s, batch.rows)
+        if self.queue.shares.several:
+            self.queue.settle(batch.shares, run_s, batch.rows)
         if self.shape_times.observe(batch.row_shapes, batch.rows, run_s, batch.finished_s):
             self.learn()
+
+    def _expect_returns(self, now_s: float) -> None:
+        queue = self.queue
+        returns = self._closed_loop.expected_returns(queue.rows, queue.full_rows, self.run_times)
+        if returns is not None:
+            self._now.expected_rows, wait_s = returns
+            self._now.expected_by_s = now_s + wait_s
 
     def on_answered(self, batch: Batch, noticed_s: float) -> None:
         """Learn the overhead of a batch whose end was noticed then and whose answers are written: a request

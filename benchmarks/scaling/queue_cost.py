@@ -125,9 +125,9 @@ class Bench:
 
     def _take(self) -> list[Request]:
         """Form a batch as a dispatch does, without packing it."""
-        queue = self.batcher._queue  # noqa: SLF001
+        queue = self.batcher.queue
         group: Group = queue.next_group
-        taken = form(queue, group, BATCH)
+        taken = queue.take_plain(group, BATCH) or form(queue, group, BATCH)
         queue.settle(taken.shares, 0.001, BATCH)
         for request in taken.requests:
             if request.expiry is not None:

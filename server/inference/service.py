@@ -132,7 +132,7 @@ class Inference:
             return stopping()
         if batcher is None:
             return model.unavailable()
-        if not batcher.full and (tenant is None or not tenant.limited):
+        if batcher.queue.rows < batcher.admission.open_rows and (tenant is None or not tenant.limited):
             return None
         refusal = batcher.refusal(tenant=tenant)
         if refusal is None:

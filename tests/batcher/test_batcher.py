@@ -444,7 +444,7 @@ def test_a_thousand_cancelled_requests_leave_no_tombstones() -> None:
             (leaving,) = calls(1)
             batcher.submit(leaving)
             batcher.cancel(leaving)
-        (group,) = batcher._queue.groups.values()
+        (group,) = batcher.queue.groups.values()
         (flow,) = group.flows.values()
         assert flow.order._waiting < 200
         assert batcher.queued_rows == 1

@@ -218,7 +218,7 @@ class Stage:
     def _check_rest(self) -> None:
         batcher = self.batcher
         assert batcher.queued_rows == 0
-        assert not batcher._queue.groups
+        assert not batcher.queue.groups
         assert not batcher._lanes.retries
         assert batcher.running_batches == 0
         for lane in batcher._lanes.lanes:  # none where the engine died

@@ -101,7 +101,7 @@ def fill(stack: contextlib.ExitStack, served: Served, engine: GatedEngine) -> li
     engine.hold()
     batcher = served.batcher()
     clients: list[serving.Client] = []
-    while not batcher.full:
+    while batcher.queue.rows < batcher.admission.open_rows:
         client = stack.enter_context(served.connect())
         before = batcher.counters.accepted
         client.send(gate(*[len(clients)] * min(4, 8 - batcher.queued_rows)))

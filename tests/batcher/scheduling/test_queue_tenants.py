@@ -17,8 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from cobatch.batcher.request import Request, State
 from cobatch.batcher.scheduling.fair_queueing import Group
-from cobatch.batcher.scheduling.formation import FormedBatch, StartPlan, form
-from cobatch.batcher.scheduling.queue import RequestQueue
+from cobatch.batcher.scheduling.formation import StartPlan, form
+from cobatch.batcher.scheduling.queue import FormedBatch, RequestQueue
 from cobatch.batcher.scheduling.run_times import RunTimeModel
 from cobatch.batcher.scheduling.tuning import AGEING_S
 from cobatch.batcher.tenant import Tenant
@@ -57,7 +57,9 @@ class Queues(RuleBasedStateMachine):
         self.was_short = False
 
     def form(self, group: Group, plan: StartPlan | None = None) -> FormedBatch:
-        formed = form(self.queue, group, FULL_ROWS, plan, was_short=self.was_short)
+        formed = self.queue.take_plain(group, FULL_ROWS) or form(
+            self.queue, group, FULL_ROWS, plan, was_short=self.was_short
+        )
         self.was_short = formed.was_short
         return formed
 

@@ -68,7 +68,7 @@ def test_refused_before_a_queue_slot_is_taken_and_while_the_queue_is_full(runnin
     running.engine.hold()
     with contextlib.ExitStack() as stack:
         waiting = []
-        while not batcher.full:
+        while batcher.queue.rows < batcher.admission.open_rows:
             accepted = batcher.counters.accepted
             waiting.append(stack.enter_context(running.served.connect()))
             waiting[-1].send(infer(token("bob"), *[2] * min(40, 100 - batcher.queued_rows)))

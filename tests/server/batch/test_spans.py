@@ -66,7 +66,7 @@ def negating(fast: bool, folder: Path, **settings: Any) -> Iterator[Served]:
     """A model whose items are bundled, four at a time."""
     path = models.write(folder, models.negate(width=3), "negate.onnx")
     with serve(fast, (ModelSettings(path=path, threads=1),), **settings) as served:
-        queue = served.batcher("negate")._queue
+        queue = served.batcher("negate").queue
         served.call(lambda: setattr(queue, "full_rows", 4))
         yield served
 
