@@ -163,26 +163,21 @@ def _batches(batchers: Batchers) -> Iterator[Metric]:
 
     reasons = [((name, reason), n) for name, b in batchers for reason, n in b.counters.reasons.items()]
     yield _metric(names.BATCHES, reasons)
-    yield _batch_rows(batchers)
+    family = _histogram(names.BATCH_ROWS)
+    for name, batcher in batchers:
+        bounds = [1 << power for power in range((batcher.max_batch_size - 1).bit_length())]
+        counts = [(rows, totals.batches) for rows, totals in batcher.counters.by_rows.items()]
+        buckets = [
+            (float(bound), sum(n for rows, n in counts if rows <= bound))
+            for bound in [*bounds, batcher.max_batch_size]
+        ]
+        _add(family, (name,), buckets, sum(n for _, n in counts), sum(rows * n for rows, n in counts))
+    yield family
     yield _of_models(names.FULL_ROWS, batchers, lambda batcher: batcher.full_rows)
     yield _of_models(names.EXPECTED_RUN, batchers, lambda batcher: batcher.expected_run_s)
     yield _times(names.COMPUTE, [((name,), batcher.counters.run_times) for name, batcher in batchers])
     yield _of_models(names.PACKING, batchers, seconds(lambda totals: totals.input_s))
     yield _of_models(names.DELIVERY, batchers, seconds(lambda totals: totals.output_s))
-
-
-def _batch_rows(batchers: Batchers) -> Metric:
-    """Return the histogram with bounds at the powers of two up to the largest batch."""
-    family = _histogram(names.BATCH_ROWS)
-    for name, batcher in batchers:
-        powers = [1 << power for power in range((batcher.max_batch_size - 1).bit_length())]
-        counts = [(rows, totals.batches) for rows, totals in batcher.counters.by_rows.items()]
-        buckets = [
-            (float(bound), sum(n for rows, n in counts if rows <= bound))
-            for bound in [*powers, batcher.max_batch_size]
-        ]
-        _add(family, (name,), buckets, sum(n for _, n in counts), sum(rows * n for rows, n in counts))
-    return family
 
 
 def _padding(batchers: Batchers) -> Iterator[Metric]:

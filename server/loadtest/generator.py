@@ -7,7 +7,7 @@ import ctypes
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import cycle, islice, takewhile
 from math import inf
 from time import monotonic
@@ -42,7 +42,11 @@ def schedule(plan: Plan, trial: Trial, number: int, processes: int) -> Iterator[
 
 def choices(plan: Plan, trial: Trial, number: int = 0) -> Iterator[PreparedRequest]:
     """Yield requests: callers in proportion to their shares, each caller's examples in rotation."""
-    rotations = {key: cycle(_rotated(requests, number)) for key, requests in plan.requests.items()}
+    # Each process starts with another example.
+    starts = {key: number % len(requests) for key, requests in plan.requests.items()}
+    rotations = {
+        key: cycle([*plan.requests[key][at:], *plan.requests[key][:at]]) for key, at in starts.items()
+    }
     if isinstance(trial.arrivals, Trace):
         callers = {one.name: number for number, one in enumerate(plan.callers)}
         for recorded in trial.arrivals.requests:
@@ -57,11 +61,6 @@ def choices(plan: Plan, trial: Trial, number: int = 0) -> Iterator[PreparedReque
         drawn = np.searchsorted(shares, rng.random(_CHUNK) * shares[-1], side="right")
         for caller in drawn.tolist():
             yield next(by_caller[caller])
-
-
-def _rotated(requests: Sequence[PreparedRequest], number: int) -> list[PreparedRequest]:
-    at = number % len(requests)
-    return [*requests[at:], *requests[:at]]
 
 
 class Timer:

@@ -114,14 +114,13 @@ class Options:
         self.trace, self.rates = _trace(self.arrivals), _rates(self.rate)
         if self.arrivals != "poisson" and not self.open_loop:
             raise UsageError(
-                "--arrivals: a closed loop sends when answers arrive: give --rate for an open loop"
+                "--arrivals: a closed loop sends when answers arrive: give --rate for an open one"
             )
-        whole_trace = self.trace is not None and self.slo_ms is None
         if self.connections is None:
             self.connections = _OPEN_CONNECTIONS if self.open_loop else _CLOSED_CONNECTIONS
         self.connections = max(self.connections, self.processes)  # each process needs one
         if self.seconds is None:
-            self.seconds = _WHOLE_TRACE_S if whole_trace else _SECONDS
+            self.seconds = _SECONDS if self.trace is None or self.slo_ms is not None else _WHOLE_TRACE_S
         if self.warmup_s is None:
             self.warmup_s = _WARMUP_S if self.trace is None else 0.0
         token = self.token if self.token_file is None else _read_secret(self.token_file)
@@ -187,7 +186,7 @@ def _read_secret(path: str | Path) -> str:
     return secret
 
 
-def _credential(key: str, secret: str | None) -> dict[str, str]:
+def _credential(key: str, secret: str) -> dict[str, str]:
     name, prefix = _CREDENTIALS[key]
     return {name: prefix + secret} if secret else {}
 

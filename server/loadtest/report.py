@@ -19,7 +19,7 @@ from cobatch import __version__
 from cobatch.server.console import plain_table, stdout
 from cobatch.server.loadtest.capacity import Capacity
 from cobatch.server.loadtest.options import Options
-from cobatch.server.loadtest.results import Results, Summary, per_s
+from cobatch.server.loadtest.results import Results, per_s
 from cobatch.server.loadtest.statistics import Counts, LatencyHistogram, Tally, total
 from cobatch.server.loadtest.target import Model
 
@@ -74,7 +74,7 @@ class Report:
         callers = [msgspec.structs.asdict(caller) for caller in options.callers]
         for caller in callers:
             del caller["headers"]  # credentials
-        document = {
+        document: dict[str, Any] = {
             "tool": f"cobatch {__version__}",
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(),
@@ -87,8 +87,17 @@ class Report:
             "load": {name: getattr(options, name) for name in _LOAD_OPTIONS} | {"callers": callers},
             "interrupted": self.interrupted,
             "runs": [results.as_json() for results in self.results],
-            "capacity": None if capacity is None else _capacity_json(capacity),
+            "capacity": None,
         }
+        if capacity is not None:
+            # An infinite p99 becomes null.
+            trials = [{name: getattr(one, name) for name in _TRIAL_FIELDS} for one in capacity.trials]
+            document["capacity"] = {
+                **{name: getattr(capacity, name) for name in ("slo_ms", "rate", "failed_rate")},
+                "limited_by_generator": capacity.limited,
+                "sentence": capacity.sentence(),
+                "trials": trials,
+            }
         return msgspec.json.format(msgspec.json.encode(document), indent=1).decode() + "\n"
 
 
@@ -96,17 +105,6 @@ def machine() -> str:
     """Return a line on the machine that the generator runs on."""
     python = platform.python_version()
     return f"generator on {os.cpu_count()} cores, {platform.system()} {platform.release()}, Python {python}"
-
-
-def _capacity_json(capacity: Capacity) -> dict[str, Any]:
-    # An infinite p99 becomes null.
-    trials = [{name: getattr(one, name) for name in _TRIAL_FIELDS} for one in capacity.trials]
-    result = {name: getattr(capacity, name) for name in ("slo_ms", "rate", "failed_rate")}
-    return result | {
-        "limited_by_generator": capacity.limited,
-        "sentence": capacity.sentence(),
-        "trials": trials,
-    }
 
 
 def show(report: Report) -> None:
@@ -142,17 +140,12 @@ def table(report: Report) -> list[list[str]]:
             row += [f"{one.offered_rate:,.0f}", f"{one.answered_rate:,.0f}"]
             row += ["" if one.good_rate is None else f"{one.good_rate:,.0f}"] * good
             row += [f"{one.latency_ms[name]:,.2f}" for name in _TABLE_PERCENTILES]
-            row += [_failures(one), batch if whole else ""]
+            share = f" ({one.failed / max(1, one.requests):.1%})" if one.failed else ""
+            row += [f"{one.failed:,}{share}", batch if whole else ""]
             if held:
                 row.append(("yes" if held[number] else "no") if whole else "")
             rows.append(row)
     return rows
-
-
-def _failures(summary: Summary) -> str:
-    if not summary.failed:
-        return "0"
-    return f"{summary.failed:,} ({summary.failed / max(1, summary.requests):.1%})"
 
 
 def _show_details(console: Console, results: Results, prefix: str) -> None:
