@@ -179,10 +179,7 @@ def trace_text(
     layout = _Layout(batches, samples, begin_s)
     yield b'{"displayTimeUnit":"ms","otherData":%b,"traceEvents":[\n' % msgspec.json.encode(about)
     yield _lines(layout.names())
-    events = chain(
-        (event for one in samples for event in layout.sample(one)),
-        (event for one in batches for event in layout.batch(one)),
-    )
+    events = chain.from_iterable(chain(map(layout.sample, samples), map(layout.batch, batches)))
     while piece := list(islice(events, _EVENTS_PER_PIECE)):
         yield b",\n" + _lines(piece)
     yield b"\n]}\n"

@@ -65,9 +65,16 @@ class Capacity:
     rejected: int = 0
 
     def sentence(self) -> str:
-        limit = f"p99 within {self.slo_ms:g} ms"
+        limit, last = f"p99 within {self.slo_ms:g} ms", self.trials[-1]
         if self.rate is None:
-            return self._no_rate(limit)
+            blame = " The generator was the bottleneck." if self.limited else ""
+            if last.confirms:
+                return (
+                    f"No rate could be confirmed with {limit}: trials at the same rate differed, down to "
+                    f"{last.rate:,.1f} per second. Make trials longer with --seconds.{blame}"
+                )
+            p99 = "out of reach because too many failed" if last.p99_ms == inf else f"{last.p99_ms:,.2f} ms"
+            return f"No rate was found with {limit}: at {last.rate:,.1f} per second p99 was {p99}.{blame}"
         n = len(self.confirmed)
         p99s = [trial.p99_ms for trial in self.confirmed]
         text = (
@@ -78,17 +85,6 @@ class Capacity:
         if self.limited:
             return f"At least {text} The generator could not offer more; the server may take it."
         return text if self.failed_rate is None else f"{text} {self.failed_rate:,.0f} did not hold."
-
-    def _no_rate(self, limit: str) -> str:
-        last = self.trials[-1]
-        blame = " The generator was the bottleneck." if self.limited else ""
-        if last.confirms:
-            return (
-                f"No rate could be confirmed with {limit}: trials at the same rate differed, down to "
-                f"{last.rate:,.1f} per second. Make trials longer with --seconds.{blame}"
-            )
-        p99 = "out of reach because too many failed" if last.p99_ms == inf else f"{last.p99_ms:,.2f} ms"
-        return f"No rate was found with {limit}: at {last.rate:,.1f} per second p99 was {p99}.{blame}"
 
 
 def holding_share(trials: int, rejected: int) -> float:

@@ -197,7 +197,7 @@ def _intervals(tally: Tally) -> list[IntervalSummary]:
             answered_rate=counts.answered / each_s,
             latency_ms=_percentiles(counts.latency),
             mean_batch=counts.mean_batch,
-            largest_batch=counts.largest_batch,
+            largest_batch=max(counts.batches, default=0),
             errors=dict(counts.errors),
         )
         for number, counts in enumerate(map(tally.intervals.__getitem__, range(count)))

@@ -110,14 +110,12 @@ class Counts:
     latency: LatencyHistogram = field(default_factory=LatencyHistogram)  # of those due and answered
     errors: Counter[str] = field(default_factory=Counter)  # of those due
     answered: int = 0
-    batch_rows: int = 0  # sum over the answers that told the rows of their batch
-    batch_answers: int = 0  # number of those answers
-    largest_batch: int = 0
+    batches: Counter[int] = field(default_factory=Counter)  # answers by the rows of their batch, if known
 
     @property
     def mean_batch(self) -> float:
         """Mean rows of a batch, weighted by answers; 0 if unknown."""
-        return self.batch_rows / self.batch_answers if self.batch_answers else 0.0
+        return sum(rows * n for rows, n in self.batches.items()) / (self.batches.total() or 1)
 
     def add(self, finished: _Finished, due: Mask, done: Mask, deadline_s: float | None = None) -> None:
         """Count the requests of the mask `due` and the answers of the mask `done`."""
@@ -129,9 +127,7 @@ class Counts:
         self.errors.update({finished.names[number]: count for number, count in errors.items()})
         rows = finished.batch[done & finished.success]
         self.answered += len(rows)
-        self.batch_rows += int(rows.sum())
-        self.batch_answers += int((rows > 0).sum())
-        self.largest_batch = max(self.largest_batch, int(rows.max(initial=0)))
+        self.batches.update(_value_counts(rows[rows > 0]))
 
 
 def total(counts: Iterable[Counts]) -> Counts:
@@ -143,9 +139,7 @@ def total(counts: Iterable[Counts]) -> Counts:
         result.latency.merge(one.latency)
         result.errors.update(one.errors)
         result.answered += one.answered
-        result.batch_rows += one.batch_rows
-        result.batch_answers += one.batch_answers
-        result.largest_batch = max(result.largest_batch, one.largest_batch)
+        result.batches.update(one.batches)
     return result
 
 
