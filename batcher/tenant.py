@@ -1,4 +1,4 @@
-"""A tenant's account: its limits, its open requests and what it has used.
+"""A tenant's account: its limits, its open requests and its usage.
 
 There is one object per tenant for all models of a process; only the event loop touches it.
 """

@@ -1,4 +1,4 @@
-"""The cases: what is measured, what it is compared with, and the targets."""
+"""The cases: the figure measured, its reference, and the targets."""
 
 from __future__ import annotations
 

@@ -202,8 +202,8 @@ async def serving(
     while not isinstance(app, InferRoutes):
         app = app.app
     starlette: Any = app.app
-    # Each reading is a microsecond later: what is learned of run times, and so each decision, is the same on
-    # every machine and under any load.
+    # Each reading is a microsecond later, so learned run times and decisions are the same on every machine
+    # and under any load.
     clock = itertools.count(0.0, 1e-6).__next__
     with (
         unittest.mock.patch.dict(loader.ENGINES, onnxruntime=lambda *_: Idle(elements)),

@@ -27,7 +27,7 @@ _ITEMS_AT_ONCE = 8
 
 
 class Progress:
-    """A call's items and what has become of them, by their places in the call.
+    """A call's items and their results, by their places in the call.
 
     `models`: None where an item names none. `alone`: the requests of items that are not in a bundle, or
     failed in it.

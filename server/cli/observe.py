@@ -1,4 +1,4 @@
-"""`cobatch explain` and `cobatch trace`: ask a running server what it did and does.
+"""`cobatch explain` and `cobatch trace`: ask a running server about its requests.
 
 The credential comes from a file or the environment, not from an argument, which every user of the machine can
 read.
@@ -39,7 +39,7 @@ def explain(
     token_file: _TokenFile = None,
     as_json: Annotated[bool, switch("--json", "Print the full record as JSON.")] = False,
 ) -> None:
-    """Say where a recent request's time went: its batch, why that was sent, and what it waited for."""
+    """Say where a recent request's time went: its batch, why that was sent, and its waits."""
     with _response("GET", url, f"/v1/requests/{quote(request_id, safe='')}", token_file) as response:
         record = json.load(response)
     typer.echo(json.dumps(record, indent=2) if as_json else "\n".join(record["in_words"]))

@@ -1,8 +1,8 @@
 """`[auth]` of the configuration file: issuers, tenants, rules for models, and the permissions.
 
 It stands in the file only: it is a table of tables, and secrets do not belong in flags or variables. File
-names are relative to the file's folder. What one value may be stands in its field; `_check_together` checks
-values against each other, so that a mistake stops the start and not a client.
+names are relative to the file's folder. A field's type limits its value; `_check_together` checks values
+against each other, so that a mistake stops the start and not a client.
 """
 
 import re
@@ -122,7 +122,7 @@ def build_auth(table: Table, source: str, errors: Errors) -> AuthSettings:
 
 
 def _conflicts(auth: AuthSettings) -> Iterator[str]:
-    """Yield what the fields cannot check alone."""
+    """Yield the conflicts between fields."""
     if not auth.issuers and not auth.api_keys_file:
         yield "auth: needs [[auth.issuers]] or api_keys_file, or no client could call"
     if auth.issuers and not auth.audience:

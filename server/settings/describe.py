@@ -1,4 +1,4 @@
-"""Say in words what a setting may be: for refusals, `--help`, docs/configuration.md and the JSON schema."""
+"""Describe settings in words: for refusals, `--help`, docs/configuration.md and the JSON schema."""
 
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
@@ -65,7 +65,7 @@ def _setting(field: msgspec.structs.FieldInfo) -> Setting:
 
 
 def describe(info: inspect.Type, array: str = "an array") -> str:
-    """Say what a value of this type looks like: `an integer from 1 to 65536`."""
+    """Describe a value of this type: `an integer from 1 to 65536`."""
     match info:
         case inspect.Metadata(type=inner, extra=extra):
             return (extra or {}).get("expected") or describe(inner, array)

@@ -137,7 +137,7 @@ def _place(key: str, known: Iterable[str]) -> str:
 
 
 def _server_conflicts(server: Table, auth: AuthSettings | None) -> Iterator[SettingsError]:
-    """Yield what the settings of the server cannot be together."""
+    """Yield the conflicts between settings of the server."""
     host, allowed = server.get("host"), server.get("allow_anonymous")
     if allowed is not None and allowed.value:
         if auth is not None:

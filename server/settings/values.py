@@ -1,7 +1,7 @@
 """Check values of the settings one by one, and say precisely why one is refused.
 
-The structs in schema.py and auth.py say what each value may be. The same types give the words of
-a refusal, of `--help` and of docs/configuration.md (describe.py).
+The types in schema.py and auth.py limit each value, and give the words of a refusal, of `--help` and of
+docs/configuration.md (describe.py).
 """
 
 import difflib
@@ -21,7 +21,7 @@ from cobatch.server.settings.describe import describe, extra_of, settings_of, ta
 
 
 class SettingsError(Exception):
-    """Settings are refused. Each message is one line: the key, what was expected, what came, its source."""
+    """Settings are refused. Each message is one line: the key, the expectation, the value, its source."""
 
     def __init__(self, *messages: str) -> None:
         super().__init__("\n".join(messages))
@@ -53,7 +53,7 @@ class Errors(list[str]):
 
 
 class Given(NamedTuple):
-    """A checked value with what a message needs: its key path and its source."""
+    """A checked value with its key path and source, for messages."""
 
     value: Any
     key: str
@@ -64,7 +64,7 @@ class Given(NamedTuple):
         return SettingsError(f"{self.key}: {why} ({self.source})")
 
     def unexpected(self, expected: str, *, text: bool = False) -> SettingsError:
-        """Return the refusal that says what was expected, and what came."""
+        """Return the refusal with the expectation and the value."""
         return SettingsError(f"{unexpected(self.key, expected, self.value, text=text)} ({self.source})")
 
 
@@ -157,7 +157,7 @@ def check(key: str, value: object, kind: Any, source: str, *, text: bool = False
 
 
 def unexpected(key: str, expected: str, value: object, *, text: bool = False) -> str:
-    """Say what was expected, and what came, short enough for one line."""
+    """Describe expectation and value, short enough for one line."""
     shown = reprlib.repr(value)
     # Variables and flags are always text; only for a file is the type worth saying.
     if isinstance(value, dict | list):
