@@ -30,66 +30,54 @@ from cobatch.batcher.simulator.traffic import (
 from cobatch.engines.errors import EngineError
 from cobatch.engines.loader import EngineOptions, load_engine
 from cobatch.server.cli.plots import PlotError, Runs, check_plot, plot_runs
-from cobatch.server.console import end, plain_table, stdout
+from cobatch.server.console import end, option, plain_table, stdout, switch
 
 _WARMUP_PART = 0.1
-_OptionalRows = Annotated[int | None, typer.Option(metavar="ROWS", min=1, help="As for serve.")]
-_OptionalMs = Annotated[float | None, typer.Option(metavar="MS", min=0.0, help="As for serve.")]
+_OptionalRows = Annotated[int | None, option("ROWS", "As for serve.", min=1)]
+_OptionalMs = Annotated[float | None, option("MS", "As for serve.", min=0.0)]
 
 
 def simulate(
     profile: Annotated[
         str | None, typer.Argument(metavar="PROFILE", help="An included profile, or a file.")
     ] = None,
-    listing: Annotated[bool, typer.Option("--list", help="List the included profiles.")] = False,
-    rate: Annotated[float | None, typer.Option(metavar="PER_S", help="Requests per second.")] = None,
+    listing: Annotated[bool, switch("--list", "List the included profiles.")] = False,
+    rate: Annotated[float | None, option("PER_S", "Requests per second.")] = None,
     load: Annotated[
-        str, typer.Option(metavar="PARTS", help="In place of --rate: parts of the capacity, each simulated.")
+        str, option("PARTS", "In place of --rate: parts of the capacity, each simulated.")
     ] = "0.8",
     arrivals: Annotated[
         str,
-        typer.Option(
-            metavar="poisson|constant|bursty|diurnal|FILE",
-            help="An arrival process, or a recorded trace with lines of seconds[,rows[,tenant]].",
+        option(
+            "poisson|constant|bursty|diurnal|FILE",
+            "An arrival process, or a recorded trace with lines of seconds[,rows[,tenant]].",
         ),
     ] = "poisson",
     connections: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="In place of --rate: N callers in a closed loop.")
+        int | None, option("N", "In place of --rate: N callers in a closed loop.", min=1)
     ] = None,
-    deadline_ms: Annotated[float | None, typer.Option(metavar="MS", help="Deadline of each request.")] = None,
+    deadline_ms: Annotated[float | None, option("MS", "Deadline of each request.")] = None,
     tenant: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE,...", help="A tenant: name, share, weight, priority, rows, deadline_ms, ..."
-        ),
+        option("KEY=VALUE,...", "A tenant: name, share, weight, priority, rows, deadline_ms, ..."),
     ] = None,
-    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="Servers behind a router.")] = 1,
-    router: Annotated[
-        str, typer.Option(metavar="|".join(ROUTERS), help="How requests are routed.")
-    ] = "two-choices",
+    nodes: Annotated[int, option("N", "Servers behind a router.", min=1)] = 1,
+    router: Annotated[str, option("|".join(ROUTERS), "How requests are routed.")] = "two-choices",
     seconds: Annotated[
-        float | None, typer.Option(metavar="S", help="Measured virtual time; a tenth is added as warm-up.")
+        float | None, option("S", "Measured virtual time; a tenth is added as warm-up.")
     ] = None,
-    requests: Annotated[
-        int, typer.Option(metavar="N", min=1, help="In place of --seconds: about N requests.")
-    ] = 100_000,
+    requests: Annotated[int, option("N", "In place of --seconds: about N requests.", min=1)] = 100_000,
     max_batch_size: _OptionalRows = None,
     max_queue_rows: _OptionalRows = None,
     max_delay_ms: _OptionalMs = None,
     latency_target_ms: _OptionalMs = None,
-    handover_ms: Annotated[
-        float, typer.Option(metavar="MS", min=0.0, help="Delay from event loop to engine, and back.")
-    ] = 0.0,
+    handover_ms: Annotated[float, option("MS", "Delay from event loop to engine, and back.", min=0.0)] = 0.0,
     request_us: Annotated[
-        float, typer.Option(metavar="US", min=0.0, help="Event-loop time of each request; one node only.")
+        float, option("US", "Event-loop time of each request; one node only.", min=0.0)
     ] = 0.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Same seed, same figures.")] = 1,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write all figures.")
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.svg", help="Plot goodput by load, or batch sizes.")
-    ] = None,
+    seed: Annotated[int, option("N", "Same seed, same figures.")] = 1,
+    json_file: Annotated[Path | None, option("FILE", "Write all figures.", "--json")] = None,
+    plot: Annotated[Path | None, option("FILE.svg", "Plot goodput by load, or batch sizes.")] = None,
 ) -> None:
     """Simulate a server under load in virtual time, with the scheduler that serves.
 
@@ -139,15 +127,11 @@ def simulate(
 
 def profile(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model file.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Output file (default: stdout).")
-    ] = None,
-    engine: Annotated[
-        str, typer.Option(metavar="auto|onnxruntime|tensorrt", help="The engine that runs it.")
-    ] = "auto",
-    max_batch_size: Annotated[int, typer.Option(metavar="ROWS", min=1, help="Rows of a batch at most.")] = 64,
-    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="The engine's threads.")] = None,
-    seconds: Annotated[float, typer.Option(metavar="S", min=0.0, help="Duration of the measurement.")] = 10.0,
+    output: Annotated[Path | None, option("FILE", "Output file (default: stdout).", "--output", "-o")] = None,
+    engine: Annotated[str, option("auto|onnxruntime|tensorrt", "The engine that runs it.")] = "auto",
+    max_batch_size: Annotated[int, option("ROWS", "Rows of a batch at most.", min=1)] = 64,
+    threads: Annotated[int | None, option("N", "The engine's threads.", min=1)] = None,
+    seconds: Annotated[float, option("S", "Duration of the measurement.", min=0.0)] = 10.0,
 ) -> None:
     """Measure the run times of a model by batch size, for `cobatch simulate`.
 
