@@ -54,11 +54,8 @@ def dashboard_routes(inference: Inference, feed: Feed) -> list[Route]:
     """Return page, files and feed, for Starlette."""
     files = {path.name: _File(path) for path in sorted(_FOLDER.iterdir()) if path.suffix in _TYPES}
 
-    async def page(request: Request) -> Response:
-        return files["index.html"].response(request)
-
     async def file(request: Request) -> Response:
-        name = request.path_params["file"]
+        name = request.path_params.get("file", "index.html")
         if name not in files:
             raise Problem("not-found", f"the dashboard has no file {name!r}")
         return files[name].response(request)
@@ -72,7 +69,7 @@ def dashboard_routes(inference: Inference, feed: Feed) -> list[Route]:
         return StreamingResponse(stream, media_type=_EVENTS, headers=headers)
 
     return [
-        Route("/dashboard", guarded(inference, "open", page), methods=["GET"]),
+        Route("/dashboard", guarded(inference, "open", file), methods=["GET"]),
         Route("/dashboard/static/{file}", guarded(inference, "open", file), methods=["GET"]),
         Route("/dashboard/events", guarded(inference, "admin", events), methods=["GET"]),
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from math import inf
 
 from cobatch.batcher.simulator.traffic import Trace
@@ -36,9 +35,7 @@ def run(options: Options, progress: Progress) -> Report:
     """Run the load test. Raises BenchError."""
     plan, model = prepare(options)
     report = Report(options, model)
-    with ExitStack() as stack:
-        fleet = stack.enter_context(Fleet(plan, options.processes))
-        stack.enter_context(progress)
+    with Fleet(plan, options.processes) as fleet, progress:
         runner = _Runner(plan, fleet, progress, report)
         try:
             if options.slo_ms is None:
