@@ -120,7 +120,6 @@ def _requests(inference: Inference) -> Iterator[Metric]:
         requests[name, 200, ""] = traffic.durations.count
         for (status, slug), count in traffic.problems.items():
             requests[name, status, slug] = count
-    for model in inference.models.values():
         http[INFER_ROUTE, "POST", 200, ""] += model.infer_traffic.durations.count
         for (status, slug), count in model.infer_traffic.problems.items():
             http[INFER_ROUTE, "POST", status, slug] += count

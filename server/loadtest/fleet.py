@@ -6,7 +6,6 @@ import asyncio
 import gc
 import multiprocessing
 import signal
-import ssl
 import sys
 import threading
 from collections.abc import Callable
@@ -177,7 +176,7 @@ class _Process:
             load = (self._plan, trial, share + (self._number < rest), self._send, self._number)
             driver = ClosedLoop(*load) if trial.arrivals is None else OpenLoop(*load, self._processes)
             await driver.prepare()
-        except (OSError, ssl.SSLError) as error:
+        except OSError as error:
             self._send(Failed(f"cannot connect: {reason(error)}"))
             return
         self._driver = driver

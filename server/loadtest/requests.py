@@ -123,8 +123,11 @@ class _Examples:
             sizes = parse_spans("--shape", options.shapes)
             if any(low < 1 or low % 1 for spans in sizes.values() for low, _ in spans):
                 raise UsageError("--shape: sizes are whole numbers from 1")
-            ranges = {name: spans[0] for name, spans in parse_spans("--values", options.values).items()}
-            self.inputs = RandomInputs(tensors, sizes, ranges, options.seed)
+            ranges = parse_spans("--values", options.values)
+            if any(len(spans) > 1 for spans in ranges.values()):
+                raise UsageError("--values: expected one LOW:HIGH for each input")
+            values = {name: spans[0] for name, spans in ranges.items()}
+            self.inputs = RandomInputs(tensors, sizes, values, options.seed)
         self.arrays: list[Arrays] = []
         self.keys: list[tuple[int, int]] = []  # (number among examples of this size, rows)
         self._options = options

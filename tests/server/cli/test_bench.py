@@ -227,6 +227,7 @@ def test_models_are_found_and_described(tmp_path: Path) -> None:
         (("--shape", "x"), "NAME="),
         (("--shape", "x=0"), "whole numbers from 1"),
         (("--values", "x=9:1"), "LOW must not be more than HIGH"),
+        (("--values", "x=1:2,3:4"), "one LOW:HIGH"),
         (("--header", "none"), "NAME: VALUE"),
         (("--deadline-ms", "0"), "more than 0"),
         (("--expect", "y.npy"), "--expect FILE needs --input FILE"),
