@@ -109,19 +109,9 @@ class Batcher:
     # State
 
     @property
-    def queued_rows(self) -> int:
-        """Rows accepted and not yet sent to an engine."""
-        return self.queue.rows
-
-    @property
-    def full_rows(self) -> int:
-        """The size past which a batch gains nothing by growing, as measured so far."""
-        return self.queue.full_rows
-
-    @property
     def expected_run_s(self) -> float:
-        """The predicted run time of a batch of `full_rows` rows."""
-        return self._scheduler.run_times.expected_s(self.full_rows)
+        """The predicted run time of a full batch."""
+        return self._scheduler.run_times.expected_s(self.queue.full_rows)
 
     @property
     def running_batches(self) -> int:
@@ -129,19 +119,9 @@ class Batcher:
         return self._lanes.running
 
     @property
-    def all_lanes(self) -> list[Lane]:
-        """The engines that can run a batch."""
+    def lanes(self) -> list[Lane]:
+        """The engines that can run a batch: none while a single one is being replaced."""
         return self._lanes.lanes
-
-    @property
-    def lanes(self) -> int:
-        """The number of engines that can run a batch: 0 while a single one is being replaced."""
-        return len(self._lanes.lanes)
-
-    @property
-    def closed(self) -> BatcherError | None:
-        """The reason why no request is accepted any more, None while some are."""
-        return self.admission.closed
 
     def open_requests(self) -> tuple[dict[int, int], int]:
         """Return the queued rows by priority, and the number of requests that are not answered yet."""

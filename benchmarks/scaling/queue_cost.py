@@ -94,7 +94,7 @@ class Bench:
         for request in self.make(BATCH + queued):
             self.batcher.submit(request)
         self.batcher.decide()
-        assert self.batcher.queued_rows == queued
+        assert self.batcher.queue.rows == queued
 
     def make(self, count: int) -> list[Request]:
         return [self._make() for _ in range(count)]

@@ -172,7 +172,7 @@ def _batches(batchers: Batchers) -> Iterator[Metric]:
         ]
         _add(family, (name,), buckets, sum(n for _, n in counts), sum(rows * n for rows, n in counts))
     yield family
-    yield _of_models(names.FULL_ROWS, batchers, lambda batcher: batcher.full_rows)
+    yield _of_models(names.FULL_ROWS, batchers, lambda batcher: batcher.queue.full_rows)
     yield _of_models(names.EXPECTED_RUN, batchers, lambda batcher: batcher.expected_run_s)
     yield _times(names.COMPUTE, [((name,), batcher.counters.run_times) for name, batcher in batchers])
     yield _of_models(names.PACKING, batchers, seconds(lambda totals: totals.input_s))
@@ -196,8 +196,8 @@ def _padding(batchers: Batchers) -> Iterator[Metric]:
 
 def _engines(batchers: Batchers) -> Iterator[Metric]:
     engines = [(name, i, totals) for name, b in batchers for i, totals in enumerate(b.counters.engines)]
-    lanes = [(name, lane) for name, batcher in batchers for lane in batcher.all_lanes]
-    yield _of_models(names.ENGINES, batchers, lambda batcher: batcher.lanes)
+    lanes = [(name, lane) for name, batcher in batchers for lane in batcher.lanes]
+    yield _of_models(names.ENGINES, batchers, lambda batcher: len(batcher.lanes))
     yield _metric(names.BUSY, [((name, i), totals.busy_s) for name, i, totals in engines])
     yield _metric(names.RUNS, [((name, i), totals.runs) for name, i, totals in engines])
     yield _of_models(names.FAILED_RUNS, batchers, lambda batcher: batcher.counters.failed_runs)

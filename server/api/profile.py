@@ -156,7 +156,7 @@ class Recorder:
             sleep_s = min(_SAMPLE_INTERVAL_S, end_s - now_s)
             await asyncio.sleep(sleep_s)
             models = self._inference.models.values()
-            queued = {one.name: one.batcher.queued_rows for one in models if one.batcher is not None}
+            queued = {one.name: one.batcher.queue.rows for one in models if one.batcher is not None}
             awake_s = self._clock()
             self.samples.append(Sample(awake_s, awake_s - now_s - sleep_s, queued))
 

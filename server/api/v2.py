@@ -112,7 +112,7 @@ def config(model: Model) -> Json:
         ],
         "output": [_config_tensor(spec) for spec in engine.signature.outputs],
         "dynamic_batching": {
-            "preferred_batch_size": [model.loaded_batcher.full_rows],
+            "preferred_batch_size": [model.loaded_batcher.queue.full_rows],
             "max_queue_delay_microseconds": round(model.settings.max_delay_ms * 1000),
             "default_queue_policy": {"max_queue_size": model.settings.max_queue_rows},
         },
@@ -131,7 +131,7 @@ def index_entry(model: Model) -> Json:
     elif model.load_error is not None:
         state, reason = "UNAVAILABLE", "loading failed"
     elif model.batcher is not None:
-        state, reason = "UNAVAILABLE", str(model.batcher.closed)
+        state, reason = "UNAVAILABLE", str(model.batcher.admission.closed)
     else:
         state, reason = "LOADING", ""
     return {"name": model.name, "version": model.version, "state": state, "reason": reason}

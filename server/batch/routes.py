@@ -147,7 +147,7 @@ class Call:
                 self._submit_alone(model, place, decoded)
         for model, members in alike.items():
             # In sizes that the policy calls full: larger batches gain nothing.
-            size = model.loaded_batcher.full_rows
+            size = model.loaded_batcher.queue.full_rows
             for first in range(0, len(members), size):
                 self._submit_together(model, members[first : first + size])
 

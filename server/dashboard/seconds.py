@@ -153,9 +153,9 @@ class ModelSampler:
         return Second(
             state=state,
             delta=self.totals.since(before),
-            full=batcher.full_rows,
-            lanes=batcher.lanes,
-            queued=batcher.queued_rows,
+            full=batcher.queue.full_rows,
+            lanes=len(batcher.lanes),
+            queued=batcher.queue.rows,
             running=batcher.running_batches,
             latency=sparse(self._latency - counts_before),
         )

@@ -13,10 +13,8 @@ from typing import Any
 import msgspec
 
 from cobatch.batcher import errors as batching
-from cobatch.server.http.problem_kinds import KINDS, Kind
+from cobatch.server.http.problem_kinds import KINDS
 from cobatch.server.http.reply import Reply
-
-__all__ = ["KINDS", "PROBLEM_JSON", "Kind", "Problem", "from_error", "too_large"]
 
 PROBLEM_JSON = b"application/problem+json"
 # Longer text from a client is cut when it is quoted.

@@ -83,7 +83,7 @@ class Model:
             len(self._workers),
             engine.platform,
             engine.max_batch_size,
-            self.batcher.full_rows,
+            self.batcher.queue.full_rows,
         )
 
     async def _open(self, place: Place) -> Worker:
@@ -159,12 +159,13 @@ class Model:
     @property
     def ready(self) -> bool:
         """A request would be accepted, unless the queue is full."""
-        return self.batcher is not None and self.batcher.closed is None and self.batcher.lanes > 0
+        batcher = self.batcher
+        return batcher is not None and batcher.admission.closed is None and bool(batcher.lanes)
 
     @property
     def dead(self) -> bool:
         """No engine is usable or can be opened again: only a new process helps."""
-        gone = self.batcher is not None and isinstance(self.batcher.closed, EngineGoneError)
+        gone = self.batcher is not None and isinstance(self.batcher.admission.closed, EngineGoneError)
         return gone and not self._rebuilding
 
     def unavailable(self) -> Problem:

@@ -26,25 +26,14 @@ BatchSink = Callable[[Batcher, Batch], None]
 
 
 class Tracer(Protocol):
-    """Makes spans of requests (`server.observability.tracing`)."""
+    """The part of `server.observability.tracing.Tracing` that is used here and by POST /batch."""
 
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Begin, for requests on this loop."""
-
-    def draw(self) -> bool:
-        """Decide by the sampling ratio whether to trace a request without a traceparent."""
-
-    def begin(self, record: RequestRecord, drawn: bool) -> None:
-        """Begin the span of a request to be traced. `drawn`: what `draw` answered for it."""
-
-    def request_done(self, record: RequestRecord) -> None:
-        """End the spans of a request."""
-
-    def item_done(self, call: RequestRecord, item: RequestRecord) -> None:
-        """Make the spans of a batch call's item inside those of the call."""
-
-    def stop(self) -> None:
-        """Send the rest."""
+    def start(self, loop: asyncio.AbstractEventLoop) -> None: ...
+    def draw(self) -> bool: ...
+    def begin(self, record: RequestRecord, drawn: bool) -> None: ...
+    def request_done(self, record: RequestRecord) -> None: ...
+    def item_done(self, call: RequestRecord, item: RequestRecord) -> None: ...
+    def stop(self) -> None: ...
 
 
 class Observer:

@@ -83,7 +83,7 @@ def test_a_full_batch_lies_ready_when_the_engine_finishes() -> None:
             batcher.submit(caller)
         await asyncio.sleep(0.001)
         assert batcher.running_batches == 2, "the full batch left although the engine is busy"
-        assert batcher.queued_rows == 0
+        assert batcher.queue.rows == 0
         await asyncio.sleep(1)
         assert batcher.counters.reasons == {"idle": 1, "full": 1}
 
@@ -160,7 +160,7 @@ def test_a_part_that_fails_fails_the_whole_once_and_frees_the_queue() -> None:
         batcher.submit(large)
         await asyncio.sleep(1)
         assert isinstance(large.answer, BatchFailedError)
-        assert batcher.queued_rows == 0
+        assert batcher.queue.rows == 0
         assert batcher.running_batches == 0
 
     run(main())
@@ -223,7 +223,7 @@ def test_a_caller_that_left_is_dropped_before_packing_and_counted() -> None:
         batcher.submit(staying)
         batcher.cancel(leaving)
         batcher.cancel(leaving)
-        assert batcher.queued_rows == 1
+        assert batcher.queue.rows == 1
         await asyncio.sleep(1)
         assert [rows for _, rows in worker.ran] == [1, 1]
         assert leaving.answers == []
@@ -274,7 +274,7 @@ def test_cancelling_a_split_request_takes_all_its_parts_out() -> None:
         batcher.submit(large)
         await asyncio.sleep(RUN_S / 2)
         batcher.cancel(large)
-        assert batcher.queued_rows == 0
+        assert batcher.queue.rows == 0
         await asyncio.sleep(1)
         assert large.answers == []
         assert len(worker.ran) == 1
@@ -447,7 +447,7 @@ def test_a_thousand_cancelled_requests_leave_no_tombstones() -> None:
         (group,) = batcher.queue.groups.values()
         (flow,) = group.flows.values()
         assert flow.order._waiting < 200
-        assert batcher.queued_rows == 1
+        assert batcher.queue.rows == 1
         assert flow.order.head() is staying
 
     run(main())
@@ -474,7 +474,7 @@ def test_a_request_still_queued_after_its_timeout_is_taken_out(timeout_s: float,
             assert caller.at_s == pytest.approx(timeout_s)
             assert batcher.counters.expired == 1
         assert [rows for _, rows in worker.ran] == ([1, 1] if in_time else [1])
-        assert batcher.queued_rows == 0
+        assert batcher.queue.rows == 0
 
     run(main())
 
@@ -561,7 +561,7 @@ def test_a_part_whose_rows_cannot_be_copied_fails_the_whole(monkeypatch: pytest.
         batcher.submit(large)
         await asyncio.sleep(1)
         assert isinstance(large.answer, MemoryError)
-        assert batcher.queued_rows == 0
+        assert batcher.queue.rows == 0
 
     run(main())
 

@@ -73,7 +73,7 @@ def test_a_bundle_is_one_request_of_as_many_rows() -> None:
         batcher = make_batcher(worker)
         members = bundle(1, 2, 3)
         members.enter(batcher.submit)
-        assert batcher.queued_rows == 3
+        assert batcher.queue.rows == 3
         await asyncio.sleep(1)
         for member in members.calls:
             member.check()

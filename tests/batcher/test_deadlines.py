@@ -138,7 +138,7 @@ def test_what_waits_before_it_counts(queued: int, needed_s: float, more_s: float
             assert refused.value.needed_s == pytest.approx(needed_s)
             assert refused.value.retry_after_s == pytest.approx(-more_s)
             assert batcher.counters.refusals == {"deadline": 1}
-            assert batcher.queued_rows == queued
+            assert batcher.queue.rows == queued
             return
         batcher.submit(caller)
         await asyncio.sleep(1)
@@ -242,7 +242,7 @@ def test_one_that_waits_is_taken_out_when_only_a_run_is_left(more_s: float, in_t
         if not in_time:
             assert caller.at_s == pytest.approx(0.020 - affine(1))
             assert batcher.counters.expired == batcher.counters.failed == 1
-        assert batcher.queued_rows == 0
+        assert batcher.queue.rows == 0
 
     run(main())
 
@@ -371,7 +371,7 @@ def test_a_late_part_fails_its_whole_which_is_counted_once() -> None:
         await asyncio.sleep(1)
         check(late, in_time=False)
         assert batcher.counters.expired == batcher.counters.failed == 1
-        assert batcher.queued_rows == 0
+        assert batcher.queue.rows == 0
         assert batcher.running_batches == 0
 
     run(main())

@@ -104,13 +104,13 @@ class Stage:
     def _submit(self, act: Submit) -> None:
         caller = Caller(len(self.callers) + 1, act, self._answered)
         self.callers.append(caller)
-        queued = self.batcher.queued_rows
+        queued = self.batcher.queue.rows
         try:
             self.batcher.submit(caller)
         except BatcherError as error:
             caller.refusal = error
             self._check_refusal(caller, error, queued)
-        assert self.batcher.queued_rows <= self.story.max_queue_rows
+        assert self.batcher.queue.rows <= self.story.max_queue_rows
 
     def _check_refusal(self, caller: Caller, error: BatcherError, queued: int) -> None:
         limit = self.story.max_queue_rows
@@ -217,7 +217,7 @@ class Stage:
 
     def _check_rest(self) -> None:
         batcher = self.batcher
-        assert batcher.queued_rows == 0
+        assert batcher.queue.rows == 0
         assert not batcher.queue.groups
         assert not batcher._lanes.retries
         assert batcher.running_batches == 0

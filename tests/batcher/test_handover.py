@@ -163,7 +163,7 @@ async def test_a_full_batch_is_packed_while_another_runs(stage: Stage) -> None:
     stage.submit(*callers)
     await _iterations(20)  # more than the batcher takes to decide
     assert stage.batcher.running_batches == 2
-    assert stage.batcher.queued_rows == 0
+    assert stage.batcher.queue.rows == 0
     assert stage.engine.began.empty(), "it is only enqueued: the worker runs one after another"
     stage.go(2)
     for caller in (running, *callers):
@@ -241,7 +241,7 @@ async def test_many_callers_from_many_tasks_each_get_their_own_rows(stage: Stage
     async with asyncio.TaskGroup() as group:
         for number in range(50):
             group.create_task(call(number))
-    assert stage.batcher.queued_rows == 0
+    assert stage.batcher.queue.rows == 0
     assert await stage.batcher.drain(WAIT_S)
     assert stage.batcher.running_batches == 0
 

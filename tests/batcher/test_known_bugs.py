@@ -60,7 +60,7 @@ def test_ray_41057_a_cancelled_request_does_not_stop_the_batcher(
         await asyncio.sleep(1)
         for caller in callers[1::2]:
             caller.check()
-        assert batcher.queued_rows == batcher.running_batches == 0
+        assert batcher.queue.rows == batcher.running_batches == 0
         after = Future([[1]])
         await ask(after)
         after.check()

@@ -106,8 +106,8 @@ def test_what_kills_one_engine_is_not_tried_on_another() -> None:
         answers = Counter(type(caller.answer) for caller in callers)
         assert answers[EngineGoneError] == 8 * len(dies.ran)
         assert len(dies.ran) <= 2  # what it had when it died
-        assert house.batcher.lanes == 1
-        assert house.batcher.closed is None
+        assert len(house.batcher.lanes) == 1
+        assert house.batcher.admission.closed is None
         ((lost, why),) = house.lost
         assert lost is dies
         assert isinstance(why, EngineGoneError)
@@ -130,7 +130,7 @@ def test_without_an_engine_requests_are_refused_until_there_is_one() -> None:
         house.submit(*callers)
         await asyncio.sleep(1)
         assert all(isinstance(caller.answer, EngineGoneError) for caller in callers)
-        assert house.batcher.lanes == 0
+        assert len(house.batcher.lanes) == 0
         with pytest.raises(EngineGoneError):
             house.submit(*calls(1))
         house.batcher.use(*engines(1))
@@ -156,9 +156,9 @@ def test_a_hung_engine_does_not_stop_the_others() -> None:
         gone = [caller for caller in callers if not caller.answers or isinstance(caller.answer, Exception)]
         assert len(gone) == 8
         assert all(isinstance(caller.answer, ExecutionTimeoutError) for caller in gone)
-        assert house.batcher.lanes == 1
+        assert len(house.batcher.lanes) == 1
         house.batcher.gone(EngineRunError("no other could be opened"))
-        assert house.batcher.closed is None, "there is another one"
+        assert house.batcher.admission.closed is None, "there is another one"
         await house.batcher.drain(1)
 
     run(main())
@@ -194,6 +194,6 @@ def test_every_request_is_answered_once(
                 assert isinstance(caller.answer, BatcherError)
             else:
                 caller.check()
-        assert house.batcher.queued_rows == house.batcher.running_batches == 0
+        assert house.batcher.queue.rows == house.batcher.running_batches == 0
 
     run(main())

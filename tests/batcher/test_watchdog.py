@@ -84,8 +84,8 @@ def check_hung(*callers: Call) -> None:
 
 def check_at_rest(batcher: Batcher, slots: int = 2) -> None:
     """As it was before the first request."""
-    assert batcher.lanes == 1
-    assert batcher.queued_rows == 0
+    assert len(batcher.lanes) == 1
+    assert batcher.queue.rows == 0
     assert batcher.running_batches == 0
     assert not batcher._lanes.retries
     assert sorted(batcher._lanes.lanes[0].free_slots) == list(range(slots))
@@ -153,12 +153,12 @@ def test_batches_that_had_not_begun_run_first_on_the_next_engine() -> None:
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert batcher.running_batches == 2
-        assert batcher.queued_rows == 4
+        assert batcher.queue.rows == 4
         await asyncio.sleep(LIMIT_S + EPSILON_S)
         check_hung(*callers[:8])
-        assert batcher.lanes == 0
+        assert len(batcher.lanes) == 0
         assert batcher.running_batches == 0
-        assert batcher.queued_rows == 4, "accepted, and it may yet be answered"
+        assert batcher.queue.rows == 4, "accepted, and it may yet be answered"
         late = Call([[9, 9]])
         house.submit(late)
         await asyncio.sleep(1)
@@ -476,7 +476,7 @@ def test_if_no_engine_can_be_opened_every_request_fails() -> None:
         for caller in callers[8:]:
             assert isinstance(caller.answer, EngineGoneError)
             assert caller.at_s == pytest.approx(LIMIT_S + REOPEN_S)
-        assert isinstance(house.batcher.closed, EngineGoneError)
+        assert isinstance(house.batcher.admission.closed, EngineGoneError)
 
     run(main())
 

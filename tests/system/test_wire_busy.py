@@ -104,7 +104,7 @@ def fill(stack: contextlib.ExitStack, served: Served, engine: GatedEngine) -> li
     while batcher.queue.rows < batcher.admission.open_rows:
         client = stack.enter_context(served.connect())
         before = batcher.counters.accepted
-        client.send(gate(*[len(clients)] * min(4, 8 - batcher.queued_rows)))
+        client.send(gate(*[len(clients)] * min(4, 8 - batcher.queue.rows)))
         served.until(lambda before=before: batcher.counters.accepted > before)  # type: ignore[misc]
         clients.append(client)
         if len(clients) == 1:

@@ -168,7 +168,7 @@ def test_too_long_is_refused_and_counted() -> None:
             batcher.submit(not_quite)
         assert (caught.value.expected, caught.value.actual, caught.value.limit) == ([-1, -1], [1, 5], 4)
         assert batcher.counters.refusals == {"length": 1}
-        assert batcher.queued_rows == 1
+        assert batcher.queue.rows == 1
         await answer(batcher)
         fits.check()
 

@@ -97,7 +97,7 @@ def sizes(
         batcher = make_batcher(worker)
         ask_again_and_again(batcher, lambda number: times, lambda left: back_s, timeout_s)
         await asyncio.sleep(times)
-        assert batcher.queued_rows == batcher.running_batches == 0
+        assert batcher.queue.rows == batcher.running_batches == 0
         if reasons is not None:
             reasons.update(batcher.counters.reasons)
 
@@ -160,7 +160,7 @@ def test_a_request_without_time_ends_the_wait() -> None:
         tight.timeout_s = steep(CALLERS + 1) + LEAD_S / 4
 
         def come_in_a_wait() -> None:
-            if batcher._wait_rows and batcher.queued_rows >= 2:
+            if batcher._wait_rows and batcher.queue.rows >= 2:
                 batcher.submit(tight)
             else:
                 loop.call_later(0.00005, come_in_a_wait)

@@ -208,12 +208,12 @@ def test_a_model_that_turns_out_to_gain_nothing_stops_batching() -> None:
         worker = Metered(linear)
         worker.warmup_us = dict.fromkeys((1, 2, 4, 8), 10_000.0)
         batcher = make_batcher(worker)
-        assert batcher.full_rows == 8
+        assert batcher.queue.full_rows == 8
         for rows in (1, 2, 4, 8):
             for _ in range(20):
                 batcher.submit(Call([[1]] * rows))
                 await asyncio.sleep(0.2)
-        assert batcher.full_rows == 1
+        assert batcher.queue.full_rows == 1
         ran = len(worker.ran)
         for _ in range(20):
             batcher.submit(Call([[1]]))
@@ -240,7 +240,7 @@ def test_a_model_that_turns_out_to_gain_nothing_stops_batching() -> None:
 def test_under_a_latency_target_two_runs_fit(target_ms: float, full_rows: int) -> None:
     async def main() -> None:
         batcher = make_batcher(Metered(affine), latency_target_ms=target_ms)
-        assert batcher.full_rows == full_rows
+        assert batcher.queue.full_rows == full_rows
 
     run(main())
 
@@ -260,7 +260,7 @@ def test_a_latency_target_is_kept_at_the_load_that_it_leaves(target_ms: float) -
                 if self.at_s < 5:
                     batcher.submit(Again([[1]]))
 
-        for _ in range(2 * batcher.full_rows):
+        for _ in range(2 * batcher.queue.full_rows):
             batcher.submit(Again([[1]]))
         await asyncio.sleep(6)
         assert max(times_s) <= (target_ms + EPSILON_MS) / 1000

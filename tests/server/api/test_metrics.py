@@ -62,7 +62,7 @@ def test_refusals_of_a_full_queue_are_counted() -> None:
         occupy_slots(served, engine, stack)
         queued = stack.enter_context(served.connect())
         queued.send(gate(6, 7, 8, 9))
-        served.until(lambda: served.batcher().queued_rows == 4)
+        served.until(lambda: served.batcher().queue.rows == 4)
         assert served.ask(gate(10)).slug == "queue-full"
         now = scrape(served)
         assert now.value(REQUESTS, model="gate", code="429", reason="queue-full") == 1
@@ -90,7 +90,7 @@ def test_a_disconnected_client_is_counted_once(gates: Gated) -> None:
         occupy_slots(served, engine, stack)
         client = served.connect()
         client.send(gate(9))
-        served.until(lambda: served.batcher().queued_rows == 1)
+        served.until(lambda: served.batcher().queue.rows == 1)
         client.close()
         served.until(lambda: served.batcher().counters.cancelled == 1)
         now = scrape(served)
@@ -105,7 +105,7 @@ def test_queued_rows_are_counted_by_priority() -> None:
         for priority, rows in ((1, (5,)), (1, (6,)), (0, (7, 8, 9))):
             client = stack.enter_context(served.connect())
             client.send(gate(*rows, parameters={"priority": priority}))
-        served.until(lambda: served.batcher().queued_rows == 5)
+        served.until(lambda: served.batcher().queue.rows == 5)
         now = scrape(served)
         engine.release()
     assert now.value("queue_rows", model="gate", priority="1") == 2
@@ -165,7 +165,7 @@ def test_batches_are_counted_by_size_and_reason() -> None:
             for row in range(3):
                 client = stack.enter_context(served.connect())
                 client.send(gate(row))
-            served.until(lambda: served.batcher().queued_rows == 3)
+            served.until(lambda: served.batcher().queue.rows == 3)
             engine.release()
             assert client.answer().status == 200
         now = scrape(served)

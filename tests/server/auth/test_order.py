@@ -71,7 +71,7 @@ def test_refused_before_a_queue_slot_is_taken_and_while_the_queue_is_full(runnin
         while batcher.queue.rows < batcher.admission.open_rows:
             accepted = batcher.counters.accepted
             waiting.append(stack.enter_context(running.served.connect()))
-            waiting[-1].send(infer(token("bob"), *[2] * min(40, 100 - batcher.queued_rows)))
+            waiting[-1].send(infer(token("bob"), *[2] * min(40, 100 - batcher.queue.rows)))
             running.served.until(lambda before=accepted: batcher.counters.accepted > before)  # type: ignore[misc]
             if len(waiting) == 1:
                 running.engine.began.get(timeout=DEADLINE_S)

@@ -49,7 +49,7 @@ async def test_a_disconnect_cancels_queued_items(how: str) -> None:
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-        assert running.batcher().queued_rows == 0
+        assert running.batcher().queue.rows == 0
         assert running.batcher().counters.cancelled == 12
         engine.release()
         assert data((await ask(running, infer(50)))[0]) == [100]

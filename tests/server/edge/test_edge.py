@@ -369,7 +369,7 @@ def test_a_disconnect_drops_a_queued_request_before_packing(served: Served, engi
         served.until(lambda: batcher.counters.accepted == taken + 3)
         leaver.close()
         served.until(lambda: batcher.counters.cancelled == cancelled + 1)
-        assert batcher.queued_rows == 1
+        assert batcher.queue.rows == 1
         engine.release()
         assert data_of(first.answer()) == [2]
         assert data_of(stayer.answer()) == [6]

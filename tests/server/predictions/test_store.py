@@ -178,7 +178,7 @@ def test_cancelling_is_final_and_frees_the_queue() -> None:
         for prediction in (running, queued, queued):
             prediction.cancel()
             assert prediction.status == "cancelled"
-        assert model.loaded_batcher.queued_rows == 0
+        assert model.loaded_batcher.queue.rows == 0
         assert store.unfinished == 0
         await asyncio.sleep(1)
         assert {running.status, queued.status} == {"cancelled"}

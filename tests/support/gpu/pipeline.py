@@ -308,7 +308,7 @@ def _load(machine: Machine, worker: Worker, times: Times, callers: int, end_s: f
         again()
     machine.run(end_s)
     machine.run(end_s + 1.0)
-    assert not batcher.queued_rows
+    assert not batcher.queue.rows
     assert not batcher.running_batches
 
 
