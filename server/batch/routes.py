@@ -132,7 +132,7 @@ class Call:
                 model = (paths.get(item.url) if plain else None) or self._find(item)
                 progress.models[place] = model
                 if model not in alike:
-                    self._admit(model)
+                    self._inference.check(model, self._principal)
                     alike[model] = []
                 if isinstance(item, ParsedItem):
                     decoded = model.decoder.read((item.body, None, None))
@@ -157,12 +157,6 @@ class Call:
         if self._principal is not None and not self._principal.may_infer(name):
             raise self._inference.forbidden(INFER, name)
         return find_model(self._inference, self._principal, name, version)
-
-    def _admit(self, model: Model) -> None:
-        """Raise Problem if no item for the model may enter; the batcher decides about each."""
-        problem = self._inference.admit(model, self._principal)
-        if problem is not None:
-            raise problem
 
     def _submit_alone(self, model: Model, place: int, decoded: Decoded) -> None:
         try:

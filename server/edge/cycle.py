@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Scope
 
+from cobatch.server.http.body import joined
 from cobatch.server.http.problem import internal
 from cobatch.server.http.reply import Reply
 
@@ -31,16 +32,6 @@ class HeadBeginnings(dict[int, bytes]):
         lines += [b"%b: %b\r\n" % header for header in self.headers or ()]
         beginning = self[status] = b"".join(lines)
         return beginning
-
-
-def joined(body: bytes | bytearray, data: bytes) -> bytes | bytearray:
-    """Return a body with its next part. A body of one part is not copied."""
-    if not body:
-        return data
-    if type(body) is not bytearray:
-        body = bytearray(body)
-    body += data
-    return body
 
 
 class _Sent:

@@ -16,9 +16,9 @@ from typing import Any
 
 from cobatch.server.auth.tenants import rate_limit_headers
 from cobatch.server.edge.connection import BODY, Connection
-from cobatch.server.edge.cycle import joined
 from cobatch.server.edge.exchange import Exchange
 from cobatch.server.edge.header_cache import CachedHeaders, HeaderCache, match, store
+from cobatch.server.http.body import joined
 from cobatch.server.http.problem import too_large
 from cobatch.server.http.reply import Reply
 from cobatch.server.inference.service import Inference

@@ -1,4 +1,4 @@
-"""Reading a request's body through ASGI, within its limit."""
+"""A request's body: joining its parts, and reading it through ASGI within its limit."""
 
 from __future__ import annotations
 
@@ -6,10 +6,20 @@ import asyncio
 from collections.abc import Mapping
 
 from starlette.requests import ClientDisconnect
-from starlette.types import Message, Receive
+from starlette.types import Receive
 
 from cobatch.server.http.compression import decompress
 from cobatch.server.http.problem import too_large
+
+
+def joined(body: bytes | bytearray, data: bytes) -> bytes | bytearray:
+    """Return a body with its next part. A body of one part is not copied."""
+    if not body:
+        return data
+    if type(body) is not bytearray:
+        body = bytearray(body)
+    body += data
+    return body
 
 
 async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int) -> bytes | bytearray:
@@ -20,28 +30,18 @@ async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int
     length = headers.get(b"content-length", b"0")
     if length.isdigit() and (len(length) > 18 or int(length) > limit):
         raise too_large(int(length[:18]), limit)
-    message = await receive()
-    if message["type"] == "http.request" and not message.get("more_body", False):
-        # A small body arrives at once; another coroutine would cost more than all of this.
-        body: bytes | bytearray = message.get("body", b"")
+    body: bytes | bytearray = b""
+    more_body = True
+    while more_body:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise ClientDisconnect
+        body = joined(body, message.get("body", b""))
         if len(body) > limit:
             raise too_large(len(body), limit)
-    else:
-        body = await _receive_all(message, receive, limit)
+        more_body = message.get("more_body", False)
     coding = headers.get(b"content-encoding")
     if coding is None:
         return body
     # In a thread: unpacking a small body can take a large part of a second.
     return await asyncio.to_thread(decompress, body, coding, limit)
-
-
-async def _receive_all(message: Message, receive: Receive, limit: int) -> bytearray:
-    pieces = bytearray()
-    while message["type"] == "http.request":
-        pieces += message.get("body", b"")
-        if len(pieces) > limit:
-            raise too_large(len(pieces), limit)
-        if not message.get("more_body", False):
-            return pieces
-        message = await receive()
-    raise ClientDisconnect

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from cobatch.batcher.batcher import Batcher
@@ -88,8 +90,7 @@ class Model:
 
     async def _open(self, place: Place) -> Worker:
         """Return a worker whose engine is open and warm. Raises EngineError."""
-        loop = asyncio.get_running_loop()
-        opened: asyncio.Future[None] = loop.create_future()
+        opened: Future[None] = Future()
         settings = self.settings
         engine = load_engine(
             settings.engine, settings.path, settings.max_batch_size, engine_options(settings, place)
@@ -97,8 +98,8 @@ class Model:
         worker = Worker(engine, f"{self.name}{place.suffix}")
         self._workers = [one for one in self._workers if self._places.get(one) != place] + [worker]
         self._places[worker] = place
-        worker.start(_resolver(loop, opened))
-        await opened
+        worker.start(partial(_settle, opened))
+        await asyncio.wrap_future(opened)
         return worker
 
     def _on_lost(self, lost: BatchWorker, why: BatcherError) -> None:
@@ -200,23 +201,10 @@ class Model:
         return any(not worker.join(0) for worker in [*self._hung, *self._workers])
 
 
-def _resolver(
-    loop: asyncio.AbstractEventLoop, opened: asyncio.Future[None]
-) -> Callable[[EngineError | None], None]:
-    """Return the callback of a worker's thread for when its engine is open or has failed to open."""
-
-    def settle(error: EngineError | None) -> None:
-        if opened.cancelled():
-            return
+def _settle(opened: Future[None], error: EngineError | None) -> None:
+    """Settle the opening of an engine, on the worker's thread."""
+    if opened.set_running_or_notify_cancel():
         if error is None:
             opened.set_result(None)
         else:
             opened.set_exception(error)
-
-    def on_open(error: EngineError | None) -> None:
-        try:
-            loop.call_soon_threadsafe(settle, error)
-        except RuntimeError:
-            log.warning("the event loop was closed while a model was being loaded")
-
-    return on_open

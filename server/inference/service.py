@@ -141,6 +141,12 @@ class Inference:
             tenant.usage.refused += 1
         return from_error(refusal)
 
+    def check(self, model: Model, principal: Principal | None) -> None:
+        """Raise the problem of a request that may not enter now."""
+        problem = self.admit(model, principal)
+        if problem is not None:
+            raise problem
+
     def admit_call(self, principal: Principal | None) -> Problem | None:
         """Decide whether a call with requests for several models may enter; each is admitted by itself later.
 

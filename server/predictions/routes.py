@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 from cobatch.batcher.errors import BatcherError
 from cobatch.server.api.routing import as_response, compressed_response, find, guarded
-from cobatch.server.auth.principal import Principal, principal_in, subject_in
+from cobatch.server.auth.principal import principal_in, subject_in
 from cobatch.server.edge.exchange import record_in
 from cobatch.server.http.body import read_body
 from cobatch.server.http.problem import Problem, from_error
@@ -99,7 +99,7 @@ class _Resource:
         key = idempotency_key(request)
         keep = prefers.respond_async or key is not None
         if key is None or not self._kept.has_key(subject, key):
-            self._admit(model, principal)
+            self._inference.check(model, principal)
             if keep:
                 self._kept.check_room(0)
         headers = dict(request.headers.raw)
@@ -110,7 +110,7 @@ class _Resource:
         prediction = None if idempotency is None else self._kept.join(subject, *idempotency)
         if prediction is None:
             # Asked again: other requests came while the body did.
-            self._admit(model, principal)
+            self._inference.check(model, principal)
             prediction = self._start(request, model, content, idempotency, keep=keep)
         if prefers.respond_async:
             return await self._respond_later(request, prediction, prefers)
@@ -141,11 +141,6 @@ class _Resource:
 
     def _find(self, request: Request) -> Prediction:
         return self._kept.find(request.path_params["id"], subject_in(request.scope))
-
-    def _admit(self, model: Model, principal: Principal | None) -> None:
-        problem = self._inference.admit(model, principal)
-        if problem is not None:
-            raise problem
 
     def _start(
         self, request: Request, model: Model, content: Content, idempotency: Idempotency | None, *, keep: bool

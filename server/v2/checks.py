@@ -28,25 +28,25 @@ class TensorNames:
 
     def check_inputs(self, names: Sequence[str]) -> None:
         """Raise Problem unless the names are the inputs', each once; masks may be missing."""
-        for position, name in enumerate(names):
-            if name not in self.inputs:
-                detail = f"the model has no input {name!r}; its inputs are {', '.join(self.inputs)}"
-                raise Problem("unknown-tensor", detail, tensor=name, inputs=self.inputs)
-            if name in names[:position]:
-                raise Problem("duplicate-tensor", f"input {name!r} is given twice", tensor=name)
+        _check_names("input", names, self.inputs)
         for spec in self.required:
             if spec.name not in names:
                 raise Problem("missing-tensor", f"input {spec.name!r} is missing", tensor=spec.name)
 
     def output_indices(self, names: Sequence[str]) -> list[int]:
         """Where these outputs stand in the signature. Raises Problem."""
-        for position, name in enumerate(names):
-            if name not in self._outputs:
-                detail = f"the model has no output {name!r}; its outputs are {', '.join(self._outputs)}"
-                raise Problem("unknown-tensor", detail, tensor=name, outputs=self._outputs)
-            if name in names[:position]:
-                raise Problem("duplicate-tensor", f"output {name!r} is asked for twice", tensor=name)
+        _check_names("output", names, self._outputs)
         return [self._outputs.index(name) for name in names]
+
+
+def _check_names(kind: str, names: Sequence[str], known: list[str]) -> None:
+    for position, name in enumerate(names):
+        if name not in known:
+            detail = f"the model has no {kind} {name!r}; its {kind}s are {', '.join(known)}"
+            members: dict[str, Any] = {f"{kind}s": known}
+            raise Problem("unknown-tensor", detail, tensor=name, **members)
+        if name in names[:position]:
+            raise Problem("duplicate-tensor", f"{kind} {name!r} is named twice", tensor=name)
 
 
 def check_tensor(spec: TensorSpec, datatype: str, shape: list[int]) -> None:
