@@ -30,7 +30,7 @@ from cobatch.server.http.problem import Problem, from_error
 from cobatch.server.http.reply import JSON, Reply, send_reply
 from cobatch.server.http.request_id import new_id
 from cobatch.server.inference.model import Model
-from cobatch.server.inference.service import Inference, InferRequest, encoding_failed, refused
+from cobatch.server.inference.service import Inference, InferRequest, refused, reply_to
 from cobatch.server.observability.record import RequestRecord
 from cobatch.server.observability.traffic import LEFT, LEFT_SLUG
 from cobatch.server.settings.auth import INFER
@@ -112,7 +112,8 @@ class Call:
                 if self._watcher is not None:
                     self._watcher.cancel()
                 if self._open:
-                    self._cancel()
+                    for model, request in self._submitted:
+                        model.loaded_batcher.cancel(request)
         replies = [reply for reply in self.progress.replies if reply is not None]
         self._count(replies, time.monotonic() - self.progress.began_s)
         return replies
@@ -219,10 +220,6 @@ class Call:
                     model.traffic.count(LEFT, LEFT_SLUG, 0.0)
             self._done.set_exception(ClientDisconnect())
 
-    def _cancel(self) -> None:
-        for model, request in self._submitted:
-            model.loaded_batcher.cancel(request)
-
 
 def _check_json(decoded: Decoded) -> None:
     if any(binary for _, binary in decoded.outputs):
@@ -251,15 +248,6 @@ class InferBundle(Bundle):
         for place, decoded in self._members:
             if self.error is not None:
                 call.progress.alone[place] = self
-            call.answer(place, self._reply(decoded))
+            call.answer(place, reply_to(self, self._model, decoded.outputs, decoded.id))
             self.first_row += 1
         self.first_row, self.rows = first_row, rows
-
-    def _reply(self, decoded: Decoded) -> Reply:
-        model = self._model
-        if self.error is not None:
-            return from_error(self.error).reply(instance=model.infer_path)
-        try:
-            return model.encoder.encode(self, decoded.outputs, decoded.id)
-        except Exception as error:  # noqa: BLE001 - logged there
-            return encoding_failed(model, error)

@@ -47,21 +47,21 @@ class InferRequest(Request):
         self.reply = reply
 
     def done(self) -> None:
-        try:
-            if self.error is None:
-                reply = self.model.encoder.encode(self, self.outputs, self.id, self.usage)
-            else:
-                reply = from_error(self.error).reply(instance=self.model.infer_path)
-        except Exception as error:  # noqa: BLE001 - logged there
-            reply = encoding_failed(self.model, error)
-        self.reply(reply)
+        self.reply(reply_to(self, self.model, self.outputs, self.id, self.usage))
 
 
-def encoding_failed(model: Model, error: Exception) -> Reply:
-    """Log that an answer could not be encoded; return the client's reply."""
-    log.error("model %s: encoding an answer failed", model.name, exc_info=error)
-    problem = Problem("internal", "the server failed to encode the answer; its log says why")
-    return problem.reply(instance=model.infer_path)
+def reply_to(
+    request: Request, model: Model, outputs: WantedOutputs, id_: str | None, usage: bool = False
+) -> Reply:
+    """Return the reply to a request that is done, while its outputs are valid."""
+    try:
+        if request.error is not None:
+            return from_error(request.error).reply(instance=model.infer_path)
+        return model.encoder.encode(request, outputs, id_, usage)
+    except Exception:
+        log.exception("model %s: encoding an answer failed", model.name)
+        problem = Problem("internal", "the server failed to encode the answer; its log says why")
+        return problem.reply(instance=model.infer_path)
 
 
 def refused(model: Model, error: Exception, tenant: Tenant | None) -> Reply:
