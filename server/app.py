@@ -24,7 +24,6 @@ from cobatch.server.api.routing import as_response
 from cobatch.server.api.v2 import v2_routes
 from cobatch.server.auth.gate import Gate
 from cobatch.server.batch.routes import BATCH, BatchRoute
-from cobatch.server.batch.spans import ItemObserver
 from cobatch.server.dashboard import dashboard_routes
 from cobatch.server.dashboard.feed import Feed
 from cobatch.server.edge.asgi import InferRoutes, ObservingMiddleware
@@ -88,7 +87,7 @@ def build(inference: Inference) -> ASGIApp:
             yield
 
     handlers = {HTTPException: _http_error, Exception: _server_error}
-    batch = BatchRoute(inference, ItemObserver(history, tracer))
+    batch = BatchRoute(inference, history, tracer)
     routes = [
         Route(BATCH, batch, methods=["POST"]),
         *v2_routes(inference), *v1_routes(inference), *problem_pages(inference),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Generic, TypeVar
 from urllib.parse import unquote_to_bytes
@@ -26,14 +27,8 @@ _INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
 _ITEM_HEADERS = ("accept", "content-type")
 
 
-class _Tally(threading.local):
-    """How many more items a body may have, counted while it is parsed: it may have millions."""
-
-    limit = 0
-    left = 0
-
-
-_tally = _Tally()
+# `limit` and `left`, the items a body may still have, are counted while it is parsed: it may have millions.
+_tally = threading.local()
 
 
 class _Head(msgspec.Struct, gc=False, forbid_unknown_fields=True):
@@ -82,11 +77,9 @@ def decode_items(body: bytes | bytearray, limit: int) -> Sequence[AnyItem]:
         _tally.limit = _tally.left = limit
         items = decode_json(_decode, body, "a batch").requests
     if len({item.id for item in items}) != len(items):
-        seen: set[str] = set()
-        for item in items:
-            if item.id in seen:
-                raise Problem("duplicate-id", f"two items have the id {item.id!r}", id=item.id)
-            seen.add(item.id)
+        counts = Counter(item.id for item in items)
+        id_ = next(id_ for id_, count in counts.items() if count > 1)
+        raise Problem("duplicate-id", f"two items have the id {id_!r}", id=id_)
     return items
 
 

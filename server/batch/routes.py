@@ -22,7 +22,7 @@ from cobatch.batcher.tenant import Tenant
 from cobatch.server.api.routing import find_model
 from cobatch.server.auth.principal import Principal, principal_in
 from cobatch.server.batch.items import AnyItem, ParsedItem, decode_items, encode_batch, infer_target
-from cobatch.server.batch.spans import ItemObserver, Progress
+from cobatch.server.batch.spans import Progress, report_items
 from cobatch.server.edge.exchange import record_in
 from cobatch.server.http.body import read_body
 from cobatch.server.http.compression import compressed
@@ -31,6 +31,8 @@ from cobatch.server.http.reply import JSON, Reply, send_reply
 from cobatch.server.http.request_id import new_id
 from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Inference, InferRequest, refused, reply_to
+from cobatch.server.observability.history import History
+from cobatch.server.observability.observer import Tracer
 from cobatch.server.observability.record import RequestRecord
 from cobatch.server.observability.traffic import LEFT, LEFT_SLUG
 from cobatch.server.settings.auth import INFER
@@ -46,9 +48,10 @@ Member = tuple[int, Decoded]
 class BatchRoute:
     """POST /batch as ASGI; the router, which costs as much as some items, is for other methods only."""
 
-    def __init__(self, inference: Inference, observer: ItemObserver) -> None:
+    def __init__(self, inference: Inference, history: History, tracer: Tracer | None) -> None:
         self._inference = inference
-        self._observer = observer
+        self._history = history
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"].endswith("\n"):
@@ -78,7 +81,7 @@ class BatchRoute:
         try:
             replies = await call.replies(receive)
             record.request_id = record.request_id or new_id()
-            await self._observer.call_done(record, call.progress, replies)
+            await report_items(self._history, self._tracer, record, call.progress, replies)
         finally:
             call.release()
         text = encode_batch(call.progress.items, replies, record.request_id.encode())
@@ -160,8 +163,11 @@ class Call:
         return find_model(self._inference, self._principal, name, version)
 
     def _submit_alone(self, model: Model, place: int, decoded: Decoded) -> None:
+        if any(binary for _, binary in decoded.outputs):
+            detail = "a batch's answers are JSON and carry no binary tensors"
+            self._refuse(place, Problem("not-batchable", detail, field="body"))
+            return
         try:
-            _check_json(decoded)
             model.loaded_batcher.submit(self.request(model, place, decoded))
         except Exception as error:  # noqa: BLE001 - unexpected ones are logged there
             self._refuse(place, error)
@@ -183,7 +189,6 @@ class Call:
         return request
 
     def answer(self, place: int, reply: Reply) -> None:
-        """Take an item's reply."""
         self.progress.replies[place] = reply
         self._open -= 1
         if not self._open and not self._done.done():
@@ -219,12 +224,6 @@ class Call:
                 if model is not None:
                     model.traffic.count(LEFT, LEFT_SLUG, 0.0)
             self._done.set_exception(ClientDisconnect())
-
-
-def _check_json(decoded: Decoded) -> None:
-    if any(binary for _, binary in decoded.outputs):
-        detail = "a batch's answers are JSON and carry no binary tensors"
-        raise Problem("not-batchable", detail, field="body")
 
 
 class InferBundle(Bundle):

@@ -56,31 +56,30 @@ class Progress:
         return record
 
 
-class ItemObserver:
-    """Tells `history` of all calls' items, and `tracer`, if there is one, of those of traced calls."""
-
-    def __init__(self, history: History, tracer: Tracer | None) -> None:
-        self._history = history
-        self._tracer = tracer
-
-    async def call_done(self, call: RequestRecord, progress: Progress, replies: Sequence[Reply]) -> None:
-        """All items of a call are answered; the call is not."""
-        now_s = time.monotonic()
-        self._history.on_items(
-            call.request_id,
-            [reply.request_id or progress.record(call, n, reply, now_s) for n, reply in enumerate(replies)],
-        )
-        if self._tracer is None or call.trace is None:
-            return
-        batches = {one.batch.number: one for one in progress.bundles if one.batch is not None}
-        for n, reply in enumerate(replies):
-            record = progress.record(call, n, reply, now_s)
-            place = None if reply.request_id is None else place_of(reply.request_id.decode())
-            if place is not None and record.batch is None and place[0] in batches:
-                record.ran(batches[place[0]])
-                record.rows = 1
-            if record.batch is not None and record.batch.answered_s:
-                record.answered_s = record.batch.answered_s
-            self._tracer.item_done(call, record)
-            if n % _ITEMS_AT_ONCE == _ITEMS_AT_ONCE - 1:
-                await asyncio.sleep(0)
+async def report_items(
+    history: History,
+    tracer: Tracer | None,
+    call: RequestRecord,
+    progress: Progress,
+    replies: Sequence[Reply],
+) -> None:
+    """Report all items of an answered call to `history`, and those of a traced call to `tracer`."""
+    now_s = time.monotonic()
+    history.on_items(
+        call.request_id,
+        [reply.request_id or progress.record(call, n, reply, now_s) for n, reply in enumerate(replies)],
+    )
+    if tracer is None or call.trace is None:
+        return
+    batches = {one.batch.number: one for one in progress.bundles if one.batch is not None}
+    for n, reply in enumerate(replies):
+        record = progress.record(call, n, reply, now_s)
+        place = None if reply.request_id is None else place_of(reply.request_id.decode())
+        if place is not None and record.batch is None and place[0] in batches:
+            record.ran(batches[place[0]])
+            record.rows = 1
+        if record.batch is not None and record.batch.answered_s:
+            record.answered_s = record.batch.answered_s
+        tracer.item_done(call, record)
+        if n % _ITEMS_AT_ONCE == _ITEMS_AT_ONCE - 1:
+            await asyncio.sleep(0)

@@ -18,6 +18,7 @@ from cobatch.engines.base import Signature, TensorSpec
 from cobatch.server.api.v2 import EXTENSIONS, config, index_entry, metadata, statistics
 from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Inference
+from cobatch.server.predictions.encode import dtype_name
 
 Json = dict[str, Any]
 JSON = "application/json"
@@ -26,8 +27,6 @@ OCTETS = "application/octet-stream"
 
 # Models with longer rows get no example: it would be too long to read.
 _ELEMENTS_LIMIT = 4096
-# Datatypes that the answer names differently from the NumPy type that carries them.
-_DTYPES = {"BYTES": "bytes", "BF16": "bfloat16"}
 
 
 class LoadedModels:
@@ -166,11 +165,7 @@ def _infer_answer(model: str, version: str, signature: Signature) -> Json:
 
 def _prediction_answer(model: str, signature: Signature) -> Json:
     outputs = {
-        spec.name: {
-            "dtype": _DTYPES.get(spec.datatype, spec.dtype.name),
-            "shape": [1, *_row(spec)],
-            "data": _zeros(spec),
-        }
+        spec.name: {"dtype": dtype_name(spec), "shape": [1, *_row(spec)], "data": _zeros(spec)}
         for spec in signature.outputs
     }
     usage = {"rows": 1, "batch_rows": 16, "queue_us": 213, "compute_us": 1480}

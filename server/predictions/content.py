@@ -85,13 +85,15 @@ def _digest(pieces: list[bytes | bytearray]) -> bytes:
 
 
 class _Form:
-    """Collects the parts that the parser finds; the methods are its callbacks."""
+    """The parts that the parser finds; the methods are its callbacks.
+
+    The parser gets the body at once, so names and values of headers come whole; empty values do not come.
+    """
 
     def __init__(self) -> None:
         self.fields: list[Field] = []
         self.complete = False
-        self._header = bytearray()
-        self._value = bytearray()
+        self._header = b""
         self._headers: dict[bytes, bytes] = {}
         self._data = bytearray()
 
@@ -102,15 +104,11 @@ class _Form:
         self._data = bytearray()
 
     def on_header_field(self, data: bytes, start: int, end: int) -> None:
-        self._header += data[start:end]
+        self._header = data[start:end].lower()
+        self._headers[self._header] = b""
 
     def on_header_value(self, data: bytes, start: int, end: int) -> None:
-        self._value += data[start:end]
-
-    def on_header_end(self) -> None:
-        self._headers[bytes(self._header).lower()] = bytes(self._value)
-        self._header.clear()
-        self._value.clear()
+        self._headers[self._header] = data[start:end]
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         self._data += memoryview(data)[start:end]

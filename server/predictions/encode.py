@@ -107,8 +107,9 @@ def _merged(ranges: Ranges) -> Ranges:
 
 def _output(spec: TensorSpec, rows: Array, best: int | None, missing: Ranges) -> dict[str, Any]:
     """An output. `shape` is that of the whole output, also where only its best scores are shown."""
-    fields: dict[str, Any] = {"dtype": _dtype_name(spec), "shape": rows.shape}
-    values = _widened(spec, rows)
+    fields: dict[str, Any] = {"dtype": dtype_name(spec), "shape": rows.shape}
+    # The bits of BF16 are the upper half of float32's.
+    values = (rows.astype(np.uint32) << 16).view(np.float32) if spec.datatype == "BF16" else rows
     if best is None or values.ndim < 2:
         fields["data"] = _with_nulls(values, missing, _nested)
     else:
@@ -116,13 +117,9 @@ def _output(spec: TensorSpec, rows: Array, best: int | None, missing: Ranges) ->
     return fields
 
 
-def _dtype_name(spec: TensorSpec) -> str:
+def dtype_name(spec: TensorSpec) -> str:
+    """The name of an output's datatype in NumPy, where it has one."""
     return {"BYTES": "bytes", "BF16": "bfloat16"}.get(spec.datatype, spec.dtype.name)
-
-
-def _widened(spec: TensorSpec, rows: Array) -> Array:
-    """The rows as numbers: the bits of BF16 are the upper half of float32's."""
-    return (rows.astype(np.uint32) << 16).view(np.float32) if spec.datatype == "BF16" else rows
 
 
 def _with_nulls(values: Array, missing: Ranges, encode: Any) -> msgspec.Raw:

@@ -72,13 +72,10 @@ def v1_routes(inference: Inference) -> list[Route]:
     """All of them, for Starlette."""
     resource = _Resource(inference)
 
-    async def one(request: Request) -> Response:
-        return await (resource.delete if request.method == "DELETE" else resource.get)(request)
-
     # One route for both methods, so that the 405 for others names both.
     return [
         Route("/v1/models/{name}/predictions", guarded(inference, "infer", resource.post), methods=["POST"]),
-        Route("/v1/predictions/{id}", guarded(inference, "known", one), methods=["GET", "DELETE"]),
+        Route("/v1/predictions/{id}", guarded(inference, "known", resource.one), methods=["GET", "DELETE"]),
     ]
 
 
@@ -124,23 +121,18 @@ class _Resource:
         assert answer is not None
         return await self._final(request, answer)
 
-    async def get(self, request: Request) -> Response:
-        """The prediction as it is now, or when it is finished or the wait is over."""
-        prediction = self._find(request)
-        wait_s = preferences(request, self._settings.max_wait_s).wait_s
-        if wait_s is None:
-            return await self._object(request, prediction)
-        await _answer(request, prediction, wait_s)
-        return await self._object(request, prediction, _applied(f"wait={wait_s:g}"))
-
-    async def delete(self, request: Request) -> Response:
-        """Cancel the prediction, unless it is finished."""
-        prediction = self._find(request)
-        prediction.cancel()
-        return await self._object(request, prediction)
-
-    def _find(self, request: Request) -> Prediction:
-        return self._kept.find(request.path_params["id"], subject_in(request.scope))
+    async def one(self, request: Request) -> Response:
+        """GET: return the prediction now, or when it is finished or the wait is over. DELETE: cancel it."""
+        prediction = self._kept.find(request.path_params["id"], subject_in(request.scope))
+        # Caches must not store the object: it changes, and is one subject's.
+        headers: tuple[Header, ...] = ((b"cache-control", b"no-store"),)
+        if request.method == "DELETE":
+            prediction.cancel()
+        elif (wait_s := preferences(request, self._settings.max_wait_s).wait_s) is not None:
+            await _answer(request, prediction, wait_s)
+            headers = (_applied(f"wait={wait_s:g}"), *headers)
+        reply = Reply(200, JSON, (prediction.text,), headers=headers)
+        return await compressed_response(self._inference, request, reply)
 
     def _start(
         self, request: Request, model: Model, content: Content, idempotency: Idempotency | None, *, keep: bool
@@ -178,13 +170,6 @@ class _Resource:
             return as_response(answer.problem.reply(*headers, instance=request.url.path))
         reply = Reply(200, JSON, (answer.text,), timing=answer.timing, headers=headers)
         return await compressed_response(self._inference, request, reply)
-
-    async def _object(self, request: Request, prediction: Prediction, *headers: Header) -> Response:
-        """The object in its present state. Caches must not store it: it changes, and is one subject's."""
-        headers += ((b"cache-control", b"no-store"),)
-        return await compressed_response(
-            self._inference, request, Reply(200, JSON, (prediction.text,), headers=headers)
-        )
 
 
 async def _answer(request: Request, prediction: Prediction, timeout_s: float | None = None) -> Answer | None:

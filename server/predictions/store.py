@@ -223,7 +223,10 @@ class PredictionStore:
         size = OVERHEAD_BYTES + len(answer.text)
         room = self._max_bytes - (self.size_bytes - self._finished_bytes)
         if size > room:
-            prediction.answer = _too_large(prediction, len(answer.text), room - OVERHEAD_BYTES)
+            detail = f"the answer has {len(answer.text)} bytes, more than could be kept"
+            limit = room - OVERHEAD_BYTES
+            problem = Problem("result-too-large", detail, body_bytes=len(answer.text), limit_bytes=limit)
+            prediction.answer = encode.failed(prediction.id, prediction.model.name, problem)
             size = OVERHEAD_BYTES
         self._make_room(0, size)
         prediction.kept_bytes = size
@@ -258,9 +261,3 @@ class PredictionStore:
         self._finished_bytes -= prediction.kept_bytes
         if prediction.idempotency is not None:
             del self._by_key[prediction.subject, prediction.idempotency[0]]
-
-
-def _too_large(prediction: Prediction, size: int, limit: int) -> Answer:
-    detail = f"the answer has {size} bytes, more than could be kept"
-    problem = Problem("result-too-large", detail, body_bytes=size, limit_bytes=limit)
-    return encode.failed(prediction.id, prediction.model.name, problem)
