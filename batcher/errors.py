@@ -8,7 +8,10 @@ from __future__ import annotations
 
 
 class BatcherError(Exception):
-    """Base of all errors that a caller gets in place of an answer. `reason`: the word it is counted by."""
+    """Base of all errors that a caller gets in place of an answer. `reason`: the word it is counted by.
+
+    The caller also gets the attributes of the instance.
+    """
 
     reason = "failed"
 
@@ -96,13 +99,13 @@ class DeadlineTooShortError(BatcherError):
 
     reason = "deadline"
 
-    def __init__(self, timeout_s: float, run_s: float) -> None:
+    def __init__(self, timeout_s: float, needed_s: float) -> None:
         super().__init__(
             f"the timeout of {timeout_s * 1e3:g} ms is shorter than a run and its answer take, "
-            f"{run_s * 1e3:.3g} ms"
+            f"{needed_s * 1e3:.3g} ms"
         )
         self.timeout_s = timeout_s
-        self.run_s = run_s
+        self.needed_s = needed_s
 
 
 class DeadlineUnreachableError(BatcherError):

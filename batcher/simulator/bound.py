@@ -8,30 +8,29 @@ late jobs.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from math import inf
 
 from cobatch.batcher.simulator.engine import Profile
 
-_STEPS = 200
+_LEVELS = [(step + 0.5) / 200 for step in range(200)]
 
 
 def capacity(profile: Profile, max_batch_size: int, deadline_s: float | None = None) -> tuple[float, int]:
     """Return the most rows per second that one engine can answer in time, and the batch size for that."""
-    best, best_rows = 0.0, 1
-    for rows in range(1, min(max_batch_size, profile.max_rows) + 1):
-        rate = rows * _share_in_time(profile, rows, deadline_s) / profile.mean_s(rows)
-        if rate > best:
-            best, best_rows = rate, rows
-    return best, best_rows
+    limit_s = inf if deadline_s is None else deadline_s
+    rates = {
+        rows: rows * _share_in_time(profile, rows, limit_s) / profile.mean_s(rows)
+        for rows in range(1, min(max_batch_size, profile.max_rows) + 1)
+    }
+    best_rows = max(rates, key=rates.__getitem__)
+    return rates[best_rows], best_rows
 
 
-def _share_in_time(profile: Profile, rows: int, deadline_s: float | None) -> float:
-    """Return the part of runs that take no longer than the deadline."""
-    if deadline_s is None or profile.quantile_s(rows, 1.0) <= deadline_s:
-        return 1.0
-    levels = [(step + 0.5) / _STEPS for step in range(_STEPS)]
-    return sum(profile.quantile_s(rows, level) <= deadline_s for level in levels) / _STEPS
+def _share_in_time(profile: Profile, rows: int, limit_s: float) -> float:
+    """Return the part of runs that take no longer than the limit."""
+    return bisect_right(_LEVELS, limit_s, key=lambda level: profile.quantile_s(rows, level)) / len(_LEVELS)
 
 
 def path_bound(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -19,11 +19,10 @@ from typing import Any, cast
 import numpy as np
 
 from cobatch.batcher.simulator.clock import VirtualLoop
-from cobatch.engines.base import Array, Engine, RowShapes, Signature
+from cobatch.engines.base import Array, Engine, RowShapes, Signature, batch_sizes
 from cobatch.engines.worker import Deliver, Job, Outcome
 
 _INCLUDED = Path(__file__).with_name("profiles")
-_CHUNK = 4096
 
 
 class ProfileError(Exception):
@@ -65,8 +64,6 @@ class Profile:
     def quantile_s(self, rows: int, level: float) -> float:
         """Return the quantile `level` (0 to 1) of the run time."""
         times, levels = self._times_of(rows), self._levels
-        if len(levels) == 3:
-            return times[1]
         index = min(bisect_right(levels, level), len(levels) - 1)
         low, high = levels[index - 1], levels[index]
         part = (level - low) / (high - low) if high > low else 0.0
@@ -79,11 +76,10 @@ class Profile:
 
     def _times_of(self, rows: int) -> list[float]:
         """Return the seconds at each of `_levels`."""
-        times = self._times.get(rows)
-        if times is None:
+        if rows not in self._times:
             seconds = [us / 1e6 for us in self._interpolated(rows)]
-            times = self._times[rows] = [seconds[0], *seconds, seconds[-1]]
-        return times
+            self._times[rows] = [seconds[0], *seconds, seconds[-1]]
+        return self._times[rows]
 
     def _interpolated(self, rows: int) -> list[float]:
         sizes = self.sizes
@@ -115,7 +111,13 @@ def load_profile(name_or_file: str) -> Profile:
     names = included()
     path = _INCLUDED / f"{name_or_file}.json" if name_or_file in names else Path(name_or_file)
     try:
-        return _read(json.loads(path.read_text()))
+        document = json.loads(path.read_text())
+        runs = {
+            int(run["rows"]): {float(name[1:]) / 100: float(us) for name, us in run["us"].items()}
+            for run in document["runs"]
+        }
+        about = {name: str(document.get(name, "")) for name in ("source", "approximate")}
+        return Profile(str(document["name"]), runs, **about)
     except OSError as error:
         raise ProfileError(
             f"{name_or_file}: {error.strerror}, and no included profile ({', '.join(names)})"
@@ -124,27 +126,18 @@ def load_profile(name_or_file: str) -> Profile:
         raise ProfileError(f"{name_or_file} is not a latency profile: {error!r}") from None
 
 
-def _read(document: Any) -> Profile:
-    runs = {
-        int(run["rows"]): {float(name[1:]) / 100: float(us) for name, us in run["us"].items()}
-        for run in document["runs"]
-    }
-    about = {name: str(document.get(name, "")) for name in ("source", "approximate")}
-    return Profile(str(document["name"]), runs, **about)
-
-
 class RunTimeSampler:
     """Draws run times. All policies of a comparison draw the same numbers in the same order."""
 
     def __init__(self, profile: Profile, seed: int) -> None:
         self.profile = profile
-        self._numbers = _random_numbers(np.random.default_rng([seed, 2]))
+        self._rng = np.random.default_rng([seed, 2])
         self._total_s = 0.0
         self._ends_s = 0.0
 
     def run_s(self, rows: int, began_s: float) -> float:
         """Return the time of the next run, which begins at `began_s`."""
-        run_s = self.profile.quantile_s(rows, next(self._numbers))
+        run_s = self.profile.quantile_s(rows, self._rng.random())
         self._total_s += run_s
         self._ends_s = began_s + run_s
         return run_s
@@ -152,11 +145,6 @@ class RunTimeSampler:
     def busy_s(self, now_s: float) -> float:
         """Return the time spent in runs until now."""
         return self._total_s - max(0.0, self._ends_s - now_s)
-
-
-def _random_numbers(rng: np.random.Generator) -> Iterator[float]:
-    while True:
-        yield from rng.random(_CHUNK).tolist()
 
 
 class _SimulatedEngine:
@@ -190,7 +178,9 @@ class SimulatedWorker:
     ) -> None:
         self.engine = cast("Engine", _SimulatedEngine(max_batch_size, slots))
         self.deliver: Deliver | None = None
-        self.warmup_us = _warmup_us(sampler.profile, max_batch_size)
+        self.warmup_us = {
+            rows: sampler.profile.quantile_s(rows, 0.0) * 1e6 for rows in batch_sizes(None, max_batch_size)
+        }
         self._loop = loop
         self._sampler = sampler
         self._handover_s = handover_s
@@ -228,9 +218,3 @@ class SimulatedWorker:
             self._loop.call_at(ended_s + self._handover_s, self.deliver, job, outcome)
         else:
             self.deliver(job, outcome)
-
-
-def _warmup_us(profile: Profile, max_batch_size: int) -> dict[int, float]:
-    """Return what a warm-up measures: the best time of each power of two and of the largest size."""
-    sizes = {1 << n for n in range(max_batch_size.bit_length())} | {max_batch_size}
-    return {rows: profile.quantile_s(rows, 0.0) * 1e6 for rows in sorted(sizes)}

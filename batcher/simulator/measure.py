@@ -19,9 +19,11 @@ def measure(
 ) -> Profile:
     """Measure an open engine for `seconds`, at least three runs of each size.
 
-    The sizes take turns, so that a slow second of the machine does not fall on one size alone.
+    Sizes are powers of two and those halfway between. They take turns, so that a slow second of the machine
+    does not fall on one size alone.
     """
-    sizes = _sizes(engine)
+    powers = batch_sizes(engine.signature.fixed_batch, engine.max_batch_size)
+    sizes = sorted({*powers, *(3 * rows // 2 for rows in powers[1:] if 3 * rows // 2 < powers[-1])})
     shapes = tuple(spec.least_row for spec in engine.signature.inputs)
     times: dict[int, list[float]] = {rows: [] for rows in sizes}
     for rows in sizes:
@@ -38,12 +40,6 @@ def measure(
     return Profile(
         name, runs, source=f"measured by cobatch profile: {engine.platform}, {count} runs of each size"
     )
-
-
-def _sizes(engine: Engine) -> list[int]:
-    """Return powers of two and the sizes halfway between them."""
-    sizes = batch_sizes(engine.signature.fixed_batch, engine.max_batch_size)
-    return sorted({*sizes, *(3 * rows // 2 for rows in sizes[1:] if 3 * rows // 2 < sizes[-1])})
 
 
 def _run_s(engine: Engine, rows: int, shapes: RowShapes, clock: Callable[[], float]) -> float:

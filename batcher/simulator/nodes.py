@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle, repeat
+from operator import attrgetter
+from random import Random
 from struct import Struct
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from cobatch.batcher.batcher import Batcher
-from cobatch.batcher.errors import BatcherError, ExpiredError
+from cobatch.batcher.errors import ExpiredError
 from cobatch.batcher.request import Request
 from cobatch.batcher.simulator.clock import VirtualLoop
 from cobatch.batcher.simulator.traffic import Caller, Trace, TraceError
@@ -148,31 +149,6 @@ def _recorded(callers: Sequence[Caller], trace: Trace) -> Iterator[tuple[int, in
         yield numbers[one.tenant], one.rows
 
 
-class CobatchNode:
-    """A node with the production batcher."""
-
-    def __init__(self, batcher: Batcher) -> None:
-        self.batcher = batcher
-        self.open_requests = 0
-
-    def submit(self, request: SimulatedRequest) -> str | None:
-        try:
-            self.batcher.submit(request)
-        except BatcherError as error:
-            return error.reason
-        self.open_requests += 1
-        return None
-
-    @property
-    def batches(self) -> Counter[int]:
-        by_rows = self.batcher.counters.by_rows
-        return Counter({rows: usage.batches for rows, usage in by_rows.items()})
-
-    @property
-    def reasons(self) -> Counter[str]:
-        return self.batcher.counters.reasons
-
-
 Router = Literal["round-robin", "least-loaded", "two-choices"]
 ROUTERS: tuple[Router, ...] = ("round-robin", "least-loaded", "two-choices")
 
@@ -181,21 +157,9 @@ def make_router(kind: Router, nodes: list[Node], seed: int) -> Callable[[], Node
     """Return a function that chooses the next request's node. A node's load is its open requests."""
     if len(nodes) == 1 or kind == "round-robin":
         return cycle(nodes).__next__
+    load = attrgetter("open_requests")
     if kind == "least-loaded":
-        return lambda: min(nodes, key=lambda node: node.open_requests)
-    return _two_choices(nodes, np.random.default_rng([seed, 3]))
-
-
-def _two_choices(nodes: list[Node], rng: np.random.Generator) -> Callable[[], Node]:
-    """Choose the less loaded of two random nodes (Mitzenmacher, 2001)."""
-    drawn: list[list[int]] = []
-
-    def choose() -> Node:
-        if not drawn:
-            first = rng.integers(len(nodes), size=_CHUNK)
-            other = (first + rng.integers(1, len(nodes), size=_CHUNK)) % len(nodes)
-            drawn.extend(np.stack([first, other], axis=1).tolist())
-        one, two = (nodes[number] for number in drawn.pop())
-        return one if one.open_requests <= two.open_requests else two
-
-    return choose
+        return lambda: min(nodes, key=load)
+    # The less loaded of two random nodes (Mitzenmacher, 2001).
+    rng = Random(seed)  # noqa: S311 - no secret
+    return lambda: min(rng.sample(nodes, 2), key=load)

@@ -14,6 +14,7 @@ from typing import cast
 import numpy as np
 
 from cobatch.batcher.batcher import Batcher
+from cobatch.batcher.errors import BatcherError
 from cobatch.batcher.simulator.bound import capacity, path_bound
 from cobatch.batcher.simulator.clock import VirtualLoop
 from cobatch.batcher.simulator.engine import Profile, RunTimeSampler, SimulatedWorker
@@ -22,11 +23,11 @@ from cobatch.batcher.simulator.nodes import (
     EXPIRED,
     FAILED,
     REFUSED,
-    CobatchNode,
     Entries,
     Node,
     Records,
     Router,
+    SimulatedRequest,
     make_requests,
     make_router,
 )
@@ -110,28 +111,46 @@ class Run:
 MakeNode = Callable[[Scenario, VirtualLoop, RunTimeSampler], Node]
 
 
-def cobatch_node(scenario: Scenario, loop: VirtualLoop, sampler: RunTimeSampler) -> Node:
-    """Make a node with cobatch's own scheduler."""
-    worker = SimulatedWorker(
-        sampler,
-        loop,
-        max_batch_size=scenario.batch_rows,
-        slots=scenario.slots,
-        handover_s=scenario.handover_ms / 1000,
-    )
-    batcher = Batcher(
-        "simulated",
-        [worker],
-        max_queue_rows=scenario.queue_rows,
-        max_delay_ms=scenario.max_delay_ms,
-        latency_target_ms=scenario.latency_target_ms,
-        loop=cast("asyncio.AbstractEventLoop", loop),
-        clock=loop.time,
-    )
-    return CobatchNode(batcher)
+class CobatchNode:
+    """A node with the production batcher."""
+
+    def __init__(self, scenario: Scenario, loop: VirtualLoop, sampler: RunTimeSampler) -> None:
+        worker = SimulatedWorker(
+            sampler,
+            loop,
+            max_batch_size=scenario.batch_rows,
+            slots=scenario.slots,
+            handover_s=scenario.handover_ms / 1000,
+        )
+        self._batcher = Batcher(
+            "simulated",
+            [worker],
+            max_queue_rows=scenario.queue_rows,
+            max_delay_ms=scenario.max_delay_ms,
+            latency_target_ms=scenario.latency_target_ms,
+            loop=cast("asyncio.AbstractEventLoop", loop),
+            clock=loop.time,
+        )
+        self.open_requests = 0
+
+    def submit(self, request: SimulatedRequest) -> str | None:
+        try:
+            self._batcher.submit(request)
+        except BatcherError as error:
+            return error.reason
+        self.open_requests += 1
+        return None
+
+    @property
+    def batches(self) -> Counter[int]:
+        return Counter({rows: totals.batches for rows, totals in self._batcher.counters.by_rows.items()})
+
+    @property
+    def reasons(self) -> Counter[str]:
+        return self._batcher.counters.reasons
 
 
-def run(scenario: Scenario, make_node: MakeNode = cobatch_node) -> Run:
+def run(scenario: Scenario, make_node: MakeNode = CobatchNode) -> Run:
     """Run a scenario from an idle start; requests under way at its end stay open. Same seed, same run."""
     loop = VirtualLoop()
     samplers = [RunTimeSampler(scenario.profile, scenario.seed + 1000 * n) for n in range(scenario.nodes)]

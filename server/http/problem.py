@@ -77,29 +77,20 @@ class Problem(Exception):
         return Reply(kind.status, PROBLEM_JSON, (text,), headers=headers, close=self.close, slug=kind.slug)
 
 
-# For each of the batcher's errors: the kind, the attributes that become members as they are, and those in
-# seconds that become members in milliseconds.
-_FROM: dict[type[batching.BatcherError], tuple[str, tuple[str, ...], dict[str, str]]] = {
-    batching.QueueFullError: ("queue-full", ("queued_rows", "limit", "retry_after_s"), {}),
-    batching.TenantLimitError: ("tenant-limit", ("tenant", "what", "used", "limit", "retry_after_s"), {}),
-    batching.TooManyRowsError: ("too-many-rows", ("rows", "limit"), {}),
-    batching.TooLongError: ("wrong-shape", ("tensor", "expected", "actual", "limit"), {}),
-    batching.LengthMismatchError: ("wrong-shape", ("tensor", "expected", "actual"), {}),
-    batching.DeadlineUnreachableError: (
-        "deadline-unreachable",
-        ("retry_after_s",),
-        {"timeout_ms": "timeout_s", "needed_ms": "needed_s"},
-    ),
-    batching.DeadlineTooShortError: (
-        "deadline-too-short",
-        (),
-        {"timeout_ms": "timeout_s", "needed_ms": "run_s"},
-    ),
-    batching.ExpiredError: ("expired", (), {"timeout_ms": "timeout_s"}),
-    batching.ExecutionTimeoutError: ("execution-timeout", ("model",), {"limit_ms": "limit_s"}),
-    batching.BatchFailedError: ("run-failed", ("model", "reference"), {}),
-    batching.EngineGoneError: ("engine-dead", ("model", "reference"), {}),
+_SLUGS: dict[type[batching.BatcherError], str] = {
+    batching.QueueFullError: "queue-full",
+    batching.TenantLimitError: "tenant-limit",
+    batching.TooManyRowsError: "too-many-rows",
+    batching.TooLongError: "wrong-shape",
+    batching.LengthMismatchError: "wrong-shape",
+    batching.DeadlineUnreachableError: "deadline-unreachable",
+    batching.DeadlineTooShortError: "deadline-too-short",
+    batching.ExpiredError: "expired",
+    batching.ExecutionTimeoutError: "execution-timeout",
+    batching.BatchFailedError: "run-failed",
+    batching.EngineGoneError: "engine-dead",
 }
+_MILLISECONDS = {"timeout_s": "timeout_ms", "needed_s": "needed_ms", "limit_s": "limit_ms"}
 
 
 def from_error(error: Exception) -> Problem:
@@ -111,11 +102,12 @@ def from_error(error: Exception) -> Problem:
             return Problem("draining", str(error), close=True, retry_after_s=1)
         case batching.AbandonedError():
             return Problem("abandoned", str(error), close=True, retry_after_s=1)
-        case batching.BatcherError() if type(error) in _FROM:
-            slug, attributes, in_ms = _FROM[type(error)]
-            members = {name: getattr(error, name) for name in attributes}
-            members |= {name: round(getattr(error, seconds) * 1e3, 3) for name, seconds in in_ms.items()}
-            return Problem(slug, str(error), **members)
+        case batching.BatcherError() if type(error) in _SLUGS:
+            members = {
+                _MILLISECONDS.get(name, name): round(value * 1e3, 3) if name in _MILLISECONDS else value
+                for name, value in vars(error).items()
+            }
+            return Problem(_SLUGS[type(error)], str(error), **members)
         case _:
             return internal()
 

@@ -83,7 +83,7 @@ def test_a_timeout_shorter_than_a_run_is_refused(more_s: float, in_time: bool) -
         else:
             with pytest.raises(DeadlineTooShortError) as refused:
                 batcher.submit(caller)
-            assert refused.value.run_s == pytest.approx(affine(1))
+            assert refused.value.needed_s == pytest.approx(affine(1))
             assert batcher.counters.refusals == {"deadline": 1}
             return
         await asyncio.sleep(1)

@@ -80,6 +80,6 @@ def test_a_deadline_that_long_rows_cannot_keep_is_refused_and_short_rows_keep() 
         assert short.at_s <= short.deadline_s
         with pytest.raises(DeadlineTooShortError) as refused:
             batcher.submit(long)
-        assert refused.value.run_s == pytest.approx(4 * affine(1), rel=0.05)
+        assert refused.value.needed_s == pytest.approx(4 * affine(1), rel=0.05)
 
     run(main())
