@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,43 +20,22 @@ _HTML = b"text/html; charset=utf-8"
 
 def openapi_routes(inference: Inference) -> list[Route]:
     """Return both routes, for Starlette."""
-    cache = _Cache(inference)
 
-    async def document(request: Request) -> Response:
-        return await compressed_response(inference, request, Reply(200, JSON, (cache.document(),)))
+    @lru_cache(maxsize=1)
+    def replies(_loaded: tuple[str, ...]) -> dict[str, Reply]:
+        """Return both replies by path. Another model's loading changes them: the examples use its rows."""
+        document = msgspec.json.encode(describe(inference))
+        page = render(msgspec.json.decode(document)).encode()
+        return {
+            "/openapi.json": Reply(200, JSON, (document,)),
+            "/docs": Reply(200, _HTML, (page,), headers=HEADERS),
+        }
 
-    async def page(request: Request) -> Response:
-        return await compressed_response(
-            inference, request, Reply(200, _HTML, (cache.page(),), headers=HEADERS)
-        )
+    def route(path: str) -> Route:
+        async def endpoint(request: Request) -> Response:
+            loaded = tuple(name for name, model in inference.models.items() if model.batcher is not None)
+            return await compressed_response(inference, request, replies(loaded)[path])
 
-    return [
-        Route("/openapi.json", guarded(inference, "metadata", document), methods=["GET"]),
-        Route("/docs", guarded(inference, "metadata", page), methods=["GET"]),
-    ]
+        return Route(path, guarded(inference, "metadata", endpoint), methods=["GET"])
 
-
-class _Cache:
-    """The document and the page, made again when another model is loaded: the examples use its rows."""
-
-    def __init__(self, inference: Inference) -> None:
-        self._inference = inference
-        self._loaded: list[str] | None = None
-        self._document = b""
-        self._page: bytes | None = None
-
-    def document(self) -> bytes:
-        """Return the document as JSON."""
-        loaded = [name for name, model in self._inference.models.items() if model.batcher is not None]
-        if loaded != self._loaded:
-            self._document = msgspec.json.encode(describe(self._inference))
-            self._page = None
-            self._loaded = loaded
-        return self._document
-
-    def page(self) -> bytes:
-        """Return the page as HTML."""
-        document = self.document()
-        if self._page is None:
-            self._page = render(msgspec.json.decode(document)).encode()
-        return self._page
+    return [route("/openapi.json"), route("/docs")]

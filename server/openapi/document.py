@@ -1,9 +1,9 @@
 """The OpenAPI document: operations.json, completed for the loaded models and the settings of `[auth]`.
 
-operations.json is an OpenAPI document with three extensions, which are replaced here:
+operations.json is an OpenAPI document with extensions, which are replaced here:
 
-* `x-needs` is the permission that the route demands (`server.api.routing.Needs`). It becomes `security`, a
-  sentence in the description, and the problems of authentication.
+* `x-needs` is the permission that the route demands (`server.api.routing.Needs`). It becomes `security`, its
+  sentence of `x-needs-sentences` in the description, and the problems of authentication.
 * `x-problems` are the kinds of problems that the operation answers with. They become responses.
 * `x-problem-examples` has the detail and the members of one example per kind, which becomes a whole body.
 
@@ -47,14 +47,6 @@ AUTH_KINDS = frozenset((*GUARDED, "forbidden", "tenant-limit"))
 # Their responses have WWW-Authenticate.
 _CHALLENGED = frozenset((*_CREDENTIALS, "forbidden"))
 _RATE_LIMIT = ("RateLimit-Policy", "RateLimit")
-_NEEDS: dict[Needs, str] = {
-    "open": "Needs no credentials.",
-    "known": "Needs credentials, and no permission.",
-    "read": "Needs the permission `metadata`, or one to infer with the model.",
-    "infer": "Needs the permission `infer`, or `infer:NAME` for this model.",
-    "metadata": "Needs the permission `metadata`.",
-    "admin": "Needs the permission `admin`.",
-}
 
 
 def describe(inference: Inference) -> Json:
@@ -65,14 +57,14 @@ def describe(inference: Inference) -> Json:
     components = document["components"]
     _add_access(document, inference.auth)
     parameters = _parameters(components.pop("parameters"), models)
+    add_examples({one["operationId"]: one for _, _, one in operations_in(document)}, models)
+    _add_versions(document["paths"])
+    sentences = document.pop("x-needs-sentences")
     for _, _, operation in operations_in(document):
         if "parameters" in operation:
             names = [one["$ref"].rpartition("/")[2] for one in operation["parameters"]]
             operation["parameters"] = [parameters[name] for name in names]
-    add_examples({one["operationId"]: one for _, _, one in operations_in(document)}, models)
-    _add_versions(document["paths"], parameters["version"])
-    for _, _, operation in operations_in(document):
-        _complete(operation, inference.auth)
+        _complete(operation, inference.auth, sentences)
     components["schemas"] = schemas(components["schemas"], models.signatures, models.required)
     left_out = AUTH_KINDS if inference.auth is None else ()
     components["examples"] = _problem_examples(document.pop("x-problem-examples"), left_out)
@@ -89,7 +81,7 @@ def operations_in(document: Json) -> Iterator[tuple[str, str, Json]]:
 def _parameters(parameters: Json, models: LoadedModels) -> Json:
     """Complete the parameters with model names, versions, and the schemas of the query's options."""
     versions = sorted({model.version for model in models.all})
-    for name, values in (("model", models.names), ("version", versions)):
+    for name, values in (("model", [model.name for model in models.all]), ("version", versions)):
         parameters[name]["schema"]["enum"] = values
         parameters[name]["example"] = values[0]
     parameters["seconds"]["schema"] |= {"maximum": LIMIT_S, "default": DEFAULT_S}
@@ -103,8 +95,9 @@ def _parameters(parameters: Json, models: LoadedModels) -> Json:
     return parameters
 
 
-def _add_versions(paths: Json, version: Json) -> None:
+def _add_versions(paths: Json) -> None:
     """Add the operations of a model once more, under the path that names its version."""
+    version = {"$ref": "#/components/parameters/version"}
     for path in [path for path in paths if path.startswith(_MODEL)]:
         paths[path.replace(_MODEL, f"{_MODEL}/versions/{{version}}")] = {
             method: operation
@@ -143,14 +136,14 @@ def _scheme_names(auth: Authenticator) -> list[str]:
     return ["bearer"] * bool(auth.settings.issuers) + ["apiKey"] * bool(auth.settings.api_keys_file)
 
 
-def _complete(operation: Json, auth: Authenticator | None) -> None:
+def _complete(operation: Json, auth: Authenticator | None, sentences: dict[Needs, str]) -> None:
     """Replace `x-needs` and `x-problems` by security, a sentence and responses."""
     needs: Needs = operation.pop("x-needs")
     slugs = set(operation.pop("x-problems", ()))
     if auth is None:
         slugs -= AUTH_KINDS
     else:
-        operation["description"] += f" {_NEEDS[needs]}"
+        operation["description"] += f" {sentences[needs]}"
     guard = None if needs == "open" else auth
     if guard is not None:
         operation["security"] = [{name: []} for name in _scheme_names(guard)]

@@ -33,7 +33,6 @@ class LoadedModels:
     """The served models: `all` of them, and the `loaded` ones with signatures and required inputs by name."""
 
     def __init__(self, inference: Inference) -> None:
-        self.names = list(inference.models)
         self.all: list[Model] = list(inference.models.values())
         self.loaded = [model for model in self.all if model.batcher is not None]
         self.signatures: Mapping[str, Signature] = {
@@ -57,12 +56,10 @@ def add_examples(operations: Mapping[str, Json], models: LoadedModels) -> None:
                 content = operations[id_]["requestBody"]["content"][media]
                 content.setdefault("examples", {})[key] = example
     shown = models.shown
-    if shown is not None:
-        message = infer_json(models.signatures[shown.name])
+    if shown is not None and (message := infer_json(models.signatures[shown.name])) is not None:
         item = {"method": "POST", "url": f"/v2/models/{shown.name}/infer", "body": message}
         batch = operations["batch"]["requestBody"]["content"][JSON]["examples"]["two"]["value"]
-        if message is not None:
-            batch["requests"] += [{"id": "first", **item}, {"id": "second", **item}]
+        batch["requests"] += [{"id": "first", **item}, {"id": "second", **item}]
     for id_, answer in _answers(models).items():
         operations[id_]["responses"]["200"]["content"][JSON]["example"] = answer
     # Examples in operations.json have another model's name.
@@ -89,12 +86,13 @@ def _answers(models: LoadedModels) -> Json:
     if shown is None:
         return answers
     signature = models.signatures[shown.name]
+    outputs = [_tensor(spec) | {"data": _flat(spec)} for spec in signature.outputs]
     predicted = _prediction_answer(shown.name, signature)
     return answers | {
         "getModel": metadata(shown),
         "getConfig": config(shown),
         "getStats": {"model_stats": [statistics(shown)]},
-        "infer": _infer_answer(shown.name, shown.version, signature),
+        "infer": {"model_name": shown.name, "model_version": shown.version, "id": "1", "outputs": outputs},
         "predict": predicted,
         "getPrediction": predicted,
     }
@@ -156,11 +154,6 @@ def raw_tensor(signature: Signature) -> str | None:
 def prediction(signature: Signature) -> Json:
     """Return the request for a prediction in JSON."""
     return {"inputs": {spec.name: _nested(spec) for spec in signature.inputs}, "deadline_ms": 60_000}
-
-
-def _infer_answer(model: str, version: str, signature: Signature) -> Json:
-    outputs = [_tensor(spec) | {"data": _flat(spec)} for spec in signature.outputs]
-    return {"model_name": model, "model_version": version, "id": "1", "outputs": outputs}
 
 
 def _prediction_answer(model: str, signature: Signature) -> Json:

@@ -8,6 +8,7 @@ import json
 import shlex
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from cobatch.server.openapi.document import ANYWHERE, GUARDED, operations_in
@@ -15,6 +16,7 @@ from cobatch.server.openapi.document import ANYWHERE, GUARDED, operations_in
 Json = dict[str, Any]
 
 _STYLE = Path(__file__).with_name("page.css").read_text()
+_PAGE = Template(Path(__file__).with_name("page.html").read_text())
 _HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
 _POLICY = (
     f"default-src 'none'; style-src 'sha256-{_HASH}'; base-uri 'none'; form-action 'none'; "
@@ -39,21 +41,16 @@ def render(document: Json) -> str:
     """Return the whole page."""
     info = document["info"]
     title = escape(f"{info['title']} {info['version']}")
-    groups = [_group(document, tag) for tag in document["tags"]]
-    schemas = [_schema(name, schema) for name, schema in document["components"]["schemas"].items()]
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}: API</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_STYLE}</style></head>\n<body>"
-        '<a class="skip" href="#main">To the content</a>\n'
-        f"{_navigation(document)}\n"
-        f'<main id="main"><h1>{title}</h1><p>{_text(info["description"])}</p>'
-        f"<p>On any path: {', '.join(map(_problem, ANYWHERE))}.</p>"
-        '<p>This page shows <a href="openapi.json">openapi.json</a>; '
-        'each <a href="problems">problem</a> has a page of its own. In the commands, '
-        "<code>$URL</code> is the server's address: <code>URL=http://127.0.0.1:8000</code>.</p>\n"
-        f"{_access(document)}"
-        f'{"".join(groups)}\n<h2 id="schemas">Schemas</h2>{"".join(schemas)}</main></body></html>\n'
+    schemas = document["components"]["schemas"].items()
+    return _PAGE.substitute(
+        title=title,
+        style=_STYLE,
+        navigation="".join(_navigation(document, tag) for tag in document["tags"]),
+        description=_text(info["description"]),
+        anywhere=", ".join(map(_problem, ANYWHERE)),
+        access=_access(document),
+        groups="".join(_group(document, tag) for tag in document["tags"]),
+        schemas="".join(_schema(name, schema) for name, schema in schemas),
     )
 
 
@@ -79,16 +76,13 @@ def _operations(document: Json, tag: str) -> list[tuple[str, str, Json]]:
     return [one for one in operations_in(document) if tag in one[2]["tags"] and "x-twin-of" not in one[2]]
 
 
-def _navigation(document: Json) -> str:
-    parts = ['<nav aria-label="Operations">']
-    for tag in document["tags"]:
-        items = "".join(
-            f'<li><a href="#{operation["operationId"]}"><span class="m {method}">{method.upper()}</span>'
-            f"<span>{escape(operation['summary'])}</span></a></li>"
-            for _, method, operation in _operations(document, tag["name"])
-        )
-        parts.append(f"<strong>{escape(tag['name'])}</strong><ul>{items}</ul>")
-    return "".join([*parts, '<a href="#schemas">Schemas</a></nav>'])
+def _navigation(document: Json, tag: Json) -> str:
+    items = "".join(
+        f'<li><a href="#{operation["operationId"]}"><span class="m {method}">{method.upper()}</span>'
+        f"<span>{escape(operation['summary'])}</span></a></li>"
+        for _, method, operation in _operations(document, tag["name"])
+    )
+    return f"<strong>{escape(tag['name'])}</strong><ul>{items}</ul>"
 
 
 def _group(document: Json, tag: Json) -> str:

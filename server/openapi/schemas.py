@@ -20,6 +20,7 @@ _DATATYPE: Json = {"enum": list(DATATYPES)}
 # The contents of fields that the server's types keep as raw text.
 _V2_DATA = Annotated[list[Any], Meta(description="nested or flat, row-major; binary inputs have none")]
 _V1_INPUTS = Annotated[dict[str, Any], Meta(extra_json_schema={"minProperties": 1})]
+_ENCODED: Json = {"$ref": "#/components/schemas/Encoded"}
 _ANY_JSON = Annotated[Any, Meta(description="JSON; no binary tensors")]
 
 
@@ -27,18 +28,12 @@ def schemas(answers: Json, signatures: Mapping[str, Signature], required: Mappin
     """Return all schemas by name. `required` are the inputs that a request must have, by loaded model."""
     datatype = Annotated[str, Meta(extra_json_schema=_DATATYPE)]
     tensor = _shown(v2_messages.InputTensor, "InputTensor", data=_V2_DATA, datatype=datatype)
-    item: Any = _shown(batch_messages.Item, "BatchItem", body=_ANY_JSON)
     requests = [
         _shown(v2_messages.InferMessage, "InferRequest", inputs=list.__class_getitem__(tensor)),
         _shown(v1_messages.JsonRequest, "PredictionRequest", inputs=_V1_INPUTS),
         v1_messages.FormOptions,
         v1_messages.Encoded,
-        msgspec.defstruct(
-            "BatchRequest",
-            [("requests", list.__class_getitem__(item))],
-            forbid_unknown_fields=True,
-            namespace={"__doc__": "Requests, each of which gets its own answer."},
-        ),
+        _shown(batch_messages.Item, "BatchItem", body=_ANY_JSON),
     ]
     _, derived = msgspec.json.schema_components(requests, ref_template="#/components/schemas/{name}")
     result = answers | derived
@@ -58,10 +53,6 @@ def raw_options() -> Json:
     _, components = msgspec.json.schema_components([v1_messages.RawOptions])
     properties: Json = components["RawOptions"]["properties"]
     return properties
-
-
-def _ref(name: str) -> Json:
-    return {"$ref": f"#/components/schemas/{name}"}
 
 
 def _shown(kind: type[msgspec.Struct], name: str, **types: Any) -> Any:
@@ -114,10 +105,7 @@ def _v2_input(model: str, spec: TensorSpec) -> Json:
 
 def _v1_inputs(model: str, specs: Sequence[TensorSpec], required: list[str]) -> Json:
     # JSON has no numbers like BF16's.
-    forms = {
-        spec.name: [_ref("Encoded")] if spec.datatype == "BF16" else [_nested(spec), _ref("Encoded")]
-        for spec in specs
-    }
+    forms = {spec.name: [_nested(spec)] * (spec.datatype != "BF16") + [_ENCODED] for spec in specs}
     return {
         "title": f"Inputs of {model}",
         "type": "object",
