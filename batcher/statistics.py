@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from math import ceil
 from typing import NamedTuple
 
@@ -41,9 +41,9 @@ class PaddingTotals:
         """The part of the elements that is padding."""
         return self.padding / self.elements if self.elements else 0.0
 
-    def add(self, batches: int, rows: int, elements: int, padding: int) -> None:
-        """Add batches."""
-        self.batches += batches
+    def add(self, rows: int, elements: int, padding: int) -> None:
+        """Add a batch."""
+        self.batches += 1
         self.rows += rows
         self.elements += elements
         self.padding += padding
@@ -109,12 +109,8 @@ class Counters:
     @property
     def padding_total(self) -> PaddingTotals | None:
         """Totals over all buckets; None if the model pads nothing."""
-        if not self.pads:
-            return None
-        total = PaddingTotals()
-        for one in self.padding.values():
-            total.add(one.batches, one.rows, one.elements, one.padding)
-        return total
+        columns = zip(*[astuple(one) for one in self.padding.values()], strict=True)
+        return PaddingTotals(*[sum(column) for column in columns]) if self.pads else None
 
     def count_refusal(self, request: Request, error: BatcherError) -> None:
         """Count a request that was not accepted."""
@@ -139,7 +135,8 @@ class Counters:
             totals.queue_s += delay_s
             waiting.append(delay_s)
         else:
-            delays = _delays(requests, gathered_s)
+            # A bundle has many callers; the parts of a cut request after the first have none.
+            delays = [gathered_s - one.enqueued_s for one in requests for _ in range(one.callers)]
             totals.requests += len(delays)
             totals.queue_s += sum(delays)
             waiting += delays
@@ -148,7 +145,10 @@ class Counters:
         totals.compute_s += run_s
         totals.output_s += batch.answered_s - batch.answering_s
         if first.tenant is not None:
-            _charge_tenants(batch, run_s)
+            for tenant, rows in batch.shares.items():
+                if tenant is not None:
+                    tenant.usage.rows += rows
+                    tenant.usage.engine_s += run_s * rows / batch.rows
         runs = self.run_times.values
         runs.append(run_s)
         if len(waiting) >= PENDING_LIMIT or len(runs) >= PENDING_LIMIT:
@@ -158,24 +158,6 @@ class Counters:
         self.rows += batch.rows
         self._reasons[batch.reason] += 1
         if padded is not None:
-            self._count_padding(batch.rows, *padded)
-
-    def _count_padding(self, rows: int, bucket: tuple[int, ...], elements: int, padding: int) -> None:
-        self.padding.setdefault(bucket, PaddingTotals()).add(1, rows, elements, padding)
-        self.padding_shares[ceil(padding * PADDING_STEPS / elements) if elements else 0] += 1
-
-
-def _delays(requests: list[Request], gathered_s: float) -> list[float]:
-    delays = [gathered_s - one.enqueued_s for one in requests]
-    callers = [one.callers for one in requests]
-    if callers.count(1) == len(callers):
-        return delays
-    # A bundle has many callers; the parts of a cut request after the first have none.
-    return [delay for delay, times in zip(delays, callers, strict=True) for _ in range(times)]
-
-
-def _charge_tenants(batch: Batch, run_s: float) -> None:
-    for tenant, rows in batch.shares.items():
-        if tenant is not None:
-            tenant.usage.rows += rows
-            tenant.usage.engine_s += run_s * rows / batch.rows
+            bucket, elements, padding = padded
+            self.padding.setdefault(bucket, PaddingTotals()).add(batch.rows, elements, padding)
+            self.padding_shares[ceil(padding * PADDING_STEPS / elements) if elements else 0] += 1

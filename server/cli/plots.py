@@ -79,15 +79,13 @@ def plot_runs(file: Path, title: str, runs: Runs) -> None:
     loads = [(load, results) for load, results in runs if load is not None]
     if len(loads) < 2:
         with chart(file, title, "batch size, rows", "part of all rows, %") as axes:
-            draw_lines(axes, {"cobatch": _sizes(runs[0][1])})
+            batches = runs[0][1].batches
+            rows = sum(size * count for size, count in batches.items()) or 1
+            points = [(size, 100 * size * count / rows) for size, count in batches.items()]
+            draw_lines(axes, {"cobatch": points})
         return
     lines: dict[str, Line] = {"cobatch": [(load, results.total.goodput) for load, results in loads]}
     if all(results.bound is not None for _, results in loads):
         lines["bound"] = [(load, results.bound or 0.0) for load, results in loads]
     with chart(file, title, "load, parts of capacity", "goodput per second") as axes:
         draw_lines(axes, lines, ["bound"])
-
-
-def _sizes(results: Results) -> Line:
-    rows = sum(size * count for size, count in results.batches.items()) or 1
-    return [(size, 100 * size * count / rows) for size, count in results.batches.items()]

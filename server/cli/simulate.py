@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, get_origin, get_type_hints
@@ -62,7 +63,7 @@ def simulate(
         option("KEY=VALUE,...", "A tenant: name, share, weight, priority, rows, deadline_ms, ..."),
     ] = None,
     nodes: Annotated[int, option("N", "Servers behind a router.", min=1)] = 1,
-    router: Annotated[str, option("|".join(ROUTERS), "How requests are routed.")] = "two-choices",
+    router: Annotated[Router, option("|".join(ROUTERS), "How requests are routed.")] = "two-choices",
     seconds: Annotated[
         float | None, option("S", "Measured virtual time; a tenth is added as warm-up.")
     ] = None,
@@ -99,7 +100,7 @@ def simulate(
             Poisson(1.0) if connections is None else Closed(connections),
             parse_callers(tenant or [], deadline_ms),
             nodes=nodes,
-            router=parse_router(router),
+            router=router,
             max_batch_size=max_batch_size,
             max_queue_rows=max_queue_rows,
             max_delay_ms=max_delay_ms or 0.0,
@@ -138,12 +139,9 @@ def profile(
     Runs zeros at powers of two and halfway between them, and writes quantiles of each size as JSON.
     """
     try:
-        opened = load_engine(engine, str(model), max_batch_size, EngineOptions(threads))
-        try:
+        with closing(load_engine(engine, str(model), max_batch_size, EngineOptions(threads))) as opened:
             opened.open()
             document = measure(opened, model.stem, seconds).as_json()
-        finally:
-            opened.close()
     except EngineError as error:
         raise end(str(error), 1) from None
     text = json.dumps(document, indent=2)
@@ -221,14 +219,6 @@ def parse_numbers(flag: str, text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise OptionError(f"{flag}: expected numbers separated by commas, got {text!r}") from None
-
-
-def parse_router(text: str) -> Router:
-    """Parse the name of a router."""
-    for router in ROUTERS:
-        if text == router:
-            return router
-    raise OptionError(f"--router: expected one of {', '.join(ROUTERS)}, got {text!r}")
 
 
 def parse_callers(texts: Sequence[str], deadline_ms: float | None) -> tuple[Caller, ...]:

@@ -35,30 +35,19 @@ _HEADERS = {
 }
 
 
-class _File:
-    """A file of the page, in memory."""
-
-    def __init__(self, path: Path) -> None:
-        self._body = path.read_bytes()
-        self._type = _TYPES[path.suffix]
-        self._headers = {**_HEADERS, "etag": f'"{hashlib.sha256(self._body).hexdigest()[:20]}"'}
-
-    def response(self, request: Request) -> Response:
-        """Return the file, or 304 if the client has it."""
-        if request.headers.get("if-none-match") == self._headers["etag"]:
-            return Response(status_code=304, headers=self._headers)
-        return Response(self._body, media_type=self._type, headers=self._headers)
-
-
 def dashboard_routes(inference: Inference, feed: Feed) -> list[Route]:
     """Return page, files and feed, for Starlette."""
-    files = {path.name: _File(path) for path in sorted(_FOLDER.iterdir()) if path.suffix in _TYPES}
+    files = {path.name: path.read_bytes() for path in _FOLDER.iterdir() if path.suffix in _TYPES}
+    etags = {name: f'"{hashlib.sha256(body).hexdigest()[:20]}"' for name, body in files.items()}
 
     async def file(request: Request) -> Response:
         name = request.path_params.get("file", "index.html")
         if name not in files:
             raise Problem("not-found", f"the dashboard has no file {name!r}")
-        return files[name].response(request)
+        headers = {**_HEADERS, "etag": etags[name]}
+        if request.headers.get("if-none-match") == etags[name]:
+            return Response(status_code=304, headers=headers)
+        return Response(files[name], media_type=_TYPES[Path(name).suffix], headers=headers)
 
     async def events(request: Request) -> Response:
         # Proxies must not buffer the events.

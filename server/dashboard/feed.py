@@ -86,7 +86,7 @@ class Feed:
         self._seconds: deque[bytes] = deque(maxlen=KEPT)
         self._number = 0
         self._event = b""
-        self._ticked: asyncio.Future[None] | None = None
+        self._ticked = asyncio.Event()  # one for each tick
         self.viewers = 0
         self._closed = False
 
@@ -165,24 +165,21 @@ class Feed:
         return float(EDGES_S[min(nonzero[-1], len(EDGES_S) - 1)]) if len(nonzero) else 0.0
 
     def _wake(self) -> None:
-        if self._ticked is not None and not self._ticked.done():
-            self._ticked.set_result(None)
-        self._ticked = None
+        self._ticked.set()
+        self._ticked = asyncio.Event()
 
     async def stream(self, principal: Principal | None) -> AsyncIterator[bytes]:
         """Yield the events for one viewer."""
         self.viewers += 1
-        seen = -1
+        seen = -2  # no tick
         try:
             # The stream of a credential ends when it expires.
             while not self._closed and (principal is None or principal.expires_s > self._wall_clock()):
-                missed = seen < 0 or self._number != seen + 1
+                missed = self._number != seen + 1
                 seen = self._number
                 yield self._hello() if missed else self._event
                 if seen == self._number:
-                    if self._ticked is None:
-                        self._ticked = asyncio.get_running_loop().create_future()
-                    await asyncio.shield(self._ticked)
+                    await self._ticked.wait()
         finally:
             self.viewers -= 1
 

@@ -125,11 +125,7 @@ def totals_of(batcher: Batcher, traffics: Iterable[Traffic]) -> Totals:
 
 def sparse(counts: Counts) -> list[int]:
     """Return the index of the first count above 0, and the counts from there to the last above 0."""
-    nonzero = np.flatnonzero(counts)
-    if not len(nonzero):
-        return []
-    first, last = int(nonzero[0]), int(nonzero[-1])
-    return [first, *counts[first : last + 1].tolist()]
+    return [int(np.flatnonzero(counts)[0]), *np.trim_zeros(counts).tolist()] if counts.any() else []
 
 
 class ModelSampler:
