@@ -17,7 +17,7 @@ from rich.text import Text
 from cobatch.batcher.simulator.bound import capacity
 from cobatch.batcher.simulator.engine import Profile, ProfileError, included, load_profile
 from cobatch.batcher.simulator.measure import measure
-from cobatch.batcher.simulator.nodes import ROUTERS, Router
+from cobatch.batcher.simulator.nodes import ROUTERS
 from cobatch.batcher.simulator.scenario import Closed, Scenario, Totals, results_of, run
 from cobatch.batcher.simulator.traffic import (
     PROCESSES,
@@ -34,48 +34,34 @@ from cobatch.server.cli.plots import PlotError, Runs, check_plot, plot_runs
 from cobatch.server.console import end, option, plain_table, stdout, switch
 
 _WARMUP_PART = 0.1
+_TENANT = "A tenant: name, share, weight, priority, rows, deadline_ms, ..."
+_PROCESSES = "poisson|constant|bursty|diurnal|FILE"
+_TRACE = "An arrival process, or a recorded trace with lines of seconds[,rows[,tenant]]."
 _OptionalRows = Annotated[int | None, option("ROWS", "As for serve.", min=1)]
 _OptionalMs = Annotated[float | None, option("MS", "As for serve.", min=0.0)]
 
 
 def simulate(
     profile: Annotated[
-        str | None, typer.Argument(metavar="PROFILE", help="An included profile, or a file.")
+        str | None, typer.Argument(metavar="PROFILE", help="Included profile, or file.")
     ] = None,
     listing: Annotated[bool, switch("--list", "List the included profiles.")] = False,
     rate: Annotated[float | None, option("PER_S", "Requests per second.")] = None,
-    load: Annotated[
-        str, option("PARTS", "In place of --rate: parts of the capacity, each simulated.")
-    ] = "0.8",
-    arrivals: Annotated[
-        str,
-        option(
-            "poisson|constant|bursty|diurnal|FILE",
-            "An arrival process, or a recorded trace with lines of seconds[,rows[,tenant]].",
-        ),
-    ] = "poisson",
-    connections: Annotated[
-        int | None, option("N", "In place of --rate: N callers in a closed loop.", min=1)
-    ] = None,
+    load: Annotated[str, option("PARTS", "In place of --rate: parts of the capacity.")] = "0.8",
+    arrivals: Annotated[str, option(_PROCESSES, _TRACE)] = "poisson",
+    connections: Annotated[int | None, option("N", "Closed loop in place of --rate: callers.", min=1)] = None,
     deadline_ms: Annotated[float | None, option("MS", "Deadline of each request.")] = None,
-    tenant: Annotated[
-        list[str] | None,
-        option("KEY=VALUE,...", "A tenant: name, share, weight, priority, rows, deadline_ms, ..."),
-    ] = None,
+    tenant: Annotated[list[str] | None, option("KEY=VALUE,...", _TENANT)] = None,
     nodes: Annotated[int, option("N", "Servers behind a router.", min=1)] = 1,
-    router: Annotated[Router, option("|".join(ROUTERS), "How requests are routed.")] = "two-choices",
-    seconds: Annotated[
-        float | None, option("S", "Measured virtual time; a tenth is added as warm-up.")
-    ] = None,
+    router: Annotated[str, option("|".join(ROUTERS), "How requests are routed.")] = "two-choices",
+    seconds: Annotated[float | None, option("S", "Measured virtual time; warm-up: a tenth.")] = None,
     requests: Annotated[int, option("N", "In place of --seconds: about N requests.", min=1)] = 100_000,
     max_batch_size: _OptionalRows = None,
     max_queue_rows: _OptionalRows = None,
     max_delay_ms: _OptionalMs = None,
     latency_target_ms: _OptionalMs = None,
     handover_ms: Annotated[float, option("MS", "Delay from event loop to engine, and back.", min=0.0)] = 0.0,
-    request_us: Annotated[
-        float, option("US", "Event-loop time of each request; one node only.", min=0.0)
-    ] = 0.0,
+    request_us: Annotated[float, option("US", "Loop's time for each request; one node.", min=0.0)] = 0.0,
     seed: Annotated[int, option("N", "Same seed, same figures.")] = 1,
     json_file: Annotated[Path | None, option("FILE", "Write all figures.", "--json")] = None,
     plot: Annotated[Path | None, option("FILE.svg", "Plot goodput by load, or batch sizes.")] = None,
@@ -92,6 +78,8 @@ def simulate(
         raise typer.Exit(0 if listing else 2)
     if request_us and nodes > 1:
         raise end("--request-us is the time of one node's event loop: --nodes must be 1", 2)
+    if router not in ROUTERS:
+        raise end(f"--router: expected one of {', '.join(ROUTERS)}, got {router!r}", 2)
     try:
         if plot is not None:
             check_plot(plot)
@@ -179,19 +167,16 @@ def _arrivals(
     if isinstance(base.arrivals, Closed):
         return [(None, base.arrivals)]
     if arrivals not in PROCESSES:
-        return [(None, _trace(arrivals))]
+        if not Path(arrivals).exists():
+            raise OptionError(
+                f"--arrivals: expected {', '.join(PROCESSES)} or a trace's file, got {arrivals!r}"
+            )
+        return [(None, read_trace(Path(arrivals)))]
     most = _request_capacity(base)
     rates = [rate] if rate is not None else [load * most for load in loads]
     if min(rates) <= 0:
         raise OptionError("--rate, --load: must be more than 0")
     return [(rate / most, PROCESSES[arrivals](rate)) for rate in rates]
-
-
-def _trace(name: str) -> Trace:
-    path = Path(name)
-    if not path.exists():
-        raise OptionError(f"--arrivals: expected {', '.join(PROCESSES)} or a trace's file, got {name!r}")
-    return read_trace(path)
 
 
 def _request_capacity(base: Scenario) -> float:
