@@ -28,8 +28,9 @@ from cobatch.server.auth.credentials import WELL_KNOWN
 from cobatch.server.http.problem import PROBLEM_JSON, Problem
 from cobatch.server.http.problem_kinds import KINDS
 from cobatch.server.inference.service import Inference
-from cobatch.server.openapi.examples import JSON, LoadedModels, add_examples
+from cobatch.server.openapi.examples import LoadedModels, add_examples
 from cobatch.server.openapi.schemas import raw_options, schemas
+from cobatch.server.predictions.content import JSON
 
 Json = dict[str, Any]
 

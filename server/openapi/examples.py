@@ -12,18 +12,17 @@ from math import prod
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from cobatch import __version__
 from cobatch.engines.base import Signature, TensorSpec
 from cobatch.server.api.v2 import EXTENSIONS, config, index_entry, metadata, statistics
 from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Inference
+from cobatch.server.predictions.content import JSON, MULTIPART, OCTETS
 from cobatch.server.predictions.encode import dtype_name
 
 Json = dict[str, Any]
-JSON = "application/json"
-FORM = "multipart/form-data"
-OCTETS = "application/octet-stream"
 
 # Models with longer rows get no example: it would be too long to read.
 _ELEMENTS_LIMIT = 4096
@@ -46,7 +45,7 @@ class LoadedModels:
 
 def add_examples(operations: Mapping[str, Json], models: LoadedModels) -> None:
     """Add requests and answers of the loaded models to the operations, which come by `operationId`."""
-    body = operations["predict"]["requestBody"]["content"][FORM]["schema"]["properties"]
+    body = operations["predict"]["requestBody"]["content"][MULTIPART]["schema"]["properties"]
     for name in sorted({spec.name for one in models.signatures.values() for spec in one.inputs}):
         text = "nested lists in JSON, or with its own Content-Type raw bytes or a .npy file"
         body[name] = {"type": "array", "description": text}
@@ -115,7 +114,7 @@ def _requests(model: str, signature: Signature) -> Iterator[tuple[str, str, str,
         yield "predict", OCTETS, model, example(raw, " as bytes alone")
     yield "predict", JSON, model, example(prediction(signature))
     inputs = {spec.name: _nested(spec) for spec in signature.inputs}
-    yield "predict", FORM, model, example(inputs | {"request": {"priority": 1}})
+    yield "predict", MULTIPART, model, example(inputs | {"request": {"priority": 1}})
 
 
 def has_example(signature: Signature) -> bool:
@@ -185,10 +184,7 @@ def _flat(spec: TensorSpec) -> list[Any]:
 
 
 def _zeros(spec: TensorSpec) -> Any:
-    values = _zero(spec)
-    for size in reversed([1, *_row(spec)]):
-        values = [values] * size
-    return values
+    return np.full([1, *_row(spec)], _zero(spec), object).tolist()
 
 
 def _nested(spec: TensorSpec) -> Any:

@@ -114,8 +114,7 @@ def _operation(document: Json, path: str, method: str, operation: Json) -> str:
         ]
     responses = operation["responses"].items()
     parts += [_response(status, one) for status, one in responses if status < "300"]
-    refusals = "".join(_refusal(status, one) for status, one in responses if status >= "300")
-    if refusals:
+    if refusals := "".join(_refusal(status, one) for status, one in responses if status >= "300"):
         parts.append(f'<h4>Errors</h4><dl class="pairs">{refusals}</dl>')
     return "".join([*parts, "</section>\n"])
 

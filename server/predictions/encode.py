@@ -41,11 +41,6 @@ class Answer(NamedTuple):
 Ranges = list[tuple[int, int]]
 
 
-def unfinished(id_: str, status: str, model: str) -> bytes:
-    """The object of a prediction that has not been answered."""
-    return msgspec.json.encode({"id": id_, "status": status, "model": model})
-
-
 def cancelled(id_: str, model: str) -> Answer:
     """The object of a cancelled prediction."""
     fields = {"id": id_, "status": CANCELLED, "model": model}

@@ -10,6 +10,7 @@ Idempotency-Key is about to ask again.
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import NamedTuple
 
 from starlette.requests import ClientDisconnect, Request
@@ -31,6 +32,7 @@ from cobatch.server.predictions.encode import Answer
 from cobatch.server.predictions.store import Prediction, PredictionStore
 
 _MAX_KEY_LENGTH = 255
+_KEY = re.compile(rf"[ -~]{{1,{_MAX_KEY_LENGTH}}}")
 Header = tuple[bytes, bytes]
 # An Idempotency-Key and the digest of its request.
 Idempotency = tuple[str, bytes]
@@ -61,11 +63,10 @@ def idempotency_key(request: Request) -> str | None:
     keys = request.headers.getlist("idempotency-key")
     if not keys:
         return None
-    key = keys[0]
-    if len(keys) > 1 or not 1 <= len(key) <= _MAX_KEY_LENGTH or not all(" " <= char <= "~" for char in key):
+    if len(keys) > 1 or not _KEY.fullmatch(keys[0]):
         detail = f"Idempotency-Key must be one value of 1 to {_MAX_KEY_LENGTH} printable ASCII characters"
         raise Problem("bad-parameter", detail, parameter="Idempotency-Key")
-    return key
+    return keys[0]
 
 
 def v1_routes(inference: Inference) -> list[Route]:

@@ -22,6 +22,8 @@ import secrets
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from cobatch.batcher.request import Request, State
 from cobatch.batcher.tenant import Tenant
 from cobatch.server.http.problem import Problem
@@ -82,7 +84,7 @@ class Prediction:
         """The object in its present state, as JSON."""
         if self.answer is not None:
             return self.answer.text
-        return encode.unfinished(self.id, self.status, self.model.name)
+        return msgspec.json.encode({"id": self.id, "status": self.status, "model": self.model.name})
 
     def submit(self) -> None:
         """Queue the request. Raises BatcherError; then nothing has changed."""
