@@ -57,11 +57,7 @@ class Progress:
 
 
 async def report_items(
-    history: History,
-    tracer: Tracer | None,
-    call: RequestRecord,
-    progress: Progress,
-    replies: Sequence[Reply],
+    history: History, tracer: Tracer | None, call: RequestRecord, progress: Progress, replies: Sequence[Reply]
 ) -> None:
     """Report all items of an answered call to `history`, and those of a traced call to `tracer`."""
     now_s = time.monotonic()

@@ -85,8 +85,17 @@ def _answers(models: LoadedModels) -> Json:
     if shown is None:
         return answers
     signature = models.signatures[shown.name]
-    outputs = [_tensor(spec) | {"data": _flat(spec)} for spec in signature.outputs]
-    predicted = _prediction_answer(shown.name, signature)
+    outputs = [_with_data(spec) for spec in signature.outputs]
+    predicted = {
+        "id": "kQ0vR1mXbq8sWc3LtZ5dYg6h",
+        "status": "completed",
+        "model": shown.name,
+        "outputs": {
+            spec.name: {"dtype": dtype_name(spec), "shape": [1, *_row(spec)], "data": _zeros(spec)}
+            for spec in signature.outputs
+        },
+        "usage": {"rows": 1, "batch_rows": 16, "queue_us": 213, "compute_us": 1480},
+    }
     return answers | {
         "getModel": metadata(shown),
         "getConfig": config(shown),
@@ -126,7 +135,7 @@ def infer_json(signature: Signature) -> Json | None:
     """Return an infer request in JSON, or None where JSON cannot express a datatype."""
     if any(spec.datatype == "BF16" for spec in signature.inputs):
         return None
-    return {"id": "1", "inputs": [_tensor(spec) | {"data": _flat(spec)} for spec in signature.inputs]}
+    return {"id": "1", "inputs": [_with_data(spec) for spec in signature.inputs]}
 
 
 def infer_binary(signature: Signature) -> tuple[str, int]:
@@ -155,16 +164,6 @@ def prediction(signature: Signature) -> Json:
     return {"inputs": {spec.name: _nested(spec) for spec in signature.inputs}, "deadline_ms": 60_000}
 
 
-def _prediction_answer(model: str, signature: Signature) -> Json:
-    outputs = {
-        spec.name: {"dtype": dtype_name(spec), "shape": [1, *_row(spec)], "data": _zeros(spec)}
-        for spec in signature.outputs
-    }
-    usage = {"rows": 1, "batch_rows": 16, "queue_us": 213, "compute_us": 1480}
-    head = {"id": "kQ0vR1mXbq8sWc3LtZ5dYg6h", "status": "completed", "model": model}
-    return head | {"outputs": outputs, "usage": usage}
-
-
 def _row(spec: TensorSpec) -> list[int]:
     return [1 if size == -1 else size for size in spec.shape]
 
@@ -179,8 +178,8 @@ def _zero(spec: TensorSpec) -> Any:
     return False if spec.datatype == "BOOL" else 0.0 if spec.datatype in ("FP16", "FP32", "FP64") else 0
 
 
-def _flat(spec: TensorSpec) -> list[Any]:
-    return [_zero(spec)] * prod(_row(spec))
+def _with_data(spec: TensorSpec) -> Json:
+    return _tensor(spec) | {"data": [_zero(spec)] * prod(_row(spec))}
 
 
 def _zeros(spec: TensorSpec) -> Any:

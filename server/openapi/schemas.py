@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
 from msgspec import Meta
 
 from cobatch.engines.base import DATATYPES, Signature, TensorSpec
@@ -127,12 +128,10 @@ def _nested(spec: TensorSpec) -> Json:
 
 
 def _element(spec: TensorSpec) -> Json:
-    dtype = spec.dtype
     if spec.datatype in ("BYTES", "BOOL"):
         return {"type": "string" if spec.datatype == "BYTES" else "boolean"}
-    if dtype.kind == "f":
-        largest = {2: 65504.0, 4: 3.4e38}.get(dtype.itemsize, 1.7e308)
+    if spec.dtype.kind == "f":
+        largest = {2: 65504.0, 4: 3.4e38}.get(spec.dtype.itemsize, 1.7e308)
         return {"type": "number", "minimum": -largest, "maximum": largest}
-    bits = dtype.itemsize * 8
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if dtype.kind == "i" else (0, 2**bits - 1)
-    return {"type": "integer", "minimum": low, "maximum": high}
+    limits = np.iinfo(spec.dtype)
+    return {"type": "integer", "minimum": limits.min, "maximum": limits.max}

@@ -119,8 +119,15 @@ class _Form:
             name = options[b"name"].decode()
         except (KeyError, UnicodeDecodeError):
             raise _bad_form("a part has no name") from None
-        media, _ = parse_options_header(self._headers.get(b"content-type", b"text/plain"))
-        self.fields.append(Field(name, _media_of_part(name, media, self._data), self._data))
+        given, _ = parse_options_header(self._headers.get(b"content-type", b"text/plain"))
+        # Text, a part's default, is JSON here: `curl -F 'x=[[1,2]]'` sends that.
+        media = given.decode("latin-1").replace("text/plain", JSON)
+        if self._data.startswith(MAGIC):
+            media = NPY
+        if media not in _TENSORS:
+            detail = f"part {name!r} is {media!r}, it must be one of {', '.join(_TENSORS)}"
+            raise Problem("unsupported-media-type", detail, supported=_TENSORS)
+        self.fields.append(Field(name, media, self._data))
 
     def on_end(self) -> None:
         self.complete = True
@@ -140,15 +147,6 @@ def _read_form(body: bytes, boundary: bytes) -> list[Field]:
     if not form.complete:
         raise _bad_form("it ends before its last boundary")
     return form.fields
-
-
-def _media_of_part(name: str, media: bytes, data: bytearray) -> str:
-    """The media type of a part. Text, a part's default, is JSON here: `curl -F 'x=[[1,2]]'` sends that."""
-    text = NPY if data.startswith(MAGIC) else media.decode("latin-1").replace("text/plain", JSON)
-    if text in _TENSORS:
-        return text
-    detail = f"part {name!r} is {text!r}, it must be one of {', '.join(_TENSORS)}"
-    raise Problem("unsupported-media-type", detail, supported=_TENSORS)
 
 
 def _bad_form(why: str) -> Problem:

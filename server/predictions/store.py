@@ -166,7 +166,6 @@ class PredictionStore:
 
     @property
     def unfinished(self) -> int:
-        """The number of unfinished predictions."""
         return len(self._all) - len(self._finished)
 
     def find(self, id_: str, subject: str) -> Prediction:
