@@ -111,7 +111,7 @@ class _Resource:
             self._inference.check(model, principal)
             prediction = self._start(request, model, content, idempotency, keep=keep)
         if prefers.respond_async:
-            return await self._respond_later(request, prediction, prefers)
+            return await self._respond_later(request, prediction, prefers.wait_s)
         try:
             answer = await _answer(request, prediction)
         except (ClientDisconnect, asyncio.CancelledError):
@@ -155,13 +155,13 @@ class _Resource:
         return prediction
 
     async def _respond_later(
-        self, request: Request, prediction: Prediction, prefers: Preferences
+        self, request: Request, prediction: Prediction, wait_s: float | None
     ) -> Response:
         """202 and the object's location; or the answer, where it came within the client's wait."""
-        if prefers.wait_s is not None:
-            answer = await _answer(request, prediction, prefers.wait_s)
+        if wait_s is not None:
+            answer = await _answer(request, prediction, wait_s)
             if answer is not None:
-                return await self._final(request, answer, _applied(f"wait={prefers.wait_s:g}"))
+                return await self._final(request, answer, _applied(f"wait={wait_s:g}"))
         location = f"{request.scope.get('root_path', '')}/v1/predictions/{prediction.id}"
         headers = ((b"location", location.encode()), _applied("respond-async"))
         return as_response(Reply(202, JSON, (prediction.text,), headers=headers))
