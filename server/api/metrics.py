@@ -150,8 +150,8 @@ def _queues(batchers: Batchers, models: dict[str, Model]) -> Iterator[Metric]:
     yield _of_models(names.EXPIRED, batchers, lambda batcher: batcher.counters.expired)
     queued = [((name, level), rows) for name, (levels, _) in open_.items() for level, rows in levels.items()]
     yield _metric(names.QUEUE_ROWS, queued)
-    yield _of_models(
-        names.QUEUE_LIMIT, batchers, lambda batcher: models[batcher.name].settings.max_queue_rows
+    yield _metric(
+        names.QUEUE_LIMIT, [((name,), models[name].settings.max_queue_rows) for name, _ in batchers]
     )
     yield _times(names.QUEUE_DELAY, [((name,), batcher.counters.queue_delays) for name, batcher in batchers])
 

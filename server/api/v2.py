@@ -20,6 +20,8 @@ from cobatch.server.inference.service import Inference
 Json = dict[str, object]
 
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "parameters", "statistics"]
+# Triton's names of a batch's stages, and the fields of `BatchTotals`.
+_STAGES = {"compute_input": "input_s", "compute_infer": "compute_s", "compute_output": "output_s"}
 # Triton's configuration calls the other datatypes TYPE_ and their name.
 _CONFIG_TYPES = {"BYTES": "TYPE_STRING"}
 
@@ -144,10 +146,10 @@ def statistics(model: Model) -> Json:
     requests = sum(totals.requests for totals in by_rows.values())
     queue_s = sum(totals.queue_s for totals in by_rows.values())
     # Each request of a batch spends the batch's whole time in a stage.
-    input_s, compute_s, output_s = (
-        sum((getattr(one, name) / one.batches * one.requests for one in by_rows.values()), start=0.0)
-        for name in ("input_s", "compute_s", "output_s")
-    )
+    stages_s = {
+        stage: sum((getattr(one, name) / one.batches * one.requests for one in by_rows.values()), start=0.0)
+        for stage, name in _STAGES.items()
+    }
     last_s = counters.last_finished_s
     return {
         "name": model.name,
@@ -157,19 +159,17 @@ def statistics(model: Model) -> Json:
         "inference_count": counters.rows,
         "execution_count": counters.batches,
         "inference_stats": {
-            "success": _duration(requests, queue_s + input_s + compute_s + output_s),
+            "success": _duration(requests, sum(stages_s.values(), start=queue_s)),
             "fail": _duration(counters.failed, counters.failed_s),
             "queue": _duration(requests, queue_s),
-            "compute_input": _duration(requests, input_s),
-            "compute_infer": _duration(requests, compute_s),
-            "compute_output": _duration(requests, output_s),
+            **{stage: _duration(requests, seconds) for stage, seconds in stages_s.items()},
         },
         "batch_stats": [
             {
                 "batch_size": rows,
-                "compute_input": _duration(totals.batches, totals.input_s),
-                "compute_infer": _duration(totals.batches, totals.compute_s),
-                "compute_output": _duration(totals.batches, totals.output_s),
+                **{
+                    stage: _duration(totals.batches, getattr(totals, name)) for stage, name in _STAGES.items()
+                },
             }
             for rows, totals in sorted(by_rows.items())
         ],

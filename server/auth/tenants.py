@@ -156,7 +156,13 @@ class TenantTotals:
         self._choose_named()
         for name, usage in new.items():
             self._named.get(name, self._other).add(usage)
-        self._update_current()
+        for total in self._named.values():
+            total.queued_rows = 0
+        for account in alive:
+            named = self._named.get(account.name)
+            if named is not None and (tenant := account.tenant()) is not None:
+                named.weight = tenant.weight
+                named.queued_rows += tenant.queued_rows
 
     def _update_busy(self, new: dict[str, Usage], now_s: float) -> None:
         decay, self._collected_s = 0.5 ** ((now_s - self._collected_s) / _HALF_LIFE_S), now_s
@@ -178,13 +184,3 @@ class TenantTotals:
                     return
                 del named[idlest]
             named[name] = Total()
-
-    def _update_current(self) -> None:
-        """Set the current weight and queued rows of the named totals."""
-        for total in self._named.values():
-            total.queued_rows = 0
-        for account in self._accounts:
-            named = self._named.get(account.name)
-            if named is not None and (tenant := account.tenant()) is not None:
-                named.weight = tenant.weight
-                named.queued_rows += tenant.queued_rows

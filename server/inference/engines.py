@@ -30,9 +30,10 @@ def places(settings: ModelSettings) -> list[Place]:
 
 
 def engine_options(settings: ModelSettings, place: Place) -> EngineOptions:
-    """Return an engine's options."""
+    """Return an engine's options. Several engines share the cores; a single one decides itself."""
+    share = None if settings.instances == 1 else max(1, (available_cores() - 1) // settings.instances)
     return EngineOptions(
-        threads=settings.threads or _threads(settings),
+        threads=settings.threads or share,
         device=place.device,
         slots=settings.slots,
         batch_buckets=settings.batch_buckets,
@@ -41,10 +42,3 @@ def engine_options(settings: ModelSettings, place: Place) -> EngineOptions:
         plan_cache=None if settings.plan_cache is None else Path(settings.plan_cache).expanduser(),
         plan_host_code=settings.plan_host_code,
     )
-
-
-def _threads(settings: ModelSettings) -> int | None:
-    """Share the cores among several engines; None: one engine decides itself."""
-    if settings.instances == 1:
-        return None
-    return max(1, (available_cores() - 1) // settings.instances)

@@ -45,10 +45,8 @@ class _Reader:
         self._claimed: set[Where] = set()
 
     def read(self) -> Padder:
-        lengths = []
-        for number, pad in enumerate(self._pads):
-            if pad.same_length_as is None:
-                lengths.append(self._length(number, pad))
+        leading = [(number, pad) for number, pad in enumerate(self._pads) if pad.same_length_as is None]
+        lengths = [self._length(number, pad) for number, pad in leading]
         return Padder(self._signature, lengths, self._values)
 
     def _length(self, number: int, pad: PadSettings) -> Length:
@@ -94,8 +92,7 @@ class _Reader:
         index = _find(key, "input", name, self._signature.inputs)
         spec = self._signature.inputs[index]
         if spec.datatype == "BYTES" or spec.shape.count(-1) != 1:
-            shape = [-1, *spec.shape]
-            what = f"input {name!r} is {spec.datatype} {shape}"
+            what = f"input {name!r} is {spec.datatype} {[-1, *spec.shape]}"
             raise EngineLoadError(f"{key}: {what}; a mask needs numbers or BOOL, and one variable axis")
         self._values[index] = _value(key, spec, None)
         return Mask(index, spec.shape, np.array(_value(key, spec, 1), spec.dtype).tobytes())
@@ -116,14 +113,13 @@ def _find(key: str, what: str, name: str, specs: Sequence[TensorSpec]) -> int:
 
 
 def _check_axis(key: str, what: str, spec: TensorSpec, axis: int) -> None:
-    shape = [-1, *spec.shape]
     if axis >= len(spec.shape):
         of = f"its rows have {len(spec.shape)} axes"
     elif spec.shape[axis] != -1:
         of = f"axis {axis} of its rows is fixed at {spec.shape[axis]}"
     else:
         return
-    raise EngineLoadError(f"{key}: {what} {spec.name!r} is {shape}: {of}")
+    raise EngineLoadError(f"{key}: {what} {spec.name!r} is {[-1, *spec.shape]}: {of}")
 
 
 def _value(key: str, spec: TensorSpec, value: bool | float | str | None) -> Any:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 
 from cobatch.batcher.request import Request
 from cobatch.batcher.tenant import Tenant
@@ -73,10 +74,6 @@ def refused(model: Model, error: Exception, tenant: Tenant | None) -> Reply:
     return problem.reply(instance=model.infer_path)
 
 
-def _log_load_failure(name: str, error: EngineError) -> None:
-    log.critical("model %s cannot be loaded: %s", name, error)
-
-
 class Inference:
     """All models of a process. Raises SettingsError for invalid key files.
 
@@ -103,7 +100,9 @@ class Inference:
         self._was_ready = False
         # Set by the process (`server.serve`).
         self.on_ready: Callable[[], None] = lambda: None
-        self.on_load_failed: Callable[[str, EngineError], None] = _log_load_failure
+        self.on_load_failed: Callable[[str, EngineError], None] = partial(
+            log.critical, "model %s cannot be loaded: %s"
+        )
 
     def tell_if_ready(self) -> None:
         """Call `on_ready` when everything is ready for the first time."""

@@ -73,9 +73,4 @@ class Gpus:
             total, used = int(memory.total), int(memory.used)
         with contextlib.suppress(nvml.NVMLError):
             utilization = nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
-        return Gpu(index, _text(name), _text(uuid), total, used, utilization)
-
-
-def _text(value: str | bytes) -> str:
-    """Return text; older versions of the library have bytes."""
-    return value.decode() if isinstance(value, bytes) else value
+        return Gpu(index, name, uuid, total, used, utilization)

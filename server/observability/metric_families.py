@@ -40,8 +40,7 @@ DURATION = _family(
     "The clients' latency without the network. Alert on the quantile of your service level.",
 )
 IN_FLIGHT = _family(
-    "requests_in_flight", "gauge", "model",
-    "Inference requests accepted and not answered yet.",
+    "requests_in_flight", "gauge", "model", "Inference requests accepted and not answered yet.",
 )
 CANCELLED = _family(
     "requests_cancelled", "counter", "model", "Inference requests whose clients disconnected early.",
@@ -60,8 +59,7 @@ HTTP_REQUESTS = _family(
 
 # Queue
 QUEUE_ROWS = _family(
-    "queue_rows", "gauge", "model priority",
-    "Queued rows by priority level (1 is the highest).",
+    "queue_rows", "gauge", "model priority", "Queued rows by priority level (1 is the highest).",
 )
 QUEUE_LIMIT = _family(
     "queue_limit_rows", "gauge", "model", "Limit of queued rows; more are refused.",
@@ -74,9 +72,7 @@ QUEUE_DELAY = _family(
 )
 
 # Batches
-BATCHES = _family(
-    "batches", "counter", "model reason", "Batches that ran, by reason of dispatch."
-)
+BATCHES = _family("batches", "counter", "model reason", "Batches that ran, by reason of dispatch.")
 BATCH_ROWS = _family(
     "batch_rows", "histogram", "model", "Rows of batches that ran.",
     "A mean near 1 under load: batching gains nothing, see docs/scheduling.md.",

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from random import random
 
+from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
 from opentelemetry.sdk.trace import SpanLimits, TracerProvider
@@ -34,15 +35,6 @@ from opentelemetry.semconv.attributes import error_attributes as error
 from opentelemetry.semconv.attributes import http_attributes as http
 from opentelemetry.semconv.attributes import network_attributes as network
 from opentelemetry.semconv.attributes import url_attributes as url
-from opentelemetry.trace import (
-    INVALID_SPAN,
-    Link,
-    Span,
-    SpanContext,
-    SpanKind,
-    StatusCode,
-    set_span_in_context,
-)
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
@@ -97,7 +89,7 @@ class Tracing:
         self._clock = clock
         self._wall_clock = wall_clock
         self._offset_s = 0.0
-        self._open: dict[Batch, Span] = {}
+        self._open: dict[Batch, trace.Span] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -123,14 +115,14 @@ class Tracing:
         # Monotonic time drifts from wall time.
         self._offset_s = self._wall_clock() - self._clock()
         record.trace = span = self._tracer.start_span(
-            record.method, context, SpanKind.SERVER, start_time=self._ns(record.received_s)
+            record.method, context, trace.SpanKind.SERVER, start_time=self._ns(record.received_s)
         )
         mine = span.get_span_context()
         record.traceresponse = b"00-%032x-%016x-01" % (mine.trace_id, mine.span_id)
 
     def request_done(self, record: RequestRecord) -> None:
         """End the spans of a request, if it is traced."""
-        span: Span | None = record.trace
+        span: trace.Span | None = record.trace
         if span is None:
             return
         record.trace = None  # they refer to each other
@@ -138,7 +130,7 @@ class Tracing:
             span.update_name(f"{record.method} {record.route}")
         span.set_attributes(_attributes(record))
         if record.status >= 500:
-            span.set_status(StatusCode.ERROR)
+            span.set_status(trace.StatusCode.ERROR)
         if record.batch is not None:
             self._stages(span, record, record.batch)
         span.end(self._ns(record.answered_s))
@@ -147,15 +139,15 @@ class Tracing:
         """Make the spans of a batch call's item inside those of the call, if that is traced."""
         if call.trace is not None:
             item.trace = self._tracer.start_span(
-                item.method, set_span_in_context(call.trace), start_time=self._ns(item.received_s)
+                item.method, trace.set_span_in_context(call.trace), start_time=self._ns(item.received_s)
             )
             self.request_done(item)
 
-    def _stages(self, span: Span, record: RequestRecord, batch: Batch) -> None:
-        inside = set_span_in_context(span)
+    def _stages(self, span: trace.Span, record: RequestRecord, batch: Batch) -> None:
+        inside = trace.set_span_in_context(span)
         mine = span.get_span_context()
         batches = batch.joined or (batch,)
-        of_batches = [Link(self._span_of(one, record.model, mine)) for one in batches]
+        of_batches = [trace.Link(self._span_of(one, record.model, mine)) for one in batches]
         for name, from_s, to_s, links in (
             ("queue", record.enqueued_s, batch.gathered_s, ()),
             ("batch", batch.gathered_s, batch.started_s, of_batches),
@@ -164,19 +156,19 @@ class Tracing:
             stage = self._tracer.start_span(name, inside, links=links, start_time=self._ns(from_s))
             stage.end(self._ns(max(from_s, to_s)))
 
-    def _span_of(self, batch: Batch, model: str, request: SpanContext) -> SpanContext:
+    def _span_of(self, batch: Batch, model: str, request: trace.SpanContext) -> trace.SpanContext:
         """Return the batch's span, linked to this request."""
         span = self._open.get(batch)
         if span is None:
             span = self._open[batch] = self._tracer.start_span(
                 f"batch {model}",
                 # A trace of its own, whatever is current.
-                set_span_in_context(INVALID_SPAN),
+                trace.set_span_in_context(trace.INVALID_SPAN),
                 attributes=_batch_attributes(batch, model),
                 start_time=self._ns(batch.gathered_s),
             )
             if batch.failed:
-                span.set_status(StatusCode.ERROR)
+                span.set_status(trace.StatusCode.ERROR)
             if self._loop is not None:
                 # Its other requests are answered soon.
                 self._loop.call_later(_CLOSE_AFTER_S, self._close, batch)

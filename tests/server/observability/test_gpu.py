@@ -54,10 +54,10 @@ class Nvml:
             raise NvmlError("Not Supported")
         return SimpleNamespace(gpu=35, memory=1)
 
-    def nvmlDeviceGetName(self, handle: int) -> str | bytes:  # noqa: N802
+    def nvmlDeviceGetName(self, handle: int) -> str:  # noqa: N802
         if handle in self.lost:
             raise NvmlError("GPU is lost")
-        return b"Old" if handle else "New"
+        return "Old" if handle else "New"
 
     def nvmlDeviceGetUUID(self, handle: int) -> str:  # noqa: N802
         return f"GPU-{handle}"
