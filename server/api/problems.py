@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from html import escape
+from pathlib import Path
+from string import Template
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -13,12 +15,7 @@ from cobatch.server.http.problem import Problem
 from cobatch.server.http.problem_kinds import ALWAYS, KINDS, MEMBERS, SOMETIMES, Kind
 from cobatch.server.inference.service import Inference
 
-_STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem;"
-    "color:#1b1f24;background:#fff}code{font-family:ui-monospace,monospace}"
-    "dt{margin-top:.5rem}dd{margin-left:1.5rem}"
-    "@media(prefers-color-scheme:dark){body{color:#e6e6e6;background:#15181c}a{color:#8ab4f8}}"
-)
+_PAGE = Template(Path(__file__).with_name("problems.html").read_text())
 _HEADERS = {
     # Nothing that a client sent is on the pages, so a style without a hash is safe.
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'",
@@ -50,11 +47,7 @@ def problem_pages(inference: Inference) -> list[Route]:
 def _page(request: Request, title: str, body: str, text: str) -> Response:
     if "text/html" not in request.headers.get("accept", ""):
         return Response(text, media_type="text/plain", headers=_HEADERS)
-    page = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>\n'
-        f"<body>{body}</body></html>\n"
-    )
+    page = _PAGE.substitute(title=escape(title), body=body)
     return Response(page, media_type="text/html", headers=_HEADERS)
 
 

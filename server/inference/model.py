@@ -79,14 +79,9 @@ class Model:
             padder=padder,
             loop=loop,
         )
-        log.info(
-            "model %s: ready (engines: %d, %s, batches of up to %d rows, full at %d)",
-            self.name,
-            len(self._workers),
-            engine.platform,
-            engine.max_batch_size,
-            self.batcher.queue.full_rows,
-        )
+        text = "model %s: ready (engines: %d, %s, batches of up to %d rows, full at %d)"
+        sizes = engine.max_batch_size, self.batcher.queue.full_rows
+        log.info(text, self.name, len(self._workers), engine.platform, *sizes)
 
     async def _open(self, place: Place) -> Worker:
         """Return a worker whose engine is open and warm. Raises EngineError."""

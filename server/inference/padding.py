@@ -24,16 +24,14 @@ def make_padder(model: str, pads: Sequence[PadSettings], signature: Signature) -
         return None
     padder = _Reader(pads, signature).read()
     follow = {where for length in padder.lengths for where in length.outputs}
+    text = (
+        "model %s: axis %d of output %r varies, and no [[models.pad]] relates it to an input: "
+        "its padding is not removed"
+    )
     for index, spec in enumerate(signature.outputs):
         for axis, size in enumerate(spec.shape):
             if size == -1 and Where(index, axis) not in follow:
-                log.warning(
-                    "model %s: axis %d of output %r varies, and no [[models.pad]] relates it to an input: "
-                    "its padding is not removed",
-                    model,
-                    axis,
-                    spec.name,
-                )
+                log.warning(text, model, axis, spec.name)
     return padder
 
 

@@ -194,15 +194,11 @@ class AccessLog:
             return
         if self._dropped:
             dropped, self._dropped = self._dropped, 0
-            lines.insert(0, self._dropped_line(dropped))
-        self._chunks.put(logging.makeLogRecord({"msg": "".join(lines)}))
-
-    def _dropped_line(self, dropped: int) -> str:
-        now = self._times.text(self._clock())
-        if self._json:
+            now = self._times.text(self._clock())
             line = {"time": now, "level": "warning", "dropped_lines": dropped}
-            return _encode(line).decode() + "\n"
-        return f"{now} WARNING dropped_lines={dropped}\n"
+            text = _encode(line).decode() if self._json else f"{now} WARNING dropped_lines={dropped}"
+            lines.insert(0, text + "\n")
+        self._chunks.put(logging.makeLogRecord({"msg": "".join(lines)}))
 
     def stop(self) -> None:
         """Write the rest. A reader that has stopped reading holds this up for a few seconds only."""
@@ -225,4 +221,4 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(line).decode()
+        return _encode(line).decode()

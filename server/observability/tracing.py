@@ -103,15 +103,10 @@ class Tracing:
     def begin(self, record: RequestRecord, drawn: bool) -> None:
         """Begin the span of a request to be traced. `drawn`: what `draw` answered for it."""
         parent = _TRACEPARENT.fullmatch(record.traceparent) if record.traceparent else None
-        if parent is None:
-            if not drawn:
-                return
-            context = None
-        elif int(parent[2], 16) & 1:
-            carrier = {"traceparent": record.traceparent, "tracestate": record.tracestate}
-            context = _PROPAGATOR.extract(carrier)
-        else:
+        if not (drawn if parent is None else int(parent[2], 16) & 1):
             return
+        carrier = {"traceparent": record.traceparent, "tracestate": record.tracestate}
+        context = None if parent is None else _PROPAGATOR.extract(carrier)
         # Monotonic time drifts from wall time.
         self._offset_s = self._wall_clock() - self._clock()
         record.trace = span = self._tracer.start_span(
