@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
+import sys
+import zipfile
 from inspect import signature
 from pathlib import Path
 
@@ -52,6 +55,27 @@ def test_the_image_is_built_from_existing_files() -> None:
     assert variable in {env_name(setting) for setting in MODEL_FIELDS}
     (tag,) = re.findall(r"^ARG TAG=(\S+)$", DOCKERFILE, re.MULTILINE)
     assert f"nvcr.io/nvidia/tensorrt:{tag}" in DOCS
+
+
+@pytest.mark.slow
+def test_the_image_has_all_files_that_the_package_is_built_from(tmp_path: Path) -> None:
+    source, dist = tmp_path / "src", tmp_path / "dist"
+    source.mkdir()
+    for line in re.findall(r"^COPY (.*) \S+$", DOCKERFILE, re.MULTILINE):
+        for name in line.split():
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, source / name, symlinks=True)
+            else:
+                shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(dist), str(source)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = dist.iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        packed = set(archive.namelist())
+    for room in ("server", "batcher", "engines"):
+        files = {f"cobatch/{path.relative_to(ROOT)}" for path in (ROOT / room).rglob("*.py")}
+        assert files
+        assert files <= packed
 
 
 def test_the_script_runs_all_gpu_tests() -> None:
