@@ -69,7 +69,10 @@ def join(whole: Request, parts: list[Part]) -> Batch:
     ran = next(part.outputs for part in parts if part.error is None)
     for part in parts:
         if part.error is not None:
-            part.outputs = [_blank(output, part.rows) for output in ran]
+            part.outputs = [
+                np.full((part.rows, *output.shape[1:]), b"" if output.dtype == object else 0, output.dtype)
+                for output in ran
+            ]
     whole.batch = batch = batches[0].for_one(batches)
     batch.rows = max(b.rows for b in batches)
     batch.finished_s = batch.started_s + sum(b.finished_s - b.started_s for b in batches)
@@ -77,11 +80,6 @@ def join(whole: Request, parts: list[Part]) -> Batch:
     whole.first_row = 0
     whole.state = State.DONE
     return batch
-
-
-def _blank(like: np.ndarray[Any, Any], rows: int) -> np.ndarray[Any, Any]:
-    shape = (rows, *like.shape[1:])
-    return np.full(shape, b"", object) if like.dtype == object else np.zeros(shape, like.dtype)
 
 
 def release(parts: list[Request]) -> None:

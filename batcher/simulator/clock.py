@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from heapq import heappop, heappush
+from itertools import count
 from math import inf
 from typing import Any
 
@@ -35,13 +36,13 @@ class VirtualLoop:
     time that the current event was due.
     """
 
-    __slots__ = ("_number", "_ready", "_timers", "due_s", "now_s")
+    __slots__ = ("_numbers", "_ready", "_timers", "due_s", "now_s")
 
     def __init__(self) -> None:
         self.now_s = self.due_s = 0.0
         self._ready: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
-        self._number = 0
+        self._numbers = count()
 
     def time(self) -> float:
         """Return the seconds since the start."""
@@ -60,8 +61,7 @@ class VirtualLoop:
     def call_at(self, due_s: float, callback: Callable[..., object], *args: Any) -> Timer:
         """Call at a time, or at once if it has passed."""
         timer = Timer(callback, args)
-        self._number += 1
-        heappush(self._timers, (due_s, self._number, timer))
+        heappush(self._timers, (due_s, next(self._numbers), timer))
         return timer
 
     def spend(self, seconds: float) -> None:

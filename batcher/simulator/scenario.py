@@ -248,20 +248,18 @@ def results_of(run: Run) -> Results:
     """Return the figures of a run."""
     scenario, entries = run.scenario, run.records.array()
     measured = entries[entries["end_s"] >= scenario.warmup_s]
-    numbers: dict[str, list[int]] = {}
-    for number, caller in enumerate(scenario.callers):
-        numbers.setdefault(caller.name, []).append(number)
-    best = bounds(scenario)
+    names = np.array([caller.name for caller in scenario.callers])
+    bound, most = bounds(scenario)
     rows = sum(size * count for size, count in run.batches.items())
     return Results(
         offered=None if isinstance(scenario.arrivals, Closed) else scenario.arrivals.rate,
         total=_totals(measured, measured, scenario),
         tenants={
-            name: _totals(measured[np.isin(measured["caller"], callers)], measured, scenario)
-            for name, callers in numbers.items()
+            name: _totals(measured[names[measured["caller"]] == name], measured, scenario)
+            for name in dict.fromkeys(names.tolist())
         },
-        bound=best[0],
-        capacity=best[1],
+        bound=bound,
+        capacity=most,
         utilisation=run.busy_s / scenario.end_s / scenario.nodes,
         mean_batch=rows / max(1, run.batches.total()),
         batches=dict(sorted(run.batches.items())),
