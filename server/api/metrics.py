@@ -37,6 +37,8 @@ METRICS = "/metrics"
 STATES = ("loading", "ready", "recovering", "failed", "dead", "draining")
 # Rows of a table: the values of the labels, and the metric's value.
 Rows = Iterable[tuple[tuple[object, ...], float]]
+# Of a histogram: labels, upper bounds with the number of values up to each, all values and their sum.
+Series = tuple[tuple[str, ...], Iterable[tuple[float, float]], float, float]
 Batchers = Sequence[tuple[str, Batcher]]
 
 _SUFFIXES = {"counter": "_total", "gauge": "", "info": "_info"}
@@ -162,7 +164,7 @@ def _batches(batchers: Batchers) -> Iterator[Metric]:
 
     reasons = [((name, reason), n) for name, b in batchers for reason, n in b.counters.reasons.items()]
     yield _metric(names.BATCHES, reasons)
-    family = _histogram(names.BATCH_ROWS)
+    sizes: list[Series] = []
     for name, batcher in batchers:
         bounds = [1 << power for power in range((batcher.max_batch_size - 1).bit_length())]
         counts = [(rows, totals.batches) for rows, totals in batcher.counters.by_rows.items()]
@@ -170,8 +172,9 @@ def _batches(batchers: Batchers) -> Iterator[Metric]:
             (float(bound), sum(n for rows, n in counts if rows <= bound))
             for bound in [*bounds, batcher.max_batch_size]
         ]
-        _add(family, (name,), buckets, sum(n for _, n in counts), sum(rows * n for rows, n in counts))
-    yield family
+        total = sum(rows * n for rows, n in counts)
+        sizes.append(((name,), buckets, sum(n for _, n in counts), total))
+    yield _histogram(names.BATCH_ROWS, sizes)
     yield _of_models(names.FULL_ROWS, batchers, lambda batcher: batcher.queue.full_rows)
     yield _of_models(names.EXPECTED_RUN, batchers, lambda batcher: batcher.expected_run_s)
     yield _times(names.COMPUTE, [((name,), batcher.counters.run_times) for name, batcher in batchers])
@@ -183,13 +186,13 @@ def _padding(batchers: Batchers) -> Iterator[Metric]:
     padded = [(n, b.counters, total) for n, b in batchers if (total := b.counters.padding_total) is not None]
     if not padded:
         return
-    family = _histogram(names.PADDING_SHARE)
+    shares: list[Series] = []
     for name, counters, _ in padded:
         steps = counters.padding_shares
         buckets = [(bound, sum(steps[: round(bound * PADDING_STEPS) + 1])) for bound in SHARE_BOUNDS]
-        shares = sum(step * n for step, n in enumerate(steps)) / PADDING_STEPS
-        _add(family, (name,), buckets, sum(steps), shares)
-    yield family
+        total_share = sum(step * n for step, n in enumerate(steps)) / PADDING_STEPS
+        shares.append(((name,), buckets, sum(steps), total_share))
+    yield _histogram(names.PADDING_SHARE, shares)
     yield _metric(names.ELEMENTS, [((name,), total.elements) for name, _, total in padded])
     yield _metric(names.PADDING_ELEMENTS, [((name,), total.padding) for name, _, total in padded])
 
@@ -230,26 +233,17 @@ def _metric(family: Family, rows: Rows) -> Metric:
     return metric
 
 
-def _histogram(family: Family) -> HistogramMetricFamily:
-    return HistogramMetricFamily(family.name, family.help, labels=family.labels)
-
-
 def _times(family: Family, rows: Iterable[tuple[tuple[str, ...], DurationHistogram]]) -> Metric:
-    metric = _histogram(family)
-    for labels, durations in rows:
+    def series(labels: tuple[str, ...], durations: DurationHistogram) -> Series:
         upto = np.cumsum(durations.counts())
-        buckets = [(bound, upto[above - 1]) for bound, above in zip(TIME_BOUNDS, _ABOVE, strict=True)]
-        _add(metric, labels, buckets, upto[-1], durations.sum_s)
+        return labels, zip(TIME_BOUNDS, upto[_ABOVE - 1], strict=True), upto[-1], durations.sum_s
+
+    return _histogram(family, [series(*row) for row in rows])
+
+
+def _histogram(family: Family, series: Iterable[Series]) -> Metric:
+    metric = HistogramMetricFamily(family.name, family.help, labels=family.labels)
+    for labels, buckets, count, total in series:
+        texts = [(str(float(bound)), float(upto)) for bound, upto in buckets]
+        metric.add_metric(labels, [*texts, ("+Inf", float(count))], float(total))
     return metric
-
-
-def _add(
-    metric: HistogramMetricFamily,
-    labels: Sequence[str],
-    buckets: Iterable[tuple[float, float]],
-    count: float,
-    total: float,
-) -> None:
-    """Add a series; `buckets` are upper bounds with the number of values up to each."""
-    texts = [(str(float(bound)), float(upto)) for bound, upto in buckets]
-    metric.add_metric(labels, [*texts, ("+Inf", float(count))], float(total))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from string import Template
@@ -15,7 +16,9 @@ from cobatch.server.http.problem import Problem
 from cobatch.server.http.problem_kinds import ALWAYS, KINDS, MEMBERS, SOMETIMES, Kind
 from cobatch.server.inference.service import Inference
 
-_PAGE = Template(Path(__file__).with_name("problems.html").read_text())
+_PAGE, _KIND = (
+    Template(Path(__file__).with_name(name).read_text()) for name in ("problems.html", "problem.html")
+)
 _HEADERS = {
     # Nothing that a client sent is on the pages, so a style without a hash is safe.
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'",
@@ -76,11 +79,5 @@ def _kind_text(kind: Kind, members: dict[str, str]) -> str:
 
 def _kind_html(kind: Kind, members: dict[str, str]) -> str:
     items = [f"<dt><code>{name}</code></dt><dd>{escape(text)}</dd>\n" for name, text in members.items()]
-    return (
-        f"<h1>{escape(kind.title)}</h1>\n"
-        f"<p>Status {kind.status}, type <code>/problems/{kind.slug}</code></p>\n"
-        f"<p>{escape(kind.meaning)}</p>\n"
-        f"<h2>What to do</h2>\n<p>{escape(kind.remedy)}</p>\n"
-        f"<h2>Members of the body</h2>\n<dl>{''.join(items)}</dl>\n"
-        '<p><a href="/problems">All problems</a></p>'
-    )
+    texts = {name: escape(str(value)) for name, value in asdict(kind).items()}
+    return _KIND.substitute(texts, members="".join(items))

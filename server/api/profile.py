@@ -141,7 +141,6 @@ class Recorder:
         self._requests = 0
 
     def on_batch(self, batcher: Batcher, batch: Batch) -> None:
-        """Record a finished batch."""
         self._requests += len(batch.requests)
         if self._requests > _REQUEST_LIMIT:
             self._left_out += 1

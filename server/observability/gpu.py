@@ -43,7 +43,6 @@ class Gpus:
         self._nvml = nvml
 
     def close(self) -> None:
-        """Release the driver."""
         nvml, self._nvml, self._handles = self._nvml, None, []
         if nvml is not None:
             nvml.nvmlShutdown()

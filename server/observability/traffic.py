@@ -25,7 +25,6 @@ class Traffic:
         self.problems: Counter[tuple[int, str]] = Counter()
 
     def count(self, status: int, slug: str, duration_s: float) -> None:
-        """Count an answer."""
         if status == 200:
             self.count_alike(1, duration_s)
         else:
