@@ -120,11 +120,10 @@ def _requests(inference: Inference) -> Iterator[Metric]:
         traffic = model.all_traffic
         durations.append(((name,), traffic.durations))
         requests[name, 200, ""] = traffic.durations.count
-        for (status, slug), count in traffic.problems.items():
-            requests[name, status, slug] = count
+        requests.update({(name, *kind): count for kind, count in traffic.problems.items()})
         http[INFER_ROUTE, "POST", 200, ""] += model.infer_traffic.durations.count
-        for (status, slug), count in model.infer_traffic.problems.items():
-            http[INFER_ROUTE, "POST", status, slug] += count
+        problems = model.infer_traffic.problems
+        http.update({(INFER_ROUTE, "POST", *kind): count for kind, count in problems.items()})
     yield _metric(names.REQUESTS, requests.items())
     yield _times(names.DURATION, durations)
     yield _metric(names.HTTP_REQUESTS, http.items())

@@ -166,10 +166,8 @@ class TenantTotals:
 
     def _update_busy(self, new: dict[str, Usage], now_s: float) -> None:
         decay, self._collected_s = 0.5 ** ((now_s - self._collected_s) / _HALF_LIFE_S), now_s
-        for name, busy in list(self._busy.items()):
-            self._busy[name] = busy * decay
-            if self._busy[name] <= _FORGOTTEN_BELOW and name not in self._named:
-                del self._busy[name]
+        decayed = {name: busy * decay for name, busy in self._busy.items()}
+        self._busy = {n: busy for n, busy in decayed.items() if busy > _FORGOTTEN_BELOW or n in self._named}
         for name, usage in new.items():
             self._busy[name] = self._busy.get(name, 0.0) + usage.requests
 

@@ -25,12 +25,12 @@ from typing import Literal, TextIO
 
 import msgspec
 
+from cobatch.server.observability.history import LONGEST_PATH
 from cobatch.server.observability.record import RequestRecord
 
 Style = Literal["json", "text"]
 LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
-_LONGEST_PATH = 500
 _FLUSH_S = 0.05
 _CHUNKS = 100
 _STOP_S = 5.0
@@ -78,7 +78,7 @@ def line_of(record: RequestRecord, now: str) -> Line:
         record.request_id,
         record.method,
         # Without authentication, the id of a prediction is enough to read it.
-        record.route if "{id}" in record.route else record.path[:_LONGEST_PATH],
+        record.route if "{id}" in record.route else record.path[:LONGEST_PATH],
         record.status,
         record.slug,
         record.tenant,
