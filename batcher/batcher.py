@@ -17,8 +17,6 @@ Guarantees:
   error. With n requests that is at most 2*log2(n) extra runs for each of them.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import math

@@ -5,8 +5,6 @@ member is tried alone; where its run fails, the members are run again as request
 that only the failing ones get the error. Its members are counted as one request each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from cobatch.batcher.errors import BatcherError

@@ -4,8 +4,6 @@ Each end leaves queue, tenant and counters consistent, and tells the caller once
 Requests larger than a batch are cut here and joined again.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import secrets

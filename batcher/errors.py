@@ -4,8 +4,6 @@ Split by blame: `BatchFailedError`, `EngineGoneError` and `ExecutionTimeoutError
 `DrainingError` and `AbandonedError` ours; the others are about the caller's request.
 """
 
-from __future__ import annotations
-
 
 class BatcherError(Exception):
     """Base of all errors that a caller gets in place of an answer. `reason`: the word it is counted by.

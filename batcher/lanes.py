@@ -8,8 +8,6 @@ A failed batch is run again in halves. A batch that does not end within the limi
 engine; the model opens another one, which inherits the lane's number.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections import deque

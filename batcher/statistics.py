@@ -1,7 +1,5 @@
 """Counters of one model, in plain integers and floats that are read when they are shown."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from dataclasses import astuple, dataclass, field
 from math import ceil

@@ -1,7 +1,5 @@
 """The interface of engines: tensors, signature, and the protocol that the worker drives."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Create an engine from its settings. A new engine needs one file, and one line in ENGINES."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -9,8 +9,6 @@ run, and a run with another output shape fails. Binding at each run costs more t
 strings or with outputs of unknown shape use `run`.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from math import prod
 

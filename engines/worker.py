@@ -6,8 +6,6 @@ execution is never idle. The Python work per batch is a few calls, since it comp
 the interpreter lock.
 """
 
-from __future__ import annotations
-
 import logging
 import queue
 import threading

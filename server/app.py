@@ -1,7 +1,5 @@
 """The composition root: settings in, an ASGI application out."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import importlib.util

@@ -1,7 +1,5 @@
 """The terminal of a command: reports, tables without lines, and the message that a command ends with."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import typer

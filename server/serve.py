@@ -5,8 +5,6 @@ are new pages, which the kernel clears and maps one by one. For a row of 150,528
 of 4.1 ms (`python -m benchmarks.scaling --only row`).
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import ctypes

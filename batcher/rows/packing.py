@@ -1,7 +1,5 @@
 """Packing: the one copy of rows, from a caller's body to the engine's input buffers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -11,8 +11,6 @@ Outputs are cut back only along the axes that the configuration names. An output
 size proves nothing: a model with 64 classes and a bucket of 64 would lose classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod

@@ -9,8 +9,6 @@ be refused for ever. So while the engine is idle and no recent run tells the tim
 trial.
 """
 
-from __future__ import annotations
-
 import math
 
 from cobatch.batcher.errors import (

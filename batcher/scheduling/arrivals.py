@@ -8,8 +8,6 @@ because the event loop notices late that one has ended: one run of all pays that
 al., NSDI 2017) leaves this question to a setting, delayed batching.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Sequence
 from math import inf

@@ -10,8 +10,6 @@ Each row goes to the tenant whose turn it is, except that
   keeps the cost to others small.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from math import inf
 from typing import NamedTuple

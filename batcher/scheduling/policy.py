@@ -11,8 +11,6 @@ Symphony, Chen et al., 2023). A batch is full at `full_rows`, the size past whic
 (`batcher.scheduling.run_times`).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from cobatch.batcher.scheduling.fair_queueing import Group

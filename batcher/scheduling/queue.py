@@ -11,8 +11,6 @@ Invariants, held by every method:
 * Push, cancel and take are O(log n) in tenants and amortised O(1) in everything else.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush

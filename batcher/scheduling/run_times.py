@@ -14,8 +14,6 @@ each other. Clipper searches for the size by additive increase; here it is read 
 its run times to those of the first shape that was seen. A shape that has not run has factor 1.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping

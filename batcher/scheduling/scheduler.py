@@ -5,8 +5,6 @@ question at once: `admit` a request or say why not; `next` says dispatch this ba
 nothing. It knows no event loop, thread or clock: the time is an argument. `batcher.batcher` asks and acts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from math import inf
 from typing import NamedTuple

@@ -6,8 +6,6 @@ more in time than one machine with equal jobs of 1 / capacity seconds that serve
 late jobs.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Iterable
 from math import inf

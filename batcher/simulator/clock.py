@@ -3,8 +3,6 @@
 It is not asyncio's: that one polls its selector in each iteration, which costs more than the batcher itself.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterator
 from heapq import heappop, heappush

@@ -1,7 +1,5 @@
 """Measure a model's latency profile: runs of zeros at many batch sizes, with all times kept."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

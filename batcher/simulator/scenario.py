@@ -1,7 +1,5 @@
 """A scenario, its run, and the figures of a run."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import time

@@ -3,8 +3,6 @@
 Each process yields the times of requests, ascending; only a trace ends.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count

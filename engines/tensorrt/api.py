@@ -4,8 +4,6 @@ All three have the same classes. They differ in the enumerators and their values
 flags and moved others), so enumerators are always looked up by name; None means that this version has none.
 """
 
-from __future__ import annotations
-
 import importlib
 from dataclasses import dataclass
 from typing import Any

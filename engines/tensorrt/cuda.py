@@ -18,8 +18,6 @@ kernels of one batch size in one slot and is launched with one call. Without the
 call by call.
 """
 
-from __future__ import annotations
-
 import ctypes
 import importlib
 import re

@@ -8,8 +8,6 @@ TensorRT's and PyCUDA's objects must be freed before the context and on this thr
 frames and with them such objects, so errors are raised as new exceptions, outside the `except` block.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Callable, Sequence

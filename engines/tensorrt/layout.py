@@ -1,7 +1,5 @@
 """The layout of a batch in a slot's buffers: shapes, copies, and the outputs as arrays."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod

@@ -15,8 +15,6 @@ zeros or rows of earlier batches: values that the model accepts, such as indices
 are cut off. After a failed batch they are zeroed, or its bad row would fail the next batch too.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

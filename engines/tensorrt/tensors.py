@@ -4,8 +4,6 @@ A profile limits the size of each input, batch axis included. A batch runs with 
 ("bucket") that is large enough and that a profile accepts with its row shapes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod

@@ -4,8 +4,6 @@ The metrics are read from the counters at each scrape, so requests pay nothing f
 family at a time, and the event loop serves requests in between.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence

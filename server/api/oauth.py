@@ -1,7 +1,5 @@
 """GET /.well-known/oauth-protected-resource: the issuers whose tokens this server accepts (RFC 9728)."""
 
-from __future__ import annotations
-
 from typing import Any
 from urllib.parse import urlsplit
 

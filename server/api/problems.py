@@ -1,7 +1,5 @@
 """GET /problems and /problems/SLUG: explain the kinds of problems, as HTML if `Accept` has it, else text."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from html import escape
 from pathlib import Path

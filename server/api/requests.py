@@ -1,7 +1,5 @@
 """GET /v1/requests/ID: where the time of a recent request went, and why its batch was dispatched."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable

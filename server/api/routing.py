@@ -1,7 +1,5 @@
 """Parts of all Starlette routes: permissions, Problems as responses, JSON, compression, models of paths."""
 
-from __future__ import annotations
-
 from collections.abc import Awaitable, Callable
 from typing import Literal
 

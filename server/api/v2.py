@@ -1,7 +1,5 @@
 """The V2 protocol without infer: server, health, models, and Triton's configuration, statistics and index."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

@@ -4,8 +4,6 @@ Items' bodies are parsed with the call or passed on as text, and their responses
 call's: nothing is decoded or encoded twice.
 """
 
-from __future__ import annotations
-
 import re
 import threading
 from collections import Counter

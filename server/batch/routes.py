@@ -5,8 +5,6 @@ Most items of a call are one row each for the same model and ask for nothing spe
 batcher as bundles (`batcher.bundle`). A refused item does not fail the call.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ batch as they came, only that batch and row are kept, as the reply's own id name
 item gets spans inside the call's, made when all items are answered.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """`cobatch simulate` and `cobatch profile`: the scheduler under simulated load, and its input, run times."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing

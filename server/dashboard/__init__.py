@@ -4,8 +4,6 @@ The page and its files need no credentials, because they show no data and have t
 needs the permission `admin`.
 """
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

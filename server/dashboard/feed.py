@@ -5,8 +5,6 @@ all viewers. A viewer that misses a tick gets another `hello`. A stream ends whe
 or when the viewer's credential expires.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import socket

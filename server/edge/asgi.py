@@ -4,8 +4,6 @@
 answers infer requests itself: Starlette's router and middleware would cost as much as the whole request.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Awaitable, Mapping

@@ -12,8 +12,6 @@ Uvicorn listens, makes the connections and stops them; of its objects only its c
 `server_state` (`connections`, `tasks`, `total_requests`, `default_headers`) are used.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections import deque

@@ -1,7 +1,5 @@
 """One request passed to an ASGI application: its scope, `receive` and `send`."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import Awaitable, Generator, MutableMapping

@@ -1,7 +1,5 @@
 """One request and its response, the same at both edges: record, id, compression, counting, disconnects."""
 
-from __future__ import annotations
-
 import asyncio
 from abc import abstractmethod
 

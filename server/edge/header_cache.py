@@ -4,8 +4,6 @@ Clients repeat their headers to the byte. A block that httptools has parsed and 
 kept with its meaning. The same bytes mean the same, so a match decides nothing that httptools has not.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import msgspec

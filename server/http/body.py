@@ -1,7 +1,5 @@
 """A request's body: joining its parts, and reading it through ASGI within its limit."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Mapping
 

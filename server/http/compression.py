@@ -3,8 +3,6 @@
 Sizes in the protocol, and the body limit, are those of the decompressed body.
 """
 
-from __future__ import annotations
-
 import asyncio
 import zlib
 

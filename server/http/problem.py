@@ -5,8 +5,6 @@ status code. The body is `application/problem+json`; `error` repeats the detail 
 nothing else. Extra members are for programs.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

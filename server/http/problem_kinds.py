@@ -5,8 +5,6 @@ A kind's slug is the stable part of its `type`, /problems/SLUG, the address of i
 each kind is raised, with no members but its own.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 # In the order of the body.

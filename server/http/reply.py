@@ -1,7 +1,5 @@
 """A response before it is written as HTTP/1.1 or sent through ASGI."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import msgspec

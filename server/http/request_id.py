@@ -7,8 +7,6 @@ Our id in the response to an infer request names the place where it ran: `PROCES
 hexadecimal. Nothing is kept per request to find it again, and writing the id costs almost nothing.
 """
 
-from __future__ import annotations
-
 import re
 import secrets
 from itertools import count

@@ -1,7 +1,5 @@
 """One served model: its engines' workers, its batcher and its codec, from loading to stopping."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import Coroutine

@@ -1,7 +1,5 @@
 """Checks [[models.pad]] against the loaded model's names, axes and datatypes."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from typing import Any

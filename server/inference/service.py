@@ -4,8 +4,6 @@ Both edges (`server.edge.fast_path` below ASGI, `server.edge.asgi`), POST /batch
 `admit` once the headers have arrived, `infer` with the body. The reply comes by callback.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

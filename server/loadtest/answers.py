@@ -4,8 +4,6 @@ The common answer arrives in one piece with a Content-Length and is parsed with 
 through httptools.
 """
 
-from __future__ import annotations
-
 import re
 
 import httptools

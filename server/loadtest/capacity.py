@@ -12,8 +12,6 @@ next: 0.05 in all.
 During the search a trial that does not hold is repeated once, so that one disturbance does not mislead it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf, sqrt

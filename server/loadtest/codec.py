@@ -1,7 +1,5 @@
 """Open Inference Protocol V2 messages: encode requests, decode answers and compare them with the expected."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

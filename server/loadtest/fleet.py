@@ -1,7 +1,5 @@
 """The generator processes: started, given trials and read through pipes."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import multiprocessing

@@ -1,7 +1,5 @@
 """The closed loop, which sends after each answer, and the open loop, which sends by schedule and timer."""
 
-from __future__ import annotations
-
 import asyncio
 import ctypes
 import os

@@ -1,7 +1,5 @@
 """Data that crosses the pipe between the main process and a generator process."""
 
-from __future__ import annotations
-
 import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The report as one HTML page with SVG charts, without scripts or external resources."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from math import ceil, floor, log10

@@ -1,7 +1,5 @@
 """The report of a load test: on the terminal, as JSON, and live on stderr while it runs."""
 
-from __future__ import annotations
-
 import os
 import platform
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """The results of a trial: rates, percentiles, and if the generator was the bottleneck."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Run a load test: one trial after another."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import inf
 

@@ -1,7 +1,5 @@
 """The server under load: its address, its model's metadata, and its counters before and after."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import re

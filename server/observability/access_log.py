@@ -8,8 +8,6 @@ Lines are made on the loop and written by a thread, those of `_FLUSH_S` together
 request. If it is `_CHUNKS` of those behind, lines are dropped; a later line says how many.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

@@ -4,8 +4,6 @@ A timer due four times a second measures how late it is. uvloop's timers are due
 lag of up to one means nothing.
 """
 
-from __future__ import annotations
-
 import asyncio
 import threading
 import time

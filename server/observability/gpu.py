@@ -1,7 +1,5 @@
 """GPU memory and utilization from NVML, if there is NVML and `nvidia-ml-py` (the extra `nvml`)."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import logging

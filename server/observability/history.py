@@ -5,8 +5,6 @@ the row where it ran (`server.http.request_id`). Full records are kept of reques
 refused ones and of those on other routes. This costs a request about 0.1 us.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence

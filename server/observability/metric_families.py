@@ -3,8 +3,6 @@
 Names follow Prometheus' conventions: base units; the format adds `_total` to counters.
 """
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple
 
 Kind = Literal["counter", "gauge", "histogram", "info"]

@@ -4,8 +4,6 @@ Records of single requests (`server.observability.record`) are made only where a
 Subscribers must be fast, and may keep their arguments. An exception in one is logged and reaches no request.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections import Counter

@@ -5,8 +5,6 @@ unless the response's id names the batch that the request ran in. It keeps no te
 credentials.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import msgspec

@@ -15,8 +15,6 @@ OpenTelemetry's own variables apply: OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES
 OTEL_BSP_*.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import re

@@ -1,7 +1,5 @@
 """GET /openapi.json and GET /docs: the description of the API for programs and for people."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import msgspec

@@ -10,8 +10,6 @@ operations.json is an OpenAPI document with extensions, which are replaced here:
 Parameters are references to `components.parameters`, which are resolved here.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path

@@ -4,8 +4,6 @@ Zero is a value of every datatype, is in range where a model takes indices, and 
 binary body can be written in JSON too.
 """
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Iterator, Mapping
 from math import prod

@@ -1,7 +1,5 @@
 """GET /docs: the OpenAPI document as one HTML page, without scripts or resources of other servers."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

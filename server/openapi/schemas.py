@@ -1,7 +1,5 @@
 """Schemas of the OpenAPI document: requests from the types that parse them, answers from operations.json."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 

@@ -4,8 +4,6 @@ A multipart body is cut with python-multipart's parser rather than with Starlett
 parts without a file name as text, drops their content types, and writes large parts to disk.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 from collections.abc import Sequence

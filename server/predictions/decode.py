@@ -4,8 +4,6 @@ In every form of a tensor, shape and datatype must be the model's: nothing is co
 are those of the V2 decoder, in the same words.
 """
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Sequence
 from functools import partial

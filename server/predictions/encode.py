@@ -4,8 +4,6 @@ Fields without a value are left out. An answer is made inside `Request.done`, wh
 is text from then on: the text that is kept is the text that is sent.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Any, NamedTuple
 

@@ -3,8 +3,6 @@
 The header is read by NumPy's own reader, which evaluates literals only, from a bounded number of bytes.
 """
 
-from __future__ import annotations
-
 import io
 import tokenize
 import warnings

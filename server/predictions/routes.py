@@ -7,8 +7,6 @@ A client that disconnects cancels the prediction that it waits for, unless it is
 Idempotency-Key is about to ask again.
 """
 
-from __future__ import annotations
-
 import asyncio
 import re
 from typing import NamedTuple

@@ -14,8 +14,6 @@ Unfinished ones are never dropped: where they leave no room, nothing more is acc
 event loop. The batcher answers every accepted request, also when it stops, so the store needs no end.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import secrets

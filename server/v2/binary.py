@@ -3,8 +3,6 @@
 Little-endian, C order, no padding. A payload is a view of the body; the only copy is into the batch.
 """
 
-from __future__ import annotations
-
 from math import prod
 
 import numpy as np

@@ -3,8 +3,6 @@
 Each raises a Problem that names the tensor, the expected and the given value.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import prod
 from typing import Any

@@ -4,8 +4,6 @@ The quick checks compare whole values (`shape[1:] == ...`). Only when one fails 
 fault, so a valid request pays for the comparison alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, TypeVar

@@ -7,8 +7,6 @@ msgspec's time and with no Python object per element (`benchmarks/request_cost/c
 are null in JSON, which cannot express them; binary keeps them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import prod
 from typing import Any

@@ -10,8 +10,6 @@ Three ways, chosen by size and form, as `benchmarks/request_cost/codec.py` measu
   words the refusal.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Callable
 from typing import Any, Literal

@@ -4,8 +4,6 @@ A tensor's `data` stays raw text here, or a simdjson array beside the message, b
 on the datatype that the model expects (see `server.v2.json_data`).
 """
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import msgspec

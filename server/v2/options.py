@@ -1,7 +1,5 @@
 """The `parameters` of V2 requests: the accepted ones and their meaning."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from cobatch.server.http.problem import Problem

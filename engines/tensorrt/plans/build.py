@@ -5,8 +5,6 @@ the same way. A failed call returns None or False and logs the reason, so except
 errors.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 from collections.abc import Callable

@@ -8,8 +8,6 @@ Plans are executable code: the folder is created for its owner only, and a folde
 refused.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import logging

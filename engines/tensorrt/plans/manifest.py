@@ -6,8 +6,6 @@ finds truncated and mixed-up plans; only the folder's permissions protect agains
 it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

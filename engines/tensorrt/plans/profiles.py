@@ -4,8 +4,6 @@ TensorRT's own checks come late and without reasons: `set_shape` accepts any ten
 `bool(profile)` False, and a smallest batch of 0 is accepted.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
