@@ -5,7 +5,8 @@ the cost of a request can be counted in instructions, or measured without the no
 uvicorn with an application that answers with a fixed body, driven in the same way, for comparison.
 
 `benchmarks.request_cost.guard` runs `python -m benchmarks.request_cost.request_path LIBRARY` under callgrind;
-LIBRARY, which the guard builds from counting.c, switches the counting on and off.
+LIBRARY, which the guard builds from counting.c, switches the counting on and off. With `--trace` in place of
+it, the calls that a warm lone request makes on the event loop's thread are printed, with their files.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 import time
 import unittest.mock
 from collections.abc import AsyncIterator, Callable, Sequence
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -249,9 +250,35 @@ async def _counted(library: ctypes.CDLL) -> None:
                 library.end(case.encode())
 
 
+async def _traced() -> list[tuple[str, str]]:
+    """Return file and function of each call in our code that one warm lone request makes."""
+    calls: list[tuple[str, str]] = []
+
+    def profile(frame: FrameType, event: str, _: object) -> None:
+        _, ours, file = frame.f_code.co_filename.rpartition("/cobatch/")
+        if event == "call" and ours:
+            calls.append((file, frame.f_code.co_name))
+
+    async with paths() as cases:
+        path = cases["JSON, alone"]
+        await path.serve(_REPEATS)
+        sys.setprofile(profile)  # of this thread alone
+        await path.serve(1)
+        sys.setprofile(None)
+    return calls
+
+
 def main(arguments: Sequence[str]) -> None:
-    """Run under callgrind: each case is a part of its output with the name of the case."""
-    uvloop.run(_counted(ctypes.CDLL(arguments[0])))
+    """Trace, or run under callgrind: each case is a part of its output with the name of the case."""
+    if arguments[0] != "--trace":
+        uvloop.run(_counted(ctypes.CDLL(arguments[0])))
+        return
+    calls = uvloop.run(_traced())
+    for file, function in calls:
+        print(f"{file:40} {function}")
+    files = [file for file, _ in calls]
+    changes = sum(one != other for one, other in itertools.pairwise(files))
+    print(f"{len(calls)} calls in {len(set(files))} files, {changes} changes of file")
 
 
 if __name__ == "__main__":
