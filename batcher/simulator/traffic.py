@@ -138,6 +138,15 @@ class Trace:
         return iter([one.time_s for one in self.requests])
 
 
+def trace_of(arrivals: str) -> Trace | None:
+    """Read the trace that the option `--arrivals` names; None if it names a process. Raises TraceError."""
+    if arrivals in PROCESSES:
+        return None
+    if not Path(arrivals).exists():
+        raise TraceError(f"--arrivals: expected {', '.join(PROCESSES)} or a trace file, got {arrivals!r}")
+    return read_trace(Path(arrivals))
+
+
 def read_trace(path: Path, speed: float = 1.0) -> Trace:
     """Read lines of `seconds[,rows[,tenant]]`; skip empty lines, those that begin with # and a heading."""
     requests = []

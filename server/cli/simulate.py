@@ -24,7 +24,7 @@ from cobatch.batcher.simulator.traffic import (
     Poisson,
     Trace,
     TraceError,
-    read_trace,
+    trace_of,
 )
 from cobatch.engines.errors import EngineError
 from cobatch.engines.loader import EngineOptions, load_engine
@@ -164,12 +164,9 @@ def _arrivals(
 ) -> list[tuple[float | None, Arrivals | Closed]]:
     if isinstance(base.arrivals, Closed):
         return [(None, base.arrivals)]
-    if arrivals not in PROCESSES:
-        if not Path(arrivals).exists():
-            raise OptionError(
-                f"--arrivals: expected {', '.join(PROCESSES)} or a trace's file, got {arrivals!r}"
-            )
-        return [(None, read_trace(Path(arrivals)))]
+    trace = trace_of(arrivals)
+    if trace is not None:
+        return [(None, trace)]
     most = _request_capacity(base)
     rates = [rate] if rate is not None else [load * most for load in loads]
     if min(rates) <= 0:

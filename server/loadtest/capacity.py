@@ -20,9 +20,8 @@ from cobatch.server.loadtest.statistics import Tally
 
 VIOLATION_LIMIT = 0.01  # share of requests that may be late or fail
 _ALPHA = 0.05
-_PRECISION = (
-    1.05  # the search ends at this ratio of the lowest rate that does not hold to the highest that does
-)
+# The search ends at this ratio of the lowest rate that does not hold to the highest that does.
+_PRECISION = 1.05
 _BACKOFFS = (0, 0.03, 0.06, 0.12, 0.24, 0.48)  # below the rate found: the rates to confirm, in order
 
 

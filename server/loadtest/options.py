@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from cobatch.batcher.simulator.traffic import PROCESSES, Arrivals, Trace, TraceError, read_trace
+from cobatch.batcher.simulator.traffic import PROCESSES, Arrivals, Trace, TraceError, trace_of
 from cobatch.server.console import option, switch
 
 Span = tuple[float, float]  # lowest and highest value
@@ -193,12 +193,8 @@ def _credential(key: str, secret: str) -> dict[str, str]:
 
 def _trace(arrivals: str) -> Trace | None:
     """Read the trace file, or return None if `arrivals` names a process."""
-    if arrivals in PROCESSES:
-        return None
-    if not Path(arrivals).exists():
-        raise UsageError(f"--arrivals: expected {', '.join(PROCESSES)} or a trace file, got {arrivals!r}")
     try:
-        return read_trace(Path(arrivals))
+        return trace_of(arrivals)
     except TraceError as error:
         raise UsageError(str(error)) from None
 

@@ -97,7 +97,7 @@ def test_a_trace_and_a_closed_loop(tmp_path: Path) -> None:
         (["--load", "high"], "expected numbers"),
         (["--rate", "0"], "more than 0"),
         (["--router", "dice"], "round-robin"),
-        (["--arrivals", "sometimes"], "a trace's file"),
+        (["--arrivals", "sometimes"], "poisson, constant, bursty, diurnal or a trace file"),
         (["--deadline-ms", "1"], "no run is as short"),
     ],
 )
