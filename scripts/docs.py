@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from cobatch.server.http.problem_kinds import ALWAYS, KINDS, MEMBERS, SOMETIMES
+from cobatch.server.http.problem import ALWAYS, KINDS, MEMBERS, SOMETIMES
 from cobatch.server.observability.metric_families import FAMILIES, Family
 from cobatch.server.settings.auth import AuthSettings, Issuer, ModelRule, TenantRule
 from cobatch.server.settings.describe import Setting, settings_of

@@ -1,17 +1,16 @@
 """GET /problems and /problems/SLUG: explain the kinds of problems, as HTML if `Accept` has it, else text."""
 
-from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from string import Template
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from cobatch.server.api.routing import guarded
-from cobatch.server.http.problem import Problem
-from cobatch.server.http.problem_kinds import ALWAYS, KINDS, MEMBERS, SOMETIMES, Kind
+from cobatch.server.http.problem import ALWAYS, KINDS, MEMBERS, SOMETIMES, Kind, Problem
 from cobatch.server.inference.service import Inference
 
 _PAGE, _KIND = (
@@ -77,5 +76,5 @@ def _kind_text(kind: Kind, members: dict[str, str]) -> str:
 
 def _kind_html(kind: Kind, members: dict[str, str]) -> str:
     items = [f"<dt><code>{name}</code></dt><dd>{escape(text)}</dd>\n" for name, text in members.items()]
-    texts = {name: escape(str(value)) for name, value in asdict(kind).items()}
+    texts = {name: escape(str(value)) for name, value in msgspec.structs.asdict(kind).items()}
     return _KIND.substitute(texts, members="".join(items))

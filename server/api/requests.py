@@ -14,8 +14,7 @@ from starlette.routing import Route
 from cobatch.batcher.request import Batch
 from cobatch.batcher.scheduling import policy
 from cobatch.server.api.routing import guarded, json
-from cobatch.server.http.problem import Problem
-from cobatch.server.http.problem_kinds import KINDS
+from cobatch.server.http.problem import KINDS, Problem
 from cobatch.server.http.request_id import place_of
 from cobatch.server.inference.service import Inference
 from cobatch.server.observability.history import History

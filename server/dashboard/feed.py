@@ -21,7 +21,7 @@ from cobatch.batcher.durations import EDGES_S
 from cobatch.server.api.requests import REASONS
 from cobatch.server.auth.principal import Principal
 from cobatch.server.dashboard.seconds import ModelSampler, Second, size_bins, timeline
-from cobatch.server.http.problem_kinds import KINDS
+from cobatch.server.http.problem import KINDS
 from cobatch.server.inference.service import Inference
 from cobatch.server.observability.history import History
 

@@ -1,4 +1,7 @@
-"""Problems (RFC 9457): every response with an error. `server.http.problem_kinds` has the table of kinds.
+"""Problems (RFC 9457): every response with an error. problem_kinds.json has the table of kinds.
+
+A kind's slug is the stable part of its `type`, /problems/SLUG, the address of its page. The pages
+(`server.api.problems`) and docs/problems.md (scripts/docs.py) are made from the table.
 
 Wire formats raise a `Problem`; `from_error` makes one from the batcher's errors. Nothing else decides a
 status code. The body is `application/problem+json`; `error` repeats the detail for V2 clients, which read
@@ -6,13 +9,41 @@ nothing else. Extra members are for programs.
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from cobatch.batcher import errors as batching
-from cobatch.server.http.problem_kinds import KINDS
 from cobatch.server.http.reply import Reply
+
+
+class Kind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One kind: the last part of its `type`, its status and title, its meaning and its remedy.
+
+    `members` are those that its body may have beside `ALWAYS`.
+    """
+
+    slug: str
+    status: int
+    title: str
+    meaning: str
+    remedy: str
+    members: tuple[str, ...] = ()
+
+
+class _Table(msgspec.Struct, forbid_unknown_fields=True):
+    """The members of a problem's body, each with its meaning, and the kinds in the order of their status."""
+
+    always: dict[str, str]
+    sometimes: dict[str, str]
+    members: dict[str, str]
+    kinds: list[Kind]
+
+
+_TABLE = msgspec.json.decode(Path(__file__).with_name("problem_kinds.json").read_bytes(), type=_Table)
+ALWAYS, SOMETIMES, MEMBERS = _TABLE.always, _TABLE.sometimes, _TABLE.members
+KINDS = {kind.slug: kind for kind in _TABLE.kinds}
 
 PROBLEM_JSON = b"application/problem+json"
 # Longer text from a client is cut when it is quoted.

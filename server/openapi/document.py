@@ -23,8 +23,7 @@ from cobatch.server.api.profile import DEFAULT_S, LIMIT_S
 from cobatch.server.api.routing import Needs
 from cobatch.server.auth.authenticator import Authenticator
 from cobatch.server.auth.credentials import WELL_KNOWN
-from cobatch.server.http.problem import PROBLEM_JSON, Problem
-from cobatch.server.http.problem_kinds import KINDS
+from cobatch.server.http.problem import KINDS, PROBLEM_JSON, Problem
 from cobatch.server.inference.service import Inference
 from cobatch.server.openapi.examples import LoadedModels, add_examples
 from cobatch.server.openapi.schemas import raw_options, schemas

@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from cobatch.engines.base import DATATYPES, Signature, TensorSpec
 from cobatch.server.batch import items as batch_messages
-from cobatch.server.http.problem_kinds import ALWAYS, MEMBERS, SOMETIMES
+from cobatch.server.http.problem import ALWAYS, MEMBERS, SOMETIMES
 from cobatch.server.predictions import decode as v1_messages
 from cobatch.server.v2 import messages as v2_messages
 

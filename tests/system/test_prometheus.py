@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from cobatch.server.api.metrics import STATES
 from cobatch.server.auth.authenticator import RESULTS
-from cobatch.server.http.problem_kinds import KINDS
+from cobatch.server.http.problem import KINDS
 from cobatch.server.observability.metric_families import FAMILIES
 from cobatch.server.observability.record import RequestRecord
 from tests.support.auth.protected import protected, token

@@ -6,7 +6,9 @@ import ast
 import re
 from collections.abc import Iterator
 
-from cobatch.server.http.problem_kinds import KINDS, MEMBERS, SOMETIMES
+import msgspec
+
+from cobatch.server.http.problem import _SLUGS, KINDS, MEMBERS, SOMETIMES
 from tests.support.http.in_process import gated
 from tests.support.paths import ROOT
 
@@ -40,10 +42,15 @@ async def test_the_index_lists_all_kinds() -> None:
 # The table
 
 
-def test_every_kind_is_explained() -> None:
+def test_every_kind_is_complete() -> None:
+    table = msgspec.json.decode((ROOT / "server/http/problem_kinds.json").read_bytes())
+    assert [kind["slug"] for kind in table["kinds"]] == list(KINDS), "two kinds have one slug"
+    assert list(KINDS.values()) == sorted(KINDS.values(), key=lambda kind: kind.status)
     for slug, kind in KINDS.items():
         assert re.fullmatch(r"[a-z]+(-[a-z]+)*", slug)
         assert 400 <= kind.status < 600
+        assert kind.title[0].isupper()
+        assert not kind.title.endswith(".")
         for text in (kind.meaning, kind.remedy):
             assert text[0].isupper()
             assert text.endswith(".")
@@ -57,10 +64,11 @@ def problems_in_the_code() -> Iterator[tuple[str, set[str], str]]:
     for path in sorted((ROOT / "server").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Problem":
+                members = {keyword.arg for keyword in node.keywords if keyword.arg is not None}
                 slug = node.args[0]
-                if isinstance(slug, ast.Constant) and isinstance(slug.value, str):
-                    members = {keyword.arg for keyword in node.keywords if keyword.arg is not None}
-                    yield slug.value, members, f"{path.name}:{node.lineno}"
+                for part in (slug.body, slug.orelse) if isinstance(slug, ast.IfExp) else (slug,):
+                    if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                        yield part.value, members, f"{path.name}:{node.lineno}"
 
 
 def test_every_kind_is_raised_with_its_own_members() -> None:
@@ -70,8 +78,7 @@ def test_every_kind_is_raised_with_its_own_members() -> None:
         given -= {"close", "headers", *SOMETIMES}
         members = {{"retry_after_s": "retry_after_ms"}.get(name, name) for name in given}
         assert members <= set(KINDS[slug].members), where
-    text = "".join(
-        path.read_text() for path in (ROOT / "server").rglob("*.py") if path.name != "problem_kinds.py"
-    )
+    assert set(_SLUGS.values()) <= set(KINDS)
+    text = "".join(path.read_text() for path in (ROOT / "server").rglob("*.py"))
     for slug in set(KINDS) - raised:
         assert f'"{slug}"' in text, slug

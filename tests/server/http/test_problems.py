@@ -13,7 +13,7 @@ import pytest
 
 from cobatch.batcher.errors import BatcherError, DeadlineTooShortError, DeadlineUnreachableError
 from cobatch.engines.errors import EngineDeadError, EngineError, EngineRunError
-from cobatch.server.http.problem_kinds import ALWAYS, KINDS, SOMETIMES
+from cobatch.server.http.problem import ALWAYS, KINDS, SOMETIMES
 from cobatch.server.settings.auth import AuthSettings, Issuer, TenantRule
 from tests.support.auth.protected import SIGNER, settings_in
 from tests.support.auth.tokens import AUDIENCE, ISSUER, good_claims

@@ -16,7 +16,7 @@ import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from cobatch.server.auth.gate import OPEN
-from cobatch.server.http.problem_kinds import ALWAYS, KINDS, SOMETIMES
+from cobatch.server.http.problem import ALWAYS, KINDS, SOMETIMES
 from cobatch.server.openapi.document import AUTH_KINDS, describe
 from cobatch.server.settings.auth import TenantRule
 from tests.server.openapi.test_openapi import (

@@ -19,7 +19,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from starlette.routing import Route
 
 from cobatch.engines.base import DATATYPES, Signature, TensorSpec
-from cobatch.server.http.problem_kinds import ALWAYS, KINDS, MEMBERS, SOMETIMES
+from cobatch.server.http.problem import ALWAYS, KINDS, MEMBERS, SOMETIMES
 from cobatch.server.openapi import examples as openapi_examples
 from cobatch.server.openapi.document import AUTH_KINDS, describe
 from cobatch.server.openapi.page import render

@@ -15,7 +15,7 @@ from cobatch.server.auth.api_keys import ApiKeys
 from cobatch.server.auth.authenticator import Authenticator
 from cobatch.server.auth.jwks import StaticKeys
 from cobatch.server.auth.tokens import TokenError, TokenVerifier
-from cobatch.server.http.problem_kinds import KINDS
+from cobatch.server.http.problem import KINDS
 from cobatch.server.openapi.document import AUTH_KINDS, describe
 from cobatch.server.settings.auth import Issuer
 from cobatch.server.settings.load import load_settings
