@@ -56,11 +56,6 @@ class Profile:
         self._levels = [0.0, *next(iter(self.runs.values())), 1.0]
         self._times: dict[int, list[float]] = {}
 
-    @classmethod
-    def linear(cls, name: str, fixed_us: float, row_us: float, max_rows: int) -> Profile:
-        """Return a profile without noise: `fixed_us` for each run and `row_us` for each row."""
-        return cls(name, {rows: {0.5: fixed_us + row_us * rows} for rows in {1, max_rows}})
-
     def quantile_s(self, rows: int, level: float) -> float:
         """Return the quantile `level` (0 to 1) of the run time."""
         times, levels = self._times_of(rows), self._levels

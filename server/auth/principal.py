@@ -6,7 +6,7 @@ import msgspec
 from starlette.types import Scope
 
 from cobatch.batcher.tenant import Tenant
-from cobatch.server.settings.auth import ADMIN, INFER, METADATA, ModelRule
+from cobatch.server.settings.auth import INFER, METADATA, ModelRule
 
 # The principal's key in the ASGI scope, which no client can write to.
 PRINCIPAL = "cobatch.principal"
@@ -39,11 +39,6 @@ class Principal(msgspec.Struct, eq=False, weakref=True):
     def may_read(self, model: str) -> bool:
         """Report whether the client may read the model's metadata."""
         return METADATA in self.permissions or self.may_infer(model)
-
-    @property
-    def is_admin(self) -> bool:
-        """True if the client may read data of all clients."""
-        return ADMIN in self.permissions
 
 
 def is_name(value: object) -> bool:

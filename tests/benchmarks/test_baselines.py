@@ -8,8 +8,9 @@ import pytest
 
 from benchmarks.scheduling.baselines import Baseline, Clipper, FixedWindow, SizeOrTimeout, TritonLike
 from cobatch.batcher.simulator.clock import VirtualLoop
-from cobatch.batcher.simulator.engine import Profile, RunTimeSampler
+from cobatch.batcher.simulator.engine import RunTimeSampler
 from cobatch.batcher.simulator.nodes import ANSWERED, EXPIRED, Records, SimulatedRequest
+from tests.support.virtual.profiles import linear
 
 RUN_MS = 10.0
 
@@ -19,7 +20,7 @@ class Bench:
 
     def __init__(self, kind: Any, **settings: Any) -> None:
         self.loop = VirtualLoop()
-        profile = Profile.linear("linear", RUN_MS * 1000, 1000, 64)
+        profile = linear("linear", RUN_MS * 1000, 1000, 64)
         self.node: Baseline = kind(self.loop, RunTimeSampler(profile, 1), **settings)
         self.records = Records(self.loop)
         self.began: list[tuple[float, int]] = []

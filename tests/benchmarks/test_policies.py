@@ -11,13 +11,14 @@ import pytest
 from benchmarks.scheduling import __main__ as scheduling
 from benchmarks.scheduling.policies import POLICIES, Policy, parse_policy
 from cobatch.batcher.simulator.bound import capacity
-from cobatch.batcher.simulator.engine import Profile, load_profile
+from cobatch.batcher.simulator.engine import load_profile
 from cobatch.batcher.simulator.scenario import Results, Scenario, results_of
 from cobatch.batcher.simulator.traffic import Caller, Poisson
 from cobatch.server.cli.simulate import OptionError
+from tests.support.virtual.profiles import linear
 
-LINEAR = Profile.linear("linear", fixed_us=5000, row_us=100, max_rows=64)
-CONSTANT = Profile.linear("constant", fixed_us=1000, row_us=0, max_rows=8)
+LINEAR = linear("linear", fixed_us=5000, row_us=100, max_rows=64)
+CONSTANT = linear("constant", fixed_us=1000, row_us=0, max_rows=8)
 SETTINGS: dict[str, dict[str, Any]] = {
     "fixed-window": {"window_ms": 5},
     "size-or-timeout": {"timeout_ms": 5},

@@ -12,10 +12,11 @@ from cobatch.batcher.simulator.bound import capacity
 from cobatch.batcher.simulator.engine import Profile, load_profile
 from cobatch.batcher.simulator.scenario import Results, Scenario, results_of, run
 from cobatch.batcher.simulator.traffic import Caller, Poisson
+from tests.support.virtual.profiles import linear
 
 pytestmark = pytest.mark.slow
 
-LINEAR = Profile.linear("linear", fixed_us=5000, row_us=100, max_rows=128)
+LINEAR = linear("linear", fixed_us=5000, row_us=100, max_rows=128)
 
 
 def noisy(profile: Profile) -> Profile:

@@ -24,9 +24,10 @@ from cobatch.batcher.simulator.traffic import (
     TraceError,
     read_trace,
 )
+from tests.support.virtual.profiles import linear
 
-LINEAR = Profile.linear("linear", fixed_us=5000, row_us=100, max_rows=64)
-CONSTANT = Profile.linear("constant", fixed_us=1000, row_us=0, max_rows=8)
+LINEAR = linear("linear", fixed_us=5000, row_us=100, max_rows=64)
+CONSTANT = linear("constant", fixed_us=1000, row_us=0, max_rows=8)
 
 
 def simulated(scenario: Scenario) -> Results:
@@ -101,7 +102,7 @@ def test_latency_includes_the_wait_for_a_busy_event_loop() -> None:
 
     Half of it is spent on the answer, which waits for requests that arrived meanwhile.
     """
-    instant = Profile.linear("instant", 1e-3, 0, 1)
+    instant = linear("instant", 1e-3, 0, 1)
     load = 0.5
     ran = run(Scenario(instant, Poisson(load * 1000), seconds=60, request_us=1000))
     latencies = ran.records.array()["latency_s"]
@@ -111,7 +112,7 @@ def test_latency_includes_the_wait_for_a_busy_event_loop() -> None:
 
 def test_the_engine_does_not_wait_for_a_busy_event_loop() -> None:
     # Both are busy nearly all the time: with two slots the next batch is ready.
-    one = Profile.linear("one at a time", 1000, 0, 1)
+    one = linear("one at a time", 1000, 0, 1)
     ran = run(Scenario(one, Closed(8), seconds=5, max_batch_size=1, request_us=800))
     assert results_of(ran).total.goodput == pytest.approx(1000, rel=0.05)
 

@@ -30,7 +30,6 @@ def test_permissions() -> None:
     assert [each.may_infer("n") for each in (everything, one, reader, admin)] == [True, False, False, False]
     assert [each.may_read("m") for each in (everything, one, reader, admin)] == [True, True, True, False]
     assert [each.may_read("n") for each in (everything, one, reader, admin)] == [True, False, True, False]
-    assert [each.is_admin for each in (everything, one, reader, admin)] == [False, False, False, True]
 
 
 def test_model_rules_restrict_and_never_grant() -> None:
