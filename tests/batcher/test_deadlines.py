@@ -297,7 +297,7 @@ def test_a_request_that_runs_is_answered_late_or_not() -> None:
     run(main())
 
 
-def test_what_may_be_missing_is_run_as_long_as_there_is_time_for_a_batch() -> None:
+def test_parts_of_a_partial_request_are_run_until_its_deadline() -> None:
     async def main() -> None:
         batcher = make_batcher(scripted(0.030))
         submit(batcher, call())
@@ -416,9 +416,7 @@ def test_the_most_urgent_member_need_not_be_the_first() -> None:
 
 
 @pytest.mark.parametrize(("others", "dropped"), [(7, False), (8, True), (30, True)])
-def test_one_that_would_keep_a_batch_small_is_dropped_where_others_fill_it(
-    others: int, dropped: bool
-) -> None:
+def test_a_request_that_would_keep_a_batch_small_is_dropped(others: int, dropped: bool) -> None:
     """Early drop (Nexus): with it a batch of four rows could run, without it one of eight."""
 
     async def main() -> None:

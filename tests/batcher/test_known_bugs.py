@@ -90,7 +90,7 @@ def test_ray_50046_a_batch_of_cancelled_requests_does_not_hang(at_s: float) -> N
     run(main())
 
 
-def test_ray_42631_the_rest_behind_a_full_batch_does_not_wait_for_the_next_request() -> None:
+def test_ray_42631_the_rest_behind_a_full_batch_does_not_wait() -> None:
     """Only an arrival woke the batcher, although more were queued than fitted the batch."""
 
     async def main() -> None:

@@ -84,7 +84,7 @@ def test_a_full_queue_refuses() -> None:
     assert bench.records.refusals == {"queue": 2}
 
 
-def test_triton_dispatches_the_largest_preferred_size_at_once_and_less_after_the_delay() -> None:
+def test_triton_dispatches_preferred_sizes_at_once_and_less_after_the_delay() -> None:
     bench = Bench(TritonLike, max_batch_size=8, max_queue_rows=99, preferred=(2, 4), delay_ms=3)
     # Two at 1 ms; five are queued when the engine is free at 13 ms: four leave, and the last after its delay.
     assert bench(0, 1, 2, 3, 4, 5, 6) == [(1, 2), (13, 4), (27, 1)]

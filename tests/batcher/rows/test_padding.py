@@ -74,7 +74,7 @@ def test_what_fits_its_bucket_is_left_as_it_is() -> None:
     assert short.pad.row_padding == 1
 
 
-def test_requests_of_different_length_ride_together_and_get_their_own() -> None:
+def test_requests_of_different_lengths_share_a_batch() -> None:
     async def main() -> None:
         worker = FakeWorker(FakeEngine())
         batcher = make(worker, padder())
@@ -137,7 +137,7 @@ def test_an_output_that_is_not_said_to_follow_is_not_cut() -> None:
     run(main())
 
 
-def test_an_output_that_does_not_follow_after_all_fails_for_those_it_would_be_cut_for() -> None:
+def test_an_output_of_unexpected_length_fails_its_requests() -> None:
     class Halves(FakeWorker):
         """y is half as long as x, which the configuration did not say."""
 

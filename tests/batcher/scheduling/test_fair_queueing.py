@@ -206,9 +206,7 @@ def test_a_flood_costs_a_light_tenant_one_batch(part: float, requests: int) -> N
     ("curve", "full_rows", "part"),
     [(affine, 8, 0.005), (affine, 8, 0.02), (affine, 8, 0.1), (affine, 8, 0.2), (linear, 1, 0.02)],
 )
-def test_a_flood_costs_a_light_tenant_one_batch_where_larger_ones_take_longer(
-    curve: Curve, full_rows: int, part: float
-) -> None:
+def test_a_flood_delays_a_light_tenant_by_one_batch(curve: Curve, full_rows: int, part: float) -> None:
     """Its row does not ride with those of the flood, which would take it longer."""
     alone_s, beside_s = (light_p99_s(curve, rate, part, 400) for rate in (0, 10))
     assert beside_s <= 1.2 * alone_s + curve(full_rows)

@@ -64,7 +64,7 @@ def test_many_shapes_are_forgotten_again() -> None:
     assert len(times._shapes) <= 256
 
 
-def test_a_deadline_that_long_rows_cannot_keep_is_refused_and_short_rows_keep() -> None:
+def test_a_deadline_is_refused_for_long_rows_and_kept_for_short_ones() -> None:
     async def main() -> None:
         worker = Metered(affine, wide=lambda width: width)
         batcher = make_batcher(worker)

@@ -100,7 +100,7 @@ def test_other_sizes_that_run_do_not_hide_that_one_does_not() -> None:
     run(main())
 
 
-def test_while_runs_are_slow_one_a_second_finds_out_and_is_answered_late() -> None:
+def test_while_runs_are_slow_one_request_a_second_is_admitted_on_trial() -> None:
     async def main() -> None:
         batcher = Disturbed().batcher
         await ask(batcher, 3)

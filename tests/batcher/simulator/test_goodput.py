@@ -69,5 +69,5 @@ def test_goodput_does_not_collapse_with_varying_run_times(load: float) -> None:
 
 
 @pytest.mark.parametrize("load", [0.95, 1.2, 2.0])
-def test_goodput_does_not_collapse_with_a_model_that_hardly_gains_by_batching(load: float) -> None:
+def test_goodput_does_not_collapse_where_batching_hardly_gains(load: float) -> None:
     assert of_bound(simulated(load_profile("resnet50-t4"), 100, load)) > 0.93
