@@ -83,7 +83,7 @@ def receiver(status: int = 200) -> Iterator[Receiver]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     received = Receiver(server.server_address[1])
-    thread = threading.Thread(target=server.serve_forever, name="otlp")
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), name="otlp")
     thread.start()
     try:
         yield received

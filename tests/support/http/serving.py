@@ -3,6 +3,7 @@
 The server is `server.serve.Server` under uvicorn with its own socket, without signal handlers. To hold a
 batch, a test uses a `GatedEngine`, which runs under the real worker and blocks while its gate is shut.
 Nothing sleeps: a test waits for events of the server (`Served.until`), with a deadline that only bugs reach.
+uvicorn looks for its end every 0.1 s, and three times in a row; here it is told, and looks every millisecond.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any, Self, TypeVar
 from unittest import mock
 
 import numpy as np
+import uvicorn.server
 
 import cobatch.server.inference.model
 from cobatch.batcher.batcher import Batcher
@@ -36,6 +38,15 @@ from tests.support.virtual.loop import Array, FakeEngine
 
 DEADLINE_S = 20.0
 T = TypeVar("T")
+_TICK_S = 0.1  # uvicorn's
+
+
+async def _poll(delay_s: float) -> None:
+    await asyncio.sleep(min(delay_s, 0.001))
+
+
+# Everything that uvicorn waits for with `sleep`, beside `main_loop`, is a connection or a task that ends.
+vars(uvicorn.server)["asyncio"] = SimpleNamespace(**vars(asyncio) | {"sleep": _poll})
 
 
 class GatedEngine(FakeEngine):
@@ -198,12 +209,23 @@ class _ThreadServer(Server):
         self.listening = threading.Event()
         self.ready = threading.Event()
         self.port = 0
+        self._signalled = asyncio.Event()
         super().__init__(settings)
 
     async def startup(self, sockets: object = None) -> None:
         await super().startup()
         self.port = self.servers[0].sockets[0].getsockname()[1]
         self.listening.set()
+
+    async def main_loop(self) -> None:
+        ticks = 0
+        while not await self.on_tick(ticks):
+            ticks += 1
+            if self._drain is not None:
+                await _poll(_TICK_S)
+                continue
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._signalled.wait(), _TICK_S)
 
     def _on_ready(self) -> None:
         self.ready.set()
@@ -215,6 +237,8 @@ class _ThreadServer(Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         assert not self.inference.draining, "the second signal would end the tests"
         super().handle_exit(sig, frame)
+        assert self.inference.loop is not None
+        self.inference.loop.call_soon_threadsafe(self._signalled.set)
 
 
 class Served:
