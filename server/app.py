@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from cobatch.engines.errors import EngineError
 from cobatch.server.api.metrics import metrics_routes
 from cobatch.server.api.oauth import auth_routes
-from cobatch.server.api.problems import problem_pages
+from cobatch.server.api.pages import page_routes
 from cobatch.server.api.profile import profile_routes
 from cobatch.server.api.requests import request_routes
 from cobatch.server.api.routing import as_response
@@ -88,7 +88,7 @@ def build(inference: Inference) -> ASGIApp:
     batch = BatchRoute(inference, history, tracer)
     routes = [
         Route(BATCH, batch, methods=["POST"]),
-        *v2_routes(inference), *v1_routes(inference), *problem_pages(inference),
+        *v2_routes(inference), *v1_routes(inference), *page_routes(inference),
         *openapi_routes(inference), *auth_routes(inference), *metrics_routes(inference, gpus),
         *request_routes(inference, history), *profile_routes(inference), *dashboard_routes(inference, feed),
     ]  # fmt: skip
@@ -143,7 +143,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
         allowed = sorted((error.headers or {}).get("Allow", "").split(", "))
         detail = f"{path} takes {', '.join(allowed)}, got {request.method}"
         return as_response(Problem("method-not-allowed", detail, allowed=allowed).reply(instance=path))
-    return as_response(Problem("not-found", f"there is nothing at {path}").reply(instance=path))
+    hint = "; POST /v2/repository/index lists the models" if path == "/v2/models" else ""
+    return as_response(Problem("not-found", f"there is nothing at {path}{hint}").reply(instance=path))
 
 
 async def _server_error(request: Request, error: Exception) -> Response:

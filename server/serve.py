@@ -140,10 +140,13 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         scheme = "https" if self.config.is_ssl else "http"
+        urls = []
         for listener in [listener for server in self.servers for listener in server.sockets]:
             host, port = listener.getsockname()[:2]
-            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-            print(f"cobatch: listening on {scheme}://{address}", flush=True)
+            urls.append(f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}")
+            print(f"cobatch: listening on {urls[-1]}", flush=True)
+        if urls:  # none if the lifespan failed
+            print(f"cobatch: live page {urls[0]}/dashboard, API {urls[0]}/docs", flush=True)
 
     def _on_ready(self) -> None:
         # Objects that exist now are permanent: the collector need not visit them again.

@@ -16,9 +16,9 @@ from cobatch.server.auth.tenants import rate_limit_headers
 from cobatch.server.http.problem import Problem
 from cobatch.server.http.reply import send_reply
 
-# Health, the meaning of problems, OAuth metadata, and the live page without its data.
+# Health, the index, the meaning of problems, OAuth metadata, and the live page without its data.
 OPEN = re.compile(
-    r"/v2/health/(?:live|ready)|/v2/models/[^/]+(?:/versions/[^/]+)?/ready|/problems(?:/[^/]*)?"
+    r"/|/v2/health/(?:live|ready)|/v2/models/[^/]+(?:/versions/[^/]+)?/ready|/problems(?:/[^/]*)?"
     rf"|/dashboard(?:/static/[^/]*)?|{WELL_KNOWN}(?:/.*)?"
 )
 

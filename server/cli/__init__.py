@@ -24,7 +24,6 @@ _COMMANDS = {
 # Rich's boxes cut long flags at 80 columns, and spread a usage error over many lines. A traceback decorated
 # with local variables could print a user's data.
 _PLAIN: dict[str, Any] = {
-    "add_completion": False,
     "rich_markup_mode": None,
     "pretty_exceptions_enable": False,
 }
@@ -59,7 +58,7 @@ class LazyGroup(TyperGroup):
         command = getattr(import_module(f"cobatch.server.cli.{module}"), attribute)
         if isinstance(command, typer.Typer):
             return get_command(command)
-        single = typer.Typer(**_PLAIN)
+        single = typer.Typer(add_completion=False, **_PLAIN)
         single.command(cmd_name, cls=SectionedCommand)(command)
         return get_command(single)
 
@@ -68,7 +67,9 @@ class LazyGroup(TyperGroup):
             formatter.write_dl([(name, line) for name, (_, _, line) in _COMMANDS.items()])
 
 
-app = typer.Typer(cls=LazyGroup, no_args_is_help=True, **_PLAIN)
+app = typer.Typer(
+    cls=LazyGroup, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}, **_PLAIN
+)
 
 
 @app.callback(invoke_without_command=True)

@@ -111,7 +111,7 @@ def _parameter(setting: Setting, section: str) -> Parameter:
 
 def _shown(default: object) -> str:
     if isinstance(default, bool):
-        return "on" if default else "off"
+        return str(default).lower()
     if isinstance(default, tuple):
         return ",".join(map(str, default))
     return f"{default:g}" if isinstance(default, float) else "" if default is None else str(default)

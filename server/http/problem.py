@@ -1,7 +1,7 @@
 """Problems (RFC 9457): every response with an error. problem_kinds.json has the table of kinds.
 
 A kind's slug is the stable part of its `type`, /problems/SLUG, the address of its page. The pages
-(`server.api.problems`) and docs/problems.md (scripts/docs.py) are made from the table.
+(`server.api.pages`) and docs/problems.md (scripts/docs.py) are made from the table.
 
 Wire formats raise a `Problem`; `from_error` makes one from the batcher's errors. Nothing else decides a
 status code. The body is `application/problem+json`; `error` repeats the detail for V2 clients, which read

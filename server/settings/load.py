@@ -173,6 +173,7 @@ def _build_models(tables: list[Table], errors: Errors) -> tuple[ModelSettings, .
                 raise path.refused(f"expected a model file, got {path.value!r}; did you mean --config?")
         with errors:
             model = msgspec.convert(values_of(table), ModelSettings)
+            _check_devices(model, table)
             key = path.key.removesuffix(".path")
             source = table["name"].source if "name" in table else "the file's name; set name"
             check(f"{key}.name", model.name, Name, source)
@@ -182,6 +183,14 @@ def _build_models(tables: list[Table], errors: Errors) -> tuple[ModelSettings, .
                     raise SettingsError(f"{key}.name: {model.name!r} is already {other}'s name ({source})")
             models[key] = model
     return tuple(models.values())
+
+
+def _check_devices(model: ModelSettings, table: Table) -> None:
+    """Refuse GPUs for a model that ONNX Runtime runs on the CPU."""
+    on_cpu = model.engine == "onnxruntime" or (model.engine == "auto" and model.path.endswith(".onnx"))
+    if on_cpu and model.devices != (0,):
+        why = f"ONNX Runtime runs {model.name!r} on the CPU; set engine = 'tensorrt' to use GPUs"
+        raise table["devices"].refused(f"{why}, or instances for more engines")
 
 
 def _check_pads(tables: list[Table]) -> None:

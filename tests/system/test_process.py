@@ -51,8 +51,10 @@ def test_start_serve_and_stop(tmp_path: Path, negate: str, sent: signal.Signals)
         assert caller.infer("negate", [[1, 2, 3], [4, 5, 6]]).rows == [[-1, -2, -3], [-4, -5, -6]]
         server.signal(sent)
         assert server.wait() == 0
-        assert [line.partition(" on ")[0] for line in server.stdout] == [
-            "cobatch: listening",
+        url = f"http://127.0.0.1:{server.port}"
+        assert server.stdout == [
+            f"cobatch: listening on {url}",
+            f"cobatch: live page {url}/dashboard, API {url}/docs",
             "cobatch: ready: negate",
         ]
         assert "Traceback" not in server.stderr

@@ -67,7 +67,7 @@ async def test_every_route_is_protected_or_listed_as_open(tmp_path: Path) -> Non
             for method in ("GET", "HEAD")
             for path in (
                 "/v2/health/live", "/v2/health/ready", "/v2/models/gate/ready",
-                "/v2/models/gate/versions/1/ready", "/problems", "/problems/draining",
+                "/v2/models/gate/versions/1/ready", "/", "/problems", "/problems/draining",
                 "/.well-known/oauth-protected-resource", "/dashboard", "/dashboard/static/style.css",
             )
         }  # fmt: skip

@@ -74,6 +74,33 @@ def test_every_setting_has_a_flag() -> None:
         assert f"  {flag_name(setting)} " in models
 
 
+def test_defaults_of_switches_are_values_that_variables_take(served: list[Settings], model: Path) -> None:
+    text = " ".join(cobatch("serve", "--help").stdout.split())
+    assert "which is faster (default: true)" in text
+    assert "needs cobatch[otel] (default: false)" in text
+    cobatch("serve", model, env={"COBATCH_FAST_PATH": "true", "COBATCH_TRACING": "false"})
+    assert served[0].server == ServerSettings()
+
+
+@pytest.mark.parametrize("command", [(), ("serve",), ("bench",), ("token",), ("token", "init")])
+def test_h_is_help(command: tuple[str, ...]) -> None:
+    assert cobatch(*command, "-h").stdout == cobatch(*command, "--help").stdout != ""
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("cobatch s", ["serve", "simulate"]),
+        ("cobatch serve --max-q", ["--max-queue-rows"]),
+        ("cobatch token m", ["mint"]),
+    ],
+)
+def test_the_shell_completes_commands_and_flags(words: str, completed: list[str]) -> None:
+    env = {"_COBATCH_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    result = CliRunner().invoke(app, prog_name="cobatch", env=env)
+    assert result.stdout.split() == completed
+
+
 def test_serve_passes_settings_and_returns_the_servers_status(served: list[Settings], model: Path) -> None:
     result = cobatch("serve", model)
     assert (result.exit_code, result.output) == (7, "")

@@ -74,7 +74,7 @@ REQUESTS: dict[str, list[dict[str, Any]]] = {
     "unknown-request": [{"method": "GET", "url": "/v1/requests/none"}],
     "unknown-prediction": [{"method": "GET", "url": "/v1/predictions/none"}],
     "not-found": [
-        {"method": "GET", "url": url} for url in ("/", "/v2/x", "/v2/models/gate/infer/", "/problems/none")
+        {"method": "GET", "url": url} for url in ("/v2/models", "/v2/models/gate/infer/", "/problems/none")
     ],
     "method-not-allowed": [
         {"method": "GET", "url": GATE},

@@ -258,6 +258,15 @@ def test_one_name_cannot_be_given_to_several_models(model: Path, tmp_path: Path)
     assert message == "models[*].name: names one model, but there are 2 (flag --name)"
 
 
+def test_gpus_are_refused_for_onnx_runtime_on_the_cpu(model: Path, tmp_path: Path) -> None:
+    why = "ONNX Runtime runs 'tiny' on the CPU; set engine = 'tensorrt' to use GPUs, or instances"
+    assert refusal(tmp_path, MODELS, devices="0,1").startswith(f"models[*].devices: {why}")
+    chosen = MODELS + "engine = 'onnxruntime'\ndevices = [1]\n"
+    assert refusal(tmp_path, chosen).startswith(f"models[0].devices: {why}")
+    assert from_file(tmp_path, MODELS, devices="0").models[0].devices == (0,)
+    assert from_file(tmp_path, MODELS, devices="0,1", engine="tensorrt").models[0].devices == (0, 1)
+
+
 def test_a_file_name_unfit_for_urls_needs_a_name(tmp_path: Path) -> None:
     (tmp_path / "my model.onnx").write_bytes(b"")
     text = "[[models]]\npath = 'my model.onnx'\n"

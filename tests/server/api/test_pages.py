@@ -1,4 +1,4 @@
-"""The problem pages, and the table of kinds checked against the code."""
+"""The index, the problem pages, and the table of kinds checked against the code."""
 
 from __future__ import annotations
 
@@ -13,6 +13,28 @@ from tests.support.http.in_process import gated
 from tests.support.paths import ROOT
 
 # Pages
+
+
+async def test_the_index_leads_to_pages_that_exist() -> None:
+    async with gated() as (running, _):
+        text = await running.http.get("/")
+        assert text.headers["content-type"] == "text/plain; charset=utf-8"
+        page = await running.http.get("/", headers={"accept": "text/html"})
+        assert page.headers["content-type"] == "text/html; charset=utf-8"
+        links = re.findall(r'href="([^"]+)"', page.text)
+        assert {"dashboard", "docs"} <= set(links)
+        assert links == re.findall(r"^/(\S+)", text.text, re.MULTILINE)
+        for link in links:
+            assert (await running.http.get(f"/{link}")).status_code == 200
+
+
+async def test_the_list_of_models_is_hinted_at_where_clients_look_for_it() -> None:
+    async with gated() as (running, _):
+        problem = (await running.http.get("/v2/models")).json()
+        assert (
+            problem["detail"] == "there is nothing at /v2/models; POST /v2/repository/index lists the models"
+        )
+        assert (await running.http.get("/v2/modelss")).json()["detail"] == "there is nothing at /v2/modelss"
 
 
 async def test_each_kind_has_a_page_in_html_and_text() -> None:

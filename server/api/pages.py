@@ -1,4 +1,4 @@
-"""GET /problems and /problems/SLUG: explain the kinds of problems, as HTML if `Accept` has it, else text."""
+"""Open pages, as HTML if `Accept` has it, else text: GET / leads to the others, /problems explains errors."""
 
 from html import escape
 from pathlib import Path
@@ -13,9 +13,9 @@ from cobatch.server.api.routing import guarded
 from cobatch.server.http.problem import ALWAYS, KINDS, MEMBERS, SOMETIMES, Kind, Problem
 from cobatch.server.inference.service import Inference
 
-_PAGE, _KIND = (
-    Template(Path(__file__).with_name(name).read_text()) for name in ("problems.html", "problem.html")
-)
+_FOLDER = Path(__file__).parent
+_PAGE, _KIND = (Template((_FOLDER / name).read_text()) for name in ("page.html", "problem.html"))
+_INDEX_HTML, _INDEX_TEXT = ((_FOLDER / name).read_text() for name in ("index.html", "index.txt"))
 _HEADERS = {
     # Nothing that a client sent is on the pages, so a style without a hash is safe.
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'",
@@ -24,13 +24,16 @@ _HEADERS = {
 }
 
 
-def problem_pages(inference: Inference) -> list[Route]:
-    """Return both routes, for Starlette."""
+def page_routes(inference: Inference) -> list[Route]:
+    """Return the routes, for Starlette."""
 
     async def index(request: Request) -> Response:
-        return _page(request, "Problems", _index_html(), _index_text())
+        return _page(request, "cobatch", _INDEX_HTML, _INDEX_TEXT)
 
-    async def page(request: Request) -> Response:
+    async def problems(request: Request) -> Response:
+        return _page(request, "Problems", _problems_html(), _problems_text())
+
+    async def problem(request: Request) -> Response:
         slug = request.path_params["slug"]
         kind = KINDS.get(slug)
         if kind is None:
@@ -38,10 +41,8 @@ def problem_pages(inference: Inference) -> list[Route]:
         members = ALWAYS | SOMETIMES | {name: MEMBERS[name] for name in kind.members}
         return _page(request, kind.title, _kind_html(kind, members), _kind_text(kind, members))
 
-    return [
-        Route("/problems", guarded(inference, "open", index), methods=["GET"]),
-        Route("/problems/{slug}", guarded(inference, "open", page), methods=["GET"]),
-    ]
+    paths = {"/": index, "/problems": problems, "/problems/{slug}": problem}
+    return [Route(path, guarded(inference, "open", page), methods=["GET"]) for path, page in paths.items()]
 
 
 def _page(request: Request, title: str, body: str, text: str) -> Response:
@@ -51,13 +52,13 @@ def _page(request: Request, title: str, body: str, text: str) -> Response:
     return Response(page, media_type="text/html", headers=_HEADERS)
 
 
-def _index_text() -> str:
+def _problems_text() -> str:
     width = max(map(len, KINDS))
     lines = [f"{kind.status}  {kind.slug:{width}}  {kind.title}\n" for kind in KINDS.values()]
     return f"{''.join(lines)}\nEach has a page: /problems/SLUG\n"
 
 
-def _index_html() -> str:
+def _problems_html() -> str:
     items = [
         f'<dt>{kind.status} <a href="/problems/{kind.slug}"><code>{kind.slug}</code></a></dt>'
         f"<dd>{escape(kind.title)}</dd>\n"
