@@ -9,6 +9,7 @@ run, and a run with another output shape fails. Binding at each run costs more t
 strings or with outputs of unknown shape use `run`.
 """
 
+import logging
 from collections import OrderedDict
 from math import prod
 
@@ -34,6 +35,11 @@ _TYPES = {
     "tensor(string)": "BYTES",
 }
 _BINDING_LIMIT = 256
+# By ONNX Runtime's severities, from verbose to fatal.
+_LEVELS = (logging.DEBUG, logging.DEBUG, logging.WARNING, logging.ERROR, logging.CRITICAL)
+_ERROR = 3
+
+log = logging.getLogger("cobatch.onnxruntime")
 
 # ONNX Runtime's binding, and the arrays that receive the outputs.
 _Binding = tuple[ort.IOBinding, tuple[Array, ...]]
@@ -89,7 +95,8 @@ class OnnxRuntimeEngine:
         # An idle thread that spins would take the event loop's core.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        options.log_severity_level = 3
+        options.log_severity_level = _ERROR
+        ort.set_default_logger_callback(_on_log, _ERROR)
         ort.disable_telemetry_events()
         try:
             session = ort.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
@@ -204,6 +211,11 @@ class OnnxRuntimeEngine:
         for spec, part in zip(self.signature.outputs, parts, strict=True):
             io.bind_output(spec.name, "cpu", 0, part.dtype.type, part.shape, part.ctypes.data)
         return io, parts
+
+
+def _on_log(severity: int, _category: str, _log_id: str, place: str, message: str) -> None:
+    """Log a message, which ONNX Runtime would otherwise write to stderr."""
+    log.log(_LEVELS[severity], "%s (%s)", message, place)
 
 
 def _probe(session: ort.InferenceSession, signature: Signature, max_batch_size: int) -> bool:

@@ -50,7 +50,7 @@ def build(inference: Inference) -> ASGIApp:
     observer.on_batch(history.on_batch)
     sinks: list[AccessLog | Tracer] = []
     if settings.access_log != "off":
-        access_log = AccessLog(settings.access_log, LEVELS[settings.access_log_level])
+        access_log = AccessLog(LEVELS[settings.access_log_level], observer.log_stream)
         # Records exist of all warnings and errors; only lines about good requests need more.
         observer.on_request(access_log.request_done, each=settings.access_log_level == "info")
         sinks.append(access_log)
@@ -70,6 +70,8 @@ def build(inference: Inference) -> ASGIApp:
             await asyncio.to_thread(gpus.open)
             observer.lag.start(loop)
             stack.callback(observer.lag.stop)
+            if observer.log_stream.start():
+                stack.push_async_callback(asyncio.to_thread, observer.log_stream.stop)
             for sink in sinks:
                 sink.start(loop)
                 stack.push_async_callback(asyncio.to_thread, sink.stop)

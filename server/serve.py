@@ -24,7 +24,7 @@ from cobatch.engines.errors import EngineError
 from cobatch.server.app import build
 from cobatch.server.edge.fast_path import make_protocol
 from cobatch.server.inference.service import Inference
-from cobatch.server.observability.access_log import JsonFormatter
+from cobatch.server.observability.logs import LogStream, ProcessLog
 from cobatch.server.settings.schema import Settings
 from cobatch.server.settings.values import SettingsError
 
@@ -49,30 +49,19 @@ def run(settings: Settings) -> int:
     A line on stderr says why.
     """
     http = settings.server
-    logging.basicConfig(
-        level=http.log_level.upper(),
-        format="%(asctime)s %(levelname)-8s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    if http.access_log == "json":
-        for handler in logging.root.handlers:
-            handler.setFormatter(JsonFormatter())
-    keep_freed_memory()
+    process_log = ProcessLog(http.log_level.upper(), as_json=http.logs_json)
     try:
-        server = Server(settings)
+        keep_freed_memory()
+        server = Server(settings, process_log.stream)
+        server.run(_listen(http.host, http.port))
     except SettingsError as error:  # from files of keys
         return _refuse(str(error), _REFUSED)
-    try:
-        sockets = _listen(http.host, http.port)
-    except OSError as error:
-        # The numbers of a name's errors are not the system's; for the others Python lengthens the text.
-        why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
-        return _refuse(f"cannot listen on {http.host}, port {http.port}: {why}", _FAILED)
-    server.run(sockets)
+    except _CannotListenError as error:
+        return _refuse(str(error), _FAILED)
+    finally:
+        process_log.close()
     if any(model.worker_alive for model in server.inference.models.values()):
         # The worker is inside a library, which would abort while the interpreter is finalized.
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(server.status)
     return server.status
 
@@ -95,8 +84,21 @@ def _refuse(message: str, status: int) -> int:
     return status
 
 
+class _CannotListenError(Exception):
+    """The address is taken, unknown or forbidden."""
+
+
 def _listen(host: str, port: int) -> list[socket.socket]:
     """Open a socket for each address of `host`; uvicorn would end the process if it cannot bind."""
+    try:
+        return _sockets(host, port)
+    except OSError as error:
+        # The numbers of a name's errors are not the system's; for the others Python lengthens the text.
+        why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+        raise _CannotListenError(f"cannot listen on {host}, port {port}: {why}") from None
+
+
+def _sockets(host: str, port: int) -> list[socket.socket]:
     with contextlib.ExitStack() as stack:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         sockets = [
@@ -110,8 +112,8 @@ def _listen(host: str, port: int) -> list[socket.socket]:
 class Server(uvicorn.Server):
     """A uvicorn server that answers every accepted request before it ends."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.inference = inference = Inference(settings)
+    def __init__(self, settings: Settings, log_stream: LogStream | None = None) -> None:
+        self.inference = inference = Inference(settings, log_stream)
         self.status = 0
         self._drain: asyncio.Task[None] | None = None
         inference.on_ready = self._on_ready

@@ -89,6 +89,7 @@ def families(inference: Inference, gpus: Sequence[Gpu]) -> Iterator[Metric]:
     yield from _batches(batchers)
     yield from _padding(batchers)
     yield from _engines(batchers)
+    yield _metric(names.LOG_DROPPED, [((), inference.observer.log_stream.dropped)])
     lag = inference.observer.lag
     yield _times(names.LAG, [((), lag.lags)])
     if lag.cpu_s is not None:

@@ -4,6 +4,7 @@ Values stay text until the settings are checked, so that one parser and one word
 and flags.
 """
 
+import logging
 import os
 import ssl
 from inspect import Parameter, Signature
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cobatch.server.observability.logs import JsonFormatter
 from cobatch.server.settings.describe import Setting, settings_of
 from cobatch.server.settings.load import read_settings
 from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings, flag_name
@@ -95,7 +97,10 @@ def _warn_if_open(settings: Settings) -> None:
         callers = "anyone on this machine" if is_loopback(host) else f"anyone who reaches {host}"
         warnings.append(f"--allow-anonymous: {callers} may call the models, without authentication")
     for warning in warnings:
-        typer.echo(f"cobatch: warning: {warning}", err=True)
+        record = logging.LogRecord("cobatch", logging.WARNING, "", 0, "%s", (warning,), None)
+        as_json = settings.server.logs_json
+        text = JsonFormatter().format(record) if as_json else f"cobatch: warning: {warning}"
+        typer.echo(text, err=True)
 
 
 def _parameter(setting: Setting, section: str) -> Parameter:

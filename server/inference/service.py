@@ -19,6 +19,7 @@ from cobatch.server.auth.tenants import Total
 from cobatch.server.http.problem import Problem, from_error, stopping
 from cobatch.server.http.reply import Reply
 from cobatch.server.inference.model import Model
+from cobatch.server.observability.logs import LogStream
 from cobatch.server.observability.observer import Observer
 from cobatch.server.settings.auth import INFER
 from cobatch.server.settings.schema import Settings
@@ -78,12 +79,12 @@ class Inference:
     Without authentication `auth` is None, and so are principals.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, log_stream: LogStream | None = None) -> None:
         self.settings = settings
         self.auth = None if settings.auth is None else Authenticator(settings.auth)
         self.rate_limit_headers = settings.auth is not None and settings.auth.rate_limit_headers
         self.models = {model.name: Model(model) for model in settings.models}
-        self.observer = Observer()
+        self.observer = Observer(log_stream or LogStream(as_json=settings.server.logs_json))
         # By request target, for the fast path; and by path.
         self.infer_targets: dict[bytes, Model] = {}
         self.infer_paths: dict[str, Model] = {}

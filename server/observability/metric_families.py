@@ -153,6 +153,10 @@ LOOP_CPU = _family(
     "event_loop_cpu_seconds", "counter", "", "CPU time of the event loop's thread.",
     "A rate near 1: the process is at its limit, start another.",
 )
+LOG_DROPPED = _family(
+    "log_lines_dropped", "counter", "", "Lines of the log dropped because stderr's reader was slow.",
+    "Above 0: the log is incomplete; look at what reads it.",
+)
 
 # GPUs
 GPU_INFO = _family("gpu", "info", "gpu name uuid", "The GPUs of the machine, as NVML numbers them.")

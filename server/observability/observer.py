@@ -15,6 +15,7 @@ from cobatch.batcher.durations import PENDING_LIMIT, DurationHistogram
 from cobatch.batcher.request import Batch
 from cobatch.server.http.request_id import new_id
 from cobatch.server.observability.event_loop import LoopLag
+from cobatch.server.observability.logs import LogStream
 from cobatch.server.observability.record import RequestRecord
 
 log = logging.getLogger("cobatch.observe")
@@ -41,7 +42,8 @@ class Observer:
     problem. `each`: a subscriber wants every request; `watched`: that, or there is a tracer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, log_stream: LogStream) -> None:
+        self.log_stream = log_stream
         self.lag = LoopLag()
         self.http: Counter[tuple[str, str, int, str]] = Counter()
         self.each = False

@@ -22,6 +22,7 @@ Name = Annotated[str, Meta(max_length=128), pattern("[A-Za-z0-9][A-Za-z0-9._-]*"
 EngineKind = Literal["auto", "onnxruntime", "tensorrt"]
 TensorRTKind = Literal["tensorrt", "tensorrt-rtx"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
 AccessLog = Literal["off", "text", "json"]
 AccessLogLevel = Literal["info", "warning", "error"]
 Seconds = Annotated[float, Meta(ge=0, le=86_400), placeholder("SECONDS")]
@@ -136,6 +137,9 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         about("addresses or networks, with commas, whose X-Forwarded-* headers are trusted", "ADDRESSES"),
     ] = None
     log_level: Annotated[LogLevel, about("least severe messages to log")] = "info"
+    log_format: Annotated[
+        LogFormat, about("form of all lines on stderr; JSON also if the access log is in JSON")
+    ] = "text"
     access_log: Annotated[AccessLog, about("write a line to stderr for each request, in this form")] = "off"
     access_log_level: Annotated[
         AccessLogLevel,
@@ -150,6 +154,11 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     metrics_open: Annotated[bool, about("with [auth]: serve /metrics without a credential")] = False
     fast_path: Annotated[bool, about("serve inference below ASGI, which is faster")] = True
     allow_anonymous: Annotated[bool, about("without [auth]: allow a host that others can reach")] = False
+
+    @property
+    def logs_json(self) -> bool:
+        """True if every line on stderr is JSON."""
+        return "json" in (self.access_log, self.log_format)
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

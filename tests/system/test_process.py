@@ -227,13 +227,14 @@ def test_an_engine_error_affects_one_caller_and_is_logged(tmp_path: Path, path: 
             assert answer.status == 500
             problem = answer.json
             assert problem["model"] == "pick"
-            assert problem["reference"] in problem["error"]
+            reference = problem["reference"]
+            assert reference in problem["error"]
             assert "Gather" not in problem["error"], "the engine's words stay in the log"
-            (line,) = [line for line in server.stderr.splitlines() if problem["reference"] in line]
-            assert "model pick" in line
-            assert "Gather" in line
         assert callers[5].infer("pick", [[2]], "INT64").rows == [[30]]
         assert server.stop() == 0
+        (line,) = [line for line in server.stderr.splitlines() if reference in line]
+        assert "model pick" in line
+        assert "Gather" in line
         ran = re.search(r"ran (\d+) rows in (\d+) batches", server.stderr)
         assert ran is not None
         assert int(ran[1]) == 9

@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import re
-import threading
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,16 +14,15 @@ from unittest import mock
 import pytest
 
 from cobatch.engines.errors import EngineRunError
-from cobatch.server.observability import access_log
+from cobatch.server.observability import logs
 from cobatch.server.observability.access_log import (
     AccessLog,
-    JsonFormatter,
-    Times,
     as_json,
     as_text,
     level_of,
     line_of,
 )
+from cobatch.server.observability.logs import LogStream
 from cobatch.server.observability.record import RequestRecord
 from tests.support.auth import protected as guarded
 from tests.support.http.serving import GATE, Client, Served, gate, gated, get, post, rows_of
@@ -201,15 +199,6 @@ def test_levels(status: int, level: int) -> None:
     assert level_of(status) == level
 
 
-def test_times() -> None:
-    times = Times()
-    moments = (0.25, 0.9999, 1.0, 1_700_000_000.5)
-    assert [times.text(moment) for moment in moments] == [
-        "1970-01-01T00:00:00.250Z", "1970-01-01T00:00:00.999Z", "1970-01-01T00:00:01.000Z",
-        "2023-11-14T22:13:20.500Z",
-    ]  # fmt: skip
-
-
 @BOTH
 def test_the_client_s_trace(fast: bool) -> None:
     trace = "0af7651916cd43dd8448eb211c80319c"
@@ -221,83 +210,39 @@ def test_the_client_s_trace(fast: bool) -> None:
 # Writing
 
 
-class _Stuck(io.StringIO):
-    """A reader that blocks until it is released."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.taking = threading.Event()
-        self.gate = threading.Event()
-
-    def write(self, text: str) -> int:
-        self.taking.set()
-        assert self.gate.wait(20)
-        return super().write(text)
-
-
 def _done(status: int = 200) -> RequestRecord:
     record = RequestRecord("id", "GET", "/v2", 0.0)
     record.status = status
     return record
 
 
-async def test_a_slow_reader_blocks_nothing_and_dropped_lines_are_counted() -> None:
-    stream = _Stuck()
-    log = AccessLog("json", logging.INFO, stream)
-    log.start(asyncio.get_running_loop())
-    log._loop = None  # the test flushes
-    log.request_done(_done())
-    log.flush()
-    assert stream.taking.wait(20)
-    # The thread is blocked with the first line: the queue fills, and the rest is dropped.
-    for _ in range(access_log._CHUNKS + 3):
-        log.request_done(_done())
-        log.flush()
-    stream.gate.set()
-    log.request_done(_done())
-    await asyncio.to_thread(_emptied, log)
-    log.flush()
-    await asyncio.to_thread(log.stop)
-    lines = lines_of(stream.getvalue())
-    dropped = [line["dropped_lines"] for line in lines if "dropped_lines" in line]
-    assert dropped == [3]
-    assert len(lines) - len(dropped) == access_log._CHUNKS + 2
-
-
-def _emptied(log: AccessLog) -> None:
-    while not log._chunks.empty():
-        pass
-
-
 async def test_lines_are_written_without_being_asked_for() -> None:
-    stream = _Stuck()
-    log = AccessLog("text", logging.INFO, stream)
-    log.start(asyncio.get_running_loop())
-    stream.gate.set()
+    written = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    text: list[str] = []
+
+    def write(line: str) -> None:
+        text.append(line)
+        loop.call_soon_threadsafe(written.set)
+
+    stream = LogStream(write)
+    stream.start()
+    log = AccessLog(logging.INFO, stream)
+    log.start(loop)
     log.request_done(_done())
-    await asyncio.to_thread(stream.taking.wait, 20)
-    assert stream.taking.is_set()
-    await asyncio.to_thread(log.stop)
-    assert stream.getvalue().count("\n") == 1
+    await asyncio.wait_for(written.wait(), 20)
+    await asyncio.to_thread(stream.stop)
+    assert "".join(text).count("\n") == 1
 
 
-async def test_a_reader_that_is_gone_ends_the_writing_and_nothing_else() -> None:
-    stream = io.StringIO()
-    stream.close()
-    log = AccessLog("text", logging.INFO, stream)
-    log.start(asyncio.get_running_loop())
-    log.request_done(_done())
-    await asyncio.to_thread(log.stop)
-    log.request_done(_done())
-    log.flush()
-
-
-def test_the_servers_other_messages_in_the_same_form() -> None:
-    exc_info = (ValueError, ValueError("why\nnot"), None)
-    made = logging.LogRecord("cobatch.server", logging.ERROR, __file__, 1, "it %s", ("broke",), exc_info)
-    (line,) = lines_of(JsonFormatter().format(made))
-    assert (line["level"], line["logger"], line["message"]) == ("error", "cobatch.server", "it broke")
-    assert "ValueError: why\nnot" in line["exception"]
+def test_the_lines_of_a_while_are_dropped_and_counted_one_by_one() -> None:
+    stream = LogStream(as_json=True)
+    log = AccessLog(logging.INFO, stream)
+    stream.put("x" * logs._QUEUE_CHARACTERS)
+    for _ in range(3):
+        log.request_done(_done())
+    log.stop()
+    assert stream.dropped == 3
 
 
 # The id
