@@ -114,7 +114,6 @@ class LogStream:
         return not thread.is_alive()
 
     def _run(self) -> None:
-        assert self._write is not None
         ending = False
         while not ending:
             with self._changed:
@@ -122,17 +121,26 @@ class LogStream:
                     self._changed.wait(_TICK_S)
                 ending = self._stopping and not self._waiting
                 text = "".join(self._waiting)
-                dropped, self._unsaid = self._unsaid, 0
+                unsaid, self._unsaid = self._unsaid, 0
                 self._waiting = []
-            if dropped:
-                text += self._loss(dropped)
-            if text:
-                # The reader is gone: there is no place left to say it.
-                with contextlib.suppress(OSError, ValueError):
-                    self._write(text)
+            written = self._try(text + self._loss(unsaid) if unsaid else text)
             with self._changed:
                 self._characters = sum(map(len, self._waiting))
+                if not written:
+                    lost = text.count("\n")
+                    self.dropped += lost
+                    self._unsaid += unsaid + lost
             self.on_tick()
+
+    def _try(self, text: str) -> bool:
+        """Write a text; return False if the disk is full or the reader is gone."""
+        assert self._write is not None
+        try:
+            if text:
+                self._write(text)
+        except (OSError, ValueError):
+            return False
+        return True
 
     def _loss(self, lines: int) -> str:
         now = Times().text(time())
@@ -267,7 +275,11 @@ class Capture:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._original = os.dup(fd)
+        try:
+            self._original = os.dup(fd)
+        except OSError:  # the process was started without it
+            _discard(fd)
+            self._original = os.dup(fd)
         self._thread: threading.Thread | None = None
 
     def start(self, on_line: Callable[[str], object]) -> None:
@@ -289,9 +301,7 @@ class Capture:
 
     def end(self) -> None:
         """Pass on what has been written, and discard what follows."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._fd)
-        os.close(nowhere)
+        _discard(self._fd)
         if self._thread is not None:
             self._thread.join(_STOP_S)  # a child process may still have the pipe
 
@@ -304,6 +314,13 @@ class Capture:
         if not stat.S_ISFIFO(os.fstat(self._original).st_mode):
             return self._original
         return os.open(f"/proc/self/fd/{self._original}", os.O_WRONLY | os.O_NONBLOCK)
+
+
+def _discard(fd: int) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    if nowhere != fd:
+        os.dup2(nowhere, fd)
+        os.close(nowhere)
 
 
 def _read(reader: int, on_line: Callable[[str], object]) -> None:
@@ -334,7 +351,7 @@ class ProcessLog:
     def close(self) -> None:
         """Write the rest. A reader that has stopped reading holds this up for a few seconds only."""
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, AttributeError):  # None if the process was started without it
                 stream.flush()
         self._handler.tell_repeats(ending=True)
         for capture, log_stream in zip(self._captures, self._streams, strict=True):

@@ -76,7 +76,27 @@ def test_a_reader_that_never_reads_delays_the_end_for_a_limited_time() -> None:
     assert stream.stop(20)
 
 
-def test_a_reader_that_is_gone_ends_the_writing_and_nothing_else() -> None:
+def test_lines_that_a_full_disk_refuses_are_counted() -> None:
+    written: list[str] = []
+
+    def write(text: str) -> None:
+        if len(written) < 2:
+            written.append("")
+            raise OSError("no space left")
+        written.append(text)
+
+    stream = LogStream(write, as_json=True)
+    stream.put("{}\n{}\n", lines=2)
+    stream.on_tick = lambda: stream.put("{}\n") if len(written) == 1 else None
+    stream.start()
+    while stream.dropped < 3:
+        pass
+    stream.put("{}\n")
+    assert stream.stop(20)
+    assert [line.get("dropped_lines") for line in lines_of("".join(written))] == [None, 3]
+
+
+def test_a_reader_that_is_gone_ends_nothing_but_the_writing() -> None:
     reader = io.StringIO()
     reader.close()
     stream = LogStream(reader.write)
@@ -84,6 +104,7 @@ def test_a_reader_that_is_gone_ends_the_writing_and_nothing_else() -> None:
     stream.put("line\n")
     assert stream.stop(20)
     stream.put("line\n")
+    assert stream.dropped == 1
 
 
 # Records
@@ -247,3 +268,15 @@ def test_a_process_says_everything_in_one_form() -> None:
     assert "ZeroDivisionError" in said["cobatch.server"]["exception"]
     assert "careful" in said["py.warnings"]["message"]
     assert said["stderr"]["message"] == "from C"
+
+
+@pytest.mark.parametrize("closed", [(1,), (2,), (1, 2)])
+def test_a_process_may_be_started_without_them(closed: tuple[int, ...]) -> None:
+    code = (
+        "from cobatch.server.observability.logs import ProcessLog, log\n"
+        "process_log = ProcessLog('INFO', as_json=False)\n"
+        "log.info('hello')\nprint('out')\nprocess_log.close()"
+    )
+    shell = ["sh", "-c", f'exec "$0" -c "$1" {" ".join(f"{fd}>&-" for fd in closed)}', sys.executable, code]
+    done = subprocess.run(shell, capture_output=True, text=True, timeout=60, check=True)
+    assert ("out" in done.stdout, "hello" in done.stderr) == (1 not in closed, 2 not in closed)
