@@ -153,8 +153,8 @@ class Batcher:
             if not isinstance(request, Bundle):  # its members are tried, and counted, one by one
                 self.counters.count_refusal(request, error)
             raise error
-        if request.deadline_s < math.inf:
-            self._expire_later(request, self._completion.slack_s(request, request.rows))
+        if request.timeout_s is not None:
+            self._set_expiry(request)
         if request.rows > self.max_batch_size:
             for part in self._completion.cut(request):
                 part.enqueued_s = now_s
@@ -177,6 +177,16 @@ class Batcher:
         """Drop a request whose caller left. Harmless if it is already done."""
         if self._completion.cancel(request):
             self._check_drained()
+
+    def _set_expiry(self, request: Request) -> None:
+        if request.deadline_s < math.inf:
+            self._expire_later(request, self._completion.slack_s(request, request.rows))
+        else:  # admitted on trial
+            request.expiry = self._loop.call_later(request.timeout_s or 0.0, self._end_trial, request)
+
+    def _end_trial(self, request: Request) -> None:
+        self._completion.end_trial(request)
+        self._check_drained()
 
     def _expire_later(self, request: Request, slack_s: float) -> None:
         """Remove it from the queue as soon as it cannot meet its deadline any more."""

@@ -84,7 +84,7 @@ class Admission:
 
         The deadline is when its run must have ended: earlier than the caller's by `overhead_s`, but at most
         by a part of the timeout. `free_s`: when the first engine is expected to be idle. A request admitted
-        on trial has no deadline: it is run and answered, late or not.
+        on trial has no deadline: it is run, and fails at the end of its timeout if its run still goes on.
         """
         timeout_s = self.timeout_s if request.timeout_s is None else request.timeout_s
         if timeout_s is None:

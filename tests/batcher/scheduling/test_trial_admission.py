@@ -10,7 +10,7 @@ import asyncio
 import pytest
 
 from cobatch.batcher.batcher import Batcher
-from cobatch.batcher.errors import DeadlineTooShortError, DeadlineUnreachableError
+from cobatch.batcher.errors import DeadlineTooShortError, DeadlineUnreachableError, ExpiredError
 from cobatch.batcher.scheduling.tuning import DOUBT_S
 from tests.support.virtual.loop import Call, make_batcher, run
 from tests.support.virtual.tenants import Metered, affine
@@ -109,12 +109,47 @@ def test_while_runs_are_slow_one_request_a_second_is_admitted_on_trial() -> None
         run_s = affine(1) * SLOW
         assert 20 / (DOUBT_S + run_s) - 1 <= told.count("let in") <= 20 / DOUBT_S + 1
         await asyncio.sleep(DOUBT_S + run_s)
+        assert batcher.counters.expired - expired == told.count("let in")
+
+    run(main())
+
+
+def test_a_trial_fails_at_its_timeout_and_its_run_is_measured() -> None:
+    async def main() -> None:
+        disturbed = Disturbed()
+        batcher, worker = disturbed.batcher, disturbed.worker
+        await ask(batcher, 3)
+        await asyncio.sleep(DOUBT_S + affine(1) * SLOW)
+        ran, expired = worker.batches, batcher.counters.expired
         late = call()
         batcher.submit(late)
-        await asyncio.sleep(run_s + EPSILON_S)
-        late.check()
-        assert late.at_s - late.enqueued_s == pytest.approx(run_s)
-        assert batcher.counters.expired == expired
+        await asyncio.sleep(TIMEOUT_S - EPSILON_S)
+        assert not late.answers
+        await asyncio.sleep(2 * EPSILON_S)
+        assert isinstance(late.answer, ExpiredError)
+        assert (worker.batches, batcher.counters.expired) == (ran + 1, expired + 1)
+        disturbed.mend()
+        await asyncio.sleep(DOUBT_S + affine(1) * SLOW)
+        quick = call()
+        batcher.submit(quick)
+        await asyncio.sleep(affine(1) + EPSILON_S)
+        quick.check()
+        assert batcher.counters.expired == expired + 1
+
+    run(main())
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_a_timeout_that_no_run_can_meet_is_never_answered(rows: int) -> None:
+    async def main() -> None:
+        batcher = make_batcher(Metered(affine))
+        await asyncio.sleep(5)
+        hopeless = call(rows=rows, timeout_s=1e-6)
+        batcher.submit(hopeless)
+        await asyncio.sleep(1)
+        assert isinstance(hopeless.answer, ExpiredError)
+        batcher.submit(Call([[7]]))
+        assert await batcher.drain(1)
 
     run(main())
 
@@ -132,7 +167,7 @@ def test_a_trial_needs_a_second_without_a_run(more_s: float, tried: bool) -> Non
             with pytest.raises((DeadlineTooShortError, DeadlineUnreachableError)):
                 batcher.submit(call(timeout_s=affine(1) / 2))  # one is enough
             await asyncio.sleep(1)
-            one.check()
+            assert isinstance(one.answer, ExpiredError)
         else:
             with pytest.raises(DeadlineTooShortError):
                 batcher.submit(one)
