@@ -132,7 +132,8 @@ class TokenVerifier:
         now_s, leeway_s = self._clock(), self._auth.leeway_s
         expires_s = float(claims["exp"]) + leeway_s
         if expires_s <= now_s:
-            raise TokenError("the token has expired")
+            # Not permanent: a clock that was ahead may be set back.
+            raise TokenError("the token has expired", permanent=False)
         for name in ("nbf", "iat"):
             if claims.get(name, 0) > now_s + leeway_s:
                 raise TokenError(f"the token is not valid yet: its {name} is in the future", permanent=False)

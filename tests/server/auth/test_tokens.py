@@ -433,7 +433,8 @@ def test_rfc9068_4_exp_within_the_leeway(late_s: float) -> None:
 def test_rfc9068_4_expired(late_s: float) -> None:
     error = refusal(signer().token({"exp": NOW_S}), now_s=NOW_S + late_s)
     assert error.detail == "the token has expired"
-    assert error.permanent
+    # A clock that was ahead may be set back.
+    assert not error.permanent
     assert not error.forged
 
 
