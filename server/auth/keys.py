@@ -168,7 +168,7 @@ def load_key_files(paths: Iterable[Path], algorithms: Sequence[str]) -> list[Key
     for algorithm in nameless:
         if nameless.count(algorithm) > 1:
             advice = "put them into a JWK set, each with a kid"
-            raise SettingsError(f"auth: key_files: two keys for {algorithm} without a kid; {advice}")
+            raise SettingsError(f"auth.issuers: two keys for {algorithm} without a kid; {advice}")
     return keys
 
 
@@ -179,25 +179,25 @@ def _keys_in(path: Path, algorithms: Sequence[str]) -> list[Key]:
     try:
         keys = parse_jwks(text, algorithms)
     except ValueError as error:
-        raise SettingsError(f"auth: {path}: neither PEM nor a JWK set: {error}") from None
+        raise SettingsError(f"auth.issuers: {path}: neither PEM nor a JWK set: {error}") from None
     if not keys:
-        raise SettingsError(f"auth: {path}: no key in it is for one of {', '.join(algorithms)}")
+        raise SettingsError(f"auth.issuers: {path}: no key in it is for one of {', '.join(algorithms)}")
     return keys
 
 
 def _from_pem(path: Path, text: bytes, algorithms: Sequence[str]) -> Key:
     if b"PRIVATE KEY" in text:
         advice = f"keep it with the issuer and give the public one: openssl pkey -in {path.name} -pubout"
-        raise SettingsError(f"auth: {path}: a private key; {advice}")
+        raise SettingsError(f"auth.issuers: {path}: a private key; {advice}")
     if b"BEGIN CERTIFICATE" in text:
         advice = f"give its key: openssl x509 -in {path.name} -pubkey -noout"
-        raise SettingsError(f"auth: {path}: a certificate; {advice}")
+        raise SettingsError(f"auth.issuers: {path}: a certificate; {advice}")
     try:
         return _bound_key(None, load_pem_public_key(text), algorithms)
     except (ValueError, UnsupportedAlgorithm):
-        raise SettingsError(f"auth: {path}: not a public key in PEM") from None
+        raise SettingsError(f"auth.issuers: {path}: not a public key in PEM") from None
     except UnusableKeyError as reason:
-        raise SettingsError(f"auth: {path}: {reason}") from None
+        raise SettingsError(f"auth.issuers: {path}: {reason}") from None
 
 
 def load_secret(path: Path) -> Key:
@@ -205,12 +205,13 @@ def load_secret(path: Path) -> Key:
     secret = _read(path).removesuffix(b"\n").removesuffix(b"\r")
     if len(secret) < _SECRET_BYTES:
         advice = f"make one: openssl rand -base64 48 > {path.name}"
-        raise SettingsError(f"auth: {path}: {len(secret)} bytes, fewer than {_SECRET_BYTES}; {advice}")
+        why = f"{len(secret)} bytes, fewer than {_SECRET_BYTES}; {advice}"
+        raise SettingsError(f"auth.issuers: {path}: {why}")
     try:
         # RFC 8725, 2.1: refuses public keys and certificates, which are not secret.
         HMACAlgorithm(HMACAlgorithm.SHA256).prepare_key(secret)
     except (PyJWTError, ValueError):
-        raise SettingsError(f"auth: {path}: a key or certificate, not a secret of HS256") from None
+        raise SettingsError(f"auth.issuers: {path}: a key or certificate, not a secret of HS256") from None
     if path.stat().st_mode & 0o077:
         log.warning("other users can read %s; chmod 600 it", path)
     return Key(None, "HS256", secret)
@@ -220,4 +221,4 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise SettingsError(f"auth: cannot read {path}: {error.strerror}") from None
+        raise SettingsError(f"auth.issuers: cannot read {path}: {error.strerror}") from None

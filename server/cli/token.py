@@ -182,7 +182,7 @@ def _seconds(text: str) -> int:
 
 def _auth_in(config: Path) -> AuthSettings:
     """Read `[auth]` alone: no model needs to be there to mint a token."""
-    document = read_toml(config, "flag --config")
+    document = read_toml(config, "config", "flag --config")
     if "auth" not in document:
         raise SettingsError(f"auth: missing; the server would not ask for tokens (file {config})")
     errors = Errors()

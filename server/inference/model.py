@@ -175,7 +175,7 @@ class Model:
             counted = self.batcher.counters
             log.info("model %s: ran %d rows in %d batches", self.name, counted.rows, counted.batches)
             padded = counted.padding_total
-            if padded is not None:
+            if padded is not None and padded.elements:
                 text = "model %s: %.1f %% of %d elements were padding"
                 log.info(text, self.name, padded.waste * 100, padded.elements)
         for task in self._reopening:

@@ -20,6 +20,7 @@ JSON = "application/json"
 OCTETS = "application/octet-stream"
 NPY = "application/x-npy"
 MULTIPART = "multipart/form-data"
+_FORM = "application/x-www-form-urlencoded"
 _TENSORS = [JSON, OCTETS, NPY]
 _SUPPORTED = [JSON, MULTIPART, OCTETS, NPY]
 # The part of a form with the options.
@@ -56,6 +57,9 @@ def read_content(request: Request, body: bytes | bytearray) -> Content:
         return Content(MULTIPART, _read_form(bytes(body), parameters.get(b"boundary", b"")), query)
     if name == OCTETS and body.startswith(MAGIC):
         name = NPY
+    # The type that `curl -d` sends; no form begins so.
+    if name == _FORM and body[:64].lstrip()[:1] == b"{":
+        name = JSON
     if name not in _TENSORS:
         detail = f"the body's Content-Type is {given!r}, it must be one of {', '.join(_SUPPORTED)}"
         raise Problem("unsupported-media-type", detail, supported=_SUPPORTED)

@@ -1,5 +1,6 @@
 """Describe settings in words: for refusals, `--help`, docs/configuration.md and the JSON schema."""
 
+import re
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import msgspec
@@ -83,15 +84,21 @@ def describe(info: inspect.Type, array: str = "an array") -> str:
         case inspect.LiteralType(values=values):
             return "one of " + ", ".join(sorted(str(value) for value in values))
         case inspect.VarTupleType(item_type=item):
-            return f"{array}, each item of it {describe(item)}"
+            return f"{array} of {_plural(describe(item))}"
         case inspect.DictType(value_type=value):
-            return f"a table, each value of it {describe(value)}"
+            return f"a table whose values are {_plural(describe(value))}"
         case inspect.StructType():
             return "a table"
         case inspect.StrType(min_length=None):
             return "text"
         case _:
             return "text that is not empty"
+
+
+def _plural(text: str) -> str:
+    """Return a description in the plural: `an integer from 0 to 31 or an array` -> `integers ...`."""
+    text = text.replace("one of ", "any of ")
+    return re.sub(r"\ban? (integer|number|array|table)\b", r"\1s", text)
 
 
 def extra_of(info: inspect.Type) -> dict[str, str]:

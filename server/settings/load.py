@@ -70,7 +70,7 @@ def read_settings(
     path = Path(given["config"].value if "config" in given else ".")
     if "config" in given:
         try:
-            document = read_toml(path, given["config"].source)
+            document = read_toml(path, "config", given["config"].source)
         except SettingsError as error:
             errors += error.messages
             # Settings that are missing elsewhere may be in that file.

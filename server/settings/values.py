@@ -130,8 +130,8 @@ def _required(struct: type[msgspec.Struct]) -> list[str]:
     return [field.name for field in msgspec.structs.fields(struct) if field.required]
 
 
-def read_toml(path: Path, origin: str) -> dict[str, Any]:
-    """Read a TOML file; `origin` says what named the file. Raises SettingsError."""
+def read_toml(path: Path, key: str, source: str = "") -> dict[str, Any]:
+    """Read the TOML file that the setting `key` names. Raises SettingsError."""
     try:
         return tomllib.loads(path.read_bytes().decode())
     except OSError as error:
@@ -140,7 +140,7 @@ def read_toml(path: Path, origin: str) -> dict[str, Any]:
         why = f"{path} is not UTF-8: byte {error.start}"
     except tomllib.TOMLDecodeError as error:
         why = f"{path} is not TOML: {error}"
-    raise SettingsError(f"config: {why} ({origin})")
+    raise SettingsError(f"{key}: {why} ({source})" if source else f"{key}: {why}")
 
 
 def check(key: str, value: object, kind: Any, source: str, *, text: bool = False) -> Given:
@@ -152,7 +152,7 @@ def check(key: str, value: object, kind: Any, source: str, *, text: bool = False
     try:
         return Given(msgspec.convert(given, kind, strict=not text and separator is None), key, source)
     except msgspec.ValidationError:
-        expected = describe(info, "a list with commas" if separator else "an array")
+        expected = describe(info, "a comma-separated list" if separator else "an array")
         raise Given(value, key, source).unexpected(expected, text=text) from None
 
 

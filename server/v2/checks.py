@@ -52,7 +52,7 @@ def check_tensor(spec: TensorSpec, datatype: str, shape: list[int]) -> None:
     if datatype != spec.datatype:
         raise Problem(
             "wrong-datatype",
-            f"input {spec.name!r} is {spec.datatype}, got {datatype!r}",
+            f"input {spec.name!r} must be {spec.datatype}, got {datatype!r}",
             tensor=spec.name,
             expected=spec.datatype,
             actual=datatype,
@@ -75,7 +75,7 @@ def wrong_shape(spec: TensorSpec, shape: list[int], why: str | None = None) -> P
     """The Problem of an input whose shape is not the model's."""
     expected = [-1, *spec.shape]
     reason = "" if why is None else f": {why}"
-    detail = f"input {spec.name!r} has shape {expected} (-1: any), got {shape}{reason}"
+    detail = f"input {spec.name!r} must have shape {expected} (-1: any), got {shape}{reason}"
     return Problem("wrong-shape", detail, tensor=spec.name, expected=expected, actual=shape)
 
 

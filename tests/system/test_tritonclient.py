@@ -230,9 +230,9 @@ def test_errors_are_raised_with_the_servers_message(client: Client) -> None:
     x = given(np.zeros((1, 3), np.float32))
     assert refused(client, "unknown", [x]) == ("404", "there is no model 'unknown'")
     status, message = refused(client, "negate", [given(np.zeros((1, 4), np.float32))])
-    assert (status, message) == ("422", "input 'x' has shape [-1, 3] (-1: any), got [1, 4]")
+    assert (status, message) == ("422", "input 'x' must have shape [-1, 3] (-1: any), got [1, 4]")
     status, message = refused(client, "negate", [given(np.zeros((1, 3), np.float64))])
-    assert (status, message) == ("422", "input 'x' is FP32, got 'FP64'")
+    assert (status, message) == ("422", "input 'x' must be FP32, got 'FP64'")
     status, message = refused(client, "negate", [given(np.zeros((1, 3), np.float32), name="z")])
     assert status == "400"
     assert message.startswith("the model has no input 'z'")

@@ -184,9 +184,9 @@ def test_check_reports_every_error_of_every_source(served: list[Settings], tmp_p
         "cobatch: auth.tenants[0].burst: needs requests_per_s (file cobatch.toml)",
         "cobatch: models[0].path: expected a model file, got 'gone.onnx': no file there (file cobatch.toml)",
         f"cobatch: server.tls_cert: cannot use cert.pem: {missing}",
-        f"cobatch: auth: cannot read one.pem: {missing}",
-        f"cobatch: auth: cannot read secret: {missing}",
-        f"cobatch: config: cannot read keys.toml: {missing} (auth.api_keys_file)",
+        f"cobatch: auth.issuers: cannot read one.pem: {missing}",
+        f"cobatch: auth.issuers: cannot read secret: {missing}",
+        f"cobatch: auth.api_keys_file: cannot read keys.toml: {missing}",
     ]
     assert not served
 

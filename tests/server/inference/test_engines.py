@@ -36,6 +36,7 @@ def test_defaults(model: Path) -> None:
 def test_flags(model: Path) -> None:
     flags = {
         "threads": "2",
+        "engine": "tensorrt",
         "devices": "1",
         "slots": "3",
         "batch_buckets": "1,4,64",
@@ -59,7 +60,7 @@ def test_flags(model: Path) -> None:
 
 
 def test_instances_on_each_device(model: Path) -> None:
-    settings = given(model, devices="0,2", instances="2")
+    settings = given(model, devices="0,2", instances="2", engine="tensorrt")
     found = places(settings)
     assert [(place.device, place.instance) for place in found] == [(0, 0), (2, 0), (0, 1), (2, 1)]
     assert len({place.suffix for place in found}) == 4
@@ -75,7 +76,9 @@ def test_instances_share_the_cores_that_one_would_have(model: Path, monkeypatch:
 
 def test_a_file_may_say_it_with_lists(model: Path) -> None:
     config = model.with_name("cobatch.toml")
-    config.write_text('[[models]]\npath = "model.onnx"\ndevices = [0, 1]\nbatch_buckets = [1, 8]\n')
+    config.write_text(
+        '[[models]]\npath = "model.onnx"\nengine = "tensorrt"\ndevices = [0, 1]\nbatch_buckets = [1, 8]\n'
+    )
     (settings,) = load_settings(config, {}, {}).models
     assert [place.device for place in places(settings)] == [0, 1]
     assert engine_options(settings, ALONE).batch_buckets == (1, 8)
@@ -95,13 +98,13 @@ def test_a_files_plan_cache_is_relative_to_the_file(model: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "value", "expected"),
     [
-        ("batch_buckets", "", "a list with commas, each item of it an integer from 1 to 999999"),
-        ("batch_buckets", "0", "a list with commas, each item of it an integer from 1 to 999999"),
-        ("batch_buckets", "1,", "a list with commas, each item of it an integer from 1 to 999999"),
-        ("batch_buckets", "1, 2", "a list with commas, each item of it an integer from 1 to 999999"),
-        ("batch_buckets", "4x", "a list with commas, each item of it an integer from 1 to 999999"),
-        ("devices", "-1", "a list with commas, each item of it an integer from 0 to 9999"),
-        ("devices", "0,", "a list with commas, each item of it an integer from 0 to 9999"),
+        ("batch_buckets", "", "a comma-separated list of integers from 1 to 999999"),
+        ("batch_buckets", "0", "a comma-separated list of integers from 1 to 999999"),
+        ("batch_buckets", "1,", "a comma-separated list of integers from 1 to 999999"),
+        ("batch_buckets", "1, 2", "a comma-separated list of integers from 1 to 999999"),
+        ("batch_buckets", "4x", "a comma-separated list of integers from 1 to 999999"),
+        ("devices", "-1", "a comma-separated list of integers from 0 to 9999"),
+        ("devices", "0,", "a comma-separated list of integers from 0 to 9999"),
         ("instances", "0", "an integer from 1 to 64"),
         ("tensorrt_runtime", "cuda", "one of tensorrt, tensorrt-rtx"),
     ],

@@ -258,6 +258,16 @@ async def test_many_lengths_at_once_share_batches(path: str, alone: ort.Inferenc
         assert running.batcher("text").counters.batches < len(lengths)
 
 
+async def test_no_padding_is_logged_of_a_model_that_ran_nothing(
+    path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "cobatch.model"):
+        async with in_process(settings(path)):
+            pass
+    assert "model text: ran 0 rows in 0 batches" in caplog.messages
+    assert "padding" not in caplog.text
+
+
 async def test_padding_is_logged_at_the_end(path: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "cobatch.model"):
         async with in_process(settings(path)) as running:

@@ -227,6 +227,20 @@ async def test_invalid_npy(app: App, body: bytes, expected: str) -> None:
     assert slug(answer) == expected
 
 
+async def test_the_default_content_type_of_curl_is_json_if_the_body_is(app: App) -> None:
+    form = "application/x-www-form-urlencoded"
+    answer = await post(app, "negate", b'\n {"inputs": {"x": [[1, 2, 3]]}}', form)
+    assert answer.json()["outputs"]["y"]["data"] == [[-1, -2, -3]]
+    assert slug(await post(app, "negate", b"{]", form)) == "not-json"
+    for body in (b"x=%5B1%5D", b"", b" " * 70 + b"{}"):
+        assert slug(await post(app, "negate", body, form)) == "unsupported-media-type"
+
+
+async def test_a_deadline_that_no_run_can_meet_is_not_answered(app: App) -> None:
+    answer = await app.predict("negate", {"inputs": {"x": [[1, 2, 3]]}, "deadline_ms": 0.001})
+    assert (answer.status_code, slug(answer)) in ((504, "expired"), (504, "deadline-too-short"))
+
+
 async def test_other_refusals(app: App) -> None:
     assert slug(await post(app, "negate", b"{}", "text/plain")) == "unsupported-media-type"
     assert (

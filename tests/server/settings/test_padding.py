@@ -67,13 +67,13 @@ def test_every_key_is_read(folder: Path) -> None:
         ),
         (
             table(IDS + "buckets = [0]"),
-            "models[0].pad[0].buckets: expected an array, each item of it an integer",
+            "models[0].pad[0].buckets: expected an array of integers",
         ),
         (table(IDS + "buckets = []"), "models[0].pad[0].buckets: expected one or more lengths"),
         (table(IDS + "buckets = [8, 4]"), "models[0].pad[0].buckets: expected one or more lengths"),
         (table(IDS + "buckets = [4, 4]"), "models[0].pad[0].buckets: expected one or more lengths"),
         (table(IDS + "buckets = [4]\nmax = 4"), "models[0].pad[0].max: not together with buckets"),
-        (table(IDS + 'outputs = ["y"]'), "models[0].pad[0].outputs: expected a table, each value of it"),
+        (table(IDS + 'outputs = ["y"]'), "models[0].pad[0].outputs: expected a table whose values are"),
         (table(IDS) + table(IDS), "models[0].pad[1]: axis 0 of 'ids' is there twice"),
         (
             table(IDS) + table('input = "b"\nsame_length_as = "c"'),
