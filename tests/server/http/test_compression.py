@@ -8,13 +8,15 @@ import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 from tritonclient.http import InferenceServerClient, InferInput
 
-from cobatch.server.http.compression import choose, decompress
+from cobatch.server.http.compression import choose, compress, decompress
 from cobatch.server.http.problem import Problem
+from cobatch.server.http.reply import Reply
 from cobatch.server.settings.schema import ModelSettings
 from tests.support.http import serving
 from tests.support.http.serving import Answer, Served, post
@@ -138,6 +140,27 @@ def test_a_body_of_exactly_the_limit_is_unpacked(coding: str) -> None:
         assert decompress(PACK[coding](bytes(size)), coding.encode(), LIMIT) == bytes(size)
     with pytest.raises(Problem, match="100001 bytes or more"):
         decompress(PACK[coding](bytes(LIMIT + 1)), coding.encode(), LIMIT)
+
+
+@pytest.mark.parametrize("coding", PACK)
+def test_beyond_1_mib_a_body_is_128_times_its_compressed_size_at_most(coding: str) -> None:
+    limit = 1 << 26
+    assert len(decompress(PACK[coding](bytes(1 << 20)), coding.encode(), limit)) == 1 << 20
+    half = np.random.default_rng(0).bytes(1 << 16) + bytes(6 << 20)
+    assert decompress(PACK[coding](half), coding.encode(), limit) == half
+    with pytest.raises(Problem, match="the limit is"):
+        decompress(PACK[coding](bytes(10 << 20)), coding.encode(), limit)
+
+
+def test_only_what_shrinks_is_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
+    compressors = mock.Mock(wraps=zlib.compressobj)
+    monkeypatch.setattr(zlib, "compressobj", compressors)
+    noise = np.random.default_rng(0).random(1 << 18, np.float32).tobytes()
+    for body, smaller in ((noise, False), (bytes(1 << 20), True), (bytes((1 << 24) + 1), False)):
+        compressors.reset_mock()
+        reply = compress(Reply(200, b"x", (b"head", body)), b"gzip")
+        assert compressors.called == smaller == (reply.length < len(body))
+        assert bool(reply.headers) == smaller
 
 
 @pytest.mark.parametrize("coding", PACK)
