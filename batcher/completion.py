@@ -119,6 +119,8 @@ class Completion:
     def cancel(self, request: Request) -> bool:
         """Drop a request whose caller left; return False if it had ended already."""
         if request.state not in (State.QUEUED, State.RUNNING):
+            if request.state is State.NEW:
+                request.state = State.CANCELLED  # before `submit`
             return False
         self._counters.cancelled += request.callers
         if request.tenant is not None:

@@ -16,11 +16,14 @@ import msgspec
 from cobatch.server.auth.credentials import names_token
 from cobatch.server.http.problem import Problem
 from cobatch.server.http.reply import Reply
-from cobatch.server.v2.decode import LARGE_BYTES, decode_json
+from cobatch.server.v2.decode import LARGE_BYTES, decode_json, decode_message
+from cobatch.server.v2.long_json import ENVELOPE_BYTES, LongValue, cut
 from cobatch.server.v2.messages import InferMessage
 
 _encode = msgspec.json.encode
 _INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
+# Of an item beside its tensors' data, on average.
+_ENVELOPE_BYTES = 1024
 # The headers that an item may have. They change nothing.
 _ITEM_HEADERS = ("accept", "content-type")
 
@@ -68,32 +71,38 @@ _decode = msgspec.json.Decoder(_Batch[Item]).decode
 _decode_parsed = msgspec.json.Decoder(_Batch[ParsedItem]).decode
 
 
-def decode_items(body: bytes | bytearray, limit: int) -> Sequence[AnyItem]:
-    """The items of a call, at most `limit`, each with an id of its own. Raises Problem."""
-    items: Sequence[AnyItem] = _decode_together(body, limit)
+def decode_items(body: bytes | bytearray, limit: int) -> tuple[Sequence[AnyItem], Sequence[LongValue]]:
+    """The items of a call, at most `limit`, each with an id of its own; and long values. Raises Problem."""
+    most_bytes = ENVELOPE_BYTES + _ENVELOPE_BYTES * limit
+    values: Sequence[LongValue] = ()
+    items: Sequence[AnyItem] = _decode_together(body, limit) if len(body) <= most_bytes else ()
     if not items:
         _tally.limit = _tally.left = limit
-        items = decode_json(_decode, body, "a batch").requests
+        envelope, values = cut(body, most_bytes)
+        items = decode_json(_decode, envelope, "a batch").requests
     if len({item.id for item in items}) != len(items):
         counts = Counter(item.id for item in items)
         id_ = next(id_ for id_, count in counts.items() if count > 1)
         raise Problem("duplicate-id", f"two items have the id {id_!r}", id=id_)
-    return items
+    return items, values
 
 
 def _decode_together(body: bytes | bytearray, limit: int) -> Sequence[ParsedItem]:
     """The items with their bodies parsed; empty where that is not possible, or the bodies are long.
 
     Parsing a short body by itself costs as much again as parsing it with the others. Long bodies have a
-    faster parser of their own (see `server.v2.decode`).
+    faster way of their own (see `server.v2.long_json`).
     """
-    if len(body) >= LARGE_BYTES * limit:
-        return ()
     try:
         items = _decode_parsed(body).requests
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return ()
     return items if len(items) <= limit and len(body) < LARGE_BYTES * len(items) else ()
+
+
+def message_of(item: AnyItem) -> InferMessage:
+    """The body of an item. Raises Problem."""
+    return item.body if isinstance(item, ParsedItem) else decode_message(item.body)
 
 
 def infer_target(item: AnyItem) -> tuple[str, str | None]:

@@ -19,7 +19,7 @@ from cobatch.batcher.request import Request as BatcherRequest
 from cobatch.batcher.tenant import Tenant
 from cobatch.server.api.routing import find_model
 from cobatch.server.auth.principal import Principal, principal_in
-from cobatch.server.batch.items import AnyItem, ParsedItem, decode_items, encode_batch, infer_target
+from cobatch.server.batch.items import AnyItem, decode_items, encode_batch, infer_target, message_of
 from cobatch.server.batch.spans import Progress, report_items
 from cobatch.server.edge.exchange import record_in
 from cobatch.server.http.body import read_body
@@ -35,10 +35,14 @@ from cobatch.server.observability.record import RequestRecord
 from cobatch.server.observability.traffic import LEFT, LEFT_SLUG
 from cobatch.server.settings.auth import INFER
 from cobatch.server.v2.decode import Decoded
+from cobatch.server.v2.long_json import LongValue, release
 
 BATCH = "/batch"
 # Only after this time is a call worth a task that notices the client disconnect.
 WATCH_AFTER_S = 0.05
+# Longer calls are decoded in a thread, which lets the event loop go on after this many items.
+_SHORT_BYTES = 1 << 16
+_ITEMS_AT_ONCE = 16
 # An item's place in the call, and its content.
 Member = tuple[int, Decoded]
 
@@ -71,12 +75,20 @@ class BatchRoute:
         problem = self._inference.admit_call(principal)
         if problem is not None:
             raise problem
-        body = await read_body(headers, receive, settings.max_body_bytes)
+        body = await read_body(headers, receive, self._inference.max_json_bytes)
         record = record_in(scope) or RequestRecord("", "POST", BATCH, time.monotonic())
         if principal is not None:
             record.tenant = principal.tenant.name
-        call = Call(self._inference, decode_items(body, settings.max_batch_items), principal)
+        if len(body) > _SHORT_BYTES:
+            decoded = await self._inference.decode_later(decode_items, body, settings.max_batch_items)
+        else:
+            decoded = decode_items(body, settings.max_batch_items)
+        call = Call(self._inference, *decoded, principal)
         try:
+            if len(body) > _SHORT_BYTES:
+                await self._inference.decode_later(call.decode)
+            else:
+                call.decode()
             replies = await call.replies(receive)
             record.request_id = record.request_id or new_id()
             await report_items(self._history, self._tracer, record, call.progress, replies)
@@ -90,8 +102,16 @@ class BatchRoute:
 class Call:
     """One call's items on their way."""
 
-    def __init__(self, inference: Inference, items: Sequence[AnyItem], principal: Principal | None) -> None:
+    def __init__(
+        self,
+        inference: Inference,
+        items: Sequence[AnyItem],
+        values: Sequence[LongValue],
+        principal: Principal | None,
+    ) -> None:
         self.progress = Progress(items)
+        self._values = values
+        self._decoded: list[tuple[int, Model, Decoded | Exception]] = []
         self._inference = inference
         self._principal = principal
         self._tenant = None if principal is None else principal.tenant
@@ -99,6 +119,7 @@ class Call:
         self._submitted: list[tuple[Model, BatcherRequest]] = []
         self._watcher: asyncio.Task[None] | None = None
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._find_models()
 
     async def replies(self, receive: Receive) -> list[Reply]:
         """All items' replies in order. Raises ClientDisconnect."""
@@ -124,27 +145,44 @@ class Call:
         self.progress.alone.clear()
         self.progress.bundles.clear()
         self._submitted.clear()
+        self._decoded.clear()
 
-    def _submit_all(self) -> None:
+    def _find_models(self) -> None:
         progress, paths = self.progress, self._inference.infer_paths
-        alike: dict[Model, list[Member]] = {}
+        admitted: set[Model] = set()
         for place, item in enumerate(progress.items):
             try:
                 plain = item.method == "POST" and not item.headers
                 model = (paths.get(item.url) if plain else None) or self._find(item)
                 progress.models[place] = model
-                if model not in alike:
+                if model not in admitted:
                     self._inference.check(model, self._principal)
-                    alike[model] = []
-                if isinstance(item, ParsedItem):
-                    decoded = model.decoder.read((item.body, None, None))
-                else:
-                    decoded = model.decoder.decode(bytes(item.body), None)
+                    admitted.add(model)
             except Exception as error:  # noqa: BLE001 - unexpected ones are logged there
                 self._refuse(place, error)
+
+    def decode(self) -> None:
+        """Decode the items that are not refused yet."""
+        progress = self.progress
+        for place, (item, model) in enumerate(zip(progress.items, progress.models, strict=True)):
+            if progress.replies[place] is not None:
                 continue
-            if model.decoder.is_plain_row(decoded):
-                alike[model].append((place, decoded))
+            assert model is not None
+            try:
+                parsed = message_of(item), None, self._values
+                self._decoded.append((place, model, model.decoder.read(parsed)))
+            except Exception as error:  # noqa: BLE001 - unexpected ones are logged there
+                self._decoded.append((place, model, error))
+            if place % _ITEMS_AT_ONCE == _ITEMS_AT_ONCE - 1:
+                release()
+
+    def _submit_all(self) -> None:
+        alike: dict[Model, list[Member]] = {}
+        for place, model, decoded in self._decoded:
+            if isinstance(decoded, Exception):
+                self._refuse(place, decoded)
+            elif model.decoder.is_plain_row(decoded):
+                alike.setdefault(model, []).append((place, decoded))
             else:
                 self._submit_alone(model, place, decoded)
         for model, members in alike.items():

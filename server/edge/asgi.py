@@ -168,7 +168,9 @@ class InferRoutes:
         if reply is None:
             try:
                 json_length = _json_length(headers, scope["headers"]) if _JSON_LENGTH in headers else None
-                body = await read_body(headers, receive, inference.settings.server.max_body_bytes)
+                settings = inference.settings.server
+                limit = inference.max_json_bytes if json_length is None else settings.max_body_bytes
+                body = await read_body(headers, receive, limit)
             except ClientDisconnect:
                 return
             except Problem as error:

@@ -140,6 +140,8 @@ class FastConnection(Connection):
         exchange = self._new_exchange(block)
         problem = block.refusal or self.inference.admit(block.model, block.principal)
         limit = self.inference.settings.server.max_body_bytes
+        if block.json_length is None:
+            limit = self.inference.max_json_bytes
         too_long = block.length > limit
         if too_long and problem is None:
             problem = too_large(block.length, limit)

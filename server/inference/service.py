@@ -8,15 +8,17 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import ParamSpec, TypeVar
 
-from cobatch.batcher.request import Request
+from cobatch.batcher.request import Request, State
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.errors import EngineError
 from cobatch.server.auth.authenticator import Authenticator
 from cobatch.server.auth.principal import Principal
 from cobatch.server.auth.tenants import Total
-from cobatch.server.http.problem import Problem, from_error, stopping
+from cobatch.server.http.problem import Problem, from_error, stopping, too_large
 from cobatch.server.http.reply import Reply
 from cobatch.server.inference.model import Model
 from cobatch.server.observability.logs import LogStream
@@ -27,6 +29,11 @@ from cobatch.server.v2.decode import Decoded, WantedOutputs
 from cobatch.server.v2.messages import Body
 
 log = logging.getLogger("cobatch.server")
+
+# Of a request that is still being decoded.
+_NOTHING = Decoded(0, (), (), None, ())
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 class InferRequest(Request):
@@ -45,6 +52,12 @@ class InferRequest(Request):
         self.outputs: WantedOutputs = decoded.outputs
         self.model = model
         self.reply = reply
+
+    def take(self, decoded: Decoded) -> None:
+        """Set the content of a request that was made before it was decoded."""
+        self.rows, self.row_shapes, self.payloads = decoded.rows, decoded.row_shapes, decoded.payloads
+        self.priority, self.timeout_s, self.usage = decoded.options
+        self.id, self.outputs = decoded.id, decoded.outputs
 
     def done(self) -> None:
         self.reply(reply_to(self, self.model, self.outputs, self.id, self.usage))
@@ -92,6 +105,9 @@ class Inference:
             for base in (f"/v2/models/{name}", f"/v2/models/{name}/versions/{model.version}"):
                 self.infer_targets[f"{base}/infer".encode()] = model
                 self.infer_paths[f"{base}/infer"] = model
+        self.max_json_bytes = min(settings.server.max_json_bytes, settings.server.max_body_bytes)
+        # Decodes long bodies. One thread: the interpreter lock would let no second one run.
+        self._decoding = ThreadPoolExecutor(1, "cobatch-decode")
         self.draining = False
         # Called when draining begins, to end streams that have no end of their own.
         self.on_draining: list[Callable[[], None]] = []
@@ -192,11 +208,49 @@ class Inference:
             reply(problem.reply(instance=model.infer_path))
             return None
         tenant = None if principal is None else principal.tenant
+        decoder = model.decoder
+        if len(body) > decoder.short_bytes and not decoder.is_quick(json_length):
+            return self._infer_long(model, body, json_length, reply, tenant)
         try:
-            request = InferRequest(model, model.decoder.decode(body, json_length), reply, tenant)
+            request = InferRequest(model, decoder.decode(body, json_length), reply, tenant)
             model.batcher.submit(request)  # type: ignore[union-attr]  # None is never admitted
             return request
         except Exception as error:  # noqa: BLE001 - `refused` logs unexpected ones
             # The problem needs no name here: its traceback refers to this frame, a cycle.
             reply(refused(model, error, tenant))
             return None
+
+    def _infer_long(
+        self,
+        model: Model,
+        body: Body,
+        json_length: int | None,
+        reply: Callable[[Reply], None],
+        tenant: Tenant | None,
+    ) -> InferRequest | None:
+        """Decode in the thread, then submit. The request may be cancelled meanwhile."""
+        json_bytes = len(body) if json_length is None else min(json_length, len(body))
+        if json_bytes > self.max_json_bytes:
+            reply(too_large(json_bytes, self.max_json_bytes).reply(instance=model.infer_path))
+            return None
+        request = InferRequest(model, _NOTHING, reply, tenant)
+        decoded = self.decode_later(model.decoder.decode, body, json_length)
+        decoded.add_done_callback(partial(_submit_decoded, request))
+        return request
+
+    def decode_later(
+        self, decode: Callable[_P, _T], *args: _P.args, **options: _P.kwargs
+    ) -> asyncio.Future[_T]:
+        """Call a function that decodes in pieces (`server.v2.long_json`) in the decoding thread."""
+        return asyncio.get_running_loop().run_in_executor(self._decoding, partial(decode, *args, **options))
+
+
+def _submit_decoded(request: InferRequest, decoded: asyncio.Future[Decoded]) -> None:
+    if request.state is State.CANCELLED or decoded.cancelled():
+        decoded.cancelled() or decoded.exception()  # it is of no interest
+        return
+    try:
+        request.take(decoded.result())
+        request.model.loaded_batcher.submit(request)
+    except Exception as error:  # noqa: BLE001 - `refused` logs unexpected ones
+        request.reply(refused(request.model, error, request.tenant))

@@ -15,6 +15,7 @@ from starlette.requests import Request
 
 from cobatch.server.http.problem import Problem
 from cobatch.server.predictions.npy import MAGIC
+from cobatch.server.v2.long_json import PIECE_BYTES, LongValue, release
 
 JSON = "application/json"
 OCTETS = "application/octet-stream"
@@ -32,11 +33,15 @@ _HASH_IN_THREAD_BYTES = 1 << 20
 
 
 class Field(NamedTuple):
-    """A tensor or the options as they came. `media` is one of JSON, OCTETS and NPY."""
+    """A tensor or the options as they came. `media` is one of JSON, OCTETS and NPY.
+
+    `values` are the long values whose marks are in JSON data.
+    """
 
     name: str
     media: str
     data: bytes | bytearray
+    values: Sequence[LongValue] = ()
 
 
 class Content(NamedTuple):
@@ -45,6 +50,12 @@ class Content(NamedTuple):
     media: str
     fields: Sequence[Field]
     query: Sequence[tuple[str, str]]
+
+
+def is_binary(request: Request) -> bool:
+    """Return whether the body is not JSON as a whole."""
+    media, _ = parse_options_header(request.headers.get("content-type", ""))
+    return media.decode("latin-1") in (MULTIPART, OCTETS, NPY)
 
 
 def read_content(request: Request, body: bytes | bytearray) -> Content:
@@ -89,13 +100,13 @@ def _digest(pieces: list[bytes | bytearray]) -> bytes:
 class _Form:
     """The parts that the parser finds; the methods are its callbacks.
 
-    The parser gets the body at once, so names and values of headers come whole; empty values do not come.
+    The parser gets the body in pieces, so headers may come in two parts; empty values do not come.
     """
 
     def __init__(self) -> None:
         self.fields: list[Field] = []
         self.complete = False
-        self._header = b""
+        self._header = self._value = b""
         self._headers: dict[bytes, bytes] = {}
         self._data = bytearray()
 
@@ -105,12 +116,17 @@ class _Form:
         self._headers = {}
         self._data = bytearray()
 
+    def on_header_begin(self) -> None:
+        self._header = self._value = b""
+
     def on_header_field(self, data: bytes, start: int, end: int) -> None:
-        self._header = data[start:end].lower()
-        self._headers[self._header] = b""
+        self._header += data[start:end]
 
     def on_header_value(self, data: bytes, start: int, end: int) -> None:
-        self._headers[self._header] = data[start:end]
+        self._value += data[start:end]
+
+    def on_header_end(self) -> None:
+        self._headers[self._header.lower()] = self._value
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         self._data += memoryview(data)[start:end]
@@ -142,7 +158,9 @@ def _read_form(body: bytes, boundary: bytes) -> list[Field]:
     try:
         callbacks: Any = {name: getattr(form, name) for name in dir(form) if name.startswith("on_")}
         parser = MultipartParser(boundary, callbacks)
-        parser.write(body)
+        for at in range(0, len(body), PIECE_BYTES):
+            parser.write(body[at : at + PIECE_BYTES])
+            release()
         parser.finalize()
     except FormParserError as error:
         raise _bad_form(str(error)[:200]) from None

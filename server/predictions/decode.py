@@ -4,7 +4,7 @@ In every form of a tensor, shape and datatype must be the model's: nothing is co
 are those of the V2 decoder, in the same words.
 """
 
-import base64
+import binascii
 from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, NamedTuple
@@ -14,13 +14,14 @@ from msgspec import Meta
 
 from cobatch.batcher.request import Payload
 from cobatch.engines.base import RowShapes, TensorSpec
-from cobatch.server.http.problem import Problem
+from cobatch.server.http.problem import Problem, too_large
 from cobatch.server.predictions.content import JSON, MULTIPART, NPY, OPTIONS_PART, Content, Field
 from cobatch.server.predictions.npy import datatype_of, read_npy
 from cobatch.server.v2.binary import read_binary, read_raw
 from cobatch.server.v2.checks import check_tensor, wrong_data, wrong_shape
-from cobatch.server.v2.decode import Decoder, decode_json
+from cobatch.server.v2.decode import LARGE_BYTES, Decoder, decode_json
 from cobatch.server.v2.json_data import JsonReader
+from cobatch.server.v2.long_json import ENVELOPE_BYTES, PIECE_BYTES, LongValue, cut, marked, release
 
 _Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 _Axis = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -100,10 +101,11 @@ def decode(content: Content, decoder: Decoder) -> Decoded:
     options: JsonRequest | FormOptions | RawOptions
     fields: Sequence[Field]
     if content.media == JSON:
-        options = decode_json(_decode_request, content.fields[0].data, "a prediction's request")
-        fields = [Field(name, JSON, raw) for name, raw in options.inputs.items()]
+        text, values = _cut(content.fields[0].data)
+        options = decode_json(_decode_request, text, "a prediction's request")
+        fields = [Field(name, JSON, raw, values) for name, raw in options.inputs.items()]
     elif content.media == MULTIPART:
-        fields = [field for field in content.fields if field.name != OPTIONS_PART]
+        fields = [_cut_field(field) for field in content.fields if field.name != OPTIONS_PART]
         options = _form_options(content)
         shapes = options.shapes
     else:
@@ -117,12 +119,25 @@ def decode(content: Content, decoder: Decoder) -> Decoded:
     return Decoded(rows, row_shapes, payloads, outputs, options.priority, timeout_s)
 
 
+def _cut(text: bytes | bytearray) -> tuple[bytes | bytearray, Sequence[LongValue]]:
+    return (text, ()) if len(text) < LARGE_BYTES else cut(text, ENVELOPE_BYTES, strings=True)
+
+
+def _cut_field(field: Field) -> Field:
+    if field.media != JSON:
+        return field
+    text, values = _cut(field.data)
+    return field._replace(data=text.strip(), values=values)
+
+
 def _form_options(content: Content) -> FormOptions:
     parts = [field for field in content.fields if field.name == OPTIONS_PART]
     if len(parts) > 1:
         raise Problem("bad-request", f"the part {OPTIONS_PART!r} is there {len(parts)} times")
     if not parts:
         return FormOptions()
+    if len(parts[0].data) > ENVELOPE_BYTES:
+        raise too_large(len(parts[0].data), ENVELOPE_BYTES)
     return decode_json(_decode_options, parts[0].data, f"a valid part {OPTIONS_PART!r}")
 
 
@@ -179,7 +194,7 @@ def _read(
 ) -> tuple[list[int], Payload]:
     """An input's whole shape and its data; `shape` is the one given beside it."""
     if field.media == JSON:
-        return _read_json(field.data, spec, reader)
+        return _read_json(field, spec, reader)
     if field.media == NPY:
         if shape is not None:
             raise Problem("bad-parameter", "a .npy file has its shape itself", parameter="shape")
@@ -192,18 +207,34 @@ def _read(
     return _read_bytes(memoryview(field.data), spec, spec.datatype, shape)
 
 
-def _read_json(
-    data: bytes | bytearray | msgspec.Raw, spec: TensorSpec, reader: JsonReader
-) -> tuple[list[int], Payload]:
+def _read_json(field: Field, spec: TensorSpec, reader: JsonReader) -> tuple[list[int], Payload]:
+    data, values = field.data, field.values
+    check = partial(check_tensor, spec, spec.datatype)
+    if (value := marked(data, values)) is not None:
+        return reader.read_long(value, check)
     # Something follows the blanks: the text was parsed once already, or it is not JSON.
     if bytes(memoryview(data)[:64]).lstrip()[:1] != b"{":
-        return reader.read_nested(data, partial(check_tensor, spec, spec.datatype))
+        return reader.read_nested(data, check)
     given = decode_json(_decode_encoded, data, f"a valid input {spec.name!r}")
+    text = given.b64.encode()
+    if (value := marked(b'"%b"' % text, values)) is not None:
+        # "/" may be escaped in JSON.
+        text = bytes(value.text[value.start + 1 : value.end - 1]).replace(b"\\/", b"/")
     try:
-        raw = base64.b64decode(given.b64, validate=True)
+        raw = _from_base64(text)
     except ValueError as error:
         raise wrong_data(spec, f"not base64: {error}") from None
     return _read_bytes(memoryview(raw), spec, datatype_of(given.dtype) or given.dtype, given.shape)
+
+
+def _from_base64(text: bytes) -> bytes:
+    if 0 <= text.find(b"=") < len(text) - 2:
+        raise ValueError("it goes on after its padding")
+    pieces = []
+    for at in range(0, len(text), PIECE_BYTES):
+        pieces.append(binascii.a2b_base64(text[at : at + PIECE_BYTES], strict_mode=True))
+        release()
+    return b"".join(pieces)
 
 
 def _read_bytes(

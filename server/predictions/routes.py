@@ -9,7 +9,9 @@ Idempotency-Key is about to ask again.
 
 import asyncio
 import re
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -24,16 +26,20 @@ from cobatch.server.http.problem import Problem, from_error
 from cobatch.server.http.reply import JSON, Reply
 from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Inference
-from cobatch.server.predictions.content import Content, fingerprint, read_content
-from cobatch.server.predictions.decode import decode
+from cobatch.server.predictions.content import fingerprint, is_binary, read_content
+from cobatch.server.predictions.decode import Decoded, decode
 from cobatch.server.predictions.encode import Answer
 from cobatch.server.predictions.store import Prediction, PredictionStore
+from cobatch.server.v2.messages import Body
 
+# Longer bodies are decoded in a thread.
+_SHORT_BYTES = 1 << 14
 _MAX_KEY_LENGTH = 255
 _KEY = re.compile(rf"[ -~]{{1,{_MAX_KEY_LENGTH}}}")
 Header = tuple[bytes, bytes]
 # An Idempotency-Key and the digest of its request.
 Idempotency = tuple[str, bytes]
+_T = TypeVar("_T")
 
 
 class Preferences(NamedTuple):
@@ -99,15 +105,19 @@ class _Resource:
             if keep:
                 self._kept.check_room(0)
         headers = dict(request.headers.raw)
-        body = await read_body(headers, request.receive, self._settings.max_body_bytes)
-        content = read_content(request, body)
+        limit = self._settings.max_body_bytes if is_binary(request) else self._inference.max_json_bytes
+        body = await read_body(headers, request.receive, limit)
+        content = await self._decode(body, partial(read_content, request, body))
         idempotency = None if key is None else (key, await fingerprint(request.url.path, content))
-        # No await until the prediction is kept: of two requests with one key, only one may start.
         prediction = None if idempotency is None else self._kept.join(subject, *idempotency)
         if prediction is None:
             # Asked again: other requests came while the body did.
             self._inference.check(model, principal)
-            prediction = self._start(request, model, content, idempotency, keep=keep)
+            decoded = await self._decode(body, partial(decode, content, model.decoder))
+            # No await until the prediction is kept: of two requests with one key, only one may start.
+            prediction = None if idempotency is None else self._kept.join(subject, *idempotency)
+        if prediction is None:
+            prediction = self._start(request, model, decoded, idempotency, keep=keep)
         if prefers.respond_async:
             return await self._respond_later(request, prediction, prefers.wait_s)
         try:
@@ -133,13 +143,16 @@ class _Resource:
         reply = Reply(200, JSON, (prediction.text,), headers=headers)
         return await compressed_response(self._inference, request, reply)
 
+    async def _decode(self, body: Body, decode: Callable[[], _T]) -> _T:
+        """Decode in a thread if the body is long."""
+        return await self._inference.decode_later(decode) if len(body) > _SHORT_BYTES else decode()
+
     def _start(
-        self, request: Request, model: Model, content: Content, idempotency: Idempotency | None, *, keep: bool
+        self, request: Request, model: Model, decoded: Decoded, idempotency: Idempotency | None, *, keep: bool
     ) -> Prediction:
         """Submit a prediction. If that fails, nothing is kept, nor is the key."""
         principal = principal_in(request.scope)
         tenant = None if principal is None else principal.tenant
-        decoded = decode(content, model.decoder)
         tensor_bytes = decoded.bytes
         prediction = Prediction(subject_in(request.scope), model, decoded, tenant, record_in(request.scope))
         if keep:

@@ -120,6 +120,7 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     port: Annotated[int, Meta(ge=0, le=65_535), about("TCP port; 0 takes a free one", "PORT")] = 8000
     drain_timeout_s: Annotated[Seconds, about("longest time to finish accepted requests at shutdown")] = 30.0
     max_body_bytes: Annotated[PositiveBytes, about("largest request body")] = 1 << 26
+    max_json_bytes: Annotated[PositiveBytes, about("largest JSON in a request body")] = 1 << 24
     keep_alive_s: Annotated[Seconds, about("time after which an idle connection is closed")] = 5.0
     receive_timeout_s: Annotated[Timeout, about("longest time for a request to arrive in full")] = 30.0
     compress_min_bytes: Annotated[Bytes, about("smallest response that is compressed")] = 1 << 16

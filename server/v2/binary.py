@@ -3,6 +3,7 @@
 Little-endian, C order, no padding. A payload is a view of the body; the only copy is into the batch.
 """
 
+import struct
 from math import prod
 
 import numpy as np
@@ -10,8 +11,10 @@ import numpy as np
 from cobatch.batcher.request import Payload
 from cobatch.engines.base import TensorSpec
 from cobatch.server.http.problem import Problem
-from cobatch.server.v2.checks import wrong_data
+from cobatch.server.v2.checks import check_strings, wrong_data
 from cobatch.server.v2.messages import Body, InputTensor
+
+_LENGTH = struct.Struct("<I").unpack_from
 
 
 def cut_tail(tensor: InputTensor, tail: memoryview | None, offset: int) -> memoryview:
@@ -66,7 +69,7 @@ def read_raw(spec: TensorSpec, body: Body) -> tuple[tuple[int, ...], Payload]:
     variable = 1
     if spec.datatype == "BYTES":
         fits = fixed == 1
-        payload: Payload = [_check_utf8(spec, bytes(body))]
+        payload: Payload = [bytes(body)]
     else:
         row_bytes = fixed * spec.dtype.itemsize
         if -1 in spec.shape and row_bytes:
@@ -83,24 +86,18 @@ def read_raw(spec: TensorSpec, body: Body) -> tuple[tuple[int, ...], Payload]:
 
 def _read_strings(spec: TensorSpec, data: memoryview, elements: int) -> list[bytes]:
     """BYTES in binary: each element is its length (u32, little-endian) and its bytes."""
+    check_strings(spec, elements)
     values: list[bytes] = []
-    at = 0
-    while at + 4 <= len(data) and len(values) < elements:
-        size = int.from_bytes(data[at : at + 4], "little")
-        if size > len(data) - at - 4:
+    at, end = 0, len(data)
+    while at + 4 <= end and len(values) < elements:
+        (size,) = _LENGTH(data, at)
+        at += 4
+        if size > end - at:
+            at -= 4
             break
-        values.append(_check_utf8(spec, bytes(data[at + 4 : at + 4 + size])))
-        at += 4 + size
-    if at != len(data) or len(values) != elements:
-        detail = f"{len(data)} bytes do not hold exactly {elements} elements"
+        values.append(bytes(data[at : at + size]))
+        at += size
+    if at != end or len(values) != elements:
+        detail = f"{end} bytes do not hold exactly {elements} elements"
         raise wrong_data(spec, detail, expected_elements=elements, actual_elements=len(values))
     return values
-
-
-def _check_utf8(spec: TensorSpec, value: bytes) -> bytes:
-    """Refuse an element that no engine takes; otherwise its run would fail for the whole batch."""
-    try:
-        value.decode()
-    except UnicodeDecodeError as error:
-        raise wrong_data(spec, f"an element is not UTF-8: {error.reason}") from None
-    return value

@@ -11,8 +11,10 @@ from cobatch.batcher.rows.padding import Padder
 from cobatch.engines.base import Signature, TensorSpec, within
 from cobatch.server.http.problem import Problem
 
-# Of the other axes of a tensor without elements: no data bounds them, and NumPy refuses what exceeds memory.
-_MAX_EMPTY_ELEMENTS = 2**32
+# Of the other axes of a tensor without elements, which no data bounds: a model's outputs can have them too.
+_MAX_EMPTY_BYTES = 1 << 26
+# Each element is a Python object, and engines take them one by one.
+MAX_STRINGS = 1 << 17
 
 
 class TensorNames:
@@ -67,8 +69,15 @@ def check_tensor(spec: TensorSpec, datatype: str, shape: list[int]) -> None:
     if spec.ranges and not any(within(low, shape[1:], high) for low, high in spec.ranges):
         shown = " or ".join(f"{list(low)} to {list(high)}" for low, high in spec.ranges)
         raise wrong_shape(spec, shape, f"the engine takes rows of {shown}")
-    if not prod(shape) and prod(size or 1 for size in shape) > _MAX_EMPTY_ELEMENTS:
-        raise wrong_shape(spec, shape, "an axis is too large")
+    if not prod(shape) and prod(size or 1 for size in shape) * spec.dtype.itemsize > _MAX_EMPTY_BYTES:
+        raise wrong_shape(spec, shape, f"without its empty axes it has more than {_MAX_EMPTY_BYTES} bytes")
+
+
+def check_strings(spec: TensorSpec, elements: int) -> None:
+    """Raise Problem for a BYTES tensor with too many elements."""
+    if elements > MAX_STRINGS:
+        detail = f"input {spec.name!r} has {elements} elements; a BYTES tensor may have {MAX_STRINGS}"
+        raise Problem("too-many-elements", detail, tensor=spec.name, limit=MAX_STRINGS)
 
 
 def wrong_shape(spec: TensorSpec, shape: list[int], why: str | None = None) -> Problem:

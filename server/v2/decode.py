@@ -5,11 +5,11 @@ fault, so a valid request pays for the comparison alone.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from typing import Any, TypeVar
 
 import msgspec
-import simdjson
 
 from cobatch.batcher.errors import TooManyRowsError
 from cobatch.batcher.request import Payload
@@ -19,6 +19,7 @@ from cobatch.server.http.problem import Problem, from_error
 from cobatch.server.v2.binary import cut_tail, read_binary, read_raw
 from cobatch.server.v2.checks import TensorNames, check_tensor, wrong_shape
 from cobatch.server.v2.json_data import JsonReader
+from cobatch.server.v2.long_json import ENVELOPE_BYTES, LongValue, cut, marked
 from cobatch.server.v2.messages import Body, InferMessage, InputTensor, Parameters, Parsed
 from cobatch.server.v2.options import DEFAULT_OPTIONS, RequestOptions, read_flag, read_options
 
@@ -29,13 +30,11 @@ _UNSUPPORTED = ("classification", "shared_memory_region")
 _decode = msgspec.json.Decoder(InferMessage).decode
 _T = TypeVar("_T")
 
-# simdjson parses messages of at least this length; from about 500 numbers on it is the faster parser.
+# Messages of at least this length may have values that are read in pieces (`server.v2.long_json`).
 LARGE_BYTES = 4096
-# pysimdjson 7.0.2 holds an array's length in 24 bits and writes past its memory beyond; each element takes
-# at least two bytes of text.
-LARGE_LIMIT_BYTES = 2 * 0xFFFFFF
-# Syntax, ranges, missing fields, unexpected types, depth: the errors that simdjson and msgspec raise.
-_UNFIT = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, msgspec.MsgspecError)
+# Longer requests are decoded in a thread: of numbers; of strings or flags, which take longer for each byte.
+_SHORT_BYTES = 1 << 16
+_SHORT_STRINGS_BYTES = 1 << 14
 
 
 class Decoded(msgspec.Struct, eq=False, gc=False):
@@ -76,6 +75,10 @@ class Decoder:
         # BF16 has no form in JSON (the protocol knows it in binary only).
         self._binary_only = tuple(spec.datatype == "BF16" for spec in signature.outputs)
         strings = any(spec.datatype == "BYTES" for spec in signature.inputs)
+        each = strings or any(spec.datatype == "BOOL" for spec in signature.inputs)
+        # Longer bodies are decoded in a thread, unless `is_quick`.
+        self.short_bytes = _SHORT_STRINGS_BYTES if each else _SHORT_BYTES
+        self._looks_at_each = each
         self._plain_tensors = not strings and not any(self._binary_only)
         self.all_json: WantedOutputs = tuple(enumerate(self._binary_only))
         self._all_binary: WantedOutputs = tuple((index, True) for index in range(len(signature.outputs)))
@@ -86,10 +89,14 @@ class Decoder:
             return self._decode_raw(body)
         return self.read(parse(body, json_length))
 
+    def is_quick(self, json_length: int | None) -> bool:
+        """Return whether a long body is decoded in about a millisecond: its binary tensors need no check."""
+        return json_length is not None and json_length <= self.short_bytes and not self._looks_at_each
+
     def read(self, parsed: Parsed) -> Decoded:
         """Check a parsed body against the signature and read its tensors."""
-        message, tail, arrays = parsed
-        if len(message.inputs) == 1 and message.outputs is None and arrays is None:
+        message, tail, values = parsed
+        if len(message.inputs) == 1 and message.outputs is None and not values:
             (tensor,) = message.inputs
             if (
                 tensor.shape == self._one_row
@@ -146,7 +153,7 @@ class Decoder:
         return Decoded(1, tuple(row_shapes), payloads, None, self._all_binary)
 
     def _read_inputs(self, parsed: Parsed) -> tuple[int, RowShapes, Sequence[Payload]]:
-        message, tail, arrays = parsed
+        message, tail, values = parsed
         tensors = message.inputs
         names = [tensor.name for tensor in tensors]
         if names != self.names.inputs:
@@ -155,7 +162,7 @@ class Decoder:
         row_shapes: list[tuple[int, ...]] = list(self.row_shapes)
         rows = -1
         offset = 0
-        for position, tensor in enumerate(tensors):
+        for tensor in tensors:
             index = self._index[tensor.name]
             spec = self._specs[index]
             shape = tensor.shape
@@ -174,10 +181,11 @@ class Decoder:
                 data = cut_tail(tensor, tail, offset)
                 payloads[index] = read_binary(spec, data, shape)
                 offset += len(data)
-            elif arrays is None:
-                payloads[index] = self.readers[index].read(tensor.data, shape, elements)
+            elif (value := marked(tensor.data, values)) is not None:
+                check = partial(_check_nesting, self.readers[index], shape, elements)
+                payloads[index] = self.readers[index].read_long(value, check)[1]
             else:
-                payloads[index] = self.readers[index].read_array(arrays[position], shape, elements)
+                payloads[index] = self.readers[index].read(tensor.data, shape, elements)
         if tail is not None and offset != len(tail):
             left = len(tail) - offset
             detail = f"{left} bytes are left over after the last binary tensor"
@@ -216,8 +224,10 @@ def _only(parameters: Parameters | None, name: str) -> object:
 def parse(body: Body, json_length: int | None) -> Parsed:
     """Take a body apart. `json_length` is the header's value, None without that header. Raises Problem."""
     if json_length is None:
-        large = parse_large(body) if LARGE_BYTES <= len(body) <= LARGE_LIMIT_BYTES else None
-        return large or (decode_json(_decode, body, "an infer request"), None, None)
+        if len(body) < LARGE_BYTES:
+            return decode_json(_decode, body, "an infer request"), None, ()
+        message, values = _parse_long(body)
+        return message, None, values
     if json_length > len(body):
         raise Problem(
             "bad-binary",
@@ -226,7 +236,20 @@ def parse(body: Body, json_length: int | None) -> Parsed:
             body_bytes=len(body),
         )
     view = memoryview(body)
-    return decode_json(_decode, view[:json_length], "an infer request"), view[json_length:], None
+    if json_length < LARGE_BYTES:
+        return decode_json(_decode, view[:json_length], "an infer request"), view[json_length:], ()
+    message, values = _parse_long(bytes(view[:json_length]))
+    return message, view[json_length:], values
+
+
+def _parse_long(text: Body) -> tuple[InferMessage, Sequence[LongValue]]:
+    envelope, values = cut(text, ENVELOPE_BYTES)
+    return decode_message(envelope), values
+
+
+def decode_message(text: Body | memoryview | msgspec.Raw) -> InferMessage:
+    """Parse a short message, or the envelope of a long one. Raises Problem."""
+    return decode_json(_decode, text, "an infer request")
 
 
 def decode_json(decode: Callable[[Any], _T], text: Body | memoryview | msgspec.Raw, what: str) -> _T:
@@ -239,39 +262,9 @@ def decode_json(decode: Callable[[Any], _T], text: Body | memoryview | msgspec.R
         raise Problem("not-json", f"the body is not JSON: {error}") from None
 
 
-def parse_large(text: Body) -> Parsed | None:
-    """Parse a message of flat data with simdjson; None for one that msgspec must parse.
-
-    Everything but the data goes through msgspec, so both accept the same and refuse in the same words.
-    """
-    try:
-        # A parser of its own: a shared one refuses to parse while a result of it is alive.
-        # Any: a document of another form raises in the lines below.
-        document: Any = simdjson.Parser().parse(bytes(text))
-        fields = {name: _plain(document[name]) for name in _names(document) if name != "inputs"}
-        arrays = []
-        tensors = []
-        for item in document["inputs"]:
-            arrays.append(item["data"])
-            tensors.append({name: _plain(item[name]) for name in _names(item) if name != "data"})
-        # simdjson flattens nested data without noticing ragged rows: count the brackets.
-        flat = text.count(b"[") == 1 + 2 * len(tensors) + ("outputs" in fields)
-        if not flat or not all(isinstance(array, simdjson.Array) for array in arrays):
-            return None
-        return msgspec.convert(fields | {"inputs": tensors}, InferMessage), None, arrays
-    except _UNFIT:
-        return None
-
-
-def _names(value: Any) -> list[str]:
-    """An object's names. Of a repeated name msgspec takes the last value, simdjson the first."""
-    names = list(value)
-    if len(set(names)) != len(names):
-        raise ValueError("a name is given twice")
-    return names
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, simdjson.Array):
-        return value.as_list()
-    return value.as_dict() if isinstance(value, simdjson.Object) else value
+def _check_nesting(reader: JsonReader, shape: list[int], elements: int, actual: list[int]) -> None:
+    """Raise Problem unless a nesting of the data has as many elements as the shape, and no more axes."""
+    if prod(actual) != elements:
+        raise reader.wrong_count(shape, elements, prod(actual))
+    if len(actual) > max(len(shape), 1):
+        raise reader.wrong("the data is nested deeper than its shape")

@@ -4,14 +4,15 @@ Three ways, chosen by size and form, as `benchmarks/request_cost/codec.py` measu
 
 * flat and small: msgspec makes a typed list and `struct` packs it, without NumPy, whose calls cost more
   than the work on a few numbers;
-* flat and large: simdjson, which has parsed the whole message (`server.v2.decode`), writes the
-  numbers into a buffer without a Python object for each;
+* long (`server.v2.long_json`): piece by piece; simdjson writes the numbers into a buffer without a Python
+  object for each;
 * nested, or rejected by the first two: plain lists and `numpy.array`. This way also finds ragged data and
   words the refusal.
 """
 
 import struct
 from collections.abc import Callable
+from math import prod
 from typing import Any, Literal
 
 import msgspec
@@ -21,7 +22,18 @@ import simdjson
 from cobatch.batcher.request import Payload
 from cobatch.engines.base import TensorSpec
 from cobatch.server.http.problem import Problem
-from cobatch.server.v2.checks import wrong_data
+from cobatch.server.v2.checks import check_strings, wrong_data
+from cobatch.server.v2.long_json import (
+    LongValue,
+    MalformedError,
+    RaggedError,
+    number_pieces,
+    number_shape,
+    outline,
+    string_pieces,
+    string_shape,
+    unnested,
+)
 
 _SMALL_BYTES = 8192
 _KEPT_PACKERS = 256
@@ -44,7 +56,8 @@ _BUFFERS: dict[str, tuple[Literal["d", "u", "i"], type[np.number[Any]]]] = {
     "i": ("i", np.int64),
 }
 # A malformed or unfitting value makes the quick ways raise one of these; the careful way names it.
-_UNFIT = (msgspec.MsgspecError, struct.error, OverflowError, TypeError, ValueError)
+_UNFIT = (msgspec.MsgspecError, struct.error, OverflowError, TypeError, ValueError, RuntimeError)
+_RAGGED = "the data is ragged: rows differ in length or depth"
 
 
 class JsonReader:
@@ -79,18 +92,58 @@ class JsonReader:
             packer = self._packers[elements] = struct.Struct(f"<{elements}{self._code}").pack
         return packer
 
-    def read_array(self, array: simdjson.Array, shape: list[int], elements: int) -> Payload:
-        """The same from flat data that simdjson parsed."""
+    def read_long(self, value: LongValue, check: Callable[[list[int]], None]) -> tuple[list[int], Payload]:
+        """The shape and the payload of a long array. `check` may refuse the shape before numbers are read."""
+        self._check_form()
+        try:
+            if self._spec.datatype == "BYTES" and value.holds_strings:
+                return self._read_long_strings(value, check)
+            shape = number_shape(value)
+            check(shape)
+            return shape, self._read_long_numbers(value, prod(shape))
+        except RaggedError:
+            raise self.wrong(_RAGGED) from None
+        except MalformedError as error:
+            raise Problem("not-json", f"the data of input {self._spec.name!r} is not JSON: {error}") from None
+
+    def _read_long_numbers(self, value: LongValue, elements: int) -> Payload:
+        numbers = np.empty(elements, self._dtype)
+        at = 0
+        for piece in number_pieces(value):
+            part = self._read_piece(unnested(piece))
+            end = at + len(part)
+            if end > elements:
+                break
+            numbers[at:end] = part
+            at = end
+        if at != elements:
+            raise RaggedError
+        return numbers.data.cast("B")
+
+    def _read_piece(self, text: bytes) -> np.ndarray[Any, Any]:
+        """The numbers of a flat array."""
         try:
             if self._buffer is not None:
                 kind, wide = self._buffer
-                numbers = np.frombuffer(array.as_buffer(of_type=kind), wide)
-                if numbers.size == elements:
-                    return self._narrow(numbers).data.cast("B")
+                array: Any = simdjson.Parser().parse(text)
+                return self._narrow(np.frombuffer(array.as_buffer(of_type=kind), wide))
         except _UNFIT:
             pass
-        text: Any = array.mini  # bytes; the stub has str
-        return self._read_carefully(memoryview(text), shape, elements)
+        return self._to_array(self._parse(memoryview(text), piece=True))
+
+    def _read_long_strings(
+        self, value: LongValue, check: Callable[[list[int]], None]
+    ) -> tuple[list[int], Payload]:
+        elements: list[bytes] = []
+        outlines = []
+        for piece in string_pieces(value):
+            text, strings = outline(piece)
+            outlines.append(text)
+            check_strings(self._spec, len(elements) + len(strings))
+            elements += self._to_list(self._parse(memoryview(b"[%b]" % b",".join(strings)), piece=True))
+        shape = string_shape(outlines)
+        check(shape)
+        return shape, elements
 
     def _narrow(self, wide: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """The numbers in the tensor's datatype."""
@@ -99,13 +152,13 @@ class JsonReader:
             with np.errstate(over="ignore"):
                 narrow = wide.astype(dtype)
             if not np.isfinite(narrow).all():
-                raise self._wrong("a number is too large")
+                raise self.wrong("a number is too large")
             return narrow
         if wide.dtype.kind in "iu" and wide.size:
             range_ = np.iinfo(dtype)
             low, high = int(wide.min()), int(wide.max())
             if low < range_.min or high > range_.max:
-                raise self._wrong(f"{low if low < range_.min else high} is out of range")
+                raise self.wrong(f"{low if low < range_.min else high} is out of range")
         return wide.astype(dtype)
 
     def read_nested(
@@ -117,54 +170,61 @@ class JsonReader:
         check(shape)
         return shape, self._convert(self._flatten(values, len(shape)))
 
-    def _parse(self, raw: memoryview) -> list[Any]:
+    def _check_form(self) -> None:
         if self._spec.datatype == "BF16":
-            raise self._wrong("it travels as binary only, JSON has no numbers of this kind")
+            raise self.wrong("it travels as binary only, JSON has no numbers of this kind")
+
+    def _parse(self, raw: memoryview, *, piece: bool = False) -> list[Any]:
+        self._check_form()
         try:
             values = msgspec.json.decode(raw)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise self._wrong(f"its data cannot be read: {error}") from None
+        except (msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
+            raise self.wrong(f"its data cannot be read: {error}") from None
+        except msgspec.DecodeError as error:
+            if piece:
+                raise MalformedError(error) from None
+            raise self.wrong(f"its data cannot be read: {error}") from None
         if not isinstance(values, list):
-            raise self._wrong("its data is not an array")
+            raise self.wrong("its data is not an array")
         return values
 
     def _read_carefully(self, raw: memoryview, shape: list[int], elements: int) -> Payload:
         if not raw:
             raise Problem("missing-tensor", f"input {self._spec.name!r} has no data", tensor=self._spec.name)
-        commas = bytes(raw).count(b",") if self._code else 0
-        if commas >= max(elements, 1) and raw[0] == ord("["):
-            # Among n numbers there are n - 1 commas, however they are nested. Counting them before decoding
-            # keeps a body of empty arrays from becoming objects twenty times its size.
-            raise self._wrong_count(shape, elements, commas + 1)
         flat = self._flatten(self._parse(raw), len(shape))
         if len(flat) != elements:
-            raise self._wrong_count(shape, elements, len(flat))
+            raise self.wrong_count(shape, elements, len(flat))
         return self._convert(flat)
 
-    def _wrong_count(self, shape: list[int], elements: int, actual: int) -> Problem:
+    def wrong_count(self, shape: list[int], elements: int, actual: int) -> Problem:
+        """The Problem of data with another number of elements than its shape."""
         detail = f"shape {shape} has {elements} elements, the data has {actual}"
-        return self._wrong(detail, shape=shape, expected_elements=elements, actual_elements=actual)
+        return self.wrong(detail, shape=shape, expected_elements=elements, actual_elements=actual)
 
     def _flatten(self, values: list[Any], depth: int) -> list[Any]:
         """Row-major elements of a nested list at most `depth` deep whose rows have equal lengths."""
         while values and isinstance(values[0], list):
             depth -= 1
             if depth <= 0:
-                raise self._wrong("the data is nested deeper than its shape")
+                raise self.wrong("the data is nested deeper than its shape")
             width = len(values[0])
             if not all(isinstance(value, list) and len(value) == width for value in values):
-                raise self._wrong("the data is ragged: rows differ in length or depth")
+                raise self.wrong(_RAGGED)
             values = [element for value in values for element in value]
         return values
 
     def _convert(self, flat: list[Any]) -> Payload:
         if self._spec.datatype == "BYTES":
-            return [self._to_bytes(value) for value in flat]
+            return self._to_list(flat)
         return self._to_array(flat).data.cast("B") if flat else b""
+
+    def _to_list(self, flat: list[Any]) -> list[bytes]:
+        check_strings(self._spec, len(flat))
+        return [self._to_bytes(value) for value in flat]
 
     def _to_bytes(self, value: object) -> bytes:
         if not isinstance(value, str):
-            raise self._wrong(f"expected strings, got {_name(value)}")
+            raise self.wrong(f"expected strings, got {_name(value)}")
         return value.encode()
 
     def _to_array(self, flat: list[Any]) -> np.ndarray[Any, Any]:
@@ -172,16 +232,17 @@ class JsonReader:
         allowed = {"b": (bool,), "f": (int, float)}.get(kind, (int,))
         for value in flat:
             if not isinstance(value, allowed) or (isinstance(value, bool) and kind != "b"):
-                raise self._wrong(f"expected {_WORDS[kind]}, got {_name(value)}")
+                raise self.wrong(f"expected {_WORDS[kind]}, got {_name(value)}")
         if kind == "b":
             return np.array(flat, self._dtype)
         wide = np.float64 if kind == "f" else np.uint64 if min(flat) >= 0 else np.int64
         try:
             return self._narrow(np.array(flat, wide))
         except OverflowError:
-            raise self._wrong("a number is too large") from None
+            raise self.wrong("a number is too large") from None
 
-    def _wrong(self, why: str, **members: Any) -> Problem:
+    def wrong(self, why: str, **members: Any) -> Problem:
+        """The Problem of data that does not fit the tensor."""
         return wrong_data(self._spec, why, **members)
 
 

@@ -1,14 +1,16 @@
 """The Open Inference Protocol's infer request as types: msgspec checks it while it parses.
 
-A tensor's `data` stays raw text here, or a simdjson array beside the message, because how to read it depends
-on the datatype that the model expects (see `server.v2.json_data`).
+A tensor's `data` stays raw text here, or the mark of a long value beside the message, because how to read it
+depends on the datatype that the model expects (see `server.v2.json_data`).
 """
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
-import simdjson
 from msgspec import Meta
+
+from cobatch.server.v2.long_json import LongValue
 
 Body = bytes | bytearray
 # Bounded, since a refusal quotes them.
@@ -43,5 +45,5 @@ class InferMessage(msgspec.Struct, gc=False):
     outputs: list[WantedOutput] | None = None
 
 
-# A body's parts: the message; the binary tail, if there is one; the inputs' data, if simdjson parsed it.
-Parsed = tuple[InferMessage, memoryview | None, list[simdjson.Array] | None]
+# A body's parts: the message; the binary tail, if there is one; the long values of its JSON.
+Parsed = tuple[InferMessage, memoryview | None, Sequence[LongValue]]

@@ -37,6 +37,7 @@ ELSEWHERE = {
     "profile-running",
     "receive-timeout",
     "result-too-large",
+    "too-many-elements",
     "too-many-predictions",
 }
 
