@@ -15,11 +15,14 @@ import numpy as np
 from cobatch.batcher.request import Payload
 from cobatch.engines.base import DATATYPES, TensorSpec
 from cobatch.server.v2.binary import check_bool
-from cobatch.server.v2.checks import check_tensor, wrong_data
+from cobatch.server.v2.checks import check_strings, check_tensor, wrong_data
+from cobatch.server.v2.long_json import release
 
 MAGIC = np.lib.format.MAGIC_PREFIX
 # NumPy writes 64 or 128 bytes; a longer one than this is not the header of a tensor.
 _MAX_HEADER_BYTES = 2048
+_LAST_CODE = 0x10FFFF
+_ELEMENTS_AT_ONCE = 1 << 12
 _READERS: dict[tuple[int, int], Callable[..., tuple[tuple[int, ...], bool, np.dtype[Any]]]] = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -61,6 +64,7 @@ def read_npy(data: memoryview, spec: TensorSpec) -> tuple[list[int], Payload]:
     if fortran:
         array = np.ascontiguousarray(array.reshape(shape[::-1]).T).reshape(-1)
     if datatype == "BYTES":
+        check_strings(spec, array.size)
         return shape, _elements(array, spec)
     check_bool(spec, rest)
     little = array.astype(dtype.newbyteorder("<"), copy=False)
@@ -83,8 +87,16 @@ def _header(data: memoryview, spec: TensorSpec) -> tuple[list[int], bool, np.dty
 
 
 def _elements(array: np.ndarray[Any, Any], spec: TensorSpec) -> list[bytes]:
-    try:
-        values = array.tolist()
-        return values if array.dtype.kind == "S" else [value.encode() for value in values]
-    except ValueError as error:
-        raise wrong_data(spec, f"the .npy file's text is not Unicode: {error}") from None
+    if array.dtype.kind == "U":
+        native = array.astype(array.dtype.newbyteorder("="), copy=False)
+        codes = native.view(np.uint32)
+        # NumPy makes text of any 32 bits: text beyond Unicode breaks its own methods.
+        if codes.max() > _LAST_CODE or ((codes >= 0xD800) & (codes <= 0xDFFF)).any():
+            raise wrong_data(spec, "the .npy file's text is not Unicode")
+        array = native
+    values: list[bytes] = []
+    for at in range(0, array.size, _ELEMENTS_AT_ONCE):
+        some = array[at : at + _ELEMENTS_AT_ONCE].tolist()
+        values += some if array.dtype.kind == "S" else [value.encode() for value in some]
+        release()
+    return values

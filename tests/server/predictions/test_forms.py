@@ -11,6 +11,10 @@ import httpx
 import numpy as np
 import pytest
 
+from cobatch.engines.base import TensorSpec
+from cobatch.server.http.problem import Problem
+from cobatch.server.predictions.npy import read_npy
+from cobatch.server.v2.checks import MAX_STRINGS
 from tests.support.http.predicting import App, b64, outputs, slug, small_models
 
 F32 = np.float32
@@ -81,6 +85,28 @@ async def test_npy_of_three_axes_in_fortran_order(app: App) -> None:
 async def test_npy_of_text(app: App, array: np.ndarray[Any, Any]) -> None:
     answer = await post(app, "text", npy(array), "application/x-npy")
     assert outputs(answer)["y"]["data"] == [["ä", "bc"]]
+
+
+CODES = [0x110000, 0xFFFFFFFF, 0xD800, 0xDFFF]
+
+
+@pytest.mark.parametrize("code", CODES, ids=hex)
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("fortran", [True, False])
+async def test_npy_of_text_beyond_unicode(app: App, code: int, order: str, fortran: bool) -> None:
+    text = header(f"{{'descr': '{order}U1', 'fortran_order': {fortran}, 'shape': (1, 2)}}")
+    body = text + np.array([code, 65], f"{order}u4").tobytes()
+    answer = await post(app, "text", body, "application/x-npy")
+    assert (answer.status_code, slug(answer)) == (422, "wrong-data")
+    body = text + np.array([0x10FFFF, 65], f"{order}u4").tobytes()
+    assert outputs(await post(app, "text", body, "application/x-npy"))["y"]["data"] == [["\U0010ffff", "A"]]
+
+
+def test_npy_of_more_strings_than_a_tensor_may_have() -> None:
+    spec = TensorSpec("x", "BYTES", (-1,))
+    with pytest.raises(Problem, match="may have 131072"):
+        read_npy(memoryview(npy(np.zeros((1, MAX_STRINGS + 1), "S1"))), spec)
+    assert len(read_npy(memoryview(npy(np.zeros((1, MAX_STRINGS), "S1"))), spec)[1]) == MAX_STRINGS
 
 
 async def test_raw_body_is_one_row_or_has_the_querys_shape(app: App) -> None:
