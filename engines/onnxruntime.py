@@ -35,6 +35,8 @@ _TYPES = {
     "tensor(string)": "BYTES",
 }
 _BINDING_LIMIT = 256
+# Of strings that are not UTF-8, with each as long as the longest.
+_MOST_RAW_BYTES = 1 << 28
 # By ONNX Runtime's severities, from verbose to fatal.
 _LEVELS = (logging.DEBUG, logging.DEBUG, logging.WARNING, logging.ERROR, logging.CRITICAL)
 _ERROR = 3
@@ -186,7 +188,10 @@ class OnnxRuntimeEngine:
             spec.name: _text(array[:rows]) if array.dtype == object else array[:rows]
             for spec, array in zip(self.signature.inputs, arrays, strict=True)
         }
-        return tuple(session.run(None, feed))
+        try:
+            return tuple(session.run(None, feed))
+        except UnicodeDecodeError as error:
+            raise EngineRunError(f"ONNX Runtime cannot return strings that are not UTF-8: {error}") from error
 
     def _binding(
         self, session: ort.InferenceSession, slot: int, rows: int, row_shapes: RowShapes
@@ -242,9 +247,22 @@ def _probe(session: ort.InferenceSession, signature: Signature, max_batch_size: 
 
 
 def _text(array: Array) -> Array:
-    """Return strings as ONNX Runtime expects them. Bytes that are not UTF-8 fail only their batch."""
-    flat = [value.decode() if isinstance(value, bytes) else value for value in array.reshape(-1)]
-    return np.array(flat, dtype=object).reshape(array.shape)
+    """Return strings in a form that ONNX Runtime's Python interface takes. Raises EngineRunError.
+
+    It takes any text, and bytes if all have one length, or none has a NUL.
+    """
+    flat = array.reshape(-1).tolist()
+    try:
+        text = [value.decode() if isinstance(value, bytes) else value for value in flat]
+        return np.array(text, dtype=object).reshape(array.shape)
+    except UnicodeDecodeError:
+        raw = [value if isinstance(value, bytes) else value.encode() for value in flat]
+    longest = max(map(len, raw))
+    same = all(len(value) == longest for value in raw)
+    # NumPy's `V` is passed on whole, `S` up to a NUL.
+    if longest * len(raw) > _MOST_RAW_BYTES or (not same and any(b"\0" in value for value in raw)):
+        raise EngineRunError("ONNX Runtime cannot take strings that are not UTF-8 and differ in length")
+    return np.array(raw, f"{'V' if same else 'S'}{longest}").reshape(array.shape)
 
 
 def read_signature(session: ort.InferenceSession) -> Signature:

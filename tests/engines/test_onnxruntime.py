@@ -137,9 +137,24 @@ def test_strings(tmp_path: Path) -> None:
     assert run(engine, x)[0].tolist() == x.tolist()
     as_bytes = np.array([[b"a", "é".encode()]], object)
     assert run(engine, as_bytes)[0].tolist() == [["a", "é"]]
-    with pytest.raises(EngineRunError, match="utf-8"):
+    with pytest.raises(EngineRunError, match="cannot return strings that are not UTF-8"):
         run(engine, np.array([[b"\xff", b""]], object))
     assert run(engine, x)[0].tolist() == x.tolist()
+
+
+def test_strings_that_are_not_text(tmp_path: Path) -> None:
+    """They arrive whole; only in outputs must they be UTF-8."""
+    engine = opened(tmp_path, models.equal_strings())
+    for values in (
+        [b"\xff\0\xd8", b"\xff\0\xd8"],
+        [b"\xff\0", b"\xff\1"],
+        [b"\xff", "é".encode()],
+        [b"\xffab", b"\xff"],
+    ):
+        (same,) = run(engine, np.array([values], object))
+        assert same.tolist() == [[values[0] == values[1]]]
+    with pytest.raises(EngineRunError, match="cannot take strings"):
+        run(engine, np.array([[b"\xff\0", b"a"]], object))
 
 
 def test_rows_of_changing_width(tmp_path: Path) -> None:

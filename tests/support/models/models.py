@@ -22,6 +22,7 @@ def model(
     inputs: Sequence[Value],
     outputs: Sequence[Value],
     constants: Sequence[TensorProto] = (),
+    opset: int = OPSET,
 ) -> bytes:
     """Serialise a model of these nodes. A value is (name, TensorProto type, shape)."""
     graph = helper.make_graph(
@@ -31,7 +32,7 @@ def model(
         [helper.make_tensor_value_info(*value) for value in outputs],
         list(constants),
     )
-    built = helper.make_model(graph, ir_version=IR_VERSION, opset_imports=[helper.make_opsetid("", OPSET)])
+    built = helper.make_model(graph, ir_version=IR_VERSION, opset_imports=[helper.make_opsetid("", opset)])
     onnx.checker.check_model(built)
     return bytes(built.SerializeToString())
 
@@ -59,6 +60,18 @@ def identity(datatype: int, width: int | str = 2) -> bytes:
     return model(
         [helper.make_node("Identity", ["x"], ["y"])], [("x", datatype, shape)], [("y", datatype, shape)]
     )
+
+
+def equal_strings() -> bytes:
+    """Whether the two strings of each row are equal: x [batch, 2] -> y [batch, 1]."""
+    nodes = [
+        helper.make_node("Gather", ["x", "first"], ["a"], axis=1),
+        helper.make_node("Gather", ["x", "second"], ["b"], axis=1),
+        helper.make_node("Equal", ["a", "b"], ["y"]),
+    ]
+    x: Value = ("x", TensorProto.STRING, ["batch", 2])
+    y: Value = ("y", TensorProto.BOOL, ["batch", 1])
+    return model(nodes, [x], [y], [_int64s("first", [0]), _int64s("second", [1])], opset=19)
 
 
 def sum_rows(batch: int | str | None = "batch") -> bytes:
