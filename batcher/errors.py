@@ -43,7 +43,7 @@ class TenantLimitError(BatcherError):
     reason = "tenant"
 
     def __init__(self, tenant: str, what: str, used: int, limit: int, retry_after_s: float) -> None:
-        super().__init__(f"tenant {tenant!r} has {used} of {limit} {what}")
+        super().__init__(f"tenant {tenant!r} has used {used} of {limit} {what}")
         self.tenant = tenant
         self.what = what
         self.used = used

@@ -129,7 +129,7 @@ class Tenant:
         bucket = self.bucket
         if bucket is not None and (wait_s := bucket.wait_s(requests, now_s)) > 0:
             used = bucket.burst - bucket.left(now_s)
-            return TenantLimitError(self.name, "requests at once", used, bucket.burst, wait_s)
+            return TenantLimitError(self.name, "requests of its rate limit", used, bucket.burst, wait_s)
         return None
 
     def enter(self, requests: int, now_s: float) -> None:

@@ -73,7 +73,7 @@ class TenantRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     max_queue_rows: Annotated[Count | None, about("rows in the queues of all models")] = None
     requests_per_s: Annotated[Rate | None, about("sustained rate of requests, per second")] = None
     weight: Annotated[float, Meta(ge=0.001, le=1000), about("share beside other busy tenants")] = 1.0
-    burst: Annotated[Count | None, about("requests at once beyond the rate", default="one second's")] = None
+    burst: Annotated[Count | None, about("requests in one burst", default="one second's")] = None
 
 
 class ModelRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

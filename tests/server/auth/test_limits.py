@@ -147,7 +147,8 @@ def test_request_rate(running: Protected, stack: contextlib.ExitStack) -> None:
     slow, other = (token(name, exp=2_000_000_000) for name in ("slow", "bob"))
     for _ in range(3):
         assert client.ask(infer(slow)).status == 200
-    members = {"tenant": "slow", "what": "requests at once", "used": 3, "limit": 3}
+    members = {"tenant": "slow", "what": "requests of its rate limit", "used": 3, "limit": 3}
+    members["detail"] = "tenant 'slow' has used 3 of 3 requests of its rate limit"
     for _ in range(2):
         assert 900 < limited(client.ask(infer(slow)), **members) <= 1000
     limited(running.ask(predict(slow)), **members)
