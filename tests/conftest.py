@@ -7,7 +7,11 @@ import sys
 
 from hypothesis import HealthCheck, settings
 
-settings.register_profile("cobatch", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+from tests.support.examples import FACTOR
+
+settings.register_profile(
+    "cobatch", max_examples=50 * FACTOR, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("cobatch")
 # A shell starts a background command with SIGINT ignored, and the processes of the tests would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cobatch.batcher.batcher import Batcher
@@ -24,6 +24,7 @@ from cobatch.batcher.errors import (
 from cobatch.batcher.request import Request
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.errors import EngineDeadError, EngineRunError
+from tests.support.examples import examples
 from tests.support.virtual.loop import Call, FakeEngine, FakeWorker, calls, make_batcher, run
 
 BAD = -666
@@ -222,7 +223,7 @@ arrivals = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@examples(80)
 @given(arrivals, st.integers(1, 12), st.none() | st.sampled_from([9.0, 25.0, 80.0]))
 def test_every_member_is_answered_exactly_once(
     arrivals: list[tuple[list[int], float, float | None]], max_queue_rows: int, deadline_ms: float | None

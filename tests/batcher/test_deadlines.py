@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 
 from cobatch.batcher.batcher import Batcher
@@ -25,6 +25,7 @@ from cobatch.batcher.errors import (
 from cobatch.batcher.scheduling.tuning import LEAD_S
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.errors import EngineRunError
+from tests.support.examples import examples
 from tests.support.virtual.loop import Call, make_batcher, run
 from tests.support.virtual.tenants import Metered, affine, flat, linear
 
@@ -477,7 +478,7 @@ ARRIVALS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@examples(100)
 @given(
     arrivals=ARRIVALS,
     curve=st.sampled_from([flat, affine, linear]),

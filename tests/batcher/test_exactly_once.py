@@ -16,7 +16,7 @@ from itertools import chain, repeat
 
 import numpy as np
 import pytest
-from hypothesis import event, given, settings
+from hypothesis import event, given
 
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.errors import (
@@ -33,6 +33,7 @@ from cobatch.batcher.errors import (
 )
 from cobatch.batcher.scheduling.policy import RETRY
 from cobatch.engines.errors import EngineRunError
+from tests.support.examples import examples
 from tests.support.virtual.loop import Call, FakeEngine, FakeWorker, make_batcher, run
 from tests.support.virtual.stories import (
     LONG_S,
@@ -257,7 +258,7 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.NOTSET)
 
 
-@settings(deadline=None, max_examples=300)
+@examples(100)
 @given(story=STORIES)
 def test_every_accepted_request_is_answered_exactly_once(story: Story) -> None:
     async def main() -> None:

@@ -6,13 +6,14 @@ import asyncio
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.errors import BatcherError, EngineGoneError, ExecutionTimeoutError
 from cobatch.batcher.lanes import BatchWorker
 from cobatch.engines.errors import EngineDeadError, EngineRunError
+from tests.support.examples import examples
 from tests.support.virtual.loop import Call, FakeEngine, FakeWorker, calls, run
 
 RUN_S = 0.010
@@ -164,7 +165,7 @@ def test_a_hung_engine_does_not_stop_the_others() -> None:
     run(main())
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     counts=st.lists(st.integers(1, 20), min_size=1, max_size=20),
     waits=st.lists(st.sampled_from([0.0, RUN_S / 3, RUN_S, 5 * RUN_S]), min_size=1, max_size=20),

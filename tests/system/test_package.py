@@ -95,7 +95,7 @@ def build(kind: str, folder: Path) -> Path:
 
 def environment(folder: Path) -> tuple[Path, Path]:
     """Create a virtual environment with the dependencies of this one; return its `bin` and site-packages."""
-    run(sys.executable, "-m", "venv", folder)
+    run(sys.executable, "-m", "venv", "--without-pip", folder)
     (site,) = folder.glob("lib/python*/site-packages")
     dependencies = [path for path in sys.path if path.endswith("site-packages")]
     (site / "dependencies.pth").write_text("".join(f"{path}\n" for path in dependencies))

@@ -8,18 +8,19 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cobatch.batcher.scheduling.fair_queueing import TenantShare, TenantShares
 from cobatch.batcher.scheduling.tuning import LEAD_S
 from cobatch.batcher.tenant import Tenant
+from tests.support.examples import examples
 from tests.support.virtual.loop import Call, make_batcher, run
 from tests.support.virtual.tenants import Metered, Tenants, affine, flat, linear, percentile
 
 WEIGHTS = (1.0, 2.0, 4.0)
 SHARES = [weight / sum(WEIGHTS) for weight in WEIGHTS]
-BATCHES = 1000
+BATCHES = 500
 Curve = Callable[[int], float]
 
 
@@ -66,9 +67,14 @@ def test_large_requests_get_no_larger_share(curve: Curve, rows: tuple[int, int, 
 
 # Of the last one's thousand batches the first tenant has 30: one more or less is 3 % of its share.
 @pytest.mark.parametrize(
-    ("width", "batches"), [((1, 2, 3), 1000), ((3, 2, 1), 1000), ((1, 1, 9), 1000), ((9, 1, 3), 4000)]
+    ("curve", "width", "batches"),
+    [
+        (flat, (1, 2, 3), 1000),
+        (affine, (3, 2, 1), 1000),
+        (flat, (1, 1, 9), 1000),
+        (affine, (9, 1, 3), 4000),
+    ],
 )
-@pytest.mark.parametrize("curve", [flat, affine])
 def test_a_tenant_with_expensive_rows_gets_fewer(
     curve: Curve, width: tuple[int, int, int], batches: int
 ) -> None:
@@ -195,20 +201,28 @@ def light_p99_s(curve: Curve, flood_rate: float | None, part: float, requests: i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("part", "requests"), [(0.02, 300), (0.1, 1000), (0.3, 1000)])
+@pytest.mark.parametrize(("part", "requests"), [(0.02, 200), (0.1, 500), (0.3, 1000)])
 def test_a_flood_costs_a_light_tenant_one_batch(part: float, requests: int) -> None:
-    alone_s, beside_s = (light_p99_s(flat, rate, part, requests) for rate in (0, 10))
+    alone_s, beside_s = (light_p99_s(flat, rate, part, requests) for rate in (0, 3))
     assert beside_s <= 1.2 * alone_s + flat(8)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("curve", "full_rows", "part"),
-    [(affine, 8, 0.005), (affine, 8, 0.02), (affine, 8, 0.1), (affine, 8, 0.2), (linear, 1, 0.02)],
+    ("curve", "full_rows", "part", "flood_rate", "requests"),
+    [
+        (affine, 8, 0.005, 3, 200),
+        (affine, 8, 0.02, 3, 200),
+        (affine, 8, 0.1, 10, 400),
+        (affine, 8, 0.2, 3, 400),
+        (linear, 1, 0.02, 10, 400),
+    ],
 )
-def test_a_flood_delays_a_light_tenant_by_one_batch(curve: Curve, full_rows: int, part: float) -> None:
+def test_a_flood_delays_a_light_tenant_by_one_batch(
+    curve: Curve, full_rows: int, part: float, flood_rate: float, requests: int
+) -> None:
     """Its row does not ride with those of the flood, which would take it longer."""
-    alone_s, beside_s = (light_p99_s(curve, rate, part, 400) for rate in (0, 10))
+    alone_s, beside_s = (light_p99_s(curve, rate, part, requests) for rate in (0, flood_rate))
     assert beside_s <= 1.2 * alone_s + curve(full_rows)
 
 
@@ -354,7 +368,7 @@ def test_tenants_that_are_idle_are_forgotten() -> None:
 # Whatever comes
 
 
-@settings(deadline=None, max_examples=60)
+@examples(20)
 @given(
     weights=st.lists(st.sampled_from([0.5, 1.0, 2.0, 8.0]), min_size=2, max_size=5),
     sizes=st.lists(st.tuples(st.integers(1, 10), st.integers(1, 2)), min_size=5, max_size=5),

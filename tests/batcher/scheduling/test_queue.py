@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
@@ -11,6 +10,7 @@ from cobatch.batcher.scheduling.fair_queueing import Group
 from cobatch.batcher.scheduling.formation import form
 from cobatch.batcher.scheduling.queue import RequestQueue
 from cobatch.engines.base import RowShapes
+from tests.support.examples import examples
 
 SHAPES: list[RowShapes] = [((),), ((2,),), ((3,), (1, 4))]
 
@@ -114,5 +114,5 @@ class Queued(RuleBasedStateMachine):
             assert flow.order._waiting <= 2 * live + 65
 
 
-Queued.TestCase.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)
+Queued.TestCase.settings = examples(40, stateful_step_count=40)
 TestQueue = Queued.TestCase

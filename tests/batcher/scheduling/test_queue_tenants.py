@@ -11,7 +11,6 @@ from collections import Counter
 from math import inf
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -23,6 +22,7 @@ from cobatch.batcher.scheduling.run_times import RunTimeModel
 from cobatch.batcher.scheduling.tuning import AGEING_S
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import RowShapes
+from tests.support.examples import examples
 
 SHAPES: list[RowShapes] = [((),), ((2,),), ((3,), (1, 4))]
 WEIGHTS = (1.0, 1.0, 3.0, 0.5)
@@ -305,7 +305,7 @@ class Fair(Queues):
                 assert abs(parts[0] - parts[1]) <= most
 
 
-Anything.TestCase.settings = settings(deadline=None, max_examples=100, stateful_step_count=50)
-Fair.TestCase.settings = settings(deadline=None, max_examples=100, stateful_step_count=50)
+Anything.TestCase.settings = examples(30, stateful_step_count=50)
+Fair.TestCase.settings = examples(30, stateful_step_count=50)
 TestAnything = Anything.TestCase
 TestFair = Fair.TestCase

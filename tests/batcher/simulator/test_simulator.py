@@ -91,7 +91,7 @@ def test_the_event_loop_adds_its_time_to_the_latency() -> None:
 
 def test_an_event_loop_that_is_the_bottleneck_leaves_the_engine_idle() -> None:
     # Runs of a millisecond for up to 64 rows; the loop handles 1,000 requests per second.
-    ran = run(Scenario(CONSTANT, Closed(64), seconds=5, request_us=1000))
+    ran = run(Scenario(CONSTANT, Closed(64), seconds=2, request_us=1000))
     results = results_of(ran)
     assert results.total.goodput == pytest.approx(1000, rel=0.02)
     assert results.utilisation < 0.9
@@ -104,7 +104,7 @@ def test_latency_includes_the_wait_for_a_busy_event_loop() -> None:
     """
     instant = linear("instant", 1e-3, 0, 1)
     load = 0.5
-    ran = run(Scenario(instant, Poisson(load * 1000), seconds=60, request_us=1000))
+    ran = run(Scenario(instant, Poisson(load * 1000), seconds=20, request_us=1000))
     latencies = ran.records.array()["latency_s"]
     queue_ms = load / (2 * (1 - load))
     assert 1 + 0.7 * queue_ms <= latencies.mean() * 1000 <= 1 + 1.5 * queue_ms
@@ -113,7 +113,7 @@ def test_latency_includes_the_wait_for_a_busy_event_loop() -> None:
 def test_the_engine_does_not_wait_for_a_busy_event_loop() -> None:
     # Both are busy nearly all the time: with two slots the next batch is ready.
     one = linear("one at a time", 1000, 0, 1)
-    ran = run(Scenario(one, Closed(8), seconds=5, max_batch_size=1, request_us=800))
+    ran = run(Scenario(one, Closed(8), seconds=2, max_batch_size=1, request_us=800))
     assert results_of(ran).total.goodput == pytest.approx(1000, rel=0.05)
 
 
@@ -121,7 +121,7 @@ def test_backlogged_tenants_have_their_shares() -> None:
     weights = {"a": 1.0, "b": 2.0, "c": 4.0}
     callers = tuple(Caller(name, weight=weight) for name, weight in weights.items())
     rate = 3 * capacity(LINEAR, 64)[0]
-    results = simulated(Scenario(LINEAR, Poisson(rate), callers, seconds=6))
+    results = simulated(Scenario(LINEAR, Poisson(rate), callers, seconds=2))
     for name, weight in weights.items():
         assert results.tenants[name].rows_share == pytest.approx(weight / 7, rel=0.02)
 
@@ -132,7 +132,7 @@ def test_a_router_that_knows_the_load_is_better_if_runs_differ(router: Router) -
     uneven = Profile("uneven", {1: {0.0: 500.0, 0.9: 500.0, 0.91: 5000.0, 1.0: 5000.0}})
 
     def p99(name: Router) -> float:
-        return simulated(Scenario(uneven, Poisson(3000), seconds=4, nodes=4, router=name)).total.latency_ms[
+        return simulated(Scenario(uneven, Poisson(3000), seconds=2, nodes=4, router=name)).total.latency_ms[
             "p99"
         ]
 

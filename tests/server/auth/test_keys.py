@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm
 
@@ -19,6 +19,7 @@ from cobatch.server.auth.keys import Key, load_key_files, load_secret, parse_jwk
 from cobatch.server.settings.auth import REQUIRED_CLAIMS
 from cobatch.server.settings.values import SettingsError
 from tests.support.auth.tokens import SECRET, Signer, b64, jwks, rsa_key, signer
+from tests.support.examples import examples
 
 ALL = ("RS256", "PS256", "ES256", "EdDSA")
 
@@ -169,7 +170,7 @@ _JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@examples(100)
 @given(data=st.data())
 def test_any_jwk_is_accepted_or_skipped(data: st.DataObject) -> None:
     jwk = signer(data.draw(st.sampled_from(ALL))).jwk()

@@ -13,7 +13,7 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cobatch.server.auth.jwks import KeysUnavailableError, StaticKeys
@@ -36,6 +36,7 @@ from tests.support.auth.tokens import (
     signer,
     unsigned,
 )
+from tests.support.examples import examples
 
 HS_ISSUER = Issuer(issuer=ISSUER, name="test", algorithms=("HS256",), secret_file="secret")
 
@@ -699,19 +700,19 @@ def accepted_or_refused(token: str, auth: AuthSettings | None = None) -> None:
         error.detail.encode("ascii")
 
 
-@settings(max_examples=300, deadline=None)
+@examples(100)
 @given(token=st.text() | st.from_regex(r"[A-Za-z0-9_\-]{0,20}(\.[A-Za-z0-9_\-=]{0,20}){0,5}", fullmatch=True))
 def test_random_text_is_refused(token: str) -> None:
     assert not refusal(token).forged
 
 
-@settings(max_examples=300, deadline=None)
+@examples(100)
 @given(header=st.binary(), payload=st.binary(), signature=st.binary(min_size=1))
 def test_random_bytes_as_parts_are_refused(header: bytes, payload: bytes, signature: bytes) -> None:
     assert not refusal(unsigned(header, payload, signature)).forged
 
 
-@settings(max_examples=500, deadline=None)
+@examples(100)
 @given(header=_HEADERS, claims=_CLAIMS)
 def test_random_json_in_a_signed_token_is_accepted_or_refused(
     header: dict[str, Any], claims: dict[str, Any]
@@ -724,7 +725,7 @@ def test_random_json_in_a_signed_token_is_accepted_or_refused(
     accepted_or_refused(token, relaxed(required_claims=("iss",)))
 
 
-@settings(max_examples=300, deadline=None)
+@examples(100)
 @given(data=st.data())
 def test_a_token_changed_anywhere_is_refused(data: st.DataObject) -> None:
     token = signer("ES256").token()
@@ -733,7 +734,7 @@ def test_a_token_changed_anywhere_is_refused(data: st.DataObject) -> None:
     refusal(token[:at] + instead + token[at + 1 :])
 
 
-@settings(max_examples=300, deadline=None)
+@examples(100)
 @given(
     claims=st.fixed_dictionaries(
         {},

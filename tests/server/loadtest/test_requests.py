@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cobatch.batcher.simulator.traffic import Constant, Poisson, read_trace
@@ -20,6 +20,7 @@ from cobatch.server.loadtest.messages import Address, Expected, Plan, PreparedRe
 from cobatch.server.loadtest.options import Caller, UsageError, parse_callers
 from cobatch.server.loadtest.requests import FileInputs, RandomInputs
 from cobatch.server.loadtest.target import Tensor, parse_url
+from tests.support.examples import examples
 
 
 def values(datatype: str, rng: np.random.Generator) -> np.ndarray[Any, Any]:
@@ -198,7 +199,7 @@ def plan_of(shares: list[float], rows: int = 1, examples: int = 3) -> Plan:
     return Plan(Address("h", 1), requests, callers, Expected([]))
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(st.integers(1, 5), st.integers(0, 9), st.booleans())
 def test_several_processes_send_the_same_load_as_one(processes: int, seed: int, poisson: bool) -> None:
     plan = plan_of([1.0, 2.0])

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cobatch.engines.errors import EngineRunError
@@ -19,6 +19,7 @@ from cobatch.server.predictions.decode import Decoded
 from cobatch.server.predictions.store import OVERHEAD_BYTES, Prediction, PredictionStore
 from cobatch.server.settings.schema import ModelSettings, ServerSettings
 from cobatch.server.v2.decode import Decoder
+from tests.support.examples import examples
 from tests.support.virtual.loop import FakeEngine, FakeWorker, make_batcher, run
 
 RUN_S = 0.010
@@ -220,7 +221,7 @@ operations = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@examples(60)
 @given(
     operations,
     st.integers(1, 6),

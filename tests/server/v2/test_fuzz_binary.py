@@ -2,13 +2,12 @@
 
 The decoder always answers with rows that fit their shapes or with a 4xx Problem, in memory bounded by the
 body; through a server a damaged message is never answered with 5xx, and a valid request beside it gets its
-own answer. `FUZZ_EXAMPLES=100000 pytest tests/server/v2/test_fuzz_binary.py` looks longer than CI does.
+own answer.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import tracemalloc
 from collections.abc import Iterator
 from math import prod
@@ -22,17 +21,13 @@ from cobatch.engines.base import RowShapes, Signature
 from cobatch.server.http.problem import Problem
 from cobatch.server.settings.schema import ModelSettings
 from cobatch.server.v2.decode import Decoder
+from tests.support.examples import examples
 from tests.support.http import serving
 from tests.support.http.damage import SIGNATURES, SPECS, Message, hostile, whole
 from tests.support.http.serving import Client, Served, data_of, post
 from tests.support.virtual.loop import Array, FakeEngine
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "500"))
-fuzz = settings(
-    max_examples=EXAMPLES,
-    deadline=None,  # a loaded machine is no failure; the client's own deadline ends a hanging test
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+fuzz = settings(examples(150), suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
 def check(signature: Signature, decoder: Decoder, body: bytes, length: int | None) -> bool:
@@ -145,7 +140,7 @@ def beside(served: Served) -> Iterator[Client]:
         yield client
 
 
-@settings(fuzz, max_examples=max(1, EXAMPLES // 2))
+@settings(fuzz, max_examples=fuzz.max_examples // 2)
 @given(message=hostile(SIGNATURES[0]) | whole(SIGNATURES[0]))
 def test_a_damaged_message_does_not_affect_another_request(
     served: Served, beside: Client, message: Message

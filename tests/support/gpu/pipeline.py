@@ -258,7 +258,7 @@ def simulate(
     slots: int = 2,
     callers: int = 192,
     max_batch_size: int = 64,
-    seconds: float = 1.0,
+    seconds: float = 0.4,
     asynchronous: bool = True,
 ) -> Figures:
     """Run the pipeline with closed-loop clients."""
