@@ -9,6 +9,7 @@ from cobatch.batcher.simulator.engine import Profile
 from cobatch.engines.base import Engine, RowShapes, batch_sizes
 
 _LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+_TAIL = (0.999, 0.9999, 0.99999)
 _MIN_RUNS = 3
 
 
@@ -30,11 +31,14 @@ def measure(
     while clock() < until_s or len(times[sizes[-1]]) < _MIN_RUNS:
         for rows in sizes:
             times[rows].append(_run_s(engine, rows, shapes, clock))
+    count = len(times[sizes[-1]])
+    # Times between quantiles are interpolated. One slow run must count as one, so the others have their end.
+    others = round(1 - 1 / count, 6)
+    levels = sorted({*_LEVELS, *(level for level in (*_TAIL, others) if _LEVELS[-2] < level <= others)})
     runs = {
-        rows: dict(zip(_LEVELS, (np.quantile(run_s, _LEVELS) * 1e6).tolist(), strict=True))
+        rows: dict(zip(levels, (np.quantile(run_s, levels) * 1e6).tolist(), strict=True))
         for rows, run_s in times.items()
     }
-    count = len(times[sizes[-1]])
     return Profile(
         name, runs, source=f"measured by cobatch profile: {engine.platform}, {count} runs of each size"
     )

@@ -45,7 +45,7 @@ def simulate(
     ] = None,
     listing: Annotated[bool, switch("--list", "List the included profiles.")] = False,
     rate: Annotated[float | None, option("PER_S", "Requests per second.")] = None,
-    load: Annotated[str, option("PARTS", "In place of --rate: parts of the capacity.")] = "0.8",
+    load: Annotated[str, option("PARTS", "In place of --rate: parts of the capacity (0.8).")] = "",
     arrivals: Annotated[str, option(_PROCESSES, _TRACE)] = "poisson",
     connections: Annotated[int | None, option("N", "Closed loop in place of --rate: callers.", min=1)] = None,
     deadline_ms: Annotated[float | None, option("MS", "Deadline of each request.")] = None,
@@ -76,6 +76,11 @@ def simulate(
         raise typer.Exit(0 if listing else 2)
     if request_us and nodes > 1:
         raise end("--request-us is the time of one node's event loop: --nodes must be 1", 2)
+    # A trace has its own rate, and a closed loop no arrivals.
+    timed = arrivals not in PROCESSES or (connections and arrivals != "poisson")
+    given = {"--rate": rate, "--load": load, "--connections": connections, "--arrivals": timed}
+    if len(flags := [flag for flag, value in given.items() if value]) > 1:
+        raise end(f"{' and '.join(flags)} exclude each other", 2)
     if router not in ROUTERS:
         raise end(f"--router: expected one of {', '.join(ROUTERS)}, got {router!r}", 2)
     try:
@@ -95,7 +100,7 @@ def simulate(
             request_us=request_us,
             seed=seed,
         )
-        loads = parse_numbers("--load", load)
+        loads = parse_numbers("--load", load or "0.8")
         scenarios = make_scenarios(
             base, rate=rate, loads=loads, arrivals=arrivals, seconds=seconds, requests=requests
         )

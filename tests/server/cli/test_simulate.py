@@ -99,6 +99,10 @@ def test_a_trace_and_a_closed_loop(tmp_path: Path) -> None:
         (["--router", "dice"], "round-robin"),
         (["--arrivals", "sometimes"], "poisson, constant, bursty, diurnal or a trace file"),
         (["--deadline-ms", "1"], "no run is as short"),
+        (["--rate", "9", "--load", "0.5"], "--rate and --load exclude each other"),
+        (["--connections", "9", "--load", "0.8"], "--load and --connections exclude each other"),
+        (["--connections", "9", "--arrivals", "bursty"], "--connections and --arrivals exclude each other"),
+        (["--rate", "9", "--arrivals", "trace.csv"], "--rate and --arrivals exclude each other"),
     ],
 )
 def test_an_invalid_option_is_refused_in_one_line(arguments: list[str], message: str) -> None:
