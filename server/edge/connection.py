@@ -25,7 +25,7 @@ from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
 from cobatch.server.edge.cycle import AsgiCycle, HeadBeginnings
-from cobatch.server.http.problem import Problem, stopping
+from cobatch.server.http.problem import Problem, invalid, stopping
 from cobatch.server.http.reply import Reply
 from cobatch.server.inference.service import Inference
 
@@ -38,6 +38,8 @@ _SHORTEST_TICK_S = 0.05
 _ASGI = {"version": "3.0", "spec_version": "2.3"}
 # The part of a request being received.
 NOTHING, HEADERS, BODY = range(3)
+# Headers that the connection acts on itself.
+_NOTED = frozenset((b"host", b"expect", b"transfer-encoding"))
 _BEGINNINGS = HeadBeginnings()
 
 
@@ -58,6 +60,14 @@ class Cycle(Protocol):
 class Connection(asyncio.Protocol):
     """One connection whose requests go to the ASGI application."""
 
+    # Python finds attributes slowly where an object has more than 30 without slots.
+    __slots__ = (
+        "__weakref__", "_ahead", "_app_state", "_body_bytes", "_expects_continue", "_farewell", "_head",
+        "_headers_bytes", "_noted", "_raw_bytes", "_read_paused", "_scope", "_since_s", "_timer", "_unsent",
+        "_unsent_since_s", "config", "cycle", "headers", "inference", "loop", "method", "parser", "pipeline",
+        "receiving", "server_state", "transport", "url", "version", "writable", "write_paused",
+    )  # fmt: skip
+
     def __init__(
         self,
         inference: Inference,
@@ -70,9 +80,7 @@ class Connection(asyncio.Protocol):
         self.config = config
         self.server_state = server_state
         self.loop = _loop or asyncio.get_event_loop()
-        self.parser: Any = httptools.HttpRequestParser(self)
-        # A request behind one with `Connection: close` must not turn that one into an error.
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.parser = self._new_parser()
         self.transport: Any = None
         self.writable = asyncio.Event()
         self.writable.set()
@@ -85,9 +93,12 @@ class Connection(asyncio.Protocol):
         self.pipeline: deque[AsgiCycle] = deque()
         # The request being received.
         self.receiving = NOTHING
-        self.url = b""
+        self.method = self.url = b""
+        self.version = ""
         self.headers: list[tuple[bytes, bytes]] = []
+        self._noted: list[tuple[bytes, bytes]] = []
         self._expects_continue = False
+        self._head = b""  # the reads since its first byte, while its headers are parsed
         self._headers_bytes = 0
         self._raw_bytes = 0  # of the body, with its framing
         self._body_bytes = 0
@@ -200,27 +211,59 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self.receiving == HEADERS:
             self._headers_bytes += len(data)  # `on_message_begin` makes it 0 again
-        elif self.receiving == BODY:
-            self._raw_bytes += len(data)
+            self._head += data
+        else:
+            self._head = data
+            if self.receiving == BODY:
+                self._raw_bytes += len(data)
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            pass  # not taken up; the connection ends with this response
-        except httptools.HttpParserError:
-            self._end(Problem("bad-http", "the request is not valid HTTP/1.1", close=True))
-        if self.receiving == HEADERS and self._headers_bytes > _HEADERS_BYTES:
-            detail = f"the headers have more than {_HEADERS_BYTES} bytes"
-            self._end(Problem("headers-too-large", detail, close=True))
-        elif self.receiving == BODY and self._raw_bytes > _HEADERS_BYTES + _FRAMING * self._body_bytes:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                self._ignore_upgrade(memoryview(data)[upgrade.args[0] :])
+        except httptools.HttpParserError as error:
+            cause = error.__context__  # raised in one of the methods below
+            text = "the request is not valid HTTP/1.1"
+            self._end(cause if isinstance(cause, Problem) else invalid(text))
+        if self.receiving == HEADERS:
+            if self._headers_bytes > _HEADERS_BYTES:
+                detail = f"the headers have more than {_HEADERS_BYTES} bytes"
+                self._end(Problem("headers-too-large", detail, close=True))
+            return
+        self._head = b""
+        if self.receiving == BODY and self._raw_bytes > _HEADERS_BYTES + _FRAMING * self._body_bytes:
             # Endless trailers or chunk extensions.
             detail = f"the body's framing has more than {_HEADERS_BYTES} bytes"
             self._end(Problem("headers-too-large", detail, close=True))
             self.transport.close()
 
+    def _new_parser(self) -> Any:
+        parser = httptools.HttpRequestParser(self)
+        # A request behind one with `Connection: close` must not turn that one into an error.
+        parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        return parser
+
+    def _ignore_upgrade(self, rest: memoryview) -> None:
+        """Parse a request to upgrade as one that is not (RFC 9110, 7.8), and the rest of the bytes.
+
+        A parser ends at the headers of such a request, so another one goes on.
+        """
+        while True:
+            lines = [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
+            minor = self.version[2:].encode()
+            self.parser = self._new_parser()
+            self.parser.feed_data(b"%b%b\r\n%b\r\n" % (self._request_line(), minor, b"".join(lines)))
+            try:
+                self.parser.feed_data(rest)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                rest = rest[upgrade.args[0] :]
+
     def on_message_begin(self) -> None:
         self.receiving = HEADERS
         self.url = b""
         self.headers = []
+        self._noted = []
         self._expects_continue = False
         self._headers_bytes = self._raw_bytes = self._body_bytes = 0
         self._since_s = time.monotonic()
@@ -231,19 +274,57 @@ class Connection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         # Trailers come through this callback too; they are not kept.
         if self.receiving == HEADERS:
-            name = name.lower()
-            if name == b"expect":
-                self._expects_continue = value.lower() == b"100-continue"
-            self.headers.append((name, value))
+            header = (name.lower(), value)
+            if header[0] in _NOTED:
+                self._noted.append(header)
+            self.headers.append(header)
 
     def on_headers_complete(self) -> None:
+        """Refuse a request whose headers the parser accepts but HTTP/1.1 does not; begin any other."""
+        parser = self.parser
+        self.method = parser.get_method()
+        self.version = parser.get_http_version()
+        # The parser takes other protocols (RTSP, ICE) and versions as well.
+        line, head = self._request_line(), self._head
+        if not head.startswith(line) and head.find(line) < 0:
+            raise invalid("the request line is not METHOD TARGET HTTP/1.1")
+        if parser.should_upgrade():
+            if self.method == b"CONNECT":
+                raise invalid("this is no proxy: it does not take CONNECT")
+            return  # `_ignore_upgrade` goes on
+        noted = self._noted
+        if len(noted) != 1 or noted[0][0] != b"host":
+            self._check_noted()
+        self.begin_request()
+
+    def _request_line(self) -> bytes:
+        """Return the request line up to the minor version."""
+        return b"".join((self.method, b" ", self.url, b" HTTP/1."))
+
+    def _check_noted(self) -> None:
+        """Check Host (RFC 9112, 3.2) and Transfer-Encoding (6.1); read Expect."""
+        values: dict[bytes, list[bytes]] = {name: [] for name in _NOTED}
+        for name, value in self._noted:
+            values[name].append(value)
+        hosts, codings = len(values[b"host"]), b",".join(values[b"transfer-encoding"]).lower()
+        if hosts > 1 or (not hosts and self.version == "1.1"):
+            raise invalid(f"the request has {hosts} Host headers, it must have one")
+        self._expects_continue = b"100-continue" in [value.lower() for value in values[b"expect"]]
+        if not values[b"transfer-encoding"]:
+            return
+        if self.version == "1.0":
+            raise invalid("a request of HTTP/1.0 cannot have Transfer-Encoding")
+        if not codings.rstrip().endswith(b"chunked"):
+            raise invalid("the last of Transfer-Encoding is not chunked: the body has no end")
+        if codings.strip() != b"chunked":
+            detail = f"the transfer coding {codings.decode('latin-1')!r} is not supported; chunked is"
+            raise Problem("unsupported-transfer-coding", detail, close=True)
+
+    def begin_request(self) -> None:
         """Pass the request to the ASGI application, behind those that came before it."""
-        parser, before = self.parser, self.cycle
-        # An upgrade is not taken up, but the parser stops there: the bytes behind it are no request.
-        keep_alive = parser.should_keep_alive() and not parser.should_upgrade()
+        before = self.cycle
+        keep_alive = self.parser.should_keep_alive()
         scope = self._new_scope()
-        if scope["http_version"] == "1.0":
-            keep_alive = False
         cycle = AsgiCycle(self, scope, keep_alive=keep_alive, expects_continue=self._expects_continue)
         self.cycle = cycle
         self.receiving = BODY
@@ -266,8 +347,8 @@ class Connection(asyncio.Protocol):
         headers, self.headers = self.headers, []
         return {
             **self._scope,
-            "http_version": self.parser.get_http_version(),
-            "method": self.parser.get_method().decode("ascii"),
+            "http_version": self.version,
+            "method": self.method.decode("ascii"),
             "path": root + (unquote(text) if "%" in text else text),
             "raw_path": root.encode("ascii") + path if root else path,
             "query_string": query,
@@ -283,6 +364,8 @@ class Connection(asyncio.Protocol):
         self.cycle.on_body(body)  # type: ignore[union-attr]  # set with the headers
 
     def on_message_complete(self) -> None:
+        if self.receiving == HEADERS:
+            return  # a request to upgrade, see `_ignore_upgrade`
         self.receiving = NOTHING
         self.cycle.on_end()  # type: ignore[union-attr]  # as above
 

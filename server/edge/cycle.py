@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Generator, MutableMapping
 from http.client import responses
+from math import inf
 from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Scope
@@ -79,7 +80,7 @@ class AsgiCycle:
         self.response_complete = False
         self._head = b""
         self._chunked = False
-        self._body_left = 0
+        self._body_left: float = 0  # of Content-Length
 
     async def run(self, app: ASGIApp) -> None:
         """Let the application answer the request."""
@@ -182,13 +183,20 @@ class AsgiCycle:
             elif name == b"connection":
                 closes = b"close" in value.lower()
             lines.append(b"%b: %b\r\n" % (name, value))
+        old = self._scope["http_version"] == "1.0"
+        if length is None and self._scope["method"] != "HEAD" and status not in _BODILESS:
+            if old:
+                self.keep_alive = False  # the end of the connection ends the body
+                self._body_left = inf
+            else:
+                self._chunked = True
+                lines.append(b"transfer-encoding: chunked\r\n")
         if closes:
             self.keep_alive = False
         elif not self.keep_alive:
             lines.append(b"connection: close\r\n")
-        if length is None and self._scope["method"] != "HEAD" and status not in _BODILESS:
-            self._chunked = True
-            lines.append(b"transfer-encoding: chunked\r\n")
+        elif old:
+            lines.append(b"connection: keep-alive\r\n")
         fields = b"".join(lines)
         if fields.count(b"\n") != len(lines) or fields.count(b"\r") != len(lines):
             raise RuntimeError("a line break in a response header")
@@ -209,7 +217,7 @@ class AsgiCycle:
         else:
             data = body
             self._body_left -= len(body)
-            if self._body_left < 0 or (self._body_left and not more_body):
+            if self._body_left < 0 or (not more_body and 0 < self._body_left < inf):
                 raise RuntimeError("the response's body is not as long as its Content-Length")
         if self._head:
             data, self._head = b"".join((self._head, data)), b""

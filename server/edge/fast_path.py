@@ -90,6 +90,8 @@ class FastExchange(Exchange, kw_only=True):
 class FastConnection(Connection):
     """One connection with the fast path. `cache` is the server's."""
 
+    __slots__ = ("cache", "chunk")
+
     def __init__(self, inference: Inference, cache: HeaderCache, **of_uvicorn: Any) -> None:
         super().__init__(inference, **of_uvicorn)
         self.cache = cache
@@ -128,13 +130,13 @@ class FastConnection(Connection):
             exchange.begin(bool(block.marks))
         return exchange
 
-    def on_headers_complete(self) -> None:
+    def begin_request(self) -> None:
         before = self.cycle
         block = None
         if not self.pipeline and (before is None or before.response_complete):
             block = match(self.inference, self.parser, self.url, self.headers)
         if block is None:
-            super().on_headers_complete()
+            super().begin_request()
             return
         self.receiving = BODY
         exchange = self._new_exchange(block)

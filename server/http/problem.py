@@ -152,6 +152,11 @@ def too_large(length: int, limit: int) -> Problem:
     )
 
 
+def invalid(detail: str) -> Problem:
+    """Return the problem of bytes that are no request of HTTP/1.1. The connection ends."""
+    return Problem("bad-http", detail, close=True)
+
+
 def internal() -> Problem:
     """Return the problem of a request that a defect of the server prevents."""
     return Problem("internal", "the server failed on this request; its log says why")

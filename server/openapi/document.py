@@ -35,7 +35,10 @@ _TEMPLATE = Path(__file__).with_name("operations.json").read_bytes()
 _MODEL = "/v2/models/{name}"
 
 # Every route can answer with these: problems of the connection and of the server itself.
-ANYWHERE = ("bad-http", "headers-too-large", "internal", "method-not-allowed", "receive-timeout", "draining")
+ANYWHERE = (
+    "bad-http", "headers-too-large", "internal", "method-not-allowed", "receive-timeout", "draining",
+    "unsupported-transfer-coding",
+)  # fmt: skip
 _CREDENTIALS = ("bad-authorization", "unauthenticated", "invalid-credentials")
 _TOKENS = ("too-many-bad-tokens", "keys-unavailable")
 # Every route that demands credentials can answer with these.

@@ -54,8 +54,15 @@ class Client:
         self.complete += 1
 
 
-def cycle_of(client: Client, method: str = "GET", *, expects_continue: bool = False) -> AsgiCycle:
-    return AsgiCycle(client, {"method": method}, keep_alive=True, expects_continue=expects_continue)
+def cycle_of(
+    client: Client, method: str = "GET", *, version: str = "1.1", expects_continue: bool = False
+) -> AsgiCycle:
+    return AsgiCycle(
+        client,
+        {"method": method, "http_version": version},
+        keep_alive=True,
+        expects_continue=expects_continue,
+    )
 
 
 def start(*headers: tuple[bytes, bytes], status: int = 200) -> Message:
@@ -78,9 +85,9 @@ def sends(*messages: Message) -> App:
     return app
 
 
-async def run(*messages: Message, method: str = "GET") -> Client:
+async def run(*messages: Message, method: str = "GET", version: str = "1.1") -> Client:
     client = Client()
-    await cycle_of(client, method).run(sends(*messages))
+    await cycle_of(client, method, version=version).run(sends(*messages))
     return client
 
 
@@ -99,6 +106,12 @@ async def test_a_body_of_unknown_length_is_chunked_and_its_head_sent_at_once() -
         HEAD + b"transfer-encoding: chunked\r\n\r\n", b"2\r\nab\r\n", b"1\r\nc\r\n0\r\n\r\n"
     ]  # fmt: skip
     assert client.complete == 1
+
+
+async def test_a_body_of_unknown_length_ends_with_the_connection_in_http_1_0() -> None:
+    client = await run(start(), body(b"ab", more_body=True), body(b"c"), version="1.0")
+    assert client.written == [HEAD + b"connection: close\r\n\r\n", b"ab", b"c"]
+    assert (client.complete, client.closed) == (1, True)
 
 
 async def test_head_requests_get_no_body() -> None:

@@ -181,9 +181,28 @@ def test_a_pipeline_while_the_first_still_runs(served: Served, engine: GatedEngi
 # Old versions and Connection: close
 
 
-@pytest.mark.parametrize("headers", [{}, {"Connection": "keep-alive"}])
-def test_http_1_0_ends_with_the_answer(client: Client, headers: dict[str, str]) -> None:
-    assert data_of(client.ask(post(GATE, rows_of(7), headers, version="1.0"))) == [14]
+def test_http_1_0_ends_with_the_answer(client: Client) -> None:
+    assert data_of(client.ask(post(GATE, rows_of(7), version="1.0"))) == [14]
+    assert client.closed()
+
+
+def test_http_1_0_keeps_the_connection_if_asked_to(client: Client) -> None:
+    """As `ab -k` asks."""
+    request = post(GATE, rows_of(7), {"Connection": "Keep-Alive"}, version="1.0")
+    for _ in range(2):
+        answer = client.ask(request)
+        assert (data_of(answer), answer.headers["connection"]) == ([14], "keep-alive")
+    client.send(request + request)
+    assert [data_of(client.answer()), data_of(client.answer())] == [[14], [14]]
+    answer = client.ask(request.replace(GATE.encode(), b"/v2/models/none/infer"))
+    assert (answer.slug, answer.headers["connection"]) == ("unknown-model", "keep-alive")
+    assert data_of(client.ask(post(GATE, rows_of(8), version="1.0"))) == [16]
+    assert client.closed()
+
+
+def test_http_1_0_without_a_host(client: Client) -> None:
+    client.send(b"GET /v2/health/live HTTP/1.0\r\n\r\n")
+    assert client.answer().status == 200
     assert client.closed()
 
 

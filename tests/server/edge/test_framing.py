@@ -76,8 +76,18 @@ BAD = {
     "tls": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     "text": b"hello, is anybody there?\r\n\r\n",
     "lower-case method": b"post " + gate(7)[5:],
+    "http/0.9": f"POST {GATE}\r\n\r\n".encode(),
+    "http/0.9 by name": gate(7).replace(b"HTTP/1.1", b"HTTP/0.9"),
+    "http/2": gate(7).replace(b"HTTP/1.1", b"HTTP/2.0"),
+    "rtsp": gate(7).replace(b"HTTP/1.1", b"RTSP/1.0"),
+    "rtsp/1.1": gate(7).replace(b"HTTP/1.1", b"RTSP/1.1"),
+    "ice": b"SOURCE" + gate(7).replace(b"HTTP/1.1", b"ICE/1.0")[4:],
+    "no host": gate(7).replace(b"Host: test\r\n", b""),
+    "two hosts": head("Host: test", SIZE) + BODY,
+    "two hosts in http/1.0": head("Host: test", "Content-Length: 0").replace(b"HTTP/1.1", b"HTTP/1.0"),
+    "chunks in http/1.0": head("Transfer-Encoding: chunked").replace(b"HTTP/1.1", b"HTTP/1.0") + b"0\r\n\r\n",
     "http/2 without asking": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-    "space in the target": b"POST /v2/models/gate /infer HTTP/1.1\r\n\r\n",
+    "space in the target": b"POST /v2/models/gate /infer HTTP/1.1\r\nHost: test\r\n\r\n",
     "two lengths": head(SIZE, SIZE) + BODY,
     "two different lengths": head(SIZE, "Content-Length: 1") + BODY,
     "length and chunks": head(SIZE, "Transfer-Encoding: chunked") + BODY,
@@ -162,9 +172,16 @@ def test_a_bad_chunk_after_the_answer(client: Client) -> None:
     assert client.closed()
 
 
-def test_no_version(client: Client) -> None:
-    """HTTP/0.9 has no body: one response, and the end."""
-    assert client.ask(b"POST " + GATE.encode() + b"\r\n\r\n").slug == "not-json"
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("codings", [["gzip, chunked"], ["gzip", "chunked"], ["identity, chunked"]])
+def test_a_transfer_coding_that_is_not_known(client: Client, codings: list[str], apart: bool) -> None:
+    """RFC 9112, 6.1."""
+    request = head(*[f"Transfer-Encoding: {coding}" for coding in codings])
+    pieces = [request, b"0\r\n\r\n"] if apart else [request + b"0\r\n\r\n"]
+    for piece in pieces:
+        client.send(piece)
+    answer = client.answer()
+    assert (answer.status, answer.slug) == (501, "unsupported-transfer-coding")
     assert client.closed()
 
 
@@ -325,22 +342,44 @@ def test_the_number_of_cached_blocks_is_bounded(
 # Upgrades
 
 
+UPGRADE = {"Upgrade": "h2c", "Connection": "Upgrade, HTTP2-Settings", "HTTP2-Settings": "AAMAAABkAAQ"}
+
+
 @pytest.mark.parametrize("protocol", ["websocket", "h2c"])
-def test_an_upgrade_that_is_not_taken(client: Client, protocol: str) -> None:
+def test_an_upgrade_is_ignored(client: Client, protocol: str) -> None:
+    """RFC 9110, 7.8: the connection goes on in HTTP/1.1."""
     fields = f"Upgrade: {protocol}\r\nConnection: Upgrade\r\n"
-    client.send(f"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n{fields}\r\n".encode())
-    answer = client.answer()
-    assert answer.status == 200
-    assert "upgrade" not in answer.headers
+    for _ in range(2):
+        client.send(f"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n{fields}\r\n".encode())
+        answer = client.answer()
+        assert answer.status == 200
+        assert "upgrade" not in answer.headers
+
+
+@pytest.mark.parametrize("step", [10_000, 100, 1])
+def test_an_upgrade_with_a_body(client: Client, step: int) -> None:
+    """As curl --http2 and Java's HttpClient send it; alone, in chunks, and in a pipeline."""
+    chunks = {"Transfer-Encoding": "chunked"} | UPGRADE
+    chunked = post(GATE, b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY), chunks)
+    chunked = chunked.replace(b"Content-Length: %d\r\n" % (len(BODY) + 11), b"")
+    assert b"Content-Length" not in chunked
+    data = gate(7, headers=UPGRADE) + chunked + gate(8) + gate(9, headers=UPGRADE) * 2
+    for at in range(0, len(data), step):
+        client.send(data[at : at + step])
+    assert [data_of(client.answer()) for _ in range(5)] == [[14], [14], [16], [18], [18]]
+    assert data_of(client.ask(gate(7, headers=UPGRADE))) == [14]
+
+
+def test_an_upgrade_and_the_end(client: Client) -> None:
+    headers = UPGRADE | {"Connection": "close, Upgrade"}
+    assert data_of(client.ask(gate(7, headers=headers) + gate(8))) == [14]
     assert client.closed()
 
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_the_body_of_an_upgrade_is_no_request(served: Served, client: Client, apart: bool) -> None:
-    """To the parser the request ends with its headers; the bytes after it must not become a request."""
     taken = served.batcher().counters.accepted
-    headers = {"Upgrade": "h2c", "Connection": "Upgrade", "Content-Length": str(len(gate(7)))}
-    request = post(GATE, gate(7), headers)
+    request = post(GATE, gate(7), UPGRADE)
     end = request.index(b"\r\n\r\n") + 4
     if apart:
         client.send(request[:end])
@@ -348,8 +387,8 @@ def test_the_body_of_an_upgrade_is_no_request(served: Served, client: Client, ap
     else:
         client.send(request)
     assert client.answer().slug == "not-json"
-    assert client.closed()
     assert served.batcher().counters.accepted == taken
+    assert data_of(client.ask(gate(8))) == [16]
 
 
 def test_an_upgrade_header_alone_means_nothing(client: Client) -> None:

@@ -112,7 +112,9 @@ def test_a_body_that_stops_coming(impatient: Served, piece: int, headers: dict[s
 
 def test_chunks_that_stop_coming(impatient: Served) -> None:
     with impatient.connect() as client:
-        client.send(f"POST {GATE} HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhel".encode())
+        client.send(
+            f"POST {GATE} HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhel".encode()
+        )
         too_late(client)
 
 

@@ -39,6 +39,7 @@ ELSEWHERE = {
     "result-too-large",
     "too-many-elements",
     "too-many-predictions",
+    "unsupported-transfer-coding",
 }
 
 
