@@ -3,7 +3,7 @@
 * Time and size: a request must arrive whole within `receive_timeout_s`, the client must take some of its
   response in that time, headers are bounded, and a client that sends faster than it is answered is not read.
 * Order at the end: on bad bytes, a limit or the server's stop, earlier requests are answered first; then the
-  client is told the reason, once, as a problem.
+  client is told the reason, once, as a problem, which no reset takes from it (`server.edge.lingering`).
 
 A connection has one timer. It does not follow each request: it looks at the state when it is due and arms
 itself again.
@@ -14,7 +14,7 @@ Uvicorn listens, makes the connections and stops them; of its objects only its c
 
 import asyncio
 import time
-from collections import deque
+from collections import defaultdict, deque
 from typing import Any, Protocol
 from urllib.parse import unquote
 
@@ -25,6 +25,7 @@ from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
 from cobatch.server.edge.cycle import AsgiCycle, HeadBeginnings
+from cobatch.server.edge.lingering import LingeringClose
 from cobatch.server.http.problem import Problem, invalid, stopping
 from cobatch.server.http.reply import Reply
 from cobatch.server.inference.service import Inference
@@ -38,8 +39,6 @@ _SHORTEST_TICK_S = 0.05
 _ASGI = {"version": "3.0", "spec_version": "2.3"}
 # The part of a request being received.
 NOTHING, HEADERS, BODY = range(3)
-# Headers that the connection acts on itself.
-_NOTED = frozenset((b"host", b"expect", b"transfer-encoding"))
 _BEGINNINGS = HeadBeginnings()
 
 
@@ -63,7 +62,7 @@ class Connection(asyncio.Protocol):
     # Python finds attributes slowly where an object has more than 30 without slots.
     __slots__ = (
         "__weakref__", "_ahead", "_app_state", "_body_bytes", "_expects_continue", "_farewell", "_head",
-        "_headers_bytes", "_noted", "_raw_bytes", "_read_paused", "_scope", "_since_s", "_timer", "_unsent",
+        "_headers_bytes", "_raw_bytes", "_read_paused", "_scope", "_since_s", "_timer", "_unsent",
         "_unsent_since_s", "config", "cycle", "headers", "inference", "loop", "method", "parser", "pipeline",
         "receiving", "server_state", "transport", "url", "version", "writable", "write_paused",
     )  # fmt: skip
@@ -96,7 +95,6 @@ class Connection(asyncio.Protocol):
         self.method = self.url = b""
         self.version = ""
         self.headers: list[tuple[bytes, bytes]] = []
-        self._noted: list[tuple[bytes, bytes]] = []
         self._expects_continue = False
         self._head = b""  # the reads since its first byte, while its headers are parsed
         self._headers_bytes = 0
@@ -128,11 +126,24 @@ class Connection(asyncio.Protocol):
         self.server_state.connections.discard(self)
         if self._timer is not None:
             self._timer.cancel()
+        self._drop_requests()
+        self.parser = None  # it refers to this object
+
+    def _drop_requests(self) -> None:
         for cycle in dict.fromkeys((self._ahead, self.cycle)):
             if cycle is not None:
                 cycle.on_disconnect()
         self.writable.set()
-        self.parser = None  # it refers to this object
+
+    def close(self) -> None:
+        """End the connection once all that is written is sent; a client that may be sending is heard on."""
+        if not self.receiving or self.transport.is_closing():
+            self.transport.close()
+            return
+        assert self._timer is not None
+        self._timer.cancel()
+        self.transport = LingeringClose(self, self.transport, self.loop)
+        self._drop_requests()
 
     def shutdown(self) -> None:
         """Stop: answer requests that have arrived, refuse one that has not arrived in full."""
@@ -153,7 +164,7 @@ class Connection(asyncio.Protocol):
 
     def _end(self, problem: Problem) -> None:
         """End the connection with a problem, unless this request is answered."""
-        if self._farewell is not None:
+        if self._farewell is not None or self.transport.is_closing():
             return
         if self._owes_response():
             self._farewell = self._last_reply(problem)
@@ -161,7 +172,7 @@ class Connection(asyncio.Protocol):
                 self.pipeline.popleft()  # the newest: the request that has the problem
             self.pause_reading()
         elif self.receiving == BODY and self.cycle is not None and self.cycle.response_started:
-            self.transport.close()
+            self.close()
         else:
             self.write_reply(self._last_reply(problem), keep_alive=False)
 
@@ -224,6 +235,7 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             cause = error.__context__  # raised in one of the methods below
             text = "the request is not valid HTTP/1.1"
+            self.receiving = self.receiving or HEADERS
             self._end(cause if isinstance(cause, Problem) else invalid(text))
         if self.receiving == HEADERS:
             if self._headers_bytes > _HEADERS_BYTES:
@@ -235,7 +247,6 @@ class Connection(asyncio.Protocol):
             # Endless trailers or chunk extensions.
             detail = f"the body's framing has more than {_HEADERS_BYTES} bytes"
             self._end(Problem("headers-too-large", detail, close=True))
-            self.transport.close()
 
     def _new_parser(self) -> Any:
         parser = httptools.HttpRequestParser(self)
@@ -263,7 +274,6 @@ class Connection(asyncio.Protocol):
         self.receiving = HEADERS
         self.url = b""
         self.headers = []
-        self._noted = []
         self._expects_continue = False
         self._headers_bytes = self._raw_bytes = self._body_bytes = 0
         self._since_s = time.monotonic()
@@ -274,10 +284,7 @@ class Connection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         # Trailers come through this callback too; they are not kept.
         if self.receiving == HEADERS:
-            header = (name.lower(), value)
-            if header[0] in _NOTED:
-                self._noted.append(header)
-            self.headers.append(header)
+            self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         """Refuse a request whose headers the parser accepts but HTTP/1.1 does not; begin any other."""
@@ -292,31 +299,32 @@ class Connection(asyncio.Protocol):
             if self.method == b"CONNECT":
                 raise invalid("this is no proxy: it does not take CONNECT")
             return  # `_ignore_upgrade` goes on
-        noted = self._noted
-        if len(noted) != 1 or noted[0][0] != b"host":
-            self._check_noted()
+        names = dict(self.headers)
+        usual = b"host" in names and b"expect" not in names and b"transfer-encoding" not in names
+        if not usual or len(names) != len(self.headers):
+            self._check_headers()
         self.begin_request()
 
     def _request_line(self) -> bytes:
         """Return the request line up to the minor version."""
         return b"".join((self.method, b" ", self.url, b" HTTP/1."))
 
-    def _check_noted(self) -> None:
+    def _check_headers(self) -> None:
         """Check Host (RFC 9112, 3.2) and Transfer-Encoding (6.1); read Expect."""
-        values: dict[bytes, list[bytes]] = {name: [] for name in _NOTED}
-        for name, value in self._noted:
-            values[name].append(value)
-        hosts, codings = len(values[b"host"]), b",".join(values[b"transfer-encoding"]).lower()
+        values: defaultdict[bytes, list[bytes]] = defaultdict(list)
+        for name, value in self.headers:
+            values[name].append(value.lower())
+        hosts, codings = len(values[b"host"]), b",".join(values[b"transfer-encoding"]).strip()
         if hosts > 1 or (not hosts and self.version == "1.1"):
             raise invalid(f"the request has {hosts} Host headers, it must have one")
-        self._expects_continue = b"100-continue" in [value.lower() for value in values[b"expect"]]
+        self._expects_continue = b"100-continue" in values[b"expect"]
         if not values[b"transfer-encoding"]:
             return
         if self.version == "1.0":
             raise invalid("a request of HTTP/1.0 cannot have Transfer-Encoding")
-        if not codings.rstrip().endswith(b"chunked"):
+        if not codings.endswith(b"chunked"):
             raise invalid("the last of Transfer-Encoding is not chunked: the body has no end")
-        if codings.strip() != b"chunked":
+        if codings != b"chunked":
             detail = f"the transfer coding {codings.decode('latin-1')!r} is not supported; chunked is"
             raise Problem("unsupported-transfer-coding", detail, close=True)
 
@@ -419,7 +427,7 @@ class Connection(asyncio.Protocol):
             head += b"connection: close\r\n"
         transport.write(b"".join((self.head_beginnings()[reply.status], head, b"\r\n", *reply.body)))
         if not keep_alive:
-            transport.close()
+            self.close()
         self.on_response_complete()
         return self._since_s
 

@@ -1,0 +1,75 @@
+"""The end of a connection whose client may still be sending (RFC 9112, 9.6).
+
+A socket that is closed before all bytes are read is reset, and then the client, or the proxy before it, loses
+the response. So the connection is closed in one direction, and what still arrives is thrown away for a while.
+"""
+
+import asyncio
+from typing import Any
+
+# A client that has read the response stops sending; these bound one that does not.
+LINGER_BYTES = 128 << 20
+LINGER_S = 30.0
+# Without a byte received.
+LINGER_IDLE_S = 5.0
+
+
+class LingeringClose(asyncio.Protocol):
+    """A connection's last protocol, and the transport that the connection sees from then on: a closed one."""
+
+    def __init__(self, connection: asyncio.Protocol, transport: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self._connection: asyncio.Protocol | None = connection
+        self._transport = transport
+        self._loop = loop
+        self._left_bytes = LINGER_BYTES
+        self._received_s = loop.time()
+        self._end_s = self._received_s + LINGER_S
+        transport.set_protocol(self)
+        if transport.can_write_eof():  # not over TLS
+            transport.write_eof()
+        transport.resume_reading()
+        self._timer = loop.call_later(min(LINGER_IDLE_S, LINGER_S), self._tick)
+
+    # The protocol
+
+    def data_received(self, data: bytes) -> None:
+        self._received_s = self._loop.time()
+        self._left_bytes -= len(data)
+        if self._left_bytes < 0:
+            self.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._timer.cancel()
+        connection, self._connection = self._connection, None  # they refer to each other
+        if connection is not None:
+            connection.connection_lost(exc)
+
+    def _tick(self) -> None:
+        left_s = min(self._received_s + LINGER_IDLE_S, self._end_s) - self._loop.time()
+        if left_s <= 0:
+            self.abort()
+        else:
+            self._timer = self._loop.call_later(left_s, self._tick)
+
+    # The transport
+
+    def is_closing(self) -> bool:
+        """The connection takes no more responses."""
+        return True
+
+    def write(self, data: bytes) -> None:
+        """Drop the data."""
+
+    def close(self) -> None:
+        """Do nothing: the connection ends by itself."""
+
+    def abort(self) -> None:
+        """Close the socket now."""
+        self._transport.abort()
+
+    def get_write_buffer_size(self) -> int:
+        """Return the bytes of the last response that the client has not taken."""
+        size: int = self._transport.get_write_buffer_size()
+        return size
+
+    pause_reading = resume_reading = close
