@@ -64,7 +64,7 @@ class Capacity:
     def sentence(self) -> str:
         limit, last = f"p99 within {self.slo_ms:g} ms", self.trials[-1]
         if self.rate is None:
-            blame = " The generator was the bottleneck." if self.limited else ""
+            blame = " Requests were not sent in time." if self.limited else ""
             if last.confirms:
                 return (
                     f"No rate could be confirmed with {limit}: trials at the same rate differed, down to "
@@ -80,7 +80,7 @@ class Capacity:
             "of such trials do."
         )
         if self.limited:
-            return f"At least {text} The generator could not offer more; the server may take it."
+            return f"At least {text} More could not be offered in time; the server may take it."
         return text if self.failed_rate is None else f"{text} {self.failed_rate:,.0f} did not hold."
 
 

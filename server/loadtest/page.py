@@ -34,7 +34,7 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#
 _WIDTH, _HEIGHT = 640, 380
 _FONT = 'font-family="sans-serif" font-size="12"'
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 36, 48
-_KEY, _CHARACTER = 40, 7  # width of the legend
+_KEY, _CHARACTER, _NAME_LIMIT = 40, 7, 30  # width of the legend, in all charts
 
 _Plot = tuple[str, str, Mapping[str, str]]  # title, unit, and the attribute of each line
 _RATES = {"offered": "offered_rate", "answered": "answered_rate"}
@@ -96,8 +96,7 @@ def _trial(results: Results) -> str:
     shares = ", ".join(f"{share:.0%}" for share in generator.cpu_shares)
     parts = [f"<h2>{escape(_load_name(results))}</h2>"]
     parts += [
-        f'<p class="bad">The generator was the bottleneck: {escape(reason)}.</p>'
-        for reason in generator.bottlenecks
+        f'<p class="bad">{escape(reason[:1].upper() + reason[1:])}.</p>' for reason in generator.bottlenecks
     ]
     parts += [f"<p>Note: {escape(note)}.</p>" for note in generator.notes]
     parts.append(
@@ -176,7 +175,7 @@ def _chart(
     xs = _ticks(min(x for x, _ in points), max(x for x, _ in points))
     ys = _ticks(0.0, max(y for _, y in points))
 
-    width = _WIDTH + _KEY + _CHARACTER * max(map(len, lines), default=0)
+    width = _WIDTH + _KEY + _CHARACTER * _NAME_LIMIT
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = (x - xs[0]) / (xs[-1] - xs[0]) * (_WIDTH - _LEFT - _RIGHT)
@@ -209,7 +208,8 @@ def _chart(
             ]
         height = _TOP + 14 + 16 * number
         parts.append(_stroke([(_WIDTH, height - 4), (_WIDTH + 24, height - 4)], colour, 2, dash))
-        parts.append(_text(_WIDTH + 30, height, name))
+        shown = name if len(name) <= _NAME_LIMIT else name[: _NAME_LIMIT - 1] + "…"
+        parts.append(_text(_WIDTH + 30, height, shown))
     return "\n".join([*parts, "</svg>", ""])
 
 

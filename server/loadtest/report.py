@@ -167,7 +167,7 @@ def _show_details(console: Console, results: Results, prefix: str) -> None:
         text += f"; p99 from the time of sending {results.sent_latency_ms['p99']:,.2f} ms"
     say(text)
     for reason in generator.bottlenecks:
-        say(f"the generator was the bottleneck: {reason}", "bold red")
+        say(reason, "bold red")
     for note in generator.notes:
         say(f"note: {note}")
 

@@ -179,14 +179,18 @@ class RandomInputs:
     def example(self, number: int, rows: int) -> Arrays:
         """Return the inputs of a request; equal for equal numbers."""
         rng = np.random.default_rng([self._seed, number])
+        drawn: dict[tuple[Span, int], int] = {}
         return {
             tensor.name: _random_array(
-                tensor.datatype, self._shape(tensor, rows, rng), self._spans.get(tensor.name), rng
+                tensor.datatype, self._shape(tensor, rows, rng, drawn), self._spans.get(tensor.name), rng
             )
             for tensor in self._tensors
         }
 
-    def _shape(self, tensor: Tensor, rows: int, rng: np.random.Generator) -> list[int]:
+    def _shape(
+        self, tensor: Tensor, rows: int, rng: np.random.Generator, drawn: dict[tuple[Span, int], int]
+    ) -> list[int]:
+        """Return a shape. The metadata does not name its axes: inputs with equal ranges get equal sizes."""
         name, shape = tensor.name, list(tensor.shape)
         batched = shape[:1] == [-1]
         if not batched and rows != 1:
@@ -200,8 +204,11 @@ class RandomInputs:
                 if free
                 else f"--shape: input {name!r} has no axis of variable size"
             )
-        for axis, (low, high) in zip(free, spans, strict=True):
-            shape[axis] = int(rng.integers(int(low), int(high) + 1))
+        for number, (axis, span) in enumerate(zip(free, spans, strict=True)):
+            key = span, spans[:number].count(span)
+            if key not in drawn:
+                drawn[key] = int(rng.integers(int(span[0]), int(span[1]) + 1))
+            shape[axis] = drawn[key]
         return [rows, *shape[1:]] if batched else shape
 
 

@@ -1,4 +1,4 @@
-"""The results of a trial: rates, percentiles, and if the generator was the bottleneck."""
+"""The results of a trial: rates, percentiles, and how far they can be trusted."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -59,7 +59,7 @@ class IntervalSummary(msgspec.Struct, frozen=True):
 
 
 class GeneratorSummary(msgspec.Struct, frozen=True):
-    """The generator's own load. `bottlenecks`: reasons why the results are its limits, not the server's."""
+    """The generator's own load. `bottlenecks`: reasons why the results are not the server's limits."""
 
     processes: int
     cpu_shares: Sequence[float]
@@ -211,22 +211,23 @@ def _rounded(value: Any) -> Any:
 
 
 def bottlenecks(tally: Tally) -> list[str]:
-    """Return the reasons why the generator, not the server, set the limit; empty if it did not."""
+    """Return the reasons why generator or machine, not the server, set the limit; empty if neither did."""
     reasons = []
     busy = max((one.cpu_s / one.took_s for one in tally.done.values() if one.took_s), default=0.0)
     if busy >= _BUSY:
         reasons.append(
-            f"a generator process used {busy:.0%} of a core: raise --processes from {len(tally.done)}"
+            f"the generator was the bottleneck: a process used {busy:.0%} of a core; raise --processes from "
+            f"{len(tally.done)}"
         )
     delay_us, latency_us = tally.send_delay.quantile_us(0.99), tally.total.latency.quantile_us(0.99)
     limit_us = max(_DELAY_US, _DELAY_SHARE * latency_us)
     if delay_us > limit_us and tally.send_delay.above(limit_us) >= _DELAYED_REQUESTS:
-        why = "the generator did not keep up"
+        why = "the generator was the bottleneck: it did not keep up"
         if busy < _IDLE:
-            why = f"the machine did not schedule the generator in time (it used {busy:.0%} of a core)"
+            why = f"the machine did not schedule the generator in time, which used {busy:.0%} of a core"
         reasons.append(
-            f"1 % of the requests were sent {delay_us / 1000:.2f} ms late or later, at a p99 of "
-            f"{latency_us / 1000:.2f} ms: {why}"
+            f"{why}; 1 % of the requests were sent {delay_us / 1000:.2f} ms late or later, at a p99 of "
+            f"{latency_us / 1000:.2f} ms"
         )
     return reasons
 

@@ -125,8 +125,10 @@ def describe(address: Address, name: str | None, version: str | None, headers: M
 
 def _only_model(address: Address, headers: Mapping[str, str]) -> str:
     reply = fetch(address, "POST", "/v2/repository/index", headers, b"{}")
-    if reply.status in (401, 403):
-        raise BenchError(f"POST /v2/repository/index: {reply.error}; or give --model")
+    if reply.status == 403:
+        raise BenchError(f"these credentials may not list the models: give --model ({reply.error})")
+    if reply.status == 401:
+        raise BenchError(f"the server asks for credentials, with --token-file or --api-key ({reply.error})")
     try:
         names = sorted({one.name for one in msgspec.json.decode(reply.body, type=list[Model])})
     except msgspec.DecodeError:

@@ -99,6 +99,8 @@ def test_several_rates_give_a_table_and_a_page(node: Any, tmp_path: Path) -> Non
     assert "//" not in text.replace("http://www.w3.org/2000/svg", "").replace(url_of(served), "")
     root = ET.fromstring(text.removeprefix("<!doctype html>").replace('<meta charset="utf-8">', "")
                          .replace('initial-scale=1">', 'initial-scale=1"/>'))  # fmt: skip
+    boxes = {one.get("viewBox") for one in root.iter("{http://www.w3.org/2000/svg}svg")}
+    assert len(boxes) == 1, "charts of one size"
     titles = {one.text for one in root.iter("{http://www.w3.org/2000/svg}text")}
     assert {
         "Latency distribution", "Latency by due time", "Throughput by offered rate",
@@ -198,6 +200,10 @@ def test_tokens_of_tenants(tmp_path: Path) -> None:
         document = done(node.served, tmp_path, "--shape", "x=1", "--model", "gate", "--token-file", file)
         assert not document["runs"][0]["total"]["errors"]
         assert token("alice") not in json.dumps(document)
+        message = refused(node.served, "--shape", "x=1", "--token-file", str(file), status=1)
+        assert "these credentials may not list the models: give --model (403: " in message
+        message = refused(node.served, "--shape", "x=1", status=1)
+        assert "the server asks for credentials, with --token-file or --api-key (401: " in message
         message = refused(node.served, "--shape", "x=1", "--model", "gate", status=1)
         assert "401" in message
         both = ("--shape", "x=1", "--tenant", f"name=a,token_file={file}", "--tenant", "name=guest")

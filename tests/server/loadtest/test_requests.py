@@ -66,6 +66,7 @@ def test_a_request_has_one_host_header() -> None:
 
 
 IDS = Tensor("ids", "INT64", (-1, -1))
+IMAGE = Tensor("image", "FP32", (-1, -1, -1))
 
 
 def test_random_inputs_have_the_sizes_and_values_of_the_options() -> None:
@@ -77,6 +78,18 @@ def test_random_inputs_have_the_sizes_and_values_of_the_options() -> None:
     assert np.array_equal(drawn.example(5, 1)["x"], examples[5]["x"])
     with pytest.raises(UsageError, match="no batch axis"):
         drawn.example(0, 2)
+
+
+def test_inputs_with_equal_ranges_have_equal_sizes() -> None:
+    tensors = [Tensor("ids", "INT64", (-1, -1)), Tensor("mask", "INT64", (-1, -1)), IMAGE]
+    spans: dict[str, Any] = {"ids": [(3, 99)], "mask": [(3, 99)], "image": [(3, 99), (3, 99)]}
+    drawn = RandomInputs(tensors, spans, {}, 1)
+    shapes = [{name: array.shape for name, array in drawn.example(n, 2).items()} for n in range(40)]
+    assert all(one["ids"] == one["mask"] == one["image"][:2] for one in shapes)
+    assert len({one["ids"] for one in shapes}) > 20
+    assert any(one["image"][1] != one["image"][2] for one in shapes)
+    apart = RandomInputs(tensors[:2], {"ids": [(3, 99)], "mask": [(3, 98)]}, {}, 1)
+    assert any(apart.example(n, 2)["ids"].shape != apart.example(n, 2)["mask"].shape for n in range(9))
 
 
 @pytest.mark.parametrize(
