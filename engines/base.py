@@ -2,16 +2,16 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from cobatch.engines.errors import EngineLoadError
 
 Array = np.ndarray[Any, Any]
-# The shape of one row of each input, in the signature's order.
+# The shape of one row of each input, in the signature's order; with batching off of the whole input.
 RowShapes = tuple[tuple[int, ...], ...]
 
 # Open Inference Protocol V2 datatypes. BYTES elements are Python objects (bytes or str). NumPy has no BF16,
@@ -57,14 +57,16 @@ def within(low: Sequence[int], shape: Sequence[int], high: Sequence[int]) -> boo
 class TensorSpec:
     """An input or output. `shape` is that of one row, without the batch axis; -1 marks a variable axis.
 
-    `ranges`: pairs of the smallest and largest row shape that the engine accepts; a row must lie within one
-    pair. If empty, only `shape` restricts rows.
+    With batching off (`batched` is False) a row is the whole tensor, and so is `shape`. `ranges`: pairs of
+    the smallest and largest row shape that the engine accepts; a row must lie within one pair. If empty, only
+    `shape` restricts rows.
     """
 
     name: str
     datatype: str
     shape: tuple[int, ...]
     ranges: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
+    batched: bool = True
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -81,6 +83,35 @@ class TensorSpec:
         """Elements of a row, -1 if variable."""
         return -1 if -1 in self.shape else prod(self.shape)
 
+    def tensor_shape(self, rows: int, row_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape, for clients and engines, of this many rows; with batching off there is one."""
+        return (rows, *row_shape) if self.batched else row_shape
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """The tensor's shape; -1 marks the batch axis and variable axes."""
+        return self.tensor_shape(-1, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """The decision if a model's requests share runs, and its reason.
+
+    The operator sets "on" or "off"; "auto" is not decided yet: `engines.proof` makes it "proven", "unproven"
+    (batched as the signature says) or "disproved" (off).
+    """
+
+    verdict: Literal["auto", "on", "off", "proven", "unproven", "disproved"] = "auto"
+    reason: str = ""
+
+    @property
+    def on(self) -> bool:
+        """True if requests may share runs."""
+        return self.verdict not in ("off", "disproved")
+
+
+AUTO = Batching()
+
 
 @dataclass(frozen=True, slots=True)
 class Signature:
@@ -89,40 +120,58 @@ class Signature:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     fixed_batch: int | None = None
+    batching: Batching = Batching("on")
+
+    @property
+    def batching_note(self) -> str:
+        """How requests are batched, why, and what the operator can do about it, in one line."""
+        verdict, reason = self.batching.verdict, self.batching.reason
+        if verdict in ("off", "disproved"):
+            why = f': {reason}; if rows are independent all the same, set batching = "on"' if reason else ""
+            return f"off, requests run one at a time{why}"
+        if self.fixed_batch == 1:
+            return "fixed at 1 by the file; export it with a dynamic batch axis, so that requests share runs"
+        if verdict == "unproven":
+            return f'on, but not proven: {reason}; set it to "off" if rows depend on each other, else to "on"'
+        return "on, proven at load" if verdict == "proven" else "on, not tested"
 
 
-def make_signature(
-    model: str, inputs: Sequence[tuple[TensorSpec, Any]], outputs: Sequence[tuple[TensorSpec, Any]]
-) -> Signature:
-    """Check that rows can be batched along the first axis. Raises EngineLoadError.
+def batched_signature(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> Signature:
+    """Return the signature of rows along the first axis. Raises EngineLoadError if that is none.
 
-    Each spec comes with its tensor's first axis: a size from 0, or -1, a name or None if it is variable.
+    The specs have whole shapes.
     """
-    if not inputs or not outputs:
-        raise EngineLoadError(f"{model} has no inputs or no outputs")
-    sizes = {_fixed_size(first) for _, first in inputs}
+    for kind, specs in (("input", inputs), ("output", outputs)):
+        for spec in specs:
+            if not spec.shape:
+                raise EngineLoadError(f"{kind} {spec.name!r} is a scalar or of unknown rank")
+    sizes = {spec.shape[0] for spec in inputs}
     if len(sizes) > 1:
-        shown = ", ".join(f"{spec.name!r} {first}" for spec, first in inputs)
-        raise EngineLoadError(f"the inputs' first axes differ, so none is the batch axis: {shown}")
+        shown = ", ".join(f"{spec.name!r} {list(spec.shape)}" for spec in inputs)
+        raise EngineLoadError(f"the inputs' first axes differ: {shown}")
     fixed = sizes.pop()
     if fixed == 0:
-        raise EngineLoadError("the inputs' first axis is fixed at 0: no row fits")
-    for spec, first in outputs:
-        if _fixed_size(first) not in (fixed, None):
-            expected = "vary with the batch" if fixed is None else f"be {fixed}, as the inputs'"
-            raise EngineLoadError(f"output {spec.name!r}: its first axis is {first}, it should {expected}")
-    return Signature(tuple(spec for spec, _ in inputs), tuple(spec for spec, _ in outputs), fixed)
+        raise EngineLoadError("the inputs' first axis is fixed at 0")
+    for spec in outputs:
+        if spec.shape[0] not in (fixed, -1):
+            expected = "vary with the inputs'" if fixed == -1 else f"be {fixed}, as the inputs'"
+            raise EngineLoadError(
+                f"output {spec.name!r}: its first axis is {spec.shape[0]}, it should {expected}"
+            )
 
+    def by_rows(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+        return tuple(replace(spec, shape=spec.shape[1:], batched=True) for spec in specs)
 
-def _fixed_size(first: Any) -> int | None:
-    return first if isinstance(first, int) and first >= 0 else None
+    return Signature(by_rows(inputs), by_rows(outputs), None if fixed == -1 else fixed)
 
 
 class Engine(Protocol):
     """Runs batches in slots: while one slot's batch runs, another's rows can be packed.
 
     `inputs` is called on the event loop's thread, only for an idle slot; all other methods on the worker
-    thread. An engine whose batches run from `enqueue` on, not in `wait`, has an attribute
+    thread. With batching off a batch is one row, the whole tensors: `max_batch_size` is 1, and buffers and
+    outputs have a first axis of 1 that the model does not see. An engine whose batches run from `enqueue` on,
+    not in `wait`, has an attribute
     `asynchronous = True`.
     """
 

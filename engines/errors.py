@@ -15,3 +15,7 @@ class EngineRunError(EngineError):
 
 class EngineDeadError(EngineError):
     """The engine cannot run any batch any more."""
+
+
+class NoBatchAxisError(EngineRunError, EngineLoadError):
+    """An output's first axis does not count the rows."""

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cobatch.engines.base import Engine
+from cobatch.engines.base import AUTO, Batching, Engine
 from cobatch.engines.errors import EngineLoadError
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """Options of single engines: `threads` of ONNX Runtime, the others of TensorRT.
+    """Options of engines: `batching` of all, `threads` of ONNX Runtime, the others of TensorRT.
 
     `batch_buckets`: sizes that batches are padded to (None: powers of two). `plan_cache`: folder of built
     plans (None: in the user's cache folder).
@@ -25,17 +25,18 @@ class EngineOptions:
     cuda_graphs: bool = True
     plan_cache: Path | None = None
     plan_host_code: bool = False
+    batching: Batching = AUTO
 
 
 def _onnxruntime(path: str, max_batch_size: int, options: EngineOptions) -> Engine:
     from cobatch.engines.onnxruntime import OnnxRuntimeEngine  # noqa: PLC0415 - loads only this engine's library
 
-    return OnnxRuntimeEngine(path, max_batch_size, options.threads)
+    return OnnxRuntimeEngine(path, max_batch_size, options.threads, options.batching)
 
 
 def _tensorrt(path: str, max_batch_size: int, options: EngineOptions) -> Engine:
     from cobatch.engines.tensorrt.engine import TensorRTEngine  # noqa: PLC0415
-    from cobatch.engines.tensorrt.plans.cache import plan_source  # noqa: PLC0415
+    from cobatch.engines.tensorrt.plans.cache import Verdicts, plan_source  # noqa: PLC0415
     from cobatch.engines.tensorrt.plans.manifest import BuildOptions  # noqa: PLC0415
 
     build_options = BuildOptions(max_batch_size=max_batch_size, runtime=options.tensorrt_runtime)
@@ -48,6 +49,8 @@ def _tensorrt(path: str, max_batch_size: int, options: EngineOptions) -> Engine:
         runtime=options.tensorrt_runtime,
         graphs=options.cuda_graphs,
         host_code=options.plan_host_code,
+        batching=options.batching,
+        verdicts=Verdicts(options.plan_cache),
         plan_source=plan_source(Path(path), build_options, options.plan_cache, options.device),
     )
 

@@ -11,13 +11,15 @@ strings or with outputs of unknown shape use `run`.
 
 import logging
 from collections import OrderedDict
+from collections.abc import Sequence
 from math import prod
 
 import numpy as np
 import onnxruntime as ort
 
-from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec, available_cores, make_signature
+from cobatch.engines.base import AUTO, Array, Batching, RowShapes, Signature, TensorSpec, available_cores
 from cobatch.engines.errors import EngineLoadError, EngineRunError
+from cobatch.engines.proof import prove, settle
 
 _TYPES = {
     "tensor(bool)": "BOOL",
@@ -65,17 +67,25 @@ class _Slot:
 
 
 class OnnxRuntimeEngine:
-    """One session. A model with a fixed first axis runs at that size, padded with zeros.
+    """One session. A model with a fixed batch axis runs at that size, padded with zeros.
 
-    `threads`: of the session; by default one core is left to the event loop.
+    `threads`: of the session; by default one core is left to the event loop. `max_batch_size` is set to the
+    model's own, if it fixes one, and to 1 with batching off.
     """
 
     platform = "onnxruntime_onnx"
     slots = 2
 
-    def __init__(self, path: str, max_batch_size: int, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        max_batch_size: int,
+        threads: int | None = None,
+        batching: Batching = AUTO,
+    ) -> None:
         self.path = path
         self.max_batch_size = max_batch_size
+        self._batching = batching
         self._threads = threads or max(1, available_cores() - 1)
         self._signature: Signature | None = None
         self._session: ort.InferenceSession | None = None
@@ -104,11 +114,10 @@ class OnnxRuntimeEngine:
             session = ort.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise EngineLoadError(f"ONNX Runtime cannot load {self.path}: {error}") from error
-        self._signature = read_signature(session)
-        if self._signature.fixed_batch is not None:
-            self.max_batch_size = self._signature.fixed_batch
+        self._signature = signature = _read_signature(session, self._batching)
+        self.max_batch_size = signature.fixed_batch or (self.max_batch_size if signature.batching.on else 1)
         self._session = session
-        declared = _probe(session, self._signature, self.max_batch_size)
+        declared = _has_declared_shapes(session, signature, self.max_batch_size)
         specs = self._signature.inputs + self._signature.outputs
         known = all(spec.row_elements >= 0 for spec in self._signature.outputs) and declared
         self._plain = not known or any(spec.datatype == "BYTES" for spec in specs)
@@ -183,15 +192,15 @@ class OnnxRuntimeEngine:
     def _run_plain(
         self, session: ort.InferenceSession, slot: int, rows: int, row_shapes: RowShapes
     ) -> tuple[Array, ...]:
-        arrays = self.inputs(slot, rows, row_shapes)
-        feed = {
-            spec.name: _text(array[:rows]) if array.dtype == object else array[:rows]
-            for spec, array in zip(self.signature.inputs, arrays, strict=True)
-        }
-        try:
-            return tuple(session.run(None, feed))
-        except UnicodeDecodeError as error:
-            raise EngineRunError(f"ONNX Runtime cannot return strings that are not UTF-8: {error}") from error
+        arrays = [self._seen_by_model(array[:rows]) for array in self.inputs(slot, rows, row_shapes)]
+        outputs = _run(session, self.signature, arrays)
+        if self.signature.batching.on:
+            return tuple(outputs)
+        return tuple(output[np.newaxis] for output in outputs)
+
+    def _seen_by_model(self, rows: Array) -> Array:
+        """Return the whole tensor that is the only row, with batching off; else the rows."""
+        return rows if self.signature.batching.on else rows.reshape(rows.shape[1:])
 
     def _binding(
         self, session: ort.InferenceSession, slot: int, rows: int, row_shapes: RowShapes
@@ -210,10 +219,11 @@ class OnnxRuntimeEngine:
     def _bind(self, session: ort.InferenceSession, slot: int, rows: int, row_shapes: RowShapes) -> _Binding:
         io = session.io_binding()
         for spec, array in zip(self.signature.inputs, self.inputs(slot, rows, row_shapes), strict=True):
-            part = array[:rows]
+            part = self._seen_by_model(array[:rows])
             io.bind_input(spec.name, "cpu", 0, part.dtype.type, part.shape, part.ctypes.data)
         parts = tuple(buffer[:rows] for buffer in self._slots[slot].outputs)
-        for spec, part in zip(self.signature.outputs, parts, strict=True):
+        for spec, rows_ in zip(self.signature.outputs, parts, strict=True):
+            part = self._seen_by_model(rows_)
             io.bind_output(spec.name, "cpu", 0, part.dtype.type, part.shape, part.ctypes.data)
         return io, parts
 
@@ -223,27 +233,47 @@ def _on_log(severity: int, _category: str, _log_id: str, place: str, message: st
     log.log(_LEVELS[severity], "%s (%s)", message, place)
 
 
-def _probe(session: ort.InferenceSession, signature: Signature, max_batch_size: int) -> bool:
-    """Run two rows of zeros; True if the outputs have the declared row shapes, or the model refuses zeros.
+def _run(
+    session: ort.InferenceSession,
+    signature: Signature,
+    arrays: Sequence[Array],
+    options: ort.RunOptions | None = None,
+) -> list[Array]:
+    feed = {
+        spec.name: _text(array) if array.dtype == object else array
+        for spec, array in zip(signature.inputs, arrays, strict=True)
+    }
+    try:
+        return [np.asarray(output) for output in session.run(None, feed, options)]
+    except UnicodeDecodeError as error:
+        raise EngineRunError(f"ONNX Runtime cannot return strings that are not UTF-8: {error}") from error
+
+
+def _has_declared_shapes(session: ort.InferenceSession, signature: Signature, max_batch_size: int) -> bool:
+    """Run zeros; True if the outputs have the declared row shapes, or the model refuses zeros.
 
     Raises EngineLoadError if an output's first axis does not count the rows: in a binding such a model would
     fail without a reason.
     """
     rows = signature.fixed_batch or min(2, max_batch_size)
-    feed = {}
-    for spec in signature.inputs:
-        shape = (rows, *(abs(size) for size in spec.shape))
-        feed[spec.name] = np.full(shape, "" if spec.datatype == "BYTES" else 0, spec.dtype)
+    shapes = [spec.tensor_shape(rows, spec.least_row) for spec in signature.inputs]
+    zeros = [
+        np.full(shape, "" if spec.datatype == "BYTES" else 0, spec.dtype)
+        for spec, shape in zip(signature.inputs, shapes, strict=True)
+    ]
     try:
-        outputs = session.run(None, feed)
+        outputs = _run(session, signature, zeros, _quiet())
     except Exception:  # noqa: BLE001 - ONNX Runtime has no base class of errors; the warm-up reports them
         return True
     for spec, output in zip(signature.outputs, outputs, strict=True):
-        if output.ndim == 0 or output.shape[0] != rows:
+        if spec.batched and output.shape[:1] != (rows,):
             raise EngineLoadError(
                 f"output {spec.name!r} does not follow the batch axis: {rows} rows gave {list(output.shape)}"
             )
-    return [spec.shape for spec in signature.outputs] == [output.shape[1:] for output in outputs]
+    return all(
+        spec.tensor_shape(rows, spec.shape) == output.shape
+        for spec, output in zip(signature.outputs, outputs, strict=True)
+    )
 
 
 def _text(array: Array) -> Array:
@@ -265,18 +295,30 @@ def _text(array: Array) -> Array:
     return np.array(raw, f"{'V' if same else 'S'}{longest}").reshape(array.shape)
 
 
-def read_signature(session: ort.InferenceSession) -> Signature:
-    """Read the signature of a session's model. Raises EngineLoadError if it cannot be batched."""
-    inputs = [(_spec("input", node), node.shape[0]) for node in session.get_inputs()]
-    outputs = [(_spec("output", node), node.shape[0]) for node in session.get_outputs()]
-    return make_signature("the model", inputs, outputs)
+def _read_signature(session: ort.InferenceSession, batching: Batching) -> Signature:
+    """Read the signature of a session's model, and prove its batch axis. Raises EngineLoadError."""
+    inputs = [_spec("input", node) for node in session.get_inputs()]
+    outputs = [_spec("output", node) for node in session.get_outputs()]
+    quiet = _quiet()
+    return settle(
+        inputs,
+        outputs,
+        batching,
+        lambda rows: prove(rows, lambda arrays: _run(session, rows, arrays, quiet)),
+    )
+
+
+def _quiet() -> ort.RunOptions:
+    """Return options of a run that may fail without a line in the log."""
+    options = ort.RunOptions()
+    options.log_severity_level = 4
+    return options
 
 
 def _spec(kind: str, node: ort.NodeArg) -> TensorSpec:
+    """Return the whole tensor; one of unknown rank counts as a scalar, as ONNX Runtime describes it."""
     datatype = _TYPES.get(node.type)
     if datatype is None:
         raise EngineLoadError(f"{kind} {node.name!r} has type {node.type}, which is not supported")
-    if not node.shape:
-        raise EngineLoadError(f"{kind} {node.name!r} is a scalar or of unknown rank: no axis to batch along")
-    shape = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape[1:])
-    return TensorSpec(node.name, datatype, shape)
+    shape = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape)
+    return TensorSpec(node.name, datatype, shape, batched=False)

@@ -12,11 +12,19 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cobatch.engines.base import Array, RowShapes, Signature
-from cobatch.engines.errors import EngineDeadError, EngineError, EngineLoadError, EngineRunError
+from cobatch.engines.base import AUTO, Array, Batching, RowShapes, Signature
+from cobatch.engines.errors import (
+    EngineDeadError,
+    EngineError,
+    EngineLoadError,
+    EngineRunError,
+    NoBatchAxisError,
+)
+from cobatch.engines.proof import PROOF_ROWS, prove, settle
 from cobatch.engines.tensorrt.api import load_tensorrt
 from cobatch.engines.tensorrt.cuda import (
     CaptureError,
@@ -30,8 +38,15 @@ from cobatch.engines.tensorrt.cuda import (
     working_memory,
 )
 from cobatch.engines.tensorrt.diagnostics import ErrorLog, make_log, make_recorder
+from cobatch.engines.tensorrt.plans.cache import Verdicts
 from cobatch.engines.tensorrt.slot import Plan, Slot
-from cobatch.engines.tensorrt.tensors import Buckets, estimate_buffers, read_tensors
+from cobatch.engines.tensorrt.tensors import (
+    Buckets,
+    Profile,
+    estimate_buffers,
+    read_profiles,
+    read_tensors,
+)
 
 log = logging.getLogger("cobatch.tensorrt")
 
@@ -44,7 +59,7 @@ class TensorRTEngine:
     `buckets`: batch sizes to round up to, powers of two by default. `graphs`: replay CUDA graphs if
     cuda-bindings is installed and row shapes are fixed. `host_code`: the plan may contain code for the CPU,
     as version-compatible ones do. `plan_source` returns the plan's bytes; it is called with the GPU's context
-    current, so it may build the plan.
+    current, so it may build the plan. `verdicts` keeps the outcome of the proof of batching.
     """
 
     platform = "tensorrt_plan"
@@ -62,6 +77,8 @@ class TensorRTEngine:
         graphs: bool = True,
         host_code: bool = False,
         plan_source: Callable[[], bytes] | None = None,
+        batching: Batching = AUTO,
+        verdicts: Verdicts | None = None,
     ) -> None:
         self.path = path
         self.max_batch_size = max_batch_size
@@ -71,6 +88,8 @@ class TensorRTEngine:
         self._graphs = graphs
         self._host_code = host_code
         self._plan_source = plan_source or Path(path).read_bytes
+        self._batching = batching
+        self._verdicts = verdicts
         self._device = Device(device)
         self._gpu = f"GPU {device}"
         self._signature: Signature | None = None
@@ -78,6 +97,7 @@ class TensorRTEngine:
         self._runtime: Any = None
         self._engine: Any = None
         self._recorder: Any = None
+        self._trt: Any = None
         self._log: ErrorLog | None = None
         self._needs: Needs | None = None
         self._free = 0
@@ -96,15 +116,21 @@ class TensorRTEngine:
         """Load the plan and allocate. Raises EngineLoadError."""
         try:
             self._open()
-        except Exception as error:  # noqa: BLE001 - TensorRT's errors have no common base
-            failure = self._load_failure(error)
-        else:
             return
-        raise failure
+        except Exception as error:  # noqa: BLE001 - TensorRT's errors have no common base
+            proving = isinstance(error, EngineDeadError) and self._batching.verdict == "auto"
+            failure = self._load_failure(error)
+        if not proving:
+            raise failure
+        # The proof's inputs ended it, for example as indices outside a table: open it again without.
+        self.close()
+        self._dead = ""
+        self._batching = Batching("unproven", f"its inputs ended the engine: {failure}")
+        self.open()
 
     def _open(self) -> None:
         tensorrt = load_tensorrt(self._runtime_kind)
-        trt = tensorrt.trt
+        self._trt = trt = tensorrt.trt
         self._device.open()
         self._log = make_log(trt)
         self._recorder = make_recorder(trt)
@@ -119,9 +145,13 @@ class TensorRTEngine:
             raise EngineLoadError(
                 f"TensorRT {tensorrt.version} cannot load the plan of {self.path} ({sizes})"
             )
-        signature, profiles = read_tensors(self._engine)
+        signature, profiles = self._settle(data)
         buckets = Buckets(signature, profiles, self.max_batch_size, self._bucket_sizes)
-        if signature.fixed_batch is None and buckets.max_batch_size < self.max_batch_size:
+        if (
+            signature.fixed_batch is None
+            and signature.batching.on
+            and buckets.max_batch_size < self.max_batch_size
+        ):
             log.warning(
                 "%s: the plan accepts at most %d rows, max_batch_size is %d",
                 self.path,
@@ -144,6 +174,56 @@ class TensorRTEngine:
             show_bytes(self._needs.total),
             "on" if self._prepare() else "off",
         )
+
+    def _settle(self, plan: bytes) -> tuple[Signature, tuple[Profile, ...]]:
+        """Decide if rows are batched, as an earlier load of this plan did, and read the profiles."""
+        batching, verdicts = self._batching, self._verdicts
+        if batching.verdict == "auto" and verdicts is not None:
+            batching = verdicts.recall(plan) or batching
+        signature = settle(*read_tensors(self._engine), batching, self._prove)
+        if batching.verdict == "auto" and verdicts is not None:
+            verdicts.remember(plan, signature.batching)
+        return read_profiles(self._engine, signature)
+
+    def _prove(self, rows: Signature) -> Batching:
+        """Prove the batch axis in a slot of its own, which is small."""
+        signature, profiles = read_profiles(self._engine, rows)
+        buckets = Buckets(signature, profiles, PROOF_ROWS, range(1, PROOF_ROWS))
+        working = max(working_memory(self._engine, profile.index) for profile in profiles)
+        slot = Slot(Plan(self._trt, self._recorder, working, signature, profiles, buckets), self._device)
+        self._slots = [slot]  # `close` frees it if the proof ends the engine
+        try:
+            slot.open(self._engine)
+            _, sizes = slot.measure()
+            slot.allocate(sizes)
+            batching = prove(signature, partial(self._try, slot), buckets.max_batch_size, careful=True)
+        except NoBatchAxisError as error:
+            batching = Batching("disproved", str(error))
+        except EngineLoadError as error:
+            # Such as too little memory, which the engine's own slots will lack too.
+            batching = Batching("unproven", str(error))
+        self._slots = []
+        slot.release(dead=False)
+        slot.free()
+        return batching
+
+    def _try(self, slot: Slot, arrays: Sequence[Array]) -> tuple[Array, ...]:
+        """Run rows once. A refusal is raised outside the frames that hold TensorRT's objects."""
+        rows, row_shapes = len(arrays[0]), tuple(array.shape[1:] for array in arrays)
+        try:
+            for buffer, array in zip(slot.inputs(rows, row_shapes), arrays, strict=True):
+                buffer[:rows] = array
+            slot.enqueue(rows, row_shapes)
+            return slot.wait()
+        except NoBatchAxisError:
+            raise
+        except Exception as error:  # noqa: BLE001 - see `open`
+            failure = as_engine_error(error)
+        text = "; ".join([str(failure), *self._details()])
+        if isinstance(failure, EngineDeadError) or is_sticky(text):
+            raise EngineDeadError(text)
+        slot.recover()
+        raise EngineRunError(text)
 
     def _fill_slots(self, plan: Plan) -> None:
         for _ in range(self.slots):

@@ -6,8 +6,9 @@ from math import prod
 from typing import Any
 
 from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec
-from cobatch.engines.errors import EngineRunError
+from cobatch.engines.errors import EngineRunError, NoBatchAxisError
 from cobatch.engines.tensorrt.cuda import Graph
+from cobatch.engines.tensorrt.tensors import as_batch
 
 Shape = tuple[int, ...]
 
@@ -52,7 +53,7 @@ def infer(context: Any, shapes: Sequence[tuple[str, Shape]], outputs: Sequence[T
         if -1 in shape:
             raise EngineRunError(
                 f"output {spec.name!r} has a shape that depends on the data, {list(shape)}: "
-                "its elements cannot be divided among the rows"
+                "this is not supported"
             )
     return output_shapes
 
@@ -71,7 +72,9 @@ def lay_out(
     the tensor.
     """
     inputs, count = signature.inputs, len(signature.inputs)
-    shapes = [(spec.name, (bucket, *shape)) for spec, shape in zip(inputs, row_shapes, strict=True)]
+    shapes = [
+        (spec.name, spec.tensor_shape(bucket, shape)) for spec, shape in zip(inputs, row_shapes, strict=True)
+    ]
     profile.layout = None
     output_shapes = infer(profile.context, shapes, signature.outputs)
     copies_in, copies_out, outputs = [], [], []
@@ -81,14 +84,15 @@ def lay_out(
             copies_in.append((int(memory[index]), hosts[index][:size]))
     for index, (spec, shape) in enumerate(zip(signature.outputs, output_shapes, strict=True), count):
         size = prod(shape) * spec.dtype.itemsize
-        if shape[0] != bucket or size > len(hosts[index]):
-            raise EngineRunError(
+        batch = as_batch(spec, shape)
+        if batch[:1] != (bucket,) or size > len(hosts[index]):
+            raise NoBatchAxisError(
                 f"output {spec.name!r} does not follow the batch axis, or outgrows the largest batch: "
                 f"{bucket} rows give shape {list(shape)}"
             )
         if size:
             copies_out.append((hosts[index][:size], int(memory[index])))
-        outputs.append(hosts[index][:size].view(spec.dtype).reshape(shape))
+        outputs.append(hosts[index][:size].view(spec.dtype).reshape(batch))
     profile.layout = layout = Layout(profile, shapes, copies_in, copies_out, tuple(outputs))
     return layout
 

@@ -23,10 +23,10 @@ from math import prod
 from typing import Any
 
 from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec
-from cobatch.engines.errors import EngineLoadError, EngineRunError
+from cobatch.engines.errors import EngineLoadError, EngineRunError, NoBatchAxisError
 from cobatch.engines.tensorrt.cuda import Device, Graph, OutOfMemoryError
 from cobatch.engines.tensorrt.layout import Layout, ProfileContext, infer, lay_out, set_shapes, view_rows
-from cobatch.engines.tensorrt.tensors import Buckets, Profile
+from cobatch.engines.tensorrt.tensors import Buckets, Profile, as_batch
 
 _CACHE_LIMIT = 256  # row shapes, and numbers of rows of a shape
 
@@ -112,11 +112,14 @@ class Slot:
         specs = inputs + outputs
         sizes = [0] * len(specs)
         for rows, row_shapes in self._largest():
-            shapes = [(spec.name, (rows, *shape)) for spec, shape in zip(inputs, row_shapes, strict=True)]
+            shapes = [
+                (spec.name, spec.tensor_shape(rows, shape))
+                for spec, shape in zip(inputs, row_shapes, strict=True)
+            ]
             output_shapes = infer(self._context(rows, row_shapes).context, shapes, outputs)
             for spec, shape in zip(outputs, output_shapes, strict=True):
-                if shape[:1] != (rows,):
-                    raise EngineLoadError(
+                if as_batch(spec, shape)[:1] != (rows,):
+                    raise NoBatchAxisError(
                         f"output {spec.name!r} does not follow the batch axis: {rows} rows give {list(shape)}"
                     )
             for index, shape in enumerate([*(shape for _, shape in shapes), *output_shapes]):
@@ -124,7 +127,8 @@ class Slot:
         if plan.fixed:
             # With fixed input rows the output rows are fixed too, even if the plan declares them variable.
             outputs = tuple(
-                replace(spec, shape=shape[1:]) for spec, shape in zip(outputs, output_shapes, strict=True)
+                replace(spec, shape=as_batch(spec, shape)[1:])
+                for spec, shape in zip(outputs, output_shapes, strict=True)
             )
         return outputs, tuple(sizes)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from cobatch.engines.base import RowShapes, Signature, TensorSpec, batch_sizes, make_signature, within
+from cobatch.engines.base import RowShapes, Signature, TensorSpec, batch_sizes, within
 from cobatch.engines.errors import EngineLoadError, EngineRunError
 
 # uint16 carries BF16's bits: TensorRT's `nptype` has no NumPy type for it.
@@ -29,7 +29,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """The smallest and largest shape of each input, with the batch axis, in signature order."""
+    """The smallest and largest shape of each input, in signature order, with the batch axis.
+
+    With batching off that axis is 1, and TensorRT does not see it.
+    """
 
     index: int
     least: tuple[Shape, ...]
@@ -53,15 +56,19 @@ class Profile:
         )
 
 
-def read_tensors(engine: Any) -> tuple[Signature, tuple[Profile, ...]]:
-    """Read a deserialised engine's tensors and profiles. Raises EngineLoadError that names the tensor."""
-    inputs: list[tuple[TensorSpec, int]] = []
-    outputs: list[tuple[TensorSpec, int]] = []
+def read_tensors(engine: Any) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Read a deserialised engine's whole inputs and outputs. Raises EngineLoadError that names the tensor."""
+    inputs: list[TensorSpec] = []
+    outputs: list[TensorSpec] = []
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)
         is_input = engine.get_tensor_mode(name).name == "INPUT"
         (inputs if is_input else outputs).append(_read(engine, "input" if is_input else "output", name))
-    signature = make_signature("the plan", inputs, outputs)
+    return inputs, outputs
+
+
+def read_profiles(engine: Any, signature: Signature) -> tuple[Signature, tuple[Profile, ...]]:
+    """Read the profiles; return the signature with the ranges that they accept, too."""
     profiles = tuple(_profile(engine, signature, n) for n in range(engine.num_optimization_profiles))
     ranged = tuple(_with_ranges(spec, index, profiles) for index, spec in enumerate(signature.inputs))
     return replace(signature, inputs=ranged), profiles
@@ -75,8 +82,7 @@ def _with_ranges(spec: TensorSpec, index: int, profiles: Sequence[Profile]) -> T
     return replace(spec, ranges=tuple(dict.fromkeys(pairs)))
 
 
-def _read(engine: Any, kind: str, name: str) -> tuple[TensorSpec, int]:
-    """Return the spec and the first axis's size, -1 if variable."""
+def _read(engine: Any, kind: str, name: str) -> TensorSpec:
     shape = tuple(engine.get_tensor_shape(name))
     datatype_name = engine.get_tensor_dtype(name).name
     datatype = _DATATYPES.get(datatype_name)
@@ -84,8 +90,7 @@ def _read(engine: Any, kind: str, name: str) -> tuple[TensorSpec, int]:
         raise EngineLoadError(f"{kind} {name!r} has type {datatype_name}, which the protocol does not have")
     if engine.is_shape_inference_io(name):
         raise EngineLoadError(
-            f"{kind} {name!r} is a shape tensor: its values are sizes of other tensors for a whole batch, so "
-            "requests cannot be batched"
+            f"{kind} {name!r} is a shape tensor, whose values are sizes of other tensors: not supported"
         )
     if engine.get_tensor_location(name).name != "DEVICE":
         raise EngineLoadError(f"{kind} {name!r} lies in host memory, which is not supported")
@@ -95,23 +100,25 @@ def _read(engine: Any, kind: str, name: str) -> tuple[TensorSpec, int]:
             raise EngineLoadError(f"{kind} {name!r} has format {layout}; only row-major linear can be served")
     if hasattr(engine, "get_aliased_input_tensor") and engine.get_aliased_input_tensor(name) is not None:
         raise EngineLoadError(f"{kind} {name!r} shares an input's memory, which is not supported")
-    if not shape:
-        raise EngineLoadError(f"{kind} {name!r} is a scalar: no axis to batch along")
-    return TensorSpec(name, datatype, shape[1:]), shape[0]
+    return TensorSpec(name, datatype, shape, batched=False)
 
 
 def _profile(engine: Any, signature: Signature, index: int) -> Profile:
     least, most = [], []
     for spec in signature.inputs:
-        first = -1 if signature.fixed_batch is None else signature.fixed_batch
-        shape = (first, *spec.shape)
+        shape = spec.tensor_shape(signature.fixed_batch or -1, spec.shape)
         if -1 in shape:
             low, _, high = (tuple(dims) for dims in engine.get_tensor_profile_shape(spec.name, index))
         else:
             low = high = shape
-        least.append(low)
-        most.append(high)
+        least.append(as_batch(spec, low))
+        most.append(as_batch(spec, high))
     return Profile(index, tuple(least), tuple(most))
+
+
+def as_batch(spec: TensorSpec, shape: Shape) -> Shape:
+    """Return a shape of TensorRT's with the batch axis in front that it lacks if batching is off."""
+    return shape if spec.batched else (1, *shape)
 
 
 class Buckets:

@@ -82,7 +82,7 @@ def v2_routes(inference: Inference) -> list[Route]:
 
 
 def metadata(model: Model) -> Json:
-    """Return the protocol's model metadata. The first axis is the batch axis, whose size is -1."""
+    """Return the protocol's model metadata. Shapes begin with the batch axis, -1, if there is one."""
     engine = model.engine_worker.engine
     return {
         "name": model.name,
@@ -94,27 +94,36 @@ def metadata(model: Model) -> Json:
 
 
 def _tensor(spec: TensorSpec) -> Json:
-    return {"name": spec.name, "datatype": spec.datatype, "shape": [-1, *spec.shape]}
+    return {"name": spec.name, "datatype": spec.datatype, "shape": spec.full_shape}
 
 
 def config(model: Model) -> Json:
-    """Return the part of Triton's model configuration that its clients read. Dims lack the batch axis."""
+    """Return the part of Triton's model configuration that its clients read, and how the model is batched.
+
+    Dims lack the batch axis. As in Triton, a `max_batch_size` of 0 says that there is none.
+    """
     engine = model.engine_worker.engine
+    batching = engine.signature.batching
+    dynamic = {
+        "preferred_batch_size": [model.loaded_batcher.queue.full_rows],
+        "max_queue_delay_microseconds": round(model.settings.max_delay_ms * 1000),
+        "default_queue_policy": {"max_queue_size": model.settings.max_queue_rows},
+    }
     return {
         "name": model.name,
         "platform": engine.platform,
         "backend": engine.platform.partition("_")[0],
         "version_policy": {"specific": {"versions": [model.version]}},
-        "max_batch_size": engine.max_batch_size,
+        "max_batch_size": engine.max_batch_size if batching.on else 0,
         "input": [
             _config_tensor(spec) | ({} if spec in model.decoder.required else {"optional": True})
             for spec in engine.signature.inputs
         ],
         "output": [_config_tensor(spec) for spec in engine.signature.outputs],
-        "dynamic_batching": {
-            "preferred_batch_size": [model.loaded_batcher.queue.full_rows],
-            "max_queue_delay_microseconds": round(model.settings.max_delay_ms * 1000),
-            "default_queue_policy": {"max_queue_size": model.settings.max_queue_rows},
+        **({"dynamic_batching": dynamic} if batching.on else {}),
+        "parameters": {
+            "batching": {"string_value": batching.verdict},
+            "batching_note": {"string_value": engine.signature.batching_note},
         },
     }
 

@@ -4,6 +4,7 @@ The model is opened by the engine that would serve it, so the output is what is 
 cannot be served fails here with the same message.
 """
 
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,51 +44,57 @@ def inspect(
 def _describe(settings: ModelSettings) -> dict[str, Any]:
     """Open the model and describe it, as `--json` prints it. Raises EngineLoadError if it cannot be served.
 
-    `batch_size` is None if it is free. Shapes have the batch axis first, and -1 where a size is not fixed.
+    `batch_size` is None if it is free. Shapes have the batch axis first, if there is one, and -1 where a size
+    is not fixed.
     """
     with closing(load_engine(settings.engine, settings.path, settings.max_batch_size)) as engine:
         engine.open()
         signature = engine.signature
 
     def tensor(spec: TensorSpec) -> dict[str, Any]:
-        shape = [signature.fixed_batch or -1, *spec.shape]
+        shape = spec.tensor_shape(signature.fixed_batch or -1, spec.shape)
         return {"name": spec.name, "datatype": spec.datatype, "dtype": spec.dtype.name, "shape": shape}
 
     return {
         "name": Path(settings.path).stem,
         "path": settings.path,
         "platform": engine.platform,
-        "batch_axis": 0,
+        "batch_axis": 0 if signature.batching.on else None,
         "batch_size": signature.fixed_batch,
+        "batching": signature.batching.verdict,
+        "batching_note": signature.batching_note,
         "inputs": [tensor(spec) for spec in signature.inputs],
         "outputs": [tensor(spec) for spec in signature.outputs],
     }
 
 
-def shape_text(shape: list[int]) -> str:
+def shape_text(shape: Sequence[int], first: str = "batch") -> str:
     """Return `[batch, 16]`, or `[8, 16]` if the model fixes its batch; `?` is an axis of any size."""
-    first, *rest = shape
-    axes = ["batch" if first < 0 else str(first), *("?" if size < 0 else str(size) for size in rest)]
-    return f"[{', '.join(axes)}]"
+    axes = ["?" if size < 0 else str(size) for size in shape]
+    return f"[{', '.join([first, *axes[1:]] if -1 in shape[:1] else axes)}]"
 
 
 def _show(model: dict[str, Any]) -> None:
     """Print a heading, how rows are batched, and the tensors, on stdout."""
     console = stdout()
-    size = model["batch_size"]
+    size, axis = model["batch_size"], model["batch_axis"]
     rows = (
         "any number of rows"
         if size is None
         else f"fixed at {size} {'row' if size == 1 else 'rows; fewer are padded'}"
     )
+    batch = "no axis of the tensors" if axis is None else f"axis {axis} of every tensor, {rows}"
+    first = "?" if axis is None else "batch"
     heading = Text.assemble((model["name"], "bold"), f"  {model['platform']}  {model['path']}")
     # Soft: the terminal breaks a long path, so that it is copied as one word.
     console.print(heading, soft_wrap=True)
-    console.print(f"batch: axis {model['batch_axis']} of every tensor, {rows}", soft_wrap=True)
+    console.print(f"batch: {batch}", soft_wrap=True)
+    # Text, not str: rich would read "[batch, 16]" as a style.
+    console.print(Text(f"batching: {model['batching_note']}"), soft_wrap=True)
     table = Table("", "name", "datatype", "dtype", "shape", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for role, tensors in (("input", model["inputs"]), ("output", model["outputs"])):
         for tensor in tensors:
-            # Text, not str: rich would read "[batch, 16]" as a style.
-            cells = (role, tensor["name"], tensor["datatype"], tensor["dtype"], shape_text(tensor["shape"]))
+            shape = shape_text(tensor["shape"], first)
+            cells = (role, tensor["name"], tensor["datatype"], tensor["dtype"], shape)
             table.add_row(*(Text(cell) for cell in cells))
     console.print(table)

@@ -22,6 +22,7 @@ from cobatch.server.api.requests import REASONS
 from cobatch.server.auth.principal import Principal
 from cobatch.server.dashboard.seconds import ModelSampler, Second, size_bins, timeline
 from cobatch.server.http.problem import KINDS
+from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Inference
 from cobatch.server.observability.history import History
 
@@ -203,13 +204,24 @@ def hello(inference: Inference, started: float) -> dict[str, Any]:
         "kinds": {slug: kind.title for slug, kind in KINDS.items()},
         "models": {
             name: {
-                "platform": "" if model.batcher is None else model.engine_worker.engine.platform,
-                "sizes": size_bins(model.settings.max_batch_size),
+                **_engine(model),
                 **_settings(model.settings),
             }
             for name, model in inference.models.items()
         },
         **_settings(inference.settings.server),
+    }
+
+
+def _engine(model: Model) -> dict[str, Any]:
+    if model.batcher is None:
+        sizes = size_bins(max(1, model.settings.max_batch_size))
+        return {"platform": "", "batching": "", "sizes": sizes}
+    engine = model.engine_worker.engine
+    return {
+        "platform": engine.platform,
+        "batching": engine.signature.batching_note,
+        "sizes": size_bins(model.batcher.max_batch_size),
     }
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from cobatch.engines.base import available_cores
+from cobatch.engines.base import Batching, available_cores
 from cobatch.engines.loader import EngineOptions
 from cobatch.server.settings.schema import ModelSettings
 
@@ -29,8 +29,11 @@ def places(settings: ModelSettings) -> list[Place]:
     ]
 
 
-def engine_options(settings: ModelSettings, place: Place) -> EngineOptions:
-    """Return an engine's options. Several engines share the cores; a single one decides itself."""
+def engine_options(settings: ModelSettings, place: Place, batching: Batching | None = None) -> EngineOptions:
+    """Return an engine's options. Several engines share the cores; a single one decides itself.
+
+    `batching`: as decided by an earlier engine of the model.
+    """
     share = None if settings.instances == 1 else max(1, (available_cores() - 1) // settings.instances)
     return EngineOptions(
         threads=settings.threads or share,
@@ -41,4 +44,5 @@ def engine_options(settings: ModelSettings, place: Place) -> EngineOptions:
         cuda_graphs=settings.cuda_graphs,
         plan_cache=None if settings.plan_cache is None else Path(settings.plan_cache).expanduser(),
         plan_host_code=settings.plan_host_code,
+        batching=batching or Batching(settings.batching),
     )

@@ -10,6 +10,7 @@ from typing import Any
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.errors import BatcherError, EngineGoneError, ExecutionTimeoutError
 from cobatch.batcher.lanes import BatchWorker
+from cobatch.engines.base import Batching, Engine
 from cobatch.engines.errors import EngineError
 from cobatch.engines.loader import load_engine
 from cobatch.engines.worker import Worker
@@ -44,6 +45,7 @@ class Model:
         self.load_error: EngineError | None = None
         self.traffic = Traffic()
         self.infer_traffic = Traffic()
+        self._batching: Batching | None = None  # as the first engine decided it
         self._workers: list[Worker] = []
         self._places: dict[Worker, Place] = {}
         self._hung: list[Worker] = []
@@ -77,22 +79,34 @@ class Model:
             padder=padder,
             loop=loop,
         )
+        self._tell_ready(engine)
+
+    def _tell_ready(self, engine: Engine) -> None:
+        signature, most = engine.signature, self.settings.max_batch_size
+        loud = signature.batching.verdict in ("unproven", "disproved") or signature.fixed_batch == 1
+        log.log(
+            logging.WARNING if loud else logging.INFO,
+            "model %s: batching is %s%s",
+            self.name,
+            signature.batching_note,
+            f" (max_batch_size = {most} is ignored)" if most and not signature.batching.on else "",
+        )
         text = "model %s: ready (engines: %d, %s, batches of up to %d rows, full at %d)"
-        sizes = engine.max_batch_size, self.batcher.queue.full_rows
+        sizes = engine.max_batch_size, self.loaded_batcher.queue.full_rows
         log.info(text, self.name, len(self._workers), engine.platform, *sizes)
 
     async def _open(self, place: Place) -> Worker:
         """Return a worker whose engine is open and warm. Raises EngineError."""
         opened: Future[None] = Future()
         settings = self.settings
-        engine = load_engine(
-            settings.engine, settings.path, settings.max_batch_size, engine_options(settings, place)
-        )
+        options = engine_options(settings, place, self._batching)
+        engine = load_engine(settings.engine, settings.path, settings.max_batch_size, options)
         worker = Worker(engine, f"{self.name}{place.suffix}")
         self._workers = [one for one in self._workers if self._places.get(one) != place] + [worker]
         self._places[worker] = place
         worker.start(partial(_settle, opened))
         await asyncio.wrap_future(opened)
+        self._batching = engine.signature.batching
         return worker
 
     def _on_lost(self, lost: BatchWorker, why: BatcherError) -> None:

@@ -17,8 +17,14 @@ log = logging.getLogger("cobatch.model")
 
 
 def make_padder(model: str, pads: Sequence[PadSettings], signature: Signature) -> Padder | None:
-    """Return the padder of the model's rows, None without [[models.pad]]. Raises EngineLoadError."""
+    """Return the padder of the model's rows, None without [[models.pad]]. Raises EngineLoadError.
+
+    Where batching turned out to be off, no rows share a batch and nothing is padded.
+    """
     if not pads:
+        return None
+    if not signature.batching.on:
+        log.warning("model %s: [[models.pad]] is ignored, since batching is off", model)
         return None
     padder = _Reader(pads, signature).read()
     follow = {where for length in padder.lengths for where in length.outputs}

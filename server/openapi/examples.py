@@ -89,7 +89,7 @@ def _answers(models: LoadedModels) -> Json:
         "status": "completed",
         "model": shown.name,
         "outputs": {
-            spec.name: {"dtype": dtype_name(spec), "shape": [1, *_row(spec)], "data": _zeros(spec)}
+            spec.name: {"dtype": dtype_name(spec), "shape": _shape(spec), "data": _zeros(spec)}
             for spec in signature.outputs
         },
         "usage": {"rows": 1, "batch_rows": 16, "queue_us": 213, "compute_us": 1480},
@@ -166,8 +166,13 @@ def _row(spec: TensorSpec) -> list[int]:
     return [1 if size == -1 else size for size in spec.shape]
 
 
+def _shape(spec: TensorSpec) -> list[int]:
+    """Return the shape of a tensor of one row."""
+    return list(spec.tensor_shape(1, tuple(_row(spec))))
+
+
 def _tensor(spec: TensorSpec) -> Json:
-    return {"name": spec.name, "shape": [1, *_row(spec)], "datatype": spec.datatype}
+    return {"name": spec.name, "shape": _shape(spec), "datatype": spec.datatype}
 
 
 def _zero(spec: TensorSpec) -> Any:
@@ -181,7 +186,7 @@ def _with_data(spec: TensorSpec) -> Json:
 
 
 def _zeros(spec: TensorSpec) -> Any:
-    return np.full([1, *_row(spec)], _zero(spec), object).tolist()
+    return np.full(_shape(spec), _zero(spec), object).tolist()
 
 
 def _nested(spec: TensorSpec) -> Any:
@@ -189,7 +194,7 @@ def _nested(spec: TensorSpec) -> Any:
     if spec.datatype != "BF16":
         return _zeros(spec)
     data = base64.b64encode(_bytes(spec).encode()).decode()
-    return {"b64": data, "dtype": spec.datatype, "shape": [1, *_row(spec)]}
+    return {"b64": data, "dtype": spec.datatype, "shape": _shape(spec)}
 
 
 def _bytes(spec: TensorSpec) -> str:

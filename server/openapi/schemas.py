@@ -93,7 +93,7 @@ def _narrow(result: Json, signatures: Mapping[str, Signature], required: Mapping
 
 
 def _v2_input(model: str, spec: TensorSpec) -> Json:
-    axes = len(spec.shape) + 1
+    axes = len(spec.full_shape)
     properties = {
         "name": {"const": spec.name},
         "datatype": {"const": spec.datatype},
@@ -115,12 +115,14 @@ def _v1_inputs(model: str, specs: Sequence[TensorSpec], required: list[str]) -> 
 
 
 def _nested(spec: TensorSpec) -> Json:
-    """Return the schema of a nested list of the tensor's shape, with any number of rows."""
+    """Return the schema of a nested list of the tensor's shape, if batched with any number of rows."""
     schema = _element(spec)
     for size in reversed(spec.shape):
         schema = {"type": "array", "items": schema}
         if size != -1:
             schema |= {"minItems": size, "maxItems": size}
+    if not spec.batched:
+        return {"title": f"{spec.datatype} {list(spec.shape)}", **schema}
     title = f"{spec.datatype} [{', '.join(['rows', *map(str, spec.shape)])}]"
     return {"title": title, "type": "array", "minItems": 1, "items": schema}
 

@@ -175,12 +175,14 @@ def _read_inputs(
     specs = decoder.signature.inputs
     payloads: list[Any] = [None] * len(specs)
     row_shapes: list[tuple[int, ...]] = [()] * len(specs)
-    rows = -1
+    rows = -1 if decoder.signature.batching.on else 1
     for field in fields:
         index = decoder.names.inputs.index(field.name)
         spec = specs[index]
         shape, payloads[index] = _read(field, shapes.get(field.name), spec, decoder.readers[index])
-        row_shapes[index] = tuple(shape[1:])
+        row_shapes[index] = tuple(shape[1:] if spec.batched else shape)
+        if not spec.batched:
+            continue
         if rows not in (-1, shape[0]):
             raise wrong_shape(spec, shape, f"the other inputs have {rows} rows")
         rows = shape[0]
@@ -201,7 +203,7 @@ def _read(
         return read_npy(memoryview(field.data), spec)
     if shape is None:
         row_shape, payload = read_raw(spec, field.data)
-        shape = [1, *row_shape]
+        shape = list(spec.tensor_shape(1, row_shape))
         check_tensor(spec, spec.datatype, shape)
         return shape, payload
     return _read_bytes(memoryview(field.data), spec, spec.datatype, shape)

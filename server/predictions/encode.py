@@ -100,10 +100,12 @@ def _merged(ranges: Ranges) -> Ranges:
 
 def _output(spec: TensorSpec, rows: Array, best: int | None, missing: Ranges) -> dict[str, Any]:
     """An output. `shape` is that of the whole output, also where only its best scores are shown."""
+    if not spec.batched:
+        rows = rows.reshape(rows.shape[1:])
     fields: dict[str, Any] = {"dtype": dtype_name(spec), "shape": rows.shape}
     # The bits of BF16 are the upper half of float32's.
     values = (rows.astype(np.uint32) << 16).view(np.float32) if spec.datatype == "BF16" else rows
-    if best is None or values.ndim < 2:
+    if best is None or values.ndim < 1 + spec.batched:
         fields["data"] = _with_nulls(values, missing, _nested)
     else:
         fields["top_k"] = _with_nulls(values, missing, lambda some: dumps(_top(some, best)))
@@ -132,7 +134,7 @@ def _with_nulls(values: Array, missing: Ranges, encode: Any) -> msgspec.Raw:
 def _nested(values: Array) -> bytes:
     if values.dtype == object:
         return msgspec.json.encode(_text(values.tolist()))
-    return dumps(np.ascontiguousarray(values))
+    return dumps(np.ascontiguousarray(values) if values.ndim else values[()])
 
 
 def _text(value: Any) -> Any:

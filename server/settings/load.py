@@ -164,6 +164,8 @@ def _build_models(tables: list[Table], errors: Errors) -> tuple[ModelSettings, .
         with errors:
             if "pad" in table and not errors.under(table["pad"].key):
                 _check_pads(table["pad"].value)
+        with errors:
+            _check_batching(table)
         path = table["path"]
         with errors:
             if not Path(path.value).is_file():
@@ -191,6 +193,18 @@ def _check_devices(model: ModelSettings, table: Table) -> None:
     if on_cpu and model.devices != (0,):
         why = f"ONNX Runtime runs {model.name!r} on the CPU; set engine = 'tensorrt' to use GPUs"
         raise table["devices"].refused(f"{why}, or instances for more engines")
+
+
+def _check_batching(table: Table) -> None:
+    """Refuse settings of a model that need batching where it is off."""
+    batching, size, pad = (table.get(name) for name in ("batching", "max_batch_size", "pad"))
+    off = batching if batching is not None and batching.value == "off" else None
+    if size is not None and size.value == 0:
+        if batching is not None and batching.value == "on":
+            raise size.refused('0 turns batching off, but batching is "on"')
+        off = size
+    if off is not None and pad is not None:
+        raise off.refused("not together with pad, which is for rows that share a batch")
 
 
 def _check_pads(tables: list[Table]) -> None:

@@ -20,6 +20,7 @@ LARGEST = 2**31 - 1
 _NAME = "1 to 128 letters, digits, '.', '_', '-', the first a letter or digit"
 Name = Annotated[str, Meta(max_length=128), pattern("[A-Za-z0-9][A-Za-z0-9._-]*", _NAME)]
 EngineKind = Literal["auto", "onnxruntime", "tensorrt"]
+BatchingMode = Literal["auto", "on", "off"]
 TensorRTKind = Literal["tensorrt", "tensorrt-rtx"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
@@ -33,7 +34,7 @@ Ratio = Annotated[float, Meta(ge=0, le=1), placeholder("0..1")]
 Bytes = Annotated[int, Meta(ge=0, le=LARGEST), placeholder("BYTES")]
 PositiveBytes = Annotated[int, Meta(ge=1, le=LARGEST), placeholder("BYTES")]
 PageBytes = Annotated[int, Meta(ge=4096, le=LARGEST), placeholder("BYTES")]
-BatchRows = Annotated[int, Meta(ge=1, le=65_536), placeholder("ROWS")]
+BatchRows = Annotated[int, Meta(ge=0, le=65_536), placeholder("ROWS")]
 Rows = Annotated[int, Meta(ge=1, le=LARGEST), placeholder("ROWS")]
 Count = Annotated[int, Meta(ge=1, le=LARGEST), placeholder("N")]
 Items = Annotated[int, Meta(ge=1, le=65_536), placeholder("N")]
@@ -77,7 +78,10 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     name: Annotated[Name, about("name in URLs", "NAME", default="the file's name without its suffix")] = ""
     model_version: Annotated[Name, about("version in URLs", "VERSION")] = "1"
     engine: Annotated[EngineKind, about("engine to run it; auto goes by the file's suffix")] = "auto"
-    max_batch_size: Annotated[BatchRows, about("largest batch, in rows")] = 64
+    max_batch_size: Annotated[BatchRows, about("largest batch, in rows; 0 turns batching off")] = 64
+    batching: Annotated[
+        BatchingMode, about("run requests together; auto tests at load that rows are independent")
+    ] = "auto"
     max_delay_ms: Annotated[Milliseconds, about("longest wait of a row for others to join its batch")] = 0.0
     latency_target_ms: Annotated[
         TimeoutMs | None, about("limit batches to sizes with which a request takes about this long")
@@ -109,6 +113,8 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         """Fill in what follows from other fields, so that no reader meets an unset one."""
         if not self.name:
             msgspec.structs.force_setattr(self, "name", Path(self.path).stem)
+        if not self.max_batch_size:
+            msgspec.structs.force_setattr(self, "batching", "off")
         if not self.max_queue_rows:
             msgspec.structs.force_setattr(self, "max_queue_rows", max(1024, 16 * self.max_batch_size))
 

@@ -50,7 +50,7 @@ def _check_names(kind: str, names: Sequence[str], known: list[str]) -> None:
 
 
 def check_tensor(spec: TensorSpec, datatype: str, shape: list[int]) -> None:
-    """Raise Problem unless datatype and shape, batch axis included, are an input's."""
+    """Raise Problem unless datatype and the whole shape are an input's."""
     if datatype != spec.datatype:
         raise Problem(
             "wrong-datatype",
@@ -59,16 +59,17 @@ def check_tensor(spec: TensorSpec, datatype: str, shape: list[int]) -> None:
             expected=spec.datatype,
             actual=datatype,
         )
-    if len(shape) != len(spec.shape) + 1:
-        raise wrong_shape(spec, shape, f"it needs {len(spec.shape) + 1} axes")
-    if shape[0] < 1:
+    if len(shape) != len(spec.full_shape):
+        raise wrong_shape(spec, shape, f"it needs {len(spec.full_shape)} axes")
+    if spec.batched and shape[0] < 1:
         raise wrong_shape(spec, shape, "it needs at least one row")
-    for size, expected in zip(shape[1:], spec.shape, strict=True):
+    row_shape = shape[1:] if spec.batched else shape
+    for size, expected in zip(row_shape, spec.shape, strict=True):
         if size < 0 or expected not in (size, -1):
             raise wrong_shape(spec, shape)
-    if spec.ranges and not any(within(low, shape[1:], high) for low, high in spec.ranges):
+    if spec.ranges and not any(within(low, row_shape, high) for low, high in spec.ranges):
         shown = " or ".join(f"{list(low)} to {list(high)}" for low, high in spec.ranges)
-        raise wrong_shape(spec, shape, f"the engine takes rows of {shown}")
+        raise wrong_shape(spec, shape, f"the engine takes {'rows of ' if spec.batched else ''}{shown}")
     if not prod(shape) and prod(size or 1 for size in shape) * spec.dtype.itemsize > _MAX_EMPTY_BYTES:
         raise wrong_shape(spec, shape, f"without its empty axes it has more than {_MAX_EMPTY_BYTES} bytes")
 
@@ -82,7 +83,7 @@ def check_strings(spec: TensorSpec, elements: int) -> None:
 
 def wrong_shape(spec: TensorSpec, shape: list[int], why: str | None = None) -> Problem:
     """The Problem of an input whose shape is not the model's."""
-    expected = [-1, *spec.shape]
+    expected = list(spec.full_shape)
     reason = "" if why is None else f": {why}"
     detail = f"input {spec.name!r} must have shape {expected} (-1: any), got {shape}{reason}"
     return Problem("wrong-shape", detail, tensor=spec.name, expected=expected, actual=shape)

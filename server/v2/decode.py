@@ -65,8 +65,11 @@ class Decoder:
         # None equals no shape: a request's shape with -1 in it must not pass as the signature's.
         self._row_lists = [None if -1 in spec.shape else list(spec.shape) for spec in signature.inputs]
         first = signature.inputs[0]
+        # The axis at which a row's shape begins: with batching off a request is one row, the whole tensors.
+        self._row_axis = 1 if signature.batching.on else 0
+        single = self._fixed and len(signature.inputs) == 1
         # The tensor of a request for one row of the only input; None is equal to no shape.
-        self._one_row = [1, *first.shape] if self._fixed and len(signature.inputs) == 1 else None
+        self._one_row = list(first.tensor_shape(1, first.shape)) if single else None
         self._one_row_elements = prod(self._one_row or ())
         self._name, self._datatype = first.name, first.datatype
         # In binary, where its bytes need no check; -1 equals no size.
@@ -160,17 +163,18 @@ class Decoder:
             self.names.check_inputs(names)
         payloads: list[Any] = [None] * len(self._specs)
         row_shapes: list[tuple[int, ...]] = list(self.row_shapes)
-        rows = -1
+        row_axis = self._row_axis
+        rows = -1 if row_axis else 1
         offset = 0
         for tensor in tensors:
             index = self._index[tensor.name]
             spec = self._specs[index]
             shape = tensor.shape
             elements = prod(shape)
-            if shape[1:] != self._row_lists[index] or tensor.datatype != spec.datatype or elements < 1:
+            if shape[row_axis:] != self._row_lists[index] or tensor.datatype != spec.datatype or elements < 1:
                 check_tensor(spec, tensor.datatype, shape)
-                row_shapes[index] = tuple(shape[1:])
-            if rows != shape[0]:
+                row_shapes[index] = tuple(shape[row_axis:])
+            if row_axis and rows != shape[0]:
                 if rows != -1:
                     raise wrong_shape(spec, shape, f"the other inputs have {rows} rows")
                 rows = shape[0]

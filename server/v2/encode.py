@@ -131,7 +131,7 @@ class Encoder:
         end = b',"outputs":['
         for index, binary in wanted:
             spec = self._specs[index]
-            shape = [rows, *shapes[index]]
+            shape = spec.tensor_shape(rows, shapes[index])
             head = b'{"name":%b,"shape":%b,"datatype":"%b",' % (
                 self._names[index],
                 msgspec.json.encode(shape),

@@ -165,16 +165,16 @@ class JsonReader:
         self, data: msgspec.Raw | bytes | bytearray, check: Callable[[list[int]], None]
     ) -> tuple[list[int], Payload]:
         """The shape of data whose nesting is its shape, and its payload. `check` may refuse the shape."""
-        values = self._parse(memoryview(data))
+        values = self._parse(memoryview(data), scalar=not self._spec.full_shape)
         shape = _shape(values)
         check(shape)
-        return shape, self._convert(self._flatten(values, len(shape)))
+        return shape, self._convert(self._flatten(values if shape else [values], len(shape)))
 
     def _check_form(self) -> None:
         if self._spec.datatype == "BF16":
             raise self.wrong("it travels as binary only, JSON has no numbers of this kind")
 
-    def _parse(self, raw: memoryview, *, piece: bool = False) -> list[Any]:
+    def _parse(self, raw: memoryview, *, piece: bool = False, scalar: bool = False) -> Any:
         self._check_form()
         try:
             values = msgspec.json.decode(raw)
@@ -184,7 +184,7 @@ class JsonReader:
             if piece:
                 raise MalformedError(error) from None
             raise self.wrong(f"its data cannot be read: {error}") from None
-        if not isinstance(values, list):
+        if not isinstance(values, list) and not scalar:
             raise self.wrong("its data is not an array")
         return values
 

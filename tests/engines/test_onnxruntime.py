@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
-from cobatch.engines.base import DATATYPES, Array, RowShapes, Signature, TensorSpec
+from cobatch.engines.base import AUTO, DATATYPES, Array, Batching, RowShapes, Signature, TensorSpec
 from cobatch.engines.errors import EngineError, EngineLoadError, EngineRunError
 from cobatch.engines.loader import EngineOptions, load_engine
 from cobatch.engines.onnxruntime import OnnxRuntimeEngine
@@ -32,14 +32,20 @@ ELEMENT_TYPES = {
 }
 
 
-def opened(folder: Path, data: bytes, max_batch_size: int = 4) -> OnnxRuntimeEngine:
-    engine = OnnxRuntimeEngine(models.write(folder, data), max_batch_size, threads=1)
+ON = Batching("on")
+
+
+def opened(
+    folder: Path, data: bytes, max_batch_size: int = 4, batching: Batching = AUTO
+) -> OnnxRuntimeEngine:
+    engine = OnnxRuntimeEngine(models.write(folder, data), max_batch_size, threads=1, batching=batching)
     engine.open()
     return engine
 
 
 def refused(folder: Path, data: bytes, max_batch_size: int = 4) -> str:
-    engine = OnnxRuntimeEngine(models.write(folder, data), max_batch_size, threads=1)
+    """Return the error of loading a model that is to be batched, whatever the proof would say."""
+    engine = OnnxRuntimeEngine(models.write(folder, data), max_batch_size, threads=1, batching=ON)
     with pytest.raises(EngineLoadError) as caught:
         engine.open()
     engine.close()
@@ -68,6 +74,7 @@ def test_signature_leaves_the_batch_axis_out(tmp_path: Path) -> None:
         inputs=(TensorSpec("x", "FP32", (2,)), TensorSpec("k", "INT64", (1,))),
         outputs=(TensorSpec("total", "FP32", (2,)), TensorSpec("count", "INT64", (1,))),
         fixed_batch=None,
+        batching=Batching("proven"),
     )
     x = opened(tmp_path, models.sum_rows()).signature.inputs[0]
     assert (x.shape, x.row_elements, x.dtype) == ((-1,), -1, np.dtype(np.float32))
@@ -199,7 +206,7 @@ def test_more_shapes_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_outputs_whose_shape_depends_on_the_values(tmp_path: Path) -> None:
     """With a cached binding the second output shape would not fit the memory of the first."""
-    engine = opened(tmp_path, models.value_sets_width())
+    engine = opened(tmp_path, models.value_sets_width(), batching=ON)
     for width in (2, 5, 1, 3):
         assert run(engine, floats([1], [width]))[0].shape == (2, width)
 
@@ -231,7 +238,7 @@ def test_a_model_that_refuses_zeros_is_served(tmp_path: Path) -> None:
 def test_models_that_cannot_be_batched_are_refused_by_name(tmp_path: Path) -> None:
     assert "input 's' is a scalar" in refused(tmp_path, models.scalar())
     assert "first axes differ" in refused(tmp_path, models.two_inputs(2, 1))
-    assert "'x' 2, 'k' batch" in refused(tmp_path, models.two_inputs(2, "batch"))
+    assert "'x' [2, 2], 'k' [-1, 1]" in refused(tmp_path, models.two_inputs(2, "batch"))
     assert "first axis is fixed at 0" in refused(tmp_path, models.negate(batch=0))
     assert "output 'y': its first axis is 1" in refused(tmp_path, models.total_only())
     assert "output 'y' does not follow the batch axis: 2 rows gave [4, 3]" in refused(
@@ -309,6 +316,7 @@ def test_warm_up_of_a_fixed_first_axis_runs_that_size_alone(tmp_path: Path) -> N
 
 
 def test_inputs_whose_rows_do_not_belong_together_are_refused(tmp_path: Path) -> None:
-    _, error = load(OnnxRuntimeEngine(models.write(tmp_path, models.every_pair()), 4, threads=1))
+    engine = OnnxRuntimeEngine(models.write(tmp_path, models.every_pair()), 4, threads=1, batching=ON)
+    _, error = load(engine)
     assert isinstance(error, EngineLoadError)
     assert "the row shape depends on the number of rows: [1] and, with 2 rows, [2]" in str(error)

@@ -205,15 +205,18 @@ def _inputs(network: Any, model: Path) -> dict[str, Shape]:
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         shape = tuple(int(size) for size in tensor.shape)
-        if tensor.is_shape_tensor or not shape:
-            # A shape tensor's values are sizes of other tensors: there is nothing to batch.
-            raise EngineLoadError(f"input {tensor.name!r} of {model} has no batch axis")
+        if tensor.is_shape_tensor:
+            raise EngineLoadError(
+                f"input {tensor.name!r} of {model} is a shape tensor, whose values are sizes of other "
+                "tensors: not supported"
+            )
         inputs[tensor.name] = shape
     return inputs
 
 
 def _fixed_batch(network: Any) -> int:
-    return int(network.get_input(0).shape[0])
+    """Return the first axis's size; 1 for a model whose first input is a scalar."""
+    return int((*network.get_input(0).shape, 1)[0])
 
 
 def _add_profile(builder: Any, config: Any, wanted: Profile, errors: ErrorLog) -> None:

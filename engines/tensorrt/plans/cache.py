@@ -16,6 +16,9 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
+
+from cobatch.engines.base import Batching
 from cobatch.engines.errors import EngineLoadError
 from cobatch.engines.tensorrt.api import load_tensorrt
 from cobatch.engines.tensorrt.plans import build as building
@@ -26,6 +29,7 @@ from cobatch.engines.tensorrt.plans.manifest import BuildOptions, Machine, Manif
 log = logging.getLogger("cobatch.tensorrt")
 
 PLAN_SUFFIXES = (".plan", ".engine")
+_PROOF = 1  # raise it when the proof changes, so that it runs again
 
 
 def default_folder() -> Path:
@@ -94,6 +98,34 @@ def built_plan(
         # Another process may have built it while this one waited.
         plan = _read_cached(cached, machine)
         return plan if plan is not None else _build(model, options, manifest, cached, progress)
+
+
+class Verdicts:
+    """Outcomes of the proof of batching (`engines.proof`), each in a file beside the cached plans."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+
+    def recall(self, plan: bytes) -> Batching | None:
+        """Return the outcome for these plan's bytes, if it is known."""
+        path = self._path(plan)
+        try:
+            return None if path is None else msgspec.json.decode(path.read_bytes(), type=Batching)
+        except (OSError, msgspec.MsgspecError):
+            return None
+
+    def remember(self, plan: bytes, batching: Batching) -> None:
+        """Keep the outcome; without a folder to write to, the next load runs the proof again."""
+        path = self._path(plan)
+        if path is not None:
+            with contextlib.suppress(OSError):
+                manifests.write_file(path, msgspec.json.encode(batching))
+
+    def _path(self, plan: bytes) -> Path | None:
+        try:
+            return _cache_path(self._folder or default_folder(), f"{sha256(plan)[:32]}.batching{_PROOF}.json")
+        except EngineLoadError:
+            return None  # others can write there
 
 
 def _build(model: Path, options: BuildOptions, manifest: Manifest, cached: Path, progress: Progress) -> bytes:

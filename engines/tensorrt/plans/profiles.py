@@ -107,12 +107,6 @@ def _check(profile: Profile, inputs: Mapping[str, Shape], dynamic: Mapping[str, 
     missing = [name for name in dynamic if name not in profile]
     if missing:
         raise EngineLoadError(f"{where}input {missing[0]!r} {_shown(dynamic[missing[0]])} is missing")
-    batches = {name: tuple(shape[0] for shape in profile[name]) for name in dynamic if dynamic[name][0] < 0}
-    if len(set(batches.values())) > 1:
-        shown = ", ".join(f"{name!r} {'/'.join(map(str, rows))}" for name, rows in batches.items())
-        raise EngineLoadError(
-            f"{where}all inputs have the same rows, so their first axes must agree: {shown}"
-        )
 
 
 def _check_range(name: str, shape: Shape, ranges: Range, where: str) -> None:

@@ -130,14 +130,15 @@ export function totals(store) {
 export function settings(hello) {
   const entry = ([name, value], own) =>
     element("div", { class: own.includes(name) ? "own" : null }, element("span", {}, name), element("em", {}, shown(value)));
-  const group = (title, values, own) =>
+  const group = (title, values, own, note) =>
     element("details", {},
       element("summary", {}, title, element("span", {}, ` ${own.filter((name) => name in values).length} of ${Object.keys(values).length} set`)),
+      note ? element("p", {}, note) : null,
       element("div", { class: "settings" }, ...Object.entries(values)
         .sort(([one], [other]) => own.includes(other) - own.includes(one))
         .map((pair) => entry(pair, own))));
   const models = Object.entries(hello.models).map(([name, one]) =>
-    group(`Model ${name}${one.platform ? ` (${one.platform})` : ""}`, one.settings, one.own));
+    group(`Model ${name}${one.platform ? ` (${one.platform})` : ""}`, one.settings, one.own, one.batching && `Batching is ${one.batching}.`));
   byId("settings").replaceChildren(...models, group("Server", hello.settings, hello.own));
 }
 

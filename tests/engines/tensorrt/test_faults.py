@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cobatch.engines.base import Batching
 from cobatch.engines.errors import EngineDeadError, EngineError, EngineLoadError, EngineRunError
 from cobatch.engines.tensorrt.engine import TensorRTEngine
 from cobatch.engines.worker import Worker
@@ -36,7 +37,7 @@ def plant(method: str, text: str, code: str = "FAILED_EXECUTION") -> None:
 def engine_with(model: bytes, max_batch_size: int = 8, **options: Any) -> TensorRTEngine:
     """Return an engine of a plan with unusual properties."""
     plan = importlib.import_module("tensorrt.plan").make_plan(model, max_batch_size=max_batch_size, **options)
-    return TensorRTEngine("odd.plan", max_batch_size, plan_source=lambda: plan)
+    return TensorRTEngine("odd.plan", max_batch_size, plan_source=lambda: plan, batching=Batching("on"))
 
 
 def refused(engine: TensorRTEngine) -> str:
@@ -55,9 +56,8 @@ def refused(engine: TensorRTEngine) -> str:
         ({"dtype": "FP8"}, "has type FP8, which the protocol does not have"),
         ({"dtype": "INT4"}, "has type INT4, which the protocol does not have"),
         ({"format": "CHW4"}, "has format CHW4; only row-major linear can be served"),
-        ({"is_shape": True}, "is a shape tensor: its values are sizes of other tensors"),
+        ({"is_shape": True}, "is a shape tensor, whose values are sizes of other tensors"),
         ({"location": "HOST"}, "lies in host memory"),
-        ({"shape": ()}, "is a scalar: no axis to batch along"),
     ],
 )
 @pytest.mark.parametrize("tensor", ["x", "y"])

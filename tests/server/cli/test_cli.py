@@ -270,9 +270,10 @@ def test_the_module_and_the_script_are_the_same(arguments: list[str]) -> None:
 def test_inspect_shows_the_signature(model: Path) -> None:
     result = cobatch("inspect", model)
     assert result.exit_code == 0
-    heading, batch, _, x, total = result.stdout.splitlines()
+    heading, batch, batching, _, x, total = result.stdout.splitlines()
     assert heading.split() == ["sum", "onnxruntime_onnx", str(model)]
     assert batch == "batch: axis 0 of every tensor, any number of rows"
+    assert batching == "batching: on, proven at load"
     assert x.split() == ["input", "x", "FP32", "float32", "[batch,", "16]"]
     assert total.split() == ["output", "total", "FP32", "float32", "[batch,", "1]"]
 
@@ -284,6 +285,8 @@ def test_inspect_as_json(model: Path) -> None:
         "platform": "onnxruntime_onnx",
         "batch_axis": 0,
         "batch_size": None,
+        "batching": "proven",
+        "batching_note": "on, proven at load",
         "inputs": [{"name": "x", "datatype": "FP32", "dtype": "float32", "shape": [-1, 16]}],
         "outputs": [{"name": "total", "datatype": "FP32", "dtype": "float32", "shape": [-1, 1]}],
     }

@@ -142,8 +142,20 @@ def test_the_file_may_be_named_by_a_variable(model: Path, tmp_path: Path) -> Non
         ),
         (MODELS + "[[models]]\npaht = ''", "models[1].paht: unknown key; did you mean path? (file"),
         (
-            MODELS + MODELS + "max_batch_size = 0",
-            "models[1].max_batch_size: expected an integer from 1 to 65536, got 0 (file cobatch.toml)",
+            MODELS + MODELS + "max_batch_size = -1",
+            "models[1].max_batch_size: expected an integer from 0 to 65536, got -1 (file cobatch.toml)",
+        ),
+        (
+            MODELS + "max_batch_size = 0\nbatching = 'on'",
+            'models[0].max_batch_size: 0 turns batching off, but batching is "on" (file cobatch.toml)',
+        ),
+        (
+            MODELS + "batching = 'off'\n[[models.pad]]\ninput = 'x'",
+            "models[0].batching: not together with pad, which is for rows that share a batch (file",
+        ),
+        (
+            MODELS + "max_batch_size = 0\n[[models.pad]]\ninput = 'x'",
+            "models[0].max_batch_size: not together with pad, which is for rows that share a batch (file",
         ),
         (MODELS + "threads = 0", "models[0].threads: expected an integer from 1 to 1024, got 0 (file"),
         (
@@ -178,7 +190,7 @@ def test_a_mistake_is_refused_even_where_it_would_be_overridden(model: Path, tmp
 
 def test_refusals_name_the_variable_or_the_flag(model: Path, tmp_path: Path) -> None:
     environ = {"COBATCH_MAX_BATCH_SIZE": "many"}
-    wanted = "models[*].max_batch_size: expected an integer from 1 to 65536, got 'many'"
+    wanted = "models[*].max_batch_size: expected an integer from 0 to 65536, got 'many'"
     assert refusal(tmp_path, MODELS, environ) == f"{wanted} (environment variable COBATCH_MAX_BATCH_SIZE)"
     assert refusal(tmp_path, MODELS, max_batch_size="many") == f"{wanted} (flag --max-batch-size)"
     missing = refusal(tmp_path, MODELS, model="gone.onnx")

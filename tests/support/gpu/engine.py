@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cobatch.engines.base import Array
+from cobatch.engines.base import Array, Batching
 from cobatch.engines.errors import EngineError
 from cobatch.engines.tensorrt import cuda as driver
 from cobatch.engines.tensorrt.engine import TensorRTEngine
@@ -62,6 +62,7 @@ def engine_of(
 ) -> TensorRTEngine:
     """Create an engine of the model. `built_for`: the plan's largest batch."""
     plan = plan_of(model, *profiles, max_batch_size=built_for or max_batch_size)
+    options.setdefault("batching", Batching("on"))  # the proof's runs would meet the planted faults
     return TensorRTEngine("model.plan", max_batch_size, plan_source=lambda: plan, **options)
 
 
