@@ -98,6 +98,22 @@ def test_every_datatype_both_ways(served: Served, datatype: str, binary_in: bool
     assert tail == data if binary_out else output["data"] == VALUES[datatype]
 
 
+@pytest.mark.parametrize(("datatype", "kind"), [("FP16", "<f2"), ("FP32", "<f4"), ("FP64", "<f8")])
+def test_binary_keeps_infinity_and_nan_which_are_null_in_json(
+    served: Served, datatype: str, kind: str
+) -> None:
+    data = np.array([[np.inf, -np.inf], [np.nan, 0.5]], kind).tobytes()
+    inputs = [tensor(datatype, [2, 2], binary_data_size=len(data))]
+    for binary in (False, True):
+        text = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": binary}}).encode()
+        headers = {"Inference-Header-Content-Length": str(len(text))}
+        answer = served.ask(post(f"/v2/models/same-{datatype}/infer", text + data, headers))
+        if binary:
+            assert tails(answer)[1] == data
+        else:
+            assert answer.json["outputs"][0]["data"] == [None, None, None, 0.5]
+
+
 def test_bf16_is_binary_only(served: Served) -> None:
     data = struct.pack("<2H", 0x3F80, 0xC000)  # 1 and -2
     target = "/v2/models/bf16/infer"
