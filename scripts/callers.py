@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from tritonclient.http.aio import InferenceServerClient, InferInput
+from tritonclient.utils import np_to_triton_dtype
 
 Rows = np.ndarray[Any, np.dtype[Any]]
 
@@ -26,20 +27,31 @@ class NoTimesError(Exception):
 class Load:
     """The outputs, one for each input row and round, and the times of the requests.
 
-    `queue_ms`, `compute_ms` and `batch_rows` have an entry for each response; `in_flight` is the highest
-    number of concurrent requests.
+    `queue_ms`, `compute_ms`, `batch_rows` and `latency_ms`, which is measured here, have an entry for each
+    response; `in_flight` is the highest number of concurrent requests.
     """
 
     outputs: list[list[Rows]]
     queue_ms: list[float] = field(default_factory=list)
     compute_ms: list[float] = field(default_factory=list)
     batch_rows: list[int] = field(default_factory=list)
+    latency_ms: list[float] = field(default_factory=list)
     in_flight: int = 0
     seconds: float = 0.0
 
     @property
     def requests(self) -> int:
         return len(self.batch_rows)
+
+    @property
+    def rate(self) -> float:
+        """Requests per second."""
+        return self.requests / self.seconds
+
+    @property
+    def mean_batch(self) -> float:
+        """Rows of a batch, averaged over batches: each request of a batch of N is 1/N of it."""
+        return self.requests / sum(1 / rows for rows in self.batch_rows)
 
 
 class TimedClient(InferenceServerClient):  # type: ignore[misc]  # tritonclient ships no types
@@ -88,7 +100,9 @@ async def call(
 
     async def caller(jobs: Iterator[int]) -> None:
         for index in jobs:  # shared by all callers
+            sent_s = time.perf_counter()
             result = await client.infer(model, [requests[index]])
+            load.latency_ms.append((time.perf_counter() - sent_s) * 1000)
             load.outputs[index].append(result.as_numpy(names[1])[0])
 
     try:
@@ -105,6 +119,6 @@ async def call(
 
 
 def _request(name: str, row: Rows) -> InferInput:
-    request = InferInput(name, [1, *row.shape], "INT32")
+    request = InferInput(name, [1, *row.shape], np_to_triton_dtype(row.dtype))
     request.set_data_from_numpy(row[np.newaxis])
     return request

@@ -1,7 +1,8 @@
-"""Serve magika's file-type model with cobatch, classify real files with it, and check the answers.
+"""Serve two models with cobatch: classify real files, check the answers, and show what batching does.
 
+*magika*, a file-type model, classifies the files. *wide* (benchmarks/common/models.py) gains by batching.
 Started by ./scripts/demo, which prepares the environment. Exit status 0: the answers compared equal those of
-the `magika` package, and the server stopped with status 0; otherwise 1.
+the `magika` package or those without batching, and the server stopped with status 0; otherwise 1.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import argparse
 import asyncio
 import json
 import signal
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -21,7 +24,7 @@ from tritonclient.utils import InferenceServerException
 
 from callers import Load, NoTimesError, Rows, call
 from filetypes import FileTypes, Verdict, find_files, own_files
-from report import Line, files_table, labels_table, timing_table
+from report import Line, batching_table, files_table, labels_table, timing_table
 from serving import Server, ServingError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +36,16 @@ SERVE_PORT = 8000
 
 class MismatchError(Exception):
     """Two answers for a file differ; the text has both."""
+
+
+FAILURES = (
+    ServingError,
+    MismatchError,
+    NoTimesError,
+    InferenceServerException,
+    OSError,
+    subprocess.CalledProcessError,
+)
 
 
 def arguments() -> argparse.Namespace:
@@ -143,15 +156,37 @@ def classify(types: FileTypes, server: Server, options: argparse.Namespace, cons
         )
         for path in rows
     ]
-    labels_table(console, lines)
     if options.directory:
-        given = [line for line, path in zip(lines, rows, strict=True) if not path.is_relative_to(ROOT)]
-        files_table(console, given, f"Files in {options.directory}")
+        folder = options.directory.resolve()
+        given = [line for line, path in zip(lines, rows, strict=True) if path.is_relative_to(folder)]
+        files_table(console, given, f"\nFiles in {options.directory}")
+    labels_table(console, lines)
     console.print(
         f"{len(sent)} files classified; {len(rows) - len(sent)} are too short for the model. "
         f"{len(checked)} answers compared with the magika package: all equal (to {TOLERANCE:g})."
     )
     timing_table(console, load)
+
+
+def wide_model() -> Path:
+    """Return the file of *wide*, made if it is missing (73 MiB, about a second)."""
+    command = [sys.executable, "-m", "benchmarks.common.models"]
+    paths = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+    return next(Path(path) for path in paths if path.endswith("wide.onnx"))
+
+
+def show_batching(server: Server, callers: int, console: Console) -> None:
+    """Send rows one after another and at once; print both. Raises MismatchError, and the client's errors."""
+    rows = list(np.random.default_rng(1).standard_normal((64, 512), np.float32))
+    console.print(f"\n1 caller, then {callers} at once, send rows to wide ...")
+    alone, together = (
+        asyncio.run(call(server.url, "wide", ("x", "y"), rows, count, rounds=rounds))
+        for count, rounds in ((1, 2), (callers, max(8, callers // 4)))
+    )
+    for number, (one, many) in enumerate(zip(alone.outputs, together.outputs, strict=True)):
+        if not all(np.allclose(one[0], other, rtol=TOLERANCE, atol=TOLERANCE) for other in many):
+            raise MismatchError(f"row {number} of wide has other answers in a batch than alone")
+    batching_table(console, alone, together)
 
 
 def keep_serving(server: Server, console: Console) -> None:
@@ -173,6 +208,15 @@ def keep_serving(server: Server, console: Console) -> None:
     raise ServingError(f"the server exited with status {status}")
 
 
+def write_config(folder: Path, types: FileTypes) -> str:
+    """Write the server's configuration; return its path."""
+    models = {"magika": types.model, "wide": wide_model()}
+    tables = [f"[[models]]\nname = {json.dumps(n)}\npath = {json.dumps(str(p))}\n" for n, p in models.items()]
+    path = folder / "cobatch.toml"
+    path.write_text("".join(tables))
+    return str(path)
+
+
 def interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
@@ -187,20 +231,21 @@ def main() -> int:
     signal.signal(signal.SIGHUP, interrupt)
     console = Console(highlight=False)
     try:
-        with Server([str(types.model), "--name", "magika", "--port", str(options.port)]) as server:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Server(["--config", write_config(Path(folder), types), "--port", str(options.port)]) as server,
+        ):
             server.wait_ready()
-            console.print(
-                f"cobatch serves magika's file-type model ({types.model.parent.name}) at {server.url}",
-                soft_wrap=True,
-            )
+            console.print(f"cobatch serves the models magika and wide at {server.url}", soft_wrap=True)
             classify(types, server, options, console)
+            show_batching(server, options.callers, console)
             if options.serve:
                 keep_serving(server, console)
             server.stop()
     except KeyboardInterrupt:
         print("demo: interrupted; the server was stopped", file=sys.stderr)
         return 130
-    except (ServingError, MismatchError, NoTimesError, InferenceServerException, OSError) as error:
+    except FAILURES as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     console.print("\nThe server was stopped and exited with status 0.")
