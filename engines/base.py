@@ -127,8 +127,7 @@ class Signature:
         """How requests are batched, why, and what the operator can do about it, in one line."""
         verdict, reason = self.batching.verdict, self.batching.reason
         if verdict in ("off", "disproved"):
-            why = f': {reason}; if rows are independent all the same, set batching = "on"' if reason else ""
-            return f"off, requests run one at a time{why}"
+            return f"off, requests run one at a time{reason and f': {reason}'}"
         if self.fixed_batch == 1:
             return "fixed at 1 by the file; export it with a dynamic batch axis, so that requests share runs"
         if verdict == "unproven":

@@ -19,8 +19,8 @@ from cobatch.engines.errors import EngineDeadError, EngineLoadError, NoBatchAxis
 
 PROOF_ROWS = 4
 _VARIABLE_SIZE = 2  # of a variable axis at first: 1 would be broadcast
-_INTEGERS = 100  # at first; few values make some models ill-conditioned, so that rounding shows
-_LARGEST_FLOAT = 4.0  # so that rounding to integers tells rows apart
+_INTEGERS = 32  # at first; few values make some models ill-conditioned, so that rounding shows
+_LARGEST_FLOAT = 2.0  # so that rounding to integers tells rows apart
 _LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
 _LONGEST_REFUSAL = 240
 # The largest difference of equal answers, as a part of the output's largest value: kernels for other batch
@@ -128,7 +128,9 @@ class _Trial:
             again = self.answers(rows)
             if isinstance(again, str) or self._difference("", together, again)[0]:
                 raise _UndecidedError("its answers to the same inputs differ from run to run")
-            raise (_DisproofError if part > _CERTAIN else _UndecidedError)(where)
+            if part <= _CERTAIN:
+                raise _UndecidedError(where)
+            raise _DisproofError(f'{where}; if rows are independent all the same, set batching = "on"')
         if not equal and all(_far(spec, one[:1], one) == 0 for spec, one in self._outputs(together)):
             raise _UndecidedError("all random rows get the same answer")
         return ""
@@ -149,7 +151,7 @@ class _Trial:
         size = self._signature.fixed_batch or count
         try:
             outputs = self._run([_padded(array, size) for array in rows])
-        except (EngineDeadError, MemoryError):
+        except EngineDeadError:
             raise
         except NoBatchAxisError as error:
             raise _DisproofError(str(error)) from None
@@ -218,8 +220,9 @@ def _random(spec: TensorSpec, shape: tuple[int, ...], random: np.random.Generato
         return (random.random(shape, np.float32).view(np.uint32) >> 16).astype(np.uint16)
     if spec.dtype.kind == "f":
         floats = random.random((shape[0], prod(shape[1:])))
-        # Spaced evenly, so that rows of a single element differ clearly.
-        floats[:, :1] = (random.permutation(shape[0])[:, np.newaxis] + 0.5) / shape[0]
+        # Spaced evenly, so that rows of a single element differ clearly; and where large values saturate, the
+        # row that runs alone tells most if it is small.
+        floats[:, 0:1] = (np.append(random.permutation(shape[0] - 1) + 1, 0)[:, np.newaxis] + 0.5) / shape[0]
         return (floats * _LARGEST_FLOAT).reshape(shape).astype(spec.dtype)
     if spec.dtype.kind == "b":
         return _bits(spec, shape, random)

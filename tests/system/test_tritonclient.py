@@ -18,7 +18,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from cobatch import __version__
 from tests.support.http.process import Cobatch
-from tests.support.models import models
+from tests.support.models import axis_models, models
 
 Array = np.ndarray[Any, Any]
 MODELS = {
@@ -32,6 +32,7 @@ MODELS = {
     "bytes": models.identity(TensorProto.UINT8),
     "long": models.identity(TensorProto.INT64),
     "pick": models.pick(),
+    "running": axis_models.cumulative(),
 }
 CALLERS = 96
 
@@ -315,3 +316,12 @@ def test_the_repository_index_and_a_models_configuration(client: Client) -> None
     index = client("get_model_repository_index")
     assert {entry["name"]: entry["state"] for entry in index} == dict.fromkeys(MODELS, "READY")
     assert client("get_model_config", "negate")["max_batch_size"] == 64
+
+
+def test_a_model_without_a_batch_axis(client: Client) -> None:
+    assert client("get_model_config", "running")["max_batch_size"] == 0
+    assert client("get_model_metadata", "running")["inputs"][0]["shape"] == [-1]
+    x = InferInput("x", [6], "FP32")
+    x.set_data_from_numpy(np.ones(6, np.float32))
+    answer = client("infer", "running", [x])
+    assert answer.as_numpy("y").tolist() == [1, 2, 3, 4, 5, 6]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -15,10 +16,13 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from cobatch.server.dashboard.feed import hello
 from cobatch.server.settings.schema import ModelSettings, PadSettings
+from tests.support.examples import examples
 from tests.support.http.in_process import InProcess, in_process
 from tests.support.http.serving import Answer, Served, get, post, serve
 from tests.support.models import axis_models, models
@@ -292,6 +296,45 @@ def test_counts_and_explanations_of_a_request_that_ran_whole(served: Served) -> 
     assert list(counters.by_rows) == [1]
 
 
+@examples(5)
+@given(
+    steps=st.lists(st.sampled_from(sorted(axis_models.ROW_WISE)), min_size=1, max_size=2),
+    mixing=st.none() | st.sampled_from(sorted(axis_models.MIXING)),
+    width=st.integers(1, 3),
+    fixed=st.none() | st.integers(1, 4),
+    sizes=st.lists(st.integers(1, 9), min_size=2, max_size=6),
+    seed=st.integers(0, 1000),
+)
+def test_any_model_answers_as_it_does_alone(
+    tmp_path_factory: pytest.TempPathFactory,
+    steps: list[str],
+    mixing: str | None,
+    width: int,
+    fixed: int | None,
+    sizes: list[int],
+    seed: int,
+) -> None:
+    """Concurrent requests of any sizes, in batches of at most four rows or one at a time."""
+    steps = steps if mixing is None else [*steps, mixing]
+    data = axis_models.chain(steps, width, seed, fixed or "n")
+    path = models.write(tmp_path_factory.mktemp("any"), data)
+    random = np.random.default_rng(seed)
+    # A model with a fixed batch runs alone on its own number of rows only.
+    xs = [random.normal(size=(fixed or size, width)).astype(np.float32) for size in sizes]
+
+    async def answers() -> list[Any]:
+        async with in_process(ModelSettings(path=path, name="m", max_batch_size=4, threads=1)) as running:
+            bodies = [{"inputs": [tensor("t0", x)]} for x in xs]
+            asked = [running.http.post("/v2/models/m/infer", json=body) for body in bodies]
+            return [answer.json()["outputs"][0] for answer in await asyncio.gather(*asked)]
+
+    for x, answer in zip(xs, asyncio.run(answers()), strict=True):
+        expected = axis_models.alone(data, t0=x)[0]
+        got = np.array(answer["data"], np.float32).reshape(answer["shape"])
+        assert answer["name"] == f"t{len(steps)}"
+        assert np.allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
 # What the operator reads
 
 
@@ -309,6 +352,7 @@ async def started(
     [
         (axis_models.cumulative(), {}, "WARNING", "batching is off, requests run one at a time: rows "),
         (axis_models.cumulative(), {}, "WARNING", 'set batching = "on" (max_batch_size = 64 is ignored)'),
+        (axis_models.scalars(), {}, "WARNING", "is a scalar or of unknown rank (max_batch_size = 64 is ign"),
         (axis_models.cumulative(), {"batching": "off"}, "INFO", "a time (max_batch_size = 64 is ignored)"),
         (
             axis_models.cumulative(),
