@@ -16,7 +16,7 @@ from tests.support.models import models
 
 
 def threads() -> list[str]:
-    return sorted(one.name for one in threading.enumerate() if one.name.startswith("cobatch-"))
+    return sorted(one.name for one in threading.enumerate() if one.name.startswith("cobatch-gate-"))
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
