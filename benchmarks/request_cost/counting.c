@@ -1,5 +1,6 @@
-/* Callgrind counts from `begin` to `end`, which writes what was counted under a name. Outside it nothing is
- * counted, and the program runs several times faster. Without callgrind both do nothing. */
+/* Callgrind counts from `begin` to `end`, which writes what was counted under a name. Before the first `begin`
+ * the program runs several times faster; instrumentation then stays on, as each start translates all code
+ * anew. Without callgrind both do nothing. */
 #include <valgrind/callgrind.h>
 
 void begin(void)
@@ -11,5 +12,4 @@ void begin(void)
 void end(const char *name)
 {
     CALLGRIND_DUMP_STATS_AT(name);
-    CALLGRIND_STOP_INSTRUMENTATION;
 }

@@ -27,13 +27,15 @@ def test_the_gpu_tests_pass_on_the_fake_gpu(tmp_path: Path) -> None:
         "GPU_CHECK": "1",
         "GPU_FAKE": "1",
         "GPU_SECONDS": "1",
-        "GPU_SUSTAINED_SECONDS": "1",
+        "GPU_SUSTAINED_SECONDS": "0.12",
         "GPU_REPORT": str(lines),
     }
     command = [
         sys.executable,
         "-m",
         "pytest",
+        "-n",
+        "0",
         "-m",
         "gpu",
         "-q",
