@@ -14,7 +14,8 @@ Guarantees:
 * When a batch comes back and others wait, the engine gets its next one before the answers of this one are
   written, so it does not wait for the encoding.
 * A failed batch is run again in halves until the requests that fail alone are found; only those get the
-  error. With n requests that is at most 2*log2(n) extra runs for each of them.
+  error. With n requests that is at most 2*log2(n) extra runs for each of them. Their sources ride apart from
+  others then (`batcher.scheduling.suspects`).
 """
 
 import asyncio
@@ -29,6 +30,7 @@ from cobatch.batcher.errors import AbandonedError, BatcherError, DrainingError
 from cobatch.batcher.lanes import BatchWorker, Lane, Lanes
 from cobatch.batcher.request import Batch, Request
 from cobatch.batcher.rows.padding import Padder
+from cobatch.batcher.rows.splitting import Part
 from cobatch.batcher.scheduling.policy import WaitUntil
 from cobatch.batcher.scheduling.scheduler import Dispatch, Scheduler
 from cobatch.batcher.scheduling.tuning import SETTLE_ITERATIONS
@@ -85,6 +87,8 @@ class Batcher:
         )
         self.queue = self._scheduler.queue
         self.admission = self._scheduler.admission
+        self._suspects = self._scheduler.suspects
+        self._apart = self._suspects.queue
         self._completion = Completion(name, self._scheduler, clock)
         self._lanes = Lanes(
             name,
@@ -94,6 +98,7 @@ class Batcher:
             loop,
             clock,
             decide=self.decide,
+            recheck=self._recheck,
             on_lost=on_lost,
             padder=padder,
             execution_timeout_s=None if execution_timeout_ms is None else execution_timeout_ms / 1000,
@@ -112,6 +117,11 @@ class Batcher:
         return self._scheduler.run_times.expected_s(self.queue.full_rows)
 
     @property
+    def suspects(self) -> int:
+        """The number of sources that ride apart from others, because rows of theirs have failed."""
+        return len(self._suspects.marks)
+
+    @property
     def running_batches(self) -> int:
         """Batches that are with an engine."""
         return self._lanes.running
@@ -123,7 +133,7 @@ class Batcher:
 
     def open_requests(self) -> tuple[dict[int, int], int]:
         """Return the queued rows by priority, and the number of requests that are not answered yet."""
-        queued = self.queue.waiting()
+        queued = self._scheduler.waiting()
         rows: dict[int, int] = {}
         for request in queued:
             rows[request.level] = rows.get(request.level, 0) + request.rows
@@ -155,10 +165,12 @@ class Batcher:
             raise error
         if request.timeout_s is not None:
             self._set_expiry(request)
-        if request.rows > self.max_batch_size:
-            for part in self._completion.cut(request):
+        suspects = self._suspects
+        if request.rows > self.max_batch_size or (suspects.marks and suspects.holds(request)):
+            parts = self._completion.cut(request) if request.rows > self.max_batch_size else [request]
+            for part in parts:
                 part.enqueued_s = now_s
-                self.queue.push(part)
+                suspects.push(part)
             self._decide_soon()
             return
         group = self.queue.push(request)
@@ -199,6 +211,14 @@ class Batcher:
         else:
             self._check_drained()
 
+    def _recheck(self, request: Request) -> None:
+        """Look again at the deadline of a request that waits once more."""
+        whole = request.whole if isinstance(request, Part) and request.whole is not None else request
+        if whole.deadline_s < math.inf:
+            if whole.expiry is not None:
+                whole.expiry.cancel()
+            self._expire(whole)
+
     # Decisions
 
     def _decide_soon(self) -> None:
@@ -230,12 +250,7 @@ class Batcher:
             self._timer.cancel()
             self._timer = None
         lanes, queue, scheduler = self._lanes, self.queue, self._scheduler
-        while (lane := lanes.next) is not None:
-            if lanes.retries:
-                lanes.send_retry(lane)
-                continue
-            if not queue.rows:
-                break
+        while (lane := lanes.next) is not None and (queue.rows or self._apart.rows):
             answer = scheduler.next(self._clock(), running=bool(lane.running), free_s=lane.free_s)
             if isinstance(answer, Dispatch):
                 if answer.requests:
@@ -274,8 +289,7 @@ class Batcher:
 
     def _abandon(self, timeout_s: float) -> None:
         failed = self.counters.failed
-        waiting = self._lanes.awaited() + self.queue.take_all()
-        self._lanes.retries.clear()
+        waiting = self._lanes.awaited() + self._scheduler.take_all()
         error = AbandonedError(f"model {self.name!r} stopped before the request was done")
         self._completion.fail_all(waiting, error)
         abandoned = self.counters.failed - failed
@@ -284,7 +298,7 @@ class Batcher:
     def _check_drained(self) -> None:
         """End `drain` if nothing accepted is left. A batch without live requests is not waited for."""
         drained = self._drained
-        if drained is None or drained.done() or self.queue.rows or self._lanes.awaited():
+        if drained is None or drained.done() or self.queue.rows or self._apart.rows or self._lanes.awaited():
             return
         drained.set_result(None)
 

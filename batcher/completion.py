@@ -9,7 +9,7 @@ import math
 import secrets
 from collections.abc import Callable
 
-from cobatch.batcher.errors import BatchFailedError, EngineGoneError, ExpiredError
+from cobatch.batcher.errors import BatchFailedError, EngineGoneError, ExpiredError, InputRejectedError
 from cobatch.batcher.request import Batch, Pad, Request, State
 from cobatch.batcher.rows.padding import cut_back
 from cobatch.batcher.rows.splitting import Part, cut, join, release
@@ -27,7 +27,6 @@ class Completion:
     def __init__(self, model: str, scheduler: Scheduler, clock: Callable[[], float]) -> None:
         self._model = model
         self._scheduler = scheduler
-        self._queue = scheduler.queue
         self._counters = scheduler.counters
         self._clock = clock
         self._max_batch_size = scheduler.max_batch_size
@@ -94,12 +93,21 @@ class Completion:
             if request.state is State.RUNNING:
                 self.fail(request, error)
 
-    def fail_run(self, request: Request, why: str) -> None:
-        """Fail a request whose run failed. The caller gets a reference, logged beside `why`."""
+    def fail_run(self, request: Request, why: str, *, rejected: bool = False) -> None:
+        """Fail a request whose run failed; `rejected`: because of its rows.
+
+        The caller gets a reference, logged beside `why`.
+        """
         reference = secrets.token_hex(8)
         whose = "" if request.tenant is None else f" of tenant {request.tenant.name}"
-        log.error("model %s: a run%s failed (reference %s): %s", self._model, whose, reference, why)
-        self.fail(request, BatchFailedError(self._model, reference))
+        if rejected:
+            log.warning(
+                "model %s: rows%s were refused (reference %s): %s", self._model, whose, reference, why
+            )
+            self.fail(request, InputRejectedError(self._model, reference))
+        else:
+            log.error("model %s: a run%s failed (reference %s): %s", self._model, whose, reference, why)
+            self.fail(request, BatchFailedError(self._model, reference))
 
     def fail_late(self, request: Request) -> None:
         """Fail a request that left the queue because it would miss its deadline."""
@@ -138,7 +146,7 @@ class Completion:
                 if part.state in (State.QUEUED, State.RUNNING):
                     self._withdraw(part)
         elif request.state is State.QUEUED:
-            self._queue.cancel(request)
+            self._scheduler.withdraw(request)
         # Running rows cannot be taken out of their batch; `answer` passes over them.
         request.state = State.CANCELLED
 
@@ -166,7 +174,7 @@ class Completion:
         error = ExpiredError(request.timeout_s)
         if request.partial and len(queued) < len(parts):
             for part in queued:
-                self._queue.cancel(part)
+                self._scheduler.withdraw(part)
                 self.fail(part, error)
         else:
             self._counters.expired += request.callers

@@ -151,6 +151,15 @@ class BatchFailedError(BatcherError):
         self.reference = reference
 
 
+class InputRejectedError(BatcherError):
+    """The model refuses the values of this request's rows. `reference` is in the log beside its message."""
+
+    def __init__(self, model: str, reference: str) -> None:
+        super().__init__(f"model {model!r} refuses the values of this request (reference {reference})")
+        self.model = model
+        self.reference = reference
+
+
 class EngineGoneError(BatcherError):
     """The engine is dead and cannot run anything any more."""
 

@@ -4,13 +4,13 @@ A slot belongs to a batch from `send` until its rows are handed out, because cal
 buffers until then. When a batch comes back and others wait, the engine gets its next one before the answers
 of this one are written; otherwise everything that can wait is done after them.
 
-A failed batch is run again in halves. A batch that does not end within the limit is given up, and so is its
-engine; the model opens another one, which inherits the lane's number.
+A failed batch is queued again in halves. A batch that does not end within the limit is given up, and so is
+its engine; the model opens another one, which inherits the lane's number.
 """
 
 import asyncio
 import logging
-from collections import deque
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
@@ -22,7 +22,7 @@ from cobatch.batcher.errors import BatcherError, EngineGoneError, ExecutionTimeo
 from cobatch.batcher.request import Batch, Request, State, Timer
 from cobatch.batcher.rows.packing import pack
 from cobatch.batcher.rows.padding import Padder
-from cobatch.batcher.scheduling.policy import RETRY
+from cobatch.batcher.scheduling.policy import SUSPECT
 from cobatch.batcher.scheduling.scheduler import Scheduler
 from cobatch.batcher.statistics import EngineTotals
 from cobatch.batcher.tenant import Tenant
@@ -33,6 +33,8 @@ from cobatch.engines.worker import Deliver, Job, Outcome
 log = logging.getLogger("cobatch.batcher")
 
 _NUMBERS = count(1)
+# A request that fails alone is taken to be at fault if the engine ran others within this time.
+HEALTHY_S = 1.0
 
 
 class BatchWorker(Protocol):
@@ -50,8 +52,8 @@ class BatchWorker(Protocol):
 class Lane:
     """One worker and its batches.
 
-    `number`: its place among the model's lanes. `free_s`: when its engine is expected to be idle. `gone`: the
-    error for its callers, once the engine has died.
+    `number`: its place among the model's lanes. `free_s`: when its engine is expected to be idle. `ran_s`:
+    when a batch last ran well. `gone`: the error for its callers, once the engine has died.
     """
 
     def __init__(self, worker: BatchWorker, number: int, totals: EngineTotals) -> None:
@@ -62,6 +64,7 @@ class Lane:
         self.free_slots = list(range(worker.engine.slots))
         self.running: dict[Batch, None] = {}  # in the order in which they run
         self.free_s = 0.0
+        self.ran_s = -math.inf
         self.watch: Timer | None = None
         self.gone: EngineGoneError | None = None
 
@@ -91,6 +94,7 @@ class Lanes:
         clock: Callable[[], float],
         *,
         decide: Callable[[], None],
+        recheck: Callable[[Request], None],
         on_lost: Callable[[BatchWorker, BatcherError], None] | None,
         padder: Padder | None,
         execution_timeout_s: float | None,
@@ -99,7 +103,6 @@ class Lanes:
         self.next: Lane | None = None
         self.free_s = 0.0
         self.lanes: list[Lane] = []
-        self.retries: deque[list[Request]] = deque()
         self._all: dict[Lane, None] = {}  # with dead ones that still have batches
         self._model = model
         self._scheduler = scheduler
@@ -109,6 +112,7 @@ class Lanes:
         self._loop = loop
         self._clock = clock
         self._decide = decide
+        self._recheck = recheck
         self._on_lost = on_lost
         self._padder = padder
         self._execution_timeout_s = execution_timeout_s
@@ -157,9 +161,8 @@ class Lanes:
         return sum([len(lane.running) for lane in self._all])
 
     def awaited(self) -> list[Request]:
-        """Return the requests that were sent, or are to be sent again, and are not answered or cancelled."""
-        sent = [*self.retries, *(batch.requests for lane in self._all for batch in lane.running)]
-        return [request for requests in sent for request in requests if request.state is State.RUNNING]
+        """Return the requests that were sent and are not answered or cancelled."""
+        return [request for lane in self._all for batch in lane.running for request in _unanswered(batch)]
 
     # To the engine
 
@@ -173,13 +176,15 @@ class Lanes:
         batch = Batch(requests, rows, row_shapes, reason, lane.number, next(_NUMBERS), slot, shares)
         lane.running[batch] = None
         batch.gathered_s = self._clock()
-        job = Job(slot, rows, row_shapes, batch)
+        explain = len(requests) == 1 and (reason != SUSPECT or not self._ran_recently(lane))
+        job = Job(slot, rows, row_shapes, batch, explain)
         try:
             pack(requests, lane.engine.inputs(slot, rows, row_shapes))
         except Exception as error:
             # The batch fails like one that the engine refused.
             log.exception("packing a batch failed")
-            outcome = Outcome(None, EngineError(f"packing failed: {error!r}"), self._clock(), self._clock())
+            now_s = self._clock()
+            outcome = Outcome(None, EngineError(f"packing failed: {error!r}"), now_s, now_s, zeros_run=False)
             self._loop.call_soon(self._on_outcome, lane, job, outcome)
             self._choose()
             return
@@ -190,22 +195,6 @@ class Lanes:
         self._choose()
         if self._execution_timeout_s is not None and lane.watch is None:
             self._watch_next(lane)
-
-    def send_retry(self, lane: Lane) -> None:
-        """Send the next half of a failed batch, without requests that were cancelled or would be late."""
-        requests = []
-        start_s = max(self._clock(), lane.free_s)
-        run_times = self._scheduler.shape_times
-        for request in self.retries.popleft():
-            if request.state is not State.RUNNING:
-                continue
-            if request.deadline_s < start_s + run_times.of(request.row_shapes).expected_s(request.rows):
-                self._completion.fail_late(request)
-            else:
-                requests.append(request)
-        if requests:
-            self._counters.retries += 1
-            self.send(lane, requests, RETRY, {})
 
     # Back from the engine
 
@@ -237,10 +226,11 @@ class Lanes:
         if outcome.error is None:
             assert outcome.outputs is not None
             batch.outputs = outcome.outputs
+            lane.ran_s = now_s
             self._answer(batch, now_s, idle=not running)
         else:
             batch.answering_s = self._clock()
-            self._on_error(lane, batch, outcome.error)
+            self._on_error(lane, batch, outcome.error, outcome.zeros_run)
             self._end_failed(batch)
         lane.free_slots.append(job.slot)
         if len(self._all) > len(self.lanes) and lane not in self.lanes and not running:
@@ -251,7 +241,7 @@ class Lanes:
     def _answer(self, batch: Batch, now_s: float, *, idle: bool) -> None:
         """Give the engine its next batch if others wait, then answer this one."""
         scheduler = self._scheduler
-        others_wait = self._queue.rows > 0 or len(self.retries) > 0
+        others_wait = self._queue.rows > 0
         if others_wait:
             scheduler.on_ended(batch, now_s, idle=idle)
             self._decide()
@@ -268,26 +258,50 @@ class Lanes:
 
     # Failures
 
-    def _on_error(self, lane: Lane, batch: Batch, error: EngineError) -> None:
-        requests = [request for request in batch.requests if request.state is State.RUNNING]
+    def _on_error(self, lane: Lane, batch: Batch, error: EngineError, zeros_run: bool | None) -> None:
+        requests = _unanswered(batch)
         self._counters.failed_runs += 1
         _note_failed(batch, requests)
         if isinstance(error, EngineDeadError):
             self._on_dead(lane, requests, error)
         elif len(batch.requests) > 1:
             # Also with one left: the rows that failed may be of a request that was cancelled since.
-            self._retry_halves(requests)
+            self._retry_halves(batch, requests)
         elif requests and isinstance(requests[0], Bundle):
-            self._retry_halves(requests[0].split())
+            self._retry_halves(batch, requests[0].split())
         elif requests:
-            self._completion.fail_run(requests[0], str(error))
+            self._fail_alone(lane, requests[0], error, zeros_run)
 
-    def _retry_halves(self, requests: list[Request]) -> None:
+    def _fail_alone(self, lane: Lane, request: Request, error: EngineError, zeros_run: bool | None) -> None:
+        """Fail a request whose run failed with no other in it.
+
+        Its rows are at fault if zeros in their place run; or, with a model that refuses zeros or a source
+        that is suspect already, if the engine has run other rows recently.
+        """
+        rejected = self._ran_recently(lane) if zeros_run is None else zeros_run
+        if rejected:
+            self._scheduler.suspects.add(request, self._clock())
+        self._completion.fail_run(request, str(error), rejected=rejected)
+
+    def _ran_recently(self, lane: Lane) -> bool:
+        return self._clock() - lane.ran_s < HEALTHY_S
+
+    def _retry_halves(self, batch: Batch, requests: list[Request]) -> None:
         half = len(requests) // 2
-        self.retries.extendleft(part for part in (requests[half:], requests[:half]) if part)
+        self._retry([(batch, requests[half:]), (batch, requests[:half])])
+
+    def _retry(self, parts: list[tuple[Batch, list[Request]]]) -> None:
+        """Queue requests of batches again, the last part first; some may be too late by now."""
+        for batch, requests in parts:
+            if requests:
+                self._scheduler.retry(batch, requests)
+        for _, requests in parts:
+            for request in requests:
+                self._recheck(request)
 
     def _end_failed(self, batch: Batch) -> None:
-        batch.answered_s = self._clock()
+        batch.answered_s = now_s = self._clock()
+        self._scheduler.charge(batch, now_s)
         if self.on_batch is not None:
             self.on_batch(batch)
         batch.requests = []
@@ -319,9 +333,9 @@ class Lanes:
         lane.watch = None
         self._remove(lane)
         del self._all[lane]
-        waiting = [one.requests for one in lane.running if one is not batch]
+        behind = [(one, _unanswered(one)) for one in lane.running if one is not batch]
         lane.running.clear()
-        self.retries.extendleft(reversed(waiting))
+        self._retry(behind[::-1])
         now_s = self._clock()
         batch.started_s = max(batch.dispatched_s, now_s - limit_s)  # the engine has not said when
         batch.finished_s = batch.answering_s = now_s
@@ -340,9 +354,7 @@ class Lanes:
     def _close(self, gone: EngineGoneError) -> None:
         """Accept nothing and fail all waiting requests. Batches that still run may be answered."""
         self._scheduler.admission.close(gone)
-        waiting = [request for retry in self.retries for request in retry]
-        self.retries.clear()
-        self._completion.fail_all(waiting + self._queue.take_all(), gone)
+        self._completion.fail_all(self._scheduler.take_all(), gone)
 
     def use(self, worker: BatchWorker) -> None:
         """Use another worker in place of one that was lost."""
@@ -357,6 +369,10 @@ class Lanes:
         if not self.lanes:
             self._close(self._completion.engine_gone(str(error)))
             self._decide()
+
+
+def _unanswered(batch: Batch) -> list[Request]:
+    return [request for request in batch.requests if request.state is State.RUNNING]
 
 
 def _note_failed(batch: Batch, requests: list[Request]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from math import inf
@@ -151,6 +151,11 @@ class Request:
     def done(self) -> None:
         """Deliver the answer. Must not raise; an exception is logged and dropped."""
         raise NotImplementedError
+
+    @property
+    def source(self) -> Hashable:
+        """The tenant, or the connection of an anonymous caller; None if unknown."""
+        return self.tenant
 
     @property
     def failures(self) -> list[tuple[int, int, Exception]]:

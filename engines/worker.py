@@ -30,21 +30,30 @@ _OVERLAPPING_STAGES = 3  # copying in, running and copying out of three batches 
 
 
 class Job(msgspec.Struct, eq=False):
-    """A batch whose rows lie in a slot's input buffers. `context` is for the batcher's own use."""
+    """A batch whose rows lie in a slot's input buffers. `context` is for the batcher's own use.
+
+    `explain`: if it fails, find out whether zeros would too.
+    """
 
     slot: int
     rows: int
     row_shapes: RowShapes
     context: Any
+    explain: bool = False
 
 
 class Outcome(msgspec.Struct, eq=False):
-    """Outputs or error of a job, and its start and end in `time.monotonic` seconds."""
+    """Outputs or error of a job, and its start and end in `time.monotonic` seconds.
+
+    `zeros_run`: zeros in the same shapes ran right after the error, so the values are at fault; None if that
+    was not tried, or the model refuses zeros.
+    """
 
     outputs: tuple[Array, ...] | None
     error: EngineError | None
     started_s: float
     finished_s: float
+    zeros_run: bool | None = None
 
 
 Deliver = Callable[[Job, Outcome], None]
@@ -101,7 +110,7 @@ class Worker:
         finally:
             try:
                 self.engine.close()
-            except Exception:
+            except BaseException:
                 log.exception("%s: closing the engine failed", self._thread.name)
 
     def _open(self) -> EngineError | None:
@@ -110,7 +119,7 @@ class Worker:
             self._warm_up()
         except EngineError as error:
             return error
-        except Exception as error:
+        except BaseException as error:
             log.exception("%s: opening the engine failed", self._thread.name)
             return EngineLoadError(f"opening failed: {error!r}")
         return None
@@ -156,8 +165,8 @@ class Worker:
         started_s = time.monotonic()
         try:
             self.engine.enqueue(job.slot, job.rows, job.row_shapes)
-        except Exception as error:  # noqa: BLE001 - any error of an engine fails only its batch
-            self._deliver(job, Outcome(None, _as_engine_error(error), started_s, time.monotonic()))
+        except BaseException as error:  # noqa: BLE001 - any error of an engine fails only its batch
+            self._deliver(job, self._failed(job, error, started_s))
         else:
             self._running.append((job, started_s))
         return True
@@ -172,8 +181,8 @@ class Worker:
             for spec, output in zip(self.engine.signature.outputs, outputs, strict=True):
                 # Callers get rows by number: with a row too few they would get another caller's answer.
                 _check_rows(spec.name, output, job.rows, EngineRunError)
-        except Exception as error:  # noqa: BLE001 - see above
-            outcome = Outcome(None, _as_engine_error(error), started_s, time.monotonic())
+        except BaseException as error:  # noqa: BLE001 - see above
+            outcome = self._failed(job, error, started_s)
         else:
             outcome = Outcome(outputs, None, started_s, time.monotonic())
         self._finished_s = outcome.finished_s
@@ -185,6 +194,19 @@ class Worker:
         while not self._jobs.empty() and not self._stopping and len(self._running) < self.engine.slots:
             self._enqueue_next(0.0)
         self._deliver(job, outcome)
+
+    def _failed(self, job: Job, error: BaseException, started_s: float) -> Outcome:
+        outcome = Outcome(None, _as_engine_error(error), started_s, 0.0)
+        if job.explain and self.warmup_us and not isinstance(outcome.error, EngineDeadError):
+            try:
+                self._run_zeros(job.slot, job.rows, job.row_shapes)
+                outcome.zeros_run = True
+            except BaseException as again:  # noqa: BLE001 - the engine is at fault, or the shape
+                outcome.zeros_run = False
+                if isinstance(second := _as_engine_error(again), EngineDeadError):
+                    outcome.error = second
+        outcome.finished_s = time.monotonic()
+        return outcome
 
     def _learn(self, size: int, run_s: float) -> None:
         """Average the run time of batches of about this size behind another, biased to short times."""
@@ -225,14 +247,19 @@ class Worker:
                     )
                     return
 
-    def _warm_up_once(self, rows: int, shapes: tuple[tuple[int, ...], ...]) -> None:
+    def _run_zeros(self, slot: int, rows: int, shapes: RowShapes) -> tuple[tuple[Array, ...], float]:
+        """Run zeros in a slot; return the outputs and the time from its start in microseconds."""
         engine = self.engine
-        for buffer in engine.inputs(0, rows, shapes):
+        for buffer in engine.inputs(slot, rows, shapes):
             buffer[:rows] = b"" if buffer.dtype == object else 0
         started_s = time.monotonic()
-        engine.enqueue(0, rows, shapes)
-        outputs = engine.wait(0)
-        us = (time.monotonic() - started_s) * 1e6
+        engine.enqueue(slot, rows, shapes)
+        outputs = engine.wait(slot)
+        return outputs, (time.monotonic() - started_s) * 1e6
+
+    def _warm_up_once(self, rows: int, shapes: RowShapes) -> None:
+        engine = self.engine
+        outputs, us = self._run_zeros(0, rows, shapes)
         for spec, output in zip(engine.signature.outputs, outputs, strict=True):
             _check_rows(spec.name, output, rows, EngineLoadError)
             known = self._output_shapes.setdefault(spec.name, output.shape[1:])
@@ -251,5 +278,9 @@ def _check_rows(name: str, output: Array, rows: int, error: type[EngineError]) -
         )
 
 
-def _as_engine_error(error: Exception) -> EngineError:
-    return error if isinstance(error, EngineError) else EngineRunError(f"{type(error).__name__}: {error}")
+def _as_engine_error(error: BaseException) -> EngineError:
+    if isinstance(error, EngineError):
+        return error
+    # An engine that ends its thread, as by `sys.exit`, is dead: the thread goes on only to say so.
+    kind = EngineRunError if isinstance(error, Exception) else EngineDeadError
+    return kind(f"{type(error).__name__}: {error}")

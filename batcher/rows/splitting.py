@@ -6,7 +6,7 @@ parts are answered, or when the first one fails, which cancels the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,9 @@ from cobatch.batcher.request import Batch, Payload, Request, State
 
 
 class Part(Request):
-    """Consecutive rows of a larger request, with a copy of their outputs until all parts are done."""
+    """Consecutive rows of `whole`, with a copy of their outputs until all parts are done."""
 
-    __slots__ = ("on_done", "outputs")
+    __slots__ = ("_source", "on_done", "outputs", "whole")
 
     def __init__(
         self, whole: Request, payloads: list[Payload], rows: int, on_done: Callable[[Part], None]
@@ -28,8 +28,14 @@ class Part(Request):
         self.deadline_s = whole.deadline_s
         self.timeout_s = whole.timeout_s
         self.pad = whole.pad
+        self.whole: Request | None = whole
+        self._source = whole.source
         self.on_done = on_done
         self.outputs: Sequence[np.ndarray[Any, Any]] = ()
+
+    @property
+    def source(self) -> Hashable:
+        return self._source
 
     def done(self) -> None:
         try:
@@ -87,6 +93,7 @@ def release(parts: list[Request]) -> None:
     for part in parts:
         assert isinstance(part, Part)
         part.on_done = _ignore
+        part.whole = None
         part.outputs = ()
 
 

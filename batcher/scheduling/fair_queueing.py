@@ -9,6 +9,7 @@ work-conserving.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import Generic, Protocol, TypeVar
 
@@ -126,12 +127,14 @@ class FairQueue(Generic[T]):
 
 
 class Group:
-    """All requests whose rows have one shape."""
+    """Requests of one shape that may share a batch, of at most `most_rows` rows; `key` is its queue's."""
 
-    __slots__ = ("flows", "row_shapes", "rows", "turns")
+    __slots__ = ("flows", "key", "most_rows", "row_shapes", "rows", "turns")
 
-    def __init__(self, row_shapes: RowShapes) -> None:
+    def __init__(self, key: Hashable, row_shapes: RowShapes, most_rows: int) -> None:
+        self.key = key
         self.row_shapes = row_shapes
+        self.most_rows = most_rows
         self.rows = 0
         self.flows: dict[TenantShare, Flow] = {}
         self.turns: FairQueue[Flow] = FairQueue()

@@ -24,6 +24,7 @@ DELAY = "delay"  # the oldest request has waited as long as it may for others
 DEADLINE = "deadline"  # a deadline leaves no time to wait or to grow
 DRAIN = "drain"  # the server stops
 RETRY = "retry"  # a part of a batch that failed
+SUSPECT = "suspect"  # requests of sources whose rows have failed, apart from others
 
 
 @dataclass(slots=True)  # not frozen, which would make it four times as expensive

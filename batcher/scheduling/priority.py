@@ -72,6 +72,11 @@ class PriorityQueue:
         self._waiting += 1
         self.queued += 1
 
+    def advance(self, request: Request) -> None:
+        """Move a request, which was pushed last, before all others of its level: it has been here before."""
+        if self._line and self._line[-1] is request:
+            self._line.rotate(1)
+
     def leave(self, request: Request) -> None:
         """Note that a request is no longer queued."""
         self.queued -= 1
@@ -86,7 +91,8 @@ class PriorityQueue:
             heappop(self._others)
             self._waiting -= 1
         elif self._waiting - self.queued > TOMBSTONES_KEPT and self._waiting > 2 * self.queued:
-            self._line = deque([one for one in self._line if one.state is State.QUEUED])
+            # A request that was sent and came back is here twice.
+            self._line = deque(dict.fromkeys([one for one in self._line if one.state is State.QUEUED]))
             self._others = [entry for entry in self._others if entry[2].state is State.QUEUED]
             heapify(self._others)
             self._waiting = self.queued

@@ -1,8 +1,9 @@
 """The queue: requests that may share a batch, and the order of batches.
 
-Rows of different shapes cannot share a batch, so each shape is a group. Within a group each tenant has a
-flow, ordered by `PriorityQueue`. Across groups each tenant's requests stand in one order too, so that none
-of its shapes waits behind the others. `batcher.scheduling.fair_queueing` orders the tenants.
+Rows of different shapes cannot share a batch, so each shape is a group; a part of a failed batch is a group
+too, since it shares a batch with no other request. Within a group each tenant has a flow, ordered by
+`PriorityQueue`. Across groups each tenant's requests stand in one order too, so that none of its shapes waits
+behind the others. `batcher.scheduling.fair_queueing` orders the tenants.
 
 Invariants, held by every method:
 
@@ -12,9 +13,10 @@ Invariants, held by every method:
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from heapq import heapify, heappop, heappush
 from math import inf
+from sys import maxsize
 from typing import NamedTuple
 
 from cobatch.batcher.request import Request, State
@@ -22,7 +24,8 @@ from cobatch.batcher.scheduling.fair_queueing import FairQueue, Flow, Group, Ten
 from cobatch.batcher.scheduling.priority import DEFAULT, level_of
 from cobatch.batcher.scheduling.tuning import TOMBSTONES_KEPT
 from cobatch.batcher.tenant import Tenant
-from cobatch.engines.base import RowShapes
+
+ANY_ROWS = maxsize
 
 
 class FormedBatch(NamedTuple):
@@ -49,7 +52,7 @@ class RequestQueue:
     def __init__(
         self, full_rows: int, row_s: float, *, ages: bool, run_s: Callable[[int], float] = lambda rows: 0.0
     ) -> None:
-        self.groups: dict[RowShapes, Group] = {}
+        self.groups: dict[Hashable, Group] = {}  # a shape alone is the key of its ordinary group
         self.rows = 0
         self.row_s = row_s
         self.deadlines = 0
@@ -126,10 +129,10 @@ class RequestQueue:
         ):
             if self._parked:
                 self._unpark()
-            flow = self._last = self._flow_of(request)
+            flow = self._last = self._flow_of(request, request.row_shapes, ANY_ROWS)
         elif self._parked:
             self._parked = False
-            self.groups[request.row_shapes] = flow.group
+            self.groups[flow.group.key] = flow.group
         rows = request.rows
         group, share = flow.group, flow.share
         request.entry = flow
@@ -153,6 +156,26 @@ class RequestQueue:
             self._note_age(request)
         return group
 
+    def push_apart(
+        self, requests: Sequence[Request], key: Hashable, most_rows: int, *, again: bool = False
+    ) -> None:
+        """Queue requests of one shape in the group `key`, whose batches have at most `most_rows` rows.
+
+        `again`: they were sent before, so they are next when it is their tenants' turn; their group is full.
+        """
+        for request in reversed(requests) if again else requests:
+            if self._parked:
+                self._unpark()
+            flow = self._last = self._flow_of(request, key, most_rows)
+            self._parked = True  # ready for this request
+            group = self.push(request)
+            if again:
+                self._full[group] = None
+                for order in (flow.order, flow.share.order):
+                    if order is not None:
+                        order.advance(request)
+        self._last = None
+
     def _unpark(self) -> None:
         self._parked = False
         flow = self._last
@@ -162,11 +185,11 @@ class RequestQueue:
         flow.group.turns.clear()
         self.shares.deactivate(flow.share)
 
-    def _flow_of(self, request: Request) -> Flow:
-        """Return the flow that a request belongs to, ready for it."""
-        group = self.groups.get(request.row_shapes)
+    def _flow_of(self, request: Request, key: Hashable, most_rows: int) -> Flow:
+        """Return the flow that a request belongs to in a group, ready for it."""
+        group = self.groups.get(key)
         if group is None:
-            group = self.groups[request.row_shapes] = Group(request.row_shapes)
+            group = self.groups[key] = Group(key, request.row_shapes, most_rows)
         share = self.shares.of(request.tenant)
         if not share.rows:
             self.shares.activate(share)
@@ -189,10 +212,13 @@ class RequestQueue:
             self._number += 1
             heappush(self._urgent, (request.deadline_s, self._number, request))
         if len(self._arrivals) + len(self._urgent) > self._most_ages:
-            self._arrivals = deque([one for one in self._arrivals if one.state is State.QUEUED])
-            self._urgent = [entry for entry in self._urgent if entry[2].state is State.QUEUED]
-            heapify(self._urgent)
-            self._most_ages = 2 * (len(self._arrivals) + len(self._urgent)) + TOMBSTONES_KEPT
+            self._drop_tombstones()
+
+    def _drop_tombstones(self) -> None:
+        self._arrivals = deque([one for one in self._arrivals if one.state is State.QUEUED])
+        self._urgent = [entry for entry in self._urgent if entry[2].state is State.QUEUED]
+        heapify(self._urgent)
+        self._most_ages = 2 * (len(self._arrivals) + len(self._urgent)) + TOMBSTONES_KEPT
 
     # Out
 
@@ -226,13 +252,13 @@ class RequestQueue:
             share.tenant.queued_rows -= rows
         if not self.rows and flow is self._last and len(share.flows) == len(group.flows) == 1:
             self._parked = True
-            del self.groups[group.row_shapes]
+            del self.groups[group.key]
             share.order = None
         elif not flow.rows:
             del group.flows[share]
             del share.flows[flow]
             if not group.rows:
-                del self.groups[group.row_shapes]
+                del self.groups[group.key]
                 group.turns.clear()  # breaks a reference cycle with its flows
             if not share.rows:
                 share.order = None
@@ -263,6 +289,15 @@ class RequestQueue:
         if self.shares.several:
             self.shares.served(share, rows * self.row_s)
         return FormedBatch(requests, [], {share.tenant: rows})
+
+    def take_tenant(self, tenant: Tenant) -> list[Request]:
+        """Remove all requests of a tenant, to be queued elsewhere. O(n)."""
+        flows = self.shares.of(tenant).flows
+        requests = [request for flow in flows for request in flow.order.live()]
+        for request in requests:
+            self.remove(request, State.NEW)
+        self._drop_tombstones()
+        return requests
 
     def take_all(self) -> list[Request]:
         """Empty the queue."""

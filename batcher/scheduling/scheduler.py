@@ -15,13 +15,15 @@ from cobatch.batcher.scheduling.admission import Admission
 from cobatch.batcher.scheduling.arrivals import ArrivalRate, ClosedLoopEstimator
 from cobatch.batcher.scheduling.fair_queueing import Group
 from cobatch.batcher.scheduling.formation import StartPlan, form
-from cobatch.batcher.scheduling.policy import DEADLINE, Now, WaitUntil, decide
-from cobatch.batcher.scheduling.queue import RequestQueue
+from cobatch.batcher.scheduling.policy import DEADLINE, RETRY, SUSPECT, Now, WaitUntil, decide
+from cobatch.batcher.scheduling.queue import ANY_ROWS, RequestQueue
 from cobatch.batcher.scheduling.run_times import RunTimeModel, ShapeRunTimes
+from cobatch.batcher.scheduling.suspects import Suspects
 from cobatch.batcher.scheduling.tuning import (
     LEAD_S,
     LONE_BATCHES,
     LONG_RUN_S,
+    OTHERS_S,
     OVERHEAD_GAIN,
     SHORT_RUN_S,
 )
@@ -64,15 +66,20 @@ class Scheduler:
         self.queue = RequestQueue(
             1, self.run_times.row_s, ages=max_delay_s > 0, run_s=self.run_times.expected_s
         )
-        self.admission = Admission(
-            self.queue,
-            self.run_times,
-            self.shape_times,
-            max_batch_size=max_batch_size,
-            max_queue_rows=max_queue_rows,
-            timeout_s=deadline_s,
-            now_s=now_s,
-        )
+        apart = RequestQueue(max_batch_size, self.run_times.row_s, ages=False)
+        self.suspects = Suspects(apart, self.queue)
+        self.admission, self._suspects_admission = [
+            Admission(
+                queue,
+                self.run_times,
+                self.shape_times,
+                max_batch_size=max_batch_size,
+                max_queue_rows=max_queue_rows,
+                timeout_s=deadline_s,
+                now_s=now_s,
+            )
+            for queue in (self.queue, apart)
+        ]
         self.draining = False
         self.counters = counters
         self.max_batch_size = max_batch_size
@@ -84,6 +91,7 @@ class Scheduler:
         self._missed = 0  # missed deadlines when the last batch was formed
         self._overloaded = False  # there were new ones since the batch before
         self._was_short = False  # the last batch, for the sake of a light tenant
+        self._formed_s = -inf  # when the last batch without suspects left
         self.lone = False  # the next request will probably have no other right behind it
         self._lone_batches = 0  # in a row, of one request with none behind it
         self.learn()
@@ -96,6 +104,8 @@ class Scheduler:
         `free_s`: when the first engine is expected to be idle.
         """
         admission, tenant = self.admission, request.tenant
+        if self.suspects.marks and admission.closed is None and self.suspects.holds(request):
+            admission = self._suspects_admission
         if self.queue.rows >= admission.open_rows or tenant is not None or request.rows > 1:
             error = admission.refusal(request.rows, tenant, request.callers, now_s)
             if error is not None:
@@ -109,6 +119,25 @@ class Scheduler:
         self.counters.accepted += request.callers
         return None
 
+    def retry(self, batch: Batch, requests: list[Request]) -> None:
+        """Queue a part of a batch that was sent in vain, before other requests of the same tenants."""
+        self.counters.retries += 1
+        queue = self.suspects.queue if batch.reason == SUSPECT else self.queue
+        queue.push_apart(requests, object(), sum([one.rows for one in requests]), again=True)
+
+    def withdraw(self, request: Request) -> None:
+        """Remove a queued request whose caller left."""
+        queue = self.suspects.queue if self.suspects.has_queued(request) else self.queue
+        queue.cancel(request)
+
+    def waiting(self) -> list[Request]:
+        """Return all queued requests, in no particular order. O(n)."""
+        return self.queue.waiting() + self.suspects.queue.waiting()
+
+    def take_all(self) -> list[Request]:
+        """Empty the queues."""
+        return self.queue.take_all() + self.suspects.queue.take_all()
+
     def slack_s(self, request: Request, rows: int, now_s: float) -> float:
         """Return how long `rows` rows of a request may still wait and meet its deadline alone."""
         return request.deadline_s - self.admission.run_s(rows, request.row_shapes) - now_s
@@ -121,6 +150,10 @@ class Scheduler:
         `running`: whether it is busy, until `free_s` as far as is known.
         """
         queue, now = self.queue, self._now
+        if self.suspects.queue.rows:
+            apart = self._next_suspects(now_s, running, free_s)
+            if apart is not None:
+                return apart
         now.time_s = now_s
         now.running = running
         now.free_s = free_s
@@ -132,7 +165,25 @@ class Scheduler:
         answer = decide(queue, now, self._max_delay_s)
         if answer is None or isinstance(answer, WaitUntil):
             return answer
-        return self._form(answer.group, answer.reason, max(now_s, free_s))
+        self._formed_s = now_s
+        reason = answer.reason if answer.group.most_rows == ANY_ROWS else RETRY
+        return self._form(queue, answer.group, reason, max(now_s, free_s))
+
+    def _next_suspects(self, now_s: float, running: bool, free_s: float) -> Dispatch | WaitUntil | None:
+        """Decide about the requests of suspects; None: the others are next.
+
+        They are not packed ahead, unless others are, who would always be ahead of them.
+        """
+        queue, suspects = self.queue, self.suspects
+        if running and queue.full_group is None:
+            return None
+        due_s = suspects.due_s(others_wait=queue.rows > 0)
+        if now_s < due_s and not self.draining:
+            if queue.rows:
+                return None
+            if now_s < (until_s := min(due_s, self._formed_s + OTHERS_S)):
+                return WaitUntil(until_s)
+        return self._form(suspects.queue, suspects.queue.next_group, SUSPECT, max(now_s, free_s))
 
     def _look_ahead(self, now: Now) -> None:
         """Add the predictions that a delay or a deadline asks for."""
@@ -145,9 +196,8 @@ class Scheduler:
         if self._max_delay_s:
             now.rows_per_s = self._rate.per_s(now.time_s, self.counters.accepted)
 
-    def _form(self, group: Group, reason: str, start_s: float) -> Dispatch:
+    def _form(self, queue: RequestQueue, group: Group, reason: str, start_s: float) -> Dispatch:
         """Form a batch of the group that would start at `start_s`."""
-        queue = self.queue
         most_rows, plan = queue.full_rows, None
         if queue.deadlines:
             missed = self.counters.missed_deadlines
@@ -156,35 +206,48 @@ class Scheduler:
             plan = StartPlan(start_s, self.shape_times.of(group.row_shapes), self._overloaded)
             if self._overloaded and self._latency_target_s == inf:
                 most_rows = self.run_times.overloaded_rows
+        most_rows = min(most_rows, group.most_rows)
         formed = queue.take_plain(group, most_rows)
         if formed is None:
             formed = form(queue, group, most_rows, plan, was_short=self._was_short)
         self._was_short = formed.was_short
         requests = formed.requests
-        if requests:
+        if requests and queue is self.queue:
             lone = self._short_runs and plan is None and len(requests) == 1 and not queue.rows
             self._lone_batches = self._lone_batches + 1 if lone else 0
             self.lone = self._lone_batches >= LONE_BATCHES
             if self._long_runs:
                 self._closed_loop.on_formed(requests)
                 self._now.expected_rows = 0
-        return Dispatch(requests, DEADLINE if formed.capped else reason, formed.shares, formed.late)
+        if formed.capped and queue is self.queue:
+            reason = DEADLINE
+        return Dispatch(requests, reason, formed.shares, formed.late)
 
     # After a run
 
     def on_ended(self, batch: Batch, noticed_s: float, *, idle: bool) -> None:
         """Learn from a run that was noticed then: its clients may soon be back, and its tenants are charged
         for the measured time. `idle`: no other batch is with the engine."""
-        if self._long_runs and self.admission.engines == 1:
+        if self._long_runs and self.admission.engines == 1 and batch.reason != SUSPECT:
             # With several engines some clients come back while others run: there is nothing to wait for.
             self._closed_loop.on_ended(noticed_s, batch)
             if idle and not self._max_delay_s:
                 self._expect_returns(noticed_s)
+        self.charge(batch, noticed_s)
+        if self.suspects.marks:
+            self.suspects.on_ran(batch, noticed_s)
         run_s = batch.finished_s - batch.started_s
-        if self.queue.shares.several:
-            self.queue.settle(batch.shares, run_s, batch.rows)
         if self.shape_times.observe(batch.row_shapes, batch.rows, run_s, batch.finished_s):
             self.learn()
+
+    def charge(self, batch: Batch, now_s: float) -> None:
+        """Charge the tenants of a batch that has ended, well or not, for the measured time."""
+        queue = self.queue
+        if batch.reason == SUSPECT:
+            queue = self.suspects.queue
+            self.suspects.pace(batch, now_s)
+        if queue.shares.several:
+            queue.settle(batch.shares, batch.finished_s - batch.started_s, batch.rows)
 
     def _expect_returns(self, now_s: float) -> None:
         queue = self.queue
@@ -206,6 +269,6 @@ class Scheduler:
             # While a batch runs the next one gathers: a request waits for one and runs in one.
             full_rows = max(1, self.run_times.most_rows(self._latency_target_s / 2, full_rows))
         self.queue.set_full_rows(full_rows)
-        self.queue.row_s = self.run_times.row_s
+        self.queue.row_s = self.suspects.queue.row_s = self.run_times.row_s
         self._short_runs = self.run_times.expected_s(1) <= SHORT_RUN_S
         self._long_runs = self.run_times.expected_s(full_rows) >= LONG_RUN_S

@@ -59,6 +59,16 @@ ROW_COST = 1.0
 LIGHT = 0.25
 HELD_UP = 1.2
 
+# Suspects. Without: tests/batcher/test_suspects.
+
+# The part of the engine's time that suspects get while others have work now and then; half while others wait.
+SUSPECT_PART = 0.2
+# Others have work until this long after their last batch: their next request may come any moment.
+OTHERS_S = 1.0
+# A mark's greatest age, and the greatest number of marks: the oldest go first.
+SUSPECT_S = 60.0
+SUSPECTS_KEPT = 1024
+
 # Admission
 
 # A tenant may queue this many times the room that is left (dynamic thresholds: Choudhury and Hahne, IEEE/ACM

@@ -204,6 +204,7 @@ def _engines(batchers: Batchers) -> Iterator[Metric]:
     yield _of_models(names.FAILED_RUNS, batchers, lambda batcher: batcher.counters.failed_runs)
     yield _of_models(names.HUNG_RUNS, batchers, lambda batcher: batcher.counters.hung)
     yield _of_models(names.RETRIES, batchers, lambda batcher: batcher.counters.retries)
+    yield _of_models(names.SUSPECTS, batchers, lambda batcher: batcher.suspects)
     yield _metric(names.SLOTS, [((name, lane.number), lane.engine.slots) for name, lane in lanes])
     yield _metric(names.SLOTS_IN_USE, [((name, lane.number), lane.in_slots) for name, lane in lanes])
 

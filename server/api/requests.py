@@ -29,6 +29,8 @@ REASONS = {
     policy.DRAIN: "the server was stopping",
     policy.RETRY: "it is a part of a failed batch, run again to find the request at fault, "
     "or it was behind a run that hung",
+    policy.SUSPECT: "rows of its client have failed: they ride apart from others until they run again, in a "
+    "bounded part of the time",
 }
 _STAGES = ("queue", "pack", "wait_for_engine", "compute", "answer")
 

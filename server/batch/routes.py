@@ -7,7 +7,7 @@ batcher as bundles (`batcher.bundle`). A refused item does not fail the call.
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import partial
 
 from starlette.exceptions import HTTPException
@@ -21,7 +21,7 @@ from cobatch.server.api.routing import find_model
 from cobatch.server.auth.principal import Principal, principal_in
 from cobatch.server.batch.items import AnyItem, decode_items, encode_batch, infer_target, message_of
 from cobatch.server.batch.spans import Progress, report_items
-from cobatch.server.edge.exchange import record_in
+from cobatch.server.edge.exchange import client_in, record_in
 from cobatch.server.http.body import read_body
 from cobatch.server.http.compression import compressed
 from cobatch.server.http.problem import Problem, from_error
@@ -83,7 +83,7 @@ class BatchRoute:
             decoded = await self._inference.decode_later(decode_items, body, settings.max_batch_items)
         else:
             decoded = decode_items(body, settings.max_batch_items)
-        call = Call(self._inference, *decoded, principal)
+        call = Call(self._inference, *decoded, principal, client_in(scope))
         try:
             if len(body) > _SHORT_BYTES:
                 await self._inference.decode_later(call.decode)
@@ -108,8 +108,10 @@ class Call:
         items: Sequence[AnyItem],
         values: Sequence[LongValue],
         principal: Principal | None,
+        client: Hashable,
     ) -> None:
         self.progress = Progress(items)
+        self.client = client
         self._values = values
         self._decoded: list[tuple[int, Model, Decoded | Exception]] = []
         self._inference = inference
@@ -273,6 +275,10 @@ class InferBundle(Bundle):
         self._call = call
         self._model = model
         self._members = members
+
+    @property
+    def source(self) -> Hashable:
+        return self.tenant or self._call.client
 
     def separate(self) -> list[BatcherRequest]:
         return [self._call.request(self._model, place, decoded) for place, decoded in self._members]

@@ -6,13 +6,13 @@ answers infer requests itself: Starlette's router and middleware would cost as m
 
 import asyncio
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Hashable, Mapping
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cobatch.server.auth.principal import PRINCIPAL, principal_in
-from cobatch.server.edge.exchange import EXCHANGE, Exchange
+from cobatch.server.edge.exchange import EXCHANGE, Exchange, client_in
 from cobatch.server.http.body import read_body
 from cobatch.server.http.compression import choose
 from cobatch.server.http.problem import Problem
@@ -63,6 +63,10 @@ class AsgiExchange(Exchange, kw_only=True):
                 record = self.record or self.make_record()
                 message["headers"] = [*message.get("headers", ()), *record.reply_headers()]
         return self.send_on(message)
+
+    @property
+    def client(self) -> Hashable:
+        return client_in(self.scope)
 
     def deliver(self, reply: Reply | None) -> None:
         answer = self.answer

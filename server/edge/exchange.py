@@ -2,6 +2,7 @@
 
 import asyncio
 from abc import abstractmethod
+from collections.abc import Hashable
 
 import msgspec
 from starlette.types import Scope
@@ -23,6 +24,12 @@ def record_in(scope: Scope) -> RequestRecord | None:
     return None if exchange is None else exchange.record or exchange.make_record()
 
 
+def client_in(scope: Scope) -> Hashable:
+    """Return the address and port of the connection's other end, None if they are unknown."""
+    client = scope.get("client")
+    return client and tuple(client)
+
+
 class Exchange(msgspec.Struct, eq=False):
     """A request and its response. `coding`: the content coding that the client takes, if any.
 
@@ -38,6 +45,11 @@ class Exchange(msgspec.Struct, eq=False):
     @abstractmethod
     def make_record(self) -> RequestRecord:
         """Make the record from the request's headers."""
+
+    @property
+    @abstractmethod
+    def client(self) -> Hashable:
+        """The address and port of the connection's other end, None if they are unknown."""
 
     @abstractmethod
     def deliver(self, reply: Reply) -> None:

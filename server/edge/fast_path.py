@@ -11,12 +11,13 @@ not asked (`server.edge.header_cache`).
 from __future__ import annotations
 
 import time
+from collections.abc import Hashable
 from functools import partial
 from typing import Any
 
 from cobatch.server.auth.tenants import rate_limit_headers
 from cobatch.server.edge.connection import BODY, Connection
-from cobatch.server.edge.exchange import Exchange
+from cobatch.server.edge.exchange import Exchange, client_in
 from cobatch.server.edge.header_cache import CachedHeaders, HeaderCache, match, store
 from cobatch.server.http.body import joined
 from cobatch.server.http.problem import too_large
@@ -33,6 +34,10 @@ class FastExchange(Exchange, kw_only=True):
     keep_alive: bool
     body: bytes | bytearray = b""
     response_complete: bool = False
+
+    @property
+    def client(self) -> Hashable:
+        return self.connection.client
 
     @property
     def response_started(self) -> bool:
@@ -96,6 +101,11 @@ class FastConnection(Connection):
         super().__init__(inference, **of_uvicorn)
         self.cache = cache
         self.chunk: bytes | None = None  # the bytes being parsed, if a message begins there
+
+    @property
+    def client(self) -> Hashable:
+        """The address and port of the other end, None for a Unix socket."""
+        return client_in(self._scope)
 
     def data_received(self, data: bytes) -> None:
         if not self.receiving:

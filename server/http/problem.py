@@ -117,6 +117,7 @@ _SLUGS: dict[type[batching.BatcherError], str] = {
     batching.ExpiredError: "expired",
     batching.ExecutionTimeoutError: "execution-timeout",
     batching.BatchFailedError: "run-failed",
+    batching.InputRejectedError: "input-rejected",
     batching.EngineGoneError: "engine-dead",
 }
 _MILLISECONDS = {"timeout_s": "timeout_ms", "needed_s": "needed_ms", "limit_s": "limit_ms"}

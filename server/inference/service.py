@@ -7,7 +7,7 @@ Both edges (`server.edge.fast_path` below ASGI, `server.edge.asgi`), POST /batch
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar
@@ -58,6 +58,12 @@ class InferRequest(Request):
         self.rows, self.row_shapes, self.payloads = decoded.rows, decoded.row_shapes, decoded.payloads
         self.priority, self.timeout_s, self.usage = decoded.options
         self.id, self.outputs = decoded.id, decoded.outputs
+
+    @property
+    def source(self) -> Hashable:
+        # The reply is a method of an exchange or, for an item of POST /batch, a partial one of its call.
+        owner = getattr(getattr(self.reply, "func", self.reply), "__self__", None)
+        return self.tenant or getattr(owner, "client", None)
 
     def done(self) -> None:
         self.reply(reply_to(self, self.model, self.outputs, self.id, self.usage))

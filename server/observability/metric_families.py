@@ -30,7 +30,7 @@ def _family(name: str, kind: Kind, labels: str, help_: str, watch: str = "") -> 
 REQUESTS = _family(
     "requests", "counter", "model code reason",
     "Inference requests by status and kind of problem (empty if answered with rows).",
-    "429 and 503: overload. `run-failed`, `internal`: see the log.",
+    "429 and 503: overload. `run-failed`, `internal`: see the log. `input-rejected`: the client's values.",
 )
 DURATION = _family(
     "request_duration_seconds", "histogram", "model",
@@ -116,10 +116,15 @@ BUSY = _family(
 RUNS = _family("engine_runs", "counter", "model engine", "Runs of the engine, failed ones included.")
 FAILED_RUNS = _family(
     "failed_runs", "counter", "model",
-    "Runs that ended with an error.", "Any: the log has the engine's message.",
+    "Runs that ended with an error, because of the engine or of a client's values.",
+    "Any: the log has the engine's message.",
 )
 HUNG_RUNS = _family("hung_runs", "counter", "model", "Runs that did not end within execution_timeout_ms.")
 RETRIES = _family("retried_batches", "counter", "model", "Halves of failed batches that were run again.")
+SUSPECTS = _family(
+    "suspects", "gauge", "model",
+    "Tenants and anonymous connections whose rows ride apart from others, because some have failed.",
+)
 SLOTS = _family("engine_slots", "gauge", "model engine", "Batches that the engine takes at a time.")
 SLOTS_IN_USE = _family("engine_slots_in_use", "gauge", "model engine", "Batches that hold a slot now.")
 

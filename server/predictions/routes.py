@@ -20,7 +20,7 @@ from starlette.routing import Route
 from cobatch.batcher.errors import BatcherError
 from cobatch.server.api.routing import as_response, compressed_response, find, guarded
 from cobatch.server.auth.principal import principal_in, subject_in
-from cobatch.server.edge.exchange import record_in
+from cobatch.server.edge.exchange import client_in, record_in
 from cobatch.server.http.body import read_body
 from cobatch.server.http.problem import Problem, from_error
 from cobatch.server.http.reply import JSON, Reply
@@ -154,7 +154,8 @@ class _Resource:
         principal = principal_in(request.scope)
         tenant = None if principal is None else principal.tenant
         tensor_bytes = decoded.bytes
-        prediction = Prediction(subject_in(request.scope), model, decoded, tenant, record_in(request.scope))
+        scope = request.scope
+        prediction = Prediction(subject_in(scope), model, decoded, tenant, record_in(scope), client_in(scope))
         if keep:
             self._kept.check_room(tensor_bytes)
         try:

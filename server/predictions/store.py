@@ -18,7 +18,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import msgspec
 
@@ -48,6 +48,7 @@ class Prediction:
         decoded: Decoded,
         tenant: Tenant | None = None,
         record: RequestRecord | None = None,
+        client: Hashable = None,
     ) -> None:
         # Too long to be guessed.
         self.id = secrets.token_urlsafe(18)
@@ -58,7 +59,7 @@ class Prediction:
         self.kept_bytes = 0
         self.finished_s = 0.0
         self.on_answer: Callable[[Prediction], None] | None = None
-        self._request: PredictionRequest | None = PredictionRequest(self, decoded, tenant, record)
+        self._request: PredictionRequest | None = PredictionRequest(self, decoded, tenant, record, client)
         # Wait for it with `asyncio.wait`, which does not cancel it; None once `answer` is set.
         self.answered: asyncio.Future[Answer] | None = asyncio.get_running_loop().create_future()
 
@@ -110,10 +111,15 @@ class Prediction:
 class PredictionRequest(Request):
     """A prediction's rows in the batcher."""
 
-    __slots__ = ("_outputs", "_prediction", "_record")
+    __slots__ = ("_client", "_outputs", "_prediction", "_record")
 
     def __init__(
-        self, prediction: Prediction, decoded: Decoded, tenant: Tenant | None, record: RequestRecord | None
+        self,
+        prediction: Prediction,
+        decoded: Decoded,
+        tenant: Tenant | None,
+        record: RequestRecord | None,
+        client: Hashable,
     ) -> None:
         super().__init__(decoded.rows, decoded.row_shapes, decoded.payloads)
         self.priority = decoded.priority
@@ -123,9 +129,14 @@ class PredictionRequest(Request):
         self._outputs = decoded.outputs
         self._prediction = prediction
         self._record = record
+        self._client = client
         if record is not None:
             record.model = prediction.model.name
             record.rows = decoded.rows
+
+    @property
+    def source(self) -> Hashable:
+        return self.tenant or self._client
 
     def done(self) -> None:
         id_, model = self._prediction.id, self._prediction.model

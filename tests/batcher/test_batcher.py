@@ -16,6 +16,7 @@ from cobatch.batcher.errors import (
     DrainingError,
     EngineGoneError,
     ExpiredError,
+    InputRejectedError,
     QueueFullError,
     TooManyRowsError,
 )
@@ -159,7 +160,7 @@ def test_a_part_that_fails_fails_the_whole_once_and_frees_the_queue() -> None:
         large = Call([[n] for n in range(1, 12)])
         batcher.submit(large)
         await asyncio.sleep(1)
-        assert isinstance(large.answer, BatchFailedError)
+        assert isinstance(large.answer, InputRejectedError)
         assert batcher.queue.rows == 0
         assert batcher.running_batches == 0
 
@@ -300,7 +301,7 @@ def test_only_the_requests_that_fail_by_themselves_fail(
         await asyncio.sleep(1)
         for n, caller in enumerate(callers):
             if n in bad:
-                assert isinstance(caller.answer, BatchFailedError)
+                assert isinstance(caller.answer, InputRejectedError)
             else:
                 caller.check()
         extra_runs = len(worker.ran) - 1
@@ -507,7 +508,7 @@ def test_a_partial_request_keeps_the_rows_that_could_be_done() -> None:
         assert large.answer.ravel().tolist() == [2, 4, 0, 0, 10, 12, 14]
         ((first, rows, error),) = large.failures
         assert (first, rows) == (2, 2)
-        assert isinstance(error, BatchFailedError)
+        assert isinstance(error, InputRejectedError)
 
     run(main())
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.bundle import Bundle
 from cobatch.batcher.errors import (
-    BatchFailedError,
     DeadlineTooShortError,
     DeadlineUnreachableError,
     EngineGoneError,
     ExpiredError,
+    InputRejectedError,
     QueueFullError,
     TooManyRowsError,
 )
@@ -113,7 +113,7 @@ def test_a_failed_run_costs_only_the_members_that_fail_alone(bad: tuple[int, ...
         other.check()
         for n, member in enumerate(members.calls):
             if n in bad:
-                assert isinstance(member.answer, BatchFailedError)
+                assert isinstance(member.answer, InputRejectedError)
             else:
                 member.check()
         check_counts(batcher, accepted=5, failed=len(bad), cancelled=0, refused=0)
@@ -150,7 +150,7 @@ def test_a_bundle_beside_other_requests_in_a_batch_that_fails() -> None:
         await asyncio.sleep(1)
         other.check()
         members.calls[0].check()
-        assert isinstance(members.calls[1].answer, BatchFailedError)
+        assert isinstance(members.calls[1].answer, InputRejectedError)
         # All, the bundle, then each of its members; the other request with none of them.
         assert [rows for _, rows in worker.ran] == [3, 2, 1, 1, 1]
 
@@ -168,7 +168,7 @@ def test_members_can_be_cancelled_while_they_run_again() -> None:
         batcher.cancel(members.calls[0])
         await asyncio.sleep(1)
         assert members.calls[0].answers == []
-        assert isinstance(members.calls[1].answer, BatchFailedError)
+        assert isinstance(members.calls[1].answer, InputRejectedError)
         check_counts(batcher, cancelled=1, failed=1)
 
     run(main())
@@ -257,7 +257,7 @@ def test_every_member_is_answered_exactly_once(
         refused = sum(outcomes[kind.__name__] for kind in REFUSALS)
         assert (counters.refused, counters.cancelled) == (refused, outcomes["cancelled"])
         assert counters.accepted == sum(outcomes.values()) - refused
-        assert counters.failed == outcomes["BatchFailedError"] + outcomes["ExpiredError"]
+        assert counters.failed == outcomes["InputRejectedError"] + outcomes["ExpiredError"]
         assert batcher.open_requests() == ({}, 0)
 
     run(main())

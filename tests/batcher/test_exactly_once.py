@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, repeat
 
@@ -28,6 +28,7 @@ from cobatch.batcher.errors import (
     DrainingError,
     EngineGoneError,
     ExpiredError,
+    InputRejectedError,
     QueueFullError,
     TooManyRowsError,
 )
@@ -63,6 +64,10 @@ class Caller(Call):
         self.refusal: BatcherError | None = None
         self.left = False
         self.answered_before_leaving = False
+
+    @property
+    def source(self) -> Hashable:
+        return self.act.source
 
     def done(self) -> None:
         super().done()
@@ -194,18 +199,20 @@ class Stage:
         alone = [run.error for run in self.worker.runs if self._only(run, caller)]
         if isinstance(answer, np.ndarray):
             caller.check()
+        elif isinstance(answer, InputRejectedError):
+            assert any(isinstance(error, EngineRunError) for error in alone), "others' fault"
+            assert any(caller.act.rows), "the engine's fault"
         elif isinstance(answer, BatchFailedError):
             assert any(isinstance(error, EngineRunError) for error in alone), "others' fault"
         elif isinstance(answer, EngineGoneError):
             assert self.worker.dead
         elif isinstance(answer, ExpiredError):
             assert caller.timeout_s is not None
-            # As soon as it is certain: a run before its time is over, or when its batch has failed.
+            # As soon as it is certain: a run before its time is over, or when its last batch has failed.
             own = {caller, *(caller.parts or ())}
-            failed = any(run.error is not None and own & set(run.requests) for run in self.worker.runs)
-            in_time = caller.at_s <= caller.enqueued_s + caller.timeout_s + 1e-9
-            assert caller.enqueued_s <= caller.at_s
-            assert in_time or failed
+            ends_s = [run.ended_s for run in self.worker.runs if run.error and own & set(run.requests)]
+            latest_s = max([caller.enqueued_s + caller.timeout_s, *ends_s])
+            assert caller.enqueued_s <= caller.at_s <= latest_s + 1e-9
         else:
             assert isinstance(answer, AbandonedError)
             assert self.story.drain_s < LONG_S
@@ -220,7 +227,7 @@ class Stage:
         batcher = self.batcher
         assert batcher.queue.rows == 0
         assert not batcher.queue.groups
-        assert not batcher._lanes.retries
+        assert not batcher._apart.groups
         assert batcher.running_batches == 0
         for lane in batcher._lanes.lanes:  # none where the engine died
             assert sorted(lane.free_slots) == list(range(self.story.slots))

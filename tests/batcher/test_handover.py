@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from cobatch.batcher.batcher import Batcher
-from cobatch.batcher.errors import AbandonedError, BatchFailedError, EngineGoneError
+from cobatch.batcher.errors import AbandonedError, EngineGoneError, InputRejectedError
 from cobatch.engines.base import RowShapes
 from cobatch.engines.errors import EngineDeadError, EngineError, EngineRunError
 from cobatch.engines.worker import Worker
@@ -190,7 +190,7 @@ async def test_a_failing_run_fails_only_the_request_at_fault(
     await asyncio.wait_for(callers[1].answered.wait(), WAIT_S)
     await callers[0].own_rows()
     await callers[2].own_rows()
-    assert isinstance(callers[1].answer, BatchFailedError)
+    assert isinstance(callers[1].answer, InputRejectedError)
     assert callers[1].answer.reference in caplog.text
 
 

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from cobatch.batcher.errors import BatchFailedError
+from cobatch.batcher.errors import BatchFailedError, InputRejectedError
 from cobatch.engines.errors import EngineRunError
 from tests.support.virtual.loop import Call, FakeEngine, FakeWorker, calls, make_batcher, run
 
@@ -180,7 +180,7 @@ def test_litserve_340_one_bad_request_fails_alone() -> None:
         await asyncio.sleep(1)
         for n, caller in enumerate(callers):
             if n == 5:
-                assert isinstance(caller.answer, BatchFailedError)
+                assert isinstance(caller.answer, InputRejectedError)
             else:
                 caller.check()
 

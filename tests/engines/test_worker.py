@@ -95,9 +95,9 @@ class Served:
     def deliver(self, job: Job, outcome: Outcome) -> None:
         self.outcomes.put((job, outcome, threading.current_thread().name))
 
-    def submit(self, slot: int, value: int, rows: int = 1) -> Job:
+    def submit(self, slot: int, value: int, rows: int = 1, explain: bool = False) -> Job:
         self.engine.buffers[slot][:rows] = value
-        job = Job(slot, rows, SHAPES, value)
+        job = Job(slot, rows, SHAPES, value, explain)
         self.worker.submit(job)
         return job
 
@@ -119,7 +119,7 @@ def start(worker: Worker) -> EngineError | None:
     return answers.get(timeout=WAIT_S)
 
 
-def rejecting(what: str, error: Exception, value: int) -> Callable[[str, Array], None]:
+def rejecting(what: str, error: BaseException, value: int) -> Callable[[str, Array], None]:
     """Make an engine raise in this step if a row has the value."""
 
     def fails(step: str, rows: Array) -> None:
@@ -333,6 +333,55 @@ def test_any_exception_becomes_an_engine_error(step: str) -> None:
     served.end()
 
 
+@pytest.mark.parametrize("step", ["enqueue", "wait"])
+def test_an_engine_that_would_end_the_thread_is_dead(step: str) -> None:
+    """Nothing would tell the batcher, which would wait for ever."""
+    served = Served(engine := Gated())
+    engine.fails = rejecting(step, SystemExit(3), 13)
+    error = served.outcome(served.submit(0, 13, explain=True)).error
+    assert isinstance(error, EngineDeadError)
+    assert str(error) == "SystemExit: 3"
+    assert served.outcome(served.submit(0, 1)).error is None, "the thread goes on until it is stopped"
+    served.end()
+
+
+@pytest.mark.parametrize("step", ["enqueue", "wait"])
+@pytest.mark.parametrize(
+    ("zeros", "explain", "expected"),
+    [(None, True, True), (None, False, None), (EngineRunError("also zeros"), True, False)],
+)
+def test_zeros_tell_the_fault_of_the_values(
+    step: str, zeros: EngineError | None, explain: bool, expected: bool | None
+) -> None:
+    served = Served(engine := Gated())
+    bad = rejecting(step, EngineRunError("bad row"), 13)
+    also = rejecting(step, zeros, 0) if zeros is not None else bad
+
+    def fails(what: str, rows: Array) -> None:
+        bad(what, rows)
+        also(what, rows)
+
+    engine.fails = fails
+    outcome = served.outcome(served.submit(1, 13, rows=3, explain=explain))
+    assert (str(outcome.error), outcome.zeros_run) == ("bad row", expected)
+    assert engine.rows[1] == 3, "as many rows, since the size may be the reason"
+    assert served.outcome(served.submit(1, 5)).error is None
+    served.end()
+
+
+def test_zeros_that_kill_the_engine() -> None:
+    served = Served(engine := Gated())
+    bad, dead = rejecting("wait", EngineRunError("bad row"), 13), EngineDeadError("gone")
+
+    def fails(what: str, rows: Array) -> None:
+        bad(what, rows)
+        rejecting("wait", dead, 0)(what, rows)
+
+    engine.fails = fails
+    assert served.outcome(served.submit(0, 13, explain=True)).error is dead
+    served.end()
+
+
 def test_an_engine_error_is_passed_on_unchanged() -> None:
     engine = Gated()
     served = Served(engine)
@@ -371,9 +420,9 @@ def test_a_raising_deliver_is_logged_and_the_next_batch_runs(caplog: pytest.LogC
     assert "cobatch-fake: delivering a batch failed" in caplog.text
 
 
-@pytest.mark.parametrize("error", [EngineLoadError("no such file"), OSError("disk")])
+@pytest.mark.parametrize("error", [EngineLoadError("no such file"), OSError("disk"), SystemExit("3")])
 def test_an_engine_that_cannot_be_opened_is_closed_and_the_thread_ends(
-    error: Exception, caplog: pytest.LogCaptureFixture
+    error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = Gated()
 
@@ -467,6 +516,8 @@ def test_a_warm_up_that_fails_on_zeros_is_only_a_warning(caplog: pytest.LogCaptu
         served = Served(engine)
     assert served.worker.warmup_us == {}
     assert "warm-up with 1 rows of zeros failed: zero" in caplog.text
+    engine.fails = rejecting("wait", EngineRunError("13"), 13)
+    assert served.outcome(served.submit(0, 13, explain=True)).zeros_run is None
     assert served.outcome(served.submit(0, 1)).error is None
     served.end()
 

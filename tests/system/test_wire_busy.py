@@ -74,8 +74,8 @@ def test_others_in_a_failing_batch_are_answered(
         engine.release()
         assert data_of(first.answer()) == [2]
         answers = [client.answer() for client in others]
-    assert [answer.status for answer in answers] == [200, 200, 500, 200]
-    assert answers[2].slug == "run-failed"
+    assert [answer.status for answer in answers] == [200, 200, 422, 200]
+    assert answers[2].slug == "input-rejected"
     assert [data_of(answer) for answer in answers if answer.status == 200] == [[22], [24], [28]]
     assert answers[2].json["reference"] in caplog.text
 

@@ -253,7 +253,7 @@ def test_strings_that_the_model_cannot_return(served: Served) -> None:
     tail = struct.pack("<I", 2) + b"\xff\xfe"
     message = {"inputs": [tensor("x", "BYTES", [1, 1], binary_data_size=6)]}
     answer = infer(served, "same-BYTES", message, tail=tail)
-    assert (answer.status, answer.slug) == (500, "run-failed")
+    assert (answer.status, answer.slug) == (422, "input-rejected")
     assert data_of(infer(served, "same-BYTES", {"inputs": [tensor("x", "BYTES", [1, 1], ["a"])]})) == ["a"]
 
 
@@ -336,7 +336,7 @@ def test_a_failing_input_affects_its_client_only(served: Served, caplog: pytest.
         return infer(served, "pick", {"inputs": [tensor("x", "INT64", [1, 1], [index])]})
 
     answer = pick(7)
-    assert (answer.status, answer.slug) == (500, "run-failed")
+    assert (answer.status, answer.slug) == (422, "input-rejected")
     assert answer.json["model"] == "pick"
     assert answer.json["reference"] in answer.json["error"]
     assert any(answer.json["reference"] in record.getMessage() for record in caplog.records)

@@ -6,7 +6,7 @@ import { count, duration, percent } from "./format.js";
 import { sum } from "./store.js";
 
 // Dispatch reasons in the order of drawing, with their colours. The server sends the explanations.
-const REASONS = { full: 3, idle: 1, delay: 2, deadline: 4, shape: 7, drain: 6, retry: 5 };
+const REASONS = { full: 3, idle: 1, delay: 2, deadline: 4, shape: 7, drain: 6, retry: 5, suspect: 8 };
 
 const most = (seconds, of) => seconds.reduce((top, one) => Math.max(top, of(one) ?? 0), 0);
 

@@ -107,8 +107,8 @@ class Queued(RuleBasedStateMachine):
 
     @invariant()
     def tombstones_are_few(self) -> None:
-        for shapes, group in self.queue.groups.items():
-            live = len(self.lines[shapes])
+        for group in self.queue.groups.values():
+            live = len(self.lines[group.row_shapes])
             (flow,) = group.flows.values()
             assert flow.order.queued == live
             assert flow.order._waiting <= 2 * live + 65

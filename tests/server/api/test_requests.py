@@ -121,7 +121,7 @@ def test_a_retried_part_of_a_batch_has_its_reason() -> None:
         engine.fails = lambda x: EngineRunError("no") if 13 in x[:, 0] else None
         answers = held_then_together(served, engine, gate(7), gate(1), gate(13))
         result = explained(served, id_of(answers[1]))
-    assert [answer.status for answer in answers] == [200, 200, 500]
+    assert [answer.status for answer in answers] == [200, 200, 422]
     assert result["batches"][0]["reason"] == policy.RETRY
     assert result["batches"][0]["requests"] == 1
 

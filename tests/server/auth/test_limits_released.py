@@ -82,11 +82,18 @@ def test_a_cancelled_prediction(running: Protected, stack: contextlib.ExitStack)
 def test_a_failed_run(running: Protected, rows: int) -> None:
     running.engine.fails = lambda x: EngineRunError("13 is unlucky") if (x == 13).any() else None
     for request in (infer(token("a"), *[13] * rows), predict(token("a"), *[13] * rows)):
-        assert running.ask(request).slug == "run-failed"
+        assert running.ask(request).slug == "input-rejected"
         assert running.account("a") == (0, 0)
     answer = running.ask(batch(token("a"), *[item(id=str(n), body=rows_of(n)) for n in (12, 13, 14)]))
-    assert [each["status"] for each in answer.json["responses"]] == [200, 500, 200]
+    assert [each["status"] for each in answer.json["responses"]] == [200, 422, 200]
     assert running.account("a") == (0, 0)
+
+
+def test_a_failing_item_counts_once_and_the_rows_of_others_count(running: Protected) -> None:
+    running.engine.fails = lambda x: EngineRunError("13 is unlucky") if (x == 13).any() else None
+    running.ask(batch(token("a"), *[item(id=str(n), body=rows_of(n)) for n in (12, 13, 14)]))
+    total = dict(running.auth.tenants.totals())["a"]
+    assert (total.answered, total.failed, total.refused, total.rows) == (2, 1, 0, 2)
 
 
 def test_a_dead_engine(running: Protected, stack: contextlib.ExitStack) -> None:

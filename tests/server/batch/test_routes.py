@@ -117,8 +117,8 @@ async def test_an_item_whose_run_fails_fails_alone(caplog: pytest.LogCaptureFixt
     async with gated() as (running, engine):
         engine.fails = lambda rows: EngineRunError("no twos") if (rows == 2).any() else None
         answers = await ask(running, *map(infer, range(4)))
-        assert [each["status"] for each in answers] == [200, 200, 500, 200]
-        assert slug(answers[2]) == "run-failed"
+        assert [each["status"] for each in answers] == [200, 200, 422, 200]
+        assert slug(answers[2]) == "input-rejected"
         assert answers[2]["body"]["reference"] in caplog.text
 
 
@@ -224,8 +224,8 @@ async def test_an_alike_item_whose_run_fails_fails_alone() -> None:
     async with gated(engine=FixedEngine()) as (running, engine):
         engine.fails = lambda rows: EngineRunError("no twos") if (rows == 2).any() else None
         answers = await ask(running, *map(infer, range(4)))
-        assert [each["status"] for each in answers] == [200, 200, 500, 200]
-        assert slug(answers[2]) == "run-failed"
+        assert [each["status"] for each in answers] == [200, 200, 422, 200]
+        assert slug(answers[2]) == "input-rejected"
         assert [data(answers[n]) for n in (0, 1, 3)] == [[0], [2], [6]]
         assert running.batcher().counters.failed == 1
 

@@ -123,9 +123,9 @@ def test_an_item_that_fails_among_others(fast: bool) -> None:
         engine.fails = lambda x: EngineRunError("no") if 2 in x[:, 0] else None
         call, answers = ask(served, *map(infer, range(4)))
         found = [explained(served, f"{call}.{n}") for n in range(4)]
-    assert [answer["status"] for answer in answers] == [200, 200, 500, 200]
-    assert [one["status"] for one in found] == [200, 200, 500, 200]
-    assert found[2]["problem"] == "run-failed"
+    assert [answer["status"] for answer in answers] == [200, 200, 422, 200]
+    assert [one["status"] for one in found] == [200, 200, 422, 200]
+    assert found[2]["problem"] == "input-rejected"
     # Each was run again, the failing one alone in the end.
     assert [one["batches"][0]["reason"] for one in found] == ["retry"] * 4
     assert [one["batches"][0].get("failed", False) for one in found] == [False, False, True, False]

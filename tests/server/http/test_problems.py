@@ -143,6 +143,16 @@ async def test_run_failed(caplog: pytest.LogCaptureFixture) -> None:
         assert "secret" not in json.dumps(problem)
 
 
+async def test_input_rejected(caplog: pytest.LogCaptureFixture) -> None:
+    """Where zeros of the same shape run, the values are at fault."""
+    async with gated() as (running, engine):
+        engine.fails = lambda rows: EngineRunError("secret") if rows.any() else None
+        problem = await ask(running, "input-rejected", infer(rows_of(1)))
+        assert problem["model"] == "gate"
+        assert f"reference {problem['reference']}): secret" in caplog.text
+        assert "secret" not in json.dumps(problem)
+
+
 async def test_engine_dead(caplog: pytest.LogCaptureFixture) -> None:
     async with gated() as (running, engine):
         engine.fails = lambda rows: EngineDeadError("secret")

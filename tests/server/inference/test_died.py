@@ -74,6 +74,22 @@ def test_it_is_opened_again_once(fast: bool, caplog: pytest.LogCaptureFixture) -
         assert served.ask(gate(3)).json["reference"] == last.json["reference"]
 
 
+def test_an_engine_that_ends_its_thread_is_opened_again() -> None:
+    """Else its requests, and all later ones, would wait for ever, with health good."""
+    first = mortal()
+    first.fails = exits
+    with served_by(True, first, mortal()) as served:
+        assert served.ask(gate(DEADLY)).slug == "engine-dead"
+        opened_again(served)
+        assert data_of(served.ask(gate(2))) == [4]
+
+
+def exits(rows: object) -> None:
+    """End the thread on a row with DEADLY in it."""
+    if (rows == DEADLY).any():  # type: ignore[attr-defined]
+        raise SystemExit(1)
+
+
 def test_an_attempt_that_fails_is_the_last(caplog: pytest.LogCaptureFixture) -> None:
     second = mortal()
     second.fails = lambda rows: EngineDeadError("still dead")

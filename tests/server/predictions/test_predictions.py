@@ -60,7 +60,7 @@ async def test_rows_that_failed_are_named_and_null(app: App) -> None:
     object_ = answer.json()
     assert object_["status"] == "incomplete"
     details = object_["incomplete_details"]
-    assert (details["reason"], details["rows"]) == ("run-failed", [[8, 11]])
+    assert (details["reason"], details["rows"]) == ("input-rejected", [[8, 11]])
     data = object_["outputs"]["y"]["data"]
     picked = [[10], [20], [30], [10]]
     assert data == [*picked, *picked, None, None, None, None, *picked, [20]]
@@ -71,7 +71,7 @@ async def test_rows_that_failed_are_named_and_null(app: App) -> None:
 
 async def test_a_failed_prediction_is_a_problem_that_contains_the_object(app: App) -> None:
     answer = await app.predict("pick", {"inputs": {"x": [[99]]}})
-    assert (answer.status_code, slug(answer)) == (500, "run-failed")
+    assert (answer.status_code, slug(answer)) == (422, "input-rejected")
     problem = answer.json()
     assert problem["reference"] in problem["detail"]
     assert problem["prediction"].keys() == {"id", "status", "model"}

@@ -123,6 +123,8 @@ class FakeWorker:
         error = self.engine.fails(rows)
         finished_s = asyncio.get_running_loop().time()
         outcome = Outcome(None if error else (rows * 2,), error, started_s, finished_s)
+        if error is not None and job.explain:
+            outcome.zeros_run = self.engine.fails(np.zeros_like(rows)) is None
         assert self.deliver is not None
         self.deliver(job, outcome)
         self._busy = False

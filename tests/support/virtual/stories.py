@@ -33,13 +33,17 @@ RUNS_S = [0.0, 0.001, 0.005, 0.010, 0.030]
 
 @dataclass(frozen=True)
 class Submit:
-    """Submit a request with these rows (True: poisoned); its callback may raise or act."""
+    """Submit a request with these rows (True: poisoned); its callback may raise or act.
+
+    `source`: its connection, None if unknown.
+    """
 
     rows: tuple[bool, ...]
     width: int
     timeout_s: float | None = None
     raises: bool = False
     then: Act | None = None
+    source: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ SUBMITS = st.builds(
     timeout_s=st.sampled_from([None] * 6 + [0.0, 0.005, 0.010, LONG_S]),
     raises=st.sampled_from([False] * 9 + [True]),
     then=LATER,
+    source=st.sampled_from([None, None, 1, 2]),
 )
 ACTS = st.tuples(st.sampled_from(GAPS_S), st.one_of(SUBMITS, SUBMITS, SUBMITS, CANCELS))
 STORIES = st.builds(
@@ -136,6 +141,7 @@ class Run:
     poisoned: int
     reason: str
     error: EngineError | None = None
+    ended_s: float = 0.0
 
 
 def _is_poisoned(request: Request) -> bool:
@@ -191,6 +197,8 @@ class ScriptedWorker:
         self.engine.taken.discard(job.slot)
         assert self.deliver is not None
         # As from a thread: in a new iteration of the loop.
-        self.deliver(job, Outcome(outputs, entry.error, started_s, asyncio.get_running_loop().time()))
+        entry.ended_s = now_s = asyncio.get_running_loop().time()
+        zeros_run = fate != "fails" if job.explain and entry.error is not None else None
+        self.deliver(job, Outcome(outputs, entry.error, started_s, now_s, zeros_run))
         if self._jobs:
             self._start()

@@ -1,0 +1,100 @@
+"""Suspects: sources whose rows the model refused, kept apart from others until their rows run again.
+
+A run fails as a whole: one bad row costs all requests of its batch, and up to 2*log2(n) more runs to find it
+among n. Batches pay only while failures are rare (Dorfman, Annals of Mathematical Statistics, 1943). So a
+source, a tenant or the connection of an anonymous caller, becomes suspect when its rows fail alone. Its
+requests are in a queue of their own then, and share batches with those of other suspects only. Such a batch
+has as many rows as the source is trusted with: one after a failure, twice as many after each run that
+succeeds. Past a full batch of n rows the source is trusted again, after at most log2(n) + 1 of its own runs.
+
+While others have work now and then, the queue gets `SUSPECT_PART` of the engine's time, and half of that
+while they wait: after a run, the next one is due when the run and its answers are that part of the time
+since. Marks are bounded in number and age.
+"""
+
+from collections.abc import Hashable
+from math import inf
+from typing import NamedTuple
+
+from cobatch.batcher.request import Batch, Request
+from cobatch.batcher.scheduling.fair_queueing import Flow
+from cobatch.batcher.scheduling.queue import RequestQueue
+from cobatch.batcher.scheduling.tuning import SUSPECT_PART, SUSPECT_S, SUSPECTS_KEPT
+from cobatch.batcher.tenant import Tenant
+
+
+class _Mark(NamedTuple):
+    rows: int  # of a batch with rows of the source
+    failed_s: float
+
+
+class Suspects:
+    """The suspect sources of one model, and the `queue` of their requests, beside that of the others.
+
+    `marks` is empty if there are none.
+    """
+
+    def __init__(self, queue: RequestQueue, others: RequestQueue) -> None:
+        self.marks: dict[Hashable, _Mark] = {}  # the oldest failure first
+        self.queue = queue
+        self._others = others
+        self._ended_s = -inf  # the last batch
+        self._pause_s = 0.0  # after it
+
+    def holds(self, request: Request) -> bool:
+        """Return whether a request is of a suspect source."""
+        return request.source in self.marks
+
+    def has_queued(self, request: Request) -> bool:
+        """Return whether a queued request is in the queue of suspects."""
+        flow = request.entry
+        assert isinstance(flow, Flow)
+        return self.queue.groups.get(flow.group.key) is flow.group
+
+    def push(self, request: Request) -> None:
+        """Queue a request here if its source is suspect, else with the others."""
+        mark = self.marks.get(request.source)
+        if mark is None:
+            self._others.push(request)
+        else:
+            self.queue.push_apart([request], (request.row_shapes, mark.rows), mark.rows)
+
+    def add(self, request: Request, now_s: float) -> None:
+        """Suspect the source of a request that failed alone."""
+        source = request.source
+        if source is None:
+            return
+        self.marks.pop(source, None)
+        self.marks[source] = _Mark(1, now_s)
+        if len(self.marks) > SUSPECTS_KEPT:
+            del self.marks[next(iter(self.marks))]
+        for queue in (self._others, self.queue):
+            self._push_again(source, queue)
+
+    def on_ran(self, batch: Batch, now_s: float) -> None:
+        """Trust the sources of a batch that ran with more rows; forget marks that are too old."""
+        marks = self.marks
+        for source in {request.source for request in batch.requests} & marks.keys():
+            rows = marks[source].rows * 2
+            if rows > self._others.full_rows:
+                del marks[source]
+            else:
+                marks[source] = marks[source]._replace(rows=rows)
+            self._push_again(source, self.queue)
+        while marks and next(iter(marks.values())).failed_s < now_s - SUSPECT_S:
+            del marks[next(iter(marks))]
+
+    def _push_again(self, source: Hashable, queue: RequestQueue) -> None:
+        """Queue anew what a source has queued. An anonymous connection waits for its answers, as a rule."""
+        if isinstance(source, Tenant):
+            for request in queue.take_tenant(source):
+                self.push(request)
+
+    def pace(self, batch: Batch, now_s: float) -> None:
+        """Plan the next batch after one that has ended and whose requests are answered."""
+        self._ended_s = now_s
+        self._pause_s = (now_s - batch.started_s) * (1 / SUSPECT_PART - 1)
+
+    def due_s(self, *, others_wait: bool) -> float:
+        """Return when the next batch may leave while others have work."""
+        return self._ended_s + self._pause_s * (2 if others_wait else 1)
