@@ -25,7 +25,8 @@ class Timer(Protocol):
 
 
 class State(IntEnum):
-    """The state of a request. It only moves down this list and ends in one of the last two."""
+    """The state of a request. It moves down this list and ends in one of the last two; a request whose batch
+    failed goes back from RUNNING to QUEUED."""
 
     NEW = 0
     QUEUED = 1

@@ -103,10 +103,10 @@ class Scheduler:
 
         `free_s`: when the first engine is expected to be idle.
         """
-        admission, tenant = self.admission, request.tenant
+        queue, admission, tenant = self.queue, self.admission, request.tenant
         if self.suspects.marks and admission.closed is None and self.suspects.holds(request):
-            admission = self._suspects_admission
-        if self.queue.rows >= admission.open_rows or tenant is not None or request.rows > 1:
+            queue, admission = self.suspects.queue, self._suspects_admission
+        if queue.rows >= admission.open_rows or tenant is not None or request.rows > 1:
             error = admission.refusal(request.rows, tenant, request.callers, now_s)
             if error is not None:
                 return error

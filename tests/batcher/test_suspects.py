@@ -258,12 +258,15 @@ def test_suspects_do_not_starve_while_the_engine_is_never_idle() -> None:
     run(main())
 
 
-def test_suspects_cannot_fill_the_queue_of_others() -> None:
+@pytest.mark.parametrize(("suspect", "most"), [(Tenant("suspect"), 889), ("a connection", 1000)])
+def test_suspects_cannot_fill_the_queue_of_others(suspect: Hashable, most: int) -> None:
+    """A queue of 1000 rows, of which a tenant alone may have 8/9."""
+
     async def main() -> None:
         stage = Stage(flat)
-        suspect, other = Tenant("suspect"), Tenant("other")
+        other = Tenant("other")
         await stage.send(Sent(BAD, suspect))
-        for _ in range(889):  # 8/9 of the queue, as for any tenant
+        for _ in range(most):
             stage.batcher.submit(Sent(BAD, suspect))
         with pytest.raises(QueueFullError):
             stage.batcher.submit(Sent(BAD, suspect))
