@@ -122,7 +122,7 @@ async def _load(inference: Inference, name: str) -> None:
 
 
 def _begin_draining(inference: Inference, feed: Feed) -> None:
-    inference.draining = True
+    inference.leaving = inference.draining = True
     feed.close()
 
 

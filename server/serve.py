@@ -15,7 +15,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -24,15 +25,18 @@ from cobatch.engines.errors import EngineError
 from cobatch.server.app import build
 from cobatch.server.edge.fast_path import make_protocol
 from cobatch.server.inference.service import Inference
+from cobatch.server.listeners import CannotListenError, accepted_all, let_in_no_more, listen
 from cobatch.server.observability.logs import LogStream, ProcessLog
 from cobatch.server.settings.schema import Settings
+from cobatch.server.settings.tls import replace_certificate
 from cobatch.server.settings.values import SettingsError
 
 log = logging.getLogger("cobatch.server")
 
 _FAILED = 1
 _REFUSED = 2
-_BACKLOG = 2048
+# For the last requests on their way, and for handshakes that have begun.
+_GRACE_S = 0.1
 # malloc.h. Buffers up to _HEAP_BYTES, the largest that glibc accepts here, come from the heap; up to
 # _KEPT_BYTES that are free stay at its end.
 _M_TRIM_THRESHOLD = -1
@@ -53,10 +57,10 @@ def run(settings: Settings) -> int:
     try:
         keep_freed_memory()
         server = Server(settings, process_log.stream)
-        server.run(_listen(http.host, http.port))
+        server.run(listen(http.host, http.port))
     except SettingsError as error:  # from files of keys
         return _refuse(str(error), _REFUSED)
-    except _CannotListenError as error:
+    except CannotListenError as error:
         return _refuse(str(error), _FAILED)
     finally:
         process_log.close()
@@ -84,37 +88,20 @@ def _refuse(message: str, status: int) -> int:
     return status
 
 
-class _CannotListenError(Exception):
-    """The address is taken, unknown or forbidden."""
-
-
-def _listen(host: str, port: int) -> list[socket.socket]:
-    """Open a socket for each address of `host`; uvicorn would end the process if it cannot bind."""
-    try:
-        return _sockets(host, port)
-    except OSError as error:
-        # The numbers of a name's errors are not the system's; for the others Python lengthens the text.
-        why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
-        raise _CannotListenError(f"cannot listen on {host}, port {port}: {why}") from None
-
-
-def _sockets(host: str, port: int) -> list[socket.socket]:
-    with contextlib.ExitStack() as stack:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        sockets = [
-            stack.enter_context(socket.create_server(address, family=family, backlog=_BACKLOG))
-            for family, address in dict.fromkeys((family, address) for family, _, _, _, address in found)
-        ]
-        stack.pop_all()
-    return sockets
-
-
 class Server(uvicorn.Server):
-    """A uvicorn server that answers every accepted request before it ends."""
+    """A uvicorn server that answers every accepted request before it ends.
+
+    A signal makes it unready, and it serves on for `drain_delay_s`; in the second half of that, each response
+    is the last of its connection. Then it refuses requests, answers those in the queue and ends.
+    """
+
+    grace_s = _GRACE_S
 
     def __init__(self, settings: Settings, log_stream: LogStream | None = None) -> None:
         self.inference = inference = Inference(settings, log_stream)
         self.status = 0
+        self._hung_up = False
+        self._leave_s: float | None = None  # the time of the first signal
         self._drain: asyncio.Task[None] | None = None
         inference.on_ready = self._on_ready
         inference.on_load_failed = self._on_load_failed
@@ -168,6 +155,7 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Replace uvicorn's, which raises the signal again at the end: the status would not be 0."""
         handlers = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)}
+        handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, self.handle_hangup)
         try:
             yield
         finally:
@@ -175,19 +163,68 @@ class Server(uvicorn.Server):
                 signal.signal(sig, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain on the first signal; exit at once on the second."""
-        if self.inference.draining:
+        """Leave on the first signal, refuse requests from now on at the next, and then exit at once."""
+        inference = self.inference
+        if inference.draining:
             os._exit(128 + sig)
-        self.inference.draining = True
+        inference.draining = inference.leaving or not inference.settings.server.drain_delay_s
+        inference.leaving = True
+
+    def handle_hangup(self, sig: int, frame: FrameType | None) -> None:
+        """Read files again at the next tick."""
+        self._hung_up = True
 
     async def on_tick(self, counter: int) -> bool:
-        if self.inference.draining and self._drain is None:
-            self._drain = asyncio.create_task(self._drain_all())
-            for end in self.inference.on_draining:
-                end()
+        if self._hung_up:
+            self._hung_up = False
+            self._reload()
+        if self.inference.leaving:
+            self._leave(time.monotonic())
         return await super().on_tick(counter)
 
+    def _reload(self) -> None:
+        """Read the API keys and the certificate again; keep the old ones where the new are invalid."""
+        auth, http, context = self.inference.auth, self.inference.settings.server, self.config.ssl
+        reloads: dict[str, Callable[[], None]] = {}
+        if auth is not None and auth.settings.api_keys_file is not None:
+            reloads["API keys"] = auth.reload_api_keys
+        if context is not None and http.tls_cert is not None:
+            reloads["certificate"] = partial(replace_certificate, context, http.tls_cert, http.tls_key)
+        for what, reload in reloads.items():
+            try:
+                reload()
+            except SettingsError as error:
+                log.error("SIGHUP: kept the old %s: %s", what, "; ".join(error.messages))  # noqa: TRY400
+            else:
+                log.info("SIGHUP: read the %s again", what)
+        if not reloads:
+            log.info("SIGHUP: no file of API keys and no certificate to read again")
+
+    def _leave(self, now_s: float) -> None:
+        inference, delay_s = self.inference, self.inference.settings.server.drain_delay_s
+        if self._leave_s is None:
+            self._leave_s = now_s
+            if not inference.draining:
+                log.info("leaving: not ready, but serving for %g s", delay_s)
+        if now_s >= self._leave_s + delay_s:
+            inference.draining = True
+        if inference.draining or now_s >= self._leave_s + delay_s / 2:
+            # The next response on each connection is its last (RFC 9112, 9.6): its client goes elsewhere.
+            inference.closing = True
+        if inference.draining and self._drain is None:
+            self._drain = asyncio.create_task(self._drain_all())
+            for end in inference.on_draining:
+                end()
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        listeners = [listener.fileno() for server in self.servers for listener in server.sockets]
+        for listener in listeners:
+            let_in_no_more(listener)
+        await accepted_all(listeners)
+        await asyncio.sleep(self.grace_s)
+        await accepted_all(listeners)
+        if self.server_state.connections:
+            await asyncio.sleep(self.grace_s)
         await super().shutdown(sockets)
         for connection in list(self.server_state.connections):
             # The client has not read its response in all this time; the loop cannot close around it.

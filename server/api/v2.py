@@ -39,7 +39,7 @@ def v2_routes(inference: Inference) -> list[Route]:
 
     async def model_ready(request: Request) -> Response:
         model = find(inference, request)
-        is_ready = model.ready and not inference.draining
+        is_ready = model.ready and not inference.leaving
         return json({"name": model.name, "ready": is_ready}, 200 if is_ready else 503)
 
     def of_model(describe: Callable[[Model], Json]) -> Endpoint:

@@ -13,7 +13,7 @@ and would give attackers a way to keep the server busy.
     name = "nightly job"            # optional: the key's user
     expires = 2027-01-31            # optional: a date (its start, in UTC), or a date with a time
 
-The file is read once, at the start.
+The file is read at the start, and again on SIGHUP.
 """
 
 import base64
@@ -112,6 +112,10 @@ class ApiKeys:
 
     def __len__(self) -> int:
         return len(self._keys)
+
+    def get(self, key_id: str) -> ApiKey | None:
+        """Return the entry of an ID."""
+        return self._keys.get(key_id)
 
     def find(self, presented: str, now_s: float) -> ApiKey | None:
         """Return a presented key's entry; None if it is unknown, malformed or expired."""

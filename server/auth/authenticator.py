@@ -85,6 +85,18 @@ class Authenticator:
         """True once any credential can be checked."""
         return bool(self.settings.api_keys_file) or any(source.ready for source in self._keys.values())
 
+    def reload_api_keys(self) -> None:
+        """Read the API keys again. Raises SettingsError, and keeps the old ones.
+
+        Principals of keys that are gone or changed expire.
+        """
+        fresh = ApiKeys.read(Path(self.settings.api_keys_file or ""))
+        for key_id, principal in list(self._api_key_principals.items()):
+            if fresh.get(key_id) != self._api_keys.get(key_id):
+                principal.expires_s = 0.0
+                del self._api_key_principals[key_id]
+        self._api_keys = fresh
+
     def lookup(self, headers: Headers) -> Principal | Problem | None:
         """Return the result for a request without a query; None if `authenticate` has to check a token."""
         try:

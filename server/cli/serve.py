@@ -6,7 +6,6 @@ and flags.
 
 import logging
 import os
-import ssl
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +16,8 @@ from cobatch.server.observability.logs import JsonFormatter
 from cobatch.server.settings.describe import Setting, settings_of
 from cobatch.server.settings.load import read_settings
 from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings, flag_name
-from cobatch.server.settings.values import Errors, SettingsError, is_loopback
+from cobatch.server.settings.tls import check_certificate
+from cobatch.server.settings.values import Errors, is_loopback
 
 _FILE_ONLY = ("path", "pad")
 
@@ -33,7 +33,8 @@ def serve(*, config: Path | None, check: bool, **flags: object) -> None:
     errors = Errors()
     settings = read_settings(config, os.environ, flags, errors)
     with errors:
-        _check_tls(settings.server.tls_cert, settings.server.tls_key)
+        if settings.server.tls_cert is not None:
+            check_certificate(settings.server.tls_cert, settings.server.tls_key)
     if check:
         _check_start(settings, errors)
     if errors:
@@ -48,24 +49,6 @@ def serve(*, config: Path | None, check: bool, **flags: object) -> None:
     from cobatch.server.serve import run  # noqa: PLC0415 - help and refusals need neither uvicorn nor an engine
 
     raise typer.Exit(run(settings))
-
-
-def _check_tls(cert: str | None, key: str | None) -> None:
-    """Read the certificate and key as uvicorn will."""
-    if cert is None:
-        return
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, _no_password)
-    except (OSError, ValueError) as error:  # ssl's errors are OSErrors
-        # The system's text does not say which of the files cannot be read.
-        files = cert if key is None else f"{cert} with {key}"
-        why = getattr(error, "strerror", None) or getattr(error, "reason", None) or str(error)
-        raise SettingsError(f"server.tls_cert: cannot use {files}: {why}") from None
-
-
-def _no_password() -> str:
-    """Refuse an encrypted key; without this OpenSSL would ask on the terminal."""
-    raise ValueError("the key is encrypted")
 
 
 def _check_start(settings: Settings, errors: Errors) -> None:

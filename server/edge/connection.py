@@ -154,6 +154,10 @@ class Connection(asyncio.Protocol):
         else:
             self.cycle.keep_alive = False
 
+    def closes_now(self) -> bool:
+        """Return True if the next response is the last: the server leaves, and no request is behind it."""
+        return self.inference.closing and not self.pipeline and not self.receiving
+
     def _owes_response(self) -> bool:
         """Return True if a request has arrived whole and is not answered yet."""
         cycle = self.cycle
@@ -422,7 +426,7 @@ class Connection(asyncio.Protocol):
             head += b"inference-header-content-length: %d\r\n" % reply.json_length
         if reply.headers:
             head += b"".join([b"%b: %b\r\n" % header for header in reply.headers])
-        if reply.close or not keep_alive:
+        if reply.close or not keep_alive or (self.inference.closing and self.closes_now()):
             keep_alive = False
             head += b"connection: close\r\n"
         transport.write(b"".join((self.head_beginnings()[reply.status], head, b"\r\n", *reply.body)))

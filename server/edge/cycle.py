@@ -51,6 +51,7 @@ class Client(Protocol):
     writable: asyncio.Event
     write_paused: bool
 
+    def closes_now(self) -> bool: ...
     def head_beginnings(self) -> dict[int, bytes]: ...
     def close(self) -> None: ...
     def pause_reading(self) -> None: ...
@@ -194,7 +195,8 @@ class AsgiCycle:
                 lines.append(b"transfer-encoding: chunked\r\n")
         if closes:
             self.keep_alive = False
-        elif not self.keep_alive:
+        elif not self.keep_alive or self._client.closes_now():
+            self.keep_alive = False
             lines.append(b"connection: close\r\n")
         elif old:
             lines.append(b"connection: keep-alive\r\n")

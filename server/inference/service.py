@@ -114,7 +114,8 @@ class Inference:
         self.max_json_bytes = min(settings.server.max_json_bytes, settings.server.max_body_bytes)
         # Decodes long bodies. One thread: the interpreter lock would let no second one run.
         self._decoding = ThreadPoolExecutor(1, "cobatch-decode")
-        self.draining = False
+        # About to stop: not ready; each response is the last of its connection; no new requests.
+        self.leaving = self.closing = self.draining = False
         # Called when draining begins, to end streams that have no end of their own.
         self.on_draining: list[Callable[[], None]] = []
         self.loop: asyncio.AbstractEventLoop | None = None  # set when the application starts
@@ -134,7 +135,7 @@ class Inference:
     @property
     def ready(self) -> bool:
         """All models accept requests, and credentials can be checked."""
-        is_open = not self.draining and (self.auth is None or self.auth.ready)
+        is_open = not self.leaving and (self.auth is None or self.auth.ready)
         return is_open and all(model.ready for model in self.models.values())
 
     def admit(self, model: Model, principal: Principal | None) -> Problem | None:

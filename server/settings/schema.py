@@ -124,6 +124,9 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
     host: Annotated[Text, about("address to listen on", "ADDRESS")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65_535), about("TCP port; 0 takes a free one", "PORT")] = 8000
+    drain_delay_s: Annotated[
+        Seconds, about("time to serve on at shutdown, not ready, until load balancers have noticed")
+    ] = 0.0
     drain_timeout_s: Annotated[Seconds, about("longest time to finish accepted requests at shutdown")] = 30.0
     max_body_bytes: Annotated[PositiveBytes, about("largest request body")] = 1 << 26
     max_json_bytes: Annotated[PositiveBytes, about("largest JSON in a request body")] = 1 << 24

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import socket
+import time
 
 import pytest
 
-from tests.support.http.serving import DEADLINE_S, GATE, Served, data_of, gate, gated, get, post
+from cobatch.server.listeners import let_in_no_more
+from tests.support.http.serving import DEADLINE_S, GATE, Client, Served, data_of, gate, gated, get, post
 
 FAST_OR_NOT = pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
 
@@ -107,3 +111,130 @@ def test_unfinished_requests_get_abandoned(fast: bool, caplog: pytest.LogCapture
         assert client.closed()
         engine.release()
         stopped(served)
+
+
+@FAST_OR_NOT
+def test_connections_in_the_backlog_are_answered(fast: bool) -> None:
+    """Those that come in the last moment, whose connections the loop has not accepted yet."""
+    clients: list[Client] = []
+    with contextlib.ExitStack() as stack, gated(fast) as (served, _):
+        shutdown = served.server.shutdown
+
+        async def late(sockets: object = None) -> None:
+            for n in range(16):
+                clients.append(stack.enter_context(served.connect()))
+                clients[-1].send(gate(n))
+            await shutdown()
+
+        served.server.shutdown = late  # type: ignore[method-assign]
+        served.stop()
+        stopped(served)
+        for client in clients:
+            answer = client.answer()
+            assert (answer.status, answer.slug) == (503, "draining")
+            assert client.closed()
+    assert len(clients) == 16
+
+
+def test_a_listener_lets_in_what_waits_and_no_more() -> None:
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+
+        def connects() -> bool:
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+            # On loopback the handshake is over when `connect_ex` returns.
+            return client.connect_ex(listener.getsockname()) in (0, errno.EISCONN)
+
+        assert connects()
+        let_in_no_more(listener.fileno())
+        assert not connects()
+        listener.setblocking(False)
+        stack.enter_context(listener.accept()[0])
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
+# The delay
+
+
+def second_half(served: Served) -> None:
+    """Go on to the second half of a delay of 1000 s."""
+    for ahead_s in (0, 600):
+        served.call(lambda ahead_s=ahead_s: served.server._leave(time.monotonic() + ahead_s))  # type: ignore[misc]
+
+
+@FAST_OR_NOT
+def test_the_server_serves_on_unready_until_the_delay_is_over_or_cut_short(fast: bool) -> None:
+    with gated(fast, drain_delay_s=1000) as (served, _), served.connect() as client:
+        served.stop()
+        for path in ("/v2/health/ready", "/v2/models/gate/ready"):
+            assert client.ask(get(path)).status == 503
+        assert client.ask(get("/v2/health/live")).status == 200
+        for n in (1, 2):
+            assert data_of(client.ask(gate(n))) == [2 * n]
+            assert data_of(served.ask(gate(n))) == [2 * n]
+        served.stop()
+        answer = client.ask(gate(3))
+        assert (answer.status, answer.slug) == (503, "draining")
+        assert client.closed()
+        stopped(served)
+
+
+@FAST_OR_NOT
+def test_the_delay_ends_by_itself(fast: bool) -> None:
+    with gated(fast, drain_delay_s=0.001) as (served, _):
+        served.stop()
+        stopped(served)
+
+
+@FAST_OR_NOT
+@pytest.mark.parametrize("request_", [gate(1), gate(1, headers={"Accept": "*/*"}), get("/v2/health/live")])
+def test_each_response_in_the_second_half_of_the_delay_is_its_connections_last(
+    fast: bool, request_: bytes
+) -> None:
+    with gated(fast, drain_delay_s=1000) as (served, _), contextlib.ExitStack() as stack:
+        used, fresh = (stack.enter_context(served.connect()) for _ in range(2))
+        for _ in range(2):
+            assert "connection" not in used.ask(request_).headers
+        served.stop()
+        assert "connection" not in used.ask(request_).headers
+        second_half(served)
+        late = stack.enter_context(served.connect())
+        for client in (used, fresh, late):
+            answer = client.ask(request_)
+            assert (answer.status, answer.headers["connection"]) == (200, "close")
+            assert client.closed()
+
+
+@FAST_OR_NOT
+def test_a_request_that_waits_then_is_its_connections_last(fast: bool) -> None:
+    with gated(fast, drain_delay_s=1000) as (served, engine), served.connect() as client:
+        engine.hold()
+        client.send(gate(1))
+        assert engine.began.get(timeout=DEADLINE_S) == [1]
+        served.stop()
+        second_half(served)
+        engine.release()
+        answer = client.answer()
+        assert (data_of(answer), answer.headers["connection"]) == ([2], "close")
+        assert client.closed()
+
+
+@FAST_OR_NOT
+@pytest.mark.parametrize("first", [{}, {"Connection": "close"}], ids=["kept", "closed"])
+def test_of_a_pipeline_only_the_last_response_closes(fast: bool, first: dict[str, str]) -> None:
+    with gated(fast, drain_delay_s=1000) as (served, engine), served.connect() as client:
+        engine.hold()
+        served.stop()
+        second_half(served)
+        client.send(gate(1, headers=first) + gate(2) + get("/v2/health/live"))
+        assert engine.began.get(timeout=DEADLINE_S) == [1]
+        engine.release()
+        if not first:
+            for n in (1, 2):
+                answer = client.answer()
+                assert (data_of(answer), "connection" in answer.headers) == ([2 * n], False)
+        assert client.answer().headers["connection"] == "close"
+        assert client.closed()

@@ -31,6 +31,9 @@ class Client:
         self.replies: list[Reply] = []
         self.complete = 0
 
+    def closes_now(self) -> bool:
+        return False
+
     def close(self) -> None:
         self.closed = True
 

@@ -205,6 +205,8 @@ class Client:
 class _ThreadServer(Server):
     """The server without its process-wide effects: signals, prints, the freeze of the garbage collector."""
 
+    grace_s = 0.001
+
     def __init__(self, settings: Settings) -> None:
         self.listening = threading.Event()
         self.ready = threading.Event()
@@ -364,6 +366,7 @@ def serve(
                 engine.may_open.set()
                 engine.release()
         served.stop()
+        served.stop()  # the second time cuts a delay short
         served.join()
 
 

@@ -1,0 +1,124 @@
+"""SIGHUP: API keys and the certificate are read again; the old ones stay where the new are invalid."""
+
+from __future__ import annotations
+
+import signal
+import ssl
+from pathlib import Path
+
+import pytest
+
+from cobatch.server.auth import api_keys
+from tests.support.auth.protected import protected
+from tests.support.http.process import Cobatch
+from tests.support.http.serving import Served, data_of, gate, gated
+from tests.support.models import models
+from tests.system.auth.test_tls import Pair
+
+FAST_OR_NOT = pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
+
+
+def hang_up(served: Served) -> None:
+    """Act as on SIGHUP."""
+    served.call(served.server._reload)
+
+
+def with_key(key: str, row: int = 1) -> bytes:
+    return gate(row, headers={"X-API-Key": key})
+
+
+@FAST_OR_NOT
+def test_a_new_key_is_known_and_an_old_one_is_not(
+    fast: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        protected(fast, tmp_path, keys={"stays": ("infer",), "goes": ("infer",)}) as p,
+        p.served.connect() as stays,
+        p.served.connect() as goes,
+    ):
+        path = tmp_path / "api-keys.toml"
+        fresh, entry = api_keys.mint("new", ("infer",))
+        for client, tenant in ((stays, "stays"), (goes, "goes")):
+            for _ in range(3):
+                assert client.ask(with_key(p.keys[tenant])).status == 200
+        kept, _, _ = path.read_text().partition(f'[[keys]]\nid = "{p.keys["goes"][3:15]}')
+        path.write_text(kept + entry)
+        hang_up(p.served)
+        assert stays.ask(with_key(p.keys["stays"])).status == 200
+        answer = goes.ask(with_key(p.keys["goes"]))
+        assert (answer.status, answer.slug) == (401, "invalid-credentials")
+        assert p.ask(with_key(fresh)).status == 200
+        assert caplog.messages == []
+
+
+@FAST_OR_NOT
+def test_a_keys_new_rights_hold_at_once(fast: bool, tmp_path: Path) -> None:
+    with protected(fast, tmp_path, keys={"team": ("infer",)}) as p, p.served.connect() as client:
+        for _ in range(3):
+            assert client.ask(with_key(p.keys["team"])).status == 200
+        path = tmp_path / "api-keys.toml"
+        path.write_text(path.read_text().replace('"infer"', '"metadata"'))
+        hang_up(p.served)
+        answer = client.ask(with_key(p.keys["team"]))
+        assert (answer.status, answer.slug) == (403, "forbidden")
+
+
+@FAST_OR_NOT
+@pytest.mark.parametrize("text", ["[[keys]]\nid = 1\n", "nonsense", None])
+def test_an_invalid_file_of_keys_changes_nothing(
+    fast: bool, text: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with protected(fast, tmp_path, keys={"team": ("infer",)}) as p, p.served.connect() as client:
+        path = tmp_path / "api-keys.toml"
+        path.unlink() if text is None else path.write_text(text)
+        hang_up(p.served)
+        assert client.ask(with_key(p.keys["team"])).status == 200
+    (message,) = caplog.messages
+    assert message.startswith("SIGHUP: kept the old API keys: ")
+    assert str(path) in message
+
+
+def certificate_of(served: Served) -> bytes | None:
+    """Return the certificate that a new connection is shown."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    with served.connect() as client:
+        client.socket = wrapped = context.wrap_socket(client.socket)
+        assert data_of(client.ask(gate(1))) == [2]
+        return wrapped.getpeercert(binary_form=True)
+
+
+@FAST_OR_NOT
+def test_the_certificate_is_replaced_for_new_connections(
+    fast: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+
+    def write(certificate: bytes, private: bytes) -> None:
+        cert.write_bytes(certificate)
+        key.write_bytes(private)
+
+    old, new = Pair(), Pair()
+    write(old.certificate, old.key())
+    shown = {ssl.PEM_cert_to_DER_cert(pair.certificate.decode()): pair for pair in (old, new)}
+    with gated(fast, tls_cert=str(cert), tls_key=str(key)) as (served, _):
+        assert shown[certificate_of(served) or b""] is old
+        write(new.certificate, old.key())
+        hang_up(served)
+        assert "SIGHUP: kept the old certificate: server.tls_cert: cannot use " in caplog.text
+        assert shown[certificate_of(served) or b""] is old
+        write(new.certificate, new.key())
+        hang_up(served)
+        assert shown[certificate_of(served) or b""] is new
+
+
+@pytest.mark.slow
+def test_sighup_does_not_end_the_process(tmp_path: Path) -> None:
+    model = models.write(tmp_path, models.negate(), "negate.onnx")
+    with Cobatch(tmp_path, model, "--port", "0") as server:
+        caller = server.ready().connect()
+        server.signal(signal.SIGHUP)
+        assert caller.infer("negate", [[1, 2, 3]]).rows == [[-1, -2, -3]]
+        assert server.stop() == 0
+        assert "SIGHUP: no file of API keys and no certificate to read again" in server.stderr
