@@ -5,8 +5,8 @@ time. A function of all rows, such as a mean, shows in the second or, if it is a
 the third; one of a row's position shows in the third. Outputs must have as many rows as the inputs.
 
 If a model refuses the rows, for example indices outside its table, or they decide nothing, integers of 0 and
-1 are tried; and if it refuses those too, equal rows. Those cannot prove, since they hide which row an answer
-came from, but may still disprove.
+1 are tried; if it refuses those too, long variable axes; and then equal rows. Those cannot prove, since they
+hide which row an answer came from, but may still disprove.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,8 @@ from cobatch.engines.base import Array, Batching, Signature, TensorSpec, batched
 from cobatch.engines.errors import EngineDeadError, EngineLoadError, NoBatchAxisError
 
 PROOF_ROWS = 4
-_VARIABLE_SIZE = 2  # of a variable axis at first: 1 would be broadcast
+# Of a variable axis: 1 would be broadcast, and a network for images may need more.
+_SMALL_SIZE, _LARGE_SIZE, _MOST_ELEMENTS = 2, 64, 1 << 20
 _INTEGERS = 32  # at first; few values make some models ill-conditioned, so that rounding shows
 _LARGEST_FLOAT = 2.0  # so that rounding to integers tells rows apart
 _LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
@@ -78,15 +79,17 @@ def prove(signature: Signature, run: Run, most_rows: int = PROOF_ROWS, *, carefu
     """
     trial = _Trial(signature, run)
     rows = signature.fixed_batch or min(PROOF_ROWS, most_rows)
-    reasons = []
+    reasons: list[str] = []
+    refused = 0
     try:
         if rows == 1:
-            trial.answers(_rows(signature, 1, _ones))
+            trial.answers(_rows(signature, 1, _ones, 1))
             return Batching("unproven", "each run takes one row")
-        refused = 0
-        for make in (_bits, _random) if careful else (_random, _bits):
+        for make, size in _attempts(signature, careful):
+            if size == _LARGE_SIZE and refused < len(reasons):
+                break  # the size is not the reason
             try:
-                refusal = trial.judge(_rows(signature, rows, make))
+                refusal = trial.judge(_rows(signature, rows, make, size))
             except _UndecidedError as error:
                 reasons.append(str(error))
                 continue
@@ -95,7 +98,7 @@ def prove(signature: Signature, run: Run, most_rows: int = PROOF_ROWS, *, carefu
             refused += 1
             reasons.append(f"it refuses random inputs: {refusal}")
         if refused == len(reasons):
-            trial.judge(_rows(signature, rows, _ones), equal=True)
+            trial.judge(_rows(signature, rows, _ones, 1), equal=True)
     except _DisproofError as error:
         return Batching("disproved", str(error))
     return Batching("unproven", reasons[0])
@@ -200,41 +203,63 @@ def _far(spec: TensorSpec, one: Array, other: Array) -> float:
 Maker = Callable[[TensorSpec, tuple[int, ...], np.random.Generator], Array]
 
 
-def _rows(signature: Signature, rows: int, make: Maker) -> list[Array]:
+def _attempts(signature: Signature, careful: bool) -> list[tuple[Maker, int]]:
+    """Return ways to make inputs, and the sizes of variable axes that go with them, in the order to try."""
+    attempts: list[tuple[Maker, int]] = [(_random, _SMALL_SIZE), (_bits, 1)]
+    if careful:
+        attempts.reverse()
+    large = [prod(_row(spec, _LARGE_SIZE)) for spec in signature.inputs]
+    if max(large) <= _MOST_ELEMENTS and any(_row(spec, 1) != _row(spec, 2) for spec in signature.inputs):
+        attempts.append((_bits, _LARGE_SIZE))
+    return attempts
+
+
+def _row(spec: TensorSpec, size: int) -> tuple[int, ...]:
+    """Return a row shape with this size of variable axes; if the engine limits them, the smallest."""
+    return spec.least_row if spec.ranges else tuple(size if axis == -1 else axis for axis in spec.shape)
+
+
+def _rows(signature: Signature, rows: int, make: Maker, size: int) -> list[Array]:
     random = np.random.default_rng(0)
-    inputs = []
-    for spec in signature.inputs:
-        row = spec.least_row
-        if make is _random and not spec.ranges:
-            row = tuple(_VARIABLE_SIZE if size == -1 else size for size in spec.shape)
-        inputs.append(make(spec, (rows, *row), random))
-    return inputs
+    return [make(spec, (rows, *_row(spec, size)), random) for spec in signature.inputs]
 
 
 def _random(spec: TensorSpec, shape: tuple[int, ...], random: np.random.Generator) -> Array:
-    """Return random rows: numbers from 0, or words."""
+    """Return random rows: words, integers from 0, or floats around 0, where few functions saturate."""
     if spec.datatype == "BYTES":
         words = ["".join(random.choice(_LETTERS, 6)) for _ in range(prod(shape))]
         return np.array(words, object).reshape(shape)
-    if spec.datatype == "BF16":
-        return (random.random(shape, np.float32).view(np.uint32) >> 16).astype(np.uint16)
-    if spec.dtype.kind == "f":
-        floats = random.random((shape[0], prod(shape[1:])))
-        # Spaced evenly, so that rows of a single element differ clearly; and where large values saturate, the
-        # row that runs alone tells most if it is small.
-        floats[:, 0:1] = (np.append(random.permutation(shape[0] - 1) + 1, 0)[:, np.newaxis] + 0.5) / shape[0]
-        return (floats * _LARGEST_FLOAT).reshape(shape).astype(spec.dtype)
     if spec.dtype.kind == "b":
         return _bits(spec, shape, random)
+    if _is_float(spec):
+        return _floats(spec, shape, random, -_LARGEST_FLOAT)
     numbers = random.integers(0, _INTEGERS, (shape[0], prod(shape[1:])))
     numbers[:, :1] = random.permutation(max(_INTEGERS, shape[0]))[: shape[0], np.newaxis] % _INTEGERS
     return numbers.reshape(shape).astype(spec.dtype)
 
 
+def _is_float(spec: TensorSpec) -> bool:
+    return spec.dtype.kind == "f" or spec.datatype == "BF16"
+
+
+def _floats(spec: TensorSpec, shape: tuple[int, ...], random: np.random.Generator, least: float) -> Array:
+    floats = random.uniform(least, _LARGEST_FLOAT, (shape[0], prod(shape[1:])))
+    # Spaced, so that rows of a single element differ clearly. The last row, which runs alone, is neither the
+    # smallest nor the largest, as one of these could answer for all rows.
+    places = (np.arange(shape[0]) + random.uniform(0.25, 0.75, shape[0])) / shape[0]
+    steps = least + places * (_LARGEST_FLOAT - least)
+    floats[:, 0:1] = np.roll(steps, -2)[:, np.newaxis]
+    if spec.datatype == "BF16":
+        return (floats.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).reshape(shape)
+    return floats.reshape(shape).astype(spec.dtype)
+
+
 def _bits(spec: TensorSpec, shape: tuple[int, ...], random: np.random.Generator) -> Array:
-    """Return random rows with integers of 0 and 1, which nearly every table of indices has."""
-    if spec.dtype.kind not in "iub" or spec.datatype == "BF16":
+    """Return random rows with integers of 0 and 1, which nearly every table has, and floats above 0."""
+    if spec.datatype == "BYTES":
         return _random(spec, shape, random)
+    if _is_float(spec):
+        return _floats(spec, shape, random, 0.0)
     bits = random.integers(0, 2, (shape[0], prod(shape[1:])))
     # The last row, which runs alone, differs from the others; with three elements all of four rows differ.
     number = np.arange(shape[0])[::-1]

@@ -188,7 +188,7 @@ class TensorRTEngine:
     def _prove(self, rows: Signature) -> Batching:
         """Prove the batch axis in a slot of its own, which is small."""
         signature, profiles = read_profiles(self._engine, rows)
-        buckets = Buckets(signature, profiles, PROOF_ROWS, range(1, PROOF_ROWS))
+        buckets = Buckets(signature, profiles, PROOF_ROWS, (1, PROOF_ROWS - 1))
         working = max(working_memory(self._engine, profile.index) for profile in profiles)
         slot = Slot(Plan(self._trt, self._recorder, working, signature, profiles, buckets), self._device)
         self._slots = [slot]  # `close` frees it if the proof ends the engine

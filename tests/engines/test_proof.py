@@ -21,6 +21,7 @@ from cobatch.engines.base import Array, Batching, Signature, TensorSpec
 from cobatch.engines.errors import EngineRunError
 from cobatch.engines.onnxruntime import OnnxRuntimeEngine
 from cobatch.engines.proof import prove
+from tests.support.examples import examples
 from tests.support.http.wire import any_size
 from tests.support.models import axis_models, models
 from tests.support.models.plan_models import convolution, magika_path
@@ -202,6 +203,7 @@ def depends_on_neighbours(data: bytes, width: int, batch: int | None) -> bool:
     return False
 
 
+@examples(50, derandomize=True)  # among many thousands, one may hide that its rows depend on each other
 @given(
     steps=st.lists(st.sampled_from(sorted(axis_models.ROW_WISE)), min_size=1, max_size=4),
     mixing=st.none() | st.tuples(st.sampled_from(sorted(axis_models.MIXING)), st.integers(0, 4)),
@@ -277,6 +279,18 @@ def test_a_model_that_takes_only_some_numbers_of_rows_is_disproved() -> None:
         found = prove(INDICES, Runs(lambda x, count=count: picky(x, count)))
         reason = f"it takes some numbers of rows and refuses others: {count} rows"
         assert found == Batching("disproved", reason)
+
+
+def test_images_of_variable_size_are_tried_large_too(tmp_path: Path) -> None:
+    """A kernel of 9 by 9 without padding takes no image of 2 by 2."""
+    kernel = np.random.default_rng(0).normal(size=(2, 3, 9, 9)).astype(np.float32)
+    data = models.model(
+        [helper.make_node("Conv", ["image", "kernel"], ["y"])],
+        [("image", FLOAT, ["n", 3, "height", "width"])],
+        [("y", FLOAT, ["n", 2, "h", "w"])],
+        [axis_models.constant("kernel", kernel, np.float32)],
+    )
+    assert verdict(tmp_path, data) == Batching("proven")
 
 
 def test_equal_rows_can_disprove() -> None:

@@ -296,7 +296,7 @@ def test_counts_and_explanations_of_a_request_that_ran_whole(served: Served) -> 
     assert list(counters.by_rows) == [1]
 
 
-@examples(5)
+@examples(5, derandomize=True)
 @given(
     steps=st.lists(st.sampled_from(sorted(axis_models.ROW_WISE)), min_size=1, max_size=2),
     mixing=st.none() | st.sampled_from(sorted(axis_models.MIXING)),
