@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from cobatch.server.edge import lingering
 from cobatch.server.edge.lingering import LingeringClose
+from tests.support.http.clock import Clock
 from tests.support.http.serving import (
     DEADLINE_S,
     GATE,
@@ -98,8 +100,10 @@ def test_bytes_that_are_no_request(served: Served, start: bytes) -> None:
 @pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
 def test_a_body_that_comes_too_late(fast: bool, chunked: bool) -> None:
     request = large(chunked)
-    with gated(fast, receive_timeout_s=0.1) as (served, _), served.connect() as client:
+    settings: dict[str, Any] = {"receive_timeout_s": 1000.0, "max_json_bytes": 2 * LARGE}
+    with gated(fast, clock=Clock(), **settings) as (served, _), served.connect() as client:
         client.send(request[:1000])
+        served.skip(1000.0)
         answer = client.answer()
         assert (answer.status, answer.slug) == (408, "receive-timeout")
         client.send(request[1000:])
@@ -120,7 +124,7 @@ def test_a_body_for_a_server_that_stops(fast: bool, chunked: bool) -> None:
 @FAST_OR_NOT
 def test_the_rest_of_a_body_for_a_server_that_stops(fast: bool) -> None:
     request = large(chunked=False)
-    with gated(fast) as (served, _), served.connect() as client:
+    with gated(fast, max_json_bytes=2 * LARGE) as (served, _), served.connect() as client:
         client.send(request[:5000])
         assert served.call(lambda: served.inference.draining) is False
         served.stop()

@@ -1,8 +1,4 @@
-"""Time limits of a connection: idle, slow and stalled clients.
-
-These tests are about time, so the limits are small and real; whatever else they need to happen before
-or after a limit is made to happen by another connection's limit, never by sleeping.
-"""
+"""Time limits of a connection: idle, slow and stalled clients, in time that the tests skip."""
 
 from __future__ import annotations
 
@@ -10,9 +6,11 @@ import contextlib
 import select
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+from tests.support.http.clock import Clock
 from tests.support.http.serving import (
     DEADLINE_S,
     GATE,
@@ -27,17 +25,24 @@ from tests.support.http.serving import (
 )
 
 FAST_OR_NOT = pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
-LONG_S = 10 * DEADLINE_S
+LIMIT_S, LONG_S = 1000.0, 10_000.0
 
 
 @pytest.fixture(scope="module", params=["fast", "asgi"])
 def impatient(request: pytest.FixtureRequest) -> Iterator[Served]:
-    """A server with a receive limit of 0.2 s and a long keep-alive time."""
-    with gated(request.param == "fast", receive_timeout_s=0.2, keep_alive_s=LONG_S) as (served, _):
+    """A server with a short receive limit and a long keep-alive time."""
+    settings: dict[str, Any] = {"receive_timeout_s": LIMIT_S, "keep_alive_s": LONG_S}
+    with gated(request.param == "fast", clock=Clock(), **settings) as (served, _):
         yield served
 
 
-def too_late(client: Client) -> None:
+def too_late(served: Served, client: Client) -> None:
+    """Check that the receive limit ends a connection."""
+    served.skip(LIMIT_S)
+    refused(client)
+
+
+def refused(client: Client) -> None:
     answer = client.answer()
     assert (answer.status, answer.slug) == (408, "receive-timeout")
     assert answer.headers["connection"] == "close"
@@ -45,10 +50,11 @@ def too_late(client: Client) -> None:
 
 
 def wait_a_limit(served: Served, times: int = 2) -> None:
-    """Return after the receive limit has passed: it closed a silent connection."""
+    """Skip the receive limit, which closes a silent connection."""
     for _ in range(times):
-        with served.connect() as clock:
-            assert clock.closed()
+        with served.connect() as silent:
+            served.skip(LIMIT_S)
+            assert silent.closed()
 
 
 # Idle
@@ -60,15 +66,17 @@ def wait_a_limit(served: Served, times: int = 2) -> None:
 )
 def test_an_idle_connection_is_closed(fast: bool, request_: bytes) -> None:
     """After the keep-alive time, although the receive limit is long."""
-    with gated(fast, keep_alive_s=0.1, receive_timeout_s=LONG_S) as (served, _), served.connect() as client:
+    settings: dict[str, Any] = {"keep_alive_s": LIMIT_S, "receive_timeout_s": LONG_S}
+    with gated(fast, clock=Clock(), **settings) as (served, _), served.connect() as client:
         client.ask(request_)
+        served.skip(LIMIT_S)
         assert client.closed()
 
 
 @FAST_OR_NOT
 def test_an_idle_connection_stays_for_its_time(fast: bool) -> None:
     with (
-        gated(fast, keep_alive_s=LONG_S, receive_timeout_s=0.1) as (served, _),
+        gated(fast, clock=Clock(), keep_alive_s=LONG_S, receive_timeout_s=LIMIT_S) as (served, _),
         served.connect() as client,
     ):
         for n in range(3):
@@ -88,6 +96,7 @@ def test_no_keep_alive_time_at_all(fast: bool) -> None:
 
 def test_a_connection_that_never_says_anything(impatient: Served) -> None:
     with impatient.connect() as client:
+        impatient.skip(LIMIT_S)
         assert client.closed()
 
 
@@ -98,7 +107,7 @@ def test_headers_that_stop_coming(impatient: Served, piece: int, warm: bool) -> 
         if warm:
             assert data_of(client.ask(gate(7))) == [14]
         client.send(gate(7)[:piece])
-        too_late(client)
+        too_late(impatient, client)
 
 
 @pytest.mark.parametrize("piece", [0, 1, 20])
@@ -108,7 +117,7 @@ def test_a_body_that_stops_coming(impatient: Served, piece: int, headers: dict[s
     with impatient.connect() as client:
         assert data_of(client.ask(request)) == [14]
         client.send(request[: request.index(b"\r\n\r\n") + 4 + piece])
-        too_late(client)
+        too_late(impatient, client)
 
 
 def test_chunks_that_stop_coming(impatient: Served) -> None:
@@ -116,7 +125,7 @@ def test_chunks_that_stop_coming(impatient: Served) -> None:
         client.send(
             f"POST {GATE} HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhel".encode()
         )
-        too_late(client)
+        too_late(impatient, client)
 
 
 def test_a_body_that_was_asked_for_and_does_not_come(impatient: Served) -> None:
@@ -124,7 +133,7 @@ def test_a_body_that_was_asked_for_and_does_not_come(impatient: Served) -> None:
     with impatient.connect() as client:
         client.send(request[: request.index(b"\r\n\r\n") + 4])
         assert client.answer().status == 100
-        too_late(client)
+        too_late(impatient, client)
 
 
 def test_a_sender_that_never_stops_and_never_ends(impatient: Served) -> None:
@@ -132,13 +141,12 @@ def test_a_sender_that_never_stops_and_never_ends(impatient: Served) -> None:
     with impatient.connect() as client:
         client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         client.send(f"POST {GATE} HTTP/1.1\r\nX: ".encode())
-        sent = 0
-        while not select.select([client.socket], [], [], 0)[0]:
+        for _ in range(9):
             client.send(b"x")
-            sent += 1
-            impatient.ask(get("/v2/health/live"))
-        assert sent
-        too_late(client)
+            impatient.skip(LIMIT_S / 10)
+        assert not select.select([client.socket], [], [], 0)[0]
+        impatient.skip(LIMIT_S / 10)
+        refused(client)
 
 
 def test_a_refused_body_that_stops_coming(impatient: Served) -> None:
@@ -146,6 +154,7 @@ def test_a_refused_body_that_stops_coming(impatient: Served) -> None:
     with impatient.connect() as client:
         answer = client.ask(post("/v2/models/nobody/infer", b"", {"Content-Length": "10"}))
         assert answer.slug == "unknown-model"
+        impatient.skip(LIMIT_S)
         assert client.closed()
 
 
@@ -154,7 +163,8 @@ def test_a_refused_body_that_stops_coming(impatient: Served) -> None:
 
 @FAST_OR_NOT
 def test_a_long_run_is_not_the_client_s_fault(fast: bool) -> None:
-    with gated(fast, receive_timeout_s=0.1, keep_alive_s=0.1) as (served, engine), served.connect() as client:
+    settings: dict[str, Any] = {"receive_timeout_s": LIMIT_S, "keep_alive_s": LIMIT_S}
+    with gated(fast, clock=Clock(), **settings) as (served, engine), served.connect() as client:
         engine.hold()
         client.send(gate(1))
         assert engine.began.get(timeout=DEADLINE_S) == [1]
@@ -168,7 +178,7 @@ def test_a_long_run_is_not_the_client_s_fault(fast: bool) -> None:
 def test_a_half_request_behind_a_long_run(fast: bool, piece: int) -> None:
     """The response before it comes first; only then does the limit of the half request count."""
     with (
-        gated(fast, receive_timeout_s=0.2, keep_alive_s=LONG_S) as (served, engine),
+        gated(fast, clock=Clock(), receive_timeout_s=LIMIT_S, keep_alive_s=LONG_S) as (served, engine),
         served.connect() as client,
     ):
         engine.hold()
@@ -177,13 +187,13 @@ def test_a_half_request_behind_a_long_run(fast: bool, piece: int) -> None:
         wait_a_limit(served, 3)
         engine.release()
         assert data_of(client.answer()) == [2]
-        too_late(client)
+        too_late(served, client)
 
 
 @FAST_OR_NOT
 def test_a_half_request_that_is_completed_after_a_long_run(fast: bool) -> None:
     with (
-        gated(fast, receive_timeout_s=0.2, keep_alive_s=LONG_S) as (served, engine),
+        gated(fast, clock=Clock(), receive_timeout_s=LIMIT_S, keep_alive_s=LONG_S) as (served, engine),
         served.connect() as client,
     ):
         engine.hold()
@@ -203,8 +213,9 @@ def test_others_are_served_while_senders_stall(impatient: Served) -> None:
             client.send(gate(7)[: 3 * n + 1])
         for n in range(20):
             assert data_of(impatient.ask(post(GATE, rows_of(n)))) == [2 * n]
+        impatient.skip(LIMIT_S)
         for client in stalled:
-            too_late(client)
+            refused(client)
 
 
 # Unread responses

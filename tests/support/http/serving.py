@@ -34,11 +34,13 @@ from cobatch.server.inference.service import Inference
 from cobatch.server.serve import Server
 from cobatch.server.settings.auth import AuthSettings
 from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings
+from tests.support.http.clock import Clock, ClockedLoop
 from tests.support.virtual.loop import Array, FakeEngine
 
 DEADLINE_S = 20.0
 T = TypeVar("T")
 _TICK_S = 0.1  # uvicorn's
+_TURNS = 8  # of the loop, in which it accepts a connection and reads the first bytes
 
 
 async def _poll(delay_s: float) -> None:
@@ -207,12 +209,20 @@ class _ThreadServer(Server):
 
     grace_s = 0.001
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, clock: Clock | None = None) -> None:
+        self.clock = clock
         self.listening = threading.Event()
         self.ready = threading.Event()
         self.port = 0
         self._signalled = asyncio.Event()
         super().__init__(settings)
+
+    def run(self, sockets: object = None) -> None:
+        if self.clock is None:
+            super().run()
+            return
+        with asyncio.Runner(loop_factory=functools.partial(ClockedLoop, self.clock)) as runner:
+            runner.run(self.serve())
 
     async def startup(self, sockets: object = None) -> None:
         await super().startup()
@@ -311,6 +321,14 @@ class Served:
         self.inference.loop.call_soon_threadsafe(lambda: result.put(function()))
         return result.get(timeout=DEADLINE_S)
 
+    def skip(self, seconds: float) -> None:
+        """Let time pass for the loop and its connections, once what was sent has been received."""
+        assert self.server.clock is not None
+        for _ in range(_TURNS):
+            self.call(lambda: None)
+        self.server.clock.skipped_s += seconds
+        self.call(lambda: None)  # the loop looks at its timers
+
     def connections(self) -> list[Any]:
         """Return the protocols of all open connections. Call it on the loop."""
         return list(self.server.server_state.connections)
@@ -346,9 +364,13 @@ def serve(
     engines: Mapping[str, Engine] | None = None,
     ready: bool = True,
     auth: AuthSettings | None = None,
+    clock: Clock | None = None,
     **settings: Any,
 ) -> Iterator[Served]:
-    """Serve `models`, on a free port by default. `engines`, by path, replace the engines of model files."""
+    """Serve `models`, on a free port by default. `engines`, by path, replace the engines of model files.
+
+    With a `clock`, `skip` lets the limits of connections pass.
+    """
     fakes = engines or {}
 
     def load(kind: str, path: str, max_batch_size: int, options: EngineOptions) -> Engine:
@@ -356,10 +378,11 @@ def serve(
 
     http = ServerSettings(fast_path=fast, **{"port": 0, "drain_timeout_s": DEADLINE_S, **settings})
     with mock.patch.object(cobatch.server.inference.model, "load_engine", load):
-        served = Served(_ThreadServer(Settings(server=http, models=models, auth=auth)), fast)
+        served = Served(_ThreadServer(Settings(server=http, models=models, auth=auth), clock), fast)
         served.start(ready)
     try:
-        yield served
+        with contextlib.nullcontext() if clock is None else clock.of_connections():
+            yield served
     finally:
         for engine in fakes.values():
             if isinstance(engine, GatedEngine):
