@@ -194,8 +194,7 @@ class TensorRTEngine:
         self._slots = [slot]  # `close` frees it if the proof ends the engine
         try:
             slot.open(self._engine)
-            _, sizes = slot.measure()
-            slot.allocate(sizes)
+            slot.allocate(*slot.measure()[1:])
             batching = prove(signature, partial(self._try, slot), buckets.max_batch_size, careful=True)
         except NoBatchAxisError as error:
             batching = Batching("disproved", str(error))
@@ -229,12 +228,12 @@ class TensorRTEngine:
         for _ in range(self.slots):
             self._slots.append(Slot(plan, self._device))
             self._slots[-1].open(self._engine)
-        outputs, sizes = self._slots[0].measure()
+        outputs, sizes, late = self._slots[0].measure()
         self._signature = replace(plan.signature, outputs=outputs)
         assert self._needs is not None
         self._needs = replace(self._needs, buffers=sum(sizes))
         for slot in self._slots:
-            slot.allocate(sizes)
+            slot.allocate(sizes, late)
 
     def _prepare(self) -> bool:
         """Run each slot once; True if batches are replayed as graphs. A model may refuse zeros only."""

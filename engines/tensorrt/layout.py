@@ -1,9 +1,15 @@
-"""The layout of a batch in a slot's buffers: shapes, copies, and the outputs as arrays."""
+"""The layout of a batch in a slot's buffers: shapes, copies, and the outputs as arrays.
 
-from collections.abc import Sequence
+With batching off an output's shape may depend on the data. TensorRT tells it through an allocator while it
+starts the run, so such an output is copied, and viewed, by `Late` after each start.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
+
+import numpy as np
 
 from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec
 from cobatch.engines.errors import EngineRunError, NoBatchAxisError
@@ -23,15 +29,66 @@ class ProfileContext:
         self.layout: Layout | None = None
 
 
+class Late:
+    """An output whose shape is known once the run has started. `memory`: its device address.
+
+    TensorRT calls `allocator`, which gives it that memory and hears the shape.
+    """
+
+    def __init__(self, trt: Any, spec: TensorSpec, host: Array, memory: int) -> None:
+        self.memory = memory
+        self.allocator = _make_allocator(trt, memory, len(host))
+        self._spec = spec
+        self._host = host
+
+    def output(self) -> Array:
+        """Return the part of the host buffer that the last run's output takes, with a first axis of 1."""
+        shape = self.allocator.shape
+        size = prod(shape) * self._spec.dtype.itemsize
+        if size > len(self._host):
+            raise EngineRunError(f"output {self._spec.name!r} of shape {list(shape)} is too large")
+        return self._host[:size].view(self._spec.dtype).reshape(1, *shape)
+
+
+def _make_allocator(trt: Any, address: int, limit: int) -> Any:
+    class Allocator(trt.IOutputAllocator):  # type: ignore[misc]  # its base is known at run time only
+        def __init__(self) -> None:
+            trt.IOutputAllocator.__init__(self)
+            self.shape: Shape = ()
+
+        # Called from C++, by these names; an exception that left would end the process.
+        def reallocate_output(self, tensor_name: str, memory: Any, size: int, alignment: int) -> int | None:  # noqa: ARG002
+            return address if size <= limit else None
+
+        def reallocate_output_async(
+            self,
+            tensor_name: str,
+            memory: Any,
+            size: int,
+            alignment: int,
+            stream: Any,  # noqa: ARG002
+        ) -> int | None:
+            return self.reallocate_output(tensor_name, memory, size, alignment)
+
+        def notify_shape(self, tensor_name: str, shape: Sequence[int]) -> None:  # noqa: ARG002
+            self.shape = tuple(shape)
+
+    return Allocator()
+
+
 @dataclass(slots=True, eq=False)
 class Layout:
-    """The layout of a batch of one bucket and row shape. Copies are (destination, source)."""
+    """The layout of a batch of one bucket and row shape. Copies are (destination, source).
+
+    `late` maps places in `outputs`, which hold nothing there, to outputs of unknown shape.
+    """
 
     profile: ProfileContext
     shapes: list[tuple[str, tuple[int, ...]]]
     copies_in: list[tuple[int, Array]]
     copies_out: list[tuple[Array, int]]
     outputs: tuple[Array, ...]
+    late: dict[int, Late]
     graph: Graph | None = None
 
 
@@ -50,10 +107,10 @@ def infer(context: Any, shapes: Sequence[tuple[str, Shape]], outputs: Sequence[T
         raise EngineRunError(f"TensorRT cannot infer shapes: {', '.join(missing)} are not specified")
     output_shapes = [tuple(context.get_tensor_shape(spec.name)) for spec in outputs]
     for spec, shape in zip(outputs, output_shapes, strict=True):
-        if -1 in shape:
-            raise EngineRunError(
+        if -1 in shape and spec.batched:
+            raise NoBatchAxisError(
                 f"output {spec.name!r} has a shape that depends on the data, {list(shape)}: "
-                "this is not supported"
+                "its elements cannot be divided among the rows"
             )
     return output_shapes
 
@@ -65,11 +122,12 @@ def lay_out(
     row_shapes: RowShapes,
     hosts: Sequence[Array],
     memory: Sequence[Any],
+    late: Mapping[int, Late],
 ) -> Layout:
     """Lay out a batch of `bucket` rows and set the context to its shapes.
 
-    `hosts`, `memory`: each tensor's host and device buffers, inputs first. Raises EngineRunError that names
-    the tensor.
+    `hosts`, `memory`: each tensor's host and device buffers, inputs first. `late`: the outputs of unknown
+    shape, by the same numbers. Raises EngineRunError that names the tensor.
     """
     inputs, count = signature.inputs, len(signature.inputs)
     shapes = [
@@ -83,6 +141,9 @@ def lay_out(
         if size:
             copies_in.append((int(memory[index]), hosts[index][:size]))
     for index, (spec, shape) in enumerate(zip(signature.outputs, output_shapes, strict=True), count):
+        if index in late:
+            outputs.append(np.empty(0))
+            continue
         size = prod(shape) * spec.dtype.itemsize
         batch = as_batch(spec, shape)
         if batch[:1] != (bucket,) or size > len(hosts[index]):
@@ -93,7 +154,8 @@ def lay_out(
         if size:
             copies_out.append((hosts[index][:size], int(memory[index])))
         outputs.append(hosts[index][:size].view(spec.dtype).reshape(batch))
-    profile.layout = layout = Layout(profile, shapes, copies_in, copies_out, tuple(outputs))
+    places = {index - count: one for index, one in late.items()}
+    profile.layout = layout = Layout(profile, shapes, copies_in, copies_out, tuple(outputs), places)
     return layout
 
 

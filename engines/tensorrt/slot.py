@@ -16,7 +16,7 @@ are cut off. After a failed batch they are zeroed, or its bad row would fail the
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -25,7 +25,15 @@ from typing import Any
 from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec
 from cobatch.engines.errors import EngineLoadError, EngineRunError, NoBatchAxisError
 from cobatch.engines.tensorrt.cuda import Device, Graph, OutOfMemoryError
-from cobatch.engines.tensorrt.layout import Layout, ProfileContext, infer, lay_out, set_shapes, view_rows
+from cobatch.engines.tensorrt.layout import (
+    Late,
+    Layout,
+    ProfileContext,
+    infer,
+    lay_out,
+    set_shapes,
+    view_rows,
+)
 from cobatch.engines.tensorrt.tensors import Buckets, Profile, as_batch
 
 _CACHE_LIMIT = 256  # row shapes, and numbers of rows of a shape
@@ -62,6 +70,7 @@ class Slot:
         self._hosts: list[Array] = []
         self._memory: list[Any] = []
         self._outputs: tuple[Array, ...] = ()
+        self._late: dict[int, Late] = {}  # by the tensors' numbers, inputs first
         self._stream: Any = None
         self._event: Any = None
 
@@ -105,32 +114,41 @@ class Slot:
         buckets = self._plan.buckets
         return self._contexts[bucket if self._plan.fixed else buckets.choose(bucket, row_shapes)[1]]
 
-    def measure(self) -> tuple[tuple[TensorSpec, ...], tuple[int, ...]]:
-        """Return the outputs' inferred specs, and the largest size of each tensor in bytes, inputs first."""
+    def measure(self) -> tuple[tuple[TensorSpec, ...], tuple[int, ...], frozenset[int]]:
+        """Return the outputs' inferred specs, and the largest size of each tensor in bytes, inputs first.
+
+        And the numbers of the outputs whose shapes depend on the data.
+        """
         plan = self._plan
         inputs, outputs = plan.signature.inputs, plan.signature.outputs
         specs = inputs + outputs
         sizes = [0] * len(specs)
+        late = set()
         for rows, row_shapes in self._largest():
             shapes = [
                 (spec.name, spec.tensor_shape(rows, shape))
                 for spec, shape in zip(inputs, row_shapes, strict=True)
             ]
-            output_shapes = infer(self._context(rows, row_shapes).context, shapes, outputs)
+            context = self._context(rows, row_shapes).context
+            output_shapes = infer(context, shapes, outputs)
             for spec, shape in zip(outputs, output_shapes, strict=True):
                 if as_batch(spec, shape)[:1] != (rows,):
                     raise NoBatchAxisError(
                         f"output {spec.name!r} does not follow the batch axis: {rows} rows give {list(shape)}"
                     )
             for index, shape in enumerate([*(shape for _, shape in shapes), *output_shapes]):
-                sizes[index] = max(sizes[index], prod(shape) * specs[index].dtype.itemsize)
+                size = prod(shape) * specs[index].dtype.itemsize
+                if -1 in shape:
+                    late.add(index)
+                    size = max(0, context.get_max_output_size(specs[index].name))
+                sizes[index] = max(sizes[index], size)
         if plan.fixed:
             # With fixed input rows the output rows are fixed too, even if the plan declares them variable.
             outputs = tuple(
                 replace(spec, shape=as_batch(spec, shape)[1:])
                 for spec, shape in zip(outputs, output_shapes, strict=True)
             )
-        return outputs, tuple(sizes)
+        return outputs, tuple(sizes), frozenset(late)
 
     def _largest(self) -> list[tuple[int, RowShapes]]:
         plan = self._plan
@@ -141,17 +159,24 @@ class Slot:
             for profile in plan.profiles
         ]
 
-    def allocate(self, sizes: Sequence[int]) -> None:
-        """Allocate buffers of the sizes from `measure`. Raises as `open`."""
+    def allocate(self, sizes: Sequence[int], late: Collection[int] = ()) -> None:
+        """Allocate buffers of the sizes from `measure`, which also names `late`. Raises as `open`."""
         signature = self._plan.signature
         specs = signature.inputs + signature.outputs
         for spec, size in zip(specs, sizes, strict=True):
             self._memory.append(_allocate(self._device.allocate, size, f"tensor {spec.name!r}"))
             what = f"the page-locked buffer of tensor {spec.name!r}, in the host's memory"
             self._hosts.append(_allocate(self._device.pinned, size, what))
+        for index in late:
+            address = int(self._memory[index])
+            self._late[index] = Late(self._plan.trt, specs[index], self._hosts[index], address)
         for profile in self._contexts.values():
-            for spec, memory in zip(specs, self._memory, strict=True):
-                if not profile.context.set_tensor_address(spec.name, int(memory)):
+            for index, (spec, memory) in enumerate(zip(specs, self._memory, strict=True)):
+                if index in self._late:
+                    given = profile.context.set_output_allocator(spec.name, self._late[index].allocator)
+                else:
+                    given = profile.context.set_tensor_address(spec.name, int(memory))
+                if not given:
                     raise EngineLoadError(f"TensorRT does not accept an address for tensor {spec.name!r}")
 
     def prepare(self, graphs: Any | None) -> bool:
@@ -170,9 +195,9 @@ class Slot:
                 raise EngineLoadError(str(error)) from None
             self._enqueue(layout)
             self._stream.synchronize()
-            if graphs is not None:
+            if graphs is not None and not self._late:
                 layout.graph = Graph(graphs, self._handle, partial(self._enqueue, layout))
-        return graphs is not None
+        return graphs is not None and not self._late
 
     def drop_graphs(self) -> None:
         """Free the graphs; batches are enqueued call by call from now on."""
@@ -198,11 +223,13 @@ class Slot:
         """After `release`: return True if views of the page-locked memory exist, such as outputs."""
         self._outputs = ()
         self._arrays.clear()
+        self._late.clear()
         # Three references are known: of the list, the loop variable and the argument.
         return any(sys.getrefcount(host) > 3 for host in self._hosts)
 
     def free(self) -> None:
         """Drop the memory; parts in use are freed with their last view."""
+        self._late.clear()
         self._hosts.clear()
         self._memory.clear()
         self._working = None
@@ -232,6 +259,8 @@ class Slot:
             layout.graph.launch()
         else:
             self._enqueue(layout)
+        if layout.late:
+            self._outputs = self._copy_late(layout)
         self._event.record(self._stream)
 
     def wait(self) -> tuple[Array, ...]:
@@ -259,6 +288,15 @@ class Slot:
         for host, address in layout.copies_out:
             self._dtoh(host, address, stream)
 
+    def _copy_late(self, layout: Layout) -> tuple[Array, ...]:
+        """Copy the outputs whose shapes are known now; return all."""
+        outputs = list(layout.outputs)
+        for place, late in layout.late.items():
+            outputs[place] = output = late.output()
+            if output.size:
+                self._dtoh(output.reshape(-1), late.memory, self._stream)
+        return tuple(outputs)
+
     def _enter(self, rows: int, row_shapes: RowShapes) -> tuple[Layout, tuple[Array, ...]]:
         if len(self._entries) >= _CACHE_LIMIT:
             self._entries.clear()
@@ -280,7 +318,8 @@ class Slot:
 
     def _lay_out(self, bucket: int, row_shapes: RowShapes) -> Layout:
         profile = self._context(bucket, row_shapes)
-        return lay_out(profile, self._plan.signature, bucket, row_shapes, self._hosts, self._memory)
+        plan = self._plan
+        return lay_out(profile, plan.signature, bucket, row_shapes, self._hosts, self._memory, self._late)
 
 
 def _allocate(allocate: Any, size: int, what: str) -> Any:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from cobatch.engines.base import AUTO, Array, Batching
+from cobatch.engines.base import AUTO, Array, Batching, TensorSpec
+from cobatch.engines.errors import EngineRunError
 from cobatch.engines.loader import EngineOptions, load_engine
 from cobatch.engines.tensorrt.engine import TensorRTEngine
+from cobatch.engines.tensorrt.layout import Late
 from cobatch.engines.tensorrt.plans.cache import Verdicts
 from cobatch.engines.tensorrt.slot import Slot
 from tests.support.gpu.engine import cuda, engine_of, opened, plan_of, run
@@ -120,6 +124,45 @@ def test_rows_that_depend_on_each_other(cuda: FakeCuda, step: str) -> None:
         assert np.allclose(whole(engine, x)[0], axis_models.alone(data, t0=x)[0])
 
 
+@pytest.mark.parametrize("mode", ["lazy", "threaded"])
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("shape", [(3, 4), ("n", "m")], ids=["fixed", "variable"])
+def test_outputs_whose_shape_depends_on_the_data(
+    cuda: FakeCuda, mode: str, graphs: bool, shape: tuple[Any, Any]
+) -> None:
+    cuda.mode(mode)
+    model = models.model(
+        [helper.make_node("NonZero", ["x"], ["found"]), helper.make_node("Neg", ["x"], ["y"])],
+        [("x", FLOAT, shape)],
+        [("found", TensorProto.INT64, [2, "count"]), ("y", FLOAT, shape)],
+    )
+    plan = importlib.import_module("tensorrt.plan").make_plan(
+        model, max_batch_size=8, tensors={"found": {"largest": 2 * 64 * 8}}
+    )
+    engine = TensorRTEngine("found.plan", 8, plan_source=lambda: plan, graphs=graphs)
+    random = np.random.default_rng(2)
+    with opened(engine):
+        assert engine.signature.outputs[0].full_shape == (2, -1)
+        for slot in (0, 1, 0):
+            x = (random.random((3, 4)) < 0.4).astype(np.float32)
+            found, y = whole(engine, x, slot=slot)
+            assert found.tolist() == np.array(np.nonzero(x)).tolist()
+            assert y.tolist() == (-x).tolist()
+        assert whole(engine, np.zeros((3, 4), np.float32))[0].shape == (2, 0)
+
+
+def test_an_output_never_gets_more_than_its_memory() -> None:
+    trt = SimpleNamespace(IOutputAllocator=type("IOutputAllocator", (), {"__init__": lambda self: None}))
+    late = Late(trt, TensorSpec("y", "FP32", (-1,), batched=False), np.zeros(16, np.uint8), 256)
+    assert late.allocator.reallocate_output("y", None, 16, 256) == 256
+    assert late.allocator.reallocate_output_async("y", None, 17, 256, 0) is None
+    late.allocator.notify_shape("y", (4,))
+    assert late.output().shape == (1, 4)
+    late.allocator.notify_shape("y", (5,))
+    with pytest.raises(EngineRunError, match=r"output 'y' of shape \[5\] is too large"):
+        late.output()
+
+
 def one_entry() -> bytes:
     """y = table[x], of a table of one entry."""
     return models.model(
@@ -196,9 +239,9 @@ def test_the_slot_of_the_proof_is_small(cuda: FakeCuda, monkeypatch: pytest.Monk
     allocated: list[Sequence[int]] = []
     original = Slot.allocate
 
-    def allocate(slot: Slot, sizes: Sequence[int]) -> None:
+    def allocate(slot: Slot, sizes: Sequence[int], late: Collection[int]) -> None:
         allocated.append(sizes)
-        original(slot, sizes)
+        original(slot, sizes, late)
 
     monkeypatch.setattr(Slot, "allocate", allocate)
     with opened(auto(models.negate(), max_batch_size=64)):

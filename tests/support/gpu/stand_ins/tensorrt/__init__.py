@@ -17,6 +17,7 @@ from .builder import IOptimizationProfile as IOptimizationProfile
 from .builder import ITensor as ITensor
 from .builder import ITimingCache as ITimingCache
 from .context import IExecutionContext as IExecutionContext
+from .context import IOutputAllocator as IOutputAllocator
 from .logs import IErrorRecorder as IErrorRecorder
 from .logs import ILogger as ILogger
 from .logs import IProgressMonitor as IProgressMonitor

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from .driver import (
     host_address,
     is_capturing,
     room,
+    synchronize,
     violate,
     words,
 )
@@ -52,6 +54,16 @@ class _Run:
         self.done = True
 
 
+class IOutputAllocator:
+    """Base of an object that gives memory to outputs of unknown shape, and is told the shape."""
+
+    reallocate_output_async: Callable[..., int | None]
+    notify_shape: Callable[[str, Shape], None]
+
+    def __init__(self) -> None:
+        pass
+
+
 @with_versions
 class IExecutionContext(WithRecorder, Owned):
     """Runs batches of one engine, one after the other, on the thread that created it."""
@@ -70,6 +82,7 @@ class IExecutionContext(WithRecorder, Owned):
         context._profile = 0
         context._shapes = {}
         context._addresses = {}
+        context._allocators = {}
         # The stream of a profile switch and if it has run; the run since the shapes were set; its count.
         context._switch = None
         context._warm = None
@@ -82,6 +95,7 @@ class IExecutionContext(WithRecorder, Owned):
     _profile: int
     _shapes: dict[str, Shape]
     _addresses: dict[str, int]
+    _allocators: dict[str, IOutputAllocator]
     _switch: tuple[int, _Run] | None
     _warm: _Run | None
     _changes: _Changes
@@ -170,10 +184,20 @@ class IExecutionContext(WithRecorder, Owned):
         return output_shapes(self._engine._plan.model, inputs)
 
     def get_max_output_size(self, name: str) -> int:
-        """Return the bytes needed."""
+        """Return the bytes needed at most."""
         tensor = self._engine._tensor(name)
         shape = self.get_tensor_shape(name)
-        return 0 if tensor is None or -1 in shape else prod(shape) * tensor.item_bytes
+        if tensor is None:
+            return -1
+        return tensor.largest if -1 in shape else prod(shape) * tensor.item_bytes
+
+    def set_output_allocator(self, name: str, output_allocator: IOutputAllocator) -> bool:
+        if not self._may("set_output_allocator"):
+            return False
+        if self._engine._tensor(name) is None:
+            return self._fail("INVALID_ARGUMENT", f"{name} is no tensor")
+        self._allocators[name] = output_allocator
+        return True
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         address = _plain_int(memory, "set_tensor_address")
@@ -216,27 +240,41 @@ class IExecutionContext(WithRecorder, Owned):
         if wrong:
             violate(f"execute_async_v3: {wrong}")
             return self._fail("INVALID_STATE", wrong)
-        ranges, wrong = self._ranges()
+        ranges, wrong = self._ranges(stream)
+        late = [tensor for tensor, shape, _ in ranges if -1 in shape]
+        if late and captured:
+            wrong = f"captured, but the shape of {late[0].name} depends on the data"
         if wrong:
             violate(f"execute_async_v3: {wrong}")
             return self._fail("INVALID_ARGUMENT", wrong)
         # A captured kernel outlives the context and must not reference it.
         run, changes, model = _Run(), self._changes, self._engine._plan.model
+        shapes: dict[str, Shape] = {}
         before = changes.count
 
         def work() -> None:
             if captured and planting.graphs_are_strict() and changes.count != before:
                 violate("a graph is launched whose execution context was changed since it was captured")
-            _compute(model, ranges)
+            shapes.update(_compute(model, ranges))
             run.finish()
 
-        used = [(address, prod(shape) * tensor.item_bytes) for tensor, shape, address in ranges]
+        used = [
+            (address, tensor.largest if -1 in shape else prod(shape) * tensor.item_bytes)
+            for tensor, shape, address in ranges
+        ]
         own = self._memory if self._managed else (self._address, 1)
         code = enqueue(stream, work, [*used, *([own] if own[0] else [])], captured=captured)
         if code:
             return self._cuda(code)
         if not captured:
             self._warm = run
+        if late:
+            # Only after the run are the shapes known, so the call waits for it.
+            code = synchronize(stream)
+            if code:
+                return self._cuda(code)
+            for tensor in late:
+                self._allocators[tensor.name].notify_shape(tensor.name, shapes[tensor.name])
         return True
 
     def _wrong_state(self, stream: int, captured: bool) -> str | None:
@@ -254,14 +292,21 @@ class IExecutionContext(WithRecorder, Owned):
             return "the device memory that was set is too small"
         return None
 
-    def _ranges(self) -> tuple[_Ranges, str | None]:
+    def _ranges(self, stream: int) -> tuple[_Ranges, str | None]:
         ranges: _Ranges = []
         for tensor in self._engine._tensors:
             shape = self.get_tensor_shape(tensor.name)
-            if -1 in shape:
-                return [], f"the shape of {tensor.name} depends on the data and it has no output allocator"
             address = self._addresses.get(tensor.name, 0)
             size = prod(shape) * tensor.item_bytes
+            if -1 in shape:
+                allocator = self._allocators.get(tensor.name)
+                if allocator is None:
+                    return (
+                        [],
+                        f"the shape of {tensor.name} depends on the data and it has no output allocator",
+                    )
+                size = tensor.largest
+                address = allocator.reallocate_output_async(tensor.name, None, size, ALIGNMENT, stream) or 0
             if not address:
                 return [], f"the address of {tensor.name} is not set"
             if room(address) < max(1, size):
@@ -292,12 +337,26 @@ class IExecutionContext(WithRecorder, Owned):
         return self._fail("FAILED_EXECUTION", f"Cuda Driver ({words(code)})")
 
 
-def _compute(model: bytes, ranges: _Ranges) -> None:
-    """Run the model on the device's memory, as a kernel does."""
+def _compute(model: bytes, ranges: _Ranges) -> dict[str, Shape]:
+    """Run the model on the device's memory, as a kernel does; return the shapes that depended on the data."""
     session = session_of(model)
     binding = session.io_binding()
+    late = []
     for tensor, shape, address in ranges:
+        if -1 in shape:
+            binding.bind_output(tensor.name)
+            late.append((tensor, address))
+            continue
         at = host_address(address, prod(shape) * tensor.item_bytes)
         bind = binding.bind_input if tensor.is_input else binding.bind_output
         bind(tensor.name, "cpu", 0, tensor.element, shape, at)
     session.run_with_iobinding(binding)
+    found = {}
+    values = dict(
+        zip([one.name for one, _, _ in ranges if not one.is_input], binding.get_outputs(), strict=True)
+    )
+    for tensor, address in late:
+        value = values[tensor.name].numpy()
+        ctypes.memmove(host_address(address, value.nbytes), value.ctypes.data, value.nbytes)
+        found[tensor.name] = value.shape
+    return found

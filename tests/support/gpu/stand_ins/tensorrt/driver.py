@@ -26,6 +26,7 @@ def library() -> Any:
     fake.cuMemAlloc_v2.argtypes = [ctypes.POINTER(ctypes.c_uint64), ctypes.c_size_t]
     fake.cuMemFree_v2.argtypes = [ctypes.c_uint64]
     fake.fakeIsCapturing.argtypes = [ctypes.c_void_p]
+    fake.cuStreamSynchronize.argtypes = [ctypes.c_void_p]
     fake.enqueueV3.argtypes = [
         ctypes.c_void_p,
         _KERNEL,
@@ -67,6 +68,11 @@ def host_address(address: int, size: int) -> int:
 def is_capturing(stream: int) -> bool:
     """Return True if a stream is being captured."""
     return bool(library().fakeIsCapturing(stream))
+
+
+def synchronize(stream: int) -> int:
+    """Wait for a stream; return the driver's error code."""
+    return int(library().cuStreamSynchronize(stream))
 
 
 class Owned:
