@@ -55,11 +55,17 @@ def floor(size: int, content_type: str) -> Iterator[Server]:
 
 @contextmanager
 def cobatch(
-    model: Path, name: str, fast_path: bool, config: Path | None = None, flags: Sequence[str] = ()
+    model: Path | None,
+    name: str | None,
+    fast_path: bool,
+    config: Path | None = None,
+    flags: Sequence[str] = (),
 ) -> Iterator[Server]:
-    """Start `cobatch serve MODEL` with default settings and those in `config` and `flags`."""
+    """Start `cobatch serve` with a model, or those of `config`, and the settings there and in `flags`."""
     switch = "--fast-path" if fast_path else "--no-fast-path"
-    command = ["cobatch", "serve", str(model), "--name", name, "--port", "0", switch]
+    command = ["cobatch", "serve", *([] if model is None else [str(model)]), "--port", "0", switch]
+    if name is not None:
+        command += ["--name", name]
     if config is not None:
         command += ["--config", str(config)]
     command += flags

@@ -1,0 +1,180 @@
+"""The longest waits of others while the server reads, runs and answers one hostile request.
+
+`python -m benchmarks.hostile [--limit-ms 50] [--only TEXT] [--asgi] [--json FILE]`
+
+One thread asks for `/v2/health/live` and another one infers, on connections of their own, as fast as they are
+answered, but at most every 2 ms. Each attack (`benchmarks.hostile.bodies`) is sent alone; the time counted is
+from its first byte to its last answer. The first line, without an attack, is what the machine itself adds.
+Exits with 1 if a wait is over the limit; on a quiet machine with two cores none is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import onnx
+from onnx import TensorProto, helper
+
+from benchmarks.common.models import OUT, model_path
+from benchmarks.common.processes import cobatch
+from benchmarks.common.procstat import memory_bytes
+from benchmarks.hostile.bodies import Attack, attacks
+
+_EVERY_S = 0.002
+_QUIET_S = 2.0
+_WIDTHS = (6, 11, 11, 8, 7, 7, 5)
+_TIMEOUT_S = 120.0
+_TINY = json.dumps({"inputs": [{"name": "x", "shape": [1, 16], "datatype": "FP32", "data": [0.5] * 16}]})
+
+
+class Line(NamedTuple):
+    """The result of one attack: the longest waits for health and for a good answer."""
+
+    name: str
+    status: int
+    sent_bytes: int
+    answered_bytes: int
+    took_ms: float
+    health_ms: float
+    infer_ms: float
+    memory_mib: float
+
+
+class Prober(threading.Thread):
+    """Sends one small request after another and notes when each was sent and how long it took."""
+
+    def __init__(self, address: str, method: str, path: str, body: str | None) -> None:
+        super().__init__(daemon=True)
+        self._connection = http.client.HTTPConnection(address, timeout=_TIMEOUT_S)
+        self._request = method, path, body
+        self.waits: list[tuple[float, float]] = []
+        self.stopped = False
+
+    def run(self) -> None:
+        while not self.stopped:
+            began_s = time.perf_counter()
+            self._connection.request(*self._request)
+            self._connection.getresponse().read()
+            self.waits.append((began_s, time.perf_counter() - began_s))
+            time.sleep(_EVERY_S)
+
+    def longest_ms(self, began_s: float, ended_s: float) -> float:
+        """The longest wait of a request that was under way between these times."""
+        while not self.waits or self.waits[-1][0] < ended_s:
+            time.sleep(_EVERY_S)
+        waits = [wait_s for sent_s, wait_s in self.waits if sent_s + wait_s > began_s and sent_s < ended_s]
+        return max(waits, default=0.0) * 1e3
+
+
+def send(address: str, attack: Attack) -> tuple[int, int]:
+    """Send an attack; return its status and the bytes of its answer, 0 if the connection was closed."""
+    host, _, port = address.partition(":")
+    lines = [f"POST {attack.path} HTTP/1.1", f"Host: {host}", f"Content-Length: {len(attack.body)}"]
+    lines += [f"{name}: {value}" for name, value in attack.headers.items()]
+    with socket.create_connection((host, int(port)), _TIMEOUT_S) as client:
+        try:
+            client.sendall("\r\n".join([*lines, "Connection: close", "", ""]).encode())
+            client.sendall(attack.body)
+        except OSError:
+            pass  # it is refused by its length
+        head, size = b"", 0
+        try:
+            while data := client.recv(1 << 20):
+                head = (head + data)[:12]
+                size += len(data)
+        except OSError:
+            pass
+    return (int(head[9:12]) if head.startswith(b"HTTP/1.1 ") else 0), size
+
+
+def write_models(folder: Path) -> Path:
+    """Write the attacked models and a configuration that serves them beside *tiny*."""
+
+    def one(name: str, op: str, datatype: int, axes: list[str | int], kept: list[str | int]) -> None:
+        x = helper.make_tensor_value_info("x", datatype, axes)
+        y = helper.make_tensor_value_info("y", datatype, kept)
+        extra = [] if op != "ReduceSum" else [helper.make_tensor("axes", TensorProto.INT64, [1], [1])]
+        node = helper.make_node(op, ["x", *(["axes"] if extra else [])], ["y"])
+        graph = helper.make_graph([node], "graph", [x], [y], extra)
+        built = helper.make_model(graph, ir_version=9, opset_imports=[helper.make_opsetid("", 17)])
+        onnx.checker.check_model(built)
+        (folder / f"{name}.onnx").write_bytes(built.SerializeToString())
+
+    folder.mkdir(parents=True, exist_ok=True)
+    one("width", "Neg", TensorProto.FLOAT, ["batch", "n"], ["batch", "n"])
+    one("sum", "ReduceSum", TensorProto.FLOAT, ["batch", "n"], ["batch", 1])
+    one("sum-3", "ReduceSum", TensorProto.FLOAT, ["batch", "n", "m"], ["batch", 1, "m"])
+    one("truth", "Identity", TensorProto.BOOL, ["batch", "n"], ["batch", "n"])
+    one("any-truth", "Not", TensorProto.BOOL, ["batch", "n"], ["batch", "n"])
+    one("text", "Identity", TensorProto.STRING, ["batch", "n"], ["batch", "n"])
+    names = ("width", "sum", "sum-3", "truth", "any-truth", "text")
+    tables = [f'[[models]]\npath = "{folder / name}.onnx"\nname = "{name}"\n' for name in names]
+    tables.append(f'[[models]]\npath = "{model_path("tiny")}"\n')
+    config = folder / "cobatch.toml"
+    config.write_text("\n".join(tables))
+    return config
+
+
+def main() -> int:
+    """Return 0; 1 if a wait was over the limit."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.hostile", description=__doc__.splitlines()[0])
+    parser.add_argument("--limit-ms", type=float, default=50.0)
+    parser.add_argument("--only", default="", help="attacks whose name has this text")
+    parser.add_argument("--asgi", action="store_true", help="without the fast path")
+    parser.add_argument("--json", type=Path, help="write the lines to this file")
+    options = parser.parse_args()
+    config = write_models(OUT / "hostile")
+    lines = []
+    with cobatch(None, None, not options.asgi, config) as server:
+        probers = (
+            Prober(server.address, "GET", "/v2/health/live", None),
+            Prober(server.address, "POST", "/v2/models/tiny/infer", _TINY),
+        )
+        for prober in probers:
+            prober.start()
+        began_s = time.perf_counter()
+        time.sleep(_QUIET_S)
+        names = ("status", "sent", "answer", "took", "health", "infer", "MiB")
+        print(f"{'attack':44}", *(f"{name:>{width}}" for name, width in zip(names, _WIDTHS, strict=True)))
+        lines.append(_line("(none)", (0, 0), 0, began_s, probers, server.pid))
+        for attack in attacks():
+            if options.only in attack.name:
+                began_s = time.perf_counter()
+                answer = send(server.address, attack)
+                lines.append(_line(attack.name, answer, len(attack.body), began_s, probers, server.pid))
+        for prober in probers:
+            prober.stopped = True
+            prober.join()
+    if options.json:
+        options.json.write_text(json.dumps([line._asdict() for line in lines], indent=1) + "\n")
+    worst = max(lines[1:], key=lambda line: max(line.health_ms, line.infer_ms))
+    over = [line.name for line in lines[1:] if max(line.health_ms, line.infer_ms) > options.limit_ms]
+    print(
+        f"longest: {max(worst.health_ms, worst.infer_ms):.1f} ms ({worst.name}); over the limit: {len(over)}"
+    )
+    return 1 if over else 0
+
+
+def _line(
+    name: str, answer: tuple[int, int], sent: int, began_s: float, probers: tuple[Prober, ...], pid: int
+) -> Line:
+    ended_s = time.perf_counter()
+    health_ms, infer_ms = (prober.longest_ms(began_s, ended_s) for prober in probers)
+    took_ms, memory_mib = (ended_s - began_s) * 1e3, memory_bytes(pid) / (1 << 20)
+    line = Line(name, *answer[:1], sent, answer[1], took_ms, health_ms, infer_ms, memory_mib)
+    shown = [f"{line.status}", f"{sent:,}", f"{line.answered_bytes:,}", f"{took_ms:.0f}"]
+    shown += [f"{health_ms:.1f}", f"{infer_ms:.1f}", f"{memory_mib:.0f}"]
+    print(f"{name:44}", *(f"{text:>{width}}" for text, width in zip(shown, _WIDTHS, strict=True)), flush=True)
+    return line
+
+
+if __name__ == "__main__":
+    sys.exit(main())
