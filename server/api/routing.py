@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 from cobatch.server.auth.principal import Principal, principal_in
 from cobatch.server.http.compression import compressed
 from cobatch.server.http.problem import Problem
-from cobatch.server.http.reply import JSON, Reply, note_problem
+from cobatch.server.http.reply import JSON, Reply, note_problem, send_body
 from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Inference
 from cobatch.server.settings.auth import INFER, METADATA
@@ -94,19 +94,22 @@ def _check(inference: Inference, needs: Needs, principal: Principal, model: str)
 
 
 class _ReplyResponse(Response):
-    slug = ""
+    """A reply as Starlette's response."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(status_code=reply.status)
+        self.raw_headers = reply.header_list()
+        self._reply = reply
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        note_problem(scope, self.slug)
-        await super().__call__(scope, receive, send)
+        note_problem(scope, self._reply.slug)
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send_body(self._reply, send)
 
 
 def as_response(reply: Reply) -> Response:
     """Return a reply as Starlette's response."""
-    response = _ReplyResponse(b"".join(reply.body), reply.status)
-    response.raw_headers = reply.header_list()
-    response.slug = reply.slug
-    return response
+    return _ReplyResponse(reply)
 
 
 async def compressed_response(inference: Inference, request: Request, reply: Reply) -> Response:

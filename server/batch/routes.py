@@ -35,7 +35,9 @@ from cobatch.server.observability.record import RequestRecord
 from cobatch.server.observability.traffic import LEFT, LEFT_SLUG
 from cobatch.server.settings.auth import INFER
 from cobatch.server.v2.decode import Decoded
-from cobatch.server.v2.long_json import LongValue, release
+from cobatch.server.v2.encode import LONG_ELEMENTS, detached
+from cobatch.server.v2.long_json import LongValue
+from cobatch.server.v2.pieces import in_pieces, release
 
 BATCH = "/batch"
 # Only after this time is a call worth a task that notices the client disconnect.
@@ -80,13 +82,13 @@ class BatchRoute:
         if principal is not None:
             record.tenant = principal.tenant.name
         if len(body) > _SHORT_BYTES:
-            decoded = await self._inference.decode_later(decode_items, body, settings.max_batch_items)
+            decoded = await in_pieces(decode_items, body, settings.max_batch_items)
         else:
             decoded = decode_items(body, settings.max_batch_items)
         call = Call(self._inference, *decoded, principal, client_in(scope))
         try:
             if len(body) > _SHORT_BYTES:
-                await self._inference.decode_later(call.decode)
+                await in_pieces(call.decode)
             else:
                 call.decode()
             replies = await call.replies(receive)
@@ -284,11 +286,26 @@ class InferBundle(Bundle):
         return [self._call.request(self._model, place, decoded) for place, decoded in self._members]
 
     def done(self) -> None:
-        call, first_row, rows = self._call, self.first_row, self.rows
-        self.rows = 1  # to the encoder this is one request of one row after another
-        for place, decoded in self._members:
-            if self.error is not None:
-                call.progress.alone[place] = self
-            call.answer(place, reply_to(self, self._model, decoded.outputs, decoded.id))
-            self.first_row += 1
-        self.first_row, self.rows = first_row, rows
+        one = BatcherRequest(1, self.row_shapes, ())
+        one.batch, one.error, one.enqueued_s = self.batch, self.error, self.enqueued_s
+        one.first_row = self.first_row
+        outputs = () if self.batch is None or self.error is not None else self.batch.outputs
+        if self.rows * sum(output[0].size for output in outputs) > LONG_ELEMENTS:
+            one.batch, one.first_row = detached(self, range(len(outputs))).batch, 0
+            in_pieces(self._encode, one).add_done_callback(lambda encoded: self._answer(encoded.result()))
+        else:
+            self._answer(self._encode(one))
+
+    def _encode(self, one: BatcherRequest) -> list[Reply]:
+        """The replies to all members, which are to the encoder one request of one row after another."""
+        replies = []
+        for _, decoded in self._members:
+            replies.append(reply_to(one, self._model, decoded.outputs, decoded.id))
+            one.first_row += 1
+        return replies
+
+    def _answer(self, replies: list[Reply]) -> None:
+        for (place, _), reply in zip(self._members, replies, strict=True):
+            if reply.request_id is None:
+                self._call.progress.alone[place] = self
+            self._call.answer(place, reply)

@@ -16,7 +16,7 @@ from cobatch.server.edge.exchange import EXCHANGE, Exchange, client_in
 from cobatch.server.http.body import read_body
 from cobatch.server.http.compression import choose
 from cobatch.server.http.problem import Problem
-from cobatch.server.http.reply import PROBLEM, Reply, note_problem
+from cobatch.server.http.reply import LONG_BYTES, PROBLEM, Reply, note_problem, send_body
 from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Inference
 from cobatch.server.observability.record import INFER_ROUTE, MARKS, REQUEST_ID, RequestRecord
@@ -197,12 +197,15 @@ class InferRoutes:
         exchange.model = model
         exchange.add_id(reply)
         note_problem(scope, reply.slug)
-        body = b"".join(reply.body)
-        head = reply.header_list(len(body))
+        length = reply.length
+        head = reply.header_list(length)
         if reply.request_id is not None:
             head.append((REQUEST_ID, reply.request_id))
         await send({"type": "http.response.start", "status": reply.status, "headers": head})
-        await send({"type": "http.response.body", "body": body})
+        if length < LONG_BYTES:
+            await send({"type": "http.response.body", "body": b"".join(reply.body)})
+        else:
+            await send_body(reply, send)
 
 
 class _DisconnectWatch:

@@ -27,7 +27,7 @@ from uvicorn.server import ServerState
 from cobatch.server.edge.cycle import AsgiCycle, HeadBeginnings
 from cobatch.server.edge.lingering import LingeringClose
 from cobatch.server.http.problem import Problem, invalid, stopping
-from cobatch.server.http.reply import Reply
+from cobatch.server.http.reply import LONG_BYTES, Reply
 from cobatch.server.inference.service import Inference
 
 # A single read may bring more.
@@ -429,7 +429,11 @@ class Connection(asyncio.Protocol):
         if reply.close or not keep_alive or (self.inference.closing and self.closes_now()):
             keep_alive = False
             head += b"connection: close\r\n"
-        transport.write(b"".join((self.head_beginnings()[reply.status], head, b"\r\n", *reply.body)))
+        beginning = self.head_beginnings()[reply.status]
+        if length < LONG_BYTES:
+            transport.write(b"".join((beginning, head, b"\r\n", *reply.body)))
+        else:
+            transport.writelines((beginning, head, b"\r\n", *reply.body))
         if not keep_alive:
             self.close()
         self.on_response_complete()

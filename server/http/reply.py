@@ -9,6 +9,9 @@ JSON = b"application/json"
 OCTETS = b"application/octet-stream"
 # In an ASGI scope: the kind of problem in the response, for the record.
 PROBLEM = "cobatch.problem"
+# Longer bodies are written in their pieces, which need not be joined.
+LONG_BYTES = 1 << 18
+_PART_BYTES = 1 << 20
 
 
 class Reply(msgspec.Struct, eq=False, gc=False):
@@ -60,4 +63,16 @@ async def send_reply(reply: Reply, scope: Scope, send: Send) -> None:
     """Send a whole reply through ASGI. (`server.edge.asgi` has its own, faster way.)"""
     note_problem(scope, reply.slug)
     await send({"type": "http.response.start", "status": reply.status, "headers": reply.header_list()})
-    await send({"type": "http.response.body", "body": b"".join(reply.body)})
+    await send_body(reply, send)
+
+
+async def send_body(reply: Reply, send: Send) -> None:
+    """Send a body through ASGI: joined, or in its pieces if it is long, since joining would take longer."""
+    if reply.length < LONG_BYTES:
+        await send({"type": "http.response.body", "body": b"".join(reply.body)})
+        return
+    for piece in reply.body:
+        for at in range(0, len(piece), _PART_BYTES):
+            part = bytes(piece[at : at + _PART_BYTES])
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})

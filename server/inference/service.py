@@ -8,9 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Hashable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import ParamSpec, TypeVar
 
 from cobatch.batcher.request import Request, State
 from cobatch.batcher.tenant import Tenant
@@ -26,14 +24,14 @@ from cobatch.server.observability.observer import Observer
 from cobatch.server.settings.auth import INFER
 from cobatch.server.settings.schema import Settings
 from cobatch.server.v2.decode import Decoded, WantedOutputs
+from cobatch.server.v2.encode import LongAnswerError, detached
 from cobatch.server.v2.messages import Body
+from cobatch.server.v2.pieces import in_pieces
 
 log = logging.getLogger("cobatch.server")
 
 # Of a request that is still being decoded.
 _NOTHING = Decoded(0, (), (), None, ())
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 
 
 class InferRequest(Request):
@@ -66,17 +64,29 @@ class InferRequest(Request):
         return self.tenant or getattr(owner, "client", None)
 
     def done(self) -> None:
-        self.reply(reply_to(self, self.model, self.outputs, self.id, self.usage))
+        try:
+            reply = reply_to(self, self.model, self.outputs, self.id, self.usage)
+        except LongAnswerError:
+            own = detached(self, [index for index, _ in self.outputs])
+            encoded = in_pieces(reply_to, own, self.model, self.outputs, self.id, self.usage)
+            encoded.add_done_callback(self._reply_later)
+        else:
+            self.reply(reply)
+
+    def _reply_later(self, encoded: asyncio.Future[Reply]) -> None:
+        self.reply(encoded.result())
 
 
 def reply_to(
     request: Request, model: Model, outputs: WantedOutputs, id_: str | None, usage: bool = False
 ) -> Reply:
-    """Return the reply to a request that is done, while its outputs are valid."""
+    """Return the reply to a request that is done, while its outputs are valid. Raises LongAnswerError."""
     try:
         if request.error is not None:
             return from_error(request.error).reply(instance=model.infer_path)
         return model.encoder.encode(request, outputs, id_, usage)
+    except LongAnswerError:
+        raise
     except Exception:
         log.exception("model %s: encoding an answer failed", model.name)
         problem = Problem("internal", "the server failed to encode the answer; its log says why")
@@ -112,8 +122,6 @@ class Inference:
                 self.infer_targets[f"{base}/infer".encode()] = model
                 self.infer_paths[f"{base}/infer"] = model
         self.max_json_bytes = min(settings.server.max_json_bytes, settings.server.max_body_bytes)
-        # Decodes long bodies. One thread: the interpreter lock would let no second one run.
-        self._decoding = ThreadPoolExecutor(1, "cobatch-decode")
         # About to stop: not ready; each response is the last of its connection; no new requests.
         self.leaving = self.closing = self.draining = False
         # Called when draining begins, to end streams that have no end of their own.
@@ -241,15 +249,9 @@ class Inference:
             reply(too_large(json_bytes, self.max_json_bytes).reply(instance=model.infer_path))
             return None
         request = InferRequest(model, _NOTHING, reply, tenant)
-        decoded = self.decode_later(model.decoder.decode, body, json_length)
+        decoded = in_pieces(model.decoder.decode, body, json_length)
         decoded.add_done_callback(partial(_submit_decoded, request))
         return request
-
-    def decode_later(
-        self, decode: Callable[_P, _T], *args: _P.args, **options: _P.kwargs
-    ) -> asyncio.Future[_T]:
-        """Call a function that decodes in pieces (`server.v2.long_json`) in the decoding thread."""
-        return asyncio.get_running_loop().run_in_executor(self._decoding, partial(decode, *args, **options))
 
 
 def _submit_decoded(request: InferRequest, decoded: asyncio.Future[Decoded]) -> None:

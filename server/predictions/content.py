@@ -13,9 +13,10 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
-from cobatch.server.http.problem import Problem
+from cobatch.server.http.problem import Problem, too_large
 from cobatch.server.predictions.npy import MAGIC
-from cobatch.server.v2.long_json import PIECE_BYTES, LongValue, release
+from cobatch.server.v2.long_json import PIECE_BYTES, LongValue
+from cobatch.server.v2.pieces import release
 
 JSON = "application/json"
 OCTETS = "application/octet-stream"
@@ -75,6 +76,13 @@ def read_content(request: Request, body: bytes | bytearray) -> Content:
         detail = f"the body's Content-Type is {given!r}, it must be one of {', '.join(_SUPPORTED)}"
         raise Problem("unsupported-media-type", detail, supported=_SUPPORTED)
     return Content(name, [Field("", name, body)], query)
+
+
+def check_json(content: Content, limit: int) -> None:
+    """Raise Problem if the parts in JSON have more bytes together."""
+    json_bytes = sum(len(field.data) for field in content.fields if field.media == JSON)
+    if json_bytes > limit:
+        raise too_large(json_bytes, limit)
 
 
 async def fingerprint(path: str, content: Content) -> bytes:

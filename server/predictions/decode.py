@@ -21,7 +21,8 @@ from cobatch.server.v2.binary import read_binary, read_raw
 from cobatch.server.v2.checks import check_tensor, wrong_data, wrong_shape
 from cobatch.server.v2.decode import LARGE_BYTES, Decoder, decode_json
 from cobatch.server.v2.json_data import JsonReader
-from cobatch.server.v2.long_json import ENVELOPE_BYTES, PIECE_BYTES, LongValue, cut, marked, release
+from cobatch.server.v2.long_json import ENVELOPE_BYTES, PIECE_BYTES, LongValue, cut, marked
+from cobatch.server.v2.pieces import release
 
 _Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 _Axis = Annotated[int, Meta(ge=0, le=2**31 - 1)]

@@ -16,7 +16,7 @@ from cobatch.batcher.request import Payload
 from cobatch.engines.base import DATATYPES, TensorSpec
 from cobatch.server.v2.binary import check_bool
 from cobatch.server.v2.checks import check_strings, check_tensor, wrong_data
-from cobatch.server.v2.long_json import release
+from cobatch.server.v2.pieces import release
 
 MAGIC = np.lib.format.MAGIC_PREFIX
 # NumPy writes 64 or 128 bytes; a longer one than this is not the header of a tensor.

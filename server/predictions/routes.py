@@ -26,11 +26,12 @@ from cobatch.server.http.problem import Problem, from_error
 from cobatch.server.http.reply import JSON, Reply
 from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Inference
-from cobatch.server.predictions.content import fingerprint, is_binary, read_content
+from cobatch.server.predictions.content import check_json, fingerprint, is_binary, read_content
 from cobatch.server.predictions.decode import Decoded, decode
 from cobatch.server.predictions.encode import Answer
 from cobatch.server.predictions.store import Prediction, PredictionStore
 from cobatch.server.v2.messages import Body
+from cobatch.server.v2.pieces import in_pieces
 
 # Longer bodies are decoded in a thread.
 _SHORT_BYTES = 1 << 14
@@ -113,6 +114,7 @@ class _Resource:
         if prediction is None:
             # Asked again: other requests came while the body did.
             self._inference.check(model, principal)
+            check_json(content, self._inference.max_json_bytes)
             decoded = await self._decode(body, partial(decode, content, model.decoder))
             # No await until the prediction is kept: of two requests with one key, only one may start.
             prediction = None if idempotency is None else self._kept.join(subject, *idempotency)
@@ -140,12 +142,12 @@ class _Resource:
         elif (wait_s := preferences(request, self._settings.max_wait_s).wait_s) is not None:
             await _answer(request, prediction, wait_s)
             headers = (_applied(f"wait={wait_s:g}"), *headers)
-        reply = Reply(200, JSON, (prediction.text,), headers=headers)
+        reply = Reply(200, JSON, prediction.pieces, headers=headers)
         return await compressed_response(self._inference, request, reply)
 
     async def _decode(self, body: Body, decode: Callable[[], _T]) -> _T:
         """Decode in a thread if the body is long."""
-        return await self._inference.decode_later(decode) if len(body) > _SHORT_BYTES else decode()
+        return await in_pieces(decode) if len(body) > _SHORT_BYTES else decode()
 
     def _start(
         self, request: Request, model: Model, decoded: Decoded, idempotency: Idempotency | None, *, keep: bool
@@ -176,12 +178,12 @@ class _Resource:
                 return await self._final(request, answer, _applied(f"wait={wait_s:g}"))
         location = f"{request.scope.get('root_path', '')}/v1/predictions/{prediction.id}"
         headers = ((b"location", location.encode()), _applied("respond-async"))
-        return as_response(Reply(202, JSON, (prediction.text,), headers=headers))
+        return as_response(Reply(202, JSON, prediction.pieces, headers=headers))
 
     async def _final(self, request: Request, answer: Answer, *headers: Header) -> Response:
         if answer.problem is not None:
             return as_response(answer.problem.reply(*headers, instance=request.url.path))
-        reply = Reply(200, JSON, (answer.text,), timing=answer.timing, headers=headers)
+        reply = Reply(200, JSON, answer.pieces, timing=answer.timing, headers=headers)
         return await compressed_response(self._inference, request, reply)
 
 

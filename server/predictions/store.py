@@ -18,7 +18,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import msgspec
 
@@ -31,6 +31,8 @@ from cobatch.server.predictions import encode
 from cobatch.server.predictions.decode import Decoded
 from cobatch.server.predictions.encode import Answer
 from cobatch.server.settings.schema import ServerSettings
+from cobatch.server.v2.encode import LONG_ELEMENTS, detached
+from cobatch.server.v2.pieces import in_pieces
 
 log = logging.getLogger("cobatch.server")
 
@@ -79,11 +81,11 @@ class Prediction:
         return encode.QUEUED if queued else encode.RUNNING
 
     @property
-    def text(self) -> bytes:
-        """The object in its present state, as JSON."""
+    def pieces(self) -> Sequence[bytes]:
+        """The object in its present state, as JSON in pieces."""
         if self.answer is not None:
-            return self.answer.text
-        return msgspec.json.encode({"id": self.id, "status": self.status, "model": self.model.name})
+            return self.answer.pieces
+        return (msgspec.json.encode({"id": self.id, "status": self.status, "model": self.model.name}),)
 
     def submit(self) -> None:
         """Queue the request. Raises BatcherError; then nothing has changed."""
@@ -139,19 +141,28 @@ class PredictionRequest(Request):
         return self.tenant or self._client
 
     def done(self) -> None:
-        id_, model = self._prediction.id, self._prediction.model
         if self._record is not None:
             self._record.ran(self)
+        if self.error is None and encode.elements(self._outputs, self) > LONG_ELEMENTS:
+            own = detached(self, [index for index, _ in self._outputs])
+            in_pieces(self._encode, own).add_done_callback(lambda encoded: self._finish(encoded.result()))
+        else:
+            self._finish(self._encode(self))
+
+    def _encode(self, request: Request) -> Answer:
+        id_, model = self._prediction.id, self._prediction.model
         try:
-            if self.error is None:
-                answer = encode.done(id_, model.name, model.decoder.signature.outputs, self._outputs, self)
-            else:
-                answer = encode.failed(id_, model.name, self.error)
+            if request.error is None:
+                return encode.done(id_, model.name, model.decoder.signature.outputs, self._outputs, request)
+            return encode.failed(id_, model.name, request.error)
         except Exception as error:
             log.exception("model %s: encoding prediction %s failed", model.name, id_)
-            answer = encode.failed(id_, model.name, error)
+            return encode.failed(id_, model.name, error)
+
+    def _finish(self, answer: Answer) -> None:
         kind = None if answer.problem is None else answer.problem.kind
         status, slug = (200, "") if kind is None else (kind.status, kind.slug)
+        model = self._prediction.model
         model.traffic.count(status, slug, time.monotonic() - self.enqueued_s)
         self._prediction.finish(answer)
 
@@ -230,12 +241,12 @@ class PredictionStore:
         answer = prediction.answer
         assert answer is not None
         self.size_bytes -= prediction.kept_bytes
-        size = OVERHEAD_BYTES + len(answer.text)
+        size = OVERHEAD_BYTES + answer.length
         room = self._max_bytes - (self.size_bytes - self._finished_bytes)
         if size > room:
-            detail = f"the answer has {len(answer.text)} bytes, more than could be kept"
+            detail = f"the answer has {answer.length} bytes, more than could be kept"
             limit = room - OVERHEAD_BYTES
-            problem = Problem("result-too-large", detail, body_bytes=len(answer.text), limit_bytes=limit)
+            problem = Problem("result-too-large", detail, body_bytes=answer.length, limit_bytes=limit)
             prediction.answer = encode.failed(prediction.id, prediction.model.name, problem)
             size = OVERHEAD_BYTES
         self._make_room(0, size)

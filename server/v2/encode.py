@@ -7,7 +7,7 @@ msgspec's time and with no Python object per element (`benchmarks/request_cost/c
 are null in JSON, which cannot express them; binary keeps them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import prod
 from typing import Any
 
@@ -20,11 +20,22 @@ from cobatch.engines.base import Signature
 from cobatch.server.http.reply import JSON, OCTETS, Reply
 from cobatch.server.http.request_id import LEAD
 from cobatch.server.v2.decode import WantedOutputs
+from cobatch.server.v2.pieces import release
 
 _KEPT_FRAMES = 1024
+# More elements of an output take longer than a millisecond: a thread encodes them.
+LONG_ELEMENTS = 1 << 15
+_COPIED_BYTES = 1 << 20
+_FEW_ELEMENTS = 16
+# In the memo of a batch that holds one request's own outputs.
+_OWN = "own"
 # Encoding all rows at once and cutting is faster than encoding each by itself up to this length.
 _SHORT_ROW_ELEMENTS = 64
 Shapes = tuple[tuple[int, ...], ...]
+
+
+class LongAnswerError(Exception):
+    """The answer is too long to be encoded on the event loop's thread; see `detached`."""
 
 
 class Encoder:
@@ -42,7 +53,10 @@ class Encoder:
     def encode(
         self, request: Request, wanted: WantedOutputs, message_id: str | None, usage: bool = False
     ) -> Reply:
-        """The reply to a request that ran; call it inside `Request.done`. `usage`: times in the body too."""
+        """The reply to a request that ran; call it inside `Request.done`. `usage`: times in the body too.
+
+        Raises LongAnswerError.
+        """
         batch = request.batch
         assert batch is not None
         shared = batch.memo.get("shared")
@@ -72,7 +86,8 @@ class Encoder:
             json_length = len(start) + len(lead) + len(end)
         else:
             lead, end = frame
-            body, json_length = (start, lead, self._json_data(batch, index, first, rows), end), None
+            data, json_length = self._json_data(batch, index, first, rows), None
+            body = (start, lead, data, end) if type(data) is bytes else (start, lead, *data, end)
         kind = JSON if json_length is None else OCTETS
         return Reply(200, kind, body, timing=timing, json_length=json_length, request_id=request_id)
 
@@ -85,25 +100,32 @@ class Encoder:
         for (index, binary), lead in zip(wanted, frame, strict=False):
             pieces.append(lead)
             if not binary:
-                pieces.append(self._json_data(batch, index, first, rows))
+                data = self._json_data(batch, index, first, rows)
+                pieces += [data] if isinstance(data, bytes) else data
             elif self._specs[index].datatype == "BYTES":
-                data = _bytes_tensor(batch.outputs[index][first : first + rows])
-                pieces.append(b'"parameters":{"binary_data_size":%d}}' % len(data))
-                tail.append(data)
+                values = batch.outputs[index][first : first + rows]
+                if values.size > LONG_ELEMENTS and _OWN not in batch.memo:
+                    raise LongAnswerError
+                data = _bytes_tensor(values)
+                pieces.append(b'"parameters":{"binary_data_size":%d}}' % sum(map(len, data)))
+                tail += data
             else:
                 tail.append(self._binary_rows(batch, index, first, rows))
         pieces.append(frame[-1])
         json_length = sum(map(len, pieces)) if any(binary for _, binary in wanted) else None
         return pieces + tail, json_length
 
-    def _json_data(self, batch: Batch, index: int, first: int, rows: int) -> bytes:
-        """The text of some rows of an output: the elements without brackets, flat."""
+    def _json_data(self, batch: Batch, index: int, first: int, rows: int) -> bytes | list[bytes]:
+        """The text of some rows of an output: the elements without brackets, flat; a long one in pieces."""
         cut: list[bytes] | None = batch.memo.get(index)
         if cut is None:
             output = batch.outputs[index]
             elements = prod(output.shape[1:])
             if output.dtype == object or not 0 < elements <= _SHORT_ROW_ELEMENTS:
-                return _json_elements(output[first : first + rows].reshape(-1))
+                if rows * elements > LONG_ELEMENTS and _OWN not in batch.memo:
+                    raise LongAnswerError
+                pieces = json_pieces(output[first : first + rows].reshape(-1))
+                return pieces[0][1:-1] if len(pieces) == 1 else [pieces[0][1:], *pieces[1:-1]]
             flat = output.reshape(output.shape[0], elements)
             cut = batch.memo[index] = dumps(flat)[2:-2].split(b"],[")
         return cut[first] if rows == 1 else b",".join(cut[first : first + rows])
@@ -112,7 +134,12 @@ class Encoder:
         key = -1 - index
         whole: memoryview | None = batch.memo.get(key)
         if whole is None:
-            whole = batch.memo[key] = memoryview(batch.outputs[index].tobytes())
+            output = batch.outputs[index]
+            if output.nbytes < _COPIED_BYTES:
+                whole = memoryview(output.tobytes())
+            else:
+                whole = output.copy().reshape(-1).view(np.uint8).data  # in half the time
+            batch.memo[key] = whole
         size = len(whole) // batch.outputs[index].shape[0]
         return whole[first * size : (first + rows) * size]
 
@@ -150,11 +177,41 @@ class Encoder:
         return [*frame, end.removesuffix(b",") + b"]}"]
 
 
-def _json_elements(flat: np.ndarray[Any, Any]) -> bytes:
-    """JSON of the elements of a one-dimensional array, without the brackets."""
-    if flat.dtype == object:
-        return msgspec.json.encode([text_of(value) for value in flat])[1:-1]
-    return dumps(flat)[1:-1]
+def detached(request: Request, outputs: Collection[int]) -> Request:
+    """A request that ran, with a copy of its rows of these outputs, to be encoded when its batch is gone."""
+    batch = request.batch
+    assert batch is not None
+    end = request.first_row + request.rows
+    rows = [output[request.first_row : end] for output in batch.outputs]
+    own = batch.for_one((batch,))
+    own.outputs = [part.copy() if index in outputs else part for index, part in enumerate(rows)]
+    own.memo[_OWN] = True
+    one = Request(request.rows, request.row_shapes, ())
+    one.batch, one.parts, one.enqueued_s = own, request.parts, request.enqueued_s
+    return one
+
+
+def json_pieces(values: np.ndarray[Any, Any]) -> list[bytes]:
+    """JSON of an array, nested as its axes are; of a long one in several pieces (`server.v2.pieces`)."""
+    if values.size <= LONG_ELEMENTS:
+        if values.dtype == object:
+            return [msgspec.json.encode(_texts(values.tolist()))]
+        return [dumps(np.ascontiguousarray(values) if values.ndim else values[()])]
+    step = LONG_ELEMENTS // (values.size // len(values))
+    pieces = []
+    end = b"["
+    for first in range(0, len(values), step or 1):
+        if step:
+            pieces.append(end + json_pieces(values[first : first + step])[0][1:-1])
+        else:
+            pieces += (end, *json_pieces(values[first]))
+        end = b","
+        release()
+    return [*pieces, b"]"]
+
+
+def _texts(value: Any) -> Any:
+    return [_texts(one) for one in value] if isinstance(value, list) else text_of(value)
 
 
 def dumps(value: Any) -> bytes:
@@ -167,13 +224,20 @@ def text_of(value: object) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
-def _bytes_tensor(values: np.ndarray[Any, Any]) -> bytes:
-    """BYTES as binary: each element its length (u32, little-endian) and its bytes."""
-    pieces: list[bytes] = []
-    for value in values.reshape(-1):
-        data = value if isinstance(value, bytes) else str(value).encode()
-        pieces += (len(data).to_bytes(4, "little"), data)
-    return b"".join(pieces)
+def _bytes_tensor(values: np.ndarray[Any, Any]) -> list[bytes]:
+    """BYTES as binary, in pieces: each element its length (u32, little-endian) and its bytes."""
+    joined: list[bytes] = []
+    flat = values.reshape(-1)
+    for first in range(0, len(flat), LONG_ELEMENTS):
+        pieces: list[bytes] = []
+        for value in flat[first : first + LONG_ELEMENTS]:
+            data = value if isinstance(value, bytes) else str(value).encode()
+            pieces += (len(data).to_bytes(4, "little"), data)
+        # Joining long elements would take longer than writing them one by one.
+        joined += [b"".join(pieces)] if values.size > _FEW_ELEMENTS else pieces
+        if first:
+            release()
+    return joined
 
 
 def _usage(request: Request, batch: Batch) -> bytes:

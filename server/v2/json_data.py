@@ -29,7 +29,6 @@ from cobatch.server.v2.long_json import (
     RaggedError,
     number_pieces,
     number_shape,
-    outline,
     string_pieces,
     string_shape,
     unnested,
@@ -136,9 +135,8 @@ class JsonReader:
     ) -> tuple[list[int], Payload]:
         elements: list[bytes] = []
         outlines = []
-        for piece in string_pieces(value):
-            text, strings = outline(piece)
-            outlines.append(text)
+        for outline, strings in string_pieces(value):
+            outlines.append(outline)
             check_strings(self._spec, len(elements) + len(strings))
             elements += self._to_list(self._parse(memoryview(b"[%b]" % b",".join(strings)), piece=True))
         shape = string_shape(outlines)

@@ -4,15 +4,10 @@ The parsers hold the interpreter lock from the first byte to the last, in any th
 180 ms, 780 ms for a map of parameters. So `cut` replaces each long array of scalars by a mark; the rest, the
 envelope, must be short, which bounds every list and map of a message. `server.v2.json_data` reads the values
 piece by piece, and checks their brackets apart from their numbers.
-
-Between pieces the thread sleeps for a moment, so that the event loop gets the lock. While 8 million numbers
-were read, the loop waited 4 ms at most; 20 ms if the lock is left to the switch interval, 57 ms in one piece.
 """
 
 import re
 import secrets
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from math import prod
 from typing import NamedTuple
@@ -20,6 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from cobatch.server.http.problem import Problem
+from cobatch.server.v2.pieces import release
 
 PIECE_BYTES = 1 << 16
 # Strings take five times as long as numbers.
@@ -28,9 +24,9 @@ ENVELOPE_BYTES = 1 << 16
 # Shorter values stay in the envelope.
 LONG_BYTES = 1 << 10
 _MAX_AXES = 64
-_RELEASE_S = 50e-6
 # Clients cannot know it, so no value of theirs is taken for a mark.
 _MARK = b'"%b:' % secrets.token_hex(8).encode()
+_MARKED = re.compile(_MARK + rb'(\d+)"')
 _BLANKS = b" \t\r\n"
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _INSIDE = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
@@ -62,18 +58,12 @@ class LongValue(NamedTuple):
         return self.text.find(b'"', self.start, self.end) >= 0
 
 
-def release() -> None:
-    """Let the event loop have the interpreter lock, unless this is its thread."""
-    if threading.current_thread() is not threading.main_thread():
-        time.sleep(_RELEASE_S)
-
-
 def cut(text: Text, limit: int, *, strings: bool = False) -> tuple[bytes, list[LongValue]]:
     """Return the envelope, and the long values in the order of their marks.
 
     With `strings` long strings are cut out too. Raises Problem if the envelope has more than `limit` bytes.
     """
-    text = text.rstrip(_BLANKS)
+    text = _without_blanks(text)
     kept: list[bytes] = []
     values: list[LongValue] = []
     at = done = cut_bytes = 0
@@ -106,12 +96,18 @@ def cut(text: Text, limit: int, *, strings: bool = False) -> tuple[bytes, list[L
     return b"".join([*kept, text[done:]]), values
 
 
+def _without_blanks(text: Text) -> Text:
+    """A text without blanks at its end."""
+    end = len(text)
+    while end and text[end - 1] in _BLANKS:
+        end = max(0, end - PIECE_BYTES) + len(text[max(0, end - PIECE_BYTES) : end].rstrip(_BLANKS))
+    return text if end == len(text) else text[:end]
+
+
 def marked(raw: msgspec.Raw | Text, values: Sequence[LongValue]) -> LongValue | None:
     """Return the long value in whose place `raw` is, if it is a mark."""
-    if not values:
-        return None
-    text = memoryview(raw)
-    return values[int(bytes(text[len(_MARK) : -1]))] if text[: len(_MARK)] == _MARK else None
+    found = _MARKED.fullmatch(raw) if values else None
+    return None if found is None else values[int(found[1])]
 
 
 def _array(text: Text, at: int, stop: int) -> tuple[int, int]:
@@ -188,18 +184,22 @@ def unnested(piece: bytes) -> bytes:
     return b"[%b]" % piece.translate(_UNNESTED)
 
 
-def string_pieces(value: LongValue) -> Iterator[bytes]:
-    """The text of an array of strings in pieces of whole strings."""
+def string_pieces(value: LongValue) -> Iterator[tuple[bytes, list[bytes]]]:
+    """An array of strings in pieces: each with 0 in place of its strings, and the strings."""
     text, at, last = value
     while (quote := text.find(b'"', at, last)) >= 0:
         found = _ROWS.match(text, at, min(at + STRINGS_BYTES, last))
         end = _string_end(text, quote) if found is None else found.end()
         if quote - at > STRINGS_BYTES or not 0 <= end <= last:
             raise MalformedError("the strings cannot be read")
-        yield bytes(text[at:end])
+        if found is None:
+            yield bytes(text[at:quote]).translate(None, _BLANKS) + b"0", [bytes(text[quote:end])]
+        else:
+            piece = found[0]
+            yield _STRING.sub(b"0", piece).translate(None, _BLANKS), _STRING.findall(piece)
         release()
         at = end
-    yield bytes(text[at:last])
+    yield bytes(text[at:last]).translate(None, _BLANKS), []
 
 
 def number_shape(value: LongValue) -> list[int]:
@@ -214,13 +214,8 @@ def number_shape(value: LongValue) -> list[int]:
 
 
 def string_shape(pieces: Sequence[bytes]) -> list[int]:
-    """The shape of an array of strings, from `outline` of its pieces. Raises MalformedError, RaggedError."""
+    """The shape of an array of strings, from its pieces. Raises MalformedError, RaggedError."""
     return _shape(b"".join(pieces), b"0")
-
-
-def outline(piece: bytes) -> tuple[bytes, list[bytes]]:
-    """A piece of an array of strings with 0 for each, and the strings."""
-    return _STRING.sub(b"0", piece).translate(None, _BLANKS), _STRING.findall(piece)
 
 
 class RaggedError(ValueError):

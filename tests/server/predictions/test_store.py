@@ -140,9 +140,9 @@ def test_a_too_large_answer_reaches_the_waiting_request_but_is_not_kept() -> Non
         answer = await prediction.answered
         assert answer.status == "completed"
         assert prediction.status == "failed"
-        assert b"/problems/result-too-large" in prediction.text
+        assert b"/problems/result-too-large" in b"".join(prediction.pieces)
         assert store.size_bytes == OVERHEAD_BYTES
-        assert len(prediction.text) < OVERHEAD_BYTES
+        assert len(b"".join(prediction.pieces)) < OVERHEAD_BYTES
 
     run(main())
 
@@ -201,12 +201,12 @@ def test_expired_rows_are_missing_from_an_answer() -> None:
         await asyncio.sleep(2 * EPSILON_S)
         assert (late.status, lost.status) == ("running", "expired")
         await asyncio.sleep(1)
-        object_ = msgspec.json.decode(late.text)
+        object_ = msgspec.json.decode(b"".join(late.pieces))
         assert object_["status"] == "incomplete"
         details = object_["incomplete_details"]
         assert (details["reason"], details["rows"]) == ("expired", [[8, 19]])
         assert object_["outputs"]["y"]["data"] == [[2]] * 8 + [None] * 12
-        assert msgspec.json.decode(lost.text)["error"]["timeout_ms"] == pytest.approx(5)
+        assert msgspec.json.decode(b"".join(lost.pieces))["error"]["timeout_ms"] == pytest.approx(5)
 
     run(main())
 

@@ -1,0 +1,121 @@
+"""Long answers are encoded in pieces in a thread, on every route, with the values of short ones."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto
+
+from cobatch.server.predictions import encode as predictions_encode
+from cobatch.server.settings.schema import ModelSettings
+from cobatch.server.v2 import encode
+from tests.support.http.in_process import InProcess, in_process
+from tests.support.models import models
+
+WIDTH = encode.LONG_ELEMENTS * 2 + 5
+
+
+@pytest.fixture
+async def running(tmp_path: Path) -> AsyncIterator[InProcess]:
+    files = {"negate": models.negate(width="n"), "text": models.identity(TensorProto.STRING, "n")}
+    settings = [
+        ModelSettings(path=models.write(tmp_path, data, f"{name}.onnx"), max_batch_size=4, threads=1)
+        for name, data in files.items()
+    ]
+    async with in_process(*settings) as made:
+        yield made
+
+
+@pytest.fixture
+def dumped(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """Of each call of the encoder: elements, and True on the event loop's thread."""
+    calls: list[tuple[int, bool]] = []
+    dumps = encode.dumps
+
+    def counted(value: Any) -> bytes:
+        calls.append((np.size(value), threading.current_thread() is threading.main_thread()))
+        return dumps(value)
+
+    monkeypatch.setattr(encode, "dumps", counted)
+    monkeypatch.setattr(predictions_encode, "dumps", counted)
+    return calls
+
+
+def message(rows: int, width: int) -> dict[str, Any]:
+    data = [n % 7 for n in range(rows * width)]
+    return {"inputs": [{"name": "x", "shape": [rows, width], "datatype": "FP32", "data": data}]}
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, WIDTH), (3, WIDTH), (4, 100), (900, 100), (9, WIDTH)])
+async def test_infer(running: InProcess, dumped: list[tuple[int, bool]], rows: int, width: int) -> None:
+    answer = await running.http.post("/v2/models/negate/infer", json=message(rows, width))
+    (output,) = answer.json()["outputs"]
+    assert output["shape"] == [rows, width]
+    assert output["data"] == [-(n % 7) for n in range(rows * width)]
+    assert answer.headers["x-request-id"]
+    check(dumped, long=rows * width > encode.LONG_ELEMENTS)
+
+
+def check(dumped: list[tuple[int, bool]], *, long: bool) -> None:
+    assert dumped
+    assert max(elements for elements, _ in dumped) <= encode.LONG_ELEMENTS
+    assert {on_loop for _, on_loop in dumped} == {not long}
+
+
+async def test_strings(running: InProcess) -> None:
+    data = [str(n % 7) for n in range(WIDTH)]
+    tensor = {"name": "x", "shape": [1, WIDTH], "datatype": "BYTES", "data": data}
+    answer = await running.http.post("/v2/models/text/infer", json={"inputs": [tensor]})
+    assert answer.json()["outputs"][0]["data"] == data
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, WIDTH), (3, WIDTH), (900, 100), (2, 3)])
+async def test_predictions(running: InProcess, dumped: list[tuple[int, bool]], rows: int, width: int) -> None:
+    x = [[(row + n) % 7 for n in range(width)] for row in range(rows)]
+    answer = await running.http.post("/v1/models/negate/predictions", json={"inputs": {"x": x}})
+    assert answer.json()["outputs"]["y"]["data"] == [[-value for value in row] for row in x]
+    check(dumped, long=rows * width > encode.LONG_ELEMENTS)
+    asked = {"inputs": {"x": x}, "top_k": width}
+    answer = await running.http.post("/v1/models/negate/predictions", json=asked)
+    for row, best in zip(x, answer.json()["outputs"]["y"]["top_k"], strict=True):
+        assert [one["index"] for one in best] == sorted(range(width), key=lambda n: row[n])
+    check(dumped, long=rows * width > encode.LONG_ELEMENTS)
+
+
+async def test_batch(running: InProcess, dumped: list[tuple[int, bool]]) -> None:
+    width = encode.LONG_ELEMENTS // 2
+    item = {"method": "POST", "url": "/v2/models/negate/infer", "body": message(1, width)}
+    call = {"requests": [{"id": str(n), **item} for n in range(5)]}
+    answer = await running.http.post("/batch", json=call)
+    for response in answer.json()["responses"]:
+        assert response["body"]["outputs"][0]["data"] == [-(n % 7) for n in range(width)]
+        assert response["headers"]["x-request-id"]
+    assert max(elements for elements, _ in dumped) <= encode.LONG_ELEMENTS
+
+
+async def test_a_client_that_leaves_meanwhile(running: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, go_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+    json_pieces = encode.json_pieces
+
+    def held(values: Any) -> list[bytes]:
+        loop.call_soon_threadsafe(began.set)
+        go_on.wait(60)
+        return json_pieces(values)
+
+    monkeypatch.setattr(encode, "json_pieces", held)
+    text = json.dumps(message(1, WIDTH))
+    asking = asyncio.create_task(running.http.post("/v2/models/negate/infer", content=text))
+    await began.wait()
+    asking.cancel()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    assert (await running.http.post("/v2/models/negate/infer", json=message(1, 2))).status_code == 200
