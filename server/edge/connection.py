@@ -142,7 +142,7 @@ class Connection(asyncio.Protocol):
             return
         assert self._timer is not None
         self._timer.cancel()
-        self.transport = LingeringClose(self, self.transport, self.loop)
+        self.transport = LingeringClose(self, self.transport, self.loop, self.inference.draining)
         self._drop_requests()
 
     def shutdown(self) -> None:

@@ -10,25 +10,29 @@ from typing import Any
 # A client that has read the response stops sending; these bound one that does not.
 LINGER_BYTES = 128 << 20
 LINGER_S = 30.0
-# Without a byte received.
+# Without a byte received; the second one if the server is about to stop.
 LINGER_IDLE_S = 5.0
+STOPPING_IDLE_S = 0.25
 
 
 class LingeringClose(asyncio.Protocol):
     """A connection's last protocol, and the transport that the connection sees from then on: a closed one."""
 
-    def __init__(self, connection: asyncio.Protocol, transport: Any, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, connection: asyncio.Protocol, transport: Any, loop: asyncio.AbstractEventLoop, stopping: bool
+    ) -> None:
         self._connection: asyncio.Protocol | None = connection
         self._transport = transport
         self._loop = loop
         self._left_bytes = LINGER_BYTES
         self._received_s = loop.time()
         self._end_s = self._received_s + LINGER_S
+        self._idle_s = STOPPING_IDLE_S if stopping else LINGER_IDLE_S
         transport.set_protocol(self)
         if transport.can_write_eof():  # not over TLS
             transport.write_eof()
         transport.resume_reading()
-        self._timer = loop.call_later(min(LINGER_IDLE_S, LINGER_S), self._tick)
+        self._timer = loop.call_later(min(self._idle_s, LINGER_S), self._tick)
 
     # The protocol
 
@@ -45,7 +49,7 @@ class LingeringClose(asyncio.Protocol):
             connection.connection_lost(exc)
 
     def _tick(self) -> None:
-        left_s = min(self._received_s + LINGER_IDLE_S, self._end_s) - self._loop.time()
+        left_s = min(self._received_s + self._idle_s, self._end_s) - self._loop.time()
         if left_s <= 0:
             self.abort()
         else:

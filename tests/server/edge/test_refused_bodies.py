@@ -28,7 +28,7 @@ from tests.support.http.serving import (
     post,
 )
 
-LARGE = 24 << 20
+LARGE = 15 << 20
 LIMIT = 100_000
 FAST_OR_NOT = pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
 
@@ -164,7 +164,7 @@ class Wire:
 
 async def test_the_bytes_that_are_thrown_away_are_bounded() -> None:
     wire = Wire()
-    end = LingeringClose(asyncio.Protocol(), wire, asyncio.get_running_loop())
+    end = LingeringClose(asyncio.Protocol(), wire, asyncio.get_running_loop(), stopping=False)
     assert (wire.protocol, wire.calls) == (end, ["write_eof", "resume_reading"])
     piece = bytes(1 << 20)
     for _ in range(lingering.LINGER_BYTES >> 20):
