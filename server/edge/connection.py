@@ -140,6 +140,9 @@ class Connection(asyncio.Protocol):
         if not self.receiving or self.transport.is_closing():
             self.transport.close()
             return
+        self._linger()
+
+    def _linger(self) -> None:
         assert self._timer is not None
         self._timer.cancel()
         self.transport = LingeringClose(self, self.transport, self.loop, self.inference.draining)
@@ -147,12 +150,16 @@ class Connection(asyncio.Protocol):
 
     def shutdown(self) -> None:
         """Stop: answer requests that have arrived, refuse one that has not arrived in full."""
-        if self.receiving and not self._owes_response():
+        if self.transport.is_closing():
+            return
+        if self._owes_response():
+            self.cycle.keep_alive = False  # type: ignore[union-attr]  # it is the one that has no response
+        elif self.receiving:
             self._end(stopping())
-        elif self.cycle is None or self.cycle.response_complete:
-            self.transport.close()
+        elif self.transport.can_write_eof():
+            self._linger()
         else:
-            self.cycle.keep_alive = False
+            self.transport.close()
 
     def closes_now(self) -> bool:
         """Return True if the next response is the last: the server leaves, and no request is behind it."""

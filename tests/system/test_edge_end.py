@@ -34,6 +34,21 @@ def test_idle_connections_are_closed(fast: bool) -> None:
 
 
 @FAST_OR_NOT
+def test_a_request_that_crosses_the_end_is_not_reset(fast: bool) -> None:
+    """Its client sees the end of the connection."""
+    with gated(fast) as (served, _), served.connect() as client:
+        assert data_of(client.ask(gate(7))) == [14]
+
+        def cross() -> None:
+            (connection,) = served.connections()
+            client.send(gate(8))
+            connection.shutdown()
+
+        served.call(cross)
+        assert client.socket.recv(1) == b""
+
+
+@FAST_OR_NOT
 def test_accepted_requests_are_answered(fast: bool) -> None:
     with gated(fast) as (served, engine):
         clients = [served.connect() for _ in range(3)]
