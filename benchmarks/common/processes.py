@@ -40,10 +40,11 @@ class StartError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A running server and its HOST:PORT."""
+    """A running server, its HOST:PORT and the file with its output."""
 
     pid: int
     address: str
+    log: Path
 
 
 @contextmanager
@@ -74,6 +75,14 @@ def cobatch(
 
 
 @contextmanager
+def configured(name: str, config: Path, flags: Sequence[str] = ()) -> Iterator[Server]:
+    """Start `cobatch serve --config CONFIG` on a free port; `name` is that of its log."""
+    command = ["cobatch", "serve", "--config", str(config), "--port", "0", *flags]
+    with _running(name, command, "/v2/health/ready") as server:
+        yield server
+
+
+@contextmanager
 def _running(name: str, module: list[str], ready: str | None) -> Iterator[Server]:
     log = OUT / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +99,7 @@ def _running(name: str, module: list[str], ready: str | None) -> Iterator[Server
             stderr=subprocess.STDOUT,
         )
     try:
-        yield Server(process.pid, _wait_until_up(name, process, log, ready))
+        yield Server(process.pid, _wait_until_up(name, process, log, ready), log)
     finally:
         process.terminate()
         try:

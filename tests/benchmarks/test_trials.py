@@ -1,0 +1,82 @@
+"""A hundredth of the trials: they start real servers and find nothing."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from benchmarks.trials import oracle, streams
+from benchmarks.trials.http_streams import stream
+from benchmarks.trials.models import cases
+from benchmarks.trials.trial import Report, command
+
+
+@pytest.mark.slow
+def test_every_answer_is_right() -> None:
+    report = oracle.trial(oracle.COUNT // 100, 1)
+    assert report.findings == {}
+    assert report.counts["right answers"] > 100
+
+
+@pytest.mark.slow
+def test_the_fast_path_answers_streams_as_asgi_does() -> None:
+    report = streams.trial(streams.COUNT // 100, 1)
+    assert report.findings == {}
+    assert report.counts["answers 200"] > 20
+    assert report.counts["answers 400"] > 20
+
+
+def test_a_finding_is_printed_and_fails_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    def trial(count: int, seed: int) -> Report:
+        report = Report()
+        report.counts["requests"] = count
+        if seed == 2:
+            report.find("a wrong answer", "42")
+        return report
+
+    assert command("oracle", None, 5, trial, "requests", []) == 0
+    assert "| requests | 5 |" in capsys.readouterr().out
+    assert command("oracle", None, 5, trial, "requests", ["--seed", "2"]) == 1
+    assert "a wrong answer:\n  42\n" in capsys.readouterr().out
+
+
+def test_a_wrong_and_a_crossed_answer_are_told_apart() -> None:
+    report = Report()
+    judge = oracle.Oracle(report, 1)
+    wishes = [judge.wish() for _ in range(40)]
+    expected = [judge._expect(wish) for wish in wishes]
+    wish, right = next((w, e) for w, e in zip(wishes, expected, strict=True) if w.case.name == "mlp" and e)
+    other = wish.case.alone(wish.case.feed(judge.rng))
+    assert other is not None
+    judge._judge(wish, right, 200, right, wish.id)
+    assert report.findings == {}
+    judge._judge(wish, right, 200, {"y": right["y"] + 1}, wish.id)
+    judge._judge(wish, right, 200, right, "another")
+    judge._recent["mlp"].append(other)
+    judge._judge(wish, right, 200, other, wish.id)
+    kinds = ["a wrong answer", "an answer with another's id", "a crossed answer"]
+    assert list(report.findings) == kinds
+
+
+def test_the_same_seed_makes_the_same_streams() -> None:
+    first, second = (random.Random(7), random.Random(7))
+    assert [stream(first) for _ in range(50)] == [stream(second) for _ in range(50)]
+
+
+def test_what_varies_is_taken_out_of_answers() -> None:
+    answers = [
+        b"HTTP/1.1 200 OK\r\ndate: %b\r\nx-request-id: %b\r\na: b\r\ncontent-length: 2\r\n\r\nhi" % values
+        for values in [(b"Mon", b"1"), (b"Tue", b"2")]
+    ]
+    assert streams.plain(answers[0]) == streams.plain(answers[1])
+    assert streams.plain(answers[0]) != streams.plain(answers[0].replace(b"hi", b"ho"))
+    assert streams.plain(answers[0]) != streams.plain(answers[0].replace(b"a: b", b"a: c"))
+
+
+def test_every_model_of_the_oracle_answers_its_own_inputs() -> None:
+    rng = np.random.default_rng(3)
+    for case in cases():
+        answers = [case.alone(case.feed(rng)) for _ in range(20)]
+        assert sum(answer is not None for answer in answers) >= 5, case.name
