@@ -76,7 +76,7 @@ def test_a_full_pipe_holds_up_nothing(unread: tuple[subprocess.Popen[bytes], int
         for _ in range(200):
             assert send(port, _UPGRADE).startswith(b"HTTP/1.1 200 ")
         for _ in range(120):
-            assert connection.infer("pick", [[99]], "INT64").status == 500
+            assert connection.infer("pick", [[99]], "INT64").status == 422
         assert connection.infer("pick", [[2]], "INT64").rows == [[30]]
         assert connection.get("/v2/health/live").status == 200
         process.terminate()
@@ -88,7 +88,7 @@ def test_the_log_of_failing_runs_is_limited_and_says_how_many_more(tmp_path: Pat
     with Cobatch(tmp_path, model, "--port", "0", "--log-format", "json") as server:
         caller = server.ready().connect()
         for _ in range(100):
-            assert caller.infer("pick", [[99]], "INT64").status == 500
+            assert caller.infer("pick", [[99]], "INT64").status == 422
         assert server.stop() == 0
         lines = [json.loads(line) for line in server.stderr.splitlines()]
     for logger in ("cobatch.batcher", "cobatch.onnxruntime"):
