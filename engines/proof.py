@@ -120,12 +120,16 @@ class _Trial:
         if isinstance(together, str) and not equal:
             return together  # one of the values may be the reason
         alone = self.answers([array[-1:] for array in rows])
-        turned = self.answers([array[-2::-1] for array in rows])
+        # In a fixed batch behind a row of zeros, so that of two rows the other one moves, too.
+        lead = 0 if self._signature.fixed_batch is None else 1
+        turned = self.answers([np.concatenate([_padded(array[:0], lead), array[-2::-1]]) for array in rows])
         if isinstance(together, str) or isinstance(alone, str) or isinstance(turned, str):
             return self._refused(together, alone, turned)
         part, where = max(
             self._difference("run alone", [one[-1:] for one in together], alone),
-            self._difference("in another order", [one[-2::-1] for one in together], turned),
+            self._difference(
+                "in another order", [one[-2::-1] for one in together], [one[lead:] for one in turned]
+            ),
         )
         if part:
             again = self.answers(rows)

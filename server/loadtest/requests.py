@@ -192,7 +192,7 @@ class RandomInputs:
     ) -> list[int]:
         """Return a shape. The metadata does not name its axes: inputs with equal ranges get equal sizes."""
         name, shape = tensor.name, list(tensor.shape)
-        batched = shape[:1] == [-1]
+        batched = tensor.batched and shape[:1] == [-1]
         if not batched and rows != 1:
             raise UsageError(f"input {name!r} has no batch axis: requests can have one row only")
         free = [axis for axis, size in enumerate(shape) if size == -1 and not (batched and axis == 0)]
@@ -259,7 +259,8 @@ class FileInputs:
 
     def _stacked(self, name: str, rows: list[Array]) -> Array:
         tensor = self._tensors.get(name)
-        if tensor is not None and tensor.shape[:1] != (-1,) and len(tensor.shape) == rows[0].ndim:
+        batched = tensor is None or (tensor.batched and tensor.shape[:1] == (-1,))
+        if tensor is not None and not batched and len(tensor.shape) == rows[0].ndim:
             if len(rows) != 1:
                 raise UsageError(f"input {name!r} has no batch axis: requests can have one row only")
             return rows[0]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
 import msgspec
+from msgspec.structs import replace
 
 from cobatch.server.loadtest.codec import error_message
 from cobatch.server.loadtest.messages import Address
@@ -35,11 +36,15 @@ class Reply(NamedTuple):
 
 
 class Tensor(msgspec.Struct, frozen=True):
-    """An input of the model's metadata; `shape` includes the batch axis, -1 marks a variable size."""
+    """An input of the model's metadata; `shape` includes the batch axis, -1 marks a variable size.
+
+    `batched`: a first axis of -1 is the batch axis.
+    """
 
     name: str
     datatype: str
     shape: tuple[int, ...]
+    batched: bool = True
 
 
 class Model(msgspec.Struct):
@@ -50,6 +55,10 @@ class Model(msgspec.Struct):
     server: str = ""
     platform: str | None = ""
     inputs: tuple[Tensor, ...] | None = ()
+
+
+class _Config(msgspec.Struct):
+    max_batch_size: int | None = None
 
 
 class _Server(msgspec.Struct):
@@ -117,6 +126,11 @@ def describe(address: Address, name: str | None, version: str | None, headers: M
     except msgspec.DecodeError as error:
         raise BenchError(f"GET {path}: the metadata does not follow the protocol: {error}") from None
     model.name, model.path = name, path
+    # Metadata does not tell a batch axis from another one of variable size; Triton's configuration does.
+    with suppress(BenchError, msgspec.DecodeError):
+        config = msgspec.json.decode(fetch(address, "GET", f"{path}/config", headers).body, type=_Config)
+        if config.max_batch_size == 0:
+            model.inputs = tuple(replace(tensor, batched=False) for tensor in model.inputs or ())
     with suppress(msgspec.DecodeError):
         labels = msgspec.json.decode(server.body, type=_Server)
         model.server = " ".join(label for label in (labels.name, labels.version) if label)

@@ -136,6 +136,12 @@ def test_each_way_of_mixing_rows_is_disproved(tmp_path: Path, step: str, width: 
     assert verdict(tmp_path, axis_models.chain([step], width, 0)).verdict == "disproved"
 
 
+@pytest.mark.parametrize("step", axis_models.MIXING)
+@pytest.mark.parametrize("batch", [2, 3])
+def test_each_way_of_mixing_a_fixed_batch_is_disproved(tmp_path: Path, step: str, batch: int) -> None:
+    assert verdict(tmp_path, axis_models.chain([step], 4, 0, batch)).verdict == "disproved"
+
+
 UNPROVEN = {
     "every value but one is refused": (models.never_zero(), "it refuses random inputs: [ONNXRuntimeError]"),
     "a fixed batch of 1": (models.negate(batch=1), "each run takes one row"),
@@ -209,7 +215,7 @@ def depends_on_neighbours(data: bytes, width: int, batch: int | None) -> bool:
     mixing=st.none() | st.tuples(st.sampled_from(sorted(axis_models.MIXING)), st.integers(0, 4)),
     width=st.integers(1, 5),
     seed=st.integers(0, 1000),
-    fixed=st.none() | st.integers(2, 5),
+    fixed=st.none() | st.integers(3, 5),  # two rows tell less
 )
 def test_a_family_of_models(
     tmp_path_factory: pytest.TempPathFactory,

@@ -17,9 +17,11 @@ import typer
 from typer.testing import CliRunner, Result
 
 from cobatch.server.cli.bench import bench
+from cobatch.server.settings.schema import ModelSettings
 from tests.support.auth.protected import protected, token
-from tests.support.http.serving import GatedEngine, Served, gated
+from tests.support.http.serving import GatedEngine, Served, gated, serve
 from tests.support.http.wire import serve_models
+from tests.support.models import axis_models, models
 
 APP = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 APP.command("bench")(bench)
@@ -296,3 +298,15 @@ def test_a_port_without_server_is_an_error() -> None:
     result = CliRunner().invoke(APP, ["http://127.0.0.1:1", *SHORT])
     assert result.exit_code == 1
     assert result.stderr.startswith("cobatch: 127.0.0.1:1: ")
+
+
+def test_a_model_without_a_batch_axis(tmp_path: Path) -> None:
+    model = ModelSettings(path=models.write(tmp_path, axis_models.cumulative()), name="gate", threads=1)
+    with serve(True, (model,)) as served:
+        assert "give --shape x=SIZE for its variable axes" in refused(served)
+        (run,) = done(served, tmp_path, "--shape", "x=7")["runs"]
+        assert run["total"]["answered"] > 0
+        assert "has no batch axis: requests can have one row only" in refused(served, "--rows", "2")
+        np.save(tmp_path / "x.npy", np.ones((3, 5), np.float32))  # three requests
+        (run,) = done(served, tmp_path, "--input", f"x={tmp_path / 'x.npy'}")["runs"]
+        assert run["total"]["answered"] > 0
