@@ -26,7 +26,8 @@ from cobatch.server.app import build
 from cobatch.server.edge.fast_path import make_protocol
 from cobatch.server.inference.service import Inference
 from cobatch.server.listeners import CannotListenError, accepted_all, let_in_no_more, listen
-from cobatch.server.observability.logs import LogStream, ProcessLog
+from cobatch.server.observability.logs import ProcessLog
+from cobatch.server.observability.output import LogStream
 from cobatch.server.settings.schema import Settings
 from cobatch.server.settings.tls import replace_certificate
 from cobatch.server.settings.values import SettingsError
@@ -53,6 +54,7 @@ def run(settings: Settings) -> int:
     A line on stderr says why.
     """
     http = settings.server
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the server can act on it
     process_log = ProcessLog(http.log_level.upper(), as_json=http.logs_json)
     try:
         keep_freed_memory()
@@ -62,6 +64,9 @@ def run(settings: Settings) -> int:
         return _refuse(str(error), _REFUSED)
     except CannotListenError as error:
         return _refuse(str(error), _FAILED)
+    except Exception:
+        log.exception("the server failed")
+        return _FAILED
     finally:
         process_log.close()
     if any(model.worker_alive for model in server.inference.models.values()):

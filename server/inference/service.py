@@ -19,8 +19,8 @@ from cobatch.server.auth.tenants import Total
 from cobatch.server.http.problem import Problem, from_error, stopping, too_large
 from cobatch.server.http.reply import Reply
 from cobatch.server.inference.model import Model
-from cobatch.server.observability.logs import LogStream
 from cobatch.server.observability.observer import Observer
+from cobatch.server.observability.output import LogStream
 from cobatch.server.settings.auth import INFER
 from cobatch.server.settings.schema import Settings
 from cobatch.server.v2.decode import Decoded, WantedOutputs

@@ -17,7 +17,7 @@ from time import time
 import msgspec
 
 from cobatch.server.observability.history import LONGEST_PATH
-from cobatch.server.observability.logs import LogStream, Times
+from cobatch.server.observability.output import LogStream, Times
 from cobatch.server.observability.record import RequestRecord
 
 LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}

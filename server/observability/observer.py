@@ -15,7 +15,7 @@ from cobatch.batcher.durations import PENDING_LIMIT, DurationHistogram
 from cobatch.batcher.request import Batch
 from cobatch.server.http.request_id import new_id
 from cobatch.server.observability.event_loop import LoopLag
-from cobatch.server.observability.logs import LogStream
+from cobatch.server.observability.output import LogStream
 from cobatch.server.observability.record import RequestRecord
 
 log = logging.getLogger("cobatch.observe")

@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 from cobatch.engines.errors import EngineRunError
-from cobatch.server.observability import logs
+from cobatch.server.observability import output
 from cobatch.server.observability.access_log import (
     AccessLog,
     as_json,
@@ -22,7 +22,7 @@ from cobatch.server.observability.access_log import (
     level_of,
     line_of,
 )
-from cobatch.server.observability.logs import LogStream
+from cobatch.server.observability.output import LogStream
 from cobatch.server.observability.record import RequestRecord
 from tests.support.auth import protected as guarded
 from tests.support.http.serving import GATE, Client, Served, gate, gated, get, post, rows_of
@@ -238,7 +238,7 @@ async def test_lines_are_written_without_being_asked_for() -> None:
 def test_the_lines_of_a_while_are_dropped_and_counted_one_by_one() -> None:
     stream = LogStream(as_json=True)
     log = AccessLog(logging.INFO, stream)
-    stream.put("x" * logs._QUEUE_CHARACTERS)
+    stream.put("x" * output._QUEUE_CHARACTERS)
     for _ in range(3):
         log.request_done(_done())
     log.stop()
