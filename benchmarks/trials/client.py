@@ -41,11 +41,11 @@ class Client:
         """Write; nothing waits for the bytes to leave."""
         self._writer.write(data)
 
-    async def answer(self) -> Answer:
-        """Read the next response. Raises LostError."""
+    async def answer(self, head: bool = False) -> Answer:
+        """Read the next response, with `head` one to a HEAD request. Raises LostError."""
         try:
             async with asyncio.timeout(ANSWER_S):
-                return await read_answer(self._reader)
+                return await _read_answer(self._reader, head)
         except (TimeoutError, asyncio.IncompleteReadError, OSError) as error:
             raise LostError(repr(error)) from None
 
@@ -65,13 +65,14 @@ class Client:
             self._writer.close()
 
 
-async def read_answer(reader: asyncio.StreamReader) -> Answer:
-    """Read one response of known length. Raises IncompleteReadError at the end of the connection."""
-    head = await reader.readuntil(b"\r\n\r\n")
-    first, *lines = head[:-4].decode("latin-1").split("\r\n")
+async def _read_answer(reader: asyncio.StreamReader, head: bool) -> Answer:
+    start = await reader.readuntil(b"\r\n\r\n")
+    if start.startswith(b"HTTP/1.1 100 "):
+        start = await reader.readuntil(b"\r\n\r\n")
+    first, *lines = start[:-4].decode("latin-1").split("\r\n")
     headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
-    body = await reader.readexactly(int(headers.get("content-length", "0")))
-    return Answer(int(first.split(" ", 2)[1]), headers, body)
+    length = 0 if head else int(headers.get("content-length", "0"))
+    return Answer(int(first.split(" ", 2)[1]), headers, await reader.readexactly(length))
 
 
 async def ask(address: str, data: bytes, source: str | None = None) -> Answer:
@@ -79,7 +80,7 @@ async def ask(address: str, data: bytes, source: str | None = None) -> Answer:
     client = await Client.connect(address, source)
     try:
         client.send(data)
-        return await client.answer()
+        return await client.answer(head=data.startswith(b"HEAD "))
     finally:
         client.leave()
 

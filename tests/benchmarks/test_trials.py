@@ -7,7 +7,9 @@ import random
 import numpy as np
 import pytest
 
-from benchmarks.trials import oracle, streams
+from benchmarks.trials import oracle, paths, streams
+from benchmarks.trials.client import Answer
+from benchmarks.trials.forgeries import FORGERIES, Forger, signers
 from benchmarks.trials.http_streams import stream
 from benchmarks.trials.models import cases
 from benchmarks.trials.trial import Report, command
@@ -80,3 +82,34 @@ def test_every_model_of_the_oracle_answers_its_own_inputs() -> None:
     for case in cases():
         answers = [case.alone(case.feed(rng)) for _ in range(20)]
         assert sum(answer is not None for answer in answers) >= 5, case.name
+
+
+def test_a_path_that_leads_to_the_secret_model_is_a_finding() -> None:
+    def findings(target: str, key: str, status: int, body: bytes = b"{}") -> list[str]:
+        report = Report()
+        paths.judge(report, target, b"", key, Answer(status, {}, body))
+        return list(report.findings)
+
+    assert findings("/v2/models/secret/infer", "no key", 401) == []
+    assert findings("/v2/models/secret/infer", "other", 403) == []
+    assert findings("/v2/models/secret/ready", "no key", 200) == []
+    assert findings("/v2/health/live?x", "no key", 200) == []
+    assert findings("/v2/models/secret", "no key", 404) != []
+    assert findings("http://trial/v2//models/secret", "no key", 200) != []
+    assert findings("/v2/models/secret/infer", "other", 500) != []
+    assert findings("/v2/models/secret/infer", "other", 200, b'{"name":"pooled"}') != []
+
+
+def test_paths_are_disguised_in_many_ways() -> None:
+    rng = random.Random(1)
+    targets = {paths.trick(rng)[0] for _ in range(1000)}
+    assert len(targets) > 500
+
+
+@pytest.mark.parametrize("kind", FORGERIES)
+def test_no_forgery_is_a_good_token(kind: str) -> None:
+    rng = random.Random(1)
+    for signer in signers():
+        tokens = [FORGERIES[kind](Forger(signer, rng, "http://127.0.0.1:1")) for _ in range(10)]
+        assert signer.token() not in tokens
+        assert len(set(tokens)) > 1
