@@ -246,8 +246,8 @@ def test_errors_are_raised_with_the_servers_message(client: Client) -> None:
 
 def test_an_engines_error_is_raised_with_a_reference(client: Client) -> None:
     status, message = refused(client, "pick", [given(np.array([[99]], np.int64))])
-    assert status == "500"
-    assert message.startswith("model 'pick' failed on this request (reference ")
+    assert status == "422"
+    assert message.startswith("model 'pick' refuses the values of this request (reference ")
 
 
 def test_after_an_error_the_same_client_goes_on(client: Client) -> None:
@@ -292,7 +292,7 @@ async def test_a_callers_invalid_input_does_not_affect_others(url: str) -> None:
             index = 99 if number % 16 == 7 else number % 3
             call = client.infer("pick", [given(np.array([[index]], np.int64))])
             if index == 99:
-                with pytest.raises(InferenceServerException, match="model 'pick' failed"):
+                with pytest.raises(InferenceServerException, match="model 'pick' refuses the values"):
                     await call
             else:
                 assert (await call).as_numpy("y").tolist() == [[10 * index + 10]]
