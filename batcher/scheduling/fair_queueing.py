@@ -127,14 +127,18 @@ class FairQueue(Generic[T]):
 
 
 class Group:
-    """Requests of one shape that may share a batch, of at most `most_rows` rows; `key` is its queue's."""
+    """Requests of one shape that may share a batch, of at most `most_rows` rows; `key` is its queue's.
 
-    __slots__ = ("flows", "key", "most_rows", "row_shapes", "rows", "turns")
+    `again`: they are a part of a batch that was sent before.
+    """
+
+    __slots__ = ("again", "flows", "key", "most_rows", "row_shapes", "rows", "turns")
 
     def __init__(self, key: Hashable, row_shapes: RowShapes, most_rows: int) -> None:
         self.key = key
         self.row_shapes = row_shapes
         self.most_rows = most_rows
+        self.again = False
         self.rows = 0
         self.flows: dict[TenantShare, Flow] = {}
         self.turns: FairQueue[Flow] = FairQueue()

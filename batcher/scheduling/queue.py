@@ -170,6 +170,7 @@ class RequestQueue:
             self._parked = True  # ready for this request
             group = self.push(request)
             if again:
+                group.again = True
                 self._full[group] = None
                 for order in (flow.order, flow.share.order):
                     if order is not None:
@@ -291,8 +292,8 @@ class RequestQueue:
         return FormedBatch(requests, [], {share.tenant: rows})
 
     def take_tenant(self, tenant: Tenant) -> list[Request]:
-        """Remove all requests of a tenant, to be queued elsewhere. O(n)."""
-        flows = self.shares.of(tenant).flows
+        """Remove the requests of a tenant, to be queued elsewhere, but not those sent before. O(n)."""
+        flows = [flow for flow in self.shares.of(tenant).flows if not flow.group.again]
         requests = [request for flow in flows for request in flow.order.live()]
         for request in requests:
             self.remove(request, State.NEW)

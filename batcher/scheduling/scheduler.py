@@ -16,7 +16,7 @@ from cobatch.batcher.scheduling.arrivals import ArrivalRate, ClosedLoopEstimator
 from cobatch.batcher.scheduling.fair_queueing import Group
 from cobatch.batcher.scheduling.formation import StartPlan, form
 from cobatch.batcher.scheduling.policy import DEADLINE, RETRY, SUSPECT, Now, WaitUntil, decide
-from cobatch.batcher.scheduling.queue import ANY_ROWS, RequestQueue
+from cobatch.batcher.scheduling.queue import RequestQueue
 from cobatch.batcher.scheduling.run_times import RunTimeModel, ShapeRunTimes
 from cobatch.batcher.scheduling.suspects import Suspects
 from cobatch.batcher.scheduling.tuning import (
@@ -165,8 +165,7 @@ class Scheduler:
         answer = decide(queue, now, self._max_delay_s)
         if answer is None or isinstance(answer, WaitUntil):
             return answer
-        self._formed_s = now_s
-        reason = answer.reason if answer.group.most_rows == ANY_ROWS else RETRY
+        reason = RETRY if answer.group.again else answer.reason
         return self._form(queue, answer.group, reason, max(now_s, free_s))
 
     def _next_suspects(self, now_s: float, running: bool, free_s: float) -> Dispatch | WaitUntil | None:
@@ -181,7 +180,8 @@ class Scheduler:
         if now_s < due_s and not self.draining:
             if queue.rows:
                 return None
-            if now_s < (until_s := min(due_s, self._formed_s + OTHERS_S)):
+            until_s = min(due_s, self._formed_s + OTHERS_S)
+            if now_s < until_s and self._formed_s > suspects.grown_s:  # else its last batches may be theirs
                 return WaitUntil(until_s)
         return self._form(suspects.queue, suspects.queue.next_group, SUSPECT, max(now_s, free_s))
 
@@ -213,6 +213,8 @@ class Scheduler:
         self._was_short = formed.was_short
         requests = formed.requests
         if requests and queue is self.queue:
+            if not (self.suspects.marks and self.suspects.holds(requests[0])):
+                self._formed_s = start_s
             lone = self._short_runs and plan is None and len(requests) == 1 and not queue.rows
             self._lone_batches = self._lone_batches + 1 if lone else 0
             self.lone = self._lone_batches >= LONE_BATCHES

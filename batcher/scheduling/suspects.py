@@ -3,13 +3,13 @@
 A run fails as a whole: one bad row costs all requests of its batch, and up to 2*log2(n) more runs to find it
 among n. Batches pay only while failures are rare (Dorfman, Annals of Mathematical Statistics, 1943). So a
 source, a tenant or the connection of an anonymous caller, becomes suspect when its rows fail alone. Its
-requests are in a queue of their own then, and share batches with those of other suspects only. Such a batch
-has as many rows as the source is trusted with: one after a failure, twice as many after each run that
-succeeds. Past a full batch of n rows the source is trusted again, after at most log2(n) + 1 of its own runs.
+requests are in a queue of their own then, and share batches only with those of suspects that fail as often: a
+batch has half as many rows after each failure, twice as many after each run that succeeds. After
+`TRUSTED_RUNS` runs without a failure the source is trusted again. Marks are bounded in number and age.
 
 While others have work now and then, the queue gets `SUSPECT_PART` of the engine's time, and half of that
 while they wait: after a run, the next one is due when the run and its answers are that part of the time
-since. Marks are bounded in number and age.
+since.
 """
 
 from collections.abc import Hashable
@@ -19,25 +19,27 @@ from typing import NamedTuple
 from cobatch.batcher.request import Batch, Request
 from cobatch.batcher.scheduling.fair_queueing import Flow
 from cobatch.batcher.scheduling.queue import RequestQueue
-from cobatch.batcher.scheduling.tuning import SUSPECT_PART, SUSPECT_S, SUSPECTS_KEPT
+from cobatch.batcher.scheduling.tuning import SUSPECT_PART, SUSPECT_S, SUSPECTS_KEPT, TRUSTED_RUNS
 from cobatch.batcher.tenant import Tenant
 
 
 class _Mark(NamedTuple):
     rows: int  # of a batch with rows of the source
+    runs: int  # since its last failure
     failed_s: float
 
 
 class Suspects:
     """The suspect sources of one model, and the `queue` of their requests, beside that of the others.
 
-    `marks` is empty if there are none.
+    `marks` is empty if there are none. `grown_s`: when a source became suspect last.
     """
 
     def __init__(self, queue: RequestQueue, others: RequestQueue) -> None:
         self.marks: dict[Hashable, _Mark] = {}  # the oldest failure first
         self.queue = queue
         self._others = others
+        self.grown_s = -inf
         self._ended_s = -inf  # the last batch
         self._pause_s = 0.0  # after it
 
@@ -64,8 +66,11 @@ class Suspects:
         source = request.source
         if source is None:
             return
-        self.marks.pop(source, None)
-        self.marks[source] = _Mark(1, now_s)
+        mark = self.marks.pop(source, None)
+        if mark is None:
+            self.grown_s = now_s
+        rows = self._others.full_rows if mark is None else mark.rows
+        self.marks[source] = _Mark(max(1, rows // 2), 0, now_s)
         if len(self.marks) > SUSPECTS_KEPT:
             del self.marks[next(iter(self.marks))]
         for queue in (self._others, self.queue):
@@ -75,11 +80,11 @@ class Suspects:
         """Trust the sources of a batch that ran with more rows; forget marks that are too old."""
         marks = self.marks
         for source in {request.source for request in batch.requests} & marks.keys():
-            rows = marks[source].rows * 2
-            if rows > self._others.full_rows:
+            rows, runs, failed_s = marks[source]
+            if runs + 1 == TRUSTED_RUNS:
                 del marks[source]
             else:
-                marks[source] = marks[source]._replace(rows=rows)
+                marks[source] = _Mark(min(rows * 2, self._others.full_rows), runs + 1, failed_s)
             self._push_again(source, self.queue)
         while marks and next(iter(marks.values())).failed_s < now_s - SUSPECT_S:
             del marks[next(iter(marks))]

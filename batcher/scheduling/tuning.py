@@ -65,6 +65,9 @@ HELD_UP = 1.2
 SUSPECT_PART = 0.2
 # Others have work until this long after their last batch: their next request may come any moment.
 OTHERS_S = 1.0
+# A source is trusted again after this many runs without a failure: six in a row are rare where one row in ten
+# fails.
+TRUSTED_RUNS = 6
 # A mark's greatest age, and the greatest number of marks: the oldest go first.
 SUSPECT_S = 60.0
 SUSPECTS_KEPT = 1024

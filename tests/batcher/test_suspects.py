@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import random
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -124,7 +125,7 @@ def _quiet() -> Iterator[None]:
 
 
 def rates(run_s: Callable[[int], float], good: Sequence[Hashable], others: Sequence[Hashable]) -> list[float]:
-    """Return how many answers the good sources get in three seconds beside others: good ones, then failing.
+    """Return how many answers the good sources get in a second beside others: good ones, then failing.
 
     Not counted is the first second, in which the failing ones are found.
     """
@@ -138,7 +139,7 @@ def rates(run_s: Callable[[int], float], good: Sequence[Hashable], others: Seque
             stage.loop(value, one)
         await asyncio.sleep(1)
         before = stage.answers(set(good))
-        await asyncio.sleep(3)
+        await asyncio.sleep(1)
         kept.append(stage.answers(set(good)) - before)
 
     for value in (7, BAD):
@@ -159,8 +160,7 @@ def test_tenants_keep_their_rate_beside_failing_ones(run_s: Callable[[int], floa
     assert beside_failing > 0.75 * beside_good
 
 
-@pytest.mark.parametrize("per_s", [10, 50])
-def test_a_light_tenants_p99_hardly_rises_beside_a_poisoner(per_s: int) -> None:
+def test_a_light_tenants_p99_hardly_rises_beside_a_poisoner() -> None:
     p99_s: list[float] = []
 
     async def main(poisoned: bool) -> None:
@@ -170,13 +170,13 @@ def test_a_light_tenants_p99_hardly_rises_beside_a_poisoner(per_s: int) -> None:
         for _ in range(16 * poisoned):
             stage.loop(BAD, poisoner)
         await asyncio.sleep(1)
-        tenants.poisson(light, per_s)
-        await asyncio.sleep(60)
+        tenants.poisson(light, per_s=30)
+        await asyncio.sleep(20)
         p99_s.append(percentile(tenants.latencies_s[light], 0.99))
 
     run(main(False))
     run(main(True))
-    assert p99_s[1] < 1.5 * p99_s[0]
+    assert p99_s[1] < 1.3 * p99_s[0]
 
 
 def test_halves_of_a_failed_batch_take_their_tenants_turn() -> None:
@@ -226,12 +226,13 @@ def test_an_engine_that_fails_on_everything_makes_nothing_suspect() -> None:
 
 
 def test_a_source_is_trusted_again_after_a_few_runs() -> None:
-    """Batches with its rows double, and it rides with others past the full size."""
+    """Its batches double. Seven failures have halved them to one row."""
 
     async def main() -> None:
         stage = Stage(flat)
         tenant = Tenant("mended")
-        await stage.send(Sent(BAD, tenant))
+        for _ in range(7):
+            await stage.send(Sent(BAD, tenant))
         stage.batches.clear()
         await stage.send(*[Sent(7, tenant) for _ in range(100)])
         runs = [(batch.reason == policy.SUSPECT, requests) for batch, _, requests in stage.batches]
@@ -324,3 +325,26 @@ def test_expiry_of_a_request_that_waits_again_is_told_at_once(values: tuple[int,
         assert sent[-1].at_s == pytest.approx(0.020, abs=0.001), "when a run does not fit any more"
 
     run(main())
+
+
+@pytest.mark.parametrize("run_s", [flat, affine])
+def test_a_client_alone_loses_nothing_by_being_suspect(run_s: Callable[[int], float]) -> None:
+    """One of a hundred rows of a server's only client fails; a client without a source is never suspect."""
+    answered: list[int] = []
+
+    async def main(origin: Hashable) -> None:
+        stage = Stage(run_s)
+        chance = random.Random(3)
+
+        def again(sent: Sent | None) -> None:
+            value = BAD if chance.random() < 0.01 else 7
+            asyncio.get_running_loop().call_soon(stage.batcher.submit, Sent(value, origin, again))
+
+        for _ in range(2 * SIZE):
+            again(None)
+        await asyncio.sleep(6)
+        answered.append(sum(requests for batch, _, requests in stage.batches if not batch.failed))
+
+    run(main(None))
+    run(main(Tenant("only")))
+    assert answered[1] > 0.95 * answered[0]
