@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -11,9 +12,12 @@ from cobatch import __version__
 from cobatch.batcher.statistics import Counters, PaddingTotals
 from cobatch.engines.base import TensorSpec
 from cobatch.server.api.routing import Endpoint, Needs, find, guarded, json, loaded
+from cobatch.server.http.body import read_body
 from cobatch.server.http.problem import Problem
 from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Inference
+from cobatch.server.v2.decode import decode_json
+from cobatch.server.v2.long_json import ENVELOPE_BYTES
 
 Json = dict[str, object]
 
@@ -22,6 +26,15 @@ EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "
 _STAGES = {"compute_input": "input_s", "compute_infer": "compute_s", "compute_output": "output_s"}
 # Triton's configuration calls the other datatypes TYPE_ and their name.
 _CONFIG_TYPES = {"BYTES": "TYPE_STRING"}
+
+
+class IndexRequest(msgspec.Struct):
+    """The body of a request for the repository index. `ready`: list only models that are ready."""
+
+    ready: bool = False
+
+
+_decode_asked = msgspec.json.Decoder(IndexRequest).decode
 
 
 def v2_routes(inference: Inference) -> list[Route]:
@@ -52,8 +65,11 @@ def v2_routes(inference: Inference) -> list[Route]:
         models = inference.models.values()
         return json({"model_stats": [statistics(model) for model in models if model.batcher is not None]})
 
-    async def index(_: Request) -> Response:
-        return json([index_entry(model) for model in inference.models.values()])
+    async def index(request: Request) -> Response:
+        body = await read_body(dict(request.headers.raw), request.receive, ENVELOPE_BYTES)
+        asked = decode_json(_decode_asked, body, "a request for the index") if body else IndexRequest()
+        models = [model for model in inference.models.values() if model.ready or not asked.ready]
+        return json([index_entry(model) for model in models])
 
     async def infer(request: Request) -> Response:
         find(inference, request)

@@ -33,7 +33,7 @@ class Options(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     outputs: list[str] | None = None
     deadline_ms: Annotated[float, Meta(gt=0, le=86_400_000)] | None = None
-    priority: Annotated[int, Meta(ge=0, le=2**32 - 1)] = 0
+    priority: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     top_k: _Count | dict[str, _Count] | None = None
 
 

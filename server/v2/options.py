@@ -7,12 +7,13 @@ from cobatch.server.v2.messages import Parameters
 
 _RESERVED = ("triton_", "headers")
 _STATEFUL = ("sequence_id", "sequence_start", "sequence_end")
-_MAX_PRIORITY = 2**32 - 1
-_MAX_TIMEOUT_US = 86_400_000_000
+# Triton's clients have it as UINT64, the protocol's parameters as INT64.
+_PRIORITIES = range(-(2**63), 2**64)
+_TIMEOUTS_US = range(86_400_000_001)
 
 
 class RequestOptions(NamedTuple):
-    """Priority (1 the highest, 0 the default), timeout in seconds, usage.
+    """Priority (1 the highest, 0 and below the default), timeout in seconds, usage.
 
     With `usage` the response's parameters say how large its batch was and where its time went.
     """
@@ -36,19 +37,19 @@ def read_options(parameters: Parameters) -> RequestOptions:
             raise Problem("bad-parameter", f"parameter {name!r} is reserved", parameter=name)
         if name in _STATEFUL and value:
             raise Problem("bad-parameter", f"{name}: the model keeps no sequences", parameter=name)
-    priority = _whole(parameters, "priority", _MAX_PRIORITY)
-    timeout_us = _whole(parameters, "timeout", _MAX_TIMEOUT_US)
+    priority = _whole(parameters, "priority", _PRIORITIES)
+    timeout_us = _whole(parameters, "timeout", _TIMEOUTS_US)
     usage = read_flag(parameters, "usage", False)
     return RequestOptions(priority, timeout_us / 1e6 if timeout_us else None, usage)
 
 
-def _whole(parameters: Parameters, name: str, limit: int) -> int:
+def _whole(parameters: Parameters, name: str, allowed: range) -> int:
     value = parameters.get(name, 0)
     # Clients with one string type for parameters send digits.
-    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20:
+    if isinstance(value, str) and value.isascii() and value.removeprefix("-").isdigit() and len(value) < 21:
         value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= limit:
-        detail = f"{name} must be a whole number from 0 to {limit}, got {value!r}"
+    if not isinstance(value, int) or isinstance(value, bool) or value not in allowed:
+        detail = f"{name} must be a whole number from {allowed[0]} to {allowed[-1]}, got {value!r}"
         raise Problem("bad-parameter", detail, parameter=name)
     return value
 

@@ -18,6 +18,7 @@ from onnx import TensorProto
 from cobatch.engines.base import Signature, TensorSpec
 from cobatch.engines.errors import EngineRunError
 from cobatch.server.http.problem import Problem
+from cobatch.server.inference.model import Model
 from cobatch.server.settings.schema import ModelSettings
 from cobatch.server.v2.decode import Decoder
 from tests.support.http import serving
@@ -134,6 +135,16 @@ def test_repository_index_with_and_without_body(served: Served) -> None:
         assert {"name": "negate", "version": "1", "state": "READY", "reason": ""} in index
 
 
+def test_repository_index_of_ready_models(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Model, "ready", property(lambda model: model.name == "add"))
+    for body, shown in ((b'{"ready":true,"repository_name":""}', ["add"]), (b'{"ready":false}', None)):
+        index = served.ask(post("/v2/repository/index", body)).json
+        assert [entry["name"] for entry in index] == (shown or list(served.inference.models))
+    assert served.ask(post("/v2/repository/index", b"{")).slug == "not-json"
+    assert served.ask(post("/v2/repository/index", b'{"ready":1}')).slug == "bad-request"
+    assert served.ask(post("/v2/repository/index", bytes(100_000))).slug == "body-too-large"
+
+
 def test_model_configuration(served: Served) -> None:
     config = served.ask(get("/v2/models/add/config")).json
     assert config["max_batch_size"] == 4
@@ -203,12 +214,14 @@ def test_priority_and_timeout_reach_the_batcher() -> None:
     assert decode({}) == (0, None)
     assert decode({"priority": 1, "timeout": 2500}) == (1, 0.0025)
     assert decode({"priority": "3", "timeout": "0"}) == (3, None)
+    for priority in (-(2**63), -1, 2**32, 2**63 - 1, 2**64 - 1):
+        assert decode({"priority": priority}) == decode({"priority": str(priority)}) == (priority, None)
     assert decode({"sequence_id": 0, "whatever": "x"}) == (0, None)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("priority", value) for value in (-1, 1.5, True, "high", "-1", 2**32, "")]
+    [("priority", value) for value in (1.5, True, "high", "--1", "-", 2**64, -(2**63) - 1, "")]
     + [("timeout", value) for value in (-1, 0.5, False, "1s", 10**18, "1" * 30)]
     + [("sequence_id", 5), ("sequence_start", True), ("triton_enable", 1), ("headers", "x")],
 )
