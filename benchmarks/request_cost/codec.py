@@ -21,6 +21,8 @@ import simdjson
 from rich.table import Table
 
 from benchmarks.request_cost.report import wide_console
+from cobatch.engines.base import Signature, TensorSpec
+from cobatch.server.v2.decode import Decoder
 
 SIZES = (16, 2_048, 150_528)
 BATCH = 64
@@ -72,7 +74,10 @@ def ways_in(row: Array, datatype: str) -> dict[str, Way]:
     def of_raw() -> Array:
         return as_buffer(simdjson.Parser().parse(bytes(raw.decode(body).inputs[0].data)))
 
+    spec = TensorSpec("x", datatype, (row.size,))
+    server = Decoder(Signature((spec,), (spec,)), 1)
     return {
+        "the server: msgspec, or simdjson in pieces": lambda: server.decode(body, None),
         "msgspec typed + struct.pack": lambda: pack(*typed_list()),
         "msgspec typed + np.array": lambda: np.array(typed_list(), narrow),
         "pysimdjson, whole document, as_buffer": whole,

@@ -66,7 +66,7 @@ def read_content(request: Request, body: bytes | bytearray) -> Content:
     query = request.query_params.multi_items()
     name = media.decode("latin-1")
     if name == MULTIPART:
-        return Content(MULTIPART, _read_form(bytes(body), parameters.get(b"boundary", b"")), query)
+        return Content(MULTIPART, _read_form(body, parameters.get(b"boundary", b"")), query)
     if name == OCTETS and body.startswith(MAGIC):
         name = NPY
     # The type that `curl -d` sends; no form begins so.
@@ -159,7 +159,7 @@ class _Form:
         self.complete = True
 
 
-def _read_form(body: bytes, boundary: bytes) -> list[Field]:
+def _read_form(body: bytes | bytearray, boundary: bytes) -> list[Field]:
     if not boundary:
         raise _bad_form("its Content-Type names no boundary")
     form = _Form()
@@ -167,7 +167,7 @@ def _read_form(body: bytes, boundary: bytes) -> list[Field]:
         callbacks: Any = {name: getattr(form, name) for name in dir(form) if name.startswith("on_")}
         parser = MultipartParser(boundary, callbacks)
         for at in range(0, len(body), PIECE_BYTES):
-            parser.write(body[at : at + PIECE_BYTES])
+            parser.write(bytes(body[at : at + PIECE_BYTES]))
             release()
         parser.finalize()
     except FormParserError as error:

@@ -27,11 +27,11 @@ from cobatch.server.v2.long_json import (
     LongValue,
     MalformedError,
     RaggedError,
-    number_pieces,
-    number_shape,
+    is_flat,
+    nested_shape,
+    number_arrays,
     string_pieces,
     string_shape,
-    unnested,
 )
 
 _SMALL_BYTES = 8192
@@ -92,35 +92,32 @@ class JsonReader:
         return packer
 
     def read_long(self, value: LongValue, check: Callable[[list[int]], None]) -> tuple[list[int], Payload]:
-        """The shape and the payload of a long array. `check` may refuse the shape before numbers are read."""
+        """The shape and the payload of a long array. `check` may refuse the shape."""
         self._check_form()
         try:
-            if self._spec.datatype == "BYTES" and value.holds_strings:
+            if value.holds_strings:
                 return self._read_long_strings(value, check)
-            shape = number_shape(value)
-            check(shape)
-            return shape, self._read_long_numbers(value, prod(shape))
+            shape = None if is_flat(value) else nested_shape(value)
+            if shape is not None:
+                check(shape)
+            parts = [self._read_piece(piece) for piece in number_arrays(value)]
         except RaggedError:
             raise self.wrong(_RAGGED) from None
         except MalformedError as error:
             raise Problem("not-json", f"the data of input {self._spec.name!r} is not JSON: {error}") from None
-
-    def _read_long_numbers(self, value: LongValue, elements: int) -> Payload:
-        numbers = np.empty(elements, self._dtype)
-        at = 0
-        for piece in number_pieces(value):
-            part = self._read_piece(unnested(piece))
-            end = at + len(part)
-            if end > elements:
-                break
-            numbers[at:end] = part
-            at = end
-        if at != elements:
-            raise RaggedError
-        return numbers.data.cast("B")
+        numbers = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if shape is None:
+            shape = [numbers.size]
+            check(shape)
+        elif numbers.size != prod(shape):
+            raise self.wrong(_RAGGED)
+        return shape, numbers.data.cast("B")
 
     def _read_piece(self, text: bytes) -> np.ndarray[Any, Any]:
         """The numbers of a flat array."""
+        if self._spec.datatype == "BYTES":
+            self._convert(self._parse(memoryview(text), piece=True))
+            raise RaggedError  # there are blanks only
         try:
             if self._buffer is not None:
                 kind, wide = self._buffer
@@ -138,7 +135,9 @@ class JsonReader:
         for outline, strings in string_pieces(value):
             outlines.append(outline)
             check_strings(self._spec, len(elements) + len(strings))
-            elements += self._to_list(self._parse(memoryview(b"[%b]" % b",".join(strings)), piece=True))
+            part = self._convert(self._parse(memoryview(b"[%b]" % b",".join(strings)), piece=True))
+            assert isinstance(part, list)  # other datatypes take no strings
+            elements += part
         shape = string_shape(outlines)
         check(shape)
         return shape, elements

@@ -13,6 +13,7 @@ from math import prod
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
 
 from cobatch.server.http.problem import Problem
 from cobatch.server.v2.pieces import release
@@ -34,8 +35,7 @@ _INSIDE = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 _ROW = re.compile(rb'(?:[ \t\r\n,]*+"(?:[^"\\]++|\\.)*+")*+[ \t\r\n,]*+', re.DOTALL)
 _ROWS = re.compile(rb'(?:[ \t\r\n,\[\]]*+"(?:[^"\\]++|\\.)*+")++', re.DOTALL)
 _MOST_BRACKETS = 1 << 16
-# Numbers as runs of "0" beside their brackets and commas; and numbers without brackets.
-_AS_ZEROS = bytes(byte if byte in b"[]," else ord("0") for byte in range(256))
+# Replaces brackets.
 _UNNESTED = bytes(ord(" ") if byte in b"[]" else byte for byte in range(256))
 
 Text = bytes | bytearray
@@ -166,7 +166,24 @@ def _strings_end(text: Text, start: int) -> int:
     return -at
 
 
-def number_pieces(value: LongValue) -> Iterator[bytes]:
+def is_flat(value: LongValue) -> bool:
+    """Return whether an array of numbers is not nested."""
+    text, start, end = value
+    return text.find(b"[", start + 1, end) < 0 and text.find(b"]", start, end - 1) < 0
+
+
+def number_arrays(value: LongValue) -> Iterator[bytes]:
+    """An array of numbers as flat JSON arrays of a piece each."""
+    text, start, end = value
+    if is_flat(value):
+        for piece in _number_pieces(LongValue(text, start + 1, end - 1)):
+            yield b"[%b]" % piece
+    else:
+        for piece in _number_pieces(value):
+            yield b"[%b]" % piece.translate(_UNNESTED)
+
+
+def _number_pieces(value: LongValue) -> Iterator[bytes]:
     """The text of an array of numbers in pieces, cut at commas."""
     text, at, last = value
     while last - at > PIECE_BYTES:
@@ -177,11 +194,6 @@ def number_pieces(value: LongValue) -> Iterator[bytes]:
         release()
         at = end + 1
     yield bytes(text[at:last])
-
-
-def unnested(piece: bytes) -> bytes:
-    """A piece of an array of numbers as a flat JSON array."""
-    return b"[%b]" % piece.translate(_UNNESTED)
 
 
 def string_pieces(value: LongValue) -> Iterator[tuple[bytes, list[bytes]]]:
@@ -202,15 +214,22 @@ def string_pieces(value: LongValue) -> Iterator[tuple[bytes, list[bytes]]]:
     yield bytes(text[at:last]).translate(None, _BLANKS), []
 
 
-def number_shape(value: LongValue) -> list[int]:
-    """The shape of an array of numbers, from its brackets and commas. Raises MalformedError, RaggedError."""
-    rows = []
-    for piece in number_pieces(value):
-        text = piece.translate(_AS_ZEROS, _BLANKS)
-        if b"0[" in text or b"]0" in text:
-            raise MalformedError("a bracket follows a number without a comma")
-        rows.append(text.translate(None, b"0"))
-    return _shape(b",".join(rows), b"")
+def nested_shape(value: LongValue) -> list[int]:
+    """The shape of a nested array, from its brackets and commas. Raises MalformedError, RaggedError."""
+    return _shape(b",".join([_brackets(piece) for piece in _number_pieces(value)]), b"")
+
+
+def _brackets(piece: bytes) -> bytes:
+    """The brackets and commas of a piece."""
+    text = np.frombuffer(piece, np.uint8)
+    text = text[text > ord(" ")]
+    opening, closing, comma = text == ord("["), text == ord("]"), text == ord(",")
+    after_no_comma = opening[1:] & ~(opening | comma)[:-1]
+    before_no_comma = closing[:-1] & ~(closing | comma)[1:]
+    if after_no_comma.any() or before_no_comma.any():
+        raise MalformedError("a comma is missing beside a bracket")
+    kept: bytes = text[opening | closing | comma].tobytes()
+    return kept
 
 
 def string_shape(pieces: Sequence[bytes]) -> list[int]:

@@ -152,6 +152,21 @@ def test_damaged_strings_are_refused(data: str) -> None:
         flexible("BYTES", 2).decode(body.encode(), None)
 
 
+@pytest.mark.parametrize("data", [ROW, f"[{ROW},{ROW}]", f"[{' ' * 9000}]"])
+def test_numbers_are_no_strings(data: str) -> None:
+    with pytest.raises(Problem) as refused:
+        flexible("BYTES", 3).decode(message_of(data, shape="[2,1000,1]", datatype="BYTES"), None)
+    assert refused.value.kind.slug == "wrong-data"
+
+
+@pytest.mark.parametrize("datatype", ["FP32", "INT64", "BOOL", "BF16"])
+@pytest.mark.parametrize("data", [f"[{TEXT}]", f"[[{TEXT}],[{TEXT}]]"])
+def test_strings_are_no_numbers(datatype: str, data: str) -> None:
+    with pytest.raises(Problem) as refused:
+        flexible(datatype, 2).decode(message_of(data, shape="[2,2000]", datatype=datatype), None)
+    assert refused.value.kind.slug == "wrong-data"
+
+
 def test_a_mark_cannot_be_sent() -> None:
     message, _, values = parse(message_of(f'"{"0" * 16}:0"'), None)
     assert len(values) == 0
