@@ -15,8 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from types import FrameType
 
 import uvicorn
@@ -91,6 +90,16 @@ def keep_freed_memory() -> None:
 def _refuse(message: str, status: int) -> int:
     print(f"cobatch: {message}", file=sys.stderr, flush=True)
     return status
+
+
+@contextlib.contextmanager
+def _reloading(what: str) -> Iterator[None]:
+    try:
+        yield
+    except SettingsError as error:
+        log.error("SIGHUP: kept the old %s: %s", what, "; ".join(error.messages))  # noqa: TRY400
+    else:
+        log.info("SIGHUP: read the %s again", what)
 
 
 class Server(uvicorn.Server):
@@ -182,27 +191,22 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if self._hung_up:
             self._hung_up = False
-            self._reload()
+            await self.reload()
         if self.inference.leaving:
             self._leave(time.monotonic())
         return await super().on_tick(counter)
 
-    def _reload(self) -> None:
+    async def reload(self) -> None:
         """Read the API keys and the certificate again; keep the old ones where the new are invalid."""
         auth, http, context = self.inference.auth, self.inference.settings.server, self.config.ssl
-        reloads: dict[str, Callable[[], None]] = {}
-        if auth is not None and auth.settings.api_keys_file is not None:
-            reloads["API keys"] = auth.reload_api_keys
+        has_keys = auth is not None and auth.settings.api_keys_file is not None
+        if auth is not None and has_keys:
+            with _reloading("API keys"):
+                await auth.reload_api_keys()
         if context is not None and http.tls_cert is not None:
-            reloads["certificate"] = partial(replace_certificate, context, http.tls_cert, http.tls_key)
-        for what, reload in reloads.items():
-            try:
-                reload()
-            except SettingsError as error:
-                log.error("SIGHUP: kept the old %s: %s", what, "; ".join(error.messages))  # noqa: TRY400
-            else:
-                log.info("SIGHUP: read the %s again", what)
-        if not reloads:
+            with _reloading("certificate"):
+                replace_certificate(context, http.tls_cert, http.tls_key)
+        if not has_keys and context is None:
             log.info("SIGHUP: no file of API keys and no certificate to read again")
 
     def _leave(self, now_s: float) -> None:

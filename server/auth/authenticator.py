@@ -8,6 +8,7 @@ The time of a lookup leaks nothing, since the digest of an unknown token cannot 
 No token is stored here; the fast path does keep the bytes of recent header blocks (edge/header_cache.py).
 """
 
+import asyncio
 import hashlib
 import time
 from collections import Counter
@@ -85,12 +86,12 @@ class Authenticator:
         """True once any credential can be checked."""
         return bool(self.settings.api_keys_file) or any(source.ready for source in self._keys.values())
 
-    def reload_api_keys(self) -> None:
+    async def reload_api_keys(self) -> None:
         """Read the API keys again. Raises SettingsError, and keeps the old ones.
 
         Principals of keys that are gone or changed expire.
         """
-        fresh = ApiKeys.read(Path(self.settings.api_keys_file or ""))
+        fresh = await asyncio.to_thread(ApiKeys.read, Path(self.settings.api_keys_file or ""))
         for key_id, principal in list(self._api_key_principals.items()):
             if fresh.get(key_id) != self._api_keys.get(key_id):
                 principal.expires_s = 0.0

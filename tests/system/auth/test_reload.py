@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import ssl
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from cobatch.server.auth import api_keys
 from tests.support.auth.protected import protected
 from tests.support.http.process import Cobatch
-from tests.support.http.serving import Served, data_of, gate, gated
+from tests.support.http.serving import DEADLINE_S, Served, data_of, gate, gated
 from tests.support.models import models
 from tests.system.auth.test_tls import Pair
 
@@ -20,7 +21,9 @@ FAST_OR_NOT = pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"
 
 def hang_up(served: Served) -> None:
     """Act as on SIGHUP."""
-    served.call(served.server._reload)
+    loop = served.inference.loop
+    assert loop is not None
+    asyncio.run_coroutine_threadsafe(served.server.reload(), loop).result(DEADLINE_S)
 
 
 def with_key(key: str, row: int = 1) -> bytes:
@@ -64,13 +67,13 @@ def test_a_keys_new_rights_hold_at_once(fast: bool, tmp_path: Path) -> None:
 
 
 @FAST_OR_NOT
-@pytest.mark.parametrize("text", ["[[keys]]\nid = 1\n", "nonsense", None])
+@pytest.mark.parametrize("content", [b"[[keys]]\nid = 1\n", b"nonsense", b"\xff\x00", None])
 def test_an_invalid_file_of_keys_changes_nothing(
-    fast: bool, text: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    fast: bool, content: bytes | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with protected(fast, tmp_path, keys={"team": ("infer",)}) as p, p.served.connect() as client:
         path = tmp_path / "api-keys.toml"
-        path.unlink() if text is None else path.write_text(text)
+        path.unlink() if content is None else path.write_bytes(content)
         hang_up(p.served)
         assert client.ask(with_key(p.keys["team"])).status == 200
     (message,) = caplog.messages
