@@ -162,7 +162,10 @@ class Batcher:
         if error is not None:
             if not isinstance(request, Bundle):  # its members are tried, and counted, one by one
                 self.counters.count_refusal(request, error)
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # it refers to this frame
         if request.timeout_s is not None:
             self._set_expiry(request)
         suspects = self._suspects

@@ -103,7 +103,7 @@ class Authenticator:
         try:
             return self._lookup(credential_in(headers, b"", self.challenges))
         except Problem as problem:
-            return problem
+            return problem.with_traceback(None)  # its frames refer to the connection, which keeps the problem
 
     def _lookup(self, credential: Credential | None) -> Principal | Problem | None:
         if credential is None:
@@ -131,7 +131,10 @@ class Authenticator:
         if isinstance(known, Principal):
             return known
         if known is not None:
-            raise known
+            try:
+                raise known
+            finally:
+                del known  # it refers to this frame
         assert credential is not None
         verified = await self._verify(credential, address)
         principal = self._token_principal(verified)

@@ -76,7 +76,10 @@ class BatchRoute:
         principal = principal_in(scope)
         problem = self._inference.admit_call(principal)
         if problem is not None:
-            raise problem
+            try:
+                raise problem
+            finally:
+                del problem  # it refers to this frame
         body = await read_body(headers, receive, self._inference.max_json_bytes)
         record = record_in(scope) or RequestRecord("", "POST", BATCH, time.monotonic())
         if principal is not None:
@@ -86,8 +89,10 @@ class BatchRoute:
         else:
             decoded = decode_items(body, settings.max_batch_items)
         call = Call(self._inference, *decoded, principal, client_in(scope))
+        long = len(body) > _SHORT_BYTES
+        del body, decoded  # they are gone when they are decoded
         try:
-            if len(body) > _SHORT_BYTES:
+            if long:
                 await in_pieces(call.decode)
             else:
                 call.decode()
@@ -122,7 +127,8 @@ class Call:
         self._open = len(items)
         self._submitted: list[tuple[Model, BatcherRequest]] = []
         self._watcher: asyncio.Task[None] | None = None
-        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # Resolved with True when all is answered, with False if the client disconnected.
+        self._done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._find_models()
 
     async def replies(self, receive: Receive) -> list[Reply]:
@@ -132,11 +138,13 @@ class Call:
             # Most calls end before a client could leave, and a task costs as much as an item or two.
             timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._start_watching, receive)
             try:
-                await self._done
+                if not await self._done:
+                    raise ClientDisconnect
             finally:
                 timer.cancel()
-                if self._watcher is not None:
-                    self._watcher.cancel()
+                watcher, self._watcher = self._watcher, None  # its frames refer to this object
+                if watcher is not None:
+                    watcher.cancel()
                 if self._open:
                     for model, request in self._submitted:
                         model.loaded_batcher.cancel(request)
@@ -232,7 +240,7 @@ class Call:
         self.progress.replies[place] = reply
         self._open -= 1
         if not self._open and not self._done.done():
-            self._done.set_result(None)
+            self._done.set_result(True)
 
     def _refuse(self, place: int, error: Exception) -> None:
         model = self.progress.models[place]
@@ -263,7 +271,7 @@ class Call:
             for model in self.progress.models:
                 if model is not None:
                     model.traffic.count(LEFT, LEFT_SLUG, 0.0)
-            self._done.set_exception(ClientDisconnect())
+            self._done.set_result(False)
 
 
 class InferBundle(Bundle):

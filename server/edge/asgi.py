@@ -185,6 +185,7 @@ class InferRoutes:
             exchange.receive = receive
             answer = exchange.answer = asyncio.get_running_loop().create_future()
             exchange.request = inference.infer(model, body, json_length, exchange.on_reply, principal)
+            del body  # it is gone when it is decoded
             self._watch.add(exchange)
             try:
                 reply = await answer
@@ -229,8 +230,9 @@ class _DisconnectWatch:
     def discard(self, exchange: AsgiExchange) -> None:
         """Watch an exchange no more."""
         self._waiting.pop(exchange, None)
-        if exchange.watcher is not None:
-            exchange.watcher.cancel()
+        watcher, exchange.watcher = exchange.watcher, None  # its frames refer to the exchange
+        if watcher is not None:
+            watcher.cancel()
 
     def _sweep(self) -> None:
         loop = asyncio.get_running_loop()

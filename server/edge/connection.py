@@ -1,7 +1,8 @@
 """One HTTP/1.1 connection over httptools, with the limits that an open port needs.
 
-* Time and size: a request must arrive whole within `receive_timeout_s`, the client must take some of its
-  response in that time, headers are bounded, and a client that sends faster than it is answered is not read.
+* Time and size: a request must arrive whole within `receive_timeout_s`, after that time the client must have
+  taken its response or take it at a rate, headers are bounded, bodies share the server's memory
+  (`server.edge.body_memory`), and a client that sends faster than it is answered is not read.
 * Order at the end: on bad bytes, a limit or the server's stop, earlier requests are answered first; then the
   client is told the reason, once, as a problem, which no reset takes from it (`server.edge.lingering`).
 
@@ -15,6 +16,7 @@ Uvicorn listens, makes the connections and stops them; of its objects only its c
 import asyncio
 import time
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from typing import Any, Protocol
 from urllib.parse import unquote
 
@@ -24,9 +26,10 @@ from uvicorn.config import Config
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
+from cobatch.server.edge.body_memory import CHUNKED_BYTES, FREE_BYTES, BodyMemory, client_of
 from cobatch.server.edge.cycle import AsgiCycle, HeadBeginnings
 from cobatch.server.edge.lingering import LingeringClose
-from cobatch.server.http.problem import Problem, invalid, stopping
+from cobatch.server.http.problem import Problem, invalid, no_memory, stopping
 from cobatch.server.http.reply import LONG_BYTES, Reply
 from cobatch.server.inference.service import Inference
 
@@ -35,6 +38,8 @@ _HEADERS_BYTES = 65536
 # Bytes on the wire per byte of a body: a chunk of one byte takes six more.
 _FRAMING = 16
 _ANSWERED = b"content-type: %b\r\ncontent-length: %d\r\nx-request-id: %b\r\nserver-timing: %b\r\n"
+# Bytes per second that a client must take of a response.
+LEAST_RATE = 4096
 _SHORTEST_TICK_S = 0.05
 _ASGI = {"version": "3.0", "spec_version": "2.3"}
 # The part of a request being received.
@@ -42,11 +47,20 @@ NOTHING, HEADERS, BODY = range(3)
 _BEGINNINGS = HeadBeginnings()
 
 
+def _problem_of(error: httptools.HttpParserError) -> Problem:
+    # A method of the connection raised it, through the parser. Kept in a frame of the connection, it would be
+    # in a reference cycle with that frame.
+    cause = error.__context__
+    return cause if isinstance(cause, Problem) else invalid("the request is not valid HTTP/1.1")
+
+
 class Cycle(Protocol):
     """One request on its connection, from its headers to the end of its response."""
 
     keep_alive: bool
 
+    @property
+    def content_length(self) -> int | None: ...
     @property
     def response_started(self) -> bool: ...
     @property
@@ -61,21 +75,24 @@ class Connection(asyncio.Protocol):
 
     # Python finds attributes slowly where an object has more than 30 without slots.
     __slots__ = (
-        "__weakref__", "_ahead", "_app_state", "_body_bytes", "_expects_continue", "_farewell", "_head",
-        "_headers_bytes", "_raw_bytes", "_read_paused", "_scope", "_since_s", "_timer", "_unsent",
-        "_unsent_since_s", "config", "cycle", "headers", "inference", "loop", "method", "parser", "pipeline",
+        "__weakref__", "_ahead", "_allowed_bytes", "_app_state", "_bodies", "_body_bytes",
+        "_expects_continue", "_farewell", "_head", "_headers_bytes", "_held", "_raw_bytes",
+        "_read_paused", "_scope", "_since_s", "_timer", "_unsent", "_unsent_since_s", "_waits",
+        "address", "config", "cycle", "headers", "inference", "loop", "method", "parser", "pipeline",
         "receiving", "server_state", "transport", "url", "version", "writable", "write_paused",
     )  # fmt: skip
 
     def __init__(
         self,
         inference: Inference,
+        bodies: BodyMemory,
         config: Config,
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         self.inference = inference
+        self._bodies = bodies
         self.config = config
         self.server_state = server_state
         self.loop = _loop or asyncio.get_event_loop()
@@ -100,6 +117,9 @@ class Connection(asyncio.Protocol):
         self._headers_bytes = 0
         self._raw_bytes = 0  # of the body, with its framing
         self._body_bytes = 0
+        self._allowed_bytes = FREE_BYTES  # beyond these the body needs memory
+        self._held: dict[Cycle, int] = {}  # memory that requests have for their bodies
+        self._waits = False  # for memory
         # The last response, to be written once earlier requests are answered.
         self._farewell: Reply | None = None
         self._since_s = time.monotonic()
@@ -120,6 +140,7 @@ class Connection(asyncio.Protocol):
             "scheme": "https" if is_ssl(self.transport) else "http",
             "root_path": self.config.root_path,
         }
+        self.address = client_of(self._scope["client"])
         self._tick()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -127,13 +148,18 @@ class Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         self._drop_requests()
-        self.parser = None  # it refers to this object
+        # They refer to this object.
+        self.parser = self.cycle = self._ahead = None
+        self.pipeline.clear()
 
     def _drop_requests(self) -> None:
         for cycle in dict.fromkeys((self._ahead, self.cycle)):
             if cycle is not None:
                 cycle.on_disconnect()
         self.writable.set()
+        self._release_memory(list(self._held))
+        if self._waits:
+            self._stop_waiting()
 
     def close(self) -> None:
         """End the connection once all that is written is sent; a client that may be sending is heard on."""
@@ -214,19 +240,25 @@ class Connection(asyncio.Protocol):
             sleep_s = min(left_s, timeout_s, settings.keep_alive_s)
             self._timer = self.loop.call_later(max(sleep_s, _SHORTEST_TICK_S), self._tick)
             return
-        if self.receiving:
+        if self._waits:
+            self._end(no_memory(limit_s))
+        elif self.receiving:
             detail = f"the request did not arrive within {limit_s:g} s"
             self._end(Problem("receive-timeout", detail, close=True))
         self.transport.close()
 
     def _is_stuck(self, limit_s: float) -> bool:
-        """Return True if the client has taken no byte of its responses for `limit_s`."""
+        """Return True if the client takes a response too slowly: less than LEAST_RATE, after `limit_s`."""
         unsent = self.transport.get_write_buffer_size()
-        now_s = time.monotonic()
-        if unsent == 0 or unsent != self._unsent:
-            self._unsent = unsent
-            self._unsent_since_s = now_s
-        return unsent > 0 and now_s - self._unsent_since_s >= limit_s
+        late_s = time.monotonic() - self._unsent_since_s - limit_s
+        if unsent == 0 or self._since_s >= self._unsent_since_s:
+            self._note_unsent()  # all is taken, or there is a new response
+            return False
+        return late_s >= 0 and self._unsent - unsent <= LEAST_RATE * late_s
+
+    def _note_unsent(self) -> None:
+        self._unsent = self.transport.get_write_buffer_size()
+        self._unsent_since_s = time.monotonic()
 
     # Bytes in
 
@@ -244,10 +276,8 @@ class Connection(asyncio.Protocol):
             except httptools.HttpParserUpgrade as upgrade:
                 self._ignore_upgrade(memoryview(data)[upgrade.args[0] :])
         except httptools.HttpParserError as error:
-            cause = error.__context__  # raised in one of the methods below
-            text = "the request is not valid HTTP/1.1"
             self.receiving = self.receiving or HEADERS
-            self._end(cause if isinstance(cause, Problem) else invalid(text))
+            self._end(_problem_of(error))
         if self.receiving == HEADERS:
             if self._headers_bytes > _HEADERS_BYTES:
                 detail = f"the headers have more than {_HEADERS_BYTES} bytes"
@@ -287,6 +317,7 @@ class Connection(asyncio.Protocol):
         self.headers = []
         self._expects_continue = False
         self._headers_bytes = self._raw_bytes = self._body_bytes = 0
+        self._allowed_bytes = FREE_BYTES
         self._since_s = time.monotonic()
 
     def on_url(self, url: bytes) -> None:
@@ -381,12 +412,58 @@ class Connection(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
         self.cycle.on_body(body)  # type: ignore[union-attr]  # set with the headers
+        if self._body_bytes > self._allowed_bytes:
+            self._take_memory()
 
     def on_message_complete(self) -> None:
         if self.receiving == HEADERS:
             return  # a request to upgrade, see `_ignore_upgrade`
         self.receiving = NOTHING
+        if self._waits:
+            self._stop_waiting()  # the last read had it all
         self.cycle.on_end()  # type: ignore[union-attr]  # as above
+
+    # Memory for bodies
+
+    def _take_memory(self) -> None:
+        """Take memory for the body that is being received, or read no more before there is some."""
+        cycle = self.cycle
+        assert cycle is not None
+        if cycle.response_complete or self._waits or self.transport.is_closing():
+            return  # it is thrown away, or this is the rest of the last read
+        limit = self.inference.settings.server.max_body_bytes
+        length = cycle.content_length
+        size = min(limit, max(CHUNKED_BYTES, 2 * self._body_bytes) if length is None else length)
+        held = self._held.get(cycle, 0)
+        if size <= held:
+            return  # over the limit: it is refused
+        self._allowed_bytes = size
+        if self._bodies.take(self.address, size - held, first=not held):
+            self._held[cycle] = size
+        elif not held and self._bodies.wait(self, size):
+            self._waits = True
+            self.pause_reading()
+        else:
+            self._end(no_memory(0.0))
+
+    def on_body_memory(self) -> None:
+        """Read on: the memory for the body is taken."""
+        assert self.cycle is not None
+        self._waits = False
+        self._held[self.cycle] = self._allowed_bytes
+        self._since_s = time.monotonic()
+        self.resume_reading()
+
+    def _stop_waiting(self) -> None:
+        self._waits = False
+        self._bodies.forget(self)
+        self.resume_reading()
+
+    def _release_memory(self, cycles: Sequence[Cycle]) -> None:
+        for cycle in cycles:
+            self._bodies.give_back(self.address, self._held.pop(cycle))
+
+    # Back-pressure
 
     def pause_reading(self) -> None:
         """Read no more until `resume_reading`."""
@@ -395,8 +472,8 @@ class Connection(asyncio.Protocol):
             self.transport.pause_reading()
 
     def resume_reading(self) -> None:
-        """Read on, unless requests wait to be answered, or responses to be taken."""
-        if self._read_paused and not self.write_paused and not self.pipeline:
+        """Read on, unless requests wait to be answered, responses to be taken, or the body for memory."""
+        if self._read_paused and not self.write_paused and not self.pipeline and not self._waits:
             self._read_paused = False
             self.transport.resume_reading()
 
@@ -450,6 +527,10 @@ class Connection(asyncio.Protocol):
         """Go on with the next request, if there is one."""
         self.server_state.total_requests += 1
         self._since_s = time.monotonic()
+        if self._held:
+            self._release_memory([cycle for cycle in self._held if cycle.response_complete])
+        if self._waits and self.cycle is not None and self.cycle.response_complete:
+            self._stop_waiting()
         if self.transport.is_closing():
             return
         if self.pipeline:
@@ -470,4 +551,5 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self.write_paused = False
         self.writable.set()
+        self._note_unsent()
         self.resume_reading()

@@ -102,12 +102,19 @@ class AsgiCycle:
             else:
                 self.response_started = self.response_complete = True
                 self._client.write_reply(internal().reply(), keep_alive=False)
+            # Frames of the application may be in a reference cycle: the connection must not.
+            self._client = None  # type: ignore[assignment]
 
     # From the connection
 
+    @property
+    def content_length(self) -> int | None:
+        """Bytes of the body, None if it comes in chunks."""
+        return next((int(value) for name, value in self._scope["headers"] if name == b"content-length"), None)
+
     def on_body(self, data: bytes) -> None:
         """A part of the body has arrived."""
-        if self.response_complete:
+        if self.response_complete or self.disconnected:
             return
         self._body = joined(self._body, data)
         if len(self._body) > HIGH_WATER_BYTES:
@@ -123,6 +130,7 @@ class AsgiCycle:
         """The client is gone."""
         if not self.response_complete:
             self.disconnected = True
+            self._body = b""
             self._wake()
 
     def _wake(self) -> None:

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from cobatch.server.auth.tenants import rate_limit_headers
+from cobatch.server.edge.body_memory import BodyMemory
 from cobatch.server.edge.connection import BODY, Connection
 from cobatch.server.edge.exchange import Exchange, client_in
 from cobatch.server.edge.header_cache import CachedHeaders, HeaderCache, match, store
@@ -56,6 +57,11 @@ class FastExchange(Exchange, kw_only=True):
             record.mark(name, value)
         return record
 
+    @property
+    def content_length(self) -> int:
+        """Bytes of the body."""
+        return self.block.length
+
     def on_body(self, data: bytes) -> None:
         """Keep a part of the body, unless the request is refused already."""
         if not self.response_complete:
@@ -69,8 +75,9 @@ class FastExchange(Exchange, kw_only=True):
             if connection.chunk is not None:
                 assert self.inference.auth is None or block.principal is not None
                 store(connection.cache, connection.chunk, block)
+            body, self.body = self.body, b""  # it is gone when it is decoded
             self.request = self.inference.infer(
-                block.model, self.body, block.json_length, self.on_reply, block.principal
+                block.model, body, block.json_length, self.on_reply, block.principal
             )
 
     def deliver(self, reply: Reply) -> None:
@@ -89,6 +96,7 @@ class FastExchange(Exchange, kw_only=True):
         """Drop the request, unless it is answered."""
         if not self.response_complete:
             self.response_complete = True
+            self.body = b""
             self.leave(self.block.model, time.monotonic())
 
 
@@ -97,8 +105,10 @@ class FastConnection(Connection):
 
     __slots__ = ("cache", "chunk")
 
-    def __init__(self, inference: Inference, cache: HeaderCache, **of_uvicorn: Any) -> None:
-        super().__init__(inference, **of_uvicorn)
+    def __init__(
+        self, inference: Inference, bodies: BodyMemory, cache: HeaderCache, **of_uvicorn: Any
+    ) -> None:
+        super().__init__(inference, bodies, **of_uvicorn)
         self.cache = cache
         self.chunk: bytes | None = None  # the bytes being parsed, if a message begins there
 
@@ -166,6 +176,7 @@ class FastConnection(Connection):
 
 def make_protocol(inference: Inference) -> Any:
     """Return the factory of connections, for uvicorn's `http`."""
+    bodies = BodyMemory(inference.settings.server.body_memory_bytes)
     if not inference.settings.server.fast_path:
-        return partial(Connection, inference)
-    return partial(FastConnection, inference, {})
+        return partial(Connection, inference, bodies)
+    return partial(FastConnection, inference, bodies, {})

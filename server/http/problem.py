@@ -158,6 +158,13 @@ def invalid(detail: str) -> Problem:
     return Problem("bad-http", detail, close=True)
 
 
+def no_memory(waited_s: float) -> Problem:
+    """Return the problem of a body for which there is no memory. The connection ends."""
+    waited = f"for {waited_s:g} s " if waited_s else ""
+    detail = f"there was {waited}no memory for the body: those of other requests have it"
+    return Problem("body-memory", detail, close=True, retry_after_s=1)
+
+
 def internal() -> Problem:
     """Return the problem of a request that a defect of the server prevents."""
     return Problem("internal", "the server failed on this request; its log says why")

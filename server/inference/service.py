@@ -174,7 +174,10 @@ class Inference:
         """Raise the problem of a request that may not enter now."""
         problem = self.admit(model, principal)
         if problem is not None:
-            raise problem
+            try:
+                raise problem
+            finally:
+                del problem  # it refers to this frame
 
     def admit_call(self, principal: Principal | None) -> Problem | None:
         """Decide whether a call with requests for several models may enter; each is admitted by itself later.
@@ -257,6 +260,10 @@ class Inference:
 def _submit_decoded(request: InferRequest, decoded: asyncio.Future[Decoded]) -> None:
     if request.state is State.CANCELLED or decoded.cancelled():
         decoded.cancelled() or decoded.exception()  # it is of no interest
+        return
+    failure = decoded.exception()  # raised here, it would refer to this frame, a cycle
+    if isinstance(failure, Exception):
+        request.reply(refused(request.model, failure, request.tenant))
         return
     try:
         request.take(decoded.result())

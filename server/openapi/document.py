@@ -36,8 +36,8 @@ _MODEL = "/v2/models/{name}"
 
 # Every route can answer with these: problems of the connection and of the server itself.
 ANYWHERE = (
-    "bad-http", "headers-too-large", "internal", "method-not-allowed", "receive-timeout", "draining",
-    "unsupported-transfer-coding",
+    "bad-http", "body-memory", "headers-too-large", "internal", "method-not-allowed",
+    "receive-timeout", "draining", "unsupported-transfer-coding",
 )  # fmt: skip
 _CREDENTIALS = ("bad-authorization", "unauthenticated", "invalid-credentials")
 _TOKENS = ("too-many-bad-tokens", "keys-unavailable")

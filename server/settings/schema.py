@@ -33,6 +33,7 @@ TimeoutMs = Annotated[float, Meta(gt=0, le=86_400_000), placeholder("MS")]
 Ratio = Annotated[float, Meta(ge=0, le=1), placeholder("0..1")]
 Bytes = Annotated[int, Meta(ge=0, le=LARGEST), placeholder("BYTES")]
 PositiveBytes = Annotated[int, Meta(ge=1, le=LARGEST), placeholder("BYTES")]
+LargeBytes = Annotated[int, Meta(ge=1, le=2**48), placeholder("BYTES")]
 PageBytes = Annotated[int, Meta(ge=4096, le=LARGEST), placeholder("BYTES")]
 BatchRows = Annotated[int, Meta(ge=0, le=65_536), placeholder("ROWS")]
 Rows = Annotated[int, Meta(ge=1, le=LARGEST), placeholder("ROWS")]
@@ -130,6 +131,13 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     drain_timeout_s: Annotated[Seconds, about("longest time to finish accepted requests at shutdown")] = 30.0
     max_body_bytes: Annotated[PositiveBytes, about("largest request body")] = 1 << 26
     max_json_bytes: Annotated[PositiveBytes, about("largest JSON in a request body")] = 1 << 24
+    body_memory_bytes: Annotated[
+        LargeBytes | None,
+        about(
+            "memory for all request bodies of more than 64 KiB, until they are answered",
+            default="an eighth of the memory that the process may use, at most 2 GiB",
+        ),
+    ] = None
     keep_alive_s: Annotated[Seconds, about("time after which an idle connection is closed")] = 5.0
     receive_timeout_s: Annotated[Timeout, about("longest time for a request to arrive in full")] = 30.0
     compress_min_bytes: Annotated[Bytes, about("smallest response that is compressed")] = 1 << 16

@@ -29,6 +29,7 @@ NO_DATA = {name: value for name, value in X.items() if name != "data"}
 ELSEWHERE = {
     "abandoned",
     "bad-http",
+    "body-memory",
     "cancelled",
     "execution-timeout",
     "expired",

@@ -35,6 +35,7 @@ from cobatch.server.serve import Server
 from cobatch.server.settings.auth import AuthSettings
 from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings
 from tests.support.http.clock import Clock, ClockedLoop
+from tests.support.http.released import Released
 from tests.support.virtual.loop import Array, FakeEngine
 
 DEADLINE_S = 20.0
@@ -216,6 +217,9 @@ class _ThreadServer(Server):
         self.port = 0
         self._signalled = asyncio.Event()
         super().__init__(settings)
+        self.connections = Released()
+        make: Any = self.config.http
+        self.config.http = lambda **of_uvicorn: self.connections.watch(make(**of_uvicorn))  # type: ignore[assignment]
 
     def run(self, sockets: object = None) -> None:
         if self.clock is None:
@@ -342,6 +346,7 @@ class Served:
         """Wait until the server has stopped."""
         self._thread.join(DEADLINE_S)
         assert not self._thread.is_alive()
+        self.server.connections.check()
 
 
 def opened_again(served: Served, name: str = "gate") -> None:

@@ -1,0 +1,132 @@
+"""The memory for the bodies of requests, shared by all connections of a server.
+
+A body of at most FREE_BYTES needs none of it. A longer one takes its whole length, if that is known, before
+it is read on, and gives it back when its request is answered. One client (an address) may hold at most
+CLIENT_SHARE times the memory that is left, as in Choudhury and Hahne's "Dynamic queue length thresholds"
+(1998): one that fills its share leaves room for others, and has almost all where it is alone. Requests
+without room wait unread, in the order of their arrival, up to a number.
+"""
+
+import ipaddress
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Protocol
+
+FREE_BYTES = 1 << 16
+# The first share of a body of unknown length; it doubles.
+CHUNKED_BYTES = 1 << 20
+CLIENT_SHARE = 4
+# Each has at most one read (256 KiB) and FREE_BYTES. One client has at most half of the places left.
+MOST_WAITING = 256
+_DEFAULT_PART = 8
+_LARGEST_DEFAULT = 2 << 30
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+class Taker(Protocol):
+    """A connection, as far as it is known here. `address`: the client's, see `client_of`."""
+
+    address: str
+
+    def on_body_memory(self) -> None: ...
+
+
+class BodyMemory:
+    """`limit_bytes` for all bodies together, and the connections that wait for some of it."""
+
+    def __init__(self, limit_bytes: int | None) -> None:
+        self.limit_bytes = limit_bytes or default_bytes()
+        self.used_bytes = 0
+        self._held: defaultdict[str, int] = defaultdict(int)
+        self._waiting: dict[Taker, int] = {}
+
+    def take(self, client: str, size: int, *, first: bool = True) -> bool:
+        """Take memory now; False if there is none for this client, or, if it is the `first`, others wait.
+
+        A body that needs more than it has should not wait: those that wait too may have that memory.
+        """
+        if first and any(self._may_take(taker.address) for taker in self._waiting):
+            return False
+        return self._take(client, size)
+
+    def wait(self, taker: Taker, size: int) -> bool:
+        """Call `on_body_memory` once the memory is taken; False if too many wait."""
+        waiting = sum(other.address == taker.address for other in self._waiting)
+        if waiting >= MOST_WAITING - len(self._waiting):
+            return False
+        self._waiting[taker] = size
+        return True
+
+    def forget(self, taker: Taker) -> None:
+        """Wait no more."""
+        if self._waiting.pop(taker, None) is not None:
+            self._serve_waiting()
+
+    def give_back(self, client: str, size: int) -> None:
+        """Return memory that was taken."""
+        self.used_bytes -= size
+        self._held[client] -= size
+        if not self._held[client]:
+            del self._held[client]
+        self._serve_waiting()
+
+    def _may_take(self, client: str) -> bool:
+        held = self._held.get(client, 0)
+        return not held or held < CLIENT_SHARE * (self.limit_bytes - self.used_bytes)
+
+    def _take(self, client: str, size: int) -> bool:
+        # A body larger than all the memory is received alone.
+        fits = not self.used_bytes or self.used_bytes + size <= self.limit_bytes
+        if not fits or not self._may_take(client):
+            return False
+        self.used_bytes += size
+        self._held[client] += size
+        return True
+
+    def _serve_waiting(self) -> None:
+        for taker, size in list(self._waiting.items()):
+            if self._take(taker.address, size):
+                del self._waiting[taker]
+                taker.on_body_memory()
+            elif self._may_take(taker.address):
+                return  # none behind it overtakes it, or a large body would wait for ever
+
+
+def client_of(address: tuple[str, int] | None) -> str:
+    """Return the client of a remote address: the host; of IPv6 its network, where a host has any address."""
+    if address is None:
+        return ""
+    host = address[0].partition("%")[0]
+    if ":" not in host:
+        return host
+    return str(ipaddress.IPv6Network((host, 64), strict=False))
+
+
+def default_bytes() -> int:
+    """Return an eighth of the memory that this process may use, at most 2 GiB."""
+    return min(memory_bytes() // _DEFAULT_PART, _LARGEST_DEFAULT)
+
+
+def memory_bytes(cgroups: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> int:
+    """Return the memory that this process may use: the machine's, or the least limit of its cgroups."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, name = cgroups, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = cgroups / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        # In a container the path may be that of the host, and the root is the container's group.
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            try:
+                text = (folder / name).read_text().strip()
+            except OSError:
+                text = ""
+            limits += [int(text)] if text.isdigit() else []
+            if folder == root:
+                break
+    return min(limits)

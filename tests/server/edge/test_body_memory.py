@@ -1,0 +1,416 @@
+"""The memory that all bodies share: shares of clients, order, and requests that wait for it unread."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import tracemalloc
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cobatch.server.edge.connection as connection_module
+from cobatch.server.edge.body_memory import (
+    CLIENT_SHARE,
+    MOST_WAITING,
+    BodyMemory,
+    client_of,
+    default_bytes,
+    memory_bytes,
+)
+from cobatch.server.edge.connection import LEAST_RATE, Connection
+from tests.support.http.serving import (
+    DEADLINE_S,
+    GATE,
+    Client,
+    GatedEngine,
+    Served,
+    data_of,
+    gate,
+    gated,
+    get,
+    post,
+    rows_of,
+)
+
+
+@dataclass(eq=False)
+class Taker:
+    """A connection that waits for `size` bytes."""
+
+    memory: BodyMemory
+    address: str
+    size: int
+    served: list[Taker] = field(default_factory=list)
+
+    def on_body_memory(self) -> None:
+        self.served.append(self)
+
+    def wait(self) -> bool:
+        return self.memory.wait(self, self.size)
+
+
+def test_a_client_alone_has_most_of_it() -> None:
+    memory = BodyMemory(100)
+    assert [memory.take("a", 10) for _ in range(10)] == [True] * 8 + [False] * 2
+    assert memory.used_bytes == 100 * CLIENT_SHARE // (CLIENT_SHARE + 1)
+
+
+def test_a_client_that_fills_its_share_leaves_room() -> None:
+    memory = BodyMemory(100)
+    while memory.take("a", 10):
+        pass
+    assert memory.take("b", 20)
+    assert not memory.take("b", 10)
+    assert not memory.take("a", 10)
+    memory.give_back("a", 10)
+    assert not memory.take("a", 10)
+    assert memory.take("c", 10)
+
+
+def test_a_body_larger_than_all_memory_is_received_alone() -> None:
+    memory = BodyMemory(100)
+    assert memory.take("a", 1000)
+    assert not memory.take("b", 1)
+    memory.give_back("a", 1000)
+    assert memory.take("b", 1)
+    assert not memory.take("a", 1000)
+
+
+def test_a_large_body_is_not_overtaken() -> None:
+    memory = BodyMemory(100)
+    assert memory.take("a", 50)
+    large = Taker(memory, "b", 80)
+    assert not memory.take("b", 80)
+    assert large.wait()
+    small = Taker(memory, "c", 1)
+    assert not memory.take("c", 1)
+    assert small.wait()
+    memory.give_back("a", 50)
+    assert (large.served, small.served) == ([large], [small])
+
+
+def test_a_client_over_its_share_holds_up_no_other() -> None:
+    memory = BodyMemory(100)
+    while memory.take("a", 10):
+        pass
+    assert Taker(memory, "a", 10).wait()
+    assert memory.take("b", 10)
+
+
+def test_one_that_leaves_holds_up_no_other() -> None:
+    memory = BodyMemory(100)
+    memory.take("a", 50)
+    large, small = Taker(memory, "b", 80), Taker(memory, "c", 10)
+    assert large.wait()
+    assert small.wait()
+    memory.forget(large)
+    assert (large.served, small.served) == ([], [small])
+
+
+def test_the_number_that_waits_is_bounded() -> None:
+    memory = BodyMemory(10)
+    memory.take("x", 10)
+    waiting = dict.fromkeys("abcd", 0)
+    for client in waiting:
+        while Taker(memory, client, 10).wait():
+            waiting[client] += 1
+    assert waiting["a"] == MOST_WAITING // 2
+    assert all(waiting.values())
+    assert sum(waiting.values()) < MOST_WAITING
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 60), st.integers(0, 5))))
+def test_memory_is_kept_track_of(steps: list[tuple[str, int, int]]) -> None:
+    """Never more is used than there is; when all is given back, none waits and none is used."""
+    memory = BodyMemory(100)
+    served: list[Taker] = []
+    taken: list[tuple[str, int]] = []
+    waiting: list[Taker] = []
+    for client, size, place in steps:
+        if place > 2 and taken:
+            memory.give_back(*taken.pop(place % len(taken)))
+        elif memory.take(client, size):
+            taken.append((client, size))
+        else:
+            taker = Taker(memory, client, size, served)
+            assert taker.wait()
+            waiting.append(taker)
+        while served:
+            taker = served.pop()
+            waiting.remove(taker)
+            taken.append((taker.address, taker.size))
+        assert memory.used_bytes == sum(size for _, size in taken) <= 100
+        assert taken or not waiting
+    while taken:
+        memory.give_back(*taken.pop())
+        taken += [(taker.address, taker.size) for taker in served]
+        waiting = [taker for taker in waiting if taker not in served]
+        served.clear()
+    assert (memory.used_bytes, waiting) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("address", "client"),
+    [
+        (None, ""), (("10.1.2.3", 5), "10.1.2.3"), (("", 0), ""),
+        (("2001:db8:1:2:3:4:5:6", 5), "2001:db8:1:2::/64"), (("fe80::1%eth0", 5), "fe80::/64"),
+    ],
+)  # fmt: skip
+def test_the_client_of_an_address(address: tuple[str, int] | None, client: str) -> None:
+    assert client_of(address) == client
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/a/b\n", {"a/b/memory.max": "max\n", "a/memory.max": "1000\n"}, 1000),
+        ("0::/a/b\n", {"a/b/memory.max": "500\n", "a/memory.max": "1000\n", "memory.max": "800"}, 500),
+        ("0::/of/the/host\n", {"memory.max": "700\n"}, 700),
+        ("1:cpu:/\n4:memory:/a\n0::/\n", {"memory/a/memory.limit_in_bytes": "600\n"}, 600),
+        ("4:cpu,memory:/x\n", {"memory/memory.limit_in_bytes": "900\n"}, 900),
+        ("4:memory:/\n", {"memory/memory.limit_in_bytes": f"{2**63 - 4096}\n"}, None),
+        ("", {}, None),
+    ],
+)
+def test_the_memory_that_the_process_may_use(
+    groups: str, files: dict[str, str], expected: int | None, tmp_path: Path
+) -> None:
+    (tmp_path / "own").write_text(groups)
+    for name, text in files.items():
+        path = tmp_path / "groups" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    found = memory_bytes(tmp_path / "groups", tmp_path / "own")
+    assert found == (expected or memory_bytes(tmp_path, tmp_path / "none"))
+    assert 0 < default_bytes() <= 2 << 30
+
+
+# Over sockets
+
+MEMORY = 1 << 20
+LARGE = 900_000
+
+
+@pytest.fixture(scope="module", params=["fast", "asgi"])
+def module_pair(request: pytest.FixtureRequest) -> Iterator[tuple[Served, GatedEngine]]:
+    with gated(request.param == "fast", body_memory_bytes=MEMORY) as pair:
+        yield pair
+
+
+@pytest.fixture
+def served(module_pair: tuple[Served, GatedEngine]) -> Iterator[Served]:
+    served, engine = module_pair
+    yield served
+    engine.release()
+    until(served, lambda: not served.connections())
+    assert memory_of(served).used_bytes == 0
+
+
+@pytest.fixture
+def first(served: Served) -> Iterator[tuple[Client, bytes]]:
+    """A client that has sent most of a body, and the rest of it."""
+    request = large(7)
+    with served.connect() as client:
+        client.send(request[:-5])
+        until(served, lambda: memory_of(served).used_bytes > 0)
+        yield client, request[-5:]
+
+
+def memory_of(served: Served) -> BodyMemory:
+    """Return the server's memory for bodies."""
+    http: Any = served.server.config.http
+    (make,) = [cell.cell_contents for cell in http.__closure__ if hasattr(cell.cell_contents, "args")]
+    memory: BodyMemory = make.args[1]
+    return memory
+
+
+def until(served: Served, condition: Any) -> None:
+    """Look at the server between the steps of its loop until a condition holds."""
+    for _ in range(100_000):
+        if served.call(condition):
+            return
+    raise AssertionError("it never happens")
+
+
+def large(number: int, target: str = GATE, size: int = LARGE) -> bytes:
+    """Return a request whose body, mostly spaces, has about `size` bytes: the number, again and again."""
+    count = size // 1000
+    x = {"name": "x", "shape": [1, count], "datatype": "INT64", "data": []}
+    data = ",".join([" " * 999 + str(number)] * count)
+    return post(target, json.dumps({"inputs": [x]}).replace("[]", f"[{data}]").encode())
+
+
+def doubled(client: Client) -> int:
+    """Return the number in the answer to `large`."""
+    (number,) = set(data_of(client.answer()))
+    assert isinstance(number, int)
+    return number
+
+
+def waiting(served: Served) -> int:
+    count: int = served.call(lambda: sum(one._waits for one in served.connections()))
+    return count
+
+
+def test_a_body_waits_for_the_memory_of_another(served: Served, first: tuple[Client, bytes]) -> None:
+    client, rest = first
+    with served.connect() as second:
+        second.socket.setblocking(False)
+        request = memoryview(large(8))
+        sent = 0
+        with contextlib.suppress(BlockingIOError):
+            while sent < len(request):
+                sent += second.socket.send(request[sent:])
+        until(served, lambda: any(one._waits for one in served.connections()))
+        # Small ones do not wait, on new connections or on that of the first.
+        small = post(GATE, rows_of(5), {"X": "y" * 5000})
+        for _ in range(3):
+            assert data_of(served.ask(small)) == [10]
+        assert waiting(served) == 1
+        client.send(rest)
+        assert doubled(client) == 14
+        second.socket.settimeout(DEADLINE_S)
+        second.send(bytes(request[sent:]))
+        assert doubled(second) == 16
+
+
+def test_another_address_has_its_share(served: Served, first: tuple[Client, bytes]) -> None:
+    with socket.create_connection(
+        ("127.0.0.1", served.server.port), DEADLINE_S, source_address=("127.0.0.2", 0)
+    ) as other:
+        body = b" " * 100_000
+        other.sendall(post(GATE, body))
+        assert other.recv(100).startswith(b"HTTP/1.1 400 ")
+
+
+def test_a_client_that_leaves_gives_its_memory_back(served: Served, first: tuple[Client, bytes]) -> None:
+    client, _ = first
+    with served.connect() as second:
+        request = large(8)
+        second.send(request[:300_000])
+        until(served, lambda: any(one._waits for one in served.connections()))
+        client.close()
+        second.send(request[300_000:])
+        assert doubled(second) == 16
+
+
+def test_one_that_waits_may_leave(served: Served, first: tuple[Client, bytes]) -> None:
+    client, rest = first
+    with served.connect() as second:
+        second.send(large(8)[:300_000])
+        until(served, lambda: any(one._waits for one in served.connections()))
+    client.send(rest)
+    assert doubled(client) == 14
+
+
+@pytest.mark.parametrize("target", ["/v2/models/none/infer", "/nothing"])
+def test_a_refused_body_needs_no_memory(served: Served, first: tuple[Client, bytes], target: str) -> None:
+    with served.connect() as second:
+        second.send(large(8, target))
+        assert second.answer().status == 404
+        assert data_of(second.ask(gate(9))) == [18]
+
+
+def test_bodies_in_a_pipeline(served: Served) -> None:
+    with served.connect() as client:
+        client.send(large(1) + gate(2) + large(3) + large(4))
+        assert [doubled(client) for _ in range(4)] == [2, 4, 6, 8]
+
+
+def test_chunks_that_outgrow_the_memory(served: Served, first: tuple[Client, bytes]) -> None:
+    """A body of unknown length does not wait in the middle."""
+    client, rest = first
+    head = post(GATE, b"", {"Transfer-Encoding": "chunked"}).replace(b"Content-Length: 0\r\n", b"")
+    client.send(rest)
+    assert doubled(client) == 14
+    with served.connect() as chunked:
+        chunked.send(head + b"%x\r\n" % (3 << 20) + b" " * (3 << 19))
+        answer = chunked.answer()
+        assert (answer.status, answer.slug) == (503, "body-memory")
+        assert answer.headers["retry-after"] == "1"
+        assert chunked.closed()
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
+def test_a_body_waits_no_longer_than_it_may_take(fast: bool) -> None:
+    with (
+        gated(fast, body_memory_bytes=MEMORY, receive_timeout_s=0.3) as (served, engine),
+        served.connect() as client,
+        served.connect() as second,
+    ):
+        engine.hold()
+        client.send(large(7))
+        assert engine.began.get(timeout=DEADLINE_S) == [7]
+        second.send(large(8)[:100_000])
+        answer = second.answer()
+        assert (answer.status, answer.slug) == (503, "body-memory")
+        assert second.closed()
+        engine.release()
+        assert doubled(client) == 14
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
+def test_a_body_is_gone_when_it_is_decoded(fast: bool) -> None:
+    """While the request runs, and while its connection is idle."""
+    request = large(7, size=8 << 20)
+    with gated(fast) as (served, engine), served.connect() as client:
+        assert data_of(client.ask(gate(1))) == [2]
+        tracemalloc.start()
+        try:
+            engine.hold()
+            client.send(request)
+            assert engine.began.get(timeout=DEADLINE_S) == [7]
+            assert served.ask(get("/v2/health/live")).status == 200
+            running, peak = served.call(tracemalloc.get_traced_memory)
+            engine.release()
+            assert doubled(client) == 14
+            idle, _ = served.call(tracemalloc.get_traced_memory)
+        finally:
+            tracemalloc.stop()
+    assert peak > 8 << 20
+    assert running < 1 << 20
+    assert idle < 1 << 20
+
+
+# Clients that read slowly
+
+
+class SlowWire:
+    """A transport with bytes that the client has not taken."""
+
+    unsent = 0
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent
+
+
+@pytest.mark.parametrize(
+    ("rate", "stuck_s"),
+    [(0, 30), (1, 30), (LEAST_RATE // 2, 59), (LEAST_RATE, None), (10 * LEAST_RATE, None)],
+)
+async def test_a_client_must_take_its_response_at_a_rate(
+    rate: int, stuck_s: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 100.0
+    monkeypatch.setattr(connection_module, "time", SimpleNamespace(monotonic=lambda: now_s))
+    anything: Any = None
+    wire = SlowWire()
+    connection = Connection(anything, anything, anything, anything, anything)
+    connection.transport = wire
+    size = 40 * LEAST_RATE * 60
+    for second in range(200):
+        now_s = 101.0 + second
+        wire.unsent = max(0, size - rate * second)
+        if connection._is_stuck(30.0):
+            assert stuck_s is not None
+            assert stuck_s <= second <= stuck_s + 2
+            return
+    assert stuck_s is None
