@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime as ort
 
 from cobatch.engines.base import AUTO, Array, Batching, RowShapes, Signature, TensorSpec, available_cores
-from cobatch.engines.errors import EngineLoadError, EngineRunError
+from cobatch.engines.errors import EngineLoadError, EngineRunError, NoBatchAxisError
 from cobatch.engines.proof import prove, settle
 
 _TYPES = {
@@ -114,19 +114,28 @@ class OnnxRuntimeEngine:
             session = ort.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise EngineLoadError(f"ONNX Runtime cannot load {self.path}: {error}") from error
-        self._signature = signature = _read_signature(session, self._batching)
-        self.max_batch_size = signature.fixed_batch or (self.max_batch_size if signature.batching.on else 1)
         self._session = session
-        declared = _has_declared_shapes(session, signature, self.max_batch_size)
-        specs = self._signature.inputs + self._signature.outputs
-        known = all(spec.row_elements >= 0 for spec in self._signature.outputs) and declared
+        try:
+            declared = self._settle(session, self._batching)
+        except NoBatchAxisError as error:
+            if self._batching.verdict != "auto":
+                raise
+            declared = self._settle(session, Batching("disproved", str(error)))
+        signature = self.signature
+        self.max_batch_size = signature.fixed_batch or (self.max_batch_size if signature.batching.on else 1)
+        specs = signature.inputs + signature.outputs
+        known = all(spec.row_elements >= 0 for spec in signature.outputs) and declared
         self._plain = not known or any(spec.datatype == "BYTES" for spec in specs)
         if not self._plain:
             for slot in self._slots:
                 slot.outputs = tuple(
-                    np.zeros((self.max_batch_size, *spec.shape), spec.dtype)
-                    for spec in self._signature.outputs
+                    np.zeros((self.max_batch_size, *spec.shape), spec.dtype) for spec in signature.outputs
                 )
+
+    def _settle(self, session: ort.InferenceSession, batching: Batching) -> bool:
+        """Read the signature; return True if the outputs' shapes are as declared."""
+        self._signature = _read_signature(session, batching)
+        return _has_declared_shapes(session, self._signature, self.max_batch_size)
 
     def close(self) -> None:
         """Free the session and all buffers."""
@@ -252,7 +261,7 @@ def _run(
 def _has_declared_shapes(session: ort.InferenceSession, signature: Signature, max_batch_size: int) -> bool:
     """Run zeros; True if the outputs have the declared row shapes, or the model refuses zeros.
 
-    Raises EngineLoadError if an output's first axis does not count the rows: in a binding such a model would
+    Raises NoBatchAxisError if an output's first axis does not count the rows: in a binding such a model would
     fail without a reason.
     """
     rows = signature.fixed_batch or min(2, max_batch_size)
@@ -267,7 +276,7 @@ def _has_declared_shapes(session: ort.InferenceSession, signature: Signature, ma
         return True
     for spec, output in zip(signature.outputs, outputs, strict=True):
         if spec.batched and output.shape[:1] != (rows,):
-            raise EngineLoadError(
+            raise NoBatchAxisError(
                 f"output {spec.name!r} does not follow the batch axis: {rows} rows gave {list(output.shape)}"
             )
     return all(

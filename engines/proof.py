@@ -83,7 +83,8 @@ def prove(signature: Signature, run: Run, most_rows: int = PROOF_ROWS, *, carefu
     refused = 0
     try:
         if rows == 1:
-            trial.answers(_rows(signature, 1, _ones, 1))
+            for constant in (_ones, _zeros):
+                trial.answers(_rows(signature, 1, constant, 1))
             return Batching("unproven", "each run takes one row")
         for make, size in _attempts(signature, careful):
             if size == _LARGE_SIZE and refused < len(reasons):
@@ -97,8 +98,8 @@ def prove(signature: Signature, run: Run, most_rows: int = PROOF_ROWS, *, carefu
                 return Batching("proven")
             refused += 1
             reasons.append(f"it refuses random inputs: {refusal}")
-        if refused == len(reasons):
-            trial.judge(_rows(signature, rows, _ones, 1), equal=True)
+        if refused == len(reasons) and trial.judge(_rows(signature, rows, _ones, 1), equal=True):
+            trial.judge(_rows(signature, rows, _zeros, 1), equal=True)  # as the warm-up runs them
     except _DisproofError as error:
         return Batching("disproved", str(error))
     return Batching("unproven", reasons[0])
@@ -140,6 +141,8 @@ class _Trial:
             raise _DisproofError(f'{where}; if rows are independent all the same, set batching = "on"')
         if not equal and all(_far(spec, one[:1], one) == 0 for spec, one in self._outputs(together)):
             raise _UndecidedError("all random rows get the same answer")
+        if any(one.dtype.kind == "f" and one.size and np.isnan(one).all() for one in alone):
+            raise _UndecidedError("its answer to a random row is no number")
         return ""
 
     def _refused(self, *answers: list[Array] | str) -> str:
@@ -275,6 +278,10 @@ def _bits(spec: TensorSpec, shape: tuple[int, ...], random: np.random.Generator)
 def _ones(spec: TensorSpec, shape: tuple[int, ...], random: np.random.Generator) -> Array:  # noqa: ARG001
     one = "a" if spec.datatype == "BYTES" else 0x3F80 if spec.datatype == "BF16" else 1
     return np.full(shape, one, spec.dtype)
+
+
+def _zeros(spec: TensorSpec, shape: tuple[int, ...], random: np.random.Generator) -> Array:  # noqa: ARG001
+    return np.full(shape, "" if spec.datatype == "BYTES" else 0, spec.dtype)
 
 
 def _padded(rows: Array, size: int) -> Array:

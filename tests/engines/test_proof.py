@@ -262,15 +262,15 @@ def test_a_proof_takes_three_runs_of_at_most_four_rows() -> None:
 
 
 def test_where_values_are_refused_at_most_six_runs_are_made() -> None:
-    def narrow(x: Array, limit: int) -> Array:
-        if x.max() > limit or (limit == 0 and x.min() < 1):
+    def narrow(x: Array, *, accepted: Sequence[int]) -> Array:
+        if not np.isin(x, accepted).all():
             raise EngineRunError("out of range")
         return x
 
-    runs = Runs(lambda x: narrow(x, 1))
+    runs = Runs(lambda x: narrow(x, accepted=(0, 1)))
     assert prove(INDICES, runs) == Batching("proven")
     assert runs.rows == [4, 4, 1, 3]
-    runs = Runs(lambda x: narrow(x, 0))
+    runs = Runs(lambda x: narrow(x, accepted=(1,)))
     assert prove(INDICES, runs) == Batching("unproven", "it refuses random inputs: out of range")
     assert runs.rows == [4, 4, 4, 1, 3]
 
@@ -297,6 +297,26 @@ def test_images_of_variable_size_are_tried_large_too(tmp_path: Path) -> None:
         [axis_models.constant("kernel", kernel, np.float32)],
     )
     assert verdict(tmp_path, data) == Batching("proven")
+
+
+def test_what_only_the_run_of_two_zeros_shows_is_served_whole(tmp_path: Path) -> None:
+    """Repeats must have as many elements as the data has axes, so four rows and one are refused."""
+    data = models.model(
+        [helper.make_node("Tile", ["x", "repeats"], ["y"])],
+        [("x", FLOAT, ["n", 2]), ("repeats", INT64, ["n"])],
+        [("y", FLOAT, ["m", "k"])],
+    )
+    found = verdict(tmp_path, data)
+    assert found == Batching("disproved", "output 'y' does not follow the batch axis: 2 rows gave [0, 0]")
+
+
+def test_an_answer_that_is_no_number_tells_nothing() -> None:
+    def root(x: Array) -> Array:
+        with np.errstate(invalid="ignore"):
+            return np.asarray(np.sqrt(x) + x.max(axis=0))
+
+    single = Signature((TensorSpec("x", "FP32", (1,)),), (TensorSpec("y", "FP32", (1,)),))
+    assert prove(single, Runs(root)).verdict == "disproved"
 
 
 def test_equal_rows_can_disprove() -> None:
