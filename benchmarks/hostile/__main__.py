@@ -95,8 +95,8 @@ def send(address: str, attack: Attack) -> tuple[int, int]:
     return (int(head[9:12]) if head.startswith(b"HTTP/1.1 ") else 0), size
 
 
-def write_models(folder: Path) -> Path:
-    """Write the attacked models and a configuration that serves them beside *tiny*."""
+def write_models(folder: Path) -> list[str]:
+    """Write the attacked models; return their names."""
 
     def one(name: str, op: str, datatype: int, axes: list[str | int], kept: list[str | int]) -> None:
         x = helper.make_tensor_value_info("x", datatype, axes)
@@ -115,7 +115,12 @@ def write_models(folder: Path) -> Path:
     one("truth", "Identity", TensorProto.BOOL, ["batch", "n"], ["batch", "n"])
     one("any-truth", "Not", TensorProto.BOOL, ["batch", "n"], ["batch", "n"])
     one("text", "Identity", TensorProto.STRING, ["batch", "n"], ["batch", "n"])
-    names = ("width", "sum", "sum-3", "truth", "any-truth", "text")
+    return ["width", "sum", "sum-3", "truth", "any-truth", "text"]
+
+
+def configure(folder: Path) -> Path:
+    """Write the models, and a configuration that serves them beside *tiny*; return its path."""
+    names = write_models(folder)
     tables = [f'[[models]]\npath = "{folder / name}.onnx"\nname = "{name}"\n' for name in names]
     tables.append(f'[[models]]\npath = "{model_path("tiny")}"\n')
     config = folder / "cobatch.toml"
@@ -131,7 +136,7 @@ def main() -> int:
     parser.add_argument("--asgi", action="store_true", help="without the fast path")
     parser.add_argument("--json", type=Path, help="write the lines to this file")
     options = parser.parse_args()
-    config = write_models(OUT / "hostile")
+    config = configure(OUT / "hostile")
     lines = []
     with cobatch(None, None, not options.asgi, config) as server:
         probers = (

@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-JSON_BYTES = 1 << 24
-BODY_BYTES = 1 << 26
 # Just short enough for the event loop's own thread.
 SHORT_BYTES = (1 << 16) - 1
 SHORT_STRINGS_BYTES = (1 << 14) - 1
@@ -20,6 +18,13 @@ STRINGS = 1 << 17
 
 _JSON = {"Content-Type": "application/json"}
 _FORM = {"Content-Type": "multipart/form-data; boundary=aaaaaaaa"}
+
+
+class Sizes(NamedTuple):
+    """The longest bodies. The defaults are the server's limits; tests divide them."""
+
+    json: int = 1 << 24
+    body: int = 1 << 26
 
 
 class Attack(NamedTuple):
@@ -31,14 +36,14 @@ class Attack(NamedTuple):
     body: bytes
 
 
-def attacks() -> Iterator[Attack]:
+def attacks(sizes: Sizes = Sizes()) -> Iterator[Attack]:  # noqa: B008 - immutable
     """Yield all of them, made one at a time."""
-    yield from _v2_json()
-    yield from _v2_binary()
-    yield from _v1()
-    yield from _batch()
-    yield from _compressed()
-    yield from _answers()
+    yield from _v2_json(sizes)
+    yield from _v2_binary(sizes)
+    yield from _v1(sizes)
+    yield from _batch(sizes)
+    yield from _compressed(sizes)
+    yield from _answers(sizes)
 
 
 def _infer(model: str) -> str:
@@ -91,9 +96,9 @@ _ENVELOPES = {
 }
 
 
-def _v2_json() -> Iterator[Attack]:
-    for size in (JSON_BYTES, SHORT_BYTES):
-        short = "" if size == JSON_BYTES else " (short)"
+def _v2_json(sizes: Sizes) -> Iterator[Attack]:
+    for size in (sizes.json, SHORT_BYTES):
+        short = "" if size == sizes.json else " (short)"
         for name, (lead, unit, end) in _NUMBERS.items():
             count = size // len(unit)
             for shape in ("[1,4]", f"[1,{(size - 60 - len(str(count))) // 2}]"):
@@ -104,16 +109,17 @@ def _v2_json() -> Iterator[Attack]:
         yield Attack(f"V2 flags{short}", _infer("truth"), {}, flags)
         for name, (lead, unit, end) in _ENVELOPES.items():
             yield Attack(f"V2: {name}{short}", _infer("width"), {}, _filled(size, lead, unit, end))
-    for size in (JSON_BYTES, SHORT_STRINGS_BYTES):
-        short = "" if size == JSON_BYTES else " (short)"
+    for size in (sizes.json, SHORT_STRINGS_BYTES):
+        short = "" if size == sizes.json else " (short)"
         for name, (lead, unit, end) in _STRINGS.items():
             body = _filled(size, _tensor("BYTES", "[1,4]") + lead, unit, end + "}]}")
             yield Attack(f"V2 strings: {name}{short}", _infer("text"), {}, body)
-    count = (JSON_BYTES - 200) // 2
+    count = (sizes.json - 200) // 2
     data = "[" + "1," * (count - 1) + "1]}]}"
     yield Attack("V2 numbers, valid", _infer("width"), {}, (_tensor("FP32", f"[1,{count}]") + data).encode())
-    rows = "[" + ",".join(["[1,1,1,1]"] * 500_000) + "]}]}"
-    yield Attack("V2 nested, valid", _infer("width"), {}, (_tensor("FP32", "[1,2000000]") + rows).encode())
+    count = sizes.json // 32
+    rows = _tensor("FP32", f"[1,{4 * count}]") + "[" + ",".join(["[1,1,1,1]"] * count) + "]}]}"
+    yield Attack("V2 nested, valid", _infer("width"), {}, rows.encode())
     strings = "[" + ",".join(['"abcdefgh"'] * STRINGS) + "]}]}"
     yield Attack(
         "V2 strings, valid", _infer("text"), {}, (_tensor("BYTES", f"[1,{STRINGS}]") + strings).encode()
@@ -133,8 +139,8 @@ def binary(model: str, datatype: str, shape: list[int], data: bytes, **parameter
     return Attack("", _infer(model), headers, head + data)
 
 
-def _v2_binary() -> Iterator[Attack]:
-    most = BODY_BYTES - 1000
+def _v2_binary(sizes: Sizes) -> Iterator[Attack]:
+    most = sizes.body - 1000
     floats = bytes(most // 4 * 4)
     yield binary("sum", "FP32", [1, len(floats) // 4], floats)._replace(name="binary numbers")
     yield binary("any-truth", "BOOL", [1, most], bytes(most))._replace(name="binary flags")
@@ -150,7 +156,7 @@ def _v2_binary() -> Iterator[Attack]:
     yield binary("text", "BYTES", [1, len(short) // 4], short)._replace(name="binary strings (short)")
     for shape in ([1, 0, 2**29], [1, 2**24, 0]):
         yield binary("sum-3", "FP32", shape, b"")._replace(name=f"binary: {shape}")
-    text = _filled(JSON_BYTES, _tensor("FP32", "[1,4]") + "[", "1,", "1]}]}")
+    text = _filled(sizes.json, _tensor("FP32", "[1,4]") + "[", "1,", "1]}]}")
     yield Attack(
         "binary: long JSON", _infer("width"), {"Inference-Header-Content-Length": str(len(text))}, text
     )
@@ -164,9 +170,9 @@ def _predict(model: str) -> str:
     return f"/v1/models/{model}/predictions"
 
 
-def _v1() -> Iterator[Attack]:
-    for size in (JSON_BYTES, SHORT_STRINGS_BYTES):
-        short = "" if size == JSON_BYTES else " (short)"
+def _v1(sizes: Sizes) -> Iterator[Attack]:
+    for size in (sizes.json, SHORT_STRINGS_BYTES):
+        short = "" if size == sizes.json else " (short)"
         for name, (lead, unit, end) in _NUMBERS.items():
             body = _filled(size, '{"inputs":{"x":' + lead, unit, end + "}}")
             yield Attack(f"/v1 numbers: {name}{short}", _predict("width"), _JSON, body)
@@ -185,18 +191,18 @@ def _v1() -> Iterator[Attack]:
     rows = ",".join(["[1,1,1,1,1,1,1,1]"] * 900)
     body = f'{{"inputs":{{"x":[{rows}]}},"top_k":8}}'.encode()
     yield Attack("/v1 rows with top_k, valid", _predict("width"), _JSON, body)
-    yield from _npy()
-    yield from _forms()
+    yield from _npy(sizes)
+    yield from _forms(sizes)
 
 
-def _npy() -> Iterator[Attack]:
+def _npy(sizes: Sizes) -> Iterator[Attack]:
     def saved(array: np.ndarray[Any, Any]) -> bytes:
         file = io.BytesIO()
         np.save(file, array, allow_pickle=False)
         return file.getvalue()
 
     headers = {"Content-Type": "application/x-npy"}
-    many = (BODY_BYTES - 1000) // 4
+    many = (sizes.body - 1000) // 4
     arrays: dict[str, tuple[str, Callable[[], np.ndarray[Any, Any]]]] = {
         "numbers": ("sum", lambda: np.zeros((1, many), "<f4")),
         "numbers, other order": ("sum", lambda: np.asfortranarray(np.zeros((64, many // 64), ">f4"))),
@@ -208,10 +214,10 @@ def _npy() -> Iterator[Attack]:
         yield Attack(f"/v1 npy: {name}", _predict(model), headers, saved(make()))
 
 
-def _forms() -> Iterator[Attack]:
+def _forms(sizes: Sizes) -> Iterator[Attack]:
     lead = '--aaaaaaaa\r\nContent-Disposition: form-data; name="x"\r\n\r\n'
     end = "\r\n--aaaaaaaa--\r\n"
-    size = BODY_BYTES - 1000
+    size = sizes.body - 1000
     for name, unit in {
         "zeros": "\0",
         "line feeds": "\r\n",
@@ -230,7 +236,7 @@ def _forms() -> Iterator[Attack]:
     )
 
 
-def _batch() -> Iterator[Attack]:
+def _batch(sizes: Sizes) -> Iterator[Attack]:
     def calls(
         count: int, data: str, shape: str = "[1,4]", datatype: str = "FP32", model: str = "width"
     ) -> bytes:
@@ -238,42 +244,43 @@ def _batch() -> Iterator[Attack]:
         item = '{{"id":"{}","method":"POST","url":"' + _infer(model) + '","body":' + "{}}}"
         return ('{"requests":[' + ",".join(item.format(n, body) for n in range(count)) + "]}").encode()
 
-    yield Attack("/batch: items", "/batch", {}, _filled(JSON_BYTES, '{"requests":[', "{},", "{}]}"))
-    yield Attack("/batch: good items", "/batch", {}, calls(60_000, "[1,1,1,1]"))
-    yield Attack("/batch: arrays", "/batch", {}, calls(256, "[" + "[]," * 21_000 + "[]]"))
+    yield Attack("/batch: items", "/batch", {}, _filled(sizes.json, '{"requests":[', "{},", "{}]}"))
+    yield Attack("/batch: good items", "/batch", {}, calls(sizes.json // 280, "[1,1,1,1]"))
+    yield Attack("/batch: arrays", "/batch", {}, calls(256, "[" + "[]," * (sizes.json // 800) + "[]]"))
     yield Attack("/batch: arrays (short)", "/batch", {}, calls(30, "[" + "[]," * 650 + "[]]"))
-    numbers = ",".join(["1"] * 30_000)
-    yield Attack("/batch: long items, valid", "/batch", {}, calls(256, f"[{numbers}]", "[1,30000]"))
+    count = sizes.json // 560
+    numbers = ",".join(["1"] * count)
+    yield Attack("/batch: long items, valid", "/batch", {}, calls(256, f"[{numbers}]", f"[1,{count}]"))
     for name, (lead, unit, end) in _ENVELOPES.items():
-        for size in (JSON_BYTES, 300_000, SHORT_BYTES):
+        for size in (sizes.json, 300_000, SHORT_BYTES):
             start = '{"requests":[{"id":"a","method":"POST","url":"' + _infer("width") + '","body":'
             body = _filled(size, start + lead, unit, end + "}]}")
             yield Attack(f"/batch: {name} ({size})", "/batch", {}, body)
 
 
-def _compressed() -> Iterator[Attack]:
+def _compressed(sizes: Sizes) -> Iterator[Attack]:
     packers: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "deflate": zlib.compress}
     for coding, pack in packers.items():
         headers = {"Content-Encoding": coding}
         bodies = {
-            "empty arrays": _filled(JSON_BYTES, _tensor("BYTES", "[1,4]") + "[", "[],", "[]]}]}"),
-            "integers": _filled(32 << 20, _tensor("FP32", "[1,4]") + "[", "1,", "1]}]}"),
-            "parameters": _filled(BODY_BYTES, *_ENVELOPES["parameters"]),
+            "empty arrays": _filled(sizes.json, _tensor("BYTES", "[1,4]") + "[", "[],", "[]]}]}"),
+            "integers": _filled(2 * sizes.json, _tensor("FP32", "[1,4]") + "[", "1,", "1]}]}"),
+            "parameters": _filled(sizes.body, *_ENVELOPES["parameters"]),
         }
         for name, body in bodies.items():
             yield Attack(f"{coding}: {name}", _infer("text"), headers, pack(body))
-        text = binary("text", "BYTES", [1, 1 << 24], bytes(BODY_BYTES))
+        text = binary("text", "BYTES", [1, sizes.body // 4], bytes(sizes.body))
         packed = text._replace(
             headers=text.headers | headers, body=pack(text.body), name=f"{coding}: strings"
         )
         yield packed
-        noise = np.random.default_rng(0).bytes(BODY_BYTES - 1000)
+        noise = np.random.default_rng(0).bytes(sizes.body - 1000)
         sent = binary("sum", "FP32", [1, len(noise) // 4], noise)
         yield sent._replace(headers=sent.headers | headers, body=pack(sent.body), name=f"{coding}: noise")
 
 
-def _answers() -> Iterator[Attack]:
-    noise = np.random.default_rng(0).random(15 << 20, np.float32)
+def _answers(sizes: Sizes) -> Iterator[Attack]:
+    noise = np.random.default_rng(0).random(sizes.body * 15 // 64, np.float32)
     gzipped = {"Accept-Encoding": "gzip"}
     for rows in (1, 1000):
         shape = [rows, len(noise) // rows]
@@ -286,6 +293,6 @@ def _answers() -> Iterator[Attack]:
     headers = {"Content-Type": "application/octet-stream"}
     yield Attack("answer: /v1", _predict("width"), headers, noise.tobytes())
     yield Attack("answer: /v1, top_k", f"{_predict('width')}?top_k=1000000", headers, noise.tobytes())
-    small = noise[: 4 << 20].tobytes()
-    sent = binary("width", "FP32", [1, 4 << 20], small)
+    small = noise[: sizes.body // 16].tobytes()
+    sent = binary("width", "FP32", [1, sizes.body // 16], small)
     yield sent._replace(name="answer: JSON of 4 million, gzip", headers=sent.headers | gzipped)
