@@ -59,7 +59,8 @@ class TensorSpec:
 
     With batching off (`batched` is False) a row is the whole tensor, and so is `shape`. `ranges`: pairs of
     the smallest and largest row shape that the engine accepts; a row must lie within one pair. If empty, only
-    `shape` restricts rows.
+    `shape` restricts rows. `axis_names`: the model's names of the axes, "" for none; axes of one name are
+    equally long.
     """
 
     name: str
@@ -67,6 +68,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     ranges: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
     batched: bool = True
+    axis_names: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -159,7 +161,10 @@ def batched_signature(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec
             )
 
     def by_rows(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-        return tuple(replace(spec, shape=spec.shape[1:], batched=True) for spec in specs)
+        return tuple(
+            replace(spec, shape=spec.shape[1:], batched=True, axis_names=spec.axis_names[1:])
+            for spec in specs
+        )
 
     return Signature(by_rows(inputs), by_rows(outputs), None if fixed == -1 else fixed)
 

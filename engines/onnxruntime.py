@@ -330,4 +330,5 @@ def _spec(kind: str, node: ort.NodeArg) -> TensorSpec:
     if datatype is None:
         raise EngineLoadError(f"{kind} {node.name!r} has type {node.type}, which is not supported")
     shape = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape)
-    return TensorSpec(node.name, datatype, shape, batched=False)
+    names = tuple(size if isinstance(size, str) else "" for size in node.shape)
+    return TensorSpec(node.name, datatype, shape, batched=False, axis_names=names)

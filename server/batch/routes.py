@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Hashable, Sequence
 from functools import partial
+from math import prod
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -298,7 +299,7 @@ class InferBundle(Bundle):
         one.batch, one.error, one.enqueued_s = self.batch, self.error, self.enqueued_s
         one.first_row = self.first_row
         outputs = () if self.batch is None or self.error is not None else self.batch.outputs
-        if self.rows * sum(output[0].size for output in outputs) > LONG_ELEMENTS:
+        if self.rows * sum(prod(output.shape[1:]) for output in outputs) > LONG_ELEMENTS:
             one.batch, one.first_row = detached(self, range(len(outputs))).batch, 0
             in_pieces(self._encode, one).add_done_callback(lambda encoded: self._answer(encoded.result()))
         else:

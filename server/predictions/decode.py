@@ -189,6 +189,7 @@ def _read_inputs(
         rows = shape[0]
     if decoder.padder is not None:
         decoder.padder.add_masks(rows, row_shapes, payloads)
+    decoder.output_sizes.check(rows, row_shapes)
     return rows, tuple(row_shapes), payloads
 
 

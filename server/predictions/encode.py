@@ -6,6 +6,7 @@ is text from then on: the text that is kept is the text that is sent.
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from math import prod
 from typing import Any, NamedTuple
 
 import msgspec
@@ -152,7 +153,8 @@ def _with_nulls(values: Array, missing: Ranges, encode: Callable[[Array], list[b
 def elements(wanted: WantedOutputs, request: Request) -> int:
     """Count the elements of a request's wanted outputs."""
     assert request.batch is not None
-    return sum(request.batch.outputs[index][0].size * request.rows for index, _ in wanted)
+    outputs = request.batch.outputs
+    return sum(prod(outputs[index].shape[1:]) * request.rows for index, _ in wanted)
 
 
 def _top(values: Array, count: int) -> list[bytes]:

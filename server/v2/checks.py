@@ -13,6 +13,7 @@ from cobatch.server.http.problem import Problem
 
 # Of the other axes of a tensor without elements, which no data bounds: a model's outputs can have them too.
 _MAX_EMPTY_BYTES = 1 << 26
+_MAX_OUTPUT_BYTES = 1 << 30
 # Each element is a Python object, and engines take them one by one.
 MAX_STRINGS = 1 << 17
 
@@ -79,6 +80,36 @@ def check_strings(spec: TensorSpec, elements: int) -> None:
     if elements > MAX_STRINGS:
         detail = f"input {spec.name!r} has {elements} elements; a BYTES tensor may have {MAX_STRINGS}"
         raise Problem("too-many-elements", detail, tensor=spec.name, limit=MAX_STRINGS)
+
+
+class OutputSizes:
+    """The sizes of a model's outputs, if all their variable axes have the names of inputs' axes."""
+
+    def __init__(self, signature: Signature) -> None:
+        inputs = {
+            name: (index, axis)
+            for index, spec in enumerate(signature.inputs)
+            for axis, name in enumerate(spec.axis_names)
+            if name
+        }
+        # Of each output its spec, its elements without variable axes, and where these are among the inputs.
+        self._known = []
+        for spec in signature.outputs:
+            names = [name for size, name in zip(spec.shape, spec.axis_names, strict=False) if size == -1]
+            if names and all(name in inputs for name in names):
+                fixed = prod(size for size in spec.shape if size != -1)
+                self._known.append((spec, fixed, [inputs[name] for name in names]))
+
+    def check(self, rows: int, row_shapes: Sequence[tuple[int, ...]]) -> None:
+        """Raise Problem if an output of these rows would be too large."""
+        for spec, fixed, axes in self._known:
+            output_bytes = rows * fixed * prod(row_shapes[index][axis] for index, axis in axes)
+            output_bytes *= spec.dtype.itemsize
+            if output_bytes > _MAX_OUTPUT_BYTES:
+                detail = (
+                    f"output {spec.name!r} would have {output_bytes} bytes, the limit is {_MAX_OUTPUT_BYTES}"
+                )
+                raise Problem("wrong-shape", detail, tensor=spec.name, limit=_MAX_OUTPUT_BYTES)
 
 
 def wrong_shape(spec: TensorSpec, shape: list[int], why: str | None = None) -> Problem:

@@ -17,7 +17,7 @@ from cobatch.batcher.rows.padding import Padder
 from cobatch.engines.base import RowShapes, Signature
 from cobatch.server.http.problem import Problem, from_error
 from cobatch.server.v2.binary import cut_tail, read_binary, read_raw
-from cobatch.server.v2.checks import TensorNames, check_tensor, wrong_shape
+from cobatch.server.v2.checks import OutputSizes, TensorNames, check_tensor, wrong_shape
 from cobatch.server.v2.json_data import JsonReader
 from cobatch.server.v2.long_json import ENVELOPE_BYTES, LongValue, cut, marked
 from cobatch.server.v2.messages import Body, InferMessage, InputTensor, Parameters, Parsed
@@ -56,6 +56,7 @@ class Decoder:
         self.padder = padder
         self.names = TensorNames(signature, padder)
         self.required = self.names.required
+        self.output_sizes = OutputSizes(signature)
         self.readers = tuple(JsonReader(spec) for spec in signature.inputs)
         self._max_rows = max_rows
         self._specs = signature.inputs
@@ -153,6 +154,7 @@ class Decoder:
         row_shapes[index], payloads[index] = read_raw(required[0], body)
         if self.padder is not None:
             self.padder.add_masks(1, row_shapes, payloads)
+        self.output_sizes.check(1, row_shapes)
         return Decoded(1, tuple(row_shapes), payloads, None, self._all_binary)
 
     def _read_inputs(self, parsed: Parsed) -> tuple[int, RowShapes, Sequence[Payload]]:
@@ -198,6 +200,7 @@ class Decoder:
             return rows, self.row_shapes, payloads
         if self.padder is not None:
             self.padder.add_masks(rows, row_shapes, payloads)
+        self.output_sizes.check(rows, row_shapes)
         return rows, tuple(row_shapes), payloads
 
     def _wanted(self, message: InferMessage) -> WantedOutputs:

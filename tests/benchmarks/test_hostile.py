@@ -21,7 +21,11 @@ SIZES = Sizes(json=1 << 17, body=1 << 19)
 async def test_no_body_is_a_servers_error(tmp_path: Path) -> None:
     names = write_models(tmp_path)
     settings = [ModelSettings(path=str(tmp_path / f"{name}.onnx"), threads=1) for name in names]
-    limits: dict[str, Any] = {"max_json_bytes": SIZES.json, "max_body_bytes": SIZES.body, "compress_min_bytes": 1000}
+    limits: dict[str, Any] = {
+        "max_json_bytes": SIZES.json,
+        "max_body_bytes": SIZES.body,
+        "compress_min_bytes": 1000,
+    }
     wrong = []
     seen = set()
     async with in_process(*settings, **limits) as running:

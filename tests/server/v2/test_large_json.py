@@ -257,6 +257,25 @@ def test_strings_are_counted() -> None:
             assert problem is None or problem.value.kind.slug == "too-many-elements"
 
 
+def test_outputs_are_foreseen_from_the_names_of_axes() -> None:
+    x = TensorSpec("x", "FP32", (-1, 4), axis_names=("n", ""))
+    y = TensorSpec("y", "FP32", (-1, -1), axis_names=("n", "n"))
+    z = TensorSpec("z", "FP32", (-1, -1), axis_names=("n", "other"))
+    for output, rows, n, refused in (
+        (y, 1, 2**14, False),
+        (y, 1, 2**14 + 1, True),
+        (y, 4, 2**13 + 1, True),
+        (z, 1, 2**15, False),
+    ):
+        decoder = Decoder(Signature((x,), (output,)), 1000)
+        tensor = {"name": "x", "shape": [rows, n, 4], "datatype": "FP32"}
+        data = bytes(rows * n * 16)
+        message = {"inputs": [tensor | {"parameters": {"binary_data_size": len(data)}}]}
+        header = json.dumps(message).encode()
+        with pytest.raises(Problem, match="would have") if refused else contextlib.nullcontext():
+            decoder.decode(header + data, len(header))
+
+
 @pytest.mark.parametrize("shape", [[1, 0, 2**29], [1, 2**29, 0], [2**29, 0, 1], [1, 0, 2**24 + 1]])
 def test_empty_axes_count_like_full_ones(shape: list[int]) -> None:
     spec = TensorSpec("x", "FP32", (-1, -1))
