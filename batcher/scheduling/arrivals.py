@@ -77,13 +77,13 @@ class ClosedLoopEstimator:
         returns_s = sorted(self._returns_s)
         wait_s = returns_s[-2] + tuning.TIMER_S  # one may have been held up
         rows = min(full_rows, queued + round(self._ends[-1][1] * self._rows_per_answer))
-        run_s = run_times.expected_s(rows)
+        run_s = run_times.mean_s(rows)
         most_s = run_s * tuning.MOST_WAIT
         if wait_s > most_s:
             return None
         # One run of all rows after a wait, or two runs without one. If nothing is queued yet, the first
         # request to come would leave with some of the others.
         now_rows = queued or max(1, rows // 2)
-        two_s = run_times.expected_s(now_rows) + run_times.expected_s(max(1, rows - now_rows)) + self._idle_s
+        two_s = run_times.mean_s(now_rows) + run_times.mean_s(max(1, rows - now_rows)) + self._idle_s
         gain = two_s / (run_s + returns_s[tuning.RETURNS_SEEN // 2])
         return (rows, min(wait_s * tuning.RETURN_MARGIN, most_s)) if gain > tuning.WAIT_GAIN else None

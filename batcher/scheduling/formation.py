@@ -71,7 +71,7 @@ class BatchFormation:
         # A deadline after this does not keep the batch from growing.
         self._limit_s = -inf
         if plan is not None:
-            self._limit_s = plan.start_s + plan.run_times.high_s(min(most_rows, group.rows))
+            self._limit_s = plan.start_s + plan.run_times.planned_s(min(most_rows, group.rows))
 
     def form(self) -> FormedBatch:
         """Take the batch out of the queue."""
@@ -119,7 +119,7 @@ class BatchFormation:
 
     def _would_make_late(self, rows: int, plan: StartPlan) -> bool:
         tightest_s = self._tightest_s
-        return tightest_s < self._limit_s and tightest_s < plan.start_s + plan.run_times.high_s(rows)
+        return tightest_s < self._limit_s and tightest_s < plan.start_s + plan.run_times.planned_s(rows)
 
     def _is_late(self, request: Request, flow: Flow, plan: StartPlan) -> bool:
         """Return whether a request is dropped; if not, the batch may not grow past its deadline."""
@@ -144,12 +144,12 @@ class BatchFormation:
             return True
         queue, most_rows, rows = self._queue, self._most_rows, self._rows
         full = min(most_rows, queue.full_rows)
-        if rows + flow.rows - request.rows >= full and left_s < run_times.high_s(full):
+        if rows + flow.rows - request.rows >= full and left_s < run_times.planned_s(full):
             return True
         if not plan.overloaded or request.timeout_s is None or queue.shares.is_light(flow.share, queue.rows):
             return False
         target = min(most_rows, rows + flow.group.rows)
-        fair_s = min(run_times.high_s(target), request.timeout_s * TIME_LEFT)
+        fair_s = min(run_times.planned_s(target), request.timeout_s * TIME_LEFT)
         if left_s >= fair_s:
             return False
         small, fair = run_times.most_rows(left_s, target), run_times.most_rows(fair_s, target)

@@ -2,13 +2,25 @@
 
 **By rows.** The time of a batch is predictable from its size, and the last few runs predict the next
 (Clipper, Crankshaw et al., NSDI 2017; Clockwork, Gujarati et al., OSDI 2020). For each bucket of sizes (1, 2,
-3-4, 5-8, ...) the last runs are kept, seeded by the warm-up. Their median is the expected time, their 95th
-percentile is used where a deadline depends on it. Times between buckets are interpolated and never fall as
-rows grow.
+3-4, 5-8, ...) the last runs are kept, seeded by the warm-up. Their median is the expected time. The time to
+plan a deadline with is the one with the largest ratio of runs within it to its length: a longer one makes
+batches smaller, a shorter one makes more of them late. Times between buckets are interpolated, and made to
+grow with the rows.
+
+**The mean.** A run that stalls costs a whole run, whatever its rows. Runs are renewals, so the rows per
+second of a size are its rows divided by the *mean* time of a run (docs/scheduling.md), and the sizes of
+batches follow from means. Few runs have most of the tail, so the mean excess over the median is averaged
+over hundreds of runs, where the median follows a change within 16; a size with few runs has the excess of
+all sizes.
+
+**Spacing.** Where stalls take much of the engine's time, running at once what little is queued makes more
+runs, so more stalls. If batches leave at least T apart, a request waits for E[C^2] / 2 E[C] on average, C
+being the longer of T and a run, and that is least where T = E[C^2] / 2 E[C]: with the excess X over the
+median, T = sqrt(E[X]^2 + E[X^2]) - E[X].
 
 **The full size.** On GPUs and wide CPU models a row gets cheaper the more rows share a run. On others it does
 not (Magika on one core: 10 ms for one row, 84 ms for eight), and a larger batch only makes requests wait for
-each other. Clipper searches for the size by additive increase; here it is read off the measured times.
+each other. Clipper searches for the size by additive increase; here it is read off the mean times.
 
 **By shape.** Longer rows cost more. One curve by rows is learned, and for each shape a factor: the ratio of
 its run times to those of the first shape that was seen. A shape that has not run has factor 1.
@@ -17,7 +29,7 @@ its run times to those of the first shape that was seen. A shape that has not ru
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping
-from math import inf
+from math import inf, sqrt
 from typing import Protocol
 
 from cobatch.batcher.scheduling import tuning
@@ -45,7 +57,9 @@ class RunTimes(Protocol):
 
     def expected_s(self, rows: int) -> float: ...
 
-    def high_s(self, rows: int) -> float: ...
+    def mean_s(self, rows: int) -> float: ...
+
+    def planned_s(self, rows: int) -> float: ...
 
     def most_rows(self, budget_s: float, most: int) -> int: ...
 
@@ -55,16 +69,22 @@ class RunTimes(Protocol):
 class _Bucket:
     """The runs of one range of sizes. `rows` is their mean size."""
 
-    __slots__ = ("expected_s", "high_s", "new", "observed", "rows", "runs", "seed_rows", "seed_s", "stale_s")
+    __slots__ = (
+        "count", "excess_s", "expected_s", "known", "new", "observed", "planned_s", "rows", "runs",
+        "seed_rows", "seed_s", "stale_s",
+    )  # fmt: skip
 
     def __init__(self, rows: int, seed_s: float | None = None) -> None:
+        self.count = 0  # runs
+        self.new = 0  # of them since the last look
+        # The sum of what runs took beyond the expected time, and their number, older ones counting less.
+        self.excess_s = self.known = 0.0
         self.rows = float(rows)
         self.seed_rows = rows
         self.seed_s = seed_s
         self.stale_s = tuning.STALE_S
         self.observed = False
-        self.new = False
-        self.expected_s = self.high_s = seed_s or 0.0
+        self.expected_s = self.planned_s = seed_s or 0.0
         self.runs: deque[tuple[float, int, float]] = deque(maxlen=tuning.RUNS_KEPT)  # when, rows, seconds
         self._sow()
 
@@ -77,29 +97,57 @@ class _Bucket:
         """Return to the warm-up's measurement, if there is one."""
         if self.seed_s is not None:
             self.observed = False
+            self.excess_s = self.known = 0.0
+            self.count = self.new = 0
             self.stale_s = min(2 * self.stale_s, tuning.MOST_STALE_S)
             self.rows = float(self.seed_rows)
             self.runs.clear()
             self._sow()
 
-    def learn(self, now_s: float, more_row_s: float) -> None:
+    def learn(self, now_s: float, more_row_s: float) -> list[float]:
         """Take in new runs; `more_row_s` is the cost of one more row at about this size.
 
-        Runs are compared at their mean size. Otherwise the larger ones would make the high quantile, and the
-        median of the times would not belong to the mean of the rows.
+        Return the excess over the expected time of new runs, but for the last ones: they may be the first
+        ones after a change.
         """
-        runs = self.runs
-        self.new = False
+        runs, recent = self.runs, tuning.RUNS_RECENT
         self.observed = True
         while len(runs) > tuning.ALWAYS_KEPT and runs[0][0] < now_s - tuning.MEMORY_S:
             runs.popleft()
+        times = self._times_s(more_row_s)
+        earlier, last = sorted(times[:-recent]), sorted(times[-recent:])
+        quarter = len(earlier) // 4
+        if len(earlier) >= recent and not earlier[quarter] <= last[recent // 2] <= earlier[-1 - quarter]:
+            # No chance result: what ran before ran under other circumstances.
+            for _ in earlier:
+                runs.popleft()
+            times = self._times_s(more_row_s)
+            earlier, last = [], sorted(times)
+        ascending = sorted(earlier + last)
+        self.expected_s = expected_s = ascending[len(times) // 2]
+        self.planned_s = time_to_plan_s(ascending)
+        end = max(0, len(times) - recent)
+        begin = max(end - self.new, len(times) - self.count, 0)
+        self.new = 0
+        return [time_s - expected_s for time_s in times[begin:end]]
+
+    def _times_s(self, more_row_s: float) -> list[float]:
+        """Return the runs' times at their mean size. Otherwise the larger ones would be the slow ones, and
+        the median of the times would not belong to the mean of the rows."""
+        runs, first = self.runs, self.runs[0][1]
+        if all(run[1] == first for run in runs):
+            self.rows = float(first)
+            return [run[2] for run in runs]
         self.rows = mean = sum([run[1] for run in runs]) / len(runs)
         # A larger run is never scaled below its proportional part: a run of no rows costs at least nothing.
-        times = sorted(
-            [max(s + (mean - rows) * more_row_s, s * min(1.0, mean / rows)) for _, rows, s in runs]
-        )
-        self.expected_s = times[len(times) // 2]
-        self.high_s = times[min(len(times) - 1, int(len(times) * tuning.HIGH_QUANTILE))]
+        return [max(s + (mean - rows) * more_row_s, s * min(1.0, mean / rows)) for _, rows, s in runs]
+
+
+def time_to_plan_s(times_s: list[float]) -> float:
+    """Return, of ascending measured times from the median on, the one with the most runs for its length."""
+    half = len(times_s) // 2
+    worth = [number / (time_s + 1e-9) for number, time_s in enumerate(times_s[half:], half + 1)]
+    return times_s[half + worth.index(max(worth))]
 
 
 class RunTimeModel:
@@ -107,7 +155,8 @@ class RunTimeModel:
 
     `seed_us` maps rows to microseconds measured by the warm-up; without any, a run is taken to cost a
     millisecond at any size. Growing a batch pays up to `full_rows`, in overload up to `overloaded_rows`.
-    `row_s` are the seconds per row in a full batch.
+    `row_s` are the mean seconds per row in a full batch. `spacing_s`: batches that are not full should leave
+    this far apart; 0 where runs hardly stall.
     """
 
     def __init__(self, max_batch_size: int, seed_us: Mapping[int, float]) -> None:
@@ -116,11 +165,15 @@ class RunTimeModel:
         self._rows: list[float] = []
         self._known_s: dict[int, float] = {}
         self._expected_s: list[float] = []
-        self._high_s: list[float] = []
+        self._planned_s: list[float] = []
         self.full_rows = 0
         self.overloaded_rows = 0
         self.row_s = 0.0
         self._learned_s = -inf
+        self.spacing_s = 0.0
+        # Over all sizes: the mean excess of a run, the sum of its squares, and the number of runs.
+        self._excess_s = self._excess_s2 = self._known = 0.0
+        self._mean_s: list[float] = []
         for rows, run_us in sorted(seed_us.items()) or [(max_batch_size, 1000.0)]:
             self._buckets[(rows - 1).bit_length()] = _Bucket(rows, run_us / 1e6)
         self._refresh()
@@ -130,54 +183,74 @@ class RunTimeModel:
     def observe(self, rows: int, run_s: float, now_s: float) -> bool:
         """Add a run that ended at `now_s`; return whether the curves changed.
 
-        They change a few times a second at most, and at once where a size has never run.
+        They change at most 20 times a second, and after the first, second, fourth ... run of a size.
         """
         number = (rows - 1).bit_length()
         bucket = self._buckets.get(number)
         if bucket is None:
             bucket = self._buckets[number] = _Bucket(rows)
         bucket.runs.append((now_s, rows, run_s))
-        bucket.new = True
-        if bucket.observed and now_s < self._learned_s + tuning.LEARN_S:
+        bucket.new += 1
+        bucket.count += 1
+        if bucket.count & (bucket.count - 1) and now_s < self._learned_s + tuning.LEARN_S:
             return False
-        self._learned_s = now_s
         for number, each in self._buckets.items():
             if each.new:
-                each.learn(now_s, self._more_row_s(number))
-        self._adapt_seeds(bucket.expected_s / _interpolated(*self._seeds, bucket.rows), now_s)
+                self._learn_excess(each, each.learn(now_s, self._more_row_s(number)))
+        self._learned_s = now_s
+        self._adapt_seeds(now_s)
         self._refresh()
         return True
+
+    def _learn_excess(self, bucket: _Bucket, excess_s: list[float]) -> None:
+        """Average how much longer runs take than expected. One run at most doubles the mean of its size."""
+        most_s = self._mean_of(bucket) * (bucket.known + tuning.MEAN_PRIOR)
+        fade = tuning.MEAN_RUNS / (tuning.MEAN_RUNS + len(excess_s))
+        for each in self._buckets.values():
+            each.excess_s *= fade
+            each.known *= fade
+        limited_s = [min(one_s, most_s) for one_s in excess_s]
+        bucket.excess_s += sum(limited_s)
+        bucket.known += len(limited_s)
+        self._excess_s2 = self._excess_s2 * fade + sum([one_s * one_s for one_s in limited_s])
 
     def _more_row_s(self, number: int) -> float:
         low, high = (1 << number) // 2, 1 << number
         return (self.expected_s(high) - self.expected_s(low)) / (high - low) if low else 0.0
 
-    def _adapt_seeds(self, drift: float, now_s: float) -> None:
+    def _drift(self) -> float:
+        """Return how many times longer than in the warm-up runs take now, over the sizes that have run."""
+        ran = [one for one in self._buckets.values() if one.observed]
+        ratios = [len(one.runs) * one.expected_s / _interpolated(*self._seeds, one.rows) for one in ran]
+        return sum(ratios) / sum([len(one.runs) for one in ran])
+
+    def _adapt_seeds(self, now_s: float) -> None:
         """Scale the times of sizes that have not run since the warm-up, which had the machine to itself: else
         they would look better than sizes that are used. A size above the full one that has not run for long
         returns to its seed: if it was slow while the machine was held up, it would never be tried again."""
+        drift = self._drift()
         for bucket in self._buckets.values():
             unused = bucket.observed and bucket.rows > self.full_rows
             if unused and bucket.runs[-1][0] < now_s - bucket.stale_s:
                 bucket.forget()
             if not bucket.observed and bucket.seed_s is not None:
-                bucket.expected_s = bucket.high_s = bucket.seed_s * drift
+                bucket.expected_s = bucket.planned_s = bucket.seed_s * drift
 
     def _refresh(self) -> None:
-        """Recompute the curves through the buckets, made monotone, and the full size."""
-        nodes = sorted([(one.rows, one.expected_s, one.high_s) for one in self._buckets.values()])
-        self._rows = [node[0] for node in nodes]
+        """Recompute the curves through the buckets, and what follows from them."""
+        buckets = sorted(self._buckets.values(), key=lambda one: one.rows)
+        self._rows = [one.rows for one in buckets]
+        self._known = tuning.MEAN_PRIOR + sum([one.known for one in buckets])
+        self._excess_s = sum([one.excess_s for one in buckets]) / self._known
         self._known_s.clear()
-        self._expected_s, self._high_s = [], []
-        expected_s = high_s = 0.0
-        for _, expected, high in nodes:
-            expected_s, high_s = max(expected_s, expected), max(high_s, high)
-            self._expected_s.append(expected_s)
-            self._high_s.append(high_s)
+        weights = [len(one.runs) for one in buckets]
+        self._expected_s = monotone([one.expected_s for one in buckets], weights)
+        self._planned_s = monotone([one.planned_s for one in buckets], weights)
+        self._mean_s = monotone([self._mean_of(one) for one in buckets], weights)
         # At the buckets' upper ends: their means follow the batches that were made, and a size chosen by
         # them would creep.
         largest = max(self._buckets)
-        run_us = {n: self.expected_s(n) * 1e6 for n in (min(1 << b, self._most) for b in range(largest + 1))}
+        run_us = {n: self.mean_s(n) * 1e6 for n in (min(1 << b, self._most) for b in range(largest + 1))}
         per_row = _per_row(run_us)
         full_rows, now = efficient_rows(run_us, self._most), self.full_rows
         now_us = per_row.get(now, inf)
@@ -187,7 +260,19 @@ class RunTimeModel:
         self.overloaded_rows = max(
             self.full_rows, efficient_rows(run_us, self._most, tuning.NEAR_BEST_OVERLOADED)
         )
-        self.row_s = self.expected_s(self.full_rows) / self.full_rows
+        self.row_s = self.mean_s(self.full_rows) / self.full_rows
+        spacing_s = sqrt(self._excess_s**2 + self._excess_s2 / self._known) - self._excess_s
+        self.spacing_s = spacing_s if spacing_s > tuning.STALLING * self.expected_s(1) else 0.0
+
+    def _mean_of(self, bucket: _Bucket) -> float:
+        """Return the mean time of a run, with the excess of all sizes until enough runs tell its own."""
+        prior = tuning.MEAN_PRIOR
+        excess_s = (bucket.excess_s + prior * self._excess_s) / (bucket.known + prior)
+        return bucket.expected_s + max(excess_s, -bucket.expected_s / 2)
+
+    def mean_s(self, rows: int) -> float:
+        """Return the mean time."""
+        return _interpolated(self._rows, self._mean_s, rows)
 
     def expected_s(self, rows: int) -> float:
         """Return the median time."""
@@ -196,9 +281,9 @@ class RunTimeModel:
             known_s = self._known_s[rows] = _interpolated(self._rows, self._expected_s, rows)
         return known_s
 
-    def high_s(self, rows: int) -> float:
-        """Return the 95th percentile; beyond the largest size that ran, the steeper of both curves."""
-        return max(_interpolated(self._rows, self._high_s, rows), self.expected_s(rows))
+    def planned_s(self, rows: int) -> float:
+        """Return the time to plan a deadline with."""
+        return max(_interpolated(self._rows, self._planned_s, rows), self.expected_s(rows))
 
     def ran_s(self, rows: int) -> float:
         """Return when a run of about this size last ended, -inf if none has."""
@@ -206,14 +291,28 @@ class RunTimeModel:
         return -inf if bucket is None or not bucket.runs else bucket.runs[-1][0]
 
     def most_rows(self, budget_s: float, most: int) -> int:
-        """Return the largest batch, up to `most` rows, whose 95th percentile is in the budget; or 0."""
-        if self.high_s(most) <= budget_s:
+        """Return the largest batch, up to `most` rows, whose planned time is in the budget; or 0."""
+        if self.planned_s(most) <= budget_s:
             return most
         low, high = 0, most
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self.high_s(middle) <= budget_s else (low, middle)
+            low, high = (middle, high) if self.planned_s(middle) <= budget_s else (low, middle)
         return low
+
+
+def monotone(values: list[float], weights: list[int]) -> list[float]:
+    """Return the ascending values that are nearest in weighted squares: neighbours in the wrong order are
+    averaged (isotonic regression by pooling adjacent violators). So a size of few runs yields to others."""
+    pools: list[tuple[float, float, int]] = []  # value, weight, length
+    for value, weight in zip(values, weights, strict=True):
+        pool = (value, float(weight), 1)
+        while pools and pools[-1][0] >= pool[0]:
+            before, known, length = pools.pop()
+            total = known + pool[1]
+            pool = ((before * known + pool[0] * pool[1]) / total, total, length + pool[2])
+        pools.append(pool)
+    return [value for value, _, length in pools for _ in range(length)]
 
 
 def _interpolated(sizes: list[float], times_s: list[float], rows: float) -> float:
@@ -243,8 +342,11 @@ class _ScaledRunTimes:
     def expected_s(self, rows: int) -> float:
         return self._model.expected_s(rows) * self.factor
 
-    def high_s(self, rows: int) -> float:
-        return self._model.high_s(rows) * self.factor
+    def mean_s(self, rows: int) -> float:
+        return self._model.mean_s(rows) * self.factor
+
+    def planned_s(self, rows: int) -> float:
+        return self._model.planned_s(rows) * self.factor
 
     def most_rows(self, budget_s: float, most: int) -> int:
         return self._model.most_rows(budget_s / self.factor, most)
@@ -287,5 +389,6 @@ class ShapeRunTimes:
             scaled = self._shapes[row_shapes] = _ScaledRunTimes(self._model, ratio)
         scaled.last_s = now_s
         usual = abs(ratio - scaled.factor) < tuning.AS_EXPECTED * scaled.factor
-        scaled.factor += (ratio - scaled.factor) * tuning.SHAPE_GAIN
+        # A run that stalled says little about its shape.
+        scaled.factor += min(ratio - scaled.factor, scaled.factor) * tuning.SHAPE_GAIN
         return usual and self._model.observe(rows, run_s / scaled.factor, now_s)

@@ -20,11 +20,13 @@ from cobatch.batcher.scheduling.queue import RequestQueue
 from cobatch.batcher.scheduling.run_times import RunTimeModel, ShapeRunTimes
 from cobatch.batcher.scheduling.suspects import Suspects
 from cobatch.batcher.scheduling.tuning import (
+    BACKLOG,
     LEAD_S,
     LONE_BATCHES,
     LONG_RUN_S,
     OTHERS_S,
     OVERHEAD_GAIN,
+    PEAK_DECAY,
     SHORT_RUN_S,
 )
 from cobatch.batcher.statistics import Counters
@@ -93,6 +95,8 @@ class Scheduler:
         self._was_short = False  # the last batch, for the sake of a light tenant
         self._formed_s = -inf  # when the last batch without suspects left
         self.lone = False  # the next request will probably have no other right behind it
+        self._peak_rows = 0.0  # queued when a batch was formed, decaying
+        self._backlogged = 0  # batches in a row that left a long queue
         self._lone_batches = 0  # in a row, of one request with none behind it
         self.learn()
 
@@ -192,20 +196,22 @@ class Scheduler:
         if queue.rows:
             run_times = self.shape_times.of(queue.next_group.row_shapes)
             # With a margin for late timers: when only the run is left, a request is removed.
-            now.run_s = run_times.high_s(min(queue.rows, queue.full_rows)) + LEAD_S
+            now.run_s = run_times.planned_s(min(queue.rows, queue.full_rows)) + LEAD_S
         if self._max_delay_s:
             now.rows_per_s = self._rate.per_s(now.time_s, self.counters.accepted)
 
     def _form(self, queue: RequestQueue, group: Group, reason: str, start_s: float) -> Dispatch:
         """Form a batch of the group that would start at `start_s`."""
         most_rows, plan = queue.full_rows, None
+        if self.run_times.spacing_s:
+            self._peak_rows = max(queue.rows, self._peak_rows * (1 - PEAK_DECAY))
         if queue.deadlines:
             missed = self.counters.missed_deadlines
             self._overloaded = missed != self._missed
             self._missed = missed
             plan = StartPlan(start_s, self.shape_times.of(group.row_shapes), self._overloaded)
-            if self._overloaded and self._latency_target_s == inf:
-                most_rows = self.run_times.overloaded_rows
+        if (self._overloaded or self._backlogged >= BACKLOG) and self._latency_target_s == inf:
+            most_rows = self.run_times.overloaded_rows
         most_rows = min(most_rows, group.most_rows)
         formed = queue.take_plain(group, most_rows)
         if formed is None:
@@ -213,14 +219,16 @@ class Scheduler:
         self._was_short = formed.was_short
         requests = formed.requests
         if requests and queue is self.queue:
+            backlog = queue.rows >= BACKLOG * queue.full_rows and not queue.contended
+            self._backlogged = self._backlogged + 1 if backlog else 0
             if not (self.suspects.marks and self.suspects.holds(requests[0])):
                 self._formed_s = start_s
             lone = self._short_runs and plan is None and len(requests) == 1 and not queue.rows
             self._lone_batches = self._lone_batches + 1 if lone else 0
             self.lone = self._lone_batches >= LONE_BATCHES
+            self._now.expected_rows = 0
             if self._long_runs:
                 self._closed_loop.on_formed(requests)
-                self._now.expected_rows = 0
         if formed.capped and queue is self.queue:
             reason = DEADLINE
         return Dispatch(requests, reason, formed.shares, formed.late)
@@ -233,8 +241,9 @@ class Scheduler:
         if self._long_runs and self.admission.engines == 1 and batch.reason != SUSPECT:
             # With several engines some clients come back while others run: there is nothing to wait for.
             self._closed_loop.on_ended(noticed_s, batch)
-            if idle and not self._max_delay_s:
-                self._expect_returns(noticed_s)
+        waits = idle and (self._long_runs or self.run_times.spacing_s) and not self._max_delay_s
+        if waits and self.admission.engines == 1 and batch.reason != SUSPECT:
+            self._expect_rows(noticed_s, batch.started_s)
         self.charge(batch, noticed_s)
         if self.suspects.marks:
             self.suspects.on_ran(batch, noticed_s)
@@ -251,12 +260,21 @@ class Scheduler:
         if queue.shares.several:
             queue.settle(batch.shares, batch.finished_s - batch.started_s, batch.rows)
 
-    def _expect_returns(self, now_s: float) -> None:
-        queue = self.queue
-        returns = self._closed_loop.expected_returns(queue.rows, queue.full_rows, self.run_times)
+    def _expect_rows(self, now_s: float, started_s: float) -> None:
+        """Let the idle engine wait for closed-loop clients, or for the spacing since a run that began then.
+
+        In a closed loop no more than all of its clients come, so the wait ends with as many rows as were
+        queued at once lately.
+        """
+        queue, now, returns = self.queue, self._now, None
+        if self._long_runs:
+            returns = self._closed_loop.expected_returns(queue.rows, queue.full_rows, self.run_times)
         if returns is not None:
-            self._now.expected_rows, wait_s = returns
-            self._now.expected_by_s = now_s + wait_s
+            now.expected_rows, wait_s = returns
+            now.expected_by_s = now_s + wait_s
+        elif self.run_times.spacing_s:
+            now.expected_rows = min(queue.full_rows, int(self._peak_rows))
+            now.expected_by_s = started_s + self.run_times.spacing_s
 
     def on_answered(self, batch: Batch, noticed_s: float) -> None:
         """Learn the overhead of a batch whose end was noticed then and whose answers are written: a request
@@ -273,4 +291,4 @@ class Scheduler:
         self.queue.set_full_rows(full_rows)
         self.queue.row_s = self.suspects.queue.row_s = self.run_times.row_s
         self._short_runs = self.run_times.expected_s(1) <= SHORT_RUN_S
-        self._long_runs = self.run_times.expected_s(full_rows) >= LONG_RUN_S
+        self._long_runs = self.run_times.mean_s(full_rows) >= LONG_RUN_S

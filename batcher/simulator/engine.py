@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -121,18 +121,30 @@ def load_profile(name_or_file: str) -> Profile:
         raise ProfileError(f"{name_or_file} is not a latency profile: {error!r}") from None
 
 
-class RunTimeSampler:
-    """Draws run times. All policies of a comparison draw the same numbers in the same order."""
+Disturbance = Callable[[float, float], float]
 
-    def __init__(self, profile: Profile, seed: int) -> None:
+
+def undisturbed(began_s: float, run_s: float) -> float:  # noqa: ARG001
+    """Return the time of a run by itself."""
+    return run_s
+
+
+class RunTimeSampler:
+    """Draws run times. All policies of a comparison draw the same numbers in the same order.
+
+    `disturb(began_s, run_s)` returns how long a run takes that began then and takes `run_s` by itself.
+    """
+
+    def __init__(self, profile: Profile, seed: int, disturb: Disturbance = undisturbed) -> None:
         self.profile = profile
+        self._disturb = disturb
         self._rng = np.random.default_rng([seed, 2])
         self._total_s = 0.0
         self._ends_s = 0.0
 
     def run_s(self, rows: int, began_s: float) -> float:
         """Return the time of the next run, which begins at `began_s`."""
-        run_s = self.profile.quantile_s(rows, self._rng.random())
+        run_s = self._disturb(began_s, self.profile.quantile_s(rows, self._rng.random()))
         self._total_s += run_s
         self._ends_s = began_s + run_s
         return run_s

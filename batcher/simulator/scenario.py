@@ -15,7 +15,13 @@ from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.errors import BatcherError
 from cobatch.batcher.simulator.bound import capacity, path_bound
 from cobatch.batcher.simulator.clock import VirtualLoop
-from cobatch.batcher.simulator.engine import Profile, RunTimeSampler, SimulatedWorker
+from cobatch.batcher.simulator.engine import (
+    Disturbance,
+    Profile,
+    RunTimeSampler,
+    SimulatedWorker,
+    undisturbed,
+)
 from cobatch.batcher.simulator.nodes import (
     ANSWERED,
     EXPIRED,
@@ -53,7 +59,8 @@ class Scenario:
 
     The measured `seconds` follow `warmup_s`. `handover_ms` is the delay from the loop to the engine, and
     back. `request_us` is the loop's time for each request, half at its arrival and half at its answer (one
-    node only). `max_queue_rows` None means the server's default.
+    node only). `max_queue_rows` None means the server's default. `disturb` changes run times as time passes;
+    bound and capacity are those without it.
     """
 
     profile: Profile
@@ -70,6 +77,7 @@ class Scenario:
     slots: int = 2
     handover_ms: float = 0.0
     request_us: float = 0.0
+    disturb: Disturbance = undisturbed
     seed: int = 1
 
     @property
@@ -151,7 +159,10 @@ class CobatchNode:
 def run(scenario: Scenario, make_node: MakeNode = CobatchNode) -> Run:
     """Run a scenario from an idle start; requests under way at its end stay open. Same seed, same run."""
     loop = VirtualLoop()
-    samplers = [RunTimeSampler(scenario.profile, scenario.seed + 1000 * n) for n in range(scenario.nodes)]
+    samplers = [
+        RunTimeSampler(scenario.profile, scenario.seed + 1000 * n, scenario.disturb)
+        for n in range(scenario.nodes)
+    ]
     nodes = [make_node(scenario, loop, sampler) for sampler in samplers]
     records = Records(loop, scenario.request_us / 2e6)
     times, send = _traffic(scenario, loop, records, make_router(scenario.router, nodes, scenario.seed))

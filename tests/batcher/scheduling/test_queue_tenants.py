@@ -226,11 +226,11 @@ class Anything(Queues):
         rows = self.took(taken)
         requests = taken.requests
         if len(requests) > 1:
-            end_s = plan.start_s + self.latency.high_s(rows)
+            end_s = plan.start_s + self.latency.planned_s(rows)
             assert end_s <= min(one.deadline_s for one in requests)
         for one in requests:
             assert plan.start_s + self.latency.expected_s(one.rows) <= one.deadline_s
-        full_s = plan.start_s + self.latency.high_s(FULL_ROWS)
+        full_s = plan.start_s + self.latency.planned_s(FULL_ROWS)
         for one in taken.late:
             assert id(one) in queued
             # Not in time by itself, or not in a full batch while others can make one.

@@ -30,7 +30,7 @@ def test_each_shape_has_its_own_times(rows: int) -> None:
     times = learned()
     assert times.of(SHORT).expected_s(rows) == pytest.approx(affine(rows), rel=0.01)
     assert times.of(LONG).expected_s(rows) == pytest.approx(3 * affine(rows), rel=0.01)
-    assert times.of(LONG).high_s(rows) == pytest.approx(3 * affine(rows), rel=0.01)
+    assert times.of(LONG).planned_s(rows) == pytest.approx(3 * affine(rows), rel=0.01)
     assert times.of(OTHER).expected_s(rows) == pytest.approx(affine(rows), rel=0.01)
 
 
@@ -48,6 +48,12 @@ def test_a_shape_that_becomes_dearer_is_followed() -> None:
         times.observe(SHORT, 4, affine(4), 100 + 0.1 * number + 0.05)
     assert times.of(LONG).expected_s(4) == pytest.approx(6 * affine(4), rel=0.05)
     assert times.of(SHORT).expected_s(4) == pytest.approx(affine(4), rel=0.05)
+
+
+def test_one_run_that_stalls_does_not_make_its_shape_look_slow() -> None:
+    times = learned()
+    times.observe(LONG, 4, 100 * affine(4), 100.0)
+    assert times.of(LONG).expected_s(4) <= 1.25 * 3 * affine(4)
 
 
 def test_where_rows_are_alike_shapes_are_not_looked_at() -> None:

@@ -1,0 +1,205 @@
+"""Hundreds of random models under random load: cobatch with its defaults beside other servers' policies.
+
+`python -m benchmarks.scheduling.robustness [--cells 300] [--requests 20000] [--baselines FILE]`. Each cell
+(`benchmarks.scheduling.cells`) is simulated with cobatch, with each baseline as it comes (*untuned*), and
+with the best of a grid of settings for each baseline, chosen afterwards with the model known (*tuned*). It
+prints for groups of cells the ratio of goodput to the best of both, and the cells in which cobatch has less
+than 97 % of the best untuned one. Those are simulated twice more, with more requests and other chance,
+because the best of several noisy figures is above their mean. The exit status is 1 if one stays below.
+
+Baselines take most of the time: with `--baselines FILE` their figures are kept for the next run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from benchmarks.scheduling.cells import Cell, cell
+from benchmarks.scheduling.policies import COBATCH, Policy
+from cobatch.batcher.simulator.scenario import results_of
+
+_LEAST = 0.97
+_REPEATS = 2
+_MORE_REQUESTS = 3
+
+
+class Figures(NamedTuple):
+    """A policy in a cell: answers in time per second, and the median latency."""
+
+    goodput: float
+    p50_ms: float
+
+
+class Task(NamedTuple):
+    """A policy to simulate in a cell."""
+
+    number: int
+    requests: int
+    repeat: int
+    label: str
+    policy: Policy
+
+    @property
+    def key(self) -> str:
+        """All of it as text."""
+        settings = ",".join(f"{key}={value}" for key, value in self.policy.settings.items())
+        return f"{self.number}/{self.requests}/{self.repeat}/{self.label}/{self.policy.name}:{settings}"
+
+    def run(self) -> Figures:
+        """Run it."""
+        total = results_of(self.policy.run(cell(self.number, self.requests, self.repeat).scenario)).total
+        return Figures(total.goodput, total.latency_ms["p50"])
+
+
+class Verdict(NamedTuple):
+    """A cell's goodput: cobatch's, and the best untuned and tuned baselines' with their settings."""
+
+    cell: Cell
+    own: Figures
+    untuned: tuple[float, str]
+    tuned: tuple[float, str]
+
+    @property
+    def of_untuned(self) -> float:
+        """The ratio to the best untuned baseline."""
+        return self.own.goodput / max(self.untuned[0], 1e-9)
+
+    @property
+    def of_tuned(self) -> float:
+        """The ratio to the best baseline."""
+        return self.own.goodput / max(self.tuned[0], self.untuned[0], 1e-9)
+
+
+def main() -> int:
+    """Return 1 if a cell is below 97 % of the best untuned baseline."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scheduling.robustness")
+    parser.add_argument("--cells", type=int, default=300)
+    parser.add_argument("--first", type=int, default=0, help="the first cell's number")
+    parser.add_argument("--requests", type=int, default=20_000, help="of each simulation")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--untuned", dest="tuned", action="store_false", help="leave the tuned ones out")
+    parser.add_argument("--baselines", type=Path, metavar="FILE", help="keep the baselines' figures here")
+    options = parser.parse_args()
+    numbers = range(options.first, options.first + options.cells)
+    known: dict[str, Figures] = {}
+    if options.baselines is not None and options.baselines.exists():
+        known = {key: Figures(*one) for key, one in json.loads(options.baselines.read_text()).items()}
+    with ProcessPoolExecutor(options.processes) as pool:
+        verdicts = judge(pool, numbers, options.requests, 0, known, tuned=options.tuned)
+        doubtful = [one.cell.number for one in verdicts if one.of_untuned < _LEAST]
+        _keep(options.baselines, known)
+        again = [
+            judge(pool, doubtful, options.requests * _MORE_REQUESTS, repeat, known, tuned=False)
+            for repeat in range(1, _REPEATS + 1)
+        ]
+    _keep(options.baselines, known)
+    print_groups(verdicts)
+    below = list(print_doubtful(verdicts, again))
+    print(f"{len(below)} of {len(verdicts)} cells below {_LEAST:.0%} of the best untuned baseline: {below}")
+    return 1 if below else 0
+
+
+def _keep(file: Path | None, known: dict[str, Figures]) -> None:
+    if file is not None:
+        file.write_text(json.dumps(known))
+
+
+def judge(
+    pool: ProcessPoolExecutor,
+    numbers: Iterable[int],
+    requests: int,
+    repeat: int,
+    known: dict[str, Figures],
+    *,
+    tuned: bool,
+) -> list[Verdict]:
+    """Simulate all policies in these cells; add the baselines' figures to `known`."""
+    cells = [cell(number, requests, repeat) for number in numbers]
+    tasks = [
+        Task(one.number, requests, repeat, label, policy)
+        for one in cells
+        for label, policy in policies(one)
+        if tuned or label != "tuned"
+    ]
+    new = [task for task in tasks if task.key not in known]
+    figures = dict(zip([task.key for task in new], pool.map(Task.run, new, chunksize=4), strict=True))
+    known |= {task.key: figures[task.key] for task in new if task.label != COBATCH}
+    figures |= known
+    verdicts = []
+    for each in cells:
+        mine = [task for task in tasks if task.number == each.number]
+        best = {
+            label: max(
+                [
+                    (figures[task.key].goodput, task.key.split("/")[-1])
+                    for task in mine
+                    if task.label == label
+                ],
+                default=(0.0, ""),
+            )
+            for label in ("untuned", "tuned")
+        }
+        verdicts.append(Verdict(each, figures[mine[0].key], best["untuned"], best["tuned"]))
+    return verdicts
+
+
+def policies(one: Cell) -> Iterator[tuple[str, Policy]]:
+    """Yield cobatch, and the baselines as they come and with settings for this cell."""
+    yield COBATCH, Policy(COBATCH, {})
+    yield "untuned", Policy("triton", {})
+    yield "untuned", Policy("size-or-timeout", {"timeout_ms": 10.0})
+    yield "untuned", Policy("clipper", {"objective_ms": one.deadline_ms or 100.0})
+    most, full_ms = one.scenario.batch_rows, one.full_ms
+    for size, runs in product(sorted({most, max(1, most // 4)}), (0.0, 0.5, 3.0)):
+        waits = {"max_batch_size": size, "delay_ms": runs * full_ms}
+        yield "tuned", Policy("triton", waits)
+        if one.deadline_ms is not None:
+            left_ms = one.deadline_ms - one.scenario.profile.quantile_s(size, 0.95) * 1000
+            if left_ms > 0:
+                yield "tuned", Policy("triton", {**waits, "queue_timeout_ms": left_ms})
+
+
+def print_groups(verdicts: Sequence[Verdict]) -> None:
+    """Print for groups of cells the least, the tenth percentile and the median of the ratios."""
+    print("| cells | count | of the best untuned: least | 10 % | median | of the best tuned: 10 % | median |")
+    print("|---|" + "---:|" * 6)
+    groups: dict[str, list[Verdict]] = {}
+    for one in verdicts:
+        for group in ("all", *_groups_of(one.cell)):
+            groups.setdefault(group, []).append(one)
+    for group, ones in groups.items():
+        untuned, tuned = (sorted(getattr(one, f"of_{kind}") for one in ones) for kind in ("untuned", "tuned"))
+        cells = [untuned[0], untuned[len(ones) // 10], median(untuned), tuned[len(ones) // 10], median(tuned)]
+        print(f"| {group} | {len(ones)} | " + " | ".join(f"{figure:.1%}" for figure in cells) + " |")
+
+
+def _groups_of(one: Cell) -> Iterator[str]:
+    kind = one.tail.split()[0]
+    yield one.curve
+    yield f"tail: {kind if kind.isalpha() or '-' in kind else 'bimodal' if ' x ' in one.tail else 'stalling'}"
+    yield "no deadline" if one.deadline_ms is None else "deadline"
+    yield "closed" if one.traffic.startswith("closed") else f"load {one.load:g}"
+    yield f"drift: {one.drift.rstrip('0123456789.x% ')}"
+
+
+def print_doubtful(verdicts: Sequence[Verdict], again: Sequence[Sequence[Verdict]]) -> Iterator[int]:
+    """Print the cells that were measured again; yield the numbers of those that stay below."""
+    doubtful = [one for one in verdicts if one.of_untuned < _LEAST]
+    for one, *repeats in zip(doubtful, *again, strict=True):
+        ratio = median([each.of_untuned for each in repeats])
+        shown = " ".join(f"{each.of_untuned:.1%}" for each in (one, *repeats))
+        print(f"{one.cell.name}\n    {shown} of {one.untuned[1]}; tuned {one.of_tuned:.1%} of {one.tuned[1]}")
+        if ratio < _LEAST:
+            yield one.cell.number
+
+
+if __name__ == "__main__":
+    sys.exit(main())
