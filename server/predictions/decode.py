@@ -70,6 +70,7 @@ _BYTES_OBJECT = 41
 _decode_request = msgspec.json.Decoder(JsonRequest).decode
 _decode_options = msgspec.json.Decoder(FormOptions).decode
 _decode_encoded = msgspec.json.Decoder(Encoded).decode
+_from_base64_piece = partial(binascii.a2b_base64, strict_mode=True)
 
 
 class Decoded(NamedTuple):
@@ -236,7 +237,7 @@ def _from_base64(text: bytes) -> bytes:
         raise ValueError("it goes on after its padding")
     pieces = []
     for at in range(0, len(text), PIECE_BYTES):
-        pieces.append(binascii.a2b_base64(text[at : at + PIECE_BYTES], strict_mode=True))
+        pieces.append(_from_base64_piece(text[at : at + PIECE_BYTES]))
         release()
     return b"".join(pieces)
 

@@ -19,6 +19,7 @@ from cobatch.server.v2.decode import LARGE_BYTES, Decoder, parse
 from cobatch.server.v2.json_data import JsonReader
 from cobatch.server.v2.long_json import LONG_BYTES, PIECE_BYTES
 from cobatch.server.v2.messages import InferMessage, Parsed
+from tests.support.http.parsing import ParsedTexts
 
 WIDTH = 2000
 DECODER = Decoder(Signature((TensorSpec("x", "FP32", (WIDTH,)),), (TensorSpec("y", "FP32", (1,)),)), 1000)
@@ -223,26 +224,16 @@ MAY_BE_LONG = {"one string", "one string of quotes", "one string of backslashes"
 @pytest.mark.parametrize("form", HOSTILE)
 def test_no_parser_gets_more_than_a_piece(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each call of a parser is for a bounded text, and so makes a bounded number of objects."""
-    sizes: list[int] = []
-
-    def count(owner: object, name: str) -> None:
-        parse = getattr(owner, name)
-
-        def counted(*args: Any, **options: Any) -> Any:
-            sizes.append(len(args[-1]))
-            return parse(*args, **options)
-
-        monkeypatch.setattr(owner, name, counted)
-
-    count(decode, "_decode")
-    count(JsonReader, "_parse")
-    count(JsonReader, "_read_piece")
+    parsed = ParsedTexts(monkeypatch)
+    parsed.watch(decode, "_decode")
+    parsed.watch(JsonReader, "_parse")
+    parsed.watch(JsonReader, "_read_piece")
     body = HOSTILE[form]
     with contextlib.suppress(Problem):
         flexible("BYTES" if b'"BYTES"' in body else "FP32", 2).decode(body, None)
     most = len(body) if form.startswith("one string") else PIECE_BYTES + LONG_BYTES
-    assert max(sizes, default=0) <= most
-    assert sum(sizes) <= 2 * len(body)
+    assert parsed.longest <= most
+    assert parsed.total <= 2 * len(body)
 
 
 def test_strings_are_counted() -> None:
