@@ -529,8 +529,6 @@ class Connection(asyncio.Protocol):
         self._since_s = time.monotonic()
         if self._held:
             self._release_memory([cycle for cycle in self._held if cycle.response_complete])
-        if self._waits and self.cycle is not None and self.cycle.response_complete:
-            self._stop_waiting()
         if self.transport.is_closing():
             return
         if self.pipeline:
@@ -540,6 +538,8 @@ class Connection(asyncio.Protocol):
             self.write_reply(self._farewell, keep_alive=False)
             return
         if self._read_paused:
+            if self._waits and self.cycle is not None and self.cycle.response_complete:
+                self._stop_waiting()
             self.resume_reading()
 
     def pause_writing(self) -> None:
