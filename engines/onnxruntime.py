@@ -121,6 +121,8 @@ class OnnxRuntimeEngine:
             if self._batching.verdict != "auto":
                 raise
             declared = self._settle(session, Batching("disproved", str(error)))
+        except UnicodeDecodeError as error:
+            raise EngineLoadError(f"{self.path}: the name of a tensor or axis: {error}") from error
         signature = self.signature
         self.max_batch_size = signature.fixed_batch or (self.max_batch_size if signature.batching.on else 1)
         specs = signature.inputs + signature.outputs

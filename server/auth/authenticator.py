@@ -26,7 +26,7 @@ from cobatch.server.auth.tenants import Tenants
 from cobatch.server.auth.throttle import Clock, SignatureThrottle
 from cobatch.server.auth.tokens import TokenError, TokenVerifier, VerifiedToken, claim_at
 from cobatch.server.http.problem import Problem
-from cobatch.server.settings.auth import AuthSettings, is_permission
+from cobatch.server.settings.auth import AuthSettings, is_permission, server_url
 
 # The outcomes of authentication, as the metric labels them.
 RESULTS = (
@@ -47,8 +47,7 @@ class Authenticator:
         self, settings: AuthSettings, *, wall_clock: Clock = time.time, clock: Clock = time.monotonic
     ) -> None:
         self.settings = settings
-        urls = (name for name in settings.audience if name.startswith(("https://", "http://")))
-        self.challenges = Challenges(settings.resource or next(urls, ""))
+        self.challenges = Challenges(server_url(settings))
         self.tenants = Tenants(settings.tenants, clock)
         self.throttle = SignatureThrottle(clock)
         self._clock = clock

@@ -128,6 +128,9 @@ def _conflicts(auth: AuthSettings) -> Iterator[str]:
     if auth.issuers and not auth.audience:
         why = "the name of this server in a token's aud; without it any token of the issuer would do"
         yield f"auth.audience: missing; expected {why}"
+    if (url := server_url(auth)) and not _origin(url):
+        key = "resource" if auth.resource else "audience"
+        yield unexpected(f"auth.{key}", "an http:// or https:// address", url)
     for index, issuer in enumerate(auth.issuers):
         yield from _issuer_conflicts(f"auth.issuers[{index}]", issuer)
         for other in auth.issuers[:index]:
@@ -173,12 +176,24 @@ def _issuer_conflicts(where: str, issuer: Issuer) -> Iterator[str]:
         yield unexpected(f"{where}.{key}", "an https:// URL, or http:// on loopback", url)
 
 
+def server_url(auth: AuthSettings) -> str:
+    """Return the address of this server for clients, "" if it has none."""
+    urls = (name for name in auth.audience if name.startswith(("https://", "http://")))
+    return auth.resource or next(urls, "")
+
+
 def is_safe_url(url: str) -> bool:
     """Return True if keys may be fetched from there: over TLS, or from this machine."""
+    scheme, host = _origin(url) or ("", "")
+    return scheme == "https" or (scheme == "http" and is_loopback(host))
+
+
+def _origin(url: str) -> tuple[str, str] | None:
+    """Return scheme and host of an HTTP address without credentials; None for any other text."""
     try:
         parts = urlsplit(url)
         host = parts.hostname or ""
         usable = parts.username is None and host != "" and parts.port != 0
     except ValueError:
-        return False
-    return usable and (parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host)))
+        return None
+    return (parts.scheme, host) if usable and parts.scheme in ("http", "https") else None

@@ -259,6 +259,12 @@ def test_files_that_are_no_model_are_refused(tmp_path: Path) -> None:
         engine.open()
 
 
+@pytest.mark.parametrize("name", [b"batch", b"y"])
+def test_a_name_that_is_not_utf_8_is_refused(tmp_path: Path, name: bytes) -> None:
+    damaged = models.negate().replace(name, b"\xcb" * len(name))
+    assert "codec can't decode" in refused(tmp_path, damaged)
+
+
 def test_threads_leave_a_core_to_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     for cores, threads in ((1, 1), (2, 1), (8, 7)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))

@@ -122,6 +122,14 @@ ONE = "auth.issuers[0]"
         ("[auth]", "auth: needs [[auth.issuers]] or api_keys_file, or no client could call"),
         (AUTH, "auth: needs [[auth.issuers]] or api_keys_file, or no client could call"),
         (ISSUER, "auth.audience: missing; expected the name of this server in a token's aud"),
+        (
+            GOOD.replace("me.test", "me.tes[t"),
+            "auth.audience: expected an http:// or https:// address, got the text 'https://me.tes[t'",
+        ),
+        (
+            AUTH + "resource = 'me.test'\n" + ISSUER,
+            "auth.resource: expected an http:// or https:// address, got the text 'me.test'",
+        ),
         ("[auth]\nissuer = 'x'", "auth.issuer: unknown key"),
         ("[auth]\naudiense = 'x'", "auth.audiense: unknown key; did you mean audience?"),
         (
