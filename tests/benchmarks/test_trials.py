@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from benchmarks.trials import oracle, paths, streams
+from benchmarks.trials import damaged_files, oracle, paths, streams
 from benchmarks.trials.client import Answer
 from benchmarks.trials.forgeries import FORGERIES, Forger, signers
 from benchmarks.trials.http_streams import stream
@@ -113,3 +113,17 @@ def test_no_forgery_is_a_good_token(kind: str) -> None:
         tokens = [FORGERIES[kind](Forger(signer, rng, "http://127.0.0.1:1")) for _ in range(10)]
         assert signer.token() not in tokens
         assert len(set(tokens)) > 1
+
+
+def test_damaged_settings_are_refused_in_words() -> None:
+    report = Report()
+    damaged_files.try_settings(report, random.Random(5), 20)
+    assert report.findings == {}
+    assert report.counts["damaged settings refused"] > 10
+    assert report.counts["damaged settings taken"] > 0
+
+
+def test_damaged_models_are_refused_in_words() -> None:
+    rng = random.Random(4)
+    results = [damaged_files.open_damaged(damaged_files.damaged(case.content, rng)) for case in cases()]
+    assert set(results) == {"opened", "refused"}
