@@ -11,6 +11,8 @@ from cobatch.engines.base import Engine, RowShapes, batch_sizes
 _LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 _TAIL = (0.999, 0.9999, 0.99999)
 _MIN_RUNS = 3
+# A profile is noisy if the mean of a size is this many times its median.
+_NOISY = 1.25
 
 
 def measure(
@@ -51,3 +53,19 @@ def _run_s(engine: Engine, rows: int, shapes: RowShapes, clock: Callable[[], flo
     engine.enqueue(0, rows, shapes)
     engine.wait(0)
     return clock() - began_s
+
+
+def noise_of(profile: Profile) -> str | None:
+    """Return, in a sentence, that a profile is noisy, with its worst size; None if it is not."""
+    ratios = {rows: profile.mean_s(rows) / profile.quantile_s(rows, 0.5) for rows in profile.sizes}
+    rows = max(ratios, key=ratios.__getitem__)
+    if ratios[rows] < _NOISY:
+        return None
+    mean, half, most = (
+        f"{1000 * time_s:.3g} ms"
+        for time_s in (profile.mean_s(rows), profile.quantile_s(rows, 0.5), profile.quantile_s(rows, 0.99))
+    )
+    return (
+        f"the profile is noisy: with {rows} rows a run takes {mean} on average, {half} in the median, "
+        f"{most} at the 99th percentile. Measure again if the machine will be quieter when it serves"
+    )

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from cobatch.batcher.simulator.bound import capacity
 from cobatch.batcher.simulator.engine import Profile, ProfileError, included, load_profile
-from cobatch.batcher.simulator.measure import measure
+from cobatch.batcher.simulator.measure import measure, noise_of
 from cobatch.batcher.simulator.nodes import ROUTERS
 from cobatch.batcher.simulator.scenario import Closed, Scenario, Totals, results_of, run
 from cobatch.batcher.simulator.traffic import (
@@ -127,15 +127,19 @@ def profile(
 ) -> None:
     """Measure the run times of a model by batch size, for `cobatch simulate`.
 
-    Runs zeros at powers of two and halfway between them, and writes quantiles of each size as JSON.
+    Runs zeros at powers of two and halfway between them, writes quantiles of each size as JSON,
+    and says on stderr if the times are noisy.
     """
     try:
         with closing(load_engine(engine, str(model), max_batch_size, EngineOptions(threads))) as opened:
             opened.open()
-            document = measure(opened, model.stem, seconds).as_json()
+            measured = measure(opened, model.stem, seconds)
     except EngineError as error:
         raise end(str(error), 1) from None
-    text = json.dumps(document, indent=2)
+    noise = noise_of(measured)
+    if noise is not None:
+        typer.echo(f"cobatch: {noise}", err=True)
+    text = json.dumps(measured.as_json(), indent=2)
     if output is None:
         typer.echo(text)
         return

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from cobatch.batcher.simulator.bound import capacity
-from cobatch.batcher.simulator.engine import Profile, load_profile
-from cobatch.batcher.simulator.measure import measure
+from cobatch.batcher.simulator.engine import Profile, included, load_profile
+from cobatch.batcher.simulator.measure import measure, noise_of
 from cobatch.engines.base import Engine, Signature
 
 RUN_S = 20e-6
@@ -67,3 +67,13 @@ def test_few_runs_keep_their_quantiles() -> None:
     levels = list(profile.runs[1])
     assert levels == sorted(levels)
     assert np.allclose([profile.quantile_s(3, level) for level in levels], 3 * RUN_S)
+
+
+def test_a_noisy_profile_is_called_noisy() -> None:
+    assert all(noise_of(load_profile(name)) is None for name in included())
+    us = {0.0: 36.0, 0.5: 40.0, 0.95: 60.0, 0.99: 7_700.0, 1.0: 9_000.0}
+    noise = noise_of(Profile("busy", {1: us | {0.99: 60.0, 1.0: 60.0}, 2: us}))
+    assert noise is not None
+    assert "with 2 rows" in noise
+    assert "0.04 ms in the median" in noise
+    assert "7.7 ms at the 99th" in noise
