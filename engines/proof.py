@@ -5,8 +5,8 @@ time. A function of all rows, such as a mean, shows in the second or, if it is a
 the third; one of a row's position shows in the third. Outputs must have as many rows as the inputs.
 
 If a model refuses the rows, for example indices outside its table, or they decide nothing, integers of 0 and
-1 are tried; if it refuses those too, long variable axes; and then equal rows. Those cannot prove, since they
-hide which row an answer came from, but may still disprove.
+1 are tried, and then long variable axes; if it refuses all, equal rows. Those cannot prove, since they hide
+which row an answer came from, but may still disprove.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +41,11 @@ class _DisproofError(Exception):
 
 
 class _UndecidedError(Exception):
-    """The answers decide nothing; the text says why."""
+    """The answers to these rows decide nothing; the text says why."""
+
+
+class _RandomError(Exception):
+    """No answers decide anything: equal inputs get different ones."""
 
 
 def settle(
@@ -87,8 +91,6 @@ def prove(signature: Signature, run: Run, most_rows: int = PROOF_ROWS, *, carefu
                 trial.answers(_rows(signature, 1, constant, 1))
             return Batching("unproven", "each run takes one row")
         for make, size in _attempts(signature, careful):
-            if size == _LARGE_SIZE and refused < len(reasons):
-                break  # the size is not the reason
             try:
                 refusal = trial.judge(_rows(signature, rows, make, size))
             except _UndecidedError as error:
@@ -102,6 +104,8 @@ def prove(signature: Signature, run: Run, most_rows: int = PROOF_ROWS, *, carefu
             trial.judge(_rows(signature, rows, _zeros, 1), equal=True)  # as the warm-up runs them
     except _DisproofError as error:
         return Batching("disproved", str(error))
+    except _RandomError as error:
+        return Batching("unproven", str(error))
     return Batching("unproven", reasons[0])
 
 
@@ -115,7 +119,7 @@ class _Trial:
     def judge(self, rows: list[Array], *, equal: bool = False) -> str:
         """Return "" if the answers agree, or a refusal that decides nothing.
 
-        Raises _DisproofError, _UndecidedError.
+        Raises _DisproofError, _UndecidedError, _RandomError.
         """
         together = self.answers(rows)
         if isinstance(together, str) and not equal:
@@ -135,7 +139,7 @@ class _Trial:
         if part:
             again = self.answers(rows)
             if isinstance(again, str) or self._difference("", together, again)[0]:
-                raise _UndecidedError("its answers to the same inputs differ from run to run")
+                raise _RandomError("its answers to the same inputs differ from run to run")
             if part <= _CERTAIN:
                 raise _UndecidedError(where)
             raise _DisproofError(f'{where}; if rows are independent all the same, set batching = "on"')
