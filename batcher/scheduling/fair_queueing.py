@@ -3,7 +3,8 @@
 Each tenant has a virtual time at which its next row starts. The tenant with the earliest start is next; its
 start then advances by the row's cost divided by the tenant's weight. Costs are seconds of the engine: the
 expected ones when rows are taken, corrected when they have run. A tenant that returns from idleness starts
-at the current virtual time: it has no credit, and no debt beyond what it was given early. The order is
+at the current virtual time or later, as it was given rows early, less a credit of a few full batches: so the
+requests of a light tenant that come close together do not take turns with a flood. The order is
 work-conserving.
 """
 
@@ -146,13 +147,15 @@ class Group:
 
 class TenantShares:
     """The shares of all tenants of a queue. `several`: more than one tenant is known; idle ones count for a
-    while, since their next request may come any moment."""
+    while, since their next request may come any moment. `credit_s`: the virtual time that idle ones save at
+    most."""
 
     def __init__(self) -> None:
         self._of: dict[Tenant | None, TenantShare] = {}
         self._most = IDLE_TENANTS_KEPT
         self.several = False
         self.virtual_s = 0.0
+        self.credit_s = 0.0
         self.active = 0  # tenants that have rows
         self.active_weight = 0.0
 
@@ -170,7 +173,7 @@ class TenantShares:
         """Note that a tenant has rows again."""
         self.active += 1
         self.active_weight += share.weight
-        share.start_s = max(share.start_s, self.virtual_s)
+        share.start_s = max(share.start_s, self.virtual_s - self.credit_s)
 
     def deactivate(self, share: TenantShare) -> None:
         """Note that a tenant has no rows any more."""
@@ -191,6 +194,6 @@ class TenantShares:
         self._of = {
             tenant: share
             for tenant, share in self._of.items()
-            if share.rows or share.flows or share.start_s > self.virtual_s
+            if share.rows or share.flows or share.start_s > self.virtual_s - self.credit_s
         }
         self._most = 2 * len(self._of) + IDLE_TENANTS_KEPT
