@@ -40,6 +40,8 @@ _FRAMING = 16
 _ANSWERED = b"content-type: %b\r\ncontent-length: %d\r\nx-request-id: %b\r\nserver-timing: %b\r\n"
 # Bytes per second that a client must take of a response.
 LEAST_RATE = 4096
+_VERSIONS = ("1.0", "1.1")
+_OTHERS = (b"RTSP/", b"ICE/")
 _SHORTEST_TICK_S = 0.05
 _ASGI = {"version": "3.0", "spec_version": "2.3"}
 # The part of a request being received.
@@ -76,7 +78,7 @@ class Connection(asyncio.Protocol):
     # Python finds attributes slowly where an object has more than 30 without slots.
     __slots__ = (
         "__weakref__", "_ahead", "_allowed_bytes", "_app_state", "_bodies", "_body_bytes",
-        "_expects_continue", "_farewell", "_head", "_headers_bytes", "_held", "_raw_bytes",
+        "_expects_continue", "_farewell", "_head", "_headers_bytes", "_held", "_line_at", "_raw_bytes",
         "_read_paused", "_scope", "_since_s", "_timer", "_unsent", "_unsent_since_s", "_waits",
         "address", "config", "cycle", "headers", "inference", "loop", "method", "parser", "pipeline",
         "receiving", "server_state", "transport", "url", "version", "writable", "write_paused",
@@ -114,6 +116,7 @@ class Connection(asyncio.Protocol):
         self.headers: list[tuple[bytes, bytes]] = []
         self._expects_continue = False
         self._head = b""  # the reads since its first byte, while its headers are parsed
+        self._line_at = 0  # there, its request line is not before this place
         self._headers_bytes = 0
         self._raw_bytes = 0  # of the body, with its framing
         self._body_bytes = 0
@@ -268,6 +271,7 @@ class Connection(asyncio.Protocol):
             self._head += data
         else:
             self._head = data
+            self._line_at = 0
             if self.receiving == BODY:
                 self._raw_bytes += len(data)
         try:
@@ -333,9 +337,7 @@ class Connection(asyncio.Protocol):
         parser = self.parser
         self.method = parser.get_method()
         self.version = parser.get_http_version()
-        # The parser takes other protocols (RTSP, ICE) and versions as well.
-        line, head = self._request_line(), self._head
-        if not head.startswith(line) and head.find(line) < 0:
+        if self.version not in _VERSIONS or not self._is_http():
             raise invalid("the request line is not METHOD TARGET HTTP/1.1")
         if parser.should_upgrade():
             if self.method == b"CONNECT":
@@ -346,6 +348,17 @@ class Connection(asyncio.Protocol):
         if not usual or len(names) != len(self.headers):
             self._check_headers()
         self.begin_request()
+
+    def _is_http(self) -> bool:
+        """Return False if the request names another protocol, which the parser takes too (RTSP, ICE).
+
+        The bytes before its line belong to earlier requests.
+        """
+        line, head, start = self._request_line(), self._head, self._line_at
+        self._line_at = at = head.find(line, start)
+        return at == start or (
+            at > start and not any(head.find(line[:-7] + other, start, at) >= 0 for other in _OTHERS)
+        )
 
     def _request_line(self) -> bytes:
         """Return the request line up to the minor version."""
@@ -418,6 +431,7 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self.receiving == HEADERS:
             return  # a request to upgrade, see `_ignore_upgrade`
+        self._line_at += 1
         self.receiving = NOTHING
         if self._waits:
             self._stop_waiting()  # the last read had it all

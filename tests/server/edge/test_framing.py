@@ -134,6 +134,21 @@ def test_bad_framing_first_thing_a_byte_at_a_time(served: Served, name: str) -> 
     assert data_of(served.ask(gate(8))) == [16]
 
 
+@pytest.mark.parametrize("before", [0, 1])
+@pytest.mark.parametrize("name", ["http/0.9", "http/0.9 by name", "http/2", "rtsp", "rtsp/1.1"])
+def test_another_version_beside_good_requests_in_one_packet(client: Client, name: str, before: int) -> None:
+    client.send(gate(7) * before + BAD[name] + gate(7))
+    for _ in range(before):
+        assert data_of(client.answer()) == [14]
+    refused(client)
+
+
+def test_a_body_may_name_another_version(client: Client) -> None:
+    client.send(post(GATE, BAD["http/2"]) + b"\r\n" + gate(8) + gate(8))
+    assert client.answer().slug == "not-json"
+    assert [data_of(client.answer()) for _ in range(2)] == [[16], [16]]
+
+
 @pytest.mark.parametrize("name", ["garbage", "two lengths", "a chunk size that is no number"])
 @pytest.mark.parametrize("before", [1, 3])
 def test_requests_before_a_bad_one_are_answered_first(
