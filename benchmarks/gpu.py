@@ -33,7 +33,17 @@ REPORT = "GPU_REPORT"
 TOLERANCES = {"FP32": 5e-3, "FP16": 1e-2, "BF16": 5e-2}
 _TRTEXEC_AT = (Path("/usr/src/tensorrt/bin"), Path("/opt/tensorrt/bin"), Path("/usr/local/tensorrt/bin"))
 _THROUGHPUT = re.compile(r"Throughput: ([\d.]+) qps")
-_SECTIONS = ("build", "accuracy", "graphs", "throughput", "profiles", "sustained", "served", "faults")
+_SECTIONS = (
+    "build",
+    "batching",
+    "accuracy",
+    "graphs",
+    "throughput",
+    "profiles",
+    "sustained",
+    "served",
+    "faults",
+)
 
 
 # Batches

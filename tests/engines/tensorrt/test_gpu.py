@@ -29,7 +29,7 @@ from cobatch.engines.errors import EngineLoadError
 from cobatch.engines.loader import EngineOptions, load_engine
 from cobatch.engines.onnxruntime import OnnxRuntimeEngine
 from tests.support.http.process import COBATCH, Cobatch
-from tests.support.models import models
+from tests.support.models import axis_models, models
 from tests.support.models.plan_models import convolution, magika_path
 
 # Warnings of NVIDIA's modules are no failures of ours.
@@ -128,6 +128,31 @@ def magika_plan(folder: Path) -> Path:
     where = f"{manifest['runtime']} {manifest['version']} on {manifest['gpu']}"
     gpu.note("build", f"magika: {seconds:.1f} s, {plan.stat().st_size / 1e6:.1f} MB, {where}")
     return plan
+
+
+# Batching
+
+
+def test_batching_is_proven_or_disproved(folder: Path) -> None:
+    """Verdicts that ONNX Runtime has too; whole tensors, and an output whose shape depends on the data."""
+    cases = {
+        "negate": (models.negate(), "proven"),
+        "cumulative": (axis_models.cumulative(), "disproved"),
+        "softmax": (axis_models.chain(["softmax"], 3, 0), "disproved"),
+        "found": (axis_models.nonzero(4, 3), "disproved"),
+    }
+    for name, (data, verdict) in cases.items():
+        path = Path(models.write(folder, data, f"{name}.onnx"))
+        with opened(path, 8, plan_cache=folder / "batching") as engine, reference(path, 8) as expected:
+            assert engine.signature.batching.verdict == expected.signature.batching.verdict == verdict
+            spec = engine.signature.inputs[0]
+            for seed in range(3):
+                shape = (1, *(5 if size == -1 else size for size in spec.shape))
+                x = np.random.default_rng(seed).integers(0, 2, shape).astype(np.float32)
+                ours, theirs = (gpu.run(one, [x])[0] for one in (engine, expected))
+                assert ours.shape == theirs.shape, name
+                assert np.allclose(ours, theirs, atol=1e-5), name
+        gpu.note("batching", f"{name}: {engine.signature.batching_note}")
 
 
 # Build

@@ -17,7 +17,7 @@ from tests.support.paths import ROOT
 
 # Left out: tests that the stand-ins cannot run (BF16 through ONNX Runtime, our own kernel for the illegal
 # access) and tests that only take long.
-PARTS = "cache or compatible or types or profiles or steady or memory"
+PARTS = "batching or cache or compatible or types or profiles or steady or memory"
 
 
 @pytest.mark.slow
@@ -46,4 +46,11 @@ def test_the_gpu_tests_pass_on_the_fake_gpu(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
     noted = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert {section for section, _ in noted} == {"build", "accuracy", "profiles", "sustained", "faults"}
+    assert {section for section, _ in noted} == {
+        "batching",
+        "build",
+        "accuracy",
+        "profiles",
+        "sustained",
+        "faults",
+    }

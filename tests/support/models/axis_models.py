@@ -138,11 +138,10 @@ def cumulative(batch: int | str = "n") -> bytes:
     )
 
 
-def nonzero() -> bytes:
-    """y = the indices of what is not 0 in x [n, m], INT64 [2, found]."""
-    return model(
-        [node("NonZero", ["x"], ["y"])], [("x", FLOAT, ["n", "m"])], [("y", INT64, ["axes", "found"])]
-    )
+def nonzero(rows: int | str = "n", columns: int | str = "m") -> bytes:
+    """y = the indices of the elements that are not 0 in x [rows, columns], INT64 [2, found]."""
+    inputs: list[Value] = [("x", FLOAT, [rows, columns])]
+    return model([node("NonZero", ["x"], ["y"])], inputs, [("y", INT64, ["axes", "found"])])
 
 
 def scalars() -> bytes:

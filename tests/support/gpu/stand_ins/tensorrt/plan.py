@@ -62,7 +62,7 @@ class Tensor:
     location: str = "DEVICE"
     is_shape: bool = False
     aliased: str | None = None
-    largest: int = 0  # the upper bound of its bytes, of an output whose shape depends on the data
+    largest: int = 1 << 16  # the upper bound of its bytes, of an output whose shape depends on the data
 
     @property
     def item_bytes(self) -> int:
