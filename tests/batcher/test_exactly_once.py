@@ -33,6 +33,7 @@ from cobatch.batcher.errors import (
     TooManyRowsError,
 )
 from cobatch.batcher.scheduling.policy import RETRY
+from cobatch.batcher.tenant import Tenant
 from cobatch.engines.errors import EngineRunError
 from tests.support.examples import examples
 from tests.support.virtual.loop import Call, FakeEngine, FakeWorker, make_batcher, run
@@ -40,6 +41,7 @@ from tests.support.virtual.stories import (
     LONG_S,
     POISON,
     STORIES,
+    TENANT,
     Act,
     Run,
     ScriptedWorker,
@@ -59,6 +61,7 @@ class Caller(Call):
             [[POISON if bad else 100 * number + n] * act.width for n, bad in enumerate(act.rows)]
         )
         self.timeout_s = act.timeout_s
+        self.priority = act.priority
         self.act = act
         self.then = then
         self.refusal: BatcherError | None = None
@@ -67,7 +70,7 @@ class Caller(Call):
 
     @property
     def source(self) -> Hashable:
-        return self.act.source
+        return self.tenant or self.act.source
 
     def done(self) -> None:
         super().done()
@@ -88,6 +91,7 @@ class Stage:
     def __post_init__(self) -> None:
         story = self.story
         fates = chain(story.fates, repeat((0.010, "runs")))
+        self.tenant = Tenant("ann")
         self.engine = StrictEngine(story.max_batch_size, story.slots)
         self.worker = ScriptedWorker(self.engine, dict(story.run_us), fates)
         loop = asyncio.get_running_loop()
@@ -109,8 +113,9 @@ class Stage:
 
     def _submit(self, act: Submit) -> None:
         caller = Caller(len(self.callers) + 1, act, self._answered)
+        caller.tenant = self.tenant if act.source == TENANT else None
         self.callers.append(caller)
-        queued = self.batcher.queue.rows
+        queued = max(self.batcher.queue.rows, self.batcher._apart.rows)
         try:
             self.batcher.submit(caller)
         except BatcherError as error:
@@ -124,7 +129,9 @@ class Stage:
             case TooManyRowsError():
                 assert caller.rows > limit
             case QueueFullError():
-                assert caller.rows <= limit < queued + caller.rows
+                assert caller.rows <= limit
+                # Of the room that is left, a tenant may have eight times as much.
+                assert limit < queued + caller.rows or (caller.tenant and 9 * queued > 8 * limit)
                 assert error.retry_after_s > 0
             case EngineGoneError():
                 assert self.worker.dead
@@ -232,6 +239,7 @@ class Stage:
         for lane in batcher._lanes.lanes:  # none where the engine died
             assert sorted(lane.free_slots) == list(range(self.story.slots))
         assert not self.engine.taken
+        assert (self.tenant.open_requests, self.tenant.queued_rows) == (0, 0)
 
     def _check_counters(self) -> None:
         counters = self.batcher.counters

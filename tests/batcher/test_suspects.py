@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 
 from cobatch.batcher.errors import BatchFailedError, ExpiredError, InputRejectedError, QueueFullError
+from cobatch.batcher.lanes import HEALTHY_S
 from cobatch.batcher.request import Batch
 from cobatch.batcher.scheduling import policy, tuning
 from cobatch.batcher.scheduling.queue import RequestQueue
 from cobatch.batcher.scheduling.suspects import Suspects
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.errors import EngineError, EngineRunError
-from cobatch.engines.worker import Job
+from cobatch.engines.worker import Job, Outcome
 from tests.support.virtual.loop import Array, Call, FakeEngine, FakeWorker, make_batcher, run
 from tests.support.virtual.tenants import Tenants, affine, flat, percentile
 
@@ -221,6 +222,31 @@ def test_an_engine_that_fails_on_everything_makes_nothing_suspect() -> None:
         await stage.send(*sent)
         assert all(isinstance(one.answer, BatchFailedError) for one in sent)
         assert not stage.batcher._suspects.marks
+
+    run(main())
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_where_zeros_tell_nothing_a_recent_run_of_others_does(within: bool) -> None:
+    """As with a model that refuses zeros."""
+
+    async def main() -> None:
+        stage = Stage(flat)
+        deliver = stage.worker.deliver
+        assert deliver is not None
+
+        def without_zeros(job: Job, outcome: Outcome) -> None:
+            outcome.zeros_run = None
+            deliver(job, outcome)
+
+        stage.worker.deliver = without_zeros
+        stage.batcher.submit(Sent(7, 1))
+        # The good run ends at 10 ms, the failing one and that of zeros 20 ms after it is sent.
+        await asyncio.sleep(HEALTHY_S - 0.010 + (-0.001 if within else 0.001))
+        failing = Sent(BAD, 2)
+        stage.batcher.submit(failing)
+        await asyncio.sleep(1)
+        assert isinstance(failing.answer, InputRejectedError if within else BatchFailedError)
 
     run(main())
 

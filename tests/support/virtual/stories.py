@@ -21,6 +21,7 @@ from tests.support.virtual.loop import Array, FakeEngine
 
 POISON = -666
 SPOILED = -1
+TENANT = 3
 LONG_S = 100_000.0
 # Gaps between events: none, the next iteration of the loop, and times before, at and after the ends of runs
 # and delays.
@@ -35,7 +36,7 @@ RUNS_S = [0.0, 0.001, 0.005, 0.010, 0.030]
 class Submit:
     """Submit a request with these rows (True: poisoned); its callback may raise or act.
 
-    `source`: its connection, None if unknown.
+    `source`: its connection, None if unknown; TENANT: it is of a tenant.
     """
 
     rows: tuple[bool, ...]
@@ -44,6 +45,7 @@ class Submit:
     raises: bool = False
     then: Act | None = None
     source: int | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ SUBMITS = st.builds(
     timeout_s=st.sampled_from([None] * 6 + [0.0, 0.005, 0.010, LONG_S]),
     raises=st.sampled_from([False] * 9 + [True]),
     then=LATER,
-    source=st.sampled_from([None, None, 1, 2]),
+    source=st.sampled_from([None, None, 1, 2, TENANT]),
+    priority=st.sampled_from([0] * 6 + [1, 8]),
 )
 ACTS = st.tuples(st.sampled_from(GAPS_S), st.one_of(SUBMITS, SUBMITS, SUBMITS, CANCELS))
 STORIES = st.builds(
