@@ -33,7 +33,7 @@ REPORT = "GPU_REPORT"
 TOLERANCES = {"FP32": 5e-3, "FP16": 1e-2, "BF16": 5e-2}
 _TRTEXEC_AT = (Path("/usr/src/tensorrt/bin"), Path("/opt/tensorrt/bin"), Path("/usr/local/tensorrt/bin"))
 _THROUGHPUT = re.compile(r"Throughput: ([\d.]+) qps")
-_SECTIONS = (
+_SECTIONS = [
     "build",
     "batching",
     "accuracy",
@@ -43,7 +43,7 @@ _SECTIONS = (
     "sustained",
     "served",
     "faults",
-)
+]
 
 
 # Batches

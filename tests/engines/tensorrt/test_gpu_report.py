@@ -147,7 +147,7 @@ def test_the_report(
     assert gpu.main([str(lines)]) == 0
     shown = capsys.readouterr().out
     assert "  GPU: NVIDIA H100, 580.1\n" in shown
-    assert "\nbuild\n  1 s\n\naccuracy\n  (no lines: see the tests above)\n" in shown
+    assert "\nbuild\n  1 s\n\nbatching\n  (no lines: see the tests above)\n" in shown
     assert "\nthroughput\n  8 rows: 100 rows/s\n" in shown
     assert gpu.report([json.dumps(["new", "x"])], []).endswith("\nnew\n  x\n")
     assert gpu.main([]) == 2
