@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +89,7 @@ class Proxy:
     """A program and its configuration, in which `folder`, `port` and `upstream` (a port) are filled in."""
 
     program: str
-    command: Sequence[str]
+    command: str
     configuration: str
 
     @property
@@ -103,7 +103,7 @@ class Proxy:
         return shutil.which(self.program, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 
 
-_NGINX_COMMAND = ("-p", "{folder}", "-c", "{file}")
+_NGINX_COMMAND = "-p {folder} -c {file}"
 PROXIES = {
     "nginx": Proxy("nginx", _NGINX_COMMAND, _nginx()),
     "nginx-unbuffered": Proxy(
@@ -114,25 +114,11 @@ PROXIES = {
         _NGINX_COMMAND,
         _nginx("keepalive 8;", 'proxy_http_version 1.1; proxy_set_header Connection "";'),
     ),
-    "haproxy": Proxy("haproxy", ("-db", "-f", "{file}"), _HAPROXY),
-    "caddy": Proxy("caddy", ("run", "--config", "{file}", "--adapter", "caddyfile"), _CADDY),
-    "apache2": Proxy("apache2", ("-f", "{file}", "-DFOREGROUND"), _APACHE),
+    "haproxy": Proxy("haproxy", "-db -f {file}", _HAPROXY),
+    "caddy": Proxy("caddy", "run --config {file} --adapter caddyfile", _CADDY),
+    "apache2": Proxy("apache2", "-f {file} -DFOREGROUND", _APACHE),
     "varnish": Proxy(
-        "varnishd",
-        (
-            "-F",
-            "-j",
-            "none",
-            "-n",
-            "{folder}/work",
-            "-a",
-            "127.0.0.1:{port}",
-            "-f",
-            "{file}",
-            "-s",
-            "malloc,64m",
-        ),
-        _VARNISH,
+        "varnishd", "-F -j none -n {folder}/work -a 127.0.0.1:{port} -f {file} -s malloc,64m", _VARNISH
     ),
 }
 
@@ -148,17 +134,13 @@ def running(name: str, upstream: int, folder: Path) -> Iterator[int]:
     assert proxy.path is not None
     folder.mkdir(parents=True)
     port = _free_port()
-    values = {
-        "folder": str(folder),
-        "port": port,
-        "upstream": upstream,
-        "file": str(folder / "configuration"),
-    }
-    (folder / "configuration").write_text(proxy.configuration.format(**values))
+    file = folder / "configuration"
+    values = {"folder": str(folder), "port": port, "upstream": upstream, "file": str(file)}
+    file.write_text(proxy.configuration.format(**values))
     log = folder / "output.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [proxy.path, *(argument.format(**values) for argument in proxy.command)],
+            [proxy.path, *proxy.command.format(**values).split()],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
