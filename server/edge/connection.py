@@ -15,7 +15,7 @@ Uvicorn listens, makes the connections and stops them; of its objects only its c
 
 import asyncio
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 from urllib.parse import unquote
@@ -28,32 +28,18 @@ from uvicorn.server import ServerState
 
 from cobatch.server.edge.body_memory import CHUNKED_BYTES, FREE_BYTES, BodyMemory, client_of
 from cobatch.server.edge.cycle import AsgiCycle, HeadBeginnings
+from cobatch.server.edge.framing import BODY, HEADERS, NOTHING, Framing
 from cobatch.server.edge.lingering import LingeringClose
-from cobatch.server.http.problem import Problem, invalid, no_memory, stopping
+from cobatch.server.http.problem import Problem, no_memory, stopping
 from cobatch.server.http.reply import LONG_BYTES, Reply
 from cobatch.server.inference.service import Inference
 
-# A single read may bring more.
-_HEADERS_BYTES = 65536
-# Bytes on the wire per byte of a body: a chunk of one byte takes six more.
-_FRAMING = 16
 _ANSWERED = b"content-type: %b\r\ncontent-length: %d\r\nx-request-id: %b\r\nserver-timing: %b\r\n"
 # Bytes per second that a client must take of a response.
 LEAST_RATE = 4096
-_VERSIONS = ("1.0", "1.1")
-_OTHERS = (b"RTSP/", b"ICE/")
 _SHORTEST_TICK_S = 0.05
 _ASGI = {"version": "3.0", "spec_version": "2.3"}
-# The part of a request being received.
-NOTHING, HEADERS, BODY = range(3)
 _BEGINNINGS = HeadBeginnings()
-
-
-def _problem_of(error: httptools.HttpParserError) -> Problem:
-    # A method of the connection raised it, through the parser. Kept in a frame of the connection, it would be
-    # in a reference cycle with that frame.
-    cause = error.__context__
-    return cause if isinstance(cause, Problem) else invalid("the request is not valid HTTP/1.1")
 
 
 class Cycle(Protocol):
@@ -72,16 +58,14 @@ class Cycle(Protocol):
     def on_disconnect(self) -> None: ...
 
 
-class Connection(asyncio.Protocol):
+class Connection(Framing):
     """One connection whose requests go to the ASGI application."""
 
-    # Python finds attributes slowly where an object has more than 30 without slots.
     __slots__ = (
-        "__weakref__", "_ahead", "_allowed_bytes", "_app_state", "_bodies", "_body_bytes",
-        "_expects_continue", "_farewell", "_head", "_headers_bytes", "_held", "_line_at", "_raw_bytes",
-        "_read_paused", "_scope", "_since_s", "_timer", "_unsent", "_unsent_since_s", "_waits",
-        "address", "config", "cycle", "headers", "inference", "loop", "method", "parser", "pipeline",
-        "receiving", "server_state", "transport", "url", "version", "writable", "write_paused",
+        "__weakref__", "_ahead", "_allowed_bytes", "_app_state", "_bodies", "_farewell", "_held",
+        "_read_paused", "_scope", "_timer", "_unsent", "_unsent_since_s", "_waits", "address", "config",
+        "cycle", "inference", "loop", "pipeline", "server_state", "transport", "writable",
+        "write_paused",
     )  # fmt: skip
 
     def __init__(
@@ -93,12 +77,12 @@ class Connection(asyncio.Protocol):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
+        super().__init__()
         self.inference = inference
         self._bodies = bodies
         self.config = config
         self.server_state = server_state
         self.loop = _loop or asyncio.get_event_loop()
-        self.parser = self._new_parser()
         self.transport: Any = None
         self.writable = asyncio.Event()
         self.writable.set()
@@ -109,23 +93,11 @@ class Connection(asyncio.Protocol):
         self.cycle: Cycle | None = None
         self._ahead: Cycle | None = None
         self.pipeline: deque[AsgiCycle] = deque()
-        # The request being received.
-        self.receiving = NOTHING
-        self.method = self.url = b""
-        self.version = ""
-        self.headers: list[tuple[bytes, bytes]] = []
-        self._expects_continue = False
-        self._head = b""  # the reads since its first byte, while its headers are parsed
-        self._line_at = 0  # there, its request line is not before this place
-        self._headers_bytes = 0
-        self._raw_bytes = 0  # of the body, with its framing
-        self._body_bytes = 0
         self._allowed_bytes = FREE_BYTES  # beyond these the body needs memory
         self._held: dict[Cycle, int] = {}  # memory that requests have for their bodies
         self._waits = False  # for memory
         # The last response, to be written once earlier requests are answered.
         self._farewell: Reply | None = None
-        self._since_s = time.monotonic()
         self._unsent = 0
         self._unsent_since_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -184,7 +156,7 @@ class Connection(asyncio.Protocol):
         if self._owes_response():
             self.cycle.keep_alive = False  # type: ignore[union-attr]  # it is the one that has no response
         elif self.receiving:
-            self._end(stopping())
+            self.end(stopping())
         elif self.transport.can_write_eof():
             self._linger()
         else:
@@ -202,7 +174,7 @@ class Connection(asyncio.Protocol):
             return ahead is not None and ahead is not cycle and not ahead.response_complete
         return cycle is not None and not cycle.response_complete
 
-    def _end(self, problem: Problem) -> None:
+    def end(self, problem: Problem) -> None:
         """End the connection with a problem, unless this request is answered."""
         if self._farewell is not None or self.transport.is_closing():
             return
@@ -237,24 +209,24 @@ class Connection(asyncio.Protocol):
             limit_s = left_s = timeout_s
         else:
             limit_s = timeout_s if self.receiving or self.cycle is None else settings.keep_alive_s
-            left_s = self._since_s + limit_s - time.monotonic()
+            left_s = self.since_s + limit_s - time.monotonic()
         if left_s > 0:
             # Something that begins meanwhile is looked at no later than its own limit asks.
             sleep_s = min(left_s, timeout_s, settings.keep_alive_s)
             self._timer = self.loop.call_later(max(sleep_s, _SHORTEST_TICK_S), self._tick)
             return
         if self._waits:
-            self._end(no_memory(limit_s))
+            self.end(no_memory(limit_s))
         elif self.receiving:
             detail = f"the request did not arrive within {limit_s:g} s"
-            self._end(Problem("receive-timeout", detail, close=True))
+            self.end(Problem("receive-timeout", detail, close=True))
         self.transport.close()
 
     def _is_stuck(self, limit_s: float) -> bool:
         """Return True if the client takes a response too slowly: less than LEAST_RATE, after `limit_s`."""
         unsent = self.transport.get_write_buffer_size()
         late_s = time.monotonic() - self._unsent_since_s - limit_s
-        if unsent == 0 or self._since_s >= self._unsent_since_s:
+        if unsent == 0 or self.since_s >= self._unsent_since_s:
             self._note_unsent()  # all is taken, or there is a new response
             return False
         return late_s >= 0 and self._unsent - unsent <= LEAST_RATE * late_s
@@ -263,134 +235,17 @@ class Connection(asyncio.Protocol):
         self._unsent = self.transport.get_write_buffer_size()
         self._unsent_since_s = time.monotonic()
 
-    # Bytes in
-
-    def data_received(self, data: bytes) -> None:
-        if self.receiving == HEADERS:
-            self._headers_bytes += len(data)  # `on_message_begin` makes it 0 again
-            self._head += data
-        else:
-            self._head = data
-            self._line_at = 0
-            if self.receiving == BODY:
-                self._raw_bytes += len(data)
-        try:
-            try:
-                self.parser.feed_data(data)
-            except httptools.HttpParserUpgrade as upgrade:
-                self._ignore_upgrade(memoryview(data)[upgrade.args[0] :])
-        except httptools.HttpParserError as error:
-            self.receiving = self.receiving or HEADERS
-            self._end(_problem_of(error))
-        if self.receiving == HEADERS:
-            if self._headers_bytes > _HEADERS_BYTES:
-                detail = f"the headers have more than {_HEADERS_BYTES} bytes"
-                self._end(Problem("headers-too-large", detail, close=True))
-            return
-        self._head = b""
-        if self.receiving == BODY and self._raw_bytes > _HEADERS_BYTES + _FRAMING * self._body_bytes:
-            # Endless trailers or chunk extensions.
-            detail = f"the body's framing has more than {_HEADERS_BYTES} bytes"
-            self._end(Problem("headers-too-large", detail, close=True))
-
-    def _new_parser(self) -> Any:
-        parser = httptools.HttpRequestParser(self)
-        # A request behind one with `Connection: close` must not turn that one into an error.
-        parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        return parser
-
-    def _ignore_upgrade(self, rest: memoryview) -> None:
-        """Parse a request to upgrade as one that is not (RFC 9110, 7.8), and the rest of the bytes.
-
-        A parser ends at the headers of such a request, so another one goes on.
-        """
-        while True:
-            lines = [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
-            minor = self.version[2:].encode()
-            self.parser = self._new_parser()
-            self.parser.feed_data(b"%b%b\r\n%b\r\n" % (self._request_line(), minor, b"".join(lines)))
-            try:
-                self.parser.feed_data(rest)
-                return
-            except httptools.HttpParserUpgrade as upgrade:
-                rest = rest[upgrade.args[0] :]
-
-    def on_message_begin(self) -> None:
-        self.receiving = HEADERS
-        self.url = b""
-        self.headers = []
-        self._expects_continue = False
-        self._headers_bytes = self._raw_bytes = self._body_bytes = 0
-        self._allowed_bytes = FREE_BYTES
-        self._since_s = time.monotonic()
-
-    def on_url(self, url: bytes) -> None:
-        self.url += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        # Trailers come through this callback too; they are not kept.
-        if self.receiving == HEADERS:
-            self.headers.append((name.lower(), value))
-
-    def on_headers_complete(self) -> None:
-        """Refuse a request whose headers the parser accepts but HTTP/1.1 does not; begin any other."""
-        parser = self.parser
-        self.method = parser.get_method()
-        self.version = parser.get_http_version()
-        if self.version not in _VERSIONS or not self._is_http():
-            raise invalid("the request line is not METHOD TARGET HTTP/1.1")
-        if parser.should_upgrade():
-            if self.method == b"CONNECT":
-                raise invalid("this is no proxy: it does not take CONNECT")
-            return  # `_ignore_upgrade` goes on
-        names = dict(self.headers)
-        usual = b"host" in names and b"expect" not in names and b"transfer-encoding" not in names
-        if not usual or len(names) != len(self.headers):
-            self._check_headers()
-        self.begin_request()
-
-    def _is_http(self) -> bool:
-        """Return False if the request names another protocol, which the parser takes too (RTSP, ICE).
-
-        The bytes before its line belong to earlier requests.
-        """
-        line, head, start = self._request_line(), self._head, self._line_at
-        self._line_at = at = head.find(line, start)
-        return at == start or (
-            at > start and not any(head.find(line[:-7] + other, start, at) >= 0 for other in _OTHERS)
-        )
-
-    def _request_line(self) -> bytes:
-        """Return the request line up to the minor version."""
-        return b"".join((self.method, b" ", self.url, b" HTTP/1."))
-
-    def _check_headers(self) -> None:
-        """Check Host (RFC 9112, 3.2) and Transfer-Encoding (6.1); read Expect."""
-        values: defaultdict[bytes, list[bytes]] = defaultdict(list)
-        for name, value in self.headers:
-            values[name].append(value.lower())
-        hosts, codings = len(values[b"host"]), b",".join(values[b"transfer-encoding"]).strip()
-        if hosts > 1 or (not hosts and self.version == "1.1"):
-            raise invalid(f"the request has {hosts} Host headers, it must have one")
-        self._expects_continue = b"100-continue" in values[b"expect"]
-        if not values[b"transfer-encoding"]:
-            return
-        if self.version == "1.0":
-            raise invalid("a request of HTTP/1.0 cannot have Transfer-Encoding")
-        if not codings.endswith(b"chunked"):
-            raise invalid("the last of Transfer-Encoding is not chunked: the body has no end")
-        if codings != b"chunked":
-            detail = f"the transfer coding {codings.decode('latin-1')!r} is not supported; chunked is"
-            raise Problem("unsupported-transfer-coding", detail, close=True)
+    # Requests
 
     def begin_request(self) -> None:
         """Pass the request to the ASGI application, behind those that came before it."""
         before = self.cycle
         keep_alive = self.parser.should_keep_alive()
         scope = self._new_scope()
-        cycle = AsgiCycle(self, scope, keep_alive=keep_alive, expects_continue=self._expects_continue)
+        cycle = AsgiCycle(self, scope, keep_alive=keep_alive, expects_continue=self.expects_continue)
         self.cycle = cycle
         self.receiving = BODY
+        self._allowed_bytes = FREE_BYTES
         if before is None or before.response_complete:
             self._run(cycle)
             return
@@ -423,9 +278,9 @@ class Connection(asyncio.Protocol):
         self.server_state.tasks.add(self.loop.create_task(cycle.run(self.config.loaded_app)))
 
     def on_body(self, body: bytes) -> None:
-        self._body_bytes += len(body)
+        self.body_bytes += len(body)
         self.cycle.on_body(body)  # type: ignore[union-attr]  # set with the headers
-        if self._body_bytes > self._allowed_bytes:
+        if self.body_bytes > self._allowed_bytes:
             self._take_memory()
 
     def on_message_complete(self) -> None:
@@ -447,7 +302,7 @@ class Connection(asyncio.Protocol):
             return  # it is thrown away, or this is the rest of the last read
         limit = self.inference.settings.server.max_body_bytes
         length = cycle.content_length
-        size = min(limit, max(CHUNKED_BYTES, 2 * self._body_bytes) if length is None else length)
+        size = min(limit, max(CHUNKED_BYTES, 2 * self.body_bytes) if length is None else length)
         held = self._held.get(cycle, 0)
         if size <= held:
             return  # over the limit: it is refused
@@ -458,14 +313,14 @@ class Connection(asyncio.Protocol):
             self._waits = True
             self.pause_reading()
         else:
-            self._end(no_memory(0.0))
+            self.end(no_memory(0.0))
 
     def on_body_memory(self) -> None:
         """Read on: the memory for the body is taken."""
         assert self.cycle is not None
         self._waits = False
         self._held[self.cycle] = self._allowed_bytes
-        self._since_s = time.monotonic()
+        self.since_s = time.monotonic()
         self.resume_reading()
 
     def _stop_waiting(self) -> None:
@@ -535,12 +390,12 @@ class Connection(asyncio.Protocol):
         if not keep_alive:
             self.close()
         self.on_response_complete()
-        return self._since_s
+        return self.since_s
 
     def on_response_complete(self) -> None:
         """Go on with the next request, if there is one."""
         self.server_state.total_requests += 1
-        self._since_s = time.monotonic()
+        self.since_s = time.monotonic()
         if self._held:
             self._release_memory([cycle for cycle in self._held if cycle.response_complete])
         if self.transport.is_closing():

@@ -16,9 +16,10 @@ from functools import partial
 from typing import Any
 
 from cobatch.server.auth.tenants import rate_limit_headers
-from cobatch.server.edge.body_memory import BodyMemory
-from cobatch.server.edge.connection import BODY, Connection
+from cobatch.server.edge.body_memory import FREE_BYTES, BodyMemory
+from cobatch.server.edge.connection import Connection
 from cobatch.server.edge.exchange import Exchange, client_in
+from cobatch.server.edge.framing import BODY
 from cobatch.server.edge.header_cache import CachedHeaders, HeaderCache, match, store
 from cobatch.server.http.body import joined
 from cobatch.server.http.problem import too_large
@@ -159,6 +160,7 @@ class FastConnection(Connection):
             super().begin_request()
             return
         self.receiving = BODY
+        self._allowed_bytes = FREE_BYTES
         exchange = self._new_exchange(block)
         problem = block.refusal or self.inference.admit(block.model, block.principal)
         limit = self.inference.settings.server.max_body_bytes

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import cobatch.server.edge.connection as connection_module
+from cobatch.server.edge import connection, framing
 from cobatch.server.edge.body_memory import (
     CLIENT_SHARE,
     MOST_WAITING,
@@ -400,16 +400,17 @@ async def test_a_client_must_take_its_response_at_a_rate(
     rate: int, stuck_s: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now_s = 100.0
-    monkeypatch.setattr(connection_module, "time", SimpleNamespace(monotonic=lambda: now_s))
+    for module in (connection, framing):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now_s))
     anything: Any = None
     wire = SlowWire()
-    connection = Connection(anything, anything, anything, anything, anything)
-    connection.transport = wire
+    slow = Connection(anything, anything, anything, anything, anything)
+    slow.transport = wire
     size = 40 * LEAST_RATE * 60
     for second in range(200):
         now_s = 101.0 + second
         wire.unsent = max(0, size - rate * second)
-        if connection._is_stuck(30.0):
+        if slow._is_stuck(30.0):
             assert stuck_s is not None
             assert stuck_s <= second <= stuck_s + 2
             return

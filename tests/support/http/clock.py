@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from unittest import mock
 
-from cobatch.server.edge import connection
+from cobatch.server.edge import connection, framing
 
 
 class Clock:
@@ -24,7 +24,8 @@ class Clock:
     @contextlib.contextmanager
     def of_connections(self) -> Iterator[None]:
         """Give this time to all connections."""
-        with mock.patch.object(connection, "time", SimpleNamespace(monotonic=self)):
+        ours = SimpleNamespace(monotonic=self)
+        with mock.patch.object(connection, "time", ours), mock.patch.object(framing, "time", ours):
             yield
 
 
