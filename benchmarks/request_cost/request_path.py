@@ -33,8 +33,10 @@ from benchmarks.request_cost.floor_app import make_app
 from cobatch.batcher.batcher import Batcher
 from cobatch.engines import loader, worker
 from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec
-from cobatch.server.edge.asgi import InferRoutes
+from cobatch.server.dashboard import feed
+from cobatch.server.edge import asgi
 from cobatch.server.inference import model as model_module
+from cobatch.server.observability import event_loop
 from cobatch.server.serve import Server, keep_freed_memory
 from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings
 
@@ -53,7 +55,7 @@ FLOOR_BYTES = 157  # as long as a JSON answer of tiny
 REQUESTS = 256
 _REPEATS = 3
 _WARM_UP = 512
-_KEEP_ALIVE_S = 3600  # idle connections are not closed
+_NEVER_S = 3600  # the interval of what runs by time: how often it falls into a case depends on the load
 _READ = 1 << 18  # bytes that uvloop reads at once
 _ADDRESS = ("127.0.0.1", 1)
 
@@ -169,7 +171,7 @@ async def paths() -> AsyncIterator[dict[str, Path]]:
                 uvicorn.Config(
                     make_app(FLOOR_BYTES, "application/json"),
                     http="httptools",
-                    timeout_keep_alive=_KEEP_ALIVE_S,
+                    timeout_keep_alive=_NEVER_S,
                     access_log=False,
                     log_config=None,
                 )
@@ -195,12 +197,12 @@ async def serving(
     """Serve these models, and yield a function that makes the protocol of a connection."""
     keep_freed_memory()  # as the command does
     settings = tuple(ModelSettings(path="idle.onnx", name=name) for name in models)
-    http = ServerSettings(fast_path=fast_path, keep_alive_s=_KEEP_ALIVE_S)
+    http = ServerSettings(fast_path=fast_path, keep_alive_s=_NEVER_S, receive_timeout_s=_NEVER_S)
     server = Server(Settings(server=http, models=settings))
     loaded = asyncio.Event()
     server.inference.on_ready = loaded.set
     app: Any = server.config.app
-    while not isinstance(app, InferRoutes):
+    while not isinstance(app, asgi.InferRoutes):
         app = app.app
     starlette: Any = app.app
     # Each reading is a microsecond later, so learned run times and decisions are the same on every machine
@@ -208,6 +210,9 @@ async def serving(
     clock = itertools.count(0.0, 1e-6).__next__
     with (
         unittest.mock.patch.dict(loader.ENGINES, onnxruntime=lambda *_: Idle(elements)),
+        unittest.mock.patch.object(asgi, "_WATCH_AFTER_S", _NEVER_S),
+        unittest.mock.patch.object(event_loop, "_INTERVAL_S", _NEVER_S),
+        unittest.mock.patch.object(feed, "INTERVAL_S", _NEVER_S),
         unittest.mock.patch.object(worker, "time", SimpleNamespace(monotonic=clock)),
         unittest.mock.patch.object(model_module, "Batcher", functools.partial(Batcher, clock=clock)),
     ):
@@ -271,6 +276,8 @@ async def _traced() -> list[tuple[str, str]]:
 def main(arguments: Sequence[str]) -> None:
     """Trace, or run under callgrind: each case is a part of its output with the name of the case."""
     if arguments[0] != "--trace":
+        # Threads take turns where they wait: under callgrind the usual 5 ms are only a few instructions.
+        sys.setswitchinterval(_NEVER_S)
         uvloop.run(_counted(ctypes.CDLL(arguments[0])))
         return
     calls = uvloop.run(_traced())

@@ -1,14 +1,17 @@
 """The regression guard: its comparison, and its run on the request path."""
 
+import asyncio
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.request_cost import guard
-from benchmarks.request_cost.request_path import CASES
+from benchmarks.request_cost.request_path import CASES, request_of, serving
+from benchmarks.request_cost.request_path import Path as RequestPath
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
@@ -60,6 +63,24 @@ def test_without_valgrind_it_does_not_measure_time_instead(
     monkeypatch.setattr(guard, "tools", lambda: None)
     assert guard.main([]) == 2
     assert "apt-get install valgrind" in capsys.readouterr().err
+
+
+async def test_nothing_runs_by_time_while_requests_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    timers: list[tuple[float, asyncio.TimerHandle]] = []
+    call_at = loop.call_at
+
+    def recorded(when_s: float, *what: Any, **options: Any) -> asyncio.TimerHandle:
+        timer = call_at(when_s, *what, **options)
+        timers.append((when_s - loop.time(), timer))
+        return timer
+
+    monkeypatch.setattr(loop, "call_at", recorded)
+    async with serving() as fast, serving(fast_path=False) as through_asgi:
+        for make in (fast, through_asgi):
+            assert await RequestPath(make, [request_of(binary=False)], 2).serve(2) == 2
+        # A run's limit of time is cancelled at its end.
+        assert min(delay_s for delay_s, timer in timers if not timer.cancelled()) > 3500
 
 
 @pytest.mark.slow
