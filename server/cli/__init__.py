@@ -1,5 +1,8 @@
 """The `cobatch` command. A command's module is imported when the command runs."""
 
+import errno
+import os
+import sys
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -84,4 +87,11 @@ def _root(
 
 def main() -> None:
     """Run the console script. Exit status 2: refused settings or usage; 1: the command failed."""
-    app(prog_name="cobatch")
+    try:
+        app(prog_name="cobatch")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what stdout still holds is written at the end
+        typer.echo(f"cobatch: cannot write the output: {error.strerror}", err=True)
+        sys.exit(1)

@@ -267,6 +267,17 @@ def test_the_module_and_the_script_are_the_same(arguments: list[str]) -> None:
     assert first[0] == (0 if arguments == ["--help"] else 2)
 
 
+@pytest.mark.parametrize("arguments", [["--version"], ["simulate", "--list"]])
+def test_a_full_disk_behind_stdout_is_said(arguments: list[str]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        command = [sys.executable, "-m", "cobatch", *arguments]
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (run.returncode, run.stderr) == (
+        1,
+        "cobatch: cannot write the output: No space left on device\n",
+    )
+
+
 def test_inspect_shows_the_signature(model: Path) -> None:
     result = cobatch("inspect", model)
     assert result.exit_code == 0
