@@ -17,6 +17,7 @@ from cobatch.server.loadtest.messages import Address
 from cobatch.server.loadtest.options import BenchError, UsageError
 
 _PATH = re.compile(r"^(.*?)(?:/v2(?:/models/([^/]+)(?:/versions/([^/]+))?(?:/infer)?)?)?/?$")
+_NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError)
 ServerCounters = Mapping[str, int]
 
 _STATISTICS_TIMEOUT_S = 3.0  # short: a load that was stopped because the server hangs must end soon
@@ -123,15 +124,15 @@ def describe(address: Address, name: str | None, version: str | None, headers: M
         raise BenchError(f"GET {path}: {reply.error}")
     try:
         model = msgspec.json.decode(reply.body, type=Model, strict=False)
-    except msgspec.DecodeError as error:
+    except _NOT_JSON as error:
         raise BenchError(f"GET {path}: the metadata does not follow the protocol: {error}") from None
     model.name, model.path = name, path
     # Metadata does not tell a batch axis from another one of variable size; Triton's configuration does.
-    with suppress(BenchError, msgspec.DecodeError):
+    with suppress(BenchError, *_NOT_JSON):
         config = msgspec.json.decode(fetch(address, "GET", f"{path}/config", headers).body, type=_Config)
         if config.max_batch_size == 0:
             model.inputs = tuple(replace(tensor, batched=False) for tensor in model.inputs or ())
-    with suppress(msgspec.DecodeError):
+    with suppress(*_NOT_JSON):
         labels = msgspec.json.decode(server.body, type=_Server)
         model.server = " ".join(label for label in (labels.name, labels.version) if label)
     return model
@@ -145,7 +146,7 @@ def _only_model(address: Address, headers: Mapping[str, str]) -> str:
         raise BenchError(f"the server asks for credentials, with --token-file or --api-key ({reply.error})")
     try:
         names = sorted({one.name for one in msgspec.json.decode(reply.body, type=list[Model])})
-    except msgspec.DecodeError:
+    except _NOT_JSON:
         raise UsageError("the server does not list its models: give --model") from None
     if len(names) != 1:
         raise UsageError(f"which model? The server has {', '.join(names) or 'none'}: give --model")

@@ -111,7 +111,7 @@ class Verdicts:
         path = self._path(plan)
         try:
             return None if path is None else msgspec.json.decode(path.read_bytes(), type=Batching)
-        except (OSError, msgspec.MsgspecError):
+        except (OSError, *manifests.NOT_JSON):
             return None
 
     def remember(self, plan: bytes, batching: Batching) -> None:

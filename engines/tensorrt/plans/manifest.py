@@ -24,6 +24,8 @@ from cobatch.engines.tensorrt.api import TensorRT
 from cobatch.engines.tensorrt.cuda import gpu_identity
 from cobatch.engines.tensorrt.plans.profiles import Profile, as_spec
 
+# What decoding a damaged file raises.
+NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError)
 NO_GPU = "none"  # TensorRT for RTX builds without a GPU
 # The `location` entry of a tensor with external weights, as protobuf encodes it.
 _LOCATION = re.compile(rb"\x0a\x08location\x12([\x80-\xff]?[\x01-\x7f])")
@@ -182,7 +184,7 @@ def read_manifest(plan: Path) -> Manifest | None:
         return None
     except OSError as error:
         raise EngineLoadError(f"cannot read {path}: {error.strerror}") from None
-    except msgspec.MsgspecError as error:
+    except NOT_JSON as error:
         raise EngineLoadError(f"{path} is not a plan's manifest: {error}") from None
 
 

@@ -227,8 +227,9 @@ def test_a_verdict_that_cannot_be_kept_or_read_is_found_again(tmp_path: Path) ->
     assert verdicts.recall(plan) == Batching("disproved", "why")
     assert verdicts.recall(b"another") is None
     (kept,) = tmp_path.glob("*.json")
-    kept.write_bytes(b'{"verdict":"maybe"}')
-    assert verdicts.recall(plan) is None
+    for damaged in (b'{"verdict":"maybe"}', b'{"verdict":"proven","reason":"\xff"}', b""):
+        kept.write_bytes(damaged)
+        assert verdicts.recall(plan) is None
     tmp_path.chmod(0o777)  # others could write there
     verdicts.remember(plan, Batching("proven"))
     tmp_path.chmod(0o700)

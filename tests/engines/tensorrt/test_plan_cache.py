@@ -169,6 +169,11 @@ def cut_manifest(plan: Path) -> None:
     manifest_path(plan).write_bytes(manifest_path(plan).read_bytes()[:40])
 
 
+def garble_manifest(plan: Path) -> None:
+    path = manifest_path(plan)
+    path.write_bytes(path.read_bytes().replace(b'256": "', b'256": "\xff'))
+
+
 def empty_plan(plan: Path) -> None:
     plan.write_bytes(b"")
 
@@ -179,7 +184,9 @@ def forge_version(plan: Path) -> None:
     write_plan(plan, plan.read_bytes(), dataclasses.replace(manifest, version="0.0.1"))
 
 
-@pytest.mark.parametrize("damage", [damage_plan, lose_manifest, cut_manifest, empty_plan, forge_version])
+@pytest.mark.parametrize(
+    "damage", [damage_plan, lose_manifest, cut_manifest, garble_manifest, empty_plan, forge_version]
+)
 def test_a_cached_plan_that_does_not_match_its_manifest_is_rebuilt(
     model: Path, folder: Path, builds: list[Path], warnings: pytest.LogCaptureFixture, damage: Any
 ) -> None:
@@ -332,9 +339,10 @@ def test_a_plan_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(EngineLoadError, match=r"cannot read .*gone\.plan: No such file"):
         given_plan(tmp_path / "gone.plan", MACHINE)
     (tmp_path / "x.plan").write_bytes(b"plan")
-    (tmp_path / "x.plan.json").write_text("{}")
-    with pytest.raises(EngineLoadError, match=r"x\.plan\.json is not a plan's manifest"):
-        given_plan(tmp_path / "x.plan", MACHINE)
+    for manifest in (b"{}", b'{"model_sha256": "\xff"}'):
+        (tmp_path / "x.plan.json").write_bytes(manifest)
+        with pytest.raises(EngineLoadError, match=r"x\.plan\.json is not a plan's manifest"):
+            given_plan(tmp_path / "x.plan", MACHINE)
     with pytest.raises(EngineLoadError, match="No such file"):
         model_digest(tmp_path / "gone.onnx")
 

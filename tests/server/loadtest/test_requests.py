@@ -17,9 +17,9 @@ from cobatch.engines.base import DATATYPES
 from cobatch.server.loadtest.codec import decode, difference, encode, request_bytes
 from cobatch.server.loadtest.generator import choices, schedule
 from cobatch.server.loadtest.messages import Address, Expected, Plan, PreparedRequest, Trial
-from cobatch.server.loadtest.options import Caller, UsageError, parse_callers
+from cobatch.server.loadtest.options import BenchError, Caller, UsageError, parse_callers
 from cobatch.server.loadtest.requests import FileInputs, RandomInputs
-from cobatch.server.loadtest.target import Tensor, parse_url
+from cobatch.server.loadtest.target import Reply, Tensor, describe, parse_url
 from tests.support.examples import examples
 
 
@@ -239,3 +239,12 @@ def test_a_trace_sets_the_tenant_and_rows_of_each_request(tmp_path: Path) -> Non
     trial = Trial(read_trace(path, speed=2.0), 4, seconds=0.6)
     due = list(schedule(plan_of([1.0, 1.0], rows=2), trial, 0, 1))
     assert [(time, one.data) for time, one in due] == [(0.0, b"1 2 0"), (0.25, b"0 1 0"), (0.5, b"0 1 1")]
+
+
+def test_metadata_that_is_not_utf_8_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    reply = Reply(200, b"", b'{"name": "\xff"}')
+    monkeypatch.setattr("cobatch.server.loadtest.target.fetch", lambda *request: reply)
+    with pytest.raises(BenchError, match="the metadata does not follow the protocol"):
+        describe(Address("h", 1), "m", None, {})
+    with pytest.raises(UsageError, match="the server does not list its models"):
+        describe(Address("h", 1), None, None, {})
