@@ -1,8 +1,8 @@
 """Faults of clients, disks, files and limits: the server goes on, or says what is wrong.
 
 `python -m benchmarks.trials.faults [--count 1000] [--seed 1]`: resets at random points, clients that freeze
-within a body, no file descriptors left, a full disk behind stdout and stderr, damaged models and
-settings. Where a server runs, a good caller beside the faults must be answered all the time.
+within a body, no file descriptors left, full disks, damaged models, plans and settings. Where a server runs,
+a good caller beside the faults must be answered all the time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from benchmarks.common.processes import ROOT, Server
 from benchmarks.common.procstat import cpu_us
-from benchmarks.trials import damaged_files
+from benchmarks.trials import damaged_files, disks
 from benchmarks.trials.client import Client, LostError, ask, get, post
 from benchmarks.trials.models import cases
 from benchmarks.trials.trial import Report, command, served
@@ -223,6 +223,7 @@ def trial(count: int, seed: int) -> Report:
     damaged_files.try_models(report, rng, count // 2)
     damaged_files.try_settings(report, rng, count)
     damaged_files.try_commands(report, rng, count // 100)
+    disks.try_disks(report, rng, count // 2)
     return report
 
 
