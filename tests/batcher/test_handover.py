@@ -22,7 +22,7 @@ from cobatch.engines.errors import EngineDeadError, EngineError, EngineRunError
 from cobatch.engines.worker import Worker
 from tests.support.virtual.loop import Array, Call, FakeEngine
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 class Gated(FakeEngine):

@@ -20,7 +20,7 @@ from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec, batch_
 from cobatch.engines.errors import EngineDeadError, EngineError, EngineLoadError, EngineRunError
 from cobatch.engines.worker import Job, Outcome, Worker
 
-WAIT_S = 20
+WAIT_S = 60.0
 SHAPES: RowShapes = ((2,),)
 
 

@@ -265,7 +265,7 @@ def test_an_unknown_model(served: Served) -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["/v2/models/add/infer/", "/v2/models/add/infer/x", "/", "/v2/models//infer"]
+    "target", ["/v2/models/add/infer/", "/v2/models/add/infer/x", "/v3", "/v2/models//infer"]
 )
 def test_nothing_there(served: Served, target: str) -> None:
     answer = served.ask(post(target, ADD))

@@ -44,7 +44,7 @@ def held_then_together(served: Served, engine: GatedEngine, *requests: bytes) ->
         clients[-1].send(request)
         served.until(lambda before=before: counters.accepted > before)  # type: ignore[misc]
         if len(clients) == 1:
-            engine.began.get(timeout=20)
+            engine.began.get(timeout=60)
     engine.release()
     answers = [client.answer() for client in clients]
     for client in clients:

@@ -61,7 +61,7 @@ def test_a_disconnected_client_of_a_batch(running: Protected, stack: contextlib.
 def test_a_client_that_disconnects_during_the_run(running: Protected, stack: contextlib.ExitStack) -> None:
     running.engine.hold()
     client = running.send(stack, infer(token("a"), *range(10)))
-    running.engine.began.get(timeout=20)
+    running.engine.began.get(timeout=60)
     client.close()
     running.served.until(lambda: running.account("a") == (0, 0))
     running.engine.release()

@@ -272,7 +272,7 @@ def test_an_interrupted_run_reports_its_results(node: Any, tmp_path: Path) -> No
         assert process.stderr is not None
         line = process.stderr.readline()
         process.send_signal(signal.SIGINT)
-        printed, errors = process.communicate(timeout=30)
+        printed, errors = process.communicate(timeout=60)
     assert line.startswith("16 connections ")
     assert "Traceback" not in errors
     assert process.returncode == 0

@@ -230,7 +230,7 @@ async def test_lines_are_written_without_being_asked_for() -> None:
     log = AccessLog(logging.INFO, stream)
     log.start(loop)
     log.request_done(_done())
-    await asyncio.wait_for(written.wait(), 20)
+    await asyncio.wait_for(written.wait(), 60)
     await asyncio.to_thread(stream.stop)
     assert "".join(text).count("\n") == 1
 

@@ -93,7 +93,7 @@ def test_one_span_for_a_batch_linked_to_all_requests_in_it(fast: bool) -> None:
             served.until(lambda number=number: counters.accepted > number)  # type: ignore[misc]
             if number == 0:
                 # Alone: the other two gather behind it.
-                assert engine.began.get(timeout=20) == [0]
+                assert engine.began.get(timeout=60) == [0]
         engine.release()
         assert [client.answer().status for client in clients] == [200, 200, 200]
         for client in clients:

@@ -25,7 +25,7 @@ from cobatch.engines.worker import Job, Outcome, Worker
 from tests.support.gpu.fakecuda.control import FakeCuda
 from tests.support.gpu.tier import require_fake_gpu
 
-WAIT_S = 20
+WAIT_S = 60.0
 
 
 @pytest.fixture

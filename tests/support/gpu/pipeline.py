@@ -28,7 +28,7 @@ from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec
 from cobatch.engines.errors import EngineError
 from cobatch.engines.worker import Job, Worker
 
-WAIT_S = 20
+WAIT_S = 60.0
 
 
 class Machine:

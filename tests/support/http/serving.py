@@ -38,7 +38,7 @@ from tests.support.http.clock import Clock, ClockedLoop
 from tests.support.http.released import Released
 from tests.support.virtual.loop import Array, FakeEngine
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 T = TypeVar("T")
 _TICK_S = 0.1  # uvicorn's
 _TURNS = 8  # of the loop, in which it accepts a connection and reads the first bytes
