@@ -113,6 +113,10 @@ class FairQueue(Generic[T]):
         """Forget all objects, which will have no rows again."""
         self._heap.clear()
 
+    def set_aside(self) -> None:
+        """Take the first object out, until it is added again."""
+        heappop(self._heap)[2].in_turns = False
+
     def first(self) -> T:
         """Return the object whose turn it is; one must have rows."""
         heap = self._heap

@@ -80,9 +80,17 @@ class BatchFormation:
         late: list[Request] = []
         shares: dict[Tenant | None, int] = {}
         capped = was_short = False
+        aside: list[Flow] = []
+        aside_rows = 0
         next_flow: Callable[[], Flow | None] = group.turns.first
-        while group.rows and self._rows < most_rows and (flow := next_flow()) is not None:
+        while group.rows > aside_rows and self._rows < most_rows and (flow := next_flow()) is not None:
             request = flow.order.head()
+            others = group.rows > aside_rows + flow.rows
+            if others and not was_short and queue.is_too_early(request, flow.share):
+                group.turns.set_aside()
+                aside.append(flow)
+                aside_rows += flow.rows
+                continue
             rows = self._rows + request.rows
             if requests and rows > most_rows:
                 break
@@ -98,11 +106,12 @@ class BatchFormation:
                 was_short, self._spares_light = True, False
                 next_flow = self._next_light
                 continue
-            queue.remove(request, State.RUNNING)
-            queue.shares.served(flow.share, request.rows * queue.row_s)
+            queue.take(request, flow)
             shares[request.tenant] = shares.get(request.tenant, 0) + request.rows
             self._rows = rows
             requests.append(request)
+        for flow in aside:
+            group.turns.add(flow)
         return FormedBatch(requests, late, shares, capped, was_short)
 
     def _next_light(self) -> Flow | None:

@@ -61,6 +61,7 @@ class RequestQueue:
         self._full: dict[Group, None] = {}
         self.shares = TenantShares()
         self._turns: FairQueue[TenantShare] = FairQueue()
+        self._overtaken: dict[TenantShare, None] = {}  # by a newer request of another shape
         self._ages = ages
         self._arrivals: deque[Request] = deque()
         self._urgent: list[tuple[float, int, Request]] = []
@@ -228,6 +229,24 @@ class RequestQueue:
         self.remove(request, State.CANCELLED)
         request.payloads = ()
 
+    def is_too_early(self, request: Request, share: TenantShare) -> bool:
+        """Return whether a request would overtake an older one of its tenant, of another shape, once more.
+
+        Riding in batches that others lead, the newer ones could use up all of the tenant's turns.
+        """
+        return share in self._overtaken and share.order is not None and share.order.head() is not request
+
+    def take(self, request: Request, flow: Flow) -> None:
+        """Remove a request that is sent, and charge its tenant."""
+        share = flow.share
+        if share.order is not None:
+            if share.order.head() is request:
+                self._overtaken.pop(share, None)
+            else:
+                self._overtaken[share] = None
+        self.remove(request, State.RUNNING)
+        self.shares.served(share, request.rows * self.row_s)
+
     def remove(self, request: Request, state: State) -> None:
         """Remove a queued request, which has `state` from then on."""
         flow = request.entry
@@ -254,7 +273,9 @@ class RequestQueue:
         if not self.rows and flow is self._last and len(share.flows) == len(group.flows) == 1:
             self._parked = True
             del self.groups[group.key]
-            share.order = None
+            if share.order is not None:
+                share.order = None
+                self._overtaken.clear()
         elif not flow.rows:
             del group.flows[share]
             del share.flows[flow]
@@ -263,6 +284,7 @@ class RequestQueue:
                 group.turns.clear()  # breaks a reference cycle with its flows
             if not share.rows:
                 share.order = None
+                self._overtaken.pop(share, None)
                 self.shares.deactivate(share)
         if group.rows < self.full_rows:
             self._full.pop(group, None)

@@ -305,6 +305,19 @@ class Fair(Queues):
                 assert abs(parts[0] - parts[1]) <= most
 
 
+def test_a_request_does_not_starve_behind_newer_ones_of_another_shape() -> None:
+    """The newer ones ride in every batch that the other tenant leads."""
+    queues = Fair()
+    queues.push(1, 0, 4)
+    queues.push(2, 1, 4)
+    oldest = queues.waiting[1]
+    for _ in range(50):
+        queues.push(1, 0, 4)
+        queues.push(2, 0, 4)
+    queues.batches(times=3)
+    assert oldest not in queues.waiting
+
+
 Anything.TestCase.settings = examples(30, stateful_step_count=50)
 Fair.TestCase.settings = examples(30, stateful_step_count=50)
 TestAnything = Anything.TestCase

@@ -131,10 +131,10 @@ def test_lines_of_any_writer_are_captured(stand_in: tuple[int, int]) -> None:
     capture = Capture(fd)
     capture.start(lines.put)
     os.write(fd, b"one\ntw")
-    assert lines.get(timeout=20) == "one"
+    assert lines.get(timeout=60) == "one"
     os.write(fd, b"o \xff\n" + b"x" * (output._LONGEST_LINE + 1) + b"\nrest")
-    assert lines.get(timeout=20) == "two \\xff"
-    assert [len(lines.get(timeout=20)) for _ in range(2)] == [output._LONGEST_LINE, 1]
+    assert lines.get(timeout=60) == "two \\xff"
+    assert [len(lines.get(timeout=60)) for _ in range(2)] == [output._LONGEST_LINE, 1]
     capture.end()
     assert lines.get_nowait() == "rest"
     capture.write("direct\n")
