@@ -12,21 +12,15 @@ from cobatch.batcher.simulator.bound import capacity
 from cobatch.batcher.simulator.engine import Profile, load_profile
 from cobatch.batcher.simulator.scenario import Results, Scenario, results_of, run
 from cobatch.batcher.simulator.traffic import Caller, Poisson
+from tests.support.paths import ROOT
 from tests.support.virtual.profiles import linear
 
 pytestmark = pytest.mark.slow
 
 LINEAR = linear("linear", fixed_us=5000, row_us=100, max_rows=128)
 
-# A model beside a busy neighbour: two rows take 40 us, in one run of 25 or so 4 to 9 ms more. By its medians
-# eight rows are best, by its means 64.
-BUSY = Profile(
-    "busy",
-    {
-        rows: {0.05: 0.9 * us, 0.5: us, 0.95: 1.6 * us, 0.99: us + 7660, 1.0: us + 8960}
-        for rows, us in {1: 38, 2: 40, 4: 40, 8: 42, 16: 220, 32: 560, 64: 1300}.items()
-    },
-)
+# Two rows take 40 us, in one run of 25 or so up to 9 ms more. By medians eight rows are best, by means 64.
+BUSY = load_profile(str(ROOT / "benchmarks" / "scheduling" / "busy.json"))
 
 
 def noisy(profile: Profile) -> Profile:
