@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 
 from cobatch.batcher.request import Batch, Request
-from cobatch.engines.base import Signature
+from cobatch.engines.base import Array, Signature
 from cobatch.server.http.reply import JSON, OCTETS, Reply
 from cobatch.server.http.request_id import LEAD
 from cobatch.server.v2.decode import WantedOutputs
@@ -26,6 +26,7 @@ _KEPT_FRAMES = 1024
 # More elements of an output take longer than a millisecond: a thread encodes them.
 LONG_ELEMENTS = 1 << 15
 _COPIED_BYTES = 1 << 20
+_LONG_TEXT = 1 << 20
 _FEW_ELEMENTS = 16
 # In the memo of a batch that holds one request's own outputs.
 _OWN = "own"
@@ -104,7 +105,7 @@ class Encoder:
                 pieces += [data] if isinstance(data, bytes) else data
             elif self._specs[index].datatype == "BYTES":
                 values = batch.outputs[index][first : first + rows]
-                if values.size > LONG_ELEMENTS and _OWN not in batch.memo:
+                if _OWN not in batch.memo and _is_long(values):
                     raise LongAnswerError
                 data = _bytes_tensor(values)
                 pieces.append(b'"parameters":{"binary_data_size":%d}}' % sum(map(len, data)))
@@ -122,9 +123,10 @@ class Encoder:
             output = batch.outputs[index]
             elements = prod(output.shape[1:])
             if output.dtype == object or not 0 < elements <= _SHORT_ROW_ELEMENTS:
-                if rows * elements > LONG_ELEMENTS and _OWN not in batch.memo:
+                values = output[first : first + rows].reshape(-1)
+                if _OWN not in batch.memo and _is_long(values):
                     raise LongAnswerError
-                pieces = json_pieces(output[first : first + rows].reshape(-1))
+                pieces = json_pieces(values)
                 return pieces[0][1:-1] if len(pieces) == 1 else [pieces[0][1:], *pieces[1:-1]]
             flat = output.reshape(output.shape[0], elements)
             cut = batch.memo[index] = dumps(flat)[2:-2].split(b"],[")
@@ -138,7 +140,7 @@ class Encoder:
             if output.nbytes < _COPIED_BYTES:
                 whole = memoryview(output.tobytes())
             else:
-                whole = output.copy().reshape(-1).view(np.uint8).data  # in half the time
+                whole = _own(batch, output).reshape(-1).view(np.uint8).data
             batch.memo[key] = whole
         size = len(whole) // batch.outputs[index].shape[0]
         return whole[first * size : (first + rows) * size]
@@ -182,16 +184,31 @@ def detached(request: Request, outputs: Collection[int]) -> Request:
     batch = request.batch
     assert batch is not None
     end = request.first_row + request.rows
-    rows = [output[request.first_row : end] for output in batch.outputs]
     own = batch.for_one((batch,))
-    own.outputs = [part.copy() if index in outputs else part for index, part in enumerate(rows)]
+    own.outputs = [
+        _own(batch, output, request.first_row, end) if index in outputs else output[request.first_row : end]
+        for index, output in enumerate(batch.outputs)
+    ]
     own.memo[_OWN] = True
     one = Request(request.rows, request.row_shapes, ())
     one.batch, one.parts, one.enqueued_s = own, request.parts, request.enqueued_s
     return one
 
 
-def json_pieces(values: np.ndarray[Any, Any]) -> list[bytes]:
+def _is_long(values: Array) -> bool:
+    """Return whether encoding takes longer than about a millisecond."""
+    if values.size > LONG_ELEMENTS:
+        return True
+    return values.dtype == object and sum(map(len, values.flat)) > _LONG_TEXT
+
+
+def _own(batch: Batch, output: Array, first: int = 0, end: int | None = None) -> Array:
+    """Some rows of an output that stay valid: a copy, unless the output was made for one request."""
+    rows = output[first:end]
+    return rows if batch.joined and output.base is None else rows.copy()
+
+
+def json_pieces(values: Array) -> list[bytes]:
     """JSON of an array, nested as its axes are; of a long one in several pieces (`server.v2.pieces`)."""
     if values.size <= LONG_ELEMENTS:
         if values.dtype == object:
@@ -224,7 +241,7 @@ def text_of(value: object) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
-def _bytes_tensor(values: np.ndarray[Any, Any]) -> list[bytes]:
+def _bytes_tensor(values: Array) -> list[bytes]:
     """BYTES as binary, in pieces: each element its length (u32, little-endian) and its bytes."""
     joined: list[bytes] = []
     flat = values.reshape(-1)

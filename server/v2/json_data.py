@@ -24,6 +24,7 @@ from cobatch.engines.base import TensorSpec
 from cobatch.server.http.problem import Problem
 from cobatch.server.v2.checks import check_strings, wrong_data
 from cobatch.server.v2.long_json import (
+    STRINGS_BYTES,
     LongValue,
     MalformedError,
     RaggedError,
@@ -32,6 +33,7 @@ from cobatch.server.v2.long_json import (
     number_arrays,
     string_pieces,
     string_shape,
+    text_pieces,
 )
 
 _SMALL_BYTES = 8192
@@ -135,9 +137,10 @@ class JsonReader:
         for outline, strings in string_pieces(value):
             outlines.append(outline)
             check_strings(self._spec, len(elements) + len(strings))
-            part = self._convert(self._parse(memoryview(b"[%b]" % b",".join(strings)), piece=True))
-            assert isinstance(part, list)  # other datatypes take no strings
-            elements += part
+            if len(strings) == 1 and len(strings[0]) > STRINGS_BYTES:
+                elements.append(b"".join([self._read_strings([text])[0] for text in text_pieces(strings[0])]))
+            else:
+                elements += self._read_strings(strings)
         shape = string_shape(outlines)
         check(shape)
         return shape, elements
@@ -197,6 +200,10 @@ class JsonReader:
         """The Problem of data with another number of elements than its shape."""
         detail = f"shape {shape} has {elements} elements, the data has {actual}"
         return self.wrong(detail, shape=shape, expected_elements=elements, actual_elements=actual)
+
+    def _read_strings(self, texts: list[bytes]) -> list[bytes]:
+        part = self._convert(self._parse(memoryview(b"[%b]" % b",".join(texts)), piece=True))
+        return part if isinstance(part, list) else []  # other datatypes take no strings
 
     def _flatten(self, values: list[Any], depth: int) -> list[Any]:
         """Row-major elements of a nested list at most `depth` deep whose rows have equal lengths."""

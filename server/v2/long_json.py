@@ -31,6 +31,8 @@ _MARKED = re.compile(_MARK + rb'(\d+)"')
 _BLANKS = b" \t\r\n"
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _INSIDE = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
+_CHARACTERS = re.compile(rb"(?:[^\\]++|\\u[0-9a-fA-F]{4}|\\[^u])*+", re.DOTALL)
+_SECOND_HALF = re.compile(rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 # Strings of one row; strings and brackets.
 _ROW = re.compile(rb'(?:[ \t\r\n,]*+"(?:[^"\\]++|\\.)*+")*+[ \t\r\n,]*+', re.DOTALL)
 _ROWS = re.compile(rb'(?:[ \t\r\n,\[\]]*+"(?:[^"\\]++|\\.)*+")++', re.DOTALL)
@@ -230,6 +232,22 @@ def _brackets(piece: bytes) -> bytes:
         raise MalformedError("a comma is missing beside a bracket")
     kept: bytes = text[opening | closing | comma].tobytes()
     return kept
+
+
+def text_pieces(string: bytes) -> Iterator[bytes]:
+    """A long string as several ones, cut between characters."""
+    at, last = 1, len(string) - 1
+    while at < last:
+        end = _CHARACTERS.match(string, at, min(at + STRINGS_BYTES, last)).end()  # type: ignore[union-attr]
+        if _SECOND_HALF.match(string, end, last):
+            end += 6  # of a surrogate pair
+        while end < last and string[end] & 0xC0 == 0x80:
+            end -= 1  # UTF-8 goes on
+        if end <= at:
+            raise MalformedError("a string cannot be read")
+        yield b'"%b"' % string[at:end]
+        release()
+        at = end
 
 
 def string_shape(pieces: Sequence[bytes]) -> list[int]:
