@@ -51,7 +51,7 @@ def sum_model() -> Path:
 
 
 def request_of(mib: int) -> bytes:
-    """Return a binary request with a body of about so many MiB."""
+    """Return a binary request with a body of about `mib` MiB."""
     size = (mib << 20) - (1 << 12)
     x = f'"name":"x","datatype":"FP32","shape":[{_ROWS},{size // 4 // _ROWS}]'
     message = f'{{"inputs":[{{{x},"parameters":{{"binary_data_size":{size}}}}}]}}'.encode()

@@ -2,8 +2,8 @@
 
 Sends 80 MiB to a server that takes 64, through each proxy that is installed, with Content-Length and in
 chunks, on the fast path and through ASGI, and counts the responses that are the server's own problem
-document: 413, body-too-large. A client that gets anything else (a proxy's 502 or 503, a reset) is counted by
-what it gets. The exit status is 1 if there is one.
+document: 413, body-too-large. Other outcomes (a proxy's 502 or 503, a reset) are counted by name, and make
+the exit status 1.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ class Connection(Framing):
             self._stop_waiting()
 
     def close(self) -> None:
-        """End the connection once all that is written is sent; a client that may be sending is heard on."""
+        """End the connection when the written bytes are sent; read on if the client may be sending."""
         if not self.receiving or self.transport.is_closing():
             self.transport.close()
             return
@@ -299,7 +299,7 @@ class Connection(Framing):
         cycle = self.cycle
         assert cycle is not None
         if cycle.response_complete or self._waits or self.transport.is_closing():
-            return  # it is thrown away, or this is the rest of the last read
+            return  # it is discarded, or this is the rest of the last read
         limit = self.inference.settings.server.max_body_bytes
         length = cycle.content_length
         size = min(limit, max(CHUNKED_BYTES, 2 * self.body_bytes) if length is None else length)

@@ -1,7 +1,7 @@
 """The end of a connection whose client may still be sending (RFC 9112, 9.6).
 
 A socket that is closed before all bytes are read is reset, and then the client, or the proxy before it, loses
-the response. So the connection is closed in one direction, and what still arrives is thrown away for a while.
+the response. So the connection is closed in one direction, and further bytes are discarded for a while.
 """
 
 import asyncio
