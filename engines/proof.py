@@ -9,7 +9,7 @@ If a model refuses the rows, for example indices outside its table, or they deci
 which row an answer came from, but may still disprove.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf, prod
 
 import numpy as np
@@ -25,8 +25,9 @@ _LARGEST_FLOAT = 2.0  # so that rounding to integers tells rows apart
 _LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
 _LONGEST_REFUSAL = 240
 # The largest difference of equal answers, as a part of the output's largest value: kernels for other batch
-# sizes add in another order, and on GPUs multiply FP32 with 10 bits of mantissa (TF32).
-_TOLERANCE = {"FP64": 1e-4, "FP32": 1e-3, "FP16": 1e-2, "BF16": 3e-2}
+# sizes add in another order. GPUs may multiply FP32 with 10 bits of mantissa (TF32).
+_TOLERANCE = {"FP64": 1e-4, "FP32": 1e-4, "FP16": 1e-2, "BF16": 3e-2}
+_GPU_TOLERANCE = _TOLERANCE | {"FP64": 1e-3, "FP32": 1e-3}
 # A smaller one may still come from rounding, for example where a model chooses its scale of quantisation by
 # all the values of a batch.
 _CERTAIN = 0.05
@@ -75,13 +76,13 @@ def settle(
     return Signature(chosen.inputs, chosen.outputs, chosen.fixed_batch, batching)
 
 
-def prove(signature: Signature, run: Run, most_rows: int = PROOF_ROWS, *, careful: bool = False) -> Batching:
+def prove(signature: Signature, run: Run, most_rows: int = PROOF_ROWS, *, gpu: bool = False) -> Batching:
     """Run the proof and return "proven", "disproved" or "unproven". `most_rows`: the largest batch to run.
 
-    `careful`: small integers first, since an index outside a table may end the engine. Raises
-    EngineDeadError.
+    `gpu`: with a wider tolerance, and small integers first, since an index outside a table may end the
+    engine. Raises EngineDeadError.
     """
-    trial = _Trial(signature, run)
+    trial = _Trial(signature, run, _GPU_TOLERANCE if gpu else _TOLERANCE)
     rows = signature.fixed_batch or min(PROOF_ROWS, most_rows)
     reasons: list[str] = []
     refused = 0
@@ -90,7 +91,7 @@ def prove(signature: Signature, run: Run, most_rows: int = PROOF_ROWS, *, carefu
             for constant in (_ones, _zeros):
                 trial.answers(_rows(signature, 1, constant, 1))
             return Batching("unproven", "each run takes one row")
-        for make, size in _attempts(signature, careful):
+        for make, size in _attempts(signature, gpu):
             try:
                 refusal = trial.judge(_rows(signature, rows, make, size))
             except _UndecidedError as error:
@@ -110,9 +111,10 @@ def prove(signature: Signature, run: Run, most_rows: int = PROOF_ROWS, *, carefu
 
 
 class _Trial:
-    """Runs of one model. A refusal is the engine's text, in one line."""
+    """Runs of one model. A refusal is the engine's text, in one line. `tolerance`: by datatype."""
 
-    def __init__(self, signature: Signature, run: Run) -> None:
+    def __init__(self, signature: Signature, run: Run, tolerance: Mapping[str, float]) -> None:
+        self._tolerance = tolerance
         self._signature = signature
         self._run = run
 
@@ -188,7 +190,7 @@ class _Trial:
                 found.append((inf, f"{text}: shape {list(other.shape[1:])}, not {list(one.shape[1:])}"))
                 continue
             part = _far(spec, one, other)
-            if part > _TOLERANCE.get(spec.datatype, 0.0):
+            if part > self._tolerance.get(spec.datatype, 0.0):
                 size = "" if part == inf else f", by {part:.2g} of its largest value"
                 found.append((part, text + size))
         return max(found)
@@ -214,10 +216,10 @@ def _far(spec: TensorSpec, one: Array, other: Array) -> float:
 Maker = Callable[[TensorSpec, tuple[int, ...], np.random.Generator], Array]
 
 
-def _attempts(signature: Signature, careful: bool) -> list[tuple[Maker, int]]:
+def _attempts(signature: Signature, gpu: bool) -> list[tuple[Maker, int]]:
     """Return ways to make inputs, and the sizes of variable axes that go with them, in the order to try."""
     attempts: list[tuple[Maker, int]] = [(_random, _SMALL_SIZE), (_bits, 1)]
-    if careful:
+    if gpu:
         attempts.reverse()
     large = [prod(_row(spec, _LARGE_SIZE)) for spec in signature.inputs]
     if max(large) <= _MOST_ELEMENTS and any(_row(spec, 1) != _row(spec, 2) for spec in signature.inputs):

@@ -195,7 +195,7 @@ class TensorRTEngine:
         try:
             slot.open(self._engine)
             slot.allocate(*slot.measure()[1:])
-            batching = prove(signature, partial(self._try, slot), buckets.max_batch_size, careful=True)
+            batching = prove(signature, partial(self._try, slot), buckets.max_batch_size, gpu=True)
         except NoBatchAxisError as error:
             batching = Batching("disproved", str(error))
         except EngineLoadError as error:

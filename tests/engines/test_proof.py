@@ -333,6 +333,8 @@ def test_rounding_is_tolerated_and_what_may_be_rounding_is_left_open() -> None:
         return np.asarray(x * (1 + part * len(x) / 4), np.float32)
 
     assert prove(SIGNATURE, Runs(lambda x: noisy(x, 1e-4))) == Batching("proven")
+    assert prove(SIGNATURE, Runs(lambda x: noisy(x, 1e-3))).verdict == "unproven"
+    assert prove(SIGNATURE, Runs(lambda x: noisy(x, 1e-3)), gpu=True) == Batching("proven")
     found = prove(SIGNATURE, Runs(lambda x: noisy(x, 1e-2)))
     assert found.verdict == "unproven"
     assert "another answer in output 'y', by 0.00" in found.reason

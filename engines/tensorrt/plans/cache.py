@@ -29,7 +29,7 @@ from cobatch.engines.tensorrt.plans.manifest import BuildOptions, Machine, Manif
 log = logging.getLogger("cobatch.tensorrt")
 
 PLAN_SUFFIXES = (".plan", ".engine")
-_PROOF = 1  # raise it when the proof changes, so that it runs again
+_PROOF = 2  # raise it when the proof changes, so that it runs again
 
 
 def default_folder() -> Path:
