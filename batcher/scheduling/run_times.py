@@ -262,7 +262,8 @@ class RunTimeModel:
         )
         self.row_s = self.mean_s(self.full_rows) / self.full_rows
         spacing_s = sqrt(self._excess_s**2 + self._excess_s2 / self._known) - self._excess_s
-        self.spacing_s = spacing_s if spacing_s > tuning.STALLING * self.expected_s(1) else 0.0
+        least_s = max(tuning.STALLING * self.expected_s(1), tuning.TIMER_S)
+        self.spacing_s = spacing_s if spacing_s > least_s else 0.0
 
     def _mean_of(self, bucket: _Bucket) -> float:
         """Return the mean time of a run, with the excess of all sizes until enough runs tell its own."""

@@ -43,8 +43,8 @@ IDLE_GAIN = 0.1
 
 # Waiting because runs stall
 
-# The spacing of batches counts if it is this many times the run of one row. Without spacing: 88 % instead of
-# 96 of the bound (cell 1 of benchmarks.scheduling.robustness).
+# The spacing of batches counts if it is this many times the run of one row, and at least `TIMER_S`. Without
+# spacing: 88 % instead of 96 of the bound (cell 1 of benchmarks.scheduling.robustness).
 STALLING = 1.5
 # Each batch takes this part off the peak of the queue, which ends a wait: so in a closed loop whose clients
 # are all there, none is waited for.
