@@ -91,11 +91,15 @@ class PriorityQueue:
             heappop(self._others)
             self._waiting -= 1
         elif self._waiting - self.queued > TOMBSTONES_KEPT and self._waiting > 2 * self.queued:
-            # A request that was sent and came back is here twice.
-            self._line = deque(dict.fromkeys([one for one in self._line if one.state is State.QUEUED]))
-            self._others = [entry for entry in self._others if entry[2].state is State.QUEUED]
-            heapify(self._others)
-            self._waiting = self.queued
+            self.drop_tombstones()
+
+    def drop_tombstones(self) -> None:
+        """Forget requests that are no longer queued; those that will be queued elsewhere would live again."""
+        # A request that was sent and came back is here twice.
+        self._line = deque(dict.fromkeys([one for one in self._line if one.state is State.QUEUED]))
+        self._others = [entry for entry in self._others if entry[2].state is State.QUEUED]
+        heapify(self._others)
+        self._waiting = self.queued
 
     def head(self) -> Request:
         """Return the next request; there must be one."""

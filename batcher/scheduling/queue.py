@@ -315,11 +315,14 @@ class RequestQueue:
 
     def take_tenant(self, tenant: Tenant) -> list[Request]:
         """Remove the requests of a tenant, to be queued elsewhere, but not those sent before. O(n)."""
-        flows = [flow for flow in self.shares.of(tenant).flows if not flow.group.again]
+        share = self.shares.of(tenant)
+        flows = [flow for flow in share.flows if not flow.group.again]
         requests = [request for flow in flows for request in flow.order.live()]
         for request in requests:
             self.remove(request, State.NEW)
         self._drop_tombstones()
+        if share.order is not None:
+            share.order.drop_tombstones()
         return requests
 
     def take_all(self) -> list[Request]:

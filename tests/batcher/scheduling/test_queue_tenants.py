@@ -322,3 +322,22 @@ Anything.TestCase.settings = examples(30, stateful_step_count=50)
 Fair.TestCase.settings = examples(30, stateful_step_count=50)
 TestAnything = Anything.TestCase
 TestFair = Fair.TestCase
+
+
+def test_requests_that_are_queued_elsewhere_leave_no_trace() -> None:
+    """Their tenant has parts of failed batches here, which stand in one order with them."""
+    tenant = Tenant("t")
+    here, elsewhere = (RequestQueue(FULL_ROWS, ROW_S, ages=True) for _ in range(2))
+    moved = [Request(1, SHAPES[0], [b""], tenant=tenant, priority=1) for _ in range(2)]
+    failed = [Request(1, SHAPES[0], [b""], tenant=tenant, priority=priority) for priority in (1, 3, 3)]
+    for request in moved:
+        here.push(request)
+    for request in failed:
+        here.push_apart([request], object(), 1, again=True)
+    assert here.take_tenant(tenant) == moved
+    for request in moved:
+        elsewhere.push(request)
+    assert (here.rows, elsewhere.rows) == (3, 2)
+    assert [form(here, here.next_group, 1).requests for _ in failed] == [[request] for request in failed]
+    assert form(elsewhere, elsewhere.next_group, FULL_ROWS).requests == moved
+    assert (here.rows, elsewhere.rows) == (0, 0)
