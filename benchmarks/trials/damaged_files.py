@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import resource
 import subprocess
@@ -87,7 +88,8 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
     return bytes(data)
 
 
-def _limit_memory() -> None:
+def _prepare() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # ONNX Runtime prints there, too
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
@@ -108,7 +110,7 @@ def open_damaged(content: bytes) -> str:
 
 def try_models(report: Report, rng: random.Random, count: int) -> None:
     """Open damaged ONNX files in a process of their own, which must not die of one."""
-    make = partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), _limit_memory)
+    make = partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), _prepare)
     pool = make()
     for _ in range(count):
         content = damaged(rng.choice(cases()).content, rng)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
 import resource
 import signal
@@ -109,8 +108,22 @@ async def resets(report: Report, rng: random.Random, server: Server, count: int)
         writer.transport.abort()
         report.counts["connections reset"] += 1
 
+    open_before = descriptors_of(server)
     for _ in range(count // 16):
         await asyncio.gather(*[one() for _ in range(16)])
+    # The last ones end when their answers cannot be written.
+    for _ in range(50):
+        if descriptors_of(server) <= open_before:
+            return
+        await asyncio.sleep(0.2)
+    report.find(
+        "connections stay open after resets", f"{open_before} to {descriptors_of(server)} descriptors"
+    )
+
+
+def descriptors_of(server: Server) -> int:
+    """Return the number of open file descriptors of the server."""
+    return sum(1 for _ in Path(f"/proc/{server.pid}/fd").iterdir())
 
 
 async def frozen(report: Report, server: Server) -> None:
@@ -140,7 +153,7 @@ async def frozen(report: Report, server: Server) -> None:
 
 async def descriptors(report: Report, server: Server) -> None:
     """Take all file descriptors that the server may open: it must not spin, and take new clients later."""
-    used = len(os.listdir(f"/proc/{server.pid}/fd"))  # noqa: PTH208 - pathlib is not for async functions
+    used = descriptors_of(server)
     hard = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)[1]
     before = resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (used + _DESCRIPTORS, hard))
     port = int(server.address.rpartition(":")[2])

@@ -2,8 +2,9 @@
 
 `python -m benchmarks.trials.oracle [--count 20000] [--seed 1]`: many callers send requests to models of all
 datatypes, with and without a batch axis, in every form, pipelined, with random outputs, timeouts, priorities
-and tenants. Among them are cancelled, malformed and poisoned ones. An answer with another caller's data, an
-answer too many, or one that is missing is a finding, as is any wrong one.
+and tenants, half of them to the fast path, half to ASGI. Among them are cancelled, malformed and poisoned
+ones. An answer with another caller's data, an answer too many, or one that is missing is a finding, as is any
+wrong one.
 """
 
 from __future__ import annotations
@@ -225,18 +226,21 @@ def trial(count: int, seed: int) -> Report:
         return f"max_batch_size = {MAX_BATCH_SIZE}\n{case.settings}"
 
     models = {case.name: (case.content, settings(case)) for case in cases()}
-    with served("oracle", models, auth=_WEIGHTS, tenants=_TENANTS) as (server, keys):
-
-        async def main() -> None:
-            oracle = Oracle(report, seed)
-            callers = min(_CALLERS, max(1, count // 20))
-            await asyncio.gather(
-                *[caller(server.address, list(keys.values()), oracle, count) for _ in range(callers)]
-            )
-
-        asyncio.run(main())
-        report.check_log(server)
+    for part, on in enumerate(("true", "false"), 1):
+        setting = f"fast_path = {on}"
+        with served(f"oracle-{on}", models, server=setting, auth=_WEIGHTS, tenants=_TENANTS) as (
+            server,
+            keys,
+        ):
+            oracle = Oracle(report, seed * part)
+            asyncio.run(_call(oracle, server.address, list(keys.values()), count * part // 2))
+            report.check_log(server)
     return report
+
+
+async def _call(oracle: Oracle, address: str, keys: list[str], count: int) -> None:
+    callers = min(_CALLERS, max(1, count // 20))
+    await asyncio.gather(*[caller(address, keys, oracle, count) for _ in range(callers)])
 
 
 if __name__ == "__main__":
