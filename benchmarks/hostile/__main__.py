@@ -1,11 +1,12 @@
 """The longest waits of others while the server reads, runs and answers one hostile request.
 
-`python -m benchmarks.hostile [--limit-ms 50] [--only TEXT] [--asgi] [--json FILE]`
+`python -m benchmarks.hostile [--limit-ms 50] [--only TEXT] [--tries N] [--asgi] [--json FILE]`
 
 One thread asks for `/v2/health/live` and another one infers, on connections of their own, as fast as they are
 answered, but at most every 2 ms. Each attack (`benchmarks.hostile.bodies`) is sent alone; the time counted is
 from its first byte to its last answer. The first line, without an attack, is what the machine itself adds.
-Exits with 1 if a wait is over the limit; on a quiet machine with two cores none is.
+On a busy machine send each several times (`--tries`): of its longest waits the least one is taken. Exits with
+1 if a wait is over the limit.
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ class Line(NamedTuple):
     health_ms: float
     infer_ms: float
     memory_mib: float
+
+    def longest_ms(self) -> float:
+        """The longer of both waits."""
+        return max(self.health_ms, self.infer_ms)
 
 
 class Prober(threading.Thread):
@@ -133,6 +138,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.hostile", description=__doc__.splitlines()[0])
     parser.add_argument("--limit-ms", type=float, default=50.0)
     parser.add_argument("--only", default="", help="attacks whose name has this text")
+    parser.add_argument("--tries", type=int, default=1, help="send each so often; the best try counts")
     parser.add_argument("--asgi", action="store_true", help="without the fast path")
     parser.add_argument("--json", type=Path, help="write the lines to this file")
     options = parser.parse_args()
@@ -150,21 +156,24 @@ def main() -> int:
         names = ("status", "sent", "answer", "took", "health", "infer", "MiB")
         print(f"{'attack':44}", *(f"{name:>{width}}" for name, width in zip(names, _WIDTHS, strict=True)))
         lines.append(_line("(none)", (0, 0), 0, began_s, probers, server.pid))
+        _show(lines[-1])
         for attack in attacks():
             if options.only in attack.name:
-                began_s = time.perf_counter()
-                answer = send(server.address, attack)
-                lines.append(_line(attack.name, answer, len(attack.body), began_s, probers, server.pid))
+                tries = []
+                for _ in range(options.tries):
+                    began_s = time.perf_counter()
+                    answer = send(server.address, attack)
+                    tries.append(_line(attack.name, answer, len(attack.body), began_s, probers, server.pid))
+                lines.append(min(tries, key=Line.longest_ms))
+                _show(lines[-1])
         for prober in probers:
             prober.stopped = True
             prober.join()
     if options.json:
         options.json.write_text(json.dumps([line._asdict() for line in lines], indent=1) + "\n")
-    worst = max(lines[1:], key=lambda line: max(line.health_ms, line.infer_ms))
-    over = [line.name for line in lines[1:] if max(line.health_ms, line.infer_ms) > options.limit_ms]
-    print(
-        f"longest: {max(worst.health_ms, worst.infer_ms):.1f} ms ({worst.name}); over the limit: {len(over)}"
-    )
+    worst = max(lines[1:], key=Line.longest_ms)
+    over = [line.name for line in lines[1:] if line.longest_ms() > options.limit_ms]
+    print(f"longest: {worst.longest_ms():.1f} ms ({worst.name}); over the limit: {len(over)}")
     return 1 if over else 0
 
 
@@ -174,11 +183,14 @@ def _line(
     ended_s = time.perf_counter()
     health_ms, infer_ms = (prober.longest_ms(began_s, ended_s) for prober in probers)
     took_ms, memory_mib = (ended_s - began_s) * 1e3, memory_bytes(pid) / (1 << 20)
-    line = Line(name, *answer[:1], sent, answer[1], took_ms, health_ms, infer_ms, memory_mib)
-    shown = [f"{line.status}", f"{sent:,}", f"{line.answered_bytes:,}", f"{took_ms:.0f}"]
-    shown += [f"{health_ms:.1f}", f"{infer_ms:.1f}", f"{memory_mib:.0f}"]
-    print(f"{name:44}", *(f"{text:>{width}}" for text, width in zip(shown, _WIDTHS, strict=True)), flush=True)
-    return line
+    return Line(name, answer[0], sent, answer[1], took_ms, health_ms, infer_ms, memory_mib)
+
+
+def _show(line: Line) -> None:
+    shown = [f"{line.status}", f"{line.sent_bytes:,}", f"{line.answered_bytes:,}", f"{line.took_ms:.0f}"]
+    shown += [f"{line.health_ms:.1f}", f"{line.infer_ms:.1f}", f"{line.memory_mib:.0f}"]
+    cells = [f"{text:>{width}}" for text, width in zip(shown, _WIDTHS, strict=True)]
+    print(f"{line.name:44}", *cells, flush=True)
 
 
 if __name__ == "__main__":
