@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
+
 from cobatch.server.api.metrics import STATES
 from cobatch.server.auth.authenticator import RESULTS
 from cobatch.server.http.problem import KINDS
@@ -67,6 +69,8 @@ def eventually(scrapes: threading.Semaphore, read: Callable[[], T], expected: T)
     assert read() == expected
 
 
+# It scrapes nothing in its first five seconds.
+@pytest.mark.slow
 def test_prometheus_stores_metrics_and_rules(tmp_path: Path) -> None:
     with gated(True) as (served, _):
         scrapes = scraped(served)
@@ -93,6 +97,7 @@ def test_prometheus_stores_metrics_and_rules(tmp_path: Path) -> None:
             assert [rule["name"] for group in groups for rule in group["rules"]] == alerts()
 
 
+@pytest.mark.slow
 def test_prometheus_scrapes_with_credentials(tmp_path: Path) -> None:
     with protected(True, tmp_path) as server:
         (tmp_path / "token").write_text(token("prometheus", "admin"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
-import socket
 import subprocess
 import urllib.parse
 import urllib.request
@@ -69,14 +69,11 @@ class Prometheus:
 def prometheus(config: Path, folder: Path) -> Iterator[Prometheus]:
     """Run Prometheus with this configuration; yield it when it is ready."""
     program = found("prometheus")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [
         program,
         f"--config.file={config}",
         f"--storage.tsdb.path={folder / 'data'}",
-        f"--web.listen-address=127.0.0.1:{port}",
+        "--web.listen-address=127.0.0.1:0",
     ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -88,7 +85,8 @@ def prometheus(config: Path, folder: Path) -> Iterator[Prometheus]:
                     break
             else:
                 pytest.fail("".join(lines))
-            yield Prometheus(port)
+            (port,) = re.findall(r'"Listening on" address=127\.0\.0\.1:(\d+)', "".join(lines))
+            yield Prometheus(int(port))
         finally:
             process.terminate()
             process.communicate(timeout=DEADLINE_S)
