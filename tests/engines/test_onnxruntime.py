@@ -71,8 +71,14 @@ def floats(*rows: list[float]) -> Array:
 
 def test_signature_leaves_the_batch_axis_out(tmp_path: Path) -> None:
     assert opened(tmp_path, models.two_inputs()).signature == Signature(
-        inputs=(TensorSpec("x", "FP32", (2,)), TensorSpec("k", "INT64", (1,))),
-        outputs=(TensorSpec("total", "FP32", (2,)), TensorSpec("count", "INT64", (1,))),
+        inputs=(
+            TensorSpec("x", "FP32", (2,), axis_names=("",)),
+            TensorSpec("k", "INT64", (1,), axis_names=("",)),
+        ),
+        outputs=(
+            TensorSpec("total", "FP32", (2,), axis_names=("",)),
+            TensorSpec("count", "INT64", (1,), axis_names=("",)),
+        ),
         fixed_batch=None,
         batching=Batching("proven"),
     )
