@@ -132,9 +132,9 @@ class Connection(Framing):
             if cycle is not None:
                 cycle.on_disconnect()
         self.writable.set()
-        self._release_memory(list(self._held))
         if self._waits:
-            self._stop_waiting()
+            self._stop_waiting()  # first: it could be given the memory that it returns
+        self._release_memory(list(self._held))
 
     def close(self) -> None:
         """End the connection when the written bytes are sent; read on if the client may be sending."""

@@ -311,6 +311,20 @@ def test_one_that_waits_may_leave(served: Served, first: tuple[Client, bytes]) -
     assert doubled(client) == 14
 
 
+def test_one_that_leaves_gets_no_memory(module_pair: tuple[Served, GatedEngine], served: Served) -> None:
+    """Of two requests on a connection the first has memory; the second waits for it."""
+    _, engine = module_pair
+    with served.connect() as client:
+        engine.hold()
+        client.send(large(7))
+        assert engine.began.get(timeout=DEADLINE_S) == [7]
+        (connection,) = served.connections()
+        served.call(lambda: connection.data_received(large(8)[:300_000]))
+        assert waiting(served) == 1
+        served.call(connection.transport.abort)
+        until(served, lambda: not served.connections())
+
+
 @pytest.mark.parametrize("target", ["/v2/models/none/infer", "/nothing"])
 def test_a_refused_body_needs_no_memory(served: Served, first: tuple[Client, bytes], target: str) -> None:
     with served.connect() as second:
