@@ -186,7 +186,7 @@ class Call:
                 self._decoded.append((place, model, model.decoder.read(parsed)))
             except Exception as error:  # noqa: BLE001 - unexpected ones are logged there
                 self._decoded.append((place, model, error))
-            if place % _ITEMS_AT_ONCE == _ITEMS_AT_ONCE - 1:
+            if self._values or place % _ITEMS_AT_ONCE == _ITEMS_AT_ONCE - 1:
                 release()
 
     def _submit_all(self) -> None:
@@ -311,6 +311,8 @@ class InferBundle(Bundle):
         for _, decoded in self._members:
             replies.append(reply_to(one, self._model, decoded.outputs, decoded.id))
             one.first_row += 1
+            if one.batch is not self.batch:
+                release()  # in the thread
         return replies
 
     def _answer(self, replies: list[Reply]) -> None:
