@@ -154,8 +154,10 @@ class Worker:
 
     def _enqueue_next(self, wait_s: float | None) -> bool:
         """Wait for a job and enqueue it. False if none arrived in time."""
+        wait = wait_s is None or wait_s > 0
+        if not wait and self._jobs.empty():
+            return False  # an exception would take a microsecond
         try:
-            wait = wait_s is None or wait_s > 0
             job = self._jobs.get(timeout=wait_s) if wait else self._jobs.get_nowait()
         except queue.Empty:
             return False

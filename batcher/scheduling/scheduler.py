@@ -244,7 +244,8 @@ class Scheduler:
         waits = idle and (self._long_runs or self.run_times.spacing_s) and not self._max_delay_s
         if waits and self.admission.engines == 1 and batch.reason != SUSPECT:
             self._expect_rows(noticed_s, batch.started_s)
-        self.charge(batch, noticed_s)
+        if self.queue.shares.several or batch.reason == SUSPECT:
+            self.charge(batch, noticed_s)
         if self.suspects.marks:
             self.suspects.on_ran(batch, noticed_s)
         run_s = batch.finished_s - batch.started_s

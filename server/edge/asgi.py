@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cobatch.server.auth.principal import PRINCIPAL, principal_in
-from cobatch.server.edge.exchange import EXCHANGE, Exchange, client_in
+from cobatch.server.edge.exchange import EXCHANGE, HEADERS_BY_NAME, Exchange, client_in
 from cobatch.server.http.body import read_body
 from cobatch.server.http.compression import choose
 from cobatch.server.http.problem import Problem
@@ -94,7 +94,7 @@ class ObservingMiddleware:
             await self.app(scope, receive, send)
             return
         inference = self._inference
-        headers = dict(scope["headers"])
+        headers = scope.get(HEADERS_BY_NAME) or dict(scope["headers"])
         exchange = AsgiExchange(inference, time.monotonic(), scope=scope, send_on=send, headers=headers)
         scope[EXCHANGE] = exchange
         marked = not MARKS.isdisjoint(headers)
@@ -191,14 +191,16 @@ class InferRoutes:
                 reply = await answer
             finally:
                 self._watch.discard(exchange)
-                exchange.cancel()  # only if the server cancels this task
+                if exchange.request is not None:
+                    exchange.cancel()  # the server cancels this task
             if reply is None:
                 return
         assert reply is not None
         exchange.model = model
-        exchange.add_id(reply)
+        if reply.request_id is None or exchange.record is not None:
+            exchange.add_id(reply)
         note_problem(scope, reply.slug)
-        length = reply.length
+        length = sum(map(len, reply.body))
         head = reply.header_list(length)
         if reply.request_id is not None:
             head.append((REQUEST_ID, reply.request_id))

@@ -28,6 +28,7 @@ from uvicorn.server import ServerState
 
 from cobatch.server.edge.body_memory import CHUNKED_BYTES, FREE_BYTES, BodyMemory, client_of
 from cobatch.server.edge.cycle import AsgiCycle, HeadBeginnings
+from cobatch.server.edge.exchange import HEADERS_BY_NAME
 from cobatch.server.edge.framing import BODY, HEADERS, NOTHING, Framing
 from cobatch.server.edge.lingering import LingeringClose
 from cobatch.server.http.problem import Problem, no_memory, stopping
@@ -237,11 +238,11 @@ class Connection(Framing):
 
     # Requests
 
-    def begin_request(self) -> None:
+    def begin_request(self, last: dict[bytes, bytes]) -> None:
         """Pass the request to the ASGI application, behind those that came before it."""
         before = self.cycle
         keep_alive = self.parser.should_keep_alive()
-        scope = self._new_scope()
+        scope = self._new_scope(last)
         cycle = AsgiCycle(self, scope, keep_alive=keep_alive, expects_continue=self.expects_continue)
         self.cycle = cycle
         self.receiving = BODY
@@ -254,7 +255,7 @@ class Connection(Framing):
         if len(self.pipeline) == 1:
             self._ahead = before
 
-    def _new_scope(self) -> Scope:
+    def _new_scope(self, last: dict[bytes, bytes]) -> Scope:
         url = path = self.url
         query = b""
         if not url.startswith(b"/") or b"?" in url or b"#" in url:
@@ -271,11 +272,13 @@ class Connection(Framing):
             "raw_path": root.encode("ascii") + path if root else path,
             "query_string": query,
             "headers": headers,
+            HEADERS_BY_NAME: last,
             "state": self._app_state.copy(),
         }
 
     def _run(self, cycle: AsgiCycle) -> None:
-        self.server_state.tasks.add(self.loop.create_task(cycle.run(self.config.loaded_app)))
+        cycle.task = task = self.loop.create_task(cycle.run(self.config.loaded_app))
+        self.server_state.tasks.add(task)
 
     def on_body(self, body: bytes) -> None:
         self.body_bytes += len(body)

@@ -46,6 +46,7 @@ _SENT = _Sent()
 class Client(Protocol):
     """The connection, as far as a cycle uses it."""
 
+    inference: Any
     transport: Any
     server_state: Any
     writable: asyncio.Event
@@ -65,7 +66,7 @@ class AsgiCycle:
 
     __slots__ = (
         "_body", "_body_left", "_chunked", "_client", "_event", "_expects_continue", "_head", "_more_body",
-        "_news", "_scope", "disconnected", "keep_alive", "response_complete", "response_started",
+        "_news", "_scope", "disconnected", "keep_alive", "response_complete", "response_started", "task",
     )  # fmt: skip
 
     def __init__(self, client: Client, scope: Scope, *, keep_alive: bool, expects_continue: bool) -> None:
@@ -73,6 +74,7 @@ class AsgiCycle:
         self._scope = scope
         self.keep_alive = keep_alive
         self._expects_continue = expects_continue
+        self.task: asyncio.Task[None] | None = None  # while it runs
         self.disconnected = False
         self._body: bytes | bytearray = b""
         self._more_body = True
@@ -94,7 +96,8 @@ class AsgiCycle:
             if not self.response_complete and not self.disconnected:
                 log.error("the ASGI application returned without a complete response")
         finally:
-            self._client.server_state.tasks.discard(asyncio.current_task())
+            self._client.server_state.tasks.discard(self.task)
+            self.task = None  # it refers to this object
             if self.disconnected or self.response_complete:
                 pass
             elif self.response_started:
@@ -116,8 +119,8 @@ class AsgiCycle:
         """A part of the body has arrived."""
         if self.response_complete or self.disconnected:
             return
-        self._body = joined(self._body, data)
-        if len(self._body) > HIGH_WATER_BYTES:
+        self._body = body = joined(self._body, data) if self._body else data
+        if len(body) > HIGH_WATER_BYTES:
             self._client.pause_reading()
         self._wake()
 
@@ -203,7 +206,7 @@ class AsgiCycle:
                 lines.append(b"transfer-encoding: chunked\r\n")
         if closes:
             self.keep_alive = False
-        elif not self.keep_alive or self._client.closes_now():
+        elif not self.keep_alive or (self._client.inference.closing and self._client.closes_now()):
             self.keep_alive = False
             lines.append(b"connection: close\r\n")
         elif old:

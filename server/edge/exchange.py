@@ -14,8 +14,9 @@ from cobatch.server.inference.service import Inference, InferRequest
 from cobatch.server.observability.record import RequestRecord
 from cobatch.server.observability.traffic import LEFT, LEFT_SLUG
 
-# The key in the ASGI scope.
+# Keys in the ASGI scope. Only our own connections set the second, to the last header of each name.
 EXCHANGE = "cobatch.exchange"
+HEADERS_BY_NAME = "cobatch.headers"
 
 
 def record_in(scope: Scope) -> RequestRecord | None:

@@ -151,13 +151,13 @@ class FastConnection(Connection):
             exchange.begin(bool(block.marks))
         return exchange
 
-    def begin_request(self) -> None:
+    def begin_request(self, last: dict[bytes, bytes]) -> None:
         before = self.cycle
         block = None
         if not self.pipeline and (before is None or before.response_complete):
             block = match(self.inference, self.parser, self.url, self.headers)
         if block is None:
-            super().begin_request()
+            super().begin_request(last)
             return
         self.receiving = BODY
         self._allowed_bytes = FREE_BYTES

@@ -51,8 +51,8 @@ class Framing(asyncio.Protocol):
         self.since_s = time.monotonic()
 
     @abstractmethod
-    def begin_request(self) -> None:
-        """Begin a request whose headers are complete."""
+    def begin_request(self, last: dict[bytes, bytes]) -> None:
+        """Begin a request whose headers are complete. `last`: the last of each name."""
 
     @abstractmethod
     def end(self, problem: Problem) -> None:
@@ -127,19 +127,23 @@ class Framing(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         """Refuse a request whose headers the parser accepts but HTTP/1.1 does not; begin any other."""
         parser = self.parser
-        self.method = parser.get_method()
-        self.version = parser.get_http_version()
-        if self.version not in _VERSIONS or not self._is_http():
-            raise invalid("the request line is not METHOD TARGET HTTP/1.1")
+        self.method = method = parser.get_method()
+        at = len(method) + 1 + len(self.url)
+        if not self._line_at and self._head[at : at + 11] == b" HTTP/1.1\r\n":
+            self.version = "1.1"  # the usual line, at the beginning of a read
+        else:
+            self.version = parser.get_http_version()
+            if self.version not in _VERSIONS or not self._is_http():
+                raise invalid("the request line is not METHOD TARGET HTTP/1.1")
         if parser.should_upgrade():
-            if self.method == b"CONNECT":
+            if method == b"CONNECT":
                 raise invalid("this is no proxy: it does not take CONNECT")
             return  # `_ignore_upgrade` goes on
         names = dict(self.headers)
         usual = b"host" in names and b"expect" not in names and b"transfer-encoding" not in names
         if not usual or len(names) != len(self.headers):
             self._check_headers()
-        self.begin_request()
+        self.begin_request(names)
 
     def _is_http(self) -> bool:
         """Return False if the request names another protocol, which the parser takes too (RTSP, ICE).

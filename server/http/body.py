@@ -34,7 +34,8 @@ async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int
         message = await receive()
         if message["type"] != "http.request":
             raise ClientDisconnect
-        body = joined(body, message.get("body", b""))
+        data = message.get("body", b"")
+        body = joined(body, data) if body else data
         if len(body) > limit:
             raise too_large(len(body), limit)
         more_body = message.get("more_body", False)

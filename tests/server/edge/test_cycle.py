@@ -25,6 +25,7 @@ class Client:
         self.transport = SimpleNamespace(
             write=self.written.append, is_closing=lambda: self.closed, close=self.close
         )
+        self.inference = SimpleNamespace(closing=False)
         self.server_state = SimpleNamespace(tasks=set())
         self.writable = asyncio.Event()
         self.write_paused = False
