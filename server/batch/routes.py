@@ -9,7 +9,6 @@ import asyncio
 import time
 from collections.abc import Hashable, Sequence
 from functools import partial
-from math import prod
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -36,7 +35,7 @@ from cobatch.server.observability.record import RequestRecord
 from cobatch.server.observability.traffic import LEFT, LEFT_SLUG
 from cobatch.server.settings.auth import INFER
 from cobatch.server.v2.decode import Decoded
-from cobatch.server.v2.encode import LONG_ELEMENTS, detached
+from cobatch.server.v2.encode import encode_later, is_long
 from cobatch.server.v2.long_json import LongValue
 from cobatch.server.v2.pieces import in_pieces, release
 
@@ -295,18 +294,17 @@ class InferBundle(Bundle):
         return [self._call.request(self._model, place, decoded) for place, decoded in self._members]
 
     def done(self) -> None:
-        one = BatcherRequest(1, self.row_shapes, ())
-        one.batch, one.error, one.enqueued_s = self.batch, self.error, self.enqueued_s
-        one.first_row = self.first_row
-        outputs = () if self.batch is None or self.error is not None else self.batch.outputs
-        if self.rows * sum(prod(output.shape[1:]) for output in outputs) > LONG_ELEMENTS:
-            one.batch, one.first_row = detached(self, range(len(outputs))).batch, 0
-            in_pieces(self._encode, one).add_done_callback(lambda encoded: self._answer(encoded.result()))
+        outputs = range(len(self._model.decoder.signature.outputs))
+        if self.error is None and is_long(self, outputs):
+            encode_later(self, outputs, self._encode, self._answer)
         else:
-            self._answer(self._encode(one))
+            self._answer(self._encode(self))
 
-    def _encode(self, one: BatcherRequest) -> list[Reply]:
+    def _encode(self, request: BatcherRequest) -> list[Reply]:
         """The replies to all members, which are to the encoder one request of one row after another."""
+        one = BatcherRequest(1, self.row_shapes, ())
+        one.batch, one.error, one.enqueued_s = request.batch, request.error, request.enqueued_s
+        one.first_row = request.first_row
         replies = []
         for _, decoded in self._members:
             replies.append(reply_to(one, self._model, decoded.outputs, decoded.id))

@@ -24,7 +24,7 @@ from cobatch.server.observability.output import LogStream
 from cobatch.server.settings.auth import INFER
 from cobatch.server.settings.schema import Settings
 from cobatch.server.v2.decode import Decoded, WantedOutputs
-from cobatch.server.v2.encode import LongAnswerError, detached
+from cobatch.server.v2.encode import LongAnswerError, encode_later
 from cobatch.server.v2.messages import Body
 from cobatch.server.v2.pieces import in_pieces
 
@@ -67,14 +67,10 @@ class InferRequest(Request):
         try:
             reply = reply_to(self, self.model, self.outputs, self.id, self.usage)
         except LongAnswerError:
-            own = detached(self, [index for index, _ in self.outputs])
-            encoded = in_pieces(reply_to, own, self.model, self.outputs, self.id, self.usage)
-            encoded.add_done_callback(self._reply_later)
+            encode = partial(reply_to, model=self.model, outputs=self.outputs, id_=self.id, usage=self.usage)
+            encode_later(self, [index for index, _ in self.outputs], encode, self.reply)
         else:
             self.reply(reply)
-
-    def _reply_later(self, encoded: asyncio.Future[Reply]) -> None:
-        self.reply(encoded.result())
 
 
 def reply_to(

@@ -6,7 +6,6 @@ is text from then on: the text that is kept is the text that is sent.
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from math import prod
 from typing import Any, NamedTuple
 
 import msgspec
@@ -148,13 +147,6 @@ def _with_nulls(values: Array, missing: Ranges, encode: Callable[[Array], list[b
             pieces += (end, b",".join([b"null"] * (last_missing - first + 1)))
             end = b","
     return [*pieces, b"]"]
-
-
-def elements(wanted: WantedOutputs, request: Request) -> int:
-    """Count the elements of a request's wanted outputs."""
-    assert request.batch is not None
-    outputs = request.batch.outputs
-    return sum(prod(outputs[index].shape[1:]) * request.rows for index, _ in wanted)
 
 
 def _top(values: Array, count: int) -> list[bytes]:

@@ -31,8 +31,7 @@ from cobatch.server.predictions import encode
 from cobatch.server.predictions.decode import Decoded
 from cobatch.server.predictions.encode import Answer
 from cobatch.server.settings.schema import ServerSettings
-from cobatch.server.v2.encode import LONG_ELEMENTS, detached
-from cobatch.server.v2.pieces import in_pieces
+from cobatch.server.v2.encode import encode_later, is_long
 
 log = logging.getLogger("cobatch.server")
 
@@ -143,9 +142,9 @@ class PredictionRequest(Request):
     def done(self) -> None:
         if self._record is not None:
             self._record.ran(self)
-        if self.error is None and encode.elements(self._outputs, self) > LONG_ELEMENTS:
-            own = detached(self, [index for index, _ in self._outputs])
-            in_pieces(self._encode, own).add_done_callback(lambda encoded: self._finish(encoded.result()))
+        outputs = [index for index, _ in self._outputs]
+        if self.error is None and is_long(self, outputs):
+            encode_later(self, outputs, self._encode, self._finish)
         else:
             self._finish(self._encode(self))
 

@@ -7,9 +7,10 @@ msgspec's time and with no Python object per element (`benchmarks/request_cost/c
 are null in JSON, which cannot express them; binary keeps them.
 """
 
-from collections.abc import Collection, Sequence
+import logging
+from collections.abc import Callable, Collection, Sequence
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -20,7 +21,9 @@ from cobatch.engines.base import Array, Signature
 from cobatch.server.http.reply import JSON, OCTETS, Reply
 from cobatch.server.http.request_id import LEAD
 from cobatch.server.v2.decode import WantedOutputs
-from cobatch.server.v2.pieces import release
+from cobatch.server.v2.pieces import in_pieces, release
+
+log = logging.getLogger("cobatch.server")
 
 _KEPT_FRAMES = 1024
 # More elements of an output take longer than a millisecond: a thread encodes them.
@@ -33,10 +36,11 @@ _OWN = "own"
 # Encoding all rows at once and cutting is faster than encoding each by itself up to this length.
 _SHORT_ROW_ELEMENTS = 64
 Shapes = tuple[tuple[int, ...], ...]
+_T = TypeVar("_T")
 
 
 class LongAnswerError(Exception):
-    """The answer is too long to be encoded on the event loop's thread; see `detached`."""
+    """The answer is too long to be encoded on the event loop's thread; see `encode_later`."""
 
 
 class Encoder:
@@ -179,7 +183,33 @@ class Encoder:
         return [*frame, end.removesuffix(b",") + b"]}"]
 
 
-def detached(request: Request, outputs: Collection[int]) -> Request:
+def is_long(request: Request, outputs: Collection[int]) -> bool:
+    """Return whether encoding these outputs of a request that ran takes longer than about a millisecond."""
+    batch = request.batch
+    assert batch is not None
+    end = request.first_row + request.rows
+    tensors = [batch.outputs[index][request.first_row : end] for index in outputs]
+    return sum([values.size for values in tensors]) > LONG_ELEMENTS or any(map(_is_long, tensors))
+
+
+def encode_later(
+    request: Request, outputs: Collection[int], encode: Callable[[Request], _T], deliver: Callable[[_T], None]
+) -> None:
+    """Encode a long answer in the thread, from a copy of the request's outputs, and deliver it.
+
+    `encode` must not raise; it gets the request itself, with an error, if there is no memory for a copy.
+    """
+    try:
+        own = _detached(request, outputs)
+    except Exception:
+        log.exception("copying a long answer failed")
+        request.error = LongAnswerError()
+        deliver(encode(request))
+    else:
+        in_pieces(encode, own).add_done_callback(lambda encoded: deliver(encoded.result()))
+
+
+def _detached(request: Request, outputs: Collection[int]) -> Request:
     """A request that ran, with a copy of its rows of these outputs, to be encoded when its batch is gone."""
     batch = request.batch
     assert batch is not None

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
+from cobatch.engines.base import Array, Signature, TensorSpec
 from cobatch.server.predictions import encode as predictions_encode
 from cobatch.server.settings.schema import ModelSettings
 from cobatch.server.v2 import encode
-from tests.support.http.in_process import InProcess, in_process
+from tests.support.http.in_process import InProcess, gated, in_process
+from tests.support.http.serving import GATE, GatedEngine, rows_of
 from tests.support.models import models
 
 WIDTH = encode.LONG_ELEMENTS * 2 + 5
@@ -98,6 +100,49 @@ async def test_batch(running: InProcess, dumped: list[tuple[int, bool]]) -> None
         assert response["body"]["outputs"][0]["data"] == [-(n % 7) for n in range(width)]
         assert response["headers"]["x-request-id"]
     assert max(elements for elements, _ in dumped) <= encode.LONG_ELEMENTS
+
+
+class Texts(GatedEngine):
+    """Each row's answer is a long text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.signature = Signature((TensorSpec("x", "INT64", (1,)),), (TensorSpec("y", "BYTES", (1,)),))
+
+    def wait(self, slot: int) -> tuple[Array, ...]:
+        (doubled,) = super().wait(slot)
+        return (np.array([["y" * encode._LONG_TEXT + str(n)] for n in doubled[:, 0]], object),)
+
+
+async def test_long_texts_of_a_batch() -> None:
+    async with gated(engine=Texts()) as (running, _):
+        items = [{"id": str(n), "method": "POST", "url": GATE, "body": rows_of(n)} for n in range(3)]
+        answer = await running.http.post("/batch", json={"requests": items})
+        for n, response in enumerate(answer.json()["responses"]):
+            (text,) = response["body"]["outputs"][0]["data"]
+            assert text == "y" * encode._LONG_TEXT + str(2 * n)
+
+
+@pytest.mark.parametrize("route", ["infer", "batch", "predictions"])
+async def test_an_answer_that_cannot_be_copied(
+    running: InProcess, route: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its client hears of it."""
+
+    def full(*_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(encode, "_own", full)
+    asked = message(1, WIDTH)
+    if route == "batch":
+        items = [{"method": "POST", "url": "/v2/models/negate/infer", "body": asked}]
+        answer = await running.http.post("/batch", json={"requests": [{"id": "1", **one} for one in items]})
+        (problem,) = [response["body"] for response in answer.json()["responses"]]
+    else:
+        version, body = ("v1", {"inputs": {"x": [[0] * WIDTH]}}) if route == "predictions" else ("v2", asked)
+        problem = (await running.http.post(f"/{version}/models/negate/{route}", json=body)).json()
+    assert problem["type"] == "/problems/internal"
+    assert "copying a long answer failed" in caplog.text
 
 
 async def test_a_client_that_leaves_meanwhile(running: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
