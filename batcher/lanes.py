@@ -171,12 +171,13 @@ class Lanes:
     ) -> None:
         """Pack a batch into a free slot, which there must be, and give it to the worker."""
         row_shapes = requests[0].row_shapes
-        rows = requests[0].rows if len(requests) == 1 else sum([request.rows for request in requests])
+        alone = len(requests) == 1
+        rows = requests[0].rows if alone else sum([request.rows for request in requests])
         slot = lane.free_slots.pop()
         batch = Batch(requests, rows, row_shapes, reason, lane.number, next(_NUMBERS), slot, shares)
         lane.running[batch] = None
         batch.gathered_s = self._clock()
-        explain = len(requests) == 1 and (reason != SUSPECT or not self._ran_recently(lane))
+        explain = alone and (reason != SUSPECT or not self._ran_recently(lane))
         job = Job(slot, rows, row_shapes, batch, explain)
         try:
             pack(requests, lane.engine.inputs(slot, rows, row_shapes))

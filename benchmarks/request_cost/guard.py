@@ -120,9 +120,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     else:
         costs = counted(*programs)
-        if costlier(ratios(costs), baseline, TOLERANCE[method]):
-            # On a very busy machine threads that wait for each other take more instructions.
-            costs = {case: min(cost, costs[case]) for case, cost in counted(*programs).items()}
     current = ratios(costs)
     print(f"{method} per request, Python {python}; ratios to the floor")
     for case, cost in costs.items():
