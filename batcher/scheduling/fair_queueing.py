@@ -151,7 +151,7 @@ class Group:
 
 class TenantShares:
     """The shares of all tenants of a queue. `several`: more than one tenant is known; idle ones count for a
-    while, since their next request may come any moment. `credit_s`: the virtual time that idle ones save at
+    while, since their next request may come any moment. `credit_s`: the engine time that idle ones save at
     most."""
 
     def __init__(self) -> None:
@@ -177,7 +177,7 @@ class TenantShares:
         """Note that a tenant has rows again."""
         self.active += 1
         self.active_weight += share.weight
-        share.start_s = max(share.start_s, self.virtual_s - self.credit_s)
+        share.start_s = max(share.start_s, self._earliest_s(share))
 
     def deactivate(self, share: TenantShare) -> None:
         """Note that a tenant has no rows any more."""
@@ -193,11 +193,15 @@ class TenantShares:
         """Return whether a tenant has less than `part` of its share of all `rows` that are queued."""
         return share.rows * self.active_weight < part * share.weight * rows - 1e-9
 
+    def _earliest_s(self, share: TenantShare) -> float:
+        """Return the virtual time at which a tenant starts that has been idle for long."""
+        return self.virtual_s - self.credit_s / share.weight
+
     def _forget_idle(self) -> None:
         """Forget tenants that would start at the current time anyway. Amortised O(1) for each new tenant."""
         self._of = {
             tenant: share
             for tenant, share in self._of.items()
-            if share.rows or share.flows or share.start_s > self.virtual_s - self.credit_s
+            if share.rows or share.flows or share.start_s > self._earliest_s(share)
         }
         self._most = 2 * len(self._of) + IDLE_TENANTS_KEPT

@@ -21,6 +21,7 @@ from cobatch.batcher.scheduling.run_times import RunTimeModel, ShapeRunTimes
 from cobatch.batcher.scheduling.suspects import Suspects
 from cobatch.batcher.scheduling.tuning import (
     BACKLOG,
+    CREDIT,
     LEAD_S,
     LONE_BATCHES,
     LONG_RUN_S,
@@ -291,5 +292,6 @@ class Scheduler:
             full_rows = max(1, self.run_times.most_rows(self._latency_target_s / 2, full_rows))
         self.queue.set_full_rows(full_rows)
         self.queue.row_s = self.suspects.queue.row_s = self.run_times.row_s
+        self.queue.shares.credit_s = CREDIT * self.run_times.mean_s(full_rows)
         self._short_runs = self.run_times.expected_s(1) <= SHORT_RUN_S
         self._long_runs = self.run_times.mean_s(full_rows) >= LONG_RUN_S

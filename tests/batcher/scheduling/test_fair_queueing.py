@@ -1,4 +1,4 @@
-"""Fair between tenants: shares of engine time, a light tenant beside a flood, no credit, bounded waits."""
+"""Fair between tenants: shares of engine time, a light tenant beside a flood, credit, bounded waits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cobatch.batcher.scheduling.fair_queueing import TenantShare, TenantShares
-from cobatch.batcher.scheduling.tuning import LEAD_S
+from cobatch.batcher.scheduling.tuning import CREDIT, LEAD_S
 from cobatch.batcher.tenant import Tenant
 from tests.support.examples import examples
 from tests.support.virtual.loop import Call, make_batcher, run
@@ -216,6 +216,8 @@ def test_a_flood_costs_a_light_tenant_one_batch(part: float, requests: int) -> N
         (affine, 8, 0.1, 10, 400),
         (affine, 8, 0.2, 3, 400),
         (linear, 1, 0.02, 10, 400),
+        (linear, 1, 0.1, 10, 500),
+        (linear, 1, 0.2, 10, 400),
     ],
 )
 def test_a_flood_delays_a_light_tenant_by_one_batch(
@@ -299,11 +301,11 @@ def test_a_tenant_that_floods_the_queue_leaves_room_for_others(floods: int) -> N
     run(main())
 
 
-# No credit
+# Credit
 
 
 @pytest.mark.parametrize("weight", [1.0, 5.0])
-def test_a_tenant_has_no_credit_from_idleness(weight: float) -> None:
+def test_a_tenant_has_a_credit_of_a_few_batches_from_idleness(weight: float) -> None:
     async def main() -> None:
         worker = Metered(flat)
         callers = Tenants(make_batcher(worker))
@@ -315,7 +317,8 @@ def test_a_tenant_has_no_credit_from_idleness(weight: float) -> None:
         callers.backlog(away, 40)
         await worker.until(600)
         used_s = [worker.used_s[tenant] - before_s[tenant] for tenant in (away, there)]
-        assert used_s[0] / sum(used_s) == pytest.approx(weight / (weight + 1), abs=0.02)
+        expected_s = (CREDIT + (100 - CREDIT) * weight / (weight + 1)) * flat(8)
+        assert used_s[0] == pytest.approx(expected_s, abs=flat(8))
         await callers.stop()
 
     run(main())
