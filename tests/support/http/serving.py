@@ -219,7 +219,8 @@ class _ThreadServer(Server):
         super().__init__(settings)
         self.connections = Released()
         make: Any = self.config.http
-        self.config.http = lambda **of_uvicorn: self.connections.watch(make(**of_uvicorn))  # type: ignore[assignment]
+        if not self.config.is_ssl:  # the loop's own objects for TLS are in cycles
+            self.config.http = lambda **of_uvicorn: self.connections.watch(make(**of_uvicorn))  # type: ignore[assignment]
 
     def run(self, sockets: object = None) -> None:
         if self.clock is None:
