@@ -182,11 +182,12 @@ class Scheduler:
         if running and queue.full_group is None:
             return None
         due_s = suspects.due_s(others_wait=queue.rows > 0)
-        if now_s < due_s and not self.draining:
+        if now_s < due_s:
             if queue.rows:
                 return None
             until_s = min(due_s, self._formed_s + OTHERS_S)
-            if now_s < until_s and self._formed_s > suspects.grown_s:  # else its last batches may be theirs
+            # The last batches before a source became suspect may be its own.
+            if now_s < until_s and self._formed_s > suspects.grown_s and not self.draining:
                 return WaitUntil(until_s)
         return self._form(suspects.queue, suspects.queue.next_group, SUSPECT, max(now_s, free_s))
 
@@ -205,7 +206,7 @@ class Scheduler:
         """Form a batch of the group that would start at `start_s`."""
         most_rows, plan = queue.full_rows, None
         if self.run_times.spacing_s:
-            self._peak_rows = max(queue.rows, self._peak_rows * (1 - PEAK_DECAY))
+            self._peak_rows = max(self.queue.rows, self._peak_rows * (1 - PEAK_DECAY))
         if queue.deadlines:
             missed = self.counters.missed_deadlines
             self._overloaded = missed != self._missed
@@ -230,6 +231,10 @@ class Scheduler:
             self._now.expected_rows = 0
             if self._long_runs:
                 self._closed_loop.on_formed(requests)
+        elif requests:
+            rows = sum(formed.shares.values())
+            end_s = start_s + self.shape_times.of(group.row_shapes).expected_s(rows)
+            self.suspects.pace(start_s, end_s, self.admission.engines)  # corrected when it has ended
         if formed.capped and queue is self.queue:
             reason = DEADLINE
         return Dispatch(requests, reason, formed.shares, formed.late)
@@ -258,7 +263,7 @@ class Scheduler:
         queue = self.queue
         if batch.reason == SUSPECT:
             queue = self.suspects.queue
-            self.suspects.pace(batch, now_s)
+            self.suspects.pace(batch.started_s, now_s, self.admission.engines)
         if queue.shares.several:
             queue.settle(batch.shares, batch.finished_s - batch.started_s, batch.rows)
 

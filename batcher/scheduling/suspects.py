@@ -7,9 +7,9 @@ requests are in a queue of their own then, and share batches only with those of 
 batch has half as many rows after each failure, twice as many after each run that succeeds. After
 `TRUSTED_RUNS` runs without a failure the source is trusted again. Marks are bounded in number and age.
 
-While others have work now and then, the queue gets `SUSPECT_PART` of the engine's time, and half of that
-while they wait: after a run, the next one is due when the run and its answers are that part of the time
-since.
+While others have work now and then, the queue gets `SUSPECT_PART` of the engines' time, and half of that
+while they wait: the next run is due when the last one and its answers are that part of the time since its
+start.
 """
 
 from collections.abc import Hashable
@@ -40,8 +40,8 @@ class Suspects:
         self.queue = queue
         self._others = others
         self.grown_s = -inf
-        self._ended_s = -inf  # the last batch
-        self._pause_s = 0.0  # after it
+        self._started_s = -inf  # the last batch
+        self._cycle_s = 0.0  # from its start to that of the next one
 
     def holds(self, request: Request) -> bool:
         """Return whether a request is of a suspect source."""
@@ -69,23 +69,28 @@ class Suspects:
         mark = self.marks.pop(source, None)
         if mark is None:
             self.grown_s = now_s
-        rows = self._others.full_rows if mark is None else mark.rows
-        self.marks[source] = _Mark(max(1, rows // 2), 0, now_s)
+        before = self._others.full_rows if mark is None else mark.rows
+        rows = max(1, before // 2)
+        self.marks[source] = _Mark(rows, 0, now_s)
         if len(self.marks) > SUSPECTS_KEPT:
             del self.marks[next(iter(self.marks))]
-        for queue in (self._others, self.queue):
-            self._push_again(source, queue)
+        if mark is None:
+            self._push_again(source, self._others)
+        elif rows != before:
+            self._push_again(source, self.queue)
 
     def on_ran(self, batch: Batch, now_s: float) -> None:
         """Trust the sources of a batch that ran with more rows; forget marks that are too old."""
         marks = self.marks
         for source in {request.source for request in batch.requests} & marks.keys():
             rows, runs, failed_s = marks[source]
+            grown = min(rows * 2, self._others.full_rows)
             if runs + 1 == TRUSTED_RUNS:
                 del marks[source]
             else:
-                marks[source] = _Mark(min(rows * 2, self._others.full_rows), runs + 1, failed_s)
-            self._push_again(source, self.queue)
+                marks[source] = _Mark(grown, runs + 1, failed_s)
+            if grown != rows or source not in marks:
+                self._push_again(source, self.queue)
         while marks and next(iter(marks.values())).failed_s < now_s - SUSPECT_S:
             del marks[next(iter(marks))]
 
@@ -95,11 +100,11 @@ class Suspects:
             for request in queue.take_tenant(source):
                 self.push(request)
 
-    def pace(self, batch: Batch, now_s: float) -> None:
-        """Plan the next batch after one that has ended and whose requests are answered."""
-        self._ended_s = now_s
-        self._pause_s = (now_s - batch.started_s) * (1 / SUSPECT_PART - 1)
+    def pace(self, started_s: float, ended_s: float, engines: int) -> None:
+        """Plan the next batch after one with this start and end, of run and answers."""
+        self._started_s = started_s
+        self._cycle_s = (ended_s - started_s) / (SUSPECT_PART * engines)
 
     def due_s(self, *, others_wait: bool) -> float:
         """Return when the next batch may leave while others have work."""
-        return self._ended_s + self._pause_s * (2 if others_wait else 1)
+        return self._started_s + self._cycle_s * (2 if others_wait else 1)
