@@ -254,7 +254,13 @@ class Batcher:
             self._timer = None
         lanes, queue, scheduler = self._lanes, self.queue, self._scheduler
         while (lane := lanes.next) is not None and (queue.rows or self._apart.rows):
-            answer = scheduler.next(self._clock(), running=bool(lane.running), free_s=lane.free_s)
+            try:
+                answer = scheduler.next(self._clock(), running=bool(lane.running), free_s=lane.free_s)
+            except Exception as error:
+                # Its queue cannot be trusted any more, and requests would wait for ever.
+                log.exception("model %s: the scheduler failed", self.name)
+                lanes.close(f"its scheduler failed: {error!r}")
+                break
             if isinstance(answer, Dispatch):
                 if answer.requests:
                     lanes.send(lane, answer.requests, answer.reason, answer.shares)

@@ -315,7 +315,7 @@ class Lanes:
             lane.gone = self._completion.engine_gone(str(error))
         self._completion.fail_all(requests, lane.gone)
         if first and not self.lanes:
-            self._close(lane.gone)
+            self._fail_waiting(lane.gone)
         if first and self._on_lost is not None and not self._scheduler.draining:
             self._on_lost(lane.worker, lane.gone)
 
@@ -348,12 +348,15 @@ class Lanes:
         if self._on_lost is not None and self._scheduler.admission.closed is None:
             self._on_lost(lane.worker, error)
         elif not self.lanes:
-            self._close(self._completion.engine_gone(str(error)))
+            self.close(str(error))
         self._decide()
         self._end_failed(batch)
 
-    def _close(self, gone: EngineGoneError) -> None:
+    def close(self, why: str) -> None:
         """Accept nothing and fail all waiting requests. Batches that still run may be answered."""
+        self._fail_waiting(self._completion.engine_gone(why))
+
+    def _fail_waiting(self, gone: EngineGoneError) -> None:
         self._scheduler.admission.close(gone)
         self._completion.fail_all(self._scheduler.take_all(), gone)
 
@@ -368,7 +371,7 @@ class Lanes:
     def gone(self, error: EngineError) -> None:
         """Close if no engine is left, since no other one can be opened."""
         if not self.lanes:
-            self._close(self._completion.engine_gone(str(error)))
+            self.close(str(error))
             self._decide()
 
 

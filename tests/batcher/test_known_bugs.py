@@ -7,7 +7,8 @@ import logging
 
 import pytest
 
-from cobatch.batcher.errors import BatchFailedError, InputRejectedError
+from cobatch.batcher.errors import BatchFailedError, EngineGoneError, InputRejectedError
+from cobatch.batcher.scheduling.scheduler import Scheduler
 from cobatch.engines.errors import EngineRunError
 from tests.support.virtual.loop import Call, FakeEngine, FakeWorker, calls, make_batcher, run
 
@@ -200,5 +201,32 @@ def test_triton_7077_requests_of_disconnected_clients_do_not_run() -> None:
         await asyncio.sleep(1)
         assert [rows for _, rows in worker.ran] == [4, 1]
         assert batcher.counters.cancelled == 99
+
+    run(main())
+
+
+def test_a_failing_scheduler_fails_the_model_and_nothing_waits(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A wrong entry in the queue made every decision raise: all waited, and the health was good."""
+    caplog.set_level(logging.CRITICAL + 1)
+
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("gone")
+
+    async def main() -> None:
+        batcher = make_batcher(FakeWorker(FakeEngine(max_batch_size=4)))
+        first, *waiting = callers = calls(6)
+        batcher.submit(first)
+        await asyncio.sleep(RUN_S / 2)  # it runs
+        monkeypatch.setattr(Scheduler, "next", broken)
+        for caller in waiting:
+            batcher.submit(caller)
+        await asyncio.sleep(1)
+        assert [len(caller.answers) for caller in callers] == [1] * 6
+        assert first.error is None
+        assert all(isinstance(caller.error, EngineGoneError) for caller in waiting)
+        assert isinstance(batcher.refusal(), EngineGoneError)
+        assert batcher.queue.rows == 0
 
     run(main())
