@@ -147,6 +147,8 @@ class Connection(Framing):
     def _linger(self) -> None:
         assert self._timer is not None
         self._timer.cancel()
+        timeout_s = self.inference.settings.server.receive_timeout_s
+        self._timer = self.loop.call_later(timeout_s, self._tick)
         self.transport = LingeringClose(self, self.transport, self.loop, self.inference.draining)
         self._drop_requests()
 

@@ -7,7 +7,8 @@ the response. So the connection is closed in one direction, and further bytes ar
 import asyncio
 from typing import Any
 
-# A client that has read the response stops sending; these bound one that does not.
+# A client that has read the response stops sending; these bound one that does not. The times begin when the
+# client has taken the response.
 LINGER_BYTES = 128 << 20
 LINGER_S = 30.0
 # Without a byte received; the second one if the server is about to stop.
@@ -49,7 +50,11 @@ class LingeringClose(asyncio.Protocol):
             connection.connection_lost(exc)
 
     def _tick(self) -> None:
-        left_s = min(self._received_s + self._idle_s, self._end_s) - self._loop.time()
+        now_s = self._loop.time()
+        if self._transport.get_write_buffer_size():
+            # `Connection` ends it if the client takes the response too slowly.
+            self._received_s, self._end_s = now_s, now_s + LINGER_S
+        left_s = min(self._received_s + self._idle_s, self._end_s) - now_s
         if left_s <= 0:
             self.abort()
         else:

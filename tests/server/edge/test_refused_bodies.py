@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -140,6 +140,28 @@ def half_sent(served: Served, engine: GatedEngine, running: Client) -> None:
     running.send(gate(1))
     assert engine.began.get(timeout=DEADLINE_S) == [1]
     served.stop()
+
+
+def test_a_response_that_is_read_after_the_stop() -> None:
+    """The time of a lingering close begins when the client has taken all of its last response."""
+    x = {"name": "x", "shape": [1, 2], "datatype": "INT64", "data": [1, 2]}
+    request = post(GATE, {"inputs": [x], "parameters": {"binary_data_output": True}})
+    with gated(True, clock=Clock()) as (served, engine), served.connect(receive_buffer=4096) as client:
+        engine.answer_width = 1 << 20
+        client.send(request)
+        until(served, lambda: any(one.transport.get_write_buffer_size() for one in served.connections()))
+        served.stop()
+        until(served, lambda: any(type(one.transport) is LingeringClose for one in served.connections()))
+        for _ in range(4):
+            served.skip(5.0)
+        assert len(client.answer().body) > 8 << 20
+        assert client.closed()
+
+
+def until(served: Served, condition: Callable[[], object]) -> None:
+    """Look at the server between the steps of its loop until a condition holds."""
+    while not served.call(condition):
+        pass
 
 
 # The bounds
