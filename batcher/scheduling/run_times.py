@@ -70,15 +70,16 @@ class _Bucket:
     """The runs of one range of sizes. `rows` is their mean size."""
 
     __slots__ = (
-        "count", "excess_s", "expected_s", "known", "new", "observed", "planned_s", "rows", "runs",
+        "count", "excess_s", "excess_s2", "expected_s", "known", "new", "observed", "planned_s", "rows", "runs",
         "seed_rows", "seed_s", "stale_s",
     )  # fmt: skip
 
     def __init__(self, rows: int, seed_s: float | None = None) -> None:
         self.count = 0  # runs
         self.new = 0  # of them since the last look
-        # The sum of what runs took beyond the expected time, and their number, older ones counting less.
-        self.excess_s = self.known = 0.0
+        # The sums of what runs took beyond the expected time and of its squares, and the number of runs,
+        # older ones counting less.
+        self.excess_s = self.excess_s2 = self.known = 0.0
         self.rows = float(rows)
         self.seed_rows = rows
         self.seed_s = seed_s
@@ -97,7 +98,7 @@ class _Bucket:
         """Return to the warm-up's measurement, if there is one."""
         if self.seed_s is not None:
             self.observed = False
-            self.excess_s = self.known = 0.0
+            self.excess_s = self.excess_s2 = self.known = 0.0
             self.count = self.new = 0
             self.stale_s = min(2 * self.stale_s, tuning.MOST_STALE_S)
             self.rows = float(self.seed_rows)
@@ -171,8 +172,7 @@ class RunTimeModel:
         self.row_s = 0.0
         self._learned_s = -inf
         self.spacing_s = 0.0
-        # Over all sizes: the mean excess of a run, the sum of its squares, and the number of runs.
-        self._excess_s = self._excess_s2 = self._known = 0.0
+        self._excess_s = 0.0  # the mean over all sizes
         self._mean_s: list[float] = []
         for rows, run_us in sorted(seed_us.items()) or [(max_batch_size, 1000.0)]:
             self._buckets[(rows - 1).bit_length()] = _Bucket(rows, run_us / 1e6)
@@ -208,11 +208,12 @@ class RunTimeModel:
         fade = tuning.MEAN_RUNS / (tuning.MEAN_RUNS + len(excess_s))
         for each in self._buckets.values():
             each.excess_s *= fade
+            each.excess_s2 *= fade
             each.known *= fade
         limited_s = [min(one_s, most_s) for one_s in excess_s]
         bucket.excess_s += sum(limited_s)
         bucket.known += len(limited_s)
-        self._excess_s2 = self._excess_s2 * fade + sum([one_s * one_s for one_s in limited_s])
+        bucket.excess_s2 += sum([one_s * one_s for one_s in limited_s])
 
     def _more_row_s(self, number: int) -> float:
         low, high = (1 << number) // 2, 1 << number
@@ -240,8 +241,9 @@ class RunTimeModel:
         """Recompute the curves through the buckets, and what follows from them."""
         buckets = sorted(self._buckets.values(), key=lambda one: one.rows)
         self._rows = [one.rows for one in buckets]
-        self._known = tuning.MEAN_PRIOR + sum([one.known for one in buckets])
-        self._excess_s = sum([one.excess_s for one in buckets]) / self._known
+        known = tuning.MEAN_PRIOR + sum([one.known for one in buckets])
+        self._excess_s = sum([one.excess_s for one in buckets]) / known
+        mean_square_s2 = sum([one.excess_s2 for one in buckets]) / known
         self._known_s.clear()
         weights = [len(one.runs) for one in buckets]
         self._expected_s = monotone([one.expected_s for one in buckets], weights)
@@ -261,7 +263,7 @@ class RunTimeModel:
             self.full_rows, efficient_rows(run_us, self._most, tuning.NEAR_BEST_OVERLOADED)
         )
         self.row_s = self.mean_s(self.full_rows) / self.full_rows
-        spacing_s = sqrt(self._excess_s**2 + self._excess_s2 / self._known) - self._excess_s
+        spacing_s = sqrt(self._excess_s**2 + mean_square_s2) - self._excess_s
         least_s = max(tuning.STALLING * self.expected_s(1), tuning.TIMER_S)
         self.spacing_s = spacing_s if spacing_s > least_s else 0.0
 

@@ -385,3 +385,19 @@ def test_a_size_that_was_slow_for_a_while_is_tried_again() -> None:
         model.observe(8, 0.003, 3.1 + 0.1 * number)
     assert model.full_rows == 64
     assert model.expected_s(64) == pytest.approx(0.006, rel=0.01)
+
+
+def test_a_size_that_is_forgotten_takes_its_stalls_with_it() -> None:
+    model = RunTimeModel(8, {1: 1e4, 2: 2e4, 4: 4e4, 8: 8e4})
+    now_s = 0.0
+    for n in range(100):
+        for rows in (1, 8):
+            run_s = 0.010 * rows * (10 if n % 10 == 0 else 1)
+            now_s += run_s
+            model.observe(rows, run_s, now_s)
+    spacings_s = [model.spacing_s]
+    for _ in range(100):
+        now_s += 0.2
+        model.observe(1, 0.010, now_s)
+        spacings_s.append(model.spacing_s)
+    assert spacings_s == sorted(spacings_s, reverse=True)
