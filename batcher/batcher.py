@@ -197,7 +197,8 @@ class Batcher:
         if request.deadline_s < math.inf:
             self._expire_later(request, self._completion.slack_s(request, request.rows))
         else:  # admitted on trial
-            request.expiry = self._loop.call_later(request.timeout_s or 0.0, self._end_trial, request)
+            left_s = request.enqueued_s + (request.timeout_s or 0.0) - self._clock()
+            request.expiry = self._loop.call_later(left_s, self._end_trial, request)
 
     def _end_trial(self, request: Request) -> None:
         self._completion.end_trial(request)
@@ -221,6 +222,8 @@ class Batcher:
             if whole.expiry is not None:
                 whole.expiry.cancel()
             self._expire(whole)
+        elif whole.timeout_s is not None and whole.expiry is None:  # of a bundle
+            self._set_expiry(whole)
 
     # Decisions
 

@@ -22,6 +22,7 @@ from cobatch.batcher.errors import (
     TooManyRowsError,
 )
 from cobatch.batcher.request import Request
+from cobatch.batcher.scheduling.tuning import DOUBT_S
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.errors import EngineDeadError, EngineRunError
 from tests.support.examples import examples
@@ -259,5 +260,26 @@ def test_every_member_is_answered_exactly_once(
         assert counters.accepted == sum(outcomes.values()) - refused
         assert counters.failed == outcomes["InputRejectedError"] + outcomes["ExpiredError"]
         assert batcher.open_requests() == ({}, 0)
+
+    run(main())
+
+
+def test_members_of_a_bundle_on_trial_end_in_time_too() -> None:
+    """Run times are thought too long, so the bundle has no deadline, but its timeout holds for its members."""
+
+    async def main() -> None:
+        worker = poisoned()
+        worker.run_s = lambda rows: 0.040
+        worker.warmup_us = {1: 1e6, 4: 1e6}
+        batcher = make_batcher(worker)
+        await asyncio.sleep(DOUBT_S)
+        members = bundle(1, BAD, 2, 3)
+        members.timeout_s = 0.050
+        members.enter(batcher.submit)
+        await asyncio.sleep(1)
+        for member in members.calls:
+            assert isinstance(member.answer, ExpiredError)
+            assert member.at_s == pytest.approx(DOUBT_S + 0.050)
+        check_counts(batcher, accepted=4, expired=4, failed=4)
 
     run(main())
