@@ -24,6 +24,7 @@ from cobatch.batcher.rows.packing import pack
 from cobatch.batcher.rows.padding import Padder
 from cobatch.batcher.scheduling.policy import SUSPECT
 from cobatch.batcher.scheduling.scheduler import Scheduler
+from cobatch.batcher.scheduling.tuning import HEALTHY_S
 from cobatch.batcher.statistics import EngineTotals
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import Engine
@@ -33,8 +34,6 @@ from cobatch.engines.worker import Deliver, Job, Outcome
 log = logging.getLogger("cobatch.batcher")
 
 _NUMBERS = count(1)
-# A request that fails alone is taken to be at fault if the engine ran others within this time.
-HEALTHY_S = 1.0
 
 
 class BatchWorker(Protocol):

@@ -70,8 +70,8 @@ class _Bucket:
     """The runs of one range of sizes. `rows` is their mean size."""
 
     __slots__ = (
-        "count", "excess_s", "excess_s2", "expected_s", "known", "new", "observed", "planned_s", "rows", "runs",
-        "seed_rows", "seed_s", "stale_s",
+        "count", "excess_s", "excess_s2", "expected_s", "known", "new", "observed", "planned_s", "rows",
+        "runs", "seed_rows", "seed_s", "stale_s",
     )  # fmt: skip
 
     def __init__(self, rows: int, seed_s: float | None = None) -> None:

@@ -78,6 +78,8 @@ OTHERS_S = 1.0
 # A source is trusted again after this many runs without a failure: six in a row are rare where one row in ten
 # fails.
 TRUSTED_RUNS = 6
+# A request that fails alone is taken to be at fault if the engine ran others within this time.
+HEALTHY_S = 1.0
 # A mark's greatest age, and the greatest number of marks: the oldest go first.
 SUSPECT_S = 60.0
 SUSPECTS_KEPT = 1024

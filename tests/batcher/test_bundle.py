@@ -265,7 +265,7 @@ def test_every_member_is_answered_exactly_once(
 
 
 def test_members_of_a_bundle_on_trial_end_in_time_too() -> None:
-    """Run times are thought too long, so the bundle has no deadline, but its timeout holds for its members."""
+    """Their bundle has no deadline, as run times are thought too long, but a timeout."""
 
     async def main() -> None:
         worker = poisoned()

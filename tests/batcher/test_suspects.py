@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from cobatch.batcher.errors import BatchFailedError, ExpiredError, InputRejectedError, QueueFullError
-from cobatch.batcher.lanes import HEALTHY_S
 from cobatch.batcher.request import Batch
 from cobatch.batcher.scheduling import policy, tuning
 from cobatch.batcher.scheduling.queue import RequestQueue
@@ -242,7 +241,7 @@ def test_where_zeros_tell_nothing_a_recent_run_of_others_does(within: bool) -> N
         stage.worker.deliver = without_zeros
         stage.batcher.submit(Sent(7, 1))
         # The good run ends at 10 ms, the failing one and that of zeros 20 ms after it is sent.
-        await asyncio.sleep(HEALTHY_S - 0.010 + (-0.001 if within else 0.001))
+        await asyncio.sleep(tuning.HEALTHY_S - 0.010 + (-0.001 if within else 0.001))
         failing = Sent(BAD, 2)
         stage.batcher.submit(failing)
         await asyncio.sleep(1)
