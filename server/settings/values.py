@@ -138,7 +138,7 @@ def read_toml(path: Path, key: str, source: str = "") -> dict[str, Any]:
         why = f"cannot read {path}: {error.strerror}"
     except UnicodeDecodeError as error:
         why = f"{path} is not UTF-8: byte {error.start}"
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
         why = f"{path} is not TOML: {error}"
     raise SettingsError(f"{key}: {why} ({source})" if source else f"{key}: {why}")
 

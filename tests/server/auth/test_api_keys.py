@@ -225,6 +225,8 @@ def test_two_keys_cannot_have_one_id() -> None:
         ("keys = 1", "keys: expected an array of tables, written [[keys]], got 1 (file PATH)"),
         ("keys = [1]", "keys[0]: expected a table, got 1 (file PATH)"),
         ("[[keys]", "auth.api_keys_file: PATH is not TOML:"),
+        ("keys = " + "9" * 5000, "auth.api_keys_file: PATH is not TOML:"),
+        ("keys = " + "[" * 20_000, "auth.api_keys_file: PATH is not TOML:"),
     ],
 )
 def test_a_wrong_file_is_explained(text: str, message: str, tmp_path: Path) -> None:
