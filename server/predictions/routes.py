@@ -156,10 +156,10 @@ class _Resource:
         principal = principal_in(request.scope)
         tenant = None if principal is None else principal.tenant
         tensor_bytes = decoded.bytes
-        scope = request.scope
-        prediction = Prediction(subject_in(scope), model, decoded, tenant, record_in(scope), client_in(scope))
         if keep:
             self._kept.check_room(tensor_bytes)
+        scope = request.scope
+        prediction = Prediction(subject_in(scope), model, decoded, tenant, record_in(scope), client_in(scope))
         try:
             prediction.submit()
         except BatcherError as error:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import msgspec
 
+from cobatch.batcher.errors import BatcherError
 from cobatch.batcher.request import Request, State
 from cobatch.batcher.tenant import Tenant
 from cobatch.server.http.problem import Problem
@@ -87,9 +88,13 @@ class Prediction:
         return (msgspec.json.encode({"id": self.id, "status": self.status, "model": self.model.name}),)
 
     def submit(self) -> None:
-        """Queue the request. Raises BatcherError; then nothing has changed."""
+        """Queue the request. Raises BatcherError; then the prediction is of no more use."""
         assert self._request is not None
-        self.model.loaded_batcher.submit(self._request)
+        try:
+            self.model.loaded_batcher.submit(self._request)
+        except BatcherError:
+            self._request = None  # they refer to each other
+            raise
 
     def cancel(self) -> None:
         """Cancel the request. Harmless when it is finished."""

@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cobatch.server.predictions import routes
+from cobatch.server.predictions.store import Prediction
 from tests.support.http.predicting import App, b64, outputs, slug, small_models
+from tests.support.http.released import Released
 
 X = np.array([[1.5, -2, 3], [4, 5, 6]], np.float32)
 
@@ -18,6 +21,14 @@ X = np.array([[1.5, -2, 3], [4, 5, 6]], np.float32)
 async def app(tmp_path: Path) -> AsyncIterator[App]:
     async with small_models(tmp_path) as made:
         yield made
+
+
+async def test_a_refused_prediction_is_gone(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = Released()
+    monkeypatch.setattr(routes, "Prediction", lambda *given: released.watch(Prediction(*given)))
+    answer = await app.predict("negate", {"inputs": {"x": X.tolist()}, "deadline_ms": 1e-4})
+    assert slug(answer) in ("deadline-unreachable", "deadline-too-short")
+    released.check()
 
 
 # The object
