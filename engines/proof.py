@@ -204,12 +204,19 @@ def _far(spec: TensorSpec, one: Array, other: Array) -> float:
         return 0.0 if (one == other).all() else inf
     if spec.datatype == "BF16":
         one, other = ((bits.astype(np.uint32) << 16).view(np.float32) for bits in (one, other))
-    one, other = np.broadcast_arrays(one.astype(np.float64), other.astype(np.float64))
+    # Row by row: together they would take many times the memory of the outputs.
+    rows = [_apart(*pair) for pair in zip(*np.broadcast_arrays(one, other), strict=True)]
+    largest, scale = np.max(rows, axis=0)
+    return inf if np.isnan(largest) else float(largest / scale) if scale else float(largest)
+
+
+def _apart(one: Array, other: Array) -> tuple[float, float]:
+    """Return the largest difference of a row's floats, NaN if only one is a number, and the largest value."""
+    one, other = (np.asarray(values, np.float64) for values in (one, other))
     with np.errstate(invalid="ignore"):
         apart = np.where((one == other) | (np.isnan(one) & np.isnan(other)), 0.0, np.abs(one - other))
-    largest = apart.max(initial=0.0)
-    scale = max(np.abs(values[np.isfinite(values)]).max(initial=0.0) for values in (one, other))
-    return inf if np.isnan(largest) else float(largest / scale) if scale else float(largest)
+    finite = [np.abs(values[np.isfinite(values)]).max(initial=0.0) for values in (one, other)]
+    return float(apart.max(initial=0.0)), float(max(finite))
 
 
 # Makes an input of rows.
