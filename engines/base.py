@@ -126,7 +126,7 @@ class Signature:
 
     @property
     def batching_note(self) -> str:
-        """How requests are batched, why, and what the operator can do about it, in one line."""
+        """A line for the operator: how requests are batched, the reason, and the remedy if there is one."""
         verdict, reason = self.batching.verdict, self.batching.reason
         if verdict in ("off", "disproved"):
             return f"off, requests run one at a time{reason and f': {reason}'}"

@@ -95,7 +95,7 @@ class Suspects:
             del marks[next(iter(marks))]
 
     def _push_again(self, source: Hashable, queue: RequestQueue) -> None:
-        """Queue anew what a source has queued. An anonymous connection waits for its answers, as a rule."""
+        """Move a source's queued requests. An anonymous connection waits for its answers, as a rule."""
         if isinstance(source, Tenant):
             for request in queue.take_tenant(source):
                 self.push(request)

@@ -132,7 +132,7 @@ AS_GOOD = 1.01
 RUNS_KEPT = 128
 MEMORY_S = 5.0
 ALWAYS_KEPT = 4
-# If the median of so many last runs lies outside the middle half of those before, those are forgotten. By
+# If the median of this many last runs lies outside the middle half of those before, those are forgotten. By
 # chance that happens in 3 % of all cases, at 8 in 12 %. Without: test_run_times.
 RUNS_RECENT = 16
 # Runs over which the mean excess over the median is averaged. At 100 or 3,000: 2,051 or 2,056 requests/s in
