@@ -181,7 +181,8 @@ class Batcher:
             return
         lane = lanes.next
         if lane is not None and (not lane.running or group.rows >= self.queue.full_rows):
-            if group.rows < self._wait_rows and request.timeout_s is None:
+            waits = group.rows < self._wait_rows and request.timeout_s is None
+            if waits and len(self.queue.groups) == 1:
                 return  # decided when the expected rows are there, or at the end of the wait
             if lane.running or self.queue.deadlines or not self._scheduler.lone:
                 self._decide_soon()

@@ -597,3 +597,25 @@ def test_after_many_lone_requests_the_next_leaves_in_the_same_iteration() -> Non
             await asyncio.sleep(1)
 
     run(main())
+
+
+def test_a_wait_for_more_rows_ends_when_another_shape_comes() -> None:
+    """No wait pays then, by the policy, and none may go on until its timer."""
+
+    async def main() -> None:
+        batcher = make_batcher(FakeWorker(FakeEngine()))
+        first, second, third = Call([[1]]), Call([[2]]), Call([[3, 3]])
+        batcher.submit(first)
+        await asyncio.sleep(0.005)
+        run_times = batcher._scheduler.run_times
+        run_times.observe = lambda *run: False  # type: ignore[method-assign]  # so that the spacing stays
+        run_times.spacing_s, batcher._scheduler._peak_rows = 1.0, 9.0
+        await asyncio.sleep(0.1)
+        batcher.submit(second)
+        await asyncio.sleep(0.1)
+        assert not second.answers, "it waits"
+        batcher.submit(third)
+        await asyncio.sleep(0.015)
+        second.check()
+
+    run(main())
