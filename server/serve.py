@@ -181,7 +181,9 @@ class Server(uvicorn.Server):
         inference = self.inference
         if inference.draining:
             os._exit(128 + sig)
-        inference.draining = inference.leaving or not inference.settings.server.drain_delay_s
+        inference.draining = inference.closing = (
+            inference.leaving or not inference.settings.server.drain_delay_s
+        )
         inference.leaving = True
 
     def handle_hangup(self, sig: int, frame: FrameType | None) -> None:
@@ -217,7 +219,7 @@ class Server(uvicorn.Server):
                 log.info("leaving: not ready, but serving for %g s", delay_s)
         if now_s >= self._leave_s + delay_s:
             inference.draining = True
-        if inference.draining or now_s >= self._leave_s + delay_s / 2:
+        if now_s >= self._leave_s + delay_s / 2:
             # The next response on each connection is its last (RFC 9112, 9.6): its client goes elsewhere.
             inference.closing = True
         if inference.draining and self._drain is None:

@@ -206,12 +206,17 @@ def test_a_model_that_cannot_be_loaded(path: str) -> None:
 def test_draining(path: str) -> None:
     with gated(path == "fast") as (served, engine):
         engine.hold()
-        with served.connect() as running, served.connect() as idle, served.connect() as late:
+        with (
+            served.connect() as running, served.connect() as idle, served.connect() as late,
+            served.connect() as checking,
+        ):  # fmt: skip
             assert idle.ask(get("/v2/health/ready")).status == 200
             running.send(gate(1))
             engine.began.get(timeout=serving.DEADLINE_S)
             served.stop()
-            assert idle.ask(get("/v2/health/ready")).status == 503
+            answer = checking.ask(get("/v2/health/ready"))
+            assert (answer.status, answer.headers["connection"]) == (503, "close")
+            assert checking.closed()
             request = gate(2)
             for client in (late, idle):
                 answer = client.ask(request[: request.index(b"\r\n\r\n") + 4])
