@@ -1,4 +1,4 @@
-"""The cost of a request as something grows: at most linear, and constant with what is idle.
+"""The cost of a request as something grows: at most linear, and constant with idle things.
 
 `python -m benchmarks.scaling [--quick] [--only batch,row,models,connections,queue,tenants] [--check]`: CPU
 time per request, of all threads. Batch size, row size and number of models are measured in one process

@@ -1,4 +1,4 @@
-"""Good callers beside callers whose rows fail, on a real server: what the failing rows cost the good ones.
+"""Good callers beside callers whose rows fail, on a real server: their cost to the good ones.
 
 `python -m benchmarks.scheduling.poison [--rounds 7] [--seconds 3] [--check]` needs `wrk`. The model looks an
 index up in a table and multiplies what it finds (two layers); an index outside the table fails the whole run.

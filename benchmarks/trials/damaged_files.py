@@ -103,7 +103,7 @@ def open_damaged(content: bytes) -> str:
                 engine.open()
         except EngineError:
             return "refused"
-        except Exception as error:  # noqa: BLE001 - that is what is looked for
+        except Exception as error:  # noqa: BLE001 - the trial looks for any
             return repr(error)
     return "opened"
 
@@ -145,7 +145,7 @@ def try_settings(report: Report, rng: random.Random, count: int) -> None:
                 result = "taken"
             except SettingsError:
                 result = "refused"
-            except Exception as error:  # noqa: BLE001 - that is what is looked for
+            except Exception as error:  # noqa: BLE001 - the trial looks for any
                 report.find(
                     "damaged settings are not refused in words",
                     f"{error!r}: {(folder / name).read_bytes()!r}",

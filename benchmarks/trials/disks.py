@@ -62,7 +62,7 @@ def _full_folder(path: Path) -> Iterator[Path | None]:
 
 
 def _commands(report: Report, model: Path, full: Path | None) -> None:
-    """Each command says in a line what is wrong: to a full stdout, and to files on a full disk."""
+    """Each command names the fault in one line: to a full stdout, and to files on a full disk."""
     printing = (["inspect", str(model)], ["simulate", "--list"], ["--version"], ["serve", "--help"])
     writing: list[list[str]] = []
     if full is not None:
@@ -109,7 +109,7 @@ def _plans(report: Report, rng: random.Random, count: int, model: Path, full: Pa
             plan = given_plan(path, machine, folder)
         except EngineLoadError:
             report.counts["damaged plans and manifests refused"] += 1
-        except Exception as error:  # noqa: BLE001 - that is what is looked for
+        except Exception as error:  # noqa: BLE001 - the trial looks for any
             report.find("a damaged plan is not refused in words", f"{error!r}: {broken.read_bytes()!r}")
         else:
             report.counts["damaged plans and manifests, the plan sound"] += 1

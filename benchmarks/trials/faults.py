@@ -1,4 +1,4 @@
-"""Faults of clients, disks, files and limits: the server goes on, or says what is wrong.
+"""Faults of clients, disks, files and limits: the server goes on, or names the fault.
 
 `python -m benchmarks.trials.faults [--count 1000] [--seed 1]`: resets at random points, clients that freeze
 within a body, no file descriptors left, full disks, damaged models, plans and settings. Where a server runs,

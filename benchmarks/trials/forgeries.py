@@ -181,7 +181,7 @@ class Forger:
         return self.signer.token(self.rng.choice(wrong))
 
     def header(self) -> str:
-        """Have a header that asks for what is not supported, signed by the issuer."""
+        """Have a header that asks for an unsupported extension, signed by the issuer."""
         wrong = [
             *_each("typ", "JWT", "id+jwt", "", 1, "at+jwt2", "secevent+jwt", ["at+jwt"], None),
             *_each("crit", ["exp"], [], "b64", ["zip"]),
@@ -238,7 +238,7 @@ class Forger:
         return self.signer.raw(head, self.rng.choice(payloads))
 
     def huge(self) -> str:
-        """Send what is too long, or no token."""
+        """Send too long a text, or no token."""
         long = self.signer.token(a="x" * 20_000)
         return self.rng.choice(["x" * 30_000, "." * 9000, "a.b.c", "a." * 3000, "A" * 8192, long, "~" * 100])
 

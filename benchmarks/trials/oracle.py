@@ -37,7 +37,7 @@ _SHORT_US = 20_000
 _LATE = (429, 504)  # foreseen to expire, or expired
 _HOT_REQUESTS = 200
 _RTOL = {np.dtype(np.float16): 1e-2, np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-10}
-# What a request is sent as: the bytes, and the check of its answer.
+# A request as sent: the bytes, and the check of its answer.
 Sent = tuple[bytes, Callable[[Answer], None]]
 
 

@@ -127,7 +127,7 @@ def trick(rng: random.Random) -> tuple[str, bytes, list[str]]:
 
 
 def judge(report: Report, target: str, sent: bytes, key: str, answer: Answer) -> None:
-    """Look for what the answer must not be."""
+    """Look for forbidden answers."""
     report.counts[f"{key}: {answer.status}"] += 1
     if _MARK in answer.body:
         report.find("an answer of the secret model", f"{key}, {sent!r}: {answer}")

@@ -112,7 +112,7 @@ class LogHandler(logging.Handler):
             self._put(record)
 
     def tell_repeats(self, *, ending: bool = False) -> None:
-        """Log what the limit has held back, if its period is over or ends now."""
+        """Log the messages that the limit has held back, if its period is over or ends now."""
         if not ending and self._clock() < self._period_ends_s:
             return
         self.acquire()

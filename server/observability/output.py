@@ -1,4 +1,4 @@
-"""Lines on their way out of the process: a bounded queue, and what is written to a file descriptor."""
+"""Lines on their way out of the process: a bounded queue, and the capture of a file descriptor."""
 
 import contextlib
 import fcntl
@@ -145,7 +145,7 @@ def line_of(fields: dict[str, object]) -> str:
 
 
 class Capture:
-    """What this process writes to a file descriptor, line by line. `write` reaches the original."""
+    """The capture of a file descriptor's lines. `write` reaches the original."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -174,7 +174,7 @@ class Capture:
             data = data[os.write(self._original, data) :]
 
     def end(self) -> None:
-        """Pass on what has been written, and discard what follows."""
+        """Pass on all lines until now, and discard those that follow."""
         _discard(self._fd)
         if self._thread is not None:
             self._thread.join(_STOP_S)  # a child process may still have the pipe

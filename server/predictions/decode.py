@@ -258,7 +258,7 @@ def _wanted(options: Options, decoder: Decoder) -> WantedOutputs:
 
 
 def _best(top_k: int | dict[str, int] | None, wanted: Sequence[TensorSpec]) -> dict[str, int]:
-    """How many of the best scores of which outputs."""
+    """The number of best scores to return, by output."""
     if top_k is None:
         return {}
     scores = [spec.name for spec in wanted if spec.shape and spec.datatype not in ("BYTES", "BOOL")]

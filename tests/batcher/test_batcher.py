@@ -1,4 +1,4 @@
-"""The batcher in virtual time: when batches leave, who gets what, what a failure costs."""
+"""The batcher in virtual time: when batches leave, each caller's rows, the cost of a failure."""
 
 from __future__ import annotations
 

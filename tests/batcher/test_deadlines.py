@@ -337,7 +337,7 @@ def test_expired_are_counted_by_callers() -> None:
 
 @pair
 def test_one_that_cannot_be_in_time_any_more_is_not_run(more_s: float, in_time: bool) -> None:
-    """What runs take was learned after it was let in."""
+    """Run times were learned after its admission."""
 
     async def main() -> None:
         worker = scripted(0.010, 0.030, curve=flat)

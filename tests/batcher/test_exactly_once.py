@@ -153,7 +153,7 @@ class Stage:
             try:
                 self.do(caller.act.then)
             except AssertionError as error:
-                # The batcher logs what a callback raises, and goes on.
+                # The batcher logs an exception of a callback, and goes on.
                 self.engine.wrong.append(error)
 
     async def play(self) -> None:
@@ -186,7 +186,7 @@ class Stage:
         assert loop.time() <= max([self.last_s, *(caller.at_s for caller in self.callers)])
         assert await self.batcher.drain(LONG_S), "every request has been answered"
 
-    # What must be true afterwards
+    # The state afterwards
 
     def check(self) -> None:
         """Check that every request ended rightly, and the batcher is as it was before the first."""
@@ -229,7 +229,7 @@ class Stage:
 
     @staticmethod
     def _only(run: Run, caller: Caller) -> bool:
-        """Whether a run held nothing but rows of this caller."""
+        """True if a run held only rows of this caller."""
         (first, *others) = run.requests
         return not others and (first is caller or first in (caller.parts or ()))
 

@@ -84,7 +84,7 @@ class Stage:
         opened: queue.SimpleQueue[EngineError | None] = queue.SimpleQueue()
         self.worker.start(opened.put)
         assert opened.get(timeout=WAIT_S) is None
-        self.worker.warmup_us = {}  # whatever was measured here, batches grow to what the engine takes
+        self.worker.warmup_us = {}  # whatever was measured here, batches grow to the engine's limit
         loop = asyncio.get_running_loop()
         self.batcher = Batcher("fake", [self.worker], max_queue_rows=10_000, loop=loop)
 
@@ -266,6 +266,6 @@ def test_a_batch_that_comes_back_after_the_loop_closed_is_dropped(
 
 
 async def _iterations(count: int) -> None:
-    """Give way to what the loop has to do."""
+    """Give way to the loop's other work."""
     for _ in range(count):
         await asyncio.sleep(0)

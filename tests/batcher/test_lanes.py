@@ -106,7 +106,7 @@ def test_what_kills_one_engine_is_not_tried_on_another() -> None:
         await asyncio.sleep(1)
         answers = Counter(type(caller.answer) for caller in callers)
         assert answers[EngineGoneError] == 8 * len(dies.ran)
-        assert len(dies.ran) <= 2  # what it had when it died
+        assert len(dies.ran) <= 2  # the batches that it had when it died
         assert len(house.batcher.lanes) == 1
         assert house.batcher.admission.closed is None
         ((lost, why),) = house.lost
@@ -146,7 +146,7 @@ def test_without_an_engine_requests_are_refused_until_there_is_one() -> None:
 
 
 def test_a_hung_engine_does_not_stop_the_others() -> None:
-    """Its batch is given up; what it had not begun runs elsewhere."""
+    """Its batch is given up; batches that it had not begun run elsewhere."""
 
     async def main() -> None:
         hangs, goes_on = FakeWorker(FakeEngine(), lambda rows: 1e6), engines(1)[0]

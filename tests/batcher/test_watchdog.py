@@ -546,7 +546,7 @@ def test_requests_left_after_the_time_to_drain_are_abandoned() -> None:
 
 @contextlib.contextmanager
 def opening(*engines: FakeEngine | EngineError) -> Iterator[None]:
-    """What each opening of a model gets, one after another."""
+    """The results of opening a model, one after another."""
     left = list(engines)
 
     def load(*_: object, **__: object) -> FakeEngine:

@@ -1,4 +1,4 @@
-"""The proof of batching at load: what it finds out, what it costs, and what it leaves open.
+"""The proof of batching at load: its findings, its cost, and the cases it leaves open.
 
 `COBATCH_EXAMPLES=100 pytest tests/engines/test_proof.py` tries a hundred times as many models of the family.
 """
@@ -59,7 +59,7 @@ def reshaped(width: int, shape: list[int], rank: int) -> bytes:
     )
 
 
-# What must be found out
+# Models that it must judge
 
 
 PROVEN = {
@@ -236,7 +236,7 @@ def test_a_family_of_models(
         assert not depends_on_neighbours(data, width, fixed)
 
 
-# What it costs and tolerates
+# Its cost and tolerances
 
 
 SIGNATURE = Signature((TensorSpec("x", "FP32", (3,)),), (TensorSpec("y", "FP32", (3,)),))

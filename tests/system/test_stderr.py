@@ -22,7 +22,7 @@ _UPGRADE = b"GET /v2 HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: webs
 
 @pytest.fixture
 def full_pipe() -> Iterator[int]:
-    """Return the end of a full pipe that nobody reads, for a process to write to."""
+    """Return the end of a full pipe without a reader, for a process to write to."""
     reader, writer = os.pipe()
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
     os.set_blocking(writer, False)

@@ -1,4 +1,4 @@
-"""Padding in the batcher: which bucket a request goes to, what the engine sees, what each caller gets."""
+"""Padding in the batcher: which bucket a request goes to, the engine's input, each caller's rows."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def linear(rows: int) -> float:
 
 
 def quick(rows: int) -> float:
-    """Over before anybody could be back."""
+    """Over before a caller could be back."""
     return 0.0015
 
 

@@ -1,4 +1,4 @@
-"""What passes before a request is read and after its run counts for its deadline too."""
+"""Time before a request is read and after its run counts for its deadline too."""
 
 from __future__ import annotations
 

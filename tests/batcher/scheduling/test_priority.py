@@ -212,7 +212,7 @@ def test_low_priority_keeps_no_batch_from_filling() -> None:
 
 
 def test_a_priority_counts_only_within_a_tenant() -> None:
-    """It goes before what the same tenant asks for, not before others'."""
+    """It goes before other requests of the same tenant, not before other tenants'."""
 
     async def main() -> None:
         worker = Metered(max_batch_size=1)

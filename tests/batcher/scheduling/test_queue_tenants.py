@@ -42,7 +42,7 @@ class Queued(Request):
 
 
 class Queues(RuleBasedStateMachine):
-    """What both machines do. `waiting` is everything that should be queued."""
+    """The steps of both machines. `waiting` has all requests that should be queued."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ class Anything(Queues):
         self.queue.settle(taken.shares, factor * rows * ROW_S, rows)
 
     def heads(self, row_shapes: RowShapes) -> list[Queued]:
-        """Of each tenant the one that is next, by priority and age."""
+        """Return each tenant's next request, by priority and age."""
         heads: dict[Tenant | None, Queued] = {}
         for one in self.waiting:
             if one.row_shapes == row_shapes:

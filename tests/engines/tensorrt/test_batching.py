@@ -1,4 +1,4 @@
-"""Plans whose first axis is no batch axis, on the fake GPU: the proof, whole tensors, and what is kept."""
+"""Plans whose first axis is no batch axis, on the fake GPU: the proof, whole tensors, the kept verdict."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_an_engine_that_the_proof_ends_is_opened_again_without(cuda: FakeCuda) -
         assert run(engine, np.zeros((3, 1), np.int64))[0].tolist() == [[7]] * 3
 
 
-# What is kept
+# The kept verdict
 
 
 class Proofs:

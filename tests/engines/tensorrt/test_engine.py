@@ -101,7 +101,7 @@ def test_inputs_are_page_locked_and_reused(cuda: FakeCuda) -> None:
         del first, again
 
 
-# What a batch costs
+# The cost of a batch
 
 
 RUNS = {

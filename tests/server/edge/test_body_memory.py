@@ -312,7 +312,7 @@ def test_one_that_waits_may_leave(served: Served, first: tuple[Client, bytes]) -
 
 
 def test_one_that_leaves_gets_no_memory(module_pair: tuple[Served, GatedEngine], served: Served) -> None:
-    """Of two requests on a connection the first has memory; the second waits for it."""
+    """The first of two requests on a connection has memory; the second waits for it."""
     _, engine = module_pair
     with served.connect() as client:
         engine.hold()

@@ -335,7 +335,7 @@ def test_any_model_answers_as_it_does_alone(
         assert np.allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
-# What the operator reads
+# The operator's view
 
 
 async def started(

@@ -59,7 +59,7 @@ def test_levels_below_warning_are_not_limited() -> None:
 def test_texts_made_by_their_callers_are_limited_too() -> None:
     logged = _Logged()
     for n in range(2 * logs._MAX_KINDS):
-        logged.log.error(f"client {n} did something")  # noqa: G004 - what a library may do
+        logged.log.error(f"client {n} did something")  # noqa: G004 - as a library may do
     assert len(logged.messages) == logs._MAX_KINDS + logs._BURST
 
 

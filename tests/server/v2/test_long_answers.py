@@ -37,7 +37,7 @@ async def running(tmp_path: Path) -> AsyncIterator[InProcess]:
 
 @pytest.fixture
 def dumped(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
-    """Of each call of the encoder: elements, and True on the event loop's thread."""
+    """Each call of the encoder: elements, and True on the event loop's thread."""
     calls: list[tuple[int, bool]] = []
     dumps = encode.dumps
 

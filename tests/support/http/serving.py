@@ -327,7 +327,7 @@ class Served:
         return result.get(timeout=DEADLINE_S)
 
     def skip(self, seconds: float) -> None:
-        """Let time pass for the loop and its connections, once what was sent has been received."""
+        """Let time pass for the loop and its connections, once all sent bytes have been received."""
         assert self.server.clock is not None
         for _ in range(_TURNS):
             self.call(lambda: None)

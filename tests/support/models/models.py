@@ -63,7 +63,7 @@ def identity(datatype: int, width: int | str = 2) -> bytes:
 
 
 def equal_strings() -> bytes:
-    """Whether the two strings of each row are equal: x [batch, 2] -> y [batch, 1]."""
+    """Equality of the two strings of each row: x [batch, 2] -> y [batch, 1]."""
     nodes = [
         helper.make_node("Gather", ["x", "first"], ["a"], axis=1),
         helper.make_node("Gather", ["x", "second"], ["b"], axis=1),

@@ -39,7 +39,7 @@ class Logger(ILogger):
 
     def log(self, severity: ILogger.Severity, msg: str) -> None:
         if severity.value <= self.min_severity.value:
-            print(f"[{severity.name}] {msg}")  # noqa: T201 - what it is for
+            print(f"[{severity.name}] {msg}")  # noqa: T201 - its purpose
 
 
 class IErrorRecorder:
