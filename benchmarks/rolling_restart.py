@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.common import wire
 from benchmarks.common.models import model_path
-from benchmarks.common.processes import ROOT, StartError
+from benchmarks.common.processes import ROOT, StartError, free_ports
 
 _PATH = "/v2/models/tiny/infer"
 _TIMEOUT_S = 60.0
@@ -77,12 +76,6 @@ class Process:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [one.getsockname()[1] for one in sockets]
 
 
 @contextlib.contextmanager
@@ -165,7 +158,7 @@ def restart_in_turn(servers: list[Process], state: int, load: Load) -> int:
 
 def run(requests: int, clients: int, drain_delay_s: float) -> tuple[Counter[str], int]:
     """Return the outcomes of the requests and the number of restarts."""
-    front, state, *ports = _free_ports(4)
+    front, state, *ports = free_ports(4)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         servers = [Process(port, drain_delay_s, folder) for port in ports]

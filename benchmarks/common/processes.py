@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,23 @@ def some_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
 
 class StartError(Exception):
     """A server did not start; the text has its last lines."""
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports of 127.0.0.1 that were free a moment ago."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [one.getsockname()[1] for one in sockets]
+
+
+def stop(process: subprocess.Popen[bytes], limit_s: float) -> None:
+    """Terminate a process, and kill it if it has not ended within the limit."""
+    process.terminate()
+    try:
+        process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +119,7 @@ def _running(name: str, module: list[str], ready: str | None) -> Iterator[Server
     try:
         yield Server(process.pid, _wait_until_up(name, process, log, ready), log)
     finally:
-        process.terminate()
-        try:
-            process.wait(_STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        stop(process, _STOP_TIMEOUT_S)
 
 
 def _wait_until_up(name: str, process: subprocess.Popen[bytes], log: Path, ready: str | None) -> str:

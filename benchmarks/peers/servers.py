@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from benchmarks.common import wire
 from benchmarks.common.models import model_path
 from benchmarks.common.offline import default_threads
-from benchmarks.common.processes import ROOT
+from benchmarks.common.processes import ROOT, free_ports, stop
 from benchmarks.common.procstat import descendants, memory_bytes
 from benchmarks.peers.catalogue import OURS, Body, Peer
 from benchmarks.peers.environments import FOLDER, MissingError
@@ -89,7 +88,7 @@ def started(
     folder.mkdir(parents=True, exist_ok=True)
     counts, log = folder / f"{model}.counts", folder / f"{model}.log"
     counts.write_bytes(bytes(_COUNTS.size))
-    port, *spare = _free_ports(3)
+    port, *spare = free_ports(3)
     settings = {
         "PEER_PORT": str(port),
         "PEER_SPARE_PORT": str(spare[0]),
@@ -156,12 +155,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     began = {each: _start_time(each) for each in pids}
     for each in pids:
         _kill(each, signal.SIGCONT)
-    process.terminate()
-    try:
-        process.wait(_STOP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    stop(process, _STOP_S)
     for each in pids[1:]:
         # The same pid may be that of another process by now, with another start time.
         if began[each] is not None and _start_time(each) == began[each]:
@@ -178,11 +172,3 @@ def _start_time(pid: int) -> str | None:
 def _kill(pid: int, number: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, number)
-
-
-def _free_ports(many: int) -> list[int]:
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(many)]
-    ports = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    return ports

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.common.processes import StartError, free_ports, stop
+
 _START_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 10.0
 
@@ -123,17 +125,13 @@ PROXIES = {
 }
 
 
-class StartError(Exception):
-    """A proxy does not listen; the text has its last lines."""
-
-
 @contextmanager
 def running(name: str, upstream: int, folder: Path) -> Iterator[int]:
-    """Run a proxy before a server on the port `upstream`; yield its own port."""
+    """Run a proxy before a server on the port `upstream`; yield its own port. Raises StartError."""
     proxy = PROXIES[name]
     assert proxy.path is not None
     folder.mkdir(parents=True)
-    port = _free_port()
+    (port,) = free_ports(1)
     file = folder / "configuration"
     values = {"folder": str(folder), "port": port, "upstream": upstream, "file": str(file)}
     file.write_text(proxy.configuration.format(**values))
@@ -150,18 +148,7 @@ def running(name: str, upstream: int, folder: Path) -> Iterator[int]:
         _wait_for(port, name, process, log)
         yield port
     finally:
-        process.terminate()
-        try:
-            process.wait(_STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
+        stop(process, _STOP_TIMEOUT_S)
 
 
 def _wait_for(port: int, name: str, process: subprocess.Popen[bytes], log: Path) -> None:

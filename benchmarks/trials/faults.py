@@ -21,7 +21,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 
-from benchmarks.common.processes import ROOT, Server
+from benchmarks.common.processes import ROOT, Server, free_ports
 from benchmarks.common.procstat import cpu_us
 from benchmarks.trials import damaged_files, disks
 from benchmarks.trials.client import Client, LostError, ask, get, post
@@ -175,8 +175,7 @@ async def descriptors(report: Report, server: Server) -> None:
 
 def full_disk(report: Report) -> None:
     """Serve with stdout and stderr on a full disk."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     with tempfile.TemporaryDirectory(prefix="cobatch-full-") as folder, Path("/dev/full").open("wb") as full:
         path = Path(folder, "m.onnx")
         path.write_bytes(_model())

@@ -1,7 +1,7 @@
 """`cobatch inspect`: a model's inputs and outputs.
 
-The model is opened by the engine that would serve it, so the output is what is served, and a model that
-cannot be served fails here with the same message.
+The model is opened by the engine that would serve it, so the output is true of serving too, and a model
+that cannot be served fails here with the same message.
 """
 
 from collections.abc import Sequence
