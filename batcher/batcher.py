@@ -27,7 +27,8 @@ from collections.abc import Callable, Sequence
 from cobatch.batcher.bundle import Bundle
 from cobatch.batcher.completion import Completion
 from cobatch.batcher.errors import AbandonedError, BatcherError, DrainingError
-from cobatch.batcher.lanes import BatchWorker, Lane, Lanes
+from cobatch.batcher.lane import BatchWorker, Lane
+from cobatch.batcher.lanes import Lanes
 from cobatch.batcher.request import Batch, Request
 from cobatch.batcher.rows.padding import Padder
 from cobatch.batcher.rows.splitting import Part

@@ -1,76 +1,36 @@
-"""Lanes: each open engine with its worker, its slots and its batches; a model has one or several.
+"""The lanes of a model: batches to its engines and back.
 
 A slot belongs to a batch from `send` until its rows are handed out, because callers read the slot's output
 buffers until then. When a batch comes back and others wait, the engine gets its next one before the answers
 of this one are written; otherwise everything that can wait is done after them.
 
-A failed batch is queued again in halves. A batch that does not end within the limit is given up, and so is
-its engine; the model opens another one, which inherits the lane's number.
+A batch that does not end within the limit is given up, and so is its engine; the model opens another one,
+which inherits the lane's number.
 """
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
-from typing import Protocol
 
-from cobatch.batcher.bundle import Bundle
+from cobatch.batcher.bisection import Bisection
 from cobatch.batcher.completion import Completion
 from cobatch.batcher.errors import BatcherError, EngineGoneError, ExecutionTimeoutError
-from cobatch.batcher.request import Batch, Request, State, Timer
+from cobatch.batcher.lane import BatchWorker, Lane
+from cobatch.batcher.request import Batch, Request
 from cobatch.batcher.rows.packing import pack
 from cobatch.batcher.rows.padding import Padder
 from cobatch.batcher.scheduling.policy import SUSPECT
 from cobatch.batcher.scheduling.scheduler import Scheduler
-from cobatch.batcher.scheduling.tuning import HEALTHY_S
 from cobatch.batcher.statistics import EngineTotals
 from cobatch.batcher.tenant import Tenant
-from cobatch.engines.base import Engine
 from cobatch.engines.errors import EngineDeadError, EngineError
-from cobatch.engines.worker import Deliver, Job, Outcome
+from cobatch.engines.worker import Job, Outcome
 
 log = logging.getLogger("cobatch.batcher")
 
 _NUMBERS = count(1)
-
-
-class BatchWorker(Protocol):
-    """The part of `engines.worker.Worker` that the batcher uses."""
-
-    deliver: Deliver | None
-    warmup_us: dict[int, float]
-
-    @property
-    def engine(self) -> Engine: ...
-
-    def submit(self, job: Job) -> None: ...
-
-
-class Lane:
-    """One worker and its batches.
-
-    `number`: its place among the model's lanes. `free_s`: when its engine is expected to be idle. `ran_s`:
-    when a batch last ran well. `gone`: the error for its callers, once the engine has died.
-    """
-
-    def __init__(self, worker: BatchWorker, number: int, totals: EngineTotals) -> None:
-        self.worker = worker
-        self.number = number
-        self.totals = totals
-        self.engine = worker.engine
-        self.free_slots = list(range(worker.engine.slots))
-        self.running: dict[Batch, None] = {}  # in the order in which they run
-        self.free_s = 0.0
-        self.ran_s = -math.inf
-        self.watch: Timer | None = None
-        self.gone: EngineGoneError | None = None
-
-    @property
-    def in_slots(self) -> int:
-        """Batches that hold a slot: with the engine, or being handed out."""
-        return self.engine.slots - len(self.free_slots)
 
 
 class Lanes:
@@ -111,7 +71,7 @@ class Lanes:
         self._loop = loop
         self._clock = clock
         self._decide = decide
-        self._recheck = recheck
+        self._bisection = Bisection(scheduler, completion, clock, recheck)
         self._on_lost = on_lost
         self._padder = padder
         self._execution_timeout_s = execution_timeout_s
@@ -161,7 +121,7 @@ class Lanes:
 
     def awaited(self) -> list[Request]:
         """Return the requests that were sent and are not answered or cancelled."""
-        return [request for lane in self._all for batch in lane.running for request in _unanswered(batch)]
+        return [request for lane in self._all for batch in lane.running for request in batch.unanswered()]
 
     # To the engine
 
@@ -176,7 +136,7 @@ class Lanes:
         batch = Batch(requests, rows, row_shapes, reason, lane.number, next(_NUMBERS), slot, shares)
         lane.running[batch] = None
         batch.gathered_s = self._clock()
-        explain = alone and (reason != SUSPECT or not self._ran_recently(lane))
+        explain = alone and (reason != SUSPECT or not lane.ran_recently(batch.gathered_s))
         job = Job(slot, rows, row_shapes, batch, explain)
         try:
             pack(requests, lane.engine.inputs(slot, rows, row_shapes))
@@ -259,45 +219,13 @@ class Lanes:
     # Failures
 
     def _on_error(self, lane: Lane, batch: Batch, error: EngineError, zeros_run: bool | None) -> None:
-        requests = _unanswered(batch)
+        requests = batch.unanswered()
         self._counters.failed_runs += 1
-        _note_failed(batch, requests)
+        batch.note_failed(requests)
         if isinstance(error, EngineDeadError):
             self._on_dead(lane, requests, error)
-        elif len(batch.requests) > 1:
-            # Also with one left: the rows that failed may be of a request that was cancelled since.
-            self._retry_halves(batch, requests)
-        elif requests and isinstance(requests[0], Bundle):
-            self._retry_halves(batch, requests[0].split())
-        elif requests:
-            self._fail_alone(lane, requests[0], error, zeros_run)
-
-    def _fail_alone(self, lane: Lane, request: Request, error: EngineError, zeros_run: bool | None) -> None:
-        """Fail a request whose run failed with no other in it.
-
-        Its rows are at fault if zeros in their place run; or, with a model that refuses zeros or a source
-        that is suspect already, if the engine has run other rows recently.
-        """
-        rejected = self._ran_recently(lane) if zeros_run is None else zeros_run
-        if rejected:
-            self._scheduler.suspects.add(request, self._clock())
-        self._completion.fail_run(request, str(error), rejected=rejected)
-
-    def _ran_recently(self, lane: Lane) -> bool:
-        return self._clock() - lane.ran_s < HEALTHY_S
-
-    def _retry_halves(self, batch: Batch, requests: list[Request]) -> None:
-        half = len(requests) // 2
-        self._retry([(batch, requests[half:]), (batch, requests[:half])])
-
-    def _retry(self, parts: list[tuple[Batch, list[Request]]]) -> None:
-        """Queue requests of batches again, the last part first; some may be too late by now."""
-        for batch, requests in parts:
-            if requests:
-                self._scheduler.retry(batch, requests)
-        for _, requests in parts:
-            for request in requests:
-                self._recheck(request)
+        else:
+            self._bisection.split(lane, batch, error, zeros_run)
 
     def _end_failed(self, batch: Batch) -> None:
         batch.answered_s = now_s = self._clock()
@@ -333,13 +261,13 @@ class Lanes:
         lane.watch = None
         self._remove(lane)
         del self._all[lane]
-        behind = [(one, _unanswered(one)) for one in lane.running if one is not batch]
+        behind = [(one, one.unanswered()) for one in lane.running if one is not batch]
         lane.running.clear()
-        self._retry(behind[::-1])
+        self._bisection.queue_again(behind[::-1])
         now_s = self._clock()
         batch.started_s = max(batch.dispatched_s, now_s - limit_s)  # the engine has not said when
         batch.finished_s = batch.answering_s = now_s
-        _note_failed(batch, batch.requests)
+        batch.note_failed(batch.requests)
         error = ExecutionTimeoutError(self._model, limit_s)
         log.critical("model %s: a batch of %d rows has not ended: %s", self._model, batch.rows, error)
         self._counters.hung += 1
@@ -372,13 +300,3 @@ class Lanes:
         if not self.lanes:
             self.close(str(error))
             self._decide()
-
-
-def _unanswered(batch: Batch) -> list[Request]:
-    return [request for request in batch.requests if request.state is State.RUNNING]
-
-
-def _note_failed(batch: Batch, requests: list[Request]) -> None:
-    batch.failed = True
-    for request in requests:
-        request.batch = batch

@@ -104,6 +104,16 @@ class Batch:
     outputs: Sequence[np.ndarray[Any, Any]] = ()
     memo: dict[Any, Any] = field(default_factory=dict)
 
+    def unanswered(self) -> list[Request]:
+        """Return the requests that are not answered, cancelled or queued again."""
+        return [request for request in self.requests if request.state is State.RUNNING]
+
+    def note_failed(self, requests: list[Request]) -> None:
+        """Note that it failed, and that these requests were in it."""
+        self.failed = True
+        for request in requests:
+            request.batch = self
+
     def for_one(self, joined: Sequence[Batch]) -> Batch:
         """Return a batch for one of its requests, with the same times, to hold that request's own outputs."""
         own = Batch([], self.rows, self.row_shapes, self.reason, self.engine)

@@ -9,7 +9,7 @@ from typing import Any
 
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.errors import BatcherError, EngineGoneError, ExecutionTimeoutError
-from cobatch.batcher.lanes import BatchWorker
+from cobatch.batcher.lane import BatchWorker
 from cobatch.engines.base import Batching, Engine
 from cobatch.engines.errors import EngineError
 from cobatch.engines.loader import load_engine

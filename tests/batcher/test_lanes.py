@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.errors import BatcherError, EngineGoneError, ExecutionTimeoutError
-from cobatch.batcher.lanes import BatchWorker
+from cobatch.batcher.lane import BatchWorker
 from cobatch.engines.errors import EngineDeadError, EngineRunError
 from tests.support.examples import examples
 from tests.support.virtual.loop import Call, FakeEngine, FakeWorker, calls, run

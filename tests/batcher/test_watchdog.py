@@ -24,7 +24,7 @@ from cobatch.batcher.errors import (
     ExpiredError,
     InputRejectedError,
 )
-from cobatch.batcher.lanes import BatchWorker
+from cobatch.batcher.lane import BatchWorker
 from cobatch.batcher.request import Batch, Request, State
 from cobatch.engines.errors import EngineError, EngineRunError
 from cobatch.engines.worker import Job
