@@ -20,7 +20,8 @@ from cobatch.batcher.errors import (
 )
 from cobatch.batcher.request import Request
 from cobatch.batcher.scheduling.queue import RequestQueue
-from cobatch.batcher.scheduling.run_times import RunTimeModel, ShapeRunTimes
+from cobatch.batcher.scheduling.run_times import RunTimeModel
+from cobatch.batcher.scheduling.shape_times import ShapeRunTimes
 from cobatch.batcher.scheduling.tuning import DOUBT_S, LEAST_RETRY_S, MOST_OVERHEAD, SHARE_OF_ROOM, TO_SPARE
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import RowShapes

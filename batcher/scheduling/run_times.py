@@ -2,10 +2,8 @@
 
 **By rows.** The time of a batch is predictable from its size, and the last few runs predict the next
 (Clipper, Crankshaw et al., NSDI 2017; Clockwork, Gujarati et al., OSDI 2020). For each bucket of sizes (1, 2,
-3-4, 5-8, ...) the last runs are kept, seeded by the warm-up. Their median is the expected time. The time to
-plan a deadline with is the one with the largest ratio of runs within it to its length: a longer one makes
-batches smaller, a shorter one makes more of them late. Times between buckets are interpolated, and made to
-grow with the rows.
+3-4, 5-8, ...) the last runs are kept (`batcher.scheduling.size_runs`). Times between buckets are
+interpolated, and made to grow with the rows.
 
 **The mean.** A run that stalls costs a whole run, whatever its rows. Runs are renewals, so the rows per
 second of a size are its rows divided by the *mean* time of a run (docs/scheduling.md), and the sizes of
@@ -21,19 +19,15 @@ median, T = sqrt(E[X]^2 + E[X^2]) - E[X].
 **The full size.** On GPUs and wide CPU models a row gets cheaper the more rows share a run. On others it does
 not (Magika on one core: 10 ms for one row, 84 ms for eight), and a larger batch only makes requests wait for
 each other. Clipper searches for the size by additive increase; here it is read off the mean times.
-
-**By shape.** Longer rows cost more. One curve by rows is learned, and for each shape a factor: the ratio of
-its run times to those of the first shape that was seen. A shape that has not run has factor 1.
 """
 
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Mapping
 from math import inf, sqrt
 from typing import Protocol
 
 from cobatch.batcher.scheduling import tuning
-from cobatch.engines.base import RowShapes
+from cobatch.batcher.scheduling.size_runs import SizeRuns
 
 
 def efficient_rows(run_us: Mapping[int, float], max_batch_size: int, near: float = tuning.NEAR_BEST) -> int:
@@ -66,91 +60,6 @@ class RunTimes(Protocol):
     def ran_s(self, rows: int) -> float: ...
 
 
-class _Bucket:
-    """The runs of one range of sizes. `rows` is their mean size."""
-
-    __slots__ = (
-        "count", "excess_s", "excess_s2", "expected_s", "known", "new", "observed", "planned_s", "rows",
-        "runs", "seed_rows", "seed_s", "stale_s",
-    )  # fmt: skip
-
-    def __init__(self, rows: int, seed_s: float | None = None) -> None:
-        self.count = 0  # runs
-        self.new = 0  # of them since the last look
-        # The sums of what runs took beyond the expected time and of its squares, and the number of runs,
-        # older ones counting less.
-        self.excess_s = self.excess_s2 = self.known = 0.0
-        self.rows = float(rows)
-        self.seed_rows = rows
-        self.seed_s = seed_s
-        self.stale_s = tuning.STALE_S
-        self.observed = False
-        self.expected_s = self.planned_s = seed_s or 0.0
-        self.runs: deque[tuple[float, int, float]] = deque(maxlen=tuning.RUNS_KEPT)  # when, rows, seconds
-        self._sow()
-
-    def _sow(self) -> None:
-        if self.seed_s is not None:
-            # Twice, so that one run that was held up does not make the size look bad.
-            self.runs.extend([(-inf, self.seed_rows, self.seed_s)] * 2)
-
-    def forget(self) -> None:
-        """Return to the warm-up's measurement, if there is one."""
-        if self.seed_s is not None:
-            self.observed = False
-            self.excess_s = self.excess_s2 = self.known = 0.0
-            self.count = self.new = 0
-            self.stale_s = min(2 * self.stale_s, tuning.MOST_STALE_S)
-            self.rows = float(self.seed_rows)
-            self.runs.clear()
-            self._sow()
-
-    def learn(self, now_s: float, more_row_s: float) -> list[float]:
-        """Take in new runs; `more_row_s` is the cost of one more row at about this size.
-
-        Return the excess over the expected time of new runs, but for the last ones: they may be the first
-        ones after a change.
-        """
-        runs, recent = self.runs, tuning.RUNS_RECENT
-        self.observed = True
-        while len(runs) > tuning.ALWAYS_KEPT and runs[0][0] < now_s - tuning.MEMORY_S:
-            runs.popleft()
-        times = self._times_s(more_row_s)
-        earlier, last = sorted(times[:-recent]), sorted(times[-recent:])
-        quarter = len(earlier) // 4
-        if len(earlier) >= recent and not earlier[quarter] <= last[recent // 2] <= earlier[-1 - quarter]:
-            # No chance result: what ran before ran under other circumstances.
-            for _ in earlier:
-                runs.popleft()
-            times = self._times_s(more_row_s)
-            earlier, last = [], sorted(times)
-        ascending = sorted(earlier + last)
-        self.expected_s = expected_s = ascending[len(times) // 2]
-        self.planned_s = time_to_plan_s(ascending)
-        end = max(0, len(times) - recent)
-        begin = max(end - self.new, len(times) - self.count, 0)
-        self.new = 0
-        return [time_s - expected_s for time_s in times[begin:end]]
-
-    def _times_s(self, more_row_s: float) -> list[float]:
-        """Return the runs' times at their mean size. Otherwise the larger ones would be the slow ones, and
-        the median of the times would not belong to the mean of the rows."""
-        runs, first = self.runs, self.runs[0][1]
-        if all(run[1] == first for run in runs):
-            self.rows = float(first)
-            return [run[2] for run in runs]
-        self.rows = mean = sum([run[1] for run in runs]) / len(runs)
-        # A larger run is never scaled below its proportional part: a run of no rows costs at least nothing.
-        return [max(s + (mean - rows) * more_row_s, s * min(1.0, mean / rows)) for _, rows, s in runs]
-
-
-def time_to_plan_s(times_s: list[float]) -> float:
-    """Return, of ascending measured times from the median on, the one with the most runs for its length."""
-    half = len(times_s) // 2
-    worth = [number / (time_s + 1e-9) for number, time_s in enumerate(times_s[half:], half + 1)]
-    return times_s[half + worth.index(max(worth))]
-
-
 class RunTimeModel:
     """Run times of one model by rows, without the wait for the engine.
 
@@ -162,7 +71,7 @@ class RunTimeModel:
 
     def __init__(self, max_batch_size: int, seed_us: Mapping[int, float]) -> None:
         self._most = max_batch_size
-        self._buckets: dict[int, _Bucket] = {}
+        self._buckets: dict[int, SizeRuns] = {}
         self._rows: list[float] = []
         self._known_s: dict[int, float] = {}
         self._expected_s: list[float] = []
@@ -175,7 +84,7 @@ class RunTimeModel:
         self._excess_s = 0.0  # the mean over all sizes
         self._mean_s: list[float] = []
         for rows, run_us in sorted(seed_us.items()) or [(max_batch_size, 1000.0)]:
-            self._buckets[(rows - 1).bit_length()] = _Bucket(rows, run_us / 1e6)
+            self._buckets[(rows - 1).bit_length()] = SizeRuns(rows, run_us / 1e6)
         self._refresh()
         # The curve of the seeds alone, to tell by how much the machine has changed since the warm-up.
         self._seeds = (self._rows, self._expected_s)
@@ -188,7 +97,7 @@ class RunTimeModel:
         number = (rows - 1).bit_length()
         bucket = self._buckets.get(number)
         if bucket is None:
-            bucket = self._buckets[number] = _Bucket(rows)
+            bucket = self._buckets[number] = SizeRuns(rows)
         bucket.runs.append((now_s, rows, run_s))
         bucket.new += 1
         bucket.count += 1
@@ -202,7 +111,7 @@ class RunTimeModel:
         self._refresh()
         return True
 
-    def _learn_excess(self, bucket: _Bucket, excess_s: list[float]) -> None:
+    def _learn_excess(self, bucket: SizeRuns, excess_s: list[float]) -> None:
         """Average how much longer runs take than expected. One run at most doubles the mean of its size."""
         most_s = self._mean_of(bucket) * (bucket.known + tuning.MEAN_PRIOR)
         fade = tuning.MEAN_RUNS / (tuning.MEAN_RUNS + len(excess_s))
@@ -267,7 +176,7 @@ class RunTimeModel:
         least_s = max(tuning.STALLING * self.expected_s(1), tuning.TIMER_S)
         self.spacing_s = spacing_s if spacing_s > least_s else 0.0
 
-    def _mean_of(self, bucket: _Bucket) -> float:
+    def _mean_of(self, bucket: SizeRuns) -> float:
         """Return the mean time of a run, with the excess of all sizes until enough runs tell its own."""
         prior = tuning.MEAN_PRIOR
         excess_s = (bucket.excess_s + prior * self._excess_s) / (bucket.known + prior)
@@ -330,68 +239,3 @@ def _interpolated(sizes: list[float], times_s: list[float], rows: float) -> floa
     left, right = sizes[index - 1], sizes[index]
     part = (rows - left) / (right - left)
     return times_s[index - 1] + part * (times_s[index] - times_s[index - 1])
-
-
-class _ScaledRunTimes:
-    """The run times of one shape: `factor` times the model's."""
-
-    __slots__ = ("_model", "factor", "last_s")
-
-    def __init__(self, model: RunTimeModel, factor: float) -> None:
-        self._model = model
-        self.factor = factor
-        self.last_s = -inf
-
-    def expected_s(self, rows: int) -> float:
-        return self._model.expected_s(rows) * self.factor
-
-    def mean_s(self, rows: int) -> float:
-        return self._model.mean_s(rows) * self.factor
-
-    def planned_s(self, rows: int) -> float:
-        return self._model.planned_s(rows) * self.factor
-
-    def most_rows(self, budget_s: float, most: int) -> int:
-        return self._model.most_rows(budget_s / self.factor, most)
-
-    def ran_s(self, rows: int) -> float:
-        # Either the shape or the size may have changed since.
-        return min(self.last_s, self._model.ran_s(rows))
-
-
-class ShapeRunTimes:
-    """Run times of one model by shape. `vary`: rows may differ in shape."""
-
-    def __init__(self, model: RunTimeModel, *, vary: bool) -> None:
-        self._model = model
-        self._vary = vary
-        self._shapes: dict[RowShapes, _ScaledRunTimes] = {}
-        self._first: RowShapes | None = None
-
-    def of(self, row_shapes: RowShapes) -> RunTimes:
-        """Return the run times of rows of this shape."""
-        return self._shapes.get(row_shapes, self._model) if self._vary else self._model
-
-    def observe(self, row_shapes: RowShapes, rows: int, run_s: float, now_s: float) -> bool:
-        """Add a run; return whether the run times by rows changed."""
-        if self._vary and row_shapes != self._first:
-            if self._first is not None:
-                return self._learn(row_shapes, rows, run_s, now_s)
-            self._first = row_shapes  # the others are compared with this one
-        return self._model.observe(rows, run_s, now_s)
-
-    def _learn(self, row_shapes: RowShapes, rows: int, run_s: float, now_s: float) -> bool:
-        """Measure the shape's factor; and the curve, if the run is as expected: a shape that has become
-        slower must not make all others look slower."""
-        ratio = run_s / max(self._model.expected_s(rows), 1e-9)
-        ratio = min(max(ratio, 1 / tuning.MOST_SHAPE_FACTOR), tuning.MOST_SHAPE_FACTOR)
-        scaled = self._shapes.get(row_shapes)
-        if scaled is None:
-            if len(self._shapes) >= tuning.SHAPES_KEPT:
-                del self._shapes[next(iter(self._shapes))]
-            scaled = self._shapes[row_shapes] = _ScaledRunTimes(self._model, ratio)
-        scaled.last_s = now_s
-        usual = abs(ratio - scaled.factor) < tuning.AS_EXPECTED * scaled.factor
-        # A run that stalled says little about its shape.
-        scaled.factor += min(ratio - scaled.factor, scaled.factor) * tuning.SHAPE_GAIN
-        return usual and self._model.observe(rows, run_s / scaled.factor, now_s)

@@ -17,7 +17,8 @@ from cobatch.batcher.scheduling.fair_queueing import Group
 from cobatch.batcher.scheduling.formation import StartPlan, form
 from cobatch.batcher.scheduling.policy import DEADLINE, RETRY, SUSPECT, Now, WaitUntil, decide
 from cobatch.batcher.scheduling.queue import RequestQueue
-from cobatch.batcher.scheduling.run_times import RunTimeModel, ShapeRunTimes
+from cobatch.batcher.scheduling.run_times import RunTimeModel
+from cobatch.batcher.scheduling.shape_times import ShapeRunTimes
 from cobatch.batcher.scheduling.suspects import Suspects
 from cobatch.batcher.scheduling.tuning import (
     BACKLOG,

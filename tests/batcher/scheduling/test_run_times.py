@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cobatch.batcher.scheduling.arrivals import ArrivalRate
-from cobatch.batcher.scheduling.run_times import RunTimeModel, monotone, time_to_plan_s
+from cobatch.batcher.scheduling.run_times import RunTimeModel, monotone
+from cobatch.batcher.scheduling.size_runs import time_to_plan_s
 from tests.support.virtual.loop import Call, make_batcher, run
 from tests.support.virtual.tenants import Metered, affine, flat, linear
 

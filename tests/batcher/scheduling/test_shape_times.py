@@ -7,7 +7,8 @@ import asyncio
 import pytest
 
 from cobatch.batcher.errors import DeadlineTooShortError
-from cobatch.batcher.scheduling.run_times import RunTimeModel, ShapeRunTimes
+from cobatch.batcher.scheduling.run_times import RunTimeModel
+from cobatch.batcher.scheduling.shape_times import ShapeRunTimes
 from tests.support.virtual.loop import Call, make_batcher, run
 from tests.support.virtual.tenants import Metered, affine
 
