@@ -1,8 +1,8 @@
 """One HTTP/1.1 connection over httptools, with the limits that an open port needs.
 
 * Time and size: a request must arrive whole within `receive_timeout_s`, after that time the client must have
-  taken its response or take it at a rate, headers are bounded, bodies share the server's memory
-  (`server.edge.body_memory`), and a client that sends faster than it is answered is not read.
+  taken its response or take it at a rate, headers are bounded (`server.edge.framing`), and there is room for
+  what is read (`server.edge.receiver`).
 * Order at the end: on bad bytes, a limit or the server's stop, earlier requests are answered first; then the
   client is told the reason, once, as a problem, which no reset takes from it (`server.edge.lingering`).
 
@@ -15,9 +15,7 @@ Uvicorn listens, makes the connections and stops them; of its objects only its c
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import unquote
 
 import httptools
@@ -26,47 +24,28 @@ from uvicorn.config import Config
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
-from cobatch.server.edge.body_memory import CHUNKED_BYTES, FREE_BYTES, BodyMemory, client_of
+from cobatch.server.edge.body_memory import FREE_BYTES, BodyMemory, client_of
 from cobatch.server.edge.cycle import AsgiCycle, HeadBeginnings
 from cobatch.server.edge.exchange import HEADERS_BY_NAME
-from cobatch.server.edge.framing import BODY, HEADERS, NOTHING, Framing
+from cobatch.server.edge.framing import BODY, HEADERS, NOTHING
 from cobatch.server.edge.lingering import LingeringClose
+from cobatch.server.edge.receiver import Cycle, Receiver
 from cobatch.server.http.problem import Problem, no_memory, stopping
 from cobatch.server.http.reply import LONG_BYTES, Reply
 from cobatch.server.inference.service import Inference
 
 _ANSWERED = b"content-type: %b\r\ncontent-length: %d\r\nx-request-id: %b\r\nserver-timing: %b\r\n"
-# Bytes per second that a client must take of a response.
-LEAST_RATE = 4096
 _SHORTEST_TICK_S = 0.05
 _ASGI = {"version": "3.0", "spec_version": "2.3"}
 _BEGINNINGS = HeadBeginnings()
 
 
-class Cycle(Protocol):
-    """One request on its connection, from its headers to the end of its response."""
-
-    keep_alive: bool
-
-    @property
-    def content_length(self) -> int | None: ...
-    @property
-    def response_started(self) -> bool: ...
-    @property
-    def response_complete(self) -> bool: ...
-    def on_body(self, data: bytes) -> None: ...
-    def on_end(self) -> None: ...
-    def on_disconnect(self) -> None: ...
-
-
-class Connection(Framing):
+class Connection(Receiver):
     """One connection whose requests go to the ASGI application."""
 
     __slots__ = (
-        "__weakref__", "_ahead", "_allowed_bytes", "_app_state", "_bodies", "_farewell", "_held",
-        "_read_paused", "_scope", "_timer", "_unsent", "_unsent_since_s", "_waits", "address", "config",
-        "cycle", "inference", "loop", "pipeline", "server_state", "transport", "writable",
-        "write_paused",
+        "__weakref__", "_ahead", "_app_state", "_farewell", "_scope", "_timer", "config", "loop",
+        "server_state",
     )  # fmt: skip
 
     def __init__(
@@ -78,29 +57,15 @@ class Connection(Framing):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        super().__init__()
-        self.inference = inference
-        self._bodies = bodies
+        super().__init__(inference, bodies)
         self.config = config
         self.server_state = server_state
         self.loop = _loop or asyncio.get_event_loop()
-        self.transport: Any = None
-        self.writable = asyncio.Event()
-        self.writable.set()
-        self.write_paused = False
-        self._read_paused = False
         self._app_state = app_state
-        # The newest request, the one being answered if that is an older one, and those between.
-        self.cycle: Cycle | None = None
+        # The request being answered if it is not the newest one.
         self._ahead: Cycle | None = None
-        self.pipeline: deque[AsgiCycle] = deque()
-        self._allowed_bytes = FREE_BYTES  # beyond these the body needs memory
-        self._held: dict[Cycle, int] = {}  # memory that requests have for their bodies
-        self._waits = False  # for memory
         # The last response, to be written once earlier requests are answered.
         self._farewell: Reply | None = None
-        self._unsent = 0
-        self._unsent_since_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
     # Begin and end
@@ -225,19 +190,6 @@ class Connection(Framing):
             self.end(Problem("receive-timeout", detail, close=True))
         self.transport.close()
 
-    def _is_stuck(self, limit_s: float) -> bool:
-        """Return True if the client takes a response too slowly: less than LEAST_RATE, after `limit_s`."""
-        unsent = self.transport.get_write_buffer_size()
-        late_s = time.monotonic() - self._unsent_since_s - limit_s
-        if unsent == 0 or self.since_s >= self._unsent_since_s:
-            self._note_unsent()  # all is taken, or there is a new response
-            return False
-        return late_s >= 0 and self._unsent - unsent <= LEAST_RATE * late_s
-
-    def _note_unsent(self) -> None:
-        self._unsent = self.transport.get_write_buffer_size()
-        self._unsent_since_s = time.monotonic()
-
     # Requests
 
     def begin_request(self, last: dict[bytes, bytes]) -> None:
@@ -282,12 +234,6 @@ class Connection(Framing):
         cycle.task = task = self.loop.create_task(cycle.run(self.config.loaded_app))
         self.server_state.tasks.add(task)
 
-    def on_body(self, body: bytes) -> None:
-        self.body_bytes += len(body)
-        self.cycle.on_body(body)  # type: ignore[union-attr]  # set with the headers
-        if self.body_bytes > self._allowed_bytes:
-            self._take_memory()
-
     def on_message_complete(self) -> None:
         if self.receiving == HEADERS:
             return  # a request to upgrade, see `_ignore_upgrade`
@@ -296,60 +242,6 @@ class Connection(Framing):
         if self._waits:
             self._stop_waiting()  # the last read had it all
         self.cycle.on_end()  # type: ignore[union-attr]  # as above
-
-    # Memory for bodies
-
-    def _take_memory(self) -> None:
-        """Take memory for the body that is being received, or read no more before there is some."""
-        cycle = self.cycle
-        assert cycle is not None
-        if cycle.response_complete or self._waits or self.transport.is_closing():
-            return  # it is discarded, or this is the rest of the last read
-        limit = self.inference.settings.server.max_body_bytes
-        length = cycle.content_length
-        size = min(limit, max(CHUNKED_BYTES, 2 * self.body_bytes) if length is None else length)
-        held = self._held.get(cycle, 0)
-        if size <= held:
-            return  # over the limit: it is refused
-        self._allowed_bytes = size
-        if self._bodies.take(self.address, size - held, first=not held):
-            self._held[cycle] = size
-        elif not held and self._bodies.wait(self, size):
-            self._waits = True
-            self.pause_reading()
-        else:
-            self.end(no_memory(0.0))
-
-    def on_body_memory(self) -> None:
-        """Read on: the memory for the body is taken."""
-        assert self.cycle is not None
-        self._waits = False
-        self._held[self.cycle] = self._allowed_bytes
-        self.since_s = time.monotonic()
-        self.resume_reading()
-
-    def _stop_waiting(self) -> None:
-        self._waits = False
-        self._bodies.forget(self)
-        self.resume_reading()
-
-    def _release_memory(self, cycles: Sequence[Cycle]) -> None:
-        for cycle in cycles:
-            self._bodies.give_back(self.address, self._held.pop(cycle))
-
-    # Back-pressure
-
-    def pause_reading(self) -> None:
-        """Read no more until `resume_reading`."""
-        if not self._read_paused:
-            self._read_paused = True
-            self.transport.pause_reading()
-
-    def resume_reading(self) -> None:
-        """Read on, unless requests wait to be answered, responses to be taken, or the body for memory."""
-        if self._read_paused and not self.write_paused and not self.pipeline and not self._waits:
-            self._read_paused = False
-            self.transport.resume_reading()
 
     # Bytes out
 
@@ -419,15 +311,3 @@ class Connection(Framing):
             if self._waits and self.cycle is not None and self.cycle.response_complete:
                 self._stop_waiting()
             self.resume_reading()
-
-    def pause_writing(self) -> None:
-        # The client does not take its responses: read no more requests from it until it does.
-        self.write_paused = True
-        self.writable.clear()
-        self.pause_reading()
-
-    def resume_writing(self) -> None:
-        self.write_paused = False
-        self.writable.set()
-        self._note_unsent()
-        self.resume_reading()

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cobatch.server.edge import connection, framing
+from cobatch.server.edge import connection, framing, receiver
 from cobatch.server.edge.body_memory import (
     CLIENT_SHARE,
     MOST_WAITING,
@@ -25,7 +25,8 @@ from cobatch.server.edge.body_memory import (
     default_bytes,
     memory_bytes,
 )
-from cobatch.server.edge.connection import LEAST_RATE, Connection
+from cobatch.server.edge.connection import Connection
+from cobatch.server.edge.receiver import LEAST_RATE
 from tests.support.http.serving import (
     DEADLINE_S,
     GATE,
@@ -414,7 +415,7 @@ async def test_a_client_must_take_its_response_at_a_rate(
     rate: int, stuck_s: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now_s = 100.0
-    for module in (connection, framing):
+    for module in (connection, framing, receiver):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now_s))
     anything: Any = None
     wire = SlowWire()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from unittest import mock
 
-from cobatch.server.edge import connection, framing
+from cobatch.server.edge import connection, framing, receiver
 
 
 class Clock:
@@ -25,7 +25,9 @@ class Clock:
     def of_connections(self) -> Iterator[None]:
         """Give this time to all connections."""
         ours = SimpleNamespace(monotonic=self)
-        with mock.patch.object(connection, "time", ours), mock.patch.object(framing, "time", ours):
+        with contextlib.ExitStack() as patches:
+            for module in (connection, framing, receiver):
+                patches.enter_context(mock.patch.object(module, "time", ours))
             yield
 
 
