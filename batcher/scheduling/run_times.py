@@ -1,4 +1,4 @@
-"""The run time of a batch by its rows and shape, and the batch size that is worth growing to.
+"""The run time of a batch by its rows, and the batch size that is worth growing to.
 
 **By rows.** The time of a batch is predictable from its size, and the last few runs predict the next
 (Clipper, Crankshaw et al., NSDI 2017; Clockwork, Gujarati et al., OSDI 2020). For each bucket of sizes (1, 2,

@@ -175,56 +175,77 @@ def test_with_several_tenants_and_shapes_the_engine_is_never_idle(curve: Curve) 
 # A light tenant beside a flood
 
 
-def light_p99_s(curve: Curve, flood_rate: float | None, part: float, requests: int = 1000) -> float:
-    """The light tenant asks for `part` of what the engine can do, the other for `flood_rate` times that, or
-    for as much as the queue holds."""
+def light_latencies_s(
+    curve: Curve, flood_rate: float, part: float, requests: int, seed: int = 1
+) -> list[float]:
+    """Of a light tenant that asks for `part` of what the engine can do, at the same times whatever the
+    other does, which asks for `flood_rate` times what it can do."""
     result: list[float] = []
 
     async def main() -> None:
         worker = Metered(curve)
-        callers = Tenants(make_batcher(worker))
+        callers = Tenants(make_batcher(worker), seed)
         light, flood = Tenant("light"), Tenant("flood")
         capacity = 8 / curve(8)
         callers.poisson(light, part * capacity)
-        if flood_rate is None:
-            callers.backlog(flood, 888)
-        elif flood_rate:
+        if flood_rate:
             callers.poisson(flood, flood_rate * capacity)
         await asyncio.sleep(requests / (part * capacity))
         await callers.stop()
         assert not callers.refused[light], "the flood shut it out"
         assert callers.refused[flood] or not flood_rate
-        result.append(percentile(callers.latencies_s[light], 0.99))
+        result.extend(callers.latencies_s[light])
 
     run(main())
-    return result[0]
+    return result
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("part", "requests"), [(0.02, 200), (0.1, 500), (0.3, 1000)])
-def test_a_flood_costs_a_light_tenant_one_batch(part: float, requests: int) -> None:
-    alone_s, beside_s = (light_p99_s(flat, rate, part, requests) for rate in (0, 3))
-    assert beside_s <= 1.2 * alone_s + flat(8)
+def light_p99_s(curve: Curve, flood_rate: float, part: float, requests: int, seeds: int) -> float:
+    """Of all requests, with each of the seeds."""
+    ones = [light_latencies_s(curve, flood_rate, part, requests, seed) for seed in range(1, seeds + 1)]
+    return percentile([latency_s for one in ones for latency_s in one], 0.99)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("curve", "full_rows", "part", "flood_rate", "requests"),
+    ("curve", "full_rows", "part", "requests", "most"),
     [
-        (affine, 8, 0.005, 3, 200),
-        (affine, 8, 0.02, 3, 200),
-        (affine, 8, 0.1, 10, 400),
-        (affine, 8, 0.2, 3, 400),
-        (linear, 1, 0.02, 10, 400),
-        (linear, 1, 0.1, 10, 500),
-        (linear, 1, 0.2, 10, 400),
+        (flat, 8, 0.02, 200, 0.99),
+        (affine, 8, 0.005, 100, 0.95),
+        (affine, 8, 0.02, 200, 0.95),
+        (linear, 1, 0.02, 200, 0.99),
+    ],
+)
+def test_a_flood_delays_each_request_of_a_rare_tenant_by_one_batch(
+    curve: Curve, full_rows: int, part: float, requests: int, most: float
+) -> None:
+    """It has credit enough to be always next, so each busy period of its own begins at most one run of the
+    flood later than it would alone, or `LEAD_S` more, if it comes just when that run was packed. That holds
+    for each request at any seed; but not for the first one, which tells that there are two tenants,
+    and, where a run of one row is shorter than a full one, not for those that are close together."""
+    alone_s, beside_s = (light_latencies_s(curve, rate, part, requests)[1:] for rate in (0, 3))
+    longer_s = [beside - alone for alone, beside in zip(alone_s, beside_s, strict=True)]
+    assert percentile(longer_s, most) <= curve(full_rows) + LEAD_S + 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("curve", "full_rows", "part", "requests", "seeds"),
+    [
+        (flat, 8, 0.1, 500, 1),
+        (flat, 8, 0.3, 1000, 1),
+        (affine, 8, 0.1, 400, 3),
+        (affine, 8, 0.2, 400, 8),
+        (linear, 1, 0.1, 400, 2),
+        (linear, 1, 0.2, 400, 6),
     ],
 )
 def test_a_flood_delays_a_light_tenant_by_one_batch(
-    curve: Curve, full_rows: int, part: float, flood_rate: float, requests: int
+    curve: Curve, full_rows: int, part: float, requests: int, seeds: int
 ) -> None:
-    """Its row does not ride with those of the flood, which would take it longer."""
-    alone_s, beside_s = (light_p99_s(curve, rate, part, requests) for rate in (0, flood_rate))
+    """Its row does not ride with those of the flood, which would take it longer. One seed's percentile is
+    a few milliseconds off."""
+    alone_s, beside_s = (light_p99_s(curve, rate, part, requests, seeds) for rate in (0, 3))
     assert beside_s <= 1.2 * alone_s + curve(full_rows)
 
 

@@ -94,7 +94,7 @@ class Tenants:
 
     def __init__(self, batcher: Batcher, seed: int = 1) -> None:
         self.batcher = batcher
-        self.chance = random.Random(seed)
+        self.seed = seed
         self.latencies_s: dict[Tenant, list[float]] = {}
         self.refused: Counter[Tenant] = Counter()
         self._stopped = False
@@ -132,15 +132,16 @@ class Tenants:
             again()
 
     def poisson(self, tenant: Tenant, per_s: float) -> None:
-        """Submit requests of one row as a Poisson process until `stop`."""
+        """Submit requests of one row as a Poisson process until `stop`, at times of the tenant's own."""
+        chance = random.Random(f"{self.seed} {tenant.name}")
 
         def arrive() -> None:
             if self._stopped:
                 return
             self.try_to_ask(tenant)
-            asyncio.get_running_loop().call_later(self.chance.expovariate(per_s), arrive)
+            asyncio.get_running_loop().call_later(chance.expovariate(per_s), arrive)
 
-        asyncio.get_running_loop().call_later(self.chance.expovariate(per_s), arrive)
+        asyncio.get_running_loop().call_later(chance.expovariate(per_s), arrive)
 
     async def stop(self) -> None:
         """Submit nothing more and drain the batcher."""
