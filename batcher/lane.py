@@ -36,7 +36,7 @@ class Lane:
         self.totals = totals
         self.engine = worker.engine
         self.free_slots = list(range(worker.engine.slots))
-        self.running: dict[Batch, None] = {}  # in the order in which they run
+        self.running: dict[Batch, Job] = {}  # in the order in which they run
         self.free_s = 0.0
         self.ran_s = -math.inf
         self.watch: Timer | None = None

@@ -134,10 +134,9 @@ class Lanes:
         rows = requests[0].rows if alone else sum([request.rows for request in requests])
         slot = lane.free_slots.pop()
         batch = Batch(requests, rows, row_shapes, reason, lane.number, next(_NUMBERS), slot, shares)
-        lane.running[batch] = None
         batch.gathered_s = self._clock()
         explain = alone and (reason != SUSPECT or not lane.ran_recently(batch.gathered_s))
-        job = Job(slot, rows, row_shapes, batch, explain)
+        lane.running[batch] = job = Job(slot, rows, row_shapes, batch, explain)
         try:
             pack(requests, lane.engine.inputs(slot, rows, row_shapes))
         except Exception as error:
@@ -257,7 +256,14 @@ class Lanes:
             lane.watch = self._loop.call_later(limit_s, self._give_up, lane, batch, limit_s)
 
     def _give_up(self, lane: Lane, batch: Batch, limit_s: float) -> None:
-        """Give up a hung engine: fail its batch, and run those behind it elsewhere."""
+        """Give up a hung engine: fail its batch, and run those behind it elsewhere.
+
+        If the batch has failed and zeros run in its place, they have the same limit again.
+        """
+        left_s = lane.running[batch].zeros_started_s + limit_s - self._clock()
+        if left_s > 0:
+            lane.watch = self._loop.call_later(left_s, self._give_up, lane, batch, limit_s)
+            return
         lane.watch = None
         self._remove(lane)
         del self._all[lane]

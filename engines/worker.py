@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 import msgspec
@@ -32,7 +33,7 @@ _OVERLAPPING_STAGES = 3  # copying in, running and copying out of three batches 
 class Job(msgspec.Struct, eq=False):
     """A batch whose rows lie in a slot's input buffers. `context` is for the batcher's own use.
 
-    `explain`: if it fails, find out whether zeros would too.
+    `explain`: if it fails, find out whether zeros would too. `zeros_started_s`: when that run began.
     """
 
     slot: int
@@ -40,6 +41,7 @@ class Job(msgspec.Struct, eq=False):
     row_shapes: RowShapes
     context: Any
     explain: bool = False
+    zeros_started_s: float = -inf
 
 
 class Outcome(msgspec.Struct, eq=False):
@@ -200,6 +202,7 @@ class Worker:
     def _failed(self, job: Job, error: BaseException, started_s: float) -> Outcome:
         outcome = Outcome(None, _as_engine_error(error), started_s, 0.0)
         if job.explain and self.warmup_us and not isinstance(outcome.error, EngineDeadError):
+            job.zeros_started_s = time.monotonic()
             try:
                 self._run_zeros(job.slot, job.rows, job.row_shapes)
                 outcome.zeros_run = True

@@ -130,6 +130,30 @@ def test_the_limit_does_not_include_the_wait_for_the_engine(slots: int) -> None:
     run(main())
 
 
+@pytest.mark.parametrize(("more_s", "hangs"), [(-EPSILON_S, False), (EPSILON_S, True)])
+def test_zeros_that_tell_whose_fault_it_is_have_the_limit_for_themselves(more_s: float, hangs: bool) -> None:
+    """A run of 0.9 of the limit that fails, and then zeros in its place: the engine works well."""
+
+    async def main() -> None:
+        house = House(worker := FakeWorker(FakeEngine(), lambda rows: 0.9 * LIMIT_S))
+        house.workers[0].engine.fails = lambda rows: EngineRunError("bad row") if rows.any() else None
+        worker.zeros_s = LIMIT_S + more_s
+        first, behind = Call([[1, 1]]), Call([[0, 0]])
+        house.submit(first)
+        await asyncio.sleep(0.5 * LIMIT_S)
+        house.submit(behind)
+        await asyncio.sleep(1)
+        if hangs:
+            check_hung(first)
+            assert first.at_s == pytest.approx(1.9 * LIMIT_S)
+        else:
+            assert isinstance(first.answer, InputRejectedError)
+        behind.check()
+        assert house.batcher.counters.hung == hangs
+
+    run(main())
+
+
 def test_without_a_limit_there_is_no_watchdog() -> None:
     async def main() -> None:
         batcher = make_batcher(FakeWorker(FakeEngine(), lambda rows: 1e6))

@@ -362,8 +362,9 @@ def test_zeros_tell_the_fault_of_the_values(
         also(what, rows)
 
     engine.fails = fails
-    outcome = served.outcome(served.submit(1, 13, rows=3, explain=explain))
+    outcome = served.outcome(job := served.submit(1, 13, rows=3, explain=explain))
     assert (str(outcome.error), outcome.zeros_run) == ("bad row", expected)
+    assert (outcome.started_s <= job.zeros_started_s <= outcome.finished_s) == explain
     assert engine.rows[1] == 3, "as many rows, since the size may be the reason"
     assert served.outcome(served.submit(1, 5)).error is None
     served.end()

@@ -88,7 +88,8 @@ class FakeEngine:
 
 
 class FakeWorker:
-    """Runs jobs one after another in virtual time. `ran` lists (start, rows) of each."""
+    """Runs jobs one after another in virtual time. `ran` lists (start, rows) of each. Zeros run for
+    `zeros_s` where a failure is to be explained."""
 
     def __init__(self, engine: FakeEngine, run_s: Callable[[int], float] = lambda rows: 0.010) -> None:
         self.engine = engine
@@ -96,6 +97,7 @@ class FakeWorker:
         # A predicted run time near 0, so that no deadline is refused as unreachable.
         self.warmup_us: dict[int, float] = {engine.max_batch_size: 1e-3}
         self.run_s = run_s
+        self.zeros_s = 0.0
         self.ran: list[tuple[float, int]] = []
         self._waiting: deque[Job] = deque()
         self._busy = False
@@ -121,10 +123,20 @@ class FakeWorker:
     def _end(self, job: Job, started_s: float) -> None:
         rows = self.engine.buffers[job.slot][: job.rows]
         error = self.engine.fails(rows)
-        finished_s = asyncio.get_running_loop().time()
-        outcome = Outcome(None if error else (rows * 2,), error, started_s, finished_s)
-        if error is not None and job.explain:
-            outcome.zeros_run = self.engine.fails(np.zeros_like(rows)) is None
+        loop = asyncio.get_running_loop()
+        outcome = Outcome(None if error else (rows * 2,), error, started_s, loop.time())
+        if error is None or not job.explain:
+            self._deliver(job, outcome)
+            return
+        outcome.zeros_run = self.engine.fails(np.zeros_like(rows)) is None
+        job.zeros_started_s = loop.time()
+        if self.zeros_s:
+            outcome.finished_s += self.zeros_s
+            loop.call_later(self.zeros_s, self._deliver, job, outcome)
+        else:
+            self._deliver(job, outcome)
+
+    def _deliver(self, job: Job, outcome: Outcome) -> None:
         assert self.deliver is not None
         self.deliver(job, outcome)
         self._busy = False
