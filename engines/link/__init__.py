@@ -1,0 +1,1 @@
+"""The protocol between processes: messages, blocks of shared memory, and the sockets that carry them."""
