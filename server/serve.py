@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from cobatch.engines.errors import EngineError
 from cobatch.server.app import build
@@ -112,7 +113,7 @@ class Server(uvicorn.Server):
     grace_s = _GRACE_S
 
     def __init__(self, settings: Settings, log_stream: LogStream | None = None) -> None:
-        self.inference = inference = Inference(settings, log_stream)
+        self.inference = inference = self.make_inference(settings, log_stream)
         self.status = 0
         self._hung_up = False
         self._leave_s: float | None = None  # the time of the first signal
@@ -123,7 +124,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 # The object, not a string: a string is imported again, with the working directory first.
-                build(inference),
+                self.make_app(inference),
                 host=http.host,
                 port=http.port,
                 http=make_protocol(inference),
@@ -139,6 +140,14 @@ class Server(uvicorn.Server):
                 ws="none",
             )
         )
+
+    def make_inference(self, settings: Settings, log_stream: LogStream | None) -> Inference:
+        """Return the models that this process serves."""
+        return Inference(settings, log_stream)
+
+    def make_app(self, inference: Inference) -> ASGIApp:
+        """Return the application for requests that are not on the fast path."""
+        return build(inference)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -246,7 +255,7 @@ class Server(uvicorn.Server):
         timeout_s = self.inference.settings.server.drain_timeout_s
         log.info("draining: no new requests, %g s at most", timeout_s)
         end_s = time.monotonic() + timeout_s
-        batchers = [model.batcher for model in self.inference.models.values() if model.batcher is not None]
+        batchers = [model.batcher for model in self.inference.served.values() if model.batcher is not None]
         await asyncio.gather(*[batcher.drain(timeout_s) for batcher in batchers])
         # Writing the responses has the rest of the time.
         self.config.timeout_graceful_shutdown = max(1, int(end_s - time.monotonic()))

@@ -27,7 +27,7 @@ from cobatch.server.http.compression import compressed
 from cobatch.server.http.problem import Problem, from_error
 from cobatch.server.http.reply import JSON, Reply, send_reply
 from cobatch.server.http.request_id import new_id
-from cobatch.server.inference.model import Model
+from cobatch.server.inference.served import ServedModel
 from cobatch.server.inference.service import Inference, InferRequest, refused, reply_to
 from cobatch.server.observability.history import History
 from cobatch.server.observability.observer import Tracer
@@ -120,12 +120,12 @@ class Call:
         self.progress = Progress(items)
         self.client = client
         self._values = values
-        self._decoded: list[tuple[int, Model, Decoded | Exception]] = []
+        self._decoded: list[tuple[int, ServedModel, Decoded | Exception]] = []
         self._inference = inference
         self._principal = principal
         self._tenant = None if principal is None else principal.tenant
         self._open = len(items)
-        self._submitted: list[tuple[Model, BatcherRequest]] = []
+        self._submitted: list[tuple[ServedModel, BatcherRequest]] = []
         self._watcher: asyncio.Task[None] | None = None
         # Resolved with True when all is answered, with False if the client disconnected.
         self._done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
@@ -161,7 +161,7 @@ class Call:
 
     def _find_models(self) -> None:
         progress, paths = self.progress, self._inference.infer_paths
-        admitted: set[Model] = set()
+        admitted: set[ServedModel] = set()
         for place, item in enumerate(progress.items):
             try:
                 plain = item.method == "POST" and not item.headers
@@ -189,7 +189,7 @@ class Call:
                 release()
 
     def _submit_all(self) -> None:
-        alike: dict[Model, list[Member]] = {}
+        alike: dict[ServedModel, list[Member]] = {}
         for place, model, decoded in self._decoded:
             if isinstance(decoded, Exception):
                 self._refuse(place, decoded)
@@ -203,14 +203,14 @@ class Call:
             for first in range(0, len(members), size):
                 self._submit_together(model, members[first : first + size])
 
-    def _find(self, item: AnyItem) -> Model:
+    def _find(self, item: AnyItem) -> ServedModel:
         """The model that an item is for. Raises Problem."""
         name, version = infer_target(item)
         if self._principal is not None and not self._principal.may_infer(name):
             raise self._inference.forbidden(INFER, name)
         return find_model(self._inference, self._principal, name, version)
 
-    def _submit_alone(self, model: Model, place: int, decoded: Decoded) -> None:
+    def _submit_alone(self, model: ServedModel, place: int, decoded: Decoded) -> None:
         if any(binary for _, binary in decoded.outputs):
             detail = "a batch's answers are JSON and carry no binary tensors"
             self._refuse(place, Problem("not-batchable", detail, field="body"))
@@ -220,7 +220,7 @@ class Call:
         except Exception as error:  # noqa: BLE001 - unexpected ones are logged there
             self._refuse(place, error)
 
-    def _submit_together(self, model: Model, members: list[Member]) -> None:
+    def _submit_together(self, model: ServedModel, members: list[Member]) -> None:
         if len(members) == 1:
             self._submit_alone(model, *members[0])
             return
@@ -229,7 +229,7 @@ class Call:
         self._submitted.append((model, bundle))
         bundle.enter(model.loaded_batcher.submit)
 
-    def request(self, model: Model, place: int, decoded: Decoded) -> InferRequest:
+    def request(self, model: ServedModel, place: int, decoded: Decoded) -> InferRequest:
         """An item as a request of its own."""
         request = InferRequest(model, decoded, partial(self.answer, place), self._tenant)
         self.progress.alone[place] = request
@@ -279,7 +279,7 @@ class InferBundle(Bundle):
 
     __slots__ = ("_call", "_members", "_model")
 
-    def __init__(self, call: Call, model: Model, members: list[Member], tenant: Tenant | None) -> None:
+    def __init__(self, call: Call, model: ServedModel, members: list[Member], tenant: Tenant | None) -> None:
         super().__init__(model.decoder.row_shapes, [decoded.payloads for _, decoded in members])
         self.tenant = tenant
         self._call = call

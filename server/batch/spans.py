@@ -15,7 +15,7 @@ from cobatch.batcher.request import Request
 from cobatch.server.batch.items import AnyItem
 from cobatch.server.http.reply import Reply
 from cobatch.server.http.request_id import place_of
-from cobatch.server.inference.model import Model
+from cobatch.server.inference.served import ServedModel
 from cobatch.server.observability.history import LONGEST_PATH, History
 from cobatch.server.observability.observer import Tracer
 from cobatch.server.observability.record import INFER_ROUTE, RequestRecord
@@ -33,7 +33,7 @@ class Progress:
 
     def __init__(self, items: Sequence[AnyItem]) -> None:
         self.items = items
-        self.models: list[Model | None] = [None] * len(items)
+        self.models: list[ServedModel | None] = [None] * len(items)
         self.replies: list[Reply | None] = [None] * len(items)
         self.alone: dict[int, Request] = {}
         self.bundles: list[Bundle] = []

@@ -17,7 +17,7 @@ from cobatch.server.http.body import read_body
 from cobatch.server.http.compression import choose
 from cobatch.server.http.problem import Problem
 from cobatch.server.http.reply import LONG_BYTES, PROBLEM, Reply, note_problem, send_body
-from cobatch.server.inference.model import Model
+from cobatch.server.inference.served import ServedModel
 from cobatch.server.inference.service import Inference
 from cobatch.server.observability.record import INFER_ROUTE, MARKS, REQUEST_ID, RequestRecord
 from cobatch.server.observability.traffic import LEFT, LEFT_SLUG
@@ -41,7 +41,7 @@ class AsgiExchange(Exchange, kw_only=True):
     headers: dict[bytes, bytes]
     receive: Receive | None = None
     answer: asyncio.Future[Reply | None] | None = None
-    model: Model | None = None
+    model: ServedModel | None = None
     route: str = ""
     status: int = 0
     watcher: asyncio.Task[None] | None = None
@@ -162,7 +162,7 @@ class InferRoutes:
                 return direct(scope, receive, send)
         return self.app(scope, receive, send)
 
-    async def _infer(self, model: Model, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _infer(self, model: ServedModel, scope: Scope, receive: Receive, send: Send) -> None:
         exchange: AsgiExchange = scope[EXCHANGE]
         headers = exchange.headers
         inference = self._inference

@@ -9,7 +9,7 @@ from starlette.types import Scope
 
 from cobatch.server.http.compression import compress
 from cobatch.server.http.reply import Reply
-from cobatch.server.inference.model import Model
+from cobatch.server.inference.served import ServedModel
 from cobatch.server.inference.service import Inference, InferRequest
 from cobatch.server.observability.record import RequestRecord
 from cobatch.server.observability.traffic import LEFT, LEFT_SLUG
@@ -91,7 +91,7 @@ class Exchange(msgspec.Struct, eq=False):
         reply.request_id = None
         reply.headers += record.reply_headers()
 
-    def finish(self, model: Model, status: int, slug: str, answered_s: float) -> None:
+    def finish(self, model: ServedModel, status: int, slug: str, answered_s: float) -> None:
         """Count an infer request that is answered, and pass its record on."""
         record = self.record
         if record is None:
@@ -110,7 +110,7 @@ class Exchange(msgspec.Struct, eq=False):
             if self.record is not None:
                 self.record.rows = request.rows
 
-    def leave(self, model: Model, now_s: float) -> None:
+    def leave(self, model: ServedModel, now_s: float) -> None:
         """Count an infer request whose client disconnected before the response."""
         if self.record is None:
             self.make_record()

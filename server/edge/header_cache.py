@@ -13,7 +13,7 @@ from cobatch.server.auth.authenticator import Authenticator
 from cobatch.server.auth.principal import Principal
 from cobatch.server.http.compression import choose
 from cobatch.server.http.problem import Problem
-from cobatch.server.inference.model import Model
+from cobatch.server.inference.served import ServedModel
 from cobatch.server.inference.service import Inference
 from cobatch.server.observability.record import MARKS
 
@@ -33,7 +33,7 @@ class CachedHeaders(msgspec.Struct, eq=False):
     `refusal`: why the client may not proceed, else `principal`. `marks`: headers that identify one request.
     """
 
-    model: Model
+    model: ServedModel
     path: str
     length: int
     json_length: int | None

@@ -14,10 +14,9 @@ from cobatch.engines.base import Batching, Engine
 from cobatch.engines.errors import EngineError
 from cobatch.engines.loader import load_engine
 from cobatch.engines.worker import Worker
-from cobatch.server.http.problem import Problem
 from cobatch.server.inference.engines import Place, engine_options, places
 from cobatch.server.inference.padding import make_padder
-from cobatch.server.observability.traffic import Traffic
+from cobatch.server.inference.served import ServedModel
 from cobatch.server.settings.schema import ModelSettings
 from cobatch.server.v2.decode import Decoder
 from cobatch.server.v2.encode import Encoder
@@ -27,24 +26,13 @@ log = logging.getLogger("cobatch.model")
 _JOIN_S = 5.0
 
 
-class Model:
-    """A model. `batcher` is None until the engines are open; `decoder` and `encoder` exist when it does.
+class Model(ServedModel):
+    """A model whose engines run in this process. `batcher` is None until they are open."""
 
-    `traffic` counts requests on all routes but infer, which has `infer_traffic`.
-    """
-
-    decoder: Decoder
-    encoder: Encoder
+    batcher: Batcher | None
 
     def __init__(self, settings: ModelSettings) -> None:
-        self.name = settings.name
-        self.version = settings.model_version
-        self.infer_path = f"/v2/models/{settings.name}/infer"  # without a version: `instance` in problems
-        self.settings = settings
-        self.batcher: Batcher | None = None
-        self.load_error: EngineError | None = None
-        self.traffic = Traffic()
-        self.infer_traffic = Traffic()
+        super().__init__(settings)
         self._batching: Batching | None = None  # as the first engine decided it
         self._workers: list[Worker] = []
         self._places: dict[Worker, Place] = {}
@@ -149,11 +137,6 @@ class Model:
             self.loaded_batcher.use(worker)
 
     @property
-    def all_traffic(self) -> Traffic:
-        """Requests for this model on all routes."""
-        return self.infer_traffic.plus(self.traffic)
-
-    @property
     def engine_worker(self) -> Worker:
         """The first worker; only if `batcher` is not None."""
         return self._workers[0]
@@ -175,12 +158,6 @@ class Model:
         """No engine is usable or can be opened again: only a new process helps."""
         gone = self.batcher is not None and isinstance(self.batcher.admission.closed, EngineGoneError)
         return gone and not self._rebuilding
-
-    def unavailable(self) -> Problem:
-        """Return the problem of a request for a model that is not loaded."""
-        if self.load_error is not None:
-            return Problem("load-failed", f"model {self.name!r} could not be loaded", model=self.name)
-        return Problem("starting", f"model {self.name!r} is being loaded", model=self.name, retry_after_s=1)
 
     async def stop(self, drain_timeout_s: float) -> None:
         """Answer accepted requests, then end the workers."""

@@ -7,7 +7,7 @@ Both edges (`server.edge.fast_path` below ASGI, `server.edge.asgi`), POST /batch
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 
 from cobatch.batcher.request import Request, State
@@ -19,6 +19,7 @@ from cobatch.server.auth.tenants import Total
 from cobatch.server.http.problem import Problem, from_error, stopping, too_large
 from cobatch.server.http.reply import Reply
 from cobatch.server.inference.model import Model
+from cobatch.server.inference.served import ServedModel
 from cobatch.server.observability.observer import Observer
 from cobatch.server.observability.output import LogStream
 from cobatch.server.settings.auth import INFER
@@ -40,7 +41,7 @@ class InferRequest(Request):
     __slots__ = ("id", "model", "outputs", "reply", "usage")
 
     def __init__(
-        self, model: Model, decoded: Decoded, reply: Callable[[Reply], None], tenant: Tenant | None
+        self, model: ServedModel, decoded: Decoded, reply: Callable[[Reply], None], tenant: Tenant | None
     ) -> None:
         # `super()` would cost a tenth of what this does.
         Request.__init__(self, decoded.rows, decoded.row_shapes, decoded.payloads)
@@ -74,7 +75,7 @@ class InferRequest(Request):
 
 
 def reply_to(
-    request: Request, model: Model, outputs: WantedOutputs, id_: str | None, usage: bool = False
+    request: Request, model: ServedModel, outputs: WantedOutputs, id_: str | None, usage: bool = False
 ) -> Reply:
     """Return the reply to a request that is done, while its outputs are valid. Raises LongAnswerError."""
     try:
@@ -89,7 +90,7 @@ def reply_to(
         return problem.reply(instance=model.infer_path)
 
 
-def refused(model: Model, error: Exception, tenant: Tenant | None) -> Reply:
+def refused(model: ServedModel, error: Exception, tenant: Tenant | None) -> Reply:
     """Return the reply to a request that was not accepted. Unexpected errors are logged."""
     problem = from_error(error)
     if problem.kind.slug == "internal":
@@ -101,19 +102,26 @@ def refused(model: Model, error: Exception, tenant: Tenant | None) -> Reply:
 class Inference:
     """All models of a process. Raises SettingsError for invalid key files.
 
-    Without authentication `auth` is None, and so are principals.
+    Without authentication `auth` is None, and so are principals. `served` are all models; `models` those
+    whose engines run in this process: all of them, unless `remote` has others.
     """
 
-    def __init__(self, settings: Settings, log_stream: LogStream | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        log_stream: LogStream | None = None,
+        remote: Sequence[ServedModel] = (),
+    ) -> None:
         self.settings = settings
         self.auth = None if settings.auth is None else Authenticator(settings.auth)
         self.rate_limit_headers = settings.auth is not None and settings.auth.rate_limit_headers
-        self.models = {model.name: Model(model) for model in settings.models}
+        self.models = {} if remote else {model.name: Model(model) for model in settings.models}
+        self.served: dict[str, ServedModel] = {**self.models, **{model.name: model for model in remote}}
         self.observer = Observer(log_stream or LogStream(as_json=settings.server.logs_json))
         # By request target, for the fast path; and by path.
-        self.infer_targets: dict[bytes, Model] = {}
-        self.infer_paths: dict[str, Model] = {}
-        for name, model in self.models.items():
+        self.infer_targets: dict[bytes, ServedModel] = {}
+        self.infer_paths: dict[str, ServedModel] = {}
+        for name, model in self.served.items():
             for base in (f"/v2/models/{name}", f"/v2/models/{name}/versions/{model.version}"):
                 self.infer_targets[f"{base}/infer".encode()] = model
                 self.infer_paths[f"{base}/infer"] = model
@@ -140,9 +148,9 @@ class Inference:
     def ready(self) -> bool:
         """All models accept requests, and credentials can be checked."""
         is_open = not self.leaving and (self.auth is None or self.auth.ready)
-        return is_open and all(model.ready for model in self.models.values())
+        return is_open and all(model.ready for model in self.served.values())
 
-    def admit(self, model: Model, principal: Principal | None) -> Problem | None:
+    def admit(self, model: ServedModel, principal: Principal | None) -> Problem | None:
         """Decide whether a request may enter now; return the problem if it may not.
 
         Nothing else decides this. It is asked before the body is read, and again before it is decoded.
@@ -166,7 +174,7 @@ class Inference:
             tenant.usage.refused += 1
         return from_error(refusal)
 
-    def check(self, model: Model, principal: Principal | None) -> None:
+    def check(self, model: ServedModel, principal: Principal | None) -> None:
         """Raise the problem of a request that may not enter now."""
         problem = self.admit(model, principal)
         if problem is not None:
@@ -206,7 +214,7 @@ class Inference:
 
     def infer(
         self,
-        model: Model,
+        model: ServedModel,
         body: Body,
         json_length: int | None,
         reply: Callable[[Reply], None],
@@ -236,7 +244,7 @@ class Inference:
 
     def _infer_long(
         self,
-        model: Model,
+        model: ServedModel,
         body: Body,
         json_length: int | None,
         reply: Callable[[Reply], None],
