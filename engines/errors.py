@@ -19,3 +19,7 @@ class EngineDeadError(EngineError):
 
 class NoBatchAxisError(EngineRunError, EngineLoadError):
     """An output's first axis does not count the rows."""
+
+
+class LinkError(EngineError):
+    """A link between two processes is at its end: the other process closed it, or sent what it must not."""

@@ -6,10 +6,10 @@ and its bytes, as in the V2 protocol's binary form. Small ones are in the messag
 block of the sender's slab (`engines.link.slab`), and the message has the block's offset: the sender does not
 touch the block before the receiver gives it back, by answering the request or, of an answer, by `Release`.
 
-Each side decodes strictly: a datagram of another form raises msgspec.MsgspecError, and ends the link.
+Each side decodes strictly: a datagram of another form ends the link (`engines.link.channel`).
 """
 
-from collections.abc import Sequence
+import struct
 from typing import Annotated, Any
 
 import msgspec
@@ -17,8 +17,10 @@ from msgspec import Meta, Struct
 
 # A payload up to this length travels in the message.
 INLINE_BYTES = 16 << 10
-# Of inline payloads in one datagram, together; the socket takes about 200 KiB.
+# A datagram of this length or more takes no further message.
 DATAGRAM_BYTES = 48 << 10
+# The longest message, as MessagePack.
+MESSAGE_BYTES = 320 << 10
 
 Whole = Annotated[int, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
@@ -163,11 +165,36 @@ class Collect(Struct, frozen=True, array_like=True, tag=22, gc=False):
 FromFront = Submit | Cancel | Release | Tenant | Report
 ToFront = Welcome | Loaded | Answers | Failed | Dropped | Accounts | Collect
 
-_encode = msgspec.msgpack.Encoder().encode
 decode_from_front = msgspec.msgpack.Decoder(list[FromFront]).decode
 decode_to_front = msgspec.msgpack.Decoder(list[ToFront]).decode
 
+_encode_into = msgspec.msgpack.Encoder().encode_into
+_HEAD = struct.Struct(">BI")  # of a MessagePack array of any length: its type, the number of elements
+_ARRAY32 = 0xDD
 
-def encode(messages: Sequence[FromFront] | Sequence[ToFront]) -> bytes:
-    """Return the datagram of messages of one direction."""
-    return _encode(messages)
+
+class Datagram:
+    """A datagram that is filled with messages of one direction."""
+
+    __slots__ = ("_count", "data")
+
+    def __init__(self) -> None:
+        self.data = bytearray(_HEAD.size)
+        self._count = 0
+
+    def add(self, message: FromFront | ToFront) -> bool:
+        """Add a message; return True if the datagram is full then. Raises ValueError if it is too long."""
+        data = self.data
+        before = len(data)
+        _encode_into(message, data, before)
+        after = len(data)
+        if after - before > MESSAGE_BYTES:
+            del data[before:]
+            raise ValueError(f"a message of {after - before} bytes: at most {MESSAGE_BYTES} can be sent")
+        self._count += 1
+        return after >= DATAGRAM_BYTES
+
+    def close(self) -> bytearray:
+        """Return the datagram as it is sent."""
+        _HEAD.pack_into(self.data, 0, _ARRAY32, self._count)
+        return self.data

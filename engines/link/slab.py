@@ -1,0 +1,162 @@
+"""Slabs: shared memory that one process writes and another reads, in blocks.
+
+A buddy allocator hands out the blocks. Theirs are powers of two times BLOCK_BYTES, at multiples of their own
+size. A block's buddy is the other half of the block that it was split from: its offset differs in one bit.
+Free buddies are merged at once, so that all memory is one block again after the last one is freed.
+(D. E. Knuth, The Art of Computer Programming, volume 1, 2.5C.)
+
+Blocks are credits: a full slab means that the receiver has not given back enough of them, and no side waits.
+"""
+
+import fcntl
+import mmap
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from cobatch.engines.errors import LinkError
+from cobatch.engines.link.messages import INLINE_BYTES, Payload
+
+BLOCK_BYTES = 2 * INLINE_BYTES
+# Larger blocks give their pages back when they are freed; smaller ones are soon used again.
+KEPT_BYTES = 1 << 20
+
+# Bytes, or an array that is contiguous.
+Buffer = Any
+
+
+class Arena:
+    """A buddy allocator of `size` bytes, a power of two times BLOCK_BYTES."""
+
+    __slots__ = ("_free", "_orders", "size")
+
+    def __init__(self, size: int) -> None:
+        top = (size // BLOCK_BYTES).bit_length() - 1
+        if top < 0 or BLOCK_BYTES << top != size:
+            raise ValueError(f"{size} is not a power of two times {BLOCK_BYTES}")
+        self.size = size
+        # Offsets of free blocks of each order. The one freed last is used first: it is in the CPU's cache.
+        self._free: list[dict[int, None]] = [{} for _ in range(top + 1)]
+        self._free[top][0] = None
+        self._orders: dict[int, int] = {}
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks in use."""
+        return len(self._orders)
+
+    def allocate(self, size: int) -> int | None:
+        """Return the offset of a block of at least `size` bytes (1 or more), or None if there is none."""
+        order = ((size - 1) // BLOCK_BYTES).bit_length()
+        for found in range(order, len(self._free)):
+            if self._free[found]:
+                break
+        else:
+            return None
+        offset, _ = self._free[found].popitem()
+        while found > order:
+            found -= 1
+            self._free[found][offset + (BLOCK_BYTES << found)] = None
+        self._orders[offset] = order
+        return offset
+
+    def free(self, offset: int) -> int:
+        """Free the block at this offset and return its size. Raises LinkError if none in use is there."""
+        order = self._orders.pop(offset, -1)
+        if order < 0:
+            raise LinkError(f"no block in use is at {offset}")
+        size = freed = BLOCK_BYTES << order
+        while (buddy := offset ^ size) in self._free[order]:
+            del self._free[order][buddy]
+            offset &= buddy
+            size <<= 1
+            order += 1
+        self._free[order][offset] = None
+        return freed
+
+
+def create(name: str, size: int) -> int:
+    """Return the descriptor of a new slab of at least `size` bytes. Pages take memory once they are written.
+
+    Its size cannot be changed: a writer that shrank it would end its reader by SIGBUS.
+    """
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, BLOCK_BYTES << ((size - 1) // BLOCK_BYTES).bit_length())
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return descriptor
+
+
+def for_reading(descriptor: int) -> int:
+    """Return another descriptor of a slab, that cannot be mapped for writing."""
+    return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+
+
+class SlabWriter:
+    """The writer's end of a slab. Closes the descriptor that it is made of."""
+
+    __slots__ = ("_map", "arena", "size")
+
+    def __init__(self, descriptor: int) -> None:
+        self._map = mmap.mmap(descriptor, 0)
+        os.close(descriptor)
+        self.size = len(self._map)
+        self.arena = Arena(self.size)
+
+    def write(self, buffers: Sequence[Buffer]) -> int | None:
+        """Copy the buffers, one after another, into a new block. Return its offset, or None if there is none.
+
+        There never is one for more than `size` bytes.
+        """
+        sizes = [len(buffer) if type(buffer) is bytes else memoryview(buffer).nbytes for buffer in buffers]
+        offset = self.arena.allocate(sum(sizes))
+        if offset is not None:
+            start = offset
+            for buffer, size in zip(buffers, sizes, strict=True):
+                self._map[start : start + size] = buffer
+                start += size
+        return offset
+
+    def place(self, buffers: Sequence[Buffer], size: int) -> Payload | None:
+        """Copy the buffers, `size` bytes together, into bytes for the message or into a block (its offset).
+
+        None: the slab is full.
+        """
+        return b"".join(buffers) if size <= INLINE_BYTES else self.write(buffers)
+
+    def free(self, offset: int) -> None:
+        """Use the block at this offset again. Raises LinkError if none in use is there."""
+        size = self.arena.free(offset)
+        if size > KEPT_BYTES:
+            self._map.madvise(mmap.MADV_REMOVE, offset, size)
+
+    def close(self) -> None:
+        """Unmap the slab."""
+        self._map.close()
+
+
+class SlabReader:
+    """The reader's end of a slab. Closes the descriptor that it is made of.
+
+    The slab is unmapped once this object and the last view are garbage.
+    """
+
+    __slots__ = ("_view",)
+
+    def __init__(self, descriptor: int) -> None:
+        self._view = memoryview(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ))
+        os.close(descriptor)
+
+    def view(self, offset: int, size: int) -> memoryview:
+        """Return a read-only view of a block. Raises LinkError if a part of it is outside the slab."""
+        if not 0 <= offset <= len(self._view) - size:
+            raise LinkError(f"{size} bytes at {offset} are outside the slab of {len(self._view)}")
+        return self._view[offset : offset + size]
+
+    def read(self, payload: Payload, size: int) -> memoryview:
+        """Return a read-only view of a message's payload. Raises LinkError if it has not `size` bytes."""
+        if isinstance(payload, int):
+            return self.view(payload, size)
+        view = memoryview(payload)
+        if len(view) != size:
+            raise LinkError(f"a payload of {len(view)} bytes where {size} were announced")
+        return view
