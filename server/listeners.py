@@ -53,6 +53,17 @@ def _open(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
+def tell_addresses(listeners: Sequence[socket.socket], scheme: str) -> None:
+    """Print the URLs of listening sockets."""
+    urls = []
+    for listener in listeners:
+        host, port = listener.getsockname()[:2]
+        urls.append(f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}")
+        print(f"cobatch: listening on {urls[-1]}", flush=True)
+    if urls:  # none if the lifespan failed
+        print(f"cobatch: live page {urls[0]}/dashboard, API {urls[0]}/docs", flush=True)
+
+
 def let_in_no_more(fd: int) -> None:
     """Drop the packets that begin a connection to a listening socket; its backlog stays."""
     program = b"".join(struct.pack("HBBI", *instruction) for instruction in _INSTRUCTIONS)

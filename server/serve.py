@@ -15,7 +15,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -25,7 +26,7 @@ from cobatch.engines.errors import EngineError
 from cobatch.server.app import build
 from cobatch.server.edge.fast_path import make_protocol
 from cobatch.server.inference.service import Inference
-from cobatch.server.listeners import CannotListenError, accepted_all, let_in_no_more, listen
+from cobatch.server.listeners import CannotListenError, accepted_all, let_in_no_more, listen, tell_addresses
 from cobatch.server.observability.logs import ProcessLog
 from cobatch.server.observability.output import LogStream
 from cobatch.server.settings.schema import Settings
@@ -55,11 +56,18 @@ def run(settings: Settings) -> int:
     """
     http = settings.server
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the server can act on it
-    process_log = ProcessLog(http.log_level.upper(), as_json=http.logs_json)
+    return run_server(settings, partial(Server, settings), partial(listen, http.host, http.port))
+
+
+def run_server(
+    settings: Settings, make: Callable[[LogStream], "Server"], sockets: Callable[[], list[socket.socket]]
+) -> int:
+    """Make a server and run it with these sockets, in a process of its own; return the exit status."""
+    process_log = ProcessLog(settings.server.log_level.upper(), as_json=settings.server.logs_json)
     try:
         keep_freed_memory()
-        server = Server(settings, process_log.stream)
-        server.run(listen(http.host, http.port))
+        server = make(process_log.stream)
+        server.run(sockets())
     except SettingsError as error:  # from files of keys
         return _refuse(str(error), _REFUSED)
     except CannotListenError as error:
@@ -116,7 +124,7 @@ class Server(uvicorn.Server):
         self.inference = inference = self.make_inference(settings, log_stream)
         self.status = 0
         self._hung_up = False
-        self._leave_s: float | None = None  # the time of the first signal
+        self.leave_s: float | None = None  # the time of the first signal
         self._drain: asyncio.Task[None] | None = None
         inference.on_ready = self._on_ready
         inference.on_load_failed = self._on_load_failed
@@ -151,14 +159,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        scheme = "https" if self.config.is_ssl else "http"
-        urls = []
-        for listener in [listener for server in self.servers for listener in server.sockets]:
-            host, port = listener.getsockname()[:2]
-            urls.append(f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}")
-            print(f"cobatch: listening on {urls[-1]}", flush=True)
-        if urls:  # none if the lifespan failed
-            print(f"cobatch: live page {urls[0]}/dashboard, API {urls[0]}/docs", flush=True)
+        listeners = [listener for server in self.servers for listener in server.sockets]
+        tell_addresses(listeners, "https" if self.config.is_ssl else "http")
 
     def _on_ready(self) -> None:
         # Objects that exist now are permanent: the collector need not visit them again.
@@ -166,6 +168,10 @@ class Server(uvicorn.Server):
         gc.freeze()
         # Requests leave no cycles behind (tests/server/edge/test_garbage.py), so collect rarely.
         gc.set_threshold(20_000, 20, 20)
+        self.tell_ready()
+
+    def tell_ready(self) -> None:
+        """Tell that all models accept requests."""
         print(f"cobatch: ready: {', '.join(self.inference.models)}", flush=True)
 
     def _on_load_failed(self, name: str, error: EngineError) -> None:
@@ -190,9 +196,12 @@ class Server(uvicorn.Server):
         inference = self.inference
         if inference.draining:
             os._exit(128 + sig)
-        inference.draining = inference.closing = (
-            inference.leaving or not inference.settings.server.drain_delay_s
-        )
+        self.leave(at_once=inference.leaving)
+
+    def leave(self, *, at_once: bool) -> None:
+        """Be unready from now on; refuse requests after the delay, or at once."""
+        inference = self.inference
+        inference.draining = inference.closing = at_once or not inference.settings.server.drain_delay_s
         inference.leaving = True
 
     def handle_hangup(self, sig: int, frame: FrameType | None) -> None:
@@ -222,13 +231,13 @@ class Server(uvicorn.Server):
 
     def _leave(self, now_s: float) -> None:
         inference, delay_s = self.inference, self.inference.settings.server.drain_delay_s
-        if self._leave_s is None:
-            self._leave_s = now_s
+        if self.leave_s is None:
+            self.leave_s = now_s
             if not inference.draining:
                 log.info("leaving: not ready, but serving for %g s", delay_s)
-        if now_s >= self._leave_s + delay_s:
+        if now_s >= self.leave_s + delay_s:
             inference.draining = True
-        if now_s >= self._leave_s + delay_s / 2:
+        if now_s >= self.leave_s + delay_s / 2:
             # The next response on each connection is its last (RFC 9112, 9.6): its client goes elsewhere.
             inference.closing = True
         if inference.draining and self._drain is None:
@@ -251,12 +260,16 @@ class Server(uvicorn.Server):
             connection.transport.abort()
         await asyncio.sleep(0)
 
+    async def drained(self) -> None:
+        """Wait until connections may be ended, now that the queues are empty."""
+
     async def _drain_all(self) -> None:
         timeout_s = self.inference.settings.server.drain_timeout_s
         log.info("draining: no new requests, %g s at most", timeout_s)
         end_s = time.monotonic() + timeout_s
         batchers = [model.batcher for model in self.inference.served.values() if model.batcher is not None]
         await asyncio.gather(*[batcher.drain(timeout_s) for batcher in batchers])
+        await self.drained()
         # Writing the responses has the rest of the time.
         self.config.timeout_graceful_shutdown = max(1, int(end_s - time.monotonic()))
         self.should_exit = True

@@ -1,0 +1,226 @@
+"""The messages between the supervisor and its children, as MessagePack, with file descriptors beside them.
+
+Each child has a SOCK_SEQPACKET pair with the supervisor; its end is the end of the child. Beside it all share
+a page of words: each child counts its heartbeats and its closed connections there.
+"""
+
+import errno
+import mmap
+import os
+import socket
+from collections import deque
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from cobatch.server.settings.schema import Settings
+
+HEARTBEAT_S = 0.1
+# Of a page that home writes for the fronts (`server.fronts.page`).
+PAGE_BYTES = 1 << 16
+_MESSAGE_BYTES = 1 << 16
+_MOST_FDS = 8
+_WORD_BYTES = 8
+_WORDS = 2  # of a child: heartbeats, closed connections
+
+Role = Literal["home", "front"]
+
+
+class Start(Struct, frozen=True, array_like=True, tag=0):
+    """The first message. `index`: of the front, from 0; 0 for home. Descriptors: settings, page of words."""
+
+    role: Role
+    index: int
+    fronts: int
+
+
+class Link(Struct, frozen=True, array_like=True, tag=1):
+    """A link between home and a front. Descriptors: `LinkEnds`. It replaces an earlier one."""
+
+    front: int
+
+
+class Connection(Struct, frozen=True, array_like=True, tag=2):
+    """A client's connection; its socket is beside it."""
+
+
+class Leave(Struct, frozen=True, array_like=True, tag=3):
+    """A signal to end came at this time (CLOCK_MONOTONIC); `at_once`: without the delay before draining."""
+
+    since_s: float
+    at_once: bool
+
+
+class Last(Struct, frozen=True, array_like=True, tag=4):
+    """No more connections come."""
+
+
+class Reload(Struct, frozen=True, array_like=True, tag=5):
+    """Read the API keys and the certificate again."""
+
+
+class Reached(Struct, frozen=True, array_like=True, tag=16):
+    """The child runs, can answer infer requests, or has answered all that it accepted before draining."""
+
+    state: Literal["up", "ready", "drained"]
+
+
+class EndFront(Struct, frozen=True, array_like=True, tag=17):
+    """A front broke the protocol of its link: kill it and start another."""
+
+    front: int
+
+
+ToChild = Start | Link | Connection | Leave | Last | Reload
+FromChild = Reached | EndFront
+Message = TypeVar("Message")
+
+_encode = msgspec.msgpack.Encoder().encode
+_TO_CHILD = msgspec.msgpack.Decoder(ToChild)
+FROM_CHILD = msgspec.msgpack.Decoder(FromChild)
+
+
+class LinkEnds(NamedTuple):
+    """One end of a link: two sockets, and descriptors of shared memory, which belong to the receiver.
+
+    `slab_in` is only readable here, and `page` in fronts.
+    """
+
+    messages: socket.socket
+    handover: socket.socket
+    slab_in: int
+    slab_out: int
+    page: int
+
+
+class DescriptorsLostError(Exception):
+    """The process has too many open files to receive the descriptors of a message, which are closed."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__("too many open files")
+        self.message = message
+
+
+class Control:
+    """One end of a control socket. Sending never waits: messages stay here until the socket takes them."""
+
+    def __init__(self, end: socket.socket) -> None:
+        end.setblocking(False)
+        self.socket = end
+        self._backlog: deque[tuple[bytes, list[int]]] = deque()
+
+    @property
+    def backlogged(self) -> bool:
+        """The other end has not received for long."""
+        return bool(self._backlog)
+
+    def send(self, message: ToChild | FromChild, fds: Sequence[int] = ()) -> None:
+        """Send a message with copies of descriptors."""
+        data = _encode(message)
+        if self._backlog or not self._try(data, fds):
+            self._backlog.append((data, [os.dup(fd) for fd in fds]))
+
+    def flush(self) -> None:
+        """Send what the socket takes now."""
+        while self._backlog and self._try(*self._backlog[0]):
+            _close_all(self._backlog.popleft()[1])
+
+    def _try(self, data: bytes, fds: Sequence[int]) -> bool:
+        try:
+            socket.send_fds(self.socket, [data], fds)
+        except BlockingIOError:
+            return False
+        except ConnectionError:
+            return True  # the other process has ended
+        except OSError as error:
+            if error.errno != errno.ETOOMANYREFS:  # too many descriptors of this user are on their way
+                raise
+            return False
+        return True
+
+    def receive(self, kind: msgspec.msgpack.Decoder[Message]) -> tuple[Message, list[int]] | None:
+        """Return the next message and its descriptors, None at the end of the other process.
+
+        Raises BlockingIOError if there is none, DescriptorsLostError and msgspec.MsgspecError.
+        """
+        try:
+            data, fds, flags, _ = socket.recv_fds(
+                self.socket, _MESSAGE_BYTES, _MOST_FDS, socket.MSG_CMSG_CLOEXEC
+            )
+        except ConnectionError:
+            return None
+        if not data:
+            return None
+        message = kind.decode(data)
+        if flags & socket.MSG_CTRUNC:
+            _close_all(fds)
+            raise DescriptorsLostError(message)
+        return message, fds
+
+    def close(self) -> None:
+        self.socket.close()
+        while self._backlog:
+            _close_all(self._backlog.popleft()[1])
+
+
+class Words:
+    """The page of words that all children share with the supervisor; home is child 0, front i is i + 1."""
+
+    def __init__(self, fd: int) -> None:
+        self._words = memoryview(mmap.mmap(fd, PAGE_BYTES)).cast("q")
+
+    def clear(self, child: int) -> None:
+        """Begin anew, for a new process."""
+        self.write(child, 0, 0)
+
+    def write(self, child: int, beats: int, closed: int) -> None:
+        """Write a child's heartbeats, and its closed connections so far."""
+        self._words[_WORDS * child] = beats
+        self._words[_WORDS * child + 1] = closed
+
+    def beats(self, child: int) -> int:
+        return self._words[_WORDS * child]
+
+    def closed(self, child: int) -> int:
+        return self._words[_WORDS * child + 1]
+
+
+class Parent:
+    """The supervisor, as its child sees it. Waits for `Start`."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self.control = Control(end)
+        end.setblocking(True)
+        received = self.receive()
+        end.setblocking(False)
+        assert received is not None
+        start, (settings, words) = received
+        assert isinstance(start, Start)
+        self.start = start
+        # The other children have the same open file, and so its position.
+        self.settings = msgspec.msgpack.decode(
+            os.pread(settings, os.fstat(settings).st_size, 0), type=Settings
+        )
+        self._words = Words(words)
+        _close_all([settings, words])
+        self._child = 0 if start.role == "home" else start.index + 1
+        self._beats = 0
+
+    def send(self, message: FromChild) -> None:
+        self.control.send(message)
+
+    def receive(self) -> tuple[ToChild, list[int]] | None:
+        """Return the next message and its descriptors, as `Control.receive` does."""
+        return self.control.receive(_TO_CHILD)
+
+    def beat(self, closed: int) -> None:
+        """Tell that the loop runs, and the number of connections closed so far."""
+        self._beats += 1
+        self._words.write(self._child, self._beats, closed)
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
