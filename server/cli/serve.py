@@ -48,9 +48,10 @@ def serve(*, config: Path | None, check: bool, **flags: object) -> None:
         typer.echo(f"cobatch: the settings are valid; models: {names}")
         return
     if several:
-        from cobatch.server.supervisor.supervisor import run  # noqa: PLC0415 - it imports no server at all
-    else:
-        from cobatch.server.serve import run  # noqa: PLC0415 - help and refusals need neither uvicorn nor an engine
+        from cobatch.server.supervisor.supervisor import run as supervise  # noqa: PLC0415 - it imports no server
+
+        raise typer.Exit(supervise(settings))
+    from cobatch.server.serve import run  # noqa: PLC0415 - help and refusals need neither uvicorn nor an engine
 
     raise typer.Exit(run(settings))
 
