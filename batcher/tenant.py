@@ -17,17 +17,17 @@ _ROUNDING_S = 1e-9
 class Bucket:
     """A token bucket: lets through `per_s` a second, and up to `burst` at once.
 
-    Its only state is the time at which it will be full again (the generic cell rate algorithm, ITU-T I.371,
-    annex A): no refilling, no timer, O(1). Times are seconds of one clock.
+    Its only state is `full_at_s`, the time at which it will be full again (the generic cell rate algorithm,
+    ITU-T I.371, annex A): no refilling, no timer, O(1). Times are seconds of one clock.
     """
 
-    __slots__ = ("_full_at_s", "_interval_s", "burst", "window_s")
+    __slots__ = ("_interval_s", "burst", "full_at_s", "window_s")
 
     def __init__(self, per_s: float, burst: int) -> None:
         self.burst = burst
         self.window_s = burst / per_s  # in which it fills
         self._interval_s = 1 / per_s
-        self._full_at_s = -math.inf
+        self.full_at_s = -math.inf
 
     def wait_s(self, count: int, now_s: float) -> float:
         """Return the seconds until `count` would be let through at once; more than `burst` never are."""
@@ -38,7 +38,7 @@ class Bucket:
 
     def take(self, count: int, now_s: float) -> None:
         """Let `count` through; `wait_s` has been asked."""
-        self._full_at_s = max(self._full_at_s, now_s) + count * self._interval_s
+        self.full_at_s = max(self.full_at_s, now_s) + count * self._interval_s
 
     def left(self, now_s: float) -> int:
         """Return how many would be let through at once."""
@@ -46,7 +46,7 @@ class Bucket:
 
     def until_full_s(self, now_s: float) -> float:
         """Return the seconds until it is full if nothing is taken."""
-        return max(0.0, self._full_at_s - now_s)
+        return max(0.0, self.full_at_s - now_s)
 
 
 @dataclass(slots=True, eq=False)
@@ -86,8 +86,11 @@ class Tenant:
     """A tenant's account. A limit that is None does not exist; without `burst`, it is one second's rate.
 
     `weight`: its share of an engine beside other tenants that have work for it. `open_requests` are accepted
-    and not answered; `queued_rows` are those of their rows that have not been sent to an engine.
+    and not answered; `queued_rows` are those of their rows that have not been sent to an engine. `rule`: the
+    index of the rule that its limits are from.
     """
+
+    rule = 0
 
     def __init__(
         self,
@@ -126,6 +129,10 @@ class Tenant:
             if rows > most:
                 return TooManyRowsError(rows, most)
             return TenantLimitError(self.name, "queued rows", self.queued_rows, most, drain_s)
+        return self.rate_refusal(requests, now_s)
+
+    def rate_refusal(self, requests: int, now_s: float) -> TenantLimitError | None:
+        """Return why `requests` more requests exceed the rate limit now, or None."""
         bucket = self.bucket
         if bucket is not None and (wait_s := bucket.wait_s(requests, now_s)) > 0:
             used = bucket.burst - bucket.left(now_s)

@@ -23,3 +23,7 @@ class NoBatchAxisError(EngineRunError, EngineLoadError):
 
 class LinkError(EngineError):
     """A link between two processes is at its end: the other process closed it, or sent what it must not."""
+
+
+class LinkClosedError(LinkError):
+    """The other process closed its end of a link."""

@@ -118,6 +118,7 @@ async def _load(inference: Inference, name: str) -> None:
         inference.on_load_failed(name, error)
     else:
         inference.observer.watch(model.loaded_batcher, model.infer_traffic.durations)
+        inference.on_loaded(model)
         inference.tell_if_ready()
 
 

@@ -62,7 +62,9 @@ class Admission:
         self.closed = why
         self.open_rows = 0 if why is not None else self.max_queue_rows
 
-    def _drain_s(self) -> float:
+    @property
+    def drain_s(self) -> float:
+        """The time until the queue is empty, which a refused client should wait."""
         return max(LEAST_RETRY_S, self._queue.rows * self._queue.row_s / self.engines)
 
     def refusal(self, rows: int, tenant: Tenant | None, callers: int, now_s: float) -> BatcherError | None:
@@ -73,12 +75,12 @@ class Admission:
         if queue.rows + rows > self.max_queue_rows:
             if rows > self.max_queue_rows:
                 return TooManyRowsError(rows, self.max_queue_rows)
-            return QueueFullError(queue.rows, self.max_queue_rows, self._drain_s())
+            return QueueFullError(queue.rows, self.max_queue_rows, self.drain_s)
         if tenant is None:
             return None
         if queue.rows_of(tenant) > SHARE_OF_ROOM * (self.max_queue_rows - queue.rows):
-            return QueueFullError(queue.rows, self.max_queue_rows, self._drain_s())
-        return tenant.refusal(callers, rows, now_s, self._drain_s()) if tenant.limited else None
+            return QueueFullError(queue.rows, self.max_queue_rows, self.drain_s)
+        return tenant.refusal(callers, rows, now_s, self.drain_s) if tenant.limited else None
 
     def set_deadline(self, request: Request, now_s: float, free_s: float) -> BatcherError | None:
         """Set a request's deadline, if it or its model has one; return why it cannot be met, or None.

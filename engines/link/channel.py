@@ -13,7 +13,7 @@ from typing import Generic, TypeAlias, TypeVar
 
 import msgspec
 
-from cobatch.engines.errors import LinkError
+from cobatch.engines.errors import LinkClosedError, LinkError
 from cobatch.engines.link.messages import DATAGRAM_BYTES, MESSAGE_BYTES, Datagram, FromFront, ToFront
 
 _LONGEST_BYTES = DATAGRAM_BYTES + MESSAGE_BYTES
@@ -81,7 +81,7 @@ class Channel(Generic[Sent, Received]):
     def receive(self) -> list[Received]:
         """Return the messages of one datagram, [] if none has come.
 
-        Raises LinkError at the end: the other end is closed, or a datagram is not one of messages.
+        Raises LinkClosedError when the other end is closed, LinkError for a datagram that is not of messages.
         """
         try:
             size = self._sock.recv_into(self._buffer)
@@ -91,7 +91,7 @@ class Channel(Generic[Sent, Received]):
             # The other end was closed before it read everything. What it sent before can be read still.
             return self.receive()
         if not size:
-            raise LinkError("the other process closed the link")
+            raise LinkClosedError("the other process closed the link")
         try:
             return self._decode(self._buffer[:size])
         except msgspec.MsgspecError as error:

@@ -19,6 +19,8 @@ from msgspec import Meta, Struct
 INLINE_BYTES = 16 << 10
 # A datagram of this length or more takes no further message.
 DATAGRAM_BYTES = 48 << 10
+# Ids that a bundle has, its own and its members'.
+BUNDLE_IDS = 32
 # The longest message, as MessagePack.
 MESSAGE_BYTES = 320 << 10
 
@@ -52,7 +54,8 @@ class BatchInfo(Struct, frozen=True, array_like=True, gc=False):
 
 
 class Submit(Struct, frozen=True, array_like=True, tag=0, gc=False):
-    """A request, or a bundle of `callers` requests of one row each with the ids `id`, `id` + 1, ...
+    """A request, or a bundle of `callers` requests of one row each: the bundle's `id` is a multiple of
+    BUNDLE_IDS, and its members' are the next ones. Answers name the bundle, or else each member.
 
     `model`: its index in the settings. `sizes`: bytes of each input in the payload. `shapes`: of a row of
     each input, None where the signature fixes them. `tenant`: a number that `Tenant` introduced, 0 for none.
@@ -113,7 +116,7 @@ class Loaded(Struct, frozen=True, array_like=True, tag=17):
     could not be loaded: `error`."""
 
     model: Whole
-    signature: msgspec.Raw | None = None
+    signature: bytes = b""
     max_batch_size: Whole = 0
     error: str = ""
 

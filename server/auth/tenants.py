@@ -60,17 +60,26 @@ class Tenants:
 
     def of(self, name: str, values: Collection[str]) -> Tenant:
         """Return the account of a tenant whose credential has these values (scopes, roles)."""
-        index, rule = next(
-            (index, rule)
+        index = next(
+            index
             for index, rule in enumerate(self._rules)
             if (rule.tenant or name) == name and (not rule.scope or rule.scope in values)
         )
+        return self.by_rule(name, index)
+
+    def has_rule(self, index: int) -> bool:
+        """Return whether there is a rule with this index."""
+        return index < len(self._rules)
+
+    def by_rule(self, name: str, index: int) -> Tenant:
+        """Return the account of a tenant whose limits are from the rule with this index."""
         key = name, index
         tenant = self._all.get(key)
         if tenant is None:
-            limits = msgspec.structs.asdict(rule)
+            limits = msgspec.structs.asdict(self._rules[index])
             del limits["tenant"], limits["scope"]
             self._all[key] = tenant = Tenant(name, **limits)
+            tenant.rule = index
             self._totals.add(tenant)
         if key not in self._kept:
             self._kept[key] = tenant

@@ -8,7 +8,6 @@ import ctypes
 import signal
 import socket
 import sys
-from contextlib import closing
 from importlib import import_module
 
 from cobatch.server.fronts.control import Parent, Role
@@ -32,11 +31,7 @@ def join_supervisor() -> Parent:
 
 def main() -> int:
     """Serve until the supervisor ends it; return the exit status."""
-    with closing(join_supervisor()) as parent:
-        return _serve(parent)
-
-
-def _serve(parent: Parent) -> int:
+    parent = join_supervisor()
     from cobatch.server.serve import run_server  # noqa: PLC0415 - heavy, and the supervisor could end meanwhile
 
     module, name = _SERVERS[parent.start.role]

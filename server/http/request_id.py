@@ -14,11 +14,11 @@ from itertools import count
 # Enough for UUIDs, ULIDs, and the ids of Amazon (Root=1-...), Heroku and nginx.
 _SANE = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._:=@+-]{0,127}")
 # Unique to this process. A client's id that begins with it belongs to another request.
-_PROCESS = secrets.token_hex(4)
-_OURS = f"{_PROCESS}-".encode()
+PROCESS = secrets.token_hex(4)
+_OURS = f"{PROCESS}-".encode()
 # The beginning of the ids in a batch, for its number.
-LEAD = f"{_PROCESS}-%x.".encode()
-_OF_BATCH = re.compile(rf"{_PROCESS}-([0-9a-f]{{1,15}})\.(\d{{1,9}})")
+LEAD = f"{PROCESS}-%x.".encode()
+_OF_BATCH = re.compile(rf"{PROCESS}-([0-9a-f]{{1,15}})\.(\d{{1,9}})")
 _numbers = count(1)
 
 
@@ -29,7 +29,7 @@ def sane(value: bytes) -> str | None:
 
 def new_id() -> str:
     """Return an id that names no place."""
-    return f"{_PROCESS}-r{next(_numbers):x}"
+    return f"{PROCESS}-r{next(_numbers):x}"
 
 
 def place_of(request_id: str) -> tuple[int, int] | None:

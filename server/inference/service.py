@@ -132,7 +132,8 @@ class Inference:
         self.on_draining: list[Callable[[], None]] = []
         self.loop: asyncio.AbstractEventLoop | None = None  # set when the application starts
         self._was_ready = False
-        # Set by the process (`server.serve`).
+        # Set by the process (`server.serve`, `server.fronts.home`).
+        self.on_loaded: Callable[[Model], None] = lambda model: None
         self.on_ready: Callable[[], None] = lambda: None
         self.on_load_failed: Callable[[str, EngineError], None] = partial(
             log.critical, "model %s cannot be loaded: %s"

@@ -1,0 +1,407 @@
+"""Home's end of the link to a front: its requests into the batchers, their rows back.
+
+Answers are gathered by batch, and each front gets only its own rows. A payload that waits for a block of
+this slab is kept here meanwhile, as it would be in a socket's buffer.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+
+import msgspec
+
+from cobatch.batcher.batcher import Batcher
+from cobatch.batcher.bundle import Bundle
+from cobatch.batcher.request import Batch, Payload, Request
+from cobatch.batcher.tenant import Tenant
+from cobatch.engines.base import RowShapes
+from cobatch.engines.errors import LinkError
+from cobatch.engines.link.channel import HomeChannel
+from cobatch.engines.link.messages import (
+    BUNDLE_IDS,
+    INLINE_BYTES,
+    Accounts,
+    Answers,
+    BatchInfo,
+    Cancel,
+    Collect,
+    Dropped,
+    Failed,
+    FromFront,
+    Loaded,
+    Release,
+    Report,
+    Submit,
+    ToFront,
+    Welcome,
+)
+from cobatch.engines.link.messages import Tenant as TenantMessage
+from cobatch.engines.link.slab import SlabReader, SlabWriter
+from cobatch.server.auth.tenants import Tenants
+from cobatch.server.fronts.endpoint import Endpoint
+from cobatch.server.fronts.rows import Buffer, InputReader, output_bytes
+from cobatch.server.http.problem import from_error
+from cobatch.server.http.request_id import PROCESS
+from cobatch.server.inference.model import Model
+
+log = logging.getLogger("cobatch.fronts")
+
+_SHARED = "link"
+
+
+class LinkedRequest(Request):
+    """A request of a front. `id`: on the link."""
+
+    __slots__ = ("id", "link", "model", "number")
+
+    def __init__(
+        self, link: "Downlink", model: int, submit: Submit, rows: tuple[RowShapes, Sequence[Payload]]
+    ) -> None:
+        Request.__init__(self, submit.rows, *rows)
+        self.id = submit.id
+        self.link = link
+        self.model = model
+        self.number = submit.source or -submit.id
+        self.tenant = link.tenant(submit.tenant)
+        self.priority, self.timeout_s = submit.priority, submit.timeout_s
+
+    @property
+    def source(self) -> Hashable:
+        """The tenant, or the caller's connection on its link."""
+        return self.tenant or (self.link.number, self.number)
+
+    def done(self) -> None:
+        self.link.answer(self)
+
+
+class LinkedBundle(LinkedRequest, Bundle):
+    """A bundle of a front, whose members have the next ids."""
+
+    __slots__ = ()
+
+    def __init__(
+        self, link: "Downlink", model: int, submit: Submit, rows: tuple[RowShapes, Sequence[Payload]]
+    ) -> None:
+        LinkedRequest.__init__(self, link, model, submit, rows)
+        self.callers = submit.callers
+
+    def separate(self) -> list[Request]:
+        views = [memoryview(payload) for payload in self.payloads if not isinstance(payload, list)]
+        sizes = [len(view) // self.rows for view in views]
+        members: list[Request] = []
+        del self.link.open[self.id]
+        for number in range(self.rows):
+            submit = Submit(self.id + 1 + number, self.model, 1, (), b"")
+            payloads = [
+                view[number * size : (number + 1) * size] for view, size in zip(views, sizes, strict=True)
+            ]
+            member = LinkedRequest(self.link, self.model, submit, (self.row_shapes, payloads))
+            member.tenant = self.tenant
+            self.link.open[member.id] = member
+            members.append(member)
+        return members
+
+
+class _Shared:
+    """What the answers of a batch have in common, on all links. `row_size`: bytes of a row of all outputs."""
+
+    __slots__ = ("_row_bytes", "_wholes", "info", "outputs", "row_size", "shapes")
+
+    def __init__(self, batch: Batch) -> None:
+        outputs = batch.outputs
+        self.info = _info_of(batch)
+        self.shapes = tuple([output.shape[1:] for output in outputs])
+        # Of a BYTES tensor, whose rows differ, 0.
+        self._row_bytes = [0 if one.dtype == object else one.nbytes // len(one) for one in outputs]
+        self._wholes: list[memoryview | None] = [None] * len(outputs)
+        self.outputs = len(outputs)
+        self.row_size = sum(self._row_bytes)
+
+    def rows(self, batch: Batch, first: int, rows: int) -> list[Buffer]:
+        """Return some rows of each output: of numbers, views of a copy of all."""
+        pieces: list[Buffer] = []
+        for index, row_bytes in enumerate(self._row_bytes):
+            output, whole = batch.outputs[index], self._wholes[index]
+            if output.dtype == object:
+                pieces.append(output_bytes(output[first : first + rows]))
+                continue
+            if whole is None:
+                whole = self._wholes[index] = memoryview(output.tobytes())
+            pieces.append(whole[first * row_bytes : (first + rows) * row_bytes])
+        return pieces
+
+
+class _Group:
+    """Answers of one batch for one front. `columns`: the pieces of each output."""
+
+    __slots__ = ("columns", "ids", "model", "places", "shared")
+
+    def __init__(self, shared: _Shared, model: int) -> None:
+        self.shared = shared
+        self.model = model
+        self.ids: list[int] = []
+        self.places: list[int] = []
+        self.columns: list[list[Buffer]] = [[] for _ in range(shared.outputs)]
+
+    def add(self, request: LinkedRequest, pieces: Sequence[Buffer]) -> None:
+        """Add the rows of a request."""
+        self.ids.append(request.id)
+        self.places.append(request.first_row)
+        for column, piece in zip(self.columns, pieces, strict=True):
+            column.append(piece)
+
+
+class Downlink(Endpoint[ToFront, FromFront]):
+    """The link to one life of a front. `number`: the front's. `open`: its requests in the batchers, by id."""
+
+    def __init__(
+        self,
+        number: int,
+        channel: HomeChannel,
+        slab_in: SlabReader,
+        slab_out: SlabWriter,
+        models: Sequence[Model],
+        tenants: Tenants | None,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        on_submitted: Callable[[], None],
+        on_ended: Callable[["Downlink", str, bool], None],
+    ) -> None:
+        super().__init__(channel, loop)
+        self.number = number
+        self.open: dict[int, LinkedRequest] = {}
+        self.on_report: Callable[[msgspec.Raw], None] = lambda content: None
+        self._slab_in = slab_in
+        self._slab_out = slab_out
+        self._models = models
+        self._readers: list[InputReader | None] = [None] * len(models)
+        self._accounts = tenants
+        self._tenants: dict[int, Tenant] = {}
+        self._numbers: dict[Tenant, int] = {}
+        self._touched: dict[int, Tenant] = {}  # limited tenants whose accounts have changed
+        self._on_submitted = on_submitted
+        self._on_ended = on_ended
+        self._groups: list[_Group] = []  # of this iteration
+        self._outbox: list[ToFront] = []
+        self._waiting: deque[tuple[Answers, bytes]] = deque()  # for a block
+        self.send(Welcome(PROCESS, len(models)))
+        for index, model in enumerate(models):
+            if model.batcher is not None or model.load_error is not None:
+                self.loaded(index)
+
+    def loaded(self, index: int) -> None:
+        """Tell the front that a model is loaded, or that it could not be."""
+        model = self._models[index]
+        if model.batcher is None:
+            self.send(Loaded(index, error=str(model.load_error)))
+            return
+        signature = model.engine_worker.engine.signature
+        self._readers[index] = InputReader(signature)
+        encoded = msgspec.msgpack.encode(signature)
+        self.send(Loaded(index, encoded, model.batcher.max_batch_size))
+
+    def collect(self) -> None:
+        """Ask the front for a report."""
+        self.send(Collect())
+
+    # From the front
+
+    def handle(self, message: FromFront) -> None:
+        if type(message) is Submit:
+            self._submit(message)
+            return
+        match message:
+            case Release():
+                for offset in message.offsets:
+                    self._slab_out.free(offset)
+                self._post_waiting()
+            case Cancel():
+                for id_ in message.ids:
+                    self._cancel(id_)
+            case TenantMessage():
+                self._introduce(message)
+            case Report():
+                self.on_report(message.content)
+
+    def on_received(self) -> None:
+        self._on_submitted()
+
+    def _submit(self, submit: Submit) -> None:
+        reader = self._readers[submit.model] if submit.model < len(self._readers) else None
+        if reader is None:
+            raise LinkError(f"a request for model {submit.model}, which is not loaded")
+        if submit.id % BUNDLE_IDS or submit.id in self.open:
+            raise LinkError(f"a request with the id {submit.id}")
+        batcher: Batcher = self._models[submit.model].loaded_batcher
+        payload = self._slab_in.read(submit.payload, sum(submit.sizes))
+        rows = reader.read(submit, payload)
+        if submit.callers == 1:
+            request = LinkedRequest(self, submit.model, submit, rows)
+        else:
+            if submit.callers != submit.rows or submit.callers >= BUNDLE_IDS or not reader.plain:
+                raise LinkError(f"a bundle of {submit.callers} callers with {submit.rows} rows")
+            request = LinkedBundle(self, submit.model, submit, rows)
+        self.open[submit.id] = request
+        try:
+            if isinstance(request, LinkedBundle):
+                request.enter(batcher.submit)
+            else:
+                batcher.submit(request)
+        except Exception as error:  # noqa: BLE001 - `_fail` logs unexpected ones
+            del self.open[submit.id]
+            self._fail(request, error)
+
+    def _cancel(self, id_: int) -> None:
+        ids = [id_] if id_ in self.open else range(id_ + 1, id_ + BUNDLE_IDS)  # a bundle that was split
+        dropped = [one for one in ids if one in self.open]
+        for one in dropped:
+            request = self.open.pop(one)
+            self._models[request.model].loaded_batcher.cancel(request)
+        if dropped:
+            self.post(Dropped(tuple(dropped)))
+
+    def _introduce(self, message: TenantMessage) -> None:
+        if self._accounts is None or not self._accounts.has_rule(message.rule):
+            raise LinkError(f"tenant {message.name!r} with rule {message.rule}")
+        before = self._tenants.get(message.number)
+        if before is not None:
+            self._numbers.pop(before, None)
+        tenant = self._accounts.by_rule(message.name, message.rule)
+        self._tenants[message.number] = tenant
+        self._numbers[tenant] = message.number
+
+    def tenant(self, number: int) -> Tenant | None:
+        """Return the tenant with this number. Raises LinkError."""
+        if not number:
+            return None
+        tenant = self._tenants.get(number)
+        if tenant is None:
+            raise LinkError(f"tenant {number} is not known")
+        return tenant
+
+    # To the front
+
+    def post(self, message: ToFront) -> None:
+        """Send a message with the answers of this iteration, in order."""
+        self._outbox.append(message)
+        self.flush_soon()
+
+    def answer(self, request: LinkedRequest) -> None:
+        """Take a request's answer from its batch, whose outputs are valid now."""
+        if self.open.pop(request.id, None) is None:
+            return  # the link has ended
+        if request.error is not None:
+            self._fail(request, request.error)
+            return
+        self._touch(request)
+        batch = request.batch
+        assert batch is not None
+        shared = batch.memo.get(_SHARED)
+        if shared is None:
+            shared = batch.memo[_SHARED] = _Shared(batch)
+        first, rows = request.first_row, request.rows
+        if shared.row_size * rows > INLINE_BYTES:
+            group = _Group(shared, request.model)
+            group.add(request, [output_bytes(output[first : first + rows]) for output in batch.outputs])
+            self._post_group(group)  # the only copy is into the slab
+            return
+        group = batch.memo.get(self)  # type: ignore[assignment]  # or None
+        if group is None:
+            group = batch.memo[self] = _Group(shared, request.model)
+            self._groups.append(group)
+            self.flush_soon()
+        group.add(request, shared.rows(batch, first, rows))
+
+    def _post_group(self, group: _Group) -> None:
+        sizes = tuple([sum(map(len, column)) for column in group.columns])
+        size = sum(sizes)
+        buffers = [piece for column in group.columns for piece in column]
+        payload = self._slab_out.place(buffers, size)
+        shared = group.shared
+        answers = Answers(
+            group.model,
+            shared.info,
+            tuple(group.ids),
+            tuple(group.places),
+            shared.shapes,
+            sizes,
+            0 if payload is None else payload,
+        )
+        if payload is not None:
+            self.post(answers)
+        elif size <= self._slab_out.size:
+            self._waiting.append((answers, b"".join(buffers)))
+        else:
+            members = {"body_bytes": size, "limit_bytes": self._slab_out.size}
+            detail = f"the outputs have {size} bytes, the limit is {self._slab_out.size}"
+            for id_ in group.ids:
+                self.post(Failed(id_, "result-too-large", detail, members, batch=shared.info))
+
+    def _post_waiting(self) -> None:
+        """Send answers for which there is a block now."""
+        while self._waiting:
+            answers, data = self._waiting[0]
+            payload = self._slab_out.place([data], len(data))
+            if payload is None:
+                return
+            self._waiting.popleft()
+            self.post(msgspec.structs.replace(answers, payload=payload))
+
+    def _fail(self, request: LinkedRequest, error: Exception) -> None:
+        self._touch(request)
+        problem = from_error(error)
+        slug = problem.kind.slug
+        if slug == "internal":
+            log.error("a request of front %d failed", self.number, exc_info=error)
+        info = None if request.batch is None else _info_of(request.batch)
+        self.post(Failed(request.id, slug, problem.detail, problem.members, problem.close, info))
+
+    def _touch(self, request: LinkedRequest) -> None:
+        """Send a limited tenant's account along: responses say how much is left."""
+        tenant = request.tenant
+        if tenant is not None and tenant.limited and tenant in self._numbers:
+            self._touched[self._numbers[tenant]] = tenant
+
+    def gather(self) -> None:
+        groups, self._groups = self._groups, []
+        for group in groups:
+            self._post_group(group)
+        if self._touched:
+            accounts = [_account(number, tenant) for number, tenant in self._touched.items()]
+            self._touched.clear()
+            self._channel.send(Accounts(tuple(accounts)))
+        outbox, self._outbox = self._outbox, []
+        for message in outbox:
+            self._channel.send(message)
+
+    # The end
+
+    def on_end(self, why: str, *, broken: bool) -> None:
+        open_, self.open = self.open, {}
+        self._groups.clear()
+        self._outbox.clear()
+        self._waiting.clear()
+        for request in open_.values():
+            self._models[request.model].loaded_batcher.cancel(request)
+        self._on_ended(self, why, broken)
+
+
+def _account(number: int, tenant: Tenant) -> tuple[int, int, float]:
+    return number, tenant.open_requests, 0.0 if tenant.bucket is None else tenant.bucket.full_at_s
+
+
+def _info_of(batch: Batch) -> BatchInfo:
+    return BatchInfo(
+        batch.number,
+        batch.rows,
+        batch.reason,
+        batch.engine,
+        batch.slot,
+        batch.gathered_s,
+        batch.dispatched_s,
+        batch.started_s,
+        batch.finished_s,
+        batch.failed,
+        tuple([_info_of(one) for one in batch.joined]),
+    )

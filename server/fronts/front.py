@@ -1,0 +1,78 @@
+"""A front-end process: HTTP, authentication, decoding and encoding of infer requests. Home runs them."""
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from functools import partial
+
+from starlette.types import ASGIApp
+
+from cobatch.engines.link.channel import Channel
+from cobatch.engines.link.messages import decode_to_front
+from cobatch.engines.link.slab import SlabReader, SlabWriter
+from cobatch.server.fronts.app import front_app
+from cobatch.server.fronts.child_server import ChildServer
+from cobatch.server.fronts.control import LinkEnds, Parent
+from cobatch.server.fronts.page import Page
+from cobatch.server.fronts.remote import RemoteModel
+from cobatch.server.fronts.uplink import Uplink
+from cobatch.server.inference.service import Inference
+from cobatch.server.observability.output import LogStream
+from cobatch.server.settings.schema import Settings
+
+log = logging.getLogger("cobatch.fronts")
+
+
+class Uplinks:
+    """The link to home, and the models that it gives access to. `on_broken` is called at a bad message."""
+
+    def __init__(self, settings: Settings, fronts: int) -> None:
+        self.models = [RemoteModel(model, index, fronts) for index, model in enumerate(settings.models)]
+        self.current: Uplink | None = None
+        self.on_broken: Callable[[], None] = lambda: None
+
+    def make_inference(self, settings: Settings, log_stream: LogStream | None) -> Inference:
+        """Return the front's models."""
+        self.inference = Inference(settings, log_stream, self.models)
+        return self.inference
+
+    def use(self, ends: LinkEnds) -> None:
+        """Use a link to home; it replaces an earlier one."""
+        if self.current is not None:
+            self.current.end("another one takes its place")
+        self.current = Uplink(
+            Channel(ends.messages, decode_to_front),
+            SlabReader(ends.slab_in),
+            SlabWriter(ends.slab_out),
+            Page(ends.page, len(self.models), writable=False),
+            self.models,
+            asyncio.get_running_loop(),
+            on_loaded=self.inference.tell_if_ready,
+            on_ended=self._on_ended,
+        )
+
+    def _on_ended(self, why: str, broken: bool) -> None:
+        self.current = None
+        if broken:
+            log.critical("the link to the engine process cannot be used any more: %s", why)
+            self.on_broken()
+
+
+class Front(ChildServer):
+    """The server of a front."""
+
+    def __init__(self, settings: Settings, log_stream: LogStream | None, parent: Parent) -> None:
+        self.uplinks = Uplinks(settings, parent.start.fronts)
+        self.uplinks.on_broken = partial(os._exit, 1)  # the supervisor starts another front
+        super().__init__(settings, log_stream, parent)
+
+    def make_inference(self, settings: Settings, log_stream: LogStream | None) -> Inference:
+        return self.uplinks.make_inference(settings, log_stream)
+
+    def make_app(self, inference: Inference) -> ASGIApp:
+        return front_app(inference)
+
+    def add_link(self, front: int, ends: LinkEnds) -> None:
+        ends.handover.close()
+        self.uplinks.use(ends)

@@ -1,0 +1,142 @@
+"""The process with scheduler, engines and all routes but infer: today's server, and links to the fronts."""
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+
+from cobatch.batcher.batcher import Batcher
+from cobatch.batcher.request import Batch
+from cobatch.engines.link.channel import Channel
+from cobatch.engines.link.messages import decode_from_front
+from cobatch.engines.link.slab import SlabReader, SlabWriter
+from cobatch.server.fronts.child_server import ChildServer
+from cobatch.server.fronts.control import HEARTBEAT_S, EndFront, LinkEnds, Parent
+from cobatch.server.fronts.downlink import Downlink
+from cobatch.server.fronts.page import Page
+from cobatch.server.inference.model import Model
+from cobatch.server.inference.service import Inference
+from cobatch.server.observability.output import LogStream
+from cobatch.server.settings.schema import Settings
+
+log = logging.getLogger("cobatch.fronts")
+
+
+class Downlinks:
+    """The links to all fronts, by their number, and the page that the fronts read.
+
+    `on_broken` is told of a front that sent a bad message, `on_none` that no link is left.
+    """
+
+    def __init__(self, inference: Inference) -> None:
+        self.links: dict[int, Downlink] = {}
+        self.on_broken: Callable[[int, str], None] = lambda front, why: None
+        self.on_none: Callable[[], None] = lambda: None
+        self._inference = inference
+        self._models = list(inference.models.values())
+        self._indices = {model.name: index for index, model in enumerate(self._models)}
+        self._page: Page | None = None
+        self._beat_again: asyncio.TimerHandle | None = None
+        inference.on_loaded = self._on_loaded
+        inference.observer.on_batch(self._on_batch)
+
+    def add(self, front: int, ends: LinkEnds) -> None:
+        """Use a link to a front; it replaces an earlier one."""
+        loop = asyncio.get_running_loop()
+        if self._page is None:
+            self._page = Page(ends.page, len(self._models), writable=True)
+            self._beat()
+        else:
+            os.close(ends.page)
+        before = self.links.pop(front, None)
+        if before is not None:
+            before.end("another one takes its place")
+        auth = self._inference.auth
+        self.links[front] = Downlink(
+            front,
+            Channel(ends.messages, decode_from_front),
+            SlabReader(ends.slab_in),
+            SlabWriter(ends.slab_out),
+            self._models,
+            None if auth is None else auth.tenants,
+            loop,
+            on_submitted=self.update,
+            on_ended=self._on_ended,
+        )
+
+    def close(self) -> None:
+        """End all links."""
+        if self._beat_again is not None:
+            self._beat_again.cancel()
+        for link in list(self.links.values()):
+            link.end("home ends")
+
+    def _on_ended(self, link: Downlink, why: str, broken: bool) -> None:
+        if self.links.get(link.number) is link:
+            del self.links[link.number]
+        if broken:
+            self.on_broken(link.number, why)
+        if not self.links:
+            self.on_none()
+
+    def _on_loaded(self, model: Model) -> None:
+        self.update()
+        for link in self.links.values():
+            link.loaded(self._indices[model.name])
+
+    # The page
+
+    def _beat(self) -> None:
+        self.update()
+        if self._page is not None:
+            self._page.heartbeat_s = time.monotonic()
+        self._beat_again = asyncio.get_running_loop().call_later(HEARTBEAT_S, self._beat)
+
+    def _on_batch(self, batcher: Batcher, batch: Batch) -> None:
+        # The next batches leave the queue first.
+        asyncio.get_running_loop().call_soon(self._update, self._indices[batcher.name])
+
+    def update(self) -> None:
+        """Write the page."""
+        for index in range(len(self._models)):
+            self._update(index)
+
+    def _update(self, index: int) -> None:
+        batcher = self._models[index].batcher
+        if self._page is not None and batcher is not None:
+            self._page.queues[index].update(batcher.queue, batcher.admission)
+
+
+class Home(ChildServer):
+    """The server of home. Its batchers take requests of fronts until all links have ended."""
+
+    def __init__(self, settings: Settings, log_stream: LogStream | None, parent: Parent) -> None:
+        super().__init__(settings, log_stream, parent)
+        self._unlinked = asyncio.Event()
+        self._unlinked.set()
+        self.downlinks = Downlinks(self.inference)
+        self.downlinks.on_broken = self._on_broken
+        self.downlinks.on_none = self._unlinked.set
+
+    def add_link(self, front: int, ends: LinkEnds) -> None:
+        self._unlinked.clear()
+        ends.handover.close()
+        self.downlinks.add(front, ends)
+
+    def _on_broken(self, front: int, why: str) -> None:
+        log.error("front %d sent a bad message: %s", front, why)
+        self.parent.send(EndFront(front))
+
+    async def before_drain(self) -> None:
+        """Wait until no front sends requests any more."""
+        await self._last.wait()
+        await self._unlinked.wait()
+
+    async def drained(self) -> None:
+        """Wait for nothing: the supervisor has closed the listener already."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.downlinks.close()
+        await super().shutdown(sockets)

@@ -1,0 +1,264 @@
+"""A model whose batcher is in another process: to edges and codecs it is as one of this process."""
+
+import asyncio
+import time
+from collections.abc import Hashable, Sequence
+from typing import NoReturn, Protocol
+
+import numpy as np
+
+from cobatch.batcher.errors import BatcherError, QueueFullError, TooManyRowsError
+from cobatch.batcher.request import Batch, Request, State
+from cobatch.batcher.tenant import Tenant
+from cobatch.engines.base import RowShapes, Signature
+from cobatch.engines.link.messages import BatchInfo
+from cobatch.server.fronts.page import QueuePage
+from cobatch.server.fronts.rows import is_plain
+from cobatch.server.http.problem import Problem
+from cobatch.server.http.reply import Reply
+from cobatch.server.inference.padding import make_padder
+from cobatch.server.inference.served import Admission, Queue, ServedModel
+from cobatch.server.settings.schema import ModelSettings
+from cobatch.server.v2.decode import Decoder, WantedOutputs
+from cobatch.server.v2.encode import Encoder, timing_of_batch
+
+# Rows of a bundle: a larger one would be most of a batch, and cannot be split across two.
+MOST_BUNDLED = 16
+_SOURCES_KEPT = 4096
+
+
+class RemoteBatch(Batch):
+    """A batch that ran in home, with the rows of this front. `lead`: the beginning of its requests' ids."""
+
+    __slots__ = ("lead",)
+
+    def __init__(self, info: BatchInfo, lead: bytes) -> None:
+        Batch.__init__(self, [], info.rows, (), info.reason, info.engine, info.number, info.slot)
+        self.gathered_s, self.dispatched_s = info.gathered_s, info.dispatched_s
+        self.started_s, self.finished_s = info.started_s, info.finished_s
+        self.failed = info.failed
+        self.joined = [RemoteBatch(one, b"") for one in info.joined]
+        self.lead = lead
+
+    def hold(self, outputs: Sequence[np.ndarray[tuple[int, ...], np.dtype[np.generic]]]) -> None:
+        """Hold the rows of this front while they are encoded; ids are given by `FrontEncoder`."""
+        self.outputs = outputs
+        shapes = tuple([output.shape[1:] for output in outputs])
+        self.memo["shared"] = shapes, timing_of_batch(self), None
+
+
+class FrontEncoder(Encoder):
+    """Encodes responses whose ids name the place in home where the request ran."""
+
+    def encode(
+        self, request: Request, wanted: WantedOutputs, message_id: str | None, usage: bool = False
+    ) -> Reply:
+        reply = Encoder.encode(self, request, wanted, message_id, usage)
+        batch = request.batch
+        if type(batch) is RemoteBatch and batch.number:
+            reply.request_id = b"%b%d" % (batch.lead, request.entry)  # type: ignore[str-format]  # a row
+        return reply
+
+
+class Uplink(Protocol):
+    """The part of `server.fronts.uplink.Uplink` that a batcher uses."""
+
+    def gather_from(self, batcher: "RemoteBatcher") -> None: ...
+    def submit(self, batcher: "RemoteBatcher", requests: list[Request]) -> None: ...
+    def cancel(self, request: Request) -> None: ...
+
+
+class _Closed:
+    """The queue of a model that cannot be reached."""
+
+    rows = open_rows = 0
+    full_rows = 1
+
+
+class RemoteBatcher:
+    """Sends requests to the batcher in home. `index`: of the model in the settings; `row_shapes`: the
+    signature's.
+
+    Its queue and admission are home's, as far as its page tells: they refuse early, and home decides.
+    `entry` of a request is its place in the link, and then the row of its batch where it began.
+    """
+
+    def __init__(self, model: "RemoteModel", index: int, fronts: int) -> None:
+        self.index = index
+        self.queue: Queue = _Closed()
+        self.admission: Admission = _Closed()
+        self._model = model
+        self._fronts = fronts
+        self._uplink: Uplink | None = None
+        self._page: QueuePage | None = None
+        self._pending: list[Request] = []  # of this iteration
+        self._plain = False
+        self.row_shapes: RowShapes = ()
+        self._alone: dict[Hashable, None] = {}  # sources of rows that the model refused
+        self._open = 0
+        self._drained: asyncio.Event | None = None
+
+    # The link
+
+    def open(self, uplink: Uplink, page: QueuePage, signature: Signature) -> None:
+        """Send requests over this link."""
+        self._uplink, self._page = uplink, page
+        self.row_shapes = tuple(spec.shape for spec in signature.inputs)
+        self._plain = is_plain(signature)
+        self.resume()
+
+    def close(self) -> None:
+        """Refuse requests: the link has ended, and what was sent is lost."""
+        self.pause()
+        self._uplink = self._page = None
+        pending, self._pending = self._pending, []
+        for request in pending:
+            if request.state is State.QUEUED:
+                self.fail(request, self.gone())
+
+    def pause(self) -> None:
+        """Refuse requests while home does not run."""
+        self.queue = self.admission = _Closed()
+
+    def resume(self) -> None:
+        """Accept requests."""
+        if self._page is not None:
+            self.queue = self.admission = self._page
+
+    @property
+    def usable(self) -> bool:
+        """Home accepts requests."""
+        return self.admission.open_rows > 0
+
+    def gone(self) -> Problem:
+        """Return the problem of a request while there is no home."""
+        name = self._model.name
+        detail = f"the process with the engine of model {name!r} is being started"
+        return Problem("starting", detail, model=name, retry_after_s=1)
+
+    def fullness(self) -> tuple[int, int, float]:
+        """Return the queued rows, their limit, and the seconds until the queue is empty."""
+        page, limit = self._page, self._model.settings.max_queue_rows
+        return (0, limit, 1.0) if page is None else (page.rows, limit, page.drain_s)
+
+    # Requests
+
+    def refusal(
+        self, rows: int = 1, tenant: Tenant | None = None, callers: int = 1
+    ) -> BatcherError | Problem | None:
+        """Return why a request would be refused now, as far as this process knows, or None."""
+        page, limit = self._page, self._model.settings.max_queue_rows
+        if page is None or self.queue is not page:
+            return self.gone()
+        if rows > limit:
+            return TooManyRowsError(rows, limit)
+        if page.open_rows and page.rows + rows > limit:
+            return QueueFullError(*self.fullness())
+        return None if tenant is None else tenant.rate_refusal(callers, time.monotonic())
+
+    def submit(self, request: Request) -> None:
+        """Send a request to home at the end of the iteration. Raises Problem if that is not possible now."""
+        uplink = self._uplink
+        if uplink is None or self.queue is not self._page:
+            self._raise_gone()
+        request.enqueued_s = time.monotonic()
+        request.state = State.QUEUED
+        self._open += 1
+        if not self._pending:
+            uplink.gather_from(self)
+        self._pending.append(request)
+
+    def _raise_gone(self) -> NoReturn:
+        raise self.gone()
+
+    def cancel(self, request: Request) -> None:
+        """Drop a request whose caller left. Harmless if it is already done."""
+        if request.state is State.QUEUED:
+            self.ended()
+            if request.entry is not None and self._uplink is not None:
+                self._uplink.cancel(request)
+        if request.state in (State.NEW, State.QUEUED):
+            request.state = State.CANCELLED
+            request.payloads = ()
+
+    def flush(self, uplink: Uplink) -> None:
+        """Send the requests of this iteration, single rows in bundles."""
+        pending, self._pending = self._pending, []
+        most = min(MOST_BUNDLED, self.queue.full_rows // (2 * self._fronts)) if self._plain else 1
+        bundle: list[Request] = []
+        for request in pending:
+            if request.state is not State.QUEUED:
+                continue
+            if most <= 1 or not self._may_bundle(request):
+                uplink.submit(self, [request])
+                continue
+            if len(bundle) == most or (bundle and request.tenant is not bundle[0].tenant):
+                uplink.submit(self, bundle)
+                bundle = []
+            bundle.append(request)
+        if bundle:
+            uplink.submit(self, bundle)
+
+    def _may_bundle(self, request: Request) -> bool:
+        """Return whether a request is one row without wishes, of a source whose rows have not failed."""
+        plain = request.rows == 1 and request.timeout_s is None and not request.priority
+        return plain and (not self._alone or request.source not in self._alone)
+
+    # Answers
+
+    def ended(self) -> None:
+        """Count a request that is answered, failed or cancelled."""
+        self._open -= 1
+        if self._drained is not None and not self._open:
+            self._drained.set()
+
+    def fail(self, request: Request, error: Exception) -> None:
+        """Answer a request with an error."""
+        request.state = State.DONE
+        request.error = error
+        request.payloads = ()
+        self.ended()
+        request.done()
+
+    def keep_alone(self, source: Hashable) -> None:
+        """Send requests of this source by themselves from now on, so that home knows them by it."""
+        self._alone[source] = None
+        if len(self._alone) > _SOURCES_KEPT:
+            del self._alone[next(iter(self._alone))]
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Wait until all requests are answered; return False if that took longer than `timeout_s`."""
+        self._drained = asyncio.Event()
+        if not self._open:
+            return True
+        try:
+            await asyncio.wait_for(self._drained.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+
+class RemoteModel(ServedModel):
+    """A model in home. `batcher` is None until home has loaded it for the first time."""
+
+    batcher: RemoteBatcher | None
+
+    def __init__(self, settings: ModelSettings, index: int, fronts: int) -> None:
+        super().__init__(settings)
+        self.signature: Signature | None = None
+        self._remote = RemoteBatcher(self, index, fronts)
+
+    def loaded(self, uplink: Uplink, page: QueuePage, signature: Signature) -> None:
+        """Use the model that home has loaded. Raises EngineLoadError."""
+        if signature != self.signature:
+            self.signature = signature
+            padder = make_padder(self.name, self.settings.pad, signature)
+            self.decoder = Decoder(signature, self.settings.max_queue_rows, padder)
+            self.encoder = FrontEncoder(self.name, self.version, signature)
+        self._remote.open(uplink, page, signature)
+        self.batcher = self._remote
+
+    @property
+    def ready(self) -> bool:
+        """A request would be accepted, unless the queue is full."""
+        return self.batcher is not None and self.batcher.usable

@@ -1,0 +1,120 @@
+"""Rows in the payload of a message: written in one process, checked and read in the other.
+
+Little-endian tensors one after another; an element of a BYTES tensor is its length (u32) and its bytes.
+"""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from cobatch.batcher.request import Payload
+from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec
+from cobatch.engines.errors import LinkError
+from cobatch.engines.link.messages import Answers, Submit
+from cobatch.server.http.problem import Problem
+from cobatch.server.v2.binary import read_binary
+from cobatch.server.v2.checks import OutputSizes, check_tensor
+
+Buffer = bytes | bytearray | memoryview
+
+
+def as_bytes(payload: Payload) -> Buffer:
+    """Return the rows of one input as they are sent."""
+    if not isinstance(payload, list):
+        return payload
+    return b"".join([piece for value in payload for piece in (len(value).to_bytes(4, "little"), value)])
+
+
+def is_plain(signature: Signature) -> bool:
+    """Return whether rows of all inputs have one length and no byte that needs a check."""
+    return all(spec.row_elements >= 0 and spec.datatype not in ("BOOL", "BYTES") for spec in signature.inputs)
+
+
+class InputReader:
+    """Reads the requests of one model. A front is trusted no further than its own rows."""
+
+    def __init__(self, signature: Signature) -> None:
+        self._specs = specs = signature.inputs
+        self._row_shapes: RowShapes = tuple(spec.shape for spec in specs)
+        self._fixed = all(spec.row_elements >= 0 for spec in specs)
+        self.plain = is_plain(signature)
+        # Bytes of a row.
+        self._row_bytes = tuple(spec.row_elements * spec.dtype.itemsize for spec in specs)
+        self._output_sizes = OutputSizes(signature)
+
+    def read(self, submit: Submit, payload: Buffer) -> tuple[RowShapes, Sequence[Payload]]:
+        """Return the shapes of a request's rows, and views of its tensors. Raises LinkError."""
+        sizes, rows = submit.sizes, submit.rows
+        if self.plain and submit.shapes is None:
+            expected = self._row_bytes if rows == 1 else tuple([size * rows for size in self._row_bytes])
+            if sizes != expected:
+                raise LinkError(f"the inputs have {sizes} bytes, {rows} rows have {expected}")
+            return self._row_shapes, (payload,) if len(sizes) == 1 else cut(payload, sizes)
+        shapes = self._row_shapes if submit.shapes is None else submit.shapes
+        if len(sizes) != len(self._specs) or len(shapes) != len(self._specs):
+            raise LinkError(f"a request with {len(sizes)} inputs, the model has {len(self._specs)}")
+        try:
+            tensors = [
+                _read(spec, rows, shape, tensor)
+                for spec, shape, tensor in zip(self._specs, shapes, cut(payload, sizes), strict=True)
+            ]
+            self._output_sizes.check(rows, shapes)
+        except Problem as problem:
+            raise LinkError(f"a request that is not of the model: {problem.detail}") from None
+        return self._row_shapes if self._fixed else shapes, tensors
+
+
+def _read(spec: TensorSpec, rows: int, row_shape: tuple[int, ...], data: memoryview) -> Payload:
+    if not spec.batched and rows != 1:
+        raise LinkError(f"{rows} rows for a model without batches")
+    shape = list(spec.tensor_shape(rows, row_shape))
+    check_tensor(spec, spec.datatype, shape)
+    return read_binary(spec, data, shape)
+
+
+def cut(payload: Buffer, sizes: Sequence[int]) -> list[memoryview]:
+    """Return views of tensors that lie one after another."""
+    view = memoryview(payload)
+    views = []
+    at = 0
+    for size in sizes:
+        views.append(view[at : at + size])
+        at += size
+    return views
+
+
+def output_bytes(output: Array) -> Buffer:
+    """Return rows of an output as they are sent; contiguous numbers are not copied."""
+    if output.dtype != object:
+        return np.ascontiguousarray(output).reshape(-1).view(np.uint8).data
+    return as_bytes([one if isinstance(one, bytes) else str(one).encode() for one in output.reshape(-1)])
+
+
+def read_outputs(specs: Sequence[TensorSpec], answers: Answers, rows: int, payload: Buffer) -> list[Array]:
+    """Return the outputs of an answer, of `rows` rows together: views of the payload, or lists of bytes."""
+    outputs = []
+    at = 0
+    for spec, row_shape, size in zip(specs, answers.shapes, answers.sizes, strict=True):
+        shape = (rows, *row_shape)
+        if spec.datatype == "BYTES":
+            data = memoryview(payload)[at : at + size]
+            output: np.ndarray[Any, Any] = np.empty(prod(shape), object)
+            output[:] = read_elements(data)
+            outputs.append(output.reshape(shape))
+        else:
+            outputs.append(np.ndarray(shape, spec.dtype, payload, at))
+        at += size
+    return outputs
+
+
+def read_elements(data: memoryview) -> list[bytes]:
+    """Return the elements of a BYTES tensor."""
+    values = []
+    at = 0
+    while at < len(data):
+        end = at + 4 + int.from_bytes(data[at : at + 4], "little")
+        values.append(bytes(data[at + 4 : end]))
+        at = end
+    return values

@@ -1,0 +1,315 @@
+"""A front's end of its link: requests to home, answers to their callers.
+
+A request's block in this front's slab is free once home has answered it or dropped it; until then a cancelled
+request stays here, without a caller. An answer's block, in home's slab, is given back when it is encoded.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from cobatch.batcher.errors import QueueFullError
+from cobatch.batcher.request import Request, State
+from cobatch.batcher.tenant import Tenant
+from cobatch.engines.base import Signature
+from cobatch.engines.errors import EngineLoadError, LinkError
+from cobatch.engines.link.channel import FrontChannel
+from cobatch.engines.link.messages import (
+    BUNDLE_IDS,
+    Accounts,
+    Answers,
+    Cancel,
+    Collect,
+    Dropped,
+    Failed,
+    FromFront,
+    Loaded,
+    Release,
+    Report,
+    Submit,
+    ToFront,
+    Welcome,
+)
+from cobatch.engines.link.messages import Tenant as TenantMessage
+from cobatch.engines.link.slab import SlabReader, SlabWriter
+from cobatch.server.fronts.endpoint import Endpoint
+from cobatch.server.fronts.page import Page
+from cobatch.server.fronts.remote import RemoteBatch, RemoteBatcher, RemoteModel
+from cobatch.server.fronts.rows import as_bytes, read_outputs
+from cobatch.server.http.problem import Problem
+
+log = logging.getLogger("cobatch.fronts")
+
+_MOST_TENANTS = 1 << 14
+_SOURCE_BITS = (1 << 31) - 1
+# Home is not running if its heartbeat is older.
+STALLED_S = 1.0
+_LOOK_S = 0.25
+
+
+class _Sent:
+    """A message in flight: the callers of its rows, and its block (-1: none). `left`: members of a bundle
+    that was split and whose block they share, as `whole`."""
+
+    __slots__ = ("batcher", "block", "id", "left", "requests", "whole")
+
+    def __init__(self, id_: int, batcher: RemoteBatcher, requests: list[Request], block: int) -> None:
+        self.id = id_
+        self.batcher = batcher
+        self.requests = requests
+        self.block = block
+        self.left = 0
+        self.whole: _Sent | None = None
+
+
+class Uplink(Endpoint[FromFront, ToFront]):
+    """The link to one life of home. `on_ended` is called at its end, when all callers have been told."""
+
+    def __init__(
+        self,
+        channel: FrontChannel,
+        slab_in: SlabReader,
+        slab_out: SlabWriter,
+        page: Page,
+        models: Sequence[RemoteModel],
+        loop: asyncio.AbstractEventLoop,
+        *,
+        on_loaded: Callable[[], None],
+        on_ended: Callable[[str, bool], None],
+    ) -> None:
+        super().__init__(channel, loop)
+        self.on_collect: Callable[[], None] = lambda: None
+        self._slab_in = slab_in
+        self._slab_out = slab_out
+        self._page = page
+        self._models = models
+        self._on_loaded = on_loaded
+        self._on_ended = on_ended
+        self._open: dict[int, _Sent] = {}
+        self._next = 0
+        self._gathered: list[RemoteBatcher] = []
+        self._released: list[int] = []
+        self._tenants: dict[Tenant, int] = {}  # their numbers, the oldest first
+        self._by_number: dict[int, Tenant] = {}
+        self._lead = ""
+        self._stalled = False
+        self._look = loop.call_later(_LOOK_S, self._watch)
+
+    # To home
+
+    def gather_from(self, batcher: RemoteBatcher) -> None:
+        """Ask a batcher for its requests at the end of this iteration."""
+        self._gathered.append(batcher)
+        self.flush_soon()
+
+    def gather(self) -> None:
+        gathered, self._gathered = self._gathered, []
+        for batcher in gathered:
+            batcher.flush(self)
+        if self._released:
+            self._channel.send(Release(tuple(self._released)))
+            self._released.clear()
+
+    def submit(self, batcher: RemoteBatcher, requests: list[Request]) -> None:
+        """Send a request, or several single rows as a bundle."""
+        first = requests[0]
+        if len(requests) == 1:
+            buffers = [as_bytes(payload) for payload in first.payloads]
+            sizes = tuple([len(buffer) for buffer in buffers])
+        else:
+            columns = list(zip(*[request.payloads for request in requests], strict=True))
+            buffers = [as_bytes(payload) for column in columns for payload in column]
+            sizes = tuple([sum(map(len, column)) for column in columns])
+        size = sum(sizes)
+        payload = self._slab_out.place(buffers, size)
+        if payload is None:
+            self._refuse(batcher, requests, size)
+            return
+        self._next = id_ = self._next + BUNDLE_IDS
+        block = payload if type(payload) is int else -1
+        self._open[id_] = sent = _Sent(id_, batcher, requests, block)
+        for request in requests:
+            request.entry = sent
+            request.payloads = ()
+        tenant = first.tenant
+        fixed = first.row_shapes == batcher.row_shapes
+        self._channel.send(
+            Submit(
+                id_,
+                batcher.index,
+                first.rows if len(requests) == 1 else len(requests),
+                sizes,
+                payload,
+                len(requests),
+                None if fixed else first.row_shapes,
+                0 if tenant is None else self._number_of(tenant),
+                hash(first.source) & _SOURCE_BITS if tenant is None and len(requests) == 1 else 0,
+                first.priority,
+                first.timeout_s,
+            )
+        )
+
+    def _refuse(self, batcher: RemoteBatcher, requests: list[Request], size: int) -> None:
+        """Refuse requests for which there is no shared memory: it is home's queue that has it."""
+        most = self._slab_out.size
+        for request in requests:
+            error: Exception
+            if size > most:
+                detail = f"the tensors have {size} bytes, the limit is {most}"
+                error = Problem("body-too-large", detail, body_bytes=size, limit_bytes=most)
+            else:
+                error = QueueFullError(*batcher.fullness())
+            batcher.fail(request, error)
+
+    def _number_of(self, tenant: Tenant) -> int:
+        number = self._tenants.get(tenant)
+        if number is None:
+            number = len(self._tenants) + 1
+            if number > _MOST_TENANTS:
+                oldest = next(iter(self._tenants))
+                number = self._tenants.pop(oldest)
+            self._tenants[tenant] = number
+            self._by_number[number] = tenant
+            self._channel.send(TenantMessage(number, tenant.name, tenant.rule))
+        return number
+
+    def cancel(self, request: Request) -> None:
+        """Tell home that a caller left; of a bundle, once all have."""
+        sent = request.entry
+        assert isinstance(sent, _Sent)
+        if all(one is request or one.state is State.CANCELLED for one in sent.requests):
+            self.send(Cancel((sent.id,)))
+
+    def report(self, content: msgspec.Raw) -> None:
+        """Send a report."""
+        self.send(Report(content))
+
+    # From home
+
+    def handle(self, message: ToFront) -> None:
+        match message:
+            case Answers():
+                self._answer(message)
+            case Failed():
+                self._fail(message)
+            case Dropped():
+                for id_ in message.ids:
+                    self._end(self._take(id_))
+            case Accounts():
+                for number, open_requests, full_at_s in message.tenants:
+                    tenant = self._by_number[number]
+                    tenant.open_requests = open_requests
+                    if tenant.bucket is not None:
+                        tenant.bucket.full_at_s = full_at_s
+            case Loaded():
+                self._load(message)
+            case Collect():
+                self.on_collect()
+            case Welcome():
+                self._lead = f"{message.process}-%x."
+
+    def _load(self, loaded: Loaded) -> None:
+        model = self._models[loaded.model]
+        if loaded.error:
+            model.load_error = EngineLoadError(loaded.error)
+            return
+        signature = msgspec.msgpack.decode(loaded.signature, type=Signature)
+        model.loaded(self, self._page.queues[loaded.model], signature)
+        self._on_loaded()
+
+    def _answer(self, answers: Answers) -> None:
+        info = answers.batch
+        batch = RemoteBatch(info, (self._lead % info.number).encode() if info.number else b"")
+        taken = [self._take(id_) for id_ in answers.ids]
+        rows = sum([request.rows for sent in taken for request in sent.requests])
+        payload = self._slab_in.read(answers.payload, sum(answers.sizes))
+        signature = self._models[answers.model].signature
+        assert signature is not None
+        batch.hold(read_outputs(signature.outputs, answers, rows, payload))
+        first = 0
+        for sent, at in zip(taken, answers.places, strict=True):
+            place = at
+            for request in sent.requests:
+                if request.state is State.QUEUED:
+                    request.state = State.DONE
+                    request.batch = batch
+                    request.first_row = first
+                    request.entry = place
+                    sent.batcher.ended()
+                    request.done()
+                first += request.rows
+                place += request.rows
+            self._end(sent)
+        batch.outputs, batch.memo = (), {}  # no longer valid
+        if type(answers.payload) is int:
+            self._released.append(answers.payload)
+            self.flush_soon()
+
+    def _fail(self, failed: Failed) -> None:
+        sent = self._take(failed.id)
+        batch = None if failed.batch is None else RemoteBatch(failed.batch, b"")
+        for request in sent.requests:
+            if request.state is State.QUEUED:
+                if failed.slug == "input-rejected" and request.tenant is None:
+                    sent.batcher.keep_alone(request.source)
+                request.batch = batch
+                problem = Problem(failed.slug, failed.detail, close=failed.close, **failed.members)
+                sent.batcher.fail(request, problem)
+        self._end(sent)
+
+    def _take(self, id_: int) -> _Sent:
+        """Return what has this id, and end its flight."""
+        sent = self._open.pop(id_, None)
+        return self._take_member(id_) if sent is None else sent
+
+    def _take_member(self, id_: int) -> _Sent:
+        """Return a member of a bundle that home has split; the others are in flight alone from now on."""
+        whole = self._open.pop(id_ - id_ % BUNDLE_IDS, None)
+        if whole is None or id_ - whole.id > len(whole.requests):
+            raise LinkError(f"an answer for {id_}, which was not asked")
+        whole.left = len(whole.requests)
+        for number, request in enumerate(whole.requests, whole.id + 1):
+            member = self._open[number] = _Sent(number, whole.batcher, [request], -1)
+            member.whole = whole
+            if request.state is State.QUEUED:
+                request.entry = member
+        return self._open.pop(id_)
+
+    def _end(self, sent: _Sent) -> None:
+        """Use the block again, unless other members of a split bundle have it."""
+        whole = sent.whole
+        if whole is not None:
+            sent.whole = None
+            whole.left -= 1
+            if whole.left:
+                return
+            sent = whole
+        if sent.block >= 0:
+            self._slab_out.free(sent.block)
+
+    # The end
+
+    def _watch(self) -> None:
+        """Refuse requests while home's event loop does not run."""
+        stalled = time.monotonic() - self._page.heartbeat_s > STALLED_S
+        if stalled != self._stalled:
+            self._stalled = stalled
+            for model in self._models:
+                if model.batcher is not None:
+                    model.batcher.pause() if stalled else model.batcher.resume()
+        self._look = self._loop.call_later(_LOOK_S, self._watch)
+
+    def on_end(self, why: str, *, broken: bool) -> None:
+        self._look.cancel()
+        open_, self._open = self._open, {}
+        for model in self._models:
+            if model.batcher is not None:
+                model.batcher.close()
+        for sent in open_.values():
+            for request in sent.requests:
+                if request.state is State.QUEUED:
+                    sent.batcher.fail(request, sent.batcher.gone())
+        self._on_ended(why, broken)

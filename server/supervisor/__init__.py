@@ -1,1 +1,0 @@
-"""The process that starts the fronts and home, and hands connections to the fronts."""
