@@ -18,6 +18,8 @@ _BACKLOG = 2048
 _SO_ATTACH_FILTER = 26  # asm-generic/socket.h
 _PAUSE_S = 0.001
 _LIMIT_S = 2.0
+# For the last requests on their way, and for handshakes that have begun.
+GRACE_S = 0.1
 # linux/filter.h: operation, jumps, operand. The flags of the TCP header are byte 13; SYN without ACK is 2.
 _INSTRUCTIONS = (
     (0x30, 0, 0, 13),  # load a byte
@@ -72,6 +74,15 @@ def let_in_no_more(fd: int) -> None:
     # A kernel without filters leaves a moment between the last look at the backlog and the end.
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as listener:
         listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, filter_)
+
+
+async def take_backlog(fds: Sequence[int], grace_s: float = GRACE_S) -> None:
+    """Let no new connections in; wait until the loop has accepted those that have begun."""
+    for fd in fds:
+        let_in_no_more(fd)
+    await accepted_all(fds)
+    await asyncio.sleep(grace_s)
+    await accepted_all(fds)
 
 
 async def accepted_all(fds: Sequence[int]) -> None:

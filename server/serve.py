@@ -26,7 +26,7 @@ from cobatch.engines.errors import EngineError
 from cobatch.server.app import build
 from cobatch.server.edge.fast_path import make_protocol
 from cobatch.server.inference.service import Inference
-from cobatch.server.listeners import CannotListenError, accepted_all, let_in_no_more, listen, tell_addresses
+from cobatch.server.listeners import GRACE_S, CannotListenError, listen, take_backlog, tell_addresses
 from cobatch.server.observability.logs import ProcessLog
 from cobatch.server.observability.output import LogStream
 from cobatch.server.settings.schema import Settings
@@ -37,8 +37,6 @@ log = logging.getLogger("cobatch.server")
 
 _FAILED = 1
 _REFUSED = 2
-# For the last requests on their way, and for handshakes that have begun.
-_GRACE_S = 0.1
 # malloc.h. Buffers up to _HEAP_BYTES, the largest that glibc accepts here, come from the heap; up to
 # _KEPT_BYTES that are free stay at its end.
 _M_TRIM_THRESHOLD = -1
@@ -118,7 +116,7 @@ class Server(uvicorn.Server):
     is the last of its connection. Then it refuses requests, answers those in the queue and ends.
     """
 
-    grace_s = _GRACE_S
+    grace_s = GRACE_S
 
     def __init__(self, settings: Settings, log_stream: LogStream | None = None) -> None:
         self.inference = inference = self.make_inference(settings, log_stream)
@@ -247,11 +245,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         listeners = [listener.fileno() for server in self.servers for listener in server.sockets]
-        for listener in listeners:
-            let_in_no_more(listener)
-        await accepted_all(listeners)
-        await asyncio.sleep(self.grace_s)
-        await accepted_all(listeners)
+        await take_backlog(listeners, self.grace_s)
         if self.server_state.connections:
             await asyncio.sleep(self.grace_s)
         await super().shutdown(sockets)

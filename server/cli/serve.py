@@ -35,7 +35,8 @@ def serve(*, config: Path | None, check: bool, **flags: object) -> None:
     with errors:
         if settings.server.tls_cert is not None:
             check_certificate(settings.server.tls_cert, settings.server.tls_key)
-    if check:
+    several = settings.server.process_count > 1
+    if check or several:  # several processes would each refuse the same files
         _check_start(settings, errors)
     if errors:
         for message in errors:
@@ -46,6 +47,10 @@ def serve(*, config: Path | None, check: bool, **flags: object) -> None:
         names = ", ".join(model.name for model in settings.models)
         typer.echo(f"cobatch: the settings are valid; models: {names}")
         return
+    if several:
+        from cobatch.server.supervisor.supervisor import run as supervise  # noqa: PLC0415 - it imports no server
+
+        raise typer.Exit(supervise(settings))
     from cobatch.server.serve import run  # noqa: PLC0415 - help and refusals need neither uvicorn nor an engine
 
     raise typer.Exit(run(settings))

@@ -13,6 +13,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Protocol
 
+from cobatch.server.settings.cgroups import CGROUPS, OWN, limits
+
 FREE_BYTES = 1 << 16
 # The first share of a body of unknown length; it doubles.
 CHUNKED_BYTES = 1 << 20
@@ -21,7 +23,6 @@ CLIENT_SHARE = 4
 MOST_WAITING = 256
 _DEFAULT_PART = 8
 _LARGEST_DEFAULT = 2 << 30
-_CGROUPS = Path("/sys/fs/cgroup")
 
 
 class Taker(Protocol):
@@ -108,25 +109,8 @@ def default_bytes() -> int:
     return min(memory_bytes() // _DEFAULT_PART, _LARGEST_DEFAULT)
 
 
-def memory_bytes(cgroups: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> int:
+def memory_bytes(cgroups: Path = CGROUPS, own: Path = OWN) -> int:
     """Return the memory that this process may use: the machine's, or the least limit of its cgroups."""
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for line in own.read_text().splitlines() if own.exists() else ():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            root, name = cgroups, "memory.max"
-        elif "memory" in controllers.split(","):
-            root, name = cgroups / "memory", "memory.limit_in_bytes"
-        else:
-            continue
-        # In a container the path may be that of the host, and the root is the container's group.
-        group = root / path.lstrip("/")
-        for folder in (group, *group.parents):
-            try:
-                text = (folder / name).read_text().strip()
-            except OSError:
-                text = ""
-            limits += [int(text)] if text.isdigit() else []
-            if folder == root:
-                break
-    return min(limits)
+    texts = limits("memory", "memory.max", "memory.limit_in_bytes", cgroups, own)
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([machine, *(int(text) for text in texts if text.isdigit())])

@@ -8,6 +8,7 @@ import ctypes
 import signal
 import socket
 import sys
+from contextlib import closing
 from importlib import import_module
 
 from cobatch.server.fronts.control import Parent, Role
@@ -31,7 +32,11 @@ def join_supervisor() -> Parent:
 
 def main() -> int:
     """Serve until the supervisor ends it; return the exit status."""
-    parent = join_supervisor()
+    with closing(join_supervisor()) as parent:
+        return _serve(parent)
+
+
+def _serve(parent: Parent) -> int:
     from cobatch.server.serve import run_server  # noqa: PLC0415 - heavy, and the supervisor could end meanwhile
 
     module, name = _SERVERS[parent.start.role]

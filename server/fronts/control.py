@@ -215,6 +215,9 @@ class Parent:
         """Return the next message and its descriptors, as `Control.receive` does."""
         return self.control.receive(_TO_CHILD)
 
+    def close(self) -> None:
+        self.control.close()
+
     def beat(self, closed: int) -> None:
         """Tell that the loop runs, and the number of connections closed so far."""
         self._beats += 1

@@ -155,6 +155,11 @@ class ProcessLog:
         out.start(lambda line: stdout.put(line + "\n"))
         err.start(self._handler.foreign)
 
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """The descriptors of the real stdout and stderr, for other processes."""
+        return tuple(capture.original for capture in self._captures)
+
     def close(self) -> None:
         """Write the rest. A reader that has stopped reading holds this up for a few seconds only."""
         for stream in (sys.stdout, sys.stderr):

@@ -150,10 +150,10 @@ class Capture:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         try:
-            self._original = os.dup(fd)
+            self.original = os.dup(fd)
         except OSError:  # the process was started without it
             _discard(fd)
-            self._original = os.dup(fd)
+            self.original = os.dup(fd)
         self._thread: threading.Thread | None = None
 
     def start(self, on_line: Callable[[str], object]) -> None:
@@ -171,7 +171,7 @@ class Capture:
         """Write to the original; blocks while its reader does not read."""
         data = text.encode(errors="backslashreplace")
         while data:
-            data = data[os.write(self._original, data) :]
+            data = data[os.write(self.original, data) :]
 
     def end(self) -> None:
         """Pass on all lines until now, and discard those that follow."""
@@ -181,13 +181,13 @@ class Capture:
 
     def restore(self) -> None:
         """Put the original back."""
-        os.dup2(self._original, self._fd)
+        os.dup2(self.original, self._fd)
 
     def unblocking(self) -> int:
         """Return a descriptor of the original; writing to it does not block if it is a pipe."""
-        if not stat.S_ISFIFO(os.fstat(self._original).st_mode):
-            return self._original
-        return os.open(f"/proc/self/fd/{self._original}", os.O_WRONLY | os.O_NONBLOCK)
+        if not stat.S_ISFIFO(os.fstat(self.original).st_mode):
+            return self.original
+        return os.open(f"/proc/self/fd/{self.original}", os.O_WRONLY | os.O_NONBLOCK)
 
 
 def _discard(fd: int) -> None:

@@ -12,10 +12,12 @@ import msgspec
 from msgspec import Meta
 
 from cobatch.server.settings.auth import AuthSettings
+from cobatch.server.settings.cgroups import cores
 from cobatch.server.settings.describe import File, Folder, Text, about, pattern, placeholder
 
 ENV_PREFIX = "COBATCH_"
 LARGEST = 2**31 - 1
+_MOST_AUTOMATIC = 16
 
 _NAME = "1 to 128 letters, digits, '.', '_', '-', the first a letter or digit"
 Name = Annotated[str, Meta(max_length=128), pattern("[A-Za-z0-9][A-Za-z0-9._-]*", _NAME)]
@@ -41,6 +43,10 @@ Count = Annotated[int, Meta(ge=1, le=LARGEST), placeholder("N")]
 Items = Annotated[int, Meta(ge=1, le=65_536), placeholder("N")]
 Threads = Annotated[int, Meta(ge=1, le=1024), placeholder("N")]
 Instances = Annotated[int, Meta(ge=1, le=64), placeholder("N")]
+Processes = Annotated[
+    Annotated[int, Meta(ge=1, le=64)] | Literal["auto"],
+    Meta(extra={"expected": "an integer from 1 to 64, or auto", "placeholder": "N|auto"}),
+]
 Slots = Annotated[int, Meta(ge=2, le=8), placeholder("N")]
 # Lists that may be written as text with commas, as flags and variables have them.
 _COMMAS = Meta(min_length=1, extra={"separator": ","})
@@ -125,6 +131,10 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
     host: Annotated[Text, about("address to listen on", "ADDRESS")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65_535), about("TCP port; 0 takes a free one", "PORT")] = 8000
+    processes: Annotated[
+        Processes,
+        about("one for the engines, the others for HTTP; 1 does both; auto: CPU cores - 1, at most 16"),
+    ] = 1
     drain_delay_s: Annotated[
         Seconds, about("time to serve on at shutdown, not ready, until load balancers have noticed")
     ] = 0.0
@@ -172,6 +182,13 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     metrics_open: Annotated[bool, about("with [auth]: serve /metrics without a credential")] = False
     fast_path: Annotated[bool, about("serve inference below ASGI, which is faster")] = True
     allow_anonymous: Annotated[bool, about("without [auth]: allow a host that others can reach")] = False
+
+    @property
+    def process_count(self) -> int:
+        """The number of processes, without the supervisor of several."""
+        if self.processes != "auto":
+            return self.processes
+        return max(1, min(_MOST_AUTOMATIC, int(cores()) - 1))
 
     @property
     def logs_json(self) -> bool:

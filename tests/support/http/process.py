@@ -160,14 +160,21 @@ class Cobatch:
     def line(self, start: str) -> str:
         """Wait for the line on stdout with this start; return its rest."""
 
+        (rest,) = self.lines(start, 1)
+        return rest
+
+    def lines(self, start: str, count: int) -> list[str]:
+        """Wait for this many lines on stdout with this start; return their rests."""
+
         def rests() -> list[str]:
             return [line.removeprefix(start) for line in self.stdout if line.startswith(start)]
 
         with self._changed:
-            self._changed.wait_for(lambda: rests() or self._ended, WAIT_S)
+            self._changed.wait_for(lambda: len(rests()) >= count or self._ended, WAIT_S)
             lines = rests()
-        assert len(lines) == 1, f"{start!r} expected once in {self.stdout}; stderr:\n{self.stderr}"
-        return lines[0]
+        text = f"{start!r} expected {count} times in {self.stdout}; stderr:\n{self.stderr}"
+        assert len(lines) == count, text
+        return lines
 
     @property
     def stderr(self) -> str:

@@ -1,0 +1,68 @@
+"""Accepting connections for other processes."""
+
+import asyncio
+import errno
+import logging
+import socket
+from collections.abc import Sequence
+
+from cobatch.server.supervisor.children import Child
+
+log = logging.getLogger("cobatch.server")
+
+# Connections accepted before anything else is done.
+_BURST = 64
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class Acceptor:
+    """Accepts connections, and hands each to the front that has the fewest.
+
+    While no front takes any, they wait in the backlog of their listener.
+    """
+
+    def __init__(self, listeners: Sequence[socket.socket], fronts: Sequence[Child]) -> None:
+        self.listeners = listeners
+        self._fronts = fronts
+        self._accepts = False
+        for listener in listeners:
+            listener.setblocking(False)
+
+    def resume(self) -> None:
+        """Accept, if a front takes connections. Call it again from time to time."""
+        if not self._accepts and self._open_fronts():
+            self._accepts = True
+            for listener in self.listeners:
+                asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+
+    def pause(self) -> None:
+        """Accept nothing until `resume`."""
+        self._accepts = False
+        for listener in self.listeners:
+            asyncio.get_running_loop().remove_reader(listener)
+
+    def _open_fronts(self) -> list[Child]:
+        return [front for front in self._fronts if front.takes_connections]
+
+    def _accept(self, listener: socket.socket) -> None:
+        for _ in range(_BURST):
+            fronts = self._open_fronts()
+            if not fronts:
+                self.pause()
+                return
+            try:
+                connection, _ = listener.accept()
+            except OSError as error:
+                if error.errno in _EXHAUSTED:
+                    log.error("cannot accept connections: %s", error.strerror)  # noqa: TRY400
+                    self.pause()
+                return  # nothing is left, or this client has gone
+            with connection:
+                min(fronts, key=lambda front: front.open_connections).hand(connection)
+
+    def close(self) -> None:
+        """Close the listeners."""
+        self.pause()
+        for listener in self.listeners:
+            listener.close()
+        self.listeners = ()

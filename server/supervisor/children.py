@@ -1,0 +1,157 @@
+"""The supervisor's view of its children: their processes, and the links between them."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from cobatch.engines.link import slab
+from cobatch.server.fronts.control import Connection, Control, Link, Reached, Role, ToChild, Words
+
+COMMAND = (sys.executable, "-P", "-m", "cobatch.server.fronts.child")
+# A child that ends sooner than this after it did its part is replaced with a delay, which doubles.
+_SOON_S = 1.0
+_SHORTEST_DELAY_S = 0.1
+_LONGEST_DELAY_S = 5.0
+# Heartbeats of the supervisor without one of the child. They are no time, which also passes while the machine
+# is paused.
+_HUNG_BEATS = 50
+_WAIT_S = 5.0
+# Children ignore them, but not from their first moment.
+_BLOCKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Child:
+    """A child: a process, and after its end another in its place. `control` is None while there is none."""
+
+    def __init__(self, role: Role, index: int, words: Words) -> None:
+        self.role = role
+        self.index = index
+        self.name = "home" if role == "home" else f"front {index}"
+        self.control: Control | None = None
+        self.reached: set[str] = set()
+        self._word = 0 if role == "home" else index + 1
+        self._words = words
+        self._process: subprocess.Popen[bytes] | None = None
+        self._good_s: float | None = None  # since when it does its part
+        self._delay_s = 0.0
+        self._connections = 0
+        self._beats = self._silent_beats = 0
+
+    def start(self, command: Sequence[str], outputs: Sequence[int]) -> None:
+        """Start a process; `outputs` become its stdout and stderr. Raises OSError."""
+        self.reached.clear()
+        self._good_s = None
+        self._connections = self._beats = self._silent_beats = 0
+        self._words.write(self._word, 0, 0)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ExitStack() as stack, theirs, _blocked_signals():
+            stack.callback(ours.close)
+            self._process = subprocess.Popen(  # noqa: S603 - this interpreter and a module of ours
+                [*command, str(theirs.fileno()), self.name],
+                stdin=subprocess.DEVNULL,
+                stdout=outputs[0],
+                stderr=outputs[1],
+                pass_fds=[theirs.fileno()],
+            )
+            stack.pop_all()
+        self.control = Control(ours)
+
+    def send(self, message: ToChild, fds: Sequence[int] = ()) -> None:
+        """Send a message, if there is a process."""
+        if self.control is not None:
+            self.control.send(message, fds)
+
+    def note(self, message: Reached) -> None:
+        """Note what the process has reached."""
+        self.reached.add(message.state)
+        # A front serves before it is ready, which depends on home.
+        if message.state == ("ready" if self.role == "home" else "up"):
+            self._good_s = time.monotonic()
+
+    # Connections
+
+    @property
+    def takes_connections(self) -> bool:
+        return "up" in self.reached and self.control is not None and not self.control.backlogged
+
+    @property
+    def open_connections(self) -> int:
+        """Connections that it was given and has not closed."""
+        return self._connections - self._words.closed(self._word)
+
+    def hand(self, connection: socket.socket) -> None:
+        """Give it a client's connection."""
+        self._connections += 1
+        self.send(Connection(), [connection.fileno()])
+
+    # The end
+
+    def is_hung(self) -> bool:
+        """Return True if the loop of a process that does its part stands still; ask once a heartbeat."""
+        beats = self._words.beats(self._word)
+        self._silent_beats = 0 if beats != self._beats or self._good_s is None else self._silent_beats + 1
+        self._beats = beats
+        return self._silent_beats >= _HUNG_BEATS
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+
+    def wait(self) -> None:
+        """Wait for the end of a process that was killed."""
+        if self._process is not None:
+            self._process.wait(_WAIT_S)
+
+    def status(self) -> int | None:
+        """Return the exit status of a process that has ended; a negative one is that of a signal."""
+        return None if self._process is None else self._process.poll()
+
+    def close(self) -> None:
+        """Forget a process that has ended."""
+        if self.control is not None:
+            self.control.close()
+        self.control = self._process = None
+
+    def delay_s(self) -> float:
+        """Return the time until the next start, after an end or a failed start."""
+        long_enough = self._good_s is not None and time.monotonic() - self._good_s >= _SOON_S
+        doubled_s = min(_LONGEST_DELAY_S, max(_SHORTEST_DELAY_S, 2 * self._delay_s))
+        self._delay_s = 0.0 if long_enough else doubled_s
+        return self._delay_s
+
+
+@contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Block signals for a process that is started meanwhile, which inherits this."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def link(home: Child, front: Child, page: int, slab_bytes: int) -> None:
+    """Link two processes. `page`: the descriptor of home's page."""
+    with ExitStack() as stack:
+
+        def readable(fd: int) -> int:
+            reader = slab.for_reading(fd)
+            stack.callback(os.close, reader)
+            return reader
+
+        sockets, slabs = [], []
+        for _ in range(2):
+            pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            sockets.append([stack.enter_context(end).fileno() for end in pair])
+            slabs.append(slab.create("cobatch-slab", slab_bytes))
+            stack.callback(os.close, slabs[-1])
+        (home_messages, front_messages), (home_handover, front_handover) = sockets
+        of_home, of_front = slabs
+        message = Link(front.index)
+        home.send(message, [home_messages, home_handover, readable(of_front), of_home, page])
+        front.send(message, [front_messages, front_handover, readable(of_home), of_front, readable(page)])

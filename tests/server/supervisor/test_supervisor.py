@@ -1,0 +1,270 @@
+"""The supervisor with fake children: real processes, signals and connections, without a server."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+from cobatch.engines.link import slab
+from cobatch.server.fronts.control import PAGE_BYTES, Reached, Words
+from cobatch.server.supervisor.children import Child
+from tests.support.http.process import WAIT_S, Cobatch
+from tests.support.paths import ROOT
+
+SUPERVISED = ROOT / "tests" / "support" / "fronts" / "supervised.py"
+
+
+@contextmanager
+def supervised(folder: Path, processes: int = 3, *, delay_s: float = 0.0, **env: str) -> Iterator[Cobatch]:
+    """Run the supervisor of fake children."""
+    command = (sys.executable, "-P", SUPERVISED)
+    with Cobatch(folder, str(processes), str(delay_s), command=command, env=env) as server:
+        yield server
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Cobatch]:
+    """Start home and two fronts, and wait until they are ready."""
+    with supervised(tmp_path) as server:
+        server.line("cobatch: ready: fake")
+        yield server
+
+
+def started(server: Cobatch, name: str, count: int = 1) -> int:
+    """Wait until a child has started `count` times; return the last process."""
+    return int(server.lines(f"{name} started ", count)[-1])
+
+
+class Greeted:
+    """A connection to a fake front, which has greeted."""
+
+    def __init__(self, server: Cobatch) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", server.port), WAIT_S)
+        self._lines = self._socket.makefile("rb")
+        *name, pid = self._lines.readline().decode().split()
+        self.front, self.pid = " ".join(name), int(pid)
+
+    def ask(self, line: str) -> str:
+        """Send a line; return the answer, or "" at the end of the connection."""
+        self._socket.sendall(f"{line}\n".encode())
+        return self._lines.readline().decode().strip()
+
+    def ended(self) -> bool:
+        """Wait for the end of the connection."""
+        return self._lines.readline() == b""
+
+    def close(self) -> None:
+        self._lines.close()
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def gone(pid: int) -> None:
+    """Wait until a process that is no child of this one has ended."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        assert select.select([fd], [], [], WAIT_S)[0], f"process {pid} still runs"
+    finally:
+        os.close(fd)
+
+
+def open_files(pid: int) -> list[str]:
+    """Return the kinds of a process's open files, without their numbers."""
+    names = []
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            names.append(str(fd.readlink()).partition("[")[0])
+        except FileNotFoundError:  # closed meanwhile
+            continue
+    return sorted(names)
+
+
+def test_a_connection_goes_to_the_front_with_the_fewest(server: Cobatch) -> None:
+    with ExitStack() as stack:
+        calls = [stack.enter_context(Greeted(server)) for _ in range(6)]
+        of_0, of_1 = ([call for call in calls if call.front == f"front {index}"] for index in range(2))
+        assert len(of_0) == len(of_1) == 3
+        of_0[0].close()
+        of_0[1].close()
+        while of_0[2].ask("closed") != "2":
+            pass
+        late = [stack.enter_context(Greeted(server)) for _ in range(2)]
+        assert [call.front for call in late] == ["front 0", "front 0"]
+    assert server.stop() == 0
+
+
+def test_a_killed_front_is_replaced_and_the_other_keeps_its_connections(server: Cobatch) -> None:
+    with Greeted(server) as one, Greeted(server) as other:
+        os.kill(one.pid, signal.SIGKILL)
+        assert one.ended()
+        assert started(server, one.front, 2) != one.pid
+        # Home and the new front are linked anew; the other front is not.
+        server.lines(f"home linked {one.front[-1]}", 2)
+        server.lines(f"{one.front} linked", 2)
+        server.lines(f"home linked {other.front[-1]}", 1)
+        assert other.ask("closed") == "0"
+        with Greeted(server) as new:
+            assert (new.front, new.pid) == (one.front, started(server, one.front, 2))
+    assert server.stop() == 0
+    assert f"{one.front} ended (SIGKILL): starting another" in server.stderr
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGABRT])
+def test_home_is_replaced_and_linked_with_fronts_that_stay(server: Cobatch, sent: signal.Signals) -> None:
+    with Greeted(server) as call:
+        os.kill(started(server, "home"), sent)
+        for index in range(2):
+            server.lines(f"front {index} linked", 2)
+            server.lines(f"home linked {index}", 2)
+            server.lines(f"front {index} started", 1)
+        assert call.ask("closed") == "0"
+    assert server.stop() == 0
+
+
+def test_a_front_that_broke_the_protocol_is_replaced(server: Cobatch) -> None:
+    first = started(server, "front 0")
+    os.kill(started(server, "home"), signal.SIGUSR1)
+    assert started(server, "front 0", 2) != first
+    assert server.stop() == 0
+    assert "front 0 broke the protocol of its link" in server.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["home", "front 1"])
+def test_a_child_that_stands_still_is_replaced(server: Cobatch, name: str) -> None:
+    stopped = started(server, name)
+    os.kill(stopped, signal.SIGSTOP)
+    assert started(server, name, 2) != stopped
+    assert server.stop() == 0
+    assert f"{name} does not respond: killing it" in server.stderr
+
+
+@pytest.mark.parametrize(
+    ("sent", "to_all"), [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True)]
+)
+def test_a_signal_ends_all_in_order(server: Cobatch, sent: signal.Signals, to_all: bool) -> None:
+    with Greeted(server):
+        if to_all:  # as a terminal and some service managers send it
+            os.killpg(server.process.pid, sent)
+        else:
+            server.signal(sent)
+        assert server.wait() == 0
+        for name in ("home", "front 0", "front 1"):
+            assert server.line(f"{name} leave ") == "True"
+            server.line(f"{name} ended")
+
+
+def test_connections_are_handed_out_until_all_fronts_have_drained(server: Cobatch) -> None:
+    with Greeted(server) as call:
+        call.ask("hold")
+        server.signal()
+        server.line(f"{call.front} leave True")
+        with Greeted(server) as late:
+            assert late.front.startswith("front")
+        server.signal()
+        assert server.wait() == 128 + signal.SIGTERM
+
+
+def test_a_second_signal_ends_the_delay_and_a_third_one_all(tmp_path: Path) -> None:
+    with supervised(tmp_path, delay_s=3600.0) as server:
+        server.line("cobatch: ready: fake")
+        with Greeted(server) as call:
+            call.ask("hold")
+            server.signal()
+            assert server.line(f"{call.front} leave ") == "False"
+            # A front that is replaced now leaves too.
+            other = f"front {1 - int(call.front[-1])}"
+            os.kill(started(server, other), signal.SIGKILL)
+            started(server, other, 2)
+            assert server.lines(f"{other} leave ", 2) == ["False", "False"]
+            server.signal()
+            assert server.lines(f"{call.front} leave ", 2) == ["False", "True"]
+            server.signal(signal.SIGINT)
+            assert server.wait() == 128 + signal.SIGINT
+
+
+def test_the_end_waits_for_no_child_that_died_meanwhile(server: Cobatch) -> None:
+    with Greeted(server) as call:
+        call.ask("hold")
+        server.signal()
+        server.line(f"{call.front} leave True")
+        os.kill(call.pid, signal.SIGKILL)
+        assert server.wait() == 0
+
+
+@pytest.mark.parametrize("name", ["home", "front 1"])
+def test_a_child_that_fails_at_the_first_start_ends_all(tmp_path: Path, name: str) -> None:
+    with supervised(tmp_path, FAILS=name) as server:
+        assert server.wait() == 3
+        assert f"{name} ended (status 3) before the server was ready" in server.stderr
+
+
+def test_no_child_survives_the_supervisor(server: Cobatch) -> None:
+    pids = [started(server, name) for name in ("home", "front 0", "front 1")]
+    server.process.kill()
+    for pid in pids:
+        gone(pid)
+
+
+def test_all_are_told_to_reload(server: Cobatch) -> None:
+    server.signal(signal.SIGHUP)
+    for name in ("home", "front 0", "front 1"):
+        server.line(f"{name} reload")
+    assert server.stop() == 0
+
+
+def test_replaced_children_leave_no_descriptor_behind(tmp_path: Path) -> None:
+    fronts = 5
+    with supervised(tmp_path, fronts + 1) as server:
+        server.line("cobatch: ready: fake")
+        home = started(server, "home")
+
+        def all_linked(count: int) -> tuple[list[str], list[str]]:
+            for index in range(fronts):
+                server.lines(f"front {index} linked", count)
+                server.lines(f"home linked {index}", count)
+            return open_files(server.process.pid), open_files(home)
+
+        before = all_linked(1)
+        for turn in (2, 3):
+            for index in range(fronts):
+                os.kill(started(server, f"front {index}", turn - 1), signal.SIGKILL)
+            after = all_linked(turn)
+        assert after == before
+        os.kill(home, signal.SIGKILL)
+        home = started(server, "home", 2)
+        assert all_linked(4) == before
+        assert server.stop() == 0
+
+
+def test_only_children_that_end_soon_are_replaced_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now_s)
+    words = slab.create("words", PAGE_BYTES)
+    child = Child("front", 0, Words(words))
+    os.close(words)
+    assert [child.delay_s() for _ in range(8)] == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
+    child.note(Reached("up"))
+    now_s = 0.99
+    assert child.delay_s() == 5.0
+    now_s = 1.0
+    assert child.delay_s() == 0.0
+    child.note(Reached("up"))
+    assert child.delay_s() == 0.1
