@@ -4,6 +4,7 @@ Each child has a SOCK_SEQPACKET pair with the supervisor; its end is the end of 
 a page of words: each child counts its heartbeats and its closed connections there.
 """
 
+import contextlib
 import errno
 import mmap
 import os
@@ -116,24 +117,27 @@ class Control:
         """The other end has not received for long."""
         return bool(self._backlog)
 
-    def send(self, message: ToChild | FromChild, fds: Sequence[int] = ()) -> None:
-        """Send a message with copies of descriptors."""
+    def send(self, message: ToChild | FromChild, fds: Sequence[int] = ()) -> bool:
+        """Send a message with copies of descriptors. Return False if the other process has ended."""
         data = _encode(message)
-        if self._backlog or not self._try(data, fds):
-            self._backlog.append((data, [os.dup(fd) for fd in fds]))
+        try:
+            if self._backlog or not self._try(data, fds):
+                self._backlog.append((data, [os.dup(fd) for fd in fds]))
+        except ConnectionError:
+            return False
+        return True
 
     def flush(self) -> None:
         """Send what the socket takes now."""
-        while self._backlog and self._try(*self._backlog[0]):
-            _close_all(self._backlog.popleft()[1])
+        with contextlib.suppress(ConnectionError):
+            while self._backlog and self._try(*self._backlog[0]):
+                _close_all(self._backlog.popleft()[1])
 
     def _try(self, data: bytes, fds: Sequence[int]) -> bool:
         try:
             socket.send_fds(self.socket, [data], fds)
         except BlockingIOError:
             return False
-        except ConnectionError:
-            return True  # the other process has ended
         except OSError as error:
             if error.errno != errno.ETOOMANYREFS:  # too many descriptors of this user are on their way
                 raise

@@ -5,11 +5,13 @@ import errno
 import logging
 import socket
 from collections.abc import Sequence
+from operator import attrgetter
 
 from cobatch.server.supervisor.children import Child
 
 log = logging.getLogger("cobatch.server")
 
+_open_connections = attrgetter("open_connections")
 # Connections accepted before anything else is done.
 _BURST = 64
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -58,7 +60,8 @@ class Acceptor:
                     self.pause()
                 return  # nothing is left, or this client has gone
             with connection:
-                min(fronts, key=lambda front: front.open_connections).hand(connection)
+                # The next one takes it if a front has just ended.
+                any(front.hand(connection) for front in sorted(fronts, key=_open_connections))
 
     def close(self) -> None:
         """Close the listeners."""

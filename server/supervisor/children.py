@@ -84,10 +84,10 @@ class Child:
         """Connections that it was given and has not closed."""
         return self._connections - self._words.closed(self._word)
 
-    def hand(self, connection: socket.socket) -> None:
-        """Give it a client's connection."""
+    def hand(self, connection: socket.socket) -> bool:
+        """Give it a client's connection. Return False if its process has ended."""
         self._connections += 1
-        self.send(Connection(), [connection.fileno()])
+        return self.control is not None and self.control.send(Connection(), [connection.fileno()])
 
     # The end
 

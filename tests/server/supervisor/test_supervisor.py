@@ -126,6 +126,21 @@ def test_a_killed_front_is_replaced_and_the_other_keeps_its_connections(server: 
     assert f"{one.front} ended (SIGKILL): starting another" in server.stderr
 
 
+def test_no_connection_is_lost_to_a_front_that_has_ended(server: Cobatch) -> None:
+    with Greeted(server) as one, Greeted(server) as other, ExitStack() as stack:
+        server.signal(signal.SIGSTOP)  # it does not know of the end when it accepts
+        os.kill(one.pid, signal.SIGKILL)
+        assert one.ended()
+        clients = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(3)
+        ]
+        server.signal(signal.SIGCONT)
+        for client in clients:
+            client.settimeout(WAIT_S)
+            assert client.recv(64).startswith(b"front")
+        assert other.ask("closed") == "0"
+
+
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGABRT])
 def test_home_is_replaced_and_linked_with_fronts_that_stay(server: Cobatch, sent: signal.Signals) -> None:
     with Greeted(server) as call:
