@@ -84,12 +84,13 @@ class Channel(Generic[Sent, Received]):
         Raises LinkClosedError when the other end is closed, LinkError for a datagram that is not of messages.
         """
         try:
-            size = self._sock.recv_into(self._buffer)
+            try:
+                size = self._sock.recv_into(self._buffer)
+            except ConnectionResetError:
+                # The other end was closed before it had read everything. What it sent can be read still.
+                size = self._sock.recv_into(self._buffer)
         except BlockingIOError:
             return []
-        except ConnectionResetError:
-            # The other end was closed before it read everything. What it sent before can be read still.
-            return self.receive()
         if not size:
             raise LinkClosedError("the other process closed the link")
         try:
