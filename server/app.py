@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import importlib.util
 from collections.abc import AsyncIterator, Sequence
+from typing import NamedTuple
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -48,36 +49,17 @@ def build(inference: Inference) -> ASGIApp:
     history = History(max(1, len(inference.models)))
     observer.on_request(history.on_request)
     observer.on_batch(history.on_batch)
-    sinks: list[AccessLog | Tracer] = []
-    if settings.access_log != "off":
-        access_log = AccessLog(LEVELS[settings.access_log_level], observer.log_stream)
-        # Records exist of all warnings and errors; only lines about good requests need more.
-        observer.on_request(access_log.request_done, each=settings.access_log_level == "info")
-        sinks.append(access_log)
-    tracer = _tracer(settings) if settings.tracing else None
-    if tracer is not None:
-        observer.trace(tracer)
-        sinks.append(tracer)
+    sinks = make_sinks(inference)
     gpus = Gpus()
     feed = Feed(inference, history)
     inference.on_draining.append(feed.close)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        inference.loop = loop = asyncio.get_running_loop()
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(gpus.close)
             await asyncio.to_thread(gpus.open)
-            observer.lag.start(loop)
-            stack.callback(observer.lag.stop)
-            if observer.log_stream.start():
-                stack.push_async_callback(asyncio.to_thread, observer.log_stream.stop)
-            for sink in sinks:
-                sink.start(loop)
-                stack.push_async_callback(asyncio.to_thread, sink.stop)
-            if inference.auth is not None:
-                await inference.auth.start(inference.tell_if_ready)
-                stack.push_async_callback(inference.auth.stop)
+            await stack.enter_async_context(observing(inference, sinks))
             stack.push_async_callback(_stop_models, inference)
             # In the background: health must answer while a large model is being loaded.
             tasks = [asyncio.create_task(feed.run())]
@@ -87,7 +69,7 @@ def build(inference: Inference) -> ASGIApp:
             yield
 
     handlers = {HTTPException: _http_error, Exception: _server_error}
-    batch = BatchRoute(inference, history, tracer)
+    batch = BatchRoute(inference, history, sinks.tracer)
     routes = [
         Route(BATCH, batch, methods=["POST"]),
         *v2_routes(inference), *v1_routes(inference), *page_routes(inference),
@@ -100,6 +82,47 @@ def build(inference: Inference) -> ASGIApp:
     if inference.auth is not None:
         app = Gate(app, inference.auth, open_metrics=settings.metrics_open)
     return ObservingMiddleware(app, inference)
+
+
+class Sinks(NamedTuple):
+    """The subscribers of a process that write elsewhere."""
+
+    access_log: AccessLog | None
+    tracer: Tracer | None
+
+
+def make_sinks(inference: Inference) -> Sinks:
+    """Subscribe the access log and the tracer, if there are any. Raises SettingsError."""
+    settings, observer = inference.settings.server, inference.observer
+    access_log = None
+    if settings.access_log != "off":
+        access_log = AccessLog(LEVELS[settings.access_log_level], observer.log_stream)
+        # Records exist of all warnings and errors; only lines about good requests need more.
+        observer.on_request(access_log.request_done, each=settings.access_log_level == "info")
+    tracer = _tracer(settings) if settings.tracing else None
+    if tracer is not None:
+        observer.trace(tracer)
+    return Sinks(access_log, tracer)
+
+
+@contextlib.asynccontextmanager
+async def observing(inference: Inference, sinks: Sinks) -> AsyncIterator[None]:
+    """Run what observes and authenticates requests, the same in every process that answers some."""
+    observer = inference.observer
+    inference.loop = loop = asyncio.get_running_loop()
+    async with contextlib.AsyncExitStack() as stack:
+        observer.lag.start(loop)
+        stack.callback(observer.lag.stop)
+        if observer.log_stream.start():
+            stack.push_async_callback(asyncio.to_thread, observer.log_stream.stop)
+        for sink in sinks:
+            if sink is not None:
+                sink.start(loop)
+                stack.push_async_callback(asyncio.to_thread, sink.stop)
+        if inference.auth is not None:
+            await inference.auth.start(inference.tell_if_ready)
+            stack.push_async_callback(inference.auth.stop)
+        yield
 
 
 def _tracer(settings: ServerSettings) -> Tracer:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -133,7 +134,7 @@ class Server(uvicorn.Server):
                 self.make_app(inference),
                 host=http.host,
                 port=http.port,
-                http=make_protocol(inference),
+                http=self.make_http(inference),
                 timeout_keep_alive=http.keep_alive_s,  # type: ignore[arg-type]  # it may be a fraction
                 log_config=None,
                 log_level="warning",
@@ -154,6 +155,10 @@ class Server(uvicorn.Server):
     def make_app(self, inference: Inference) -> ASGIApp:
         """Return the application for requests that are not on the fast path."""
         return build(inference)
+
+    def make_http(self, inference: Inference) -> Any:
+        """Return the factory of connections, for uvicorn."""
+        return make_protocol(inference)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -16,14 +16,41 @@ LINGER_IDLE_S = 5.0
 STOPPING_IDLE_S = 0.25
 
 
-class LingeringClose(asyncio.Protocol):
-    """A connection's last protocol, and the transport that the connection sees from then on: a closed one."""
+class ClosedTransport:
+    """The transport that a connection sees when another protocol has its socket: a closed one."""
+
+    transport: Any
+
+    def is_closing(self) -> bool:
+        """The connection takes no more responses."""
+        return True
+
+    def write(self, data: bytes) -> None:
+        """Drop the data."""
+
+    def close(self) -> None:
+        """Do nothing: the connection ends by itself."""
+
+    def abort(self) -> None:
+        """Close the socket now."""
+        self.transport.abort()
+
+    def get_write_buffer_size(self) -> int:
+        """Return the bytes of the last response that the client has not taken."""
+        size: int = self.transport.get_write_buffer_size()
+        return size
+
+    pause_reading = resume_reading = close
+
+
+class LingeringClose(ClosedTransport, asyncio.Protocol):
+    """A connection's last protocol, and the transport that the connection sees from then on."""
 
     def __init__(
         self, connection: asyncio.Protocol, transport: Any, loop: asyncio.AbstractEventLoop, stopping: bool
     ) -> None:
         self._connection: asyncio.Protocol | None = connection
-        self._transport = transport
+        self.transport = transport
         self._loop = loop
         self._left_bytes = LINGER_BYTES
         self._received_s = loop.time()
@@ -34,8 +61,6 @@ class LingeringClose(asyncio.Protocol):
             transport.write_eof()
         transport.resume_reading()
         self._timer = loop.call_later(min(self._idle_s, LINGER_S), self._tick)
-
-    # The protocol
 
     def data_received(self, data: bytes) -> None:
         self._received_s = self._loop.time()
@@ -51,7 +76,7 @@ class LingeringClose(asyncio.Protocol):
 
     def _tick(self) -> None:
         now_s = self._loop.time()
-        if self._transport.get_write_buffer_size():
+        if self.transport.get_write_buffer_size():
             # `Connection` ends it if the client takes the response too slowly.
             self._received_s, self._end_s = now_s, now_s + LINGER_S
         left_s = min(self._received_s + self._idle_s, self._end_s) - now_s
@@ -59,26 +84,3 @@ class LingeringClose(asyncio.Protocol):
             self.abort()
         else:
             self._timer = self._loop.call_later(left_s, self._tick)
-
-    # The transport
-
-    def is_closing(self) -> bool:
-        """The connection takes no more responses."""
-        return True
-
-    def write(self, data: bytes) -> None:
-        """Drop the data."""
-
-    def close(self) -> None:
-        """Do nothing: the connection ends by itself."""
-
-    def abort(self) -> None:
-        """Close the socket now."""
-        self._transport.abort()
-
-    def get_write_buffer_size(self) -> int:
-        """Return the bytes of the last response that the client has not taken."""
-        size: int = self._transport.get_write_buffer_size()
-        return size
-
-    pause_reading = resume_reading = close

@@ -1,52 +1,40 @@
 """A front's application: infer requests that are not on the fast path."""
 
-import asyncio
 import contextlib
+from collections.abc import AsyncIterator
 
+from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cobatch.server.app import make_sinks, observing
 from cobatch.server.auth.gate import Gate
 from cobatch.server.edge.asgi import InferRoutes, ObservingMiddleware
-from cobatch.server.http.problem import Problem
-from cobatch.server.http.reply import send_reply
+from cobatch.server.fronts.relay import unavailable
+from cobatch.server.http.reply import JSON, Reply, send_reply
 from cobatch.server.inference.service import Inference
 
+_LIVE = "/v2/health/live"
 
-class FrontApp:
-    """Answers infer requests; all others are relayed to home before they get here."""
 
-    def __init__(self, inference: Inference) -> None:
-        self._inference = inference
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._live(receive, send)
-        else:
-            problem = Problem("not-found", f"there is nothing at {scope['path']}")
-            await send_reply(problem.reply(instance=scope["path"]), scope, send)
-
-    async def _live(self, receive: Receive, send: Send) -> None:
-        """Run what a front runs beside its requests, from its start to its end."""
-        inference = self._inference
-        inference.loop = asyncio.get_running_loop()
-        async with contextlib.AsyncExitStack() as stack:
-            inference.observer.lag.start(inference.loop)
-            stack.callback(inference.observer.lag.stop)
-            if inference.observer.log_stream.start():
-                stack.push_async_callback(asyncio.to_thread, inference.observer.log_stream.stop)
-            if inference.auth is not None:
-                await inference.auth.start(inference.tell_if_ready)
-                stack.push_async_callback(inference.auth.stop)
-            await receive()
-            await send({"type": "lifespan.startup.complete"})
-            await receive()
-        await send({"type": "lifespan.shutdown.complete"})
+async def _without_home(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request that would be relayed if there were a home. The server is alive: one is started."""
+    lives = scope["path"] == _LIVE and scope["method"] in ("GET", "HEAD")
+    reply = Reply(200, JSON, (b'{"live":true}',)) if lives else unavailable().reply(instance=scope["path"])
+    await send_reply(reply, scope, send)
 
 
 def front_app(inference: Inference) -> ASGIApp:
-    """Return the application of a front."""
+    """Return the application of a front. Raises SettingsError if a library is missing."""
     settings = inference.settings.server
-    app: ASGIApp = InferRoutes(FrontApp(inference), inference, {})
+    sinks = make_sinks(inference)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: object) -> AsyncIterator[None]:
+        async with observing(inference, sinks):
+            yield
+
+    router = Router(redirect_slashes=False, default=_without_home, lifespan=lifespan)
+    app: ASGIApp = InferRoutes(router, inference, {})
     if inference.auth is not None:
         app = Gate(app, inference.auth, open_metrics=settings.metrics_open)
     return ObservingMiddleware(app, inference)

@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterator
 
+from cobatch.server.edge.body_memory import BodyMemory, default_bytes
 from cobatch.server.fronts.control import (
     HEARTBEAT_S,
     Connection,
@@ -20,6 +21,7 @@ from cobatch.server.fronts.control import (
     Reload,
     ToChild,
 )
+from cobatch.server.inference.service import Inference
 from cobatch.server.observability.output import LogStream
 from cobatch.server.serve import Server
 from cobatch.server.settings.schema import Settings
@@ -31,8 +33,8 @@ class ChildServer(Server):
     """A server that its supervisor feeds and ends. Run it with `sockets=[]`."""
 
     def __init__(self, settings: Settings, log_stream: LogStream | None, parent: Parent) -> None:
-        super().__init__(settings, log_stream)
         self.parent = parent
+        super().__init__(settings, log_stream)
         self._last = asyncio.Event()
         self._adopted = 0
         self._handshakes: set[asyncio.Task[None]] = set()
@@ -44,6 +46,11 @@ class ChildServer(Server):
     def no_more(self) -> None:
         """End, now that the last connection has come."""
         self._last.set()
+
+    def bodies(self, inference: Inference) -> BodyMemory:
+        """Return this process's share of the memory for bodies: all processes receive them."""
+        limit = inference.settings.server.body_memory_bytes or default_bytes()
+        return BodyMemory(limit // (self.parent.start.fronts + 1))
 
     # Begin and end
 

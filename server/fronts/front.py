@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from starlette.types import ASGIApp
 
@@ -15,6 +16,7 @@ from cobatch.server.fronts.app import front_app
 from cobatch.server.fronts.child_server import ChildServer
 from cobatch.server.fronts.control import LinkEnds, Parent
 from cobatch.server.fronts.page import Page
+from cobatch.server.fronts.relay import HandOver, front_protocol
 from cobatch.server.fronts.remote import RemoteModel
 from cobatch.server.fronts.uplink import Uplink
 from cobatch.server.inference.service import Inference
@@ -52,6 +54,10 @@ class Uplinks:
             on_ended=self._on_ended,
         )
 
+    def is_alive(self) -> bool:
+        """Return False while there is no home, or its event loop does not run."""
+        return self.current is not None and not self.current.stalled
+
     def _on_ended(self, why: str, broken: bool) -> None:
         self.current = None
         if broken:
@@ -65,6 +71,7 @@ class Front(ChildServer):
     def __init__(self, settings: Settings, log_stream: LogStream | None, parent: Parent) -> None:
         self.uplinks = Uplinks(settings, parent.start.fronts)
         self.uplinks.on_broken = partial(os._exit, 1)  # the supervisor starts another front
+        self.hand_over = HandOver(self.uplinks.is_alive)
         super().__init__(settings, log_stream, parent)
 
     def make_inference(self, settings: Settings, log_stream: LogStream | None) -> Inference:
@@ -73,6 +80,9 @@ class Front(ChildServer):
     def make_app(self, inference: Inference) -> ASGIApp:
         return front_app(inference)
 
+    def make_http(self, inference: Inference) -> Any:
+        return front_protocol(inference, self.hand_over, self.bodies(inference))
+
     def add_link(self, front: int, ends: LinkEnds) -> None:
-        ends.handover.close()
+        self.hand_over.attach(ends.handover)
         self.uplinks.use(ends)

@@ -6,6 +6,8 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.request import Batch
@@ -16,6 +18,7 @@ from cobatch.server.fronts.child_server import ChildServer
 from cobatch.server.fronts.control import HEARTBEAT_S, EndFront, LinkEnds, Parent
 from cobatch.server.fronts.downlink import Downlink
 from cobatch.server.fronts.page import Page
+from cobatch.server.fronts.reception import HomeConnection, Reception
 from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Inference
 from cobatch.server.observability.output import LogStream
@@ -114,15 +117,22 @@ class Home(ChildServer):
 
     def __init__(self, settings: Settings, log_stream: LogStream | None, parent: Parent) -> None:
         super().__init__(settings, log_stream, parent)
+        self._receptions: dict[int, Reception] = {}
         self._unlinked = asyncio.Event()
         self._unlinked.set()
         self.downlinks = Downlinks(self.inference)
         self.downlinks.on_broken = self._on_broken
         self.downlinks.on_none = self._unlinked.set
 
+    def make_http(self, inference: Inference) -> Any:
+        return partial(HomeConnection, inference, self.bodies(inference))
+
     def add_link(self, front: int, ends: LinkEnds) -> None:
         self._unlinked.clear()
-        ends.handover.close()
+        before = self._receptions.pop(front, None)
+        if before is not None:
+            before.close()
+        self._receptions[front] = Reception(ends.handover, self._new_connection)
         self.downlinks.add(front, ends)
 
     def _on_broken(self, front: int, why: str) -> None:

@@ -95,7 +95,7 @@ class Uplink(Endpoint[FromFront, ToFront]):
         self._tenants: dict[Tenant, int] = {}  # their numbers, the oldest first
         self._by_number: dict[int, Tenant] = {}
         self._lead = ""
-        self._stalled = False
+        self.stalled = False
         self._look = loop.call_later(_LOOK_S, self._watch)
 
     # To home
@@ -295,8 +295,8 @@ class Uplink(Endpoint[FromFront, ToFront]):
     def _watch(self) -> None:
         """Refuse requests while home's event loop does not run."""
         stalled = time.monotonic() - self._page.heartbeat_s > STALLED_S
-        if stalled != self._stalled:
-            self._stalled = stalled
+        if stalled != self.stalled:
+            self.stalled = stalled
             for model in self._models:
                 if model.batcher is not None:
                     model.batcher.pause() if stalled else model.batcher.resume()

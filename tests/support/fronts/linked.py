@@ -8,22 +8,23 @@ import copy
 import itertools
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
-from unittest import mock
 
-import cobatch.server.inference.model
-from cobatch.engines.base import Engine
 from cobatch.engines.link import slab
-from cobatch.engines.loader import EngineOptions, load_engine
-from cobatch.server.edge.fast_path import make_protocol
+from cobatch.server.app import make_sinks, observing
+from cobatch.server.edge.body_memory import BodyMemory
 from cobatch.server.fronts.app import front_app
 from cobatch.server.fronts.control import PAGE_BYTES, LinkEnds
 from cobatch.server.fronts.front import Uplinks
 from cobatch.server.fronts.home import Downlinks
-from cobatch.server.settings.auth import AuthSettings
-from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings
-from tests.support.http.serving import DEADLINE_S, GatedEngine, Served, _ThreadServer
+from cobatch.server.fronts.reception import HomeConnection, Reception
+from cobatch.server.fronts.relay import HandOver, front_protocol
+from cobatch.server.settings.schema import ModelSettings, Settings
+from tests.support.http import serving
+from tests.support.http.clock import Clock
+from tests.support.http.serving import DEADLINE_S, Served, ThreadServer
 
 SLAB_BYTES = 64 << 20
 
@@ -44,8 +45,6 @@ class LinkMaker:
         front = LinkEnds(
             messages[1], handover[1], slab.for_reading(answers), questions, slab.for_reading(self.page)
         )
-        for end in handover:
-            end.close()
         return home, front
 
     def close(self) -> None:
@@ -53,43 +52,85 @@ class LinkMaker:
         os.close(self.page)
 
 
-class LinkedServer(_ThreadServer):
+class LinkedServer(ThreadServer):
     """Its connections are the fronts', in turns; its models and batchers are home's."""
 
-    def __init__(self, settings: Settings, fronts: int, slab_bytes: int) -> None:
-        super().__init__(settings)
+    def __init__(
+        self, settings: Settings, clock: Clock | None, *, fronts: int = 2, slab_bytes: int = SLAB_BYTES
+    ) -> None:
+        super().__init__(settings, clock)
         self.fronts = [Uplinks(settings, fronts) for _ in range(fronts)]
         self.maker = LinkMaker(slab_bytes)
         self.downlinks = Downlinks(self.inference)
         self.broken: list[str] = []
         self.downlinks.on_broken = lambda front, why: self.broken.append(why)
+        self.hand_overs = [HandOver(front.is_alive) for front in self.fronts]
+        self.relayed = 0  # connections
+        self._receptions: dict[int, Reception] = {}
         self._linked = 0
+        self._bodies = BodyMemory(settings.server.body_memory_bytes)
+        self._apps = contextlib.AsyncExitStack()
         self.config.http = self._next_connection  # type: ignore[assignment]
-        self._makers = itertools.cycle([self._maker(front) for front in self.fronts])
+        self._makers = itertools.cycle([self._maker(number) for number in range(fronts)])
 
-    def _maker(self, front: Uplinks) -> Any:
-        inference = front.make_inference(self.inference.settings, None)
+    def _maker(self, number: int) -> Any:
+        inference = self.fronts[number].make_inference(self.inference.settings, None)
         inference.on_ready = self._on_front_ready
-        make = make_protocol(inference)
+        make = front_protocol(inference, self.hand_overs[number], self._bodies)
         config = copy.copy(self.config)
         config.loaded_app = front_app(inference)
-        return lambda of_uvicorn: self.connections.watch(make(**{**of_uvicorn, "config": config}))
+        return lambda of_uvicorn: self.watch(make(**{**of_uvicorn, "config": config}))
 
     def _next_connection(self, **of_uvicorn: Any) -> Any:
         return next(self._makers)(of_uvicorn)
 
+    def _home_connection(self) -> HomeConnection:
+        self.relayed += 1
+        connection = HomeConnection(
+            self.inference,
+            self._bodies,
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+        )
+        return self.watch(connection)
+
     async def startup(self, sockets: object = None) -> None:
-        loop = asyncio.get_running_loop()
-        for number in range(len(self.fronts)):
-            self.fronts[number].inference.loop = loop
-            self.link(number)
+        for front in self.fronts:
+            sinks = make_sinks(front.inference)
+            await self._apps.enter_async_context(observing(front.inference, sinks))
+        self.link_all()
         await super().startup(sockets)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        for hand_over in self.hand_overs:
+            hand_over.detach()
+        for reception in self._receptions.values():
+            reception.close()
+        await self._apps.aclose()
 
     def link(self, number: int) -> None:
         """Give a front a new link."""
         home, front = self.maker.make()
+        if number in self._receptions:
+            self._receptions[number].close()
+        self._receptions[number] = Reception(home.handover, self._home_connection)
         self.downlinks.add(number, home)
+        self.hand_overs[number].attach(front.handover)
         self.fronts[number].use(front)
+
+    def link_all(self) -> None:
+        """Give every front a new link."""
+        for number in range(len(self.fronts)):
+            self.link(number)
+
+    def unlink(self) -> None:
+        """End home as the fronts see it, but not its connections."""
+        for front, hand_over in zip(self.fronts, self.hand_overs, strict=True):
+            hand_over.detach()
+            assert front.current is not None
+            front.current.end("home is gone")
 
     def _on_ready(self) -> None:
         """Wait for the fronts."""
@@ -121,30 +162,10 @@ def linked(
     models: tuple[ModelSettings, ...],
     *,
     fronts: int = 2,
-    engines: Mapping[str, Engine] | None = None,
-    auth: AuthSettings | None = None,
     slab_bytes: int = SLAB_BYTES,
-    ready: bool = True,
     **settings: Any,
 ) -> Iterator[Served]:
     """Serve `models` through fronts; as `serving.serve`."""
-    fakes = engines or {}
-
-    def load(kind: str, path: str, max_batch_size: int, options: EngineOptions) -> Engine:
-        return fakes.get(path) or load_engine(kind, path, max_batch_size, options)
-
-    http = ServerSettings(fast_path=fast, **{"port": 0, "drain_timeout_s": DEADLINE_S, **settings})
-    with mock.patch.object(cobatch.server.inference.model, "load_engine", load):
-        server = LinkedServer(Settings(server=http, models=models, auth=auth), fronts, slab_bytes)
-        served = Served(server, fast)
-        served.start(ready)
-    try:
+    make = partial(LinkedServer, fronts=fronts, slab_bytes=slab_bytes)
+    with serving.serve(fast, models, make_server=make, **settings) as served:
         yield served
-    finally:
-        for engine in fakes.values():
-            if isinstance(engine, GatedEngine):
-                engine.may_open.set()
-                engine.release()
-        served.stop()
-        served.stop()
-        served.join()

@@ -40,6 +40,7 @@ from tests.support.virtual.loop import Array, FakeEngine
 
 DEADLINE_S = 60.0
 T = TypeVar("T")
+C = TypeVar("C", bound=asyncio.Protocol)
 _TICK_S = 0.1  # uvicorn's
 _TURNS = 8  # of the loop, in which it accepts a connection and reads the first bytes
 
@@ -205,7 +206,7 @@ class Client:
         return data
 
 
-class _ThreadServer(Server):
+class ThreadServer(Server):
     """The server without its process-wide effects: signals, prints, the freeze of the garbage collector."""
 
     grace_s = 0.001
@@ -219,8 +220,11 @@ class _ThreadServer(Server):
         super().__init__(settings)
         self.connections = Released()
         make: Any = self.config.http
-        if not self.config.is_ssl:  # the loop's own objects for TLS are in cycles
-            self.config.http = lambda **of_uvicorn: self.connections.watch(make(**of_uvicorn))  # type: ignore[assignment]
+        self.config.http = lambda **of_uvicorn: self.watch(make(**of_uvicorn))  # type: ignore[assignment]
+
+    def watch(self, connection: C) -> C:
+        """Watch a connection; the loop's own objects for TLS are in cycles."""
+        return connection if self.config.is_ssl else self.connections.watch(connection)
 
     def run(self, sockets: object = None) -> None:
         if self.clock is None:
@@ -261,7 +265,7 @@ class _ThreadServer(Server):
 class Served:
     """A running server."""
 
-    def __init__(self, server: _ThreadServer, fast: bool) -> None:
+    def __init__(self, server: ThreadServer, fast: bool) -> None:
         self.server = server
         self.fast = fast
         self._changed = threading.Condition()
@@ -371,6 +375,7 @@ def serve(
     ready: bool = True,
     auth: AuthSettings | None = None,
     clock: Clock | None = None,
+    make_server: Callable[[Settings, Clock | None], ThreadServer] | None = None,
     **settings: Any,
 ) -> Iterator[Served]:
     """Serve `models`, on a free port by default. `engines`, by path, replace the engines of model files.
@@ -384,7 +389,8 @@ def serve(
 
     http = ServerSettings(fast_path=fast, **{"port": 0, "drain_timeout_s": DEADLINE_S, **settings})
     with mock.patch.object(cobatch.server.inference.model, "load_engine", load):
-        served = Served(_ThreadServer(Settings(server=http, models=models, auth=auth), clock), fast)
+        make = make_server or ThreadServer
+        served = Served(make(Settings(server=http, models=models, auth=auth), clock), fast)
         served.start(ready)
     try:
         with contextlib.nullcontext() if clock is None else clock.of_connections():
@@ -403,7 +409,7 @@ def serve(
 def gated(
     fast: bool, *, max_queue_rows: int = 1000, ready: bool = True, **settings: Any
 ) -> Iterator[tuple[Served, GatedEngine]]:
-    """Serve one model, `gate`, with a GatedEngine."""
+    """Serve one model, `gate`, with a GatedEngine; other settings as of `serve`."""
     engine = GatedEngine()
     model = ModelSettings(path="gate", max_batch_size=engine.max_batch_size, max_queue_rows=max_queue_rows)
     with serve(fast, (model,), engines={"gate": engine}, ready=ready, **settings) as served:

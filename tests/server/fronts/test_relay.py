@@ -1,0 +1,259 @@
+"""Requests that are for home, on connections that a front has: relayed, and given back."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from cobatch.server.fronts.reception import HomeConnection
+from cobatch.server.fronts.relay import Relay
+from cobatch.server.settings.schema import ModelSettings
+from tests.support.fronts.linked import LinkedServer, linked
+from tests.support.http.serving import (
+    DEADLINE_S,
+    GATE,
+    Client,
+    GatedEngine,
+    Served,
+    data_of,
+    gate,
+    get,
+    post,
+)
+
+MODEL = ModelSettings(path="gate", max_batch_size=4, max_queue_rows=1000)
+LIVE = get("/v2/health/live")
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["fast", "asgi"])
+def module_pair(request: pytest.FixtureRequest) -> Iterator[tuple[Served, GatedEngine]]:
+    engine = GatedEngine()
+    with linked(request.param, (MODEL,), engines={"gate": engine}, max_body_bytes=400_000) as served:
+        yield served, engine
+
+
+@pytest.fixture
+def engine(module_pair: tuple[Served, GatedEngine]) -> GatedEngine:
+    return module_pair[1]
+
+
+@pytest.fixture
+def served(module_pair: tuple[Served, GatedEngine]) -> Iterator[Served]:
+    served, engine = module_pair
+    yield served
+    engine.release()
+
+
+@pytest.fixture
+def server(served: Served) -> LinkedServer:
+    server = served.server
+    assert isinstance(server, LinkedServer)
+    return server
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[Client]:
+    with served.connect() as client:
+        yield client
+
+
+def is_live(client: Client) -> bool:
+    answer = client.answer()
+    return answer.status == 200 and answer.json == {"live": True}
+
+
+def is_bad(client: Client) -> bool:
+    return client.answer().slug == "bad-request"
+
+
+def chunked(body: bytes, size: int) -> bytes:
+    """Return an infer request in chunks of `size` bytes, with a trailer."""
+    head = f"POST {GATE} HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    parts = [body[at : at + size] for at in range(0, len(body), size)]
+    return head + b"".join([b"%x\r\n%b\r\n" % (len(part), part) for part in parts]) + b"0\r\nX: y\r\n\r\n"
+
+
+def body_of(request: bytes) -> bytes:
+    return request.partition(b"\r\n\r\n")[2]
+
+
+# A message of each kind, and its answer. The BYTES in the chunks look like the end of a body, and like a
+# request that would stop the answers if it were taken for one.
+TRAP = b"0\r\n\r\nDELETE / HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"
+KINDS: dict[str, tuple[bytes, Callable[[Client], bool]]] = {
+    "infer": (gate(7), lambda client: data_of(client.answer()) == [14]),
+    "query": (gate(7).replace(b"infer ", b"infer?a=b "), lambda client: data_of(client.answer()) == [14]),
+    "chunks": (chunked(body_of(gate(7)), 9), lambda client: data_of(client.answer()) == [14]),
+    "trap": (chunked(TRAP * 3, 500), is_bad),
+    "get": (LIVE, is_live),
+    "blank lines": (b"\r\n\r\n" + LIVE, is_live),
+    "post": (post("/v2/repository/index", b""), lambda client: client.answer().json[0]["name"] == "gate"),
+    "absolute": (LIVE.replace(b"/v2", b"http://test/v2", 1), is_live),
+    "upgrade": (LIVE.replace(b"\r\n\r\n", b"\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n"), is_live),
+}
+
+
+@pytest.mark.parametrize("second", KINDS)
+@pytest.mark.parametrize("first", KINDS)
+def test_two_kinds_in_turns(client: Client, first: str, second: str) -> None:
+    """Each behind the answer before it, then all in one packet, then a byte at a time."""
+    for name in (first, second, first):
+        message, check = KINDS[name]
+        client.send(message)
+        assert check(client), name
+    order = (first, second, second, first)
+    whole = b"".join(KINDS[name][0] for name in order)
+    for pieces in ([whole], [whole[at : at + 1] for at in range(len(whole))]):
+        for piece in pieces:
+            client.send(piece)
+        for name in order:
+            assert KINDS[name][1](client), name
+
+
+def test_every_place_to_cut_a_pipeline_in_two(client: Client) -> None:
+    whole = gate(7) + LIVE + gate(8) + LIVE
+    for at in range(1, len(whole)):
+        client.send(whole[:at])
+        client.send(whole[at:])
+        assert data_of(client.answer()) == [14]
+        assert is_live(client)
+        assert data_of(client.answer()) == [16]
+        assert is_live(client)
+
+
+def test_a_connection_goes_back_to_its_front(served: Served, server: LinkedServer, client: Client) -> None:
+    """Health checks and infer requests on one connection, as from a proxy."""
+    before = server.relayed
+    for n in range(10):
+        for _ in range(3):
+            client.send(LIVE)
+            assert is_live(client)
+        for _ in range(3):
+            assert data_of(client.ask(gate(n))) == [2 * n]
+    assert server.relayed == before + 10
+    assert not served.call(lambda: [hand_over.relays for hand_over in server.hand_overs if hand_over.relays])
+
+
+def test_earlier_requests_are_answered_first(served: Served, engine: GatedEngine, client: Client) -> None:
+    engine.hold()
+    client.send(gate(7) + LIVE + gate(8))
+    assert engine.began.get(timeout=DEADLINE_S) == [7]
+    client.socket.settimeout(0.01)
+    with pytest.raises(TimeoutError):
+        client.socket.recv(1, socket.MSG_PEEK)
+    client.socket.settimeout(DEADLINE_S)
+    engine.release()
+    assert data_of(client.answer()) == [14]
+    assert is_live(client)
+    assert data_of(client.answer()) == [16]
+
+
+def test_a_body_for_home_may_come_later(client: Client) -> None:
+    request = post("/v1/models/gate/predictions", {"inputs": {"x": [[7]]}}, {"Expect": "100-continue"} | JSON)
+    end = request.index(b"\r\n\r\n") + 4
+    for _ in range(2):
+        client.send(request[:end])
+        assert client.answer().status == 100
+        client.send(request[end:])
+        assert client.answer().status == 200
+        assert data_of(client.ask(gate(7))) == [14]
+
+
+def test_a_large_answer_to_a_slow_reader(served: Served) -> None:
+    """More than all buffers between: home waits for the client."""
+    with served.connect(receive_buffer=4096) as client:
+        client.send(get("/openapi.json") * 40)
+        sizes = {len(client.answer().body) for _ in range(40)}
+        assert len(sizes) == 1
+        assert data_of(client.ask(gate(7))) == [14]
+
+
+def test_a_refusal_reaches_a_client_that_still_sends(client: Client) -> None:
+    request = post("/v1/models/gate/predictions", b" " * 3_000_000)
+    client.send(request[:500_000])
+    answer = client.answer()
+    assert (answer.status, answer.slug) == (413, "body-too-large")
+    assert answer.headers["connection"] == "close"
+    client.send(request[500_000:])  # no reset
+    assert client.closed()
+
+
+def test_connection_close_ends_both_sides(served: Served, server: LinkedServer, client: Client) -> None:
+    answer = client.ask(LIVE.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+    assert answer.headers["connection"] == "close"
+    assert client.closed()
+    client.close()
+    ended(served, server)
+
+
+def test_a_client_that_leaves_ends_both_sides(served: Served, server: LinkedServer) -> None:
+    for half in (True, False):
+        with served.connect() as client:
+            client.send(LIVE)
+            assert is_live(client)
+            if half:
+                client.socket.shutdown(socket.SHUT_WR)
+                assert client.closed()
+        ended(served, server)
+
+
+def ended(served: Served, server: LinkedServer) -> None:
+    """Wait until no connection is relayed."""
+    for _ in range(100_000):
+        if not served.call(lambda: sum(len(hand_over.relays) for hand_over in server.hand_overs)):
+            return
+    raise AssertionError("a relayed connection is left")
+
+
+def test_home_s_problems_have_the_client_s_path(client: Client) -> None:
+    answer = client.ask(get("/nothing"))
+    assert (answer.status, answer.slug, answer.json["instance"]) == (404, "not-found", "/nothing")
+
+
+def test_without_home(served: Served, server: LinkedServer, client: Client) -> None:
+    """A request that home owes is answered at its end; later ones at once, until there is another home."""
+    client.send(LIVE)
+    assert is_live(client)
+    with served.connect() as other:
+        other.send(LIVE)
+        assert is_live(other)
+        served.call(server.unlink)
+        relays = served.call(lambda: [r for h in server.hand_overs for r in h.relays.values()])
+        assert all(type(relay) is Relay for relay in relays)
+        with served.connect() as new:
+            for _ in range(2):
+                answer = new.ask(get("/v2/models/gate"))
+                assert (answer.status, answer.slug) == (503, "starting")
+                assert answer.headers["retry-after"] == "1"
+                assert new.ask(gate(7)).status == 503
+                new.send(LIVE)
+                assert is_live(new)
+            served.call(server.link_all)
+            assert new.ask(get("/v2/models/gate")).status == 200
+
+
+def test_home_dies_with_a_request(served: Served, server: LinkedServer, client: Client) -> None:
+    ended(served, server)  # those of other tests
+    request = post("/v1/models/gate/predictions", {"inputs": {"x": [[7]]}}, JSON)
+    client.send(request[:-5])
+
+    def die() -> bool:
+        homes = [one for one in served.connections() if type(one) is HomeConnection]
+        if not any(one.cycle for one in homes):
+            return False  # the request is on its way
+        server.unlink()
+        for one in homes:
+            one.transport.abort()
+        return True
+
+    while not served.call(die):
+        pass
+    answer = client.answer()
+    assert (answer.status, answer.slug) == (503, "starting")
+    assert answer.headers["connection"] == "close"
+    client.send(request[-5:])
+    assert client.closed()
+    served.call(server.link_all)
