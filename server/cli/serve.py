@@ -58,11 +58,10 @@ def serve(*, config: Path | None, check: bool, **flags: object) -> None:
 
 def _check_start(settings: Settings, errors: Errors) -> None:
     """Read the files of keys and make the application, as the server does; start nothing."""
-    from cobatch.server.app import create_app  # noqa: PLC0415 - only with --check
-    from cobatch.server.auth.api_keys import ApiKeys  # noqa: PLC0415 - the same
-    from cobatch.server.auth.keys import configured_keys  # noqa: PLC0415 - loads cryptography
-
     if settings.auth is not None:
+        from cobatch.server.auth.api_keys import ApiKeys  # noqa: PLC0415 - only if there are keys
+        from cobatch.server.auth.keys import configured_keys  # noqa: PLC0415 - loads cryptography
+
         for issuer in settings.auth.issuers:
             with errors:
                 configured_keys(issuer)
@@ -70,6 +69,8 @@ def _check_start(settings: Settings, errors: Errors) -> None:
             if settings.auth.api_keys_file:
                 ApiKeys.read(Path(settings.auth.api_keys_file))
     if settings.server.tracing and not errors:
+        from cobatch.server.app import create_app  # noqa: PLC0415 - the whole server
+
         with errors:  # tracing needs OpenTelemetry
             create_app(settings)
 
