@@ -95,7 +95,7 @@ class Uplink(Endpoint[FromFront, ToFront]):
         self._tenants: dict[Tenant, int] = {}  # their numbers, the oldest first
         self._by_number: dict[int, Tenant] = {}
         self._lead = ""
-        self.stalled = False
+        self.stalled = self._is_stalled()  # until home welcomes this front
         self._look = loop.call_later(_LOOK_S, self._watch)
 
     # To home
@@ -209,6 +209,7 @@ class Uplink(Endpoint[FromFront, ToFront]):
             case Collect():
                 self.on_collect()
             case Welcome():
+                self.stalled = False
                 self._lead = f"{message.process}-%x."
 
     def _load(self, loaded: Loaded) -> None:
@@ -292,9 +293,12 @@ class Uplink(Endpoint[FromFront, ToFront]):
 
     # The end
 
+    def _is_stalled(self) -> bool:
+        return time.monotonic() - self._page.heartbeat_s > STALLED_S
+
     def _watch(self) -> None:
         """Refuse requests while home's event loop does not run."""
-        stalled = time.monotonic() - self._page.heartbeat_s > STALLED_S
+        stalled = self._is_stalled()
         if stalled != self.stalled:
             self.stalled = stalled
             for model in self._models:
