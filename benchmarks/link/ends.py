@@ -87,6 +87,11 @@ class FrontEnd:
         if answered.block is not None:
             self.channel.send(Release((answered.block,)))
 
+    def close(self) -> None:
+        """Close the link, with what is queued."""
+        self.channel.close()
+        self.requests.close()
+
     def _close(self, numbers: Sequence[int]) -> None:
         for number in numbers:
             if number not in self.open:
@@ -129,6 +134,11 @@ class HomeEnd:
         if self.delayed or not self._send(numbers, [row.data for row in rows]):
             self.delayed.append((numbers, b"".join(row.data for row in rows)))
 
+    def close(self) -> None:
+        """Close the link, with what is queued."""
+        self.channel.close()
+        self.answers.close()
+
     def _send(self, numbers: tuple[int, ...], buffers: Sequence[slab.Buffer]) -> bool:
         size = sum(memoryview(buffer).nbytes for buffer in buffers)
         payload = self.answers.place(buffers, size)
@@ -146,15 +156,15 @@ class Descriptors(NamedTuple):
     writes: int
     reads: int
 
-    def front(self) -> FrontEnd:
+    def front(self, writer: type[slab.SlabWriter] = slab.SlabWriter) -> FrontEnd:
         """Return the front's end, which owns the descriptors."""
         channel: FrontChannel = Channel(socket.socket(fileno=self.sock), decode_to_front)
-        return FrontEnd(channel, slab.SlabWriter(self.writes), slab.SlabReader(self.reads))
+        return FrontEnd(channel, writer(self.writes), slab.SlabReader(self.reads))
 
-    def home(self) -> HomeEnd:
+    def home(self, writer: type[slab.SlabWriter] = slab.SlabWriter) -> HomeEnd:
         """Return home's end, which owns the descriptors."""
         channel: HomeChannel = Channel(socket.socket(fileno=self.sock), decode_from_front)
-        return HomeEnd(channel, slab.SlabReader(self.reads), slab.SlabWriter(self.writes))
+        return HomeEnd(channel, slab.SlabReader(self.reads), writer(self.writes))
 
     def close(self) -> None:
         """Close the descriptors, once the process that uses them has its own."""

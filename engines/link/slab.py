@@ -18,8 +18,9 @@ from cobatch.engines.errors import LinkError
 from cobatch.engines.link.messages import INLINE_BYTES, Payload
 
 BLOCK_BYTES = 2 * INLINE_BYTES
-# Larger blocks give their pages back when they are freed; smaller ones are soon used again.
-KEPT_BYTES = 1 << 20
+# A larger block gives its pages back when it is freed; so does the slab, if no other is in use and more of it
+# was written. To fault pages in again costs as much as the copy.
+KEPT_BYTES = 16 << 20
 
 # Bytes, or an array that is contiguous.
 Buffer = Any
@@ -94,13 +95,14 @@ def for_reading(descriptor: int) -> int:
 class SlabWriter:
     """The writer's end of a slab. Closes the descriptor that it is made of."""
 
-    __slots__ = ("_map", "arena", "size")
+    __slots__ = ("_map", "_written", "arena", "size")
 
     def __init__(self, descriptor: int) -> None:
         self._map = mmap.mmap(descriptor, 0)
         os.close(descriptor)
         self.size = len(self._map)
         self.arena = Arena(self.size)
+        self._written = 0  # the end of what was written since no block was in use
 
     def write(self, buffers: Sequence[Buffer]) -> int | None:
         """Copy the buffers, one after another, into a new block. Return its offset, or None if there is none.
@@ -114,6 +116,7 @@ class SlabWriter:
             for buffer, size in zip(buffers, sizes, strict=True):
                 self._map[start : start + size] = buffer
                 start += size
+            self._written = max(self._written, start)
         return offset
 
     def place(self, buffers: Sequence[Buffer], size: int) -> Payload | None:
@@ -126,6 +129,8 @@ class SlabWriter:
     def free(self, offset: int) -> None:
         """Use the block at this offset again. Raises LinkError if none in use is there."""
         size = self.arena.free(offset)
+        if not self.arena.blocks:
+            offset, size, self._written = 0, self._written, 0
         if size > KEPT_BYTES:
             self._map.madvise(mmap.MADV_REMOVE, offset, size)
 

@@ -96,7 +96,7 @@ def test_an_arena_is_a_power_of_two_blocks(size: int) -> None:
 
 @pytest.fixture
 def ends() -> Iterator[tuple[SlabWriter, SlabReader]]:
-    descriptor = create("test", 3 * KEPT_BYTES)
+    descriptor = create("test", 3 << 20)
     reader = SlabReader(for_reading(descriptor))
     writer = SlabWriter(descriptor)
     yield writer, reader
@@ -105,7 +105,7 @@ def ends() -> Iterator[tuple[SlabWriter, SlabReader]]:
 
 def test_buffers_of_any_type_are_read_as_written(ends: tuple[SlabWriter, SlabReader]) -> None:
     writer, reader = ends
-    assert writer.size == 4 * KEPT_BYTES
+    assert writer.size == 4 << 20
     rows = np.arange(12, dtype="<f4").reshape(3, 4)
     offset = writer.write([rows, b"bytes", bytearray(b"and"), memoryview(b""), np.ones((0, 3))])
     assert offset is not None
@@ -153,19 +153,53 @@ def test_a_payload_has_the_announced_size(ends: tuple[SlabWriter, SlabReader]) -
             reader.read(payload, size)
 
 
-def test_large_blocks_give_their_pages_back() -> None:
-    descriptor = create("test", 4 * KEPT_BYTES)
-    pages = os.dup(descriptor)
-    writer = SlabWriter(descriptor)
-    kept, large = writer.write([bytes(KEPT_BYTES)]), writer.write([b"x" * (KEPT_BYTES + 1)])
-    assert kept is not None
-    assert large is not None
-    assert os.fstat(pages).st_blocks * 512 >= 2 * KEPT_BYTES
-    writer.free(large)
-    writer.free(kept)
-    assert 0 < os.fstat(pages).st_blocks * 512 <= KEPT_BYTES + mmap.PAGESIZE
-    writer.close()
-    os.close(pages)
+class Pages:
+    """A slab of four times KEPT_BYTES, and how much memory it takes."""
+
+    def __init__(self) -> None:
+        descriptor = create("test", 4 * KEPT_BYTES)
+        self._pages = os.dup(descriptor)
+        self.writer = SlabWriter(descriptor)
+
+    def bytes(self) -> int:
+        return os.fstat(self._pages).st_blocks * 512
+
+    def write(self, size: int) -> int:
+        offset = self.writer.write([bytes(size)])
+        assert offset is not None
+        return offset
+
+    def close(self) -> None:
+        self.writer.close()
+        os.close(self._pages)
+
+
+@pytest.fixture
+def pages() -> Iterator[Pages]:
+    slab = Pages()
+    yield slab
+    slab.close()
+
+
+def test_pages_of_large_blocks_are_given_back_and_others_used_again(pages: Pages) -> None:
+    small, medium = pages.write(1), pages.write(KEPT_BYTES)
+    large = pages.write(KEPT_BYTES + 1)
+    pages.writer.free(large)
+    assert 0 < pages.bytes() - KEPT_BYTES <= 2 * mmap.PAGESIZE
+    pages.writer.free(medium)
+    assert pages.bytes() > KEPT_BYTES
+    pages.writer.free(small)
+    assert pages.bytes() == 0
+
+
+def test_an_idle_slab_keeps_a_bounded_amount(pages: Pages) -> None:
+    for _ in range(2):
+        pages.writer.free(pages.write(KEPT_BYTES))
+        assert pages.bytes() == KEPT_BYTES
+    offsets = [pages.write(KEPT_BYTES // 4) for _ in range(5)]
+    for offset in offsets:
+        pages.writer.free(offset)
+    assert pages.bytes() == 0
 
 
 def test_a_reader_cannot_write_and_a_writer_cannot_resize() -> None:

@@ -1,0 +1,69 @@
+"""The stress of links, a five-hundredth of it, and what it would notice."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import closing
+from math import inf
+
+import pytest
+
+from benchmarks.link import figures
+from benchmarks.link.ends import Answered, Row
+from benchmarks.link.stress import Explained, Stress
+from benchmarks.link.workers import Front, Leftover, Silence
+
+
+@pytest.mark.slow
+def test_answers_are_right_while_processes_stop_and_die() -> None:
+    stress = Stress(2, 0.2)
+    try:
+        stress.run(2000)
+    finally:
+        for child in stress.children.values():
+            child.end()
+    assert stress.counts["answered"] >= 2000
+    # A busy machine may explain any silence.
+    assert stress.faults(limit_s=inf) == []
+
+
+def test_a_wrong_or_another_slots_answer_is_noticed() -> None:
+    control, other = socket.socketpair()
+    with control, other:
+        front = Front(control)
+        with closing(front.selector):
+            front.rows[:2, 0] = front.rows[:2, -1] = 7
+            right = front.rows[0] + 1
+            wrong = right.copy()
+            wrong[len(wrong) // 2] += 1
+            for answer, row, number, count in (
+                (right, 0, 7, 0), (right, 1, 7, 1), (right, 0, 8, 2), (wrong, 0, 7, 3),
+            ):  # fmt: skip
+                front.compare(Answered([Row(number, answer.tobytes())], None), [row])
+                assert front.report.wrong == count
+
+
+def test_a_silence_is_explained_by_stops_of_its_own_processes() -> None:
+    stress = Stress(-1, 1.0)  # no processes
+    stress.stops = [(-1, 1.0, 2.0), (0, 1.5, 3.0), (1, 3.0, 9.0)]
+    stress.silences = [(0, Silence(0.5, 5.0, 0.25))]
+    stress.explain()
+    assert stress.explained == [Explained(4.5, 2.0, 0.25)]
+    assert stress.faults(limit_s=2.25) == []
+    assert stress.faults(limit_s=2.2) == ["no answer for 2.25 s without an explanation"]
+    stress.leftovers = {-1: Leftover(0, 0), 0: Leftover(1, 0), 1: Leftover(0, 2)}
+    stress.counts["wrong"] = 3
+    assert stress.faults(limit_s=inf) == [
+        "3 answers are wrong",
+        "front 0 has 1 blocks, 0 descriptors left",
+        "front 1 has 0 blocks, 2 descriptors left",
+    ]
+
+
+def test_the_figures_have_both_ways() -> None:
+    with (
+        figures.turn_of(64, 2, figures.Messages) as messages,
+        figures.turn_of(64, 2, figures.Blocks) as blocks,
+    ):
+        us = figures.best_us({"messages": messages, "slab": blocks}, 400)
+    assert us.keys() == {"messages", "slab"}
