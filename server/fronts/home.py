@@ -53,9 +53,7 @@ class Downlinks:
             self._beat()
         else:
             os.close(ends.page)
-        before = self.links.pop(front, None)
-        if before is not None:
-            before.end("another one takes its place")
+        before = self.links.get(front)
         auth = self._inference.auth
         self.links[front] = Downlink(
             front,
@@ -68,6 +66,8 @@ class Downlinks:
             on_submitted=self.update,
             on_ended=self._on_ended,
         )
+        if before is not None:
+            before.end("another one takes its place")
 
     def close(self) -> None:
         """End all links."""

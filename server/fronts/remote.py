@@ -11,7 +11,7 @@ from cobatch.batcher.errors import BatcherError, QueueFullError, TooManyRowsErro
 from cobatch.batcher.request import Batch, Request, State
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import RowShapes, Signature
-from cobatch.engines.link.messages import BatchInfo
+from cobatch.engines.link.messages import INLINE_BYTES, BatchInfo
 from cobatch.server.fronts.page import QueuePage
 from cobatch.server.fronts.rows import is_plain
 from cobatch.server.http.problem import Problem
@@ -22,7 +22,8 @@ from cobatch.server.settings.schema import ModelSettings
 from cobatch.server.v2.decode import Decoder, WantedOutputs
 from cobatch.server.v2.encode import Encoder, timing_of_batch
 
-# Rows of a bundle: a larger one would be most of a batch, and cannot be split across two.
+# Rows of a bundle: a larger one would be most of a batch, and cannot be split across two. Nor are long rows
+# bundled, for which a message each costs little.
 MOST_BUNDLED = 16
 _SOURCES_KEPT = 4096
 
@@ -92,7 +93,7 @@ class RemoteBatcher:
         self._uplink: Uplink | None = None
         self._page: QueuePage | None = None
         self._pending: list[Request] = []  # of this iteration
-        self._plain = False
+        self._most = 1  # rows of a bundle
         self.row_shapes: RowShapes = ()
         self._alone: dict[Hashable, None] = {}  # sources of rows that the model refused
         self._open = 0
@@ -104,7 +105,7 @@ class RemoteBatcher:
         """Send requests over this link."""
         self._uplink, self._page = uplink, page
         self.row_shapes = tuple(spec.shape for spec in signature.inputs)
-        self._plain = is_plain(signature)
+        self._most = most_bundled(signature)
         self.resume()
 
     def close(self) -> None:
@@ -179,12 +180,12 @@ class RemoteBatcher:
                 self._uplink.cancel(request)
         if request.state in (State.NEW, State.QUEUED):
             request.state = State.CANCELLED
-            request.payloads = ()
+            request.payloads, request.entry = (), None
 
     def flush(self, uplink: Uplink) -> None:
         """Send the requests of this iteration, single rows in bundles."""
         pending, self._pending = self._pending, []
-        most = min(MOST_BUNDLED, self.queue.full_rows // (2 * self._fronts)) if self._plain else 1
+        most = min(self._most, self.queue.full_rows // (2 * self._fronts))
         bundle: list[Request] = []
         for request in pending:
             if request.state is not State.QUEUED:
@@ -216,7 +217,7 @@ class RemoteBatcher:
         """Answer a request with an error."""
         request.state = State.DONE
         request.error = error
-        request.payloads = ()
+        request.payloads, request.entry = (), None
         self.ended()
         request.done()
 
@@ -236,6 +237,14 @@ class RemoteBatcher:
         except TimeoutError:
             return False
         return True
+
+
+def most_bundled(signature: Signature) -> int:
+    """Return how many rows a bundle may have, 1 if rows are sent by themselves."""
+    if not is_plain(signature):
+        return 1
+    row_bytes = sum([spec.row_elements * spec.dtype.itemsize for spec in signature.inputs])
+    return max(1, min(MOST_BUNDLED, INLINE_BYTES // max(1, row_bytes)))
 
 
 class RemoteModel(ServedModel):
