@@ -56,6 +56,11 @@ class DurationHistogram:
         self.count_in()
         return self._counts.copy()
 
+    def add(self, counts: NDArray[np.int64], sum_s: float) -> None:
+        """Add the counts by bucket, and the sum, of another one."""
+        self._counts += counts
+        self._sum_s += sum_s
+
     def plus(self, other: DurationHistogram) -> DurationHistogram:
         """Return the sum of both."""
         both = DurationHistogram()

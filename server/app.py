@@ -48,6 +48,7 @@ def build(inference: Inference) -> ASGIApp:
     settings, observer = inference.settings.server, inference.observer
     history = History(max(1, len(inference.models)))
     observer.on_request(history.on_request)
+    observer.keep = history.on_request
     observer.on_batch(history.on_batch)
     sinks = make_sinks(inference)
     gpus = Gpus()

@@ -162,7 +162,9 @@ class Accounts(Struct, frozen=True, array_like=True, tag=21, gc=False):
 
 
 class Collect(Struct, frozen=True, array_like=True, tag=22, gc=False):
-    """Send a report now."""
+    """Send a report now, with this number."""
+
+    number: Whole
 
 
 FromFront = Submit | Cancel | Release | Tenant | Report

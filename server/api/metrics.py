@@ -52,6 +52,7 @@ def metrics_routes(inference: Inference, gpus: Gpus) -> list[Route]:
     GCCollector(registry=process)
 
     async def scrape(request: Request) -> Response:
+        await inference.observer.collect()
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         seen = await asyncio.to_thread(gpus.read) if gpus.available else []
         pieces: list[bytes] = []
@@ -94,6 +95,12 @@ def families(inference: Inference, gpus: Sequence[Gpu]) -> Iterator[Metric]:
     yield _times(names.LAG, [((), lag.lags)])
     if lag.cpu_s is not None:
         yield _metric(names.LOOP_CPU, [((), lag.cpu_s)])
+    fronts = inference.observer.fronts
+    if fronts:
+        yield _metric(names.FRONT_REQUESTS, [((number,), one.requests) for number, one in fronts.items()])
+        yield _metric(names.FRONT_CONNECTIONS, [((n,), one.connections) for n, one in fronts.items()])
+        yield _metric(names.FRONT_CPU, [((number,), one.cpu_s) for number, one in fronts.items()])
+        yield _times(names.FRONT_LAG, [((str(number),), one.lags) for number, one in fronts.items()])
     if gpus:
         yield from _gpus(gpus)
 

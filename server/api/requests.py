@@ -182,6 +182,7 @@ def request_routes(inference: Inference, history: History) -> list[Route]:
     explainer = Explainer(history)
 
     async def explain(request: Request) -> Response:
+        await inference.observer.collect()
         response = json(explainer.explain(request.path_params["id"]))
         response.headers["cache-control"] = "no-store"
         return response

@@ -90,6 +90,9 @@ class Tenants:
     def totals(self) -> list[tuple[str, Total]]:
         return self._totals.totals()
 
+    def take_refused(self) -> list[tuple[str, int, int]]:
+        return self._totals.take_refused()
+
     def _drop_idle(self) -> None:
         """Drop idle accounts without other references. The limit doubles, so this is amortised O(1)."""
         now_s = self._clock()
@@ -122,6 +125,7 @@ class _Account(NamedTuple):
     """A tenant's usage since the last collection. Outlives the tenant until all is collected."""
 
     name: str
+    rule: int
     usage: Usage
     tenant: ref[Tenant]
 
@@ -140,7 +144,7 @@ class TenantTotals:
 
     def add(self, tenant: Tenant) -> None:
         """Include this account's usage, up to the end of its life."""
-        self._accounts.append(_Account(tenant.name, tenant.usage, ref(tenant)))
+        self._accounts.append(_Account(tenant.name, tenant.rule, tenant.usage, ref(tenant)))
 
     def totals(self) -> list[tuple[str, Total]]:
         """Return the busiest tenants' totals, by name, and `other` if it has any."""
@@ -150,6 +154,17 @@ class TenantTotals:
             self._collect(now_s)
         rest = [(OTHER, self._other)] if self._other.any() else []
         return sorted(self._named.items()) + rest
+
+    def take_refused(self) -> list[tuple[str, int, int]]:
+        """Return the tenants with refused requests, as name, rule and requests, and begin again.
+
+        For a process that counts no other usage.
+        """
+        accounts, self._accounts = self._accounts, [one for one in self._accounts if one.tenant() is not None]
+        refused = [(one.name, one.rule, one.usage.refused) for one in accounts if one.usage.refused]
+        for account in accounts:
+            account.usage.clear()
+        return refused
 
     def _collect(self, now_s: float) -> None:
         new: dict[str, Usage] = {}

@@ -11,20 +11,21 @@ import socket
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
 
 from cobatch import __version__
-from cobatch.batcher.durations import EDGES_S
+from cobatch.batcher.durations import EDGES_S, DurationHistogram
 from cobatch.server.api.requests import REASONS
 from cobatch.server.auth.principal import Principal
-from cobatch.server.dashboard.seconds import ModelSampler, Second, size_bins, timeline
+from cobatch.server.dashboard.seconds import Counts, ModelSampler, Second, size_bins, timeline
 from cobatch.server.http.problem import KINDS
 from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Inference
 from cobatch.server.observability.history import History
+from cobatch.server.observability.observer import FrontCounts
 
 log = logging.getLogger("cobatch.live")
 
@@ -34,6 +35,15 @@ _BATCHES = 40  # in the timeline of a model
 _NO_USAGE = (0, 0, 0, 0.0)
 # Settings with secrets or with paths of secrets.
 _SECRET = frozenset(("tls_cert", "tls_key", "trace_endpoint"))
+
+
+class LoopFigures(Protocol):
+    """The CPU seconds of an event loop, None if unknown, and its lags."""
+
+    @property
+    def cpu_s(self) -> float | None: ...
+    @property
+    def lags(self) -> DurationHistogram: ...
 
 
 class TenantSecond(msgspec.Struct, omit_defaults=True):
@@ -47,10 +57,20 @@ class TenantSecond(msgspec.Struct, omit_defaults=True):
     queued: int = 0
 
 
+class FrontSecond(msgspec.Struct, omit_defaults=True):
+    """One front-end process in one second; `loop` and `lag` as in `Tick`, `connections` at its end."""
+
+    requests: int = 0
+    connections: int = 0
+    loop: float | None = None
+    lag: float = 0.0
+
+
 class Tick(msgspec.Struct, omit_defaults=True):
     """One second. `time` is its end in seconds since the epoch, `span` its measured length in seconds.
 
-    `loop` is the event loop's share of a core, None if unknown; `lag` is its longest lag in seconds.
+    `loop` is the event loop's share of a core, None if unknown; `lag` is its longest lag in seconds. They are
+    those of the process with the engines; `fronts` has the others, by number.
     """
 
     time: float
@@ -59,6 +79,39 @@ class Tick(msgspec.Struct, omit_defaults=True):
     tenants: dict[str, TenantSecond] = {}
     loop: float | None = None
     lag: float = 0.0
+    fronts: dict[int, FrontSecond] = {}
+
+
+class LoopSampler:
+    """Takes the differences of an event loop's figures from second to second."""
+
+    def __init__(self) -> None:
+        self._cpu_s: float | None = None
+        self._lags: Counts | None = None
+
+    def second(self, loop: LoopFigures, span_s: float) -> tuple[float | None, float]:
+        """Return the loop's share of a core, None if it is unknown, and its longest lag in seconds."""
+        cpu_s, before_s = loop.cpu_s, self._cpu_s
+        counts = loop.lags.counts()
+        new = counts if self._lags is None else counts - self._lags
+        self._cpu_s, self._lags = cpu_s, counts
+        share = None
+        if cpu_s is not None and before_s is not None and span_s > 0:
+            share = round((cpu_s - before_s) / span_s, 4)
+        nonzero = np.flatnonzero(new)
+        return share, float(EDGES_S[min(nonzero[-1], len(EDGES_S) - 1)]) if len(nonzero) else 0.0
+
+
+class FrontSampler(LoopSampler):
+    """Takes the differences of a front's counts."""
+
+    _requests = 0
+
+    def of_front(self, counts: FrontCounts, span_s: float) -> FrontSecond:
+        """Return the front's work since the previous call."""
+        share, lag = self.second(counts, span_s)
+        requests, self._requests = counts.requests - self._requests, counts.requests
+        return FrontSecond(requests, counts.connections, share, lag)
 
 
 class Feed:
@@ -80,8 +133,9 @@ class Feed:
         self._started = wall_clock()
         self._models = {name: ModelSampler(model) for name, model in inference.models.items()}
         self._tenants: dict[str, tuple[int, int, int, float]] = {}
-        self._loop_cpu_s: float | None = None
-        self._lags = inference.observer.lag.lags.counts()
+        self._loop = LoopSampler()
+        self._loop.second(inference.observer.lag, 0.0)
+        self._fronts: dict[int, FrontSampler] = {}
         self._seconds: deque[bytes] = deque(maxlen=KEPT)
         self._number = 0
         self._event = b""
@@ -94,6 +148,7 @@ class Feed:
         while True:
             await asyncio.sleep(max(0.0, self._last_s + INTERVAL_S - self._clock()))
             try:
+                await self._inference.observer.collect()
                 self.tick()
             except Exception:
                 # An error here must neither stop the server nor end the feed.
@@ -109,13 +164,15 @@ class Feed:
         """Keep the data since the previous tick, and send it to all viewers."""
         now_s = self._clock()
         span_s, self._last_s = now_s - self._last_s, now_s
+        loop, lag = self._loop.second(self._inference.observer.lag, span_s)
         tick = Tick(
             time=round(self._wall_clock(), 3),
             span=round(span_s, 4),
             models={name: one.second(self._inference.draining) for name, one in self._models.items()},
             tenants=self._tenant_seconds(),
-            loop=self._loop_share(span_s),
-            lag=self._longest_lag_s(),
+            loop=loop,
+            lag=lag,
+            fronts=self._front_seconds(span_s),
         )
         second = msgspec.json.encode(tick)
         self._seconds.append(second)
@@ -150,18 +207,11 @@ class Feed:
         self._tenants = known
         return seconds
 
-    def _loop_share(self, span_s: float) -> float | None:
-        cpu_s = self._inference.observer.lag.cpu_s
-        before, self._loop_cpu_s = self._loop_cpu_s, cpu_s
-        if cpu_s is None or before is None or span_s <= 0:
-            return None
-        return round((cpu_s - before) / span_s, 4)
-
-    def _longest_lag_s(self) -> float:
-        counts = self._inference.observer.lag.lags.counts()
-        before, self._lags = self._lags, counts
-        nonzero = np.flatnonzero(counts - before)
-        return float(EDGES_S[min(nonzero[-1], len(EDGES_S) - 1)]) if len(nonzero) else 0.0
+    def _front_seconds(self, span_s: float) -> dict[int, FrontSecond]:
+        return {
+            number: self._fronts.setdefault(number, FrontSampler()).of_front(counts, span_s)
+            for number, counts in sorted(self._inference.observer.fronts.items())
+        }
 
     def _wake(self) -> None:
         self._ticked.set()

@@ -110,7 +110,7 @@ class _Shared:
 
     def __init__(self, batch: Batch) -> None:
         outputs = batch.outputs
-        self.info = _info_of(batch)
+        self.info = info_of(batch)
         self.shapes = tuple([output.shape[1:] for output in outputs])
         # Of a BYTES tensor, whose rows differ, 0.
         self._row_bytes = [0 if one.dtype == object else one.nbytes // len(one) for one in outputs]
@@ -201,9 +201,9 @@ class Downlink(Endpoint[ToFront, FromFront]):
         encoded = msgspec.msgpack.encode(signature)
         self.send(Loaded(index, encoded, model.batcher.max_batch_size))
 
-    def collect(self) -> None:
-        """Ask the front for a report."""
-        self.send(Collect())
+    def collect(self, number: int) -> None:
+        """Ask the front for a report with this number."""
+        self.send(Collect(number))
 
     # From the front
 
@@ -354,7 +354,7 @@ class Downlink(Endpoint[ToFront, FromFront]):
         slug = problem.kind.slug
         if slug == "internal":
             log.error("a request of front %d failed", self.number, exc_info=error)
-        info = None if request.batch is None else _info_of(request.batch)
+        info = None if request.batch is None else info_of(request.batch)
         self.post(Failed(request.id, slug, problem.detail, problem.members, problem.close, info))
 
     def _touch(self, request: LinkedRequest) -> None:
@@ -391,7 +391,8 @@ def _account(number: int, tenant: Tenant) -> tuple[int, int, float]:
     return number, tenant.open_requests, 0.0 if tenant.bucket is None else tenant.bucket.full_at_s
 
 
-def _info_of(batch: Batch) -> BatchInfo:
+def info_of(batch: Batch) -> BatchInfo:
+    """Return a batch as messages describe it."""
     return BatchInfo(
         batch.number,
         batch.rows,
@@ -403,5 +404,5 @@ def _info_of(batch: Batch) -> BatchInfo:
         batch.started_s,
         batch.finished_s,
         batch.failed,
-        tuple([_info_of(one) for one in batch.joined]),
+        tuple([info_of(one) for one in batch.joined]),
     )

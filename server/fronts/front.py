@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import socket
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from cobatch.server.fronts.control import LinkEnds, Parent
 from cobatch.server.fronts.page import Page
 from cobatch.server.fronts.relay import HandOver, front_protocol
 from cobatch.server.fronts.remote import RemoteModel
+from cobatch.server.fronts.reports import Reporter
 from cobatch.server.fronts.uplink import Uplink
 from cobatch.server.inference.service import Inference
 from cobatch.server.observability.output import LogStream
@@ -29,21 +31,23 @@ log = logging.getLogger("cobatch.fronts")
 class Uplinks:
     """The link to home, and the models that it gives access to. `on_broken` is called at a bad message."""
 
-    def __init__(self, settings: Settings, fronts: int) -> None:
+    def __init__(self, settings: Settings, fronts: int, connections: Callable[[], int] = lambda: 0) -> None:
         self.models = [RemoteModel(model, index, fronts) for index, model in enumerate(settings.models)]
         self.current: Uplink | None = None
         self.on_broken: Callable[[], None] = lambda: None
+        self._connections = connections
 
     def make_inference(self, settings: Settings, log_stream: LogStream | None) -> Inference:
         """Return the front's models."""
         self.inference = Inference(settings, log_stream, self.models)
+        self._reporter = Reporter(self.inference, self._connections)
         return self.inference
 
     def use(self, ends: LinkEnds) -> None:
         """Use a link to home; it replaces an earlier one."""
         if self.current is not None:
             self.current.end("another one takes its place")
-        self.current = Uplink(
+        self.current = uplink = Uplink(
             Channel(ends.messages, decode_to_front),
             SlabReader(ends.slab_in),
             SlabWriter(ends.slab_out),
@@ -53,6 +57,12 @@ class Uplinks:
             on_loaded=self.inference.tell_if_ready,
             on_ended=self._on_ended,
         )
+        uplink.on_collect = self.report
+
+    def report(self, asked: int = 0) -> None:
+        """Tell home what this front has counted."""
+        if self.current is not None:
+            self._reporter.report(self.current.report, asked)
 
     def is_alive(self) -> bool:
         """Return False while there is no home, or its event loop does not run."""
@@ -69,7 +79,7 @@ class Front(ChildServer):
     """The server of a front."""
 
     def __init__(self, settings: Settings, log_stream: LogStream | None, parent: Parent) -> None:
-        self.uplinks = Uplinks(settings, parent.start.fronts)
+        self.uplinks = Uplinks(settings, parent.start.fronts, lambda: len(self.server_state.connections))
         self.uplinks.on_broken = partial(os._exit, 1)  # the supervisor starts another front
         self.hand_over = HandOver(self.uplinks.is_alive)
         super().__init__(settings, log_stream, parent)
@@ -86,3 +96,7 @@ class Front(ChildServer):
     def add_link(self, front: int, ends: LinkEnds) -> None:
         self.hand_over.attach(ends.handover)
         self.uplinks.use(ends)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        self.uplinks.report()

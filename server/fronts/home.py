@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from cobatch.server.fronts.control import HEARTBEAT_S, EndFront, LinkEnds, Paren
 from cobatch.server.fronts.downlink import Downlink
 from cobatch.server.fronts.page import Page
 from cobatch.server.fronts.reception import HomeConnection, Reception
+from cobatch.server.fronts.reports import Reports
 from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Inference
 from cobatch.server.observability.output import LogStream
@@ -42,6 +43,7 @@ class Downlinks:
         self._indices = {model.name: index for index, model in enumerate(self._models)}
         self._page: Page | None = None
         self._beat_again: asyncio.TimerHandle | None = None
+        self._reports = Reports(inference, self._ask)
         inference.on_loaded = self._on_loaded
         inference.observer.on_batch(self._on_batch)
 
@@ -55,7 +57,7 @@ class Downlinks:
             os.close(ends.page)
         before = self.links.get(front)
         auth = self._inference.auth
-        self.links[front] = Downlink(
+        self.links[front] = link = Downlink(
             front,
             Channel(ends.messages, decode_from_front),
             SlabReader(ends.slab_in),
@@ -68,6 +70,13 @@ class Downlinks:
         )
         if before is not None:
             before.end("another one takes its place")
+        link.on_report = partial(self._reports.on_report, front)
+
+    def _ask(self, number: int) -> Collection[int]:
+        """Ask all fronts for a report; return their numbers."""
+        for link in self.links.values():
+            link.collect(number)
+        return self.links
 
     def close(self) -> None:
         """End all links."""
@@ -79,6 +88,7 @@ class Downlinks:
     def _on_ended(self, link: Downlink, why: str, broken: bool) -> None:
         if self.links.get(link.number) is link:
             del self.links[link.number]
+            self._reports.gone(link.number)
         if broken:
             self.on_broken(link.number, why)
         if not self.links:

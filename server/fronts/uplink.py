@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from cobatch.batcher.durations import PENDING_LIMIT
 from cobatch.batcher.errors import QueueFullError
 from cobatch.batcher.request import Request, State
 from cobatch.batcher.tenant import Tenant
@@ -39,6 +40,7 @@ from cobatch.server.fronts.endpoint import Endpoint
 from cobatch.server.fronts.page import Page
 from cobatch.server.fronts.remote import RemoteBatch, RemoteBatcher, RemoteModel
 from cobatch.server.fronts.rows import as_bytes, read_outputs
+from cobatch.server.http import request_id
 from cobatch.server.http.problem import Problem
 
 log = logging.getLogger("cobatch.fronts")
@@ -81,7 +83,7 @@ class Uplink(Endpoint[FromFront, ToFront]):
         on_ended: Callable[[str, bool], None],
     ) -> None:
         super().__init__(channel, loop)
-        self.on_collect: Callable[[], None] = lambda: None
+        self.on_collect: Callable[[int], None] = lambda number: None
         self._slab_in = slab_in
         self._slab_out = slab_out
         self._page = page
@@ -207,10 +209,11 @@ class Uplink(Endpoint[FromFront, ToFront]):
             case Loaded():
                 self._load(message)
             case Collect():
-                self.on_collect()
+                self.on_collect(message.number)
             case Welcome():
                 self.stalled = False
                 self._lead = f"{message.process}-%x."
+                request_id.join(message.process)
 
     def _load(self, loaded: Loaded) -> None:
         model = self._models[loaded.model]
@@ -245,6 +248,9 @@ class Uplink(Endpoint[FromFront, ToFront]):
                 place += request.rows
             self._end(sent)
         batch.outputs, batch.memo = (), {}  # no longer valid
+        durations = self._models[answers.model].infer_traffic.durations
+        if len(durations.values) >= PENDING_LIMIT:
+            durations.count_in()
         if type(answers.payload) is int:
             self._released.append(answers.payload)
             self.flush_soon()

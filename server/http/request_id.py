@@ -15,7 +15,8 @@ from itertools import count
 _SANE = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._:=@+-]{0,127}")
 # Unique to this process. A client's id that begins with it belongs to another request.
 PROCESS = secrets.token_hex(4)
-_OURS = f"{PROCESS}-".encode()
+_ours: tuple[bytes, ...] = (f"{PROCESS}-".encode(),)
+_new_lead = f"{PROCESS}-r"
 # The beginning of the ids in a batch, for its number.
 LEAD = f"{PROCESS}-%x.".encode()
 _OF_BATCH = re.compile(rf"{PROCESS}-([0-9a-f]{{1,15}})\.(\d{{1,9}})")
@@ -24,12 +25,20 @@ _numbers = count(1)
 
 def sane(value: bytes) -> str | None:
     """Return the id as text, None if it is not harmless or is one of ours."""
-    return value.decode("ascii") if _SANE.fullmatch(value) and not value.startswith(_OURS) else None
+    return value.decode("ascii") if _SANE.fullmatch(value) and not value.startswith(_ours) else None
 
 
 def new_id() -> str:
     """Return an id that names no place."""
-    return f"{PROCESS}-r{next(_numbers):x}"
+    return f"{_new_lead}{next(_numbers):x}"
+
+
+def join(process: str) -> None:
+    """Give ids that belong to another process too, that of the engines: no client can take one of either."""
+    global _ours, _new_lead  # noqa: PLW0603 - as is PROCESS
+    if process != PROCESS:
+        _ours = f"{PROCESS}-".encode(), f"{process}-".encode()
+        _new_lead = f"{process}-{PROCESS}r"
 
 
 def place_of(request_id: str) -> tuple[int, int] | None:

@@ -158,6 +158,24 @@ LOOP_CPU = _family(
     "event_loop_cpu_seconds", "counter", "", "CPU time of the event loop's thread.",
     "A rate near 1: the process is at its limit, start another.",
 )
+FRONT_REQUESTS = _family(
+    "front_requests", "counter", "front",
+    "Requests that a front-end process answered itself; only with `processes`. They are in all other counts.",
+    "One with none: it is hung, or gets no connections.",
+)
+FRONT_CONNECTIONS = _family(
+    "front_connections", "gauge", "front", "Open connections of a front-end process.",
+)
+FRONT_CPU = _family(
+    "front_event_loop_cpu_seconds", "counter", "front",
+    "CPU time of the event loop's thread of a front-end process.",
+    "All near 1: more `processes` would help. Only `event_loop_cpu_seconds` near 1: the engine's process is "
+    "at its limit.",
+)
+FRONT_LAG = _family(
+    "front_event_loop_lag_seconds", "histogram", "front",
+    "Lateness of the timers of a front-end process, to a millisecond.",
+)
 LOG_DROPPED = _family(
     "log_lines_dropped", "counter", "", "Lines of the log dropped because stderr's reader was slow.",
     "Above 0: the log is incomplete; look at what reads it.",

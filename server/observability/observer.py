@@ -7,7 +7,7 @@ Subscribers must be fast, and may keep their arguments. An exception in one is l
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from cobatch.batcher.batcher import Batcher
@@ -22,6 +22,20 @@ log = logging.getLogger("cobatch.observe")
 
 RequestSink = Callable[[RequestRecord], None]
 BatchSink = Callable[[Batcher, Batch], None]
+
+
+class FrontCounts:
+    """Counts of one front, over all its lives since this process began; `connections` is the number now."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.connections = 0
+        self.cpu_s = 0.0
+        self.lags = DurationHistogram()
+
+
+async def _nothing_to_collect() -> None:
+    """All counts are this process's own."""
 
 
 class Tracer(Protocol):
@@ -40,6 +54,9 @@ class Observer:
 
     `http`: answers on all routes but infer, by route (empty where there is none), method, status and kind of
     problem. `each`: a subscriber wants every request; `watched`: that, or there is a tracer.
+
+    `fronts`: the counts of front-end processes, which are in all others too. `collect` brings them up to
+    date. `keep` takes a record of another process.
     """
 
     def __init__(self, log_stream: LogStream) -> None:
@@ -48,6 +65,9 @@ class Observer:
         self.http: Counter[tuple[str, str, int, str]] = Counter()
         self.each = False
         self.watched = False
+        self.fronts: dict[int, FrontCounts] = {}
+        self.collect: Callable[[], Awaitable[None]] = _nothing_to_collect
+        self.keep: RequestSink = lambda record: None
         self._requests: dict[RequestSink, bool] = {}
         self._batches: tuple[BatchSink, ...] = ()
         self._tracer: Tracer | None = None

@@ -7,7 +7,7 @@ import { Feed, hasToken, remember } from "./feed.js";
 import { count, duration, percent } from "./format.js";
 import { panels } from "./panels.js";
 import { latencyOf, Store } from "./store.js";
-import { node, refusals, settings, tenants, tiles, totals } from "./tables.js";
+import { node, processes, refusals, settings, tenants, tiles, totals } from "./tables.js";
 import { Timeline } from "./timeline.js";
 
 const byId = (id) => document.getElementById(id);
@@ -74,6 +74,7 @@ function draw(whole = false) {
   tenants(store, page.windowS);
   refusals(store, seconds, page.windowS === 60 ? "1 min" : "5 min");
   totals(store);
+  processes(store);
   node(store.hello, store.last.time);
   models();
 }

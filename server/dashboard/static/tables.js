@@ -108,6 +108,31 @@ export function tenants(store, windowS) {
   });
 }
 
+// With several processes: a row for each front, below that of the process with the engines.
+export function processes(store) {
+  const numbers = Object.keys(store.last.fronts ?? {});
+  byId("processes-card").hidden = !numbers.length;
+  if (!numbers.length) return;
+  const last = store.ticks.filter((tick) => tick.time > store.last.time - TILE_S);
+  const row = (name, number, of) => {
+    const seconds = last.map((tick) => ({ span: tick.span, ...of(tick) }));
+    const worst = seconds.reduce((longest, one) => Math.max(longest, one.lag ?? 0), 0);
+    const front = number !== null;
+    return element("tr", { "data-front": number },
+      element("td", {}, name),
+      element("td", { class: "n" }, front ? count(mean(seconds, (one) => (one.requests ?? 0) / one.span)) : "–"),
+      element("td", { class: "n" }, front ? whole(of(store.last).connections ?? 0) : "–"),
+      element("td", { class: "n" }, percent(mean(seconds, (one) => one.loop ?? 0))),
+      element("td", { class: "n" }, duration(worst)));
+  };
+  const heads = [["Process", ""], ["requests/s", "n"], ["connections", "n"], ["event loop", "n"], ["longest lag", "n"]];
+  fill(byId("processes"), [
+    element("thead", {}, element("tr", {}, ...heads.map(([text, kind]) => element("th", { class: kind || null, scope: "col" }, text)))),
+    element("tbody", {}, row("engines", null, (tick) => tick),
+      ...numbers.map((number) => row(`front ${number}`, number, (tick) => tick.fronts?.[number] ?? {}))),
+  ]);
+}
+
 function bar(share, weight) {
   const mark = weight === null ? null : element("b", { "data-part": (weight * 100).toFixed(1) });
   return element("div", { class: "bar", "aria-hidden": "true" }, element("i", { "data-part": (share * 100).toFixed(1) }), mark);

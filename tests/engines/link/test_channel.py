@@ -108,7 +108,7 @@ def test_a_backlog_keeps_the_order(front: FrontChannel, home: HomeChannel) -> No
 
 
 def test_the_end_comes_after_the_last_message(front: FrontChannel, home: HomeChannel) -> None:
-    home.send(Collect())
+    home.send(Collect(1))
     home.flush()
     front.send(submit(1))
     front.flush()
@@ -117,7 +117,7 @@ def test_the_end_comes_after_the_last_message(front: FrontChannel, home: HomeCha
     front.send(submit(2))
     front.flush()
     assert not front.backlogged
-    assert front.receive() == [Collect()]
+    assert front.receive() == [Collect(1)]
     for _ in range(2):
         with pytest.raises(LinkError, match="closed"):
             front.receive()

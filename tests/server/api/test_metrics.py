@@ -257,7 +257,9 @@ def test_scraped_families_match_the_table(gates: Gated) -> None:
     optional = {
         family.name
         for family in FAMILIES
-        if family.name.startswith(("cobatch_gpu", "cobatch_tenant", "cobatch_auth", "cobatch_batch_padding"))
+        if family.name.startswith(
+            ("cobatch_gpu", "cobatch_tenant", "cobatch_auth", "cobatch_batch_padding", "cobatch_front")
+        )
     } | {metric_names.ELEMENTS.name}
     infos = {family.name for family in FAMILIES if family.kind == "info"}
     assert set(table) - set(scraped) - infos == optional - infos

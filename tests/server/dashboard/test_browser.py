@@ -14,8 +14,20 @@ from prometheus_client.parser import text_string_to_metric_families
 from cobatch.server.settings.auth import TenantRule
 from cobatch.server.settings.schema import ModelSettings
 from tests.support.auth.protected import protected, token
+from tests.support.fronts.linked import LinkedServer
 from tests.support.http.browser import chromium, page_at
-from tests.support.http.serving import GATE, GatedEngine, Served, data_of, gate, gated, get, post, serve
+from tests.support.http.serving import (
+    GATE,
+    GatedEngine,
+    Served,
+    ThreadServer,
+    data_of,
+    gate,
+    gated,
+    get,
+    post,
+    serve,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -72,8 +84,9 @@ def shows(page: Page, selector: str, number: int) -> None:
     expect(page.locator(selector)).to_have_text(f"{number:,}")
 
 
-def test_figures_equal_metrics_under_load(browser: Browser) -> None:
-    with gated(True) as (served, _), page_at(browser, address(served)) as page:
+@pytest.mark.parametrize("make_server", [ThreadServer, LinkedServer], ids=["one process", "three"])
+def test_figures_equal_metrics_under_load(browser: Browser, make_server: type[ThreadServer]) -> None:
+    with gated(True, make_server=make_server) as (served, _), page_at(browser, address(served)) as page:
         expect(page.locator("#link")).to_have_text("live")
         load(served)
         samples = metrics(served)
@@ -94,6 +107,12 @@ def test_figures_equal_metrics_under_load(browser: Browser) -> None:
         expect(page.locator("#c-timeline canvas")).to_have_attribute(
             "aria-label", re.compile("engine was busy")
         )
+        processes = page.locator("#processes tbody tr")
+        if make_server is ThreadServer:
+            expect(page.locator("#processes-card")).to_be_hidden()
+            return
+        expect(processes.locator("td:first-child")).to_have_text(["engines", "front 0", "front 1"])
+        expect(processes.nth(1).locator("td").nth(1)).to_have_text(re.compile("[1-9]"))
 
 
 def test_page_reconnects_after_a_restart_and_keeps_its_data(browser: Browser) -> None:
