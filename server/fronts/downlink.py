@@ -317,7 +317,9 @@ class Downlink(Endpoint[ToFront, FromFront]):
         sizes = tuple([sum(map(len, column)) for column in group.columns])
         size = sum(sizes)
         buffers = [piece for column in group.columns for piece in column]
-        payload = self._slab_out.place(buffers, size)
+        # Answers that wait have the next blocks: a large one would else be overtaken for ever.
+        waits = self._waiting and size > INLINE_BYTES
+        payload = None if waits else self._slab_out.place(buffers, size)
         shared = group.shared
         answers = Answers(
             group.model,
