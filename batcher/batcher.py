@@ -282,11 +282,11 @@ class Batcher:
 
     # The end
 
-    async def drain(self, timeout_s: float) -> bool:
+    async def drain(self, timeout_s: float, waited_s: float = 0.0) -> bool:
         """Accept nothing more and answer all accepted requests.
 
         Return False if that took longer than `timeout_s`: the remaining requests got `AbandonedError`, and
-        batches that still run are left to the engine.
+        batches that still run are left to the engine. `waited_s`: spent on this already, for the log.
         """
         admission = self.admission
         if admission.closed is None:
@@ -297,7 +297,7 @@ class Batcher:
         try:
             await asyncio.wait_for(self._drained, timeout_s)
         except TimeoutError:
-            self._abandon(timeout_s)
+            self._abandon(waited_s + timeout_s)
             return False
         return True
 

@@ -259,8 +259,9 @@ class Server(uvicorn.Server):
             connection.transport.abort()
         await asyncio.sleep(0)
 
-    async def before_drain(self) -> None:
-        """Wait until the queues may be closed."""
+    async def before_drain(self, timeout_s: float) -> float:
+        """Wait until the queues may be closed; return the time that is left."""
+        return timeout_s
 
     async def drained(self) -> None:
         """Wait until connections may be ended, now that the queues are empty."""
@@ -269,11 +270,9 @@ class Server(uvicorn.Server):
         timeout_s = self.inference.settings.server.drain_timeout_s
         log.info("draining: no new requests, %g s at most", timeout_s)
         end_s = time.monotonic() + timeout_s
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.before_drain(), timeout_s)
-        timeout_s = max(0.0, end_s - time.monotonic())
+        left_s = await self.before_drain(timeout_s)
         batchers = [model.batcher for model in self.inference.served.values() if model.batcher is not None]
-        await asyncio.gather(*[batcher.drain(timeout_s) for batcher in batchers])
+        await asyncio.gather(*[batcher.drain(left_s, timeout_s - left_s) for batcher in batchers])
         await self.drained()
         # Writing the responses has the rest of the time.
         self.config.timeout_graceful_shutdown = max(1, int(end_s - time.monotonic()))

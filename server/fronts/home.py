@@ -1,6 +1,7 @@
 """The process with scheduler, engines and all routes but infer: today's server, and links to the fronts."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -149,14 +150,22 @@ class Home(ChildServer):
         log.error("front %d sent a bad message: %s", front, why)
         self.parent.send(EndFront(front))
 
-    async def before_drain(self) -> None:
+    async def before_drain(self, timeout_s: float) -> float:
         """Wait until no front sends requests any more."""
-        await self._last.wait()
-        await self._unlinked.wait()
+        end_s = time.monotonic() + timeout_s
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._last.wait()
+                for connection in list(self.server_state.connections):
+                    connection.shutdown()  # a front ends with its last connection
+                await self._unlinked.wait()
+        return max(0.0, end_s - time.monotonic())
 
     async def drained(self) -> None:
         """Wait for nothing: the supervisor has closed the listener already."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.downlinks.close()
+        for reception in self._receptions.values():
+            reception.close()
         await super().shutdown(sockets)

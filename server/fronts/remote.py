@@ -227,7 +227,7 @@ class RemoteBatcher:
         if len(self._alone) > _SOURCES_KEPT:
             del self._alone[next(iter(self._alone))]
 
-    async def drain(self, timeout_s: float) -> bool:
+    async def drain(self, timeout_s: float, waited_s: float = 0.0) -> bool:
         """Wait until all requests are answered; return False if that took longer than `timeout_s`."""
         self._drained = asyncio.Event()
         if not self._open:

@@ -95,12 +95,12 @@ class Supervisor:
         self._leave_s: float | None = None  # the time of the first signal
         self._drain_s: float | None = None  # from then on requests are refused
         self._closing: asyncio.Task[None] | None = None
-        self._status: asyncio.Future[int]
+        self._exit_status = 0
+        self._ended_all = asyncio.Event()
 
     async def run(self) -> int:
         """Run until the last child has ended; return the exit status."""
         self._loop = loop = asyncio.get_running_loop()
-        self._status = loop.create_future()
         for sig in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sig, self._on_signal, sig)
         loop.add_signal_handler(signal.SIGHUP, self._tell_all, Reload())
@@ -108,7 +108,9 @@ class Supervisor:
         for child in self._children:
             self._start(child)
         self._tick()
-        return await self._status
+        await self._ended_all.wait()
+        self._acceptor.close()
+        return self._exit_status
 
     def _tell_all(self, message: Leave | Last | Reload) -> None:
         for child in self._children:
@@ -196,10 +198,12 @@ class Supervisor:
             log.info("%s ended (%s)", child.name, cause)
             self._proceed()
         elif not self._told_ready and (status > 0 or child is self._home):
-            # As without other processes: a service manager decides what comes next.
-            log.error("%s ended (%s) before the server was ready", child.name, cause)
+            # As with one process: a service manager decides what comes next. The child explained a status.
+            if status <= 0:
+                log.error("%s ended (%s) before the server was ready", child.name, cause)
+            self._exit_status = max(status, _FAILED)
+            self._drain()
             self._kill_all()
-            self._status.set_result(max(status, _FAILED))
         else:
             log.warning("%s ended (%s): starting another", child.name, cause)
             self._start_again(child)
@@ -252,8 +256,7 @@ class Supervisor:
         if self._drain_s is None:
             return
         if all(child.control is None for child in self._children):
-            if not self._status.done():
-                self._status.set_result(0)
+            self._ended_all.set()
         elif self._closing is None and all(
             front.control is None or "drained" in front.reached for front in self._fronts
         ):

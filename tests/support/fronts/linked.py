@@ -146,7 +146,7 @@ class LinkedServer(ThreadServer):
             front.inference.leaving = True
             front.inference.draining = front.inference.closing = self.inference.draining
 
-    async def before_drain(self) -> None:
+    async def before_drain(self, timeout_s: float) -> float:
         batchers = [model.batcher for front in self.fronts for model in front.models if model.batcher]
         await asyncio.gather(*[batcher.drain(DEADLINE_S) for batcher in batchers])
         for front in self.fronts:
@@ -154,6 +154,7 @@ class LinkedServer(ThreadServer):
                 front.current.end("it is drained")
         self.downlinks.close()
         self.maker.close()
+        return timeout_s
 
 
 @contextlib.contextmanager

@@ -101,6 +101,8 @@ class Cobatch:
     writes its files to `folder`. It inherits the environment without COBATCH_*, updated with `env`.
     """
 
+    processes = 1
+
     def __init__(
         self,
         folder: Path,
@@ -116,19 +118,23 @@ class Cobatch:
         self._connections: list[Connection] = []
         self._changed = threading.Condition()
         self._ended = False
-        self._gate, theirs = socket.socketpair()
+        self._gate = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._gate.bind("")  # an address in the abstract namespace
         self._gate.settimeout(WAIT_S)
+        self._held: Any = None  # the address of what is held
         environ = {name: value for name, value in os.environ.items() if not name.startswith("COBATCH_")}
         environ |= {"PYTHONWARNINGS": "error", "PYTHONUNBUFFERED": "1"}
+        if self.processes > 1:
+            environ["COBATCH_PROCESSES"] = str(self.processes)
         if gate:
             site = folder / "site"
             site.mkdir()
             (site / "sitecustomize.py").write_text(
                 "import tests.support.models.gate\n\ntests.support.models.gate.install()\n"
             )
-            environ |= {"PYTHONPATH": f"{site}:{ROOT}", "GATE_FD": str(theirs.fileno())}
+            environ |= {"PYTHONPATH": f"{site}:{ROOT}", "GATE": self._gate.getsockname().hex()}
             environ |= {"GATE_OPEN": "1"} if opening else {}
-        with self.stderr_path.open("wb") as stderr, theirs:
+        with self.stderr_path.open("wb") as stderr:
             self.process = subprocess.Popen(
                 [*command, "serve", *arguments],
                 stdin=subprocess.DEVNULL,
@@ -137,7 +143,6 @@ class Cobatch:
                 text=True,
                 cwd=cwd,
                 env=environ | dict(env or {}),
-                pass_fds=[theirs.fileno()],
                 # A process group of its own, to detect processes left behind.
                 start_new_session=True,
             )
@@ -202,11 +207,12 @@ class Cobatch:
 
     def held(self) -> None:
         """Wait until a run, or the opening of a model, is held at the gate."""
-        assert self._gate.recv(1) == HELD, self.stderr
+        data, self._held = self._gate.recvfrom(1)
+        assert data == HELD, self.stderr
 
     def release(self) -> None:
         """Release the held run or opening."""
-        self._gate.sendall(b"g")
+        self._gate.sendto(b"g", self._held)
 
     def signal(self, number: int = signal.SIGTERM) -> None:
         """Send a signal."""

@@ -1,8 +1,8 @@
 """A gate inside a `cobatch serve` that a test started: it holds runs until the test releases them.
 
-`install` wraps ONNX Runtime's engine. Before a run with the value HOLD in its first input it writes a byte to
-the socket GATE_FD and waits for a byte; with GATE_OPEN set also before it opens a model. The byte tells the
-test that the run is held, without timing.
+`install` wraps ONNX Runtime's engine. Before a run with the value HOLD in its first input it sends a byte to
+the datagram socket GATE and waits for a byte; with GATE_OPEN set also before it opens a model. The byte tells
+the test that the run is held, without timing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def _gated(path: str, max_batch_size: int, options: Any) -> Any:
     from cobatch.engines.base import Array  # noqa: PLC0415
     from cobatch.engines.onnxruntime import OnnxRuntimeEngine  # noqa: PLC0415
 
-    gate = socket.socket(fileno=os.dup(int(os.environ["GATE_FD"])))
+    gate = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    gate.bind("")  # an address in the abstract namespace, to be answered
+    gate.connect(bytes.fromhex(os.environ["GATE"]))
 
     class Gated(OnnxRuntimeEngine):
         def open(self) -> None:
@@ -44,6 +46,5 @@ def _gated(path: str, max_batch_size: int, options: Any) -> Any:
 
 
 def _hold(gate: socket.socket) -> None:
-    gate.sendall(HELD)
-    # Returns empty when the test has ended.
+    gate.send(HELD)
     gate.recv(1)
