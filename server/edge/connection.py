@@ -1,8 +1,8 @@
 """One HTTP/1.1 connection over httptools, with the limits that an open port needs.
 
 * Time and size: a request must arrive whole within `receive_timeout_s`, after that time the client must have
-  taken its response or take it at a rate, headers are bounded (`server.edge.framing`), and there is room for
-  what is read (`server.edge.receiver`).
+  taken its response or take it at a rate, headers are bounded (`server.edge.framing`), and memory is
+  granted before a body is read (`server.edge.receiver`).
 * Order at the end: on bad bytes, a limit or the server's stop, earlier requests are answered first; then the
   client is told the reason, once, as a problem, which no reset takes from it (`server.edge.lingering`).
 
