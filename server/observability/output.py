@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import select
 import stat
 import sys
 import threading
@@ -169,9 +170,12 @@ class Capture:
 
     def write(self, text: str) -> None:
         """Write to the original; blocks while its reader does not read."""
-        data = text.encode(errors="backslashreplace")
+        data = memoryview(text.encode(errors="backslashreplace"))
         while data:
-            data = data[os.write(self._original, data) :]
+            try:
+                data = data[os.write(self._original, data) :]
+            except BlockingIOError:  # a process that shares it, such as a shell's, has made it so
+                select.select([], [self._original], [])
 
     def end(self) -> None:
         """Pass on all lines until now, and discard those that follow."""
@@ -184,10 +188,11 @@ class Capture:
         os.dup2(self._original, self._fd)
 
     def unblocking(self) -> int:
-        """Return a descriptor of the original; writing to it does not block if it is a pipe."""
-        if not stat.S_ISFIFO(os.fstat(self._original).st_mode):
-            return self._original
-        return os.open(f"/proc/self/fd/{self._original}", os.O_WRONLY | os.O_NONBLOCK)
+        """Return a descriptor of the original; writing to it does not block if it is a pipe of this user."""
+        if stat.S_ISFIFO(os.fstat(self._original).st_mode):
+            with contextlib.suppress(OSError):  # the pipe was made before privileges were dropped
+                return os.open(f"/proc/self/fd/{self._original}", os.O_WRONLY | os.O_NONBLOCK)
+        return self._original
 
 
 def _discard(fd: int) -> None:

@@ -144,6 +144,37 @@ def test_lines_of_any_writer_are_captured(stand_in: tuple[int, int]) -> None:
     assert os.read(reader, 100) == b"again\n"
 
 
+def test_a_descriptor_that_another_process_made_non_blocking_loses_no_lines(
+    stand_in: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fd, reader = stand_in
+    capture, write = Capture(fd), os.write
+    full = [True, False, True, False]
+
+    def write_three_or_fail(to: int, data: bytes) -> int:
+        if full.pop(0):
+            raise BlockingIOError
+        return write(to, data[:3])
+
+    monkeypatch.setattr(os, "write", write_three_or_fail)
+    capture.write("line\n")
+    assert os.read(reader, 100) == b"line\n"
+
+
+def test_a_pipe_of_another_user_is_written_to_as_it_is(
+    stand_in: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fd, reader = stand_in
+    capture = Capture(fd)
+
+    def refuse(*_: object) -> int:
+        raise PermissionError("not your pipe")
+
+    monkeypatch.setattr(os, "open", refuse)
+    os.write(capture.unblocking(), b"crash")
+    assert os.read(reader, 100) == b"crash"
+
+
 def fill(fd: int) -> None:
     while True:
         os.write(fd, b"x" * 4096 + b"\n")
