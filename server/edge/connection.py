@@ -24,12 +24,12 @@ from uvicorn.config import Config
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
-from cobatch.server.edge.body_memory import FREE_BYTES, BodyMemory, client_of
 from cobatch.server.edge.cycle import AsgiCycle, HeadBeginnings
 from cobatch.server.edge.exchange import HEADERS_BY_NAME
 from cobatch.server.edge.framing import BODY, HEADERS, NOTHING
 from cobatch.server.edge.lingering import LingeringClose
 from cobatch.server.edge.receiver import Cycle, Receiver
+from cobatch.server.http.body_memory import FREE_BYTES, client_of
 from cobatch.server.http.problem import Problem, no_memory, stopping
 from cobatch.server.http.reply import LONG_BYTES, Reply
 from cobatch.server.inference.service import Inference
@@ -51,13 +51,12 @@ class Connection(Receiver):
     def __init__(
         self,
         inference: Inference,
-        bodies: BodyMemory,
         config: Config,
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        super().__init__(inference, bodies)
+        super().__init__(inference)
         self.config = config
         self.server_state = server_state
         self.loop = _loop or asyncio.get_event_loop()
