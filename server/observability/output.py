@@ -20,6 +20,7 @@ _STOP_S = 2.0
 _TICK_S = 1.0
 _PIPE_BYTES = 1 << 20
 _LONGEST_LINE = 8192
+_NEWLINE = ord("\n")
 _encode = msgspec.json.Encoder().encode
 
 
@@ -150,6 +151,7 @@ class Capture:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._line_end = b""  # missing behind the last line, as a full disk has cut it off
         try:
             self._original = os.dup(fd)
         except OSError:  # the process was started without it
@@ -170,12 +172,15 @@ class Capture:
 
     def write(self, text: str) -> None:
         """Write to the original; blocks while its reader does not read."""
-        data = memoryview(text.encode(errors="backslashreplace"))
+        data = memoryview(self._line_end + text.encode(errors="backslashreplace"))
         while data:
             try:
-                data = data[os.write(self._original, data) :]
+                count = os.write(self._original, data)
             except BlockingIOError:  # a process that shares it, such as a shell's, has made it so
                 select.select([], [self._original], [])
+                continue
+            self._line_end = b"" if data[count - 1] == _NEWLINE else b"\n"
+            data = data[count:]
 
     def end(self) -> None:
         """Pass on all lines until now, and discard those that follow."""

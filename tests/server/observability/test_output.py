@@ -1,5 +1,6 @@
 """The log's stream with readers that are slow or gone, and the capture of a file descriptor."""
 
+import contextlib
 import io
 import json
 import os
@@ -159,6 +160,28 @@ def test_a_descriptor_that_another_process_made_non_blocking_loses_no_lines(
     monkeypatch.setattr(os, "write", write_three_or_fail)
     capture.write("line\n")
     assert os.read(reader, 100) == b"line\n"
+
+
+def test_the_line_after_one_that_a_full_disk_cut_off_is_a_line_of_its_own(
+    stand_in: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fd, reader = stand_in
+    capture, write = Capture(fd), os.write
+    room = [4, 2, 0]
+
+    def write_into_room(to: int, data: bytes) -> int:
+        if not room:
+            return write(to, data)
+        if not room[0]:
+            room.pop(0)
+            raise OSError("no space left")
+        return write(to, data[: room.pop(0)])
+
+    monkeypatch.setattr(os, "write", write_into_room)
+    for text in ("one\ntwo\n", "three\n", "four\n"):
+        with contextlib.suppress(OSError):
+            capture.write(text)
+    assert os.read(reader, 100) == b"one\ntw\nthree\nfour\n"
 
 
 def test_a_pipe_of_another_user_is_written_to_as_it_is(
