@@ -246,7 +246,10 @@ class Server(uvicorn.Server):
         log.info("draining: no new requests, %g s at most", timeout_s)
         end_s = time.monotonic() + timeout_s
         batchers = [model.batcher for model in self.inference.models.values() if model.batcher is not None]
-        await asyncio.gather(*[batcher.drain(timeout_s) for batcher in batchers])
+        drains = [batcher.drain(timeout_s) for batcher in batchers]
+        for error in await asyncio.gather(*drains, return_exceptions=True):
+            if isinstance(error, Exception):
+                log.error("draining failed", exc_info=error)
         # Writing the responses has the rest of the time.
         self.config.timeout_graceful_shutdown = max(1, int(end_s - time.monotonic()))
         self.should_exit = True
