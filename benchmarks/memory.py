@@ -6,11 +6,14 @@ Resident set size of a server with default settings, fast path and ASGI, in MiB:
   were closed; the same with eight sending at once
 * while a hundred connections have stalled at 63 of 64 MiB, and for how long a small request, and a large one
   from another address, wait meanwhile
+* while two hundred connections have each sent 64 KB that decompress to 7 MB of JSON, with 256 MiB for bodies
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
+import random
 import selectors
 import socket
 import sys
@@ -32,6 +35,8 @@ _ROWS = 4
 _FLAGS = ("--max-batch-size", str(_ROWS))
 _SENT_MIB, _CONNECTIONS = 24, 40
 _STALLED_MIB, _STALLED = 64, 100
+_PACKED, _PACKED_NUMBERS, _RANDOM_NUMBERS = 200, 3_500_000, 100_000
+_MEMORY_MIB = 256
 # No byte is taken for this long: all clients are stalled.
 _QUIET_S = 3.0
 
@@ -138,6 +143,33 @@ def while_stalled(server: Server) -> tuple[int, float, float]:
         return most_mib, waits[0], waits[1]
 
 
+def while_decompressing(server: Server) -> int:
+    """Return the memory while connections have sent short bodies that are long when decompressed."""
+    digits = random.Random(0).choices("0123456789", k=_RANDOM_NUMBERS)
+    digits += ["1"] * (_PACKED_NUMBERS - _RANDOM_NUMBERS)
+    x = f'"name":"x","datatype":"FP32","shape":[1,{len(digits)}],"data":[{",".join(digits)}]'
+    body = gzip.compress(f'{{"inputs":[{{{x}}}]}}'.encode())
+    assert len(body) < 1 << 16, len(body)
+    lines = (
+        f"POST {_PATH} HTTP/1.1", "Host: test", f"Content-Length: {len(body)}", "Content-Encoding: gzip",
+    )  # fmt: skip
+    request = "\r\n".join((*lines, "", "")).encode() + body
+    most_mib = 0
+    with ExitStack() as stack, selectors.DefaultSelector() as selector:
+        for number in range(_PACKED):
+            client = Client(server, f"127.0.0.{1 + number % 4}")  # one client may not have all places
+            stack.callback(client.socket.close)
+            client.socket.sendall(request)
+            selector.register(client.socket, selectors.EVENT_READ)
+        while selector.get_map():
+            for key, _ in selector.select(0.01):
+                answer = key.fileobj.recv(1 << 16)  # type: ignore[union-attr]
+                assert answer.startswith(b"HTTP/1.1 200 "), answer[:500]
+                selector.unregister(key.fileobj)
+            most_mib = max(most_mib, resident_mib(server))
+    return most_mib
+
+
 def _small() -> bytes:
     body = b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1,2],"data":[1,2]}]}'
     head = f"POST {_PATH} HTTP/1.1\r\nHost: test\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -156,12 +188,16 @@ def measure(way: str) -> list[tuple[str, str]]:
         lines += [(f"{what}: idle", f"{open_mib} MiB"), (f"{what}: closed", f"{closed_mib} MiB")]
     with cobatch(sum_model(), "sum", way == "fast", flags=_FLAGS) as server:
         most_mib, small_s, large_s = while_stalled(server)
+    limited = (*_FLAGS, "--receive-timeout-s", "300", "--body-memory-bytes", str(_MEMORY_MIB << 20))
+    with cobatch(sum_model(), "sum", way == "fast", flags=limited) as server:
+        packed_mib = while_decompressing(server)
     what = f"{_STALLED} connections stalled at {_STALLED_MIB - 1} of {_STALLED_MIB} MiB"
     return [
         *lines,
         (what, f"{most_mib} MiB"),
         ("a small request meanwhile", f"{small_s * 1e3:.1f} ms"),
         (f"one of {_SENT_MIB} MiB from another address", f"{large_s * 1e3:.1f} ms"),
+        (f"{_PACKED} that sent 64 KB of gzip, {_MEMORY_MIB} MiB for bodies", f"{packed_mib} MiB"),
     ]
 
 

@@ -123,7 +123,7 @@ class Worker:
             return error
         except BaseException as error:
             log.exception("%s: opening the engine failed", self._thread.name)
-            return EngineLoadError(f"opening failed: {error!r}")
+            return EngineLoadError(f"opening failed: {_text(error)}")
         return None
 
     def _run(self) -> None:
@@ -288,4 +288,12 @@ def _as_engine_error(error: BaseException) -> EngineError:
         return error
     # An engine that ends its thread, as by `sys.exit`, is dead: the thread goes on only to say so.
     kind = EngineRunError if isinstance(error, Exception) else EngineDeadError
-    return kind(f"{type(error).__name__}: {error}")
+    return kind(_text(error))
+
+
+def _text(error: BaseException) -> str:
+    name = type(error).__name__
+    try:
+        return f"{name}: {error}"
+    except Exception:  # noqa: BLE001 - its own code; without an outcome the batcher would wait for ever
+        return name

@@ -110,7 +110,7 @@ def schema() -> str:
     parts = document["$defs"]
     for struct in STRUCTS:
         part = parts[struct.__name__]
-        part["description"] = part["description"].partition(". ")[0].rstrip(".") + "."
+        part["description"] = re.split(r"\.\s", part["description"])[0].rstrip(".") + "."
         for setting in settings_of(struct).values():
             member = _without_null(part["properties"][setting.name])
             if setting.computed:

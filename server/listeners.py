@@ -8,6 +8,7 @@ finishes those whose handshake has begun.
 import asyncio
 import contextlib
 import ctypes
+import errno
 import os
 import select
 import socket
@@ -20,6 +21,8 @@ _PAUSE_S = 0.001
 _LIMIT_S = 2.0
 # For the last requests on their way, and for handshakes that have begun.
 GRACE_S = 0.1
+# Of an address that this system lacks, such as that of IPv6 in a container, whose `localhost` has one.
+_LACKING = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 # linux/filter.h: operation, jumps, operand. The flags of the TCP header are byte 13; SYN without ACK is 2.
 _INSTRUCTIONS = (
     (0x30, 0, 0, 13),  # load a byte
@@ -38,6 +41,8 @@ def listen(host: str, port: int) -> list[socket.socket]:
     """Open a socket for each address of `host`; uvicorn would end the process if it cannot bind."""
     try:
         return _open(host, port)
+    except UnicodeError:
+        raise CannotListenError(f"cannot listen on {host!r}, port {port}: it is not a name") from None
     except OSError as error:
         # The numbers of a name's errors are not the system's; for the others Python lengthens the text.
         why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
@@ -47,10 +52,19 @@ def listen(host: str, port: int) -> list[socket.socket]:
 def _open(host: str, port: int) -> list[socket.socket]:
     with contextlib.ExitStack() as stack:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        sockets = [
-            stack.enter_context(socket.create_server(address, family=family, backlog=_BACKLOG))
-            for family, address in dict.fromkeys((family, address) for family, _, _, _, address in found)
-        ]
+        sockets: list[socket.socket] = []
+        lacking = OSError()
+        for family, address in dict.fromkeys((family, address) for family, _, _, _, address in found):
+            try:
+                server = socket.create_server(address, family=family, backlog=_BACKLOG)
+            except OSError as error:
+                if error.errno not in _LACKING:
+                    raise
+                lacking = error
+            else:
+                sockets.append(stack.enter_context(server))
+        if not sockets:
+            raise lacking
         stack.pop_all()
     return sockets
 

@@ -100,16 +100,6 @@ def _refuse(message: str, status: int) -> int:
     return status
 
 
-@contextlib.contextmanager
-def _reloading(what: str) -> Iterator[None]:
-    try:
-        yield
-    except SettingsError as error:
-        log.error("SIGHUP: kept the old %s: %s", what, "; ".join(error.messages))  # noqa: TRY400
-    else:
-        log.info("SIGHUP: read the %s again", what)
-
-
 class Server(uvicorn.Server):
     """A uvicorn server that answers every accepted request before it ends.
 
@@ -220,17 +210,26 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def reload(self) -> None:
-        """Read the API keys and the certificate again; keep the old ones where the new are invalid."""
-        auth, http, context = self.inference.auth, self.inference.settings.server, self.config.ssl
-        has_keys = auth is not None and auth.settings.api_keys_file is not None
-        if auth is not None and has_keys:
-            with _reloading("API keys"):
-                await auth.reload_api_keys()
-        if context is not None and http.tls_cert is not None:
-            with _reloading("certificate"):
-                replace_certificate(context, http.tls_cert, http.tls_key)
-        if not has_keys and context is None:
-            log.info("SIGHUP: no file of API keys and no certificate to read again")
+        """Read all files of credentials again; keep the old ones where the new are invalid."""
+        auth = self.inference.auth
+        reloads = auth.reloads() if auth is not None else {}
+        if self.config.ssl is not None:
+            reloads["certificate"] = self._reload_certificate
+        for what, reload in reloads.items():
+            try:
+                await reload()
+            except SettingsError as error:
+                log.error("SIGHUP: kept the old %s: %s", what, "; ".join(error.messages))  # noqa: TRY400
+            else:
+                log.info("SIGHUP: read the %s again", what)
+        if not reloads:
+            log.info("SIGHUP: no file of keys and no certificate to read again")
+
+    async def _reload_certificate(self) -> None:
+        http, context = self.inference.settings.server, self.config.ssl
+        assert context is not None
+        assert http.tls_cert is not None
+        replace_certificate(context, http.tls_cert, http.tls_key)
 
     def _leave(self, now_s: float) -> None:
         inference, delay_s = self.inference, self.inference.settings.server.drain_delay_s
@@ -272,7 +271,10 @@ class Server(uvicorn.Server):
         end_s = time.monotonic() + timeout_s
         left_s = await self.before_drain(timeout_s)
         batchers = [model.batcher for model in self.inference.served.values() if model.batcher is not None]
-        await asyncio.gather(*[batcher.drain(left_s, timeout_s - left_s) for batcher in batchers])
+        drains = [batcher.drain(left_s, timeout_s - left_s) for batcher in batchers]
+        for error in await asyncio.gather(*drains, return_exceptions=True):
+            if isinstance(error, Exception):
+                log.error("draining failed", exc_info=error)
         await self.drained()
         # Writing the responses has the rest of the time.
         self.config.timeout_graceful_shutdown = max(1, int(end_s - time.monotonic()))

@@ -82,12 +82,15 @@ class Admission:
             return QueueFullError(queue.rows, self.max_queue_rows, self.drain_s)
         return tenant.refusal(callers, rows, now_s, self.drain_s) if tenant.limited else None
 
-    def set_deadline(self, request: Request, now_s: float, free_s: float) -> BatcherError | None:
+    def set_deadline(
+        self, request: Request, now_s: float, free_s: float, wait_s: float | None = None
+    ) -> BatcherError | None:
         """Set a request's deadline, if it or its model has one; return why it cannot be met, or None.
 
         The deadline is when its run must have ended: earlier than the caller's by `overhead_s`, but at most
-        by a part of the timeout. `free_s`: when the first engine is expected to be idle. A request admitted
-        on trial has no deadline: it is run, and fails at the end of its timeout if its run still goes on.
+        by a part of the timeout. `free_s`: when the first engine is expected to be idle; `wait_s`: the
+        predicted wait, if it is not that behind the whole queue. A request admitted on trial has no deadline:
+        it is run, and fails at the end of its timeout if its run still goes on.
         """
         timeout_s = self.timeout_s if request.timeout_s is None else request.timeout_s
         if timeout_s is None:
@@ -101,16 +104,22 @@ class Admission:
         request.deadline_s = now_s + left_s
         if run_s > left_s:
             return DeadlineTooShortError(timeout_s, run_s + timeout_s - left_s)
+        if wait_s is None:
+            wait_s, run_s = self._behind_queue(request, run_s)
+            wait_s += max(0.0, free_s - now_s)
+        needed_s = wait_s + run_s
+        if needed_s > left_s:
+            return DeadlineUnreachableError(timeout_s, needed_s + timeout_s - left_s, needed_s - left_s)
+        return None
+
+    def _behind_queue(self, request: Request, run_s: float) -> tuple[float, float]:
+        """Return the time of the runs before a request's own, and of its own, at least `run_s`."""
         full_rows = self._queue.full_rows
         before, beside = divmod(math.ceil(self._queue.ahead_of(request.tenant)), full_rows)
         if beside and beside + request.rows > full_rows:
             before, beside = before + 1, 0
         beside_s = self._run_times.of(request.row_shapes).expected_s(min(full_rows, beside + request.rows))
-        wait_s = before / self.engines * self._model.expected_s(full_rows)
-        needed_s = max(0.0, free_s - now_s) + wait_s + max(run_s, beside_s)
-        if needed_s > left_s:
-            return DeadlineUnreachableError(timeout_s, needed_s + timeout_s - left_s, needed_s - left_s)
-        return None
+        return before / self.engines * self._model.expected_s(full_rows), max(run_s, beside_s)
 
     def _is_trial(self, request: Request, now_s: float, free_s: float) -> bool:
         """Return whether to admit a request to measure how long it runs; no other has to wait for it."""

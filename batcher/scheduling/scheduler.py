@@ -30,6 +30,7 @@ from cobatch.batcher.scheduling.tuning import (
     OVERHEAD_GAIN,
     PEAK_DECAY,
     SHORT_RUN_S,
+    SUSPECT_PART,
 )
 from cobatch.batcher.statistics import Counters
 from cobatch.batcher.tenant import Tenant
@@ -117,13 +118,21 @@ class Scheduler:
             if error is not None:
                 return error
         if request.timeout_s is not None or admission.timeout_s is not None:
-            error = admission.set_deadline(request, now_s, free_s)
+            apart = admission is self._suspects_admission
+            wait_s = self._suspect_wait_s(request, now_s, free_s) if apart else None
+            error = admission.set_deadline(request, now_s, free_s, wait_s)
             if error is not None:
                 return error
         if tenant is not None:
             tenant.enter(request.callers, now_s)
         self.counters.accepted += request.callers
         return None
+
+    def _suspect_wait_s(self, request: Request, now_s: float, free_s: float) -> float:
+        part = self._suspect_part(now_s)
+        begin_s = free_s if part == 1 else max(free_s, self.suspects.due_s(part))
+        ahead_s = self.suspects.ahead_s(request, self.run_times.expected_s)
+        return max(0.0, begin_s - now_s) + ahead_s / (part * self.admission.engines)
 
     def retry(self, batch: Batch, requests: list[Request]) -> None:
         """Queue a part of a batch that was sent in vain, before other requests of the same tenants."""
@@ -182,15 +191,22 @@ class Scheduler:
         queue, suspects = self.queue, self.suspects
         if running and queue.full_group is None:
             return None
-        due_s = suspects.due_s(others_wait=queue.rows > 0)
-        if now_s < due_s:
+        part = self._suspect_part(now_s)
+        due_s = suspects.due_s(part)
+        if part < 1 and now_s < due_s:
             if queue.rows:
                 return None
-            until_s = min(due_s, self._formed_s + OTHERS_S)
-            # The last batches before a source became suspect may be its own.
-            if now_s < until_s and self._formed_s > suspects.grown_s and not self.draining:
-                return WaitUntil(until_s)
+            if not self.draining:
+                return WaitUntil(min(due_s, self._formed_s + OTHERS_S))
         return self._form(suspects.queue, suspects.queue.next_group, SUSPECT, max(now_s, free_s))
+
+    def _suspect_part(self, now_s: float) -> float:
+        """Return the part of the engines' time that suspects get, as far as is known now."""
+        if self.queue.rows:
+            return SUSPECT_PART / 2
+        # The last batches before a source became suspect may be its own.
+        others = self.suspects.grown_s < self._formed_s and now_s < self._formed_s + OTHERS_S
+        return SUSPECT_PART if others else 1.0
 
     def _look_ahead(self, now: Now) -> None:
         """Add the predictions that a delay or a deadline asks for."""

@@ -9,17 +9,17 @@ batch has half as many rows after each failure, twice as many after each run tha
 
 While others have work now and then, the queue gets `SUSPECT_PART` of the engines' time, and half of that
 while they wait: the next run is due when the last one and its answers are that part of the time since its
-start.
+start. Deadlines are predicted with the part of the moment.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from math import inf
 from typing import NamedTuple
 
 from cobatch.batcher.request import Batch, Request
 from cobatch.batcher.scheduling.fair_queueing import Flow
 from cobatch.batcher.scheduling.queue import RequestQueue
-from cobatch.batcher.scheduling.tuning import SUSPECT_PART, SUSPECT_S, SUSPECTS_KEPT, TRUSTED_RUNS
+from cobatch.batcher.scheduling.tuning import SUSPECT_S, SUSPECTS_KEPT, TRUSTED_RUNS
 from cobatch.batcher.tenant import Tenant
 
 
@@ -41,7 +41,7 @@ class Suspects:
         self._others = others
         self.grown_s = -inf
         self._started_s = -inf  # the last batch
-        self._cycle_s = 0.0  # from its start to that of the next one
+        self._ran_s = 0.0  # its time, in that of all engines
 
     def holds(self, request: Request) -> bool:
         """Return whether a request is of a suspect source."""
@@ -101,10 +101,23 @@ class Suspects:
                 self.push(request)
 
     def pace(self, started_s: float, ended_s: float, engines: int) -> None:
-        """Plan the next batch after one with this start and end, of run and answers."""
+        """Note the start and end of the last batch, of run and answers, for the time of the next."""
         self._started_s = started_s
-        self._cycle_s = (ended_s - started_s) / (SUSPECT_PART * engines)
+        self._ran_s = (ended_s - started_s) / engines
 
-    def due_s(self, *, others_wait: bool) -> float:
-        """Return when the next batch may leave while others have work."""
-        return self._started_s + self._cycle_s * (2 if others_wait else 1)
+    def due_s(self, part: float) -> float:
+        """Return when the next batch may leave, if suspects get this part of the engines' time."""
+        return self._started_s + self._ran_s / part
+
+    def ahead_s(self, request: Request, run_s: Callable[[int], float]) -> float:
+        """Return the predicted time of the runs before that of a new request."""
+        queue, mark = self.queue, self.marks[request.source]
+        if not queue.rows:
+            return 0.0
+        whole_s = 0.0
+        for group in queue.groups.values():
+            full, rest = divmod(group.rows, group.most_rows)
+            whole_s += full * run_s(group.most_rows)
+            if rest and group.key != (request.row_shapes, mark.rows):  # else the last run takes it along
+                whole_s += run_s(rest)
+        return whole_s * queue.ahead_of(request.tenant) / queue.rows

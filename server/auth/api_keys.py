@@ -87,9 +87,9 @@ class ApiKeys:
         self._keys = keys
 
     @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read the keys of a file. Raises SettingsError."""
-        return cls.parse(read_toml(path, "auth.api_keys_file"), f"file {path}")
+    def read(cls, path: Path, source: str = "") -> Self:
+        """Read the keys of a file, which is named in `source`. Raises SettingsError."""
+        return cls.parse(read_toml(path, "auth.api_keys_file", source), f"file {path}")
 
     @classmethod
     def parse(cls, document: Mapping[str, object], source: str) -> Self:

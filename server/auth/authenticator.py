@@ -12,7 +12,8 @@ import asyncio
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -26,7 +27,7 @@ from cobatch.server.auth.tenants import Tenants
 from cobatch.server.auth.throttle import Clock, SignatureThrottle
 from cobatch.server.auth.tokens import TokenError, TokenVerifier, VerifiedToken, claim_at
 from cobatch.server.http.problem import Problem
-from cobatch.server.settings.auth import AuthSettings, is_permission, server_url
+from cobatch.server.settings.auth import AuthSettings, Issuer, is_permission, server_url
 
 # The outcomes of authentication, as the metric labels them.
 RESULTS = (
@@ -58,8 +59,11 @@ class Authenticator:
         self._keys: dict[str, KeySource] = {}
         for issuer in settings.issuers:
             keys = configured_keys(issuer)
-            source = StaticKeys(keys) if keys else FetchedKeys(issuer, settings, self._withdraw)
-            self._keys[issuer.issuer] = source
+            self._keys[issuer.issuer] = (
+                StaticKeys(keys, issuer.name, self._withdraw)
+                if keys
+                else FetchedKeys(issuer, settings, self._withdraw)
+            )
         self._fetched = [source for source in self._keys.values() if isinstance(source, FetchedKeys)]
         self._verifier = TokenVerifier(settings, self._keys, wall_clock)
         keys_file = settings.api_keys_file
@@ -85,12 +89,23 @@ class Authenticator:
         """True once any credential can be checked."""
         return bool(self.settings.api_keys_file) or any(source.ready for source in self._keys.values())
 
-    async def reload_api_keys(self) -> None:
-        """Read the API keys again. Raises SettingsError, and keeps the old ones.
+    def reloads(self) -> dict[str, Callable[[], Awaitable[None]]]:
+        """Return functions that read files of keys again, by a name for the log.
 
-        Principals of keys that are gone or changed expire.
+        Each raises SettingsError, and keeps the old keys. Principals of keys that are gone or changed expire.
         """
-        fresh = await asyncio.to_thread(ApiKeys.read, Path(self.settings.api_keys_file or ""))
+        reloads: dict[str, Callable[[], Awaitable[None]]] = {
+            f"keys of issuer {issuer.name}": partial(self._reload_issuer, issuer)
+            for issuer in self.settings.issuers
+            if issuer.key_files or issuer.secret_file
+        }
+        return reloads | ({"API keys": self._reload_api_keys} if self.settings.api_keys_file else {})
+
+    async def _reload_issuer(self, issuer: Issuer) -> None:
+        self._keys[issuer.issuer].replace(await asyncio.to_thread(configured_keys, issuer))
+
+    async def _reload_api_keys(self) -> None:
+        fresh = await asyncio.to_thread(ApiKeys.read, Path(self.settings.api_keys_file))
         for key_id, principal in list(self._api_key_principals.items()):
             if fresh.get(key_id) != self._api_keys.get(key_id):
                 principal.expires_s = 0.0
@@ -206,7 +221,11 @@ class Authenticator:
         return Principal(account, subject, permissions, token.expires_s, self._rules, values)
 
     def _withdraw(self, key: Key) -> None:
-        """Expire all principals whose tokens this key signed; its issuer no longer publishes it."""
+        """Expire all principals whose tokens this key signed; its issuer no longer publishes it.
+
+        Another key may be there under its name, so tokens with a wrong signature are checked again.
+        """
+        self._refusals.clear()
         for principal in self._principals_by_key.pop(key, ()):
             principal.expires_s = 0.0
 

@@ -40,6 +40,7 @@ class _KeySet:
     def __init__(self, keys: Sequence[Key] = ()) -> None:
         self.keys = tuple(keys)
         self.kids = {key.kid for key in keys} - {None}
+        self.nameless = {key.algorithm: key for key in keys if key.kid is None}
         self._by_name = {(key.kid, key.algorithm): key for key in keys if key.kid is not None}
 
     def get(self, kid: str | None, algorithm: str) -> Key | None:
@@ -50,29 +51,50 @@ class _KeySet:
         return fitting[0] if len(fitting) == 1 else None
 
 
-class StaticKeys:
+class _IssuerKeys:
+    """The keys of the issuer `name`. `on_withdrawn` is called with each key that is gone."""
+
+    def __init__(self, name: str, on_withdrawn: Callable[[Key], None]) -> None:
+        self._name = name
+        self._on_withdrawn = on_withdrawn
+        self._keys = _KeySet()
+
+    def replace(self, fresh: Sequence[Key]) -> None:
+        """Use these keys from now on; a key that stays keeps its object."""
+        before = self._keys.keys
+        keys = [next((old for old in before if _parts(old) == _parts(key)), key) for key in fresh]
+        self._keys = _KeySet(keys)
+        for key in before:
+            if key not in keys:
+                log.info("issuer %s withdrew key %r", self._name, key)
+                self._on_withdrawn(key)
+
+
+class StaticKeys(_IssuerKeys):
     """Keys from files. A key without a `kid`, as in PEM files, serves every unknown `kid`."""
 
     ready = True
 
-    def __init__(self, keys: Sequence[Key]) -> None:
-        self._keys = _KeySet(keys)
-        self._nameless = _KeySet([key for key in keys if key.kid is None])
+    def __init__(
+        self, keys: Sequence[Key], name: str = "", on_withdrawn: Callable[[Key], None] = lambda _: None
+    ) -> None:
+        super().__init__(name, on_withdrawn)
+        self.replace(keys)
 
     def get(self, kid: str | None, algorithm: str) -> Key | None:
         if kid is None or kid in self._keys.kids:
             return self._keys.get(kid, algorithm)
-        return self._nameless.get(None, algorithm)
+        return self._keys.nameless.get(algorithm)
 
     async def find(self, kid: str | None, algorithm: str) -> Key | None:
         return self.get(kid, algorithm)
 
 
-class FetchedKeys:
+class FetchedKeys(_IssuerKeys):
     """Keys of an issuer's JWK set. Belongs to one event loop.
 
-    `on_withdrawn` is called with each key that the issuer no longer publishes or that became too old; a key
-    that stays keeps its object. `clock` is monotonic, in seconds, and in step with the loop's timers.
+    Keys that the issuer no longer publishes are withdrawn, and all if they are too old. `clock` is monotonic,
+    in seconds, and in step with the loop's timers.
     """
 
     def __init__(
@@ -83,13 +105,12 @@ class FetchedKeys:
         fetch: Fetch = fetch_url,
         clock: Clock = time.monotonic,
     ) -> None:
+        super().__init__(issuer.name, on_withdrawn)
         self._issuer = issuer
         self._auth = auth
-        self._on_withdrawn = on_withdrawn
         self._on_ready: Callable[[], None] = lambda: None
         self._fetch = fetch
         self._clock = clock
-        self._keys = _KeySet()
         self._started_s = float("-inf")  # the start of the last fetch
         self._stale_s = float("inf")  # the time at which the keys become too old
         self._due_s = clock()  # the time of the next fetch
@@ -169,7 +190,7 @@ class FetchedKeys:
         else:
             if self._failures > 1:
                 log.info("the keys of issuer %s are available again", self._issuer.name)
-            self._replace(keys)
+            self.replace(keys)
             self._failures = 0
             self._stale_s = self._clock() + self._auth.jwks_stale_s
             pause_s = self._refresh_s(fetched.max_age_s)
@@ -181,15 +202,10 @@ class FetchedKeys:
         refresh_s = min(self._auth.jwks_refresh_s, self._auth.jwks_stale_s / 2)
         return refresh_s if max_age_s is None else min(refresh_s, max(_MIN_REFRESH_S, max_age_s))
 
-    def _replace(self, fresh: Sequence[Key]) -> None:
-        before = self._keys.keys
-        keys = [next((old for old in before if _parts(old) == _parts(key)), key) for key in fresh]
-        self._keys = _KeySet(keys)
-        for key in before:
-            if key not in keys:
-                log.info("issuer %s withdrew key %r", self._issuer.name, key)
-                self._on_withdrawn(key)
-        if keys and not before:
+    def replace(self, fresh: Sequence[Key]) -> None:
+        had_none = not self._keys.keys
+        super().replace(fresh)
+        if fresh and had_none:
             self._on_ready()
 
     def _drop_stale(self) -> None:
@@ -197,7 +213,7 @@ class FetchedKeys:
             return
         self._stale_s = float("inf")
         log.warning("the keys of issuer %s are too old; its tokens are refused", self._issuer.name)
-        self._replace([])
+        self.replace([])
 
 
 KeySource = StaticKeys | FetchedKeys

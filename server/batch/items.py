@@ -14,6 +14,7 @@ from urllib.parse import unquote_to_bytes
 import msgspec
 
 from cobatch.server.auth.credentials import names_token
+from cobatch.server.http.body import Body
 from cobatch.server.http.problem import Problem
 from cobatch.server.http.reply import Reply
 from cobatch.server.v2.decode import LARGE_BYTES, decode_json, decode_message
@@ -71,7 +72,7 @@ _decode = msgspec.json.Decoder(_Batch[Item]).decode
 _decode_parsed = msgspec.json.Decoder(_Batch[ParsedItem]).decode
 
 
-def decode_items(body: bytes | bytearray, limit: int) -> tuple[Sequence[AnyItem], Sequence[LongValue]]:
+def decode_items(body: Body, limit: int) -> tuple[Sequence[AnyItem], Sequence[LongValue]]:
     """The items of a call, at most `limit`, each with an id of its own; and long values. Raises Problem."""
     most_bytes = ENVELOPE_BYTES + _ENVELOPE_BYTES * limit
     values: Sequence[LongValue] = ()
@@ -87,7 +88,7 @@ def decode_items(body: bytes | bytearray, limit: int) -> tuple[Sequence[AnyItem]
     return items, values
 
 
-def _decode_together(body: bytes | bytearray, limit: int) -> Sequence[ParsedItem]:
+def _decode_together(body: Body, limit: int) -> Sequence[ParsedItem]:
     """The items with their bodies parsed; empty where that is not possible, or the bodies are long.
 
     Parsing a short body by itself costs as much again as parsing it with the others. Long bodies have a

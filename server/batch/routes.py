@@ -21,7 +21,7 @@ from cobatch.server.api.routing import find_model
 from cobatch.server.auth.principal import Principal, principal_in
 from cobatch.server.batch.items import AnyItem, decode_items, encode_batch, infer_target, message_of
 from cobatch.server.batch.spans import Progress, report_items
-from cobatch.server.edge.exchange import client_in, record_in
+from cobatch.server.edge.exchange import EXCHANGE, client_in, record_in
 from cobatch.server.http.body import read_body
 from cobatch.server.http.compression import compressed
 from cobatch.server.http.problem import Problem, from_error
@@ -80,7 +80,7 @@ class BatchRoute:
                 raise problem
             finally:
                 del problem  # it refers to this frame
-        body = await read_body(headers, receive, self._inference.max_json_bytes)
+        body = await read_body(headers, receive, self._inference.max_json_bytes, scope[EXCHANGE])
         record = record_in(scope) or RequestRecord("", "POST", BATCH, time.monotonic())
         if principal is not None:
             record.tenant = principal.tenant.name

@@ -15,8 +15,7 @@ import typer
 from cobatch.server.observability.logs import JsonFormatter
 from cobatch.server.settings.describe import Setting, settings_of
 from cobatch.server.settings.load import read_settings
-from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings, flag_name
-from cobatch.server.settings.tls import check_certificate
+from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings, env_name, flag_name
 from cobatch.server.settings.values import Errors, is_loopback
 
 _FILE_ONLY = ("path", "pad")
@@ -32,12 +31,9 @@ def serve(*, config: Path | None, check: bool, **flags: object) -> None:
     """
     errors = Errors()
     settings = read_settings(config, os.environ, flags, errors)
-    with errors:
-        if settings.server.tls_cert is not None:
-            check_certificate(settings.server.tls_cert, settings.server.tls_key)
     several = settings.server.process_count > 1
     if check or several:  # several processes would each refuse the same files
-        _check_start(settings, errors)
+        _check_start(settings, f"file {config or os.environ.get(env_name('config'))}", errors)
     if errors:
         for message in errors:
             typer.echo(f"cobatch: {message}", err=True)
@@ -56,18 +52,20 @@ def serve(*, config: Path | None, check: bool, **flags: object) -> None:
     raise typer.Exit(run(settings))
 
 
-def _check_start(settings: Settings, errors: Errors) -> None:
-    """Read the files of keys and make the application, as the server does; start nothing."""
+def _check_start(settings: Settings, source: str, errors: Errors) -> None:
+    """Read the files of keys, which `source` names, and make the application, as the server does."""
     if settings.auth is not None:
         from cobatch.server.auth.api_keys import ApiKeys  # noqa: PLC0415 - only if there are keys
         from cobatch.server.auth.keys import configured_keys  # noqa: PLC0415 - loads cryptography
 
+        refused = Errors()
         for issuer in settings.auth.issuers:
-            with errors:
+            with refused:
                 configured_keys(issuer)
+        errors += [f"{message} ({source})" for message in refused]
         with errors:
             if settings.auth.api_keys_file:
-                ApiKeys.read(Path(settings.auth.api_keys_file))
+                ApiKeys.read(Path(settings.auth.api_keys_file), source)
     if settings.server.tracing and not errors:
         from cobatch.server.app import create_app  # noqa: PLC0415 - the whole server
 

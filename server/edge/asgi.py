@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cobatch.server.auth.principal import PRINCIPAL, principal_in
 from cobatch.server.edge.exchange import EXCHANGE, HEADERS_BY_NAME, Exchange, client_in
 from cobatch.server.http.body import read_body
+from cobatch.server.http.body_memory import FREE_BYTES, Share, client_of
 from cobatch.server.http.compression import choose
 from cobatch.server.http.problem import Problem
 from cobatch.server.http.reply import LONG_BYTES, PROBLEM, Reply, note_problem, send_body
@@ -38,13 +39,14 @@ class AsgiExchange(Exchange, kw_only=True):
 
     scope: Scope
     send_on: Send
+    receive: Receive
     headers: dict[bytes, bytes]
-    receive: Receive | None = None
     answer: asyncio.Future[Reply | None] | None = None
     model: ServedModel | None = None
     route: str = ""
     status: int = 0
     watcher: asyncio.Task[None] | None = None
+    share: Share | None = None
 
     def make_record(self) -> RequestRecord:
         scope = self.scope
@@ -73,9 +75,15 @@ class AsgiExchange(Exchange, kw_only=True):
         if answer is not None and not answer.done():
             answer.set_result(reply)
 
+    async def take_memory(self, size: int, held: int) -> None:
+        """Take memory for the decompressed body. Raises Problem, ClientDisconnect."""
+        inference = self.inference
+        self.share = Share(inference.bodies, client_of(self.scope.get("client")))
+        timeout_s = inference.settings.server.receive_timeout_s
+        await self.share.take(size, self.receive, timeout_s, waits=held <= FREE_BYTES)
+
     async def watch(self) -> None:
         """Wait for the client to disconnect: after the body, `receive` returns nothing else."""
-        assert self.receive is not None
         await self.receive()
         if self.answer is not None and not self.answer.done():
             self.cancel()
@@ -95,7 +103,9 @@ class ObservingMiddleware:
             return
         inference = self._inference
         headers = scope.get(HEADERS_BY_NAME) or dict(scope["headers"])
-        exchange = AsgiExchange(inference, time.monotonic(), scope=scope, send_on=send, headers=headers)
+        exchange = AsgiExchange(
+            inference, time.monotonic(), scope=scope, send_on=send, receive=receive, headers=headers
+        )
         scope[EXCHANGE] = exchange
         marked = not MARKS.isdisjoint(headers)
         if marked or inference.observer.watched:
@@ -108,6 +118,8 @@ class ObservingMiddleware:
             raise
         finally:
             del scope[EXCHANGE]  # they refer to each other
+            if exchange.share is not None:
+                exchange.share.give_back()
             if exchange.model is not None and exchange.record is None:
                 exchange.finish(exchange.model, 200, "", time.monotonic())
             else:
@@ -174,7 +186,7 @@ class InferRoutes:
                 json_length = _json_length(headers, scope["headers"]) if _JSON_LENGTH in headers else None
                 settings = inference.settings.server
                 limit = inference.max_json_bytes if json_length is None else settings.max_body_bytes
-                body = await read_body(headers, receive, limit)
+                body = await read_body(headers, receive, limit, exchange)
             except ClientDisconnect:
                 return
             except Problem as error:
@@ -182,7 +194,6 @@ class InferRoutes:
         if reply is None:
             if b"accept-encoding" in headers:
                 exchange.coding = choose(headers[b"accept-encoding"])
-            exchange.receive = receive
             answer = exchange.answer = asyncio.get_running_loop().create_future()
             exchange.request = inference.infer(model, body, json_length, exchange.on_reply, principal)
             del body  # it is gone when it is decoded

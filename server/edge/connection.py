@@ -1,8 +1,8 @@
 """One HTTP/1.1 connection over httptools, with the limits that an open port needs.
 
 * Time and size: a request must arrive whole within `receive_timeout_s`, after that time the client must have
-  taken its response or take it at a rate, headers are bounded (`server.edge.framing`), and there is room for
-  what is read (`server.edge.receiver`).
+  taken its response or take it at a rate, headers are bounded (`server.edge.framing`), and memory is
+  granted before a body is read (`server.edge.receiver`).
 * Order at the end: on bad bytes, a limit or the server's stop, earlier requests are answered first; then the
   client is told the reason, once, as a problem, which no reset takes from it (`server.edge.lingering`).
 
@@ -24,12 +24,12 @@ from uvicorn.config import Config
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
-from cobatch.server.edge.body_memory import FREE_BYTES, BodyMemory, client_of
 from cobatch.server.edge.cycle import AsgiCycle, HeadBeginnings
 from cobatch.server.edge.exchange import HEADERS_BY_NAME
 from cobatch.server.edge.framing import BODY, HEADERS, NOTHING
 from cobatch.server.edge.lingering import LingeringClose
 from cobatch.server.edge.receiver import Cycle, Receiver
+from cobatch.server.http.body_memory import FREE_BYTES, client_of
 from cobatch.server.http.problem import Problem, no_memory, stopping
 from cobatch.server.http.reply import LONG_BYTES, Reply
 from cobatch.server.inference.service import Inference
@@ -51,13 +51,12 @@ class Connection(Receiver):
     def __init__(
         self,
         inference: Inference,
-        bodies: BodyMemory,
         config: Config,
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        super().__init__(inference, bodies)
+        super().__init__(inference)
         self.config = config
         self.server_state = server_state
         self.loop = _loop or asyncio.get_event_loop()

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Scope
 
-from cobatch.server.http.body import joined
 from cobatch.server.http.problem import internal
 from cobatch.server.http.reply import Reply
 
@@ -119,7 +118,14 @@ class AsgiCycle:
         """A part of the body has arrived."""
         if self.response_complete or self.disconnected:
             return
-        self._body = body = joined(self._body, data) if self._body else data
+        body = self._body
+        if not body:
+            body = data
+        elif type(body) is bytearray:
+            body += data
+        else:
+            body = bytearray(body + data)
+        self._body = body
         if len(body) > HIGH_WATER_BYTES:
             self._client.pause_reading()
         self._wake()

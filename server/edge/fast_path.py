@@ -16,12 +16,12 @@ from functools import partial
 from typing import Any
 
 from cobatch.server.auth.tenants import rate_limit_headers
-from cobatch.server.edge.body_memory import FREE_BYTES, BodyMemory
 from cobatch.server.edge.connection import Connection
 from cobatch.server.edge.exchange import Exchange, client_in
 from cobatch.server.edge.framing import BODY
 from cobatch.server.edge.header_cache import CachedHeaders, HeaderCache, match, store
-from cobatch.server.http.body import joined
+from cobatch.server.http.body import Body, joined
+from cobatch.server.http.body_memory import FREE_BYTES
 from cobatch.server.http.problem import too_large
 from cobatch.server.http.reply import Reply
 from cobatch.server.inference.service import Inference
@@ -34,7 +34,7 @@ class FastExchange(Exchange, kw_only=True):
     connection: FastConnection
     block: CachedHeaders
     keep_alive: bool
-    body: bytes | bytearray = b""
+    body: Body = b""
     response_complete: bool = False
 
     @property
@@ -66,7 +66,7 @@ class FastExchange(Exchange, kw_only=True):
     def on_body(self, data: bytes) -> None:
         """Keep a part of the body, unless the request is refused already."""
         if not self.response_complete:
-            self.body = joined(self.body, data)
+            self.body = joined(self.body, data, self.connection.body_bytes, self.block.length)
 
     def on_end(self) -> None:
         """Infer with the whole body."""
@@ -106,10 +106,8 @@ class FastConnection(Connection):
 
     __slots__ = ("cache", "chunk")
 
-    def __init__(
-        self, inference: Inference, bodies: BodyMemory, cache: HeaderCache, **of_uvicorn: Any
-    ) -> None:
-        super().__init__(inference, bodies, **of_uvicorn)
+    def __init__(self, inference: Inference, cache: HeaderCache, **of_uvicorn: Any) -> None:
+        super().__init__(inference, **of_uvicorn)
         self.cache = cache
         self.chunk: bytes | None = None  # the bytes being parsed, if a message begins there
 
@@ -178,7 +176,6 @@ class FastConnection(Connection):
 
 def make_protocol(inference: Inference) -> Any:
     """Return the factory of connections, for uvicorn's `http`."""
-    bodies = BodyMemory(inference.settings.server.body_memory_bytes)
     if not inference.settings.server.fast_path:
-        return partial(Connection, inference, bodies)
-    return partial(FastConnection, inference, bodies, {})
+        return partial(Connection, inference)
+    return partial(FastConnection, inference, {})

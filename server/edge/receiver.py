@@ -1,6 +1,6 @@
 """Reading from a connection only where there is room: for the body, for answers, for further requests.
 
-A body beyond FREE_BYTES needs some of the memory that all bodies share (`server.edge.body_memory`). A client
+A body beyond FREE_BYTES needs some of the memory that all bodies share (`server.http.body_memory`). A client
 that sends faster than it is answered, or does not take its responses, is not read.
 """
 
@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from cobatch.server.edge.body_memory import CHUNKED_BYTES, FREE_BYTES, BodyMemory
 from cobatch.server.edge.cycle import AsgiCycle
 from cobatch.server.edge.framing import Framing
+from cobatch.server.http.body_memory import CHUNKED_BYTES, FREE_BYTES
 from cobatch.server.http.problem import no_memory
 from cobatch.server.inference.service import Inference
 
@@ -44,10 +44,10 @@ class Receiver(Framing):
         "address", "cycle", "inference", "pipeline", "transport", "writable", "write_paused",
     )  # fmt: skip
 
-    def __init__(self, inference: Inference, bodies: BodyMemory) -> None:
+    def __init__(self, inference: Inference) -> None:
         super().__init__()
         self.inference = inference
-        self._bodies = bodies
+        self._bodies = inference.bodies
         self.address = ""
         self.transport: Any = None
         # The newest request, and those between it and the one being answered.

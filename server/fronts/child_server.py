@@ -7,7 +7,6 @@ import os
 import socket
 from collections.abc import Iterator
 
-from cobatch.server.edge.body_memory import BodyMemory, default_bytes
 from cobatch.server.fronts.control import (
     HEARTBEAT_S,
     Connection,
@@ -21,6 +20,7 @@ from cobatch.server.fronts.control import (
     Reload,
     ToChild,
 )
+from cobatch.server.http.body_memory import BodyMemory, default_bytes
 from cobatch.server.inference.service import Inference
 from cobatch.server.observability.output import LogStream
 from cobatch.server.serve import Server
@@ -47,10 +47,10 @@ class ChildServer(Server):
         """End, now that the last connection has come."""
         self._last.set()
 
-    def bodies(self, inference: Inference) -> BodyMemory:
-        """Return this process's share of the memory for bodies: all processes receive them."""
+    def share_bodies(self, inference: Inference) -> None:
+        """Give it this process's share of the memory for bodies: all processes receive them."""
         limit = inference.settings.server.body_memory_bytes or default_bytes()
-        return BodyMemory(limit // (self.parent.start.fronts + 1))
+        inference.bodies = BodyMemory(limit // (self.parent.start.fronts + 1))
 
     # Begin and end
 

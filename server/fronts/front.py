@@ -91,7 +91,8 @@ class Front(ChildServer):
         return front_app(inference)
 
     def make_http(self, inference: Inference) -> Any:
-        return front_protocol(inference, self.hand_over, self.bodies(inference))
+        self.share_bodies(inference)
+        return front_protocol(inference, self.hand_over)
 
     def add_link(self, front: int, ends: LinkEnds) -> None:
         self.hand_over.attach(ends.handover)

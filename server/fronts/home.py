@@ -136,7 +136,8 @@ class Home(ChildServer):
         self.downlinks.on_none = self._unlinked.set
 
     def make_http(self, inference: Inference) -> Any:
-        return partial(HomeConnection, inference, self.bodies(inference))
+        self.share_bodies(inference)
+        return partial(HomeConnection, inference)
 
     def add_link(self, front: int, ends: LinkEnds) -> None:
         self._unlinked.clear()

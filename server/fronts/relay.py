@@ -18,7 +18,6 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from cobatch.server.edge.body_memory import BodyMemory
 from cobatch.server.edge.fast_path import FastConnection
 from cobatch.server.edge.framing import HEADERS
 from cobatch.server.edge.lingering import ClosedTransport
@@ -155,11 +154,11 @@ class FastFrontConnection(FrontConnection, FastConnection):
     """The same, with the fast path."""
 
 
-def front_protocol(inference: Inference, hand_over: HandOver, bodies: BodyMemory) -> Any:
+def front_protocol(inference: Inference, hand_over: HandOver) -> Any:
     """Return the factory of a front's connections, for uvicorn."""
     if not inference.settings.server.fast_path:
-        return partial(FrontConnection, hand_over, inference, bodies)
-    return partial(FastFrontConnection, hand_over, inference, bodies, {})
+        return partial(FrontConnection, hand_over, inference)
+    return partial(FastFrontConnection, hand_over, inference, {})
 
 
 class Relay(ClosedTransport, asyncio.Protocol):

@@ -1,46 +1,135 @@
-"""A request's body: joining its parts, and reading it through ASGI within its limit."""
+"""A request's body: its parts put together, read through ASGI within its limit, decompressed.
+
+Sizes in the protocol, and the limits, are those of the decompressed body. It takes memory that all bodies
+share (`server.http.body_memory`) before it is kept.
+"""
 
 import asyncio
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Protocol
 
+import numpy as np
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from cobatch.server.http.compression import decompress
-from cobatch.server.http.problem import too_large
+from cobatch.server.http.body_memory import FREE_BYTES
+from cobatch.server.http.compression import WINDOW
+from cobatch.server.http.problem import Problem, too_large
+
+# One part, or the view of a buffer.
+Body = bytes | bytearray | memoryview
+_PLAIN = (b"", b"identity")
+_UNBOUNDED_BYTES = 1 << 20
+_MOST_TIMES = 128
+_PIECE_BYTES = 1 << 16
 
 
-def joined(body: bytes | bytearray, data: bytes) -> bytes | bytearray:
-    """Return a body with its next part. A body of one part is not copied."""
+class MemoryTaker(Protocol):
+    """A request that takes memory for its decompressed body. `held`: bytes of the body as it came."""
+
+    async def take_memory(self, size: int, held: int) -> None: ...
+
+
+def new_buffer(length: int) -> memoryview:
+    """Return a buffer. The system gives its memory page by page, when it is written to."""
+    return np.empty(length, np.uint8).data
+
+
+def joined(body: Body, data: bytes, end: int, length: int) -> Body:
+    """Return a body with its next part, which ends at `end`; a body of one part is not copied.
+
+    `length`: of the whole body, or the most that it may have. Each part is copied once.
+    """
     if not body:
         return data
-    if type(body) is not bytearray:
-        body = bytearray(body)
-    body += data
+    if not isinstance(body, memoryview):
+        buffer = new_buffer(length)
+        buffer[: len(body)] = body
+        body = buffer
+    body[end - len(data) : end] = data
     return body
 
 
-async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int) -> bytes | bytearray:
+async def read_body(
+    headers: Mapping[bytes, bytes], receive: Receive, limit: int, request: MemoryTaker | None
+) -> Body:
     """Return the whole body, decompressed; at most `limit` bytes before and after.
 
-    Raises Problem, and ClientDisconnect if the body is not complete.
+    `request`: None if the limit is at most FREE_BYTES. Raises Problem, and ClientDisconnect if the body
+    is not complete.
     """
-    length = headers.get(b"content-length", b"0")
-    if length.isdigit() and (len(length) > 18 or int(length) > limit):
-        raise too_large(int(length[:18]), limit)
-    body: bytes | bytearray = b""
+    length = limit
+    declared = headers.get(b"content-length", b"")
+    if declared.isdigit() and (len(declared) > 18 or (length := int(declared)) > limit):
+        raise too_large(int(declared[:18]), limit)
+    body: Body = b""
+    end = 0
     more_body = True
     while more_body:
         message = await receive()
         if message["type"] != "http.request":
             raise ClientDisconnect
         data = message.get("body", b"")
-        body = joined(body, data) if body else data
-        if len(body) > limit:
-            raise too_large(len(body), limit)
+        end += len(data)
+        if end > length:
+            raise too_large(end, length)
+        body = joined(body, data, end, length) if body else data
         more_body = message.get("more_body", False)
+    if not declared:
+        body = body[:end]  # of the buffer
     coding = headers.get(b"content-encoding")
-    if coding is None:
+    if coding is None or (coding := coding.strip().lower()) in _PLAIN:
         return body
-    # In a thread: unpacking a small body can take a large part of a second.
-    return await asyncio.to_thread(decompress, body, coding, limit)
+    # In threads: decompressing a small body can take a large part of a second.
+    length = await asyncio.to_thread(measure, body, coding, limit)
+    if length > FREE_BYTES:
+        assert request is not None
+        await request.take_memory(length, len(body))
+    return await asyncio.to_thread(decompress, body, coding, length)
+
+
+def measure(body: Body, coding: bytes, limit: int) -> int:
+    """Return the length of the body without its content coding. Raises Problem beyond `limit` bytes.
+
+    No more than that is ever decompressed, nor, beyond 1 MiB, more than 128 times the body; and none is kept.
+    """
+    limit = min(limit, max(_UNBOUNDED_BYTES, _MOST_TIMES * len(body)))
+    length = 0
+    for piece in _decompressed(body, coding):
+        length += len(piece)
+        if length > limit:
+            raise too_large(limit + 1, limit)
+    return length
+
+
+def decompress(body: Body, coding: bytes, length: int) -> memoryview:
+    """Return the body without its content coding, which has this length."""
+    plain, at = new_buffer(length), 0
+    for piece in _decompressed(body, coding):
+        plain[at : at + len(piece)] = piece
+        at += len(piece)
+    return plain
+
+
+def _decompressed(body: Body, coding: bytes) -> Iterator[bytes]:
+    """Yield the decompressed body in short pieces, since copies hold the interpreter lock. Raises Problem."""
+    name = coding.decode("latin-1")
+    if coding not in WINDOW:
+        detail = f"the body's encoding {name!r} is not supported; gzip and deflate are"
+        raise Problem("unsupported-encoding", detail, encoding=name, supported=["gzip", "deflate"])
+    decompressor = zlib.decompressobj(WINDOW[coding])
+    view, at = memoryview(body), 0
+    try:
+        while at < len(view) and not decompressor.eof:
+            packed: bytes | memoryview = view[at : at + _PIECE_BYTES]
+            at += _PIECE_BYTES
+            full = True
+            while (packed or full) and not decompressor.eof:
+                piece = decompressor.decompress(packed, _PIECE_BYTES)
+                packed, full = decompressor.unconsumed_tail, len(piece) == _PIECE_BYTES
+                yield piece
+    except zlib.error as error:
+        raise Problem("bad-encoding", f"the body is not {name}: {error}") from None
+    if not decompressor.eof or decompressor.unused_data or at < len(view):
+        raise Problem("bad-encoding", f"the body is not one whole {name} stream")

@@ -1,51 +1,20 @@
-"""Content codings gzip and deflate (zlib's wrapper), both ways (RFC 9110, 8.4).
-
-Sizes in the protocol, and the body limit, are those of the decompressed body.
-"""
+"""Content codings gzip and deflate (zlib's wrapper) of responses (RFC 9110, 8.4)."""
 
 import asyncio
 import zlib
 
 import msgspec
 
-from cobatch.server.http.problem import Problem, too_large
 from cobatch.server.http.reply import Reply
 
 # zlib's window bits for each coding.
-_WINDOW = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}
-_UNBOUNDED_BYTES = 1 << 20
-_MOST_TIMES = 128
+WINDOW = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}
 # A response is compressed if a part of it shrinks to this ratio (random floats: 0.9), and it is not too long.
 _RATIO = 0.75
 _TRIED_BYTES = 1 << 16
 _MOST_BYTES = 1 << 24
 # More work hardly compresses tensors better.
 _LEVEL = 1
-
-
-def decompress(body: bytes | bytearray, coding: bytes, limit: int) -> bytes | bytearray:
-    """Return the body without its content coding. Raises Problem beyond `limit` bytes.
-
-    No more than that is ever decompressed, nor, beyond 1 MiB, more than 128 times the body.
-    """
-    coding = coding.strip().lower()
-    if coding in (b"", b"identity"):
-        return body
-    if coding not in _WINDOW:
-        name = coding.decode("latin-1")
-        detail = f"the body's encoding {name!r} is not supported; gzip and deflate are"
-        raise Problem("unsupported-encoding", detail, encoding=name, supported=["gzip", "deflate"])
-    limit = min(limit, max(_UNBOUNDED_BYTES, _MOST_TIMES * len(body)))
-    decompressor = zlib.decompressobj(_WINDOW[coding])
-    try:
-        plain = decompressor.decompress(body, limit + 1)
-    except zlib.error as error:
-        raise Problem("bad-encoding", f"the body is not {coding.decode()}: {error}") from None
-    if len(plain) > limit:
-        raise too_large(len(plain), limit)
-    if not decompressor.eof or decompressor.unused_data:
-        raise Problem("bad-encoding", f"the body is not one whole {coding.decode()} stream")
-    return plain
 
 
 def choose(accept: bytes) -> bytes | None:
@@ -77,7 +46,7 @@ def compress(reply: Reply, coding: bytes) -> Reply:
     """
     if reply.length > _MOST_BYTES or not _shrinks(reply):
         return reply
-    compressor = zlib.compressobj(_LEVEL, wbits=_WINDOW[coding])
+    compressor = zlib.compressobj(_LEVEL, wbits=WINDOW[coding])
     pieces = [compressor.compress(piece) for piece in reply.body]
     headers = (*reply.headers, (b"content-encoding", coding), (b"vary", b"accept-encoding"))
     return msgspec.structs.replace(reply, body=(b"".join([*pieces, compressor.flush()]),), headers=headers)

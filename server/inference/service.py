@@ -16,6 +16,8 @@ from cobatch.engines.errors import EngineError
 from cobatch.server.auth.authenticator import Authenticator
 from cobatch.server.auth.principal import Principal
 from cobatch.server.auth.tenants import Total
+from cobatch.server.http.body import Body
+from cobatch.server.http.body_memory import BodyMemory
 from cobatch.server.http.problem import Problem, from_error, stopping, too_large
 from cobatch.server.http.reply import Reply
 from cobatch.server.inference.model import Model
@@ -26,7 +28,6 @@ from cobatch.server.settings.auth import INFER
 from cobatch.server.settings.schema import Settings
 from cobatch.server.v2.decode import Decoded, WantedOutputs
 from cobatch.server.v2.encode import LongAnswerError, encode_later
-from cobatch.server.v2.messages import Body
 from cobatch.server.v2.pieces import in_pieces
 
 log = logging.getLogger("cobatch.server")
@@ -125,6 +126,7 @@ class Inference:
             for base in (f"/v2/models/{name}", f"/v2/models/{name}/versions/{model.version}"):
                 self.infer_targets[f"{base}/infer".encode()] = model
                 self.infer_paths[f"{base}/infer"] = model
+        self.bodies = BodyMemory(settings.server.body_memory_bytes)
         self.max_json_bytes = min(settings.server.max_json_bytes, settings.server.max_body_bytes)
         # About to stop: not ready; each response is the last of its connection; no new requests.
         self.leaving = self.closing = self.draining = False

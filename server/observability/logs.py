@@ -73,7 +73,7 @@ class RepeatLimit:
         self._counts[kind] += 1
         if self._counts[kind] <= _burst(kind):
             return True
-        self._last[kind] = record.getMessage()
+        self._last[kind] = _message(record)
         return False
 
     def end_period(self) -> list[logging.LogRecord]:
@@ -88,6 +88,13 @@ class RepeatLimit:
         self._counts.clear()
         self._last.clear()
         return records
+
+
+def _message(record: logging.LogRecord) -> str:
+    try:
+        return record.getMessage()
+    except Exception:  # noqa: BLE001 - a message that cannot be formatted is a defect of its caller
+        return f"cannot format {record.msg!r}"
 
 
 def _burst(kind: Kind) -> int:
@@ -126,8 +133,8 @@ class LogHandler(logging.Handler):
     def _put(self, record: logging.LogRecord) -> None:
         try:
             text = self.format(record)
-        except Exception:  # noqa: BLE001 - a message that cannot be formatted is a defect of its caller
-            message = f"cannot format {record.msg!r}"
+        except Exception:  # noqa: BLE001 - see `_message`
+            message = _message(record)
             text = self.format(logging.LogRecord(record.name, record.levelno, "", 0, message, (), None))
         self._stream.put(text + "\n", text.count("\n") + 1)
 

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import select
 import stat
 import sys
 import threading
@@ -19,6 +20,7 @@ _STOP_S = 2.0
 _TICK_S = 1.0
 _PIPE_BYTES = 1 << 20
 _LONGEST_LINE = 8192
+_NEWLINE = ord("\n")
 _encode = msgspec.json.Encoder().encode
 
 
@@ -149,6 +151,7 @@ class Capture:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._line_end = b""  # missing behind the last line, as a full disk has cut it off
         try:
             self.original = os.dup(fd)
         except OSError:  # the process was started without it
@@ -169,9 +172,15 @@ class Capture:
 
     def write(self, text: str) -> None:
         """Write to the original; blocks while its reader does not read."""
-        data = text.encode(errors="backslashreplace")
+        data = memoryview(self._line_end + text.encode(errors="backslashreplace"))
         while data:
-            data = data[os.write(self.original, data) :]
+            try:
+                count = os.write(self.original, data)
+            except BlockingIOError:  # a process that shares it, such as a shell's, has made it so
+                select.select([], [self.original], [])
+                continue
+            self._line_end = b"" if data[count - 1] == _NEWLINE else b"\n"
+            data = data[count:]
 
     def end(self) -> None:
         """Pass on all lines until now, and discard those that follow."""
@@ -184,10 +193,11 @@ class Capture:
         os.dup2(self.original, self._fd)
 
     def unblocking(self) -> int:
-        """Return a descriptor of the original; writing to it does not block if it is a pipe."""
-        if not stat.S_ISFIFO(os.fstat(self.original).st_mode):
-            return self.original
-        return os.open(f"/proc/self/fd/{self.original}", os.O_WRONLY | os.O_NONBLOCK)
+        """Return a descriptor of the original; writing to it does not block if it is a pipe of this user."""
+        if stat.S_ISFIFO(os.fstat(self.original).st_mode):
+            with contextlib.suppress(OSError):  # the pipe was made before privileges were dropped
+                return os.open(f"/proc/self/fd/{self.original}", os.O_WRONLY | os.O_NONBLOCK)
+        return self.original
 
 
 def _discard(fd: int) -> None:

@@ -13,6 +13,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
+from cobatch.server.http.body import Body
 from cobatch.server.http.problem import Problem, too_large
 from cobatch.server.predictions.npy import MAGIC
 from cobatch.server.v2.long_json import PIECE_BYTES, LongValue
@@ -41,7 +42,7 @@ class Field(NamedTuple):
 
     name: str
     media: str
-    data: bytes | bytearray
+    data: Body
     values: Sequence[LongValue] = ()
 
 
@@ -59,7 +60,7 @@ def is_binary(request: Request) -> bool:
     return media.decode("latin-1") in (MULTIPART, OCTETS, NPY)
 
 
-def read_content(request: Request, body: bytes | bytearray) -> Content:
+def read_content(request: Request, body: Body) -> Content:
     """Take the body apart. Raises Problem."""
     given = request.headers.get("content-type", "")
     media, parameters = parse_options_header(given)
@@ -67,10 +68,10 @@ def read_content(request: Request, body: bytes | bytearray) -> Content:
     name = media.decode("latin-1")
     if name == MULTIPART:
         return Content(MULTIPART, _read_form(body, parameters.get(b"boundary", b"")), query)
-    if name == OCTETS and body.startswith(MAGIC):
+    if name == OCTETS and body[: len(MAGIC)] == MAGIC:
         name = NPY
     # The type that `curl -d` sends; no form begins so.
-    if name == _FORM and body[:64].lstrip()[:1] == b"{":
+    if name == _FORM and bytes(body[:64]).lstrip()[:1] == b"{":
         name = JSON
     if name not in _TENSORS:
         detail = f"the body's Content-Type is {given!r}, it must be one of {', '.join(_SUPPORTED)}"
@@ -88,7 +89,7 @@ def check_json(content: Content, limit: int) -> None:
 async def fingerprint(path: str, content: Content) -> bytes:
     """A digest of the whole request, without a form's boundary, which is another one each time."""
     head = [path, content.media, *(text for item in content.query for text in item)]
-    pieces: list[bytes | bytearray] = [text.encode() for text in head]
+    pieces: list[Body] = [text.encode() for text in head]
     for field in content.fields:
         pieces += (field.name.encode(), field.media.encode(), field.data)
     if sum(map(len, pieces)) > _HASH_IN_THREAD_BYTES:
@@ -96,7 +97,7 @@ async def fingerprint(path: str, content: Content) -> bytes:
     return _digest(pieces)
 
 
-def _digest(pieces: list[bytes | bytearray]) -> bytes:
+def _digest(pieces: list[Body]) -> bytes:
     machine = hashlib.sha256()
     for piece in pieces:
         # Without the lengths, bytes could move from one piece to the next unnoticed.
@@ -159,7 +160,7 @@ class _Form:
         self.complete = True
 
 
-def _read_form(body: bytes | bytearray, boundary: bytes) -> list[Field]:
+def _read_form(body: Body, boundary: bytes) -> list[Field]:
     if not boundary:
         raise _bad_form("its Content-Type names no boundary")
     form = _Form()

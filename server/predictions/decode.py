@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from cobatch.batcher.request import Payload
 from cobatch.engines.base import RowShapes, TensorSpec
+from cobatch.server.http.body import Body
 from cobatch.server.http.problem import Problem, too_large
 from cobatch.server.predictions.content import JSON, MULTIPART, NPY, OPTIONS_PART, Content, Field
 from cobatch.server.predictions.npy import datatype_of, read_npy
@@ -21,7 +22,7 @@ from cobatch.server.v2.binary import read_binary, read_raw
 from cobatch.server.v2.checks import check_tensor, wrong_data, wrong_shape
 from cobatch.server.v2.decode import LARGE_BYTES, Decoder, decode_json
 from cobatch.server.v2.json_data import JsonReader
-from cobatch.server.v2.long_json import ENVELOPE_BYTES, PIECE_BYTES, LongValue, cut, marked
+from cobatch.server.v2.long_json import ENVELOPE_BYTES, PIECE_BYTES, LongValue, Text, as_text, cut, marked
 from cobatch.server.v2.pieces import release
 
 _Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -121,8 +122,8 @@ def decode(content: Content, decoder: Decoder) -> Decoded:
     return Decoded(rows, row_shapes, payloads, outputs, options.priority, timeout_s)
 
 
-def _cut(text: bytes | bytearray) -> tuple[bytes | bytearray, Sequence[LongValue]]:
-    return (text, ()) if len(text) < LARGE_BYTES else cut(text, ENVELOPE_BYTES, strings=True)
+def _cut(text: Body) -> tuple[Text, Sequence[LongValue]]:
+    return (as_text(text), ()) if len(text) < LARGE_BYTES else cut(text, ENVELOPE_BYTES, strings=True)
 
 
 def _cut_field(field: Field) -> Field:
@@ -213,7 +214,7 @@ def _read(
 
 
 def _read_json(field: Field, spec: TensorSpec, reader: JsonReader) -> tuple[list[int], Payload]:
-    data, values = field.data, field.values
+    data, values = as_text(field.data), field.values
     check = partial(check_tensor, spec, spec.datatype)
     if (value := marked(data, values)) is not None:
         return reader.read_long(value, check)

@@ -20,8 +20,8 @@ from starlette.routing import Route
 from cobatch.batcher.errors import BatcherError
 from cobatch.server.api.routing import as_response, compressed_response, find, guarded
 from cobatch.server.auth.principal import principal_in, subject_in
-from cobatch.server.edge.exchange import client_in, record_in
-from cobatch.server.http.body import read_body
+from cobatch.server.edge.exchange import EXCHANGE, client_in, record_in
+from cobatch.server.http.body import Body, read_body
 from cobatch.server.http.problem import Problem, from_error
 from cobatch.server.http.reply import JSON, Reply
 from cobatch.server.inference.model import Model
@@ -30,7 +30,6 @@ from cobatch.server.predictions.content import check_json, fingerprint, is_binar
 from cobatch.server.predictions.decode import Decoded, decode
 from cobatch.server.predictions.encode import Answer
 from cobatch.server.predictions.store import Prediction, PredictionStore
-from cobatch.server.v2.messages import Body
 from cobatch.server.v2.pieces import in_pieces
 
 # Longer bodies are decoded in a thread.
@@ -107,7 +106,7 @@ class _Resource:
                 self._kept.check_room(0)
         headers = dict(request.headers.raw)
         limit = self._settings.max_body_bytes if is_binary(request) else self._inference.max_json_bytes
-        body = await read_body(headers, request.receive, limit)
+        body = await read_body(headers, request.receive, limit, request.scope[EXCHANGE])
         content = await self._decode(body, partial(read_content, request, body))
         idempotency = None if key is None else (key, await fingerprint(request.url.path, content))
         prediction = None if idempotency is None else self._kept.join(subject, *idempotency)

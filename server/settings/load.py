@@ -25,6 +25,7 @@ from cobatch.server.settings.schema import (
     env_name,
     flag_name,
 )
+from cobatch.server.settings.tls import check_certificate
 from cobatch.server.settings.values import (
     Errors,
     Reader,
@@ -147,8 +148,14 @@ def _server_conflicts(server: Table, auth: AuthSettings | None) -> Iterator[Sett
         error = host.unexpected("a loopback address (127.0.0.0/8, ::1 or localhost)", text=True)
         why = "anyone who reaches it could call the models; write [auth], or --allow-anonymous permits that"
         yield SettingsError(f"{error}: {why}")
-    if "tls_key" in server and "tls_cert" not in server:
-        yield server["tls_key"].refused("needs tls_cert, the certificate")
+    cert, key = server.get("tls_cert"), server.get("tls_key")
+    if cert is not None:
+        try:
+            check_certificate(cert.value, None if key is None else key.value)
+        except SettingsError as error:
+            yield cert.refused(str(error))
+    elif key is not None:
+        yield key.refused("needs tls_cert, the certificate")
     if (proxies := server.get("trusted_proxies")) is not None:
         for address in proxies.value.split(","):
             try:

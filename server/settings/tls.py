@@ -13,7 +13,7 @@ def load_certificate(context: ssl.SSLContext, cert: str, key: str | None) -> Non
         # The system's text does not say which of the files cannot be read.
         files = cert if key is None else f"{cert} with {key}"
         why = getattr(error, "strerror", None) or getattr(error, "reason", None) or str(error)
-        raise SettingsError(f"server.tls_cert: cannot use {files}: {why}") from None
+        raise SettingsError(f"cannot use {files}: {why}") from None
 
 
 def check_certificate(cert: str, key: str | None) -> None:

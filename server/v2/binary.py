@@ -10,9 +10,10 @@ import numpy as np
 
 from cobatch.batcher.request import Payload
 from cobatch.engines.base import TensorSpec
+from cobatch.server.http.body import Body
 from cobatch.server.http.problem import Problem
 from cobatch.server.v2.checks import check_strings, wrong_data
-from cobatch.server.v2.messages import Body, InputTensor
+from cobatch.server.v2.messages import InputTensor
 
 _LENGTH = struct.Struct("<I").unpack_from
 

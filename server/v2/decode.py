@@ -15,12 +15,13 @@ from cobatch.batcher.errors import TooManyRowsError
 from cobatch.batcher.request import Payload
 from cobatch.batcher.rows.padding import Padder
 from cobatch.engines.base import RowShapes, Signature
+from cobatch.server.http.body import Body
 from cobatch.server.http.problem import Problem, from_error
 from cobatch.server.v2.binary import cut_tail, read_binary, read_raw
 from cobatch.server.v2.checks import OutputSizes, TensorNames, check_tensor, wrong_shape
 from cobatch.server.v2.json_data import JsonReader
 from cobatch.server.v2.long_json import ENVELOPE_BYTES, LongValue, cut, marked
-from cobatch.server.v2.messages import Body, InferMessage, InputTensor, Parameters, Parsed
+from cobatch.server.v2.messages import InferMessage, InputTensor, Parameters, Parsed
 from cobatch.server.v2.options import DEFAULT_OPTIONS, RequestOptions, read_flag, read_options
 
 # The outputs that a caller wants: (index in the signature, as binary).
@@ -245,7 +246,7 @@ def parse(body: Body, json_length: int | None) -> Parsed:
     view = memoryview(body)
     if json_length < LARGE_BYTES:
         return decode_json(_decode, view[:json_length], "an infer request"), view[json_length:], ()
-    message, values = _parse_long(bytes(view[:json_length]))
+    message, values = _parse_long(view[:json_length])
     return message, view[json_length:], values
 
 

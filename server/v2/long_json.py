@@ -15,6 +15,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
+from cobatch.server.http.body import Body
 from cobatch.server.http.problem import Problem
 from cobatch.server.v2.pieces import release
 
@@ -60,12 +61,12 @@ class LongValue(NamedTuple):
         return self.text.find(b'"', self.start, self.end) >= 0
 
 
-def cut(text: Text, limit: int, *, strings: bool = False) -> tuple[bytes, list[LongValue]]:
+def cut(text: Body, limit: int, *, strings: bool = False) -> tuple[bytes, list[LongValue]]:
     """Return the envelope, and the long values in the order of their marks.
 
     With `strings` long strings are cut out too. Raises Problem if the envelope has more than `limit` bytes.
     """
-    text = _without_blanks(text)
+    text = _without_blanks(as_text(text))
     kept: list[bytes] = []
     values: list[LongValue] = []
     at = done = cut_bytes = 0
@@ -96,6 +97,17 @@ def cut(text: Text, limit: int, *, strings: bool = False) -> tuple[bytes, list[L
         detail = f"beside arrays of numbers or strings the JSON has {kept_bytes} bytes, the limit is {limit}"
         raise Problem("body-too-large", detail, body_bytes=kept_bytes, limit_bytes=limit)
     return b"".join([*kept, text[done:]]), values
+
+
+def as_text(body: Body) -> Text:
+    """Return a body that can be searched: a view is copied, in pieces."""
+    if not isinstance(body, memoryview):
+        return body
+    text = bytearray()
+    for at in range(0, len(body), PIECE_BYTES):
+        text += body[at : at + PIECE_BYTES]
+        release()
+    return text
 
 
 def _without_blanks(text: Text) -> Text:

@@ -12,7 +12,6 @@ from msgspec import Meta
 
 from cobatch.server.v2.long_json import LongValue
 
-Body = bytes | bytearray
 # Bounded, since a refusal quotes them.
 Name = Annotated[str, Meta(max_length=1024)]
 Text = Annotated[str, Meta(max_length=16_384)]

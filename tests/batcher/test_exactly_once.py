@@ -2,7 +2,7 @@
 
 A story is drawn at random: limits, arrivals, sizes, shapes, callers that leave at any moment, runs that
 fail, an engine that dies, callbacks that raise or call the batcher again. It is played in virtual time,
-and afterwards each caller's fate must follow from what the engine was seen to do.
+and afterwards each caller's outcome must follow from the engine's observed runs.
 """
 
 from __future__ import annotations

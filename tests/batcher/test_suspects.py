@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import random
@@ -12,7 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cobatch.batcher.errors import BatchFailedError, ExpiredError, InputRejectedError, QueueFullError
+from cobatch.batcher.errors import (
+    BatchFailedError,
+    DeadlineUnreachableError,
+    ExpiredError,
+    InputRejectedError,
+    QueueFullError,
+)
 from cobatch.batcher.request import Batch
 from cobatch.batcher.scheduling import policy, tuning
 from cobatch.batcher.scheduling.queue import RequestQueue
@@ -281,6 +288,33 @@ def test_suspects_get_a_tenth_of_the_time_while_others_wait(slots: int) -> None:
         await asyncio.sleep(4)
         apart_s = [b.finished_s - b.started_s for b, *_ in stage.batches if b.reason == policy.SUSPECT]
         assert sum(apart_s) / 4 == pytest.approx(tuning.SUSPECT_PART / 2, rel=0.2)
+
+    run(main())
+
+
+@pytest.mark.parametrize(("others", "within"), [(4 * SIZE, 5), (SIZE // 2, 10), (0, 20)])
+def test_a_suspect_that_would_be_late_in_its_part_is_refused(others: int, within: int) -> None:
+    """Runs of one row take 10 ms, and requests have half a second: 5 fit into a tenth of it, 10 into a fifth,
+    and all 20 where there are no others."""
+
+    async def main() -> None:
+        stage = Stage(flat)
+        suspect = Tenant("suspect")
+        for _ in range(7):
+            await stage.send(Sent(BAD, suspect))
+        for n in range(others):
+            stage.loop(7, n)
+        await asyncio.sleep(1.005)
+        sent = [Sent(BAD, suspect) for _ in range(20)]
+        accepted = []
+        for one in sent:
+            one.timeout_s = 0.5
+            with contextlib.suppress(DeadlineUnreachableError):
+                stage.batcher.submit(one)
+                accepted.append(one)
+        await asyncio.sleep(1)
+        assert within - 1 <= len(accepted) <= within + 1
+        assert [type(one.answer) for one in accepted] == [InputRejectedError] * len(accepted)
 
     run(main())
 

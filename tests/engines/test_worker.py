@@ -333,6 +333,23 @@ def test_any_exception_becomes_an_engine_error(step: str) -> None:
     served.end()
 
 
+class UnprintableError(Exception):
+    def __str__(self) -> str:
+        raise TypeError("no text")
+
+
+@pytest.mark.parametrize("step", ["enqueue", "wait"])
+def test_an_error_without_a_text_fails_its_batch_only(step: str) -> None:
+    """The thread would end, and the batcher wait for ever."""
+    served = Served(engine := Gated())
+    engine.fails = rejecting(step, UnprintableError(), 13)
+    error = served.outcome(served.submit(0, 13)).error
+    assert isinstance(error, EngineRunError)
+    assert str(error) == "UnprintableError"
+    assert served.outcome(served.submit(0, 1)).error is None
+    served.end()
+
+
 @pytest.mark.parametrize("step", ["enqueue", "wait"])
 def test_an_engine_that_would_end_the_thread_is_dead(step: str) -> None:
     """Nothing would tell the batcher, which would wait for ever."""
@@ -421,7 +438,9 @@ def test_a_raising_deliver_is_logged_and_the_next_batch_runs(caplog: pytest.LogC
     assert "cobatch-fake: delivering a batch failed" in caplog.text
 
 
-@pytest.mark.parametrize("error", [EngineLoadError("no such file"), OSError("disk"), SystemExit("3")])
+@pytest.mark.parametrize(
+    "error", [EngineLoadError("no such file"), OSError("disk"), SystemExit("3"), UnprintableError()]
+)
 def test_an_engine_that_cannot_be_opened_is_closed_and_the_thread_ends(
     error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -435,7 +454,8 @@ def test_an_engine_that_cannot_be_opened_is_closed_and_the_thread_ends(
     worker = Worker(engine, "fake")
     failure = start(worker)
     assert isinstance(failure, EngineLoadError)
-    assert str(error) in str(failure)
+    text = "UnprintableError" if isinstance(error, UnprintableError) else str(error)
+    assert text in str(failure)
     assert worker.join(WAIT_S)
     assert engine.seen() == ["open", "close"]
     assert ("opening the engine failed" in caplog.text) == (not isinstance(error, EngineError))

@@ -33,6 +33,17 @@ def test_idle_connections_are_closed(fast: bool) -> None:
         stopped(served)
 
 
+def test_the_server_ends_although_a_batcher_cannot_drain(caplog: pytest.LogCaptureFixture) -> None:
+    async def drain(_timeout_s: float) -> bool:
+        raise ValueError("a defect")
+
+    with gated(True) as (served, _):
+        served.call(lambda: setattr(served.batcher(), "drain", drain))
+        served.stop()
+        served.join()
+    assert "draining failed" in caplog.text
+
+
 @FAST_OR_NOT
 def test_a_request_that_crosses_the_end_is_not_reset(fast: bool) -> None:
     """Its client sees the end of the connection."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import shutil
 import threading
 import time
 from collections import Counter
@@ -117,8 +116,11 @@ def test_no_request_fails(fast: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("haproxy") is None, reason="needs haproxy")
-def test_no_request_fails_behind_haproxy() -> None:
-    counts, restarts = rolling_restart.run(_REQUESTS, _CLIENTS, drain_delay_s=0.6)
+@pytest.mark.parametrize("name", rolling_restart.BALANCERS)
+def test_no_request_fails_behind_a_proxy(name: str) -> None:
+    balancer = rolling_restart.BALANCERS[name]
+    if not balancer.proxy.installed:
+        pytest.skip(f"{name} is not installed")
+    counts, restarts = rolling_restart.run(balancer, _REQUESTS, _CLIENTS, drain_delay_s=0.6)
     assert counts == {"200": _REQUESTS}
     assert restarts > 0

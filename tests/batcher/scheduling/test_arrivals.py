@@ -53,7 +53,7 @@ class Again(Call):
 
 
 def warmed_up(run_s: Callable[[int], float]) -> FakeWorker:
-    """Takes batches of up to 64 rows, and its warm-up has found what they take."""
+    """Takes batches of up to 64 rows, and knows their times from its warm-up."""
     worker = FakeWorker(FakeEngine(max_batch_size=64), run_s)
     worker.warmup_us = {1 << power: run_s(1 << power) * 1e6 for power in range(7)}
     return worker
@@ -65,8 +65,8 @@ def ask_again_and_again(
     back_s: Callable[[int], float],
     timeout_s: float | None = None,
 ) -> None:
-    """Callers of whom each asks again `times(its number)` times: after the answer to a request with so many
-    more to come, it is back in `back_s(more)`."""
+    """Start callers that ask again, caller n `times(n)` times, each time `back_s(left)` seconds after its
+    last answer, where `left` requests are left."""
     loop = asyncio.get_running_loop()
 
     def submit(left: int) -> None:

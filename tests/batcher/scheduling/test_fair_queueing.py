@@ -178,8 +178,8 @@ def test_with_several_tenants_and_shapes_the_engine_is_never_idle(curve: Curve) 
 def light_latencies_s(
     curve: Curve, flood_rate: float, part: float, requests: int, seed: int = 1
 ) -> list[float]:
-    """Of a light tenant that asks for `part` of what the engine can do, at the same times whatever the
-    other does, which asks for `flood_rate` times what it can do."""
+    """Return the latencies of a light tenant that asks for `part` of the engine's capacity, at times that do
+    not depend on the other tenant, which asks for `flood_rate` times the capacity."""
     result: list[float] = []
 
     async def main() -> None:
@@ -201,7 +201,7 @@ def light_latencies_s(
 
 
 def light_p99_s(curve: Curve, flood_rate: float, part: float, requests: int, seeds: int) -> float:
-    """Of all requests, with each of the seeds."""
+    """Return the 99th percentile of all requests of the light tenant, over all seeds."""
     ones = [light_latencies_s(curve, flood_rate, part, requests, seed) for seed in range(1, seeds + 1)]
     return percentile([latency_s for one in ones for latency_s in one], 0.99)
 

@@ -89,7 +89,7 @@ def test_nothing_waits_for_ever(low: int) -> None:
         if one is waiting:
             break
         now_s += 0.010
-    # It is served before those that came so much later; here half of what comes is ever served.
+    # It is served before later ones with a higher priority; half of all requests are never served here.
     assert now_s == pytest.approx(2 * (low - HIGHEST) * AGEING_S, abs=0.05)
 
 

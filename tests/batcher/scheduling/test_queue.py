@@ -16,7 +16,7 @@ SHAPES: list[RowShapes] = [((),), ((2,),), ((3,), (1, 4))]
 
 
 class Queued(RuleBasedStateMachine):
-    """`lines` is what the queue should hold: for each shape the requests in order of arrival."""
+    """`lines` is the expected content of the queue: for each shape the requests in order of arrival."""
 
     requests: Bundle[Request] = Bundle("requests")
 

@@ -33,7 +33,7 @@ RUN_US = {1: 1_000.0, 8: 8_000.0}
 
 
 class Queued(Request):
-    """Knows what had been served, and what stood before it, when it was queued."""
+    """Knows the requests that had been served, and those before it, when it was queued."""
 
     __slots__ = ("before", "served")
 
@@ -245,7 +245,7 @@ class Fair(Queues):
     def __init__(self) -> None:
         super().__init__()
         self.rows_of: Counter[Tenant | None] = Counter()
-        # Since when two tenants have both been waiting: what each had been served by then.
+        # The rows that two tenants had been served when both began to wait.
         self.both: dict[tuple[int, int], tuple[int, int]] = {}
 
     @rule(tenant=st.integers(0, 4), shape=st.integers(0, 2), rows=st.integers(1, MOST_ROWS))

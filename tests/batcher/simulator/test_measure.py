@@ -52,7 +52,7 @@ def test_one_slow_run_counts_as_one(seconds: float, tmp_path: Path) -> None:
     runs = round(seconds / (10 * RUN_S))
     assert quiet.mean_s(4) == pytest.approx(4 * RUN_S)
     assert noisy.quantile_s(4, 0.98) == pytest.approx(4 * RUN_S)
-    # At most what it really adds to the mean.
+    # At most the part that it really adds to the mean.
     assert noisy.mean_s(4) <= 4 * RUN_S + 1.1 * OUTLIER_S / runs
     assert noisy.mean_s(4) > 4 * RUN_S
     file = tmp_path / "noisy.json"

@@ -1,7 +1,7 @@
 """TensorRT on a real GPU: `pytest -m gpu`, or ./scripts/gpu-check, which prints a report too.
 
 Skipped without a GPU; with GPU_CHECK set, as in ./scripts/gpu-check, that is a failure. Not yet run on a real
-GPU: docs/gpu.md lists what has been run.
+GPU: docs/gpu.md lists the runs on real hardware.
 """
 
 from __future__ import annotations

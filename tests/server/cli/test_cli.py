@@ -182,11 +182,11 @@ def test_check_reports_every_error_of_every_source(served: list[Settings], tmp_p
         "cobatch: models[*].slots: expected an integer from 2 to 8, got '9' (flag --slots)",
         "cobatch: server.prot: unknown key; did you mean port? (file cobatch.toml)",
         "cobatch: auth.tenants[0].burst: needs requests_per_s (file cobatch.toml)",
+        f"cobatch: server.tls_cert: cannot use cert.pem: {missing} (file cobatch.toml)",
         "cobatch: models[0].path: expected a model file, got 'gone.onnx': no file there (file cobatch.toml)",
-        f"cobatch: server.tls_cert: cannot use cert.pem: {missing}",
-        f"cobatch: auth.issuers: cannot read one.pem: {missing}",
-        f"cobatch: auth.issuers: cannot read secret: {missing}",
-        f"cobatch: auth.api_keys_file: cannot read keys.toml: {missing}",
+        f"cobatch: auth.issuers: cannot read one.pem: {missing} (file cobatch.toml)",
+        f"cobatch: auth.issuers: cannot read secret: {missing} (file cobatch.toml)",
+        f"cobatch: auth.api_keys_file: cannot read keys.toml: {missing} (file cobatch.toml)",
     ]
     assert not served
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from tritonclient.http import InferenceServerClient, InferInput
 
-from cobatch.server.http.compression import choose, compress, decompress
+from cobatch.server.http.body import Body, decompress, measure
+from cobatch.server.http.compression import choose, compress
 from cobatch.server.http.problem import Problem
 from cobatch.server.http.reply import Reply
 from cobatch.server.settings.schema import ModelSettings
@@ -44,6 +45,10 @@ def tails(answer: Answer) -> tuple[Any, bytes]:
 PACK: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "deflate": zlib.compress}
 UNPACK: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.decompress, "deflate": zlib.decompress}
 WIDE = 10_000
+
+
+def unpacked(body: bytes, coding: bytes, limit: int) -> Body:
+    return decompress(body, coding, measure(body, coding, limit))
 
 
 def wide(coding: str | None, accept: str | None, binary: bool = True) -> bytes:
@@ -128,7 +133,7 @@ def test_of_a_bomb_no_more_than_the_limit_is_unpacked(coding: str) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(Problem, match="the limit is 100000"):
-            decompress(bomb, coding.encode(), LIMIT)
+            unpacked(bomb, coding.encode(), LIMIT)
         assert tracemalloc.get_traced_memory()[1] < 4 * LIMIT
     finally:
         tracemalloc.stop()
@@ -137,19 +142,19 @@ def test_of_a_bomb_no_more_than_the_limit_is_unpacked(coding: str) -> None:
 @pytest.mark.parametrize("coding", PACK)
 def test_a_body_of_exactly_the_limit_is_unpacked(coding: str) -> None:
     for size in (0, 1, LIMIT):
-        assert decompress(PACK[coding](bytes(size)), coding.encode(), LIMIT) == bytes(size)
+        assert unpacked(PACK[coding](bytes(size)), coding.encode(), LIMIT) == bytes(size)
     with pytest.raises(Problem, match="100001 bytes or more"):
-        decompress(PACK[coding](bytes(LIMIT + 1)), coding.encode(), LIMIT)
+        unpacked(PACK[coding](bytes(LIMIT + 1)), coding.encode(), LIMIT)
 
 
 @pytest.mark.parametrize("coding", PACK)
 def test_beyond_1_mib_a_body_is_128_times_its_compressed_size_at_most(coding: str) -> None:
     limit = 1 << 26
-    assert len(decompress(PACK[coding](bytes(1 << 20)), coding.encode(), limit)) == 1 << 20
+    assert len(unpacked(PACK[coding](bytes(1 << 20)), coding.encode(), limit)) == 1 << 20
     half = np.random.default_rng(0).bytes(1 << 16) + bytes(6 << 20)
-    assert decompress(PACK[coding](half), coding.encode(), limit) == half
+    assert unpacked(PACK[coding](half), coding.encode(), limit) == half
     with pytest.raises(Problem, match="the limit is"):
-        decompress(PACK[coding](bytes(10 << 20)), coding.encode(), limit)
+        unpacked(PACK[coding](bytes(10 << 20)), coding.encode(), limit)
 
 
 def test_only_what_shrinks_is_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +175,7 @@ def test_streams_that_are_not_whole(served: Served, coding: str) -> None:
     bodies += [whole + b"!", whole + whole, bytes(50), whole[:-2] + b"?" + whole[-1:], b"{}"]
     for body in bodies:
         with pytest.raises(Problem) as caught:
-            decompress(body, coding.encode(), LIMIT)
+            unpacked(body, coding.encode(), LIMIT)
         assert caught.value.kind.slug == "bad-encoding"
     for body in bodies[-6:]:
         answer = packed(served, coding, body)

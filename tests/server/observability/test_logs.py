@@ -74,8 +74,11 @@ def test_lines_of_libraries_keep_their_form_and_have_a_limit_of_their_own() -> N
 
 def test_a_message_that_cannot_be_formatted_reaches_no_caller() -> None:
     logged = _Logged()
-    logged.log.error("%d", "no number")
-    assert logged.messages == ["cannot format '%d'"]
+    for _ in range(logs._BURST + 2):
+        logged.log.error("%d", "no number")
+    assert set(logged.messages) == {"cannot format '%d'"}
+    logged.handler.tell_repeats(ending=True)
+    assert logged.messages == ["2 more in the last 10 s, the last: cannot format '%d'"]
     logged = _Logged(as_json=True)
     logged.log.error("%d", "no number")
     (line,) = logged.stream._waiting

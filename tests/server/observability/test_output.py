@@ -1,5 +1,6 @@
 """The log's stream with readers that are slow or gone, and the capture of a file descriptor."""
 
+import contextlib
 import io
 import json
 import os
@@ -142,6 +143,59 @@ def test_lines_of_any_writer_are_captured(stand_in: tuple[int, int]) -> None:
     capture.restore()
     os.write(fd, b"again\n")
     assert os.read(reader, 100) == b"again\n"
+
+
+def test_a_descriptor_that_another_process_made_non_blocking_loses_no_lines(
+    stand_in: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fd, reader = stand_in
+    capture, write = Capture(fd), os.write
+    full = [True, False, True, False]
+
+    def write_three_or_fail(to: int, data: bytes) -> int:
+        if full.pop(0):
+            raise BlockingIOError
+        return write(to, data[:3])
+
+    monkeypatch.setattr(os, "write", write_three_or_fail)
+    capture.write("line\n")
+    assert os.read(reader, 100) == b"line\n"
+
+
+def test_the_line_after_one_that_a_full_disk_cut_off_is_a_line_of_its_own(
+    stand_in: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fd, reader = stand_in
+    capture, write = Capture(fd), os.write
+    room = [4, 2, 0]
+
+    def write_into_room(to: int, data: bytes) -> int:
+        if not room:
+            return write(to, data)
+        if not room[0]:
+            room.pop(0)
+            raise OSError("no space left")
+        return write(to, data[: room.pop(0)])
+
+    monkeypatch.setattr(os, "write", write_into_room)
+    for text in ("one\ntwo\n", "three\n", "four\n"):
+        with contextlib.suppress(OSError):
+            capture.write(text)
+    assert os.read(reader, 100) == b"one\ntw\nthree\nfour\n"
+
+
+def test_a_pipe_of_another_user_is_written_to_as_it_is(
+    stand_in: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fd, reader = stand_in
+    capture = Capture(fd)
+
+    def refuse(*_: object) -> int:
+        raise PermissionError("not your pipe")
+
+    monkeypatch.setattr(os, "open", refuse)
+    os.write(capture.unblocking(), b"crash")
+    assert os.read(reader, 100) == b"crash"
 
 
 def fill(fd: int) -> None:

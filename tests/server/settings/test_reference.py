@@ -14,6 +14,7 @@ import pytest
 from cobatch.server.settings.describe import settings_of
 from cobatch.server.settings.load import load_settings
 from cobatch.server.settings.schema import MODEL_FIELDS, SERVER_FIELDS, ModelSettings, ServerSettings
+from tests.support.auth.certificates import Pair
 from tests.support.paths import ROOT
 
 DOCS = ROOT / "docs"
@@ -54,6 +55,8 @@ def test_the_example_is_accepted(tmp_path: Path) -> None:
     example = REFERENCE.partition("```toml\n")[2].partition("```")[0]
     for name in ("encoder.onnx", "ranker.plan"):
         (tmp_path / name).touch()
+    pair = Pair()
+    (tmp_path / "server.pem").write_bytes(pair.certificate + pair.key())
     (tmp_path / "cobatch.toml").write_text(example)
     settings = load_settings(tmp_path / "cobatch.toml", {}, {})
     assert [model.name for model in settings.models] == ["encoder", "ranker"]

@@ -14,7 +14,6 @@ from typing import Any
 
 from cobatch.engines.link import slab
 from cobatch.server.app import make_sinks, observing
-from cobatch.server.edge.body_memory import BodyMemory
 from cobatch.server.fronts.app import front_app
 from cobatch.server.fronts.control import PAGE_BYTES, LinkEnds
 from cobatch.server.fronts.front import Uplinks
@@ -68,7 +67,6 @@ class LinkedServer(ThreadServer):
         self.relayed = 0  # connections
         self._receptions: dict[int, Reception] = {}
         self._linked = 0
-        self._bodies = BodyMemory(settings.server.body_memory_bytes)
         self._apps = contextlib.AsyncExitStack()
         self.config.http = self._next_connection  # type: ignore[assignment]
         self._makers = itertools.cycle([self._maker(number) for number in range(fronts)])
@@ -76,7 +74,8 @@ class LinkedServer(ThreadServer):
     def _maker(self, number: int) -> Any:
         inference = self.fronts[number].make_inference(self.inference.settings, None)
         inference.on_ready = self._on_front_ready
-        make = front_protocol(inference, self.hand_overs[number], self._bodies)
+        inference.bodies = self.inference.bodies
+        make = front_protocol(inference, self.hand_overs[number])
         config = copy.copy(self.config)
         config.loaded_app = front_app(inference)
         return lambda of_uvicorn: self.watch(make(**{**of_uvicorn, "config": config}))
@@ -88,7 +87,6 @@ class LinkedServer(ThreadServer):
         self.relayed += 1
         connection = HomeConnection(
             self.inference,
-            self._bodies,
             config=self.config,
             server_state=self.server_state,
             app_state=self.lifespan.state,

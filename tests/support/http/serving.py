@@ -242,7 +242,7 @@ class ThreadServer(Server):
         ticks = 0
         while not await self.on_tick(ticks):
             ticks += 1
-            if self._drain is not None:
+            if self.inference.leaving:  # `wait_for` would not let the loop run, as of Python 3.12
                 await _poll(_TICK_S)
                 continue
             with contextlib.suppress(TimeoutError):

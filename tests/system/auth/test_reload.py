@@ -1,4 +1,4 @@
-"""SIGHUP: API keys and the certificate are read again; the old ones stay where the new are invalid."""
+"""SIGHUP: files of keys and the certificate are read again; the old ones stay where the new are invalid."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import ssl
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from cobatch.server.auth import api_keys
-from tests.support.auth.protected import protected
+from cobatch.server.settings.auth import Issuer
+from tests.support.auth.certificates import Pair
+from tests.support.auth.protected import SIGNER, infer, protected
+from tests.support.auth.tokens import ISSUER, SECRET, Signer, hs256, jwks, signer
 from tests.support.http.process import Cobatch
 from tests.support.http.serving import DEADLINE_S, Served, data_of, gate, gated
 from tests.support.models import models
-from tests.system.auth.test_tls import Pair
 
 FAST_OR_NOT = pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
 
@@ -81,6 +84,69 @@ def test_an_invalid_file_of_keys_changes_nothing(
     assert str(path) in message
 
 
+@FAST_OR_NOT
+def test_an_issuers_new_key_is_known_and_an_old_one_is_not(
+    fast: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    goes, new = signer("ES256", "goes"), signer("ES256", "new")
+    with protected(fast, tmp_path) as p, p.served.connect() as stays, p.served.connect() as leaves:
+        (tmp_path / "jwks.json").write_bytes(jwks(SIGNER, goes))
+        hang_up(p.served)
+        for _ in range(3):
+            assert stays.ask(infer(SIGNER.token())).status == 200
+            assert leaves.ask(infer(goes.token())).status == 200
+        assert p.ask(infer(new.token())).status == 401
+        (tmp_path / "jwks.json").write_bytes(jwks(SIGNER, new))
+        hang_up(p.served)
+        assert stays.ask(infer(SIGNER.token())).status == 200
+        answer = leaves.ask(infer(goes.token()))
+        assert (answer.status, answer.slug) == (401, "invalid-credentials")
+        assert p.ask(infer(new.token())).status == 200
+        assert caplog.messages == []
+
+
+@FAST_OR_NOT
+def test_another_key_of_the_same_name_counts_at_once(fast: bool, tmp_path: Path) -> None:
+    with protected(fast, tmp_path) as p:
+        other = Signer(ec.generate_private_key(ec.SECP256R1()), SIGNER.algorithm, SIGNER.kid)
+        new, old = infer(other.token()), infer(SIGNER.token())
+        assert [p.ask(one).status for one in (new, old)] == [401, 200]
+        (tmp_path / "jwks.json").write_bytes(jwks(other))
+        hang_up(p.served)
+        assert [p.ask(one).status for one in (new, old)] == [200, 401]
+
+
+@FAST_OR_NOT
+def test_a_secret_is_read_again(fast: bool, tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_bytes(SECRET)
+    path.chmod(0o600)
+    issuer = Issuer(issuer=ISSUER, name="test", algorithms=("HS256",), secret_file=str(path))
+    with protected(fast, tmp_path, issuers=(issuer,)) as p:
+        old, new = infer(hs256()), infer(hs256(secret=b"n" * 32))
+        assert [p.ask(one).status for one in (old, new)] == [200, 401]
+        path.write_bytes(b"n" * 32)
+        hang_up(p.served)
+        assert [p.ask(one).status for one in (old, new)] == [401, 200]
+
+
+@FAST_OR_NOT
+@pytest.mark.parametrize("content", [b"", b"nonsense", SIGNER.private_pem(), None])
+def test_an_issuers_invalid_file_changes_nothing_and_others_are_read(
+    fast: bool, content: bytes | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with protected(fast, tmp_path, keys={"team": ("infer",)}) as p:
+        path, keys = tmp_path / "jwks.json", tmp_path / "api-keys.toml"
+        path.unlink() if content is None else path.write_bytes(content)
+        keys.write_text(keys.read_text().replace('"infer"', '"metadata"'))
+        hang_up(p.served)
+        assert p.ask(infer(SIGNER.token())).status == 200
+        assert p.ask(with_key(p.keys["team"])).status == 403
+    (message,) = caplog.messages
+    assert message.startswith("SIGHUP: kept the old keys of issuer test: ")
+    assert str(path) in message
+
+
 def certificate_of(served: Served) -> bytes | None:
     """Return the certificate that a new connection is shown."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -109,7 +175,7 @@ def test_the_certificate_is_replaced_for_new_connections(
         assert shown[certificate_of(served) or b""] is old
         write(new.certificate, old.key())
         hang_up(served)
-        assert "SIGHUP: kept the old certificate: server.tls_cert: cannot use " in caplog.text
+        assert "SIGHUP: kept the old certificate: cannot use " in caplog.text
         assert shown[certificate_of(served) or b""] is old
         write(new.certificate, new.key())
         hang_up(served)
@@ -124,4 +190,4 @@ def test_sighup_does_not_end_the_process(tmp_path: Path) -> None:
         server.signal(signal.SIGHUP)
         assert caller.infer("negate", [[1, 2, 3]]).rows == [[-1, -2, -3]]
         assert server.stop() == 0
-        assert "SIGHUP: no file of API keys and no certificate to read again" in server.stderr
+        assert "SIGHUP: no file of keys and no certificate to read again" in server.stderr

@@ -21,6 +21,7 @@ from cobatch.server.settings.auth import Issuer
 from cobatch.server.settings.load import load_settings
 from cobatch.server.settings.schema import Settings
 from tests.server.openapi.test_openapi import operations, served
+from tests.support.auth.certificates import Pair
 from tests.support.auth.protected import settings_in
 from tests.support.auth.token_commands import token
 from tests.support.auth.tokens import signer
@@ -48,7 +49,11 @@ def load(snippet: str, folder: Path) -> Settings:
     config = folder / "cobatch.toml"
     config.write_text(snippet)
     (folder / "model.onnx").write_bytes(b"")
-    rules = tomllib.loads(snippet).get("auth", {}).get("models", [{"model": "model"}])
+    document, pair = tomllib.loads(snippet), Pair()
+    for name, content in (("tls_cert", pair.certificate), ("tls_key", pair.key())):
+        if file := document.get("server", {}).get(name):
+            (folder / file).write_bytes(content)
+    rules = document.get("auth", {}).get("models", [{"model": "model"}])
     flags = {"model": folder / "model.onnx", "name": rules[0]["model"]}
     return load_settings(config, {}, flags)
 

@@ -2,48 +2,21 @@
 
 from __future__ import annotations
 
-import datetime as dt
-import ipaddress
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import (
-    BestAvailableEncryption,
-    Encoding,
-    KeySerializationEncryption,
-    NoEncryption,
-    PrivateFormat,
-)
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
 from typer.testing import CliRunner
 
 from cobatch.server.cli import app
+from tests.support.auth.certificates import Pair
 from tests.support.auth.protected import SIGNER, Protected, infer, protected, token
 from tests.support.auth.tokens import Signer
 from tests.support.http.serving import Served, data_of, gate, gated, get
-
-
-class Pair:
-    """A self-signed certificate for 127.0.0.1 and its key."""
-
-    def __init__(self) -> None:
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "cobatch.test")])
-        names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-        begin = dt.datetime.now(dt.UTC) - dt.timedelta(days=1)
-        builder = x509.CertificateBuilder(name, name, self._key.public_key(), x509.random_serial_number())
-        builder = builder.not_valid_before(begin).not_valid_after(begin + dt.timedelta(days=30))
-        builder = builder.add_extension(names, critical=False)
-        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        self.certificate = builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM)
-
-    def key(self, encryption: KeySerializationEncryption | None = None) -> bytes:
-        return self._key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption or NoEncryption())
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +99,8 @@ def test_unusable_files_are_refused(pair: Pair, files: tuple[str, str], tmp_path
     others.write_bytes(Pair().key())
     locked = tmp_path / "locked.pem"
     locked.write_bytes(pair.key(BestAvailableEncryption(b"password")))
-    assert "cannot use gone.pem: No such file" in refusal(tmp_path, "--tls-cert", str(tmp_path / "gone.pem"))
+    gone = refusal(tmp_path, "--tls-cert", str(tmp_path / "gone.pem"))
+    assert gone.endswith("cannot use gone.pem: No such file or directory (flag --tls-cert)\n")
     gone_key = refusal(tmp_path, "--tls-cert", cert, "--tls-key", str(tmp_path / "gone.pem"))
     assert "cannot use cert.pem with gone.pem: No such file" in gone_key
     assert "cannot use cert.pem: " in refusal(tmp_path, "--tls-cert", cert)  # no key in it

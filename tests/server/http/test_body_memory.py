@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
+import random
 import socket
 import tracemalloc
 from collections.abc import Iterator
@@ -17,16 +19,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cobatch.server.edge import connection, framing, receiver
-from cobatch.server.edge.body_memory import (
+from cobatch.server.edge.connection import Connection
+from cobatch.server.edge.receiver import LEAST_RATE
+from cobatch.server.http.body_memory import (
     CLIENT_SHARE,
+    FREE_BYTES,
     MOST_WAITING,
     BodyMemory,
     client_of,
     default_bytes,
     memory_bytes,
 )
-from cobatch.server.edge.connection import Connection
-from cobatch.server.edge.receiver import LEAST_RATE
 from tests.support.http.serving import (
     DEADLINE_S,
     GATE,
@@ -227,10 +230,7 @@ def first(served: Served) -> Iterator[tuple[Client, bytes]]:
 
 def memory_of(served: Served) -> BodyMemory:
     """Return the server's memory for bodies."""
-    http: Any = served.server.config.http
-    (make,) = [cell.cell_contents for cell in http.__closure__ if hasattr(cell.cell_contents, "args")]
-    memory: BodyMemory = make.args[1]
-    return memory
+    return served.inference.bodies
 
 
 def until(served: Served, condition: Any) -> None:
@@ -395,6 +395,85 @@ def test_a_body_is_gone_when_it_is_decoded(fast: bool) -> None:
     assert idle < 1 << 20
 
 
+# Compressed bodies
+
+
+def packed(number: int, form: str = "infer", noise: int = 0) -> bytes:
+    """Return a request whose body has LARGE bytes when it is decompressed, and few before without `noise`."""
+    text = large(number).partition(b"\r\n\r\n")[2]
+    target = GATE
+    if form == "/v1":
+        target = "/v1/models/gate/predictions"
+        text = b'{"inputs":{"x":[%b]}}' % text[text.rindex(b"[") : text.rindex(b"]}]}") + 1]
+    elif form == "/batch":
+        target = "/batch"
+        text = b'{"requests":[{"id":"a","method":"POST","url":"%b","body":%b}]}' % (GATE.encode(), text)
+    body = gzip.compress(text + random.Random(0).randbytes(noise))
+    return post(target, body, {"Content-Encoding": "gzip", "Content-Type": "application/json"})
+
+
+def until_waiting(served: Served, count: int) -> None:
+    """Wait until so many requests wait for memory."""
+    until(served, lambda: len(memory_of(served)._waiting) == count)
+
+
+@pytest.mark.parametrize("form", ["infer", "/v1", "/batch"])
+def test_decompressed_bodies_share_the_memory(
+    module_pair: tuple[Served, GatedEngine], served: Served, form: str
+) -> None:
+    _, engine = module_pair
+    engine.hold()
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(served.connect()) for _ in range(4)]
+        for number, client in enumerate(clients):
+            client.send(packed(number, form))
+        engine.began.get(timeout=DEADLINE_S)
+        until_waiting(served, 3)
+        assert LARGE - 1000 < memory_of(served).used_bytes <= MEMORY
+        assert served.call(lambda: served.batcher().queue.rows) == 0
+        engine.release()
+        assert [client.answer().status for client in clients] == [200] * 4
+
+
+def test_one_that_waits_to_be_decompressed_may_leave(
+    module_pair: tuple[Served, GatedEngine], served: Served
+) -> None:
+    _, engine = module_pair
+    engine.hold()
+    with served.connect() as client:
+        client.send(packed(7))
+        engine.began.get(timeout=DEADLINE_S)
+        with served.connect() as second:
+            second.send(packed(8))
+            until_waiting(served, 1)
+        until_waiting(served, 0)
+        # A short body does not wait, and a body that has memory already is refused.
+        answer = served.ask(packed(9, noise=FREE_BYTES))
+        assert (answer.status, answer.slug) == (503, "body-memory")
+        short = gzip.compress(json.dumps(rows_of(5)).encode())
+        with served.connect() as third:
+            third.send(post(GATE, short, {"Content-Encoding": "gzip"}))
+            until(served, lambda: served.batcher().queue.rows == 1)
+            engine.release()
+            assert data_of(third.answer()) == [10]
+        assert doubled(client) == 14
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
+def test_a_body_waits_no_longer_to_be_decompressed(fast: bool) -> None:
+    with (
+        gated(fast, body_memory_bytes=MEMORY, receive_timeout_s=0.3) as (served, engine),
+        served.connect() as client,
+    ):
+        engine.hold()
+        client.send(packed(7))
+        assert engine.began.get(timeout=DEADLINE_S) == [7]
+        answer = served.ask(packed(8))
+        assert (answer.status, answer.slug) == (503, "body-memory")
+        engine.release()
+        assert doubled(client) == 14
+
+
 # Clients that read slowly
 
 
@@ -417,9 +496,9 @@ async def test_a_client_must_take_its_response_at_a_rate(
     now_s = 100.0
     for module in (connection, framing, receiver):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now_s))
-    anything: Any = None
+    anything: Any = SimpleNamespace(bodies=None)
     wire = SlowWire()
-    slow = Connection(anything, anything, anything, anything, anything)
+    slow = Connection(anything, anything, anything, anything)
     slow.transport = wire
     size = 40 * LEAST_RATE * 60
     for second in range(200):
