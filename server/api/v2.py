@@ -41,7 +41,9 @@ def v2_routes(inference: Inference) -> list[Route]:
     """Return the routes. Infer is here for its 404 and 405; `server.edge` serves it."""
 
     async def server(_: Request) -> Response:
-        return json({"name": "cobatch", "version": __version__, "extensions": EXTENSIONS})
+        about: Json = {"name": "cobatch", "version": __version__, "extensions": EXTENSIONS}
+        processes = inference.settings.server.process_count
+        return json(about if processes == 1 else about | {"processes": processes})
 
     async def live(_: Request) -> Response:
         dead = [name for name, model in inference.models.items() if model.dead]

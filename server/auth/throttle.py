@@ -20,14 +20,21 @@ _MAX_ADDRESSES = 4096
 
 
 class SignatureThrottle:
-    """Token buckets of failed signature checks. `clock` is monotonic, in seconds."""
+    """Token buckets of failed signature checks. `clock` is monotonic, in seconds.
+
+    Two are totals, so that an attack from many addresses does not exclude addresses that never failed.
+    """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        # Two totals, so that an attack from many addresses does not exclude addresses that never failed.
-        self._known_total = Bucket(_TOTAL_PER_S, int(_TOTAL_PER_S))
-        self._new_total = Bucket(_TOTAL_PER_S, int(_TOTAL_PER_S))
+        self.divide(1)
         self._buckets: dict[str, Bucket] = {}
+
+    def divide(self, processes: int) -> None:
+        """Use the part of one of several processes, each of which has some of an address's connections."""
+        per_s = _TOTAL_PER_S / processes
+        self._known_total, self._new_total = Bucket(per_s, int(per_s)), Bucket(per_s, int(per_s))
+        self._per_s, self._burst = _PER_S / processes, max(1, _BURST // processes)
 
     def wait_s(self, address: str) -> float:
         """Return the seconds until this address may have a signature checked, 0.0 for now."""
@@ -45,7 +52,7 @@ class SignatureThrottle:
         total = self._known_total
         if bucket is None:
             total = self._new_total
-            bucket = Bucket(_PER_S, _BURST)
+            bucket = Bucket(self._per_s, self._burst)
             if len(self._buckets) >= _MAX_ADDRESSES:
                 del self._buckets[next(iter(self._buckets))]
         self._buckets[network] = bucket  # at the end, so that the least recent failure is dropped first

@@ -35,6 +35,8 @@ class ChildServer(Server):
     def __init__(self, settings: Settings, log_stream: LogStream | None, parent: Parent) -> None:
         self.parent = parent
         super().__init__(settings, log_stream)
+        if self.inference.auth is not None:
+            self.inference.auth.throttle.divide(parent.start.fronts + 1)
         self._last = asyncio.Event()
         self._adopted = 0
         self._handshakes: set[asyncio.Task[None]] = set()

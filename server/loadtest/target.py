@@ -49,7 +49,8 @@ class Tensor(msgspec.Struct, frozen=True):
 
 
 class Model(msgspec.Struct):
-    """A model's metadata. `path`: of its endpoints; `server`: name and version, if the server tells them."""
+    """A model's metadata. `path`: of its endpoints; `server`: its name, version and number of processes, if
+    it tells them."""
 
     name: str
     path: str = ""
@@ -65,6 +66,7 @@ class _Config(msgspec.Struct):
 class _Server(msgspec.Struct):
     name: str | None = None
     version: str | None = None
+    processes: int | None = None
 
 
 def parse_url(text: str, ca_file: Path | None, insecure: bool) -> tuple[Address, str | None, str | None]:
@@ -135,6 +137,8 @@ def describe(address: Address, name: str | None, version: str | None, headers: M
     with suppress(*_NOT_JSON):
         labels = msgspec.json.decode(server.body, type=_Server)
         model.server = " ".join(label for label in (labels.name, labels.version) if label)
+        if labels.processes is not None:
+            model.server += f", {labels.processes} processes"
     return model
 
 

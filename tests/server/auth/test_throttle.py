@@ -90,3 +90,17 @@ def test_the_least_recent_address_is_forgotten_first() -> None:
     assert len(throttle._buckets) == 4096
     assert "10.0.0.0" in throttle._buckets
     assert "10.0.0.1" not in throttle._buckets
+
+
+def test_several_processes_together_have_the_budget_of_one() -> None:
+    def checked(processes: int) -> int:
+        throttle = SignatureThrottle(lambda: 0.0)
+        throttle.divide(processes)
+        count = 0
+        while throttle.wait_s("192.0.2.1") == 0:
+            throttle.charge("192.0.2.1")
+            count += 1
+        return count
+
+    assert 3 * checked(3) <= checked(1)
+    assert checked(3) > checked(1) // 4

@@ -140,9 +140,19 @@ class LinkedServer(ThreadServer):
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         super().handle_exit(sig, frame)
+        self._tell_fronts()
+
+    async def on_tick(self, counter: int) -> bool:
+        ends = await super().on_tick(counter)
+        self._tell_fronts()
+        return ends
+
+    def _tell_fronts(self) -> None:
+        home = self.inference
         for front in self.fronts:
-            front.inference.leaving = True
-            front.inference.draining = front.inference.closing = self.inference.draining
+            inference = front.inference
+            inference.leaving, inference.closing = home.leaving, home.closing
+            inference.draining = home.draining
 
     async def before_drain(self, timeout_s: float) -> float:
         batchers = [model.batcher for front in self.fronts for model in front.models if model.batcher]
