@@ -32,7 +32,7 @@ WAYS = ("fast", "asgi")
 _PATH = "/v2/models/sum/infer"
 _ROWS = 4
 # A request is a batch: the engine's own buffers, which it keeps, stay small beside the bodies.
-_FLAGS = ("--max-batch-size", str(_ROWS))
+FLAGS = ("--max-batch-size", str(_ROWS))
 _SENT_MIB, _CONNECTIONS = 24, 40
 _STALLED_MIB, _STALLED = 64, 100
 _PACKED, _PACKED_NUMBERS, _RANDOM_NUMBERS = 200, 3_500_000, 100_000
@@ -180,15 +180,15 @@ def measure(way: str) -> list[tuple[str, str]]:
     """Return the lines of one way through the server."""
     lines = []
     for at_once in (1, 8):
-        with cobatch(sum_model(), "sum", way == "fast", flags=_FLAGS) as server:
+        with cobatch(sum_model(), "sum", way == "fast", flags=FLAGS) as server:
             before_mib = resident_mib(server)
             open_mib, closed_mib = after_large_bodies(server, at_once)
         what = f"{_CONNECTIONS} connections that sent {_SENT_MIB} MiB, {at_once} at once"
         lines += [("before", f"{before_mib} MiB")] if at_once == 1 else []
         lines += [(f"{what}: idle", f"{open_mib} MiB"), (f"{what}: closed", f"{closed_mib} MiB")]
-    with cobatch(sum_model(), "sum", way == "fast", flags=_FLAGS) as server:
+    with cobatch(sum_model(), "sum", way == "fast", flags=FLAGS) as server:
         most_mib, small_s, large_s = while_stalled(server)
-    limited = (*_FLAGS, "--receive-timeout-s", "300", "--body-memory-bytes", str(_MEMORY_MIB << 20))
+    limited = (*FLAGS, "--receive-timeout-s", "300", "--body-memory-bytes", str(_MEMORY_MIB << 20))
     with cobatch(sum_model(), "sum", way == "fast", flags=limited) as server:
         packed_mib = while_decompressing(server)
     what = f"{_STALLED} connections stalled at {_STALLED_MIB - 1} of {_STALLED_MIB} MiB"

@@ -42,6 +42,8 @@ _MOST_RAW_BYTES = 1 << 28
 # By ONNX Runtime's severities, from verbose to fatal.
 _LEVELS = (logging.DEBUG, logging.DEBUG, logging.WARNING, logging.ERROR, logging.CRITICAL)
 _ERROR = 3
+# Strings of one run. ONNX Runtime holds the interpreter lock while it converts them, 100 ms for a million.
+_MOST_STRINGS = 1 << 17
 
 log = logging.getLogger("cobatch.onnxruntime")
 
@@ -204,7 +206,12 @@ class OnnxRuntimeEngine:
         self, session: ort.InferenceSession, slot: int, rows: int, row_shapes: RowShapes
     ) -> tuple[Array, ...]:
         arrays = [self._seen_by_model(array[:rows]) for array in self.inputs(slot, rows, row_shapes)]
-        outputs = _run(session, self.signature, arrays)
+        strings = sum(array.size for array in arrays if array.dtype == object)
+        cuttable = self.signature.batching.on and self.signature.fixed_batch is None
+        if strings > _MOST_STRINGS and cuttable:
+            outputs = _run_in_parts(session, self.signature, arrays, max(1, rows * _MOST_STRINGS // strings))
+        else:
+            outputs = _run(session, self.signature, arrays)
         if self.signature.batching.on:
             return tuple(outputs)
         return tuple(output[np.newaxis] for output in outputs)
@@ -258,6 +265,19 @@ def _run(
         return [np.asarray(output) for output in session.run(None, feed, options)]
     except UnicodeDecodeError as error:
         raise EngineRunError(f"ONNX Runtime cannot return strings that are not UTF-8: {error}") from error
+
+
+def _run_in_parts(
+    session: ort.InferenceSession, signature: Signature, arrays: Sequence[Array], step: int
+) -> list[Array]:
+    """Run `step` rows at a time."""
+    parts = [
+        _run(session, signature, [array[first : first + step] for array in arrays])
+        for first in range(0, len(arrays[0]), step)
+    ]
+    if len({tuple(output.shape[1:] for output in part) for part in parts}) > 1:
+        return _run(session, signature, arrays)  # shapes that depend on values
+    return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
 
 
 def _has_declared_shapes(session: ort.InferenceSession, signature: Signature, max_batch_size: int) -> bool:

@@ -109,6 +109,12 @@ class FairQueue(Generic[T]):
         heapify(self._heap)
         self._most = 2 * len(self._heap) + TOMBSTONES_KEPT
 
+    def remove(self, one: T) -> None:
+        """Take out an object that has rows. O(n)."""
+        one.in_turns = False
+        self._heap = [entry for entry in self._heap if entry[2] is not one]
+        heapify(self._heap)
+
     def clear(self) -> None:
         """Forget all objects, which will have no rows again."""
         self._heap.clear()

@@ -313,6 +313,32 @@ class RequestQueue:
             self.shares.served(share, rows * self.row_s)
         return FormedBatch(requests, [], {share.tenant: rows})
 
+    def regroup(self, tenant: Tenant, most_rows: int) -> None:
+        """Move a tenant's requests, but not those sent before, to groups of batches of `most_rows` rows.
+
+        The key of such a group is (row shapes, most_rows). O(1) in the requests.
+        """
+        share = self.shares.of(tenant)
+        for flow in share.flows:
+            old = flow.group
+            key = old.row_shapes, most_rows
+            group = self.groups.get(key) or Group(key, old.row_shapes, most_rows)
+            if old.again or share in group.flows:
+                continue
+            del old.flows[share]
+            old.turns.remove(flow)
+            old.rows -= flow.rows
+            if not old.rows:
+                del self.groups[old.key]
+            if old.rows < self.full_rows:
+                self._full.pop(old, None)
+            self.groups[key] = flow.group = group
+            group.flows[share] = flow
+            group.turns.add(flow)
+            group.rows += flow.rows
+            if group.rows >= self.full_rows:
+                self._full[group] = None
+
     def take_tenant(self, tenant: Tenant) -> list[Request]:
         """Remove the requests of a tenant, to be queued elsewhere, but not those sent before. O(n)."""
         share = self.shares.of(tenant)

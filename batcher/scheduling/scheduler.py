@@ -113,6 +113,7 @@ class Scheduler:
         queue, admission, tenant = self.queue, self.admission, request.tenant
         if self.suspects.marks and admission.closed is None and self.suspects.holds(request):
             queue, admission = self.suspects.queue, self._suspects_admission
+            admission.engines, admission.overhead_s = self.admission.engines, self.admission.overhead_s
         if queue.rows >= admission.open_rows or tenant is not None or request.rows > 1:
             error = admission.refusal(request.rows, tenant, request.callers, now_s)
             if error is not None:

@@ -76,8 +76,8 @@ class Suspects:
             del self.marks[next(iter(self.marks))]
         if mark is None:
             self._push_again(source, self._others)
-        elif rows != before:
-            self._push_again(source, self.queue)
+        elif rows != before and isinstance(source, Tenant):
+            self.queue.regroup(source, rows)
 
     def on_ran(self, batch: Batch, now_s: float) -> None:
         """Trust the sources of a batch that ran with more rows; forget marks that are too old."""
@@ -87,10 +87,11 @@ class Suspects:
             grown = min(rows * 2, self._others.full_rows)
             if runs + 1 == TRUSTED_RUNS:
                 del marks[source]
-            else:
-                marks[source] = _Mark(grown, runs + 1, failed_s)
-            if grown != rows or source not in marks:
                 self._push_again(source, self.queue)
+                continue
+            marks[source] = _Mark(grown, runs + 1, failed_s)
+            if grown != rows and isinstance(source, Tenant):
+                self.queue.regroup(source, grown)
         while marks and next(iter(marks.values())).failed_s < now_s - SUSPECT_S:
             del marks[next(iter(marks))]
 

@@ -25,6 +25,8 @@ _encode = msgspec.json.encode
 _INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
 # Of an item beside its tensors' data, on average.
 _ENVELOPE_BYTES = 1024
+# Longer parts of the response are not joined.
+_JOINED_BYTES = 1 << 16
 # The headers that an item may have. They change nothing.
 _ITEM_HEADERS = ("accept", "content-type")
 
@@ -129,8 +131,15 @@ def infer_target(item: AnyItem) -> tuple[str, str | None]:
     return named[1], named[2]
 
 
-def encode_batch(items: Sequence[AnyItem], replies: Sequence[Reply], call_id: bytes) -> bytes:
-    """The response: one object for each item, in the items' order, with ids that follow from the call's."""
+def encode_batch(
+    items: Sequence[AnyItem], replies: Sequence[Reply], call_id: bytes
+) -> list[bytes | memoryview]:
+    """The response: one object for each item, in the items' order, with ids that follow from the call's.
+
+    A long one comes in parts, since joining it would take longer.
+    """
+    parts: list[bytes | memoryview] = []
+    length = 0
     pieces: list[bytes | memoryview] = []
     lead = b'{"responses":[{"id":'
     for n, (item, reply) in enumerate(zip(items, replies, strict=True)):
@@ -147,7 +156,14 @@ def encode_batch(items: Sequence[AnyItem], replies: Sequence[Reply], call_id: by
             shown["x-request-id"] = f"{call_id.decode()}.{n}"
             pieces.append(b'%b%b,"status":%d,"headers":' % (lead, _encode(item.id), reply.status))
             pieces += (_encode(shown), b',"body":')
-        pieces.extend(reply.body)
         lead = b'},{"id":'
+        own = reply.length
+        length += own
+        if own <= _JOINED_BYTES:
+            pieces.extend(reply.body)
+        if length > _JOINED_BYTES:
+            parts.append(b"".join(pieces))
+            parts.extend(reply.body if own > _JOINED_BYTES else ())
+            pieces, length = [], 0
     pieces.append(b"}]}" if items else b'{"responses":[]}')
-    return b"".join(pieces)
+    return [*parts, b"".join(pieces)]

@@ -101,8 +101,8 @@ class BatchRoute:
             await report_items(self._history, self._tracer, record, call.progress, replies)
         finally:
             call.release()
-        text = encode_batch(call.progress.items, replies, record.request_id.encode())
-        reply = Reply(200, JSON, (text,), close=any(reply.close for reply in replies))
+        parts = encode_batch(call.progress.items, replies, record.request_id.encode())
+        reply = Reply(200, JSON, parts, close=any(reply.close for reply in replies))
         return await compressed(reply, headers.get(b"accept-encoding", b""), settings.compress_min_bytes)
 
 

@@ -1,6 +1,7 @@
 """Reading from a connection only where there is room: for the body, for answers, for further requests.
 
-A body beyond FREE_BYTES needs some of the memory that all bodies share (`server.http.body_memory`). A client
+A body beyond FREE_BYTES needs some of the memory that all bodies share, and is read in turn with the others
+(`server.http.body_memory`). A client
 that sends faster than it is answered, or does not take its responses, is not read.
 """
 
@@ -40,8 +41,8 @@ class Receiver(Framing):
     """A connection's requests on their way in, as far as there is room for them."""
 
     __slots__ = (
-        "_allowed_bytes", "_bodies", "_held", "_read_paused", "_unsent", "_unsent_since_s", "_waits",
-        "address", "cycle", "inference", "pipeline", "transport", "writable", "write_paused",
+        "_allowed_bytes", "_awaits_turn", "_bodies", "_held", "_read_paused", "_unsent", "_unsent_since_s",
+        "_waits", "address", "cycle", "inference", "pipeline", "transport", "writable", "write_paused",
     )  # fmt: skip
 
     def __init__(self, inference: Inference) -> None:
@@ -57,6 +58,7 @@ class Receiver(Framing):
         self._allowed_bytes = FREE_BYTES  # beyond these the body needs memory
         self._held: dict[Cycle, int] = {}  # memory that requests have for their bodies
         self._waits = False  # for memory
+        self._awaits_turn = False
         self.write_paused = False
         self.writable = asyncio.Event()
         self.writable.set()
@@ -66,8 +68,12 @@ class Receiver(Framing):
     def on_body(self, body: bytes) -> None:
         self.body_bytes += len(body)
         self.cycle.on_body(body)  # type: ignore[union-attr]  # set with the headers
-        if self.body_bytes > self._allowed_bytes:
-            self._take_memory()
+        if self.body_bytes > FREE_BYTES:
+            if self.body_bytes > self._allowed_bytes:
+                self._take_memory()
+            if not self._awaits_turn and not self._bodies.turns.may_go_on(self):
+                self._awaits_turn = True
+                self.pause_reading()
 
     # Memory for bodies
 
@@ -100,6 +106,12 @@ class Receiver(Framing):
         self.since_s = time.monotonic()
         self.resume_reading()
 
+    def on_turn(self) -> None:
+        """Read on: others have had their turns."""
+        self._awaits_turn = False
+        if not self.transport.is_closing():
+            self.resume_reading()
+
     def _stop_waiting(self) -> None:
         self._waits = False
         self._bodies.forget(self)
@@ -118,8 +130,9 @@ class Receiver(Framing):
             self.transport.pause_reading()
 
     def resume_reading(self) -> None:
-        """Read on, unless requests wait to be answered, responses to be taken, or the body for memory."""
-        if self._read_paused and not self.write_paused and not self.pipeline and not self._waits:
+        """Read on, unless requests wait for answers, responses to be taken, the body for memory or a turn."""
+        waits = self._waits or self._awaits_turn
+        if self._read_paused and not self.write_paused and not self.pipeline and not waits:
             self._read_paused = False
             self.transport.resume_reading()
 

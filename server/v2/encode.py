@@ -7,8 +7,9 @@ msgspec's time and with no Python object per element (`benchmarks/request_cost/c
 are null in JSON, which cannot express them; binary keeps them.
 """
 
+import codecs
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from math import prod
 from typing import Any, TypeVar
 
@@ -28,8 +29,15 @@ log = logging.getLogger("cobatch.server")
 _KEPT_FRAMES = 1024
 # More elements of an output take longer than a millisecond: a thread encodes them.
 LONG_ELEMENTS = 1 << 15
+LONG_TEXT = 1 << 20
+# The answers of a batch are written one after another, so they may have this many elements together, or
+# characters. Handing one with fewer than LEAST_ELEMENTS to the thread would take longer than encoding it.
+BATCH_ELEMENTS = 1 << 18
+BATCH_TEXT = 1 << 23
+LEAST_ELEMENTS = 1 << 10
 _COPIED_BYTES = 1 << 20
-_LONG_TEXT = 1 << 20
+# Characters of strings that are encoded in one piece.
+_TEXT_PIECE = 1 << 16
 _FEW_ELEMENTS = 16
 # In the memo of a batch that holds one request's own outputs.
 _OWN = "own"
@@ -109,7 +117,7 @@ class Encoder:
                 pieces += [data] if isinstance(data, bytes) else data
             elif self._specs[index].datatype == "BYTES":
                 values = batch.outputs[index][first : first + rows]
-                if _OWN not in batch.memo and _is_long(values):
+                if _OWN not in batch.memo and _is_long(values, batch.outputs[index]):
                     raise LongAnswerError
                 data = _bytes_tensor(values)
                 pieces.append(b'"parameters":{"binary_data_size":%d}}' % sum(map(len, data)))
@@ -128,7 +136,7 @@ class Encoder:
             elements = prod(output.shape[1:])
             if output.dtype == object or not 0 < elements <= _SHORT_ROW_ELEMENTS:
                 values = output[first : first + rows].reshape(-1)
-                if _OWN not in batch.memo and _is_long(values):
+                if _OWN not in batch.memo and _is_long(values, output):
                     raise LongAnswerError
                 pieces = json_pieces(values)
                 return pieces[0][1:-1] if len(pieces) == 1 else [pieces[0][1:], *pieces[1:-1]]
@@ -184,12 +192,13 @@ class Encoder:
 
 
 def is_long(request: Request, outputs: Collection[int]) -> bool:
-    """Return whether encoding these outputs of a request that ran takes longer than about a millisecond."""
+    """Return whether encoding these outputs of a request that ran takes too long for the event loop."""
     batch = request.batch
     assert batch is not None
     end = request.first_row + request.rows
-    tensors = [batch.outputs[index][request.first_row : end] for index in outputs]
-    return sum([values.size for values in tensors]) > LONG_ELEMENTS or any(map(_is_long, tensors))
+    tensors = [(batch.outputs[index][request.first_row : end], batch.outputs[index]) for index in outputs]
+    elements = sum([values.size for values, _ in tensors])
+    return elements > LONG_ELEMENTS or any(_is_long(values, output) for values, output in tensors)
 
 
 def encode_later(
@@ -225,11 +234,19 @@ def _detached(request: Request, outputs: Collection[int]) -> Request:
     return one
 
 
-def _is_long(values: Array) -> bool:
-    """Return whether encoding takes longer than about a millisecond."""
-    if values.size > LONG_ELEMENTS:
+def _is_long(values: Array, output: Array) -> bool:
+    """Return whether encoding some rows of a batch's output takes longer than their share of its time."""
+    size = values.size
+    if size > LONG_ELEMENTS or (output.size > BATCH_ELEMENTS and size > LEAST_ELEMENTS):
         return True
-    return values.dtype == object and sum(map(len, values.flat)) > _LONG_TEXT
+    if values.dtype != object or not size:
+        return False
+    return _characters(values) > min(LONG_TEXT, BATCH_TEXT * size // output.size)
+
+
+def _characters(values: Array) -> int:
+    """The characters, or bytes, of strings."""
+    return sum(map(len, values.flat))
 
 
 def _own(batch: Batch, output: Array, first: int = 0, end: int | None = None) -> Array:
@@ -242,6 +259,8 @@ def json_pieces(values: Array) -> list[bytes]:
     """JSON of an array, nested as its axes are; of a long one in several pieces (`server.v2.pieces`)."""
     if values.size <= LONG_ELEMENTS:
         if values.dtype == object:
+            if values.ndim and _characters(values) > _TEXT_PIECE:
+                return [*_row_pieces(values), b"]"]
             return [msgspec.json.encode(_texts(values.tolist()))]
         return [dumps(np.ascontiguousarray(values) if values.ndim else values[()])]
     step = LONG_ELEMENTS // (values.size // len(values))
@@ -255,6 +274,42 @@ def json_pieces(values: Array) -> list[bytes]:
         end = b","
         release()
     return [*pieces, b"]"]
+
+
+def _row_pieces(values: Array) -> Iterator[bytes]:
+    """JSON of the rows of strings, without the last bracket: long rows and long strings in pieces."""
+    end = b"["
+    few: list[Any] = []
+    left = _TEXT_PIECE
+    for row in [*values, None]:
+        length = 0 if row is None else len(row) if values.ndim == 1 else _characters(row)
+        if few and (row is None or length > left):
+            yield end + msgspec.json.encode(_texts(few))[1:-1]
+            end, few, left = b",", [], _TEXT_PIECE
+            release()
+        if row is None:
+            return
+        if length <= left:
+            few.append(row if values.ndim == 1 else row.tolist())
+            left -= length
+            continue
+        yield end
+        yield from _string_pieces(row) if values.ndim == 1 else json_pieces(row)
+        end = b","
+
+
+def _string_pieces(value: bytes | str) -> Iterator[bytes]:
+    """JSON of a long string."""
+    end = b'"'
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    value = value if isinstance(value, bytes) else str(value)
+    for at in range(0, len(value), _TEXT_PIECE):
+        part = value[at : at + _TEXT_PIECE]
+        text = decode(part, at + _TEXT_PIECE >= len(value)) if isinstance(part, bytes) else part
+        yield end + msgspec.json.encode(text)[1:-1]
+        end = b""
+        release()
+    yield b'"'
 
 
 def _texts(value: Any) -> Any:
@@ -275,16 +330,28 @@ def _bytes_tensor(values: Array) -> list[bytes]:
     """BYTES as binary, in pieces: each element its length (u32, little-endian) and its bytes."""
     joined: list[bytes] = []
     flat = values.reshape(-1)
-    for first in range(0, len(flat), LONG_ELEMENTS):
+    step = min(LONG_ELEMENTS, LONG_TEXT * len(flat) // (_characters(flat) or 1)) or 1
+    for first in range(0, len(flat), step):
         pieces: list[bytes] = []
-        for value in flat[first : first + LONG_ELEMENTS]:
-            data = value if isinstance(value, bytes) else str(value).encode()
-            pieces += (len(data).to_bytes(4, "little"), data)
+        for value in flat[first : first + step]:
+            data = [value] if isinstance(value, bytes) else _utf8(str(value))
+            pieces += (sum(map(len, data)).to_bytes(4, "little"), *data)
         # Joining long elements would take longer than writing them one by one.
-        joined += [b"".join(pieces)] if values.size > _FEW_ELEMENTS else pieces
+        joined += [b"".join(pieces)] if step > _FEW_ELEMENTS else pieces
         if first:
             release()
     return joined
+
+
+def _utf8(text: str) -> list[bytes]:
+    """A string as bytes, a long one in pieces."""
+    if len(text) <= _TEXT_PIECE:
+        return [text.encode()]
+    pieces = []
+    for at in range(0, len(text), _TEXT_PIECE):
+        pieces.append(text[at : at + _TEXT_PIECE].encode())
+        release()
+    return pieces
 
 
 def _usage(request: Request, batch: Batch) -> bytes:

@@ -336,20 +336,26 @@ def test_others_are_drained_before_suspects() -> None:
     run(main())
 
 
-def test_requests_move_only_where_the_size_of_batches_changes() -> None:
-    """Moving a long queue after each of its bad rows would stop the event loop for long."""
+def test_requests_are_moved_once_however_often_the_size_of_batches_changes() -> None:
+    """Moving a long queue after each of its bad or good rows would stop the event loop for long."""
     queue, others = (RequestQueue(SIZE, 0.001, ages=False) for _ in range(2))
     suspects = Suspects(queue, others)
     tenant = Tenant("suspect")
     for _ in range(10):
         others.push(Sent(7, tenant))
-    moved = []
-    for n in range(20):
-        before = [one.entry for one in suspects.queue.waiting()]
-        suspects.add(Sent(BAD, tenant), float(n))
-        moved.append(before != [one.entry for one in suspects.queue.waiting()])
-    assert sum(moved) == math.log2(SIZE)
-    assert all(moved[:5])
+    suspects.add(Sent(BAD, tenant), 0.0)
+    before = [one.entry for one in queue.waiting()]
+    assert len(before) == 10
+    sizes = []
+    for ran in (False, False, True, False, True, True, True):
+        if ran:
+            suspects.on_ran(Batch([Sent(7, tenant)], 1, ((1,),), policy.SUSPECT), 1.0)
+        else:
+            suspects.add(Sent(BAD, tenant), 1.0)
+        (group,) = queue.groups.values()
+        sizes.append(group.most_rows)
+        assert [one.entry for one in queue.waiting()] == before
+    assert sizes == [8, 4, 8, 4, 8, 16, 32]
 
 
 @pytest.mark.parametrize(("suspect", "most"), [(Tenant("suspect"), 889), ("a connection", 1000)])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from onnx import TensorProto
 
+from cobatch.engines import onnxruntime
 from cobatch.engines.base import AUTO, DATATYPES, Array, Batching, RowShapes, Signature, TensorSpec
 from cobatch.engines.errors import EngineError, EngineLoadError, EngineRunError
 from cobatch.engines.loader import EngineOptions, load_engine
@@ -153,6 +155,25 @@ def test_strings(tmp_path: Path) -> None:
     with pytest.raises(EngineRunError, match="cannot return strings that are not UTF-8"):
         run(engine, np.array([[b"\xff", b""]], object))
     assert run(engine, x)[0].tolist() == x.tolist()
+
+
+def test_many_strings_run_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their conversion holds the interpreter lock."""
+    engine = opened(tmp_path, models.identity(TensorProto.STRING, "n"), max_batch_size=8)
+    monkeypatch.setattr(onnxruntime, "_MOST_STRINGS", 6)
+    sizes = []
+    run_once = onnxruntime._run
+
+    def counted(*arguments: Any) -> list[Array]:
+        sizes.append(arguments[2][0].size)
+        return run_once(*arguments)
+
+    monkeypatch.setattr(onnxruntime, "_run", counted)
+    for rows, width, parts in ((3, 2, [6]), (4, 2, [6, 2]), (5, 4, [4] * 5), (2, 7, [7, 7]), (1, 9, [9])):
+        x = np.array([[f"{row} {n}" for n in range(width)] for row in range(rows)], object)
+        sizes.clear()
+        assert run(engine, x)[0].tolist() == x.tolist()
+        assert sizes == parts
 
 
 def test_strings_that_are_not_text(tmp_path: Path) -> None:

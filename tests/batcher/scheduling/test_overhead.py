@@ -8,6 +8,7 @@ import pytest
 
 from cobatch.batcher.errors import DeadlineTooShortError
 from cobatch.batcher.scheduling.tuning import MOST_OVERHEAD
+from cobatch.batcher.tenant import Tenant
 from cobatch.engines.worker import Job, Outcome
 from tests.support.virtual.loop import Call, make_batcher, run
 from tests.support.virtual.tenants import Metered, affine
@@ -38,10 +39,11 @@ def call(timeout_s: float) -> Call:
     return one
 
 
+@pytest.mark.parametrize("suspect", [False, True])
 @pytest.mark.parametrize(("lag_s", "overhead_s"), [(0.0, 0.0), (0.0005, 0.001), (0.1, 1.0)])
 @pytest.mark.parametrize(("more_s", "in_time"), [(-EPSILON_S, False), (EPSILON_S, True)])
 def test_a_request_that_a_busy_loop_would_answer_late_is_refused(
-    lag_s: float, overhead_s: float, more_s: float, in_time: bool
+    lag_s: float, overhead_s: float, more_s: float, in_time: bool, suspect: bool
 ) -> None:
     """`overhead_s` is twice the lag, before reading and before answering; at most a part of the timeout."""
 
@@ -54,6 +56,9 @@ def test_a_request_that_a_busy_loop_would_answer_late_is_refused(
             await asyncio.sleep(0.2)
         timeout_s = min(affine(1) + overhead_s, affine(1) / (1 - MOST_OVERHEAD))
         one = call(timeout_s + more_s)
+        if suspect:
+            one.tenant = Tenant("suspect")
+            batcher._suspects.add(one, asyncio.get_running_loop().time())
         if in_time:
             batcher.submit(one)
             await asyncio.sleep(1)

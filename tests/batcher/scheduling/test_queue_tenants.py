@@ -324,6 +324,33 @@ TestAnything = Anything.TestCase
 TestFair = Fair.TestCase
 
 
+def test_a_tenants_requests_move_to_batches_of_another_size_without_being_touched() -> None:
+    """Their number must not count: a tenant that fails in turns moves them after each run."""
+    queue = RequestQueue(FULL_ROWS, ROW_S, ages=False)
+    tenants = [Tenant("moves"), Tenant("stays")]
+    requests = [Request(1, SHAPES[n % 2], [b""], tenant=tenants[n % 3 == 2]) for n in range(24)]
+    for request in requests:
+        queue.push_apart([request], (request.row_shapes, 2), 2)
+    entries = [request.entry for request in requests]
+    for most_rows in (1, 2, 4):
+        queue.regroup(tenants[0], most_rows)
+        assert [request.entry for request in requests] == entries
+        for tenant, rows in zip(tenants, (most_rows, 2), strict=True):
+            groups = [group for group in queue.groups.values() if group.most_rows == rows]
+            shares = [share for group in groups for share in group.flows]
+            assert {share.tenant for share in shares} == ({tenant} if most_rows != 2 else set(tenants))
+            assert sum(group.rows for group in groups) == sum(share.rows for share in set(shares))
+    formed = []
+    while queue.rows:
+        group = queue.next_group
+        batch = form(queue, group, group.most_rows)
+        assert {request.row_shapes for request in batch.requests} == {group.row_shapes}
+        formed.append([requests.index(request) for request in batch.requests])
+    assert formed[0] == [0, 4, 6, 10], "the oldest four of its shape, of the tenant that moved"
+    assert sorted(number for batch in formed for number in batch) == list(range(24))
+    assert queue.groups == {}
+
+
 def test_requests_that_are_queued_elsewhere_leave_no_trace() -> None:
     """Their tenant has parts of failed batches here, which stand in one order with them."""
     tenant = Tenant("t")

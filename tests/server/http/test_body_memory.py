@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gzip
 import json
@@ -25,7 +26,9 @@ from cobatch.server.http.body_memory import (
     CLIENT_SHARE,
     FREE_BYTES,
     MOST_WAITING,
+    READS_AT_ONCE,
     BodyMemory,
+    ReadTurns,
     client_of,
     default_bytes,
     memory_bytes,
@@ -393,6 +396,54 @@ def test_a_body_is_gone_when_it_is_decoded(fast: bool) -> None:
     assert peak > 8 << 20
     assert running < 1 << 20
     assert idle < 1 << 20
+
+
+async def test_long_bodies_are_read_in_turns() -> None:
+    turns = ReadTurns()
+    told: list[int] = []
+
+    class Numbered:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def on_turn(self) -> None:
+            told.append(self.number)
+
+    count = 2 * READS_AT_ONCE + 3
+    assert [turns.may_go_on(Numbered(n)) for n in range(READS_AT_ONCE + count)] == [
+        n < READS_AT_ONCE for n in range(READS_AT_ONCE + count)
+    ]
+    for iteration in range(3):
+        await asyncio.sleep(0)
+        assert told == list(range(READS_AT_ONCE, READS_AT_ONCE + min(count, READS_AT_ONCE * (iteration + 1))))
+    assert turns.may_go_on(Numbered(0))
+
+
+def test_a_connection_waits_for_its_turn(served: Served) -> None:
+    request = large(7)
+
+    def read_some() -> tuple[bool, bool]:
+        """Deliver two reads of one iteration."""
+        (connection,) = served.connections()
+        connection.data_received(request[:200_000])
+        memory_of(served).turns._reads = READS_AT_ONCE
+        connection.data_received(request[200_000:400_000])
+        return connection._awaits_turn, connection._read_paused
+
+    with served.connect() as client:
+        until(served, served.connections)
+        assert served.call(read_some) == (True, True)
+        client.send(request[400_000:])
+        assert doubled(client) == 14
+        # One that leaves meanwhile is told in vain.
+        assert data_of(client.ask(gate(1))) == [2]
+
+        def read_and_leave() -> None:
+            read_some()
+            served.connections()[0].transport.abort()
+
+        served.call(read_and_leave)
+        until(served, lambda: not served.connections())
 
 
 # Compressed bodies

@@ -8,9 +8,13 @@ import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import TensorProto
 
 from cobatch.engines.base import Array, Signature, TensorSpec
@@ -102,6 +106,41 @@ async def test_batch(running: InProcess, dumped: list[tuple[int, bool]]) -> None
     assert max(elements for elements, _ in dumped) <= encode.LONG_ELEMENTS
 
 
+async def test_answers_that_are_long_together(
+    running: InProcess, dumped: list[tuple[int, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them is short, but the answers of a batch are written one after another."""
+    monkeypatch.setattr(encode, "BATCH_ELEMENTS", 3 * encode.LEAST_ELEMENTS)
+    for count, long in ((4, True), (3, False)):
+        dumped.clear()
+        asked = message(1, encode.LEAST_ELEMENTS + long)
+        item = {"method": "POST", "url": "/v2/models/negate/infer", "body": asked}
+        answer = await running.http.post(
+            "/batch", json={"requests": [{"id": str(n), **item} for n in range(count)]}
+        )
+        assert {one["status"] for one in answer.json()["responses"]} == {200}
+        check(dumped, long=long)
+
+
+texts = st.one_of(st.text(max_size=40), st.binary(max_size=40))
+
+
+@given(rows=st.lists(st.lists(texts, min_size=2, max_size=2), min_size=1, max_size=5), flat=st.booleans())
+def test_strings_in_pieces(rows: list[list[bytes | str]], flat: bool) -> None:
+    values: Any = np.empty((len(rows), 2), object)
+    values[:] = rows
+    values = values.reshape(-1) if flat else values
+    whole = msgspec.json.encode(encode._texts(values.tolist()))
+    tensor = b"".join(encode._bytes_tensor(values))
+    with mock.patch.multiple(encode, _TEXT_PIECE=8, LONG_TEXT=8):
+        pieces = encode.json_pieces(values)
+        assert b"".join(pieces) == whole
+        # A character of JSON may take six bytes, a character of text four.
+        assert max(map(len, pieces)) <= 8 * 6 + 3 * 8
+        assert pieces[-1] == b"]" or len(pieces) == 1
+        assert b"".join(encode._bytes_tensor(values)) == tensor
+
+
 class Texts(GatedEngine):
     """Each row's answer is a long text."""
 
@@ -111,7 +150,7 @@ class Texts(GatedEngine):
 
     def wait(self, slot: int) -> tuple[Array, ...]:
         (doubled,) = super().wait(slot)
-        return (np.array([["y" * encode._LONG_TEXT + str(n)] for n in doubled[:, 0]], object),)
+        return (np.array([["y" * encode.LONG_TEXT + str(n)] for n in doubled[:, 0]], object),)
 
 
 async def test_long_texts_of_a_batch() -> None:
@@ -120,7 +159,7 @@ async def test_long_texts_of_a_batch() -> None:
         answer = await running.http.post("/batch", json={"requests": items})
         for n, response in enumerate(answer.json()["responses"]):
             (text,) = response["body"]["outputs"][0]["data"]
-            assert text == "y" * encode._LONG_TEXT + str(2 * n)
+            assert text == "y" * encode.LONG_TEXT + str(2 * n)
 
 
 @pytest.mark.parametrize("route", ["infer", "batch", "predictions"])
