@@ -2,9 +2,9 @@
 
 Each row goes to the tenant whose turn it is, except that
 
-* a batch does not grow beyond the size at which each of its requests still meets its deadline, unless enough
-  others wait to fill it without a request that cannot; that one is dropped then (early drop: Nexus, Shen et
-  al., SOSP 2019);
+* a batch does not grow beyond the size at which each of its requests still meets its deadline, unless that
+  would make others late; and if enough others wait to fill it without a request that cannot, that one is
+  dropped (early drop: Nexus, Shen et al., SOSP 2019);
 * rows of a light tenant, which has much less queued than its share, do not ride with rows of others that
   make the run much longer, but leave together without taking turns; in every other batch at most, which
   keeps the cost to others small.
@@ -67,11 +67,12 @@ class BatchFormation:
         self._rows = self._light_rows = 0
         self._light: dict[Flow, None] = {}  # flows of light tenants with rows in the batch
         self._spares_light = may_be_short and queue.shares.active > 1
-        self._tightest_s = inf
+        self._tightest_s = self._tightest_timeout_s = inf
         # A deadline after this does not keep the batch from growing.
         self._limit_s = -inf
         if plan is not None:
-            self._limit_s = plan.start_s + plan.run_times.planned_s(min(most_rows, group.rows))
+            run_s = plan.run_times.sure_s if plan.overloaded else plan.run_times.planned_s
+            self._limit_s = plan.start_s + run_s(min(most_rows, group.rows))
 
     def form(self) -> FormedBatch:
         """Take the batch out of the queue."""
@@ -99,7 +100,7 @@ class BatchFormation:
                     queue.remove(request, State.RUNNING)
                     late.append(request)
                     continue
-                if requests and self._would_make_late(rows, plan):
+                if requests and self._is_cut_before(request, plan):
                     capped = True
                     break
             if self._spares_light and self._would_hold_up(request, flow, rows):
@@ -126,9 +127,25 @@ class BatchFormation:
             return False
         return self._light_rows > 0 and queue.run_s(rows) > HELD_UP * queue.run_s(self._light_rows)
 
-    def _would_make_late(self, rows: int, plan: StartPlan) -> bool:
-        tightest_s = self._tightest_s
-        return tightest_s < self._limit_s and tightest_s < plan.start_s + plan.run_times.planned_s(rows)
+    def _is_cut_before(self, request: Request, plan: StartPlan) -> bool:
+        """Return whether the batch ends before a request, for the sake of the most urgent one in it.
+
+        Not if that one's timeout is long enough for two batches of the size that this one could have, a row
+        of a smaller one costs more, and `request` may be late in the next: something held the engine up,
+        and small batches would keep the others urgent.
+        """
+        tightest_s, run_times, now = self._tightest_s, plan.run_times, self._rows
+        if tightest_s >= self._limit_s:
+            return False
+        if tightest_s >= plan.start_s + run_times.planned_s(now + request.rows):
+            return False
+        target = min(self._most_rows, now + self._group.rows)
+        target_s = run_times.planned_s(target)
+        if request.deadline_s >= plan.start_s + run_times.planned_s(now) + target_s:
+            return True
+        if self._tightest_timeout_s < 2 * target_s:
+            return True
+        return run_times.expected_s(now) / now <= ROW_COST * run_times.expected_s(target) / target
 
     def _is_late(self, request: Request, flow: Flow, plan: StartPlan) -> bool:
         """Return whether a request is dropped; if not, the batch may not grow past its deadline."""
@@ -136,7 +153,8 @@ class BatchFormation:
             return False
         if self._is_too_late(request, flow, plan):
             return True
-        self._tightest_s = min(self._tightest_s, request.deadline_s)
+        if request.deadline_s < self._tightest_s:
+            self._tightest_s, self._tightest_timeout_s = request.deadline_s, request.timeout_s or 0.0
         return False
 
     def _is_too_late(self, request: Request, flow: Flow, plan: StartPlan) -> bool:
@@ -153,7 +171,10 @@ class BatchFormation:
             return True
         queue, most_rows, rows = self._queue, self._most_rows, self._rows
         full = min(most_rows, queue.full_rows)
-        if rows + flow.rows - request.rows >= full and left_s < run_times.planned_s(full):
+        needed_s = run_times.planned_s(full)
+        if plan.overloaded and request.timeout_s is not None:
+            needed_s = max(needed_s, min(run_times.sure_s(full), request.timeout_s * TIME_LEFT))
+        if rows + flow.rows - request.rows >= full and left_s < needed_s:
             return True
         if not plan.overloaded or request.timeout_s is None or queue.shares.is_light(flow.share, queue.rows):
             return False

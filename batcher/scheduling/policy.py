@@ -34,7 +34,8 @@ class Now:
     `running`: whether the engine is busy; `free_s`: when it is expected to be idle. `run_s`: the 95th
     percentile of the next run. `rows_per_s`: the arrival rate, None if unknown. `expected_rows`: with the
     closed-loop clients that are expected back, this many rows are queued by `expected_by_s`; 0 if a wait
-    does not pay. `overloaded`: requests miss deadlines for want of engine time.
+    does not pay. `overloaded`: requests miss deadlines for want of engine time. `uncertain`: runs vary by
+    more than `LEAD_S`.
     """
 
     time_s: float
@@ -46,6 +47,7 @@ class Now:
     expected_by_s: float = 0.0
     draining: bool = False
     overloaded: bool = False
+    uncertain: bool = False
 
 
 @dataclass(slots=True)
@@ -93,8 +95,8 @@ def _with_returns(queue: RequestQueue, now: Now) -> Release | WaitUntil:
 def _while_busy(queue: RequestQueue, now: Now) -> Release | WaitUntil | None:
     """Release only when a batch is full. The group whose turn it is goes then, even if another one is full:
     it would wait for ever behind full ones."""
-    if queue.full_group is None:
-        return None
+    if queue.full_group is None or (now.overloaded and now.uncertain):
+        return None  # until the run ends: behind a long one a batch that is packed now would be late
     competing = queue.contended or len(queue.groups) > 1 or now.overloaded
     if competing and now.time_s < now.free_s - LEAD_S:
         return WaitUntil(now.free_s - LEAD_S)

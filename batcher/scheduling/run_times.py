@@ -55,6 +55,8 @@ class RunTimes(Protocol):
 
     def planned_s(self, rows: int) -> float: ...
 
+    def sure_s(self, rows: int) -> float: ...
+
     def most_rows(self, budget_s: float, most: int) -> int: ...
 
     def ran_s(self, rows: int) -> float: ...
@@ -76,6 +78,7 @@ class RunTimeModel:
         self._known_s: dict[int, float] = {}
         self._expected_s: list[float] = []
         self._planned_s: list[float] = []
+        self._sure_s: list[float] = []
         self.full_rows = 0
         self.overloaded_rows = 0
         self.row_s = 0.0
@@ -144,7 +147,7 @@ class RunTimeModel:
             if unused and bucket.runs[-1][0] < now_s - bucket.stale_s:
                 bucket.forget()
             if not bucket.observed and bucket.seed_s is not None:
-                bucket.expected_s = bucket.planned_s = bucket.seed_s * drift
+                bucket.expected_s = bucket.planned_s = bucket.sure_s = bucket.seed_s * drift
 
     def _refresh(self) -> None:
         """Recompute the curves through the buckets, and what follows from them."""
@@ -157,6 +160,7 @@ class RunTimeModel:
         weights = [len(one.runs) for one in buckets]
         self._expected_s = monotone([one.expected_s for one in buckets], weights)
         self._planned_s = monotone([one.planned_s for one in buckets], weights)
+        self._sure_s = monotone([one.sure_s for one in buckets], weights)
         self._mean_s = monotone([self._mean_of(one) for one in buckets], weights)
         # At the buckets' upper ends: their means follow the batches that were made, and a size chosen by
         # them would creep.
@@ -196,6 +200,10 @@ class RunTimeModel:
     def planned_s(self, rows: int) -> float:
         """Return the time to plan a deadline with."""
         return max(_interpolated(self._rows, self._planned_s, rows), self.expected_s(rows))
+
+    def sure_s(self, rows: int) -> float:
+        """Return the time within which nine of ten runs end, at least the planned one."""
+        return max(_interpolated(self._rows, self._sure_s, rows), self.planned_s(rows))
 
     def ran_s(self, rows: int) -> float:
         """Return when a run of about this size last ended, -inf if none has."""

@@ -315,6 +315,9 @@ class Scheduler:
             full_rows = max(1, self.run_times.most_rows(self._latency_target_s / 2, full_rows))
         self.queue.set_full_rows(full_rows)
         self.queue.row_s = self.suspects.queue.row_s = self.run_times.row_s
+        run_s = self.run_times.expected_s(full_rows)
+        # A short run is packed ahead all the same: packing takes a larger part of it.
+        self._now.uncertain = min(run_s, self.run_times.sure_s(full_rows) - run_s) > LEAD_S
         self.queue.shares.credit_s = CREDIT * self.run_times.mean_s(full_rows)
         self._short_runs = self.run_times.expected_s(1) <= SHORT_RUN_S
         self._long_runs = self.run_times.mean_s(full_rows) >= LONG_RUN_S

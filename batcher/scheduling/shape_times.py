@@ -30,6 +30,9 @@ class _ScaledRunTimes:
     def planned_s(self, rows: int) -> float:
         return self._model.planned_s(rows) * self.factor
 
+    def sure_s(self, rows: int) -> float:
+        return self._model.sure_s(rows) * self.factor
+
     def most_rows(self, budget_s: float, most: int) -> int:
         return self._model.most_rows(budget_s / self.factor, most)
 

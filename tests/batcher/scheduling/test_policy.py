@@ -157,6 +157,15 @@ def test_a_batch_is_formed_late_if_tenants_compete(left_s: float, leaves: bool) 
     assert decided(full, now=replace(BUSY, free_s=free_s, overloaded=True)) == came
 
 
+def test_in_overload_nothing_is_packed_ahead_of_a_run_of_uncertain_length() -> None:
+    full = Line(FULL_ROWS)
+    soon = replace(BUSY, free_s=NOW_S, overloaded=True)
+    assert decided(full, now=soon) == Release(full, FULL)
+    assert decided(full, now=replace(soon, uncertain=True)) is None
+    assert decided(full, now=replace(soon, uncertain=True, overloaded=False)) == Release(full, FULL)
+    assert decided(full, now=replace(soon, uncertain=True, running=False)) == Release(full, FULL)
+
+
 COMPANY = Now(NOW_S, running=False, free_s=NOW_S, expected_rows=5, expected_by_s=NOW_S + 0.002)
 
 

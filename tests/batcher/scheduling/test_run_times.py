@@ -132,6 +132,7 @@ def test_a_deadline_is_planned_with_most_runs_for_their_length(times: list[float
             model.observe(8, run_s, (n + 1) * LEARN_S)
     assert model.planned_s(8) == planned
     assert model.planned_s(8) >= model.expected_s(8)
+    assert model.sure_s(8) == max(planned, sorted(6 * times)[int(0.9 * 119)])
 
 
 # Tails

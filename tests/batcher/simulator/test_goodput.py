@@ -6,6 +6,9 @@ left less time to those behind them.
 
 from __future__ import annotations
 
+import math
+from statistics import NormalDist
+
 import pytest
 
 from cobatch.batcher.simulator.bound import capacity
@@ -76,6 +79,15 @@ def test_goodput_does_not_collapse_with_a_short_deadline(
 @pytest.mark.parametrize("load", [1.05, 1.2, 2.0, 4.0])
 def test_goodput_does_not_collapse_with_varying_run_times(load: float) -> None:
     assert of_bound(simulated(noisy(load_profile("resnet50-v100")), 200, load)) > 0.8
+
+
+def test_in_overload_requests_ride_that_are_in_time_if_a_run_is_long() -> None:
+    """One run in ten takes 2.7 times the median. Requests with time for a median run, and batches packed
+    ahead of a long one: 71 %."""
+    levels = (0.0, 0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
+    times = {q: 8000 * math.exp(0.78 * NormalDist().inv_cdf(max(q, 0.001))) for q in levels}
+    heavy = Profile("heavy", {1: times, 16: times})
+    assert of_bound(simulated(heavy, 60, 2.0, 8_000)) > 0.82
 
 
 @pytest.mark.parametrize("load", [0.95, 1.2, 2.0])
