@@ -76,7 +76,7 @@ async def read_body(
             raise too_large(end, length)
         body = joined(body, data, end, length) if body else data
         more_body = message.get("more_body", False)
-    if not declared:
+    if end < length:
         body = body[:end]  # of the buffer
     coding = headers.get(b"content-encoding")
     if coding is None or (coding := coding.strip().lower()) in _PLAIN:

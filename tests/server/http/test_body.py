@@ -32,10 +32,15 @@ async def read(parts: Sequence[bytes], headers: dict[bytes, bytes], limit: int =
     return await read_body(headers, receive, limit, None)
 
 
-@given(parts=st.lists(st.binary(max_size=50), max_size=6), known=st.booleans())
-async def test_parts_are_put_together(parts: list[bytes], known: bool) -> None:
+@given(
+    parts=st.lists(st.binary(max_size=50), max_size=6),
+    known=st.booleans(),
+    blank=st.sampled_from([b"", b" "]),
+)
+async def test_parts_are_put_together(parts: list[bytes], known: bool, blank: bytes) -> None:
     whole = b"".join(parts)
-    headers = {b"content-length": b"%d" % len(whole)} if known else {}
+    # httptools leaves blanks behind a value.
+    headers = {b"content-length": b"%d%b" % (len(whole), blank)} if known else {}
     assert await read(parts, headers) == whole
     assert await read(parts, headers, len(whole)) == whole
     if whole:
