@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from benchmarks.link import server
 from benchmarks.link.ends import link
 from benchmarks.link.workers import SLAB_BYTES, Leftover, Report, Silence, decode
 
@@ -202,16 +203,28 @@ class Stress:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the stress and print its figures."""
+    """Run a stress; return 1 if it has found a fault."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--requests", type=int, default=1_000_000)
     parser.add_argument("--fronts", type=int, default=2)
     parser.add_argument("--every", type=float, default=1.0, metavar="S", help="mean time between faults")
+    parser.add_argument("--server", action="store_true", help="over HTTP to a real server")
     options = parser.parse_args(arguments)
+    if options.server:
+        faults = server.run(options.requests, options.fronts, options.every)
+    else:
+        faults = run(options.requests, options.fronts, options.every)
+    for fault in faults:
+        print(fault)
+    return 1 if faults else 0
+
+
+def run(requests: int, fronts: int, every_s: float) -> list[str]:
+    """Run the stress, print its figures, and return its faults."""
     began_s = time.monotonic()
-    stress = Stress(options.fronts, options.every)
+    stress = Stress(fronts, every_s)
     try:
-        stress.run(options.requests)
+        stress.run(requests)
     finally:
         for child in stress.children.values():
             child.end()
@@ -224,9 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     worst = max((silence.unexplained_s for silence in stress.explained), default=0.0)
     print(f"the longest silence without an explanation: {worst:.2f} s")
-    for fault in stress.faults():
-        print(fault)
-    return 1 if stress.faults() else 0
+    return stress.faults()
 
 
 if __name__ == "__main__":

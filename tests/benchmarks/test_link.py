@@ -8,7 +8,7 @@ from math import inf
 
 import pytest
 
-from benchmarks.link import figures
+from benchmarks.link import figures, server
 from benchmarks.link.ends import Answered, Row
 from benchmarks.link.stress import Explained, Stress
 from benchmarks.link.workers import Front, Leftover, Silence
@@ -25,6 +25,16 @@ def test_answers_are_right_while_processes_stop_and_die() -> None:
     assert stress.counts["answered"] >= 2000
     # A busy machine may explain any silence.
     assert stress.faults(limit_s=inf) == []
+
+
+@pytest.mark.slow
+def test_a_server_answers_right_while_its_processes_stop_and_die(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server, "LIMIT_S", inf)
+    monkeypatch.setattr(server, "RESTART_LIMIT_S", inf)
+    monkeypatch.setattr(server, "_YOUNG_S", 0.0)
+    assert server.run(500, 2, 0.5) == []
 
 
 def test_a_wrong_or_another_slots_answer_is_noticed() -> None:
@@ -58,6 +68,14 @@ def test_a_silence_is_explained_by_stops_of_its_own_processes() -> None:
         "front 0 has 1 blocks, 0 descriptors left",
         "front 1 has 0 blocks, 2 descriptors left",
     ]
+
+
+def test_silences_of_a_server_are_explained() -> None:
+    load = server.Load("127.0.0.1:1", 1)
+    disturber = server.Disturber(load, 1.0)
+    disturber.stops, disturber.kills = [(1.0, 2.0)], [11.0]
+    load.silences = [(0.5, 3.0, 0.25), (10.0, 12.5, 0.25)]
+    assert list(disturber.explain()) == [(False, 1.25), (True, 1.25)]
 
 
 def test_the_figures_have_both_ways() -> None:
