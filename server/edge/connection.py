@@ -102,13 +102,13 @@ class Connection(Receiver):
         self._release_memory(list(self._held))
 
     def close(self) -> None:
-        """End the connection when the written bytes are sent; read on if the client may be sending."""
-        if not self.receiving or self.transport.is_closing():
+        """End the connection when the written bytes are sent; read on, since the client may be sending.
+
+        Over TLS, which cannot be closed in one direction, it reads on only in the middle of a request.
+        """
+        if self.transport.is_closing() or not (self.receiving or self.transport.can_write_eof()):
             self.transport.close()
             return
-        self._linger()
-
-    def _linger(self) -> None:
         assert self._timer is not None
         self._timer.cancel()
         timeout_s = self.inference.settings.server.receive_timeout_s
@@ -124,10 +124,8 @@ class Connection(Receiver):
             self.cycle.keep_alive = False  # type: ignore[union-attr]  # it is the one that has no response
         elif self.receiving:
             self.end(stopping())
-        elif self.transport.can_write_eof():
-            self._linger()
         else:
-            self.transport.close()
+            self.close()
 
     def closes_now(self) -> bool:
         """Return True if the next response is the last: the server leaves, and no request is behind it."""

@@ -70,6 +70,29 @@ def test_a_body_over_the_limit(served: Served, chunked: bool, target: str, befor
     assert data_of(served.ask(gate(8))) == [16]
 
 
+@pytest.mark.parametrize(
+    "last",
+    [
+        gate(7, headers={"Connection": "close"}),
+        post("/v2/models/none/infer", b"{}", version="1.0"),
+        b"GET /v2/health/live HTTP/1.0\r\n\r\n",
+    ],
+    ids=["infer", "refused", "get"],
+)
+def test_bytes_behind_the_last_request_cost_no_response(served: Served, last: bytes) -> None:
+    answered = served.server.server_state.total_requests
+    with served.connect() as client:
+        client.send(last)
+        for _ in range(100_000):
+            if served.call(lambda: served.server.server_state.total_requests) > answered:
+                break
+        for _ in range(3):
+            served.call(lambda: None)  # the connection is closed in the loop's next iterations
+            client.send(b"more")
+        assert client.answer().headers["connection"] == "close"
+        assert client.closed()
+
+
 def test_headers_over_the_limit(served: Served) -> None:
     with served.connect() as client:
         client.send(b"GET / HTTP/1.1\r\nX: " + bytes(b"x" * LARGE))
