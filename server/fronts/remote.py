@@ -7,7 +7,7 @@ from typing import NoReturn, Protocol
 
 import numpy as np
 
-from cobatch.batcher.errors import BatcherError, QueueFullError, TooManyRowsError
+from cobatch.batcher.errors import AbandonedError, BatcherError, QueueFullError, TooManyRowsError
 from cobatch.batcher.request import Batch, Request, State
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import RowShapes, Signature
@@ -67,6 +67,7 @@ class Uplink(Protocol):
     def gather_from(self, batcher: "RemoteBatcher") -> None: ...
     def submit(self, batcher: "RemoteBatcher", requests: list[Request]) -> None: ...
     def cancel(self, request: Request) -> None: ...
+    def requests_of(self, batcher: "RemoteBatcher") -> list[Request]: ...
 
 
 class _Closed:
@@ -228,13 +229,18 @@ class RemoteBatcher:
             del self._alone[next(iter(self._alone))]
 
     async def drain(self, timeout_s: float, waited_s: float = 0.0) -> bool:
-        """Wait until all requests are answered; return False if that took longer than `timeout_s`."""
+        """Wait until all requests are answered; after `timeout_s` they fail with AbandonedError: False."""
         self._drained = asyncio.Event()
         if not self._open:
             return True
         try:
             await asyncio.wait_for(self._drained.wait(), timeout_s)
         except TimeoutError:
+            error = AbandonedError(f"model {self._model.name!r} stopped before the request was done")
+            in_flight = [] if self._uplink is None else self._uplink.requests_of(self)
+            for request in [*self._pending, *in_flight]:
+                if request.state is State.QUEUED:
+                    self.fail(request, error)
             return False
         return True
 

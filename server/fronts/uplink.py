@@ -185,6 +185,11 @@ class Uplink(Endpoint[FromFront, ToFront]):
         if all(one is request or one.state is State.CANCELLED for one in sent.requests):
             self.send(Cancel((sent.id,)))
 
+    def requests_of(self, batcher: RemoteBatcher) -> list[Request]:
+        """Return the requests of a batcher that are in flight."""
+        sent = [one for one in self._open.values() if one.batcher is batcher]
+        return [request for one in sent for request in one.requests]
+
     def report(self, content: msgspec.Raw) -> None:
         """Send a report."""
         self.send(Report(content))

@@ -10,9 +10,10 @@ import time
 import pytest
 
 from cobatch.server.listeners import let_in_no_more
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http.serving import DEADLINE_S, GATE, Client, Served, data_of, gate, gated, get, post
 
-FAST_OR_NOT = pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
+ALL_WAYS = pytest.mark.parametrize("path", WAYS)
 
 
 def stopped(served: Served) -> None:
@@ -23,9 +24,9 @@ def stopped(served: Served) -> None:
         pass
 
 
-@FAST_OR_NOT
-def test_idle_connections_are_closed(fast: bool) -> None:
-    with gated(fast) as (served, _), served.connect() as used, served.connect() as fresh:
+@ALL_WAYS
+def test_idle_connections_are_closed(path: str) -> None:
+    with gated(**way(path)) as (served, _), served.connect() as used, served.connect() as fresh:
         assert data_of(used.ask(gate(7))) == [14]
         served.stop()
         assert used.closed()
@@ -34,7 +35,7 @@ def test_idle_connections_are_closed(fast: bool) -> None:
 
 
 def test_the_server_ends_although_a_batcher_cannot_drain(caplog: pytest.LogCaptureFixture) -> None:
-    async def drain(_timeout_s: float) -> bool:
+    async def drain(*_: float) -> bool:
         raise ValueError("a defect")
 
     with gated(True) as (served, _):
@@ -44,10 +45,10 @@ def test_the_server_ends_although_a_batcher_cannot_drain(caplog: pytest.LogCaptu
     assert "draining failed" in caplog.text
 
 
-@FAST_OR_NOT
-def test_a_request_that_crosses_the_end_is_not_reset(fast: bool) -> None:
+@ALL_WAYS
+def test_a_request_that_crosses_the_end_is_not_reset(path: str) -> None:
     """Its client sees the end of the connection."""
-    with gated(fast) as (served, _), served.connect() as client:
+    with gated(**way(path)) as (served, _), served.connect() as client:
         assert data_of(client.ask(gate(7))) == [14]
 
         def cross() -> None:
@@ -59,9 +60,9 @@ def test_a_request_that_crosses_the_end_is_not_reset(fast: bool) -> None:
         assert client.socket.recv(1) == b""
 
 
-@FAST_OR_NOT
-def test_accepted_requests_are_answered(fast: bool) -> None:
-    with gated(fast) as (served, engine):
+@ALL_WAYS
+def test_accepted_requests_are_answered(path: str) -> None:
+    with gated(**way(path)) as (served, engine):
         clients = [served.connect() for _ in range(3)]
         engine.hold()
         for n, client in enumerate(clients):
@@ -79,9 +80,9 @@ def test_accepted_requests_are_answered(fast: bool) -> None:
         stopped(served)
 
 
-@FAST_OR_NOT
-def test_a_pipeline_is_cut_after_the_accepted_request(fast: bool) -> None:
-    with gated(fast) as (served, engine), served.connect() as client:
+@ALL_WAYS
+def test_a_pipeline_is_cut_after_the_accepted_request(path: str) -> None:
+    with gated(**way(path)) as (served, engine), served.connect() as client:
         engine.hold()
         client.send(gate(1) + gate(2) + gate(3))
         assert engine.began.get(timeout=DEADLINE_S) == [1]
@@ -96,12 +97,12 @@ def test_a_pipeline_is_cut_after_the_accepted_request(fast: bool) -> None:
         stopped(served)
 
 
-@FAST_OR_NOT
+@ALL_WAYS
 @pytest.mark.parametrize("piece", [1, 10, -5])
 @pytest.mark.parametrize("headers", [{}, {"Content-Encoding": "identity"}], ids=["plain", "long-way"])
-def test_a_half_request_is_refused(fast: bool, piece: int, headers: dict[str, str]) -> None:
+def test_a_half_request_is_refused(path: str, piece: int, headers: dict[str, str]) -> None:
     """The rest of it may never come, and the end does not wait for it."""
-    with gated(fast) as (served, _), served.connect() as client:
+    with gated(**way(path)) as (served, _), served.connect() as client:
         client.send(gate(7, headers=headers)[:piece])
         assert served.ask(get("/v2/health/live")).status == 200
         served.stop()
@@ -112,11 +113,14 @@ def test_a_half_request_is_refused(fast: bool, piece: int, headers: dict[str, st
         stopped(served)
 
 
-@FAST_OR_NOT
-def test_an_unread_response_does_not_delay_the_end(fast: bool) -> None:
+@ALL_WAYS
+def test_an_unread_response_does_not_delay_the_end(path: str) -> None:
     x = {"name": "x", "shape": [1, 2], "datatype": "INT64", "data": [1, 2]}
     request = post(GATE, {"inputs": [x], "parameters": {"binary_data_output": True}})
-    with gated(fast, drain_timeout_s=0.1) as (served, engine), served.connect(receive_buffer=4096) as client:
+    with (
+        gated(**way(path), drain_timeout_s=0.1) as (served, engine),
+        served.connect(receive_buffer=4096) as client,
+    ):
         engine.answer_width = 1 << 21
         client.send(request)
         served.until(lambda: served.batcher().counters.accepted == 1)
@@ -124,9 +128,9 @@ def test_an_unread_response_does_not_delay_the_end(fast: bool) -> None:
         stopped(served)
 
 
-@FAST_OR_NOT
-def test_unfinished_requests_get_abandoned(fast: bool, caplog: pytest.LogCaptureFixture) -> None:
-    with gated(fast, drain_timeout_s=0.1) as (served, engine), served.connect() as client:
+@ALL_WAYS
+def test_unfinished_requests_get_abandoned(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    with gated(**way(path), drain_timeout_s=0.1) as (served, engine), served.connect() as client:
         engine.hold()
         client.send(gate(1))
         assert engine.began.get(timeout=DEADLINE_S) == [1]
@@ -139,11 +143,11 @@ def test_unfinished_requests_get_abandoned(fast: bool, caplog: pytest.LogCapture
         stopped(served)
 
 
-@FAST_OR_NOT
-def test_connections_in_the_backlog_are_answered(fast: bool) -> None:
+@ALL_WAYS
+def test_connections_in_the_backlog_are_answered(path: str) -> None:
     """Those that come in the last moment, whose connections the loop has not accepted yet."""
     clients: list[Client] = []
-    with contextlib.ExitStack() as stack, gated(fast) as (served, _):
+    with contextlib.ExitStack() as stack, gated(**way(path)) as (served, _):
         shutdown = served.server.shutdown
 
         async def late(sockets: object = None) -> None:
@@ -191,12 +195,12 @@ def second_half(served: Served) -> None:
         served.call(lambda ahead_s=ahead_s: served.server._leave(time.monotonic() + ahead_s))  # type: ignore[misc]
 
 
-@FAST_OR_NOT
-def test_the_server_serves_on_unready_until_the_delay_is_over_or_cut_short(fast: bool) -> None:
-    with gated(fast, drain_delay_s=1000) as (served, _), served.connect() as client:
+@ALL_WAYS
+def test_the_server_serves_on_unready_until_the_delay_is_over_or_cut_short(path: str) -> None:
+    with gated(**way(path), drain_delay_s=1000) as (served, _), served.connect() as client:
         served.stop()
-        for path in ("/v2/health/ready", "/v2/models/gate/ready"):
-            assert client.ask(get(path)).status == 503
+        for target in ("/v2/health/ready", "/v2/models/gate/ready"):
+            assert client.ask(get(target)).status == 503
         assert client.ask(get("/v2/health/live")).status == 200
         for n in (1, 2):
             assert data_of(client.ask(gate(n))) == [2 * n]
@@ -208,19 +212,19 @@ def test_the_server_serves_on_unready_until_the_delay_is_over_or_cut_short(fast:
         stopped(served)
 
 
-@FAST_OR_NOT
-def test_the_delay_ends_by_itself(fast: bool) -> None:
-    with gated(fast, drain_delay_s=0.001) as (served, _):
+@ALL_WAYS
+def test_the_delay_ends_by_itself(path: str) -> None:
+    with gated(**way(path), drain_delay_s=0.001) as (served, _):
         served.stop()
         stopped(served)
 
 
-@FAST_OR_NOT
+@ALL_WAYS
 @pytest.mark.parametrize("request_", [gate(1), gate(1, headers={"Accept": "*/*"}), get("/v2/health/live")])
 def test_each_response_in_the_second_half_of_the_delay_is_its_connections_last(
-    fast: bool, request_: bytes
+    path: str, request_: bytes
 ) -> None:
-    with gated(fast, drain_delay_s=1000) as (served, _), contextlib.ExitStack() as stack:
+    with gated(**way(path), drain_delay_s=1000) as (served, _), contextlib.ExitStack() as stack:
         used, fresh = (stack.enter_context(served.connect()) for _ in range(2))
         for _ in range(2):
             assert "connection" not in used.ask(request_).headers
@@ -234,9 +238,9 @@ def test_each_response_in_the_second_half_of_the_delay_is_its_connections_last(
             assert client.closed()
 
 
-@FAST_OR_NOT
-def test_a_request_that_waits_then_is_its_connections_last(fast: bool) -> None:
-    with gated(fast, drain_delay_s=1000) as (served, engine), served.connect() as client:
+@ALL_WAYS
+def test_a_request_that_waits_then_is_its_connections_last(path: str) -> None:
+    with gated(**way(path), drain_delay_s=1000) as (served, engine), served.connect() as client:
         engine.hold()
         client.send(gate(1))
         assert engine.began.get(timeout=DEADLINE_S) == [1]
@@ -248,10 +252,10 @@ def test_a_request_that_waits_then_is_its_connections_last(fast: bool) -> None:
         assert client.closed()
 
 
-@FAST_OR_NOT
+@ALL_WAYS
 @pytest.mark.parametrize("first", [{}, {"Connection": "close"}], ids=["kept", "closed"])
-def test_of_a_pipeline_only_the_last_response_closes(fast: bool, first: dict[str, str]) -> None:
-    with gated(fast, drain_delay_s=1000) as (served, engine), served.connect() as client:
+def test_of_a_pipeline_only_the_last_response_closes(path: str, first: dict[str, str]) -> None:
+    with gated(**way(path), drain_delay_s=1000) as (served, engine), served.connect() as client:
         engine.hold()
         served.stop()
         second_half(served)

@@ -15,16 +15,16 @@ import pytest
 
 from cobatch.engines.base import DATATYPES
 from cobatch.server.edge.fast_path import FastExchange
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http import wire
 from tests.support.http.serving import Served, data_of, get, post
 from tests.support.http.wire import ADD, BINARY, ONNX_TYPES, K, X, fp32, infer, parts, tensor
 
 
-@pytest.fixture(scope="module", params=["fast", "asgi"])
+@pytest.fixture(scope="module", params=WAYS)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with wire.serve_models(
-        request.param == "fast", tmp_path_factory.mktemp("models"), max_body_bytes=100_000
-    ) as served:
+    folder = tmp_path_factory.mktemp("models")
+    with wire.serve_models(folder=folder, max_body_bytes=100_000, **way(request.param)) as served:
         yield served
 
 

@@ -12,11 +12,12 @@ import pytest
 
 from cobatch.engines.errors import EngineDeadError, EngineLoadError, EngineRunError
 from cobatch.server.settings.schema import ModelSettings
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http import serving
 from tests.support.http.serving import GatedEngine, Served, data_of, gate, gated, get
 
 
-@pytest.fixture(scope="module", params=["fast", "asgi"])
+@pytest.fixture(scope="module", params=WAYS)
 def path(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -24,7 +25,7 @@ def path(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def held_server(path: str) -> Iterator[tuple[Served, GatedEngine]]:
-    with gated(path == "fast", max_queue_rows=8) as pair:
+    with gated(**way(path), max_queue_rows=8) as pair:
         yield pair
 
 
@@ -81,7 +82,7 @@ def test_others_in_a_failing_batch_are_answered(
 
 
 def test_a_dead_engine(path: str, caplog: pytest.LogCaptureFixture) -> None:
-    with gated(path == "fast") as (served, engine):
+    with gated(**way(path)) as (served, engine):
         engine.fails = lambda rows: EngineDeadError("the device fell off")
         answer = served.ask(gate(1))
         assert (answer.status, answer.slug) == (503, "engine-dead")
@@ -171,7 +172,7 @@ def test_while_the_model_is_being_loaded(path: str) -> None:
     engine.may_open.clear()
     model = ModelSettings(path="gate", max_batch_size=4)
     with (
-        serving.serve(path == "fast", (model,), engines={"gate": engine}, ready=False) as served,
+        serving.serve(**way(path), models=(model,), engines={"gate": engine}, ready=False) as served,
         served.connect() as client,
     ):
         request = gate(1)
@@ -198,13 +199,13 @@ def test_a_model_that_cannot_be_loaded(path: str) -> None:
         raise failed
 
     engine.open = fail  # type: ignore[method-assign]
-    with serving.serve(path == "fast", (model,), engines={"gate": engine}, ready=False) as served:
+    with serving.serve(**way(path), models=(model,), engines={"gate": engine}, ready=False) as served:
         served.join()
         assert served.server.status == 1
 
 
 def test_draining(path: str) -> None:
-    with gated(path == "fast") as (served, engine):
+    with gated(**way(path)) as (served, engine):
         engine.hold()
         with (
             served.connect() as running, served.connect() as idle, served.connect() as late,

@@ -9,16 +9,16 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http import wire
 from tests.support.http.serving import Answer, Served, data_of, get, post
 from tests.support.http.wire import ADD, K, X, fp32, infer, tensor
 
 
-@pytest.fixture(scope="module", params=["fast", "asgi"])
+@pytest.fixture(scope="module", params=WAYS)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with wire.serve_models(
-        request.param == "fast", tmp_path_factory.mktemp("models"), max_body_bytes=100_000
-    ) as served:
+    folder = tmp_path_factory.mktemp("models")
+    with wire.serve_models(folder=folder, max_body_bytes=100_000, **way(request.param)) as served:
         yield served
 
 
@@ -347,8 +347,8 @@ def test_a_failing_input_affects_its_client_only(served: Served, caplog: pytest.
 def test_an_answer_that_cannot_be_encoded(
     served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    encoder = served.inference.models["add"].encoder
-    monkeypatch.setattr(encoder, "encode", None)
+    for inference in served.server.inferences():
+        monkeypatch.setattr(inference.served["add"].encoder, "encode", None)
     answer = infer(served, "add", ADD)
     assert (answer.status, answer.slug) == (500, "internal")
     assert "encoding an answer failed" in caplog.text
@@ -357,8 +357,8 @@ def test_an_answer_that_cannot_be_encoded(
 def test_a_request_that_the_server_fails_on(
     served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    decoder = served.inference.models["add"].decoder
-    monkeypatch.setattr(decoder, "decode", None)
+    for inference in served.server.inferences():
+        monkeypatch.setattr(inference.served["add"].decoder, "decode", None)
     answer = infer(served, "add", ADD)
     assert (answer.status, answer.slug) == (500, "internal")
     assert "an infer request failed" in caplog.text

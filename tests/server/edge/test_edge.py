@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http.serving import (
     DEADLINE_S,
     GATE,
@@ -28,9 +29,9 @@ from tests.support.http.serving import (
 )
 
 
-@pytest.fixture(scope="module", params=["fast", "asgi"])
+@pytest.fixture(scope="module", params=WAYS)
 def module_pair(request: pytest.FixtureRequest) -> Iterator[tuple[Served, GatedEngine]]:
-    with gated(request.param == "fast", max_body_bytes=100_000) as pair:
+    with gated(**way(request.param), max_body_bytes=100_000) as pair:
         yield pair
 
 

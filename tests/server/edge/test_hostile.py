@@ -16,6 +16,7 @@ import pytest
 from onnx import TensorProto
 
 from cobatch.server.settings.schema import ModelSettings
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http import serving
 from tests.support.http.serving import Served, data_of, post
 from tests.support.http.wire import any_size
@@ -26,7 +27,7 @@ LIMIT = 200_000
 MANY = 3000
 
 
-@pytest.fixture(scope="module", params=["fast", "asgi"])
+@pytest.fixture(scope="module", params=WAYS)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("models")
     files = {
@@ -42,7 +43,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         ModelSettings(path=models.write(folder, data, f"{name}.onnx"), max_batch_size=4, threads=1)
         for name, data in files.items()
     ]
-    with serving.serve(request.param == "fast", tuple(settings), max_body_bytes=LIMIT) as server:
+    with serving.serve(**way(request.param), models=tuple(settings), max_body_bytes=LIMIT) as server:
         yield server
         good(server)
 

@@ -15,6 +15,7 @@ import pytest
 
 from cobatch.server.edge import lingering
 from cobatch.server.edge.lingering import LingeringClose
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http.clock import Clock
 from tests.support.http.serving import (
     DEADLINE_S,
@@ -33,9 +34,9 @@ LIMIT = 100_000
 FAST_OR_NOT = pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
 
 
-@pytest.fixture(scope="module", params=["fast", "asgi"])
+@pytest.fixture(scope="module", params=WAYS)
 def served(request: pytest.FixtureRequest) -> Iterator[Served]:
-    with gated(request.param == "fast", max_body_bytes=LIMIT) as (served, _):
+    with gated(**way(request.param), max_body_bytes=LIMIT) as (served, _):
         yield served
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http.clock import Clock
 from tests.support.http.serving import (
     DEADLINE_S,
@@ -28,11 +29,11 @@ FAST_OR_NOT = pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"
 LIMIT_S, LONG_S = 1000.0, 10_000.0
 
 
-@pytest.fixture(scope="module", params=["fast", "asgi"])
+@pytest.fixture(scope="module", params=WAYS)
 def impatient(request: pytest.FixtureRequest) -> Iterator[Served]:
     """A server with a short receive limit and a long keep-alive time."""
     settings: dict[str, Any] = {"receive_timeout_s": LIMIT_S, "keep_alive_s": LONG_S}
-    with gated(request.param == "fast", clock=Clock(), **settings) as (served, _):
+    with gated(**way(request.param), clock=Clock(), **settings) as (served, _):
         yield served
 
 

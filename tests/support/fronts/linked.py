@@ -20,10 +20,11 @@ from cobatch.server.fronts.front import Uplinks
 from cobatch.server.fronts.home import Downlinks
 from cobatch.server.fronts.reception import HomeConnection, Reception
 from cobatch.server.fronts.relay import HandOver, front_protocol
+from cobatch.server.inference.service import Inference
 from cobatch.server.settings.schema import ModelSettings, Settings
 from tests.support.http import serving
 from tests.support.http.clock import Clock
-from tests.support.http.serving import DEADLINE_S, Served, ThreadServer
+from tests.support.http.serving import Served, ThreadServer
 
 SLAB_BYTES = 64 << 20
 
@@ -71,6 +72,9 @@ class LinkedServer(ThreadServer):
         self.config.http = self._next_connection  # type: ignore[assignment]
         self._makers = itertools.cycle([self._maker(number) for number in range(fronts)])
 
+    def inferences(self) -> list[Inference]:
+        return [front.inference for front in self.fronts]
+
     def _maker(self, number: int) -> Any:
         inference = self.fronts[number].make_inference(self.inference.settings, None)
         inference.on_ready = self._on_front_ready
@@ -106,6 +110,8 @@ class LinkedServer(ThreadServer):
             hand_over.detach()
         for reception in self._receptions.values():
             reception.close()
+        self._unlink_all()
+        self.maker.close()
         await self._apps.aclose()
 
     def link(self, number: int) -> None:
@@ -142,10 +148,9 @@ class LinkedServer(ThreadServer):
         super().handle_exit(sig, frame)
         self._tell_fronts()
 
-    async def on_tick(self, counter: int) -> bool:
-        ends = await super().on_tick(counter)
+    def _leave(self, now_s: float) -> None:
+        super()._leave(now_s)
         self._tell_fronts()
-        return ends
 
     def _tell_fronts(self) -> None:
         home = self.inference
@@ -156,13 +161,15 @@ class LinkedServer(ThreadServer):
 
     async def before_drain(self, timeout_s: float) -> float:
         batchers = [model.batcher for front in self.fronts for model in front.models if model.batcher]
-        await asyncio.gather(*[batcher.drain(DEADLINE_S) for batcher in batchers])
+        await asyncio.gather(*[batcher.drain(timeout_s) for batcher in batchers])
+        self._unlink_all()
+        return timeout_s
+
+    def _unlink_all(self) -> None:
         for front in self.fronts:
             if front.current is not None:
                 front.current.end("it is drained")
         self.downlinks.close()
-        self.maker.close()
-        return timeout_s
 
 
 @contextlib.contextmanager
@@ -178,3 +185,11 @@ def linked(
     make = partial(LinkedServer, fronts=fronts, slab_bytes=slab_bytes)
     with serving.serve(fast, models, make_server=make, **settings) as served:
         yield served
+
+
+WAYS = ["fast", "asgi", "fronts"]
+
+
+def way(name: str) -> dict[str, Any]:
+    """Return the arguments of `serving.serve` for one process, with the fast path or not, or for fronts."""
+    return {"fast": name != "asgi", "make_server": LinkedServer if name == "fronts" else None}

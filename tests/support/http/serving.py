@@ -226,6 +226,10 @@ class ThreadServer(Server):
         """Watch a connection; the loop's own objects for TLS are in cycles."""
         return connection if self.config.is_ssl else self.connections.watch(connection)
 
+    def inferences(self) -> list[Inference]:
+        """Return the models of all processes that decode and encode requests."""
+        return [self.inference]
+
     def run(self, sockets: object = None) -> None:
         if self.clock is None:
             super().run()
