@@ -249,7 +249,7 @@ class Downlink(Endpoint[ToFront, FromFront]):
             else:
                 batcher.submit(request)
         except Exception as error:  # noqa: BLE001 - `_fail` logs unexpected ones
-            del self.open[submit.id]
+            self.open.pop(submit.id, None)
             self._fail(request, error)
 
     def _cancel(self, id_: int) -> None:
@@ -310,8 +310,11 @@ class Downlink(Endpoint[ToFront, FromFront]):
         if group is None:
             group = batch.memo[self] = _Group(shared, request.model)
             self._groups.append(group)
-            self.flush_soon()
         group.add(request, shared.rows(batch, first, rows))
+        if batch.requests and batch.requests[-1] is request:
+            self.flush()  # before what home does at the end of a batch
+        else:
+            self.flush_soon()
 
     def _post_group(self, group: _Group) -> None:
         sizes = tuple([sum(map(len, column)) for column in group.columns])

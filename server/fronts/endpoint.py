@@ -46,9 +46,14 @@ class Endpoint(Generic[Sent, Received]):
         """Send what has gathered at the end of this iteration."""
         if not self._due:
             self._due = True
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self._flush_if_due)
 
-    def _flush(self) -> None:
+    def _flush_if_due(self) -> None:
+        if self._due:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what has gathered."""
         self._due = False
         if not self.ended:
             self.gather()

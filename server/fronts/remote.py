@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Hashable, Sequence
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
@@ -261,12 +261,14 @@ class RemoteModel(ServedModel):
     def __init__(self, settings: ModelSettings, index: int, fronts: int) -> None:
         super().__init__(settings)
         self.signature: Signature | None = None
+        self.output_dtypes: list[np.dtype[Any]] = []
         self._remote = RemoteBatcher(self, index, fronts)
 
     def loaded(self, uplink: Uplink, page: QueuePage, signature: Signature) -> None:
         """Use the model that home has loaded. Raises EngineLoadError."""
         if signature != self.signature:
             self.signature = signature
+            self.output_dtypes = [spec.dtype for spec in signature.outputs]
             padder = make_padder(self.name, self.settings.pad, signature)
             self.decoder = Decoder(signature, self.settings.max_queue_rows, padder)
             self.encoder = FrontEncoder(self.name, self.version, signature)

@@ -92,19 +92,21 @@ def output_bytes(output: Array) -> Buffer:
     return as_bytes([one if isinstance(one, bytes) else str(one).encode() for one in output.reshape(-1)])
 
 
-def read_outputs(specs: Sequence[TensorSpec], answers: Answers, rows: int, payload: Buffer) -> list[Array]:
+def read_outputs(
+    dtypes: Sequence[np.dtype[Any]], answers: Answers, rows: int, payload: Buffer
+) -> list[Array]:
     """Return the outputs of an answer, of `rows` rows together: views of the payload, or lists of bytes."""
     outputs = []
     at = 0
-    for spec, row_shape, size in zip(specs, answers.shapes, answers.sizes, strict=True):
+    for dtype, row_shape, size in zip(dtypes, answers.shapes, answers.sizes, strict=True):
         shape = (rows, *row_shape)
-        if spec.datatype == "BYTES":
+        if dtype.hasobject:
             data = memoryview(payload)[at : at + size]
             output: np.ndarray[Any, Any] = np.empty(prod(shape), object)
             output[:] = read_elements(data)
             outputs.append(output.reshape(shape))
         else:
-            outputs.append(np.ndarray(shape, spec.dtype, payload, at))
+            outputs.append(np.ndarray(shape, dtype, payload, at))
         at += size
     return outputs
 

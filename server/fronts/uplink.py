@@ -235,9 +235,7 @@ class Uplink(Endpoint[FromFront, ToFront]):
         taken = [self._take(id_) for id_ in answers.ids]
         rows = sum([request.rows for sent in taken for request in sent.requests])
         payload = self._slab_in.read(answers.payload, sum(answers.sizes))
-        signature = self._models[answers.model].signature
-        assert signature is not None
-        batch.hold(read_outputs(signature.outputs, answers, rows, payload))
+        batch.hold(read_outputs(self._models[answers.model].output_dtypes, answers, rows, payload))
         first = 0
         for sent, at in zip(taken, answers.places, strict=True):
             place = at
