@@ -23,6 +23,7 @@ from onnx import TensorProto, helper
 from cobatch.server.dashboard.feed import hello
 from cobatch.server.settings.schema import ModelSettings, PadSettings
 from tests.support.examples import examples
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http.in_process import InProcess, in_process
 from tests.support.http.serving import Answer, Served, get, post, serve
 from tests.support.models import axis_models, models
@@ -51,9 +52,9 @@ def files(folder: Path) -> tuple[ModelSettings, ...]:
     return (*made, several, ModelSettings(path=str(MUL_1), name="mul", threads=1))
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["fast", "asgi"])
+@pytest.fixture(scope="module", params=WAYS)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serve(request.param, files(tmp_path_factory.mktemp("axis"))) as running:
+    with serve(models=files(tmp_path_factory.mktemp("axis")), **way(request.param)) as running:
         yield running
 
 

@@ -19,6 +19,7 @@ from onnx import TensorProto, helper
 from cobatch.engines.errors import EngineLoadError
 from cobatch.server.inference.model import Model
 from cobatch.server.settings.schema import ModelSettings, PadSettings
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http.in_process import in_process
 from tests.support.http.serving import Answer, Served, get, post, serve
 from tests.support.models import models
@@ -84,9 +85,9 @@ def settings(path: str, **more: Any) -> ModelSettings:
     return ModelSettings(path=path, max_batch_size=8, **{"pad": PADS, **more})
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["fast", "asgi"])
+@pytest.fixture(scope="module", params=WAYS)
 def served(request: pytest.FixtureRequest, path: str) -> Iterator[Served]:
-    with serve(request.param, (settings(path),)) as running:
+    with serve(models=(settings(path),), **way(request.param)) as running:
         yield running
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from cobatch.engines.base import RowShapes, Signature, TensorSpec
 from cobatch.server.settings.schema import ModelSettings
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http import serving
 from tests.support.http.serving import Answer, GatedEngine, Served, post
 from tests.support.http.wire import ONNX_TYPES
@@ -34,7 +35,7 @@ class Bf16Engine(GatedEngine):
         return (self.buffers[slot][: self._rows[slot]].copy(),)
 
 
-@pytest.fixture(scope="module", params=["fast", "asgi"])
+@pytest.fixture(scope="module", params=WAYS)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("models")
     settings = [ModelSettings(path="bf16")]
@@ -42,7 +43,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         file = models.write(folder, models.identity(kind), f"same-{name}.onnx")
         settings.append(ModelSettings(path=file, max_batch_size=4, threads=1))
     engines = {"bf16": Bf16Engine()}
-    with serving.serve(request.param == "fast", tuple(settings), engines=engines) as server:
+    with serving.serve(models=tuple(settings), engines=engines, **way(request.param)) as server:
         yield server
 
 
