@@ -11,6 +11,7 @@ import pytest
 from cobatch.engines.errors import EngineDeadError, EngineRunError
 from cobatch.server.settings.auth import TenantRule
 from tests.support.auth.protected import Protected, batch, get_as, infer, item, predict, protected, token
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http.serving import Answer, data_of, get, post, rows_of
 
 RULES = (
@@ -25,9 +26,12 @@ def fast(request: pytest.FixtureRequest) -> bool:
     return bool(request.param == "fast")
 
 
-@pytest.fixture
-def running(fast: bool, tmp_path: Path) -> Iterator[Protected]:
-    with protected(fast, tmp_path, tenants=RULES, rate_limit_headers=True) as running:
+@pytest.fixture(params=WAYS)
+def running(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Protected]:
+    server = way(request.param)
+    with protected(
+        server.pop("fast"), tmp_path, tenants=RULES, rate_limit_headers=True, server=server
+    ) as running:
         yield running
 
 

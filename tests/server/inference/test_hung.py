@@ -9,14 +9,18 @@ import pytest
 
 import cobatch.server.inference.model
 from cobatch.server.settings.schema import ModelSettings
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http.serving import DEADLINE_S, GatedEngine, data_of, gate, get, serve
 
 
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
-def test_a_run_that_does_not_end(fast: bool) -> None:
+@pytest.mark.parametrize("how", WAYS)
+def test_a_run_that_does_not_end(how: str) -> None:
     engine = GatedEngine()
     model = ModelSettings(path="gate", max_batch_size=4, execution_timeout_ms=50.0)
-    with serve(fast, (model,), engines={"gate": engine}) as served, contextlib.ExitStack() as stack:
+    with (
+        serve(models=(model,), engines={"gate": engine}, **way(how)) as served,
+        contextlib.ExitStack() as stack,
+    ):
         stack.enter_context(
             mock.patch.object(cobatch.server.inference.model, "load_engine", return_value=engine)
         )

@@ -6,6 +6,7 @@ import pytest
 
 from cobatch.batcher.scheduling import policy
 from cobatch.engines.errors import EngineRunError
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http.batching import infer
 from tests.support.http.serving import Client, Served, gate, gated, post
 
@@ -33,11 +34,11 @@ def reasons_after(served: Served, client: Client, request: bytes) -> set[str]:
     return set(served.batcher().counters.reasons - before)
 
 
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("make", [gate, of_one_item, of_two_items, prediction])
-def test_a_connection_whose_rows_failed_rides_apart(fast: bool, make: object) -> None:
+def test_a_connection_whose_rows_failed_rides_apart(how: str, make: object) -> None:
     assert callable(make)
-    with gated(fast) as (served, engine), served.connect() as bad, served.connect() as good:
+    with gated(**way(how)) as (served, engine), served.connect() as bad, served.connect() as good:
         engine.fails = lambda rows: EngineRunError("no") if BAD in rows else None
         bad.ask(make(BAD))
         assert reasons_after(served, good, gate(1)) == {policy.IDLE}
