@@ -22,15 +22,18 @@ from tests.support.auth.protected import (
     token,
 )
 from tests.support.auth.tokens import AUDIENCE, ISSUER, NOW_S, Signer, hs256, unsigned
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http.serving import GATE, Answer, data_of, gate, get, post, rows_of
 
 RESOURCE = {"resource_metadata": METADATA}
 
 
-@pytest.fixture(scope="module", params=["fast", "asgi"])
+@pytest.fixture(scope="module", params=WAYS)
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Protected]:
     keys = {"job": ("infer:gate",), "reader": ("metadata",)}
-    with protected(request.param == "fast", tmp_path_factory.mktemp("auth"), keys=keys) as running:
+    ways = way(request.param)
+    fast, server = ways.pop("fast"), ways
+    with protected(fast, tmp_path_factory.mktemp("auth"), keys=keys, server=server) as running:
         yield running
 
 

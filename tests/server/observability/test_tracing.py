@@ -13,6 +13,7 @@ import pytest
 
 from cobatch.engines.errors import EngineRunError
 from cobatch.server.settings.schema import ServerSettings
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http.serving import GATE, Answer, GatedEngine, Served, gate, gated, get, post
 
 pytest.importorskip("opentelemetry.exporter.otlp", reason="needs the extra otel: pip install 'cobatch[otel]'")
@@ -49,9 +50,9 @@ def inside(got: Receiver, span: Span) -> dict[str, Span]:
     return {one.name: one for one in found}
 
 
-@BOTH
-def test_a_request_with_its_stages_and_its_batch(fast: bool) -> None:
-    with receiver() as got, traced(fast, got) as (served, _):
+@pytest.mark.parametrize("path", WAYS)
+def test_a_request_with_its_stages_and_its_batch(path: str) -> None:
+    with receiver() as got, traced(got=got, **way(path)) as (served, _):
         assert served.ask(gate(1, 2, headers=parent() | {"X-Request-Id": "mine"})).status == 200
     (span,) = got.named(ROUTE)
     assert span.trace_id.hex() == TRACE

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from uvicorn.lifespan.on import LifespanOn
+
 from cobatch.engines.link import slab
-from cobatch.server.app import make_sinks, observing
 from cobatch.server.fronts.app import front_app
 from cobatch.server.fronts.control import PAGE_BYTES, LinkEnds
 from cobatch.server.fronts.front import Uplinks
@@ -68,7 +69,7 @@ class LinkedServer(ThreadServer):
         self.relayed = 0  # connections
         self._receptions: dict[int, Reception] = {}
         self._linked = 0
-        self._apps = contextlib.AsyncExitStack()
+        self._lifespans: list[LifespanOn] = []
         self.config.http = self._next_connection  # type: ignore[assignment]
         self._makers = itertools.cycle([self._maker(number) for number in range(fronts)])
 
@@ -81,7 +82,8 @@ class LinkedServer(ThreadServer):
         inference.bodies = self.inference.bodies
         make = front_protocol(inference, self.hand_overs[number])
         config = copy.copy(self.config)
-        config.loaded_app = front_app(inference)
+        config.app = front_app(inference)
+        self._lifespans.append(LifespanOn(config))
         return lambda of_uvicorn: self.watch(make(**{**of_uvicorn, "config": config}))
 
     def _next_connection(self, **of_uvicorn: Any) -> Any:
@@ -98,9 +100,8 @@ class LinkedServer(ThreadServer):
         return self.watch(connection)
 
     async def startup(self, sockets: object = None) -> None:
-        for front in self.fronts:
-            sinks = make_sinks(front.inference)
-            await self._apps.enter_async_context(observing(front.inference, sinks))
+        for lifespan in self._lifespans:
+            await lifespan.startup()
         self.link_all()
         await super().startup(sockets)
 
@@ -112,7 +113,8 @@ class LinkedServer(ThreadServer):
             reception.close()
         self._unlink_all()
         self.maker.close()
-        await self._apps.aclose()
+        for lifespan in self._lifespans:
+            await lifespan.shutdown()
 
     def link(self, number: int) -> None:
         """Give a front a new link."""
