@@ -183,6 +183,11 @@ class RemoteBatcher:
             request.state = State.CANCELLED
             request.payloads, request.entry = (), None
 
+    @property
+    def waiting(self) -> int:
+        """The requests that are not sent yet."""
+        return len(self._pending)
+
     def flush(self, uplink: Uplink) -> None:
         """Send the requests of this iteration, single rows in bundles."""
         pending, self._pending = self._pending, []

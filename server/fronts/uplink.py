@@ -14,6 +14,7 @@ import msgspec
 from cobatch.batcher.durations import PENDING_LIMIT
 from cobatch.batcher.errors import QueueFullError
 from cobatch.batcher.request import Request, State
+from cobatch.batcher.scheduling.tuning import SETTLE_ITERATIONS
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import Signature
 from cobatch.engines.errors import EngineLoadError, LinkError
@@ -93,6 +94,7 @@ class Uplink(Endpoint[FromFront, ToFront]):
         self._open: dict[int, _Sent] = {}
         self._next = 0
         self._gathered: list[RemoteBatcher] = []
+        self._settling = self._lone = False
         self._released: list[int] = []
         self._tenants: dict[Tenant, int] = {}  # their numbers, the oldest first
         self._by_number: dict[int, Tenant] = {}
@@ -103,9 +105,24 @@ class Uplink(Endpoint[FromFront, ToFront]):
     # To home
 
     def gather_from(self, batcher: RemoteBatcher) -> None:
-        """Ask a batcher for its requests at the end of this iteration."""
+        """Ask a batcher for its requests once those that are about to come are there; see `_settle`."""
         self._gathered.append(batcher)
-        self.flush_soon()
+        if not self._settling:
+            self._settling = True
+            self._loop.call_soon(self._settle, 0, SETTLE_ITERATIONS)
+
+    def _settle(self, seen: int, iterations: int) -> None:
+        """Send once an iteration of the loop has brought no new request, as home decides then.
+
+        A datagram wakes home and costs as much as several requests. A lone request leaves at once.
+        """
+        waiting = sum([batcher.waiting for batcher in self._gathered])
+        if waiting > max(seen, 1) and iterations and not self._lone:
+            self._loop.call_soon(self._settle, waiting, iterations - 1)
+            return
+        self._settling = False
+        self._lone = waiting <= 1
+        self.flush()
 
     def gather(self) -> None:
         gathered, self._gathered = self._gathered, []
