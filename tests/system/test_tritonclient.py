@@ -41,7 +41,7 @@ CALLERS = 96
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Unclosed connection:ResourceWarning")]
 
 
-@pytest.fixture(scope="module", params=["--fast-path", "--no-fast-path"])
+@pytest.fixture(scope="module", params=["--fast-path", "--no-fast-path", "--processes=3"])
 def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """HOST:PORT of a server with all of MODELS."""
     folder = tmp_path_factory.mktemp("triton")
