@@ -269,13 +269,13 @@ class Server(uvicorn.Server):
         timeout_s = self.inference.settings.server.drain_timeout_s
         log.info("draining: no new requests, %g s at most", timeout_s)
         end_s = time.monotonic() + timeout_s
-        left_s = await self.before_drain(timeout_s)
-        batchers = [model.batcher for model in self.inference.served.values() if model.batcher is not None]
-        drains = [batcher.drain(left_s, timeout_s - left_s) for batcher in batchers]
-        for error in await asyncio.gather(*drains, return_exceptions=True):
-            if isinstance(error, Exception):
-                log.error("draining failed", exc_info=error)
-        await self.drained()
+        try:
+            left_s = await self.before_drain(timeout_s)
+            batchers = [one.batcher for one in self.inference.served.values() if one.batcher is not None]
+            await asyncio.gather(*[batcher.drain(left_s, timeout_s - left_s) for batcher in batchers])
+            await self.drained()
+        except Exception:  # a defect must not keep the process from its end
+            log.exception("draining failed")
         # Writing the responses has the rest of the time.
         self.config.timeout_graceful_shutdown = max(1, int(end_s - time.monotonic()))
         self.should_exit = True
