@@ -48,6 +48,12 @@ def check_refused_for_good(answer: Answer) -> None:
     assert answer.headers["connection"] == "close"
 
 
+def check_read_by_now(*probes: Connection) -> None:
+    """Wait until the fronts of these connections have read what was sent before, on other ones."""
+    for probe in probes:
+        assert probe.infer("negate", [["no number"]]).status == 422
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_start_serve_and_stop(tmp_path: Path, negate: str, sent: signal.Signals) -> None:
     with Cobatch(tmp_path, negate, "--port", "0") as server:
@@ -112,8 +118,7 @@ def test_accepted_requests_are_answered_after_the_signal(tmp_path: Path, negate:
         first.send_infer("negate", [[1, 2, 3]])
         second.send_infer("negate", [[4, 5, 6], [7, 8, 9]])
         rest = half.send_half("negate", [[1, 2, 3]])
-        # The server has read the other requests by now: their bytes arrived before this one's.
-        late.get("/v2/health/live")
+        check_read_by_now(late, new)
         server.signal()
         server.not_ready(late)
         assert late.get("/v2/health/live").status == 200
@@ -145,11 +150,11 @@ def test_requests_beyond_the_drain_limit_are_refused(tmp_path: Path, negate: str
     arguments = (negate, "--port", "0", path, "--drain-timeout-s", "0.5")
     with Cobatch(tmp_path, *arguments, gate=True) as server:
         server.ready()
-        running, queued, probe = server.connect(), server.connect(), server.connect()
+        running, queued, probe, other = (server.connect() for _ in range(4))
         running.send_infer("negate", [HELD_ROW])
         server.held()
         queued.send_infer("negate", [[1, 2, 3]])
-        probe.get("/v2/health/live")
+        check_read_by_now(probe, other)
         server.signal()
         for caller in (running, queued):
             answer = caller.answer()
