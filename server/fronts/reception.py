@@ -10,7 +10,7 @@ import msgspec
 
 from cobatch.server.edge.lingering import ClosedTransport
 from cobatch.server.fronts.leaving import LeavingConnection, is_infer
-from cobatch.server.fronts.relay import HAND_OVER_BYTES, Handed, Returned
+from cobatch.server.fronts.relay import HAND_OVER_BYTES, LENGTH_BYTES, Handed, Returned
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Handed).decode
@@ -129,7 +129,7 @@ class _Returning(ClosedTransport, asyncio.Protocol):
 
     def eof_received(self) -> None:
         """The front, or its client, sends no more: return the bytes and close."""
-        self.transport.write(self._raw)
+        self.transport.write(len(self._raw).to_bytes(LENGTH_BYTES, "big") + self._raw)
 
     def connection_lost(self, exc: Exception | None) -> None:
         connection, self._connection = self._connection, None  # they refer to each other

@@ -28,6 +28,8 @@ from cobatch.server.inference.service import Inference
 HAND_OVER_BYTES = 4096
 # Between looks at a socket that takes nothing, or whose other end was closed in one direction.
 _LOOK_S = 0.1
+# Before the bytes that home gives back.
+LENGTH_BYTES = 8
 # The end of home's sockets is seen within this time of each other.
 _SAME_END_S = 0.05
 
@@ -301,6 +303,8 @@ class _Pipe(asyncio.Protocol):
     def on_returned(self, sent: int) -> None:
         """Keep what comes behind the responses, and let home send it."""
         self._sent = sent
+        if self._relay is not None:
+            self._relay.expects = True  # the request that home does not serve
         self.write_eof()
 
     def data_received(self, data: bytes) -> None:
@@ -313,7 +317,7 @@ class _Pipe(asyncio.Protocol):
             data = data[:left]
         self._received += len(data)
         if data:
-            relay.expects = False
+            relay.expects = self._sent is not None  # then the client has sent a request that is given back
             relay.transport.write(data)
 
     def pause_writing(self) -> None:
@@ -353,7 +357,14 @@ class _Pipe(asyncio.Protocol):
     def _on_closed(self) -> None:
         if not self._closed and self._relay is not None:
             self._closed = True
-            self._relay.on_closed(None if self._sent is None else bytes(self._back))
+            self._relay.on_closed(self._returned())
+
+    def _returned(self) -> bytes | None:
+        """Return what home gave back; None if it closed the connection, or died before it had given all."""
+        length, back = self._back[:LENGTH_BYTES], self._back[LENGTH_BYTES:]
+        if len(length) < LENGTH_BYTES or len(back) != int.from_bytes(length, "big"):
+            return None
+        return bytes(back)
 
     def end(self) -> None:
         """Close, without a word to the relay."""

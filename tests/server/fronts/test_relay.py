@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -255,5 +257,26 @@ def test_home_dies_with_a_request(served: Served, server: LinkedServer, client: 
     assert (answer.status, answer.slug) == (503, "starting")
     assert answer.headers["connection"] == "close"
     client.send(request[-5:])
+    assert client.closed()
+    served.call(server.link_all)
+
+
+@pytest.mark.parametrize("given", [b"", b"\0" * 7, b"\0" * 7 + b"\x50POST"])
+def test_home_dies_while_it_gives_a_connection_back(
+    served: Served, server: LinkedServer, client: Client, given: bytes
+) -> None:
+    ended(served, server)
+    client.send(LIVE)
+    assert is_live(client)
+
+    def die(returning: Any) -> None:
+        returning.transport.write(given)
+        server.unlink()
+        returning.transport.abort()
+
+    with mock.patch("cobatch.server.fronts.reception._Returning.eof_received", die):
+        answer = client.ask(gate(7))
+    assert (answer.status, answer.slug) == (503, "starting")
+    assert answer.headers["connection"] == "close"
     assert client.closed()
     served.call(server.link_all)
