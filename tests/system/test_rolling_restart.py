@@ -15,6 +15,7 @@ from typing import Self
 import pytest
 
 from benchmarks import rolling_restart
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http.serving import DEADLINE_S, Served, gate, gated, get
 
 _REQUESTS = 3000
@@ -96,18 +97,18 @@ def leave(server: Served, balancer: Balancer) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
-def test_no_request_fails(fast: bool) -> None:
+@pytest.mark.parametrize("path", WAYS)
+def test_no_request_fails(path: str) -> None:
     balancer = Balancer()
     with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(gated(fast, drain_delay_s=1000))[0] for _ in range(2)]
+        servers = [stack.enter_context(gated(**way(path), drain_delay_s=1000))[0] for _ in range(2)]
         for server in servers:
             balancer.check(server)
         with Load(balancer) as load:
             for _ in range(4):
                 load.wait_for(_REQUESTS // 8)
                 leave(servers.pop(0), balancer)
-                servers.append(stack.enter_context(gated(fast, drain_delay_s=1000))[0])
+                servers.append(stack.enter_context(gated(**way(path), drain_delay_s=1000))[0])
                 balancer.check(servers[-1])
             load.wait_for(_REQUESTS // 2)
     assert load.errors == []

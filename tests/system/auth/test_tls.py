@@ -16,6 +16,7 @@ from cobatch.server.cli import app
 from tests.support.auth.certificates import Pair
 from tests.support.auth.protected import SIGNER, Protected, infer, protected, token
 from tests.support.auth.tokens import Signer
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http.serving import Served, data_of, gate, gated, get
 
 
@@ -45,12 +46,17 @@ def ask_over_tls(served: Served, certificate: str) -> None:
         assert client.socket.version() in ("TLSv1.2", "TLSv1.3")
         for n in (1, 2):
             assert data_of(client.ask(gate(n))) == [2 * n]
-        assert client.ask(get("/v2/models/gate")).status == 200
+            assert client.ask(get("/v2/models/gate")).status == 200
+        client.send(gate(3) + get("/v2/models/gate") + gate(4))
+        assert data_of(client.answer()) == [6]
+        assert client.answer().status == 200
+        assert data_of(client.answer()) == [8]
         client.socket.unwrap()
 
 
-def test_infer_over_tls(fast: bool, files: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    with gated(fast, tls_cert=files[0], tls_key=files[1]) as (served, _):
+@pytest.mark.parametrize("path", WAYS)
+def test_infer_over_tls(path: str, files: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    with gated(**way(path), tls_cert=files[0], tls_key=files[1]) as (served, _):
         ask_over_tls(served, files[0])
         with served.connect() as client:
             # Without TLS the connection is closed.
