@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cobatch import __version__
 from cobatch.server.http import request_id
+from cobatch.server.loadtest.messages import Address
+from cobatch.server.loadtest.target import describe
 from cobatch.server.observability.observer import FrontCounts
 from cobatch.server.settings.schema import ModelSettings
 from tests.support.fronts.linked import LinkedServer, linked
@@ -20,7 +23,7 @@ MODEL = ModelSettings(path="gate", max_batch_size=4, max_queue_rows=1000)
 
 @pytest.fixture(scope="module", params=[True, False], ids=["fast", "asgi"])
 def module_served(request: pytest.FixtureRequest) -> Iterator[Served]:
-    with linked(request.param, (MODEL,), engines={"gate": GatedEngine()}) as served:
+    with linked(request.param, (MODEL,), engines={"gate": GatedEngine()}, processes=3) as served:
         yield served
 
 
@@ -159,3 +162,10 @@ def test_ids_of_a_front_belong_to_the_engines_process_too(monkeypatch: pytest.Mo
     assert request_id.place_of(after) is None
     assert not any(request_id.sane(one.encode()) for one in (before, after, "0badc0de-1.0"))
     assert request_id.sane(b"mine") == "mine"
+
+
+def test_the_server_names_its_processes(served: Served) -> None:
+    """In its metadata, and so in reports of `cobatch bench`."""
+    assert served.ask(get("/v2")).json["processes"] == 3
+    model = describe(Address("127.0.0.1", served.server.port), None, None, {})
+    assert model.server == f"cobatch {__version__}, 3 processes"
