@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from cobatch.engines.base import Signature, TensorSpec
 from cobatch.engines.errors import EngineDeadError, EngineRunError
 from cobatch.engines.link.messages import FromFront, Release, Submit
 from cobatch.engines.link.messages import Tenant as TenantMessage
+from cobatch.server.fronts.uplink import STALLED_S
 from cobatch.server.http.problem import Problem
 from cobatch.server.settings.auth import TenantRule
 from tests.support.auth.protected import settings_in
@@ -203,6 +205,19 @@ async def test_fronts_refuse_at_once_without_home() -> None:
         both.engine.release()
         await both.join(0)
         assert both.fronts[0].uplinks.models[0].ready
+        assert await answers([both.fronts[0].submit([5])]) == [[[10]]]
+
+
+async def test_fronts_refuse_while_home_hangs() -> None:
+    async with pair() as both:
+        uplink, page, model = both.fronts[0].uplink, both.downlinks._page, both.fronts[0].uplinks.models[0]
+        assert page is not None
+        for age_s, ready in ((STALLED_S + 1, False), (0.0, True)):
+            page.heartbeat_s = time.monotonic() - age_s
+            uplink._look.cancel()
+            uplink._watch()
+            assert model.ready is ready
+            assert (both.fronts[0].batcher.refusal() is None) is ready
         assert await answers([both.fronts[0].submit([5])]) == [[[10]]]
 
 
