@@ -13,7 +13,7 @@ import msgspec
 
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.bundle import Bundle
-from cobatch.batcher.request import Batch, Payload, Request
+from cobatch.batcher.request import Payload, Request
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import RowShapes
 from cobatch.engines.errors import LinkError
@@ -23,7 +23,6 @@ from cobatch.engines.link.messages import (
     INLINE_BYTES,
     Accounts,
     Answers,
-    BatchInfo,
     Cancel,
     Collect,
     Dropped,
@@ -39,8 +38,9 @@ from cobatch.engines.link.messages import (
 from cobatch.engines.link.messages import Tenant as TenantMessage
 from cobatch.engines.link.slab import SlabReader, SlabWriter
 from cobatch.server.auth.tenants import Tenants
+from cobatch.server.fronts.answers import AnswerGroup, SharedRows, info_of
 from cobatch.server.fronts.endpoint import Endpoint
-from cobatch.server.fronts.rows import Buffer, InputReader, output_bytes
+from cobatch.server.fronts.rows import InputReader, output_bytes
 from cobatch.server.http.problem import from_error
 from cobatch.server.http.request_id import PROCESS
 from cobatch.server.inference.model import Model
@@ -103,55 +103,6 @@ class LinkedBundle(LinkedRequest, Bundle):
         return members
 
 
-class _Shared:
-    """What the answers of a batch have in common, on all links. `row_size`: bytes of a row of all outputs."""
-
-    __slots__ = ("_row_bytes", "_wholes", "info", "outputs", "row_size", "shapes")
-
-    def __init__(self, batch: Batch) -> None:
-        outputs = batch.outputs
-        self.info = info_of(batch)
-        self.shapes = tuple([output.shape[1:] for output in outputs])
-        # Of a BYTES tensor, whose rows differ, 0.
-        self._row_bytes = [0 if one.dtype == object else one.nbytes // len(one) for one in outputs]
-        self._wholes: list[memoryview | None] = [None] * len(outputs)
-        self.outputs = len(outputs)
-        self.row_size = sum(self._row_bytes)
-
-    def rows(self, batch: Batch, first: int, rows: int) -> list[Buffer]:
-        """Return some rows of each output: of numbers, views of a copy of all."""
-        pieces: list[Buffer] = []
-        for index, row_bytes in enumerate(self._row_bytes):
-            output, whole = batch.outputs[index], self._wholes[index]
-            if output.dtype == object:
-                pieces.append(output_bytes(output[first : first + rows]))
-                continue
-            if whole is None:
-                whole = self._wholes[index] = memoryview(output.tobytes())
-            pieces.append(whole[first * row_bytes : (first + rows) * row_bytes])
-        return pieces
-
-
-class _Group:
-    """Answers of one batch for one front. `columns`: the pieces of each output."""
-
-    __slots__ = ("columns", "ids", "model", "places", "shared")
-
-    def __init__(self, shared: _Shared, model: int) -> None:
-        self.shared = shared
-        self.model = model
-        self.ids: list[int] = []
-        self.places: list[int] = []
-        self.columns: list[list[Buffer]] = [[] for _ in range(shared.outputs)]
-
-    def add(self, request: LinkedRequest, pieces: Sequence[Buffer]) -> None:
-        """Add the rows of a request."""
-        self.ids.append(request.id)
-        self.places.append(request.first_row)
-        for column, piece in zip(self.columns, pieces, strict=True):
-            column.append(piece)
-
-
 class Downlink(Endpoint[ToFront, FromFront]):
     """The link to one life of a front. `number`: the front's. `open`: its requests in the batchers, by id."""
 
@@ -182,7 +133,7 @@ class Downlink(Endpoint[ToFront, FromFront]):
         self._touched: dict[int, Tenant] = {}  # limited tenants whose accounts have changed
         self._on_submitted = on_submitted
         self._on_ended = on_ended
-        self._groups: list[_Group] = []  # of this iteration
+        self._groups: list[AnswerGroup] = []  # of this iteration
         self._outbox: list[ToFront] = []
         self._waiting: deque[tuple[Answers, bytes]] = deque()  # for a block
         self.send(Welcome(PROCESS, len(models)))
@@ -299,24 +250,26 @@ class Downlink(Endpoint[ToFront, FromFront]):
         assert batch is not None
         shared = batch.memo.get(_SHARED)
         if shared is None:
-            shared = batch.memo[_SHARED] = _Shared(batch)
+            shared = batch.memo[_SHARED] = SharedRows(batch)
         first, rows = request.first_row, request.rows
         if shared.row_size * rows > INLINE_BYTES:
-            group = _Group(shared, request.model)
-            group.add(request, [output_bytes(output[first : first + rows]) for output in batch.outputs])
+            group = AnswerGroup(shared, request.model)
+            group.add(
+                request.id, first, [output_bytes(output[first : first + rows]) for output in batch.outputs]
+            )
             self._post_group(group)  # the only copy is into the slab
             return
         group = batch.memo.get(self)  # type: ignore[assignment]  # or None
         if group is None:
-            group = batch.memo[self] = _Group(shared, request.model)
+            group = batch.memo[self] = AnswerGroup(shared, request.model)
             self._groups.append(group)
-        group.add(request, shared.rows(batch, first, rows))
+        group.add(request.id, first, shared.rows(batch, first, rows))
         if batch.requests and batch.requests[-1] is request:
             self.flush()  # before what home does at the end of a batch
         else:
             self.flush_soon()
 
-    def _post_group(self, group: _Group) -> None:
+    def _post_group(self, group: AnswerGroup) -> None:
         sizes = tuple([sum(map(len, column)) for column in group.columns])
         size = sum(sizes)
         buffers = [piece for column in group.columns for piece in column]
@@ -394,20 +347,3 @@ class Downlink(Endpoint[ToFront, FromFront]):
 
 def _account(number: int, tenant: Tenant) -> tuple[int, int, float]:
     return number, tenant.open_requests, 0.0 if tenant.bucket is None else tenant.bucket.full_at_s
-
-
-def info_of(batch: Batch) -> BatchInfo:
-    """Return a batch as messages describe it."""
-    return BatchInfo(
-        batch.number,
-        batch.rows,
-        batch.reason,
-        batch.engine,
-        batch.slot,
-        batch.gathered_s,
-        batch.dispatched_s,
-        batch.started_s,
-        batch.finished_s,
-        batch.failed,
-        tuple([info_of(one) for one in batch.joined]),
-    )
