@@ -8,6 +8,7 @@ import contextlib
 import errno
 import mmap
 import os
+import pickle
 import socket
 from collections import deque
 from collections.abc import Sequence
@@ -204,9 +205,9 @@ class Parent:
         assert isinstance(start, Start)
         self.start = start
         # The other children have the same open file, and so its position.
-        self.settings = msgspec.msgpack.decode(
-            os.pread(settings, os.fstat(settings).st_size, 0), type=Settings
-        )
+        data = os.pread(settings, os.fstat(settings).st_size, 0)
+        # Pickled, since some defaults are values that may not be given, and would be refused.
+        self.settings: Settings = pickle.loads(data)  # noqa: S301 - the supervisor wrote it
         self._words = Words(words)
         _close_all([settings, words])
         self._child = 0 if start.role == "home" else start.index + 1

@@ -14,14 +14,13 @@ import asyncio
 import contextlib
 import logging
 import os
+import pickle
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-
-import msgspec
 
 from cobatch.engines.link import slab
 from cobatch.server.fronts.control import (
@@ -83,7 +82,7 @@ class Supervisor:
         self._outputs = outputs
         self._command = command
         self._settings_fd = os.memfd_create("cobatch-settings")
-        os.write(self._settings_fd, msgspec.msgpack.encode(settings))
+        os.write(self._settings_fd, pickle.dumps(settings))
         self._words_fd = slab.create("cobatch-words", PAGE_BYTES)
         words = Words(self._words_fd)
         self._home = Child("home", 0, words)
