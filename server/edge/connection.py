@@ -99,7 +99,7 @@ class Connection(Receiver):
         self.writable.set()
         if self._waits:
             self._stop_waiting()  # first: it could be given the memory that it returns
-        self._release_memory(list(self._held))
+        self._release_memory([cycle for cycle in self._held if not cycle.running])
 
     def close(self) -> None:
         """End the connection when the written bytes are sent; read on, since the client may be sending.

@@ -58,6 +58,7 @@ class Client(Protocol):
     def resume_reading(self) -> None: ...
     def write_reply(self, reply: Reply, keep_alive: bool) -> float | None: ...
     def on_response_complete(self) -> None: ...
+    def on_cycle_end(self, cycle: Any) -> None: ...
 
 
 class AsgiCycle:
@@ -97,6 +98,8 @@ class AsgiCycle:
         finally:
             self._client.server_state.tasks.discard(self.task)
             self.task = None  # it refers to this object
+            if self.disconnected:
+                self._client.on_cycle_end(self)
             if self.disconnected or self.response_complete:
                 pass
             elif self.response_started:
@@ -108,6 +111,11 @@ class AsgiCycle:
             self._client = None  # type: ignore[assignment]
 
     # From the connection
+
+    @property
+    def running(self) -> bool:
+        """The application has the request, and its body."""
+        return self.task is not None
 
     @property
     def content_length(self) -> int | None:

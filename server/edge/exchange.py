@@ -106,7 +106,7 @@ class Exchange(msgspec.Struct, eq=False):
         """Drop the request from the batcher: its client is gone."""
         request, self.request = self.request, None
         if request is not None:
-            request.model.loaded_batcher.cancel(request)
+            request.cancel()
             if self.record is not None:
                 self.record.rows = request.rows
 

@@ -42,6 +42,11 @@ class FastExchange(Exchange, kw_only=True):
         return self.connection.client
 
     @property
+    def running(self) -> bool:
+        """The body is dropped with the request."""
+        return False
+
+    @property
     def response_started(self) -> bool:
         """The response is written in one piece."""
         return self.response_complete

@@ -32,6 +32,8 @@ class Cycle(Protocol):
     def response_started(self) -> bool: ...
     @property
     def response_complete(self) -> bool: ...
+    @property
+    def running(self) -> bool: ...
     def on_body(self, data: bytes) -> None: ...
     def on_end(self) -> None: ...
     def on_disconnect(self) -> None: ...
@@ -116,6 +118,11 @@ class Receiver(Framing):
         self._waits = False
         self._bodies.forget(self)
         self.resume_reading()
+
+    def on_cycle_end(self, cycle: Cycle) -> None:
+        """Return the memory of a request whose client is gone: nothing has its body any more."""
+        if cycle in self._held:
+            self._release_memory([cycle])
 
     def _release_memory(self, cycles: Sequence[Cycle]) -> None:
         for cycle in cycles:

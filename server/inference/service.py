@@ -53,6 +53,10 @@ class InferRequest(Request):
         self.model = model
         self.reply = reply
 
+    def cancel(self) -> None:
+        """Drop the request: its client is gone."""
+        self.model.loaded_batcher.cancel(self)
+
     def take(self, decoded: Decoded) -> None:
         """Set the content of a request that was made before it was decoded."""
         self.rows, self.row_shapes, self.payloads = decoded.rows, decoded.row_shapes, decoded.payloads
@@ -73,6 +77,41 @@ class InferRequest(Request):
             encode_later(self, [index for index, _ in self.outputs], encode, self.reply)
         else:
             self.reply(reply)
+
+
+class LongRequest(InferRequest):
+    """A request that is decoded in the thread, by `decoding`."""
+
+    __slots__ = ("decoding",)
+
+    def __init__(
+        self,
+        model: ServedModel,
+        decoding: asyncio.Future[Decoded],
+        reply: Callable[[Reply], None],
+        tenant: Tenant | None,
+    ) -> None:
+        super().__init__(model, _NOTHING, reply, tenant)
+        self.decoding = decoding
+        decoding.add_done_callback(self._submit)
+
+    def cancel(self) -> None:
+        super().cancel()
+        self.decoding.cancel()
+
+    def _submit(self, decoded: asyncio.Future[Decoded]) -> None:
+        if self.state is State.CANCELLED or decoded.cancelled():
+            decoded.cancelled() or decoded.exception()  # it is of no interest
+            return
+        failure = decoded.exception()  # raised here, it would refer to this frame, a cycle
+        if isinstance(failure, Exception):
+            self.reply(refused(self.model, failure, self.tenant))
+            return
+        try:
+            self.take(decoded.result())
+            self.model.loaded_batcher.submit(self)
+        except Exception as error:  # noqa: BLE001 - `refused` logs unexpected ones
+            self.reply(refused(self.model, error, self.tenant))
 
 
 def reply_to(
@@ -258,22 +297,4 @@ class Inference:
         if json_bytes > self.max_json_bytes:
             reply(too_large(json_bytes, self.max_json_bytes).reply(instance=model.infer_path))
             return None
-        request = InferRequest(model, _NOTHING, reply, tenant)
-        decoded = in_pieces(model.decoder.decode, body, json_length)
-        decoded.add_done_callback(partial(_submit_decoded, request))
-        return request
-
-
-def _submit_decoded(request: InferRequest, decoded: asyncio.Future[Decoded]) -> None:
-    if request.state is State.CANCELLED or decoded.cancelled():
-        decoded.cancelled() or decoded.exception()  # it is of no interest
-        return
-    failure = decoded.exception()  # raised here, it would refer to this frame, a cycle
-    if isinstance(failure, Exception):
-        request.reply(refused(request.model, failure, request.tenant))
-        return
-    try:
-        request.take(decoded.result())
-        request.model.loaded_batcher.submit(request)
-    except Exception as error:  # noqa: BLE001 - `refused` logs unexpected ones
-        request.reply(refused(request.model, error, request.tenant))
+        return LongRequest(model, in_pieces(model.decoder.decode, body, json_length), reply, tenant)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import ParamSpec, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 _RELEASE_S = 50e-6
 _WORK_S = 1e-3
@@ -38,6 +38,27 @@ def release() -> None:
         _turn.began_s = time.perf_counter()
 
 
+class _Call(Generic[_T]):
+    """A call that is waiting for the thread. The queue of a cancelled one keeps it, so it keeps nothing."""
+
+    def __init__(self, work: Callable[[], _T]) -> None:
+        self._work: Callable[[], _T] | None = work
+
+    def __call__(self) -> _T:
+        work, self._work = self._work, None
+        assert work is not None
+        return work()
+
+    def drop(self, _: object) -> None:
+        self._work = None
+
+
 def in_pieces(work: Callable[_P, _T], *args: _P.args, **options: _P.kwargs) -> asyncio.Future[_T]:
-    """Call a function that calls `release` between its pieces, in the thread."""
-    return asyncio.get_running_loop().run_in_executor(_thread, partial(work, *args, **options))
+    """Call a function that calls `release` between its pieces, in the thread.
+
+    Cancel the future to let go of the function's arguments.
+    """
+    call = _Call(partial(work, *args, **options))
+    future = asyncio.get_running_loop().run_in_executor(_thread, call)
+    future.add_done_callback(call.drop)
+    return future

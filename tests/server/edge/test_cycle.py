@@ -31,6 +31,7 @@ class Client:
         self.write_paused = False
         self.replies: list[Reply] = []
         self.complete = 0
+        self.ended: list[AsgiCycle] = []
 
     def closes_now(self) -> bool:
         return False
@@ -56,6 +57,9 @@ class Client:
 
     def on_response_complete(self) -> None:
         self.complete += 1
+
+    def on_cycle_end(self, cycle: AsgiCycle) -> None:
+        self.ended.append(cycle)
 
 
 def cycle_of(
@@ -207,6 +211,7 @@ async def test_the_body_arrives_in_parts_and_then_the_disconnect() -> None:
     bodies: list[Any] = [(one.get("body"), one.get("more_body")) for one in received]
     assert bodies == [(b"a", True), (b"b", True), (b"", False), (None, None)]
     assert client.written == []
+    assert client.ended == [cycle]
 
 
 async def test_an_unread_body_is_buffered_up_to_a_limit() -> None:

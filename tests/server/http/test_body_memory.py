@@ -8,6 +8,7 @@ import gzip
 import json
 import random
 import socket
+import threading
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from cobatch.server.http.body_memory import (
     default_bytes,
     memory_bytes,
 )
+from cobatch.server.v2.pieces import in_pieces
 from tests.support.http.serving import (
     DEADLINE_S,
     GATE,
@@ -218,7 +220,7 @@ def served(module_pair: tuple[Served, GatedEngine]) -> Iterator[Served]:
     yield served
     engine.release()
     until(served, lambda: not served.connections())
-    assert memory_of(served).used_bytes == 0
+    until(served, lambda: memory_of(served).used_bytes == 0)
 
 
 @pytest.fixture
@@ -449,16 +451,20 @@ def test_a_connection_waits_for_its_turn(served: Served) -> None:
 # Compressed bodies
 
 
+def form_of(text: bytes, form: str) -> tuple[str, bytes]:
+    """Return a request's path, and its body in this form."""
+    if form == "/v1":
+        rows = text[text.rindex(b"[") : text.rindex(b"]}]}") + 1]
+        return "/v1/models/gate/predictions", b'{"inputs":{"x":[%b]}}' % rows
+    if form == "/batch":
+        item = b'{"id":"a","method":"POST","url":"%b","body":%b}' % (GATE.encode(), text)
+        return "/batch", b'{"requests":[%b]}' % item
+    return GATE, text
+
+
 def packed(number: int, form: str = "infer", noise: int = 0) -> bytes:
     """Return a request whose body has LARGE bytes when it is decompressed, and few before without `noise`."""
-    text = large(number).partition(b"\r\n\r\n")[2]
-    target = GATE
-    if form == "/v1":
-        target = "/v1/models/gate/predictions"
-        text = b'{"inputs":{"x":[%b]}}' % text[text.rindex(b"[") : text.rindex(b"]}]}") + 1]
-    elif form == "/batch":
-        target = "/batch"
-        text = b'{"requests":[{"id":"a","method":"POST","url":"%b","body":%b}]}' % (GATE.encode(), text)
+    target, text = form_of(large(number).partition(b"\r\n\r\n")[2], form)
     body = gzip.compress(text + random.Random(0).randbytes(noise))
     return post(target, body, {"Content-Encoding": "gzip", "Content-Type": "application/json"})
 
@@ -523,6 +529,60 @@ def test_a_body_waits_no_longer_to_be_decompressed(fast: bool) -> None:
         assert (answer.status, answer.slug) == (503, "body-memory")
         engine.release()
         assert doubled(client) == 14
+
+
+# Clients that leave before their bodies are decoded
+
+
+@contextlib.contextmanager
+def codec_held(served: Served) -> Iterator[None]:
+    """Keep the thread that decodes busy."""
+    began, go_on = threading.Event(), threading.Event()
+
+    def work() -> None:
+        began.set()
+        go_on.wait(DEADLINE_S)
+
+    served.call(lambda: in_pieces(work))
+    assert began.wait(DEADLINE_S)
+    try:
+        yield
+    finally:
+        go_on.set()
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
+def test_a_body_goes_with_its_client(fast: bool) -> None:
+    request = large(7, size=8 << 20)
+    with gated(fast) as (served, _), codec_held(served):
+        tracemalloc.start()
+        try:
+            with served.connect() as client:
+                client.send(request)
+                until(served, lambda: any(one.cycle and not one.receiving for one in served.connections()))
+                sent, _ = served.call(tracemalloc.get_traced_memory)
+            until(served, lambda: not served.connections())
+            until(served, lambda: tracemalloc.get_traced_memory()[0] < 1 << 20)
+        finally:
+            tracemalloc.stop()
+        assert sent > 8 << 20
+
+
+@pytest.mark.parametrize("form", ["/v1", "/batch"])
+def test_a_body_that_is_still_to_be_decoded_keeps_its_memory(served: Served, form: str) -> None:
+    target, text = form_of(large(7).partition(b"\r\n\r\n")[2], form)
+    with codec_held(served):
+        with served.connect() as client:
+            request = post(target, text, {"Content-Type": "application/json"})
+            client.send(request[:-9])
+            # It is all with the application, so reading is not paused.
+            until(served, lambda: [one.body_bytes for one in served.connections()] == [len(text) - 9])
+            until(served, lambda: not served.connections()[0].cycle._body)
+            client.send(request[-9:])
+            until(served, lambda: not served.connections()[0].receiving)
+        until(served, lambda: not served.connections())
+        assert memory_of(served).used_bytes > LARGE // 2
+    until(served, lambda: memory_of(served).used_bytes == 0)
 
 
 # Clients that read slowly
