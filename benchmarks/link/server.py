@@ -33,6 +33,8 @@ _PAUSE_S = 0.05
 _LONGEST_STALL_S = 1.5
 # Processes that are younger are left alone: after the early death of one the supervisor waits on purpose.
 _YOUNG_S = 5.0
+# Requests of a connection: those of a front that was killed spread again over all fronts.
+_REQUESTS = 50
 # Answers that home had sent still come in after its death.
 _LATE_S = 0.5
 _HANG_S = 60.0
@@ -84,16 +86,16 @@ class Slot:
 class Load:
     """The clients. `answered_s`: when the last answer came."""
 
-    def __init__(self, address: str, requests: int) -> None:
+    def __init__(self, address: str, pid: int, requests: int) -> None:
         self.counts: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.silences: list[tuple[float, float, float]] = []
-        self.processes: list[int] = []
+        self.waited_s: dict[int, float] = {}  # of each process, for a CPU
         self.answered_s = time.monotonic()
         self._host, _, self._port = address.rpartition(":")
         self._requests = requests
         self._number = 0
-        self._waited_s = 0.0
+        self._pid = pid
 
     @property
     def done(self) -> bool:
@@ -112,8 +114,9 @@ class Load:
                 continue
             with closing(writer):
                 try:
-                    while not self.done and await self.ask(slot, reader, writer):
-                        pass
+                    for _ in range(_REQUESTS):
+                        if self.done or not await self.ask(slot, reader, writer):
+                            break
                 except (OSError, EOFError):
                     self.counts["lost"] += 1
 
@@ -143,15 +146,20 @@ class Load:
         """Note a silence that ends now."""
         now_s = time.monotonic()
         if now_s - self.answered_s > _SILENCE_S:
-            waited = min(now_s - self.answered_s, max(0.0, waited_s(self.processes) - self._waited_s))
-            self.silences.append((self.answered_s, now_s, waited))
+            before, after = self.waited_s, self.look()
+            waits = sum(waited - before.get(process, 0.0) for process, waited in after.items())
+            self.silences.append((self.answered_s, now_s, min(waits, now_s - self.answered_s)))
         self.answered_s = now_s
 
-    async def watch(self, pid: int) -> None:
-        """Note how long the processes have waited for a CPU, and raise TimeoutError if no answer comes."""
+    def look(self) -> dict[int, float]:
+        """Note how long each process has waited for a CPU, this one too, and return it."""
+        self.waited_s = {process: waited_s([process]) for process in [*descendants(self._pid), os.getpid()]}
+        return self.waited_s
+
+    async def watch(self) -> None:
+        """Look at the processes. Raises TimeoutError if no answer comes."""
         while not self.done:
-            self.processes = [*descendants(pid), os.getpid()]
-            self._waited_s = waited_s(self.processes)
+            self.look()
             if time.monotonic() - self.answered_s > _HANG_S:
                 raise TimeoutError(f"no answer for {_HANG_S} s, after {self.counts['answered']}")
             await asyncio.sleep(_SILENCE_S)
@@ -188,7 +196,7 @@ class Disturber:
     def old(self) -> dict[str, int]:
         """Return the processes by name that are not young."""
         now_s = time.monotonic()
-        names = {name: process for process in self.load.processes if (name := _name_of(process))}
+        names = {name: process for process in self.load.waited_s if (name := _name_of(process))}
         self.seen = {process: self.seen.get(process, now_s) for process in names.values()}
         return {name: process for name, process in names.items() if self.seen[process] <= now_s - _YOUNG_S}
 
@@ -235,13 +243,13 @@ def serving(processes: int) -> Iterator[Server]:
 
 async def load_of(server: Server, requests: int, every_s: float) -> tuple[Load, Disturber]:
     """Run the load beside the disturber."""
-    load = Load(server.address, requests)
+    load = Load(server.address, server.pid, requests)
     disturber = Disturber(load, every_s)
     disturbing = asyncio.create_task(disturber.run())
     async with asyncio.TaskGroup() as group:
         for _ in range(_CLIENTS):
             group.create_task(load.client())
-        group.create_task(load.watch(server.pid))
+        group.create_task(load.watch())
     disturbing.cancel()
     with suppress(asyncio.CancelledError):
         await disturbing

@@ -71,7 +71,7 @@ def test_a_silence_is_explained_by_stops_of_its_own_processes() -> None:
 
 
 def test_silences_of_a_server_are_explained() -> None:
-    load = server.Load("127.0.0.1:1", 1)
+    load = server.Load("127.0.0.1:1", 0, 1)
     disturber = server.Disturber(load, 1.0)
     disturber.stops, disturber.kills = [(1.0, 2.0)], [11.0]
     load.silences = [(0.5, 3.0, 0.25), (10.0, 12.5, 0.25)]
