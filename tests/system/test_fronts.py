@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import ssl
 from collections.abc import Iterator
@@ -44,6 +45,16 @@ def child(server: Cobatch, name: str) -> int:
     raise AssertionError(f"there is no {name}")
 
 
+def kill(pid: int) -> None:
+    """Kill a process, and wait until it has closed its sockets, with connections that it has not read yet."""
+    end = os.pidfd_open(pid)
+    try:
+        os.kill(pid, signal.SIGKILL)
+        select.select([end], [], [], WAIT_S)
+    finally:
+        os.close(end)
+
+
 def front(connection: Connection) -> None:
     """Bring a connection back to its front: after a request for another route it is home's."""
     assert connection.infer("negate", [["no number"]]).status == 422
@@ -69,7 +80,7 @@ def test_a_killed_front_ends_its_own_connections_only(server: Cobatch) -> None:
     one.send_infer("negate", [[float(HOLD)] * 3])
     server.held()
     other.send_infer("negate", ROW)
-    os.kill(child(server, "front 0"), signal.SIGKILL)
+    kill(child(server, "front 0"))
     server.release()
     answered = 0
     for connection in (one, other):
