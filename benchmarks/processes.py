@@ -50,7 +50,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured in one turn of a server. CPU in microseconds per request."""
+    """The figures of one turn of a server. CPU in microseconds per request."""
 
     per_s: float
     p50_us: float

@@ -46,7 +46,7 @@ def _is_linked(pid: int) -> bool:
 
 
 def _held(pid: int) -> Counter[str]:
-    """Count what a process holds: open files by kind, and mapped slabs."""
+    """Count the resources of a process: open files by kind, and mapped slabs."""
     files = [
         str(fd.readlink()).partition("[")[0] for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()
     ]
@@ -99,7 +99,7 @@ def main() -> None:
     flags = ["--processes", str(options.processes)]
     with cobatch(model_path("tiny"), None, fast_path=True, flags=flags) as server:
         supervisor = server.pid
-        _restart_fronts(supervisor, fronts, fronts)  # what is opened at first use is open now
+        _restart_fronts(supervisor, fronts, fronts)  # files that are opened at first use are open now
         home = _children(supervisor)["home"]
         before = {"supervisor": _held(supervisor), "home": _held(home)}
         left = options.restarts

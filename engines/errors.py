@@ -22,7 +22,7 @@ class NoBatchAxisError(EngineRunError, EngineLoadError):
 
 
 class LinkError(EngineError):
-    """A link between two processes is at its end: the other process closed it, or sent what it must not."""
+    """A link between two processes is at its end: the other process closed it, or broke its rules."""
 
 
 class LinkClosedError(LinkError):

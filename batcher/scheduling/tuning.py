@@ -68,8 +68,8 @@ TIME_LEFT = 0.75
 ROW_COST = 1.0
 # While deadlines are missed, a request is left out in favour of others if it has less left than this part of
 # the runs take. At 0.5: 1,040 requests/s in time instead of 1,190 (cell 38 of
-# benchmarks.scheduling.robustness); at 0.95 stalls of a few percent drop what is in time: 3,960 instead of
-# 4,170 (cell 74).
+# benchmarks.scheduling.robustness); at 0.95 stalls of a few percent drop requests that are in time:
+# 3,960 instead of 4,170 (cell 74).
 SURE = 0.9
 # A tenant is light if its rows are less than this part of its share of the queue; they do not ride in a batch
 # that runs more than this many times as long for others' rows. Without: test_fair_queueing.

@@ -88,7 +88,7 @@ class FrontEnd:
             self.channel.send(Release((answered.block,)))
 
     def close(self) -> None:
-        """Close the link, with what is queued."""
+        """Close the link, with its queue."""
         self.channel.close()
         self.requests.close()
 
@@ -135,7 +135,7 @@ class HomeEnd:
             self.delayed.append((numbers, b"".join(row.data for row in rows)))
 
     def close(self) -> None:
-        """Close the link, with what is queued."""
+        """Close the link, with its queue."""
         self.channel.close()
         self.answers.close()
 

@@ -84,7 +84,7 @@ def best_us(ways: Mapping[str, Way], requests: int) -> dict[str, float]:
 
 
 def show_turns(console: Console) -> None:
-    """Print what a turn costs, by the size of rows and their number."""
+    """Print the cost of a turn, by the size of rows and their number."""
     table = Table("row, bytes", "requests a turn", "in messages, us", "in the slab, us", "slab / messages")
     for size, count in CASES:
         with turn_of(size, count, Messages) as messages, turn_of(size, count, Blocks) as blocks:

@@ -176,7 +176,7 @@ class Stress:
             child.end()
 
     def explain(self) -> None:
-        """Find what the processes of each silence's link did meanwhile."""
+        """Find the actions of the processes during each silence of their link."""
         for front, silence in self.silences:
             stopped_s, at_s = 0.0, silence.began_s
             for number, began_s, ended_s in sorted(self.stops, key=lambda stop: stop[1]):
@@ -188,7 +188,7 @@ class Stress:
             self.explained.append(Explained(length_s, stopped_s, silence.waited_s))
 
     def faults(self, limit_s: float = LIMIT_S) -> list[str]:
-        """Return what is wrong. `limit_s`: the longest silence without an explanation."""
+        """Return the faults. `limit_s`: the longest silence without an explanation."""
         faults = []
         if self.counts["wrong"]:
             faults.append(f"{self.counts['wrong']} answers are wrong")

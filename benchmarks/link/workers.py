@@ -105,7 +105,7 @@ class Worker:
         raise NotImplementedError
 
     def leave(self) -> None:
-        """Tell what is left."""
+        """Tell the rest."""
         self.control.send(encode(Leftover(self.leaked_blocks, _open_descriptors() - self._descriptors)))
 
 
@@ -213,7 +213,7 @@ class Front(Worker):
             self.report.wrong += not (right and np.array_equal(data[1:-1], self.answers[slot, 1:-1]))
 
     def release_kept(self) -> None:
-        """Give slowly read answers back, if they are still what they were."""
+        """Give slowly read answers back, if they are unchanged."""
         while self.kept and self.end is not None and self.kept[0][0] <= time.monotonic():
             _, answered, slots = self.kept.popleft()
             self.compare(answered, slots)

@@ -32,7 +32,7 @@ from cobatch.server.cli.plots import chart, draw_lines
 _INTRODUCTION = """\
 Made by `python -m benchmarks.scaling`: do not edit. CPU per request in microseconds; the growth is the ratio
 of the last figure to the first, and its explanation is fitted ([more](../../../docs/scaling.md)). A cost may
-not grow with the batch size or with what is idle; it must grow more slowly than the square root of
+not grow with the batch size or with idle objects; it must grow more slowly than the square root of
 connections, queued requests or tenants; and at most in proportion to the floats in a row and the models in
 use.
 """

@@ -60,7 +60,7 @@ class Channel(Generic[Sent, Received]):
             self._datagram = None
 
     def flush(self) -> None:
-        """Send what is queued, as far as the socket takes it: the rest is `backlogged`."""
+        """Send the queue, as far as the socket takes it: the rest is `backlogged`."""
         backlog = self._backlog
         while backlog or self._datagram is not None:
             if not backlog:
@@ -87,7 +87,7 @@ class Channel(Generic[Sent, Received]):
             try:
                 size = self._sock.recv_into(self._buffer)
             except ConnectionResetError:
-                # The other end was closed before it had read everything. What it sent can be read still.
+                # The other end was closed before it had read everything. Its messages can be read still.
                 size = self._sock.recv_into(self._buffer)
         except BlockingIOError:
             return []
@@ -99,7 +99,7 @@ class Channel(Generic[Sent, Received]):
             raise LinkError(f"a datagram of {size} bytes is not one of messages: {error}") from None
 
     def close(self) -> None:
-        """Close the socket. What is queued is lost."""
+        """Close the socket. The queue is lost."""
         self._sock.close()
 
 

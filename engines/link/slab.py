@@ -102,7 +102,7 @@ class SlabWriter:
         os.close(descriptor)
         self.size = len(self._map)
         self.arena = Arena(self.size)
-        self._written = 0  # the end of what was written since no block was in use
+        self._written = 0  # the end of the bytes written since no block was in use
 
     def write(self, buffers: Sequence[Buffer]) -> int | None:
         """Copy the buffers, one after another, into a new block. Return its offset, or None if there is none.

@@ -1,4 +1,4 @@
-"""Answers of a batch on their way to fronts: what they share, and the rows of each front."""
+"""Answers of a batch on their way to fronts: their common part, and the rows of each front."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from cobatch.server.fronts.rows import Buffer, output_bytes
 
 
 class SharedRows:
-    """What the answers of a batch have in common, on all links. `row_size`: bytes of a row of all outputs."""
+    """The common part of the answers of a batch, on all links. `row_size`: bytes of a row of all outputs."""
 
     __slots__ = ("_row_bytes", "_wholes", "info", "outputs", "row_size", "shapes")
 

@@ -129,7 +129,7 @@ class Control:
         return True
 
     def flush(self) -> None:
-        """Send what the socket takes now."""
+        """Send as much as the socket takes now."""
         with contextlib.suppress(ConnectionError):
             while self._backlog and self._try(*self._backlog[0]):
                 _close_all(self._backlog.popleft()[1])

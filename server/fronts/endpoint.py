@@ -1,4 +1,4 @@
-"""An end of a link on the event loop: what has gathered in an iteration is sent at once."""
+"""An end of a link on the event loop: the messages of an iteration are sent at once."""
 
 import asyncio
 import logging
@@ -43,7 +43,7 @@ class Endpoint(Generic[Sent, Received]):
         self.flush_soon()
 
     def flush_soon(self) -> None:
-        """Send what has gathered at the end of this iteration."""
+        """Send the gathered messages at the end of this iteration."""
         if not self._due:
             self._due = True
             self._loop.call_soon(self._flush_if_due)
@@ -53,7 +53,7 @@ class Endpoint(Generic[Sent, Received]):
             self.flush()
 
     def flush(self) -> None:
-        """Send what has gathered."""
+        """Send the gathered messages."""
         self._due = False
         if not self.ended:
             self.gather()

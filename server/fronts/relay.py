@@ -289,7 +289,7 @@ class _Pipe(asyncio.Protocol):
             self.transport.write_eof()
 
     def write(self, data: bytes) -> None:
-        """Pass on what the client has sent."""
+        """Pass on the bytes that the client has sent."""
         if not self.transport.is_closing() and not self._eof:
             self.transport.write(data)
 
@@ -301,7 +301,7 @@ class _Pipe(asyncio.Protocol):
                 self.transport.write_eof()
 
     def on_returned(self, sent: int) -> None:
-        """Keep what comes behind the responses, and let home send it."""
+        """Keep the bytes behind the responses, and let home send them."""
         self._sent = sent
         if self._relay is not None:
             self._relay.expects = True  # the request that home does not serve

@@ -110,7 +110,7 @@ class RemoteBatcher:
         self.resume()
 
     def close(self) -> None:
-        """Refuse requests: the link has ended, and what was sent is lost."""
+        """Refuse requests: the link has ended, and requests on it are lost."""
         self.pause()
         self._uplink = self._page = None
         pending, self._pending = self._pending, []

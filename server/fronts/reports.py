@@ -181,7 +181,7 @@ def _encoded(counted: Counted) -> msgspec.Raw:
 
 
 class Reports:
-    """Home's side: asks fronts and adds what they have counted. `ask` returns the fronts that were asked."""
+    """Home's side: asks fronts and adds their counts. `ask` returns the fronts that were asked."""
 
     def __init__(self, inference: Inference, ask: Callable[[int], Collection[int]]) -> None:
         self._inference = inference

@@ -288,7 +288,7 @@ class Uplink(Endpoint[FromFront, ToFront]):
         self._end(sent)
 
     def _take(self, id_: int) -> _Sent:
-        """Return what has this id, and end its flight."""
+        """Return the message with this id, and end its flight."""
         sent = self._open.pop(id_, None)
         return self._take_member(id_) if sent is None else sent
 

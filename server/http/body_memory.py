@@ -180,7 +180,7 @@ class Share:
         self._served.set_result(None)
 
     def give_back(self) -> None:
-        """Return what was taken."""
+        """Return the memory that was taken."""
         if self._size:
             self._memory.give_back(self.address, self._size)
 

@@ -1,4 +1,4 @@
-"""What the control groups of this process, usually its container's, allow it."""
+"""The limits that the control groups of this process, usually its container's, set."""
 
 import contextlib
 import os

@@ -67,7 +67,7 @@ class Child:
             self.control.send(message, fds)
 
     def note(self, message: Reached) -> None:
-        """Note what the process has reached."""
+        """Note the state that the process has reached."""
         self.reached.add(message.state)
         # A front serves before it is ready, which depends on home.
         if message.state == ("ready" if self.role == "home" else "up"):

@@ -197,7 +197,7 @@ class Supervisor:
             log.info("%s ended (%s)", child.name, cause)
             self._proceed()
         elif not self._told_ready and (status > 0 or child is self._home):
-            # As with one process: a service manager decides what comes next. The child explained a status.
+            # As with one process: a service manager decides on the next step. The child explained a status.
             if status <= 0:
                 log.error("%s ended (%s) before the server was ready", child.name, cause)
             self._exit_status = max(status, _FAILED)
@@ -246,7 +246,7 @@ class Supervisor:
                 child.wait()
 
     def _drain(self) -> None:
-        """Wait until the children have answered what they accepted; from now on none is replaced."""
+        """Wait until the children have answered all accepted requests; from now on none is replaced."""
         self._drain_s = time.monotonic()
         self._proceed()
 

@@ -1,4 +1,4 @@
-"""The stress of links, a five-hundredth of it, and what it would notice."""
+"""The stress of links, a five-hundredth of it, and the faults that it would notice."""
 
 from __future__ import annotations
 

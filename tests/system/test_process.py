@@ -49,7 +49,7 @@ def check_refused_for_good(answer: Answer) -> None:
 
 
 def check_read_by_now(*probes: Connection) -> None:
-    """Wait until the fronts of these connections have read what was sent before, on other ones."""
+    """Wait until the fronts of these connections have read the bytes sent before, on other ones."""
     for probe in probes:
         assert probe.infer("negate", [["no number"]]).status == 422
 

@@ -41,7 +41,7 @@ BAD_RELEASE, BAD_BLOCK, BAD_DROPPED = Release((1,)), Submit(0, 0, 1, (8,), SLAB_
 
 
 class CheckedChannel(Channel[Any, Any]):
-    """A channel that receives what the other end has sent, in this order, each once."""
+    """A channel that receives the messages of the other end, in this order, each once."""
 
     def __init__(self, sock: socket.socket, decode: Any, sent: deque[Any], coming: deque[Any]) -> None:
         super().__init__(sock, decode)
@@ -171,7 +171,7 @@ class Linked(RuleBasedStateMachine):
         self.connect()
 
     def end(self, channel: Channel[Any, Any], receive: Callable[[], None], bad: Any) -> None:
-        """Close a channel, or break the rules. The other end gets what the socket took, then the end."""
+        """Close a channel, or break the rules. The other end gets all that the socket took, then the end."""
         assert isinstance(channel, CheckedChannel)
         if bad is not None and bad != BAD_BYTES:
             channel.send(bad)

@@ -1,6 +1,6 @@
 """A child process for tests of the supervisor: it has no server, but speaks the supervisor's protocol.
 
-It prints what the supervisor tells it. A front greets each connection with its name and process, and obeys
+It prints the supervisor's messages. A front greets each connection with its name and process, and obeys
 the lines that it receives: `closed` answers with the number of closed connections, `hold` makes it drain no
 further. Home says that front 0 broke the protocol when it gets SIGUSR1.
 """
@@ -34,7 +34,7 @@ def say(*words: object) -> None:
 
 
 class FakeChild:
-    """What a child does about the supervisor's messages."""
+    """A child's part of the supervisor's protocol."""
 
     def __init__(self, parent: Parent) -> None:
         self.parent = parent

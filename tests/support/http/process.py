@@ -121,7 +121,7 @@ class Cobatch:
         self._gate = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._gate.bind("")  # an address in the abstract namespace
         self._gate.settimeout(WAIT_S)
-        self._held: Any = None  # the address of what is held
+        self._held: Any = None  # the address of the run that is held
         environ = {name: value for name, value in os.environ.items() if not name.startswith("COBATCH_")}
         environ |= {"PYTHONWARNINGS": "error", "PYTHONUNBUFFERED": "1"}
         if self.processes > 1:
