@@ -300,11 +300,12 @@ class Home(Worker):
 
 
 def waited_s(processes: Iterable[int]) -> float:
-    """Return the time that these processes have waited for a CPU while they could run."""
+    """Return the time that the threads of these processes have waited for a CPU while they could run."""
     waited_ns = 0
     for process in processes:
-        with suppress(OSError):
-            waited_ns += int(Path(f"/proc/{process}/schedstat").read_text().split()[1])
+        for thread in Path(f"/proc/{process}/task").glob("*/schedstat"):
+            with suppress(OSError):
+                waited_ns += int(thread.read_text().split()[1])
     return waited_ns / 1e9
 
 
