@@ -277,7 +277,7 @@ def test_an_interrupted_run_reports_its_results(node: Any, tmp_path: Path) -> No
         printed, errors = process.communicate(timeout=60)
     assert line.startswith("16 connections ")
     assert "Traceback" not in errors
-    assert process.returncode == 0
+    assert process.returncode == 0, errors + printed
     assert "(interrupted)" in printed
     document = json.loads(file.read_text())
     assert document["interrupted"]
