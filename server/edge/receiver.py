@@ -1,8 +1,8 @@
 """Reading from a connection only where there is room: for the body, for answers, for further requests.
 
 A body beyond FREE_BYTES needs some of the memory that all bodies share, and is read in turn with the others
-(`server.http.body_memory`). A client
-that sends faster than it is answered, or does not take its responses, is not read.
+(`server.http.body_memory`). A client that sends faster than it is answered, or does not take its responses,
+is not read.
 """
 
 import asyncio

@@ -20,8 +20,6 @@ from cobatch.server.fronts.control import (
     Reload,
     ToChild,
 )
-from cobatch.server.http.body_memory import BodyMemory, default_bytes
-from cobatch.server.inference.service import Inference
 from cobatch.server.observability.output import LogStream
 from cobatch.server.serve import Server
 from cobatch.server.settings.schema import Settings
@@ -35,8 +33,11 @@ class ChildServer(Server):
     def __init__(self, settings: Settings, log_stream: LogStream | None, parent: Parent) -> None:
         self.parent = parent
         super().__init__(settings, log_stream)
+        # All processes receive bodies and check signatures.
+        processes = parent.start.fronts + 1
+        self.inference.bodies.limit_bytes //= processes
         if self.inference.auth is not None:
-            self.inference.auth.throttle.divide(parent.start.fronts + 1)
+            self.inference.auth.throttle.divide(processes)
         self._last = asyncio.Event()
         self._adopted = 0
         self._handshakes: set[asyncio.Task[None]] = set()
@@ -48,11 +49,6 @@ class ChildServer(Server):
     def no_more(self) -> None:
         """End, now that the last connection has come."""
         self._last.set()
-
-    def share_bodies(self, inference: Inference) -> None:
-        """Give it this process's share of the memory for bodies: all processes receive them."""
-        limit = inference.settings.server.body_memory_bytes or default_bytes()
-        inference.bodies = BodyMemory(limit // (self.parent.start.fronts + 1))
 
     # Begin and end
 

@@ -24,7 +24,6 @@ HEARTBEAT_S = 0.1
 PAGE_BYTES = 1 << 16
 _MESSAGE_BYTES = 1 << 16
 _MOST_FDS = 8
-_WORD_BYTES = 8
 _WORDS = 2  # of a child: heartbeats, closed connections
 
 Role = Literal["home", "front"]

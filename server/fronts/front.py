@@ -91,7 +91,6 @@ class Front(ChildServer):
         return front_app(inference)
 
     def make_http(self, inference: Inference) -> Any:
-        self.share_bodies(inference)
         return front_protocol(inference, self.hand_over)
 
     def add_link(self, front: int, ends: LinkEnds) -> None:

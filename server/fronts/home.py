@@ -136,7 +136,6 @@ class Home(ChildServer):
         self.downlinks.on_none = self._unlinked.set
 
     def make_http(self, inference: Inference) -> Any:
-        self.share_bodies(inference)
         return partial(HomeConnection, inference)
 
     def add_link(self, front: int, ends: LinkEnds) -> None:

@@ -58,7 +58,7 @@ class QueuePage:
 
 class Page:
     """The page of a life of home. Closes the descriptor that it is made of. Raises ValueError if it is too
-    small for so many models."""
+    small for the models."""
 
     def __init__(self, descriptor: int, models: int, *, writable: bool) -> None:
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)

@@ -14,8 +14,9 @@ from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec
 from cobatch.engines.errors import LinkError
 from cobatch.engines.link.messages import Answers, Submit
 from cobatch.server.http.problem import Problem
-from cobatch.server.v2.binary import read_binary
+from cobatch.server.v2.binary import read_binary, read_elements
 from cobatch.server.v2.checks import OutputSizes, check_tensor
+from cobatch.server.v2.encode import bytes_tensor
 
 Buffer = bytes | bytearray | memoryview
 
@@ -89,7 +90,7 @@ def output_bytes(output: Array) -> Buffer:
     """Return rows of an output as they are sent; contiguous numbers are not copied."""
     if output.dtype != object:
         return np.ascontiguousarray(output).reshape(-1).view(np.uint8).data
-    return as_bytes([one if isinstance(one, bytes) else str(one).encode() for one in output.reshape(-1)])
+    return b"".join(bytes_tensor(output))
 
 
 def read_outputs(
@@ -101,22 +102,10 @@ def read_outputs(
     for dtype, row_shape, size in zip(dtypes, answers.shapes, answers.sizes, strict=True):
         shape = (rows, *row_shape)
         if dtype.hasobject:
-            data = memoryview(payload)[at : at + size]
             output: np.ndarray[Any, Any] = np.empty(prod(shape), object)
-            output[:] = read_elements(data)
+            output[:], _ = read_elements(memoryview(payload)[at : at + size], output.size)
             outputs.append(output.reshape(shape))
         else:
             outputs.append(np.ndarray(shape, dtype, payload, at))
         at += size
     return outputs
-
-
-def read_elements(data: memoryview) -> list[bytes]:
-    """Return the elements of a BYTES tensor."""
-    values = []
-    at = 0
-    while at < len(data):
-        end = at + 4 + int.from_bytes(data[at : at + 4], "little")
-        values.append(bytes(data[at + 4 : end]))
-        at = end
-    return values

@@ -47,7 +47,7 @@ class Child:
         self.reached.clear()
         self._good_s = None
         self._connections = self._beats = self._silent_beats = 0
-        self._words.write(self._word, 0, 0)
+        self._words.clear(self._word)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ExitStack() as stack, theirs, _blocked_signals():
             stack.callback(ours.close)

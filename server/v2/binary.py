@@ -88,17 +88,21 @@ def read_raw(spec: TensorSpec, body: Body) -> tuple[tuple[int, ...], Payload]:
 def _read_strings(spec: TensorSpec, data: memoryview, elements: int) -> list[bytes]:
     """BYTES in binary: each element is its length (u32, little-endian) and its bytes."""
     check_strings(spec, elements)
-    values: list[bytes] = []
-    at, end = 0, len(data)
-    while at + 4 <= end and len(values) < elements:
-        (size,) = _LENGTH(data, at)
-        at += 4
-        if size > end - at:
-            at -= 4
-            break
-        values.append(bytes(data[at : at + size]))
-        at += size
-    if at != end or len(values) != elements:
-        detail = f"{end} bytes do not hold exactly {elements} elements"
+    values, end = read_elements(data, elements)
+    if end != len(data) or len(values) != elements:
+        detail = f"{len(data)} bytes do not hold exactly {elements} elements"
         raise wrong_data(spec, detail, expected_elements=elements, actual_elements=len(values))
     return values
+
+
+def read_elements(data: memoryview, most: int) -> tuple[list[bytes], int]:
+    """Return the elements of a BYTES tensor, at most `most`, and the place behind the last whole one."""
+    values: list[bytes] = []
+    at, end = 0, len(data)
+    while at + 4 <= end and len(values) < most:
+        (size,) = _LENGTH(data, at)
+        if size > end - at - 4:
+            break
+        at += 4 + size
+        values.append(bytes(data[at - size : at]))
+    return values, at

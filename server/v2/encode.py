@@ -119,7 +119,7 @@ class Encoder:
                 values = batch.outputs[index][first : first + rows]
                 if _OWN not in batch.memo and _is_long(values, batch.outputs[index]):
                     raise LongAnswerError
-                data = _bytes_tensor(values)
+                data = bytes_tensor(values)
                 pieces.append(b'"parameters":{"binary_data_size":%d}}' % sum(map(len, data)))
                 tail += data
             else:
@@ -326,7 +326,7 @@ def text_of(value: object) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
-def _bytes_tensor(values: Array) -> list[bytes]:
+def bytes_tensor(values: Array) -> list[bytes]:
     """BYTES as binary, in pieces: each element its length (u32, little-endian) and its bytes."""
     joined: list[bytes] = []
     flat = values.reshape(-1)

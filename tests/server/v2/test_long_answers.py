@@ -131,14 +131,14 @@ def test_strings_in_pieces(rows: list[list[bytes | str]], flat: bool) -> None:
     values[:] = rows
     values = values.reshape(-1) if flat else values
     whole = msgspec.json.encode(encode._texts(values.tolist()))
-    tensor = b"".join(encode._bytes_tensor(values))
+    tensor = b"".join(encode.bytes_tensor(values))
     with mock.patch.multiple(encode, _TEXT_PIECE=8, LONG_TEXT=8):
         pieces = encode.json_pieces(values)
         assert b"".join(pieces) == whole
         # A character of JSON may take six bytes, a character of text four.
         assert max(map(len, pieces)) <= 8 * 6 + 3 * 8
         assert pieces[-1] == b"]" or len(pieces) == 1
-        assert b"".join(encode._bytes_tensor(values)) == tensor
+        assert b"".join(encode.bytes_tensor(values)) == tensor
 
 
 class Texts(GatedEngine):
