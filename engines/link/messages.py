@@ -155,20 +155,14 @@ class Dropped(Struct, frozen=True, array_like=True, tag=20, gc=False):
     ids: tuple[Whole, ...]
 
 
-class Accounts(Struct, frozen=True, array_like=True, tag=21, gc=False):
-    """Accounts of limited tenants: their number, open requests, and when the token bucket is full again."""
-
-    tenants: tuple[tuple[Count, Whole, float], ...]
-
-
-class Collect(Struct, frozen=True, array_like=True, tag=22, gc=False):
+class Collect(Struct, frozen=True, array_like=True, tag=21, gc=False):
     """Send a report now, with this number."""
 
     number: Whole
 
 
 FromFront = Submit | Cancel | Release | Tenant | Report
-ToFront = Welcome | Loaded | Answers | Failed | Dropped | Accounts | Collect
+ToFront = Welcome | Loaded | Answers | Failed | Dropped | Collect
 
 decode_from_front = msgspec.msgpack.Decoder(list[FromFront]).decode
 decode_to_front = msgspec.msgpack.Decoder(list[ToFront]).decode

@@ -12,7 +12,7 @@ belongs to the others.
 
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 from weakref import WeakValueDictionary, ref
 
@@ -46,11 +46,12 @@ class Total(Usage):
 
 
 class Tenants:
-    """All accounts in use, or whose token bucket is not full again."""
+    """All accounts in use, or whose token bucket is not full again. `make` makes one."""
 
     def __init__(
         self, rules: Sequence[TenantRule], clock: Clock = time.monotonic, *, max_idle: int = _MAX_IDLE
     ) -> None:
+        self.make: Callable[..., Tenant] = Tenant
         self._rules = [*rules, TenantRule()]  # the last one fits all, without limits
         self._clock = clock
         self._all: WeakValueDictionary[_Key, Tenant] = WeakValueDictionary()
@@ -78,7 +79,7 @@ class Tenants:
         if tenant is None:
             limits = msgspec.structs.asdict(self._rules[index])
             del limits["tenant"], limits["scope"]
-            self._all[key] = tenant = Tenant(name, **limits)
+            self._all[key] = tenant = self.make(name, **limits)
             tenant.rule = index
             self._totals.add(tenant)
         if key not in self._kept:

@@ -20,8 +20,8 @@ from msgspec import Struct
 from cobatch.server.settings.schema import Settings
 
 HEARTBEAT_S = 0.1
-# Of a page that home writes for the fronts (`server.fronts.page`).
-PAGE_BYTES = 1 << 16
+# Of a page that home writes for the fronts (`server.fronts.page`); memory is used where it is written.
+PAGE_BYTES = 1 << 20
 _MESSAGE_BYTES = 1 << 16
 _MOST_FDS = 8
 _WORDS = 2  # of a child: heartbeats, closed connections

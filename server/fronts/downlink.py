@@ -21,7 +21,6 @@ from cobatch.engines.link.channel import HomeChannel
 from cobatch.engines.link.messages import (
     BUNDLE_IDS,
     INLINE_BYTES,
-    Accounts,
     Answers,
     Cancel,
     Collect,
@@ -129,8 +128,6 @@ class Downlink(Endpoint[ToFront, FromFront]):
         self._readers: list[InputReader | None] = [None] * len(models)
         self._accounts = tenants
         self._tenants: dict[int, Tenant] = {}
-        self._numbers: dict[Tenant, int] = {}
-        self._touched: dict[int, Tenant] = {}  # limited tenants whose accounts have changed
         self._on_submitted = on_submitted
         self._on_ended = on_ended
         self._groups: list[AnswerGroup] = []  # of this iteration
@@ -215,12 +212,7 @@ class Downlink(Endpoint[ToFront, FromFront]):
     def _introduce(self, message: TenantMessage) -> None:
         if self._accounts is None or not self._accounts.has_rule(message.rule):
             raise LinkError(f"tenant {message.name!r} with rule {message.rule}")
-        before = self._tenants.get(message.number)
-        if before is not None:
-            self._numbers.pop(before, None)
-        tenant = self._accounts.by_rule(message.name, message.rule)
-        self._tenants[message.number] = tenant
-        self._numbers[tenant] = message.number
+        self._tenants[message.number] = self._accounts.by_rule(message.name, message.rule)
 
     def tenant(self, number: int) -> Tenant | None:
         """Return the tenant with this number. Raises LinkError."""
@@ -245,7 +237,6 @@ class Downlink(Endpoint[ToFront, FromFront]):
         if request.error is not None:
             self._fail(request, request.error)
             return
-        self._touch(request)
         batch = request.batch
         assert batch is not None
         shared = batch.memo.get(_SHARED)
@@ -307,7 +298,6 @@ class Downlink(Endpoint[ToFront, FromFront]):
             self.post(msgspec.structs.replace(answers, payload=payload))
 
     def _fail(self, request: LinkedRequest, error: Exception) -> None:
-        self._touch(request)
         problem = from_error(error)
         slug = problem.kind.slug
         if slug == "internal":
@@ -315,20 +305,10 @@ class Downlink(Endpoint[ToFront, FromFront]):
         info = None if request.batch is None else info_of(request.batch)
         self.post(Failed(request.id, slug, problem.detail, problem.members, problem.close, info))
 
-    def _touch(self, request: LinkedRequest) -> None:
-        """Send a limited tenant's account along: responses say how much is left."""
-        tenant = request.tenant
-        if tenant is not None and tenant.limited and tenant in self._numbers:
-            self._touched[self._numbers[tenant]] = tenant
-
     def gather(self) -> None:
         groups, self._groups = self._groups, []
         for group in groups:
             self._post_group(group)
-        if self._touched:
-            accounts = [_account(number, tenant) for number, tenant in self._touched.items()]
-            self._touched.clear()
-            self._channel.send(Accounts(tuple(accounts)))
         outbox, self._outbox = self._outbox, []
         for message in outbox:
             self._channel.send(message)
@@ -343,7 +323,3 @@ class Downlink(Endpoint[ToFront, FromFront]):
         for request in open_.values():
             self._models[request.model].loaded_batcher.cancel(request)
         self._on_ended(self, why, broken)
-
-
-def _account(number: int, tenant: Tenant) -> tuple[int, int, float]:
-    return number, tenant.open_requests, 0.0 if tenant.bucket is None else tenant.bucket.full_at_s

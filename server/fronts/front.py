@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 from cobatch.engines.link.channel import Channel
 from cobatch.engines.link.messages import decode_to_front
 from cobatch.engines.link.slab import SlabReader, SlabWriter
+from cobatch.server.fronts.accounts import FrontTenant, share_accounts
 from cobatch.server.fronts.app import front_app
 from cobatch.server.fronts.child_server import ChildServer
 from cobatch.server.fronts.control import LinkEnds, Parent
@@ -40,6 +41,8 @@ class Uplinks:
     def make_inference(self, settings: Settings, log_stream: LogStream | None) -> Inference:
         """Return the front's models."""
         self.inference = Inference(settings, log_stream, self.models)
+        auth = self.inference.auth
+        self._accounts = None if auth is None else share_accounts(auth.tenants, FrontTenant)
         self._reporter = Reporter(self.inference, self._connections)
         return self.inference
 
@@ -51,7 +54,7 @@ class Uplinks:
             Channel(ends.messages, decode_to_front),
             SlabReader(ends.slab_in),
             SlabWriter(ends.slab_out),
-            Page(ends.page, len(self.models), writable=False),
+            Page(ends.page, len(self.models), self._accounts, writable=False),
             self.models,
             asyncio.get_running_loop(),
             on_loaded=self.inference.tell_if_ready,

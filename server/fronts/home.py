@@ -15,6 +15,7 @@ from cobatch.batcher.request import Batch
 from cobatch.engines.link.channel import Channel
 from cobatch.engines.link.messages import decode_from_front
 from cobatch.engines.link.slab import SlabReader, SlabWriter
+from cobatch.server.fronts.accounts import HomeTenant, share_accounts
 from cobatch.server.fronts.child_server import ChildServer
 from cobatch.server.fronts.control import HEARTBEAT_S, EndFront, LinkEnds, Parent
 from cobatch.server.fronts.downlink import Downlink
@@ -42,6 +43,8 @@ class Downlinks:
         self._inference = inference
         self._models = list(inference.models.values())
         self._indices = {model.name: index for index, model in enumerate(self._models)}
+        auth = inference.auth
+        self._accounts = None if auth is None else share_accounts(auth.tenants, HomeTenant)
         self._page: Page | None = None
         self._beat_again: asyncio.TimerHandle | None = None
         self._reports = Reports(inference, self._ask)
@@ -52,7 +55,7 @@ class Downlinks:
         """Use a link to a front; it replaces an earlier one."""
         loop = asyncio.get_running_loop()
         if self._page is None:
-            self._page = Page(ends.page, len(self._models), writable=True)
+            self._page = Page(ends.page, len(self._models), self._accounts, writable=True)
             self._beat()
         else:
             os.close(ends.page)

@@ -2,7 +2,7 @@
 
 Words of 8 bytes, each of which is written and read at once: the heartbeat, then for each model its queued
 rows, the rows at which its queue is full (0: closed), the rows of a full batch, and the seconds until its
-queue is empty.
+queue is empty. The rest has the accounts of tenants (`server.fronts.accounts`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 
 from cobatch.batcher.scheduling.admission import Admission
 from cobatch.batcher.scheduling.queue import RequestQueue
+from cobatch.server.fronts.accounts import AccountTable
 
 _WORD_BYTES = 8
 _OF_MODEL = 4
@@ -57,10 +58,12 @@ class QueuePage:
 
 
 class Page:
-    """The page of a life of home. Closes the descriptor that it is made of. Raises ValueError if it is too
-    small for the models."""
+    """The page of a life of home, with the accounts of `table`. Closes the descriptor that it is made of.
 
-    def __init__(self, descriptor: int, models: int, *, writable: bool) -> None:
+    Raises ValueError if it is too small for the models.
+    """
+
+    def __init__(self, descriptor: int, models: int, table: AccountTable | None, *, writable: bool) -> None:
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         memory = memoryview(mmap.mmap(descriptor, 0, prot=protection))
         os.close(descriptor)
@@ -70,6 +73,8 @@ class Page:
         self._seconds = memory.cast("d")
         numbers = memory.cast("q")
         self.queues = [QueuePage(numbers, self._seconds, 1 + _OF_MODEL * index) for index in range(models)]
+        if table is not None:
+            table.use(numbers, self._seconds, needed // _WORD_BYTES)
 
     @property
     def heartbeat_s(self) -> float:

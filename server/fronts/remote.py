@@ -156,7 +156,9 @@ class RemoteBatcher:
             return TooManyRowsError(rows, limit)
         if page.open_rows and page.rows + rows > limit:
             return QueueFullError(*self.fullness())
-        return None if tenant is None else tenant.rate_refusal(callers, time.monotonic())
+        if tenant is None or not tenant.limited:
+            return None
+        return tenant.refusal(callers, rows, time.monotonic(), page.drain_s)
 
     def submit(self, request: Request) -> None:
         """Send a request to home at the end of the iteration. Raises Problem if that is not possible now."""

@@ -21,7 +21,6 @@ from cobatch.engines.errors import EngineLoadError, LinkError
 from cobatch.engines.link.channel import FrontChannel
 from cobatch.engines.link.messages import (
     BUNDLE_IDS,
-    Accounts,
     Answers,
     Cancel,
     Collect,
@@ -97,7 +96,6 @@ class Uplink(Endpoint[FromFront, ToFront]):
         self._settling = self._lone = False
         self._released: list[int] = []
         self._tenants: dict[Tenant, int] = {}  # their numbers, the oldest first
-        self._by_number: dict[int, Tenant] = {}
         self._lead = ""
         self.stalled = self._is_stalled()  # until home welcomes this front
         self._look = loop.call_later(_LOOK_S, self._watch)
@@ -191,7 +189,6 @@ class Uplink(Endpoint[FromFront, ToFront]):
                 oldest = next(iter(self._tenants))
                 number = self._tenants.pop(oldest)
             self._tenants[tenant] = number
-            self._by_number[number] = tenant
             self._channel.send(TenantMessage(number, tenant.name, tenant.rule))
         return number
 
@@ -222,12 +219,6 @@ class Uplink(Endpoint[FromFront, ToFront]):
             case Dropped():
                 for id_ in message.ids:
                     self._end(self._take(id_))
-            case Accounts():
-                for number, open_requests, full_at_s in message.tenants:
-                    tenant = self._by_number[number]
-                    tenant.open_requests = open_requests
-                    if tenant.bucket is not None:
-                        tenant.bucket.full_at_s = full_at_s
             case Loaded():
                 self._load(message)
             case Collect():

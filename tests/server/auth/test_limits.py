@@ -11,7 +11,7 @@ import pytest
 
 from cobatch.server.settings.auth import TenantRule
 from tests.support.auth.protected import Protected, batch, infer, item, predict, protected, token
-from tests.support.fronts.linked import WAYS, LinkedServer, way
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http.serving import DEADLINE_S, Answer, data_of, gate
 
 RULES = (
@@ -66,9 +66,8 @@ def test_concurrent_requests(running: Protected, stack: contextlib.ExitStack) ->
     members = {"tenant": "two", "what": "concurrent requests", "used": 2, "limit": 2}
     request = infer(token("two"))
     with running.served.connect() as client:
-        # Refused before the body is read; of fronts, home decides when it gets the rows.
-        whole = isinstance(running.served.server, LinkedServer)
-        limited(client.ask(request if whole else request[: request.index(b"\r\n\r\n") + 4]), **members)
+        # Refused before the body is read.
+        limited(client.ask(request[: request.index(b"\r\n\r\n") + 4]), **members)
     limited(running.ask(predict(token("two"))), **members)
     limited(running.ask(predict(token("two"), Prefer="respond-async")), **members)
     # All credentials of a tenant share its limit.
