@@ -6,8 +6,8 @@ import multiprocessing
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection as Pipe
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -65,17 +65,31 @@ class Fleet(ExitStack):
         self._receive_until(Ready, tally, lambda: None)
         start_s, (idle, ticks) = monotonic() + _START_DELAY_S, _cpu_ticks()
         tally.begin(start_s)
-        self._send(Start(start_s))
-        try:
-            self._receive_until(Done, tally, on_progress)
-        except KeyboardInterrupt:
-            self.interrupted = True
-            tally.stopped_s = monotonic() - start_s
-            self._send(Stop())
+        with self._interruptible(tally, start_s):
+            self._send(Start(start_s))
             self._receive_until(Done, tally, on_progress)
         idle_now, ticks_now = _cpu_ticks()
         if ticks_now > ticks:
             tally.machine_busy = 1 - (idle_now - idle) / (ticks_now - ticks)
+
+    @contextmanager
+    def _interruptible(self, tally: Tally, start_s: float) -> Iterator[None]:
+        """Let Ctrl-C stop the trial, and a second one raise KeyboardInterrupt.
+
+        The first must not raise it: where half a message is read, the rest would be taken for the next one.
+        """
+
+        def stop(*_: object) -> None:
+            signal.signal(signal.SIGINT, before)
+            self.interrupted = True
+            tally.stopped_s = monotonic() - start_s
+            self._send(Stop())
+
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def _send(self, message: object) -> None:
         for number, pipe in enumerate(self._pipes):

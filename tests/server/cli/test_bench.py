@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -286,6 +287,30 @@ def test_an_interrupted_run_reports_its_results(node: Any, tmp_path: Path) -> No
     assert run["total"]["answered_rate"] > 0
     # Requests in flight are reported.
     assert set(run["total"]["errors"]) <= {"stopped before its answer"}
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_an_interruption_in_the_middle_of_a_message(
+    node: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: str
+) -> None:
+    served, _ = node
+    read = Pipe._recv  # type: ignore[attr-defined]
+    samples_bytes = 1000
+    interrupted: list[int] = []
+
+    def interrupt(pipe: Pipe, size: int, *arguments: Any) -> Any:
+        data = read(pipe, size, *arguments)
+        length = int.from_bytes(data.getvalue(), "big") if size == 4 else 0
+        if length > samples_bytes and not interrupted:
+            interrupted.append(length)
+            signal.raise_signal(signal.SIGINT)
+        return data
+
+    monkeypatch.setattr(Pipe, "_recv", interrupt)
+    document = done(served, tmp_path, "--shape", "x=1", "--seconds", "1000", "--processes", processes)
+    assert interrupted
+    assert document["interrupted"]
+    assert document["runs"][0]["total"]["answered"] > 0
 
 
 def test_the_report_is_printed_if_a_file_cannot_be_written(node: Any, tmp_path: Path) -> None:
