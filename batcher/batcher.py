@@ -200,10 +200,11 @@ class Batcher:
             self._expire_later(request, self._completion.slack_s(request, request.rows))
         else:  # admitted on trial
             left_s = request.enqueued_s + (request.timeout_s or 0.0) - self._clock()
-            request.expiry = self._loop.call_later(left_s, self._end_trial, request)
+            request.expiry = self._loop.call_later(left_s, self.end_late, request)
 
-    def _end_trial(self, request: Request) -> None:
-        self._completion.end_trial(request)
+    def end_late(self, request: Request) -> None:
+        """Fail a request at the end of its timeout, also if it runs. Harmless if it is already done."""
+        self._completion.end_late(request)
         self._check_drained()
 
     def _expire_later(self, request: Request, slack_s: float) -> None:

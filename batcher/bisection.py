@@ -11,7 +11,7 @@ from cobatch.batcher.completion import Completion
 from cobatch.batcher.lane import Lane
 from cobatch.batcher.request import Batch, Request
 from cobatch.batcher.scheduling.scheduler import Scheduler
-from cobatch.engines.errors import EngineError
+from cobatch.engines.errors import CallerError, EngineError
 
 
 class Bisection:
@@ -51,7 +51,10 @@ class Bisection:
         rejected = lane.ran_recently(now_s) if zeros_run is None else zeros_run
         if rejected:
             self._scheduler.suspects.add(request, now_s)
-        self._completion.fail_run(request, str(error), rejected=rejected)
+        if isinstance(error, CallerError):
+            self._completion.fail(request, error.original)
+        else:
+            self._completion.fail_run(request, str(error), rejected=rejected)
 
     def _queue_halves(self, batch: Batch, requests: list[Request]) -> None:
         half = len(requests) // 2

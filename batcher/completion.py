@@ -182,8 +182,8 @@ class Completion:
             self.fail(request, error)
         return None
 
-    def end_trial(self, request: Request) -> None:
-        """Fail a request that was admitted on trial and is late. A run goes on, and tells the run time."""
+    def end_late(self, request: Request) -> None:
+        """Fail a request at the end of its timeout. Its run goes on, and tells the run time."""
         if request.state in (State.QUEUED, State.RUNNING):
             self._withdraw(request)
             self.fail_late(request)

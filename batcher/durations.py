@@ -8,8 +8,6 @@ of the shown histograms are among theirs, so those are exact.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,48 +31,60 @@ EDGES_S = _edges()
 
 
 class DurationHistogram:
-    """Durations in seconds. Append to `values`; call `count_in` at `PENDING_LIMIT` of them."""
+    """Durations in seconds. Append to `values`; call `count_in` at `PENDING_LIMIT` of them.
 
-    __slots__ = ("_counts", "_sum_s", "values")
+    One thread does that; any thread may read.
+    """
+
+    __slots__ = ("_counted", "values")
 
     def __init__(self) -> None:
         self.values: list[float] = []
-        self._counts: NDArray[Any] = np.zeros(len(EDGES_S) + 1, np.int64)
-        self._sum_s = 0.0
+        # None while values move from one to the other.
+        self._counted: tuple[NDArray[np.int64], float] | None = np.zeros(len(EDGES_S) + 1, np.int64), 0.0
+
+    def read(self) -> tuple[NDArray[np.int64], float]:
+        """Return the counts by bucket and the sum, with the pending values."""
+        while True:
+            counted, pending = self._counted, self.values[:]
+            if counted is not None and counted is self._counted:
+                break  # else another thread counts them in at this moment
+        counts, sum_s = counted
+        values = np.array(pending)
+        added = np.bincount(np.searchsorted(EDGES_S, values), minlength=len(counts))
+        return counts + added, sum_s + float(values.sum())
 
     def count_in(self) -> None:
         """Count the pending values."""
-        if not self.values:
-            return
-        values = np.fromiter(self.values, np.float64, len(self.values))
-        self.values.clear()
-        self._counts += np.bincount(np.searchsorted(EDGES_S, values), minlength=len(self._counts))
-        self._sum_s += float(values.sum())
+        if self.values:
+            counted = self.read()
+            self._counted = None
+            self.values.clear()
+            self._counted = counted
 
     def counts(self) -> NDArray[np.int64]:
         """Return a copy of the counts by bucket."""
-        self.count_in()
-        return self._counts.copy()
+        return self.read()[0]
 
     def add(self, counts: NDArray[np.int64], sum_s: float) -> None:
         """Add the counts by bucket, and the sum, of another one."""
-        self._counts += counts
-        self._sum_s += sum_s
+        assert self._counted is not None
+        own, own_s = self._counted
+        self._counted = own + counts, own_s + sum_s
 
     def plus(self, other: DurationHistogram) -> DurationHistogram:
         """Return the sum of both."""
         both = DurationHistogram()
-        both._counts = self.counts() + other.counts()
-        both._sum_s = self._sum_s + other._sum_s
+        for one in (self, other):
+            both.add(*one.read())
         return both
 
     @property
     def sum_s(self) -> float:
         """The sum of all durations."""
-        self.count_in()
-        return self._sum_s
+        return self.read()[1]
 
     @property
     def count(self) -> int:
         """The number of durations."""
-        return int(self._counts.sum()) + len(self.values)
+        return int(self.read()[0].sum())

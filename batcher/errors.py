@@ -92,7 +92,11 @@ class DrainingError(BatcherError):
     reason = "draining"
 
 
-class DeadlineTooShortError(BatcherError):
+class DeadlineExceeded(BatcherError, TimeoutError):
+    """Base of the errors of requests that could not be, or would not be, answered within their timeout."""
+
+
+class DeadlineTooShortError(DeadlineExceeded):
     """The request's timeout is shorter than its run alone."""
 
     reason = "deadline"
@@ -106,7 +110,7 @@ class DeadlineTooShortError(BatcherError):
         self.needed_s = needed_s
 
 
-class DeadlineUnreachableError(BatcherError):
+class DeadlineUnreachableError(DeadlineExceeded):
     """Behind the requests that are queued, this one would not be answered in time."""
 
     reason = "deadline"
@@ -121,7 +125,7 @@ class DeadlineUnreachableError(BatcherError):
         self.retry_after_s = retry_after_s
 
 
-class ExpiredError(BatcherError):
+class ExpiredError(DeadlineExceeded):
     """The request's timeout ended, or could not be met any more, before its rows ran."""
 
     def __init__(self, timeout_s: float) -> None:

@@ -13,6 +13,19 @@ class EngineRunError(EngineError):
     """One run failed, perhaps because of an input; the next run may succeed."""
 
 
+class CallerError(EngineRunError):
+    """One run failed with an exception of the user's code. A request that is alone in the run gets `original`
+    as it is."""
+
+    def __init__(self, original: Exception) -> None:
+        super().__init__(type(original).__name__)
+        self.original = original
+
+
+class ResultCountError(EngineError):
+    """A function did not return one result for each of its items."""
+
+
 class EngineDeadError(EngineError):
     """The engine cannot run any batch any more."""
 
