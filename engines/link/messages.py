@@ -20,7 +20,7 @@ INLINE_BYTES = 16 << 10
 # A datagram of this length or more takes no further message.
 DATAGRAM_BYTES = 48 << 10
 # Ids that a bundle has, its own and its members'.
-BUNDLE_IDS = 32
+BUNDLE_IDS = 128
 # The longest message, as MessagePack.
 MESSAGE_BYTES = 320 << 10
 

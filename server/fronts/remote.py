@@ -11,7 +11,7 @@ from cobatch.batcher.errors import AbandonedError, BatcherError, QueueFullError,
 from cobatch.batcher.request import Batch, Request, State
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import RowShapes, Signature
-from cobatch.engines.link.messages import INLINE_BYTES, BatchInfo
+from cobatch.engines.link.messages import BUNDLE_IDS, INLINE_BYTES, BatchInfo
 from cobatch.server.fronts.page import QueuePage
 from cobatch.server.fronts.rows import is_plain
 from cobatch.server.http.problem import Problem
@@ -22,9 +22,8 @@ from cobatch.server.settings.schema import ModelSettings
 from cobatch.server.v2.decode import Decoder, WantedOutputs
 from cobatch.server.v2.encode import Encoder, timing_of_batch
 
-# Rows of a bundle: a larger one would be most of a batch, and cannot be split across two. Nor are long rows
-# bundled, for which a message each costs little.
-MOST_BUNDLED = 16
+# Rows of a bundle if not all fit the next batch: a larger one would be most of a batch, and cannot be split.
+_MOST_IN_QUEUE = 16
 _SOURCES_KEPT = 4096
 
 
@@ -193,7 +192,9 @@ class RemoteBatcher:
     def flush(self, uplink: Uplink) -> None:
         """Send the requests of this iteration, single rows in bundles."""
         pending, self._pending = self._pending, []
-        most = min(self._most, self.queue.full_rows // (2 * self._fronts))
+        most, page = self._most, self.queue
+        if page.rows + len(pending) > page.full_rows:
+            most = min(most, _MOST_IN_QUEUE, page.full_rows // (2 * self._fronts))
         bundle: list[Request] = []
         for request in pending:
             if request.state is not State.QUEUED:
@@ -253,11 +254,12 @@ class RemoteBatcher:
 
 
 def most_bundled(signature: Signature) -> int:
-    """Return how many rows a bundle may have, 1 if rows are sent by themselves."""
+    """Return how many rows a bundle may have, 1 if rows are sent by themselves: for long ones a message each
+    costs little."""
     if not is_plain(signature):
         return 1
     row_bytes = sum([spec.row_elements * spec.dtype.itemsize for spec in signature.inputs])
-    return max(1, min(MOST_BUNDLED, INLINE_BYTES // max(1, row_bytes)))
+    return max(1, min(BUNDLE_IDS - 1, INLINE_BYTES // max(1, row_bytes)))
 
 
 class RemoteModel(ServedModel):

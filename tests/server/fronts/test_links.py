@@ -58,6 +58,26 @@ async def test_single_rows_of_an_iteration_are_one_request_in_home() -> None:
         assert [probe.entry for probe in probes] == list(range(7))  # their rows in home's batch
 
 
+@pytest.mark.parametrize(("rows", "queued", "bundles"), [(15, 0, [15]), (20, 0, [8, 8, 4]), (15, 2, [8, 7])])
+async def test_rows_for_several_batches_are_bundles_that_pack(
+    rows: int, queued: int, bundles: list[int]
+) -> None:
+    async with pair(engine=fixed()) as both:
+        assert both.batcher.queue.full_rows == 16
+        both.engine.hold()
+        first = both.fronts[0].submit([0, 0])
+        await both.until(lambda: both.batcher.running_batches)
+        others = [both.fronts[0].submit([n, n]) for n in range(queued)]
+        await both.until(lambda: both.fronts[0].batcher.queue.rows == queued)
+        before = set(both.link(0).open)
+        probes = [both.fronts[0].submit([n, n]) for n in range(rows)]
+        await both.until(lambda: set(both.link(0).open) - before)
+        link = both.link(0)
+        assert [one.callers for id_, one in link.open.items() if id_ not in before] == bundles
+        both.engine.release()
+        assert await answers([*probes, first, *others])
+
+
 async def test_of_a_bundle_that_fails_only_the_bad_member_fails() -> None:
     engine = fixed()
     engine.fails = lambda rows: EngineRunError("no") if BAD in rows else None
