@@ -12,32 +12,28 @@ import os
 import random
 import signal
 import time
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from statistics import median
 
 import numpy as np
+import uvloop
 from onnx import TensorProto, helper, numpy_helper, save
 
 from benchmarks.common.models import MODELS
 from benchmarks.common.processes import Server, cobatch
 from benchmarks.common.procstat import descendants
-from benchmarks.link.workers import ROW_BYTES, waited_s
+from benchmarks.link.clients import FLOATS, Load
+from benchmarks.link.silences import Explained, Watcher
 
-_FLOATS = ROW_BYTES // 4
 _CLIENTS = 64
-_LATE, _LATEST_S = 0.01, 0.3
-_SILENCE_S = 0.05
-_PAUSE_S = 0.05
 _LONGEST_STALL_S = 1.5
+_KILLED = 0.4  # part of the faults
 # Processes that are younger are left alone: after the early death of one the supervisor waits on purpose.
 _YOUNG_S = 5.0
-# Requests of a connection: those of a front that was killed spread again over all fronts.
-_REQUESTS = 50
-# Answers that home had sent still come in after its death.
-_LATE_S = 0.5
-_HANG_S = 60.0
+# After this time without an answer no more faults until there is one: a busy machine takes long for a start.
+_PATIENCE_S = 2.0
 # The longest time without any answer, and until the first one after home was killed, beside waits for a CPU.
 LIMIT_S, RESTART_LIMIT_S = 1.0, 1.5
 
@@ -47,7 +43,7 @@ def plus_one_model() -> Path:
     path = MODELS / "plus_one.onnx"
     path.parent.mkdir(parents=True, exist_ok=True)
     values = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", _FLOATS]) for name in ("x", "y")
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", FLOATS]) for name in ("x", "y")
     ]
     one = numpy_helper.from_array(np.ones(1, np.float32), "one")
     graph = helper.make_graph(
@@ -57,122 +53,13 @@ def plus_one_model() -> Path:
     return path
 
 
-class Slot:
-    """A client's request, with random whole numbers; the first and the last are the number of the request."""
-
-    def __init__(self) -> None:
-        text = (
-            f'{{"inputs":[{{"name":"x","datatype":"FP32","shape":[1,{_FLOATS}],'
-            f'"parameters":{{"binary_data_size":{ROW_BYTES}}}}}],"parameters":{{"binary_data_output":true}}}}'
-        ).encode()
-        head = (
-            "POST /v2/models/plus_one/infer HTTP/1.1\r\nHost: stress\r\n"
-            f"Content-Length: {len(text) + ROW_BYTES}\r\n"
-            f"Inference-Header-Content-Length: {len(text)}\r\n\r\n"
-        ).encode()
-        self.request = bytearray(head + text + bytes(ROW_BYTES))
-        self.row = np.frombuffer(self.request, "<f4", _FLOATS, len(head) + len(text))
-        self.row[:] = np.random.default_rng().integers(0, 1 << 20, _FLOATS)
-
-    def next(self, number: int) -> None:
-        """Make the next request."""
-        self.row[0] = self.row[-1] = number % (1 << 20)
-
-    def is_right(self, data: bytes) -> bool:
-        """Check an answer's data."""
-        return np.array_equal(np.frombuffer(data, "<f4"), self.row + 1)
-
-
-class Load:
-    """The clients. `answered_s`: when the last answer came."""
-
-    def __init__(self, address: str, pid: int, requests: int) -> None:
-        self.counts: Counter[str] = Counter()
-        self.faults: Counter[str] = Counter()
-        self.silences: list[tuple[float, float, float]] = []
-        self.waited_s: dict[int, float] = {}  # of each process, for a CPU
-        self.answered_s = time.monotonic()
-        self._host, _, self._port = address.rpartition(":")
-        self._requests = requests
-        self._number = 0
-        self._pid = pid
-
-    @property
-    def done(self) -> bool:
-        """Are all requests answered?"""
-        return self.counts["answered"] >= self._requests
-
-    async def client(self) -> None:
-        """Ask until all is done, on a new connection after the end of one."""
-        slot = Slot()
-        while not self.done:
-            try:
-                reader, writer = await asyncio.open_connection(self._host, int(self._port), limit=1 << 20)
-            except OSError:
-                self.faults["no connection"] += 1
-                await asyncio.sleep(_PAUSE_S)
-                continue
-            with closing(writer):
-                try:
-                    for _ in range(_REQUESTS):
-                        if self.done or not await self.ask(slot, reader, writer):
-                            break
-                except (OSError, EOFError):
-                    self.counts["lost"] += 1
-
-    async def ask(self, slot: Slot, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Ask once; return True if the connection can be used again."""
-        self._number += 1
-        slot.next(self._number)
-        writer.write(slot.request)
-        await writer.drain()
-        if random.random() < _LATE:
-            await asyncio.sleep(random.uniform(0, _LATEST_S))
-        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
-        body = await reader.readexactly(int(head.partition("content-length: ")[2].split("\r\n", 1)[0]))
-        status = head.split(" ", 2)[1]
-        if status == "200":
-            self.hear()
-            self.counts["answered"] += 1
-            self.faults["wrong"] += not slot.is_right(body[-ROW_BYTES:])
-        elif status == "503" and "\r\nretry-after: " in head:
-            self.counts["503"] += 1
-            await asyncio.sleep(_PAUSE_S)
-        else:
-            self.faults[f"{status} {body[:200]!r}"] += 1
-        return "\r\nconnection: close" not in head
-
-    def hear(self) -> None:
-        """Note a silence that ends now."""
-        now_s = time.monotonic()
-        if now_s - self.answered_s > _SILENCE_S:
-            before, after = self.waited_s, self.look()
-            waits = sum(waited - before.get(process, 0.0) for process, waited in after.items())
-            self.silences.append((self.answered_s, now_s, min(waits, now_s - self.answered_s)))
-        self.answered_s = now_s
-
-    def look(self) -> dict[int, float]:
-        """Note how long each process has waited for a CPU, this one too, and return it."""
-        self.waited_s = {process: waited_s([process]) for process in [*descendants(self._pid), os.getpid()]}
-        return self.waited_s
-
-    async def watch(self) -> None:
-        """Look at the processes. Raises TimeoutError if no answer comes."""
-        while not self.done:
-            self.look()
-            if time.monotonic() - self.answered_s > _HANG_S:
-                raise TimeoutError(f"no answer for {_HANG_S} s, after {self.counts['answered']}")
-            await asyncio.sleep(_SILENCE_S)
-
-
 class Disturber:
-    """Stops and kills children of the supervisor. `stops` and `kills`: of home, CLOCK_MONOTONIC."""
+    """Stops and kills children of the supervisor."""
 
-    def __init__(self, load: Load, every_s: float) -> None:
+    def __init__(self, load: Load, watcher: Watcher, every_s: float) -> None:
         self.load = load
+        self.watcher = watcher
         self.every_s = every_s
-        self.stops: list[tuple[float, float]] = []
-        self.kills: list[float] = []
         self.seen: dict[int, float] = {}  # since when there is a process
 
     async def run(self) -> None:
@@ -180,54 +67,38 @@ class Disturber:
         while True:
             await asyncio.sleep(random.expovariate(1 / self.every_s))
             names = self.old()
-            if not names:
+            if not names or time.monotonic() - self.watcher.heard_s > _PATIENCE_S:
                 continue
             name = random.choice(list(names))
-            if random.random() < 0.4:
-                self.load.counts[f"{name.split()[0]}s killed"] += 1
-                if name == "home":
-                    self.kills.append(time.monotonic())
-                with suppress(ProcessLookupError):
+            kind = name.split()[0]
+            with suppress(ProcessLookupError):
+                if random.random() < _KILLED:
+                    self.load.counts[f"{kind}s killed"] += 1
                     os.kill(names[name], signal.SIGKILL)
-            else:
-                self.load.counts[f"{name.split()[0]}s stopped"] += 1
-                await self.stop(name, names[name])
+                    if kind == "home":
+                        self.watcher.kills.append(time.monotonic())
+                else:
+                    self.load.counts[f"{kind}s stopped"] += 1
+                    await self.stop(name, names)
 
     def old(self) -> dict[str, int]:
         """Return the processes by name that are not young."""
         now_s = time.monotonic()
-        names = {name: process for process in self.load.waited_s if (name := _name_of(process))}
-        self.seen = {process: self.seen.get(process, now_s) for process in names.values()}
-        return {name: process for name, process in names.items() if self.seen[process] <= now_s - _YOUNG_S}
+        processes = self.watcher.processes
+        self.seen = {process: self.seen.get(process, now_s) for process in processes.values()}
+        return {name: one for name, one in processes.items() if self.seen[one] <= now_s - _YOUNG_S}
 
-    async def stop(self, name: str, process: int) -> None:
+    async def stop(self, name: str, old: dict[str, int]) -> None:
+        """Stop a process. It explains a silence if no other front has many connections."""
+        others = old.keys() - {name, "home"}
         began_s = time.monotonic()
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGSTOP)
-            try:
-                await asyncio.sleep(random.uniform(0.05, _LONGEST_STALL_S))
-            finally:
-                os.kill(process, signal.SIGCONT)
-        if name == "home":
-            self.stops.append((began_s, time.monotonic()))
-
-    def explain(self) -> Iterator[tuple[bool, float]]:
-        """Yield for each silence, was home killed meanwhile, and its length without stops and waits."""
-        for began_s, ended_s, waited in self.load.silences:
-            killed = [at_s for at_s in self.kills if began_s - _LATE_S <= at_s < ended_s]
-            length_s = ended_s - max([began_s, *killed[-1:]]) - waited
-            for start_s, end_s in self.stops:
-                length_s -= max(0.0, min(ended_s, end_s) - max(began_s, start_s))
-            yield bool(killed), max(0.0, length_s)
-
-
-def _name_of(process: int) -> str:
-    """Return `home`, `front N`, or "" for another process."""
-    with suppress(OSError):
-        *command, name, _ = Path(f"/proc/{process}/cmdline").read_text().split("\0")
-        if "cobatch.server.fronts.child" in command:
-            return name
-    return ""
+        os.kill(old[name], signal.SIGSTOP)
+        try:
+            await asyncio.sleep(random.uniform(0.05, _LONGEST_STALL_S))
+        finally:
+            os.kill(old[name], signal.SIGCONT)
+        if name == "home" or not others:
+            self.watcher.stops.append((began_s, time.monotonic()))
 
 
 @contextmanager
@@ -241,11 +112,9 @@ def serving(processes: int) -> Iterator[Server]:
     assert not left, f"processes are left: {left}"
 
 
-async def load_of(server: Server, requests: int, every_s: float) -> tuple[Load, Disturber]:
+async def disturbed(load: Load, watcher: Watcher, every_s: float) -> None:
     """Run the load beside the disturber."""
-    load = Load(server.address, server.pid, requests)
-    disturber = Disturber(load, every_s)
-    disturbing = asyncio.create_task(disturber.run())
+    disturbing = asyncio.create_task(Disturber(load, watcher, every_s).run())
     async with asyncio.TaskGroup() as group:
         for _ in range(_CLIENTS):
             group.create_task(load.client())
@@ -253,23 +122,37 @@ async def load_of(server: Server, requests: int, every_s: float) -> tuple[Load, 
     disturbing.cancel()
     with suppress(asyncio.CancelledError):
         await disturbing
-    return load, disturber
 
 
 def run(requests: int, fronts: int, every_s: float) -> list[str]:
-    """Run the stress, print its figures, and return its faults."""
+    """Run the stress, print its figures, and return its faults. SIGINT ends it early."""
     began_s = time.monotonic()
     with serving(fronts + 1) as server:
-        load, disturber = asyncio.run(load_of(server, requests, every_s))
+        watcher = Watcher(server.pid)
+        load = Load(server.address, requests, watcher)
+        with suppress(KeyboardInterrupt):
+            uvloop.run(disturbed(load, watcher, every_s))
     took_s = time.monotonic() - began_s
     print(f"{took_s:.0f} s: " + ", ".join(f"{count:,} {name}" for name, count in load.counts.items()))
-    silences = list(disturber.explain())
     faults = [f"{count} times {fault}" for fault, count in load.faults.items() if count]
-    longest_s = max((ended_s - began_s for began_s, ended_s, _ in load.silences), default=0.0)
-    print(f"the longest time without any answer: {longest_s:.2f} s; without stops and waits for a CPU")
-    for killed, limit_s, what in ((True, RESTART_LIMIT_S, "after home was killed"), (False, LIMIT_S, "else")):
-        worst_s = max((length_s for after, length_s in silences if after is killed), default=0.0)
-        print(f"    {what}: {worst_s:.2f} s")
-        if worst_s > limit_s:
-            faults.append(f"no answer for {worst_s:.2f} s {what}")
+    if not load.done:
+        faults.append(f"{requests - load.counts['answered']:,} requests were not sent")
+    explained = list(watcher.explain())
+    for after_kill, limit_s, what in (
+        (True, RESTART_LIMIT_S, "after home was killed"),
+        (False, LIMIT_S, "else"),
+    ):
+        silences = [silence for killed, silence in explained if killed is after_kill]
+        faults += faults_of(silences, limit_s, what)
     return faults
+
+
+def faults_of(silences: list[Explained], limit_s: float, what: str) -> list[str]:
+    """Print the silences of a kind, and return the faults."""
+    if not silences:
+        return []
+    typical_s = median([silence.length_s for silence in silences])
+    print(f"{len(silences)} times without any answer {what}: {typical_s:.2f} s (median)")
+    worst = max(silences, key=lambda silence: silence.unexplained_s)
+    print(f"    the longest: {max(silences)}\n    the one with the most left: {worst}")
+    return [f"no answer for {worst} {what}"] if worst.unexplained_s > limit_s else []

@@ -5,6 +5,9 @@ block to block of shared memory. Every answer is checked, and some again when th
 fronts and home are stopped for up to 1.5 s (SIGSTOP), or killed and started again. If a link has no answer
 for a second, a process must have been stopped or have waited for a CPU. Ends with status 1 otherwise, if an
 answer is wrong, or if a block or a descriptor is left over.
+
+`--server`: the same over HTTP to a real server (`benchmarks.link.server`), about 3,000 rows/s on two cores;
+it prints its progress, and Ctrl-C or SIGTERM end it with the figures so far.
 """
 
 from __future__ import annotations
@@ -19,10 +22,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from benchmarks.link import server
 from benchmarks.link.ends import link
+from benchmarks.link.silences import Explained
 from benchmarks.link.workers import SLAB_BYTES, Leftover, Report, Silence, decode
 
 _LONGEST_STALL_S = 1.5
@@ -48,18 +51,6 @@ class Child:
         self.process.kill()
         self.process.wait()
         self.control.close()
-
-
-class Explained(NamedTuple):
-    """A silence: its length, and how long of it a process of its link was stopped, or waited for a CPU."""
-
-    length_s: float
-    stopped_s: float
-    waited_s: float
-
-    @property
-    def unexplained_s(self) -> float:
-        return max(0.0, self.length_s - self.stopped_s - self.waited_s)
 
 
 class Stress:
@@ -95,7 +86,10 @@ class Stress:
         """Read reports; start processes again that have ended."""
         for key, _ in self.selector.select(timeout_s):
             child: Child = key.data
-            data = child.control.recv(1 << 16)
+            try:
+                data = child.control.recv(1 << 16)
+            except ConnectionError:  # it was killed before it received all
+                data = b""
             if data:
                 self.take(child, decode(data))
             else:
@@ -210,6 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--every", type=float, default=1.0, metavar="S", help="mean time between faults")
     parser.add_argument("--server", action="store_true", help="over HTTP to a real server")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # of `timeout`: end all processes
     if options.server:
         faults = server.run(options.requests, options.fronts, options.every)
     else:
@@ -231,10 +226,7 @@ def run(requests: int, fronts: int, every_s: float) -> list[str]:
     took_s = time.monotonic() - began_s
     print(f"{took_s:.0f} s: " + ", ".join(f"{count:,} {name}" for name, count in stress.counts.items()))
     for silence in sorted(stress.explained, reverse=True)[:3]:
-        print(
-            f"no answer for {silence.length_s:.2f} s; of these stopped {silence.stopped_s:.2f} s,"
-            f" waiting for a CPU {silence.waited_s:.2f} s"
-        )
+        print(f"no answer for {silence}")
     worst = max((silence.unexplained_s for silence in stress.explained), default=0.0)
     print(f"the longest silence without an explanation: {worst:.2f} s")
     return stress.faults()

@@ -238,8 +238,9 @@ class Front(Worker):
             with suppress(BlockingIOError):
                 self.control.send(encode(self.report), 0 if at_once else socket.MSG_DONTWAIT)
                 self.report = Report()
+                if self.heard_s > self.reported_s:  # else a silence goes on
+                    self.waited_s = waited_s(self.processes)
                 self.reported_s = time.monotonic()
-                self.waited_s = waited_s(self.processes)
 
 
 class Home(Worker):
@@ -301,12 +302,16 @@ class Home(Worker):
 
 def waited_s(processes: Iterable[int]) -> float:
     """Return the time that the threads of these processes have waited for a CPU while they could run."""
-    waited_ns = 0
-    for process in processes:
-        for thread in Path(f"/proc/{process}/task").glob("*/schedstat"):
-            with suppress(OSError):
-                waited_ns += int(thread.read_text().split()[1])
-    return waited_ns / 1e9
+    return sum(sum(thread_waits_s(process).values()) for process in processes)
+
+
+def thread_waits_s(process: int) -> dict[Path, float]:
+    """Return for how long each thread of a process has waited for a CPU while it could run."""
+    waits_s = {}
+    for thread in Path(f"/proc/{process}/task").glob("*/schedstat"):
+        with suppress(OSError):
+            waits_s[thread] = int(thread.read_text().split()[1]) / 1e9
+    return waits_s
 
 
 def _open_descriptors() -> int:

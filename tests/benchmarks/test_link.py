@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 from contextlib import closing
 from math import inf
@@ -10,7 +11,8 @@ import pytest
 
 from benchmarks.link import figures, server
 from benchmarks.link.ends import Answered, Row
-from benchmarks.link.stress import Explained, Stress
+from benchmarks.link.silences import Explained, Look, Watcher
+from benchmarks.link.stress import Stress
 from benchmarks.link.workers import Front, Leftover, Silence
 
 
@@ -70,12 +72,52 @@ def test_a_silence_is_explained_by_stops_of_its_own_processes() -> None:
     ]
 
 
+def test_a_child_that_dies_with_a_message_unread_is_replaced() -> None:
+    stress = Stress(0, 1.0)
+    try:
+        home = stress.children[-1]
+        home.process.send_signal(signal.SIGSTOP)
+        home.control.send(b"stop")
+        home.process.kill()
+        while not stress.counts["died"]:
+            stress.look()
+        assert stress.children[-1] is not home
+    finally:
+        stress.children[-1].end()
+
+
 def test_silences_of_a_server_are_explained() -> None:
-    load = server.Load("127.0.0.1:1", 0, 1)
-    disturber = server.Disturber(load, 1.0)
-    disturber.stops, disturber.kills = [(1.0, 2.0)], [11.0]
-    load.silences = [(0.5, 3.0, 0.25), (10.0, 12.5, 0.25)]
-    assert list(disturber.explain()) == [(False, 1.25), (True, 1.25)]
+    watcher = Watcher(0)
+    watcher.stops, watcher.kills = [(1.0, 2.0)], [11.0]
+    watcher.looks = [
+        Look(0.0, {}),
+        Look(1.0, {"home": 0.1, "clients": 0.1}),
+        Look(2.5, {"home": 0.1, "clients": 9.0}),  # in the stop, and half a second
+        Look(3.5, {"home": 0.125}),
+        Look(11.0, {"home": 9.0}),
+        Look(11.5, {"supervisor": 0.25, "clients": 9.0}),
+        Look(12.5, {"home": 0.5, "supervisor": 9.0, "clients": 9.0}),
+    ]
+    watcher.silences = [(0.5, 3.0), (10.0, 12.5)]
+    killed, explained = zip(*watcher.explain(), strict=True)
+    assert killed == (False, True)
+    assert explained[0] == pytest.approx(Explained(2.5, 1.0, 0.2 + 0.5 + 0.125))
+    assert explained[1] == Explained(1.5, 0.0, 0.75)
+    assert server.faults_of([explained[1]], 0.75, "") == []
+    assert len(server.faults_of([explained[1]], 0.7, "")) == 1
+
+
+def test_waits_of_a_silence_are_counted_from_its_beginning() -> None:
+    control, other = socket.socketpair()
+    with control, other:
+        front = Front(control)
+        with closing(front.selector):
+            front.waited_s = -7.0  # the waits up to the last answer; now there are seven seconds more
+            front.send_report()
+            front.send_report(at_once=True)
+            front.slots[1] = 0
+            front.hear()
+    assert front.report.silences[0].waited_s >= 7.0
 
 
 def test_the_figures_have_both_ways() -> None:
