@@ -126,6 +126,12 @@ class Wire(asyncio.Transport):
         if not self._head:
             self._answered.one()
 
+    def pause_reading(self) -> None:
+        """Do nothing: all of a request comes at once."""
+
+    def resume_reading(self) -> None:
+        """Do nothing."""
+
     def is_closing(self) -> bool:
         return False
 

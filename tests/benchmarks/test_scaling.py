@@ -91,3 +91,9 @@ async def test_the_number_of_served_requests_is_rounded_up_and_returned() -> Non
         path = request_path.Path(make, [request_path.request_of(False)], 8)
         assert await path.serve(11) == 16
         assert await path.serve(16) == 16
+
+
+async def test_rows_that_arrive_in_pieces_are_served() -> None:
+    async with request_path.serving(elements=50_176) as make:
+        path = request_path.Path(make, [request_path.request_of(False, elements=50_176)], 8)
+        assert await path.serve(8) == 8
