@@ -8,6 +8,8 @@ of the shown histograms are among theirs, so those are exact.
 
 from __future__ import annotations
 
+from math import inf
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -88,3 +90,13 @@ class DurationHistogram:
     def count(self) -> int:
         """The number of durations."""
         return int(self.read()[0].sum())
+
+    def quantile_s(self, q: float) -> float:
+        """Return the upper edge of the q-quantile's bucket, infinite beyond the last; 0 if empty."""
+        upto = np.cumsum(self.read()[0])
+        at = int(np.searchsorted(upto, q * upto[-1]))
+        return 0.0 if not upto[-1] else float(EDGES_S[at]) if at < len(EDGES_S) else inf
+
+    def __repr__(self) -> str:
+        p50_s, p99_s = self.quantile_s(0.5), self.quantile_s(0.99)
+        return f"<{self.count} durations, sum {self.sum_s:.6g} s, p50 {p50_s:.3g} s, p99 {p99_s:.3g} s>"

@@ -25,6 +25,19 @@ DEADLINE = "deadline"  # a deadline leaves no time to wait or to grow
 DRAIN = "drain"  # the server stops
 RETRY = "retry"  # a part of a batch that failed
 SUSPECT = "suspect"  # requests of sources whose rows have failed, apart from others
+# For a person: the batch left because ...
+REASONS = {
+    FULL: "more rows would not have raised throughput",
+    IDLE: "the engine was idle",
+    SHAPE: "the other queued requests had another shape, or belonged to tenants whose turn was later",
+    DELAY: "its oldest request had waited for the longest delay, or the expected requests had come",
+    DEADLINE: "a deadline left no time to wait or to grow",
+    DRAIN: "the server was stopping",
+    RETRY: "it is a part of a failed batch, run again to find the request at fault, "
+    "or it was behind a run that hung",
+    SUSPECT: "rows of its client have failed: they ride apart from others until they run again, in a "
+    "bounded part of the time",
+}
 
 
 @dataclass(slots=True)  # not frozen, which would make it four times as expensive

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from cobatch.batcher.request import Batch
-from cobatch.batcher.scheduling import policy
+from cobatch.batcher.scheduling.policy import REASONS
 from cobatch.server.api.routing import guarded, json
 from cobatch.server.http.problem import KINDS, Problem
 from cobatch.server.http.request_id import place_of
@@ -20,18 +20,6 @@ from cobatch.server.inference.service import Inference
 from cobatch.server.observability.history import History
 from cobatch.server.observability.record import RequestRecord
 
-REASONS = {
-    policy.FULL: "more rows would not have raised throughput",
-    policy.IDLE: "the engine was idle",
-    policy.SHAPE: "the other queued requests had another shape, or belonged to tenants whose turn was later",
-    policy.DELAY: "its oldest request had waited for the longest delay, or the expected requests had come",
-    policy.DEADLINE: "a deadline left no time to wait or to grow",
-    policy.DRAIN: "the server was stopping",
-    policy.RETRY: "it is a part of a failed batch, run again to find the request at fault, "
-    "or it was behind a run that hung",
-    policy.SUSPECT: "rows of its client have failed: they ride apart from others until they run again, in a "
-    "bounded part of the time",
-}
 _STAGES = ("queue", "pack", "wait_for_engine", "compute", "answer")
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from cobatch import __version__
 from cobatch.batcher.durations import EDGES_S, DurationHistogram
-from cobatch.server.api.requests import REASONS
+from cobatch.batcher.scheduling.policy import REASONS
 from cobatch.server.auth.principal import Principal
 from cobatch.server.dashboard.seconds import Counts, ModelSampler, Second, size_bins, timeline
 from cobatch.server.http.problem import KINDS

@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from cobatch.batcher.scheduling import policy
+from cobatch.batcher.scheduling.policy import REASONS
 from cobatch.engines.errors import EngineRunError
-from cobatch.server.api.requests import REASONS
 from cobatch.server.cli import app
 from cobatch.server.http.request_id import place_of
 from cobatch.server.observability import history

@@ -1,0 +1,180 @@
+"""The runner: the batcher and the workers of one function on one event loop.
+
+A runner belongs to its loop: it is an attribute of it, so that both go together. It ends in the loop's
+`shutdown_asyncgens`, which `asyncio.run`, `asyncio.Runner` and servers call before they close the loop; else
+when the loop is garbage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from cobatch.batcher.batcher import Batcher
+from cobatch.batcher.errors import BatcherError
+from cobatch.batcher.lane import BatchWorker
+from cobatch.batcher.library.statistics import Ledger
+from cobatch.batcher.library.workers import TaskWorker, ThreadWorker
+from cobatch.batcher.tenant import Tenant
+from cobatch.engines.function import FunctionEngine
+
+_ATTRIBUTE = "_cobatch_runners"
+# Tenants known by name before idle ones are forgotten.
+_TENANTS_KEPT = 1024
+# An idle worker ends in microseconds.
+_JOIN_S = 1.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The options of a batched function; see `cobatch.batched`. `coroutine`: it is a coroutine function."""
+
+    name: str
+    coroutine: bool
+    stack: bool
+    max_batch_size: int
+    max_queue: int
+    max_delay_ms: float
+    latency_target_ms: float | None
+    timeout: float | None
+    execution_timeout_ms: float | None
+    concurrency: int
+
+
+class Runner:
+    """Runs a function on one event loop. `clock` is the batcher's."""
+
+    def __init__(self, plan: Plan, function: Callable[[Any], Any], loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._plan = plan
+        self._function = function
+        self._workers: list[ThreadWorker | TaskWorker] = []
+        self.batcher = Batcher(
+            plan.name,
+            [self._open() for _ in range(plan.concurrency)],
+            max_queue_rows=plan.max_queue,
+            max_delay_ms=plan.max_delay_ms,
+            latency_target_ms=plan.latency_target_ms,
+            execution_timeout_ms=plan.execution_timeout_ms,
+            on_lost=self._replace,
+            loop=loop,
+        )
+        self.submit = self.batcher.submit
+        self.closed = False
+        self._tenants: dict[str, Tenant] = {}
+        self._most_tenants = _TENANTS_KEPT
+
+    def _open(self) -> ThreadWorker | TaskWorker:
+        plan, function = self._plan, self._function
+        engine = FunctionEngine(function, plan.name, max_batch_size=plan.max_batch_size, stack=plan.stack)
+        worker: ThreadWorker | TaskWorker
+        if plan.coroutine:
+            worker = TaskWorker(engine, plan.name, function, self.loop)
+        else:
+            worker = ThreadWorker(engine, plan.name)
+        self._workers.append(worker)
+        return worker
+
+    def _replace(self, lost: BatchWorker, _error: BatcherError) -> None:
+        """Open another worker in place of one whose run does not end. Its thread ends after that run."""
+        for worker in [worker for worker in self._workers if worker is lost]:
+            self._workers.remove(worker)
+            worker.stop()
+        self.batcher.use(self._open())
+
+    def tenant(self, name: str) -> Tenant:
+        """Return the account of the tenant of this name."""
+        tenant = self._tenants.get(name)
+        if tenant is None:
+            if len(self._tenants) >= self._most_tenants:
+                now_s = self.loop.time()
+                self._tenants = {name: one for name, one in self._tenants.items() if not one.idle(now_s)}
+                self._most_tenants = max(_TENANTS_KEPT, 2 * len(self._tenants))
+            tenant = self._tenants[name] = Tenant(name)
+        return tenant
+
+    def stop(self) -> None:
+        """End the workers; one whose batch runs ends after it."""
+        for worker in self._workers:
+            worker.stop()
+
+    async def close(self) -> None:
+        """Fail the calls that are left, and end the workers."""
+        self.closed = True
+        idle = not self.batcher.running_batches
+        await self.batcher.drain(0.0)
+        self.stop()
+        if idle:
+            for worker in self._workers:
+                worker.join(_JOIN_S)
+
+
+class Core:
+    """A function, or the method of one object, on any number of event loops. `last`: its newest runner."""
+
+    def __init__(self, plan: Plan, function: Callable[[Any], Any], *ledgers: Ledger) -> None:
+        self.plan = plan
+        self.last: Callable[[], Runner | None] = lambda: None
+        self._function = function
+        self._ledgers = ledgers
+
+    def runner(self) -> Runner:
+        """Return the runner on the running event loop; the first call starts it."""
+        loop = asyncio.get_running_loop()
+        runners = _LoopRunners.of(loop)
+        runner = runners.get(self)
+        if runner is None:
+            runner = Runner(self.plan, self._function, loop)
+            runners.add(self, runner)
+            for ledger in self._ledgers:
+                ledger.open(runner.batcher.counters, weakref.ref(runner))
+        self.last = weakref.ref(runner)
+        return runner
+
+
+class _LoopRunners:
+    """The runners of one event loop, by the number (`id`) of the core; they end with core or loop."""
+
+    def __init__(self) -> None:
+        self._runners: dict[int, tuple[weakref.ref[Core], Runner]] = {}
+        self._end = self._until_shutdown()
+        with suppress(StopIteration):
+            self._end.__anext__().send(None)  # to its `yield`, so that the loop knows it
+
+    @staticmethod
+    def of(loop: asyncio.AbstractEventLoop) -> _LoopRunners:
+        """Return the runners of the running event loop."""
+        attributes = vars(loop)
+        runners = attributes.get(_ATTRIBUTE)
+        if runners is None:
+            runners = attributes[_ATTRIBUTE] = _LoopRunners()
+        assert isinstance(runners, _LoopRunners)
+        return runners
+
+    def get(self, core: Core) -> Runner | None:
+        """Return a core's runner, None if it has none here."""
+        known = self._runners.get(id(core))
+        return known[1] if known is not None else None
+
+    def add(self, core: Core, runner: Runner) -> None:
+        """Add a core's runner."""
+        runners, number = self._runners, id(core)
+
+        def end(_: weakref.ref[Core]) -> None:
+            runners.pop(number)[1].stop()  # without its core it has no calls
+
+        runners[number] = weakref.ref(core, end), runner
+
+    async def _until_shutdown(self) -> AsyncGenerator[None, None]:
+        try:
+            yield
+        finally:
+            closing = [runner for _, runner in self._runners.values()]
+            self._runners.clear()
+            vars(asyncio.get_running_loop()).pop(_ATTRIBUTE, None)
+            for runner in closing:
+                await runner.close()

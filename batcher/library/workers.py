@@ -1,0 +1,100 @@
+"""Workers of batched functions: a thread for a function, tasks for a coroutine function.
+
+A worker belongs to the batcher of one event loop. Its thread has no reference to it while it waits, so the
+garbage collector may take it, with batcher and loop; the thread ends then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import time
+import weakref
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from cobatch.batcher.request import Batch
+from cobatch.engines.function import FunctionEngine, FunctionWorker, as_caller_error
+from cobatch.engines.worker import Deliver, Job, Outcome
+
+
+def _items(job: Job) -> list[Any]:
+    batch = job.context
+    assert isinstance(batch, Batch)
+    return [request.item for request in batch.requests]  # type: ignore[attr-defined]  # each is a Call
+
+
+class ThreadWorker:
+    """Runs a function in a thread of its own. `name` is the function's."""
+
+    def __init__(self, engine: FunctionEngine, name: str) -> None:
+        self.engine = engine
+        self.deliver: Deliver | None = None
+        self.warmup_us: dict[int, float] = {}
+        this = weakref.ref(self)
+
+        def deliver(job: Job, outcome: Outcome) -> None:
+            worker = this()
+            if worker is not None and worker.deliver is not None:
+                worker.deliver(job, outcome)
+
+        self._worker = FunctionWorker(engine, name, deliver)
+        self._worker.start(lambda error: None)  # opening does nothing
+        self.stop = weakref.finalize(self, self._worker.stop)
+
+    def submit(self, job: Job) -> None:
+        """Run a batch."""
+        self.engine.fill(job.slot, _items(job))
+        self._worker.submit(job)
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the thread's end, after `stop`."""
+        self._worker.join(timeout_s)
+
+
+class TaskWorker:
+    """Runs a coroutine function on the event loop, one batch at a time."""
+
+    def __init__(
+        self,
+        engine: FunctionEngine,
+        name: str,
+        function: Callable[[Any], Awaitable[Any]],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        engine.slots = 1
+        self.engine = engine
+        self.deliver: Deliver | None = None
+        self.warmup_us: dict[int, float] = {}
+        self._name = name
+        self._function = function
+        self._loop = loop
+        self._task: asyncio.Task[None] | None = None
+
+    def submit(self, job: Job) -> None:
+        """Run a batch, in no caller's context."""
+        self.engine.fill(job.slot, _items(job))
+        self._task = self._loop.create_task(self._run(job), context=contextvars.Context())
+
+    async def _run(self, job: Job) -> None:
+        outputs, error = None, None
+        started_s = time.monotonic()
+        try:
+            results = await self._function(self.engine.take(job.slot))
+            outputs = (self.engine.checked(results, job.rows),)
+        except BaseException as raised:
+            error = as_caller_error(raised, self._name)
+            if isinstance(raised, asyncio.CancelledError | SystemExit | KeyboardInterrupt):
+                raise
+        finally:
+            assert self.deliver is not None
+            self.deliver(job, Outcome(outputs, error, started_s, time.monotonic()))
+            error = None  # its traceback refers to this frame, a cycle
+
+    def stop(self) -> None:
+        """Cancel the batch that runs."""
+        if self._task is not None:
+            self._task.cancel()
+
+    def join(self, timeout_s: float) -> None:
+        """Do nothing: there is no thread."""
