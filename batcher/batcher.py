@@ -15,7 +15,8 @@ Guarantees:
   written, so it does not wait for the encoding.
 * A failed batch is run again in halves until the requests that fail alone are found; only those get the
   error. With n requests that is at most 2*log2(n) extra runs for each of them. Their sources ride apart from
-  others then (`batcher.scheduling.suspects`).
+  others then (`batcher.scheduling.suspects`). The requests of a batch that ended the engine's process run
+  alone, since each run that fails costs a start of the process.
 """
 
 import asyncio
@@ -37,7 +38,7 @@ from cobatch.batcher.scheduling.scheduler import Dispatch, Scheduler
 from cobatch.batcher.scheduling.tuning import SETTLE_ITERATIONS
 from cobatch.batcher.statistics import Counters
 from cobatch.batcher.tenant import Tenant
-from cobatch.engines.errors import EngineError
+from cobatch.engines.errors import EngineEndedError, EngineError
 
 log = logging.getLogger("cobatch.batcher")
 
@@ -320,6 +321,14 @@ class Batcher:
     def use(self, worker: BatchWorker) -> None:
         """Use another worker in place of one that hung or died."""
         self._lanes.use(worker)
+
+    def ended(self, worker: BatchWorker, error: EngineEndedError) -> None:
+        """Note that the process of a worker's engine has ended; harmless if its batch has told that."""
+        self._lanes.ended(worker, error)
+
+    def restarting(self, retry_after_s: float) -> None:
+        """Refuse requests for a while if no engine is left."""
+        self._lanes.restarting(retry_after_s)
 
     def gone(self, error: EngineError) -> None:
         """Close if no engine is left: no other can be opened in place of one that hung or died."""

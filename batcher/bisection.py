@@ -41,6 +41,19 @@ class Bisection:
         elif requests:
             self._fail_alone(lane, requests[0], error, zeros_run)
 
+    def separate(self, batch: Batch, error: EngineError) -> None:
+        """Queue each request of a batch that ended the engine's process alone; fail one that was alone."""
+        requests = batch.unanswered()
+        bundles = [one for one in requests if isinstance(one, Bundle)]
+        if len(batch.requests) == 1 and not bundles:
+            for request in requests:
+                self._scheduler.suspects.add(request, self._clock())
+                self._completion.fail_run(request, str(error))
+            return
+        alone = [one for one in requests if not isinstance(one, Bundle)]
+        alone += [member for bundle in bundles for member in bundle.split()]
+        self.queue_again([(batch, [request]) for request in reversed(alone)])
+
     def _fail_alone(self, lane: Lane, request: Request, error: EngineError, zeros_run: bool | None) -> None:
         """Fail a request whose run failed with no other in it.
 

@@ -9,7 +9,13 @@ import math
 import secrets
 from collections.abc import Callable
 
-from cobatch.batcher.errors import BatchFailedError, EngineGoneError, ExpiredError, InputRejectedError
+from cobatch.batcher.errors import (
+    BatchFailedError,
+    EngineGoneError,
+    EngineRestartingError,
+    ExpiredError,
+    InputRejectedError,
+)
 from cobatch.batcher.request import Batch, Pad, Request, State
 from cobatch.batcher.rows.padding import cut_back
 from cobatch.batcher.rows.splitting import Part, cut, join, release
@@ -121,6 +127,15 @@ class Completion:
         reference = secrets.token_hex(8)
         log.critical("model %s: the engine is dead (reference %s): %s", self._model, reference, why)
         return EngineGoneError(self._model, reference)
+
+    def engine_restarting(self, retry_after_s: float) -> EngineRestartingError:
+        """Return the error for all requests until the engine is started again; its reference is logged."""
+        reference = secrets.token_hex(8)
+        log.error(
+            "model %s: the engine is started again in %g s (reference %s)",
+            self._model, retry_after_s, reference,
+        )  # fmt: skip
+        return EngineRestartingError(self._model, reference, retry_after_s)
 
     # Before the run
 

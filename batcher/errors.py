@@ -1,7 +1,7 @@
 """Errors for requests that were not accepted, or could not be answered.
 
-Split by blame: `BatchFailedError`, `EngineGoneError` and `ExecutionTimeoutError` are the engine's,
-`DrainingError` and `AbandonedError` ours; the others are about the caller's request.
+Split by blame: `BatchFailedError`, `EngineGoneError`, `EngineRestartingError` and `ExecutionTimeoutError` are
+the engine's, `DrainingError` and `AbandonedError` ours; the others are about the caller's request.
 """
 
 
@@ -173,3 +173,12 @@ class EngineGoneError(BatcherError):
         super().__init__(f"the engine of model {model!r} is unusable (reference {reference})")
         self.model = model
         self.reference = reference
+
+
+class EngineRestartingError(EngineGoneError):
+    """The engine's process has ended more than once in a row, and is started again after a while."""
+
+    def __init__(self, model: str, reference: str, retry_after_s: float) -> None:
+        super().__init__(model, reference)
+        self.args = (f"the engine of model {model!r} is being started again (reference {reference})",)
+        self.retry_after_s = retry_after_s

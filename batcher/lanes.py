@@ -25,7 +25,7 @@ from cobatch.batcher.scheduling.policy import SUSPECT
 from cobatch.batcher.scheduling.scheduler import Scheduler
 from cobatch.batcher.statistics import EngineTotals
 from cobatch.batcher.tenant import Tenant
-from cobatch.engines.errors import EngineDeadError, EngineError
+from cobatch.engines.errors import EngineDeadError, EngineEndedError, EngineError
 from cobatch.engines.worker import Job, Outcome
 
 log = logging.getLogger("cobatch.batcher")
@@ -219,9 +219,18 @@ class Lanes:
 
     def _on_error(self, lane: Lane, batch: Batch, error: EngineError, zeros_run: bool | None) -> None:
         requests = batch.unanswered()
+        ended = error if isinstance(error, EngineEndedError) and not self._scheduler.draining else None
+        if ended is not None and not ended.begun:
+            self._bisection.queue_again([(batch, requests)])
+            self._on_ended(lane, ended)
+            return
         self._counters.failed_runs += 1
         batch.note_failed(requests)
-        if isinstance(error, EngineDeadError):
+        if ended is not None:
+            # Its rows may be the cause, so each request runs alone.
+            self._bisection.separate(batch, ended)
+            self._on_ended(lane, ended)
+        elif isinstance(error, EngineDeadError):
             self._on_dead(lane, requests, error)
         else:
             self._bisection.split(lane, batch, error, zeros_run)
@@ -244,6 +253,21 @@ class Lanes:
             self._fail_waiting(lane.gone)
         if first and self._on_lost is not None and not self._scheduler.draining:
             self._on_lost(lane.worker, lane.gone)
+
+    def _on_ended(self, lane: Lane, error: EngineError) -> None:
+        """Remove an engine whose process has ended; requests wait for the next one."""
+        self._remove(lane)
+        if lane.gone is None:
+            lane.gone = self._completion.engine_gone(str(error))
+            if self._on_lost is not None:
+                self._on_lost(lane.worker, lane.gone)
+
+    def ended(self, worker: BatchWorker, error: EngineEndedError) -> None:
+        """Remove an idle worker's engine, whose process has ended. A batch that runs tells it itself."""
+        lane = next((one for one in self.lanes if one.worker is worker), None)
+        if lane is not None and not lane.running:
+            self._all.pop(lane)
+            self._on_ended(lane, error)
 
     def _watch_next(self, lane: Lane) -> None:
         """Limit the time of the batch that runs now; those behind it have not begun."""
@@ -300,6 +324,12 @@ class Lanes:
             admission.close(None)
         self._add(worker)
         self._decide()
+
+    def restarting(self, retry_after_s: float) -> None:
+        """Refuse and fail requests, if no engine is left, until another one is used."""
+        if not self.lanes:
+            self._fail_waiting(self._completion.engine_restarting(retry_after_s))
+            self._decide()
 
     def gone(self, error: EngineError) -> None:
         """Close if no engine is left, since no other one can be opened."""

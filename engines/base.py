@@ -1,14 +1,14 @@
 """The interface of engines: tensors, signature, and the protocol that the worker drives."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from cobatch.engines.errors import EngineLoadError
+from cobatch.engines.errors import EngineEndedError, EngineLoadError
 
 Array = np.ndarray[Any, Any]
 # The shape of one row of each input, in the signature's order; with batching off of the whole input.
@@ -206,4 +206,18 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free everything. Called once, also after a failed `open`."""
+        ...
+
+
+@runtime_checkable
+class Endable(Protocol):
+    """An engine with a process of its own, which may end at any time.
+
+    `on_end` may be set; another thread calls it when the process has ended without `kill` or `close`.
+    """
+
+    on_end: Callable[[EngineEndedError], None]
+
+    def kill(self) -> None:
+        """End the process at once. May be called by any thread, at any time."""
         ...

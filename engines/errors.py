@@ -30,6 +30,21 @@ class EngineDeadError(EngineError):
     """The engine cannot run any batch any more."""
 
 
+class EngineEndedError(EngineDeadError):
+    """The process that the engine had for itself has ended; another one can take its place.
+
+    `begun`: the batch was being run then, and may be the cause.
+    """
+
+    def __init__(self, text: str, *, begun: bool = False) -> None:
+        super().__init__(text)
+        self.begun = begun
+
+
+class OutputError(EngineRunError, EngineLoadError):
+    """An output is not as the model declares it."""
+
+
 class NoBatchAxisError(EngineRunError, EngineLoadError):
     """An output's first axis does not count the rows."""
 

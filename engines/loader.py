@@ -11,10 +11,11 @@ from cobatch.engines.errors import EngineLoadError
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """Options of engines: `batching` of all, `threads` of ONNX Runtime, the others of TensorRT.
+    """Options of engines: `batching` of all, `threads` of ONNX Runtime and Python, the others of TensorRT.
 
     `batch_buckets`: sizes that batches are padded to (None: powers of two). `plan_cache`: folder of built
-    plans (None: in the user's cache folder).
+    plans (None: in the user's cache folder). Of a model in Python: its `name`, the `folder` where modules are
+    found, `device`, and if it runs `in_thread`.
     """
 
     threads: int | None = None
@@ -26,6 +27,9 @@ class EngineOptions:
     plan_cache: Path | None = None
     plan_host_code: bool = False
     batching: Batching = AUTO
+    name: str = "model"
+    folder: str = "."
+    in_thread: bool = False
 
 
 def _onnxruntime(path: str, max_batch_size: int, options: EngineOptions) -> Engine:
@@ -55,9 +59,19 @@ def _tensorrt(path: str, max_batch_size: int, options: EngineOptions) -> Engine:
     )
 
 
+def _python(source: str, max_batch_size: int, options: EngineOptions) -> Engine:
+    from cobatch.engines.python.engine import ProcessEngine, ThreadEngine  # noqa: PLC0415
+
+    common = source, max_batch_size, options.folder, options.device, options.batching
+    if options.in_thread:
+        return ThreadEngine(*common)
+    return ProcessEngine(*common, name=options.name, threads=options.threads)
+
+
 ENGINES: dict[str, Callable[[str, int, EngineOptions], Engine]] = {
     "onnxruntime": _onnxruntime,
     "tensorrt": _tensorrt,
+    "python": _python,
 }
 _BY_SUFFIX = {".onnx": "onnxruntime", ".plan": "tensorrt", ".engine": "tensorrt"}
 
@@ -68,7 +82,7 @@ def load_engine(
     max_batch_size: int,
     options: EngineOptions = EngineOptions(),
 ) -> Engine:
-    """Create an engine for a model file, not yet open. Raises EngineLoadError.
+    """Create an engine for a model file, or `FILE.py:NAME`, not yet open. Raises EngineLoadError.
 
     `kind` is a key of ENGINES, or "auto" to choose by the file's suffix.
     """

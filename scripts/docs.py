@@ -111,6 +111,8 @@ def schema() -> str:
     for struct in STRUCTS:
         part = parts[struct.__name__]
         part["description"] = re.split(r"\.\s", part["description"])[0].rstrip(".") + "."
+        if one_of := getattr(struct, "ONE_OF", ()):
+            part["anyOf"] = [{"required": [name]} for name in one_of]
         for setting in settings_of(struct).values():
             member = _without_null(part["properties"][setting.name])
             if setting.computed:

@@ -76,14 +76,15 @@ class Arena:
         return freed
 
 
-def create(name: str, size: int) -> int:
+def create(name: str, size: int, *, growing: bool = False) -> int:
     """Return the descriptor of a new slab of at least `size` bytes. Pages take memory once they are written.
 
-    Its size cannot be changed: a writer that shrank it would end its reader by SIGBUS.
+    It cannot shrink, which would end its reader by SIGBUS, nor grow, unless it is `growing`.
     """
     descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(descriptor, BLOCK_BYTES << ((size - 1) // BLOCK_BYTES).bit_length())
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL | (0 if growing else fcntl.F_SEAL_GROW)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
     return descriptor
 
 

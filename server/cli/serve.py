@@ -18,11 +18,11 @@ from cobatch.server.settings.load import read_settings
 from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings, env_name, flag_name
 from cobatch.server.settings.values import Errors, is_loopback
 
-_FILE_ONLY = ("path", "pad")
+_FILE_ONLY = ("path", "python", "pad")
 
 
 def serve(*, config: Path | None, check: bool, **flags: object) -> None:
-    """Serve models until SIGTERM: one model file, or those of a configuration file.
+    """Serve models until SIGTERM: one model, or those of a configuration file.
 
     Each flag has an environment variable (--max-batch-size: COBATCH_MAX_BATCH_SIZE; MODEL:
     COBATCH_MODEL) and a key in the file ([server] port, [[models]] max_batch_size). Flags win over
@@ -113,7 +113,9 @@ def _keyword(name: str, kind: Any, default: object = None) -> Parameter:
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 
-_MODEL = typer.Argument(metavar="MODEL", help="A model file; replaces the file's [[models]].")
+_MODEL = typer.Argument(
+    metavar="MODEL", help="A model file, or FILE.py:NAME; replaces the file's [[models]]."
+)
 _CONFIG = typer.Option(metavar="FILE", help="Configuration file (TOML).")
 _CHECK = typer.Option("--check", help="Check the settings, print every error, and exit.")
 serve.__signature__ = Signature(  # type: ignore[attr-defined]

@@ -11,10 +11,11 @@ import numpy as np
 
 from cobatch.batcher.request import Payload
 from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec
+from cobatch.engines.elements import read_elements
 from cobatch.engines.errors import LinkError
 from cobatch.engines.link.messages import Answers, Submit
 from cobatch.server.http.problem import Problem
-from cobatch.server.v2.binary import read_binary, read_elements
+from cobatch.server.v2.binary import read_binary
 from cobatch.server.v2.checks import OutputSizes, check_tensor
 from cobatch.server.v2.encode import bytes_tensor
 

@@ -119,6 +119,7 @@ _SLUGS: dict[type[batching.BatcherError], str] = {
     batching.BatchFailedError: "run-failed",
     batching.InputRejectedError: "input-rejected",
     batching.EngineGoneError: "engine-dead",
+    batching.EngineRestartingError: "engine-restarting",
 }
 _MILLISECONDS = {"timeout_s": "timeout_ms", "needed_s": "needed_ms", "limit_s": "limit_ms"}
 

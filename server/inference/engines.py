@@ -45,4 +45,7 @@ def engine_options(settings: ModelSettings, place: Place, batching: Batching | N
         plan_cache=None if settings.plan_cache is None else Path(settings.plan_cache).expanduser(),
         plan_host_code=settings.plan_host_code,
         batching=batching or Batching(settings.batching),
+        name=settings.name,
+        folder=settings.python_path,
+        in_thread=settings.run_in == "thread",
     )

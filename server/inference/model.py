@@ -1,8 +1,9 @@
 """One served model: its engines' workers, its batcher and its codec, from loading to stopping."""
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.errors import BatcherError, EngineGoneError, ExecutionTimeoutError
 from cobatch.batcher.lane import BatchWorker
-from cobatch.engines.base import Batching, Engine
-from cobatch.engines.errors import EngineError
+from cobatch.engines.base import Batching, Endable, Engine
+from cobatch.engines.errors import EngineEndedError, EngineError
 from cobatch.engines.loader import load_engine
 from cobatch.engines.worker import Worker
 from cobatch.server.inference.engines import Place, engine_options, places
@@ -24,6 +25,23 @@ from cobatch.server.v2.encode import Encoder
 log = logging.getLogger("cobatch.model")
 
 _JOIN_S = 5.0
+_RESTARTS_AT_ONCE = 2
+_LONGEST_DELAY_S = 30.0
+
+
+class Backoff:
+    """Delays of an engine's restarts: the first ones in a row at once, each later one after twice as long."""
+
+    def __init__(self) -> None:
+        self._in_row = 0
+        self._batches = 0
+
+    def delay_s(self, batches: int) -> float:
+        """Return the delay before the next start. `batches`: that have run so far; a new one ends the row."""
+        self._in_row = 1 if batches != self._batches else self._in_row + 1
+        self._batches = batches
+        late = self._in_row - _RESTARTS_AT_ONCE
+        return 0.0 if late <= 0 else min(2.0 ** (late - 1), _LONGEST_DELAY_S)
 
 
 class Model(ServedModel):
@@ -39,6 +57,7 @@ class Model(ServedModel):
         self._hung: list[Worker] = []
         self._died: set[Place] = set()  # an engine has died there before
         self._rebuilding = 0
+        self._backoff = Backoff()
         self._reopening: set[asyncio.Task[None]] = set()
 
     async def load(self) -> None:
@@ -88,8 +107,11 @@ class Model(ServedModel):
         opened: Future[None] = Future()
         settings = self.settings
         options = engine_options(settings, place, self._batching)
-        engine = load_engine(settings.engine, settings.path, settings.max_batch_size, options)
+        kind = settings.engine if settings.python is None else "python"
+        engine = load_engine(kind, settings.python or settings.path, settings.max_batch_size, options)
         worker = Worker(engine, f"{self.name}{place.suffix}")
+        if isinstance(engine, Endable):
+            engine.on_end = partial(self._on_end, worker, asyncio.get_running_loop())
         self._workers = [one for one in self._workers if self._places.get(one) != place] + [worker]
         self._places[worker] = place
         worker.start(partial(_settle, opened))
@@ -97,18 +119,29 @@ class Model(ServedModel):
         self._batching = engine.signature.batching
         return worker
 
+    def _on_end(self, worker: Worker, loop: asyncio.AbstractEventLoop, error: EngineEndedError) -> None:
+        """Note that an engine's process has ended, on another thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(self._ended, worker, error)
+
+    def _ended(self, worker: Worker, error: EngineEndedError) -> None:
+        if self.batcher is not None:
+            self.batcher.ended(worker, error)
+
     def _on_lost(self, lost: BatchWorker, why: BatcherError) -> None:
         worker = next(one for one in self._workers if one is lost)
         place = self._places[worker]
         worker.stop()  # ends with its last batch, if that ever ends
-        if isinstance(why, ExecutionTimeoutError):
+        if isinstance(worker.engine, Endable):
+            worker.engine.kill()
+            self._start(self._restart(worker, place))
+        elif isinstance(why, ExecutionTimeoutError):
             # Its thread cannot be ended, but another engine can take its place.
             self._hung.append(worker)
             self._start(self._reopen(place, "a run that did not end"))
         elif place not in self._died:
             # Once per place: a cause that kills each engine would kill the next one too.
             self._died.add(place)
-            self._rebuilding += 1
             self._start(self._rebuild(worker, place))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
@@ -117,12 +150,35 @@ class Model(ServedModel):
         task.add_done_callback(self._reopening.discard)
 
     async def _rebuild(self, worker: Worker, place: Place) -> None:
-        try:
+        with self._rebuilds():
             # The next engine needs the memory that the thread frees.
             if await asyncio.to_thread(worker.join, _JOIN_S):
                 await self._reopen(place, "its engine died")
             else:
                 log.critical("model %s: the dead engine's thread does not end", self.name)
+
+    async def _restart(self, worker: Worker, place: Place) -> None:
+        """Open an engine in place of one whose process has ended: at once, or later if that goes on."""
+        with self._rebuilds():
+            await asyncio.to_thread(worker.join, _JOIN_S)
+            batcher, opened = self.loaded_batcher, None
+            while opened is None:
+                delay_s = self._backoff.delay_s(batcher.counters.batches)
+                if delay_s:
+                    batcher.restarting(delay_s)
+                    await asyncio.sleep(delay_s)
+                try:
+                    opened = await self._open(place)
+                except EngineError as error:
+                    log.error("model %s: its engine cannot be started again: %s", self.name, error)  # noqa: TRY400
+            log.warning("model %s: opened again after its process ended", self.name)
+            batcher.use(opened)
+
+    @contextlib.contextmanager
+    def _rebuilds(self) -> Iterator[None]:
+        self._rebuilding += 1
+        try:
+            yield
         finally:
             self._rebuilding -= 1
 
@@ -176,7 +232,11 @@ class Model(ServedModel):
         # A thread ends with its last batch. A batch that outlived the draining has had its time.
         until_s = 0 if self.batcher is not None and self.batcher.running_batches else _JOIN_S
         for worker in self._workers:
-            if not await asyncio.to_thread(worker.join, until_s):
+            ended = await asyncio.to_thread(worker.join, until_s)
+            if not ended and isinstance(worker.engine, Endable):
+                worker.engine.kill()
+                ended = await asyncio.to_thread(worker.join, _JOIN_S)
+            if not ended:
                 log.error("model %s: a worker is still busy and ends with the process", self.name)
 
     @property

@@ -6,6 +6,7 @@ is written, even one that a later source overrides, and every refusal is reporte
 """
 
 import ipaddress
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from cobatch.server.settings.describe import Text
 from cobatch.server.settings.schema import (
     ENV_PREFIX,
     MODEL_FIELDS,
+    PYTHON_SOURCE,
     SERVER_FIELDS,
     ModelSettings,
     Name,
@@ -28,6 +30,7 @@ from cobatch.server.settings.schema import (
 from cobatch.server.settings.tls import check_certificate
 from cobatch.server.settings.values import (
     Errors,
+    Given,
     Reader,
     SettingsError,
     Table,
@@ -40,12 +43,12 @@ from cobatch.server.settings.values import (
 
 # For commands that ask a server, such as `cobatch explain`; not a setting of the server.
 TOKEN_VARIABLE = "COBATCH_TOKEN"  # noqa: S105 - the variable's name
-# `path` is the MODEL argument; its variable is COBATCH_MODEL.
+# `path` and `python` are the MODEL argument; its variable is COBATCH_MODEL.
 _FLAGS: dict[str, Any] = {
     "config": Text,
     "model": MODEL_FIELDS["path"],
     **SERVER_FIELDS,
-    **{name: kind for name, kind in MODEL_FIELDS.items() if name != "path"},
+    **{name: kind for name, kind in MODEL_FIELDS.items() if name not in ("path", "python")},
 }
 
 
@@ -82,7 +85,10 @@ def read_settings(
     server = file.get("server", {}) | {name: one for name, one in given.items() if name in SERVER_FIELDS}
     auth = build_auth(file["auth"], source, errors) if "auth" in file else None
     errors += map(str, _server_conflicts(server, auth))
-    tables = [{"path": given["model"]}] if "model" in given else file.get("models", [])
+    folder = Given(str(path.parent), "models[*].python_path", source)
+    tables = [{"python_path": folder} | table for table in file.get("models", [])]
+    if "model" in given:
+        tables = [_argument(given["model"])]
     if not tables and document.get("models", []) == []:
         errors.append("models: no model to serve; give MODEL, or [[models]] in a --config file")
     for_models = {name: one for name, one in given.items() if name in MODEL_FIELDS}
@@ -92,6 +98,13 @@ def read_settings(
     if auth is not None and not errors.under("models"):
         errors += _rule_conflicts(auth, [model.name for model in models], source)
     return Settings(server=msgspec.convert(values_of(server), ServerSettings), models=models, auth=auth)
+
+
+def _argument(model: Given) -> Table:
+    """Return the table of the MODEL argument: a file, or a model in Python."""
+    if not Path(model.value).is_file() and re.fullmatch(PYTHON_SOURCE, model.value):
+        return {"python": model._replace(key="models[0].python")}
+    return {"path": model}
 
 
 def _overrides(environ: Mapping[str, str], flags: Mapping[str, object], errors: Errors) -> Table:
@@ -173,17 +186,13 @@ def _build_models(tables: list[Table], errors: Errors) -> tuple[ModelSettings, .
                 _check_pads(table["pad"].value)
         with errors:
             _check_batching(table)
-        path = table["path"]
+        path = table.get("path") or table["python"]
         with errors:
-            if not Path(path.value).is_file():
-                why = "a folder" if Path(path.value).is_dir() else "no file there"
-                raise path.refused(f"expected a model file, got {path.value!r}: {why}")
-            if Path(path.value).suffix == ".toml":
-                raise path.refused(f"expected a model file, got {path.value!r}; did you mean --config?")
+            _check_file(table)
         with errors:
             model = msgspec.convert(values_of(table), ModelSettings)
             _check_devices(model, table)
-            key = path.key.removesuffix(".path")
+            key = path.key.rpartition(".")[0]
             source = table["name"].source if "name" in table else "the file's name; set name"
             check(f"{key}.name", model.name, Name, source)
             for other, earlier in models.items():
@@ -192,6 +201,27 @@ def _build_models(tables: list[Table], errors: Errors) -> tuple[ModelSettings, .
                     raise SettingsError(f"{key}.name: {model.name!r} is already {other}'s name ({source})")
             models[key] = model
     return tuple(models.values())
+
+
+def _check_file(table: Table) -> None:
+    """Refuse a model without a file, and one with two."""
+    path, python = table.get("path"), table.get("python")
+    if python is not None:
+        if path is not None:
+            raise python.refused("not together with path")
+        if "engine" in table and table["engine"].value != "auto":
+            raise table["engine"].refused("not together with python")
+        file = Path(
+            table["python_path"].value if "python_path" in table else ".", python.value.rpartition(":")[0]
+        )
+        if file.suffix == ".py" and not file.is_file():
+            raise python.refused(f"expected FILE.py:NAME, got {python.value!r}: no file {str(file)!r}")
+    elif path is not None:
+        if not Path(path.value).is_file():
+            why = "a folder" if Path(path.value).is_dir() else "no file there"
+            raise path.refused(f"expected a model file, got {path.value!r}: {why}")
+        if Path(path.value).suffix == ".toml":
+            raise path.refused(f"expected a model file, got {path.value!r}; did you mean --config?")
 
 
 def _check_devices(model: ModelSettings, table: Table) -> None:

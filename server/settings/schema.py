@@ -6,7 +6,7 @@ refusals, docs/configuration.md and the JSON schema are derived from it, so a ne
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
@@ -23,11 +23,15 @@ _NAME = "1 to 128 letters, digits, '.', '_', '-', the first a letter or digit"
 Name = Annotated[str, Meta(max_length=128), pattern("[A-Za-z0-9][A-Za-z0-9._-]*", _NAME)]
 EngineKind = Literal["auto", "onnxruntime", "tensorrt"]
 BatchingMode = Literal["auto", "on", "off"]
+RunIn = Literal["process", "thread"]
 TensorRTKind = Literal["tensorrt", "tensorrt-rtx"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
 AccessLog = Literal["off", "text", "json"]
 AccessLogLevel = Literal["info", "warning", "error"]
+PYTHON_SOURCE = r"[^:]+:[A-Za-z_]\w*"
+_PYTHON = "FILE.py:NAME or MODULE:NAME"
+PythonSource = Annotated[str, pattern(PYTHON_SOURCE, _PYTHON), placeholder("FILE.py:NAME")]
 Seconds = Annotated[float, Meta(ge=0, le=86_400), placeholder("SECONDS")]
 Timeout = Annotated[float, Meta(gt=0, le=86_400), placeholder("SECONDS")]
 Milliseconds = Annotated[float, Meta(ge=0, le=60_000), placeholder("MS")]
@@ -81,8 +85,25 @@ class PadSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`[[models]]`: one model. `name` and `max_queue_rows` are always set (see __post_init__)."""
 
-    path: Annotated[File, about("the model's file, ONNX or a TensorRT plan")]
-    name: Annotated[Name, about("name in URLs", "NAME", default="the file's name without its suffix")] = ""
+    ONE_OF: ClassVar = ("path", "python")
+
+    path: Annotated[File, about("the model's file, ONNX or a TensorRT plan; or else python")] = ""
+    python: Annotated[
+        PythonSource | None, about("a model in Python in place of `path`: FILE.py:NAME or MODULE:NAME")
+    ] = None
+    python_path: Annotated[
+        Folder,
+        about(
+            "Python: folder that FILE.py and MODULE are in; modules are found on PYTHONPATH, too",
+            default="the configuration file's, or the working directory",
+        ),
+    ] = "."
+    run_in: Annotated[RunIn, about("Python: a process for each engine, or a thread of the server")] = (
+        "process"
+    )
+    name: Annotated[
+        Name, about("name in URLs", "NAME", default="the file's without its suffix, or the NAME in it")
+    ] = ""
     model_version: Annotated[Name, about("version in URLs", "VERSION")] = "1"
     engine: Annotated[EngineKind, about("engine to run it; auto goes by the file's suffix")] = "auto"
     max_batch_size: Annotated[BatchRows, about("largest batch, in rows; 0 turns batching off")] = 64
@@ -119,7 +140,8 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     def __post_init__(self) -> None:
         """Fill in what follows from other fields, so that no reader meets an unset one."""
         if not self.name:
-            msgspec.structs.force_setattr(self, "name", Path(self.path).stem)
+            name = self.python.rpartition(":")[2] if self.python else Path(self.path).stem
+            msgspec.structs.force_setattr(self, "name", name)
         if not self.max_batch_size:
             msgspec.structs.force_setattr(self, "batching", "off")
         if not self.max_queue_rows:

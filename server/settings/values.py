@@ -9,7 +9,7 @@ import ipaddress
 import re
 import reprlib
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -97,11 +97,10 @@ class Reader:
                     if name not in fields:
                         raise SettingsError(f"{key}: unknown key{self._hint(name, fields)} ({self.source})")
                     checked[name] = self._value(key, value, fields[name])
-            for name in _required(struct):
-                if name not in table:
-                    expected = settings_of(struct)[name].help
-                    missing = f"missing; expected {expected}" if expected else "missing"
-                    self.errors.append(f"{where}.{name}: {missing} ({self.source})")
+            for name in _missing(struct, table):
+                expected = settings_of(struct)[name].help
+                missing = f"missing; expected {expected}" if expected else "missing"
+                self.errors.append(f"{where}.{name}: {missing} ({self.source})")
         return checked
 
     def _value(self, key: str, value: object, kind: Any) -> Given:
@@ -122,12 +121,17 @@ class Reader:
             written = re.sub(r"\[\d+\]", "", key)
             raise Given(value, key, self.source).unexpected(f"an array of tables, written [[{written}]]")
         tables = [self.table(f"{key}[{index}]", one, struct) for index, one in enumerate(value)]
-        complete = [table for table in tables if all(name in table for name in _required(struct))]
+        complete = [table for table in tables if not _missing(struct, table)]
         return Given(complete, key, self.source)
 
 
-def _required(struct: type[msgspec.Struct]) -> list[str]:
-    return [field.name for field in msgspec.structs.fields(struct) if field.required]
+def _missing(struct: type[msgspec.Struct], table: Mapping[str, object]) -> list[str]:
+    """Return the required settings that are missing; of those of which one is enough, the first."""
+    missing = [
+        field.name for field in msgspec.structs.fields(struct) if field.required and field.name not in table
+    ]
+    one_of: tuple[str, ...] = getattr(struct, "ONE_OF", ())
+    return missing + list(one_of[:1] if table.keys().isdisjoint(one_of) else ())
 
 
 def read_toml(path: Path, key: str, source: str = "") -> dict[str, Any]:

@@ -3,19 +3,17 @@
 Little-endian, C order, no padding. A payload is a view of the body; the only copy is into the batch.
 """
 
-import struct
 from math import prod
 
 import numpy as np
 
 from cobatch.batcher.request import Payload
 from cobatch.engines.base import TensorSpec
+from cobatch.engines.elements import read_elements
 from cobatch.server.http.body import Body
 from cobatch.server.http.problem import Problem
 from cobatch.server.v2.checks import check_strings, wrong_data
 from cobatch.server.v2.messages import InputTensor
-
-_LENGTH = struct.Struct("<I").unpack_from
 
 
 def cut_tail(tensor: InputTensor, tail: memoryview | None, offset: int) -> memoryview:
@@ -93,16 +91,3 @@ def _read_strings(spec: TensorSpec, data: memoryview, elements: int) -> list[byt
         detail = f"{len(data)} bytes do not hold exactly {elements} elements"
         raise wrong_data(spec, detail, expected_elements=elements, actual_elements=len(values))
     return values
-
-
-def read_elements(data: memoryview, most: int) -> tuple[list[bytes], int]:
-    """Return the elements of a BYTES tensor, at most `most`, and the place behind the last whole one."""
-    values: list[bytes] = []
-    at, end = 0, len(data)
-    while at + 4 <= end and len(values) < most:
-        (size,) = _LENGTH(data, at)
-        if size > end - at - 4:
-            break
-        at += 4 + size
-        values.append(bytes(data[at - size : at]))
-    return values, at

@@ -70,7 +70,7 @@ def test_every_setting_has_a_flag() -> None:
     assert "  --check " in head
     for setting in SERVER_FIELDS:
         assert f"  {flag_name(setting)} " in server
-    for setting in MODEL_FIELDS.keys() - {"path"}:
+    for setting in MODEL_FIELDS.keys() - {"path", "python"}:
         assert f"  {flag_name(setting)} " in models
 
 

@@ -31,6 +31,7 @@ ELSEWHERE = {
     "bad-http",
     "body-memory",
     "cancelled",
+    "engine-restarting",
     "execution-timeout",
     "expired",
     "headers-too-large",

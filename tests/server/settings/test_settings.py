@@ -1,6 +1,7 @@
 """Settings: the order of their sources, and every refusal."""
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -100,6 +101,39 @@ def test_paths_in_a_file_are_relative_to_it(
     assert Path(load_settings(None, {}, {"model": "../tiny.onnx"}).models[0].path).samefile(model)
 
 
+def test_a_model_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder is that of the configuration file, or the working directory."""
+    (tmp_path / "app.py").touch()
+    text = "[[models]]\npython = 'app.py:Model'\n[[models]]\npython = 'pkg.app:Other'\nname = 'mine'\n"
+    models = from_file(tmp_path, text, run_in="thread").models
+    assert [(one.name, one.python_path, one.run_in) for one in models] == [
+        ("Model", str(tmp_path), "thread"),
+        ("mine", str(tmp_path), "thread"),
+    ]
+    monkeypatch.chdir(tmp_path)
+    (model,) = load_settings(None, {}, {"model": "app.py:Model"}).models
+    assert (model.name, model.python, model.python_path, model.path) == ("Model", "app.py:Model", ".", "")
+    (model,) = load_settings(None, {"COBATCH_MODEL": "app:Model"}, {"python_path": "src"}).models
+    assert (model.name, model.python_path) == ("Model", "src")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "python = 'app.py'",
+            "models[0].python: expected FILE.py:NAME or MODULE:NAME, got the text 'app.py'",
+        ),
+        ("python = 'app.py:a'", "models[0].python: expected FILE.py:NAME, got 'app.py:a': no file '"),
+        ("python = 'app:a'\npath = 'tiny.onnx'", "models[0].python: not together with path (file"),
+        ("python = 'app:a'\nengine = 'tensorrt'", "models[0].engine: not together with python (file"),
+    ],
+)
+def test_a_model_in_python_that_is_refused(model: Path, tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        from_file(tmp_path, f"[[models]]\n{text}\n")
+
+
 def test_the_file_may_be_named_by_a_variable(model: Path, tmp_path: Path) -> None:
     config = tmp_path / "cobatch.toml"
     config.write_text(MODELS)
@@ -138,7 +172,7 @@ def test_the_file_may_be_named_by_a_variable(model: Path, tmp_path: Path) -> Non
         ("models = [1]", "models[0]: expected a table, got 1 (file cobatch.toml)"),
         (
             "[[models]]",
-            "models[0].path: missing; expected the model's file, ONNX or a TensorRT plan (file cobatch.toml)",
+            "models[0].path: missing; expected the model's file, ONNX or a TensorRT plan; or else python",
         ),
         (MODELS + "[[models]]\npaht = ''", "models[1].paht: unknown key; did you mean path? (file"),
         (

@@ -1,0 +1,196 @@
+"""The engines of models in Python: in a process of its own, or in the worker's thread."""
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from cobatch.engines.base import Array, Batching, RowShapes, Signature
+from cobatch.engines.errors import EngineEndedError, EngineLoadError, EngineRunError, LinkError, OutputError
+from cobatch.engines.link.slab import BLOCK_BYTES, create
+from cobatch.engines.python.memory import Region, SlotInputs, read, write_strings
+from cobatch.engines.python.messages import Failed, Loaded, NotLoaded, Ran, Run, Start
+from cobatch.engines.python.model import PythonModel, load
+from cobatch.engines.python.process import ModelProcess
+
+# Read by OpenMP, OpenBLAS and MKL when they are loaded; PyTorch uses OpenMP's.
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+class PythonEngine:
+    """What both have in common. `max_batch_size` is set to 1 with batching off."""
+
+    platform = "python"
+    slots = 2
+
+    def __init__(
+        self, source: str, max_batch_size: int, folder: str, device: int, batching: Batching
+    ) -> None:
+        self.max_batch_size = max_batch_size
+        self._start = Start(source, folder, device, batching)
+        self._signature: Signature | None = None
+        self._inputs: list[SlotInputs] = []
+
+    @property
+    def signature(self) -> Signature:
+        """The model's tensors. Raises RuntimeError before `open`."""
+        if self._signature is None:
+            raise RuntimeError("the engine is not open")
+        return self._signature
+
+    def inputs(self, slot: int, rows: int, row_shapes: RowShapes) -> tuple[Array, ...]:
+        """Return the slot's input buffers: C-contiguous [n, *row_shape] each, n >= rows."""
+        return self._inputs[slot].arrays(rows, row_shapes)
+
+    def _opened(self, signature: Signature, reserve: Callable[[int], Callable[[int], memoryview]]) -> None:
+        """Make the slots' buffers; `reserve` returns a slot's allocator."""
+        self._signature = signature
+        self.max_batch_size = self.max_batch_size if signature.batching.on else 1
+        self._inputs = [
+            SlotInputs(signature, self.max_batch_size, reserve(slot)) for slot in range(self.slots)
+        ]
+
+
+class ThreadEngine(PythonEngine):
+    """The model runs in the worker's thread, and so in the server's process."""
+
+    def __init__(
+        self, source: str, max_batch_size: int, folder: str, device: int, batching: Batching
+    ) -> None:
+        super().__init__(source, max_batch_size, folder, device, batching)
+        self._model: PythonModel | None = None
+        self._batches: dict[int, tuple[int, RowShapes]] = {}
+
+    def open(self) -> None:
+        """Load the model. Raises EngineLoadError."""
+        start = self._start
+        self._model = load(start.source, start.folder, start.device, start.batching)
+        self._opened(self._model.signature, lambda _: lambda size: np.zeros(size, np.uint8).data)
+
+    def enqueue(self, slot: int, rows: int, row_shapes: RowShapes) -> None:
+        """Record the batch; `wait` runs it."""
+        self._batches[slot] = rows, row_shapes
+
+    def wait(self, slot: int) -> tuple[Array, ...]:
+        """Run the batch. Raises EngineRunError with the traceback, or OutputError."""
+        assert self._model is not None
+        rows, row_shapes = self._batches.pop(slot)
+        arrays = [array[:rows] for array in self.inputs(slot, rows, row_shapes)]
+        return tuple(map(np.ascontiguousarray, self._model.run(arrays)))
+
+    def close(self) -> None:
+        """Forget the model."""
+        self._model = None
+        self._inputs = []
+
+
+class ProcessEngine(PythonEngine):
+    """The model runs in a process of its own, which cannot harm others.
+
+    `on_end` may be set, and is called by another thread when the process has ended. EngineEndedError says so
+    for the batch that ran then, and for each later one.
+    """
+
+    asynchronous = True
+
+    def __init__(
+        self,
+        source: str,
+        max_batch_size: int,
+        folder: str,
+        device: int,
+        batching: Batching,
+        *,
+        name: str,
+        threads: int | None = None,
+    ) -> None:
+        super().__init__(source, max_batch_size, folder, device, batching)
+        self.on_end: Callable[[EngineEndedError], None] = _ignore
+        self._name = name
+        self._env = {} if threads is None else dict.fromkeys(_THREAD_VARIABLES, str(threads))
+        self._begun = _region(name)
+        self._number = 0  # of the batch that was sent last
+        self._numbers: dict[int, int] = {}  # by slot
+        self._regions: list[tuple[Region, Region]] = []  # of inputs and outputs, of each slot
+        self._process: ModelProcess | None = None
+        self._lock = threading.Lock()
+        self._killed = False
+
+    def open(self) -> None:
+        """Start the process and load the model there. Raises EngineLoadError."""
+        for _ in range(self.slots):
+            self._regions.append((_region(self._name), _region(self._name)))
+        regions = [self._begun, *(region for slot in self._regions for region in slot)]
+        descriptors = [region.descriptor for region in regions]
+        with self._lock:
+            if self._killed:
+                raise EngineLoadError("the server is about to stop")
+            self._process = process = ModelProcess(self._name, descriptors, self._env, self._tell_end)
+        try:
+            process.send(self._start)
+            loaded = process.receive()
+        except EngineEndedError as error:
+            raise EngineLoadError(f"while it was loaded, {error}") from error
+        if not isinstance(loaded, Loaded):
+            raise EngineLoadError(
+                loaded.text if isinstance(loaded, NotLoaded) else f"the process sent {loaded}"
+            )
+        self._opened(loaded.signature, lambda slot: self._regions[slot][0].reserve)
+
+    def enqueue(self, slot: int, rows: int, row_shapes: RowShapes) -> None:
+        """Send the batch. Raises EngineEndedError, and EngineRunError for strings that are too long."""
+        specs = self.signature.inputs
+        arrays = self.inputs(slot, rows, row_shapes)
+        inputs = write_strings(specs, arrays, rows, self._regions[slot][0])
+        self._number += 1
+        self._numbers[slot] = self._number
+        self._running.send(Run(self._number, slot, inputs))
+
+    def wait(self, slot: int) -> tuple[Array, ...]:
+        """Wait for the outputs. Raises EngineRunError with the traceback and output, OutputError, and
+        EngineEndedError."""
+        process = self._running
+        try:
+            message = process.receive()
+        except EngineEndedError as error:
+            error.begun = self._begun.number()[0] == self._numbers[slot]
+            raise
+        match message:
+            case Failed(text, wrong_output):
+                raise (OutputError if wrong_output else EngineRunError)(text + process.printed())
+            case Ran(outputs):
+                process.output.kept.clear()
+                return read(self.signature.outputs, outputs, self._regions[slot][1])
+        raise LinkError(f"the model's process sent {type(message).__name__}")
+
+    @property
+    def _running(self) -> ModelProcess:
+        assert self._process is not None
+        return self._process
+
+    def kill(self) -> None:
+        """End the process at once. May be called by any thread, at any time."""
+        with self._lock:
+            self._killed = True
+            self.on_end = _ignore
+            if self._process is not None:
+                self._process.kill()
+
+    def _tell_end(self, error: EngineEndedError) -> None:
+        self.on_end(error)
+
+    def close(self) -> None:
+        """End the process and free its memory."""
+        self.on_end = _ignore
+        if self._process is not None:
+            self._process.close()
+        for region in [self._begun, *(region for slot in self._regions for region in slot)]:
+            region.close()
+
+
+def _ignore(error: EngineEndedError) -> None:
+    """Ignore the end of a process that was ended here."""
+
+
+def _region(name: str) -> Region:
+    return Region(create(f"cobatch-{name}", BLOCK_BYTES, growing=True))

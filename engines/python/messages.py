@@ -1,0 +1,78 @@
+"""The messages between home and a model's process, as MessagePack, one a datagram (SOCK_SEQPACKET).
+
+Home sends `Start`, and then a `Run` for each batch; the process answers `Loaded` or `NotLoaded`, and then
+`Ran` or `Failed` for each batch, in their order. Tensors lie in a slot's regions (`engines.python.memory`).
+"""
+
+import msgspec
+from msgspec import Struct
+
+from cobatch.engines.base import Batching, Signature
+
+# Linux takes a datagram only if it fits in the send buffer, of which it sets twice as much.
+MESSAGE_BYTES = 160 << 10
+# Of an error's text.
+MOST_TEXT = 16 << 10
+# A line that the process writes to its output before it sends `Failed`: what it printed comes before that.
+MARK = b"\0"
+
+
+class Tensors(Struct, frozen=True, array_like=True, gc=False):
+    """Tensors in a region: the shape and offset of each, and the bytes of its strings, 0 for numbers.
+
+    `end`: of the last one.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    places: tuple[int, ...]
+    strings: tuple[int, ...]
+    end: int
+
+
+class Start(Struct, frozen=True, array_like=True, tag=0):
+    """Load this model (see `engines.python.model.load`)."""
+
+    source: str
+    folder: str
+    device: int
+    batching: Batching
+
+
+class Run(Struct, frozen=True, array_like=True, tag=1, gc=False):
+    """Run the batch in a slot. `number`: the process writes it to its first region when it begins."""
+
+    number: int
+    slot: int
+    inputs: Tensors
+
+
+class Loaded(Struct, frozen=True, array_like=True, tag=16):
+    """The model is loaded."""
+
+    signature: Signature
+
+
+class NotLoaded(Struct, frozen=True, array_like=True, tag=17):
+    """The model cannot be loaded."""
+
+    text: str
+
+
+class Ran(Struct, frozen=True, array_like=True, tag=18, gc=False):
+    """The batch has run."""
+
+    outputs: Tensors
+
+
+class Failed(Struct, frozen=True, array_like=True, tag=19):
+    """The batch failed. `wrong_output`: what came back was not as declared."""
+
+    text: str
+    wrong_output: bool = False
+
+
+FromChild = Loaded | NotLoaded | Ran | Failed
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_child = msgspec.msgpack.Decoder(Start | Run).decode
+decode_to_home = msgspec.msgpack.Decoder[FromChild](FromChild).decode
