@@ -28,6 +28,7 @@ from cobatch.server.edge.cycle import AsgiCycle, HeadBeginnings
 from cobatch.server.edge.exchange import HEADERS_BY_NAME
 from cobatch.server.edge.framing import BODY, HEADERS, NOTHING
 from cobatch.server.edge.lingering import LingeringClose
+from cobatch.server.edge.long_write import LongWrite
 from cobatch.server.edge.receiver import Cycle, Receiver
 from cobatch.server.http.body_memory import FREE_BYTES, client_of
 from cobatch.server.http.problem import Problem, no_memory, stopping
@@ -283,7 +284,7 @@ class Connection(Receiver):
         if length < LONG_BYTES:
             transport.write(b"".join((beginning, head, b"\r\n", *reply.body)))
         else:
-            transport.writelines((beginning, head, b"\r\n", *reply.body))
+            LongWrite(self, transport, self.loop, (beginning, head, b"\r\n", *reply.body))
         if not keep_alive:
             self.close()
         self.on_response_complete()

@@ -1,5 +1,7 @@
 """A response before it is written as HTTP/1.1 or sent through ASGI."""
 
+import asyncio
+from collections import deque
 from collections.abc import Sequence
 
 import msgspec
@@ -11,7 +13,8 @@ OCTETS = b"application/octet-stream"
 PROBLEM = "cobatch.problem"
 # Longer bodies are written in their pieces, which need not be joined.
 LONG_BYTES = 1 << 18
-_PART_BYTES = 1 << 20
+# Of a long body, in one iteration of the event loop.
+PART_BYTES = 1 << 18
 
 
 class Reply(msgspec.Struct, eq=False, gc=False):
@@ -67,12 +70,19 @@ async def send_reply(reply: Reply, scope: Scope, send: Send) -> None:
 
 
 async def send_body(reply: Reply, send: Send) -> None:
-    """Send a body through ASGI: joined, or in its pieces if it is long, since joining would take longer."""
+    """Send a body through ASGI: joined, or in parts if it is long, each let go once it is written.
+
+    `send` waits only for slow clients, so others get their turn here.
+    """
     if reply.length < LONG_BYTES:
         await send({"type": "http.response.body", "body": b"".join(reply.body)})
         return
-    for piece in reply.body:
-        for at in range(0, len(piece), _PART_BYTES):
-            part = bytes(piece[at : at + _PART_BYTES])
+    pieces = deque(reply.body)
+    reply.body = ()
+    while pieces:
+        piece = pieces.popleft()
+        for at in range(0, len(piece), PART_BYTES):
+            part = bytes(piece[at : at + PART_BYTES])
             await send({"type": "http.response.body", "body": part, "more_body": True})
+            await asyncio.sleep(0)
     await send({"type": "http.response.body", "body": b""})
