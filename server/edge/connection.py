@@ -251,6 +251,10 @@ class Connection(Receiver):
             _BEGINNINGS.headers = headers
         return _BEGINNINGS
 
+    def allow_body(self) -> None:
+        """Ask the client for the body that it holds back (RFC 9110, 10.1.1)."""
+        self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
     def write_reply(self, reply: Reply, keep_alive: bool) -> float | None:
         """Write a whole response and go on with the connection, or end it.
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,9 @@ import msgspec
 
 from cobatch.server.edge.lingering import ClosedTransport
 from cobatch.server.fronts.leaving import LeavingConnection, is_infer
-from cobatch.server.fronts.relay import HAND_OVER_BYTES, LENGTH_BYTES, Handed, Returned
+from cobatch.server.fronts.relay import HAND_OVER_BYTES, LENGTH_BYTES, Answered, Handed, serve_pipe
+
+log = logging.getLogger("cobatch.fronts")
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Handed).decode
@@ -33,10 +36,10 @@ class Reception:
             self._loop.remove_reader(self._socket)
             self._socket.close()
 
-    def send_back(self, number: int, sent: int) -> bool:
-        """Announce that a connection is given back; False if the front cannot be told now."""
+    def tell(self, answered: Answered) -> bool:
+        """Tell the front; False if that is not possible now."""
         try:
-            self._socket.send(_encode(Returned(number, sent)))
+            self._socket.send(_encode(answered))
         except OSError:
             return False
         return True
@@ -46,6 +49,8 @@ class Reception:
             while self._socket.fileno() >= 0:
                 message, fds, _, _ = socket.recv_fds(self._socket, HAND_OVER_BYTES, 1)
                 received = [socket.socket(fileno=fd) for fd in fds]
+                if message and not fds:
+                    log.error("too many open files: a request is refused")
                 if not message:
                     self.close()
                     return
@@ -57,7 +62,7 @@ class Reception:
         assert isinstance(connection, HomeConnection)
         connection.reception, connection.handed = self, handed
         pipe.setblocking(False)
-        task = self._loop.create_task(self._loop.create_unix_connection(lambda: connection, sock=pipe))
+        task = self._loop.create_task(serve_pipe(connection, pipe))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -99,6 +104,7 @@ class HomeConnection(LeavingConnection):
     reception: Reception
     handed: Handed
     stays = False
+    _received = _taken = 0  # bytes of the client: all, and those of answered requests
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(HandedTransport(transport, self.handed))  # type: ignore[arg-type]  # as a transport
@@ -106,8 +112,25 @@ class HomeConnection(LeavingConnection):
     def is_ours(self) -> bool:
         return self.stays or self._owes_response() or not is_infer(self.inference, self.method, self.url)
 
+    def data_received(self, data: bytes) -> None:
+        self._received += len(data)
+        super().data_received(data)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self.receiving and not self._owes_response() and not self.transport.is_closing():
+            self._taken = self._received
+            self._tell()
+
+    def allow_body(self) -> None:
+        super().allow_body()
+        self._tell()
+
+    def _tell(self, *, leaves: bool = False) -> bool:
+        return self.reception.tell(Answered(self.handed.number, self._taken, self.transport.sent, leaves))
+
     def leave(self, raw: bytes) -> None:
-        if self.reception.send_back(self.handed.number, self.transport.sent):
+        if self._tell(leaves=True):
             _Returning(self, raw)
         else:
             self.stays = True

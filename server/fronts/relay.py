@@ -3,13 +3,18 @@
 Home gets one end of a pair of Unix sockets over the hand-over socket, with the addresses of the connection,
 and the front copies bytes between the client and the other end, so that TLS ends in the front. Home answers
 as on a connection of its own (`server.fronts.reception`). When an infer request comes, home gives the
-connection back: it names the number of bytes that it has written (`Returned`), the front ends its direction,
-and home then returns the bytes that it has not used. So the place of each message is exact on both ways.
+connection back: the front ends its direction, and home then returns the bytes that it has not used.
+
+Home tells how many bytes it has taken and written whenever it owes nothing (`Answered`). So the place of each
+message is exact on both ways, and the front knows what is owed if home dies.
 """
 
 import asyncio
+import contextlib
+import logging
 import select
 import socket
+import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -25,13 +30,13 @@ from cobatch.server.fronts.leaving import LeavingConnection, is_infer
 from cobatch.server.http.problem import Problem
 from cobatch.server.inference.service import Inference
 
+log = logging.getLogger("cobatch.fronts")
+
 HAND_OVER_BYTES = 4096
 # Between looks at a socket that takes nothing, or whose other end was closed in one direction.
 _LOOK_S = 0.1
 # Before the bytes that home gives back.
 LENGTH_BYTES = 8
-# The end of home's sockets is seen within this time of each other.
-_SAME_END_S = 0.05
 
 
 class Handed(Struct, frozen=True, array_like=True):
@@ -43,21 +48,35 @@ class Handed(Struct, frozen=True, array_like=True):
     scheme: str
 
 
-class Returned(Struct, frozen=True, array_like=True):
-    """Home gives this connection back. It has written `sent` bytes."""
+class Answered(Struct, frozen=True, array_like=True):
+    """Home has written `sent` bytes, and owes nothing for the first `taken` bytes of the client.
+
+    `leaves`: it gives the connection back.
+    """
 
     number: int
+    taken: int
     sent: int
+    leaves: bool
 
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Returned).decode
+_decode = msgspec.msgpack.Decoder(Answered).decode
 
 
-def unavailable() -> Problem:
-    """Return the problem of a request while there is no engine process."""
-    detail = "the process with the models is being started again"
+def unavailable(detail: str = "the process with the models is being started again") -> Problem:
+    """Return the problem of a request that cannot be relayed now."""
     return Problem("starting", detail, retry_after_s=1)
+
+
+async def serve_pipe(protocol: asyncio.Protocol, pipe: socket.socket) -> None:
+    """Let a protocol have one end of a pair of sockets.
+
+    Not with `create_unix_connection`: where the connection ends meanwhile, uvloop closes the descriptor twice
+    (0.23), and another connection may have it by then.
+    """
+    with contextlib.suppress(OSError, RuntimeError):  # it has ended already: the protocol was told
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, pipe)
 
 
 class HandOver:
@@ -78,7 +97,7 @@ class HandOver:
         self.detach()
         hand_over.setblocking(False)
         self.socket = hand_over
-        asyncio.get_running_loop().add_reader(hand_over, self._receive)
+        asyncio.get_running_loop().add_reader(hand_over, self.receive)
 
     def detach(self) -> None:
         """Home is gone. The relayed connections notice by themselves."""
@@ -94,18 +113,15 @@ class HandOver:
         """Home takes connections."""
         return self.socket is not None and self._is_alive()
 
-    def hand_over(self, relay: "Relay", scope: Any) -> socket.socket:
-        """Send home one end of a new pair of sockets, return the other."""
+    def hand_over(self, relay: "Relay", scope: Any, pipe: socket.socket) -> None:
+        """Send home this socket for a connection."""
         self._number += 1
         relay.number = self._number
         self.relays[relay.number] = relay
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
         handed = Handed(relay.number, scope["client"], scope["server"], scope["scheme"])
-        self._waiting.append((_encode(handed), theirs))
+        self._waiting.append((_encode(handed), pipe))
         if len(self._waiting) == 1:
             self._send()
-        return ours
 
     def _send(self) -> None:
         while self._waiting:
@@ -121,7 +137,8 @@ class HandOver:
             self._waiting.popleft()
             theirs.close()
 
-    def _receive(self) -> None:
+    def receive(self) -> None:
+        """Receive all that home has told."""
         while self.socket is not None:
             try:
                 message = self.socket.recv(HAND_OVER_BYTES)
@@ -132,10 +149,10 @@ class HandOver:
             if not message:
                 self.detach()
                 return
-            returned = _decode(message)
-            relay = self.relays.get(returned.number)
+            answered = _decode(message)
+            relay = self.relays.get(answered.number)
             if relay is not None:
-                relay.on_returned(returned.sent)
+                relay.on_answered(answered)
 
 
 class FrontConnection(LeavingConnection):
@@ -149,7 +166,27 @@ class FrontConnection(LeavingConnection):
         return not self.hand_over.available or is_infer(self.inference, self.method, self.url)
 
     def leave(self, raw: bytes) -> None:
-        Relay(self, self._scope, raw)
+        try:
+            pipes = socket.socketpair()
+        except OSError as error:
+            log.error("cannot relay a request: %s", error.strerror)  # noqa: TRY400
+            self.raw = None
+            self.refuse("too many files are open")
+        else:
+            Relay(self, self._scope, raw, *pipes)
+
+    def refuse(self, *why: str) -> None:
+        """Answer a request that is not relayed; it is the connection's last."""
+        problem = unavailable(*why)
+        problem.close = True
+        self.receiving = HEADERS
+        self.end(problem)
+
+    def rest(self) -> None:
+        """Be idle, after a home that died or has closed an idle connection."""
+        http = self.inference.settings.server
+        if self.inference.draining or time.monotonic() >= self.since_s + http.keep_alive_s:
+            self.close()
 
 
 class FastFrontConnection(FrontConnection, FastConnection):
@@ -164,32 +201,28 @@ def front_protocol(inference: Inference, hand_over: HandOver) -> Any:
 
 
 class Relay(ClosedTransport, asyncio.Protocol):
-    """The client's side of a relayed connection, which sees this as its transport from then on.
-
-    `expects`: the client was the last to send, so a response is owed.
-    """
+    """The client's side of a relayed connection, which sees this as its transport from then on."""
 
     number: int
 
-    def __init__(self, connection: FrontConnection, scope: Any, raw: bytes) -> None:
+    def __init__(
+        self, connection: FrontConnection, scope: Any, raw: bytes, ours: socket.socket, theirs: socket.socket
+    ) -> None:
         self.connection = connection
         self.hand_over = connection.hand_over
         self.transport = connection.transport
         self.transport.pause_reading()
         self.transport.set_protocol(self)
         connection.transport = self
-        self.expects = True
-        self.home = self.hand_over.socket
         self.pipe: _Pipe | None
         self.pipe = pipe = _Pipe(self, raw)
-        ours = self.hand_over.hand_over(self, scope)
-        loop = connection.loop
-        self._connecting = loop.create_task(loop.create_unix_connection(lambda: pipe, sock=ours))
+        ours.setblocking(False)
+        self.hand_over.hand_over(self, scope, theirs)
+        self._connecting = connection.loop.create_task(serve_pipe(pipe, ours))
 
     # From the client
 
     def data_received(self, data: bytes) -> None:
-        self.expects = True
         if self.pipe is not None:
             self.pipe.write(data)
 
@@ -216,43 +249,35 @@ class Relay(ClosedTransport, asyncio.Protocol):
 
     # From home
 
-    def on_returned(self, sent: int) -> None:
-        """Stop, since home gives the connection back."""
-        if self.pipe is not None and not self.transport.is_closing():
+    def on_answered(self, answered: Answered) -> None:
+        """Note what home has answered; stop if it gives the connection back."""
+        if self.pipe is None:
+            return
+        self.connection.since_s = time.monotonic()
+        self.pipe.answered = answered
+        if answered.leaves and not self.transport.is_closing():
             self.transport.pause_reading()
-            self.pipe.on_returned(sent)
+            self.pipe.write_eof()
 
     def on_half_closed(self) -> None:
         """Home has written its last byte and reads on."""
         if self.transport.can_write_eof() and not self.transport.is_closing():
             self.transport.write_eof()
 
-    def on_closed(self, back: bytes | None) -> None:
-        """Home has closed the connection, or given `back` the bytes that it did not use."""
+    def on_closed(self) -> None:
+        """Home has ended its side: it died, closed the connection, or gave it back."""
         if self.pipe is None:
             return
-        if back is not None:
-            self._end()
-            self.connection.begin_again(self.transport, back)
-        elif self.expects and not self.transport.is_closing():
-            self.connection.loop.call_later(_SAME_END_S, self._on_silent_end)
-        else:
-            self.transport.close()
-
-    def _on_silent_end(self) -> None:
-        """Answer instead of a home that died; it may also have closed a connection without a request."""
-        if self.pipe is None:
-            return
-        if self.home is not None and self.hand_over.socket is self.home:
+        self.hand_over.receive()  # what it told before
+        pipe, connection = self.pipe, self.connection
+        back = pipe.returned()
+        if back is None and not pipe.is_between_responses():
             self.transport.close()
             return
         self._end()
-        connection = self.connection
-        connection.begin_again(self.transport, b"")
-        connection.receiving = HEADERS
-        problem = unavailable()
-        problem.close = True
-        connection.end(problem)
+        connection.begin_again(self.transport, back or b"")
+        if back is None:
+            connection.refuse() if pipe.owes else connection.rest()
 
     def _end(self) -> None:
         pipe, self.pipe = self.pipe, None
@@ -268,10 +293,10 @@ class _Pipe(asyncio.Protocol):
         self.transport: Any = None
         self._relay: Relay | None = relay
         self._raw = raw
-        self._received = 0
-        self._sent: int | None = None  # bytes of responses, once home gives the connection back
-        self._back = bytearray()
-        self._closed = self._eof = False
+        self._forwarded = self._received = 0  # bytes
+        self.answered = Answered(0, 0, 0, leaves=False)
+        self._back = bytearray()  # the bytes behind the responses, if home gives the connection back
+        self._closed = self._eof = self._half_closed = False
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -290,6 +315,7 @@ class _Pipe(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """Pass on the bytes that the client has sent."""
+        self._forwarded += len(data)
         if not self.transport.is_closing() and not self._eof:
             self.transport.write(data)
 
@@ -300,24 +326,16 @@ class _Pipe(asyncio.Protocol):
             if self.transport is not None and not self.transport.is_closing():
                 self.transport.write_eof()
 
-    def on_returned(self, sent: int) -> None:
-        """Keep the bytes behind the responses, and let home send them."""
-        self._sent = sent
-        if self._relay is not None:
-            self._relay.expects = True  # the request that home does not serve
-        self.write_eof()
-
     def data_received(self, data: bytes) -> None:
         relay = self._relay
         if relay is None:
             return
-        if self._sent is not None:
-            left = max(0, self._sent - self._received)
+        if self.answered.leaves:
+            left = max(0, self.answered.sent - self._received)
             self._back += data[left:]
             data = data[:left]
         self._received += len(data)
         if data:
-            relay.expects = self._sent is not None  # then the client has sent a request that is given back
             relay.transport.write(data)
 
     def pause_writing(self) -> None:
@@ -325,11 +343,12 @@ class _Pipe(asyncio.Protocol):
             self._relay.transport.pause_reading()
 
     def resume_writing(self) -> None:
-        if self._relay is not None and self._sent is None:
+        if self._relay is not None and not self.answered.leaves:
             self._relay.transport.resume_reading()
 
     def eof_received(self) -> bool:
-        if self._sent is None and not self._is_hung_up():
+        if not self.answered.leaves and not self._is_hung_up():
+            self._half_closed = True
             if self._relay is not None:
                 self._relay.on_half_closed()
             self._look()
@@ -357,14 +376,23 @@ class _Pipe(asyncio.Protocol):
     def _on_closed(self) -> None:
         if not self._closed and self._relay is not None:
             self._closed = True
-            self._relay.on_closed(self._returned())
+            self._relay.on_closed()
 
-    def _returned(self) -> bytes | None:
-        """Return what home gave back; None if it closed the connection, or died before it had given all."""
+    def returned(self) -> bytes | None:
+        """Return the bytes that home gave back; None if it closed the connection, or died before the last."""
         length, back = self._back[:LENGTH_BYTES], self._back[LENGTH_BYTES:]
         if len(length) < LENGTH_BYTES or len(back) != int.from_bytes(length, "big"):
             return None
         return bytes(back)
+
+    def is_between_responses(self) -> bool:
+        """Return True if all responses that began are whole, and the last one did not end the connection."""
+        return self._received == self.answered.sent and not self._half_closed
+
+    @property
+    def owes(self) -> bool:
+        """Home has not answered all that the client sent."""
+        return self._forwarded > self.answered.taken
 
     def end(self) -> None:
         """Close, without a word to the relay."""

@@ -39,6 +39,9 @@ class Client:
     def close(self) -> None:
         self.closed = True
 
+    def allow_body(self) -> None:
+        self.written.append(b"HTTP/1.1 100 Continue\r\n\r\n")
+
     def write_reply(self, reply: Reply, keep_alive: bool) -> float | None:
         assert not keep_alive
         self.replies.append(reply)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -237,46 +239,144 @@ def test_without_home(served: Served, server: LinkedServer, client: Client) -> N
             assert new.ask(get("/v2/models/gate")).status == 200
 
 
-def test_home_dies_with_a_request(served: Served, server: LinkedServer, client: Client) -> None:
-    ended(served, server)  # those of other tests
-    request = post("/v1/models/gate/predictions", {"inputs": {"x": [[7]]}}, JSON)
-    client.send(request[:-5])
+def homes(served: Served) -> list[HomeConnection]:
+    """Return home's connections, in the server's loop."""
+    return [one for one in served.connections() if type(one) is HomeConnection]
 
-    def die() -> bool:
-        homes = [one for one in served.connections() if type(one) is HomeConnection]
-        if not any(one.cycle for one in homes):
-            return False  # the request is on its way
+
+def die(served: Served, server: LinkedServer, *, first: bool) -> None:
+    """End home's connections. `first`: fronts see before that it is gone; else it seems to be there."""
+    if first:
         server.unlink()
-        for one in homes:
-            one.transport.abort()
+    for one in homes(served):
+        one.transport.abort()
+
+
+@pytest.fixture(params=[True, False], ids=["home seen gone", "not yet"])
+def first(request: pytest.FixtureRequest, served: Served, server: LinkedServer) -> Iterator[bool]:
+    """Return the order in which fronts see the ends of home's sockets."""
+    ended(served, server)  # the connections of other tests
+    yield request.param
+    if request.param:
+        served.call(server.link_all)
+
+
+@pytest.mark.parametrize("more", [{}, {"Expect": "100-continue"}], ids=["", "after 100"])
+def test_home_dies_with_a_request(
+    served: Served, server: LinkedServer, client: Client, first: bool, more: dict[str, str]
+) -> None:
+    request = post("/v1/models/gate/predictions", {"inputs": {"x": [[7]]}}, more | JSON)
+    head = request.index(b"\r\n\r\n") + 4
+    client.send(request[:head])
+    if more:
+        assert client.answer().status == 100
+    client.send(request[head:-5])
+
+    def dies() -> bool:
+        if not any(one.cycle for one in homes(served)):
+            return False  # the request is on its way
+        die(served, server, first=first)
         return True
 
-    while not served.call(die):
+    while not served.call(dies):
         pass
     answer = client.answer()
     assert (answer.status, answer.slug) == (503, "starting")
     assert answer.headers["connection"] == "close"
     client.send(request[-5:])
     assert client.closed()
-    served.call(server.link_all)
+
+
+def test_home_dies_before_it_has_read_a_request(
+    served: Served, server: LinkedServer, client: Client, first: bool
+) -> None:
+    client.send(LIVE)
+    assert is_live(client)
+    served.call(lambda: [one.transport.pause_reading() for one in homes(served)])
+    client.send(LIVE[:9])
+
+    def forwarded() -> bool:
+        relays = [relay for hand_over in server.hand_overs for relay in hand_over.relays.values()]
+        return any(relay.pipe is not None and relay.pipe.owes for relay in relays)
+
+    while not served.call(forwarded):
+        pass
+    served.call(lambda: die(served, server, first=first))
+    answer = client.answer()
+    assert (answer.status, answer.slug) == (503, "starting")
+    assert answer.headers["retry-after"] == "1"
+
+
+def test_an_idle_connection_stays_when_home_dies(
+    served: Served, server: LinkedServer, client: Client, first: bool
+) -> None:
+    for _ in range(2):
+        client.send(LIVE)
+        assert is_live(client)
+    served.call(lambda: die(served, server, first=first))
+    ended(served, server)
+    answer = client.ask(gate(7))
+    if first:
+        assert (answer.status, answer.slug) == (503, "starting")
+    else:
+        assert data_of(answer) == [14]
+    client.send(LIVE)
+    assert is_live(client)
+
+
+def test_home_dies_within_a_response(
+    served: Served, server: LinkedServer, client: Client, first: bool
+) -> None:
+    client.send(LIVE)
+    assert is_live(client)
+    part = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n12345"
+    served.call(lambda: [one.transport.write(part) for one in homes(served)])
+    assert client.socket.recv(len(part), socket.MSG_WAITALL) == part
+    served.call(lambda: die(served, server, first=first))
+    assert client.closed()  # and nothing more is written
 
 
 @pytest.mark.parametrize("given", [b"", b"\0" * 7, b"\0" * 7 + b"\x50POST"])
 def test_home_dies_while_it_gives_a_connection_back(
-    served: Served, server: LinkedServer, client: Client, given: bytes
+    served: Served, server: LinkedServer, client: Client, first: bool, given: bytes
 ) -> None:
-    ended(served, server)
     client.send(LIVE)
     assert is_live(client)
 
-    def die(returning: Any) -> None:
+    def dies(returning: Any) -> None:
         returning.transport.write(given)
-        server.unlink()
+        if first:
+            server.unlink()
         returning.transport.abort()
 
-    with mock.patch("cobatch.server.fronts.reception._Returning.eof_received", die):
+    with mock.patch("cobatch.server.fronts.reception._Returning.eof_received", dies):
         answer = client.ask(gate(7))
     assert (answer.status, answer.slug) == (503, "starting")
     assert answer.headers["connection"] == "close"
     assert client.closed()
-    served.call(server.link_all)
+
+
+def test_a_front_without_descriptors_refuses(client: Client) -> None:
+    def fail() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with mock.patch("socket.socketpair", fail):
+        answer = client.ask(get("/v2"))
+    assert (answer.status, answer.slug) == (503, "starting")
+    assert answer.headers["retry-after"] == "1"
+    assert client.closed()
+
+
+def test_a_home_without_descriptors_refuses(client: Client) -> None:
+    receive = socket.recv_fds
+
+    def lose(*arguments: Any) -> Any:
+        message, fds, flags, address = receive(*arguments)
+        for fd in fds:
+            os.close(fd)
+        return message, [], flags | socket.MSG_CTRUNC, address
+
+    with mock.patch("socket.recv_fds", lose):
+        answer = client.ask(get("/v2"))
+    assert (answer.status, answer.slug) == (503, "starting")
+    assert client.closed()
