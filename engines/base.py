@@ -60,7 +60,7 @@ class TensorSpec:
     With batching off (`batched` is False) a row is the whole tensor, and so is `shape`. `ranges`: pairs of
     the smallest and largest row shape that the engine accepts; a row must lie within one pair. If empty, only
     `shape` restricts rows. `axis_names`: the model's names of the axes, "" for none; axes of one name are
-    equally long.
+    equally long. `max_text_bytes`: of the strings of a row of an input, if the engine has a limit.
     """
 
     name: str
@@ -69,6 +69,7 @@ class TensorSpec:
     ranges: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
     batched: bool = True
     axis_names: tuple[str, ...] = ()
+    max_text_bytes: int | None = None
 
     @property
     def dtype(self) -> np.dtype[Any]:

@@ -21,6 +21,16 @@ def read_elements(data: memoryview, most: int) -> tuple[list[bytes], int]:
     return values, at
 
 
+def read_lengths(data: memoryview, most: int) -> list[int]:
+    """Return the lengths of the elements, at most `most`, as the data has them."""
+    lengths: list[int] = []
+    at = 0
+    while at + 4 <= len(data) and len(lengths) < most:
+        lengths += _LENGTH.unpack_from(data, at)
+        at += 4 + lengths[-1]
+    return lengths
+
+
 def write_elements(values: np.ndarray[Any, Any]) -> bytes:
     """Return the elements in binary; text becomes UTF-8. Raises TypeError for other objects."""
     pieces: list[bytes] = []

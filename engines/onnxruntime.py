@@ -12,6 +12,7 @@ strings or with outputs of unknown shape use `run`.
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -37,13 +38,13 @@ _TYPES = {
     "tensor(string)": "BYTES",
 }
 _BINDING_LIMIT = 256
-# Of strings that are not UTF-8, with each as long as the longest.
-_MOST_RAW_BYTES = 1 << 28
 # By ONNX Runtime's severities, from verbose to fatal.
 _LEVELS = (logging.DEBUG, logging.DEBUG, logging.WARNING, logging.ERROR, logging.CRITICAL)
 _ERROR = 3
-# Strings of one run. ONNX Runtime holds the interpreter lock while it converts them, 100 ms for a million.
+# ONNX Runtime holds the interpreter lock while it converts the strings of a run: 100 ms for a million. Longer
+# strings than glibc has in its heap (32 MiB) are copied into new pages: 64 MiB take 150 ms, 16 MiB 10 ms.
 _MOST_STRINGS = 1 << 17
+MOST_TEXT_BYTES = 1 << 24
 
 log = logging.getLogger("cobatch.onnxruntime")
 
@@ -205,14 +206,15 @@ class OnnxRuntimeEngine:
     def _run_plain(
         self, session: ort.InferenceSession, slot: int, rows: int, row_shapes: RowShapes
     ) -> tuple[Array, ...]:
+        signature = self.signature
         arrays = [self._seen_by_model(array[:rows]) for array in self.inputs(slot, rows, row_shapes)]
-        strings = sum(array.size for array in arrays if array.dtype == object)
-        cuttable = self.signature.batching.on and self.signature.fixed_batch is None
-        if strings > _MOST_STRINGS and cuttable:
-            outputs = _run_in_parts(session, self.signature, arrays, max(1, rows * _MOST_STRINGS // strings))
+        cuttable = signature.batching.on and signature.fixed_batch is None
+        cuts = _cuts(arrays, rows, _strings_of_row(signature, row_shapes)) if cuttable else []
+        if len(cuts) > 1:
+            outputs = _run_in_parts(session, signature, arrays, cuts)
         else:
-            outputs = _run(session, self.signature, arrays)
-        if self.signature.batching.on:
+            outputs = _run(session, signature, arrays)
+        if signature.batching.on:
             return tuple(outputs)
         return tuple(output[np.newaxis] for output in outputs)
 
@@ -267,13 +269,48 @@ def _run(
         raise EngineRunError(f"ONNX Runtime cannot return strings that are not UTF-8: {error}") from error
 
 
+def _strings_of_row(signature: Signature, row_shapes: RowShapes) -> int:
+    """Return the strings of a row, of inputs or of outputs, as far as the shapes are known before the run."""
+    shapes = list(zip(signature.inputs, row_shapes, strict=True))
+    sizes = {name: size for spec, shape in shapes for name, size in zip(spec.axis_names, shape, strict=True)}
+    sizes[""] = 1
+    inputs = [prod(shape) for spec, shape in shapes if spec.datatype == "BYTES"]
+    outputs = [
+        prod(
+            sizes.get(name, 1) if size == -1 else size
+            for size, name in zip(spec.shape, spec.axis_names, strict=True)
+        )
+        for spec in signature.outputs
+        if spec.datatype == "BYTES"
+    ]
+    return max(sum(inputs), sum(outputs))
+
+
+def _cuts(arrays: Sequence[Array], rows: int, strings: int) -> list[int]:
+    """Return where parts of a batch end that have few enough strings and bytes; `strings`: of a row."""
+    texts = [array for array in arrays if array.dtype == object]
+    bytes_ = sum(sum(map(len, array.flat)) for array in texts)
+    if rows * strings <= _MOST_STRINGS and bytes_ <= MOST_TEXT_BYTES:
+        return [rows]
+    most_rows = max(1, _MOST_STRINGS // (strings or 1))
+    cuts = []
+    first = size = 0
+    for row in range(rows):
+        own = sum(sum(map(len, array[row].flat)) for array in texts)
+        if row > first and (row - first == most_rows or size + own > MOST_TEXT_BYTES):
+            cuts.append(row)
+            first, size = row, 0
+        size += own
+    return [*cuts, rows]
+
+
 def _run_in_parts(
-    session: ort.InferenceSession, signature: Signature, arrays: Sequence[Array], step: int
+    session: ort.InferenceSession, signature: Signature, arrays: Sequence[Array], cuts: Sequence[int]
 ) -> list[Array]:
-    """Run `step` rows at a time."""
+    """Run the rows in parts that end there."""
     parts = [
-        _run(session, signature, [array[first : first + step] for array in arrays])
-        for first in range(0, len(arrays[0]), step)
+        _run(session, signature, [array[first:end] for array in arrays])
+        for first, end in pairwise([0, *cuts])
     ]
     if len({tuple(output.shape[1:] for output in part) for part in parts}) > 1:
         return _run(session, signature, arrays)  # shapes that depend on values
@@ -320,8 +357,8 @@ def _text(array: Array) -> Array:
         raw = [value if isinstance(value, bytes) else value.encode() for value in flat]
     longest = max(map(len, raw))
     same = all(len(value) == longest for value in raw)
-    # NumPy's `V` is passed on whole, `S` up to a NUL.
-    if longest * len(raw) > _MOST_RAW_BYTES or (not same and any(b"\0" in value for value in raw)):
+    # NumPy's `V` is passed on whole, `S` up to a NUL. It has each as long as the longest.
+    if longest * len(raw) > MOST_TEXT_BYTES or (not same and any(b"\0" in value for value in raw)):
         raise EngineRunError("ONNX Runtime cannot take strings that are not UTF-8 and differ in length")
     return np.array(raw, f"{'V' if same else 'S'}{longest}").reshape(array.shape)
 
@@ -353,4 +390,5 @@ def _spec(kind: str, node: ort.NodeArg) -> TensorSpec:
         raise EngineLoadError(f"{kind} {node.name!r} has type {node.type}, which is not supported")
     shape = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape)
     names = tuple(size if isinstance(size, str) else "" for size in node.shape)
-    return TensorSpec(node.name, datatype, shape, batched=False, axis_names=names)
+    limit = MOST_TEXT_BYTES if datatype == "BYTES" else None
+    return TensorSpec(node.name, datatype, shape, batched=False, axis_names=names, max_text_bytes=limit)

@@ -19,7 +19,7 @@ from cobatch.server.http.problem import Problem, too_large
 from cobatch.server.predictions.content import JSON, MULTIPART, NPY, OPTIONS_PART, Content, Field
 from cobatch.server.predictions.npy import datatype_of, read_npy
 from cobatch.server.v2.binary import read_binary, read_raw
-from cobatch.server.v2.checks import check_tensor, wrong_data, wrong_shape
+from cobatch.server.v2.checks import check_tensor, check_text, wrong_data, wrong_shape
 from cobatch.server.v2.decode import LARGE_BYTES, Decoder, decode_json
 from cobatch.server.v2.json_data import JsonReader
 from cobatch.server.v2.long_json import ENVELOPE_BYTES, PIECE_BYTES, LongValue, Text, as_text, cut, marked
@@ -184,6 +184,7 @@ def _read_inputs(
         spec = specs[index]
         shape, payloads[index] = _read(field, shapes.get(field.name), spec, decoder.readers[index])
         row_shapes[index] = tuple(shape[1:] if spec.batched else shape)
+        check_text(spec, shape[0] if spec.batched else 1, payloads[index])
         if not spec.batched:
             continue
         if rows not in (-1, shape[0]):

@@ -15,7 +15,7 @@ import numpy as np
 from cobatch.batcher.request import Payload
 from cobatch.engines.base import DATATYPES, TensorSpec
 from cobatch.server.v2.binary import check_bool
-from cobatch.server.v2.checks import check_strings, check_tensor, wrong_data
+from cobatch.server.v2.checks import check_lengths, check_strings, check_tensor, wrong_data
 from cobatch.server.v2.pieces import release
 
 MAGIC = np.lib.format.MAGIC_PREFIX
@@ -65,6 +65,7 @@ def read_npy(data: memoryview, spec: TensorSpec) -> tuple[list[int], Payload]:
         array = np.ascontiguousarray(array.reshape(shape[::-1]).T).reshape(-1)
     if datatype == "BYTES":
         check_strings(spec, array.size)
+        check_lengths(spec, 1, [dtype.itemsize // (4 if dtype.kind == "U" else 1)])  # before one is copied
         return shape, _elements(array, spec)
     check_bool(spec, rest)
     little = array.astype(dtype.newbyteorder("<"), copy=False)

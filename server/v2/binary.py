@@ -9,10 +9,10 @@ import numpy as np
 
 from cobatch.batcher.request import Payload
 from cobatch.engines.base import TensorSpec
-from cobatch.engines.elements import read_elements
+from cobatch.engines.elements import read_elements, read_lengths
 from cobatch.server.http.body import Body
 from cobatch.server.http.problem import Problem
-from cobatch.server.v2.checks import check_strings, wrong_data
+from cobatch.server.v2.checks import check_lengths, check_strings, wrong_data
 from cobatch.server.v2.messages import InputTensor
 
 
@@ -44,7 +44,7 @@ def read_binary(spec: TensorSpec, data: memoryview, shape: list[int]) -> Payload
     """A tensor's bytes, checked against its whole shape and its datatype. Raises Problem."""
     elements = prod(shape)
     if spec.datatype == "BYTES":
-        return _read_strings(spec, data, elements)
+        return _read_strings(spec, data, shape[0] if spec.batched else 1, elements)
     expected = elements * spec.dtype.itemsize
     if len(data) != expected:
         detail = f"shape {shape} takes {expected} bytes, got {len(data)}"
@@ -68,6 +68,7 @@ def read_raw(spec: TensorSpec, body: Body) -> tuple[tuple[int, ...], Payload]:
     variable = 1
     if spec.datatype == "BYTES":
         fits = fixed == 1
+        check_lengths(spec, 1, [len(body)])
         payload: Payload = [bytes(body)]
     else:
         row_bytes = fixed * spec.dtype.itemsize
@@ -83,9 +84,11 @@ def read_raw(spec: TensorSpec, body: Body) -> tuple[tuple[int, ...], Payload]:
     return tuple(variable if size == -1 else size for size in spec.shape), payload
 
 
-def _read_strings(spec: TensorSpec, data: memoryview, elements: int) -> list[bytes]:
+def _read_strings(spec: TensorSpec, data: memoryview, rows: int, elements: int) -> list[bytes]:
     """BYTES in binary: each element is its length (u32, little-endian) and its bytes."""
     check_strings(spec, elements)
+    if spec.max_text_bytes is not None and len(data) > spec.max_text_bytes:
+        check_lengths(spec, rows, read_lengths(data, elements))  # before they are copied
     values, end = read_elements(data, elements)
     if end != len(data) or len(values) != elements:
         detail = f"{len(data)} bytes do not hold exactly {elements} elements"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+from cobatch.batcher.request import Payload
 from cobatch.batcher.rows.padding import Padder
 from cobatch.engines.base import Signature, TensorSpec, within
 from cobatch.server.http.problem import Problem
@@ -75,11 +76,32 @@ def check_tensor(spec: TensorSpec, datatype: str, shape: list[int]) -> None:
         raise wrong_shape(spec, shape, f"without its empty axes it has more than {_MAX_EMPTY_BYTES} bytes")
 
 
-def check_strings(spec: TensorSpec, elements: int) -> None:
+def check_strings(spec: TensorSpec, elements: int, kind: str = "input") -> None:
     """Raise Problem for a BYTES tensor with too many elements."""
     if elements > MAX_STRINGS:
-        detail = f"input {spec.name!r} has {elements} elements; a BYTES tensor may have {MAX_STRINGS}"
+        detail = f"{kind} {spec.name!r} has {elements} elements; a BYTES tensor may have {MAX_STRINGS}"
         raise Problem("too-many-elements", detail, tensor=spec.name, limit=MAX_STRINGS)
+
+
+def check_text(spec: TensorSpec, rows: int, payload: Payload) -> None:
+    """Raise Problem if a row of these strings, if they are any, has more bytes than the engine takes."""
+    if spec.max_text_bytes is not None and isinstance(payload, list):
+        check_lengths(spec, rows, list(map(len, payload)))
+
+
+def check_lengths(spec: TensorSpec, rows: int, lengths: Sequence[int]) -> None:
+    """Raise Problem for strings of these lengths if a row of them has more bytes than the engine takes."""
+    limit, size = spec.max_text_bytes, len(lengths) // (rows or 1)
+    if limit is None or sum(lengths) <= limit:
+        return
+    for first in range(0, len(lengths), size):
+        actual = sum(lengths[first : first + size])
+        if actual > limit:
+            row = first // size
+            detail = (
+                f"row {row} of input {spec.name!r} has {actual} bytes of strings; the engine takes {limit}"
+            )
+            raise Problem("text-too-long", detail, tensor=spec.name, limit_bytes=limit, actual_bytes=actual)
 
 
 class OutputSizes:
@@ -103,8 +125,10 @@ class OutputSizes:
     def check(self, rows: int, row_shapes: Sequence[tuple[int, ...]]) -> None:
         """Raise Problem if an output of these rows would be too large."""
         for spec, fixed, axes in self._known:
-            output_bytes = rows * fixed * prod(row_shapes[index][axis] for index, axis in axes)
-            output_bytes *= spec.dtype.itemsize
+            elements = rows * fixed * prod(row_shapes[index][axis] for index, axis in axes)
+            if spec.datatype == "BYTES":
+                check_strings(spec, elements, "output")
+            output_bytes = elements * spec.dtype.itemsize
             if output_bytes > _MAX_OUTPUT_BYTES:
                 detail = (
                     f"output {spec.name!r} would have {output_bytes} bytes, the limit is {_MAX_OUTPUT_BYTES}"

@@ -18,7 +18,7 @@ from cobatch.engines.base import RowShapes, Signature
 from cobatch.server.http.body import Body
 from cobatch.server.http.problem import Problem, from_error
 from cobatch.server.v2.binary import cut_tail, read_binary, read_raw
-from cobatch.server.v2.checks import OutputSizes, TensorNames, check_tensor, wrong_shape
+from cobatch.server.v2.checks import OutputSizes, TensorNames, check_tensor, check_text, wrong_shape
 from cobatch.server.v2.json_data import JsonReader
 from cobatch.server.v2.long_json import ENVELOPE_BYTES, LongValue, cut, marked
 from cobatch.server.v2.messages import InferMessage, InputTensor, Parameters, Parsed
@@ -193,6 +193,7 @@ class Decoder:
                 payloads[index] = self.readers[index].read_long(value, check)[1]
             else:
                 payloads[index] = self.readers[index].read(tensor.data, shape, elements)
+            check_text(spec, rows, payloads[index])
         if tail is not None and offset != len(tail):
             left = len(tail) - offset
             detail = f"{left} bytes are left over after the last binary tensor"

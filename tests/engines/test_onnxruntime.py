@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from cobatch.engines import onnxruntime
 from cobatch.engines.base import AUTO, DATATYPES, Array, Batching, RowShapes, Signature, TensorSpec
@@ -174,6 +174,52 @@ def test_many_strings_run_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         sizes.clear()
         assert run(engine, x)[0].tolist() == x.tolist()
         assert sizes == parts
+
+
+def test_long_strings_run_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "MOST_TEXT_BYTES", 10)
+    engine = opened(tmp_path, models.identity(TensorProto.STRING), max_batch_size=8)
+    assert [spec.max_text_bytes for spec in engine.signature.inputs] == [10]
+    ran = watch_rows(monkeypatch)
+    for lengths, parts in (
+        ([4, 6], [2]),
+        ([4, 7], [1, 1]),
+        ([1, 1, 1, 9, 1, 1], [3, 2, 1]),
+        ([10, 10, 1], [1, 1, 1]),
+        ([11, 1], [1, 1]),
+        ([11], [1]),
+    ):
+        x = np.array([["a" * (length - 1), "b"] for length in lengths], object)
+        ran.clear()
+        assert run(engine, x)[0].tolist() == x.tolist()
+        assert ran == parts
+
+
+@pytest.mark.parametrize(("width", "parts"), [("n", [2, 2, 1]), ("m", [5])])
+def test_many_strings_from_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: str, parts: list[int]
+) -> None:
+    """As far as the names of axes say how many strings there will be."""
+    monkeypatch.setattr(onnxruntime, "_MOST_STRINGS", 6)
+    nodes = [helper.make_node("Cast", ["x"], ["y"], to=TensorProto.STRING)]
+    x, y = ("x", TensorProto.INT64, ["batch", "n"]), ("y", TensorProto.STRING, ["batch", width])
+    engine = opened(tmp_path, models.model(nodes, [x], [y]), max_batch_size=8)
+    ran = watch_rows(monkeypatch)
+    assert run(engine, np.full((5, 3), 7))[0].tolist() == [["7"] * 3] * 5
+    assert ran == parts
+
+
+def watch_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the rows of each run, which are added to the list."""
+    ran: list[int] = []
+    run_once = onnxruntime._run
+
+    def counted(*arguments: Any) -> list[Array]:
+        ran.append(len(arguments[2][0]))
+        return run_once(*arguments)
+
+    monkeypatch.setattr(onnxruntime, "_run", counted)
+    return ran
 
 
 def test_strings_that_are_not_text(tmp_path: Path) -> None:

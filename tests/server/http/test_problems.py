@@ -39,6 +39,7 @@ ELSEWHERE = {
     "profile-running",
     "receive-timeout",
     "result-too-large",
+    "text-too-long",
     "too-many-elements",
     "too-many-predictions",
     "unsupported-transfer-coding",

@@ -282,6 +282,24 @@ def test_outputs_are_foreseen_from_the_names_of_axes() -> None:
             decoder.decode(header + data, len(header))
 
 
+def test_strings_of_outputs_are_foreseen() -> None:
+    x = TensorSpec("x", "INT64", (-1,), axis_names=("n",))
+    y = TensorSpec("y", "BYTES", (-1, 2), axis_names=("n", ""))
+    decoder = Decoder(Signature((x,), (y,)), 1000)
+    for rows, count, refused in (
+        (1, 2**16, False),
+        (1, 2**16 + 1, True),
+        (4, 2**14, False),
+        (4, 2**14 + 1, True),
+    ):
+        tensor = {"name": "x", "shape": [rows, count], "datatype": "INT64"}
+        size = 8 * rows * count
+        header = json.dumps({"inputs": [tensor | {"parameters": {"binary_data_size": size}}]}).encode()
+        with pytest.raises(Problem) if refused else contextlib.nullcontext() as problem:
+            decoder.decode(header + bytes(size), len(header))
+        assert problem is None or problem.value.kind.slug == "too-many-elements"
+
+
 @pytest.mark.parametrize("shape", [[1, 0, 2**29], [1, 2**29, 0], [2**29, 0, 1], [1, 0, 2**24 + 1]])
 def test_empty_axes_count_like_full_ones(shape: list[int]) -> None:
     spec = TensorSpec("x", "FP32", (-1, -1))
