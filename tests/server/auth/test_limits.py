@@ -11,7 +11,7 @@ import pytest
 
 from cobatch.server.settings.auth import TenantRule
 from tests.support.auth.protected import Protected, batch, infer, item, predict, protected, token
-from tests.support.fronts.linked import WAYS, way
+from tests.support.fronts.linked import WAYS
 from tests.support.http.serving import DEADLINE_S, Answer, data_of, gate
 
 RULES = (
@@ -24,10 +24,7 @@ RULES = (
 
 @pytest.fixture(params=WAYS)
 def running(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Protected]:
-    server = way(request.param)
-    with protected(
-        server.pop("fast"), tmp_path, tenants=RULES, keys={"two": ("infer",)}, server=server
-    ) as running:
+    with protected(request.param, tmp_path, tenants=RULES, keys={"two": ("infer",)}) as running:
         yield running
 
 

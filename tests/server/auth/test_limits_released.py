@@ -11,7 +11,7 @@ import pytest
 from cobatch.engines.errors import EngineDeadError, EngineRunError
 from cobatch.server.settings.auth import TenantRule
 from tests.support.auth.protected import Protected, batch, get_as, infer, item, predict, protected, token
-from tests.support.fronts.linked import WAYS, way
+from tests.support.fronts.linked import WAYS
 from tests.support.http.serving import Answer, data_of, get, post, rows_of
 
 RULES = (
@@ -21,17 +21,9 @@ RULES = (
 )
 
 
-@pytest.fixture(params=["fast", "asgi"])
-def fast(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param == "fast")
-
-
 @pytest.fixture(params=WAYS)
 def running(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Protected]:
-    server = way(request.param)
-    with protected(
-        server.pop("fast"), tmp_path, tenants=RULES, rate_limit_headers=True, server=server
-    ) as running:
+    with protected(request.param, tmp_path, tenants=RULES, rate_limit_headers=True) as running:
         yield running
 
 
@@ -136,10 +128,11 @@ def test_a_drain_answers_accepted_requests(running: Protected, stack: contextlib
     assert running.account("a") == (0, 0)
 
 
+@pytest.mark.parametrize("path", WAYS)
 def test_a_drain_abandons_requests_after_its_timeout(
-    fast: bool, tmp_path: Path, stack: contextlib.ExitStack
+    path: str, tmp_path: Path, stack: contextlib.ExitStack
 ) -> None:
-    with protected(fast, tmp_path, tenants=RULES, server={"drain_timeout_s": 0.0}) as running:
+    with protected(path, tmp_path, tenants=RULES, server={"drain_timeout_s": 0.0}) as running:
         running.occupy(stack)
         clients = [running.send(stack, infer(token("a"), *range(rows))) for rows in (1, 10)]
         running.served.stop()
@@ -207,7 +200,8 @@ def test_other_tenants_and_open_routes_have_no_rate_limit_headers(running: Prote
         assert not headers.keys() & {"ratelimit", "ratelimit-policy"}
 
 
-def test_rate_limit_headers_are_off_by_default(fast: bool, tmp_path: Path) -> None:
-    with protected(fast, tmp_path, tenants=RULES) as running:
+@pytest.mark.parametrize("path", WAYS)
+def test_rate_limit_headers_are_off_by_default(path: str, tmp_path: Path) -> None:
+    with protected(path, tmp_path, tenants=RULES) as running:
         for request in (infer(token("slow")), predict(token("slow"))):
             assert "ratelimit" not in running.ask(request).headers

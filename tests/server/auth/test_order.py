@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from unittest import mock
 
 import pytest
 
 from tests.support.auth.protected import Protected, get_as, infer, protected, token
 from tests.support.auth.tokens import ISSUER
+from tests.support.fronts.linked import WAYS
 from tests.support.http.serving import DEADLINE_S, GATE, data_of, gate, get, post, rows_of
 
 
-@pytest.fixture(scope="module", params=["fast", "asgi"])
+@pytest.fixture(scope="module", params=WAYS)
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Protected]:
     folder = tmp_path_factory.mktemp("auth")
-    with protected(request.param == "fast", folder, keys={"job": ("infer",)}) as running:
+    with protected(request.param, folder, keys={"job": ("infer",)}) as running:
         yield running
 
 
@@ -92,10 +94,11 @@ def test_pipelined_requests_are_authenticated_one_by_one(running: Protected) -> 
 
 
 def cache(running: Protected, client_request: bytes) -> None:
-    """Send a request until the fast path has cached its header block."""
-    with running.served.connect() as client:
-        for _ in range(3):
-            assert client.ask(client_request).status == 200
+    """Send a request until the fast path of each process has cached its header block."""
+    for _ in running.auths:
+        with running.served.connect() as client:
+            for _ in range(3):
+                assert client.ask(client_request).status == 200
 
 
 def test_a_cached_token_is_refused_after_its_expiry(running: Protected) -> None:
@@ -118,13 +121,15 @@ def test_a_cached_token_is_refused_after_its_expiry(running: Protected) -> None:
 
 def test_a_cached_token_is_refused_after_its_key_was_withdrawn(running: Protected) -> None:
     request = infer(token(jti="withdrawn"))
-    key = running.auth._keys[ISSUER].get("key-ES256", "ES256")
-    assert key is not None
     with running.served.connect() as client:
         for _ in range(3):
             assert client.ask(request).status == 200
-        with mock.patch.object(running.auth._keys[ISSUER], "get", return_value=None):
-            running.served.call(lambda: running.auth._withdraw(key))
+        with contextlib.ExitStack() as stack:
+            for auth in running.auths:
+                key = auth._keys[ISSUER].get("key-ES256", "ES256")
+                assert key is not None
+                stack.enter_context(mock.patch.object(auth._keys[ISSUER], "get", return_value=None))
+                running.served.call(partial(auth._withdraw, key))
             for _ in range(2):
                 answer = client.ask(request)
                 assert (answer.status, answer.slug) == (401, "invalid-credentials")
@@ -142,11 +147,12 @@ def test_a_good_tokens_signature_is_checked_once(running: Protected) -> None:
 
 def test_an_api_key_expires_on_a_cached_header_block(running: Protected) -> None:
     request = gate(1, headers={"X-API-Key": running.keys["job"]})
-    keys = running.auth._api_keys
-    assert keys is not None
     with running.served.connect() as client:
         assert client.ask(request).status == 200
-        (principal,) = running.auth._api_key_principals.values()
+        (auth,) = [one for one in running.auths if one._api_key_principals]
+        keys = auth._api_keys
+        assert keys is not None
+        (principal,) = auth._api_key_principals.values()
         (entry,) = keys._keys.values()
         principal.expires_s = running.clock.wall() - 1
         with mock.patch.dict(keys._keys, {entry.id: entry._replace(expires_s=principal.expires_s)}):

@@ -25,15 +25,17 @@ from tests.support.auth.protected import (
     settings_in,
     token,
 )
+from tests.support.fronts.linked import WAYS
 from tests.support.http.serving import GATE, data_of, gate, post, rows_of
 
+ALL = pytest.mark.parametrize("path", WAYS)
 GZIP = {"Accept-Encoding": "gzip"}
 
 
-@pytest.fixture(params=["fast", "asgi"])
+@pytest.fixture(params=WAYS)
 def packing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Protected]:
     """Run a server that compresses every answer."""
-    with protected(request.param == "fast", tmp_path, server={"compress_min_bytes": 0}) as running:
+    with protected(request.param, tmp_path, server={"compress_min_bytes": 0}) as running:
         yield running
 
 
@@ -52,24 +54,25 @@ def test_a_compressed_refusal_is_the_only_answer(packing: Protected) -> None:
     assert packing.served.batcher().counters.accepted == 3
 
 
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
-def test_a_large_body_does_not_count_as_framing(fast: bool, tmp_path: Path) -> None:
+@ALL
+def test_a_large_body_does_not_count_as_framing(path: str, tmp_path: Path) -> None:
     """On the fast path, the body's later chunks counted as headers: 431."""
-    with protected(fast, tmp_path) as running:
+    with protected(path, tmp_path) as running:
         padded = rows_of(1) | {"parameters": {"padding": ["x" * 16_000] * 200}}
         for _ in range(2):
             assert data_of(running.ask(post(GATE, padded, bearer(token())))) == [2]
 
 
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
-def test_a_refused_body_is_dropped_and_the_connection_stays_open(fast: bool, tmp_path: Path) -> None:
-    with protected(fast, tmp_path) as running, running.served.connect() as client:
+@ALL
+def test_a_refused_body_is_dropped_and_the_connection_stays_open(path: str, tmp_path: Path) -> None:
+    with protected(path, tmp_path) as running, running.served.connect() as client:
         padded = rows_of(1) | {"parameters": {"padding": "x" * (1 << 20)}}
         assert client.ask(post(GATE, padded)).status == 401
         assert data_of(client.ask(infer(token(), 4))) == [8]
 
 
-def test_all_spellings_of_one_token_share_a_cache_entry(tmp_path: Path) -> None:
+@ALL
+def test_all_spellings_of_one_token_share_a_cache_entry(path: str, tmp_path: Path) -> None:
     with protected(True, tmp_path) as running:
         good = token()
         for spaces in range(1, 10):
@@ -128,9 +131,9 @@ def test_a_token_without_sub_differs_from_a_sub_that_equals_its_tenant(tmp_path:
     assert len(subjects) == 2
 
 
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
-def test_a_batch_without_any_permission_is_refused_before_its_body(fast: bool, tmp_path: Path) -> None:
-    with protected(fast, tmp_path) as running:
+@ALL
+def test_a_batch_without_any_permission_is_refused_before_its_body(path: str, tmp_path: Path) -> None:
+    with protected(path, tmp_path) as running:
         whole = batch(token(scope="nothing"), item())
         head = whole[: whole.index(b"\r\n\r\n") + 4]
         with running.served.connect() as client:
@@ -138,23 +141,24 @@ def test_a_batch_without_any_permission_is_refused_before_its_body(fast: bool, t
             assert (client.answer()).slug == "forbidden"
 
 
-def test_a_token_in_an_items_url_is_refused(tmp_path: Path) -> None:
+@ALL
+def test_a_token_in_an_items_url_is_refused(path: str, tmp_path: Path) -> None:
     with protected(True, tmp_path) as running:
         answer = running.ask(batch(token(), item("/v2?access_token=SECRET", "GET")))
         assert b"SECRET" not in answer.body.replace(b'"id":"/v2?access_token=SECRET"', b"")
         assert answer.json["responses"][0]["status"] == 400
 
 
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
-@pytest.mark.parametrize("path", ["/batch%0A", GATE + "%0A"])
-def test_an_encoded_line_end_is_not_found(fast: bool, path: str, tmp_path: Path) -> None:
-    with protected(fast, tmp_path) as running:
-        assert running.ask(post(path, rows_of(1), bearer(token()))).slug == "not-found"
+@ALL
+@pytest.mark.parametrize("target", ["/batch%0A", GATE + "%0A"])
+def test_an_encoded_line_end_is_not_found(path: str, target: str, tmp_path: Path) -> None:
+    with protected(path, tmp_path) as running:
+        assert running.ask(post(target, rows_of(1), bearer(token()))).slug == "not-found"
 
 
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
-def test_unauthenticated_clients_do_not_learn_versions(fast: bool, tmp_path: Path) -> None:
-    with protected(fast, tmp_path) as running:
+@ALL
+def test_unauthenticated_clients_do_not_learn_versions(path: str, tmp_path: Path) -> None:
+    with protected(path, tmp_path) as running:
         target = "/v2/models/gate/versions/9/ready"
         answer = running.ask(f"GET {target} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
         assert answer.slug == "unknown-version"

@@ -25,6 +25,7 @@ from tests.support.auth.protected import (
     settings_in,
     token,
 )
+from tests.support.fronts.linked import WAYS
 from tests.support.http.in_process import in_process
 from tests.support.http.serving import DEADLINE_S, GATE, Answer, GatedEngine, data_of, post, rows_of
 
@@ -73,10 +74,10 @@ async def test_every_route_is_protected_or_listed_as_open(tmp_path: Path) -> Non
         }  # fmt: skip
 
 
-@pytest.fixture(params=["fast", "asgi"])
+@pytest.fixture(params=WAYS)
 def running(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Protected]:
     rules = (ModelRule(model="other", tenants=("red",), scopes=("gold",)),)
-    with protected(request.param == "fast", tmp_path, keys={"red": ("infer",)}, models=rules) as running:
+    with protected(request.param, tmp_path, keys={"red": ("infer",)}, models=rules) as running:
         yield running
 
 

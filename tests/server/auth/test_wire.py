@@ -22,7 +22,7 @@ from tests.support.auth.protected import (
     token,
 )
 from tests.support.auth.tokens import AUDIENCE, ISSUER, NOW_S, Signer, hs256, unsigned
-from tests.support.fronts.linked import WAYS, way
+from tests.support.fronts.linked import WAYS
 from tests.support.http.serving import GATE, Answer, data_of, gate, get, post, rows_of
 
 RESOURCE = {"resource_metadata": METADATA}
@@ -31,9 +31,7 @@ RESOURCE = {"resource_metadata": METADATA}
 @pytest.fixture(scope="module", params=WAYS)
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Protected]:
     keys = {"job": ("infer:gate",), "reader": ("metadata",)}
-    ways = way(request.param)
-    fast, server = ways.pop("fast"), ways
-    with protected(fast, tmp_path_factory.mktemp("auth"), keys=keys, server=server) as running:
+    with protected(request.param, tmp_path_factory.mktemp("auth"), keys=keys) as running:
         yield running
 
 

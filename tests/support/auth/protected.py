@@ -24,6 +24,7 @@ from cobatch.server.settings.auth import AuthSettings, Issuer
 from cobatch.server.settings.schema import ModelSettings
 from tests.support.auth import tokens
 from tests.support.auth.tokens import AUDIENCE, ISSUER, signer
+from tests.support.fronts.linked import way
 from tests.support.http.serving import GATE, Answer, Client, GatedEngine, Served, post, rows_of, serve
 
 METADATA = f"{AUDIENCE}/.well-known/oauth-protected-resource"
@@ -64,6 +65,11 @@ class Protected:
     def auth(self) -> Authenticator:
         assert self.served.inference.auth is not None
         return self.served.inference.auth
+
+    @property
+    def auths(self) -> list[Authenticator]:
+        """The authenticators of all processes that clients connect to, in the order of connections."""
+        return [one.auth for one in self.served.server.inferences() if one.auth is not None]
 
     def ask(self, data: bytes) -> Answer:
         return self.served.ask(data)
@@ -115,17 +121,21 @@ def settings_in(folder: Path, keys: Mapping[str, tuple[str, ...]] | None = None,
 
 @contextlib.contextmanager
 def protected(
-    fast: bool,
+    path: bool | str,
     folder: Path,
     *,
     keys: Mapping[str, tuple[str, ...]] | None = None,
     server: Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> Iterator[Protected]:
-    """Serve the models `gate` and `other`, each with a gated engine; the test controls the first."""
+    """Serve the models `gate` and `other`, each with a gated engine; the test controls the first.
+
+    `path`: one of `linked.WAYS`, or whether to use the fast path.
+    """
     auth, minted = settings_in(folder, keys, **fields)
     engines = {name: GatedEngine() for name in ("gate", "other")}
     models = tuple(ModelSettings(path=name, max_batch_size=4, max_queue_rows=100) for name in engines)
+    ways = way(path) if isinstance(path, str) else {"fast": path}
     clock = Clock()
     make = functools.partial(Authenticator, wall_clock=clock.wall, clock=clock.monotonic)
     batcher = functools.partial(Batcher, clock=clock.monotonic)
@@ -139,7 +149,7 @@ def protected(
         mock.patch("cobatch.server.auth.gate.time", clock.module),
         mock.patch("cobatch.server.fronts.remote.time", clock.module),
         mock.patch("cobatch.server.batch.routes.time", clock.module),
-        serve(fast, models, engines=engines, auth=auth, **(server or {})) as served,
+        serve(models=models, engines=engines, auth=auth, **ways, **(server or {})) as served,
     ):
         yield Protected(served, engines["gate"], clock, minted)
 
