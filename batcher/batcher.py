@@ -124,6 +124,11 @@ class Batcher:
         return len(self._suspects.marks)
 
     @property
+    def deciding(self) -> bool:
+        """A batch may leave in one of the next iterations of the loop."""
+        return self._soon
+
+    @property
     def running_batches(self) -> int:
         """Batches that are with an engine."""
         return self._lanes.running

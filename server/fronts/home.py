@@ -46,6 +46,7 @@ class Downlinks:
         auth = inference.auth
         self._accounts = None if auth is None else share_accounts(auth.tenants, HomeTenant)
         self._page: Page | None = None
+        self._settling = False
         self._beat_again: asyncio.TimerHandle | None = None
         self._reports = Reports(inference, self._ask)
         inference.on_loaded = self._on_loaded
@@ -69,7 +70,7 @@ class Downlinks:
             self._models,
             None if auth is None else auth.tenants,
             loop,
-            on_submitted=self.update,
+            on_submitted=self._on_submitted,
             on_ended=self._on_ended,
         )
         if before is not None:
@@ -110,6 +111,19 @@ class Downlinks:
         if self._page is not None:
             self._page.heartbeat_s = time.monotonic()
         self._beat_again = asyncio.get_running_loop().call_later(HEARTBEAT_S, self._beat)
+
+    def _on_submitted(self) -> None:
+        """Write the page once batches have left: a front would refuse for rows that are about to leave."""
+        if not self._settling:
+            self._settling = True
+            asyncio.get_running_loop().call_soon(self._settle)
+
+    def _settle(self) -> None:
+        if any(model.batcher is not None and model.batcher.deciding for model in self._models):
+            asyncio.get_running_loop().call_soon(self._settle)
+        else:
+            self._settling = False
+            self.update()
 
     def _on_batch(self, batcher: Batcher, batch: Batch) -> None:
         # The next batches leave the queue first.

@@ -344,6 +344,20 @@ async def test_a_tenants_account_is_homes(tmp_path: Path) -> None:
         assert isinstance(refusal, TenantLimitError)  # without asking home
 
 
+async def test_rows_that_leave_at_once_do_not_fill_the_queue() -> None:
+    async with pair(max_queue_rows=16) as both:
+        both.engine.hold()
+        both.fronts[0].submit(*[[row] for row in range(16)])
+        await both.until(lambda: both.batcher.running_batches == 1)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert both.fronts[0].batcher.refusal(16) is None
+        both.fronts[0].submit(*[[row] for row in range(16)])
+        await both.until(lambda: both.batcher.running_batches == 2)
+        both.fronts[0].submit(*[[row] for row in range(16)])
+        await both.until(lambda: both.fronts[0].batcher.refusal() is not None)
+
+
 class Step(NamedTuple):
     front: int
     rows: int
