@@ -12,16 +12,18 @@ from cobatch.engines.errors import EngineRunError
 from cobatch.server.observability import metric_families as metric_names
 from cobatch.server.observability.metric_families import FAMILIES
 from cobatch.server.settings.schema import ModelSettings
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http.scraping import Scrape, scrape
 from tests.support.http.serving import GATE, GatedEngine, Served, gate, gated, get, post, rows_of, serve
 
+ALL = pytest.mark.parametrize("path", WAYS)
 Gated = tuple[Served, GatedEngine]
 REQUESTS = "requests_total"
 
 
-@pytest.fixture(params=[True, False], ids=["fast path", "ASGI"])
+@pytest.fixture(params=WAYS)
 def gates(request: pytest.FixtureRequest) -> Iterator[Gated]:
-    with gated(request.param) as both:
+    with gated(**way(request.param)) as both:
         yield both
 
 
@@ -57,8 +59,9 @@ def test_refusals_are_counted_by_status_and_kind(gates: Gated) -> None:
     assert now.value("request_duration_seconds_count", model="gate") == 0
 
 
-def test_refusals_of_a_full_queue_are_counted() -> None:
-    with gated(True, max_queue_rows=4) as (served, engine), contextlib.ExitStack() as stack:
+@ALL
+def test_refusals_of_a_full_queue_are_counted(path: str) -> None:
+    with gated(**way(path), max_queue_rows=4) as (served, engine), contextlib.ExitStack() as stack:
         occupy_slots(served, engine, stack)
         queued = stack.enter_context(served.connect())
         queued.send(gate(6, 7, 8, 9))
@@ -99,8 +102,9 @@ def test_a_disconnected_client_is_counted_once(gates: Gated) -> None:
     assert now.value(REQUESTS, model="gate", code="499", reason="client-left") == 1
 
 
-def test_queued_rows_are_counted_by_priority() -> None:
-    with gated(True) as (served, engine), contextlib.ExitStack() as stack:
+@ALL
+def test_queued_rows_are_counted_by_priority(path: str) -> None:
+    with gated(**way(path)) as (served, engine), contextlib.ExitStack() as stack:
         occupy_slots(served, engine, stack)
         for priority, rows in ((1, (5,)), (1, (6,)), (0, (7, 8, 9))):
             client = stack.enter_context(served.connect())
@@ -158,8 +162,9 @@ def routes() -> set[str]:
 # Batches and engines
 
 
-def test_batches_are_counted_by_size_and_reason() -> None:
-    with gated(True) as (served, engine):
+@ALL
+def test_batches_are_counted_by_size_and_reason(path: str) -> None:
+    with gated(**way(path)) as (served, engine):
         with contextlib.ExitStack() as stack:
             occupy_slots(served, engine, stack)
             for row in range(3):
@@ -189,8 +194,9 @@ def test_before_the_first_run_the_expected_run_time_is_the_warm_ups(gates: Gated
     assert min(warmup_us) * 0.999 <= expected_s * 1e6 <= max(warmup_us) * 1.001
 
 
-def test_failed_runs_are_counted_as_busy_time() -> None:
-    with gated(True) as (served, engine):
+@ALL
+def test_failed_runs_are_counted_as_busy_time(path: str) -> None:
+    with gated(**way(path)) as (served, engine):
         engine.fails = lambda x: EngineRunError("no")
         assert served.ask(gate(13)).slug == "run-failed"
         now = scrape(served)
@@ -241,6 +247,10 @@ def test_open_metrics_on_request(gates: Gated) -> None:
     assert plain.headers["content-type"].startswith("text/plain")
 
 
+def processes(served: Served) -> int:
+    return len({served.inference, *served.server.inferences()})
+
+
 def test_scraped_families_match_the_table(gates: Gated) -> None:
     served, _ = gates
     served.ask(gate(1))
@@ -254,12 +264,11 @@ def test_scraped_families_match_the_table(gates: Gated) -> None:
             assert table[name].help == family.documentation
             for sample in family.samples:
                 assert set(sample.labels) - {"le"} == set(table[name].labels)
+    others = ["gpu", "tenant", "auth", "batch_padding", *([] if processes(served) > 1 else ["front"])]
     optional = {
         family.name
         for family in FAMILIES
-        if family.name.startswith(
-            ("cobatch_gpu", "cobatch_tenant", "cobatch_auth", "cobatch_batch_padding", "cobatch_front")
-        )
+        if family.name.startswith(tuple(f"cobatch_{start}" for start in others))
     } | {metric_names.ELEMENTS.name}
     infos = {family.name for family in FAMILIES if family.kind == "info"}
     assert set(table) - set(scraped) - infos == optional - infos

@@ -9,6 +9,7 @@ import pytest
 from cobatch.server.auth.authenticator import RESULTS
 from cobatch.server.settings.auth import TenantRule
 from tests.support.auth.protected import Protected, get_as, protected, token
+from tests.support.fronts.linked import WAYS
 from tests.support.http.scraping import Scrape, scrape, scrape_of
 from tests.support.http.serving import gate, get
 
@@ -21,23 +22,28 @@ def metrics(running: Protected) -> Scrape:
     return scrape_of(answer)
 
 
-def test_scraping_needs_admin(tmp_path: Path) -> None:
-    with protected(True, tmp_path) as running:
+ALL = pytest.mark.parametrize("path", WAYS)
+
+
+@ALL
+def test_scraping_needs_admin(path: str, tmp_path: Path) -> None:
+    with protected(path, tmp_path) as running:
         assert running.ask(get("/metrics")).slug == "unauthenticated"
         assert running.ask(get_as(token(scope="infer metadata"), "/metrics")).slug == "forbidden"
         assert running.ask(get_as(ADMIN, "/metrics")).status == 200
 
 
-def test_scraping_is_open_if_set(tmp_path: Path) -> None:
-    with protected(True, tmp_path, server={"metrics_open": True}) as running:
+@ALL
+def test_scraping_is_open_if_set(path: str, tmp_path: Path) -> None:
+    with protected(path, tmp_path, server={"metrics_open": True}) as running:
         assert scrape(running.served).value("ready") == 1
         assert running.ask(get("/v2/models/stats")).slug == "unauthenticated"
 
 
-@pytest.mark.parametrize("fast", [True, False], ids=["fast path", "ASGI"])
-def test_each_tenant_has_its_own_series(fast: bool, tmp_path: Path) -> None:
+@ALL
+def test_each_tenant_has_its_own_series(path: str, tmp_path: Path) -> None:
     limits = (TenantRule(tenant="bob", requests_per_s=0.001, burst=1),)
-    with protected(fast, tmp_path, tenants=limits) as running:
+    with protected(path, tmp_path, tenants=limits) as running:
         for _ in range(3):
             assert running.infer(token("ann"), 1, 2).status == 200
         assert running.infer(token("bob"), 1).status == 200

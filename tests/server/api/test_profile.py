@@ -20,10 +20,11 @@ from cobatch.server.api import profile as profiling
 from cobatch.server.api.profile import RecordedBatch, Sample, trace_text
 from cobatch.server.cli import app
 from tests.support.auth import protected as guarded
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http import in_process
 from tests.support.http.serving import Client, Served, gate, gated, get, post
 
-BOTH = pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
+ALL = pytest.mark.parametrize("path", WAYS)
 Event = dict[str, Any]
 
 
@@ -179,9 +180,9 @@ def document_of(client: Client) -> Any:
     return json.loads(body)
 
 
-@BOTH
-def test_a_recording_has_batches_and_failures(fast: bool) -> None:
-    with gated(fast) as (served, engine), recording(served) as client:
+@ALL
+def test_a_recording_has_batches_and_failures(path: str) -> None:
+    with gated(**way(path)) as (served, engine), recording(served) as client:
         assert served.ask(gate(1, 2)).status == 200
         engine.fails = lambda x: EngineRunError("no")
         assert served.ask(gate(3)).status == 500
@@ -207,8 +208,9 @@ def is_idle(served: Served) -> bool:
     )
 
 
-def test_a_second_recording_is_refused_and_a_disconnect_ends_the_first() -> None:
-    with gated(True) as (served, _):
+@ALL
+def test_a_second_recording_is_refused_and_a_disconnect_ends_the_first(path: str) -> None:
+    with gated(**way(path)) as (served, _):
         assert is_idle(served)
         with recording(served):
             refused = served.ask(post("/v1/profile", b""))
@@ -236,9 +238,12 @@ async def test_of_concurrent_requests_one_records() -> None:
         assert (await running.http.post("/v1/profile?seconds=0.01")).status_code == 200
 
 
-def test_batches_beyond_the_limit_are_left_out_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+@ALL
+def test_batches_beyond_the_limit_are_left_out_and_counted(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(profiling, "_REQUEST_LIMIT", 2)
-    with gated(True) as (served, _), recording(served) as client:
+    with gated(**way(path)) as (served, _), recording(served) as client:
         for number in range(5):
             served.ask(gate(number))
         served.stop()
@@ -246,19 +251,21 @@ def test_batches_beyond_the_limit_are_left_out_and_counted(monkeypatch: pytest.M
     assert (about["batches"], about["batches_left_out"]) == (2, 3)
 
 
-def test_seconds_outside_the_range_are_refused() -> None:
-    with gated(True) as (served, _):
+@ALL
+def test_seconds_outside_the_range_are_refused(path: str) -> None:
+    with gated(**way(path)) as (served, _):
         for seconds in ("0", "-1", "60.1", "nan", "inf", "x", ""):
             answer = served.ask(post(f"/v1/profile?seconds={seconds}", b""))
             assert (answer.status, answer.slug) == (400, "bad-parameter"), seconds
         assert served.ask(get("/v1/profile")).status == 405
 
 
-def test_recording_needs_admin(tmp_path: Path) -> None:
-    with guarded.protected(True, tmp_path) as p:
-        path = "/v1/profile?seconds=0.01"
-        assert p.ask(post(path, b"")).status == 401
-        assert p.ask(post(path, b"", guarded.bearer(guarded.token("alice")))).status == 403
+@ALL
+def test_recording_needs_admin(path: str, tmp_path: Path) -> None:
+    with guarded.protected(path, tmp_path) as p:
+        target = "/v1/profile?seconds=0.01"
+        assert p.ask(post(target, b"")).status == 401
+        assert p.ask(post(target, b"", guarded.bearer(guarded.token("alice")))).status == 403
 
 
 # The command
@@ -269,9 +276,10 @@ def command(served: Served, *words: str) -> Any:
     return CliRunner().invoke(app, ["trace", *words, "--url", url])
 
 
-def test_the_command_writes_a_file(tmp_path: Path) -> None:
+@ALL
+def test_the_command_writes_a_file(path: str, tmp_path: Path) -> None:
     file = tmp_path / "some.json"
-    with gated(True) as (served, _):
+    with gated(**way(path)) as (served, _):
         result = command(served, "--seconds", "0.02", "-o", str(file))
     assert result.exit_code == 0, result.output
     assert str(file) in result.stdout
@@ -279,9 +287,10 @@ def test_the_command_writes_a_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_refused_command_leaves_no_file(tmp_path: Path) -> None:
+@ALL
+def test_a_refused_command_leaves_no_file(path: str, tmp_path: Path) -> None:
     file = tmp_path / "some.json"
-    with gated(True) as (served, _):
+    with gated(**way(path)) as (served, _):
         result = command(served, "--seconds", "100", "-o", str(file))
         nowhere = command(served, "--seconds", "0.01", "-o", str(tmp_path / "none" / "x"))
     assert (result.exit_code, nowhere.exit_code) == (1, 1)
@@ -290,8 +299,9 @@ def test_a_refused_command_leaves_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
-def test_the_command_refuses_impossible_seconds(seconds: str, tmp_path: Path) -> None:
-    with gated(True) as (served, _):
+@ALL
+def test_the_command_refuses_impossible_seconds(path: str, seconds: str, tmp_path: Path) -> None:
+    with gated(**way(path)) as (served, _):
         result = command(served, f"--seconds={seconds}", "-o", str(tmp_path / "x"))
     assert result.exit_code == 1
     assert f"--seconds: expected a number over 0, got {seconds}" in result.stderr

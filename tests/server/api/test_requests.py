@@ -16,9 +16,10 @@ from cobatch.server.cli import app
 from cobatch.server.http.request_id import place_of
 from cobatch.server.observability import history
 from tests.support.auth import protected as guarded
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http.serving import GATE, Answer, Client, GatedEngine, Served, gate, gated, get, post
 
-BOTH = pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
+ALL = pytest.mark.parametrize("path", WAYS)
 STAGES = ("queue", "pack", "wait_for_engine", "compute", "answer")
 
 
@@ -52,9 +53,9 @@ def held_then_together(served: Served, engine: GatedEngine, *requests: bytes) ->
     return answers
 
 
-@BOTH
-def test_explanation_has_batch_and_earlier_runs(fast: bool) -> None:
-    with gated(fast) as (served, engine):
+@ALL
+def test_explanation_has_batch_and_earlier_runs(path: str) -> None:
+    with gated(**way(path)) as (served, engine):
         answers = held_then_together(served, engine, gate(7), gate(1), gate(2, 3))
         first, second, third = (explained(served, id_of(answer)) for answer in answers)
     assert [one["rows"] for one in (first, second, third)] == [1, 1, 2]
@@ -75,9 +76,9 @@ def test_explanation_has_batch_and_earlier_runs(fast: bool) -> None:
     assert f"for the run of batch {alone['number']} (1 row)" in " ".join(second["in_words"])
 
 
-@BOTH
-def test_by_the_clients_own_id(fast: bool) -> None:
-    with gated(fast) as (served, _):
+@ALL
+def test_by_the_clients_own_id(path: str) -> None:
+    with gated(**way(path)) as (served, _):
         served.ask(gate(1, headers={"X-Request-Id": "mine"}))
         served.ask(gate(1, 2, headers={"X-Request-Id": "mine"}))
         result = explained(served, "mine")
@@ -86,18 +87,18 @@ def test_by_the_clients_own_id(fast: bool) -> None:
     assert result["batches"][0]["rows"] == 2
 
 
-@BOTH
-def test_a_request_in_several_batches(fast: bool) -> None:
-    with gated(fast) as (served, _):
+@ALL
+def test_a_request_in_several_batches(path: str) -> None:
+    with gated(**way(path)) as (served, _):
         result = explained(served, id_of(served.ask(gate(*range(6)))))
     assert [one["rows"] for one in result["batches"]] == [4, 2]
     assert result["rows"] == 6
     assert set(result["times_us"]) == {*STAGES, "total"}
 
 
-@BOTH
-def test_refused_and_failed_requests(fast: bool) -> None:
-    with gated(fast) as (served, engine):
+@ALL
+def test_refused_and_failed_requests(path: str) -> None:
+    with gated(**way(path)) as (served, engine):
         refused = explained(served, id_of(served.ask(post(GATE, b"{"))))
         engine.fails = lambda x: EngineRunError("no")
         failed = explained(served, id_of(served.ask(gate(1))))
@@ -107,17 +108,18 @@ def test_refused_and_failed_requests(fast: bool) -> None:
     assert (failed["status"], failed["problem"], failed["rows"]) == (500, "run-failed", 1)
 
 
-@BOTH
-def test_predictions_are_explained(fast: bool) -> None:
-    with gated(fast) as (served, _):
+@ALL
+def test_predictions_are_explained(path: str) -> None:
+    with gated(**way(path)) as (served, _):
         headers = {"Content-Type": "application/json"}
         answer = served.ask(post("/v1/models/gate/predictions", {"inputs": {"x": [[1], [2]]}}, headers))
         result = explained(served, id_of(answer))
     assert (result["model"], result["rows"], result["batches"][0]["rows"]) == ("gate", 2, 2)
 
 
-def test_a_retried_part_of_a_batch_has_its_reason() -> None:
-    with gated(True) as (served, engine):
+@ALL
+def test_a_retried_part_of_a_batch_has_its_reason(path: str) -> None:
+    with gated(**way(path)) as (served, engine):
         engine.fails = lambda x: EngineRunError("no") if 13 in x[:, 0] else None
         answers = held_then_together(served, engine, gate(7), gate(1), gate(13))
         result = explained(served, id_of(answers[1]))
@@ -126,20 +128,21 @@ def test_a_retried_part_of_a_batch_has_its_reason() -> None:
     assert result["batches"][0]["requests"] == 1
 
 
-@BOTH
-def test_explanation_has_tenants_and_needs_admin(fast: bool, tmp_path: Path) -> None:
-    with guarded.protected(fast, tmp_path) as p:
+@ALL
+def test_explanation_has_tenants_and_needs_admin(path: str, tmp_path: Path) -> None:
+    with guarded.protected(path, tmp_path) as p:
         answer = p.infer(guarded.token("alice"), 1, 2)
-        path = f"/v1/requests/{id_of(answer)}"
-        assert p.ask(guarded.get_as(guarded.token("alice"), path)).status == 403
-        result = p.ask(guarded.get_as(guarded.token("root", scope="admin"), path)).json
-        assert p.ask(get(path)).status == 401
+        target = f"/v1/requests/{id_of(answer)}"
+        assert p.ask(guarded.get_as(guarded.token("alice"), target)).status == 403
+        result = p.ask(guarded.get_as(guarded.token("root", scope="admin"), target)).json
+        assert p.ask(get(target)).status == 401
     assert result["tenant"] == "alice"
     assert result["batches"][0]["tenants"] == {"alice": 2}
 
 
-def test_unknown_ids() -> None:
-    with gated(True) as (served, _):
+@ALL
+def test_unknown_ids(path: str) -> None:
+    with gated(**way(path)) as (served, _):
         given = id_of(served.ask(gate(1, 2)))
         start, row = given.split(".")
         assert place_of(given) is not None
@@ -149,10 +152,11 @@ def test_unknown_ids() -> None:
         assert served.ask(get("/v1/requests/none")).slug == "unknown-request"
 
 
-def test_old_batches_and_records_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+@ALL
+def test_old_batches_and_records_are_dropped(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(history, "_RECORDS", 2)
     monkeypatch.setattr(history, "_BATCHES", 2)
-    with gated(True) as (served, _):
+    with gated(**way(path)) as (served, _):
         ids = [id_of(served.ask(gate(1))) for _ in range(3)]
         refused = [id_of(served.ask(post(GATE, b"{"))) for _ in range(3)]
         statuses = [served.ask(get(f"/v1/requests/{one}")).status for one in ids]
@@ -161,9 +165,9 @@ def test_old_batches_and_records_are_dropped(monkeypatch: pytest.MonkeyPatch) ->
         assert served.ask(get(f"/v1/requests/{refused[0]}")).status == 404
 
 
-@BOTH
-def test_a_client_cannot_reuse_an_id_of_the_server(fast: bool) -> None:
-    with gated(fast) as (served, _):
+@ALL
+def test_a_client_cannot_reuse_an_id_of_the_server(path: str) -> None:
+    with gated(**way(path)) as (served, _):
         for request in (gate(1), get("/none")):
             first = id_of(served.ask(request))
             before = explained(served, first)
@@ -173,9 +177,9 @@ def test_a_client_cannot_reuse_an_id_of_the_server(fast: bool) -> None:
             assert (after["status"], after["time"]) == (before["status"], before["time"])
 
 
-@BOTH
-def test_long_headers_and_paths_are_cut(fast: bool) -> None:
-    with gated(fast) as (served, _):
+@ALL
+def test_long_headers_and_paths_are_cut(path: str) -> None:
+    with gated(**way(path)) as (served, _):
         long = {"traceparent": "0" * 9000, "tracestate": "a=b," * 4000}
         given = id_of(served.ask(get("/none/" + "x" * 20_000).replace(b"\r\n\r\n", lines(long))))
         result = explained(served, given)
@@ -206,8 +210,9 @@ def command(served: Served, *words: str, **variables: str) -> Any:
     return CliRunner().invoke(app, [*words, "--url", url], env=variables)
 
 
-def test_command_prints_sentences_or_json() -> None:
-    with gated(True) as (served, _):
+@ALL
+def test_command_prints_sentences_or_json(path: str) -> None:
+    with gated(**way(path)) as (served, _):
         given = id_of(served.ask(gate(1)))
         result = command(served, "explain", given)
         as_json = command(served, "explain", given, "--json")
@@ -220,8 +225,9 @@ def test_command_prints_sentences_or_json() -> None:
     assert "answered 404: request 'none' is unknown" in unknown.stderr
 
 
-def test_command_with_credentials(tmp_path: Path) -> None:
-    with guarded.protected(True, tmp_path, keys={"ops": ("admin",)}) as p:
+@ALL
+def test_command_with_credentials(path: str, tmp_path: Path) -> None:
+    with guarded.protected(path, tmp_path, keys={"ops": ("admin",)}) as p:
         given = id_of(p.infer(guarded.token(), 1))
         file = tmp_path / "token"
         file.write_text(guarded.token("root", scope="admin") + "\n")

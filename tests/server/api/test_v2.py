@@ -21,6 +21,7 @@ from cobatch.server.http.problem import Problem
 from cobatch.server.inference.model import Model
 from cobatch.server.settings.schema import ModelSettings
 from cobatch.server.v2.decode import Decoder
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http import serving
 from tests.support.http.serving import Answer, GatedEngine, Served, data_of, gate, gated, get, post
 from tests.support.models import models
@@ -37,7 +38,7 @@ OPENAPI_PATHS = {
 }
 
 
-@pytest.fixture(scope="module", params=["fast", "asgi"])
+@pytest.fixture(scope="module", params=WAYS)
 def path(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -59,14 +60,14 @@ def served(path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
         for name, data in files.items()
     ]
     settings.append(ModelSettings(path="gate", model_version="2.b"))
-    with serving.serve(path == "fast", tuple(settings), engines={"gate": GatedEngine()}) as server:
+    with serving.serve(models=tuple(settings), engines={"gate": GatedEngine()}, **way(path)) as server:
         yield server
 
 
 @pytest.fixture
 def gated_server(path: str) -> Iterator[tuple[Served, GatedEngine]]:
     """Serve one model whose engine the test holds, with batches of at most 4 rows."""
-    with gated(path == "fast") as pair:
+    with gated(**way(path)) as pair:
         yield pair
 
 

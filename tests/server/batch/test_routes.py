@@ -13,6 +13,7 @@ import pytest
 from cobatch.engines.base import Signature, TensorSpec
 from cobatch.engines.errors import EngineDeadError, EngineRunError
 from cobatch.server.settings.schema import ModelSettings
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http import serving
 from tests.support.http.batching import ask, data, get, infer, slug
 from tests.support.http.in_process import gated, in_process
@@ -153,11 +154,11 @@ async def test_plain_headers_are_accepted() -> None:
         assert data(answer) == [2]
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_over_sockets(fast: bool) -> None:
+@pytest.mark.parametrize("path", WAYS)
+def test_over_sockets(path: str) -> None:
     """Through uvicorn a connection goes on after a call."""
     items = [*map(infer, range(6)), get("/v2"), get("/batch")]
-    with serving.gated(fast) as (served, engine), served.connect() as client:
+    with serving.gated(**way(path)) as (served, engine), served.connect() as client:
         engine.ran.clear()
         for _ in range(2):
             answers = client.ask(serving.post("/batch", {"requests": items})).json["responses"]
@@ -166,9 +167,9 @@ def test_over_sockets(fast: bool) -> None:
         assert engine.ran == [[0, 1, 2, 3], [4, 5]] * 2
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_a_lost_connection(fast: bool) -> None:
-    with serving.gated(fast) as (served, engine):
+@pytest.mark.parametrize("path", WAYS)
+def test_a_lost_connection(path: str) -> None:
+    with serving.gated(**way(path)) as (served, engine):
         engine.hold()
         with served.connect() as client:
             client.send(serving.post("/batch", {"requests": [*map(infer, range(12))]}))

@@ -10,6 +10,7 @@ import gc
 
 import pytest
 
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http.serving import GATE, Served, gate, gated, get, post, rows_of
 
 REQUESTS = 40
@@ -30,7 +31,7 @@ def collected(served: Served, request: bytes, status: int) -> int:
             gc.enable()
 
 
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
+@pytest.mark.parametrize("path", WAYS)
 @pytest.mark.parametrize(
     ("request_", "status"),
     [
@@ -43,8 +44,8 @@ def collected(served: Served, request: bytes, status: int) -> int:
     ],
     ids=["one row", "split", "not JSON", "no input", "wrong datatype", "no model"],
 )
-def test_requests_leave_no_garbage(fast: bool, request_: bytes, status: int) -> None:
-    with gated(fast) as (served, _):
+def test_requests_leave_no_garbage(path: str, request_: bytes, status: int) -> None:
+    with gated(**way(path)) as (served, _):
         assert served.ask(get("/v2/health/ready")).status == 200
         left = collected(served, request_, status)
     # A reference cycle per request would be several objects each.

@@ -35,6 +35,7 @@ from cobatch.server.http.body_memory import (
     memory_bytes,
 )
 from cobatch.server.v2.pieces import in_pieces
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http.serving import (
     DEADLINE_S,
     GATE,
@@ -208,9 +209,9 @@ MEMORY = 1 << 20
 LARGE = 900_000
 
 
-@pytest.fixture(scope="module", params=["fast", "asgi"])
+@pytest.fixture(scope="module", params=WAYS)
 def module_pair(request: pytest.FixtureRequest) -> Iterator[tuple[Served, GatedEngine]]:
-    with gated(request.param == "fast", body_memory_bytes=MEMORY) as pair:
+    with gated(**way(request.param), body_memory_bytes=MEMORY) as pair:
         yield pair
 
 
@@ -359,10 +360,10 @@ def test_chunks_that_outgrow_the_memory(served: Served, first: tuple[Client, byt
         assert chunked.closed()
 
 
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
-def test_a_body_waits_no_longer_than_it_may_take(fast: bool) -> None:
+@pytest.mark.parametrize("path", WAYS)
+def test_a_body_waits_no_longer_than_it_may_take(path: str) -> None:
     with (
-        gated(fast, body_memory_bytes=MEMORY, receive_timeout_s=0.3) as (served, engine),
+        gated(**way(path), body_memory_bytes=MEMORY, receive_timeout_s=0.3) as (served, engine),
         served.connect() as client,
         served.connect() as second,
     ):
@@ -377,11 +378,11 @@ def test_a_body_waits_no_longer_than_it_may_take(fast: bool) -> None:
         assert doubled(client) == 14
 
 
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
-def test_a_body_is_gone_when_it_is_decoded(fast: bool) -> None:
+@pytest.mark.parametrize("path", WAYS)
+def test_a_body_is_gone_when_it_is_decoded(path: str) -> None:
     """While the request runs, and while its connection is idle."""
     request = large(7, size=8 << 20)
-    with gated(fast) as (served, engine), served.connect() as client:
+    with gated(**way(path)) as (served, engine), served.connect() as client:
         assert data_of(client.ask(gate(1))) == [2]
         tracemalloc.start()
         try:
@@ -516,10 +517,10 @@ def test_one_that_waits_to_be_decompressed_may_leave(
         assert doubled(client) == 14
 
 
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
-def test_a_body_waits_no_longer_to_be_decompressed(fast: bool) -> None:
+@pytest.mark.parametrize("path", WAYS)
+def test_a_body_waits_no_longer_to_be_decompressed(path: str) -> None:
     with (
-        gated(fast, body_memory_bytes=MEMORY, receive_timeout_s=0.3) as (served, engine),
+        gated(**way(path), body_memory_bytes=MEMORY, receive_timeout_s=0.3) as (served, engine),
         served.connect() as client,
     ):
         engine.hold()
@@ -551,10 +552,10 @@ def codec_held(served: Served) -> Iterator[None]:
         go_on.set()
 
 
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
-def test_a_body_goes_with_its_client(fast: bool) -> None:
+@pytest.mark.parametrize("path", WAYS)
+def test_a_body_goes_with_its_client(path: str) -> None:
     request = large(7, size=8 << 20)
-    with gated(fast) as (served, _), codec_held(served):
+    with gated(**way(path)) as (served, _), codec_held(served):
         tracemalloc.start()
         try:
             with served.connect() as client:
@@ -568,6 +569,11 @@ def test_a_body_goes_with_its_client(fast: bool) -> None:
         assert sent > 8 << 20
 
 
+def receiving(served: Served) -> list[Any]:
+    """Return the connections with a request: a relayed one is open twice."""
+    return [one for one in served.connections() if one.cycle is not None]
+
+
 @pytest.mark.parametrize("form", ["/v1", "/batch"])
 def test_a_body_that_is_still_to_be_decoded_keeps_its_memory(served: Served, form: str) -> None:
     target, text = form_of(large(7).partition(b"\r\n\r\n")[2], form)
@@ -576,10 +582,10 @@ def test_a_body_that_is_still_to_be_decoded_keeps_its_memory(served: Served, for
             request = post(target, text, {"Content-Type": "application/json"})
             client.send(request[:-9])
             # It is all with the application, so reading is not paused.
-            until(served, lambda: [one.body_bytes for one in served.connections()] == [len(text) - 9])
-            until(served, lambda: not served.connections()[0].cycle._body)
+            until(served, lambda: [one.body_bytes for one in receiving(served)] == [len(text) - 9])
+            until(served, lambda: not receiving(served)[0].cycle._body)
             client.send(request[-9:])
-            until(served, lambda: not served.connections()[0].receiving)
+            until(served, lambda: not receiving(served)[0].receiving)
         until(served, lambda: not served.connections())
         assert memory_of(served).used_bytes > LARGE // 2
     until(served, lambda: memory_of(served).used_bytes == 0)

@@ -19,6 +19,7 @@ from cobatch.server.http.compression import choose, compress
 from cobatch.server.http.problem import Problem
 from cobatch.server.http.reply import Reply
 from cobatch.server.settings.schema import ModelSettings
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http import serving
 from tests.support.http.serving import Answer, Served, post
 from tests.support.models import models
@@ -26,12 +27,12 @@ from tests.support.models import models
 LIMIT = 100_000
 
 
-@pytest.fixture(scope="module", params=["fast", "asgi"])
+@pytest.fixture(scope="module", params=WAYS)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     file = models.write(tmp_path_factory.mktemp("models"), models.negate(width="width"), "negate.onnx")
     model = ModelSettings(path=file, max_batch_size=4, threads=1)
-    fast = request.param == "fast"
-    with serving.serve(fast, (model,), max_body_bytes=LIMIT, compress_min_bytes=1000) as server:
+    limits: dict[str, Any] = {"max_body_bytes": LIMIT, "compress_min_bytes": 1000}
+    with serving.serve(models=(model,), **limits, **way(request.param)) as server:
         yield server
 
 

@@ -11,6 +11,7 @@ import pytest
 import cobatch.server.inference.model
 from cobatch.engines.errors import EngineDeadError
 from cobatch.server.settings.schema import ModelSettings
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http.serving import (
     DEADLINE_S,
     Answer,
@@ -41,21 +42,21 @@ def mortal() -> GatedEngine:
 
 
 @contextlib.contextmanager
-def served_by(fast: bool, *engines: GatedEngine) -> Iterator[Served]:
+def served_by(path: str, *engines: GatedEngine) -> Iterator[Served]:
     """Load the first engine, then the next ones each time that an engine is opened again."""
     models = (ModelSettings(path="gate", max_batch_size=4),)
     with (
-        serve(fast, models, engines={"gate": engines[0]}) as served,
+        serve(**way(path), models=models, engines={"gate": engines[0]}) as served,
         mock.patch.object(cobatch.server.inference.model, "load_engine", side_effect=engines[1:]),
     ):
         yield served
 
 
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
-def test_it_is_opened_again_once(fast: bool, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("path", WAYS)
+def test_it_is_opened_again_once(path: str, caplog: pytest.LogCaptureFixture) -> None:
     second = mortal()
     second.may_open.clear()
-    with served_by(fast, mortal(), second) as served:
+    with served_by(path, mortal(), second) as served:
         gone = served.ask(gate(DEADLY))
         assert (gone.status, gone.slug) == (503, "engine-dead")
         # No request is accepted while it is being opened, and liveness stays.
@@ -78,7 +79,7 @@ def test_an_engine_that_ends_its_thread_is_opened_again() -> None:
     """Else its requests, and all later ones, would wait for ever, with health good."""
     first = mortal()
     first.fails = exits
-    with served_by(True, first, mortal()) as served:
+    with served_by("fast", first, mortal()) as served:
         assert served.ask(gate(DEADLY)).slug == "engine-dead"
         opened_again(served)
         assert data_of(served.ask(gate(2))) == [4]
@@ -93,7 +94,7 @@ def exits(rows: object) -> None:
 def test_an_attempt_that_fails_is_the_last(caplog: pytest.LogCaptureFixture) -> None:
     second = mortal()
     second.fails = lambda rows: EngineDeadError("still dead")
-    with served_by(True, mortal(), second) as served:
+    with served_by("fast", mortal(), second) as served:
         assert served.ask(gate(DEADLY)).slug == "engine-dead"
         opened_again(served)
         assert live(served).status == 503
@@ -105,7 +106,7 @@ def test_queued_requests_are_answered_before_the_next_engine_serves() -> None:
     second = mortal()
     second.may_open.clear()
     first = mortal()
-    with served_by(True, first, second) as served, contextlib.ExitStack() as stack:
+    with served_by("fast", first, second) as served, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(served.connect()) for _ in range(8)]
         first.hold()
         clients[0].send(gate(DEADLY))

@@ -11,6 +11,7 @@ import pytest
 
 import cobatch.server.inference.model
 from cobatch.server.settings.schema import ModelSettings
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http.serving import DEADLINE_S, GatedEngine, data_of, gate, get, opened_again, serve
 from tests.support.models import models
 
@@ -19,13 +20,13 @@ def threads() -> list[str]:
     return sorted(one.name for one in threading.enumerate() if one.name.startswith("cobatch-gate-"))
 
 
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
-def test_two_run_at_the_same_time(fast: bool) -> None:
+@pytest.mark.parametrize("path", WAYS)
+def test_two_run_at_the_same_time(path: str) -> None:
     engines = [GatedEngine(), GatedEngine()]
     model = ModelSettings(path="gate", max_batch_size=4, instances=2)
     with (
         mock.patch("tests.support.http.serving.load_engine", side_effect=list(engines)),
-        serve(fast, (model,)) as served,
+        serve(**way(path), models=(model,)) as served,
         contextlib.ExitStack() as stack,
     ):
         assert threads() == ["cobatch-gate-0.0", "cobatch-gate-0.1"]

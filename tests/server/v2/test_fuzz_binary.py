@@ -22,6 +22,7 @@ from cobatch.server.http.problem import Problem
 from cobatch.server.settings.schema import ModelSettings
 from cobatch.server.v2.decode import Decoder
 from tests.support.examples import examples
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http import serving
 from tests.support.http.damage import SIGNATURES, SPECS, Message, hostile, whole
 from tests.support.http.serving import Client, Served, data_of, post
@@ -126,11 +127,11 @@ TARGET = "/v2/models/echo/infer"
 GOOD_REQUEST = post(TARGET, GOOD_TEXT + b"\x80\x3f", {"Inference-Header-Content-Length": str(len(GOOD_TEXT))})
 
 
-@pytest.fixture(scope="module", params=["fast", "asgi"])
+@pytest.fixture(scope="module", params=WAYS)
 def served(request: pytest.FixtureRequest) -> Iterator[Served]:
     engines = {"echo": EchoEngine()}
     model = ModelSettings(path="echo", max_batch_size=8)
-    with serving.serve(request.param == "fast", (model,), engines=engines) as server:
+    with serving.serve(**way(request.param), models=(model,), engines=engines) as server:
         yield server
 
 
