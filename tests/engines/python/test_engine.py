@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,13 +18,13 @@ from cobatch.engines.errors import EngineEndedError, EngineLoadError, EngineRunE
 from cobatch.engines.loader import EngineOptions, load_engine
 from cobatch.engines.python.engine import ProcessEngine
 from tests.support.python_models import faulty
-from tests.support.python_models.faulty import CRASHES, EXITS, FAILS, HANGS
+from tests.support.python_models.faulty import CRASHES, EXITS, FAILS, GATE, HANGS, WAITS
 
 FOLDER = Path(faulty.__file__).parent
 
 
-def made(name: str, how: str = "process") -> Engine:
-    options = EngineOptions(name=name, folder=str(FOLDER), in_thread=how == "thread", threads=1)
+def made(name: str, how: str = "process", folder: Path = FOLDER) -> Engine:
+    options = EngineOptions(name=name, folder=str(folder), in_thread=how == "thread", threads=1)
     return load_engine("python", f"faulty.py:{name}", 8, options)
 
 
@@ -149,14 +150,30 @@ def test_a_process_that_ends(process: ProcessEngine, row: int, end: str) -> None
     ended: queue.SimpleQueue[EngineEndedError] = queue.SimpleQueue()
     process.on_end = ended.put
     send(process, numbers(row), slot=0)
-    send(process, numbers(1), slot=1)
-    for slot in (0, 1):
-        with pytest.raises(EngineEndedError, match=end) as caught:
-            process.wait(slot)
-        assert f"\n  row {row}" in str(caught.value)
-    with pytest.raises(EngineEndedError, match=end):
+    with pytest.raises(EngineEndedError, match=end) as caught:
+        process.wait(0)
+    assert f"\n  row {row}" in str(caught.value)
+    assert caught.value.begun
+    with pytest.raises(EngineEndedError, match=end) as caught:
         send(process, numbers(1))
+    assert not caught.value.begun
     assert end in str(ended.get(timeout=60))
+
+
+def test_a_batch_behind_it_has_not_begun(tmp_path: Path) -> None:
+    shutil.copy(faulty.__file__, tmp_path)
+    gate = tmp_path / GATE.name
+    os.mkfifo(gate)
+    engine = made("Faulty", folder=tmp_path)
+    engine.open()
+    send(engine, numbers(WAITS, EXITS), slot=0)
+    with gate.open("wb"):  # once the first one has begun
+        send(engine, numbers(1), slot=1)
+    for slot, begun in ((0, True), (1, False)):
+        with pytest.raises(EngineEndedError, match="exited with status 3") as caught:
+            engine.wait(slot)
+        assert caught.value.begun == begun
+    engine.close()
 
 
 def test_it_can_be_killed_at_any_time(process: ProcessEngine) -> None:
