@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from cobatch.server.http.problem import ALWAYS, KINDS, MEMBERS, SOMETIMES
-from cobatch.server.observability.metric_families import FAMILIES, Family
+from cobatch.server.observability.metric_families import FAMILIES, FUNCTION_FAMILIES, Family
 from cobatch.server.settings.auth import AuthSettings, Issuer, ModelRule, TenantRule
 from cobatch.server.settings.describe import Setting, settings_of
 from cobatch.server.settings.schema import (
@@ -44,9 +44,9 @@ def _metric(family: Family) -> list[str]:
     return [f"`{family.name}{suffix}`", family.kind, labels, f"{family.help}{watch}"]
 
 
-def metrics() -> str:
-    """Return the table of metric families."""
-    return _table(["Name", "Kind", "Labels", "Meaning, *what to look for*"], [_metric(f) for f in FAMILIES])
+def metrics(families: Sequence[Family] = FAMILIES) -> str:
+    """Return a table of metric families."""
+    return _table(["Name", "Kind", "Labels", "Meaning, *what to look for*"], [_metric(f) for f in families])
 
 
 def problems() -> str:
@@ -140,6 +140,7 @@ def _without_null(member: dict[str, Any]) -> dict[str, Any]:
 STRUCTS = (Settings, ServerSettings, ModelSettings, PadSettings, AuthSettings, Issuer, TenantRule, ModelRule)
 TABLES: dict[str, Callable[[], str]] = {
     "metrics": metrics,
+    "function-metrics": lambda: metrics(FUNCTION_FAMILIES),
     "problems": problems,
     "problem-members": members,
     "settings-server": lambda: settings(ServerSettings, flags=True),

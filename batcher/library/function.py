@@ -138,7 +138,7 @@ class BatchedMethod(Generic[S_contra, T, R]):
         self.__wrapped__, self.__doc__ = function, function.__doc__
         self._function = function
         self._plan = plan
-        self._ledger = Ledger()
+        self._ledger = Ledger(plan.name, plan.max_batch_size)
         self._objects: dict[int, tuple[weakref.ref[Any], Core, Ledger]] = {}
 
     @overload
@@ -166,7 +166,7 @@ class BatchedMethod(Generic[S_contra, T, R]):
         ref = weakref.ref(instance, forget)
         # Its callers hold the object; without any the results are for nobody.
         method = functools.partial(_call_method, function, ref)
-        ledger = Ledger()
+        ledger = Ledger(self._plan.name, self._plan.max_batch_size)
         return ref, Core(self._plan, method, self._ledger, ledger), ledger
 
     def statistics(self) -> Statistics:
@@ -297,7 +297,7 @@ def batched(
         )
         if _is_method(function, plan.name):
             return BatchedMethod(function, plan)
-        ledger = Ledger()
+        ledger = Ledger(plan.name, max_batch_size)
         return functools.update_wrapper(Batched[Any, Any](Core(plan, function, ledger), ledger), function)
 
     return decorate

@@ -16,7 +16,7 @@ from cobatch.batcher.statistics import Counters
 
 @dataclass
 class Statistics:
-    """Counts of calls since the start, unless the name says batches.
+    """Counts of a function's calls since the start, unless the name says batches.
 
     `refused` are those that were not queued, by reason in `refusals`; `failed` those that got an exception,
     `expired` of them at their timeout; `cancelled` those whose callers left. `batches` ran, by their number
@@ -25,6 +25,8 @@ class Statistics:
     `run_times` have `count`, `sum_s` and `quantile_s`.
     """
 
+    name: str
+    max_batch_size: int
     accepted: int = 0
     refused: int = 0
     failed: int = 0
@@ -74,8 +76,8 @@ class _Open(Protocol):
 class Ledger:
     """The counters of a function's runners, of which those that have ended are summed."""
 
-    def __init__(self) -> None:
-        self._ended = Statistics()
+    def __init__(self, name: str, max_batch_size: int) -> None:
+        self._ended = Statistics(name, max_batch_size)
         self._open: dict[Counters, Callable[[], _Open | None]] = {}
         self._lock = threading.Lock()
 

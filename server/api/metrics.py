@@ -9,9 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
 from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
-from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.exposition import choose_encoder
 from starlette.requests import Request
 from starlette.responses import Response
@@ -19,7 +18,6 @@ from starlette.routing import Route
 
 from cobatch import __version__
 from cobatch.batcher.batcher import Batcher
-from cobatch.batcher.durations import EDGES_S, DurationHistogram
 from cobatch.batcher.scheduling.priority import DEFAULT
 from cobatch.batcher.statistics import PADDING_STEPS, BatchTotals
 from cobatch.server.api.routing import compressed_response, guarded
@@ -28,21 +26,21 @@ from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Inference
 from cobatch.server.observability import metric_families as names
 from cobatch.server.observability.gpu import Gpu, Gpus
-from cobatch.server.observability.metric_families import SHARE_BOUNDS, TIME_BOUNDS, Family
+from cobatch.server.observability.metric_families import SHARE_BOUNDS, Family
+from cobatch.server.observability.metrics import (
+    Series,
+    histogram_metric,
+    metric,
+    sizes_metric,
+    times_metric,
+)
 from cobatch.server.observability.record import INFER_ROUTE
 
 METRICS = "/metrics"
 STATES = ("loading", "ready", "recovering", "failed", "dead", "draining")
-# Rows of a table: the values of the labels, and the metric's value.
-Rows = Iterable[tuple[tuple[object, ...], float]]
-# Of a histogram: labels, upper bounds with the number of values up to each, all values and their sum.
-Series = tuple[tuple[str, ...], Iterable[tuple[float, float]], float, float]
 Batchers = Sequence[tuple[str, Batcher]]
 
-_SUFFIXES = {"counter": "_total", "gauge": "", "info": "_info"}
 _EOF = b"# EOF\n"
-# Index of the first bucket above each bound.
-_ABOVE = np.searchsorted(EDGES_S, TIME_BOUNDS) + 1
 
 
 def metrics_routes(inference: Inference, gpus: Gpus) -> list[Route]:
@@ -56,8 +54,8 @@ def metrics_routes(inference: Inference, gpus: Gpus) -> list[Route]:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         seen = await asyncio.to_thread(gpus.read) if gpus.available else []
         pieces: list[bytes] = []
-        for metric in [*families(inference, seen), *process.collect()]:
-            pieces.append(encode(_OneFamily(metric)).removesuffix(_EOF))
+        for one in [*families(inference, seen), *process.collect()]:
+            pieces.append(encode(_OneFamily(one)).removesuffix(_EOF))
             await asyncio.sleep(0)
         if content_type.startswith("application/openmetrics-text"):
             pieces.append(_EOF)
@@ -80,27 +78,27 @@ class _OneFamily(NamedTuple):
 def families(inference: Inference, gpus: Sequence[Gpu]) -> Iterator[Metric]:
     """Yield all metrics of the process."""
     batchers = [(name, m.batcher) for name, m in inference.models.items() if m.batcher is not None]
-    yield _metric(names.INFO, [((__version__,), 1)])
-    yield _metric(names.READY, [((), inference.ready)])
+    yield metric(names.INFO, [((__version__,), 1)])
+    yield metric(names.READY, [((), inference.ready)])
     yield from _requests(inference)
     yield from _tenants(inference)
     states = [(name, state_of(model, inference.draining)) for name, model in inference.models.items()]
-    yield _metric(names.STATE, [((name, one), one == state) for name, state in states for one in STATES])
+    yield metric(names.STATE, [((name, one), one == state) for name, state in states for one in STATES])
     yield from _queues(batchers, inference.models)
     yield from _batches(batchers)
     yield from _padding(batchers)
     yield from _engines(batchers)
-    yield _metric(names.LOG_DROPPED, [((), inference.observer.log_stream.dropped)])
+    yield metric(names.LOG_DROPPED, [((), inference.observer.log_stream.dropped)])
     lag = inference.observer.lag
-    yield _times(names.LAG, [((), lag.lags)])
+    yield times_metric(names.LAG, [((), lag.lags)])
     if lag.cpu_s is not None:
-        yield _metric(names.LOOP_CPU, [((), lag.cpu_s)])
+        yield metric(names.LOOP_CPU, [((), lag.cpu_s)])
     fronts = inference.observer.fronts
     if fronts:
-        yield _metric(names.FRONT_REQUESTS, [((number,), one.requests) for number, one in fronts.items()])
-        yield _metric(names.FRONT_CONNECTIONS, [((n,), one.connections) for n, one in fronts.items()])
-        yield _metric(names.FRONT_CPU, [((number,), one.cpu_s) for number, one in fronts.items()])
-        yield _times(names.FRONT_LAG, [((str(number),), one.lags) for number, one in fronts.items()])
+        yield metric(names.FRONT_REQUESTS, [((number,), one.requests) for number, one in fronts.items()])
+        yield metric(names.FRONT_CONNECTIONS, [((n,), one.connections) for n, one in fronts.items()])
+        yield metric(names.FRONT_CPU, [((number,), one.cpu_s) for number, one in fronts.items()])
+        yield times_metric(names.FRONT_LAG, [((str(number),), one.lags) for number, one in fronts.items()])
     if gpus:
         yield from _gpus(gpus)
 
@@ -130,37 +128,37 @@ def _requests(inference: Inference) -> Iterator[Metric]:
         http[INFER_ROUTE, "POST", 200, ""] += model.infer_traffic.durations.count
         problems = model.infer_traffic.problems
         http.update({(INFER_ROUTE, "POST", *kind): count for kind, count in problems.items()})
-    yield _metric(names.REQUESTS, requests.items())
-    yield _times(names.DURATION, durations)
-    yield _metric(names.HTTP_REQUESTS, http.items())
+    yield metric(names.REQUESTS, requests.items())
+    yield times_metric(names.DURATION, durations)
+    yield metric(names.HTTP_REQUESTS, http.items())
 
 
 def _tenants(inference: Inference) -> Iterator[Metric]:
     if inference.auth is None:
         return
-    yield _metric(names.AUTH, [((result,), count) for result, count in inference.auth.results.items()])
+    yield metric(names.AUTH, [((result,), count) for result, count in inference.auth.results.items()])
     totals = inference.tenant_totals()
     results = ("answered", "failed", "refused")
     requests = [((name, result), getattr(total, result)) for name, total in totals for result in results]
-    yield _metric(names.TENANT_REQUESTS, requests)
-    yield _metric(names.TENANT_ROWS, [((name,), total.rows) for name, total in totals])
-    yield _metric(names.TENANT_ENGINE, [((name,), total.engine_s) for name, total in totals])
-    yield _metric(names.TENANT_QUEUE, [((name,), total.queued_rows) for name, total in totals])
+    yield metric(names.TENANT_REQUESTS, requests)
+    yield metric(names.TENANT_ROWS, [((name,), total.rows) for name, total in totals])
+    yield metric(names.TENANT_ENGINE, [((name,), total.engine_s) for name, total in totals])
+    yield metric(names.TENANT_QUEUE, [((name,), total.queued_rows) for name, total in totals])
 
 
 def _queues(batchers: Batchers, models: dict[str, Model]) -> Iterator[Metric]:
     open_ = {name: batcher.open_requests() for name, batcher in batchers}
     for levels, _ in open_.values():
         levels.setdefault(DEFAULT, 0)
-    yield _metric(names.IN_FLIGHT, [((name,), requests) for name, (_, requests) in open_.items()])
+    yield metric(names.IN_FLIGHT, [((name,), requests) for name, (_, requests) in open_.items()])
     yield _of_models(names.CANCELLED, batchers, lambda batcher: batcher.counters.cancelled)
     yield _of_models(names.EXPIRED, batchers, lambda batcher: batcher.counters.expired)
     queued = [((name, level), rows) for name, (levels, _) in open_.items() for level, rows in levels.items()]
-    yield _metric(names.QUEUE_ROWS, queued)
-    yield _metric(
-        names.QUEUE_LIMIT, [((name,), models[name].settings.max_queue_rows) for name, _ in batchers]
+    yield metric(names.QUEUE_ROWS, queued)
+    yield metric(names.QUEUE_LIMIT, [((name,), models[name].settings.max_queue_rows) for name, _ in batchers])
+    yield times_metric(
+        names.QUEUE_DELAY, [((name,), batcher.counters.queue_delays) for name, batcher in batchers]
     )
-    yield _times(names.QUEUE_DELAY, [((name,), batcher.counters.queue_delays) for name, batcher in batchers])
 
 
 def _batches(batchers: Batchers) -> Iterator[Metric]:
@@ -168,21 +166,15 @@ def _batches(batchers: Batchers) -> Iterator[Metric]:
         return lambda batcher: sum(value(totals) for totals in batcher.counters.by_rows.values())
 
     reasons = [((name, reason), n) for name, b in batchers for reason, n in b.counters.reasons.items()]
-    yield _metric(names.BATCHES, reasons)
-    sizes: list[Series] = []
-    for name, batcher in batchers:
-        bounds = [1 << power for power in range((batcher.max_batch_size - 1).bit_length())]
-        counts = [(rows, totals.batches) for rows, totals in batcher.counters.by_rows.items()]
-        buckets = [
-            (float(bound), sum(n for rows, n in counts if rows <= bound))
-            for bound in [*bounds, batcher.max_batch_size]
-        ]
-        total = sum(rows * n for rows, n in counts)
-        sizes.append(((name,), buckets, sum(n for _, n in counts), total))
-    yield _histogram(names.BATCH_ROWS, sizes)
+    yield metric(names.BATCHES, reasons)
+    batches = [
+        (name, b.max_batch_size, {rows: totals.batches for rows, totals in b.counters.by_rows.items()})
+        for name, b in batchers
+    ]
+    yield sizes_metric(names.BATCH_ROWS, batches)
     yield _of_models(names.FULL_ROWS, batchers, lambda batcher: batcher.queue.full_rows)
     yield _of_models(names.EXPECTED_RUN, batchers, lambda batcher: batcher.expected_run_s)
-    yield _times(names.COMPUTE, [((name,), batcher.counters.run_times) for name, batcher in batchers])
+    yield times_metric(names.COMPUTE, [((name,), batcher.counters.run_times) for name, batcher in batchers])
     yield _of_models(names.PACKING, batchers, seconds(lambda totals: totals.input_s))
     yield _of_models(names.DELIVERY, batchers, seconds(lambda totals: totals.output_s))
 
@@ -197,59 +189,35 @@ def _padding(batchers: Batchers) -> Iterator[Metric]:
         buckets = [(bound, sum(steps[: round(bound * PADDING_STEPS) + 1])) for bound in SHARE_BOUNDS]
         total_share = sum(step * n for step, n in enumerate(steps)) / PADDING_STEPS
         shares.append(((name,), buckets, sum(steps), total_share))
-    yield _histogram(names.PADDING_SHARE, shares)
-    yield _metric(names.ELEMENTS, [((name,), total.elements) for name, _, total in padded])
-    yield _metric(names.PADDING_ELEMENTS, [((name,), total.padding) for name, _, total in padded])
+    yield histogram_metric(names.PADDING_SHARE, shares)
+    yield metric(names.ELEMENTS, [((name,), total.elements) for name, _, total in padded])
+    yield metric(names.PADDING_ELEMENTS, [((name,), total.padding) for name, _, total in padded])
 
 
 def _engines(batchers: Batchers) -> Iterator[Metric]:
     engines = [(name, i, totals) for name, b in batchers for i, totals in enumerate(b.counters.engines)]
     lanes = [(name, lane) for name, batcher in batchers for lane in batcher.lanes]
     yield _of_models(names.ENGINES, batchers, lambda batcher: len(batcher.lanes))
-    yield _metric(names.BUSY, [((name, i), totals.busy_s) for name, i, totals in engines])
-    yield _metric(names.RUNS, [((name, i), totals.runs) for name, i, totals in engines])
+    yield metric(names.BUSY, [((name, i), totals.busy_s) for name, i, totals in engines])
+    yield metric(names.RUNS, [((name, i), totals.runs) for name, i, totals in engines])
     yield _of_models(names.FAILED_RUNS, batchers, lambda batcher: batcher.counters.failed_runs)
     yield _of_models(names.HUNG_RUNS, batchers, lambda batcher: batcher.counters.hung)
     yield _of_models(names.RETRIES, batchers, lambda batcher: batcher.counters.retries)
     yield _of_models(names.SUSPECTS, batchers, lambda batcher: batcher.suspects)
-    yield _metric(names.SLOTS, [((name, lane.number), lane.engine.slots) for name, lane in lanes])
-    yield _metric(names.SLOTS_IN_USE, [((name, lane.number), lane.in_slots) for name, lane in lanes])
+    yield metric(names.SLOTS, [((name, lane.number), lane.engine.slots) for name, lane in lanes])
+    yield metric(names.SLOTS_IN_USE, [((name, lane.number), lane.in_slots) for name, lane in lanes])
 
 
 def _gpus(gpus: Sequence[Gpu]) -> Iterator[Metric]:
-    yield _metric(names.GPU_INFO, [((gpu.number, gpu.name, gpu.uuid), 1) for gpu in gpus])
+    yield metric(names.GPU_INFO, [((gpu.number, gpu.name, gpu.uuid), 1) for gpu in gpus])
     for family, attribute in (
         (names.GPU_MEMORY, "memory_bytes"),
         (names.GPU_MEMORY_USED, "used_bytes"),
         (names.GPU_BUSY, "utilization"),
     ):
         values = [((gpu.number,), getattr(gpu, attribute)) for gpu in gpus]
-        yield _metric(family, [(labels, value) for labels, value in values if value is not None])
+        yield metric(family, [(labels, value) for labels, value in values if value is not None])
 
 
 def _of_models(family: Family, batchers: Batchers, value: Callable[[Batcher], float]) -> Metric:
-    return _metric(family, [((name,), value(batcher)) for name, batcher in batchers])
-
-
-def _metric(family: Family, rows: Rows) -> Metric:
-    metric = Metric(family.name, family.help, family.kind)
-    for values, value in rows:
-        labels = dict(zip(family.labels, map(str, values), strict=True))
-        metric.add_sample(family.name + _SUFFIXES[family.kind], labels, float(value))
-    return metric
-
-
-def _times(family: Family, rows: Iterable[tuple[tuple[str, ...], DurationHistogram]]) -> Metric:
-    def series(labels: tuple[str, ...], durations: DurationHistogram) -> Series:
-        upto = np.cumsum(durations.counts())
-        return labels, zip(TIME_BOUNDS, upto[_ABOVE - 1], strict=True), upto[-1], durations.sum_s
-
-    return _histogram(family, [series(*row) for row in rows])
-
-
-def _histogram(family: Family, series: Iterable[Series]) -> Metric:
-    metric = HistogramMetricFamily(family.name, family.help, labels=family.labels)
-    for labels, buckets, count, total in series:
-        texts = [(str(float(bound)), float(upto)) for bound, upto in buckets]
-        metric.add_metric(labels, [*texts, ("+Inf", float(count))], float(total))
-    return metric
+    return metric(family, [((name,), value(batcher)) for name, batcher in batchers])

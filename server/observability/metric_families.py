@@ -192,3 +192,42 @@ GPU_BUSY = _family(
 
 # fmt: on
 FAMILIES = tuple(value for value in list(globals().values()) if isinstance(value, Family))
+
+# Batched functions of other applications (`server.observability.functions`); a server has none of these.
+# fmt: off
+CALLS = _family("function_calls", "counter", "function", "Calls that were accepted.")
+CALLS_REFUSED = _family(
+    "function_calls_refused", "counter", "function reason", "Calls that were refused.",
+    "`queue`: overload. `deadline`: timeouts are too short for the load.",
+)
+CALLS_FAILED = _family(
+    "function_calls_failed", "counter", "function", "Accepted calls that raised an exception.",
+)
+CALLS_EXPIRED = _family(
+    "function_calls_expired", "counter", "function", "Failed calls whose timeout had ended.",
+)
+CALLS_CANCELLED = _family(
+    "function_calls_cancelled", "counter", "function", "Accepted calls whose callers were cancelled.",
+)
+CALLS_QUEUED = _family("function_calls_queued", "gauge", "function", "Calls that are queued.")
+CALL_QUEUE_DELAY = _family(
+    "function_queue_delay_seconds", "histogram", "function",
+    "Time of calls that ran, from acceptance until their batch was formed.",
+    "Grows without bound if the function cannot keep up.",
+)
+BATCH_SIZE = _family(
+    "function_batch_size", "histogram", "function", "Items of batches that ran.",
+    "A mean near 1 under load: batching gains nothing.",
+)
+FULL_BATCH = _family(
+    "function_full_batch_size", "gauge", "function",
+    "Items beyond which a larger batch gains nothing, as measured so far.",
+)
+FAILED_BATCHES = _family(
+    "function_failed_batches", "counter", "function", "Runs of the function that raised an exception.",
+)
+BATCH_RUN = _family("function_run_seconds", "histogram", "function", "Run time of batches.")
+# fmt: on
+FUNCTION_FAMILIES = tuple(
+    value for value in list(globals().values()) if isinstance(value, Family) and value not in FAMILIES
+)

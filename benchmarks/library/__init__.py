@@ -1,0 +1,1 @@
+"""The cost of a call of a batched function, beside other batching libraries."""
