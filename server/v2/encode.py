@@ -264,11 +264,13 @@ def json_pieces(values: Array) -> list[bytes]:
             return [msgspec.json.encode(_texts(values.tolist()))]
         return [dumps(np.ascontiguousarray(values) if values.ndim else values[()])]
     step = LONG_ELEMENTS // (values.size // len(values))
-    pieces = []
+    pieces: list[bytes] = []
     end = b"["
     for first in range(0, len(values), step or 1):
         if step:
-            pieces.append(end + json_pieces(values[first : first + step])[0][1:-1])
+            some = json_pieces(values[first : first + step])
+            pieces += (end, some[0][1:], *some[1:])
+            pieces[-1] = pieces[-1][:-1]
         else:
             pieces += (end, *json_pieces(values[first]))
         end = b","

@@ -75,8 +75,10 @@ def check(dumped: list[tuple[int, bool]], *, long: bool) -> None:
     assert {on_loop for _, on_loop in dumped} == {not long}
 
 
-async def test_strings(running: InProcess) -> None:
-    data = [str(n % 7) for n in range(WIDTH)]
+@pytest.mark.parametrize("length", [0, 5])
+async def test_strings(running: InProcess, length: int) -> None:
+    """Many of them, with few or many characters in each piece."""
+    data = [str(n % 7) + "é" * length for n in range(WIDTH)]
     tensor = {"name": "x", "shape": [1, WIDTH], "datatype": "BYTES", "data": data}
     answer = await running.http.post("/v2/models/text/infer", json={"inputs": [tensor]})
     assert answer.json()["outputs"][0]["data"] == data
@@ -135,6 +137,8 @@ def test_strings_in_pieces(rows: list[list[bytes | str]], flat: bool) -> None:
     with mock.patch.multiple(encode, _TEXT_PIECE=8, LONG_TEXT=8):
         pieces = encode.json_pieces(values)
         assert b"".join(pieces) == whole
+        with mock.patch.object(encode, "LONG_ELEMENTS", 3):
+            assert b"".join(encode.json_pieces(values)) == whole
         # A character of JSON may take six bytes, a character of text four.
         assert max(map(len, pieces)) <= 8 * 6 + 3 * 8
         assert pieces[-1] == b"]" or len(pieces) == 1
