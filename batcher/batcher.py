@@ -323,8 +323,10 @@ class Batcher:
             return
         drained.set_result(None)
 
-    def use(self, worker: BatchWorker) -> None:
-        """Use another worker in place of one that hung or died."""
+    def use(self, worker: BatchWorker, *, instead_of: BatchWorker | None = None) -> None:
+        """Use another worker in place of one that hung or died, or that gets no more batches from now on."""
+        if instead_of is not None:
+            self._lanes.retire(instead_of)
         self._lanes.use(worker)
 
     def ended(self, worker: BatchWorker, error: EngineEndedError) -> None:

@@ -266,7 +266,7 @@ class Lanes:
         """Remove an idle worker's engine, whose process has ended. A batch that runs tells it itself."""
         lane = next((one for one in self.lanes if one.worker is worker), None)
         if lane is not None and not lane.running:
-            self._all.pop(lane)
+            self.retire(worker)
             self._on_ended(lane, error)
 
     def _watch_next(self, lane: Lane) -> None:
@@ -316,6 +316,13 @@ class Lanes:
     def _fail_waiting(self, gone: EngineGoneError) -> None:
         self._scheduler.admission.close(gone)
         self._completion.fail_all(self._scheduler.take_all(), gone)
+
+    def retire(self, worker: BatchWorker) -> None:
+        """Give a worker no more batches."""
+        for lane in [one for one in self.lanes if one.worker is worker]:
+            self._remove(lane)
+            if not lane.running:
+                del self._all[lane]
 
     def use(self, worker: BatchWorker) -> None:
         """Use another worker in place of one that was lost."""

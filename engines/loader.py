@@ -15,7 +15,7 @@ class EngineOptions:
 
     `batch_buckets`: sizes that batches are padded to (None: powers of two). `plan_cache`: folder of built
     plans (None: in the user's cache folder). Of a model in Python: its `name`, the `folder` where modules are
-    found, `device`, and if it runs `in_thread`.
+    found, `device`, if it runs `in_thread`, and if its files may change (`reload`).
     """
 
     threads: int | None = None
@@ -30,6 +30,7 @@ class EngineOptions:
     name: str = "model"
     folder: str = "."
     in_thread: bool = False
+    reload: bool = False
 
 
 def _onnxruntime(path: str, max_batch_size: int, options: EngineOptions) -> Engine:
@@ -65,7 +66,7 @@ def _python(source: str, max_batch_size: int, options: EngineOptions) -> Engine:
     common = source, max_batch_size, options.folder, options.device, options.batching
     if options.in_thread:
         return ThreadEngine(*common)
-    return ProcessEngine(*common, name=options.name, threads=options.threads)
+    return ProcessEngine(*common, name=options.name, threads=options.threads, reload=options.reload)
 
 
 ENGINES: dict[str, Callable[[str, int, EngineOptions], Engine]] = {

@@ -51,6 +51,8 @@ def build(inference: Inference) -> ASGIApp:
     observer.keep = history.on_request
     observer.on_batch(history.on_batch)
     sinks = make_sinks(inference)
+    if any(model.settings.reload for model in inference.models.values()):
+        _need("watchfiles", "models[*].reload: needs watchfiles: pip install 'cobatch[reload]'")
     gpus = Gpus()
     feed = Feed(inference, history)
     inference.on_draining.append(feed.close)
@@ -126,9 +128,13 @@ async def observing(inference: Inference, sinks: Sinks) -> AsyncIterator[None]:
         yield
 
 
+def _need(library: str, why: str) -> None:
+    if importlib.util.find_spec(library) is None:
+        raise SettingsError(why)
+
+
 def _tracer(settings: ServerSettings) -> Tracer:
-    if importlib.util.find_spec("opentelemetry") is None:
-        raise SettingsError("server.tracing: needs OpenTelemetry's libraries: pip install 'cobatch[otel]'")
+    _need("opentelemetry", "server.tracing: needs OpenTelemetry's libraries: pip install 'cobatch[otel]'")
     from cobatch.server.observability.tracing import Tracing  # noqa: PLC0415 - an extra, and heavy
 
     return Tracing(settings.trace_sample, settings.trace_endpoint)

@@ -103,11 +103,14 @@ class ProcessEngine(PythonEngine):
         *,
         name: str,
         threads: int | None = None,
+        reload: bool = False,
     ) -> None:
         super().__init__(source, max_batch_size, folder, device, batching)
         self.on_end: Callable[[EngineEndedError], None] = _ignore
         self._name = name
         self._env = {} if threads is None else dict.fromkeys(_THREAD_VARIABLES, str(threads))
+        if reload:  # a file that changes twice in a second would have the bytecode of before
+            self._env["PYTHONDONTWRITEBYTECODE"] = "1"
         self._begun = _region(name)
         self._number = 0  # of the batch that was sent last
         self._numbers: dict[int, int] = {}  # by slot

@@ -129,9 +129,9 @@ def _call(what: str, function: Callable[..., Any], *arguments: object) -> Any:
 
 def described(error: BaseException) -> str:
     """Return an error's type, text and place, in one line."""
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = traceback.extract_tb(error.__traceback__ if not isinstance(error, SyntaxError) else None)
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return "".join(traceback.format_exception_only(error)).strip() + place
+    return " ".join("".join(traceback.format_exception_only(error)).split()) + place
 
 
 def _find(source: str, folder: str) -> Any:

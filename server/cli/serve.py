@@ -66,10 +66,10 @@ def _check_start(settings: Settings, source: str, errors: Errors) -> None:
         with errors:
             if settings.auth.api_keys_file:
                 ApiKeys.read(Path(settings.auth.api_keys_file), source)
-    if settings.server.tracing and not errors:
+    if (settings.server.tracing or any(model.reload for model in settings.models)) and not errors:
         from cobatch.server.app import create_app  # noqa: PLC0415 - the whole server
 
-        with errors:  # tracing needs OpenTelemetry
+        with errors:  # they need libraries
             create_app(settings)
 
 

@@ -47,5 +47,6 @@ def engine_options(settings: ModelSettings, place: Place, batching: Batching | N
         batching=batching or Batching(settings.batching),
         name=settings.name,
         folder=settings.python_path,
+        reload=settings.reload,
         in_thread=settings.run_in == "thread",
     )

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -11,12 +11,13 @@ from typing import Any
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.errors import BatcherError, EngineGoneError, ExecutionTimeoutError
 from cobatch.batcher.lane import BatchWorker
-from cobatch.engines.base import Batching, Endable, Engine
-from cobatch.engines.errors import EngineEndedError, EngineError
+from cobatch.engines.base import Endable, Engine, Signature
+from cobatch.engines.errors import EngineEndedError, EngineError, EngineLoadError
 from cobatch.engines.loader import load_engine
 from cobatch.engines.worker import Worker
 from cobatch.server.inference.engines import Place, engine_options, places
 from cobatch.server.inference.padding import make_padder
+from cobatch.server.inference.reloading import Backoff, changes
 from cobatch.server.inference.served import ServedModel
 from cobatch.server.settings.schema import ModelSettings
 from cobatch.server.v2.decode import Decoder
@@ -25,23 +26,6 @@ from cobatch.server.v2.encode import Encoder
 log = logging.getLogger("cobatch.model")
 
 _JOIN_S = 5.0
-_RESTARTS_AT_ONCE = 2
-_LONGEST_DELAY_S = 30.0
-
-
-class Backoff:
-    """Delays of an engine's restarts: the first ones in a row at once, each later one after twice as long."""
-
-    def __init__(self) -> None:
-        self._in_row = 0
-        self._batches = 0
-
-    def delay_s(self, batches: int) -> float:
-        """Return the delay before the next start. `batches`: that have run so far; a new one ends the row."""
-        self._in_row = 1 if batches != self._batches else self._in_row + 1
-        self._batches = batches
-        late = self._in_row - _RESTARTS_AT_ONCE
-        return 0.0 if late <= 0 else min(2.0 ** (late - 1), _LONGEST_DELAY_S)
 
 
 class Model(ServedModel):
@@ -51,7 +35,7 @@ class Model(ServedModel):
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__(settings)
-        self._batching: Batching | None = None  # as the first engine decided it
+        self._signature: Signature | None = None  # the first engine's
         self._workers: list[Worker] = []
         self._places: dict[Worker, Place] = {}
         self._hung: list[Worker] = []
@@ -59,6 +43,7 @@ class Model(ServedModel):
         self._rebuilding = 0
         self._backoff = Backoff()
         self._reopening: set[asyncio.Task[None]] = set()
+        self._opening = asyncio.Lock()  # of an engine in place of another
 
     async def load(self) -> None:
         """Open the engines, warm them up and begin to accept requests. Raises EngineError."""
@@ -87,6 +72,8 @@ class Model(ServedModel):
             loop=loop,
         )
         self._tell_ready(engine)
+        if settings.reload and settings.python is not None:
+            self._start(self._load_again())
 
     def _tell_ready(self, engine: Engine) -> None:
         signature, most = engine.signature, self.settings.max_batch_size
@@ -106,18 +93,29 @@ class Model(ServedModel):
         """Return a worker whose engine is open and warm. Raises EngineError."""
         opened: Future[None] = Future()
         settings = self.settings
-        options = engine_options(settings, place, self._batching)
+        first = self._signature
+        options = engine_options(settings, place, None if first is None else first.batching)
         kind = settings.engine if settings.python is None else "python"
         engine = load_engine(kind, settings.python or settings.path, settings.max_batch_size, options)
         worker = Worker(engine, f"{self.name}{place.suffix}")
         if isinstance(engine, Endable):
             engine.on_end = partial(self._on_end, worker, asyncio.get_running_loop())
-        self._workers = [one for one in self._workers if self._places.get(one) != place] + [worker]
-        self._places[worker] = place
+        self._put(worker, place)
         worker.start(partial(_settle, opened))
         await asyncio.wrap_future(opened)
-        self._batching = engine.signature.batching
+        first = self._signature = first or engine.signature
+        if settings.python is not None and engine.signature != first:
+            worker.stop()
+            raise EngineLoadError("its inputs or outputs have changed; start the server again")
         return worker
+
+    def _put(self, worker: Worker, place: Place) -> None:
+        """Make this the worker of a place."""
+        for before in [one for one, where in self._places.items() if where == place]:
+            self._workers.remove(before)
+            del self._places[before]
+        self._workers.append(worker)
+        self._places[worker] = place
 
     def _on_end(self, worker: Worker, loop: asyncio.AbstractEventLoop, error: EngineEndedError) -> None:
         """Note that an engine's process has ended, on another thread."""
@@ -129,11 +127,14 @@ class Model(ServedModel):
             self.batcher.ended(worker, error)
 
     def _on_lost(self, lost: BatchWorker, why: BatcherError) -> None:
-        worker = next(one for one in self._workers if one is lost)
-        place = self._places[worker]
+        assert isinstance(lost, Worker)
+        worker, place = lost, self._places.get(lost)
         worker.stop()  # ends with its last batch, if that ever ends
         if isinstance(worker.engine, Endable):
             worker.engine.kill()
+        if place is None:  # another one serves in its place already
+            return
+        if isinstance(worker.engine, Endable):
             self._start(self._restart(worker, place))
         elif isinstance(why, ExecutionTimeoutError):
             # Its thread cannot be ended, but another engine can take its place.
@@ -150,7 +151,7 @@ class Model(ServedModel):
         task.add_done_callback(self._reopening.discard)
 
     async def _rebuild(self, worker: Worker, place: Place) -> None:
-        with self._rebuilds():
+        async with self._rebuilds():
             # The next engine needs the memory that the thread frees.
             if await asyncio.to_thread(worker.join, _JOIN_S):
                 await self._reopen(place, "its engine died")
@@ -159,7 +160,7 @@ class Model(ServedModel):
 
     async def _restart(self, worker: Worker, place: Place) -> None:
         """Open an engine in place of one whose process has ended: at once, or later if that goes on."""
-        with self._rebuilds():
+        async with self._rebuilds(), self._opening:
             await asyncio.to_thread(worker.join, _JOIN_S)
             batcher, opened = self.loaded_batcher, None
             while opened is None:
@@ -174,8 +175,32 @@ class Model(ServedModel):
             log.warning("model %s: opened again after its process ended", self.name)
             batcher.use(opened)
 
-    @contextlib.contextmanager
-    def _rebuilds(self) -> Iterator[None]:
+    async def _load_again(self) -> None:
+        """Load the model again each time that its files change."""
+        async for _ in changes(self.settings.python_path):
+            try:
+                for place in places(self.settings):
+                    async with self._opening:
+                        await self._replace(place)
+            except EngineError as error:
+                text = "model %s: the changed files cannot be loaded: %s"
+                log.error(text, self.name, error)  # noqa: TRY400 - the text is for the operator
+            else:
+                log.info("model %s: loaded again", self.name)
+
+    async def _replace(self, place: Place) -> None:
+        """Open another engine in place of one, which serves until then. Raises EngineError."""
+        old = next(one for one, where in self._places.items() if where == place)
+        try:
+            worker = await self._open(place)
+        except BaseException:
+            self._put(old, place)
+            raise
+        self.loaded_batcher.use(worker, instead_of=old)
+        old.stop()
+
+    @contextlib.asynccontextmanager
+    async def _rebuilds(self) -> AsyncIterator[None]:
         self._rebuilding += 1
         try:
             yield

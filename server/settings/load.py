@@ -209,6 +209,13 @@ def _check_file(table: Table) -> None:
     if python is not None:
         if path is not None:
             raise python.refused("not together with path")
+        if (
+            "run_in" in table
+            and table["run_in"].value == "thread"
+            and "reload" in table
+            and table["reload"].value
+        ):
+            raise table["reload"].refused('not together with run_in = "thread"')
         if "engine" in table and table["engine"].value != "auto":
             raise table["engine"].refused("not together with python")
         file = Path(

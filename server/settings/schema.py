@@ -98,6 +98,9 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
             default="the configuration file's, or the working directory",
         ),
     ] = "."
+    reload: Annotated[
+        bool, about("Python: load the model again when files in python_path change; needs cobatch[reload]")
+    ] = False
     run_in: Annotated[RunIn, about("Python: a process for each engine, or a thread of the server")] = (
         "process"
     )

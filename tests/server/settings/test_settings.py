@@ -126,6 +126,7 @@ def test_a_model_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ),
         ("python = 'app.py:a'", "models[0].python: expected FILE.py:NAME, got 'app.py:a': no file '"),
         ("python = 'app:a'\npath = 'tiny.onnx'", "models[0].python: not together with path (file"),
+        ("python = 'app:a'\nreload = true\nrun_in = 'thread'", "models[0].reload: not together with run_in"),
         ("python = 'app:a'\nengine = 'tensorrt'", "models[0].engine: not together with python (file"),
     ],
 )
