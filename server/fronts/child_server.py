@@ -5,7 +5,8 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from cobatch.server.fronts.control import (
     HEARTBEAT_S,
@@ -17,7 +18,9 @@ from cobatch.server.fronts.control import (
     LinkEnds,
     Parent,
     Reached,
+    Refused,
     Reload,
+    Taken,
     ToChild,
 )
 from cobatch.server.observability.output import LogStream
@@ -25,6 +28,34 @@ from cobatch.server.serve import Server
 from cobatch.server.settings.schema import Settings
 
 log = logging.getLogger("cobatch.server")
+
+
+class _Unread(asyncio.Protocol):
+    """A connection until its client's first bytes, which a server that is killed then takes along."""
+
+    def __init__(self, connection: asyncio.Protocol, on_read: Callable[[], None]) -> None:
+        self._connection = connection
+        self._on_read = on_read
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+        self._connection.connection_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._leave()
+        self._connection.data_received(data)
+
+    def eof_received(self) -> bool | None:
+        self._leave()
+        return self._connection.eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._on_read()
+        self._connection.connection_lost(exc)
+
+    def _leave(self) -> None:
+        self._transport.set_protocol(self._connection)
+        self._on_read()
 
 
 class ChildServer(Server):
@@ -40,6 +71,7 @@ class ChildServer(Server):
             self.inference.auth.throttle.divide(processes)
         self._last = asyncio.Event()
         self._adopted = 0
+        self._taken: list[int] = []  # connections of which the supervisor is not told yet
         self._handshakes: set[asyncio.Task[None]] = set()
 
     def add_link(self, front: int, ends: LinkEnds) -> None:
@@ -89,7 +121,7 @@ class ChildServer(Server):
                 if not isinstance(error.message, Connection):
                     os._exit(1)  # without its link; another process takes over
                 self._adopted += 1
-                log.error("too many open files: a connection is closed")  # noqa: TRY400
+                self.parent.send(Refused(error.message.number))
                 continue
             if received is None:
                 os._exit(1)
@@ -98,7 +130,7 @@ class ChildServer(Server):
     def _obey(self, message: ToChild, fds: list[int]) -> None:
         match message:
             case Connection():
-                self.adopt(socket.socket(fileno=fds[0]))
+                self.adopt(socket.socket(fileno=fds[0]), message.number)
             case Link():
                 messages, handover = (socket.socket(fileno=fd) for fd in fds[:2])
                 self.add_link(message.front, LinkEnds(messages, handover, *fds[2:]))
@@ -112,23 +144,37 @@ class ChildServer(Server):
 
     # Connections
 
-    def adopt(self, connection: socket.socket) -> None:
+    def adopt(self, connection: socket.socket, number: int) -> None:
         """Serve an accepted connection, after the TLS handshake if there is one."""
         self._adopted += 1
         connection.setblocking(False)
-        handshake = asyncio.get_running_loop().create_task(self._shake_hands(connection))
+        handshake = asyncio.get_running_loop().create_task(self._shake_hands(connection, number))
         self._handshakes.add(handshake)
         handshake.add_done_callback(self._handshakes.discard)
 
-    async def _shake_hands(self, connection: socket.socket) -> None:
-        # As with a listener of the loop, which closes a connection whose handshake fails or lasts too long.
-        with contextlib.suppress(OSError):
+    async def _shake_hands(self, connection: socket.socket, number: int) -> None:
+        try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                self._new_connection, connection, ssl=self.config.ssl
+                lambda: _Unread(self._new_connection(), partial(self._took, number)),
+                connection,
+                ssl=self.config.ssl,
             )
+        except OSError:
+            # A listener of the loop also closes a connection whose handshake fails or lasts too long.
+            self._took(number)
 
     def _new_connection(self) -> asyncio.Protocol:
         protocol: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
         return protocol
+
+    def _took(self, number: int) -> None:
+        """Tell the supervisor, with all others of this iteration."""
+        if not self._taken:
+            asyncio.get_running_loop().call_soon(self._tell_taken)
+        self._taken.append(number)
+
+    def _tell_taken(self) -> None:
+        taken, self._taken = self._taken, []
+        self.parent.send(Taken(taken))

@@ -44,7 +44,9 @@ class Link(Struct, frozen=True, array_like=True, tag=1):
 
 
 class Connection(Struct, frozen=True, array_like=True, tag=2):
-    """A client's connection; its socket is beside it."""
+    """A client's connection; its socket is beside it. The supervisor keeps it too until `Taken`."""
+
+    number: int
 
 
 class Leave(Struct, frozen=True, array_like=True, tag=3):
@@ -74,8 +76,20 @@ class EndFront(Struct, frozen=True, array_like=True, tag=17):
     front: int
 
 
+class Taken(Struct, frozen=True, array_like=True, tag=18):
+    """The front has read from these connections, or closed them."""
+
+    numbers: list[int]
+
+
+class Refused(Struct, frozen=True, array_like=True, tag=19):
+    """The front has too many open files to take a connection."""
+
+    number: int
+
+
 ToChild = Start | Link | Connection | Leave | Last | Reload
-FromChild = Reached | EndFront
+FromChild = Reached | EndFront | Taken | Refused
 Message = TypeVar("Message")
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -224,6 +238,7 @@ class Parent:
 
     def beat(self, closed: int) -> None:
         """Tell that the loop runs, and the number of connections closed so far."""
+        self.control.flush()
         self._beats += 1
         self._words.write(self._child, self._beats, closed)
 

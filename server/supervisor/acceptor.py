@@ -4,6 +4,7 @@ import asyncio
 import errno
 import logging
 import socket
+from collections import deque
 from collections.abc import Sequence
 from operator import attrgetter
 
@@ -11,9 +12,10 @@ from cobatch.server.supervisor.children import Child
 
 log = logging.getLogger("cobatch.server")
 
-_open_connections = attrgetter("open_connections")
+_load = attrgetter("refuses", "open_connections")
 # Connections accepted before anything else is done.
 _BURST = 64
+_MOST_WAITING = 256
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -27,11 +29,17 @@ class Acceptor:
         self.listeners = listeners
         self._fronts = fronts
         self._accepts = False
+        self._waiting: deque[socket.socket] = deque()  # accepted connections without a front
         for listener in listeners:
             listener.setblocking(False)
 
     def resume(self) -> None:
         """Accept, if a front takes connections. Call it again from time to time."""
+        waiting, self._waiting = self._waiting, deque()
+        for connection in waiting:
+            self.hand(connection)
+        for front in self._fronts:
+            front.refuses = False
         if not self._accepts and self._open_fronts():
             self._accepts = True
             for listener in self.listeners:
@@ -48,8 +56,7 @@ class Acceptor:
 
     def _accept(self, listener: socket.socket) -> None:
         for _ in range(_BURST):
-            fronts = self._open_fronts()
-            if not fronts:
+            if not self._open_fronts():
                 self.pause()
                 return
             try:
@@ -57,11 +64,22 @@ class Acceptor:
             except OSError as error:
                 if error.errno in _EXHAUSTED:
                     log.error("cannot accept connections: %s", error.strerror)  # noqa: TRY400
+                    for front in self._fronts:
+                        front.release()
                     self.pause()
                 return  # nothing is left, or this client has gone
-            with connection:
-                # The next one takes it if a front has just ended.
-                any(front.hand(connection) for front in sorted(fronts, key=_open_connections))
+            self.hand(connection)
+
+    def hand(self, connection: socket.socket) -> None:
+        """Hand a connection to the front that has the fewest, or the next one if that has just ended."""
+        if not any(front.hand(connection) for front in sorted(self._open_fronts(), key=_load)):
+            self.keep(connection)
+
+    def keep(self, connection: socket.socket) -> None:
+        """Keep a connection until a front takes it; the oldest is closed if there are too many."""
+        self._waiting.append(connection)
+        if len(self._waiting) > _MOST_WAITING:
+            self._waiting.popleft().close()
 
     def close(self) -> None:
         """Close the listeners."""
@@ -69,3 +87,5 @@ class Acceptor:
         for listener in self.listeners:
             listener.close()
         self.listeners = ()
+        while self._waiting:
+            self._waiting.popleft().close()

@@ -1,12 +1,14 @@
 """The supervisor's view of its children: their processes, and the links between them."""
 
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from cobatch.engines.link import slab
@@ -21,6 +23,11 @@ _LONGEST_DELAY_S = 5.0
 # is paused.
 _HUNG_BEATS = 50
 _WAIT_S = 5.0
+# Connections kept for the case that a front dies before it reads from them.
+_MOST_UNREAD = 256
+# linux/tcp.h: `tcpi_state`, and `tcpi_bytes_received` at the end of this size.
+_TCP_INFO_BYTES = 136
+_ESTABLISHED = 1
 # Children ignore them, but not from their first moment.
 _BLOCKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -39,7 +46,9 @@ class Child:
         self._process: subprocess.Popen[bytes] | None = None
         self._good_s: float | None = None  # since when it does its part
         self._delay_s = 0.0
+        self.refuses = False  # it had too many open files for a connection
         self._connections = 0
+        self._unread: dict[int, socket.socket] = {}  # connections, by their number
         self._beats = self._silent_beats = 0
 
     def start(self, command: Sequence[str], outputs: Sequence[int]) -> None:
@@ -85,9 +94,38 @@ class Child:
         return self._connections - self._words.closed(self._word)
 
     def hand(self, connection: socket.socket) -> bool:
-        """Give it a client's connection. Return False if its process has ended."""
-        self._connections += 1
-        return self.control is not None and self.control.send(Connection(), [connection.fileno()])
+        """Give it a client's connection, and keep it until `taken`. Return False if its process has ended."""
+        number = self._connections + 1
+        try:
+            if self.control is None or not self.control.send(Connection(number), [connection.fileno()]):
+                return False
+        except OSError:  # too many open files
+            return False
+        self._connections = number
+        self._unread[number] = connection
+        if len(self._unread) > _MOST_UNREAD:
+            self.taken([next(iter(self._unread))])
+        return True
+
+    def taken(self, numbers: Iterable[int]) -> None:
+        """Let go of connections that the process has read from."""
+        for number in numbers:
+            connection = self._unread.pop(number, None)
+            if connection is not None:
+                connection.close()
+
+    def take_back(self, *numbers: int) -> Iterator[socket.socket]:
+        """Yield connections, by default all, of which nothing was read."""
+        for number in numbers or list(self._unread):
+            connection = self._unread.pop(number, None)
+            if connection is not None and _is_unread(connection):
+                yield connection
+            elif connection is not None:
+                connection.close()
+
+    def release(self) -> None:
+        """Let go of all connections: their descriptors are needed."""
+        self.taken(list(self._unread))
 
     # The end
 
@@ -123,6 +161,15 @@ class Child:
         doubled_s = min(_LONGEST_DELAY_S, max(_SHORTEST_DELAY_S, 2 * self._delay_s))
         self._delay_s = 0.0 if long_enough else doubled_s
         return self._delay_s
+
+
+def _is_unread(connection: socket.socket) -> bool:
+    """Return True if an open connection still has all bytes that its client has sent."""
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+    if len(info) < _TCP_INFO_BYTES or info[0] != _ESTABLISHED:
+        return False
+    received = int.from_bytes(info[-8:], sys.byteorder)
+    return received == int.from_bytes(fcntl.ioctl(connection, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 @contextmanager

@@ -31,8 +31,11 @@ from cobatch.server.fronts.control import (
     FromChild,
     Last,
     Leave,
+    Reached,
+    Refused,
     Reload,
     Start,
+    Taken,
     Words,
 )
 from cobatch.server.listeners import CannotListenError, listen, take_backlog, tell_addresses
@@ -123,16 +126,18 @@ class Supervisor:
             return
         try:
             child.start(self._command, self._outputs)
+            assert child.control is not None
+            self._loop.add_reader(child.control.socket, self._receive, child)
+            child.send(Start(child.role, child.index, len(self._fronts)), [self._settings_fd, self._words_fd])
+            if self._leave_s is not None:
+                child.send(Leave(self._leave_s, at_once=False))
+            self._link(child)
         except OSError as error:
             log.error("cannot start %s: %s", child.name, error.strerror)  # noqa: TRY400
-            self._start_again(child)
-            return
-        assert child.control is not None
-        self._loop.add_reader(child.control.socket, self._receive, child)
-        child.send(Start(child.role, child.index, len(self._fronts)), [self._settings_fd, self._words_fd])
-        if self._leave_s is not None:
-            child.send(Leave(self._leave_s, at_once=False))
-        self._link(child)
+            if child.control is None:
+                self._start_again(child)
+            else:
+                child.kill()  # without its links
 
     def _link(self, child: Child) -> None:
         if child is self._home:
@@ -161,11 +166,23 @@ class Supervisor:
                 self._note(child, received[0])
 
     def _note(self, child: Child, message: FromChild) -> None:
-        if isinstance(message, EndFront):
-            front = self._fronts[message.front]
-            log.error("%s broke the protocol of its link: killing it", front.name)
-            front.kill()
-            return
+        match message:
+            case EndFront():
+                front = self._fronts[message.front]
+                log.error("%s broke the protocol of its link: killing it", front.name)
+                front.kill()
+            case Taken():
+                child.taken(message.numbers)
+            case Refused():
+                if not child.refuses:
+                    log.error("%s has too many open files for another connection", child.name)
+                child.refuses = True
+                for connection in child.take_back(message.number):
+                    self._acceptor.keep(connection)
+            case Reached():
+                self._note_state(child, message)
+
+    def _note_state(self, child: Child, message: Reached) -> None:
         child.note(message)
         if message.state == "up" and child is not self._home:
             self._acceptor.resume()
@@ -189,6 +206,8 @@ class Supervisor:
                 assert child.control is not None
                 self._loop.remove_reader(child.control.socket)
                 child.close()
+                for connection in child.take_back():
+                    self._acceptor.hand(connection)
                 self._ended(child, status)
 
     def _ended(self, child: Child, status: int) -> None:

@@ -97,6 +97,19 @@ def test_a_killed_front_ends_its_own_connections_only(server: Cobatch) -> None:
     assert server.stderr.count("starting another") == 1
 
 
+def test_a_killed_front_loses_no_request_that_it_has_not_read(server: Cobatch) -> None:
+    stopped = child(server, "front 0")
+    os.kill(stopped, signal.SIGSTOP)
+    calls = [Connection(server.port) for _ in range(6)]
+    with ExitStack() as stack:
+        for call in calls:
+            stack.callback(call.close)
+            call.send_infer("negate", ROW)
+        os.kill(stopped, signal.SIGKILL)
+        assert [call.answer().rows for call in calls] == [NEGATED] * 6
+    assert server.stop() == 0
+
+
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGABRT])
 def test_fronts_refuse_until_there_is_another_home(server: Cobatch, sent: signal.Signals) -> None:
     held, waiting, caller = server.connect(), server.connect(), server.connect()

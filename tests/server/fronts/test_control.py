@@ -96,7 +96,7 @@ def test_messages_wait_in_order_for_a_child_that_does_not_receive() -> None:
         supervisor, child = Control(ours), Control(theirs)
         sent = 0
         while not supervisor.backlogged:
-            supervisor.send(Connection(), [file.fileno()])
+            supervisor.send(Connection(sent), [file.fileno()])
             sent += 1
         supervisor.send(Leave(1.0, at_once=True))
         supervisor.send(Last())
@@ -124,10 +124,10 @@ def test_lost_descriptors_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the process may open no more files."""
     ours, theirs = pair()
     with ours, theirs, Path(os.devnull).open("rb") as file:
-        Control(ours).send(Connection(), [file.fileno()] * 2)
+        Control(ours).send(Connection(7), [file.fileno()] * 2)
         before = set(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names only
         monkeypatch.setattr("cobatch.server.fronts.control._MOST_FDS", 1)
         with pytest.raises(DescriptorsLostError) as lost:
             Control(theirs).receive(_TO_CHILD)
-        assert lost.value.message == Connection()
+        assert lost.value.message == Connection(7)
         assert set(os.listdir("/proc/self/fd")) == before  # noqa: PTH208

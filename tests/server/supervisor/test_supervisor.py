@@ -44,14 +44,19 @@ def started(server: Cobatch, name: str, count: int = 1) -> int:
     return int(server.lines(f"{name} started ", count)[-1])
 
 
-class Greeted:
-    """A connection to a fake front, which has greeted."""
+class Call:
+    """A connection that has sent a line to a fake front."""
 
     def __init__(self, server: Cobatch) -> None:
         self._socket = socket.create_connection(("127.0.0.1", server.port), WAIT_S)
         self._lines = self._socket.makefile("rb")
+        self._socket.sendall(b"closed\n")
+
+    def greeting(self) -> tuple[str, int]:
+        """Wait for the answer; return the name and the process of its front."""
         *name, pid = self._lines.readline().decode().split()
-        self.front, self.pid = " ".join(name), int(pid)
+        assert self._lines.readline()
+        return " ".join(name), int(pid)
 
     def ask(self, line: str) -> str:
         """Send a line; return the answer, or "" at the end of the connection."""
@@ -73,6 +78,14 @@ class Greeted:
         self.close()
 
 
+class Greeted(Call):
+    """A connection of which a fake front has read."""
+
+    def __init__(self, server: Cobatch) -> None:
+        super().__init__(server)
+        self.front, self.pid = self.greeting()
+
+
 def gone(pid: int) -> None:
     """Wait until a process that is no child of this one has ended."""
     try:
@@ -85,15 +98,28 @@ def gone(pid: int) -> None:
         os.close(fd)
 
 
-def open_files(pid: int) -> list[str]:
-    """Return the kinds of a process's open files, without their numbers."""
+def files(pid: int) -> list[str]:
+    """Return the names of a process's open files."""
     names = []
     for fd in Path(f"/proc/{pid}/fd").iterdir():
         try:
-            names.append(str(fd.readlink()).partition("[")[0])
+            names.append(str(fd.readlink()))
         except FileNotFoundError:  # closed meanwhile
             continue
-    return sorted(names)
+    return names
+
+
+def open_files(pid: int) -> list[str]:
+    """Return the kinds of a process's open files, without their numbers."""
+    return sorted(name.partition("[")[0] for name in files(pid))
+
+
+def kept(server: Cobatch) -> int:
+    """Count the clients' connections that the supervisor keeps."""
+    local, established = f":{server.port:04X}", "01"
+    sockets = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+    names = {f"socket:[{one[9]}]" for one in sockets if one[1].endswith(local) and one[3] == established}
+    return len(names.intersection(files(server.process.pid)))
 
 
 def test_a_connection_goes_to_the_front_with_the_fewest(server: Cobatch) -> None:
@@ -141,6 +167,37 @@ def test_no_connection_is_lost_to_a_front_that_has_ended(server: Cobatch) -> Non
         assert other.ask("closed") == "0"
 
 
+@pytest.mark.parametrize("processes", [2, 3])
+def test_connections_that_a_killed_front_has_not_read_go_to_another(tmp_path: Path, processes: int) -> None:
+    with supervised(tmp_path, processes) as server, ExitStack() as stack:
+        server.line("cobatch: ready: fake")
+        fronts = [stack.enter_context(Greeted(server)) for _ in range(processes - 1)]
+        stopped = fronts[0].pid
+        os.kill(stopped, signal.SIGSTOP)
+        calls = [stack.enter_context(Call(server)) for _ in range(6)]
+        # The supervisor has handed out all when it keeps those of the stopped front.
+        while kept(server) < 6 // (processes - 1):
+            pass
+        os.kill(stopped, signal.SIGKILL)
+        pids = {call.greeting()[1] for call in calls}
+        assert stopped not in pids
+        # That of which it has read is lost with it.
+        assert fronts[0].ended()
+        assert [one.ask("closed") for one in fronts[1:]] == ["0"] * (processes - 2)
+        assert server.stop() == 0
+
+
+def test_connections_that_a_front_has_no_descriptor_for_go_to_another(server: Cobatch) -> None:
+    with ExitStack() as stack:
+        full, other = (stack.enter_context(Greeted(server)) for _ in range(2))
+        assert full.ask("full") == "0"
+        calls = [stack.enter_context(Greeted(server)) for _ in range(4)]
+        assert [call.pid for call in calls] == [other.pid] * 4
+        assert full.ask("closed") != "0"
+        assert server.stop() == 0
+        assert f"{full.front} has too many open files for another connection" in server.stderr
+
+
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGABRT])
 def test_home_is_replaced_and_linked_with_fronts_that_stay(server: Cobatch, sent: signal.Signals) -> None:
     with Greeted(server) as call:
@@ -172,7 +229,8 @@ def test_a_child_that_stands_still_is_replaced(server: Cobatch, name: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("sent", "to_all"), [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True)]
+    ("sent", "to_all"),
+    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, False), (signal.SIGINT, True)],
 )
 def test_a_signal_ends_all_in_order(server: Cobatch, sent: signal.Signals, to_all: bool) -> None:
     with Greeted(server):
@@ -206,6 +264,7 @@ def test_a_second_signal_ends_the_delay_and_a_third_one_all(tmp_path: Path) -> N
             assert server.line(f"{call.front} leave ") == "False"
             # A front that is replaced now leaves too.
             other = f"front {1 - int(call.front[-1])}"
+            assert server.line(f"{other} leave ") == "False"
             os.kill(started(server, other), signal.SIGKILL)
             started(server, other, 2)
             assert server.lines(f"{other} leave ", 2) == ["False", "False"]

@@ -2,13 +2,15 @@
 
 It prints the supervisor's messages. A front greets each connection with its name and process, and obeys
 the lines that it receives: `closed` answers with the number of closed connections, `hold` makes it drain no
-further. Home says that front 0 broke the protocol when it gets SIGUSR1.
+further, and after `full` it can open no more files. Home says that front 0 broke the protocol when it gets
+SIGUSR1.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import sys
@@ -18,13 +20,16 @@ from cobatch.server.fronts.child import join_supervisor
 from cobatch.server.fronts.control import (
     HEARTBEAT_S,
     Connection,
+    DescriptorsLostError,
     EndFront,
     Last,
     Leave,
     Link,
     Parent,
     Reached,
+    Refused,
     Reload,
+    Taken,
 )
 
 
@@ -69,12 +74,16 @@ class FakeChild:
                 received = self.parent.receive()
             except BlockingIOError:
                 return
+            except DescriptorsLostError as error:
+                self.closed += 1
+                self.parent.send(Refused(error.message.number))  # type: ignore[attr-defined]  # a Connection
+                continue
             if received is None:
                 os._exit(1)
             message, fds = received
             match message:
-                case Connection():
-                    self.tasks = asyncio.ensure_future(self.serve(socket.socket(fileno=fds[0])))
+                case Connection(number=number):
+                    self.tasks = asyncio.ensure_future(self.serve(socket.socket(fileno=fds[0]), number))
                 case Link(front=front):
                     for fd in self.links.get(front, []):
                         os.close(fd)
@@ -89,11 +98,16 @@ class FakeChild:
                 case Reload():
                     say("reload")
 
-    async def serve(self, connection: socket.socket) -> None:
+    async def serve(self, connection: socket.socket, number: int) -> None:
         reader, writer = await asyncio.open_connection(sock=connection)
         self.open.add(writer)
         writer.write(f"{sys.argv[2]} {os.getpid()}\n".encode())
         while line := await reader.readline():
+            self.parent.send(Taken([number]))
+            if line == b"full\n":
+                unused = os.dup(1)
+                os.close(unused)
+                resource.setrlimit(resource.RLIMIT_NOFILE, (unused, unused))
             self.holds = line == b"hold\n"
             writer.write(f"{self.closed}\n".encode())
         writer.close()
