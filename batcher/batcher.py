@@ -51,7 +51,8 @@ class Batcher:
     `max_queue_rows` bounds the queued rows, without those that run. `clock` gives seconds and must be
     monotonic. It is not `loop.time` because uvloop rounds that to milliseconds and stops it during an
     iteration; on asyncio's own loops both are the same clock. `on_lost` is told of each worker whose engine
-    died or hung, and why; it opens another one and calls `use`, or else `gone`.
+    died or hung, and why; it opens another one and calls `use`, or else `gone`. If they are not `opened` yet,
+    `use` is called for each later.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Batcher:
         execution_timeout_ms: float | None = None,
         on_lost: Callable[[BatchWorker, BatcherError], None] | None = None,
         padder: Padder | None = None,
+        opened: bool = True,
         loop: asyncio.AbstractEventLoop,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -94,7 +96,7 @@ class Batcher:
         self._completion = Completion(name, self._scheduler, clock)
         self._lanes = Lanes(
             name,
-            workers,
+            workers if opened else (),
             self._scheduler,
             self._completion,
             loop,

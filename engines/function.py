@@ -83,6 +83,9 @@ class FunctionEngine:
         if not is_list or isinstance(results, str | bytes | Mapping):
             raise TypeError(f"{self._name} returned {type(results).__name__}, it must return a list")
 
+    def kill(self) -> None:
+        """Do nothing: a thread cannot be ended."""
+
     def close(self) -> None:
         """Do nothing."""
 

@@ -17,6 +17,7 @@ from cobatch.batcher.library.call import Call, Explanation, explained
 from cobatch.batcher.library.runner import Core, Plan
 from cobatch.batcher.library.statistics import Ledger, Statistics
 from cobatch.batcher.tenant import Tenant
+from cobatch.engines.python.pickled import refer_to
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -237,6 +238,7 @@ def batched(
     timeout: float | None = None,
     execution_timeout_ms: float | None = None,
     concurrency: int = 1,
+    run_in: Literal["thread", "process"] = "thread",
     name: str | None = None,
 ) -> ArrayDecorator: ...
 @overload
@@ -250,6 +252,7 @@ def batched(
     timeout: float | None = None,
     execution_timeout_ms: float | None = None,
     concurrency: int = 1,
+    run_in: Literal["thread", "process"] = "thread",
     name: str | None = None,
 ) -> ListDecorator: ...
 def batched(
@@ -262,6 +265,7 @@ def batched(
     timeout: float | None = None,
     execution_timeout_ms: float | None = None,
     concurrency: int = 1,
+    run_in: Literal["thread", "process"] = "thread",
     name: str | None = None,
 ) -> Any:
     """Batch the calls of a function, or of a method, that takes a list and returns a list of equal length.
@@ -276,6 +280,8 @@ def batched(
     `latency_target_ms`: keeps batches so small that an answer takes no longer.
     `timeout`: of calls that have none, in seconds. `execution_timeout_ms`: a run that takes longer is given
     up, and its calls raise ExecutionTimeoutError. `concurrency`: batches that run at once.
+    `run_in`: "process" runs the function, which another process must be able to import, in a process of its
+    own, to which items and results are pickled. A crash there fails the item that caused it.
     `name`: for errors, logs and metrics; that of the function by default.
     """
     for what, value in (("max_batch_size", max_batch_size), ("concurrency", concurrency)):
@@ -283,9 +289,16 @@ def batched(
             raise ValueError(f"{what} is {value}, it must be at least 1")
 
     def decorate(function: Callable[..., Any]) -> Any:
+        title = str(name or getattr(function, "__qualname__", type(function).__name__))
+        coroutine = _is_coroutine_function(function)
+        method = _is_method(function, title)
+        if run_in == "process" and (coroutine or method):
+            kind = "method" if method else "coroutine function"
+            raise TypeError(f"{title} cannot run in a process: it is a {kind}")
         plan = Plan(
-            str(name or getattr(function, "__qualname__", type(function).__name__)),
-            inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__),
+            title,
+            coroutine,
+            refer_to(function, title, stack=stack) if run_in == "process" else None,
             stack,
             max_batch_size,
             max(1024, 16 * max_batch_size) if max_queue is None else max_queue,
@@ -295,12 +308,17 @@ def batched(
             execution_timeout_ms,
             concurrency,
         )
-        if _is_method(function, plan.name):
+        if method:
             return BatchedMethod(function, plan)
         ledger = Ledger(plan.name, max_batch_size)
         return functools.update_wrapper(Batched[Any, Any](Core(plan, function, ledger), ledger), function)
 
     return decorate
+
+
+def _is_coroutine_function(function: Callable[..., Any]) -> bool:
+    call = type(function).__call__
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
 
 
 def _is_method(function: Callable[..., Any], name: str) -> bool:

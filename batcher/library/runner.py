@@ -12,6 +12,7 @@ import weakref
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from cobatch.batcher.batcher import Batcher
@@ -21,6 +22,7 @@ from cobatch.batcher.library.statistics import Ledger
 from cobatch.batcher.library.workers import TaskWorker, ThreadWorker
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.function import FunctionEngine
+from cobatch.engines.python.pickled import PickledEngine, Reference
 
 _ATTRIBUTE = "_cobatch_runners"
 # Tenants known by name before idle ones are forgotten.
@@ -31,10 +33,14 @@ _JOIN_S = 1.0
 
 @dataclass(frozen=True)
 class Plan:
-    """The options of a batched function; see `cobatch.batched`. `coroutine`: it is a coroutine function."""
+    """The options of a batched function; see `cobatch.batched`.
+
+    `coroutine`: it is a coroutine function. `reference`: of one that runs in a process.
+    """
 
     name: str
     coroutine: bool
+    reference: Reference | None
     stack: bool
     max_batch_size: int
     max_queue: int
@@ -55,22 +61,29 @@ class Runner:
         self._workers: list[ThreadWorker | TaskWorker] = []
         self.batcher = Batcher(
             plan.name,
-            [self._open() for _ in range(plan.concurrency)],
+            [self._make() for _ in range(plan.concurrency)],
             max_queue_rows=plan.max_queue,
             max_delay_ms=plan.max_delay_ms,
             latency_target_ms=plan.latency_target_ms,
             execution_timeout_ms=plan.execution_timeout_ms,
             on_lost=self._replace,
+            opened=plan.reference is None,
             loop=loop,
         )
+        for worker in self._workers:
+            self._start(worker)
         self.submit = self.batcher.submit
         self.closed = False
         self._tenants: dict[str, Tenant] = {}
         self._most_tenants = _TENANTS_KEPT
 
-    def _open(self) -> ThreadWorker | TaskWorker:
+    def _make(self) -> ThreadWorker | TaskWorker:
         plan, function = self._plan, self._function
-        engine = FunctionEngine(function, plan.name, max_batch_size=plan.max_batch_size, stack=plan.stack)
+        most = plan.max_batch_size
+        if plan.reference is None:
+            engine = FunctionEngine(function, plan.name, max_batch_size=most, stack=plan.stack)
+        else:
+            engine = PickledEngine(plan.reference, most)
         worker: ThreadWorker | TaskWorker
         if plan.coroutine:
             worker = TaskWorker(engine, plan.name, function, self.loop)
@@ -79,12 +92,23 @@ class Runner:
         self._workers.append(worker)
         return worker
 
+    def _start(self, worker: ThreadWorker | TaskWorker) -> None:
+        """Start a worker. One with a process is used when that has started, which takes a while."""
+        if isinstance(worker, ThreadWorker) and self._plan.reference is not None:
+            worker.ready = partial(self.loop.call_soon_threadsafe, self.batcher.use, worker)
+        worker.start()
+
     def _replace(self, lost: BatchWorker, _error: BatcherError) -> None:
-        """Open another worker in place of one whose run does not end. Its thread ends after that run."""
+        """Open another worker in place of one whose run does not end, or whose process has ended. A thread
+        ends after its run."""
         for worker in [worker for worker in self._workers if worker is lost]:
             self._workers.remove(worker)
             worker.stop()
-        self.batcher.use(self._open())
+            worker.engine.kill()
+        worker = self._make()
+        if self._plan.reference is None:
+            self.batcher.use(worker)
+        self._start(worker)
 
     def tenant(self, name: str) -> Tenant:
         """Return the account of the tenant of this name."""
@@ -105,7 +129,7 @@ class Runner:
     async def close(self) -> None:
         """Fail the calls that are left, and end the workers."""
         self.closed = True
-        idle = not self.batcher.running_batches
+        idle = self.batcher.lanes and not self.batcher.running_batches
         await self.batcher.drain(0.0)
         self.stop()
         if idle:

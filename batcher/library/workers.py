@@ -11,9 +11,11 @@ import contextvars
 import time
 import weakref
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 from cobatch.batcher.request import Batch
+from cobatch.engines.errors import EngineError
 from cobatch.engines.function import FunctionEngine, FunctionWorker, as_caller_error
 from cobatch.engines.worker import Deliver, Job, Outcome
 
@@ -25,12 +27,14 @@ def _items(job: Job) -> list[Any]:
 
 
 class ThreadWorker:
-    """Runs a function in a thread of its own. `name` is the function's."""
+    """Runs a function in a thread of its own. `name` is the function's; `ready` is called by the thread, once
+    the engine is open."""
 
     def __init__(self, engine: FunctionEngine, name: str) -> None:
         self.engine = engine
         self.deliver: Deliver | None = None
         self.warmup_us: dict[int, float] = {}
+        self.ready: Callable[[], object] = lambda: None
         this = weakref.ref(self)
 
         def deliver(job: Job, outcome: Outcome) -> None:
@@ -38,9 +42,19 @@ class ThreadWorker:
             if worker is not None and worker.deliver is not None:
                 worker.deliver(job, outcome)
 
+        def on_open(_: EngineError | None) -> None:  # a FunctionEngine has none
+            worker = this()
+            if worker is not None:
+                with suppress(RuntimeError):  # the loop is closed
+                    worker.ready()
+
         self._worker = FunctionWorker(engine, name, deliver)
-        self._worker.start(lambda error: None)  # opening does nothing
+        self._on_open = on_open
         self.stop = weakref.finalize(self, self._worker.stop)
+
+    def start(self) -> None:
+        """Start the thread, which opens the engine."""
+        self._worker.start(self._on_open)
 
     def submit(self, job: Job) -> None:
         """Run a batch."""
@@ -70,6 +84,9 @@ class TaskWorker:
         self._function = function
         self._loop = loop
         self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Do nothing: there is no thread."""
 
     def submit(self, job: Job) -> None:
         """Run a batch, in no caller's context."""

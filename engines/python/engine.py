@@ -1,7 +1,7 @@
 """The engines of models in Python: in a process of its own, or in the worker's thread."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -104,11 +104,14 @@ class ProcessEngine(PythonEngine):
         name: str,
         threads: int | None = None,
         reload: bool = False,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(source, max_batch_size, folder, device, batching)
         self.on_end: Callable[[EngineEndedError], None] = _ignore
         self._name = name
-        self._env = {} if threads is None else dict.fromkeys(_THREAD_VARIABLES, str(threads))
+        self._env = dict(env or {})
+        if threads is not None:
+            self._env |= dict.fromkeys(_THREAD_VARIABLES, str(threads))
         if reload:  # a file that changes twice in a second would have the bytecode of before
             self._env["PYTHONDONTWRITEBYTECODE"] = "1"
         self._begun = _region(name)

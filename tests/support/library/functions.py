@@ -1,0 +1,48 @@
+"""Functions for a process of their own, which imports this module."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+from numpy.typing import NDArray
+
+from cobatch import batched
+
+
+class TwoPartsError(Exception):
+    """One that is pickled, but not made again: it takes two arguments."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} {second}")
+
+
+@batched(run_in="process", max_batch_size=8)
+def work(items: list[Any]) -> list[Any]:
+    """Return each item with the number of the process, but for some words."""
+    for item in items:
+        match item:
+            case "raise":
+                raise ValueError("bad")
+            case "two":
+                raise TwoPartsError("very", "bad")
+            case "exit":
+                os._exit(3)
+            case "result":
+                return [lambda: None]
+    return [(item, os.getpid()) for item in items]
+
+
+@batched(run_in="process", stack=True)
+def double(rows: NDArray[Any]) -> NDArray[Any]:
+    """Return twice the rows."""
+    return rows * 2
+
+
+@batched(run_in="process", execution_timeout_ms=200)
+def hang(items: list[int]) -> list[int]:
+    """Return the process's number for each item; 0 never ends."""
+    if 0 in items:
+        threading.Event().wait()
+    return [os.getpid() for _ in items]
