@@ -78,7 +78,7 @@ class Admission:
             return QueueFullError(queue.rows, self.max_queue_rows, self.drain_s)
         if tenant is None:
             return None
-        if queue.rows_of(tenant) > SHARE_OF_ROOM * (self.max_queue_rows - queue.rows):
+        if queue.shares.of(tenant).rows > SHARE_OF_ROOM * (self.max_queue_rows - queue.rows):
             return QueueFullError(queue.rows, self.max_queue_rows, self.drain_s)
         return tenant.refusal(callers, rows, now_s, self.drain_s) if tenant.limited else None
 

@@ -195,6 +195,11 @@ class TenantShares:
         self.virtual_s = max(self.virtual_s, share.start_s)
         share.charge(cost_s)
 
+    def settle(self, rows: dict[Tenant | None, int], beyond_s: float) -> None:
+        """Correct the cost of a batch that ran: a row took `beyond_s` longer than its tenant was charged."""
+        for tenant, its_rows in rows.items():
+            self.of(tenant).cost_correction_s += its_rows * beyond_s
+
     def is_light(self, share: TenantShare, rows: int, part: float = 1.0) -> bool:
         """Return whether a tenant has less than `part` of its share of all `rows` that are queued."""
         return share.rows * self.active_weight < part * share.weight * rows - 1e-9

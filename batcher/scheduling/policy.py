@@ -99,7 +99,7 @@ def decide(queue: RequestQueue, now: Now, max_delay_s: float = 0.0) -> Release |
 
 def _with_returns(queue: RequestQueue, now: Now) -> Release | WaitUntil:
     group = queue.next_group
-    due_s = min(now.expected_by_s, queue.urgent_s - now.run_s)
+    due_s = min(now.expected_by_s, queue.extremes.urgent_s - now.run_s)
     if now.time_s >= due_s:
         return Release(group, DELAY if due_s == now.expected_by_s else DEADLINE)
     return Release(group, DELAY) if group.rows >= now.expected_rows else WaitUntil(due_s, now.expected_rows)
@@ -118,8 +118,8 @@ def _while_busy(queue: RequestQueue, now: Now) -> Release | WaitUntil | None:
 
 
 def _after_delay(queue: RequestQueue, now: Now, max_delay_s: float) -> Release | WaitUntil:
-    delay_s = queue.oldest_s + max_delay_s
-    urgent_s = queue.urgent_s - now.run_s
+    delay_s = queue.extremes.oldest_s + max_delay_s
+    urgent_s = queue.extremes.urgent_s - now.run_s
     due_s = min(delay_s, urgent_s)
     if now.time_s >= due_s:
         return Release(queue.next_group, DELAY if delay_s <= urgent_s else DEADLINE)

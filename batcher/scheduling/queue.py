@@ -12,17 +12,15 @@ Invariants, held by every method:
 * Push, cancel and take are O(log n) in tenants and amortised O(1) in everything else.
 """
 
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from heapq import heapify, heappop, heappush
 from math import inf
 from sys import maxsize
 from typing import NamedTuple
 
 from cobatch.batcher.request import Request, State
+from cobatch.batcher.scheduling.extremes import Extremes
 from cobatch.batcher.scheduling.fair_queueing import FairQueue, Flow, Group, TenantShare, TenantShares
 from cobatch.batcher.scheduling.priority import DEFAULT, level_of
-from cobatch.batcher.scheduling.tuning import TOMBSTONES_KEPT
 from cobatch.batcher.tenant import Tenant
 
 ANY_ROWS = maxsize
@@ -45,8 +43,8 @@ class RequestQueue:
     """The requests of one model.
 
     `full_rows`: the size of a full batch, changed by `set_full_rows`. `row_s`: the expected cost of a row,
-    `run_s(rows)` of a run. `ages`: `oldest_s` will be asked for, which costs a little for each request.
-    `deadlines` counts the requests that have one.
+    `run_s(rows)` of a run. `ages`: the age of the oldest will be asked for, which costs a little for each
+    request. `deadlines` counts the requests that have one.
     """
 
     def __init__(
@@ -62,11 +60,7 @@ class RequestQueue:
         self.shares = TenantShares()
         self._turns: FairQueue[TenantShare] = FairQueue()
         self._overtaken: dict[TenantShare, None] = {}  # by a newer request of another shape
-        self._ages = ages
-        self._arrivals: deque[Request] = deque()
-        self._urgent: list[tuple[float, int, Request]] = []
-        self._most_ages = TOMBSTONES_KEPT  # entries of both before tombstones are dropped
-        self._number = 0
+        self.extremes = Extremes(ages=ages)
         # The flow of the newest request; the next is often alike. If it was the only one, it is parked when
         # it is empty, and its tenant counts as active, because making all that anew would cost a lone
         # request as much as queueing it.
@@ -100,22 +94,6 @@ class RequestQueue:
     def full_group(self) -> Group | None:
         """The group that has been full for longest."""
         return next(iter(self._full), None)
-
-    @property
-    def oldest_s(self) -> float:
-        """The time at which the oldest request was queued; there must be one, and `ages`."""
-        arrivals = self._arrivals
-        while arrivals[0].state is not State.QUEUED:
-            arrivals.popleft()
-        return arrivals[0].enqueued_s
-
-    @property
-    def urgent_s(self) -> float:
-        """The earliest deadline, infinite if there is none."""
-        urgent = self._urgent
-        while urgent and urgent[0][2].state is not State.QUEUED:
-            heappop(urgent)
-        return urgent[0][0] if urgent else inf
 
     # In
 
@@ -152,9 +130,9 @@ class RequestQueue:
             self._full[group] = None
         if request.deadline_s != inf:
             self.deadlines += 1
-            self._note_age(request)
-        elif self._ages:
-            self._note_age(request)
+            self.extremes.add(request)
+        elif self.extremes.ages:
+            self.extremes.add(request)
         return group
 
     def push_apart(
@@ -206,21 +184,6 @@ class RequestQueue:
             share.flows[flow] = None
             group.turns.add(flow)
         return flow
-
-    def _note_age(self, request: Request) -> None:
-        if self._ages:
-            self._arrivals.append(request)
-        if request.deadline_s != inf:
-            self._number += 1
-            heappush(self._urgent, (request.deadline_s, self._number, request))
-        if len(self._arrivals) + len(self._urgent) > self._most_ages:
-            self._drop_tombstones()
-
-    def _drop_tombstones(self) -> None:
-        self._arrivals = deque([one for one in self._arrivals if one.state is State.QUEUED])
-        self._urgent = [entry for entry in self._urgent if entry[2].state is State.QUEUED]
-        heapify(self._urgent)
-        self._most_ages = 2 * (len(self._arrivals) + len(self._urgent)) + TOMBSTONES_KEPT
 
     # Out
 
@@ -288,9 +251,8 @@ class RequestQueue:
                 self.shares.deactivate(share)
         if group.rows < self.full_rows:
             self._full.pop(group, None)
-        if not self.rows:
-            self._arrivals.clear()
-            self._urgent.clear()
+        if not self.rows and self.extremes.used:
+            self.extremes.clear()
 
     def take_plain(self, group: Group, most_rows: int) -> FormedBatch | None:
         """Remove whole requests, up to `most_rows` rows but at least one.
@@ -346,7 +308,7 @@ class RequestQueue:
         requests = [request for flow in flows for request in flow.order.live()]
         for request in requests:
             self.remove(request, State.NEW)
-        self._drop_tombstones()
+        self.extremes.drop_tombstones()
         if share.order is not None:
             share.order.drop_tombstones()
         return requests
@@ -358,20 +320,10 @@ class RequestQueue:
             self.remove(request, State.RUNNING)
         return requests
 
-    def settle(self, shares: dict[Tenant | None, int], run_s: float, rows: int) -> None:
-        """Correct the cost of a batch of `rows` rows that ran: its tenants pay for the measured time."""
-        beyond_s = run_s / rows - self.row_s
-        for tenant, its_rows in shares.items():
-            self.shares.of(tenant).cost_correction_s += its_rows * beyond_s
-
     def waiting(self) -> list[Request]:
         """Return all queued requests, in no particular order. O(n)."""
         flows = [flow for group in self.groups.values() for flow in group.flows.values()]
         return [request for flow in flows for request in flow.order.live()]
-
-    def rows_of(self, tenant: Tenant) -> int:
-        """Return the rows that a tenant has queued."""
-        return self.shares.of(tenant).rows
 
     def ahead_of(self, tenant: Tenant | None) -> float:
         """Return the rows predicted to run before one that this tenant queues now."""

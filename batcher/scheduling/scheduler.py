@@ -283,7 +283,8 @@ class Scheduler:
             queue = self.suspects.queue
             self.suspects.pace(batch.started_s, now_s, self.admission.engines)
         if queue.shares.several:
-            queue.settle(batch.shares, batch.finished_s - batch.started_s, batch.rows)
+            run_s = batch.finished_s - batch.started_s
+            queue.shares.settle(batch.shares, run_s / batch.rows - queue.row_s)
 
     def _expect_rows(self, now_s: float, started_s: float) -> None:
         """Let the idle engine wait for closed-loop clients, or for the spacing since a run that began then.

@@ -128,7 +128,7 @@ class Bench:
         queue = self.batcher.queue
         group: Group = queue.next_group
         taken = queue.take_plain(group, BATCH) or form(queue, group, BATCH)
-        queue.settle(taken.shares, 0.001, BATCH)
+        queue.shares.settle(taken.shares, 0.001 / BATCH - queue.row_s)
         for request in taken.requests:
             if request.expiry is not None:
                 request.expiry.cancel()

@@ -69,6 +69,10 @@ class _Queue:
     def oldest_s(self) -> float:
         return min(line.oldest_s for line in self.lines)
 
+    @property
+    def extremes(self) -> _Queue:
+        return self
+
 
 Queue: Any = _Queue  # stands for a RequestQueue
 IDLE_NOW = Now(NOW_S, running=False, free_s=NOW_S)

@@ -93,7 +93,7 @@ class Queued(RuleBasedStateMachine):
         waiting = [request for line in self.lines.values() for request in line]
         if waiting:
             oldest = min(waiting, key=lambda request: request.enqueued_s)
-            assert self.queue.oldest_s == oldest.enqueued_s
+            assert self.queue.extremes.oldest_s == oldest.enqueued_s
             assert self.queue.next_group.row_shapes == oldest.row_shapes
             full = [group for group in self.queue.groups.values() if group.rows >= self.queue.full_rows]
             assert (self.queue.full_group in full) if full else self.queue.full_group is None

@@ -124,7 +124,7 @@ class Queues(RuleBasedStateMachine):
         for tenant in self.tenants:
             rows = sum(one.rows for one in self.waiting if one.tenant is tenant)
             if tenant is not None:
-                assert tenant.queued_rows == rows == queue.rows_of(tenant)
+                assert tenant.queued_rows == rows == queue.shares.of(tenant).rows
         if not self.waiting:
             # The last one to leave an empty queue may still count: it is kept aside.
             assert queue.shares.active == int(queue._parked)
@@ -139,8 +139,8 @@ class Queues(RuleBasedStateMachine):
         if not self.waiting:
             assert queue.full_group is None
             return
-        assert queue.oldest_s == min(one.enqueued_s for one in self.waiting)
-        assert queue.urgent_s == min(one.deadline_s for one in self.waiting)
+        assert queue.extremes.oldest_s == min(one.enqueued_s for one in self.waiting)
+        assert queue.extremes.urgent_s == min(one.deadline_s for one in self.waiting)
         assert queue.next_group in queue.groups.values()
         full = [group for group in queue.groups.values() if group.rows >= FULL_ROWS]
         assert (queue.full_group in full) if full else queue.full_group is None
@@ -156,7 +156,7 @@ class Queues(RuleBasedStateMachine):
         queue, live = self.queue, len(self.waiting)
         self.most = max(self.most, live)
         assert len(queue._turns._heap) <= 2 * 5 + 64 + 1
-        assert len(queue._arrivals) + len(queue._urgent) <= 2 * 2 * (self.most + 1) + 64
+        assert len(queue.extremes) <= 2 * 2 * (self.most + 1) + 64
         for group in queue.groups.values():
             assert len(group.turns._heap) <= 2 * 5 + 64 + 1
             for flow in group.flows.values():
@@ -199,8 +199,8 @@ class Anything(Queues):
         taken = self.form(group)
         assert taken.requests
         assert taken.requests[0] in heads
-        rows = self.took(taken)
-        self.queue.settle(taken.shares, factor * rows * ROW_S, rows)
+        self.took(taken)
+        self.queue.shares.settle(taken.shares, (factor - 1) * ROW_S)
 
     def heads(self, row_shapes: RowShapes) -> list[Queued]:
         """Return each tenant's next request, by priority and age."""
@@ -271,8 +271,8 @@ class Fair(Queues):
                 taken = self.form(self.queue.next_group)
                 for tenant, its_rows in taken.shares.items():
                     self.rows_of[tenant] += its_rows
-                rows = self.took(taken)
-                self.queue.settle(taken.shares, rows * ROW_S, rows)
+                self.took(taken)
+                self.queue.shares.settle(taken.shares, 0.0)
                 self.no_request_waits_longer_than_its_share_takes(taken)
                 self.shares_are_kept()
 
