@@ -184,7 +184,7 @@ class Lanes:
         totals.busy_s += outcome.finished_s - outcome.started_s
         if outcome.error is None:
             assert outcome.outputs is not None
-            batch.outputs = outcome.outputs
+            batch.outputs, batch.lasting = outcome.outputs, outcome.lasting
             lane.ran_s = now_s
             self._answer(batch, now_s, idle=not running)
         else:

@@ -73,7 +73,8 @@ class Pad(NamedTuple):
 class Batch:
     """Requests that run together, and the result of the run.
 
-    `outputs` are views of the slot's buffers, shape [rows, ...]: valid only inside `Request.done`. `shares`
+    `outputs` are views of the slot's buffers, shape [rows, ...]: valid only inside `Request.done`, unless the
+    engine made them for this batch (`lasting`). `shares`
     are the rows of each tenant (None: the requests without one). `engine` and `slot` say where it runs.
     `memo` lets encoders do work once per batch instead of once per request.
 
@@ -102,6 +103,7 @@ class Batch:
     failed: bool = False
     joined: Sequence[Batch] = ()
     outputs: Sequence[np.ndarray[Any, Any]] = ()
+    lasting: bool = False
     memo: dict[Any, Any] = field(default_factory=dict)
 
     def unanswered(self) -> list[Request]:
@@ -120,6 +122,7 @@ class Batch:
         own.gathered_s, own.dispatched_s = self.gathered_s, self.dispatched_s
         own.started_s, own.finished_s = self.started_s, self.finished_s
         own.joined = joined
+        own.lasting = self.lasting
         return own
 
 

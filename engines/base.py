@@ -176,8 +176,8 @@ class Engine(Protocol):
     `inputs` is called on the event loop's thread, only for an idle slot; all other methods on the worker
     thread. With batching off a batch is one row, the whole tensors: `max_batch_size` is 1, and buffers and
     outputs have a first axis of 1 that the model does not see. An engine whose batches run from `enqueue` on,
-    not in `wait`, has an attribute
-    `asynchronous = True`.
+    not in `wait`, has an attribute `asynchronous = True`; one whose outputs stay valid has
+    `outputs_last = True`.
     """
 
     platform: str

@@ -102,6 +102,11 @@ class OnnxRuntimeEngine:
             raise RuntimeError("the engine is not open")
         return self._signature
 
+    @property
+    def outputs_last(self) -> bool:
+        """True if outputs are made for each run."""
+        return self._plain
+
     def open(self) -> None:
         """Load the model. Raises EngineLoadError if ONNX Runtime refuses it or it cannot be batched."""
         options = ort.SessionOptions()

@@ -48,7 +48,7 @@ class Outcome(msgspec.Struct, eq=False):
     """Outputs or error of a job, and its start and end in `time.monotonic` seconds.
 
     `zeros_run`: zeros in the same shapes ran right after the error, so the values are at fault; None if that
-    was not tried, or the model refuses zeros.
+    was not tried, or the model refuses zeros. `lasting`: the outputs stay valid.
     """
 
     outputs: tuple[Array, ...] | None
@@ -56,6 +56,7 @@ class Outcome(msgspec.Struct, eq=False):
     started_s: float
     finished_s: float
     zeros_run: bool | None = None
+    lasting: bool = False
 
 
 Deliver = Callable[[Job, Outcome], None]
@@ -76,6 +77,7 @@ class Worker:
         self._thread = threading.Thread(target=self._main, name=f"cobatch-{name}", daemon=True)
         self._on_open: Callable[[EngineError | None], None] = lambda error: None
         self._asynchronous = bool(getattr(engine, "asynchronous", False))
+        self._outputs_last = False  # known once the engine is open
         # Run time of batches enqueued behind another, by the bit length of their size.
         self._behind_s: dict[int, float] = {}
         self._running: deque[tuple[Job, float]] = deque()
@@ -118,6 +120,7 @@ class Worker:
     def _open(self) -> EngineError | None:
         try:
             self.engine.open()
+            self._outputs_last = bool(getattr(self.engine, "outputs_last", False))
             self._warm_up()
         except EngineError as error:
             return error
@@ -188,7 +191,7 @@ class Worker:
         except BaseException as error:  # noqa: BLE001 - see above
             outcome = self._failed(job, error, started_s)
         else:
-            outcome = Outcome(outputs, None, started_s, time.monotonic())
+            outcome = Outcome(outputs, None, started_s, time.monotonic(), None, self._outputs_last)
         self._finished_s = outcome.finished_s
         waited_s = outcome.finished_s - wait_started_s
         # After a real wait the end of the wait is the end of the run.

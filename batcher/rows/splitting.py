@@ -42,8 +42,9 @@ class Part(Request):
             if self.error is None:
                 assert self.batch is not None
                 end = self.first_row + self.rows
-                # A copy: the engine writes the next batch into these buffers.
-                self.outputs = [output[self.first_row : end].copy() for output in self.batch.outputs]
+                rows = [output[self.first_row : end] for output in self.batch.outputs]
+                # Else the engine writes the next batch into these buffers.
+                self.outputs = rows if self.batch.lasting else [own.copy() for own in rows]
         except Exception as error:  # noqa: BLE001 - such as out of memory: the whole must fail
             self.batch = None
             self.error = error
@@ -82,6 +83,7 @@ def join(whole: Request, parts: list[Part]) -> Batch:
     whole.batch = batch = batches[0].for_one(batches)
     batch.rows = max(b.rows for b in batches)
     batch.finished_s = batch.started_s + sum(b.finished_s - b.started_s for b in batches)
+    batch.lasting = True
     batch.outputs = [np.concatenate(rows) for rows in zip(*(part.outputs for part in parts), strict=True)]
     whole.first_row = 0
     whole.state = State.DONE

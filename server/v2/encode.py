@@ -250,9 +250,9 @@ def _characters(values: Array) -> int:
 
 
 def _own(batch: Batch, output: Array, first: int = 0, end: int | None = None) -> Array:
-    """Some rows of an output that stay valid: a copy, unless the output was made for one request."""
+    """Some rows of an output that stay valid: a copy, unless they are most of one that stays valid."""
     rows = output[first:end]
-    return rows if batch.joined and output.base is None else rows.copy()
+    return rows if batch.lasting and 2 * rows.size >= output.size else rows.copy()
 
 
 def json_pieces(values: Array) -> list[bytes]:

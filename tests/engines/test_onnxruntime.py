@@ -237,6 +237,19 @@ def test_strings_that_are_not_text(tmp_path: Path) -> None:
         run(engine, np.array([[b"\xff\0", b"a"]], object))
 
 
+@pytest.mark.parametrize(("width", "last"), [(3, False), ("n", True)])
+def test_outputs_of_variable_shape_last(tmp_path: Path, width: int | str, last: bool) -> None:
+    engine = opened(tmp_path, models.negate(width=width))
+    assert engine.outputs_last == last
+    outputs: list[Array] = []
+    for value in (1, 2):
+        engine.inputs(0, 2, ((3,),))[0][:2] = value
+        engine.enqueue(0, 2, ((3,),))
+        outputs += engine.wait(0)
+    assert outputs[1].tolist() == [[-2] * 3] * 2
+    assert (outputs[0].tolist() == [[-1] * 3] * 2) == last
+
+
 def test_rows_of_changing_width(tmp_path: Path) -> None:
     """A wider row replaces the memory; bindings to the old memory must not be used again."""
     engine = opened(tmp_path, models.sum_rows())

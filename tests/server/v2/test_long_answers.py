@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto
 
+from cobatch.batcher.request import Batch, Request
 from cobatch.engines.base import Array, Signature, TensorSpec
 from cobatch.server.predictions import encode as predictions_encode
 from cobatch.server.settings.schema import ModelSettings
@@ -164,6 +165,19 @@ async def test_long_texts_of_a_batch() -> None:
         for n, response in enumerate(answer.json()["responses"]):
             (text,) = response["body"]["outputs"][0]["data"]
             assert text == "y" * encode.LONG_TEXT + str(2 * n)
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+@pytest.mark.parametrize(("rows", "whole"), [(4, True), (2, True), (1, False)])
+def test_outputs_that_last_are_not_copied(rows: int, whole: bool, lasting: bool) -> None:
+    """Unless a request would keep those of others for as long as its client takes its answer."""
+    batch = Batch([], 4, (), "full")
+    batch.outputs, batch.lasting = (np.zeros((4, 1 << 18), np.float32),), lasting
+    request = Request(rows, (), ())
+    request.batch, request.first_row = batch, 1 if rows == 1 else 0
+    (own,) = encode._detached(request, [0]).batch.outputs  # type: ignore[union-attr]  # it has one
+    assert own.shape == (rows, 1 << 18)
+    assert np.shares_memory(own, batch.outputs[0]) == (lasting and whole)
 
 
 @pytest.mark.parametrize("route", ["infer", "batch", "predictions"])
