@@ -68,9 +68,8 @@ def test_it_ends_with_the_server(server: Cobatch) -> None:
 def test_it_ends_with_a_server_that_gives_a_run_up(server: Cobatch) -> None:
     connection = server.connect()
     connection.send_infer("Faulty", [[WAITS]], "INT64")
-    with watched(server):
-        with (server.stderr_path.parent / "gate").open("wb"):  # once its run has begun
-            assert server.stop() == 0
+    with watched(server), (server.stderr_path.parent / "gate").open("wb"):  # once its run has begun
+        assert server.stop() == 0
 
 
 @pytest.mark.parametrize("row", [1, HANGS], ids=["idle", "busy"])

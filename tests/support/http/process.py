@@ -59,6 +59,11 @@ class Connection:
         self._http.request("GET", path)
         return self.answer()
 
+    def post(self, path: str, content: object) -> Answer:
+        """Send a POST with JSON; return its answer."""
+        self._http.request("POST", path, json.dumps(content))
+        return self.answer()
+
     def send_infer(self, model: str, rows: list[list[Any]], datatype: str = "FP32") -> None:
         """Write an infer request for a model with one input `x`."""
         self._http.request("POST", f"/v2/models/{model}/infer", _body(rows, datatype))
