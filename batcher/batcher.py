@@ -126,11 +126,6 @@ class Batcher:
         return len(self._suspects.marks)
 
     @property
-    def deciding(self) -> bool:
-        """A batch may leave in one of the next iterations of the loop."""
-        return self._soon
-
-    @property
     def running_batches(self) -> int:
         """Batches that are with an engine."""
         return self._lanes.running
@@ -237,6 +232,14 @@ class Batcher:
             self._set_expiry(whole)
 
     # Decisions
+
+    def hold(self) -> bool:
+        """Decide about the next requests when `decide` is called, which must follow, or when a batch ends.
+
+        Return False, and decide as always, if the next one has probably no other right behind it.
+        """
+        self._soon |= not self._scheduler.lone
+        return self._soon
 
     def _decide_soon(self) -> None:
         """Decide once the requests that are about to come are there; see `_settle`."""

@@ -6,11 +6,14 @@ Free buddies are merged at once, so that all memory is one block again after the
 (D. E. Knuth, The Art of Computer Programming, volume 1, 2.5C.)
 
 Blocks are credits: a full slab means that the receiver has not given back enough of them, and no side waits.
+
+Behind the blocks is a word of the writer's, which the reader sees without a message (`SlabWriter.announce`).
 """
 
 import fcntl
 import mmap
 import os
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +24,9 @@ BLOCK_BYTES = 2 * INLINE_BYTES
 # A larger block gives its pages back when it is freed; so does the slab, if no other is in use and more of it
 # was written. To fault pages in again costs as much as the copy.
 KEPT_BYTES = 16 << 20
+
+# It is written and read at once.
+_WORD = struct.Struct("@q")
 
 # Bytes, or an array that is contiguous.
 Buffer = Any
@@ -82,7 +88,7 @@ def create(name: str, size: int, *, growing: bool = False) -> int:
     It cannot shrink, which would end its reader by SIGBUS, nor grow, unless it is `growing`.
     """
     descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(descriptor, BLOCK_BYTES << ((size - 1) // BLOCK_BYTES).bit_length())
+    os.ftruncate(descriptor, (BLOCK_BYTES << ((size - 1) // BLOCK_BYTES).bit_length()) + mmap.PAGESIZE)
     seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL | (0 if growing else fcntl.F_SEAL_GROW)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
     return descriptor
@@ -101,7 +107,7 @@ class SlabWriter:
     def __init__(self, descriptor: int) -> None:
         self._map = mmap.mmap(descriptor, 0)
         os.close(descriptor)
-        self.size = len(self._map)
+        self.size = len(self._map) - mmap.PAGESIZE
         self.arena = Arena(self.size)
         self._written = 0  # the end of the bytes written since no block was in use
 
@@ -135,6 +141,10 @@ class SlabWriter:
         if size > KEPT_BYTES:
             self._map.madvise(mmap.MADV_REMOVE, offset, size)
 
+    def announce(self, number: int) -> None:
+        """Tell the reader a number."""
+        _WORD.pack_into(self._map, self.size, number)
+
     def close(self) -> None:
         """Unmap the slab."""
         self._map.close()
@@ -146,11 +156,18 @@ class SlabReader:
     The slab is unmapped once this object and the last view are garbage.
     """
 
-    __slots__ = ("_view",)
+    __slots__ = ("_view", "_word")
 
     def __init__(self, descriptor: int) -> None:
-        self._view = memoryview(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ))
+        memory = memoryview(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ))
         os.close(descriptor)
+        self._view, self._word = memory[: -mmap.PAGESIZE], memory[-mmap.PAGESIZE :]
+
+    @property
+    def announced(self) -> int:
+        """The number that the writer announced last, 0 before."""
+        number: int = _WORD.unpack_from(self._word)[0]
+        return number
 
     def view(self, offset: int, size: int) -> memoryview:
         """Return a read-only view of a block. Raises LinkError if a part of it is outside the slab."""

@@ -115,7 +115,8 @@ class Downlink(Endpoint[ToFront, FromFront]):
         tenants: Tenants | None,
         loop: asyncio.AbstractEventLoop,
         *,
-        on_submitted: Callable[[], None],
+        held: dict[Batcher, None],
+        on_received: Callable[["Downlink"], None],
         on_ended: Callable[["Downlink", str, bool], None],
     ) -> None:
         super().__init__(channel, loop)
@@ -125,10 +126,12 @@ class Downlink(Endpoint[ToFront, FromFront]):
         self._slab_in = slab_in
         self._slab_out = slab_out
         self._models = models
+        self._held = held
+        self._last = 0  # id of a request
         self._readers: list[InputReader | None] = [None] * len(models)
         self._accounts = tenants
         self._tenants: dict[int, Tenant] = {}
-        self._on_submitted = on_submitted
+        self._on_received = on_received
         self._on_ended = on_ended
         self._groups: list[AnswerGroup] = []  # of this iteration
         self._outbox: list[ToFront] = []
@@ -173,7 +176,16 @@ class Downlink(Endpoint[ToFront, FromFront]):
                 self.on_report(message.content)
 
     def on_received(self) -> None:
-        self._on_submitted()
+        self._on_received(self)
+
+    @property
+    def expected(self) -> bool:
+        """The front has announced requests that have not come."""
+        return self._slab_in.announced > self._last
+
+    def give_up(self) -> None:
+        """Expect nothing of what the front has announced until now."""
+        self._last = self._slab_in.announced
 
     def _submit(self, submit: Submit) -> None:
         reader = self._readers[submit.model] if submit.model < len(self._readers) else None
@@ -181,7 +193,10 @@ class Downlink(Endpoint[ToFront, FromFront]):
             raise LinkError(f"a request for model {submit.model}, which is not loaded")
         if submit.id % BUNDLE_IDS or submit.id in self.open:
             raise LinkError(f"a request with the id {submit.id}")
+        self._last = submit.id
         batcher: Batcher = self._models[submit.model].loaded_batcher
+        if batcher.hold():
+            self._held[batcher] = None
         payload = self._slab_in.read(submit.payload, sum(submit.sizes))
         rows = reader.read(submit, payload)
         if submit.callers == 1:

@@ -29,6 +29,10 @@ from cobatch.server.settings.schema import Settings
 
 log = logging.getLogger("cobatch.fronts")
 
+# An idle engine waits at most this long for requests that a front has announced. A front reads those of 64
+# connections within it.
+_LONGEST_WAIT_S = 0.001
+
 
 class Downlinks:
     """The links to all fronts, by their number, and the page that the fronts read.
@@ -46,8 +50,10 @@ class Downlinks:
         auth = inference.auth
         self._accounts = None if auth is None else share_accounts(auth.tenants, HomeTenant)
         self._page: Page | None = None
-        self._settling = False
         self._beat_again: asyncio.TimerHandle | None = None
+        self._held: dict[Batcher, None] = {}  # with requests about which nothing is decided yet
+        self._awaited: set[Downlink] = set()  # for their decisions
+        self._decision: asyncio.Handle | None = None
         self._reports = Reports(inference, self._ask)
         inference.on_loaded = self._on_loaded
         inference.observer.on_batch(self._on_batch)
@@ -70,7 +76,8 @@ class Downlinks:
             self._models,
             None if auth is None else auth.tenants,
             loop,
-            on_submitted=self._on_submitted,
+            held=self._held,
+            on_received=self._on_received,
             on_ended=self._on_ended,
         )
         if before is not None:
@@ -94,10 +101,47 @@ class Downlinks:
         if self.links.get(link.number) is link:
             del self.links[link.number]
             self._reports.gone(link.number)
+        self._on_received(link)  # nothing more comes
         if broken:
             self.on_broken(link.number, why)
         if not self.links:
             self.on_none()
+
+    # Decisions
+
+    def _on_received(self, link: Downlink) -> None:
+        """Decide about the requests of a datagram once those that fronts are about to send are there too."""
+        if not self._held:
+            self.update()
+        elif self._decision is None:
+            # After the other datagrams of this iteration.
+            self._decision = asyncio.get_running_loop().call_soon(self._await_others)
+        elif link in self._awaited:
+            self._awaited.discard(link)
+            if not self._awaited:
+                self._decide()
+
+    def _await_others(self) -> None:
+        """Let an idle engine wait for the fronts that are reading requests: a batch costs as much as ten."""
+        idle = [one for one in self._held if not one.running_batches and one.queue.rows < one.queue.full_rows]
+        self._awaited = {link for link in self.links.values() if link.expected} if idle else set()
+        if self._awaited:
+            self._decision = asyncio.get_running_loop().call_later(_LONGEST_WAIT_S, self._decide)
+        else:
+            self._decide()
+
+    def _decide(self) -> None:
+        for link in self._awaited:  # in vain
+            link.give_up()
+        self._awaited.clear()
+        if self._decision is not None:
+            self._decision.cancel()
+            self._decision = None
+        held = list(self._held)
+        self._held.clear()
+        for batcher in held:
+            batcher.decide()
+        self.update()
 
     def _on_loaded(self, model: Model) -> None:
         self.update()
@@ -111,19 +155,6 @@ class Downlinks:
         if self._page is not None:
             self._page.heartbeat_s = time.monotonic()
         self._beat_again = asyncio.get_running_loop().call_later(HEARTBEAT_S, self._beat)
-
-    def _on_submitted(self) -> None:
-        """Write the page once batches have left: a front would refuse for rows that are about to leave."""
-        if not self._settling:
-            self._settling = True
-            asyncio.get_running_loop().call_soon(self._settle)
-
-    def _settle(self) -> None:
-        if any(model.batcher is not None and model.batcher.deciding for model in self._models):
-            asyncio.get_running_loop().call_soon(self._settle)
-        else:
-            self._settling = False
-            self.update()
 
     def _on_batch(self, batcher: Batcher, batch: Batch) -> None:
         # The next batches leave the queue first.

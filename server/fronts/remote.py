@@ -167,9 +167,9 @@ class RemoteBatcher:
         request.enqueued_s = time.monotonic()
         request.state = State.QUEUED
         self._open += 1
-        if not self._pending:
-            uplink.gather_from(self)
         self._pending.append(request)
+        if len(self._pending) == 1:
+            uplink.gather_from(self)
 
     def _raise_gone(self) -> NoReturn:
         raise self.gone()

@@ -14,7 +14,7 @@ import msgspec
 from cobatch.batcher.durations import PENDING_LIMIT
 from cobatch.batcher.errors import QueueFullError
 from cobatch.batcher.request import Request, State
-from cobatch.batcher.scheduling.tuning import SETTLE_ITERATIONS
+from cobatch.batcher.scheduling.tuning import LONE_BATCHES, SETTLE_ITERATIONS
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import Signature
 from cobatch.engines.errors import EngineLoadError, LinkError
@@ -93,7 +93,8 @@ class Uplink(Endpoint[FromFront, ToFront]):
         self._open: dict[int, _Sent] = {}
         self._next = 0
         self._gathered: list[RemoteBatcher] = []
-        self._settling = self._lone = False
+        self._settling = False
+        self._lone = 0  # requests in a row that were alone in their iteration
         self._released: list[int] = []
         self._tenants: dict[Tenant, int] = {}  # their numbers, the oldest first
         self._lead = ""
@@ -105,27 +106,37 @@ class Uplink(Endpoint[FromFront, ToFront]):
     def gather_from(self, batcher: RemoteBatcher) -> None:
         """Ask a batcher for its requests once those that are about to come are there; see `_settle`."""
         self._gathered.append(batcher)
-        if not self._settling:
-            self._settling = True
-            self._loop.call_soon(self._settle, 0, SETTLE_ITERATIONS)
+        if self._settling:
+            return
+        self._settling = True
+        lone = self._lone >= LONE_BATCHES
+        if lone:
+            self.flush()
+        else:
+            self._slab_out.announce(self._next + 1)  # home's engine may wait for it
+        self._loop.call_soon(self._settle, 0, SETTLE_ITERATIONS, lone)
 
-    def _settle(self, seen: int, iterations: int) -> None:
+    def _settle(self, seen: int, iterations: int, after_lone: bool) -> None:
         """Send once an iteration of the loop has brought no new request, as home decides then.
 
-        A datagram wakes home and costs as much as several requests. A lone request leaves at once.
+        A datagram wakes home and costs as much as several requests. A request that is probably alone, as the
+        last ones were, leaves at once; those right behind it (`after_lone`) do not.
         """
         waiting = sum([batcher.waiting for batcher in self._gathered])
-        if waiting > max(seen, 1) and iterations and not self._lone:
-            self._loop.call_soon(self._settle, waiting, iterations - 1)
+        if waiting > max(seen, 1) and iterations:
+            self._loop.call_soon(self._settle, waiting, iterations - 1, after_lone)
             return
         self._settling = False
-        self._lone = waiting <= 1
-        self.flush()
+        count = waiting + after_lone
+        self._lone = 0 if count > 1 else self._lone + count
+        if waiting:
+            self.flush()
 
     def gather(self) -> None:
         gathered, self._gathered = self._gathered, []
         for batcher in gathered:
             batcher.flush(self)
+        self._slab_out.announce(self._next)
         if self._released:
             self._channel.send(Release(tuple(self._released)))
             self._released.clear()

@@ -146,6 +146,16 @@ def test_a_reader_sees_nothing_outside_the_slab(ends: tuple[SlabWriter, SlabRead
             reader.view(offset, size)
 
 
+def test_a_number_is_told_without_a_message(ends: tuple[SlabWriter, SlabReader]) -> None:
+    writer, reader = ends
+    assert reader.announced == 0
+    offset = writer.write([bytes(writer.size)])
+    assert offset is not None
+    writer.announce(1 << 40)
+    assert reader.announced == 1 << 40
+    assert reader.view(offset, writer.size) == bytes(writer.size)
+
+
 def test_a_payload_has_the_announced_size(ends: tuple[SlabWriter, SlabReader]) -> None:
     _, reader = ends
     for payload, size in ((b"abc", 4), (b"abc", 2), (b"", 1)):

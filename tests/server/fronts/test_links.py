@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from cobatch.batcher.errors import QueueFullError, TenantLimitError
 from cobatch.batcher.scheduling.policy import SUSPECT
+from cobatch.batcher.scheduling.tuning import LONE_BATCHES
 from cobatch.engines.base import Signature, TensorSpec
 from cobatch.engines.errors import EngineDeadError, EngineRunError
-from cobatch.engines.link.messages import FromFront, Release, Submit
+from cobatch.engines.link.messages import BUNDLE_IDS, FromFront, Release, Submit
 from cobatch.engines.link.messages import Tenant as TenantMessage
+from cobatch.server.fronts import home
 from cobatch.server.fronts.uplink import STALLED_S
 from cobatch.server.http.problem import Problem
 from cobatch.server.settings.auth import TenantRule
@@ -76,6 +78,81 @@ async def test_rows_for_several_batches_are_bundles_that_pack(
         assert [one.callers for id_, one in link.open.items() if id_ not in before] == bundles
         both.engine.release()
         assert await answers([*probes, first, *others])
+
+
+async def test_a_request_that_is_probably_alone_leaves_at_once() -> None:
+    async with pair() as both:
+        uplink = both.fronts[0].uplink
+        for number in range(LONE_BATCHES):
+            probe = both.fronts[0].submit([number])
+            assert not uplink._open
+            await answers([probe])
+        probes = [both.fronts[0].submit([number]) for number in range(3)]
+        assert len(uplink._open) == 1  # the others leave together
+        assert await answers(probes) == [[[0]], [[2]], [[4]]]
+        probes = [both.fronts[0].submit([number]) for number in range(2)]
+        assert not uplink._open
+        await answers(probes)
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let home wait for fronts without a limit."""
+    monkeypatch.setattr(home, "_LONGEST_WAIT_S", 3600.0)
+
+
+@pytest.mark.usefixtures("patient")
+async def test_an_idle_engine_waits_for_requests_that_a_front_reads() -> None:
+    async with pair(3) as both:
+        for front in both.fronts[1:]:
+            front.uplink._slab_out.announce(front.uplink._next + 1)
+        probes = [both.fronts[0].submit([0])]
+        await both.until(lambda: both.link(0).open)
+        probes.append(both.fronts[1].submit([1]))
+        await both.until(lambda: both.link(1).open)
+        probes.append(both.fronts[0].submit([2]))
+        await both.until(lambda: len(both.link(0).open) == 2)
+        assert not both.engine.ran
+        probes.append(both.fronts[2].submit([3]))
+        assert await answers(probes) == [[[0]], [[2]], [[4]], [[6]]]
+        assert [len(ran) for ran in both.engine.ran] == [4]
+
+
+@pytest.mark.usefixtures("patient")
+async def test_a_full_batch_waits_for_no_front() -> None:
+    async with pair(2) as both:
+        both.fronts[1].uplink._slab_out.announce(1)
+        rows = [[n] for n in range(16)]
+        assert await answers([both.fronts[0].submit(*rows)]) == [[[2 * n] for n in range(16)]]
+
+
+@pytest.mark.usefixtures("patient")
+async def test_a_front_that_has_ended_is_not_waited_for() -> None:
+    async with pair(2) as both:
+        both.fronts[1].uplink._slab_out.announce(1)
+        probe = both.fronts[0].submit([1])
+        await both.until(lambda: both.link(0).open)
+        both.fronts[1].uplink.end("it is killed")
+        assert await answers([probe]) == [[[2]]]
+
+
+async def test_a_front_that_does_not_send_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pair(2) as both:
+        both.fronts[1].uplink._slab_out.announce(1)
+        assert await answers([both.fronts[0].submit([1])]) == [[[2]]]
+        monkeypatch.setattr(home, "_LONGEST_WAIT_S", 3600.0)
+        assert await answers([both.fronts[0].submit([1])]) == [[[2]]]
+
+
+async def test_requests_before_a_bad_message_hold_up_no_other() -> None:
+    async with pair() as both:
+        uplink = both.fronts[0].uplink
+        uplink.send(Submit(BUNDLE_IDS, 0, 1, (8,), bytes(8), shapes=((1,),)))
+        uplink.send(Release((1,)))
+        await both.until(lambda: not both.downlinks.links)
+        probe = Probe([3])
+        both.batcher.submit(probe)  # home's own
+        assert await answers([probe]) == [[[6]]]
 
 
 async def test_of_a_bundle_that_fails_only_the_bad_member_fails() -> None:

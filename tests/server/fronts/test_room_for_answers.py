@@ -41,7 +41,8 @@ class Front:
             (),
             None,
             asyncio.get_running_loop(),
-            on_submitted=lambda: None,
+            held={},
+            on_received=lambda link: None,
             on_ended=lambda link, why, broken: None,
         )
         self.blocks: list[int] = []
