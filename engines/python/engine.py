@@ -170,6 +170,11 @@ class ProcessEngine(PythonEngine):
         raise LinkError(f"the model's process sent {type(message).__name__}")
 
     @property
+    def pid(self) -> int:
+        """The number of the process, once the engine is open."""
+        return self._running.pid
+
+    @property
     def _running(self) -> ModelProcess:
         assert self._process is not None
         return self._process

@@ -114,7 +114,8 @@ class ModelProcess:
                 start_new_session=True,  # a terminal's signals are for home
                 env={**os.environ, **env},
             )
-            self._pid = os.pidfd_open(self._process.pid)
+            self.pid = self._process.pid
+            self._pid = os.pidfd_open(self.pid)
         except OSError as error:
             self._sock.close()
             os.close(self._reader)
@@ -226,7 +227,7 @@ class ModelProcess:
 
     def _signal_group(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL)
 
 
 def _signal_name(number: int) -> str:

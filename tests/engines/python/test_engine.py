@@ -8,7 +8,6 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -193,10 +192,5 @@ def test_it_can_be_killed_at_any_time(process: ProcessEngine) -> None:
 def test_an_idle_process_that_ends(process: ProcessEngine) -> None:
     ended: queue.SimpleQueue[EngineEndedError] = queue.SimpleQueue()
     process.on_end = ended.put
-    os.kill(pid_of(process), signal.SIGKILL)
+    os.kill(process.pid, signal.SIGKILL)
     assert "ended by SIGKILL" in str(ended.get(timeout=60))
-
-
-def pid_of(engine: Any) -> int:
-    pid: int = engine._process._process.pid
-    return pid

@@ -65,7 +65,7 @@ on_one_edge = pytest.mark.parametrize("running", ["fast"], indirect=True)
 def pid(running: Served, model: str = "bad") -> int:
     """Return the number of a model's process."""
     engine: Any = running.inference.models[model].engine_worker.engine
-    number: int = engine._process._process.pid
+    number: int = engine.pid
     return number
 
 
