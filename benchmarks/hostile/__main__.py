@@ -1,12 +1,13 @@
 """The longest waits of others while the server reads, runs and answers one hostile request.
 
-`python -m benchmarks.hostile [--limit-ms 50] [--only TEXT] [--tries N] [--asgi] [--json FILE]`
+`python -m benchmarks.hostile [--limit-ms 50] [--only TEXT] [--tries N] [--asgi] [--processes N]
+[--json FILE]`
 
 One thread asks for `/v2/health/live` and another one infers, on connections of their own, as fast as they are
-answered, but at most every 2 ms. Each attack (`benchmarks.hostile.bodies`) is sent alone; the time counted is
-from its first byte to its last answer. The first line, without an attack, is the machine's own part.
-On a busy machine send each several times (`--tries`): of its longest waits the least one is taken. Exits with
-1 if a wait is over the limit.
+answered, but at most every 2 ms; with several processes, two threads for each front. Each attack
+(`benchmarks.hostile.bodies`) is sent alone; the time counted is from its first byte to its last answer. The
+first line, without an attack, is the machine's own part. On a busy machine send each several times (`--tries`):
+of its longest waits the least one is taken. Exits with 1 if a wait is over the limit.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import onnx
 from onnx import TensorProto, helper
 
 from benchmarks.common.models import OUT, model_path
 from benchmarks.common.processes import cobatch
-from benchmarks.common.procstat import memory_bytes
+from benchmarks.common.procstat import descendants, memory_bytes
 from benchmarks.hostile.bodies import Attack, attacks
 
 _EVERY_S = 0.002
@@ -51,6 +52,29 @@ class Line(NamedTuple):
     def longest_ms(self) -> float:
         """The longer of both waits."""
         return max(self.health_ms, self.infer_ms)
+
+
+class Probers:
+    """Probers of health and of inference, of each as many as there are fronts, or one."""
+
+    def __init__(self, address: str, fronts: int) -> None:
+        self.health = [Prober(address, "GET", "/v2/health/live", None) for _ in range(fronts)]
+        self.infer = [Prober(address, "POST", "/v2/models/tiny/infer", _TINY) for _ in range(fronts)]
+
+    def __enter__(self) -> Self:
+        for prober in [*self.health, *self.infer]:
+            prober.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for prober in [*self.health, *self.infer]:
+            prober.stopped = True
+            prober.join()
+
+    def longest_ms(self, began_s: float, ended_s: float) -> tuple[float, float]:
+        """Return the longest waits for health and for an answer between these times."""
+        health = max(prober.longest_ms(began_s, ended_s) for prober in self.health)
+        return health, max(prober.longest_ms(began_s, ended_s) for prober in self.infer)
 
 
 class Prober(threading.Thread):
@@ -140,17 +164,16 @@ def main() -> int:
     parser.add_argument("--only", default="", help="attacks whose name has this text")
     parser.add_argument("--tries", type=int, default=1, help="send each so often; the best try counts")
     parser.add_argument("--asgi", action="store_true", help="without the fast path")
+    parser.add_argument("--processes", type=int, default=1, help="of the server")
     parser.add_argument("--json", type=Path, help="write the lines to this file")
     options = parser.parse_args()
     config = configure(OUT / "hostile")
     lines = []
-    with cobatch(None, None, not options.asgi, config) as server:
-        probers = (
-            Prober(server.address, "GET", "/v2/health/live", None),
-            Prober(server.address, "POST", "/v2/models/tiny/infer", _TINY),
-        )
-        for prober in probers:
-            prober.start()
+    flags = ["--processes", str(options.processes)]
+    with (
+        cobatch(None, None, not options.asgi, config, flags) as server,
+        Probers(server.address, max(1, options.processes - 1)) as probers,
+    ):
         began_s = time.perf_counter()
         time.sleep(_QUIET_S)
         names = ("status", "sent", "answer", "took", "health", "infer", "MiB")
@@ -166,9 +189,6 @@ def main() -> int:
                     tries.append(_line(attack.name, answer, len(attack.body), began_s, probers, server.pid))
                 lines.append(min(tries, key=Line.longest_ms))
                 _show(lines[-1])
-        for prober in probers:
-            prober.stopped = True
-            prober.join()
     if options.json:
         options.json.write_text(json.dumps([line._asdict() for line in lines], indent=1) + "\n")
     worst = max(lines[1:], key=Line.longest_ms)
@@ -177,12 +197,11 @@ def main() -> int:
     return 1 if over else 0
 
 
-def _line(
-    name: str, answer: tuple[int, int], sent: int, began_s: float, probers: tuple[Prober, ...], pid: int
-) -> Line:
+def _line(name: str, answer: tuple[int, int], sent: int, began_s: float, probers: Probers, pid: int) -> Line:
     ended_s = time.perf_counter()
-    health_ms, infer_ms = (prober.longest_ms(began_s, ended_s) for prober in probers)
-    took_ms, memory_mib = (ended_s - began_s) * 1e3, memory_bytes(pid) / (1 << 20)
+    health_ms, infer_ms = probers.longest_ms(began_s, ended_s)
+    took_ms = (ended_s - began_s) * 1e3
+    memory_mib = sum(memory_bytes(one) for one in descendants(pid)) / (1 << 20)
     return Line(name, answer[0], sent, answer[1], took_ms, health_ms, infer_ms, memory_mib)
 
 
