@@ -6,8 +6,8 @@
 One thread asks for `/v2/health/live` and another one infers, on connections of their own, as fast as they are
 answered, but at most every 2 ms; with several processes, two threads for each front. Each attack
 (`benchmarks.hostile.bodies`) is sent alone; the time counted is from its first byte to its last answer. The
-first line, without an attack, is the machine's own part. On a busy machine send each several times (`--tries`):
-of its longest waits the least one is taken. Exits with 1 if a wait is over the limit.
+first line, without an attack, is the machine's own part. On a busy machine send each several times
+(`--tries`): of its longest waits the least one is taken. Exits with 1 if a wait is over the limit.
 """
 
 from __future__ import annotations

@@ -8,9 +8,12 @@ from cobatch.server.fronts.rows import Buffer, output_bytes
 
 
 class SharedRows:
-    """The common part of the answers of a batch, on all links. `row_size`: bytes of a row of all outputs."""
+    """The common part of the answers of a batch, on all links.
 
-    __slots__ = ("_row_bytes", "_wholes", "info", "outputs", "row_size", "shapes")
+    `row_size`: bytes of a row of all outputs, `strings`: elements of its BYTES outputs.
+    """
+
+    __slots__ = ("_row_bytes", "_wholes", "info", "outputs", "row_size", "shapes", "strings")
 
     def __init__(self, batch: Batch) -> None:
         outputs = batch.outputs
@@ -18,6 +21,7 @@ class SharedRows:
         self.shapes = tuple([output.shape[1:] for output in outputs])
         # Of a BYTES tensor, whose rows differ, 0.
         self._row_bytes = [0 if one.dtype == object else one.nbytes // len(one) for one in outputs]
+        self.strings = sum([one.size // len(one) for one in outputs if one.dtype == object])
         self._wholes: list[memoryview | None] = [None] * len(outputs)
         self.outputs = len(outputs)
         self.row_size = sum(self._row_bytes)
@@ -54,6 +58,11 @@ class AnswerGroup:
         self.places.append(first_row)
         for column, piece in zip(self.columns, pieces, strict=True):
             column.append(piece)
+
+    def hold(self, id_: int, first_row: int, columns: Sequence[Sequence[Buffer]]) -> None:
+        """Hold the rows of one request alone, each output in pieces."""
+        self.ids, self.places = [id_], [first_row]
+        self.columns = [list(pieces) for pieces in columns]
 
 
 def info_of(batch: Batch) -> BatchInfo:

@@ -8,12 +8,13 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 
 import msgspec
 
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.bundle import Bundle
-from cobatch.batcher.request import Payload, Request
+from cobatch.batcher.request import Payload, Request, State
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import RowShapes
 from cobatch.engines.errors import LinkError
@@ -39,14 +40,17 @@ from cobatch.engines.link.slab import SlabReader, SlabWriter
 from cobatch.server.auth.tenants import Tenants
 from cobatch.server.fronts.answers import AnswerGroup, SharedRows, info_of
 from cobatch.server.fronts.endpoint import Endpoint
-from cobatch.server.fronts.rows import InputReader, output_bytes
+from cobatch.server.fronts.rows import MANY_STRINGS, Buffer, InputReader, output_bytes, output_pieces
 from cobatch.server.http.problem import from_error
 from cobatch.server.http.request_id import PROCESS
 from cobatch.server.inference.model import Model
+from cobatch.server.v2.encode import encode_later, is_long
+from cobatch.server.v2.pieces import in_pieces
 
 log = logging.getLogger("cobatch.fronts")
 
 _SHARED = "link"
+Rows = tuple[RowShapes, Sequence[Payload]]
 
 
 class LinkedRequest(Request):
@@ -54,9 +58,7 @@ class LinkedRequest(Request):
 
     __slots__ = ("id", "link", "model", "number")
 
-    def __init__(
-        self, link: "Downlink", model: int, submit: Submit, rows: tuple[RowShapes, Sequence[Payload]]
-    ) -> None:
+    def __init__(self, link: "Downlink", model: int, submit: Submit, rows: Rows) -> None:
         Request.__init__(self, submit.rows, *rows)
         self.id = submit.id
         self.link = link
@@ -71,7 +73,10 @@ class LinkedRequest(Request):
         return self.tenant or (self.link.number, self.number)
 
     def done(self) -> None:
-        self.link.answer(self)
+        try:
+            self.link.answer(self)
+        except Exception as error:  # noqa: BLE001 - `fail` logs unexpected ones
+            self.link.fail(self, error)
 
 
 class LinkedBundle(LinkedRequest, Bundle):
@@ -79,9 +84,7 @@ class LinkedBundle(LinkedRequest, Bundle):
 
     __slots__ = ()
 
-    def __init__(
-        self, link: "Downlink", model: int, submit: Submit, rows: tuple[RowShapes, Sequence[Payload]]
-    ) -> None:
+    def __init__(self, link: "Downlink", model: int, submit: Submit, rows: Rows) -> None:
         LinkedRequest.__init__(self, link, model, submit, rows)
         self.callers = submit.callers
 
@@ -194,10 +197,12 @@ class Downlink(Endpoint[ToFront, FromFront]):
         if submit.id % BUNDLE_IDS or submit.id in self.open:
             raise LinkError(f"a request with the id {submit.id}")
         self._last = submit.id
-        batcher: Batcher = self._models[submit.model].loaded_batcher
-        if batcher.hold():
-            self._held[batcher] = None
         payload = self._slab_in.read(submit.payload, sum(submit.sizes))
+        if reader.is_long(submit):
+            request = self.open[submit.id] = LinkedRequest(self, submit.model, submit, ((), ()))
+            reading = in_pieces(reader.read, submit, payload)
+            reading.add_done_callback(partial(self._on_read, request))
+            return
         rows = reader.read(submit, payload)
         if submit.callers == 1:
             request = LinkedRequest(self, submit.model, submit, rows)
@@ -206,14 +211,35 @@ class Downlink(Endpoint[ToFront, FromFront]):
                 raise LinkError(f"a bundle of {submit.callers} callers with {submit.rows} rows")
             request = LinkedBundle(self, submit.model, submit, rows)
         self.open[submit.id] = request
+        self._enter(request)
+
+    def _on_read(self, request: LinkedRequest, reading: asyncio.Future[Rows]) -> None:
+        """Submit a request whose strings are read."""
+        error = reading.exception()
+        if request.state is State.CANCELLED:
+            return  # by its front, or with the link
+        if isinstance(error, LinkError):
+            self.end(str(error), broken=True)
+        elif isinstance(error, Exception):
+            del self.open[request.id]
+            self.fail(request, error)
+        else:
+            request.row_shapes, request.payloads = reading.result()
+            self._enter(request)
+            self.on_received()
+
+    def _enter(self, request: LinkedRequest) -> None:
+        batcher = self._models[request.model].loaded_batcher
+        if batcher.hold():
+            self._held[batcher] = None
         try:
             if isinstance(request, LinkedBundle):
                 request.enter(batcher.submit)
             else:
                 batcher.submit(request)
-        except Exception as error:  # noqa: BLE001 - `_fail` logs unexpected ones
-            self.open.pop(submit.id, None)
-            self._fail(request, error)
+        except Exception as error:  # noqa: BLE001 - `fail` logs unexpected ones
+            self.open.pop(request.id, None)
+            self.fail(request, error)
 
     def _cancel(self, id_: int) -> None:
         ids = [id_] if id_ in self.open else range(id_ + 1, id_ + BUNDLE_IDS)  # a bundle that was split
@@ -250,13 +276,17 @@ class Downlink(Endpoint[ToFront, FromFront]):
         if self.open.pop(request.id, None) is None:
             return  # the link has ended
         if request.error is not None:
-            self._fail(request, request.error)
+            self.fail(request, request.error)
             return
         batch = request.batch
         assert batch is not None
         shared = batch.memo.get(_SHARED)
         if shared is None:
             shared = batch.memo[_SHARED] = SharedRows(batch)
+        strings = shared.strings * request.rows
+        if strings > MANY_STRINGS or (strings and is_long(request, range(shared.outputs))):
+            self._answer_later(request, shared)
+            return
         first, rows = request.first_row, request.rows
         if shared.row_size * rows > INLINE_BYTES:
             group = AnswerGroup(shared, request.model)
@@ -274,6 +304,21 @@ class Downlink(Endpoint[ToFront, FromFront]):
             self.flush()  # before what home does at the end of a batch
         else:
             self.flush_soon()
+
+    def _answer_later(self, request: LinkedRequest, shared: SharedRows) -> None:
+        """Write many or long strings in the thread."""
+
+        encode_later(request, range(shared.outputs), _written, partial(self._on_written, request, shared))
+
+    def _on_written(
+        self, request: LinkedRequest, shared: SharedRows, written: list[Sequence[Buffer]] | Exception
+    ) -> None:
+        if isinstance(written, Exception):
+            self.fail(request, written)
+            return
+        group = AnswerGroup(shared, request.model)
+        group.hold(request.id, request.first_row, written)
+        self._post_group(group)
 
     def _post_group(self, group: AnswerGroup) -> None:
         sizes = tuple([sum(map(len, column)) for column in group.columns])
@@ -312,7 +357,8 @@ class Downlink(Endpoint[ToFront, FromFront]):
             self._waiting.popleft()
             self.post(msgspec.structs.replace(answers, payload=payload))
 
-    def _fail(self, request: LinkedRequest, error: Exception) -> None:
+    def fail(self, request: LinkedRequest, error: Exception) -> None:
+        """Send a request's problem; unexpected errors are logged."""
         problem = from_error(error)
         slug = problem.kind.slug
         if slug == "internal":
@@ -338,3 +384,13 @@ class Downlink(Endpoint[ToFront, FromFront]):
         for request in open_.values():
             self._models[request.model].loaded_batcher.cancel(request)
         self._on_ended(self, why, broken)
+
+
+def _written(request: Request) -> list[Sequence[Buffer]] | Exception:
+    """Return the outputs of a request that ran, as they are sent."""
+    try:
+        if request.error is not None or request.batch is None:
+            return request.error or LookupError("the request has no batch")
+        return [output_pieces(output) for output in request.batch.outputs]
+    except Exception as error:  # noqa: BLE001 - a text that is not Unicode, for example
+        return error

@@ -13,13 +13,14 @@ from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import RowShapes, Signature
 from cobatch.engines.link.messages import BUNDLE_IDS, INLINE_BYTES, BatchInfo
 from cobatch.server.fronts.page import QueuePage
-from cobatch.server.fronts.rows import is_plain
+from cobatch.server.fronts.rows import has_strings, is_plain, written
+from cobatch.server.http.body import Body
 from cobatch.server.http.problem import Problem
 from cobatch.server.http.reply import Reply
 from cobatch.server.inference.padding import make_padder
 from cobatch.server.inference.served import Admission, Queue, ServedModel
 from cobatch.server.settings.schema import ModelSettings
-from cobatch.server.v2.decode import Decoder, WantedOutputs
+from cobatch.server.v2.decode import Decoded, Decoder, WantedOutputs
 from cobatch.server.v2.encode import Encoder, timing_of_batch
 
 # Rows of a bundle if not all fit the next batch: a larger one would be most of a batch, and cannot be split.
@@ -45,6 +46,15 @@ class RemoteBatch(Batch):
         self.outputs = outputs
         shapes = tuple([output.shape[1:] for output in outputs])
         self.memo["shared"] = shapes, timing_of_batch(self), None
+
+
+class FrontDecoder(Decoder):
+    """Decodes BYTES inputs to the pieces that are sent: of long ones in the thread that decodes them."""
+
+    def decode(self, body: Body, json_length: int | None) -> Decoded:
+        decoded = Decoder.decode(self, body, json_length)
+        decoded.payloads = [written(payload) for payload in decoded.payloads]
+        return decoded
 
 
 class FrontEncoder(Encoder):
@@ -279,7 +289,8 @@ class RemoteModel(ServedModel):
             self.signature = signature
             self.output_dtypes = [spec.dtype for spec in signature.outputs]
             padder = make_padder(self.name, self.settings.pad, signature)
-            self.decoder = Decoder(signature, self.settings.max_queue_rows, padder)
+            make_decoder = FrontDecoder if has_strings(signature.inputs) else Decoder
+            self.decoder = make_decoder(signature, self.settings.max_queue_rows, padder)
             self.encoder = FrontEncoder(self.name, self.version, signature)
         self._remote.open(uplink, page, signature)
         self.batcher = self._remote

@@ -22,11 +22,23 @@ from cobatch.server.v2.encode import bytes_tensor
 Buffer = bytes | bytearray | memoryview
 
 
-def as_bytes(payload: Payload) -> Buffer:
-    """Return the rows of one input as they are sent."""
+# More of them take longer than a millisecond to write, and longer ones to read: a thread does.
+MANY_STRINGS = 1 << 12
+_LONG_STRINGS_BYTES = 1 << 14
+
+
+def written(payload: Payload) -> Payload:
+    """Return the rows of one input as they are sent, those of a BYTES input in pieces."""
     if not isinstance(payload, list):
         return payload
-    return b"".join([piece for value in payload for piece in (len(value).to_bytes(4, "little"), value)])
+    values = np.empty(len(payload), object)
+    values[:] = payload
+    return bytes_tensor(values)
+
+
+def has_strings(specs: Sequence[TensorSpec]) -> bool:
+    """Return whether a tensor is of BYTES."""
+    return any(spec.datatype == "BYTES" for spec in specs)
 
 
 def is_plain(signature: Signature) -> bool:
@@ -42,9 +54,14 @@ class InputReader:
         self._row_shapes: RowShapes = tuple(spec.shape for spec in specs)
         self._fixed = all(spec.row_elements >= 0 for spec in specs)
         self.plain = is_plain(signature)
+        self._strings = has_strings(specs)
         # Bytes of a row.
         self._row_bytes = tuple(spec.row_elements * spec.dtype.itemsize for spec in specs)
         self._output_sizes = OutputSizes(signature)
+
+    def is_long(self, submit: Submit) -> bool:
+        """Return whether a request has many strings, or long ones."""
+        return self._strings and sum(submit.sizes) > _LONG_STRINGS_BYTES
 
     def read(self, submit: Submit, payload: Buffer) -> tuple[RowShapes, Sequence[Payload]]:
         """Return the shapes of a request's rows, and views of its tensors. Raises LinkError."""
@@ -89,9 +106,20 @@ def cut(payload: Buffer, sizes: Sequence[int]) -> list[memoryview]:
 
 def output_bytes(output: Array) -> Buffer:
     """Return rows of an output as they are sent; contiguous numbers are not copied."""
-    if output.dtype != object:
-        return np.ascontiguousarray(output).reshape(-1).view(np.uint8).data
-    return b"".join(bytes_tensor(output))
+    pieces = output_pieces(output)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def output_pieces(output: Array) -> Sequence[Buffer]:
+    """The same; many or long strings in pieces."""
+    if output.dtype == object:
+        return bytes_tensor(output)
+    return [np.ascontiguousarray(output).reshape(-1).view(np.uint8).data]
+
+
+def is_long(dtypes: Sequence[np.dtype[Any]], answers: Answers) -> bool:
+    """Return whether an answer has many strings, or long ones."""
+    return sum(answers.sizes) > _LONG_STRINGS_BYTES and any(dtype.hasobject for dtype in dtypes)
 
 
 def read_outputs(

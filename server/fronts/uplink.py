@@ -8,6 +8,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import msgspec
 
@@ -16,7 +18,7 @@ from cobatch.batcher.errors import QueueFullError
 from cobatch.batcher.request import Request, State
 from cobatch.batcher.scheduling.tuning import LONE_BATCHES, SETTLE_ITERATIONS
 from cobatch.batcher.tenant import Tenant
-from cobatch.engines.base import Signature
+from cobatch.engines.base import Array, Signature
 from cobatch.engines.errors import EngineLoadError, LinkError
 from cobatch.engines.link.channel import FrontChannel
 from cobatch.engines.link.messages import (
@@ -39,9 +41,10 @@ from cobatch.engines.link.slab import SlabReader, SlabWriter
 from cobatch.server.fronts.endpoint import Endpoint
 from cobatch.server.fronts.page import Page
 from cobatch.server.fronts.remote import RemoteBatch, RemoteBatcher, RemoteModel
-from cobatch.server.fronts.rows import as_bytes, read_outputs
+from cobatch.server.fronts.rows import is_long, read_outputs
 from cobatch.server.http import request_id
 from cobatch.server.http.problem import Problem
+from cobatch.server.v2.pieces import in_pieces
 
 log = logging.getLogger("cobatch.fronts")
 
@@ -144,13 +147,13 @@ class Uplink(Endpoint[FromFront, ToFront]):
     def submit(self, batcher: RemoteBatcher, requests: list[Request]) -> None:
         """Send a request, or several single rows as a bundle."""
         first = requests[0]
+        columns: Sequence[Sequence[Any]]
         if len(requests) == 1:
-            buffers = [as_bytes(payload) for payload in first.payloads]
-            sizes = tuple([len(buffer) for buffer in buffers])
+            columns = [one if isinstance(one, list) else (one,) for one in first.payloads]
         else:
             columns = list(zip(*[request.payloads for request in requests], strict=True))
-            buffers = [as_bytes(payload) for column in columns for payload in column]
-            sizes = tuple([sum(map(len, column)) for column in columns])
+        buffers = [buffer for column in columns for buffer in column]
+        sizes = tuple([sum(map(len, column)) for column in columns])
         size = sum(sizes)
         payload = self._slab_out.place(buffers, size)
         if payload is None:
@@ -249,12 +252,29 @@ class Uplink(Endpoint[FromFront, ToFront]):
         self._on_loaded()
 
     def _answer(self, answers: Answers) -> None:
-        info = answers.batch
-        batch = RemoteBatch(info, (self._lead % info.number).encode() if info.number else b"")
         taken = [self._take(id_) for id_ in answers.ids]
         rows = sum([request.rows for sent in taken for request in sent.requests])
         payload = self._slab_in.read(answers.payload, sum(answers.sizes))
-        batch.hold(read_outputs(self._models[answers.model].output_dtypes, answers, rows, payload))
+        dtypes = self._models[answers.model].output_dtypes
+        if is_long(dtypes, answers):
+            reading = in_pieces(read_outputs, dtypes, answers, rows, payload)
+            reading.add_done_callback(partial(self._on_read, answers, taken))
+        else:
+            self._deliver(answers, taken, read_outputs(dtypes, answers, rows, payload))
+
+    def _on_read(self, answers: Answers, taken: list[_Sent], reading: asyncio.Future[list[Array]]) -> None:
+        """Deliver an answer whose strings are read."""
+        error = reading.exception()
+        if error is None:
+            self._deliver(answers, taken, reading.result())
+            return
+        self._open.update({sent.id: sent for sent in taken})
+        self.end(f"an answer could not be read: {error!r}", broken=True)
+
+    def _deliver(self, answers: Answers, taken: list[_Sent], outputs: list[Array]) -> None:
+        info = answers.batch
+        batch = RemoteBatch(info, (self._lead % info.number).encode() if info.number else b"")
+        batch.hold(outputs)
         first = 0
         for sent, at in zip(taken, answers.places, strict=True):
             place = at
