@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import onnx
-from onnx import TensorProto, helper
+from onnx import NodeProto, TensorProto, helper
 
 from benchmarks.common.models import OUT, model_path
 from benchmarks.common.processes import cobatch
@@ -32,6 +32,7 @@ from benchmarks.hostile.bodies import Attack, attacks
 
 _EVERY_S = 0.002
 _QUIET_S = 2.0
+Axes = list[str | int]
 _WIDTHS = (6, 11, 11, 8, 7, 7, 5)
 _TIMEOUT_S = 120.0
 _TINY = json.dumps({"inputs": [{"name": "x", "shape": [1, 16], "datatype": "FP32", "data": [0.5] * 16}]})
@@ -126,25 +127,38 @@ def send(address: str, attack: Attack) -> tuple[int, int]:
 
 def write_models(folder: Path) -> list[str]:
     """Write the attacked models; return their names."""
-
-    def one(name: str, op: str, datatype: int, axes: list[str | int], kept: list[str | int]) -> None:
-        x = helper.make_tensor_value_info("x", datatype, axes)
-        y = helper.make_tensor_value_info("y", datatype, kept)
-        extra = [] if op != "ReduceSum" else [helper.make_tensor("axes", TensorProto.INT64, [1], [1])]
-        node = helper.make_node(op, ["x", *(["axes"] if extra else [])], ["y"])
-        graph = helper.make_graph([node], "graph", [x], [y], extra)
+    node = helper.make_node
+    number, flag, text, integer = TensorProto.FLOAT, TensorProto.BOOL, TensorProto.STRING, TensorProto.INT64
+    n: Axes = ["batch", "n"]
+    sums = [node("ReduceSum", ["x", "one"], ["y"])]
+    products = [
+        node("Unsqueeze", ["x", "one"], ["rows"]),
+        node("Unsqueeze", ["x", "two"], ["columns"]),
+        node("Mul", ["rows", "columns"], ["y"]),
+    ]
+    texts = [node("Cast", ["x"], ["y"], to=text)]
+    constants = [helper.make_tensor(name, integer, [1], [value]) for name, value in (("one", 1), ("two", 2))]
+    written: dict[str, tuple[list[NodeProto], int, Axes, int, Axes]] = {
+        "width": ([node("Neg", ["x"], ["y"])], number, n, number, n),
+        "sum": (sums, number, n, number, ["batch", 1]),
+        "sum-3": (sums, number, ["batch", "n", "m"], number, ["batch", 1, "m"]),
+        "truth": ([node("Identity", ["x"], ["y"])], flag, n, flag, n),
+        "any-truth": ([node("Not", ["x"], ["y"])], flag, n, flag, n),
+        "text": ([node("Identity", ["x"], ["y"])], text, n, text, n),
+        "outer": (products, number, n, number, ["batch", "n", "n"]),
+        "labels": (texts, integer, n, text, n),
+        "unforeseen": (texts, integer, n, text, ["batch", "m"]),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (nodes, taken, axes, given, kept) in written.items():
+        x = helper.make_tensor_value_info("x", taken, axes)
+        y = helper.make_tensor_value_info("y", given, kept)
+        names = {one for made in nodes for one in made.input}
+        graph = helper.make_graph(nodes, "graph", [x], [y], [one for one in constants if one.name in names])
         built = helper.make_model(graph, ir_version=9, opset_imports=[helper.make_opsetid("", 17)])
         onnx.checker.check_model(built)
         (folder / f"{name}.onnx").write_bytes(built.SerializeToString())
-
-    folder.mkdir(parents=True, exist_ok=True)
-    one("width", "Neg", TensorProto.FLOAT, ["batch", "n"], ["batch", "n"])
-    one("sum", "ReduceSum", TensorProto.FLOAT, ["batch", "n"], ["batch", 1])
-    one("sum-3", "ReduceSum", TensorProto.FLOAT, ["batch", "n", "m"], ["batch", 1, "m"])
-    one("truth", "Identity", TensorProto.BOOL, ["batch", "n"], ["batch", "n"])
-    one("any-truth", "Not", TensorProto.BOOL, ["batch", "n"], ["batch", "n"])
-    one("text", "Identity", TensorProto.STRING, ["batch", "n"], ["batch", "n"])
-    return ["width", "sum", "sum-3", "truth", "any-truth", "text"]
+    return list(written)
 
 
 def configure(folder: Path) -> Path:

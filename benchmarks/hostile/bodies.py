@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -150,8 +151,9 @@ def _v2_binary(sizes: Sizes) -> Iterator[Attack]:
     yield binary("text", "BYTES", [1, STRINGS], bytes(4 * STRINGS))._replace(
         name="binary strings: valid, empty"
     )
-    one = (most - 4).to_bytes(4, "little") + b"a" * (most - 4)
-    yield binary("text", "BYTES", [1, 1], one)._replace(name="binary strings: one")
+    for length, name in ((most - 4, "one too long"), (sizes.body // 4, "one")):
+        one = length.to_bytes(4, "little") + b"a" * length
+        yield binary("text", "BYTES", [1, 1], one)._replace(name=f"binary strings: {name}")
     short = bytes(SHORT_STRINGS_BYTES // 4 * 4 - 200)
     yield binary("text", "BYTES", [1, len(short) // 4], short)._replace(name="binary strings (short)")
     for shape in ([1, 0, 2**29], [1, 2**24, 0]):
@@ -195,12 +197,14 @@ def _v1(sizes: Sizes) -> Iterator[Attack]:
     yield from _forms(sizes)
 
 
-def _npy(sizes: Sizes) -> Iterator[Attack]:
-    def saved(array: np.ndarray[Any, Any]) -> bytes:
-        file = io.BytesIO()
-        np.save(file, array, allow_pickle=False)
-        return file.getvalue()
+def saved(array: np.ndarray[Any, Any]) -> bytes:
+    """An array as a .npy file."""
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()
 
+
+def _npy(sizes: Sizes) -> Iterator[Attack]:
     headers = {"Content-Type": "application/x-npy"}
     many = (sizes.body - 1000) // 4
     arrays: dict[str, tuple[str, Callable[[], np.ndarray[Any, Any]]]] = {
@@ -250,7 +254,18 @@ def _batch(sizes: Sizes) -> Iterator[Attack]:
     yield Attack("/batch: arrays (short)", "/batch", {}, calls(30, "[" + "[]," * 650 + "[]]"))
     count = sizes.json // 560
     numbers = ",".join(["1"] * count)
-    yield Attack("/batch: long items, valid", "/batch", {}, calls(256, f"[{numbers}]", f"[1,{count}]"))
+    long = calls(256, f"[{numbers}]", f"[1,{count}]")
+    yield Attack("/batch: long items, valid", "/batch", {}, long)
+    yield Attack("/batch: long items, gzip", "/batch", {"Accept-Encoding": "gzip"}, long)
+    short = calls(256, f"[{','.join(['1'] * 900)}]", "[1,900]")
+    yield Attack("/batch: items, valid", "/batch", {}, short)
+    yield Attack("/batch: items, gzip", "/batch", {"Accept-Encoding": "gzip"}, short)
+    strings = ",".join(['"a"'] * (STRINGS // 256))
+    body = calls(256, f"[{strings}]", f"[1,{STRINGS // 256}]", "BYTES", "text")
+    yield Attack("/batch: strings, valid", "/batch", {}, body)
+    escapes = "\\u0001" * (sizes.json // 2048)
+    body = calls(256, f'["{escapes}"]', "[1,1]", "BYTES", "text")
+    yield Attack("/batch: strings of escapes", "/batch", {}, body)
     for name, (lead, unit, end) in _ENVELOPES.items():
         for size in (sizes.json, 300_000, SHORT_BYTES):
             start = '{"requests":[{"id":"a","method":"POST","url":"' + _infer("width") + '","body":'
@@ -293,6 +308,45 @@ def _answers(sizes: Sizes) -> Iterator[Attack]:
     headers = {"Content-Type": "application/octet-stream"}
     yield Attack("answer: /v1", _predict("width"), headers, noise.tobytes())
     yield Attack("answer: /v1, top_k", f"{_predict('width')}?top_k=1000000", headers, noise.tobytes())
+    kept = headers | {"Idempotency-Key": "a"}
+    yield Attack("answer: /v1, kept", _predict("width"), kept, noise.tobytes())
+    many = np.tile(noise[: len(noise) // 1000], (1000, 1))
+    npy = {"Content-Type": "application/x-npy"}
+    yield Attack("answer: /v1 npy, 1000 rows", _predict("width"), npy, saved(many))
     small = noise[: sizes.body // 16].tobytes()
     sent = binary("width", "FP32", [1, sizes.body // 16], small)
     yield sent._replace(name="answer: JSON of 4 million, gzip", headers=sent.headers | gzipped)
+    sent = binary("width", "FP32", [1, sizes.body // 16], bytes(len(small)), binary_data_output=True)
+    yield sent._replace(name="answer: zeros, gzip", headers=sent.headers | gzipped)
+    yield from _larger_answers(sizes)
+    yield from _text_answers(sizes)
+
+
+def _larger_answers(sizes: Sizes) -> Iterator[Attack]:
+    """Answers that are much longer than their requests."""
+    for outputs in (True, False):
+        for side in (math.isqrt(sizes.body // 4), math.isqrt(sizes.body)):
+            x = np.random.default_rng(0).random(side, np.float32).tobytes()
+            sent = binary("outer", "FP32", [1, side], x, binary_data_output=outputs)
+            kind = "binary" if outputs else "JSON"
+            yield sent._replace(name=f"answer: {kind}, {side} times as long")
+    for model in ("labels", "unforeseen"):
+        for count in (STRINGS, sizes.body // 8 - 1000):
+            numbers = np.arange(count, dtype=np.int64).tobytes()
+            for outputs in (True, False):
+                kind = "binary" if outputs else "JSON"
+                sent = binary(model, "INT64", [1, count], numbers, binary_data_output=outputs)
+                yield sent._replace(name=f"answer: {kind}, {model}, {count}")
+
+
+def _text_answers(sizes: Sizes) -> Iterator[Attack]:
+    """Strings of as many bytes as ONNX Runtime takes: one, many, in several rows."""
+    for name, unit in {"letters": b"a", "control characters": b"\1", "euro signs": b"\xe2\x82\xac"}.items():
+        for rows, width in ((1, 1), (1, STRINGS), (4, 1), (4, STRINGS // 4), (1000, 1)):
+            row_bytes = min(sizes.body // 4, (sizes.body - 1000) // rows)
+            count = max(0, row_bytes // width - 4) // len(unit)
+            data = (count * len(unit)).to_bytes(4, "little") + count * unit
+            for outputs in (True, False):
+                kind = "binary" if outputs else "JSON"
+                sent = binary("text", "BYTES", [rows, width], rows * width * data, binary_data_output=outputs)
+                yield sent._replace(name=f"answer: {kind}, {rows} x {width} x {count} {name}")

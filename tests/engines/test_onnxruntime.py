@@ -199,13 +199,19 @@ def test_long_strings_run_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_many_strings_from_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: str, parts: list[int]
 ) -> None:
-    """As far as the names of axes say how many strings there will be."""
+    """As far as the names of axes say how many strings there will be; others are refused."""
     monkeypatch.setattr(onnxruntime, "_MOST_STRINGS", 6)
     nodes = [helper.make_node("Cast", ["x"], ["y"], to=TensorProto.STRING)]
     x, y = ("x", TensorProto.INT64, ["batch", "n"]), ("y", TensorProto.STRING, ["batch", width])
     engine = opened(tmp_path, models.model(nodes, [x], [y]), max_batch_size=8)
     ran = watch_rows(monkeypatch)
-    assert run(engine, np.full((5, 3), 7))[0].tolist() == [["7"] * 3] * 5
+    for rows in (1, 2, 5):
+        ran.clear()
+        if rows == 5 and width == "m":
+            with pytest.raises(EngineRunError, match="the outputs have 15 strings; 6 may be converted"):
+                run(engine, np.full((5, 3), 7))
+        else:
+            assert run(engine, np.full((rows, 3), 7))[0].tolist() == [["7"] * 3] * rows
     assert ran == parts
 
 
