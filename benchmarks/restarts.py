@@ -1,11 +1,13 @@
 """Kill fronts and home again and again: nothing may be left behind, and home answers again soon.
 
-`python -m benchmarks.restarts [--restarts N] [--homes N] [--processes N]` prints the open files and mappings
-of the supervisor and home before and after N restarts of fronts, and the time from each kill of home until
-the server is ready. It exits with 1 if there are more files or mappings than before.
+`python -m benchmarks.restarts [--restarts N] [--kills N] [--processes N]` prints the open files and mappings
+of the supervisor and home before and after N restarts of fronts, and the time from each kill of home, and of
+the only front of a second server, until an inference request is answered. It exits with 1 if there are more
+files or mappings than before.
 """
 
 import argparse
+import http.client
 import os
 import signal
 import statistics
@@ -17,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.common import wire
 from benchmarks.common.models import model_path
-from benchmarks.common.processes import cobatch
+from benchmarks.common.processes import Server, cobatch
 
 _TIMEOUT_S = 60.0
 _POLL_S = 0.01
@@ -81,18 +83,32 @@ def _restart_fronts(supervisor: int, fronts: int, most: int) -> int:
     return len(killed)
 
 
-def _restart_home(supervisor: int, address: str) -> float:
-    """Kill home; return the seconds until it is ready again."""
-    os.kill(_children(supervisor)["home"], signal.SIGKILL)
-    taken_s = _until(lambda: wire.get(address, "/v2/health/ready")[0] == 200)
-    time.sleep(_STEADY_S)
-    return taken_s
+def _answers(address: str) -> bool:
+    """Send an inference request on a new connection; return True if it is answered with 200."""
+    request = wire.encode("tiny", wire.rows_of("tiny", 1, 0), binary=False)
+    try:
+        wire.post(address, "/v2/models/tiny/infer", request)
+    except (OSError, http.client.HTTPException, wire.RefusedError):
+        return False
+    return True
+
+
+def _kill(server: Server, name: str, kills: int) -> None:
+    """Kill a child again and again; print the seconds until an inference request is answered."""
+    times_s = []
+    for _ in range(kills):
+        os.kill(_children(server.pid)[name], signal.SIGKILL)
+        times_s.append(_until(lambda: _answers(server.address)))
+        time.sleep(_STEADY_S)
+    median_s = statistics.median(times_s)
+    text = f"{median_s:.2f} s (median of {kills}), {max(times_s):.2f} s at most"
+    print(f"{name} killed: a request is answered after {text}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--restarts", type=int, default=1000)
-    parser.add_argument("--homes", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=9)
     options = parser.parse_args()
     fronts = options.processes - 1
@@ -112,11 +128,11 @@ def main() -> None:
             print(f"{name}: {before[name].total()} files and mappings before, {held.total()} after")
             for kind in sorted((held - before[name]).keys()):
                 print(f"    more: {kind} {before[name][kind]} -> {held[kind]}")
-        if options.homes:
-            times_s = [_restart_home(supervisor, server.address) for _ in range(options.homes)]
-            median_s = statistics.median(times_s)
-            text = f"{median_s:.2f} s (median of {options.homes}), {max(times_s):.2f} s at most"
-            print(f"home is ready again after {text}")
+        if options.kills:
+            _kill(server, "home", options.kills)
+    if options.kills:
+        with cobatch(model_path("tiny"), None, fast_path=True, flags=["--processes", "2"]) as server:
+            _kill(server, "front 0", options.kills)
     sys.exit(any(after[name] - before[name] for name in after))
 
 
