@@ -493,3 +493,65 @@ def test_each_request_is_answered_once_with_its_own_rows(steps: list[Step], is_f
             await both.until(lambda: not any(both.blocks_of_home(number) for number in range(2)))
 
     asyncio.run(run())
+
+
+class Fault(NamedTuple):
+    front: int
+    rows: int
+    ends: str  # the process that is killed after this step
+    turns: int  # of the loop before that
+
+
+FAULTS = st.lists(
+    st.builds(
+        Fault,
+        st.integers(0, 1),
+        st.integers(1, 20),
+        st.sampled_from(["", "", "", "front", "home"]),
+        st.integers(0, 6),
+    ),
+    max_size=20,
+)
+
+
+@examples(30)
+@given(steps=FAULTS, is_fixed=st.booleans())
+def test_a_killed_process_loses_only_its_own_requests(steps: list[Fault], is_fixed: bool) -> None:
+    """All others are answered with their rows, each request once, and no row runs twice."""
+
+    async def run() -> None:
+        engine = fixed() if is_fixed else GatedEngine(16)
+        async with pair(2, engine=engine, slab_bytes=1 << 22) as both:
+            asked: list[tuple[Probe, int, list[list[int]]]] = []
+            lost: set[int] = set()  # ids of probes that were in flight on a link that ended
+            for number, step in enumerate(steps):
+                rows = [[number * 100 + row] * 2 for row in range(step.rows)]
+                asked.append((both.fronts[step.front].submit(*rows), step.front, rows))
+                for _ in range(step.turns):
+                    await asyncio.sleep(0)
+                ended = {"front": [step.front], "home": [0, 1]}.get(step.ends, [])
+                lost |= {id(probe) for probe, front, _ in asked if front in ended and not probe.answer.done()}
+                for front in ended:
+                    if step.ends == "front":
+                        both.fronts[front].uplink.end("it is killed")
+                    else:
+                        both.link(front).end("it is killed")
+                for front in ended:
+                    await both.until(lambda front=front: both.fronts[front].uplinks.current is None)
+                    await both.until(lambda front=front: front not in both.downlinks.links)
+                    await both.join(front)
+            got = await answers([probe for probe, *_ in asked])
+            for (probe, _, rows), answer in zip(asked, got, strict=True):
+                assert probe.answers == 1
+                if isinstance(answer, Exception):
+                    assert id(probe) in lost
+                    assert slugs([answer]) == ["starting"]
+                else:
+                    assert answer == [[2 * value for value in row] for row in rows]
+            ran = [first for batch in engine.ran for first in batch]
+            assert len(ran) == len(set(ran))
+            await both.until(lambda: not any(link.open for link in both.downlinks.links.values()))
+            await both.until(lambda: not any(front.uplink._open or front.blocks for front in both.fronts))
+            await both.until(lambda: not any(both.blocks_of_home(number) for number in range(2)))
+
+    asyncio.run(run())
