@@ -258,6 +258,7 @@ class Lanes:
         """Remove an engine whose process has ended; requests wait for the next one."""
         self._remove(lane)
         if lane.gone is None:
+            self._counters.ended += 1
             lane.gone = self._completion.engine_gone(str(error))
             if self._on_lost is not None:
                 self._on_lost(lane.worker, lane.gone)

@@ -77,6 +77,7 @@ class Counters:
     failed_s: float = 0.0
     failed_runs: int = 0
     hung: int = 0  # runs that did not end within the limit
+    ended: int = 0  # processes of engines, by themselves
     retries: int = 0  # runs
     rows: int = 0
     last_finished_s: float | None = None

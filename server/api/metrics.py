@@ -202,6 +202,7 @@ def _engines(batchers: Batchers) -> Iterator[Metric]:
     yield metric(names.RUNS, [((name, i), totals.runs) for name, i, totals in engines])
     yield _of_models(names.FAILED_RUNS, batchers, lambda batcher: batcher.counters.failed_runs)
     yield _of_models(names.HUNG_RUNS, batchers, lambda batcher: batcher.counters.hung)
+    yield _of_models(names.ENGINE_ENDS, batchers, lambda batcher: batcher.counters.ended)
     yield _of_models(names.RETRIES, batchers, lambda batcher: batcher.counters.retries)
     yield _of_models(names.SUSPECTS, batchers, lambda batcher: batcher.suspects)
     yield metric(names.SLOTS, [((name, lane.number), lane.engine.slots) for name, lane in lanes])

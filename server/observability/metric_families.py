@@ -120,6 +120,11 @@ FAILED_RUNS = _family(
     "Any: the log has the engine's message.",
 )
 HUNG_RUNS = _family("hung_runs", "counter", "model", "Runs that did not end within execution_timeout_ms.")
+ENGINE_ENDS = _family(
+    "engine_ends", "counter", "model",
+    "Processes of models in Python that ended by themselves, and were started again.",
+    "Any: the log has the process's last output.",
+)
 RETRIES = _family("retried_batches", "counter", "model", "Halves of failed batches that were run again.")
 SUSPECTS = _family(
     "suspects", "gauge", "model",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -109,6 +110,9 @@ def test_a_row_that_ends_the_process(
         assert data_of(running.ask(ask(1, model="good"))) == [2]
     both_well(running)
     assert pid(running, "good") == before
+    assert re.search(
+        r'cobatch_engine_ends_total\{model="bad"\} [1-9]', running.ask(get("/metrics")).body.decode()
+    )
 
 
 @pytest.mark.parametrize("row", [HANGS, HOLDS_LOCK])
