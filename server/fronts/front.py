@@ -17,8 +17,9 @@ from cobatch.server.fronts.accounts import FrontTenant, share_accounts
 from cobatch.server.fronts.app import front_app
 from cobatch.server.fronts.child_server import ChildServer
 from cobatch.server.fronts.control import LinkEnds, Parent
+from cobatch.server.fronts.hand_over import HandOver
 from cobatch.server.fronts.page import Page
-from cobatch.server.fronts.relay import HandOver, front_protocol
+from cobatch.server.fronts.relay import front_protocol
 from cobatch.server.fronts.remote import RemoteModel
 from cobatch.server.fronts.reports import Reporter
 from cobatch.server.fronts.uplink import Uplink

@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 
 from cobatch.server.edge.lingering import ClosedTransport
+from cobatch.server.fronts.hand_over import HAND_OVER_BYTES, LENGTH_BYTES, Answered, Handed, serve_pipe
 from cobatch.server.fronts.leaving import LeavingConnection, is_infer
-from cobatch.server.fronts.relay import HAND_OVER_BYTES, LENGTH_BYTES, Answered, Handed, serve_pipe
 
 log = logging.getLogger("cobatch.fronts")
 

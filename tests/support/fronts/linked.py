@@ -18,9 +18,10 @@ from cobatch.engines.link import slab
 from cobatch.server.fronts.app import front_app
 from cobatch.server.fronts.control import PAGE_BYTES, LinkEnds
 from cobatch.server.fronts.front import Uplinks
+from cobatch.server.fronts.hand_over import HandOver
 from cobatch.server.fronts.home import Downlinks
 from cobatch.server.fronts.reception import HomeConnection, Reception
-from cobatch.server.fronts.relay import HandOver, front_protocol
+from cobatch.server.fronts.relay import front_protocol
 from cobatch.server.inference.service import Inference
 from cobatch.server.settings.schema import ModelSettings, Settings
 from tests.support.http import serving
