@@ -40,7 +40,7 @@ class ClosedLoopEstimator:
     """Estimates how soon, and how many of, a batch's clients come back. Times are of the batcher's clock."""
 
     def __init__(self) -> None:
-        self._ends: deque[tuple[float, int]] = deque(maxlen=2)  # when a batch ended, its requests
+        self._ends: deque[tuple[float, int]] = deque(maxlen=2)  # when a batch ended, its callers
         self._returns_s: deque[float] = deque(maxlen=tuning.RETURNS_SEEN)
         self._rows_per_answer = 0.0
         # The engine is idle this long for each run: packing, starting, noticing the end.
@@ -49,7 +49,7 @@ class ClosedLoopEstimator:
 
     def on_ended(self, now_s: float, batch: Batch) -> None:
         """Note that a batch is about to be answered."""
-        self._ends.append((now_s, len(batch.requests)))
+        self._ends.append((now_s, sum([one.callers or 1 for one in batch.requests])))
         free_s = max(batch.gathered_s, self._finished_s)
         self._finished_s = batch.finished_s
         idle_s = batch.started_s - free_s + now_s - batch.finished_s
@@ -60,11 +60,13 @@ class ClosedLoopEstimator:
         first_s = requests[0].enqueued_s
         for end_s, answered in reversed(self._ends):
             if end_s <= first_s:
-                back = requests[: min(answered, len(requests))]
+                # A bundle's callers come with it; of a cut request each part is counted as one.
+                callers = [one for one in requests for _ in range(one.callers or 1)]
+                back = callers[:answered]
                 last = back[max(0, int(len(back) * tuning.RETURNED) - 1)]
-                # More requests than were answered are not those clients.
-                self._returns_s.append(last.enqueued_s - end_s if len(requests) <= answered else inf)
-                self._rows_per_answer = sum([request.rows for request in back]) / answered
+                # More callers than were answered are not those clients.
+                self._returns_s.append(last.enqueued_s - end_s if len(callers) <= answered else inf)
+                self._rows_per_answer = sum([one.rows / (one.callers or 1) for one in back]) / answered
                 return
 
     def expected_returns(self, queued: int, full_rows: int, run_times: RunTimes) -> tuple[int, float] | None:

@@ -20,7 +20,7 @@ from benchmarks.common import wire
 from benchmarks.common.processes import ROOT, some_of
 from benchmarks.common.wrk import WrkError, require_wrk
 from benchmarks.peers import overload, page, turns
-from benchmarks.peers.catalogue import OURS, PEERS, Peer
+from benchmarks.peers.catalogue import KNOWN, OURS, PEERS, Peer
 from benchmarks.peers.environments import FOLDER, MissingError, python_of, versions_of
 from benchmarks.peers.results import Results
 from benchmarks.peers.servers import OUR_PYTHON, Running, started
@@ -57,7 +57,7 @@ class Bench:
         """Make the environments and read the versions."""
         for peer in self._options.peers:
             try:
-                python = OUR_PYTHON if peer is OURS else python_of(peer, self._options.environments)
+                python = OUR_PYTHON if peer.is_ours else python_of(peer, self._options.environments)
                 self.results.versions[peer.name] = versions_of(peer, python)
                 self._pythons[peer.name] = python
             except MissingError as error:
@@ -150,7 +150,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--only", type=some_of(_SECTIONS), default=_SECTIONS, help=f"some of {','.join(_SECTIONS)}"
     )
     names = tuple(peer.name for peer in PEERS)
-    parser.add_argument("--peers", type=some_of(names), default=names, help=f"some of {','.join(names)}")
+    known = ",".join(peer.name for peer in KNOWN)
+    text = f"some of {known} (default: all but the last)"
+    parser.add_argument("--peers", type=some_of(tuple(known.split(","))), default=names, help=text)
     parser.add_argument(
         "--connections", type=_numbers, help="with each model (default: 1,16,64,256; wide: not 1)"
     )
@@ -172,7 +174,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.results is None:
         whole = not options.quick and options.only == _SECTIONS and options.peers == names
         options.results = ROOT / "benchmarks" / "results" if whole else FOLDER / "results"
-    options.peers = [peer for peer in PEERS if peer.name in options.peers]
+    options.peers = [peer for peer in KNOWN if peer.name in options.peers]
     return options
 
 

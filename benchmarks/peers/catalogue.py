@@ -6,7 +6,7 @@ The versions are the latest on 24 Nov 2026.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
@@ -61,7 +61,7 @@ class Peer:
 
     `package` is the one whose version is reported; `python` is the interpreter that its packages need;
     `deadline` describes how a deadline is set in the overload case. `frozen`: it can be stopped (SIGSTOP)
-    while others are measured.
+    while others are measured. `flags` are those of `cobatch serve`.
     """
 
     name: str
@@ -74,6 +74,12 @@ class Peer:
     python: str | None = None
     frozen: bool = True
     start_s: float = 60.0
+    flags: tuple[str, ...] = ()
+
+    @property
+    def is_ours(self) -> bool:
+        """It is cobatch, with some number of processes."""
+        return self.package == "cobatch"
 
     @property
     def app(self) -> str:
@@ -158,3 +164,6 @@ OTHERS = (
     ),
 )
 PEERS = (OURS, *OTHERS)
+# Only if asked for: where HTTP is the limit, its processes take the cores that wrk needs here.
+OURS_3 = replace(OURS, name="cobatch-3", title="cobatch, 3 processes", flags=("--processes=3",), frozen=False)
+KNOWN = (*PEERS, OURS_3)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.common import wire
 from benchmarks.common.open_loop import Load, drive, poisson
-from benchmarks.peers.catalogue import OURS, Body, Peer
+from benchmarks.peers.catalogue import Body, Peer
 from benchmarks.peers.servers import Running, started
 from benchmarks.peers.turns import measured, warm_up
 
@@ -98,6 +98,6 @@ def shown(one: Overload) -> str:
 
 def _request(running: Running, body: Body, seed: int) -> bytes:
     message = body.make_request(running.model, wire.rows_of(running.model, 1, seed))
-    if running.peer is OURS:
+    if running.peer.is_ours:
         message = wire.with_deadline(message, DEADLINE_MS)
     return wire.raw_request(message, running.address, running.path(body))

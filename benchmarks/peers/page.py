@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks.peers.catalogue import PEERS
+from benchmarks.peers.catalogue import KNOWN
 from benchmarks.peers.plots import write_plots
 from benchmarks.peers.results import Results
 from benchmarks.peers.tables import TITLES, tables
@@ -80,7 +80,7 @@ def _when(results: Results) -> str:
 
 def _versions(results: Results) -> str:
     lines = ["| server | versions | deadline |", "| --- | --- | --- |"]
-    for peer in PEERS:
+    for peer in KNOWN:
         if peer.name in results.versions:
             versions = ", ".join(f"{name} {version}" for name, version in results.versions[peer.name].items())
             lines.append(f"| {peer.title} | {versions} | {peer.deadline} |")

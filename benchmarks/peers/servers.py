@@ -19,7 +19,7 @@ from benchmarks.common.models import model_path
 from benchmarks.common.offline import default_threads
 from benchmarks.common.processes import ROOT, free_ports, stop
 from benchmarks.common.procstat import descendants, memory_bytes
-from benchmarks.peers.catalogue import OURS, Body, Peer
+from benchmarks.peers.catalogue import Body, Peer
 from benchmarks.peers.environments import FOLDER, MissingError
 
 _APPS = Path(__file__).parent / "apps"
@@ -54,7 +54,7 @@ class Running:
 
     def counts(self) -> Counts:
         """Return the model's counts: from cobatch's statistics, or from the file of a server's app."""
-        if self.peer is OURS:
+        if self.peer.is_ours:
             stats = json.loads(wire.get(self.address, f"/v2/models/{self.model}/stats")[1])["model_stats"][0]
             return Counts(stats["execution_count"], stats["inference_count"])
         return Counts(*_COUNTS.unpack(self.counts_file.read_bytes()))
@@ -103,14 +103,14 @@ def started(
         "PEER_COUNTS": str(counts),
     }
     command = [str(python), peer.app]
-    if peer is OURS:
+    if peer.is_ours:
         command = [str(python), "-m", "cobatch", "serve", settings["PEER_MODEL"], f"--name={model}"]
-        command += [f"--port={port}", f"--max-batch-size={max_batch}"]
+        command += [f"--port={port}", f"--max-batch-size={max_batch}", *peer.flags]
         command += [f"--max-queue-rows={max_queue}"] if max_queue else []
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
-            cwd=ROOT if peer is OURS else _APPS,
+            cwd=ROOT if peer.is_ours else _APPS,
             env=_environment(python) | settings,
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import median
 
-from benchmarks.peers.catalogue import OURS, PEERS
+from benchmarks.peers.catalogue import KNOWN, OURS
 from benchmarks.peers.goals import goals
 from benchmarks.peers.results import Results, middle, pick, ratio
 from benchmarks.peers.turns import Turn
 
 _Ratio = tuple[float, float, float]
 _Choice = Callable[[list[_Ratio]], _Ratio]
-TITLES = {peer.name: peer.title for peer in PEERS}
+TITLES = {peer.name: peer.title for peer in KNOWN}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from statistics import fmean
 import pytest
 
 from cobatch.batcher.batcher import Batcher
-from cobatch.batcher.request import Batch
+from cobatch.batcher.request import Batch, Request
 from cobatch.batcher.scheduling.arrivals import ClosedLoopEstimator
 from cobatch.batcher.scheduling.policy import DEADLINE, DELAY, IDLE
 from cobatch.batcher.scheduling.run_times import RunTimeModel
@@ -119,22 +119,32 @@ def test_no_wait_if_it_does_not_pay(run_s: Callable[[int], float], back_s: float
     assert DELAY not in reasons
 
 
+def calls(*callers: int) -> list[Request]:
+    """Requests of one row for each caller: of several, bundles."""
+    requests: list[Request] = [Call([[1]] * count) for count in callers]
+    for request, count in zip(requests, callers, strict=True):
+        request.callers = count
+    return requests
+
+
+@pytest.mark.parametrize("back", [(1,) * 8, (3, 3, 2)], ids=["alone", "bundled"])
 @pytest.mark.parametrize(("unnoticed_s", "waits"), [(0.0, False), (0.002, True)])
 def test_an_engine_that_stands_idle_after_each_run_should_run_less_often(
-    unnoticed_s: float, waits: bool
+    unnoticed_s: float, waits: bool, back: tuple[int, ...]
 ) -> None:
     """Two runs of 8 ms, or one of 14 after a wait of 1.5 ms: it depends on what else a run costs."""
     latency = RunTimeModel(16, {8: 8000.0, 16: 14000.0})
     returns = ClosedLoopEstimator()
     for number in range(12):
         end_s = number * 0.010
-        batch = Batch([Call([[1]]) for _ in range(8)], 8, ((1,),), IDLE)
+        batch = Batch(calls(*([1] * 8 if len(back) == 8 else [7, 1])), 8, ((1,),), IDLE)
         batch.gathered_s = batch.started_s = end_s - 0.009
         batch.finished_s = end_s - unnoticed_s
         returns.on_ended(end_s, batch)
-        for request in batch.requests:
+        requests = calls(*back)
+        for request in requests:
             request.enqueued_s = end_s + 0.0015
-        returns.on_formed(batch.requests)
+        returns.on_formed(requests)
     company = returns.expected_returns(8, 16, latency)
     assert (company is not None) == waits
     if company is not None:
