@@ -85,12 +85,16 @@ def load_engine(
 ) -> Engine:
     """Create an engine for a model file, or `FILE.py:NAME`, not yet open. Raises EngineLoadError.
 
-    `kind` is a key of ENGINES, or "auto" to choose by the file's suffix.
+    `kind` is a key of ENGINES, or "auto" to choose by the file's suffix, and "python" for `...:NAME`.
     """
     path = os.fspath(path)
     suffix = Path(path).suffix
+    if suffix not in _BY_SUFFIX and kind == "auto" and ":" in Path(path).name:
+        kind = "python"
     if suffix not in _BY_SUFFIX and kind in {"auto", "tensorrt"}:
-        raise EngineLoadError(f"no engine for {path}: expected an .onnx, .plan or .engine file")
+        raise EngineLoadError(
+            f"no engine for {path}: expected an .onnx, .plan or .engine file, or FILE.py:NAME"
+        )
     if kind == "auto":
         kind = _BY_SUFFIX[suffix]
     make = ENGINES.get(kind)

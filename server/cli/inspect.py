@@ -16,7 +16,7 @@ from rich.text import Text
 
 from cobatch.engines.base import TensorSpec
 from cobatch.engines.errors import EngineError
-from cobatch.engines.loader import load_engine
+from cobatch.engines.loader import EngineOptions, load_engine
 from cobatch.server.console import end, option, stdout, switch
 from cobatch.server.settings.load import load_settings
 from cobatch.server.settings.schema import ModelSettings
@@ -24,7 +24,7 @@ from cobatch.server.settings.values import SettingsError
 
 
 def inspect(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model file.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model file, or FILE.py:NAME.")],
     engine: Annotated[str, option("auto|onnxruntime|tensorrt", "Engine that opens it.")] = "auto",
     as_json: Annotated[bool, switch("--json", "Print JSON instead of a table.")] = False,
 ) -> None:
@@ -47,7 +47,8 @@ def _describe(settings: ModelSettings) -> dict[str, Any]:
     `batch_size` is None if it is free. Shapes have the batch axis first, if there is one, and -1 where a size
     is not fixed.
     """
-    with closing(load_engine(settings.engine, settings.path, settings.max_batch_size)) as engine:
+    options = EngineOptions(folder=settings.python_path)
+    with closing(load_engine(settings.engine, settings.source, settings.max_batch_size, options)) as engine:
         engine.open()
         signature = engine.signature
 
@@ -56,8 +57,8 @@ def _describe(settings: ModelSettings) -> dict[str, Any]:
         return {"name": spec.name, "datatype": spec.datatype, "dtype": spec.dtype.name, "shape": shape}
 
     return {
-        "name": Path(settings.path).stem,
-        "path": settings.path,
+        "name": Path(settings.source).stem if settings.python is None else settings.python.rpartition(":")[2],
+        "path": settings.source,
         "platform": engine.platform,
         "batch_axis": 0 if signature.batching.on else None,
         "batch_size": signature.fixed_batch,

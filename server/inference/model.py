@@ -95,8 +95,7 @@ class Model(ServedModel):
         settings = self.settings
         first = self._signature
         options = engine_options(settings, place, None if first is None else first.batching)
-        kind = settings.engine if settings.python is None else "python"
-        engine = load_engine(kind, settings.python or settings.path, settings.max_batch_size, options)
+        engine = load_engine(settings.engine, settings.source, settings.max_batch_size, options)
         worker = Worker(engine, f"{self.name}{place.suffix}")
         if isinstance(engine, Endable):
             engine.on_end = partial(self._on_end, worker, asyncio.get_running_loop())

@@ -140,6 +140,11 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     # The last one: its tables are for a file only.
     pad: Annotated[tuple[PadSettings, ...], about("axes that may be padded, as `[[models.pad]]`")] = ()
 
+    @property
+    def source(self) -> str:
+        """Its file, or FILE.py:NAME or MODULE:NAME."""
+        return self.python or self.path
+
     def __post_init__(self) -> None:
         """Fill in what follows from other fields, so that no reader meets an unset one."""
         if not self.name:

@@ -16,6 +16,7 @@ from cobatch import __version__
 from cobatch.server.cli import app
 from cobatch.server.cli.inspect import shape_text
 from cobatch.server.settings.schema import MODEL_FIELDS, SERVER_FIELDS, ServerSettings, Settings, flag_name
+from tests.support.paths import ROOT
 
 
 @pytest.fixture
@@ -310,6 +311,16 @@ def test_inspect_shows_a_fixed_batch_and_free_axes(tmp_path: Path) -> None:
     assert "axis 0 of every tensor, fixed at 4 rows; fewer are padded" in text
     assert "[4, ?]" in text
     assert json.loads(cobatch("inspect", model, "--json").stdout)["batch_size"] == 4
+
+
+def test_inspect_shows_a_model_in_python() -> None:
+    result = cobatch("inspect", f"{ROOT}/examples/python_models/function.py:count_letters", "--json")
+    description = json.loads(result.stdout)
+    assert (description["name"], description["platform"]) == ("count_letters", "python")
+    assert description["inputs"] == [
+        {"name": "text", "datatype": "BYTES", "dtype": "object", "shape": [-1, 1]}
+    ]
+    assert description["batching"] == "on"
 
 
 def test_inspect_ignores_the_servers_variables(model: Path) -> None:
