@@ -96,6 +96,11 @@ def upper(
     return capitals
 
 
+def double(x: Annotated[Array, "FP32", [-1, -1]]) -> Annotated[Array, "FP32", [-1, -1]]:
+    """Return rows of the same length."""
+    return x * 2
+
+
 def widen(x: Annotated[Array, "FP32", [-1, -1]]) -> Annotated[Array, "FP32", [-1, -1]]:
     """Repeat each row 1,000 times."""
     return np.tile(x, (1, 1000))
