@@ -87,7 +87,7 @@ class RunTimeModel:
         self._excess_s = 0.0  # the mean over all sizes
         self._mean_s: list[float] = []
         for rows, run_us in sorted(seed_us.items()) or [(max_batch_size, 1000.0)]:
-            self._buckets[(rows - 1).bit_length()] = SizeRuns(rows, run_us / 1e6)
+            self._buckets[(rows - 1).bit_length()] = SizeRuns(rows, max(run_us / 1e6, tuning.LEAST_RUN_S))
         self._refresh()
         # The curve of the seeds alone, to tell by how much the machine has changed since the warm-up.
         self._seeds = (self._rows, self._expected_s)
@@ -101,7 +101,7 @@ class RunTimeModel:
         bucket = self._buckets.get(number)
         if bucket is None:
             bucket = self._buckets[number] = SizeRuns(rows)
-        bucket.runs.append((now_s, rows, run_s))
+        bucket.runs.append((now_s, rows, max(run_s, tuning.LEAST_RUN_S)))
         bucket.new += 1
         bucket.count += 1
         if bucket.count & (bucket.count - 1) and now_s < self._learned_s + tuning.LEARN_S:
@@ -134,20 +134,25 @@ class RunTimeModel:
     def _drift(self) -> float:
         """Return how many times longer than in the warm-up runs take now, over the sizes that have run."""
         ran = [one for one in self._buckets.values() if one.observed]
-        ratios = [len(one.runs) * one.expected_s / _interpolated(*self._seeds, one.rows) for one in ran]
-        return sum(ratios) / sum([len(one.runs) for one in ran])
+        # By the runs since the warm-up: a size of few runs is still near its seed.
+        weights = [min(one.count, tuning.RUNS_KEPT) for one in ran]
+        ratios = [one.median_s / _interpolated(*self._seeds, one.rows) for one in ran]
+        return sum([weight * ratio for weight, ratio in zip(weights, ratios, strict=True)]) / sum(weights)
 
     def _adapt_seeds(self, now_s: float) -> None:
         """Scale the times of sizes that have not run since the warm-up, which had the machine to itself: else
-        they would look better than sizes that are used. A size above the full one that has not run for long
-        returns to its seed: if it was slow while the machine was held up, it would never be tried again."""
+        they would look better than sizes that are used. A size of few runs that vary gets a time between
+        that and its own. A size above the full one that has not run for long returns to its seed: if it was
+        slow while the machine was held up, it would never be tried again."""
         drift = self._drift()
+        ran = [one for one in self._buckets.values() if one.observed]
+        spread = sum([len(one.runs) * one.spread for one in ran]) / sum([len(one.runs) for one in ran])
         for bucket in self._buckets.values():
             unused = bucket.observed and bucket.rows > self.full_rows
             if unused and bucket.runs[-1][0] < now_s - bucket.stale_s:
                 bucket.forget()
-            if not bucket.observed and bucket.seed_s is not None:
-                bucket.expected_s = bucket.planned_s = bucket.sure_s = bucket.seed_s * drift
+            if bucket.seed_s is not None:
+                bucket.predict(_interpolated(*self._seeds, bucket.rows) * drift, spread)
 
     def _refresh(self) -> None:
         """Recompute the curves through the buckets, and what follows from them."""

@@ -1,22 +1,31 @@
 """The last runs of one range of batch sizes, and the run times predicted from them.
 
-Their median is the expected time. The time to plan a deadline with is the one with the largest ratio of runs
-within it to its length: a longer one makes batches smaller, a shorter one makes more of them late. In the
-sure time nine of ten runs end.
+The expected time is their median; while they are few and vary, it lies between that and the warm-up's time,
+as the machine is now. The logarithm of a median of n runs has the variance pi/2 s^2/n, with s the standard
+deviation of theirs; that of the warm-up's has `SEED_DOUBT`^2. Each counts by its precision (shrinkage: Efron
+and Morris, JASA 1975): otherwise a size of three runs, of which two were slow by chance, would not be used
+again. The time to plan a deadline with is the one with the largest ratio of runs within it to its length: a
+longer one makes batches smaller, a shorter one makes more of them late. In the sure time nine of ten runs
+end.
 """
 
 from collections import deque
-from math import inf
+from math import inf, log, pi
 
 from cobatch.batcher.scheduling import tuning
+
+# Of a normal distribution: the distance of its quartiles in standard deviations, and the variance of the
+# median of n samples in that of a sample divided by n.
+QUARTILES = 1.349
+MEDIAN_VARIANCE = pi / 2
 
 
 class SizeRuns:
     """The runs of one range of sizes, seeded by the warm-up. `rows` is their mean size."""
 
     __slots__ = (
-        "count", "excess_s", "excess_s2", "expected_s", "known", "new", "observed", "planned_s", "rows",
-        "runs", "seed_rows", "seed_s", "stale_s", "sure_s",
+        "count", "excess_s", "excess_s2", "expected_s", "known", "median_s", "new", "observed", "planned_s",
+        "rows", "runs", "seed_rows", "seed_s", "spread", "stale_s", "sure_s",
     )  # fmt: skip
 
     def __init__(self, rows: int, seed_s: float | None = None) -> None:
@@ -30,7 +39,8 @@ class SizeRuns:
         self.seed_s = seed_s
         self.stale_s = tuning.STALE_S
         self.observed = False
-        self.expected_s = self.planned_s = self.sure_s = seed_s or 0.0
+        self.spread = 0.0
+        self.median_s = self.expected_s = self.planned_s = self.sure_s = seed_s or 0.0
         self.runs: deque[tuple[float, int, float]] = deque(maxlen=tuning.RUNS_KEPT)  # when, rows, seconds
         self._sow()
 
@@ -49,6 +59,21 @@ class SizeRuns:
             self.rows = float(self.seed_rows)
             self.runs.clear()
             self._sow()
+
+    def predict(self, foretold_s: float, spread: float) -> None:
+        """Move the predicted times towards `foretold_s`, the warm-up's time as the machine is now.
+
+        `spread`: the standard deviation of a run's logarithm. Without runs they are all `foretold_s`.
+        """
+        if not self.observed:
+            self.expected_s = self.planned_s = self.sure_s = foretold_s
+            return
+        noise = MEDIAN_VARIANCE * (spread / tuning.SEED_DOUBT) ** 2
+        foretold = noise / (noise + len(self.runs))
+        expected_s = self.median_s * (foretold_s / self.median_s) ** foretold
+        self.planned_s *= expected_s / self.expected_s
+        self.sure_s *= expected_s / self.expected_s
+        self.expected_s = expected_s
 
     def learn(self, now_s: float, more_row_s: float) -> list[float]:
         """Take in new runs; `more_row_s` is the cost of one more row at about this size.
@@ -70,11 +95,13 @@ class SizeRuns:
             times = self._times_s(more_row_s)
             earlier, last = [], sorted(times)
         ascending = sorted(earlier + last)
-        self.expected_s = expected_s = ascending[len(times) // 2]
+        count = len(ascending)
+        self.median_s = self.expected_s = expected_s = ascending[count // 2]
+        self.spread = log(ascending[3 * count // 4] / ascending[count // 4]) / QUARTILES
         self.planned_s = time_to_plan_s(ascending)
-        self.sure_s = max(self.planned_s, ascending[int((len(ascending) - 1) * tuning.SURE)])
-        end = max(0, len(times) - recent)
-        begin = max(end - self.new, len(times) - self.count, 0)
+        self.sure_s = max(self.planned_s, ascending[int((count - 1) * tuning.SURE)])
+        end = max(0, count - recent)
+        begin = max(end - self.new, count - self.count, 0)
         self.new = 0
         return [time_s - expected_s for time_s in times[begin:end]]
 

@@ -148,6 +148,12 @@ MEAN_RUNS = 500
 # A size's own excess counts like that of all sizes after this many runs. At 4: 2,017/s instead of 2,127 (the
 # same); at 200: 97.8 % instead of 99.7 (BUSY of test_goodput, 0.95 of the capacity).
 MEAN_PRIOR = 32
+# How far a size's time is from the warm-up's as the machine is now: the standard deviation of the ratio's
+# logarithm. Its own runs alone: 88 and 91 % of the goodput (cells 172 and 198 of
+# benchmarks.scheduling.robustness).
+SEED_DOUBT = 0.1
+# A run takes at least this long: clocks are not exact.
+LEAST_RUN_S = 1e-9
 # A size's measurements count less than the warm-up's after this long without a run; twice as long each time,
 # so that a bad size is tried less and less often. Without: test_run_times.
 STALE_S = 10.0

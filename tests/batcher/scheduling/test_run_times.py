@@ -68,6 +68,50 @@ def test_what_has_not_run_drifts_with_what_has() -> None:
     assert model.expected_s(8) == pytest.approx(0.084)
 
 
+AFFINE_US = {rows: 1000.0 * (8 + rows) for rows in (1, 2, 4, 8)}
+# The tail of runs that vary: the median is 1, a quarter takes half as long, a quarter twice as long.
+VARYING = [0.5, 1.0, 2.0, 1.0]
+
+
+def test_few_slow_runs_do_not_make_a_size_look_bad_where_runs_vary() -> None:
+    """Three of four runs of a size were slow, as by chance they are for one size in five."""
+    model = RunTimeModel(8, AFFINE_US)
+    now_s = 0.0
+    for factor in VARYING * 10:
+        now_s = learn(model, 4, 0.012 * factor, 1, now_s)
+    for factor in (2.0, 1.0, 2.0, 2.0):
+        now_s = learn(model, 8, 0.016 * factor, 1, now_s)
+    assert model.full_rows == model.overloaded_rows == 8
+    assert 0.016 < model.expected_s(8) < 0.020
+    assert model.expected_s(8) <= model.planned_s(8) <= model.sure_s(8)
+    assert model.expected_s(4) == pytest.approx(0.012, rel=0.05)
+
+
+def test_many_slow_runs_show_that_a_size_is_bad_where_runs_vary() -> None:
+    model = RunTimeModel(8, AFFINE_US)
+    now_s = 0.0
+    for factor in VARYING * 30:
+        now_s = learn(model, 4, 0.012 * factor, 1, now_s + LEARN_S)
+        now_s = learn(model, 8, 0.048 * factor, 1, now_s - LEARN_S)
+    assert model.full_rows == 4
+    assert model.expected_s(8) == pytest.approx(0.048, rel=0.3)
+
+
+def test_steady_runs_are_believed_whatever_the_warm_up_says() -> None:
+    model = RunTimeModel(8, AFFINE_US)
+    now_s = learn(model, 4, 0.012, 10)
+    learn(model, 8, 0.048, 8, now_s)
+    assert model.expected_s(8) == pytest.approx(0.048)
+    assert model.full_rows == 4
+
+
+def test_runs_without_a_time_are_counted() -> None:
+    """The clock may see no time between the start and the end of a run."""
+    model = RunTimeModel(8, AFFINE_US)
+    learn(model, 4, 0.0, 10)
+    assert 0 <= model.expected_s(4) < 1e-6
+
+
 # Learning
 
 
