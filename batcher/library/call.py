@@ -2,41 +2,92 @@
 
 from __future__ import annotations
 
-import asyncio
+from asyncio import InvalidStateError
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
 from cobatch.batcher.batcher import Batcher
+from cobatch.batcher.bundle import Bundle
 from cobatch.batcher.request import Batch, Request, Timer
 from cobatch.batcher.scheduling.policy import REASONS
 
 R = TypeVar("R")
 
 
+# A call: the item, the future of its result, and once it is queued its request. A list, because every call
+# makes one.
+Entry = list[Any]
+
+
 class Call(Request):
     """A request of one row, an object that is not copied. `timer` ends it at its timeout, also if it runs."""
 
-    __slots__ = ("batcher", "future", "item", "timer")
+    __slots__ = ("batcher", "entries", "timer")
 
-    def __init__(self, item: Any, future: asyncio.Future[Any], batcher: Batcher) -> None:
+    def __init__(self, entry: Entry, batcher: Batcher) -> None:
         Request.__init__(self, 1, (), ())
+        self.entries: Sequence[Entry] = (entry,)
         self.batcher = batcher
-        self.item = item
-        self.future = future
         self.timer: Timer | None = None
 
+    def items(self) -> list[Any]:
+        """Return the item."""
+        return [self.entries[0][0]]
+
     def done(self) -> None:
-        future = self.future
-        if future.done():
-            return  # its task is cancelled, and about to say so
-        if self.error is not None:
-            future.set_exception(self.error)
-            return
-        assert self.batch is not None
-        results = self.batch.outputs[0]
-        result = results[self.first_row]
-        # An array that the function returned may be in use by it again, and is as large as the batch.
-        future.set_result(result if results.dtype.hasobject else result.copy())
+        entries, self.entries = self.entries, ()  # they refer to each other
+        finish(self, entries)
+
+
+class Gathered(Bundle):
+    """The plain calls of one iteration of the event loop, as one request: to queue each would cost as much as
+    all the rest. `left`: those that were cancelled since."""
+
+    __slots__ = ("batcher", "entries", "left")
+
+    def __init__(self, entries: list[Entry], batcher: Batcher) -> None:
+        Request.__init__(self, len(entries), (), ())
+        self.callers = len(entries)
+        self.entries: Sequence[Entry] = entries
+        self.batcher = batcher
+        self.left = 0
+
+    def separate(self) -> list[Request]:
+        calls: list[Request] = []
+        entries, self.entries = self.entries, ()
+        for entry in entries:
+            if not entry[1].done():
+                call = entry[2] = Call(entry, self.batcher)
+                calls.append(call)
+        return calls
+
+    def items(self) -> list[Any]:
+        """Return the items, with those of cancelled calls."""
+        return [entry[0] for entry in self.entries]
+
+    def done(self) -> None:
+        entries, self.entries = self.entries, ()  # they refer to each other
+        finish(self, entries)
+
+
+def finish(request: Request, entries: Sequence[Entry]) -> None:
+    """Give each caller of a request its result or the error. One that is cancelled is about to say so."""
+    error = request.error
+    if error is not None:
+        for entry in entries:
+            if not entry[1].done():
+                entry[1].set_exception(error)
+        return
+    assert request.batch is not None
+    results = request.batch.outputs[0][request.first_row : request.first_row + request.rows]
+    # An array that the function returned may be in use by it again, and is as large as the batch.
+    values = results.tolist() if results.dtype.hasobject else [row.copy() for row in results]
+    for entry, value in zip(entries, values, strict=True):
+        try:
+            entry[1].set_result(value)
+        except InvalidStateError:
+            continue  # cancelled
 
 
 @dataclass(frozen=True)

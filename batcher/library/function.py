@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from asyncio import CancelledError, get_running_loop
+from asyncio import CancelledError, Future, get_running_loop
 from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic
 from typing import Any, Generic, Literal, Protocol, TypeVar, overload
@@ -13,8 +13,8 @@ from typing import Any, Generic, Literal, Protocol, TypeVar, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cobatch.batcher.library.call import Call, Explanation, explained
-from cobatch.batcher.library.runner import Core, Plan
+from cobatch.batcher.library.call import Call, Entry, Explanation, explained
+from cobatch.batcher.library.runner import Core, Plan, Runner
 from cobatch.batcher.library.statistics import Ledger, Statistics
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.python.pickled import refer_to
@@ -54,17 +54,47 @@ class Batched(Generic[T, R]):
         account of the caller on whose behalf it runs; tenants get fair shares. Raises QueueFull if there is
         no room.
         """
-        call = self._submit(item, timeout, priority, tenant)
+        core = self._core
+        loop = get_running_loop()
+        runner = core.last()
+        if runner is None or runner.loop is not loop:
+            runner = core.runner()
+        if timeout is not None or tenant is not None or priority or core.always_alone:
+            return await self._alone(runner, item, timeout, priority, tenant)
+        entry: Entry = [item, Future(loop=loop), None]
+        if not runner.pending:
+            loop.call_soon(runner.flush)
+        runner.pending.append(entry)
         try:
-            result: R = await call.future
+            result: R = await entry[1]
             return result
         except CancelledError:
-            call.batcher.cancel(call)
+            runner.leave(entry)
+            raise
+        finally:
+            del entry  # an exception refers to this frame, and it to the exception
+
+    async def _alone(
+        self,
+        runner: Runner,
+        item: T,
+        timeout: float | None,  # noqa: ASYNC109 - the deadline is the scheduler's, too
+        priority: int,
+        tenant: str | Tenant | None,
+    ) -> R:
+        """Queue a call as a request of its own."""
+        entry: Entry = [item, Future(loop=runner.loop), None]
+        call = self._submit(runner, entry, timeout, priority, tenant)
+        try:
+            result: R = await entry[1]
+            return result
+        except CancelledError:
+            runner.leave(entry)
             raise
         finally:
             if call.timer is not None:
                 call.timer.cancel()
-            del call  # an exception refers to this frame, and it to the exception
+            del entry, call
 
     async def explain(
         self,
@@ -76,13 +106,14 @@ class Batched(Generic[T, R]):
         tenant: str | Tenant | None = None,
     ) -> Explanation[R]:
         """Call the function, and return its result or exception with where the time of the call went."""
+        runner = self._core.runner()
+        entry: Entry = [item, Future(loop=runner.loop), None]
         call, value, failure = None, None, None
         try:
-            call = self._submit(item, timeout, priority, tenant)
-            value = await call.future
+            call = self._submit(runner, entry, timeout, priority, tenant)
+            value = await entry[1]
         except CancelledError:
-            if call is not None:
-                call.batcher.cancel(call)
+            runner.leave(entry)
             raise
         except Exception as error:  # noqa: BLE001 - it is a part of the explanation
             failure = error
@@ -92,24 +123,26 @@ class Batched(Generic[T, R]):
         try:
             return explained(value, failure, call, monotonic())
         finally:
-            del call, failure
+            del entry, call, failure
 
     def statistics(self) -> Statistics:
         """Return the counts of all calls, on all event loops. Any thread may ask."""
         return self._ledger.statistics()
 
-    def _submit(self, item: Any, timeout: float | None, priority: int, tenant: str | Tenant | None) -> Call:
-        core = self._core
-        loop = get_running_loop()
-        runner = core.last()
-        if runner is None or runner.loop is not loop:
-            runner = core.runner()
-        call = Call(item, loop.create_future(), runner.batcher)
-        plan = core.plan
+    def _submit(
+        self,
+        runner: Runner,
+        entry: Entry,
+        timeout: float | None,
+        priority: int,
+        tenant: str | Tenant | None,
+    ) -> Call:
+        plan = self._core.plan
+        call = entry[2] = Call(entry, runner.batcher)
         if plan.stack:
-            call.item = item = np.asarray(item)
+            entry[0] = array = np.asarray(entry[0])
             # Arrays of another dtype share no batch either: it would be converted to that of the others.
-            call.row_shapes = item.shape, tuple(item.dtype.str.encode())
+            call.row_shapes = array.shape, tuple(array.dtype.str.encode())
         if priority:
             if priority < 0:
                 raise ValueError(f"the priority is {priority}, 1 is the highest, 0 the default")
@@ -118,11 +151,10 @@ class Batched(Generic[T, R]):
             call.tenant = runner.tenant(tenant) if isinstance(tenant, str) else tenant
         if timeout is None:
             timeout = plan.timeout
+        call.timeout_s = timeout
+        runner.batcher.submit(call)
         if timeout is not None:
-            call.timeout_s = timeout
-        runner.submit(call)
-        if timeout is not None:
-            call.timer = loop.call_later(timeout, call.batcher.end_late, call)
+            call.timer = runner.loop.call_later(timeout, runner.batcher.end_late, call)
         return call
 
     def __repr__(self) -> str:

@@ -18,8 +18,10 @@ from typing import Any
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.errors import BatcherError
 from cobatch.batcher.lane import BatchWorker
+from cobatch.batcher.library.call import Call, Entry, Gathered
 from cobatch.batcher.library.statistics import Ledger
 from cobatch.batcher.library.workers import TaskWorker, ThreadWorker
+from cobatch.batcher.request import State
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.function import FunctionEngine
 from cobatch.engines.python.pickled import PickledEngine, Reference
@@ -72,7 +74,8 @@ class Runner:
         )
         for worker in self._workers:
             self._start(worker)
-        self.submit = self.batcher.submit
+        self.pending: list[Entry] = []  # plain calls of this iteration of the loop
+        self._left_early = False  # one of them was cancelled
         self.closed = False
         self._tenants: dict[str, Tenant] = {}
         self._most_tenants = _TENANTS_KEPT
@@ -110,6 +113,49 @@ class Runner:
             self.batcher.use(worker)
         self._start(worker)
 
+    def flush(self) -> None:
+        """Queue the pending calls, in requests that fill batches."""
+        entries, self.pending = self.pending, []
+        if self._left_early:
+            self._left_early = False
+            entries = [entry for entry in entries if not entry[1].done()]
+        queue, at = self.batcher.queue, 0
+        while at < len(entries):
+            end = at + queue.full_rows - queue.rows % queue.full_rows
+            self._enter(entries[at:end])
+            at = end
+
+    def _enter(self, entries: list[Entry]) -> None:
+        batcher = self.batcher
+        if len(entries) > 1:
+            gathered = Gathered(entries, batcher)
+            for entry in entries:
+                entry[2] = gathered
+            gathered.enter(batcher.submit)
+            return
+        call = entries[0][2] = Call(entries[0], batcher)
+        try:
+            batcher.submit(call)
+        except BatcherError as error:
+            call.error = error
+            call.done()
+
+    def leave(self, entry: Entry) -> None:
+        """Drop a call whose caller was cancelled."""
+        request, batcher = entry[2], self.batcher
+        if isinstance(request, Call):
+            batcher.cancel(request)
+            entry[2] = None  # they refer to each other
+            return
+        batcher.counters.cancelled += 1
+        if request is None:
+            self._left_early = True
+        else:
+            request.left += 1
+            if request.left == request.rows and request.state is State.QUEUED:
+                batcher.counters.cancelled -= request.callers  # they are counted together
+                batcher.cancel(request)
+
     def tenant(self, name: str) -> Tenant:
         """Return the account of the tenant of this name."""
         tenant = self._tenants.get(name)
@@ -130,6 +176,7 @@ class Runner:
         """Fail the calls that are left, and end the workers."""
         self.closed = True
         idle = self.batcher.lanes and not self.batcher.running_batches
+        self.flush()
         await self.batcher.drain(0.0)
         self.stop()
         if idle:
@@ -138,10 +185,14 @@ class Runner:
 
 
 class Core:
-    """A function, or the method of one object, on any number of event loops. `last`: its newest runner."""
+    """A function, or the method of one object, on any number of event loops.
+
+    `last`: its newest runner. `always_alone`: each call is a request of its own.
+    """
 
     def __init__(self, plan: Plan, function: Callable[[Any], Any], *ledgers: Ledger) -> None:
         self.plan = plan
+        self.always_alone = plan.stack or plan.timeout is not None
         self.last: Callable[[], Runner | None] = lambda: None
         self._function = function
         self._ledgers = ledgers

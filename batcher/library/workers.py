@@ -14,33 +14,64 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
+
+from cobatch.batcher.library.call import Gathered
 from cobatch.batcher.request import Batch
+from cobatch.engines.base import Array
 from cobatch.engines.errors import EngineError
 from cobatch.engines.function import FunctionEngine, FunctionWorker, as_caller_error
 from cobatch.engines.worker import Deliver, Job, Outcome
 
 
-def _items(job: Job) -> list[Any]:
-    batch = job.context
-    assert isinstance(batch, Batch)
-    return [request.item for request in batch.requests]  # type: ignore[attr-defined]  # each is a Call
+class _Worker:
+    """What both have in common: the items of calls that were cancelled are not run."""
+
+    def __init__(self, engine: FunctionEngine) -> None:
+        self.engine = engine
+        self.deliver: Deliver | None = None
+        self.warmup_us: dict[int, float] = {}
+        self._places: dict[int, Array] = {}  # of the results of a slot's batch of which some are missing
+
+    def _fill(self, job: Job) -> bool:
+        """Give the engine the items of a batch; return False if none is left, and the batch has ended."""
+        batch = job.context
+        assert isinstance(batch, Batch)
+        requests: list[Any] = batch.requests  # each is a Call or Gathered
+        items = [item for request in requests for item in request.items()]
+        if any(isinstance(request, Gathered) and request.left for request in requests):
+            live = [not future.done() for request in requests for _, future, _ in request.entries]
+            items = [item for item, is_live in zip(items, live, strict=True) if is_live]
+            job.rows = len(items)
+            self._places[job.slot] = np.maximum(np.cumsum(live) - 1, 0)  # any result will do for the others
+        self.engine.fill(job.slot, items)
+        if not items:
+            now_s = time.monotonic()
+            self.hand_over(job, Outcome((np.empty(1, object),), None, now_s, now_s))
+        return bool(items)
+
+    def hand_over(self, job: Job, outcome: Outcome) -> None:
+        """Deliver an outcome, with a result for each row."""
+        places = self._places.pop(job.slot, None)
+        if places is not None and outcome.outputs is not None:
+            outcome.outputs = (outcome.outputs[0][places],)
+        if self.deliver is not None:
+            self.deliver(job, outcome)
 
 
-class ThreadWorker:
+class ThreadWorker(_Worker):
     """Runs a function in a thread of its own. `name` is the function's; `ready` is called by the thread, once
     the engine is open."""
 
     def __init__(self, engine: FunctionEngine, name: str) -> None:
-        self.engine = engine
-        self.deliver: Deliver | None = None
-        self.warmup_us: dict[int, float] = {}
+        super().__init__(engine)
         self.ready: Callable[[], object] = lambda: None
         this = weakref.ref(self)
 
         def deliver(job: Job, outcome: Outcome) -> None:
             worker = this()
-            if worker is not None and worker.deliver is not None:
-                worker.deliver(job, outcome)
+            if worker is not None:
+                worker.hand_over(job, outcome)
 
         def on_open(_: EngineError | None) -> None:  # a FunctionEngine has none
             worker = this()
@@ -58,15 +89,15 @@ class ThreadWorker:
 
     def submit(self, job: Job) -> None:
         """Run a batch."""
-        self.engine.fill(job.slot, _items(job))
-        self._worker.submit(job)
+        if self._fill(job):
+            self._worker.submit(job)
 
     def join(self, timeout_s: float) -> None:
         """Wait for the thread's end, after `stop`."""
         self._worker.join(timeout_s)
 
 
-class TaskWorker:
+class TaskWorker(_Worker):
     """Runs a coroutine function on the event loop, one batch at a time."""
 
     def __init__(
@@ -77,9 +108,7 @@ class TaskWorker:
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         engine.slots = 1
-        self.engine = engine
-        self.deliver: Deliver | None = None
-        self.warmup_us: dict[int, float] = {}
+        super().__init__(engine)
         self._name = name
         self._function = function
         self._loop = loop
@@ -90,8 +119,8 @@ class TaskWorker:
 
     def submit(self, job: Job) -> None:
         """Run a batch, in no caller's context."""
-        self.engine.fill(job.slot, _items(job))
-        self._task = self._loop.create_task(self._run(job), context=contextvars.Context())
+        if self._fill(job):
+            self._task = self._loop.create_task(self._run(job), context=contextvars.Context())
 
     async def _run(self, job: Job) -> None:
         outputs, error = None, None
@@ -104,8 +133,7 @@ class TaskWorker:
             if isinstance(raised, asyncio.CancelledError | SystemExit | KeyboardInterrupt):
                 raise
         finally:
-            assert self.deliver is not None
-            self.deliver(job, Outcome(outputs, error, started_s, time.monotonic()))
+            self.hand_over(job, Outcome(outputs, error, started_s, time.monotonic()))
             error = None  # its traceback refers to this frame, a cycle
 
     def stop(self) -> None:

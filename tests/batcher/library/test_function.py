@@ -68,7 +68,7 @@ async def test_an_item_that_fails_fails_alone_with_its_own_exception(bad: tuple[
         assert result == n * 2 if n not in bad else result is raised[n]
     text = "".join(traceback.format_exception(raised[bad[0]]))
     assert "raise raised[item]" in text  # of the function
-    assert "await call.future" in text  # of the caller
+    assert "await entry[1]" in text  # of the caller
     statistics = double.statistics()
     assert (statistics.accepted, statistics.failed) == (8, len(bad))
 
@@ -439,3 +439,67 @@ async def test_the_function_itself_is_at_hand() -> None:
     assert made.__wrapped__ is double  # type: ignore[attr-defined]
     assert (made.__doc__, made.__name__) == ("Double it.", "double")  # type: ignore[attr-defined]
     assert "double" in repr(made)
+
+
+async def test_calls_of_several_iterations_fill_whole_batches() -> None:
+    function = Gated(is_open=False)
+    double = batched(max_batch_size=4)(function)
+    first = await blocked(function, double, 0)
+    calls = [asyncio.ensure_future(double(n)) for n in range(1, 4)]
+    await queued(double.statistics, 3)
+    calls += [asyncio.ensure_future(double(n)) for n in range(4, 10)]
+    await until(lambda: double.statistics().accepted == 10)
+    function.gate.set()
+    assert await asyncio.gather(first, *calls) == [n * 2 for n in range(10)]
+    assert function.batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8], [9]]
+
+
+async def test_a_call_that_is_cancelled_before_it_is_queued_is_not_run() -> None:
+    function = Gated()
+    double = batched(max_batch_size=8)(function)
+    calls = [asyncio.ensure_future(double(n)) for n in range(3)]
+    await asyncio.sleep(0)  # they have begun
+    calls[1].cancel()
+    assert [await calls[0], await calls[2]] == [0, 4]
+    assert calls[1].cancelled()
+    assert function.batches == [[0, 2]]
+
+
+@pytest.mark.parametrize("leaving", [[0], [1, 2], [0, 1, 3]])
+async def test_the_others_of_cancelled_calls_get_their_own_rows_of_an_array(leaving: list[int]) -> None:
+    gate = Gated(is_open=False)
+
+    def function(items: list[int]) -> NDArray[Any]:
+        return np.array([[result, 1] for result in gate(items)])
+
+    double = batched(max_batch_size=8)(function)
+    first = await blocked(gate, double, 9)
+    calls = [asyncio.ensure_future(double(n)) for n in range(4)]
+    await queued(double.statistics, 4)
+    for n in leaving:
+        calls[n].cancel()
+    await asyncio.wait([calls[n] for n in leaving])
+    gate.gate.set()
+    assert (await first).tolist() == [18, 1]
+    for n in set(range(4)) - set(leaving):
+        assert (await calls[n]).tolist() == [n * 2, 1]
+    assert gate.batches[1] == [n for n in range(4) if n not in leaving]
+    assert double.statistics().cancelled == len(leaving)
+
+
+async def test_calls_that_all_leave_make_room_in_the_queue() -> None:
+    function = Gated(is_open=False)
+    double = batched(max_batch_size=8, max_queue=3)(function)
+    first = await blocked(function, double, 0)
+    calls = [asyncio.ensure_future(double(n)) for n in range(1, 4)]
+    await queued(double.statistics, 3)
+    for call in calls:
+        call.cancel()
+    await asyncio.wait(calls)
+    statistics = double.statistics()
+    assert (statistics.queued, statistics.cancelled) == (0, 3)
+    last = asyncio.ensure_future(double(4))
+    await queued(double.statistics, 1)
+    function.gate.set()
+    assert [await first, await last] == [0, 8]
+    assert function.batches == [[0], [4]]
