@@ -274,7 +274,8 @@ def _run(
             outputs = session.run_with_ort_values(None, made, options)  # takes 200 µs more
             _check_strings(signature, outputs)
             return [output.numpy() for output in outputs]
-        return [np.asarray(output) for output in session.run(None, feed, options)]
+        # Copies: ONNX Runtime never gives memory back that outputs had while a client took its answer.
+        return [np.array(output) for output in session.run(None, feed, options)]
     except UnicodeDecodeError as error:
         raise EngineRunError(f"ONNX Runtime cannot return strings that are not UTF-8: {error}") from error
 

@@ -254,6 +254,7 @@ def test_outputs_of_variable_shape_last(tmp_path: Path, width: int | str, last: 
         outputs += engine.wait(0)
     assert outputs[1].tolist() == [[-2] * 3] * 2
     assert (outputs[0].tolist() == [[-1] * 3] * 2) == last
+    assert (outputs[0].base is None) == last, "it is not ONNX Runtime's memory either"
 
 
 def test_rows_of_changing_width(tmp_path: Path) -> None:
