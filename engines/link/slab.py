@@ -14,7 +14,7 @@ import fcntl
 import mmap
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cobatch.engines.errors import LinkError
@@ -23,6 +23,7 @@ from cobatch.engines.link.messages import INLINE_BYTES, Payload
 BLOCK_BYTES = 2 * INLINE_BYTES
 # A larger block gives its pages back when it is freed; so does the slab, if no other is in use and more of it
 # was written. To fault pages in again costs as much as the copy.
+PIECE_BYTES = 1 << 19
 KEPT_BYTES = 16 << 20
 
 # It is written and read at once.
@@ -117,14 +118,33 @@ class SlabWriter:
         There never is one for more than `size` bytes.
         """
         sizes = [len(buffer) if type(buffer) is bytes else memoryview(buffer).nbytes for buffer in buffers]
-        offset = self.arena.allocate(sum(sizes))
+        offset = self.reserve(sum(sizes))
         if offset is not None:
             start = offset
             for buffer, size in zip(buffers, sizes, strict=True):
                 self._map[start : start + size] = buffer
                 start += size
-            self._written = max(self._written, start)
         return offset
+
+    def reserve(self, size: int) -> int | None:
+        """Return the offset of a new block, for `fill`, or None if there is none."""
+        offset = self.arena.allocate(size)
+        if offset is not None:
+            self._written = max(self._written, offset + size)
+        return offset
+
+    def fill(self, offset: int, buffers: Sequence[Buffer], release: Callable[[], None]) -> None:
+        """Copy the buffers into a block in pieces of less than a millisecond, and call `release` after each.
+
+        May run in another thread, until which the block must not be freed.
+        """
+        for buffer in buffers:
+            view = memoryview(buffer).cast("B")
+            for at in range(0, len(view), PIECE_BYTES):
+                piece = view[at : at + PIECE_BYTES]
+                self._map[offset : offset + len(piece)] = piece
+                offset += len(piece)
+                release()
 
     def place(self, buffers: Sequence[Buffer], size: int) -> Payload | None:
         """Copy the buffers, `size` bytes together, into bytes for the message or into a block (its offset).

@@ -40,12 +40,19 @@ from cobatch.engines.link.slab import SlabReader, SlabWriter
 from cobatch.server.auth.tenants import Tenants
 from cobatch.server.fronts.answers import AnswerGroup, SharedRows, info_of
 from cobatch.server.fronts.endpoint import Endpoint
-from cobatch.server.fronts.rows import MANY_STRINGS, Buffer, InputReader, output_bytes, output_pieces
+from cobatch.server.fronts.rows import (
+    LONG_BYTES,
+    MANY_STRINGS,
+    Buffer,
+    InputReader,
+    output_bytes,
+    output_pieces,
+)
 from cobatch.server.http.problem import from_error
 from cobatch.server.http.request_id import PROCESS
 from cobatch.server.inference.model import Model
 from cobatch.server.v2.encode import encode_later, is_long
-from cobatch.server.v2.pieces import in_pieces
+from cobatch.server.v2.pieces import in_pieces, release
 
 log = logging.getLogger("cobatch.fronts")
 
@@ -138,7 +145,7 @@ class Downlink(Endpoint[ToFront, FromFront]):
         self._on_ended = on_ended
         self._groups: list[AnswerGroup] = []  # of this iteration
         self._outbox: list[ToFront] = []
-        self._waiting: deque[tuple[Answers, bytes]] = deque()  # for a block
+        self._waiting: deque[tuple[Answers, list[Buffer], int]] = deque()  # for a block
         self.send(Welcome(PROCESS, len(models)))
         for index, model in enumerate(models):
             if model.batcher is not None or model.load_error is not None:
@@ -196,7 +203,7 @@ class Downlink(Endpoint[ToFront, FromFront]):
             raise LinkError(f"a request for model {submit.model}, which is not loaded")
         if submit.id % BUNDLE_IDS or submit.id in self.open:
             raise LinkError(f"a request with the id {submit.id}")
-        self._last = submit.id
+        self._last = max(self._last, submit.id)  # long ones come later
         payload = self._slab_in.read(submit.payload, sum(submit.sizes))
         if reader.is_long(submit):
             request = self.open[submit.id] = LinkedRequest(self, submit.model, submit, ((), ()))
@@ -283,12 +290,14 @@ class Downlink(Endpoint[ToFront, FromFront]):
         shared = batch.memo.get(_SHARED)
         if shared is None:
             shared = batch.memo[_SHARED] = SharedRows(batch)
-        strings = shared.strings * request.rows
-        if strings > MANY_STRINGS or (strings and is_long(request, range(shared.outputs))):
-            self._answer_later(request, shared)
-            return
         first, rows = request.first_row, request.rows
-        if shared.row_size * rows > INLINE_BYTES:
+        strings, size = shared.strings * rows, shared.row_size * rows
+        many = size > LONG_BYTES or strings > MANY_STRINGS
+        if many or (strings and is_long(request, range(shared.outputs))):
+            post = partial(self._on_written, request, shared)
+            encode_later(request, range(shared.outputs), _written, post)
+            return
+        if size > INLINE_BYTES:
             group = AnswerGroup(shared, request.model)
             group.add(
                 request.id, first, [output_bytes(output[first : first + rows]) for output in batch.outputs]
@@ -305,14 +314,10 @@ class Downlink(Endpoint[ToFront, FromFront]):
         else:
             self.flush_soon()
 
-    def _answer_later(self, request: LinkedRequest, shared: SharedRows) -> None:
-        """Write many or long strings in the thread."""
-
-        encode_later(request, range(shared.outputs), _written, partial(self._on_written, request, shared))
-
     def _on_written(
         self, request: LinkedRequest, shared: SharedRows, written: list[Sequence[Buffer]] | Exception
     ) -> None:
+        """Send a long answer, of which `written` is a copy."""
         if isinstance(written, Exception):
             self.fail(request, written)
             return
@@ -326,7 +331,7 @@ class Downlink(Endpoint[ToFront, FromFront]):
         buffers = [piece for column in group.columns for piece in column]
         # Answers that wait have the next blocks: a large one would else be overtaken for ever.
         waits = self._waiting and size > INLINE_BYTES
-        payload = None if waits else self._slab_out.place(buffers, size)
+        payload = None if waits else self._block_for(buffers, size)
         shared = group.shared
         answers = Answers(
             group.model,
@@ -338,9 +343,9 @@ class Downlink(Endpoint[ToFront, FromFront]):
             0 if payload is None else payload,
         )
         if payload is not None:
-            self.post(answers)
+            self._post_rows(answers, buffers, size)
         elif size <= self._slab_out.size:
-            self._waiting.append((answers, b"".join(buffers)))
+            self._waiting.append((answers, buffers if size > LONG_BYTES else [b"".join(buffers)], size))
         else:
             members = {"body_bytes": size, "limit_bytes": self._slab_out.size}
             detail = f"the outputs have {size} bytes, the limit is {self._slab_out.size}"
@@ -350,12 +355,32 @@ class Downlink(Endpoint[ToFront, FromFront]):
     def _post_waiting(self) -> None:
         """Send answers for which there is a block now."""
         while self._waiting:
-            answers, data = self._waiting[0]
-            payload = self._slab_out.place([data], len(data))
+            answers, buffers, size = self._waiting[0]
+            payload = self._block_for(buffers, size)
             if payload is None:
                 return
             self._waiting.popleft()
-            self.post(msgspec.structs.replace(answers, payload=payload))
+            self._post_rows(msgspec.structs.replace(answers, payload=payload), buffers, size)
+
+    def _block_for(self, buffers: list[Buffer], size: int) -> bytes | int | None:
+        """Return the place of an answer's rows, which are there already unless they are long."""
+        slab = self._slab_out
+        return slab.reserve(size) if size > LONG_BYTES else slab.place(buffers, size)
+
+    def _post_rows(self, answers: Answers, buffers: list[Buffer], size: int) -> None:
+        """Send an answer, a long one once it is in its block: its buffers are copies of outputs."""
+        if size <= LONG_BYTES:
+            self.post(answers)
+            return
+        filling = in_pieces(self._slab_out.fill, answers.payload, buffers, release)  # type: ignore[arg-type]  # an offset
+        filling.add_done_callback(partial(self._on_filled, answers))
+
+    def _on_filled(self, answers: Answers, filling: asyncio.Future[None]) -> None:
+        error = filling.exception()
+        if error is None:
+            self.post(answers)
+        else:
+            self.end(f"an answer could not be copied: {error!r}")
 
     def fail(self, request: LinkedRequest, error: Exception) -> None:
         """Send a request's problem; unexpected errors are logged."""

@@ -14,14 +14,18 @@ from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec
 from cobatch.engines.elements import read_elements
 from cobatch.engines.errors import LinkError
 from cobatch.engines.link.messages import Answers, Submit
+from cobatch.engines.link.slab import PIECE_BYTES
 from cobatch.server.http.problem import Problem
 from cobatch.server.v2.binary import read_binary
 from cobatch.server.v2.checks import OutputSizes, check_tensor
 from cobatch.server.v2.encode import bytes_tensor
+from cobatch.server.v2.pieces import release
 
 Buffer = bytes | bytearray | memoryview
 
 
+# More than this is copied in the thread that decodes and encodes.
+LONG_BYTES = 1 << 20
 # More of them take longer than a millisecond to write, and longer ones to read: a thread does.
 MANY_STRINGS = 1 << 12
 _LONG_STRINGS_BYTES = 1 << 14
@@ -118,14 +122,19 @@ def output_pieces(output: Array) -> Sequence[Buffer]:
 
 
 def is_long(dtypes: Sequence[np.dtype[Any]], answers: Answers) -> bool:
-    """Return whether an answer has many strings, or long ones."""
-    return sum(answers.sizes) > _LONG_STRINGS_BYTES and any(dtype.hasobject for dtype in dtypes)
+    """Return whether the outputs of an answer are read in the thread: then they are copies."""
+    size = sum(answers.sizes)
+    return size > LONG_BYTES or (size > _LONG_STRINGS_BYTES and any(dtype.hasobject for dtype in dtypes))
 
 
 def read_outputs(
     dtypes: Sequence[np.dtype[Any]], answers: Answers, rows: int, payload: Buffer
 ) -> list[Array]:
-    """Return the outputs of an answer, of `rows` rows together: views of the payload, or lists of bytes."""
+    """Return the outputs of an answer, of `rows` rows together: strings, or views of the payload.
+
+    Of more than LONG_BYTES they are copies.
+    """
+    lasting = is_long(dtypes, answers)
     outputs = []
     at = 0
     for dtype, row_shape, size in zip(dtypes, answers.shapes, answers.sizes, strict=True):
@@ -135,6 +144,18 @@ def read_outputs(
             output[:], _ = read_elements(memoryview(payload)[at : at + size], output.size)
             outputs.append(output.reshape(shape))
         else:
-            outputs.append(np.ndarray(shape, dtype, payload, at))
+            view: np.ndarray[Any, Any] = np.ndarray(shape, dtype, payload, at)
+            outputs.append(_copied(view) if lasting else view)
         at += size
     return outputs
+
+
+def _copied(view: Array) -> Array:
+    """Return a copy, made in pieces."""
+    copy = np.empty_like(view)
+    source, target = view.reshape(-1), copy.reshape(-1)
+    step = PIECE_BYTES // view.itemsize
+    for at in range(0, len(source), step):
+        target[at : at + step] = source[at : at + step]
+        release()
+    return copy

@@ -41,10 +41,11 @@ from cobatch.engines.link.slab import SlabReader, SlabWriter
 from cobatch.server.fronts.endpoint import Endpoint
 from cobatch.server.fronts.page import Page
 from cobatch.server.fronts.remote import RemoteBatch, RemoteBatcher, RemoteModel
-from cobatch.server.fronts.rows import is_long, read_outputs
+from cobatch.server.fronts.rows import LONG_BYTES, read_outputs
+from cobatch.server.fronts.rows import is_long as reads_later
 from cobatch.server.http import request_id
 from cobatch.server.http.problem import Problem
-from cobatch.server.v2.pieces import in_pieces
+from cobatch.server.v2.pieces import in_pieces, release
 
 log = logging.getLogger("cobatch.fronts")
 
@@ -59,13 +60,14 @@ class _Sent:
     """A message in flight: the callers of its rows, and its block (-1: none). `left`: members of a bundle
     that was split and whose block they share, as `whole`."""
 
-    __slots__ = ("batcher", "block", "id", "left", "requests", "whole")
+    __slots__ = ("batcher", "block", "filling", "id", "left", "requests", "whole")
 
     def __init__(self, id_: int, batcher: RemoteBatcher, requests: list[Request], block: int) -> None:
         self.id = id_
         self.batcher = batcher
         self.requests = requests
         self.block = block
+        self.filling = False
         self.left = 0
         self.whole: _Sent | None = None
 
@@ -155,7 +157,8 @@ class Uplink(Endpoint[FromFront, ToFront]):
         buffers = [buffer for column in columns for buffer in column]
         sizes = tuple([sum(map(len, column)) for column in columns])
         size = sum(sizes)
-        payload = self._slab_out.place(buffers, size)
+        slab, is_long = self._slab_out, size > LONG_BYTES
+        payload = slab.reserve(size) if is_long else slab.place(buffers, size)
         if payload is None:
             self._refuse(batcher, requests, size)
             return
@@ -167,21 +170,38 @@ class Uplink(Endpoint[FromFront, ToFront]):
             request.payloads = ()
         tenant = first.tenant
         fixed = first.row_shapes == batcher.row_shapes
-        self._channel.send(
-            Submit(
-                id_,
-                batcher.index,
-                first.rows if len(requests) == 1 else len(requests),
-                sizes,
-                payload,
-                len(requests),
-                None if fixed else first.row_shapes,
-                0 if tenant is None else self._number_of(tenant),
-                hash(first.source) & _SOURCE_BITS if tenant is None and len(requests) == 1 else 0,
-                first.priority,
-                first.timeout_s,
-            )
+        message = Submit(
+            id_,
+            batcher.index,
+            first.rows if len(requests) == 1 else len(requests),
+            sizes,
+            payload,
+            len(requests),
+            None if fixed else first.row_shapes,
+            0 if tenant is None else self._number_of(tenant),
+            hash(first.source) & _SOURCE_BITS if tenant is None and len(requests) == 1 else 0,
+            first.priority,
+            first.timeout_s,
         )
+        if is_long:
+            sent.filling = True
+            filling = in_pieces(slab.fill, block, buffers, release)
+            filling.add_done_callback(partial(self._on_filled, sent, message))
+        else:
+            self._channel.send(message)
+
+    def _on_filled(self, sent: _Sent, message: Submit, filling: asyncio.Future[None]) -> None:
+        """Send a long request that is in its block now, unless its caller has left."""
+        error = filling.exception()
+        sent.filling = False
+        if self.ended:
+            return
+        if error is not None:
+            self.end(f"a request could not be copied: {error!r}", broken=True)
+        elif any(request.state is State.QUEUED for request in sent.requests):
+            self.send(message)
+        else:
+            self._end(self._take(sent.id))
 
     def _refuse(self, batcher: RemoteBatcher, requests: list[Request], size: int) -> None:
         """Refuse requests for which there is no shared memory: it is home's queue that has it."""
@@ -210,7 +230,7 @@ class Uplink(Endpoint[FromFront, ToFront]):
         """Tell home that a caller left; of a bundle, once all have."""
         sent = request.entry
         assert isinstance(sent, _Sent)
-        if all(one is request or one.state is State.CANCELLED for one in sent.requests):
+        if not sent.filling and all(one is request or one.state is State.CANCELLED for one in sent.requests):
             self.send(Cancel((sent.id,)))
 
     def requests_of(self, batcher: RemoteBatcher) -> list[Request]:
@@ -256,25 +276,26 @@ class Uplink(Endpoint[FromFront, ToFront]):
         rows = sum([request.rows for sent in taken for request in sent.requests])
         payload = self._slab_in.read(answers.payload, sum(answers.sizes))
         dtypes = self._models[answers.model].output_dtypes
-        if is_long(dtypes, answers):
+        if reads_later(dtypes, answers):
             reading = in_pieces(read_outputs, dtypes, answers, rows, payload)
             reading.add_done_callback(partial(self._on_read, answers, taken))
         else:
-            self._deliver(answers, taken, read_outputs(dtypes, answers, rows, payload))
+            self._deliver(answers, taken, read_outputs(dtypes, answers, rows, payload), lasting=False)
 
     def _on_read(self, answers: Answers, taken: list[_Sent], reading: asyncio.Future[list[Array]]) -> None:
         """Deliver an answer whose strings are read."""
         error = reading.exception()
         if error is None:
-            self._deliver(answers, taken, reading.result())
+            self._deliver(answers, taken, reading.result(), lasting=True)
             return
         self._open.update({sent.id: sent for sent in taken})
         self.end(f"an answer could not be read: {error!r}", broken=True)
 
-    def _deliver(self, answers: Answers, taken: list[_Sent], outputs: list[Array]) -> None:
+    def _deliver(self, answers: Answers, taken: list[_Sent], outputs: list[Array], *, lasting: bool) -> None:
         info = answers.batch
         batch = RemoteBatch(info, (self._lead % info.number).encode() if info.number else b"")
         batch.hold(outputs)
+        batch.lasting = lasting
         first = 0
         for sent, at in zip(taken, answers.places, strict=True):
             place = at

@@ -18,6 +18,7 @@ from cobatch.engines.link.messages import INLINE_BYTES
 from cobatch.engines.link.slab import (
     BLOCK_BYTES,
     KEPT_BYTES,
+    PIECE_BYTES,
     Arena,
     SlabReader,
     SlabWriter,
@@ -125,6 +126,18 @@ def test_short_payloads_are_in_the_message(
     assert isinstance(payload, bytes) is inline
     assert reader.read(payload, size) == data
     assert writer.arena.blocks == (not inline)
+
+
+def test_a_block_is_filled_in_pieces(ends: tuple[SlabWriter, SlabReader]) -> None:
+    writer, reader = ends
+    parts = [b"a" * (3 * PIECE_BYTES + 7), memoryview(b"some").cast("I"), b""]
+    size = 3 * PIECE_BYTES + 7 + 4
+    offset = writer.reserve(size)
+    assert offset is not None
+    pauses: list[None] = []
+    writer.fill(offset, parts, lambda: pauses.append(None))
+    assert reader.view(offset, size) == b"a" * (size - 4) + b"some"
+    assert len(pauses) == 5
 
 
 def test_a_full_slab_says_so(ends: tuple[SlabWriter, SlabReader]) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -16,9 +19,10 @@ from cobatch.batcher.scheduling.policy import SUSPECT
 from cobatch.batcher.scheduling.tuning import LONE_BATCHES
 from cobatch.engines.base import Signature, TensorSpec
 from cobatch.engines.errors import EngineDeadError, EngineRunError
-from cobatch.engines.link.messages import BUNDLE_IDS, FromFront, Release, Submit
+from cobatch.engines.link.messages import BUNDLE_IDS, INLINE_BYTES, FromFront, Release, Submit
 from cobatch.engines.link.messages import Tenant as TenantMessage
-from cobatch.server.fronts import home
+from cobatch.server.fronts import downlink, home, uplink
+from cobatch.server.fronts import rows as rows_of_links
 from cobatch.server.fronts.uplink import STALLED_S
 from cobatch.server.http.problem import Problem
 from cobatch.server.settings.auth import TenantRule
@@ -456,9 +460,20 @@ STEPS = st.lists(
 )
 
 
+@contextlib.contextmanager
+def long_rows(are_long: bool) -> Iterator[None]:
+    """Let rows of more than a block be copied in the thread."""
+    with contextlib.ExitStack() as stack:
+        for module in (uplink, downlink, rows_of_links) if are_long else ():
+            stack.enter_context(mock.patch.object(module, "LONG_BYTES", INLINE_BYTES))
+        yield
+
+
 @examples(30)
-@given(steps=STEPS, is_fixed=st.booleans())
-def test_each_request_is_answered_once_with_its_own_rows(steps: list[Step], is_fixed: bool) -> None:
+@given(steps=STEPS, is_fixed=st.booleans(), is_long=st.booleans())
+def test_each_request_is_answered_once_with_its_own_rows(
+    steps: list[Step], is_fixed: bool, is_long: bool
+) -> None:
     """Of both fronts: some rows fail, some callers leave, and no shared memory stays in use."""
 
     async def run() -> None:
@@ -492,7 +507,8 @@ def test_each_request_is_answered_once_with_its_own_rows(steps: list[Step], is_f
             await both.until(lambda: not any(front.uplink._open or front.blocks for front in both.fronts))
             await both.until(lambda: not any(both.blocks_of_home(number) for number in range(2)))
 
-    asyncio.run(run())
+    with long_rows(is_long):
+        asyncio.run(run())
 
 
 class Fault(NamedTuple):
@@ -515,8 +531,10 @@ FAULTS = st.lists(
 
 
 @examples(30)
-@given(steps=FAULTS, is_fixed=st.booleans())
-def test_a_killed_process_loses_only_its_own_requests(steps: list[Fault], is_fixed: bool) -> None:
+@given(steps=FAULTS, is_fixed=st.booleans(), is_long=st.booleans())
+def test_a_killed_process_loses_only_its_own_requests(
+    steps: list[Fault], is_fixed: bool, is_long: bool
+) -> None:
     """All others are answered with their rows, each request once, and no row runs twice."""
 
     async def run() -> None:
@@ -525,7 +543,8 @@ def test_a_killed_process_loses_only_its_own_requests(steps: list[Fault], is_fix
             asked: list[tuple[Probe, int, list[list[int]]]] = []
             lost: set[int] = set()  # ids of probes that were in flight on a link that ended
             for number, step in enumerate(steps):
-                rows = [[number * 100 + row] * 2 for row in range(step.rows)]
+                width = 2 if is_fixed or not is_long else 3000
+                rows = [[number * 100 + row] * width for row in range(step.rows)]
                 asked.append((both.fronts[step.front].submit(*rows), step.front, rows))
                 for _ in range(step.turns):
                     await asyncio.sleep(0)
@@ -554,4 +573,5 @@ def test_a_killed_process_loses_only_its_own_requests(steps: list[Fault], is_fix
             await both.until(lambda: not any(front.uplink._open or front.blocks for front in both.fronts))
             await both.until(lambda: not any(both.blocks_of_home(number) for number in range(2)))
 
-    asyncio.run(run())
+    with long_rows(is_long):
+        asyncio.run(run())

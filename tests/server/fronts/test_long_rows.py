@@ -1,4 +1,4 @@
-"""BYTES between fronts and home: the thread reads and writes many or long strings, not the event loops."""
+"""Strings and long rows between fronts and home: the thread reads and writes them, not the event loops."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ import pytest
 from cobatch.batcher.request import Request
 from cobatch.engines.base import Signature, TensorSpec
 from cobatch.engines.link.messages import Submit
+from cobatch.engines.link.slab import SlabWriter
 from cobatch.server.fronts import rows, uplink
 from cobatch.server.http.problem import Problem
 from cobatch.server.settings.schema import ModelSettings
 from cobatch.server.v2 import binary
 from cobatch.server.v2.pieces import in_pieces
 from tests.support.fronts.linked import WAYS, way
-from tests.support.fronts.pair import pair
+from tests.support.fronts.pair import Probe, pair
 from tests.support.http.serving import DEADLINE_S, GATE, GatedEngine, post, serve
 from tests.support.virtual.loop import Array
 
@@ -178,6 +179,54 @@ async def test_an_answer_whose_strings_are_being_read(end: str, monkeypatch: pyt
             assert probe.answers == 0
         else:
             assert await probe.answer == MANY  # it had come before the end
+
+
+class Row(Probe):
+    """A row of 1.6 MB."""
+
+    def __init__(self) -> None:
+        super().__init__(range(200_000))
+
+
+async def test_long_rows_are_copied_in_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+    fill = SlabWriter.fill
+
+    def recorded(*arguments: Any) -> None:
+        threads.append(threading.current_thread().name)
+        fill(*arguments)
+
+    monkeypatch.setattr(SlabWriter, "fill", recorded)
+    async with pair(slab_bytes=1 << 23) as both:
+        row = Row()
+        both.fronts[0].batcher.submit(row)
+        assert await row.answer == [[2 * number for number in range(200_000)]]
+        await both.until(lambda: not both.fronts[0].blocks and not both.blocks_of_home())
+    assert len(threads) == 2
+    assert all(name.startswith("cobatch-codec") for name in threads)
+
+
+@pytest.mark.parametrize("end", ["caller", "link"])
+async def test_a_long_row_that_is_being_copied(end: str) -> None:
+    async with pair(slab_bytes=1 << 23) as both:
+        front, row = both.fronts[0], Row()
+        with held_thread():
+            front.batcher.submit(row)
+            await both.until(lambda: front.uplink._open)
+            if end == "caller":
+                front.batcher.cancel(row)
+            else:
+                both.link(0).end("the test ends it")
+                await both.until(lambda: row.answers)
+                await both.join(0)
+        await both.until(lambda: not front.blocks)
+        again = Row()
+        front.batcher.submit(again)
+        assert await again.answer == [[2 * number for number in range(200_000)]]
+        assert row.answers == (end == "link")
+        assert both.batcher.counters.accepted == 1
+        if end == "link":
+            assert isinstance(row.answer.exception(), Problem)
 
 
 async def test_strings_that_are_none_end_the_link() -> None:
