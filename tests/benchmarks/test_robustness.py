@@ -53,6 +53,21 @@ def test_an_engine_that_stands_still_makes_runs_longer(began_s: float, run_s: fl
     assert Stalls((1.5, 5.0), 2.0)(began_s, run_s) == takes_s
 
 
+@pytest.mark.parametrize(
+    ("ratios", "decided"),
+    [
+        ([0.90, 0.91], False),  # two say nothing about their spread
+        ([0.90, 0.91, 0.92], True),
+        ([0.99, 1.0, 1.01], True),
+        ([0.93, 0.97, 1.0], False),
+        ([0.93, 0.97, 1.0] * 3, False),
+        ([0.95, 0.955, 0.96] * 3, True),
+    ],
+)
+def test_a_cell_is_measured_until_its_interval_is_on_one_side(ratios: list[float], decided: bool) -> None:
+    assert robustness.is_decided(ratios) == decided
+
+
 def test_cobatch_is_compared_with_the_baselines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
