@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import mmap
+import os
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -26,29 +28,49 @@ class Handed(Struct, frozen=True, array_like=True):
     scheme: str
 
 
-class Answered(Struct, frozen=True, array_like=True):
-    """Home has written `sent` bytes, and owes nothing for the first `taken` bytes of the client.
-
-    `leaves`: it gives the connection back.
-    """
+class Returned(Struct, frozen=True, array_like=True):
+    """Home gives this connection back. It has written `sent` bytes."""
 
     number: int
-    taken: int
     sent: int
-    leaves: bool
 
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Answered).decode
+_decode = msgspec.msgpack.Decoder(Returned).decode
+
+
+class Answered:
+    """Words of each relayed connection: home owes nothing for the first `taken` bytes of the client, and has
+    written `sent` bytes."""
+
+    SIZE = 3 * 8 << 15
+
+    def __init__(self, descriptor: int, *, writable: bool) -> None:
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        self._words = memoryview(mmap.mmap(descriptor, self.SIZE, prot=protection)).cast("q")
+
+    def note(self, number: int, taken: int, sent: int) -> None:
+        """Write the words of a connection. A home that dies meanwhile leaves none."""
+        at = 3 * number % len(self._words)
+        self._words[at] = 0
+        self._words[at + 1] = taken
+        self._words[at + 2] = sent
+        self._words[at] = number
+
+    def find(self, number: int) -> tuple[int, int]:
+        """Return `taken` and `sent` of a connection, zeros if there are none."""
+        at = 3 * number % len(self._words)
+        return (self._words[at + 1], self._words[at + 2]) if self._words[at] == number else (0, 0)
 
 
 class Relayed(Protocol):
-    """A relayed connection of a front. `number`: given by `HandOver`."""
+    """A relayed connection of a front. `number`, `answered`: given by `HandOver`."""
 
     number: int
+    answered: Answered | None
 
-    def on_answered(self, answered: Answered) -> None:
-        """Home owes nothing, or gives the connection back."""
+    def on_returned(self, sent: int) -> None:
+        """Home gives the connection back; it has written `sent` bytes."""
 
 
 async def serve_pipe(protocol: asyncio.Protocol, pipe: socket.socket) -> None:
@@ -71,12 +93,14 @@ class HandOver:
         self._is_alive = is_alive
         self.relays: dict[int, Relayed] = {}
         self.socket: socket.socket | None = None
+        self._answered: Answered | None = None
         self._number = 0
         self._waiting: deque[tuple[bytes, socket.socket]] = deque()
 
     def attach(self, hand_over: socket.socket) -> None:
         """Use the socket to a new home, and close the one before."""
         self.detach()
+        self._answered = None
         hand_over.setblocking(False)
         self.socket = hand_over
         asyncio.get_running_loop().add_reader(hand_over, self.receive)
@@ -97,6 +121,9 @@ class HandOver:
 
     def hand_over(self, relay: Relayed, scope: Any, pipe: socket.socket) -> None:
         """Send home this socket for a connection."""
+        if self._answered is None:
+            self.receive()  # home's first message
+        relay.answered = self._answered
         self._number += 1
         relay.number = self._number
         self.relays[relay.number] = relay
@@ -123,15 +150,18 @@ class HandOver:
         """Receive all that home has told."""
         while self.socket is not None:
             try:
-                message = self.socket.recv(HAND_OVER_BYTES)
+                message, fds, _, _ = socket.recv_fds(self.socket, HAND_OVER_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
             except (BlockingIOError, InterruptedError):
                 return
             except OSError:
-                message = b""
+                message, fds = b"", []
             if not message:
                 self.detach()
                 return
-            answered = _decode(message)
-            relay = self.relays.get(answered.number)
+            for fd in fds:
+                self._answered = Answered(fd, writable=False)
+                os.close(fd)
+            returned = _decode(message)
+            relay = self.relays.get(returned.number)
             if relay is not None:
-                relay.on_answered(answered)
+                relay.on_returned(returned.sent)

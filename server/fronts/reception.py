@@ -3,14 +3,23 @@
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
+from cobatch.engines.link import slab
 from cobatch.server.edge.lingering import ClosedTransport
-from cobatch.server.fronts.hand_over import HAND_OVER_BYTES, LENGTH_BYTES, Answered, Handed, serve_pipe
+from cobatch.server.fronts.hand_over import (
+    HAND_OVER_BYTES,
+    LENGTH_BYTES,
+    Answered,
+    Handed,
+    Returned,
+    serve_pipe,
+)
 from cobatch.server.fronts.leaving import LeavingConnection, is_infer
 
 log = logging.getLogger("cobatch.fronts")
@@ -28,6 +37,7 @@ class Reception:
         self._make = make
         self._tasks: set[asyncio.Task[Any]] = set()
         hand_over.setblocking(False)
+        self.answered = self._share()
         loop.add_reader(hand_over, self._receive)
 
     def close(self) -> None:
@@ -36,10 +46,21 @@ class Reception:
             self._loop.remove_reader(self._socket)
             self._socket.close()
 
-    def tell(self, answered: Answered) -> bool:
-        """Tell the front; False if that is not possible now."""
+    def _share(self) -> Answered:
+        """Make the words, and give the front their memory."""
+        with contextlib.ExitStack() as stack:
+            memory = slab.create("cobatch-answered", Answered.SIZE)
+            stack.callback(os.close, memory)
+            readable = slab.for_reading(memory)
+            stack.callback(os.close, readable)
+            with contextlib.suppress(OSError):  # the front has ended
+                socket.send_fds(self._socket, [_encode(Returned(0, 0))], [readable])
+            return Answered(memory, writable=True)
+
+    def send_back(self, number: int, sent: int) -> bool:
+        """Announce that a connection is given back; False if the front cannot be told now."""
         try:
-            self._socket.send(_encode(answered))
+            self._socket.send(_encode(Returned(number, sent)))
         except OSError:
             return False
         return True
@@ -120,17 +141,18 @@ class HomeConnection(LeavingConnection):
         super().on_response_complete()
         if not self.receiving and not self._owes_response() and not self.transport.is_closing():
             self._taken = self._received
-            self._tell()
+            self._note()
 
     def allow_body(self) -> None:
         super().allow_body()
-        self._tell()
+        self._note()
 
-    def _tell(self, *, leaves: bool = False) -> bool:
-        return self.reception.tell(Answered(self.handed.number, self._taken, self.transport.sent, leaves))
+    def _note(self) -> None:
+        self.reception.answered.note(self.handed.number, self._taken, self.transport.sent)
 
     def leave(self, raw: bytes) -> None:
-        if self._tell(leaves=True):
+        self._note()
+        if self.reception.send_back(self.handed.number, self.transport.sent):
             _Returning(self, raw)
         else:
             self.stays = True

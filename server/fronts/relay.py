@@ -5,8 +5,9 @@ and the front copies bytes between the client and the other end, so that TLS end
 as on a connection of its own (`server.fronts.reception`). When an infer request comes, home gives the
 connection back: the front ends its direction, and home then returns the bytes that it has not used.
 
-Home tells how many bytes it has taken and written whenever it owes nothing (`Answered`). So the place of each
-message is exact on both ways, and the front knows what is owed if home dies.
+Home notes how many bytes it has taken and written whenever it owes nothing, in memory that it shares with
+the front (`Answered`). So the place of each message is exact on both ways, and the front knows what is owed
+if home dies.
 """
 
 import asyncio
@@ -85,6 +86,7 @@ class Relay(ClosedTransport, asyncio.Protocol):
     """The client's side of a relayed connection, which sees this as its transport from then on."""
 
     number: int
+    answered: Answered | None
 
     def __init__(
         self, connection: FrontConnection, scope: Any, raw: bytes, ours: socket.socket, theirs: socket.socket
@@ -130,15 +132,11 @@ class Relay(ClosedTransport, asyncio.Protocol):
 
     # From home
 
-    def on_answered(self, answered: Answered) -> None:
-        """Note what home has answered; stop if it gives the connection back."""
-        if self.pipe is None:
-            return
-        self.connection.since_s = time.monotonic()
-        self.pipe.answered = answered
-        if answered.leaves and not self.transport.is_closing():
+    def on_returned(self, sent: int) -> None:
+        """Stop, since home gives the connection back."""
+        if self.pipe is not None and not self.transport.is_closing():
             self.transport.pause_reading()
-            self.pipe.write_eof()
+            self.pipe.on_returned(sent)
 
     def on_half_closed(self) -> None:
         """Home has written its last byte and reads on."""
@@ -152,13 +150,14 @@ class Relay(ClosedTransport, asyncio.Protocol):
         self.hand_over.receive()  # what it told before
         pipe, connection = self.pipe, self.connection
         back = pipe.returned()
-        if back is None and not pipe.is_between_responses():
+        taken, sent = (0, 0) if self.answered is None else self.answered.find(self.number)
+        if back is None and not pipe.is_between_responses(sent):
             self.transport.close()
             return
         self._end()
         connection.begin_again(self.transport, back or b"")
         if back is None:
-            connection.refuse() if pipe.owes else connection.rest()
+            connection.refuse() if pipe.forwarded > taken else connection.rest()
 
     def _end(self) -> None:
         pipe, self.pipe = self.pipe, None
@@ -174,8 +173,9 @@ class _Pipe(asyncio.Protocol):
         self.transport: Any = None
         self._relay: Relay | None = relay
         self._raw = raw
-        self._forwarded = self._received = 0  # bytes
-        self.answered = Answered(0, 0, 0, leaves=False)
+        self.forwarded = 0  # bytes of the client
+        self._received = 0  # those of home
+        self._sent: int | None = None  # bytes of responses, once home gives the connection back
         self._back = bytearray()  # the bytes behind the responses, if home gives the connection back
         self._closed = self._eof = self._half_closed = False
         self._timer: asyncio.TimerHandle | None = None
@@ -196,7 +196,7 @@ class _Pipe(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """Pass on the bytes that the client has sent."""
-        self._forwarded += len(data)
+        self.forwarded += len(data)
         if not self.transport.is_closing() and not self._eof:
             self.transport.write(data)
 
@@ -207,16 +207,22 @@ class _Pipe(asyncio.Protocol):
             if self.transport is not None and not self.transport.is_closing():
                 self.transport.write_eof()
 
+    def on_returned(self, sent: int) -> None:
+        """Keep the bytes behind the responses, and let home send them."""
+        self._sent = sent
+        self.write_eof()
+
     def data_received(self, data: bytes) -> None:
         relay = self._relay
         if relay is None:
             return
-        if self.answered.leaves:
-            left = max(0, self.answered.sent - self._received)
+        if self._sent is not None:
+            left = max(0, self._sent - self._received)
             self._back += data[left:]
             data = data[:left]
         self._received += len(data)
         if data:
+            relay.connection.since_s = time.monotonic()
             relay.transport.write(data)
 
     def pause_writing(self) -> None:
@@ -224,11 +230,11 @@ class _Pipe(asyncio.Protocol):
             self._relay.transport.pause_reading()
 
     def resume_writing(self) -> None:
-        if self._relay is not None and not self.answered.leaves:
+        if self._relay is not None and self._sent is None:
             self._relay.transport.resume_reading()
 
     def eof_received(self) -> bool:
-        if not self.answered.leaves and not self._is_hung_up():
+        if self._sent is None and not self._is_hung_up():
             self._half_closed = True
             if self._relay is not None:
                 self._relay.on_half_closed()
@@ -266,14 +272,9 @@ class _Pipe(asyncio.Protocol):
             return None
         return bytes(back)
 
-    def is_between_responses(self) -> bool:
+    def is_between_responses(self, sent: int) -> bool:
         """Return True if all responses that began are whole, and the last one did not end the connection."""
-        return self._received == self.answered.sent and not self._half_closed
-
-    @property
-    def owes(self) -> bool:
-        """Home has not answered all that the client sent."""
-        return self._forwarded > self.answered.taken
+        return self._received == sent and not self._half_closed
 
     def end(self) -> None:
         """Close, without a word to the relay."""

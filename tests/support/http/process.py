@@ -129,6 +129,7 @@ class Cobatch:
         self._held: Any = None  # the address of the run that is held
         environ = {name: value for name, value in os.environ.items() if not name.startswith("COBATCH_")}
         environ |= {"PYTHONWARNINGS": "error", "PYTHONUNBUFFERED": "1"}
+        environ["COBATCH_KEEP_ALIVE_S"] = str(WAIT_S)  # a busy machine may leave a connection idle for long
         if self.processes > 1:
             environ["COBATCH_PROCESSES"] = str(self.processes)
         if gate:
