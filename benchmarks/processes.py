@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
@@ -39,9 +39,14 @@ class Case:
     connections: int
 
     @property
+    def load(self) -> str:
+        """The name without the connections."""
+        return f"{self.model}-{'binary' if self.binary else 'json'}"
+
+    @property
     def name(self) -> str:
         """The name in `--only` and in the table."""
-        return f"{self.model}-{'binary' if self.binary else 'json'}-{self.connections}"
+        return f"{self.load}-{self.connections}"
 
     def message(self) -> wire.Message:
         """Return the request of all clients."""
@@ -91,25 +96,27 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(case: Case, counts: Sequence[int], rounds: int, seconds: int) -> dict[int, list[Figures]]:
     """Return the figures of each round, by the number of processes."""
-    path = _row_model() if case.model == "row" else model_path(case.model)
     message = case.message()
     figures: dict[int, list[Figures]] = {count: [] for count in counts}
     with ExitStack() as stack:
-        servers = {
-            count: stack.enter_context(
-                cobatch(path, case.model, True, flags=["--processes", str(count), "--max-queue-rows", "8192"])
-            )
-            for count in counts
-        }
+        servers = {count: stack.enter_context(serving(case, count)) for count in counts}
         for server in servers.values():
-            _turn(server, case, message, 1)
+            turn_of(server, case, message, 1)
         for _ in range(rounds):
             for count, server in servers.items():
-                figures[count].append(_turn(server, case, message, seconds))
+                figures[count].append(turn_of(server, case, message, seconds))
     return figures
 
 
-def _turn(server: Server, case: Case, message: wire.Message, seconds: int) -> Figures:
+def serving(case: Case, count: int) -> AbstractContextManager[Server]:
+    """Start a server with a case's model and this number of processes."""
+    path = _row_model() if case.model == "row" else model_path(case.model)
+    flags = ["--processes", str(count), "--max-queue-rows", "8192"]
+    return cobatch(path, case.model, True, flags=flags)
+
+
+def turn_of(server: Server, case: Case, message: wire.Message, seconds: int) -> Figures:
+    """Load a server once."""
     for pid in descendants(server.pid):
         wait_until_idle(pid, 0.1)
     home = _home_of(server)

@@ -20,7 +20,7 @@ from typing import Any
 
 import uvloop
 
-from benchmarks.request_cost.request_path import Path, request_of, serving
+from benchmarks.request_cost.request_path import ELEMENTS, Path, request_of, serving
 from cobatch.engines.link import slab
 from cobatch.server.edge.fast_path import make_protocol
 from cobatch.server.fronts.control import PAGE_BYTES, LinkEnds
@@ -33,16 +33,16 @@ _SLAB_BYTES = 1 << 26
 
 
 @contextlib.asynccontextmanager
-async def linked() -> AsyncIterator[Callable[[], Any]]:
+async def linked(elements: int = ELEMENTS) -> AsyncIterator[Callable[[], Any]]:
     """Serve through a front and home, and yield a function that makes the protocol of a connection."""
-    async with serving() as make:
+    async with serving(elements=elements) as make:
         connection = make()
         inference = connection.inference
         downlinks, uplinks = Downlinks(inference), Uplinks(inference.settings, 1)
         front = uplinks.make_inference(inference.settings, None)
         ready = asyncio.Event()
         front.on_ready = ready.set
-        home_end, front_end = _ends()
+        home_end, front_end = link_ends()
         downlinks.add(0, home_end)
         uplinks.use(front_end)
         await ready.wait()
@@ -54,7 +54,8 @@ async def linked() -> AsyncIterator[Callable[[], Any]]:
         uplinks.current.end("the measurement ends")
 
 
-def _ends() -> tuple[LinkEnds, LinkEnds]:
+def link_ends() -> tuple[LinkEnds, LinkEnds]:
+    """Return home's end of a new link, and the front's."""
     messages = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     handover = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for end in handover:
