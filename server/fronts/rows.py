@@ -3,6 +3,7 @@
 Little-endian tensors one after another; an element of a BYTES tensor is its length (u32) and its bytes.
 """
 
+import math
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -58,14 +59,15 @@ class InputReader:
         self._row_shapes: RowShapes = tuple(spec.shape for spec in specs)
         self._fixed = all(spec.row_elements >= 0 for spec in specs)
         self.plain = is_plain(signature)
-        self._strings = has_strings(specs)
+        flags = any(spec.datatype == "BOOL" for spec in specs)
+        self._short_bytes = _LONG_STRINGS_BYTES if has_strings(specs) else LONG_BYTES if flags else math.inf
         # Bytes of a row.
         self._row_bytes = tuple(spec.row_elements * spec.dtype.itemsize for spec in specs)
         self._output_sizes = OutputSizes(signature)
 
     def is_long(self, submit: Submit) -> bool:
-        """Return whether a request has many strings, or long ones."""
-        return self._strings and sum(submit.sizes) > _LONG_STRINGS_BYTES
+        """Return whether a request has many bytes that are looked at: strings or flags."""
+        return sum(submit.sizes) > self._short_bytes
 
     def read(self, submit: Submit, payload: Buffer) -> tuple[RowShapes, Sequence[Payload]]:
         """Return the shapes of a request's rows, and views of its tensors. Raises LinkError."""

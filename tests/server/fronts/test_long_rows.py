@@ -269,3 +269,21 @@ def test_answers_that_are_no_unicode(
     with serve(models=(model,), engines={"gate": Echo("\ud800")}, **way(path)) as served:
         answer = served.ask(binary_request(values))
         assert (answer.status, answer.slug) == (500, "internal")
+
+
+@pytest.mark.parametrize(
+    ("datatypes", "size", "is_long"),
+    [
+        (("FP32",), 64 << 20, False),
+        (("BOOL",), 1 << 20, False),
+        (("BOOL", "FP32"), (1 << 20) + 1, True),
+        (("BYTES",), 1 << 14, False),
+        (("BOOL", "BYTES"), (1 << 14) + 1, True),
+    ],
+)
+def test_which_requests_home_reads_in_the_thread(
+    datatypes: tuple[str, ...], size: int, is_long: bool
+) -> None:
+    specs = tuple(TensorSpec(f"x{number}", each, (-1,)) for number, each in enumerate(datatypes))
+    reader = rows.InputReader(Signature(specs, specs))
+    assert reader.is_long(Submit(32, 0, 1, (size - 1, 1), 0)) is is_long
