@@ -164,6 +164,6 @@ OTHERS = (
     ),
 )
 PEERS = (OURS, *OTHERS)
-# Only if asked for: where HTTP is the limit, its processes take the cores that wrk needs here.
+# Only if asked for. Its supervisor would replace a process that is stopped, so it is not frozen.
 OURS_3 = replace(OURS, name="cobatch-3", title="cobatch, 3 processes", flags=("--processes=3",), frozen=False)
 KNOWN = (*PEERS, OURS_3)

@@ -5,6 +5,9 @@
 load, and divides them by those of the floor in the same run: another processor or build of Python hardly
 changes the ratio. With `--time` it measures CPU time, and only a difference of 25 % counts. The baseline,
 guard.json, has figures for each minor version of Python; only `--update` changes it.
+
+`--link` counts those of a front and home instead (`benchmarks.request_cost.link_path`), without a baseline,
+and prints their ratios to one process.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ BASELINE = Path(__file__).parent / "guard.json"
 TOLERANCE = {"instructions": 0.10, "time": 0.25}
 _COUNTING = Path(__file__).parent / "counting.c"
 _ROUNDS = 40
+_REQUEST_PATH = "benchmarks.request_cost.request_path"
+_LINK_PATH = "benchmarks.request_cost.link_path"
 _NAME = re.compile(r"^desc: Trigger: Client Request: (.+)$", re.MULTILINE)
 _TOTAL = re.compile(r"^totals: (\d+)$", re.MULTILINE)
 
@@ -65,23 +70,20 @@ def tools() -> tuple[str, str] | None:
     return None if valgrind is None or compiler is None else (valgrind, compiler)
 
 
-def counted(valgrind: str, compiler: str) -> dict[str, float]:
-    """Return the instructions per request of each case, the minimum of some repeats."""
+def counted(valgrind: str, compiler: str, module: str = _REQUEST_PATH) -> dict[str, float]:
+    """Return the instructions per request of each case of a module, the minimum of some repeats."""
     with tempfile.TemporaryDirectory(prefix="cobatch-guard-") as folder:
         library, out = Path(folder, "counting.so"), Path(folder, "out")
         built = [compiler, "-shared", "-fPIC", "-x", "c", str(_COUNTING), "-o", str(library)]
         subprocess.run(built, check=True)
         command = [valgrind, "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={out}"]
-        command += [sys.executable, "-m", "benchmarks.request_cost.request_path", str(library)]
+        command += [sys.executable, "-m", module, str(library)]
         # A fixed order of sets and dicts of strings.
         environ = os.environ | {"PYTHONHASHSEED": "0"}
         done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(
-                f"benchmarks.request_cost.request_path failed under callgrind: {done.stderr[-2000:]}"
-            )
-        costs = _read(Path(folder))
-    return {case: costs[case] for case in CASES}
+            raise RuntimeError(f"{module} failed under callgrind: {done.stderr[-2000:]}")
+        return _read(Path(folder))
 
 
 def _read(folder: Path) -> dict[str, float]:
@@ -100,6 +102,13 @@ def measured() -> dict[str, float]:
     return {case: min(times) for case, times in uvloop.run(timed(_ROUNDS)).items()}
 
 
+def _print_link(costs: Mapping[str, float]) -> int:
+    for case, alone in sorted(costs.items()):
+        if (both := costs.get(f"{case}, front and home")) is not None:
+            print(f"{case:12}{alone:12,.0f}, front and home{both:12,.0f}   x{both / alone:.3f}")
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Return 0; 1 if a case has become costlier; 2 without valgrind or a baseline."""
     parser = argparse.ArgumentParser(
@@ -107,19 +116,23 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--update", action="store_true", help="make the figures the baseline")
     parser.add_argument("--time", action="store_true", help="measure CPU time in place of instructions")
+    parser.add_argument("--link", action="store_true", help="count a front and home beside one process")
     options = parser.parse_args(arguments)
     method = "time" if options.time else "instructions"
     programs = tools()
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     known = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
     baseline = known.get(method, {}).get(python, {})
+    if options.link and programs is not None:
+        return _print_link(counted(*programs, _LINK_PATH))
     if options.time:
         costs = measured()
     elif programs is None:
         print("valgrind or a C compiler is missing: apt-get install valgrind g++, or --time", file=sys.stderr)
         return 2
     else:
-        costs = counted(*programs)
+        found = counted(*programs)
+        costs = {case: found[case] for case in CASES}
     current = ratios(costs)
     print(f"{method} per request, Python {python}; ratios to the floor")
     for case, cost in costs.items():

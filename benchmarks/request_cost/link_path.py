@@ -4,12 +4,14 @@
 `benchmarks.request_cost.request_path` does to that of one process; between front and home are a real socket
 and real shared memory. Prints the CPU time per request of both, the least of many rounds in turns, which
 hardly depends on the machine's load. It has no wake-ups of other processes, which `benchmarks.processes` has.
+`python -m benchmarks.request_cost.guard --link` runs it under callgrind and counts instructions.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import os
 import socket
@@ -20,7 +22,7 @@ from typing import Any
 
 import uvloop
 
-from benchmarks.request_cost.request_path import ELEMENTS, Path, request_of, serving
+from benchmarks.request_cost.request_path import ELEMENTS, REQUESTS, Path, request_of, serving
 from cobatch.engines.link import slab
 from cobatch.server.edge.fast_path import make_protocol
 from cobatch.server.fronts.control import PAGE_BYTES, LinkEnds
@@ -28,6 +30,7 @@ from cobatch.server.fronts.front import Uplinks
 from cobatch.server.fronts.home import Downlinks
 
 _CALLERS = (1, 64, 256)
+_COUNTED_CALLERS = (1, 32, 64)
 _ROUNDS = 40
 _SLAB_BYTES = 1 << 26
 
@@ -93,5 +96,30 @@ async def measure() -> None:
                 )
 
 
+async def _counted(library: ctypes.CDLL) -> None:
+    """Count the instructions of 1, 32 and 64 callers."""
+    async with serving() as one, linked() as both:
+        paths = {
+            f"{'binary' if binary else 'JSON'} {callers}{name}": Path(make, [request_of(binary)], callers)
+            for binary in (False, True)
+            for callers in _COUNTED_CALLERS
+            for name, make in (("", one), (", front and home", both))
+        }
+        for path in paths.values():
+            await path.serve(512)
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        for _ in range(3):
+            for case, path in paths.items():
+                library.begin()
+                await path.serve(REQUESTS)
+                library.end(case.encode())
+
+
 if __name__ == "__main__":
-    sys.exit(uvloop.run(measure()))
+    if sys.argv[1:]:
+        sys.setswitchinterval(3600)  # as in request_path
+        uvloop.run(_counted(ctypes.CDLL(sys.argv[1])))
+    else:
+        uvloop.run(measure())
