@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from bisect import bisect_left
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -95,12 +95,13 @@ class Watcher:
 
     def explain(self) -> Iterator[tuple[bool, Explained]]:
         """Yield each silence, and whether home was killed before or in it: it begins with that then."""
+        looks = _spread(self.looks)
         for silence_s, ended_s in self.silences:
             kills = [at_s for at_s in self.kills if silence_s - _LATE_S <= at_s < ended_s]
             began_s = max([silence_s, *kills[-1:]])
             stopped_s = waited_s = 0.0
-            first = max(0, bisect_left(self.looks, began_s, key=lambda look: look.at_s) - 1)
-            for before, look in pairwise(self.looks[first:]):
+            first = max(0, bisect_left(looks, began_s, key=lambda look: look.at_s) - 1)
+            for before, look in pairwise(looks[first:]):
                 if before.at_s >= ended_s:
                     break
                 start_s, end_s = max(before.at_s, began_s), min(look.at_s, ended_s)
@@ -122,6 +123,20 @@ class Watcher:
                 if "cobatch.server.fronts.child" in command:
                     self._names[process] = name
         return self._names.get(process, "")
+
+
+def _spread(looks: Sequence[Look]) -> list[Look]:
+    """Move waits to when they were: the kernel counts one at its end, and it may last for many looks."""
+    spread = []
+    carried_s: dict[str, float] = {}
+    for before, look in reversed(list(pairwise(looks))):
+        waits_s = {name: waited_s + carried_s.get(name, 0.0) for name, waited_s in look.waited_s.items()}
+        length_s = look.at_s - before.at_s
+        now_s = {name: min(wait_s, length_s) for name, wait_s in waits_s.items()}
+        spread.append(Look(look.at_s, now_s))
+        # Not to a time when there was no such process.
+        carried_s = {name: waits_s[name] - now_s[name] for name in waits_s.keys() & before.waited_s}
+    return [*looks[:1], *reversed(spread)]
 
 
 def overlap_s(stops: Collection[tuple[float, float]], start_s: float, end_s: float) -> float:

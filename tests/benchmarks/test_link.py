@@ -92,11 +92,11 @@ def test_silences_of_a_server_are_explained() -> None:
     watcher.looks = [
         Look(0.0, {}),
         Look(1.0, {"home": 0.1, "clients": 0.1}),
-        Look(2.5, {"home": 0.1, "clients": 9.0}),  # in the stop, and half a second
+        Look(2.5, {"home": 0.1, "clients": 1.5}),  # in the stop, and half a second
         Look(3.5, {"home": 0.125}),
-        Look(11.0, {"home": 9.0}),
-        Look(11.5, {"supervisor": 0.25, "clients": 9.0}),
-        Look(12.5, {"home": 0.5, "supervisor": 9.0, "clients": 9.0}),
+        Look(11.0, {"home": 7.5}),
+        Look(11.5, {"supervisor": 0.25, "clients": 0.5}),
+        Look(12.5, {"home": 0.5, "supervisor": 1.0, "clients": 1.0}),
     ]
     watcher.silences = [(0.5, 3.0), (10.0, 12.5)]
     killed, explained = zip(*watcher.explain(), strict=True)
@@ -105,6 +105,20 @@ def test_silences_of_a_server_are_explained() -> None:
     assert explained[1] == Explained(1.5, 0.0, 0.75)
     assert server.faults_of([explained[1]], 0.75, "") == []
     assert len(server.faults_of([explained[1]], 0.7, "")) == 1
+
+
+def test_a_wait_that_lasted_for_several_looks_explains_all_of_them() -> None:
+    watcher = Watcher(0)
+    watcher.kills = [1.0]
+    watcher.looks = [
+        Look(1.0, {"supervisor": 0.0}),
+        Look(1.25, {"supervisor": 0.0}),  # no home
+        Look(1.5, {"supervisor": 0.0, "home": 0.0}),
+        Look(1.75, {"supervisor": 0.0, "home": 0.0}),
+        Look(2.0, {"supervisor": 0.0, "home": 9.0}),
+    ]
+    watcher.silences = [(1.0, 2.0)]
+    assert list(watcher.explain()) == [(True, Explained(1.0, 0.0, 0.75))]
 
 
 def test_waits_of_a_silence_are_counted_from_its_beginning() -> None:
