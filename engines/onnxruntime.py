@@ -272,7 +272,11 @@ def _run(
         if _may_make_many_strings(signature, arrays):
             made = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feed.items()}
             outputs = session.run_with_ort_values(None, made, options)  # takes 200 µs more
-            _check_strings(signature, outputs)
+            strings = _count_strings(signature, outputs)
+            if strings > _MOST_STRINGS:
+                del outputs  # the error refers to this frame
+                why = f"the outputs have {strings} strings; {_MOST_STRINGS} may be converted at once"
+                raise EngineRunError(why)
             return [output.numpy() for output in outputs]
         # Copies: ONNX Runtime never gives memory back that outputs had while a client took its answer.
         return [np.array(output) for output in session.run(None, feed, options)]
@@ -287,14 +291,10 @@ def _may_make_many_strings(signature: Signature, arrays: Sequence[Array]) -> boo
     return numbers > _MOST_STRINGS and not texts and any(s.datatype == "BYTES" for s in signature.outputs)
 
 
-def _check_strings(signature: Signature, outputs: Sequence[ort.OrtValue]) -> None:
-    """Raise EngineRunError for more strings than may be converted at once; a batch then runs in halves."""
-    texts = [
-        output for spec, output in zip(signature.outputs, outputs, strict=True) if spec.datatype == "BYTES"
-    ]
-    strings = sum(prod(output.shape()) for output in texts)
-    if strings > _MOST_STRINGS:
-        raise EngineRunError(f"the outputs have {strings} strings; {_MOST_STRINGS} may be converted at once")
+def _count_strings(signature: Signature, outputs: Sequence[ort.OrtValue]) -> int:
+    shapes = [output.shape() for output in outputs]
+    specs = zip(signature.outputs, shapes, strict=True)
+    return sum(prod(shape) for spec, shape in specs if spec.datatype == "BYTES")
 
 
 def _strings_of_row(signature: Signature, row_shapes: RowShapes) -> int:
