@@ -219,6 +219,6 @@ class Endable(Protocol):
 
     on_end: Callable[[EngineEndedError], None]
 
-    def kill(self) -> None:
-        """End the process at once. May be called by any thread, at any time."""
+    def kill(self, *, hung: bool = False) -> None:
+        """End the process at once; `hung`: once it has told where it is. May be called by any thread."""
         ...

@@ -21,6 +21,7 @@ from cobatch.engines.python.messages import (
     MARK,
     MESSAGE_BYTES,
     MOST_TEXT,
+    TELL_SIGNAL,
     Failed,
     Loaded,
     NotLoaded,
@@ -47,6 +48,7 @@ def join_home(parent: int) -> None:
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_bytes(_OOM_SCORE)
     faulthandler.enable()
+    faulthandler.register(TELL_SIGNAL)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 

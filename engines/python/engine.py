@@ -179,12 +179,14 @@ class ProcessEngine(PythonEngine):
         assert self._process is not None
         return self._process
 
-    def kill(self) -> None:
-        """End the process at once. May be called by any thread, at any time."""
+    def kill(self, *, hung: bool = False) -> None:
+        """End the process at once; `hung`: once it has logged where it is. May be called by any thread."""
         with self._lock:
             self._killed = True
             self.on_end = _ignore
-            if self._process is not None:
+            if self._process is not None and hung:
+                self._process.abandon()
+            elif self._process is not None:
                 self._process.kill()
 
     def _tell_end(self, error: EngineEndedError) -> None:

@@ -4,6 +4,8 @@ Home sends `Start`, and then a `Run` for each batch; the process answers `Loaded
 `Ran` or `Failed` for each batch, in their order. Tensors lie in a slot's regions (`engines.python.memory`).
 """
 
+import signal
+
 import msgspec
 from msgspec import Struct
 
@@ -13,6 +15,8 @@ from cobatch.engines.base import Batching, Signature
 MESSAGE_BYTES = 160 << 10
 # Of an error's text.
 MOST_TEXT = 16 << 10
+# Makes the process write where its threads are.
+TELL_SIGNAL = signal.SIGRTMIN
 # A line that the process writes to its output before it sends `Failed`: what it printed comes before that.
 MARK = b"\0"
 

@@ -23,6 +23,7 @@ from cobatch.engines.errors import EngineEndedError, EngineLoadError
 from cobatch.engines.python.messages import (
     MARK,
     MESSAGE_BYTES,
+    TELL_SIGNAL,
     FromChild,
     Run,
     Start,
@@ -34,6 +35,7 @@ log = logging.getLogger("cobatch.python")
 
 _END_S = 2.0  # for the process to end by itself
 _MARK_S = 1.0  # for the output of a failed batch to arrive
+_TELL_S = 0.5  # to write where it is
 _KEPT_LINES = 40
 _LINES_PER_S = 200
 _LONGEST_LINE = 4 << 10
@@ -164,6 +166,16 @@ class ModelProcess:
                 self._killed = self._killed or why
                 self._signal_group()
 
+    def abandon(self) -> None:
+        """End the process soon, once it has written where it is."""
+        with self._lock:
+            if not self._reaped:
+                self._killed = self._killed or "did not finish a batch and was ended"
+                os.kill(self.pid, TELL_SIGNAL)
+        timer = threading.Timer(_TELL_S, self.kill)
+        timer.daemon = True
+        timer.start()
+
     def close(self) -> None:
         """End the process, if it does not end by itself; free everything."""
         with contextlib.suppress(OSError):
@@ -202,7 +214,7 @@ class ModelProcess:
             if self.output.flooded:
                 time.sleep(0.001)  # else it would take all of this process's time
         with self._lock:
-            self._signal_group()  # while the process is not reaped, its number is no other's
+            self._signal_group()
             self._process.wait()
             self._reaped = True
         while self._read():
@@ -226,6 +238,7 @@ class ModelProcess:
         return bool(data)
 
     def _signal_group(self) -> None:
+        # Its number is no other's, since it is not reaped.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
 

@@ -129,13 +129,14 @@ class Model(ServedModel):
         assert isinstance(lost, Worker)
         worker, place = lost, self._places.get(lost)
         worker.stop()  # ends with its last batch, if that ever ends
+        hung = isinstance(why, ExecutionTimeoutError)
         if isinstance(worker.engine, Endable):
-            worker.engine.kill()
+            worker.engine.kill(hung=hung)
         if place is None:  # another one serves in its place already
             return
         if isinstance(worker.engine, Endable):
             self._start(self._restart(worker, place))
-        elif isinstance(why, ExecutionTimeoutError):
+        elif hung:
             # Its thread cannot be ended, but another engine can take its place.
             self._hung.append(worker)
             self._start(self._reopen(place, "a run that did not end"))
@@ -253,6 +254,8 @@ class Model(ServedModel):
             task.cancel()
         for worker in self._workers:
             worker.stop()
+            if self.batcher is None and isinstance(worker.engine, Endable):
+                worker.engine.kill()  # while it loads the model
         # A thread ends with its last batch. A batch that outlived the draining has had its time.
         until_s = 0 if self.batcher is not None and self.batcher.running_batches else _JOIN_S
         for worker in self._workers:

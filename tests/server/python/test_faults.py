@@ -6,10 +6,12 @@ The other model's process serves throughout. Time passes only when a test skips 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from cobatch.server.settings.schema import ModelSettings
 from tests.support.fronts.linked import WAYS, way
 from tests.support.http.clock import Clock
 from tests.support.http.serving import (
+    DEADLINE_S,
     Answer,
     Client,
     Served,
@@ -75,6 +78,24 @@ def pass_gate(running: Served) -> None:
     Path(running.inference.models["bad"].settings.python_path, GATE.name).write_bytes(b"")
 
 
+@contextlib.contextmanager
+def heard(text: str) -> Iterator[threading.Event]:
+    """Give an event that is set when a model's process prints this."""
+    event = threading.Event()
+
+    def hear(record: logging.LogRecord) -> bool:
+        if text in record.getMessage():
+            event.set()
+        return True
+
+    logger = logging.getLogger("cobatch.python")
+    logger.addFilter(hear)
+    try:
+        yield event
+    finally:
+        logger.removeFilter(hear)
+
+
 def both_well(running: Served) -> None:
     assert data_of(running.ask(ask(1, model="good"))) == [2]
     assert data_of(running.ask(ask(2))) == [4]
@@ -116,9 +137,12 @@ def test_a_row_that_ends_the_process(
 
 
 @pytest.mark.parametrize("row", [HANGS, HOLDS_LOCK])
-def test_a_row_that_does_not_end(running: Served, row: int) -> None:
-    with contextlib.ExitStack() as clients:
+def test_a_row_that_does_not_end(running: Served, row: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Its process says where it is, also with the interpreter lock held."""
+    caplog.set_level("INFO", "cobatch.python")
+    with contextlib.ExitStack() as clients, heard(f"row {row}") as begun:
         client = send(running, clients, row)
+        assert begun.wait(DEADLINE_S)
         assert data_of(running.ask(ask(1, model="good"))) == [2]
         before = pid(running)
         running.skip(LIMIT_S)
@@ -126,6 +150,7 @@ def test_a_row_that_does_not_end(running: Served, row: int) -> None:
     both_well(running)
     with pytest.raises(ProcessLookupError):
         os.kill(before, 0)
+    assert re.search(r"faulty\.py\", line \d+ in (predict|misbehave)", caplog.text)
 
 
 @on_one_edge
