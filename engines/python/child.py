@@ -44,7 +44,7 @@ def join_home(parent: int) -> None:
     if os.getppid() != parent:
         sys.exit(1)  # it ended before
     for sig in _IGNORED:
-        signal.signal(sig, lambda *_: None)  # SIG_IGN would hold for what the model starts, too
+        signal.signal(sig, lambda *_: None)  # SIG_IGN would be inherited by the model's own processes
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_bytes(_OOM_SCORE)
     faulthandler.enable()

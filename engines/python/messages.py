@@ -17,7 +17,7 @@ MESSAGE_BYTES = 160 << 10
 MOST_TEXT = 16 << 10
 # Makes the process write where its threads are.
 TELL_SIGNAL = signal.SIGRTMIN
-# A line that the process writes to its output before it sends `Failed`: what it printed comes before that.
+# A line that ends the output of a batch that failed, written before `Failed` is sent.
 MARK = b"\0"
 
 
@@ -69,7 +69,7 @@ class Ran(Struct, frozen=True, array_like=True, tag=18, gc=False):
 
 
 class Failed(Struct, frozen=True, array_like=True, tag=19):
-    """The batch failed. `wrong_output`: what came back was not as declared."""
+    """The batch failed. `wrong_output`: the outputs were not as declared."""
 
     text: str
     wrong_output: bool = False

@@ -115,7 +115,7 @@ def load(source: str, folder: str, device: int, batching: Batching) -> PythonMod
 
 
 def _judge(rows: Signature) -> Batching:
-    """Return the decision about a model that can be batched: what it declares is believed."""
+    """Return the decision about a model that can be batched: its declaration is believed."""
     return Batching("on") if rows.fixed_batch is None else Batching("off", _NO_ROWS)
 
 

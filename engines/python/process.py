@@ -59,7 +59,7 @@ class Output:
         return self._dropped > 0
 
     def feed(self, data: bytes) -> None:
-        """Take what was read; b"" at the end."""
+        """Take output that was read; b"" at the end."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         if len(self._rest) > _LONGEST_LINE or not data:
             lines.append(self._rest)
@@ -154,7 +154,7 @@ class ModelProcess:
             raise self._ended() from None
 
     def printed(self) -> str:
-        """Return what the process printed for the batch that failed."""
+        """Return the process's output for the batch that failed."""
         self.output.marked.wait(_MARK_S)
         self.output.marked.clear()
         return self.output.text()

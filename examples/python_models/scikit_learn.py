@@ -12,7 +12,7 @@ class Irises:
     """The probability of each kind, and the name of the likeliest, for four lengths in centimetres."""
 
     def load(self) -> None:
-        """Train, and say what goes in and out."""
+        """Train, and declare inputs and outputs."""
         irises = load_iris()
         self.forest = RandomForestClassifier(random_state=0).fit(irises.data, irises.target)
         self.names = irises.target_names

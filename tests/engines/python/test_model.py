@@ -1,4 +1,4 @@
-"""Models in Python: how they are found, what they declare, and what they may return."""
+"""Models in Python: how they are found, their declarations, and their outputs."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def both_well(running: Served) -> None:
 
 
 def told(answer: Answer, status: int, slug: str, log: pytest.LogCaptureFixture) -> str:
-    """Check a problem, and return what the log says beside its reference."""
+    """Check a problem, and return the log's message with its reference."""
     assert (answer.status, answer.slug) == (status, slug)
     reference = f"reference {answer.json['reference']}"
     (line,) = [one.getMessage() for one in log.records if reference in one.getMessage()]

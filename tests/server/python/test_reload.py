@@ -45,7 +45,7 @@ class Files:
             yield
 
     def write(self, text: str, served: Served | None = None) -> str:
-        """Change the file; return what the model logs about it."""
+        """Change the file; return the model's message about it."""
         (self.folder / "app.py").write_text(text)
         if served is None:
             return ""
@@ -86,7 +86,7 @@ def test_a_changed_file(files: Files) -> None:
 
 
 async def test_changes_of_files(tmp_path: Path) -> None:
-    """What is written before the watch begins may be told, too."""
+    """A change from before the watch began may be told, too."""
     (tmp_path / "app.py").write_text("")
     number = 0
     async with asyncio.timeout(DEADLINE_S):

@@ -66,7 +66,7 @@ class Exits(Faulty):
 
 
 class Wrong:
-    """Returns what a row asks for."""
+    """Returns the output that a row asks for."""
 
     inputs: ClassVar[Tensors] = {"x": ("INT64", [-1, 1])}
     outputs: ClassVar[Tensors] = {"y": ("FP32", [-1, 2]), "z": ("INT64", [-1])}
