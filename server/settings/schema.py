@@ -126,7 +126,7 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     ] = 0
     threads: Annotated[Threads | None, about("threads of the engine", default="CPU cores - 1")] = None
     instances: Annotated[Instances, about("engines that share the queue, on each device")] = 1
-    devices: Annotated[Devices, about("TensorRT: numbers of the GPUs, in CUDA's order", "0,1")] = (0,)
+    devices: Annotated[Devices, about("TensorRT, Python: numbers of the GPUs, in CUDA's order", "0,1")] = (0,)
     slots: Annotated[Slots, about("TensorRT: batches in flight on each engine")] = 2
     batch_buckets: Annotated[
         Sizes | None, about("TensorRT: sizes to round batches up to", "1,4,16", default="powers of two")
