@@ -1,12 +1,13 @@
-"""Create an engine from its settings. A new engine needs one file, and one line in ENGINES."""
+"""Create an engine from its settings: one of ENGINES, or of an installed package (plugins.py)."""
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cobatch.engines.base import AUTO, Batching, Engine
-from cobatch.engines.errors import EngineLoadError
+from cobatch.engines.errors import EngineError, EngineLoadError
+from cobatch.engines.plugins import find_plugin, package_of, plugin_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +16,8 @@ class EngineOptions:
 
     `batch_buckets`: sizes that batches are padded to (None: powers of two). `plan_cache`: folder of built
     plans (None: in the user's cache folder). Of a model in Python: its `name`, the `folder` where modules are
-    found, `device`, if it runs `in_thread`, and if its files may change (`reload`).
+    found, `device`, if it runs `in_thread`, and if its files may change (`reload`). `own`: the settings'
+    `engine_options`, checked by the engine, which is of another package.
     """
 
     threads: int | None = None
@@ -31,6 +33,7 @@ class EngineOptions:
     folder: str = "."
     in_thread: bool = False
     reload: bool = False
+    own: Mapping[str, object] = field(default_factory=dict)
 
 
 def _onnxruntime(path: str, max_batch_size: int, options: EngineOptions) -> Engine:
@@ -85,22 +88,47 @@ def load_engine(
 ) -> Engine:
     """Create an engine for a model file, or `FILE.py:NAME`, not yet open. Raises EngineLoadError.
 
-    `kind` is a key of ENGINES, or "auto" to choose by the file's suffix, and "python" for `...:NAME`.
+    `kind` is a key of ENGINES, the name of an engine of another package, or "auto" to choose by the file's
+    suffix, and "python" for `...:NAME`.
     """
     path = os.fspath(path)
     suffix = Path(path).suffix
-    if suffix not in _BY_SUFFIX and kind == "auto" and ":" in Path(path).name:
-        kind = "python"
-    if suffix not in _BY_SUFFIX and kind in {"auto", "tensorrt"}:
-        raise EngineLoadError(
-            f"no engine for {path}: expected an .onnx, .plan or .engine file, or FILE.py:NAME"
-        )
+    if suffix not in _BY_SUFFIX and kind == "tensorrt":
+        raise _no_engine(path)
     if kind == "auto":
-        kind = _BY_SUFFIX[suffix]
+        kind = _BY_SUFFIX.get(suffix) or ("python" if ":" in Path(path).name else suffix)
     make = ENGINES.get(kind)
     if make is None:
-        raise EngineLoadError(f"unknown engine {kind!r}; expected one of {', '.join(ENGINES)}")
+        return _from_package(kind, path, max_batch_size, options)
+    if options.own:
+        raise EngineLoadError(f"engine {kind!r} takes no engine_options: only other packages' engines do")
     try:
         return make(path, max_batch_size, options)
     except ImportError as error:
         raise EngineLoadError(f"engine {kind!r} cannot be used here: {error}") from error
+
+
+def _from_package(kind: str, path: str, max_batch_size: int, options: EngineOptions) -> Engine:
+    """Create an engine of another package; `kind`: its name or the file's suffix. Raises EngineLoadError."""
+    plugin = find_plugin(kind)
+    if plugin is None:
+        if kind == Path(path).suffix:
+            raise _no_engine(path)
+        names = ", ".join((*ENGINES, *plugin_names()))
+        raise EngineLoadError(f"unknown engine {kind!r}; expected one of {names}")
+    try:
+        engine: Engine = plugin.load()(path, max_batch_size, options)
+    except EngineError:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        raise EngineLoadError(
+            f"engine {kind!r} of {package_of(plugin)} cannot be used here: {why}"
+        ) from error
+    return engine
+
+
+def _no_engine(path: str) -> EngineLoadError:
+    return EngineLoadError(
+        f"no engine for {path}: expected an .onnx, .plan or .engine file, or FILE.py:NAME, or set engine"
+    )

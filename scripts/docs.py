@@ -20,6 +20,7 @@ from cobatch.server.observability.metric_families import FAMILIES, FUNCTION_FAMI
 from cobatch.server.settings.auth import AuthSettings, Issuer, ModelRule, TenantRule
 from cobatch.server.settings.describe import Setting, settings_of
 from cobatch.server.settings.schema import (
+    FILE_ONLY,
     ModelSettings,
     PadSettings,
     ServerSettings,
@@ -79,7 +80,7 @@ def _default(setting: Setting) -> str:
 
 
 def _flags(setting: Setting) -> list[str]:
-    if setting.name == "pad":
+    if setting.name in FILE_ONLY:
         return ["", ""]
     if setting.name == "path":
         return ["`MODEL`", f"`{env_name('model')}`"]

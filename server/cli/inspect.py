@@ -19,13 +19,13 @@ from cobatch.engines.errors import EngineError
 from cobatch.engines.loader import EngineOptions, load_engine
 from cobatch.server.console import end, option, stdout, switch
 from cobatch.server.settings.load import load_settings
-from cobatch.server.settings.schema import ModelSettings
+from cobatch.server.settings.schema import ENGINES, ModelSettings
 from cobatch.server.settings.values import SettingsError
 
 
 def inspect(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model file, or FILE.py:NAME.")],
-    engine: Annotated[str, option("auto|onnxruntime|tensorrt", "Engine that opens it.")] = "auto",
+    engine: Annotated[str, option("|".join((*ENGINES, "NAME")), "Engine that opens it.")] = "auto",
     as_json: Annotated[bool, switch("--json", "Print JSON instead of a table.")] = False,
 ) -> None:
     """Print a model's inputs and outputs: names, datatypes, shapes, and the batch axis."""

@@ -12,13 +12,20 @@ from typing import Annotated, Any
 
 import typer
 
+from cobatch.engines.errors import EngineError
 from cobatch.server.observability.logs import JsonFormatter
 from cobatch.server.settings.describe import Setting, settings_of
 from cobatch.server.settings.load import read_settings
-from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings, env_name, flag_name
+from cobatch.server.settings.schema import (
+    ENGINES,
+    FILE_ONLY,
+    ModelSettings,
+    ServerSettings,
+    Settings,
+    env_name,
+    flag_name,
+)
 from cobatch.server.settings.values import Errors, is_loopback
-
-_FILE_ONLY = ("path", "python", "pad")
 
 
 def serve(*, config: Path | None, check: bool, **flags: object) -> None:
@@ -71,6 +78,22 @@ def _check_start(settings: Settings, source: str, errors: Errors) -> None:
 
         with errors:  # they need libraries
             create_app(settings)
+    for index, model in enumerate([] if errors.under("models") else settings.models):
+        if model.engine not in ENGINES or model.engine_options:
+            _check_engine(model, f"models[{index}]", errors)
+
+
+def _check_engine(model: ModelSettings, key: str, errors: Errors) -> None:
+    """Create an engine, which imports its library and checks its options, without opening it."""
+    from cobatch.engines.loader import load_engine  # noqa: PLC0415 - loads NumPy
+    from cobatch.server.inference.engines import engine_options, places  # noqa: PLC0415
+
+    try:
+        load_engine(
+            model.engine, model.source, model.max_batch_size, engine_options(model, places(model)[0])
+        ).close()
+    except EngineError as error:
+        errors.append(f"{key}.engine: {error}")
 
 
 def _warn_if_open(settings: Settings) -> None:
@@ -127,7 +150,7 @@ serve.__signature__ = Signature(  # type: ignore[attr-defined]
             _parameter(setting, section)
             for struct, section in ((ModelSettings, "Model options"), (ServerSettings, "Server options"))
             for setting in settings_of(struct).values()
-            if setting.name not in _FILE_ONLY
+            if setting.name not in ("path", "python", *FILE_ONLY)
         ),
     ]
 )

@@ -30,6 +30,7 @@ from cobatch.engines.errors import EngineError
 from cobatch.engines.loader import EngineOptions, load_engine
 from cobatch.server.cli.plots import PlotError, Runs, check_plot, plot_runs
 from cobatch.server.console import end, option, plain_table, stdout, switch
+from cobatch.server.settings.schema import ENGINES
 
 _WARMUP_PART = 0.1
 _TENANT = "A tenant: name, share, weight, priority, rows, deadline_ms, ..."
@@ -120,7 +121,7 @@ def simulate(
 def profile(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model file.")],
     output: Annotated[Path | None, option("FILE", "Output file (default: stdout).", "--output", "-o")] = None,
-    engine: Annotated[str, option("auto|onnxruntime|tensorrt", "The engine that runs it.")] = "auto",
+    engine: Annotated[str, option("|".join((*ENGINES, "NAME")), "The engine that runs it.")] = "auto",
     max_batch_size: Annotated[int, option("ROWS", "Rows of a batch at most.", min=1)] = 64,
     threads: Annotated[int | None, option("N", "The engine's threads.", min=1)] = None,
     seconds: Annotated[float, option("S", "Duration of the measurement.", min=0.0)] = 10.0,

@@ -49,4 +49,5 @@ def engine_options(settings: ModelSettings, place: Place, batching: Batching | N
         folder=settings.python_path,
         reload=settings.reload,
         in_thread=settings.run_in == "thread",
+        own=settings.engine_options,
     )

@@ -13,9 +13,11 @@ from typing import Any
 
 import msgspec
 
+from cobatch.engines.plugins import plugin_names
 from cobatch.server.settings.auth import AuthSettings, build_auth
 from cobatch.server.settings.describe import Text
 from cobatch.server.settings.schema import (
+    ENGINES,
     ENV_PREFIX,
     MODEL_FIELDS,
     PYTHON_SOURCE,
@@ -186,6 +188,8 @@ def _build_models(tables: list[Table], errors: Errors) -> tuple[ModelSettings, .
                 _check_pads(table["pad"].value)
         with errors:
             _check_batching(table)
+        with errors:
+            _check_engine(table)
         path = table.get("path") or table["python"]
         with errors:
             _check_file(table)
@@ -201,6 +205,15 @@ def _build_models(tables: list[Table], errors: Errors) -> tuple[ModelSettings, .
                     raise SettingsError(f"{key}.name: {model.name!r} is already {other}'s name ({source})")
             models[key] = model
     return tuple(models.values())
+
+
+def _check_engine(table: Table) -> None:
+    """Refuse an engine that is neither built in nor in an installed package."""
+    engine = table.get("engine")
+    if engine is not None and engine.value not in ENGINES:
+        known = [*ENGINES, *plugin_names()]
+        if engine.value not in known:
+            raise engine.unexpected(f"one of {', '.join(known)}", text=True)
 
 
 def _check_file(table: Table) -> None:

@@ -6,7 +6,7 @@ refusals, docs/configuration.md and the JSON schema are derived from it, so a ne
 """
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
@@ -21,7 +21,12 @@ _MOST_AUTOMATIC = 16
 
 _NAME = "1 to 128 letters, digits, '.', '_', '-', the first a letter or digit"
 Name = Annotated[str, Meta(max_length=128), pattern("[A-Za-z0-9][A-Za-z0-9._-]*", _NAME)]
-EngineKind = Literal["auto", "onnxruntime", "tensorrt"]
+ENGINES = ("auto", "onnxruntime", "tensorrt")
+EngineName = Annotated[
+    Name,
+    Meta(extra={"expected": f"one of {', '.join(ENGINES)}, or an installed engine's name"}),
+    placeholder("|".join((*ENGINES, "NAME"))),
+]
 BatchingMode = Literal["auto", "on", "off"]
 RunIn = Literal["process", "thread"]
 TensorRTKind = Literal["tensorrt", "tensorrt-rtx"]
@@ -56,6 +61,10 @@ Slots = Annotated[int, Meta(ge=2, le=8), placeholder("N")]
 _COMMAS = Meta(min_length=1, extra={"separator": ","})
 Devices = Annotated[tuple[Annotated[int, Meta(ge=0, le=9999)], ...], _COMMAS]
 Sizes = Annotated[tuple[Annotated[int, Meta(ge=1, le=999_999)], ...], _COMMAS]
+
+Options = Annotated[dict[str, Any], Meta(extra={"expected": "a table"})]
+# Tables, which only a file can have.
+FILE_ONLY = ("engine_options", "pad")
 
 Axis = Annotated[int, Meta(ge=0, le=31)]
 Length = Annotated[int, Meta(ge=1, le=LARGEST)]
@@ -108,7 +117,9 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         Name, about("name in URLs", "NAME", default="the file's without its suffix, or the NAME in it")
     ] = ""
     model_version: Annotated[Name, about("version in URLs", "VERSION")] = "1"
-    engine: Annotated[EngineKind, about("engine to run it; auto goes by the file's suffix")] = "auto"
+    engine: Annotated[
+        EngineName, about("engine to run it; auto goes by the file's suffix; other packages may add engines")
+    ] = "auto"
     max_batch_size: Annotated[BatchRows, about("largest batch, in rows; 0 turns batching off")] = 64
     batching: Annotated[
         BatchingMode, about("run requests together; auto tests at load that rows are independent")
@@ -137,7 +148,9 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     ] = None
     plan_host_code: Annotated[bool, about("TensorRT: allow the CPU code of version-compatible plans")] = False
     tensorrt_runtime: Annotated[TensorRTKind, about("TensorRT: library that runs the plan")] = "tensorrt"
-    # The last one: its tables are for a file only.
+    engine_options: Annotated[
+        Options, about("options of an engine of another package, as `[models.engine_options]`")
+    ] = {}
     pad: Annotated[tuple[PadSettings, ...], about("axes that may be padded, as `[[models.pad]]`")] = ()
 
     @property
@@ -235,7 +248,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 SERVER_FIELDS = {field.name: field.type for field in msgspec.structs.fields(ServerSettings)}
-MODEL_FIELDS = {field.name: field.type for field in msgspec.structs.fields(ModelSettings)[:-1]}
+MODEL_FIELDS = {
+    field.name: field.type for field in msgspec.structs.fields(ModelSettings) if field.name not in FILE_ONLY
+}
 
 
 def env_name(setting: str) -> str:

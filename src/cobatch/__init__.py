@@ -20,6 +20,9 @@ _PUBLIC = {
     "Engine": ("engines.base", "Engine"),
     "EngineError": ("engines.errors", "EngineError"),
     "EngineGoneError": ("batcher.errors", "EngineGoneError"),
+    "EngineLoadError": ("engines.errors", "EngineLoadError"),
+    "EngineOptions": ("engines.loader", "EngineOptions"),
+    "EngineRunError": ("engines.errors", "EngineRunError"),
     "ExecutionTimeoutError": ("batcher.errors", "ExecutionTimeoutError"),
     "Explanation": ("batcher.library.call", "Explanation"),
     "InputRejectedError": ("batcher.errors", "InputRejectedError"),
@@ -33,6 +36,8 @@ _PUBLIC = {
     "TensorSpec": ("engines.base", "TensorSpec"),
     "Worker": ("engines.worker", "Worker"),
     "batched": ("batcher.library.function", "batched"),
+    "prove_batching": ("engines.proof", "prove"),
+    "settle_signature": ("engines.proof", "settle"),
 }
 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 - they are strings

@@ -18,7 +18,12 @@ from cobatch.engines.base import Engine as Engine
 from cobatch.engines.base import Signature as Signature
 from cobatch.engines.base import TensorSpec as TensorSpec
 from cobatch.engines.errors import EngineError as EngineError
+from cobatch.engines.errors import EngineLoadError as EngineLoadError
+from cobatch.engines.errors import EngineRunError as EngineRunError
 from cobatch.engines.errors import ResultCountError as ResultCountError
+from cobatch.engines.loader import EngineOptions as EngineOptions
+from cobatch.engines.proof import prove as prove_batching
+from cobatch.engines.proof import settle as settle_signature
 from cobatch.engines.worker import Worker as Worker
 
 __version__: str
@@ -32,6 +37,9 @@ __all__ = [
     "Engine",
     "EngineError",
     "EngineGoneError",
+    "EngineLoadError",
+    "EngineOptions",
+    "EngineRunError",
     "ExecutionTimeoutError",
     "Explanation",
     "InputRejectedError",
@@ -46,4 +54,6 @@ __all__ = [
     "Worker",
     "__version__",
     "batched",
+    "prove_batching",
+    "settle_signature",
 ]

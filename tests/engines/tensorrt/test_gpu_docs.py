@@ -42,7 +42,8 @@ def test_all_flags_of_build_are_documented() -> None:
 def test_all_settings_are_documented_by_name() -> None:
     documented = set(re.findall(r"^\| `(\w+) = ", DOCS, re.MULTILINE))
     others = {"engine", "devices", "instances"}
-    mine = set(EngineOptions.__dataclass_fields__) - {"threads", "device", "batching"} | others
+    of_other_engines = {"threads", "device", "batching", "name", "folder", "in_thread", "reload", "own"}
+    mine = set(EngineOptions.__dataclass_fields__) - of_other_engines | others
     assert documented == mine
     assert documented <= set(MODEL_FIELDS)
 

@@ -13,7 +13,13 @@ import pytest
 
 from cobatch.server.settings.describe import settings_of
 from cobatch.server.settings.load import load_settings
-from cobatch.server.settings.schema import MODEL_FIELDS, SERVER_FIELDS, ModelSettings, ServerSettings
+from cobatch.server.settings.schema import (
+    FILE_ONLY,
+    MODEL_FIELDS,
+    SERVER_FIELDS,
+    ModelSettings,
+    ServerSettings,
+)
 from tests.support.auth.certificates import Pair
 from tests.support.paths import ROOT
 
@@ -48,7 +54,7 @@ def test_every_setting_has_a_meaning() -> None:
     for struct in (ServerSettings, ModelSettings):
         for setting in settings_of(struct).values():
             assert setting.help
-            assert setting.is_switch or setting.placeholder or setting.name == "pad"
+            assert setting.is_switch or setting.placeholder or setting.name in FILE_ONLY
 
 
 def test_the_example_is_accepted(tmp_path: Path) -> None:
