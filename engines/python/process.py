@@ -34,7 +34,8 @@ from cobatch.engines.python.messages import (
 log = logging.getLogger("cobatch.python")
 
 _END_S = 2.0  # for the process to end by itself
-_MARK_S = 1.0  # for the output of a failed batch to arrive
+_CLOSED_S = 10.0  # from the end of its socket to its own
+_MARK_S = 10.0  # for the output of a failed batch, which lies in the pipe
 _TELL_S = 0.5  # to write where it is
 _KEPT_LINES = 40
 _LINES_PER_S = 200
@@ -128,6 +129,7 @@ class ModelProcess:
         self._lock = threading.Lock()
         self._reaped = False
         self._killed = ""
+        self._marks = True
         self._thread = threading.Thread(target=self._watch, name=f"cobatch-{name}-output", daemon=True)
         self._thread.start()
 
@@ -155,7 +157,8 @@ class ModelProcess:
 
     def printed(self) -> str:
         """Return the process's output for the batch that failed."""
-        self.output.marked.wait(_MARK_S)
+        # A process that writes its output elsewhere costs the wait only once.
+        self._marks = self._marks and self.output.marked.wait(_MARK_S)
         self.output.marked.clear()
         return self.output.text()
 
@@ -188,7 +191,7 @@ class ModelProcess:
 
     def _ended(self) -> EngineEndedError:
         # Its end of the socket may be closed while it lives.
-        self._thread.join(_END_S)
+        self._thread.join(_CLOSED_S)
         self.kill("closed its socket and was ended")
         self._thread.join()
         return self._error()
