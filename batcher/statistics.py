@@ -135,7 +135,10 @@ class Counters:
             waiting.append(delay_s)
         else:
             # A bundle has many callers; the parts of a cut request after the first have none.
-            delays = [gathered_s - one.enqueued_s for one in requests for _ in range(one.callers)]
+            if len(requests) == 1:
+                delays = [gathered_s - first.enqueued_s] * first.callers
+            else:
+                delays = [gathered_s - one.enqueued_s for one in requests for _ in range(one.callers)]
             totals.requests += len(delays)
             totals.queue_s += sum(delays)
             waiting += delays

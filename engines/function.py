@@ -17,6 +17,7 @@ log = logging.getLogger("cobatch.worker")
 _ITEMS = TensorSpec("items", "BYTES", ())
 _STACKED = TensorSpec("items", "BYTES", (-1,))
 _RESULTS = TensorSpec("results", "BYTES", ())
+_LISTS = (list, tuple, np.ndarray)
 
 
 class FunctionEngine:
@@ -68,7 +69,7 @@ class FunctionEngine:
 
     def checked(self, results: Any, rows: int) -> Array:
         """Return the results as an array. Raises TypeError or ResultCountError."""
-        if not isinstance(results, list | tuple | np.ndarray):
+        if not isinstance(results, _LISTS):
             self._check_type(results)
         if len(results) != rows:
             text = f"{self._name} returned {len(results)} results for {rows} items, not one for each"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from asyncio import InvalidStateError
-from collections.abc import Sequence
+from asyncio import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
-from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.bundle import Bundle
 from cobatch.batcher.request import Batch, Request, Timer
 from cobatch.batcher.scheduling.policy import REASONS
@@ -15,77 +13,99 @@ from cobatch.batcher.scheduling.policy import REASONS
 R = TypeVar("R")
 
 
-# A call: the item, the future of its result, and once it is queued its request. A list, because every call
-# makes one.
-Entry = list[Any]
+class Pending:
+    """The plain calls of one iteration of the event loop: their items, and the futures of their results.
+
+    `left`: those that were cancelled since; `requests` they are once they are queued.
+    """
+
+    __slots__ = ("futures", "items", "left", "requests")
+
+    def __init__(self) -> None:
+        self.items: list[Any] = []
+        self.futures: list[Future[Any]] = []
+        self.left = 0
+        self.requests: list[Call | Gathered] = []
+
+    def take(self) -> tuple[list[Any], list[Future[Any]]]:
+        """Return the calls that were not cancelled, and forget them."""
+        items, futures = self.items, self.futures
+        self.items, self.futures = [], []
+        if self.left:
+            items = [item for item, future in zip(items, futures, strict=True) if not future.done()]
+            futures = [future for future in futures if not future.done()]
+            self.left = 0
+        return items, futures
 
 
 class Call(Request):
     """A request of one row, an object that is not copied. `timer` ends it at its timeout, also if it runs."""
 
-    __slots__ = ("batcher", "entries", "timer")
+    __slots__ = ("future", "item", "timer")
 
-    def __init__(self, entry: Entry, batcher: Batcher) -> None:
+    def __init__(self, item: Any, future: Future[Any]) -> None:
         Request.__init__(self, 1, (), ())
-        self.entries: Sequence[Entry] = (entry,)
-        self.batcher = batcher
+        self.item = item
+        self.future = future
         self.timer: Timer | None = None
 
+    @property
     def items(self) -> list[Any]:
-        """Return the item."""
-        return [self.entries[0][0]]
+        """The item."""
+        return [self.item]
+
+    @property
+    def futures(self) -> list[Future[Any]]:
+        """The future of its result."""
+        return [self.future]
 
     def done(self) -> None:
-        entries, self.entries = self.entries, ()  # they refer to each other
-        finish(self, entries)
+        finish(self, self.futures)
 
 
 class Gathered(Bundle):
-    """The plain calls of one iteration of the event loop, as one request: to queue each would cost as much as
-    all the rest. `left`: those that were cancelled since."""
+    """Plain calls of one iteration as one request: to queue each would cost as much as all the rest."""
 
-    __slots__ = ("batcher", "entries", "left")
+    __slots__ = ("futures", "items", "pending")
 
-    def __init__(self, entries: list[Entry], batcher: Batcher) -> None:
-        Request.__init__(self, len(entries), (), ())
-        self.callers = len(entries)
-        self.entries: Sequence[Entry] = entries
-        self.batcher = batcher
-        self.left = 0
+    def __init__(self, items: list[Any], futures: list[Future[Any]], pending: Pending) -> None:
+        Request.__init__(self, len(items), (), ())
+        self.callers = len(items)
+        self.items = items
+        self.futures = futures
+        self.pending = pending
 
     def separate(self) -> list[Request]:
-        calls: list[Request] = []
-        entries, self.entries = self.entries, ()
-        for entry in entries:
-            if not entry[1].done():
-                call = entry[2] = Call(entry, self.batcher)
-                calls.append(call)
-        return calls
+        pairs = zip(self.items, self.drop(), strict=True)
+        calls = [Call(item, future) for item, future in pairs if not future.done()]
+        self.pending.requests += calls
+        return list(calls)
 
-    def items(self) -> list[Any]:
-        """Return the items, with those of cancelled calls."""
-        return [entry[0] for entry in self.entries]
+    def drop(self) -> list[Future[Any]]:
+        """Return the futures and forget them: their exceptions refer to the pending calls, and so to this."""
+        futures, self.futures = self.futures, []
+        self.pending.requests.remove(self)
+        return futures
 
     def done(self) -> None:
-        entries, self.entries = self.entries, ()  # they refer to each other
-        finish(self, entries)
+        finish(self, self.drop())
 
 
-def finish(request: Request, entries: Sequence[Entry]) -> None:
+def finish(request: Request, futures: list[Future[Any]]) -> None:
     """Give each caller of a request its result or the error. One that is cancelled is about to say so."""
     error = request.error
     if error is not None:
-        for entry in entries:
-            if not entry[1].done():
-                entry[1].set_exception(error)
+        for future in futures:
+            if not future.done():
+                future.set_exception(error)
         return
     assert request.batch is not None
     results = request.batch.outputs[0][request.first_row : request.first_row + request.rows]
     # An array that the function returned may be in use by it again, and is as large as the batch.
     values = results.tolist() if results.dtype.hasobject else [row.copy() for row in results]
-    for entry, value in zip(entries, values, strict=True):
+    for future, value in zip(futures, values, strict=True):
         try:
-            entry[1].set_result(value)
+            future.set_result(value)
         except InvalidStateError:
             continue  # cancelled
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from asyncio import CancelledError, Future, get_running_loop
+from asyncio import CancelledError, Future
 from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic
-from typing import Any, Generic, Literal, Protocol, TypeVar, overload
+from typing import Any, Generic, Literal, Protocol, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cobatch.batcher.library.call import Call, Entry, Explanation, explained
+from cobatch.batcher.library.call import Call, Explanation, explained
 from cobatch.batcher.library.runner import Core, Plan, Runner
 from cobatch.batcher.library.statistics import Ledger, Statistics
 from cobatch.batcher.tenant import Tenant
@@ -25,6 +25,14 @@ R = TypeVar("R")
 D = TypeVar("D", bound=np.generic)
 S_contra = TypeVar("S_contra", contravariant=True)
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+class CallOptions(TypedDict, total=False):
+    """The options of a call."""
+
+    timeout: float | None
+    priority: int
+    tenant: str | Tenant | None
 
 
 class Batched(Generic[T, R]):
@@ -42,7 +50,6 @@ class Batched(Generic[T, R]):
         self,
         item: T,
         /,
-        *,
         timeout: float | None = None,  # noqa: ASYNC109 - the deadline is the scheduler's, too
         priority: int = 0,
         tenant: str | Tenant | None = None,
@@ -55,75 +62,63 @@ class Batched(Generic[T, R]):
         no room.
         """
         core = self._core
-        loop = get_running_loop()
-        runner = core.last()
-        if runner is None or runner.loop is not loop:
-            runner = core.runner()
         if timeout is not None or tenant is not None or priority or core.always_alone:
-            return await self._alone(runner, item, timeout, priority, tenant)
-        entry: Entry = [item, Future(loop=loop), None]
-        if not runner.pending:
-            loop.call_soon(runner.flush)
-        runner.pending.append(entry)
+            return await self._alone(item, timeout=timeout, priority=priority, tenant=tenant)
+        future: Future[R] = Future()  # of the running loop
+        runner = core.last()
+        if runner is None or runner.loop is not future.get_loop():
+            runner = core.runner()
+        pending = runner.pending
+        if not pending.items:
+            runner.loop.call_soon(runner.flush)
+        pending.items.append(item)
+        pending.futures.append(future)
         try:
-            result: R = await entry[1]
-            return result
+            return await future
         except CancelledError:
-            runner.leave(entry)
+            if future.cancelled():
+                runner.leave(pending)
             raise
         finally:
-            del entry  # an exception refers to this frame, and it to the exception
+            del future, pending  # the exception refers to this frame
 
-    async def _alone(
-        self,
-        runner: Runner,
-        item: T,
-        timeout: float | None,  # noqa: ASYNC109 - the deadline is the scheduler's, too
-        priority: int,
-        tenant: str | Tenant | None,
-    ) -> R:
+    async def _alone(self, item: T, **options: Unpack[CallOptions]) -> R:
         """Queue a call as a request of its own."""
-        entry: Entry = [item, Future(loop=runner.loop), None]
-        call = self._submit(runner, entry, timeout, priority, tenant)
-        try:
-            result: R = await entry[1]
-            return result
-        except CancelledError:
-            runner.leave(entry)
-            raise
-        finally:
-            if call.timer is not None:
-                call.timer.cancel()
-            del entry, call
-
-    async def explain(
-        self,
-        item: T,
-        /,
-        *,
-        timeout: float | None = None,  # noqa: ASYNC109 - the deadline is the scheduler's, too
-        priority: int = 0,
-        tenant: str | Tenant | None = None,
-    ) -> Explanation[R]:
-        """Call the function, and return its result or exception with where the time of the call went."""
+        call = None
+        future: Future[R] = Future()
         runner = self._core.runner()
-        entry: Entry = [item, Future(loop=runner.loop), None]
-        call, value, failure = None, None, None
         try:
-            call = self._submit(runner, entry, timeout, priority, tenant)
-            value = await entry[1]
-        except CancelledError:
-            runner.leave(entry)
-            raise
+            call = self._submit(runner, item, future, **options)
+            return await future
+        finally:
+            if call is not None:
+                self._end(runner, call, future)
+            del call, future
+
+    async def explain(self, item: T, /, **options: Unpack[CallOptions]) -> Explanation[R]:
+        """Call the function, and return its result or exception with where the time of the call went."""
+        call, value, failure = None, None, None
+        future: Future[R] = Future()
+        runner = self._core.runner()
+        try:
+            call = self._submit(runner, item, future, **options)
+            value = await future
         except Exception as error:  # noqa: BLE001 - it is a part of the explanation
             failure = error
         finally:
-            if call is not None and call.timer is not None:
-                call.timer.cancel()
+            if call is not None:
+                self._end(runner, call, future)
         try:
             return explained(value, failure, call, monotonic())
         finally:
-            del entry, call, failure
+            del call, future, failure
+
+    @staticmethod
+    def _end(runner: Runner, call: Call, future: Future[R]) -> None:
+        if call.timer is not None:
+            call.timer.cancel()
+        if future.cancelled():
+            runner.batcher.cancel(call)
 
     def statistics(self) -> Statistics:
         """Return the counts of all calls, on all event loops. Any thread may ask."""
@@ -132,15 +127,17 @@ class Batched(Generic[T, R]):
     def _submit(
         self,
         runner: Runner,
-        entry: Entry,
-        timeout: float | None,
-        priority: int,
-        tenant: str | Tenant | None,
+        item: Any,
+        future: Future[R],
+        *,
+        timeout: float | None = None,
+        priority: int = 0,
+        tenant: str | Tenant | None = None,
     ) -> Call:
         plan = self._core.plan
-        call = entry[2] = Call(entry, runner.batcher)
+        call = Call(item, future)
         if plan.stack:
-            entry[0] = array = np.asarray(entry[0])
+            call.item = array = np.asarray(item)
             # Arrays of another dtype share no batch either: it would be converted to that of the others.
             call.row_shapes = array.shape, tuple(array.dtype.str.encode())
         if priority:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
+from asyncio import Future
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.errors import BatcherError
 from cobatch.batcher.lane import BatchWorker
-from cobatch.batcher.library.call import Call, Entry, Gathered
+from cobatch.batcher.library.call import Call, Gathered, Pending
 from cobatch.batcher.library.statistics import Ledger
 from cobatch.batcher.library.workers import TaskWorker, ThreadWorker
 from cobatch.batcher.request import State
@@ -74,8 +75,7 @@ class Runner:
         )
         for worker in self._workers:
             self._start(worker)
-        self.pending: list[Entry] = []  # plain calls of this iteration of the loop
-        self._left_early = False  # one of them was cancelled
+        self.pending = Pending()
         self.closed = False
         self._tenants: dict[str, Tenant] = {}
         self._most_tenants = _TENANTS_KEPT
@@ -115,46 +115,41 @@ class Runner:
 
     def flush(self) -> None:
         """Queue the pending calls, in requests that fill batches."""
-        entries, self.pending = self.pending, []
-        if self._left_early:
-            self._left_early = False
-            entries = [entry for entry in entries if not entry[1].done()]
+        pending, self.pending = self.pending, Pending()
+        items, futures = pending.take()
         queue, at = self.batcher.queue, 0
-        while at < len(entries):
+        while at < len(items):
             end = at + queue.full_rows - queue.rows % queue.full_rows
-            self._enter(entries[at:end])
+            self._enter(items[at:end], futures[at:end], pending)
             at = end
 
-    def _enter(self, entries: list[Entry]) -> None:
-        batcher = self.batcher
-        if len(entries) > 1:
-            gathered = Gathered(entries, batcher)
-            for entry in entries:
-                entry[2] = gathered
-            gathered.enter(batcher.submit)
+    def _enter(self, items: list[Any], futures: list[Future[Any]], pending: Pending) -> None:
+        if len(items) > 1:
+            gathered = Gathered(items, futures, pending)
+            pending.requests.append(gathered)
+            gathered.enter(self.batcher.submit)
             return
-        call = entries[0][2] = Call(entries[0], batcher)
+        call = Call(items[0], futures[0])
+        pending.requests.append(call)
         try:
-            batcher.submit(call)
+            self.batcher.submit(call)
         except BatcherError as error:
             call.error = error
             call.done()
 
-    def leave(self, entry: Entry) -> None:
-        """Drop a call whose caller was cancelled."""
-        request, batcher = entry[2], self.batcher
-        if isinstance(request, Call):
-            batcher.cancel(request)
-            entry[2] = None  # they refer to each other
-            return
-        batcher.counters.cancelled += 1
-        if request is None:
-            self._left_early = True
-        else:
-            request.left += 1
-            if request.left == request.rows and request.state is State.QUEUED:
-                batcher.counters.cancelled -= request.callers  # they are counted together
-                batcher.cancel(request)
+    def leave(self, pending: Pending) -> None:
+        """Note that the caller of a plain call was cancelled; drop requests that are for none any more."""
+        counters = self.batcher.counters
+        counters.cancelled += 1
+        pending.left += 1
+        for request in list(pending.requests):
+            if request.state in (State.QUEUED, State.RUNNING) and all(
+                future.done() for future in request.futures
+            ):
+                counters.cancelled -= request.callers  # they are counted together
+                self.batcher.cancel(request)
+                if isinstance(request, Gathered):
+                    request.drop()
 
     def tenant(self, name: str) -> Tenant:
         """Return the account of the tenant of this name."""

@@ -38,9 +38,11 @@ class _Worker:
         batch = job.context
         assert isinstance(batch, Batch)
         requests: list[Any] = batch.requests  # each is a Call or Gathered
-        items = [item for request in requests for item in request.items()]
-        if any(isinstance(request, Gathered) and request.left for request in requests):
-            live = [not future.done() for request in requests for _, future, _ in request.entries]
+        items = list(requests[0].items)  # the function may change it
+        for request in requests[1:]:
+            items += request.items
+        if True in [isinstance(request, Gathered) and request.pending.left > 0 for request in requests]:
+            live = [not future.done() for request in requests for future in request.futures]
             items = [item for item, is_live in zip(items, live, strict=True) if is_live]
             job.rows = len(items)
             self._places[job.slot] = np.maximum(np.cumsum(live) - 1, 0)  # any result will do for the others

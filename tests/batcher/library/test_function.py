@@ -68,7 +68,7 @@ async def test_an_item_that_fails_fails_alone_with_its_own_exception(bad: tuple[
         assert result == n * 2 if n not in bad else result is raised[n]
     text = "".join(traceback.format_exception(raised[bad[0]]))
     assert "raise raised[item]" in text  # of the function
-    assert "await entry[1]" in text  # of the caller
+    assert "await future" in text  # of the caller
     statistics = double.statistics()
     assert (statistics.accepted, statistics.failed) == (8, len(bad))
 
