@@ -16,8 +16,9 @@ class EngineOptions:
 
     `batch_buckets`: sizes that batches are padded to (None: powers of two). `plan_cache`: folder of built
     plans (None: in the user's cache folder). Of a model in Python: its `name`, the `folder` where modules are
-    found, `device`, if it runs `in_thread`, and if its files may change (`reload`). `own`: the settings'
-    `engine_options`, checked by the engine, which is of another package.
+    found, `device`, if it runs `in_thread`, and if its files may change (`reload`). `providers`: execution
+    providers of ONNX Runtime, with their options. `own`: the settings' `engine_options`; an engine of another
+    package checks them.
     """
 
     threads: int | None = None
@@ -33,13 +34,14 @@ class EngineOptions:
     folder: str = "."
     in_thread: bool = False
     reload: bool = False
+    providers: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     own: Mapping[str, object] = field(default_factory=dict)
 
 
 def _onnxruntime(path: str, max_batch_size: int, options: EngineOptions) -> Engine:
     from cobatch.engines.onnxruntime import OnnxRuntimeEngine  # noqa: PLC0415 - loads only this engine's library
 
-    return OnnxRuntimeEngine(path, max_batch_size, options.threads, options.batching)
+    return OnnxRuntimeEngine(path, max_batch_size, options.threads, options.batching, options.providers)
 
 
 def _tensorrt(path: str, max_batch_size: int, options: EngineOptions) -> Engine:

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU.
+"""ONNX Runtime, on the CPU or with other execution providers.
 
 Inputs are packed into buffers of a slot, which are reused. A binding (`IOBinding`) of the first `rows` rows
 of the input and output buffers is created once for each number of rows and cached. ONNX Runtime reads the
@@ -10,10 +10,11 @@ strings or with outputs of unknown shape use `run`.
 """
 
 import logging
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import prod
+from types import MappingProxyType
 
 import numpy as np
 import onnxruntime as ort
@@ -37,6 +38,7 @@ _TYPES = {
     "tensor(double)": "FP64",
     "tensor(string)": "BYTES",
 }
+_CPU = "CPUExecutionProvider"
 _BINDING_LIMIT = 256
 # By ONNX Runtime's severities, from verbose to fatal.
 _LEVELS = (logging.DEBUG, logging.DEBUG, logging.WARNING, logging.ERROR, logging.CRITICAL)
@@ -50,6 +52,8 @@ log = logging.getLogger("cobatch.onnxruntime")
 
 # ONNX Runtime's binding, and the arrays that receive the outputs.
 _Binding = tuple[ort.IOBinding, tuple[Array, ...]]
+# Execution providers with their options, in order of preference.
+Providers = Mapping[str, Mapping[str, object]]
 
 
 class _Slot:
@@ -73,7 +77,8 @@ class OnnxRuntimeEngine:
     """One session. A model with a fixed batch axis runs at that size, padded with zeros.
 
     `threads`: of the session; by default one core is left to the event loop. `max_batch_size` is set to the
-    model's own, if it fixes one, and to 1 with batching off.
+    model's own, if it fixes one, and to 1 with batching off. `providers`: the CPU if empty; the CPU also runs
+    what none of them can. Raises EngineLoadError if this build of ONNX Runtime lacks one.
     """
 
     platform = "onnxruntime_onnx"
@@ -85,8 +90,14 @@ class OnnxRuntimeEngine:
         max_batch_size: int,
         threads: int | None = None,
         batching: Batching = AUTO,
+        providers: Providers = MappingProxyType({}),
     ) -> None:
+        present = ort.get_available_providers()
+        for name in providers:
+            if name not in present:
+                raise EngineLoadError(f"this ONNX Runtime has no {name}, only {', '.join(present)}")
         self.path = path
+        self._providers = providers or {_CPU: {}}
         self.max_batch_size = max_batch_size
         self._batching = batching
         self._threads = threads or max(1, available_cores() - 1)
@@ -116,13 +127,10 @@ class OnnxRuntimeEngine:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
         options.log_severity_level = _ERROR
-        ort.set_default_logger_callback(_on_log, _ERROR)
+        if hasattr(ort, "set_default_logger_callback"):  # onnxruntime-gpu 1.31 logs to stderr
+            ort.set_default_logger_callback(_on_log, _ERROR)
         ort.disable_telemetry_events()
-        try:
-            session = ort.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise EngineLoadError(f"ONNX Runtime cannot load {self.path}: {error}") from error
-        self._session = session
+        self._session = session = self._make_session(options)
         try:
             declared = self._settle(session, self._batching)
         except NoBatchAxisError as error:
@@ -142,9 +150,24 @@ class OnnxRuntimeEngine:
                     np.zeros((self.max_batch_size, *spec.shape), spec.dtype) for spec in signature.outputs
                 )
 
+    def _make_session(self, options: ort.SessionOptions) -> ort.InferenceSession:
+        """Raise EngineLoadError also for a provider that ONNX Runtime leaves out, which it only logs."""
+        providers = [(name, dict(own)) for name, own in self._providers.items()]
+        _logged.clear()
+        try:
+            session = ort.InferenceSession(self.path, options, providers=providers, enable_fallback=0)
+        except Exception as error:
+            raise EngineLoadError(f"ONNX Runtime cannot load {self.path}: {error}") from error
+        used = session.get_providers()
+        for name in self._providers:
+            if name not in used:
+                why = "; ".join(_logged) or "its message is on stderr"
+                raise EngineLoadError(f"ONNX Runtime cannot use {name} here: {why}")
+        return session
+
     def _settle(self, session: ort.InferenceSession, batching: Batching) -> bool:
         """Read the signature; return True if the outputs' shapes are as declared."""
-        self._signature = _read_signature(session, batching)
+        self._signature = _read_signature(session, batching, gpu=list(self._providers) != [_CPU])
         return _has_declared_shapes(session, self._signature, self.max_batch_size)
 
     def close(self) -> None:
@@ -253,8 +276,13 @@ class OnnxRuntimeEngine:
         return io, parts
 
 
+# The last errors that were logged: the only reasons that ONNX Runtime gives for leaving a provider out.
+_logged: deque[str] = deque(maxlen=2)
+
+
 def _on_log(severity: int, _category: str, _log_id: str, place: str, message: str) -> None:
     """Log a message, which ONNX Runtime would otherwise write to stderr."""
+    _logged.append(message)
     log.log(_LEVELS[severity], "%s (%s)", message, place)
 
 
@@ -391,7 +419,7 @@ def _text(array: Array) -> Array:
     return np.array(raw, f"{'V' if same else 'S'}{longest}").reshape(array.shape)
 
 
-def _read_signature(session: ort.InferenceSession, batching: Batching) -> Signature:
+def _read_signature(session: ort.InferenceSession, batching: Batching, *, gpu: bool) -> Signature:
     """Read the signature of a session's model, and prove its batch axis. Raises EngineLoadError."""
     inputs = [_spec("input", node) for node in session.get_inputs()]
     outputs = [_spec("output", node) for node in session.get_outputs()]
@@ -400,7 +428,7 @@ def _read_signature(session: ort.InferenceSession, batching: Batching) -> Signat
         inputs,
         outputs,
         batching,
-        lambda rows: prove(rows, lambda arrays: _run(session, rows, arrays, quiet)),
+        lambda rows: prove(rows, lambda arrays: _run(session, rows, arrays, quiet), gpu=gpu),
     )
 
 

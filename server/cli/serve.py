@@ -79,7 +79,7 @@ def _check_start(settings: Settings, source: str, errors: Errors) -> None:
         with errors:  # they need libraries
             create_app(settings)
     for index, model in enumerate([] if errors.under("models") else settings.models):
-        if model.engine not in ENGINES or model.engine_options:
+        if model.engine not in ENGINES or model.engine_options or model.providers:
             _check_engine(model, f"models[{index}]", errors)
 
 

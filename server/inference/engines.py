@@ -49,5 +49,6 @@ def engine_options(settings: ModelSettings, place: Place, batching: Batching | N
         folder=settings.python_path,
         reload=settings.reload,
         in_thread=settings.run_in == "thread",
+        providers={name: settings.provider_options.get(name, {}) for name in settings.providers or ()},
         own=settings.engine_options,
     )

@@ -196,6 +196,7 @@ def _build_models(tables: list[Table], errors: Errors) -> tuple[ModelSettings, .
         with errors:
             model = msgspec.convert(values_of(table), ModelSettings)
             _check_devices(model, table)
+            _check_providers(model, table)
             key = path.key.rpartition(".")[0]
             source = table["name"].source if "name" in table else "the file's name; set name"
             check(f"{key}.name", model.name, Name, source)
@@ -246,10 +247,24 @@ def _check_file(table: Table) -> None:
 
 def _check_devices(model: ModelSettings, table: Table) -> None:
     """Refuse GPUs for a model that ONNX Runtime runs on the CPU."""
-    on_cpu = model.engine == "onnxruntime" or (model.engine == "auto" and model.path.endswith(".onnx"))
-    if on_cpu and model.devices != (0,):
+    if _is_onnxruntime(model) and model.devices != (0,):
+        if model.providers:
+            raise table["devices"].refused("not together with providers; set device_id in provider_options")
         why = f"ONNX Runtime runs {model.name!r} on the CPU; set engine = 'tensorrt' to use GPUs"
         raise table["devices"].refused(f"{why}, or instances for more engines")
+
+
+def _is_onnxruntime(model: ModelSettings) -> bool:
+    return model.engine == "onnxruntime" or (model.engine == "auto" and model.path.endswith(".onnx"))
+
+
+def _check_providers(model: ModelSettings, table: Table) -> None:
+    """Refuse execution providers of another engine than ONNX Runtime, and options of none of them."""
+    if model.providers and not _is_onnxruntime(model):
+        raise table["providers"].refused("only ONNX Runtime has execution providers")
+    for name in model.provider_options:
+        if name not in (model.providers or ()):
+            raise table["provider_options"].refused(f"{name!r} is not among the providers")
 
 
 def _check_batching(table: Table) -> None:

@@ -62,9 +62,13 @@ _COMMAS = Meta(min_length=1, extra={"separator": ","})
 Devices = Annotated[tuple[Annotated[int, Meta(ge=0, le=9999)], ...], _COMMAS]
 Sizes = Annotated[tuple[Annotated[int, Meta(ge=1, le=999_999)], ...], _COMMAS]
 
+Providers = Annotated[tuple[Text, ...], _COMMAS]
+ProviderOptions = Annotated[
+    dict[str, dict[str, bool | int | float | str]], Meta(extra={"expected": "a table for each provider"})
+]
 Options = Annotated[dict[str, Any], Meta(extra={"expected": "a table"})]
 # Tables, which only a file can have.
-FILE_ONLY = ("engine_options", "pad")
+FILE_ONLY = ("provider_options", "engine_options", "pad")
 
 Axis = Annotated[int, Meta(ge=0, le=31)]
 Length = Annotated[int, Meta(ge=1, le=LARGEST)]
@@ -137,6 +141,14 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     ] = 0
     threads: Annotated[Threads | None, about("threads of the engine", default="CPU cores - 1")] = None
     instances: Annotated[Instances, about("engines that share the queue, on each device")] = 1
+    providers: Annotated[
+        Providers | None,
+        about(
+            "ONNX Runtime: execution providers, the preferred one first",
+            "CUDAExecutionProvider,...",
+            default="CPUExecutionProvider",
+        ),
+    ] = None
     devices: Annotated[Devices, about("TensorRT, Python: numbers of the GPUs, in CUDA's order", "0,1")] = (0,)
     slots: Annotated[Slots, about("TensorRT: batches in flight on each engine")] = 2
     batch_buckets: Annotated[
@@ -148,6 +160,10 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     ] = None
     plan_host_code: Annotated[bool, about("TensorRT: allow the CPU code of version-compatible plans")] = False
     tensorrt_runtime: Annotated[TensorRTKind, about("TensorRT: library that runs the plan")] = "tensorrt"
+    provider_options: Annotated[
+        ProviderOptions,
+        about("ONNX Runtime: options of a provider, as `[models.provider_options.CUDAExecutionProvider]`"),
+    ] = {}
     engine_options: Annotated[
         Options, about("options of an engine of another package, as `[models.engine_options]`")
     ] = {}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
@@ -35,6 +36,7 @@ ELEMENT_TYPES = {
 
 
 ON = Batching("on")
+CUDA = "CUDAExecutionProvider"
 
 
 def opened(
@@ -388,6 +390,41 @@ def test_an_engine_whose_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(load_engine.__globals__["ENGINES"], "onnxruntime", missing)
     with pytest.raises(EngineLoadError, match="cannot be used here: no library"):
         load_engine("onnxruntime", "model.onnx", 4)
+
+
+def test_a_provider_that_this_onnx_runtime_lacks(tmp_path: Path) -> None:
+    path = models.write(tmp_path, models.negate())
+    with pytest.raises(EngineLoadError, match=r"this ONNX Runtime has no RockExecutionProvider, only .*CPU"):
+        load_engine("auto", path, 4, EngineOptions(providers={"RockExecutionProvider": {}}))
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+@pytest.mark.skipif(CUDA in ort.get_available_providers(), reason="this ONNX Runtime has CUDA")
+def test_a_provider_that_onnx_runtime_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    present = [CUDA, "CPUExecutionProvider"]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: present)
+    engine = OnnxRuntimeEngine(models.write(tmp_path, models.negate()), 4, providers={CUDA: {}})
+    _, error = load(engine)
+    assert str(error).startswith(f"ONNX Runtime cannot use {CUDA} here: ")
+
+
+def test_providers_and_their_options_reach_the_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    session = ort.InferenceSession
+
+    def recorded(*given: object, providers: object, **rest: object) -> object:
+        asked.append(providers)
+        return session(*given, providers=providers, **rest)
+
+    monkeypatch.setattr(ort, "InferenceSession", recorded)
+    path = models.write(tmp_path, models.negate())
+    azure, cpu = "AzureExecutionProvider", "CPUExecutionProvider"
+    for providers in ({}, {azure: {}, cpu: {"use_arena": False}}):
+        _, error = load(OnnxRuntimeEngine(path, 4, threads=1, providers=providers))
+        assert error is None
+    assert asked == [[(cpu, {})], [(azure, {}), (cpu, {"use_arena": False})]]
 
 
 def load(engine: OnnxRuntimeEngine) -> tuple[Worker, EngineError | None]:

@@ -102,6 +102,10 @@ def test_engines_of_ours_take_no_options_of_other_packages() -> None:
     [
         ("engine_options.factor = 2", "engine_options: unknown key 'factor'; expected times"),
         ("engine = 'broken'", "engine 'broken' of broken_engine 2.3 cannot be used here"),
+        (
+            "engine = 'onnxruntime'\nproviders = ['RockExecutionProvider']",
+            "this ONNX Runtime has no RockExecutionProvider, only",
+        ),
         ("engine = 'onnxruntime'\nengine_options.times = 2", "engine 'onnxruntime' takes no engine_options"),
     ],
 )

@@ -42,7 +42,8 @@ def test_all_flags_of_build_are_documented() -> None:
 def test_all_settings_are_documented_by_name() -> None:
     documented = set(re.findall(r"^\| `(\w+) = ", DOCS, re.MULTILINE))
     others = {"engine", "devices", "instances"}
-    of_other_engines = {"threads", "device", "batching", "name", "folder", "in_thread", "reload", "own"}
+    of_python = {"name", "folder", "in_thread", "reload"}
+    of_other_engines = {"threads", "device", "batching", "providers", "own"} | of_python
     mine = set(EngineOptions.__dataclass_fields__) - of_other_engines | others
     assert documented == mine
     assert documented <= set(MODEL_FIELDS)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cobatch.server.inference.engines import engine_options, places
 from cobatch.server.settings.load import load_settings
 from cobatch.server.settings.schema import (
     MODEL_FIELDS,
@@ -303,6 +304,23 @@ def test_variables_that_kubernetes_sets_are_explained(model: Path, tmp_path: Pat
 def test_one_name_cannot_be_given_to_several_models(model: Path, tmp_path: Path) -> None:
     message = refusal(tmp_path, MODELS + MODELS + "name = 'other'\n", name="mine")
     assert message == "models[*].name: names one model, but there are 2 (flag --name)"
+
+
+def test_execution_providers(model: Path, tmp_path: Path) -> None:
+    options = "[models.provider_options.CUDAExecutionProvider]\ndevice_id = 1\nuse_tf32 = false\n"
+    (cuda,) = from_file(tmp_path, MODELS + "providers = ['CUDAExecutionProvider']\n" + options).models
+    place = places(cuda)[0]
+    given = {"CUDAExecutionProvider": {"device_id": 1, "use_tf32": False}}
+    assert engine_options(cuda, place).providers == given
+    (two,) = from_file(tmp_path, MODELS, providers="AExecutionProvider,BExecutionProvider").models
+    assert list(engine_options(two, place).providers) == ["AExecutionProvider", "BExecutionProvider"]
+    for text, why in [
+        (options, "provider_options: 'CUDAExecutionProvider' is not among the providers (file"),
+        ("providers = ['A']\nengine = 'tensorrt'", "providers: only ONNX Runtime has execution providers"),
+        ("providers = ['A']\ndevices = [1]", "devices: not together with providers; set device_id in"),
+        ("providers = ['A']\nprovider_options.A = 1", "provider_options: expected a table for each provider"),
+    ]:
+        assert refusal(tmp_path, MODELS + text).startswith(f"models[0].{why}")
 
 
 def test_gpus_are_refused_for_onnx_runtime_on_the_cpu(model: Path, tmp_path: Path) -> None:
