@@ -99,9 +99,9 @@ def main() -> int:
         known = {key: Figures(*one) for key, one in json.loads(options.baselines.read_text()).items()}
     with ProcessPoolExecutor(options.processes) as pool:
         verdicts = judge(pool, numbers, options.requests, 0, known, tuned=options.tuned)
-        doubtful = [one for one in verdicts if one.of_untuned < _LEAST]
         if options.tuned:
             verdicts = with_other_chance(pool, verdicts)
+        doubtful = [one for one in verdicts if one.of_untuned < _LEAST]
         _keep(options.baselines, known)
         ratios = measured_again(pool, doubtful, options.requests * _MORE_REQUESTS)
     print_groups(verdicts)
