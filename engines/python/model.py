@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from cobatch.engines.proof import settle
 # The only output's name where an annotation gives none.
 OUTPUT = "output"
 _EXPECTED = 'expected a datatype of V2 and a shape, as ("FP32", [-1, 3])'
+# Models in threads may have one file, which must not be used before it is executed.
+_IMPORTING = threading.RLock()
 _NO_ROWS = "the inputs' first axis is not -1"
 
 
@@ -138,7 +141,8 @@ def _find(source: str, folder: str) -> Any:
     where, _, name = source.rpartition(":")
     if not where or not name:
         raise EngineLoadError(f"{source!r} names no model; expected FILE.py:NAME or MODULE:NAME")
-    module = _call(f"importing {where}", _import, where, folder)
+    with _IMPORTING:
+        module = _call(f"importing {where}", _import, where, folder)
     try:
         return getattr(module, name)
     except AttributeError:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -95,6 +99,23 @@ def test_a_module_in_the_folder_or_on_the_path(tmp_path: Path, monkeypatch: pyte
     monkeypatch.syspath_prepend(str(Path(FOLDER).parent))
     assert load("ours_here.parts:model", str(tmp_path), 0, AUTO).signature.inputs[0].name == "x"
     assert load("python_models.faulty:upper", str(tmp_path), 0, AUTO).signature.inputs[0].name == "text"
+
+
+def test_a_file_that_another_thread_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, may_end = threading.Event(), threading.Event()
+    monkeypatch.setitem(sys.modules, "gate", SimpleNamespace(began=began, may_end=may_end))
+    text = "import gate\ngate.began.set()\nassert gate.may_end.wait(60)\ndef model(x: X) -> X:\n    return x"
+    (tmp_path / "shared.py").write_text(HEAD + text)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(load, "shared.py:model", str(tmp_path), 0, AUTO)
+        assert began.wait(60)
+        second = threads.submit(load, "shared.py:model", str(tmp_path), 0, AUTO)
+        try:
+            with pytest.raises(TimeoutError):
+                second.result(timeout=0.05)
+        finally:
+            may_end.set()
+        assert first.result().found is second.result().found
 
 
 def test_whole_tensors() -> None:
