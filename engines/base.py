@@ -34,6 +34,10 @@ DATATYPES: dict[str, np.dtype[Any]] = {
 }
 
 
+# The section that says how to export models, for messages.
+EXPORT_DOCS = "docs/batching.md#how-to-export-a-model"
+
+
 def available_cores() -> int:
     """Count the cores that this process may use, which in a container can be far below the machine's."""
     if hasattr(os, "sched_getaffinity"):
@@ -129,10 +133,12 @@ class Signature:
     def batching_note(self) -> str:
         """A line for the operator: how requests are batched, the reason, and the remedy if there is one."""
         verdict, reason = self.batching.verdict, self.batching.reason
-        if verdict in ("off", "disproved"):
+        if verdict == "disproved":
+            return f"off, requests run one at a time: {reason}; to change the export: {EXPORT_DOCS}"
+        if verdict == "off":
             return f"off, requests run one at a time{reason and f': {reason}'}"
         if self.fixed_batch == 1:
-            return "fixed at 1 by the file; export it with a dynamic batch axis, so that requests share runs"
+            return f"fixed at 1 by the file; export it with a dynamic batch axis: {EXPORT_DOCS}"
         if verdict == "unproven":
             return f'on, but not proven: {reason}; set it to "off" if rows depend on each other, else to "on"'
         return "on, proven at load" if verdict == "proven" else "on, not tested"

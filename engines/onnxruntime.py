@@ -19,7 +19,16 @@ from types import MappingProxyType
 import numpy as np
 import onnxruntime as ort
 
-from cobatch.engines.base import AUTO, Array, Batching, RowShapes, Signature, TensorSpec, available_cores
+from cobatch.engines.base import (
+    AUTO,
+    EXPORT_DOCS,
+    Array,
+    Batching,
+    RowShapes,
+    Signature,
+    TensorSpec,
+    available_cores,
+)
 from cobatch.engines.errors import EngineLoadError, EngineRunError, NoBatchAxisError
 from cobatch.engines.proof import prove, settle
 
@@ -443,7 +452,8 @@ def _spec(kind: str, node: ort.NodeArg) -> TensorSpec:
     """Return the whole tensor; one of unknown rank counts as a scalar, as ONNX Runtime describes it."""
     datatype = _TYPES.get(node.type)
     if datatype is None:
-        raise EngineLoadError(f"{kind} {node.name!r} has type {node.type}, which is not supported")
+        hint = f"; export it with zipmap=False: {EXPORT_DOCS}" if node.type.startswith("seq(map(") else ""
+        raise EngineLoadError(f"{kind} {node.name!r} has type {node.type}, which is not supported{hint}")
     shape = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape)
     names = tuple(size if isinstance(size, str) else "" for size in node.shape)
     limit = MOST_TEXT_BYTES if datatype == "BYTES" else None

@@ -14,7 +14,7 @@ from math import inf, prod
 
 import numpy as np
 
-from cobatch.engines.base import Array, Batching, Signature, TensorSpec, batched_signature
+from cobatch.engines.base import EXPORT_DOCS, Array, Batching, Signature, TensorSpec, batched_signature
 from cobatch.engines.errors import EngineDeadError, EngineLoadError, NoBatchAxisError
 
 PROOF_ROWS = 4
@@ -68,7 +68,8 @@ def settle(
         rows = batched_signature(inputs, outputs)
     except EngineLoadError as error:
         if batching.verdict != "auto":
-            raise EngineLoadError(f'{error}: it cannot be batched; set batching = "off"') from None
+            remedy = f'set batching = "off", or change the export: {EXPORT_DOCS}'
+            raise EngineLoadError(f"{error}: it cannot be batched; {remedy}") from None
         return Signature(whole.inputs, whole.outputs, None, Batching("disproved", str(error)))
     if batching.verdict == "auto":
         batching = prove_(rows)

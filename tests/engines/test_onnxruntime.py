@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,22 @@ import pytest
 from onnx import TensorProto, helper
 
 from cobatch.engines import onnxruntime
-from cobatch.engines.base import AUTO, DATATYPES, Array, Batching, RowShapes, Signature, TensorSpec
+from cobatch.engines.base import (
+    AUTO,
+    DATATYPES,
+    EXPORT_DOCS,
+    Array,
+    Batching,
+    RowShapes,
+    Signature,
+    TensorSpec,
+)
 from cobatch.engines.errors import EngineError, EngineLoadError, EngineRunError
 from cobatch.engines.loader import EngineOptions, load_engine
 from cobatch.engines.onnxruntime import OnnxRuntimeEngine
 from cobatch.engines.worker import Worker
 from tests.support.models import models
+from tests.support.paths import ROOT
 
 ELEMENT_TYPES = {
     "BOOL": TensorProto.BOOL,
@@ -425,6 +436,25 @@ def test_providers_and_their_options_reach_the_session(
         _, error = load(OnnxRuntimeEngine(path, 4, threads=1, providers=providers))
         assert error is None
     assert asked == [[(cpu, {})], [(azure, {}), (cpu, {"use_arena": False})]]
+
+
+def test_a_classifier_exported_with_zipmap(tmp_path: Path) -> None:
+    zipmap = helper.make_node("ZipMap", ["x"], ["y"], domain="ai.onnx.ml", classlabels_int64s=[0, 1])
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 2])
+    value = helper.make_tensor_type_proto(TensorProto.FLOAT, [])
+    maps = helper.make_sequence_type_proto(helper.make_map_type_proto(TensorProto.INT64, value))
+    graph = helper.make_graph([zipmap], "graph", [x], [helper.make_value_info("y", maps)])
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 1)]
+    data = helper.make_model(graph, ir_version=8, opset_imports=imports).SerializeToString()
+    message = refused(tmp_path, data)
+    assert "output 'y' has type seq(map(int64,tensor(float))), which is not supported" in message
+    assert message.endswith(f"; export it with zipmap=False: {EXPORT_DOCS}")
+
+
+def test_messages_link_a_section_that_exists() -> None:
+    page, _, anchor = EXPORT_DOCS.partition("#")
+    headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(), re.MULTILINE)
+    assert anchor in [heading.lower().replace(" ", "-") for heading in headings]
 
 
 def load(engine: OnnxRuntimeEngine) -> tuple[Worker, EngineError | None]:

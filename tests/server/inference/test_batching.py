@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from cobatch.engines.base import EXPORT_DOCS
 from cobatch.server.dashboard.feed import hello
 from cobatch.server.settings.schema import ModelSettings, PadSettings
 from tests.support.examples import examples
@@ -339,6 +340,9 @@ def test_any_model_answers_as_it_does_alone(
 # The operator's view
 
 
+EXPORT = f"; to change the export: {EXPORT_DOCS} (max_batch_size = 64 is ignored)"
+
+
 async def started(
     folder: Path, data: bytes, caplog: pytest.LogCaptureFixture, **settings: Any
 ) -> tuple[InProcess, list[logging.LogRecord]]:
@@ -352,8 +356,18 @@ async def started(
     ("data", "settings", "level", "text"),
     [
         (axis_models.cumulative(), {}, "WARNING", "batching is off, requests run one at a time: rows "),
-        (axis_models.cumulative(), {}, "WARNING", 'set batching = "on" (max_batch_size = 64 is ignored)'),
-        (axis_models.scalars(), {}, "WARNING", "is a scalar or of unknown rank (max_batch_size = 64 is ign"),
+        (
+            axis_models.cumulative(),
+            {},
+            "WARNING",
+            f'set batching = "on"{EXPORT}',
+        ),
+        (
+            axis_models.scalars(),
+            {},
+            "WARNING",
+            f"is a scalar or of unknown rank{EXPORT}",
+        ),
         (axis_models.cumulative(), {"batching": "off"}, "INFO", "a time (max_batch_size = 64 is ignored)"),
         (
             axis_models.cumulative(),
@@ -368,7 +382,7 @@ async def started(
             models.negate(batch=1),
             {},
             "WARNING",
-            "fixed at 1 by the file; export it with a dynamic batch axis",
+            f"fixed at 1 by the file; export it with a dynamic batch axis: {EXPORT_DOCS}",
         ),
     ],
 )
