@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from cobatch.engines.base import Array, Engine, RowShapes
-from cobatch.engines.errors import EngineEndedError, EngineLoadError, EngineRunError, OutputError
+from cobatch.engines.errors import EngineEndedError, EngineError, EngineLoadError, EngineRunError, OutputError
 from cobatch.engines.loader import EngineOptions, load_engine
 from cobatch.engines.python.engine import ProcessEngine
+from cobatch.engines.worker import Worker
 from tests.support.python_models import faulty
 from tests.support.python_models.faulty import CRASHES, EXITS, FAILS, GATE, HANGS, WAITS
 
@@ -123,6 +124,16 @@ def test_errors(opened: Opened, how: str) -> None:
     assert run(engine, numbers(1))[0].tolist() == [[2]]
     with pytest.raises(OutputError, match="output 'z': expected INT64"):
         run(opened("Wrong", how), numbers(1))
+
+
+def test_wrong_outputs_of_the_warm_up_refuse_the_model(how: str) -> None:
+    told: queue.SimpleQueue[EngineError | None] = queue.SimpleQueue()
+    worker = Worker(made("half", how), "half")
+    worker.start(told.put)
+    error = told.get(timeout=60)
+    assert isinstance(error, EngineLoadError)
+    assert str(error) == "output 'output': expected FP32 [1], got FP64 [1]"
+    assert worker.join(60)
 
 
 def test_a_string_that_is_none(opened: Opened) -> None:

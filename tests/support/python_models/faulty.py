@@ -101,6 +101,11 @@ def double(x: Annotated[Array, "FP32", [-1, -1]]) -> Annotated[Array, "FP32", [-
     return x * 2
 
 
+def half(x: Annotated[Array, "FP32", [-1]]) -> Annotated[Array, "FP32", [-1]]:
+    """Return another datatype than is declared."""
+    return x.astype(np.float64) / 2
+
+
 def widen(x: Annotated[Array, "FP32", [-1, -1]]) -> Annotated[Array, "FP32", [-1, -1]]:
     """Repeat each row 1,000 times."""
     return np.tile(x, (1, 1000))
