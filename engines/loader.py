@@ -79,7 +79,7 @@ ENGINES: dict[str, Callable[[str, int, EngineOptions], Engine]] = {
     "tensorrt": _tensorrt,
     "python": _python,
 }
-_BY_SUFFIX = {".onnx": "onnxruntime", ".plan": "tensorrt", ".engine": "tensorrt"}
+BY_SUFFIX = {".onnx": "onnxruntime", ".plan": "tensorrt", ".engine": "tensorrt"}
 
 
 def load_engine(
@@ -95,10 +95,10 @@ def load_engine(
     """
     path = os.fspath(path)
     suffix = Path(path).suffix
-    if suffix not in _BY_SUFFIX and kind == "tensorrt":
+    if suffix not in BY_SUFFIX and kind == "tensorrt":
         raise _no_engine(path)
     if kind == "auto":
-        kind = _BY_SUFFIX.get(suffix) or ("python" if ":" in Path(path).name else suffix)
+        kind = BY_SUFFIX.get(suffix) or ("python" if ":" in Path(path).name else suffix)
     make = ENGINES.get(kind)
     if make is None:
         return _from_package(kind, path, max_batch_size, options)

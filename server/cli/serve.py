@@ -41,6 +41,8 @@ def serve(*, config: Path | None, check: bool, **flags: object) -> None:
     several = settings.server.process_count > 1
     if check or several:  # several processes would each refuse the same files
         _check_start(settings, f"file {config or os.environ.get(env_name('config'))}", errors)
+    if check and not errors.under("models"):
+        _check_engines(settings, errors)
     if errors:
         for message in errors:
             typer.echo(f"cobatch: {message}", err=True)
@@ -78,22 +80,23 @@ def _check_start(settings: Settings, source: str, errors: Errors) -> None:
 
         with errors:  # they need libraries
             create_app(settings)
-    for index, model in enumerate([] if errors.under("models") else settings.models):
-        if model.engine not in ENGINES or model.engine_options or model.providers:
-            _check_engine(model, f"models[{index}]", errors)
 
 
-def _check_engine(model: ModelSettings, key: str, errors: Errors) -> None:
-    """Create an engine, which imports its library and checks its options, without opening it."""
-    from cobatch.engines.loader import load_engine  # noqa: PLC0415 - loads NumPy
+def _check_engines(settings: Settings, errors: Errors) -> None:
+    """Create engines of other packages, and those with options, which imports their libraries."""
+    from cobatch.engines.loader import BY_SUFFIX, load_engine  # noqa: PLC0415 - loads NumPy
     from cobatch.server.inference.engines import engine_options, places  # noqa: PLC0415
 
-    try:
-        load_engine(
-            model.engine, model.source, model.max_batch_size, engine_options(model, places(model)[0])
-        ).close()
-    except EngineError as error:
-        errors.append(f"{key}.engine: {error}")
+    for index, model in enumerate(settings.models):
+        by_file = model.python is not None or Path(model.path).suffix in BY_SUFFIX
+        ours = model.engine in ENGINES[1:] or (model.engine == "auto" and by_file)
+        if ours and not model.engine_options and not model.providers:
+            continue
+        options = engine_options(model, places(model)[0])
+        try:
+            load_engine(model.engine, model.source, model.max_batch_size, options).close()
+        except EngineError as error:
+            errors.append(f"models[{index}].engine: {error}")
 
 
 def _warn_if_open(settings: Settings) -> None:

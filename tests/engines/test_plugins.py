@@ -119,6 +119,14 @@ def test_check_says_why_an_engine_cannot_be_used(packages: Path, model: Path, te
     assert CliRunner().invoke(app, ["serve", "--config", str(config), "--check"]).exit_code == 0
 
 
+def test_check_finds_the_engine_of_a_suffix(packages: Path, model: Path) -> None:
+    (packages / "adding_engine.py").write_text("import no_such_library")
+    refused = CliRunner().invoke(app, ["serve", str(model), "--check"])
+    assert "engine '.number' of adding_engine 1.0 cannot be used here: ModuleNotFoundError" in refused.stderr
+    refused = CliRunner().invoke(app, ["serve", __file__, "--check"])
+    assert f"cobatch: models[0].engine: no engine for {__file__}: expected an .onnx" in refused.stderr
+
+
 def test_inspect_opens_it(packages: Path, model: Path) -> None:
     shown = CliRunner().invoke(app, ["inspect", str(model)])
     assert shown.stdout.startswith(f"five  adding  {model}\n")
