@@ -113,7 +113,25 @@ class BatchFormation:
             requests.append(request)
         for flow in aside:
             group.turns.add(flow)
+        if plan is not None:
+            self._drop_outgrown(requests, late, shares, plan)
         return FormedBatch(requests, late, shares, capped, was_short)
+
+    def _drop_outgrown(
+        self,
+        requests: list[Request],
+        late: list[Request],
+        shares: dict[Tenant | None, int],
+        plan: StartPlan,
+    ) -> None:
+        """Drop the requests that a batch has grown too long for (`_is_cut_before`), the most urgent first."""
+        while self._tightest_s < plan.start_s + plan.run_times.expected_s(self._rows):
+            request = min(requests, key=lambda request: request.deadline_s)
+            requests.remove(request)
+            late.append(request)
+            self._rows -= request.rows
+            shares[request.tenant] -= request.rows
+            self._tightest_s = min((request.deadline_s for request in requests), default=inf)
 
     def _next_light(self) -> Flow | None:
         return next((flow for flow in self._light if flow.rows), None)

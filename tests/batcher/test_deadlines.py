@@ -463,6 +463,26 @@ def test_waiting_for_company_ends_where_a_deadline_needs_it(timeout_s: float) ->
     run(main())
 
 
+def test_a_batch_that_grows_for_others_drops_the_requests_that_it_outgrows() -> None:
+    """The last row of a split request rides with five others, which one run more would make late."""
+
+    async def main() -> None:
+        batcher = make_batcher(Metered(affine))
+        one, other = Tenant("a"), Tenant("b", weight=3)
+        rows = [(1, one), (6, one), (7, None), (1, other), (5, None)]
+        others = [call(rows=count, tenant=tenant) for count, tenant in rows]
+        submit(batcher, *others)
+        await asyncio.sleep(0.030)
+        split = call(0.046875, 9, one)
+        submit(batcher, split)
+        await asyncio.sleep(1)
+        for caller in others:
+            caller.check()
+        check(split, in_time=False)
+
+    run(main())
+
+
 # Whatever comes
 
 ARRIVALS = st.lists(
