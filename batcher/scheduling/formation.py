@@ -111,10 +111,10 @@ class BatchFormation:
             shares[request.tenant] = shares.get(request.tenant, 0) + request.rows
             self._rows = rows
             requests.append(request)
+            if plan is not None and self._tightest_s < self._limit_s:
+                self._drop_outgrown(requests, late, shares, plan)
         for flow in aside:
             group.turns.add(flow)
-        if plan is not None:
-            self._drop_outgrown(requests, late, shares, plan)
         return FormedBatch(requests, late, shares, capped, was_short)
 
     def _drop_outgrown(
@@ -125,12 +125,14 @@ class BatchFormation:
         plan: StartPlan,
     ) -> None:
         """Drop the requests that a batch has grown too long for (`_is_cut_before`), the most urgent first."""
-        while self._tightest_s < plan.start_s + plan.run_times.expected_s(self._rows):
+        while self._rows and plan.run_times.expected_s(self._rows) > self._tightest_s - plan.start_s:
             request = min(requests, key=lambda request: request.deadline_s)
             requests.remove(request)
             late.append(request)
             self._rows -= request.rows
             shares[request.tenant] -= request.rows
+            if not shares[request.tenant]:
+                del shares[request.tenant]
             self._tightest_s = min((request.deadline_s for request in requests), default=inf)
 
     def _next_light(self) -> Flow | None:

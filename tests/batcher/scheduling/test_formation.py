@@ -81,14 +81,14 @@ URGENT_S = TIMES.planned_s(30)
     ("others_s", "timeout_s", "rows"),
     [
         (URGENT_S + FULL_S + 1e-6, 2 * FULL_S + 1e-6, 30),
-        (URGENT_S + FULL_S - 1e-6, 2 * FULL_S + 1e-6, FULL),
+        (URGENT_S + FULL_S - 1e-6, 2 * FULL_S + 1e-6, FULL - 1),
         (URGENT_S + FULL_S - 1e-6, 2 * FULL_S - 1e-6, 30),
     ],
-    ids=["others are in time", "others would be late", "never time for a full batch"],
+    ids=["others are in time", "others would be late, so it is dropped", "never time for a full batch"],
 )
 def test_a_batch_is_cut_for_an_urgent_request_unless_others_get_late(
     others_s: float, timeout_s: float, rows: int
 ) -> None:
     """Where all have time for two full batches, and some are urgent, small batches would keep it so."""
     batch = formed(URGENT_S + 1e-6, *[others_s] * (FULL - 1), timeout_s=timeout_s)
-    assert (len(batch.requests), batch.capped) == (rows, rows < FULL)
+    assert (len(batch.requests), batch.capped, len(batch.late)) == (rows, rows == 30, rows != 30)
