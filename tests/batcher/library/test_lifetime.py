@@ -161,12 +161,13 @@ class Model:
 
 
 async def test_each_object_has_batches_of_its_own() -> None:
+    before = Model.times.statistics().accepted
     two, three = Model(2), Model(3)
     calls = [*[two.times(n) for n in range(3)], *[three.times(n) for n in range(3)]]
     assert await asyncio.gather(*calls) == [0, 2, 4, 0, 3, 6]
     assert two.batches == three.batches == [[0, 1, 2]]
     assert await two.plus(1) == 3
-    assert (two.times.statistics().accepted, Model.times.statistics().accepted) == (3, 6)
+    assert (two.times.statistics().accepted, Model.times.statistics().accepted) == (3, before + 6)
     assert repr(two.times) == "<batched times>"
 
 
