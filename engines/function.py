@@ -24,7 +24,7 @@ class FunctionEngine:
     """Runs `function` on the items of a batch, which `fill` sets. With `stack` they are arrays of one shape
     and dtype, and it gets one array of them.
 
-    Results that are one array are passed on as it is, others as an array of objects.
+    Results are an array of objects, copies of the rows if the function returns one array.
     """
 
     platform = "python_function"
@@ -75,8 +75,9 @@ class FunctionEngine:
             text = f"{self._name} returned {len(results)} results for {rows} items, not one for each"
             log.error(text)
             raise ResultCountError(text)
-        if isinstance(results, np.ndarray):
-            return results
+        if isinstance(results, np.ndarray) and (results.dtype != object or results.ndim > 1):
+            # The function may use it for the next batch, and each row alone would keep all of it in memory.
+            results = [row.copy() for row in results]
         return np.fromiter(results, object, rows)
 
     def _check_type(self, results: Any) -> None:

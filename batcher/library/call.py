@@ -101,9 +101,7 @@ def finish(request: Request, futures: list[Future[Any]]) -> None:
         return
     assert request.batch is not None
     results = request.batch.outputs[0][request.first_row : request.first_row + request.rows]
-    # An array that the function returned may be in use by it again, and is as large as the batch.
-    values = results.tolist() if results.dtype.hasobject else [row.copy() for row in results]
-    for future, value in zip(futures, values, strict=True):
+    for future, value in zip(futures, results.tolist(), strict=True):
         try:
             future.set_result(value)
         except InvalidStateError:

@@ -85,15 +85,15 @@ def answer(model: PythonModel, run: Run, inputs: Region, outputs: Region) -> Ran
     signature = model.signature
     try:
         arrays = model.run(read(signature.inputs, run.inputs, inputs))
-        return Ran(write(signature.outputs, arrays, outputs))
+        return Ran(run.number, write(signature.outputs, arrays, outputs))
     except Exception as error:  # noqa: BLE001 - the model's own code
         text = str(error) if isinstance(error, EngineError) else traceback.format_exc()
-        failed = Failed(text[-MOST_TEXT:], isinstance(error, OutputError))
+        failed = Failed(run.number, text[-MOST_TEXT:], isinstance(error, OutputError))
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # the model may have closed it
             stream.flush()
     with suppress(OSError):
-        os.write(1, b"\n" + MARK + b"\n")
+        os.write(1, b"\n%s%d\n" % (MARK, run.number))
     return failed
 
 

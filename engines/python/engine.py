@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Mapping
 
+import msgspec
 import numpy as np
 
 from cobatch.engines.base import Array, Batching, RowShapes, Signature
@@ -54,6 +55,8 @@ class PythonEngine:
 class ThreadEngine(PythonEngine):
     """The model runs in the worker's thread, and so in the server's process."""
 
+    outputs_last = True
+
     def __init__(
         self, source: str, max_batch_size: int, folder: str, device: int, batching: Batching
     ) -> None:
@@ -76,7 +79,8 @@ class ThreadEngine(PythonEngine):
         assert self._model is not None
         rows, row_shapes = self._batches.pop(slot)
         arrays = [array[:rows] for array in self.inputs(slot, rows, row_shapes)]
-        return tuple(map(np.ascontiguousarray, self._model.run(arrays)))
+        # The model may return views of its inputs, or arrays that it uses for the next batch.
+        return tuple(np.array(output, order="C") for output in self._model.run(arrays))
 
     def close(self) -> None:
         """Forget the model."""
@@ -117,6 +121,7 @@ class ProcessEngine(PythonEngine):
         self._begun = _region(name)
         self._number = 0  # of the batch that was sent last
         self._numbers: dict[int, int] = {}  # by slot
+        self._answers: dict[int, Ran | Failed] = {}  # to batches that are not waited for yet
         self._regions: list[tuple[Region, Region]] = []  # of inputs and outputs, of each slot
         self._process: ModelProcess | None = None
         self._lock = threading.Lock()
@@ -155,19 +160,29 @@ class ProcessEngine(PythonEngine):
     def wait(self, slot: int) -> tuple[Array, ...]:
         """Wait for the outputs. Raises EngineRunError with the traceback and output, OutputError, and
         EngineEndedError."""
-        process = self._running
+        number = self._numbers[slot]
         try:
-            message = process.receive()
+            while number not in self._answers:  # a batch in the other slot may have been sent before
+                self._receive()
         except EngineEndedError as error:
-            error.begun = self._begun.number()[0] == self._numbers[slot]
+            error.begun = self._begun.number()[0] == number
             raise
-        match message:
-            case Failed(text, wrong_output):
-                raise (OutputError if wrong_output else EngineRunError)(text + process.printed())
-            case Ran(outputs):
+        answer = self._answers.pop(number)
+        if isinstance(answer, Failed):
+            raise (OutputError if answer.wrong_output else EngineRunError)(answer.text)
+        return read(self.signature.outputs, answer.outputs, self._regions[slot][1])
+
+    def _receive(self) -> None:
+        """Receive the answer to a batch; an error's text gets the output of that batch."""
+        process = self._running
+        match answer := process.receive():
+            case Failed(number, text):
+                answer = msgspec.structs.replace(answer, text=text + process.printed(number))
+            case Ran(number):
                 process.output.kept.clear()
-                return read(self.signature.outputs, outputs, self._regions[slot][1])
-        raise LinkError(f"the model's process sent {type(message).__name__}")
+            case _:
+                raise LinkError(f"the model's process sent {type(answer).__name__}")
+        self._answers[number] = answer
 
     @property
     def pid(self) -> int:

@@ -17,8 +17,8 @@ MESSAGE_BYTES = 160 << 10
 MOST_TEXT = 16 << 10
 # Makes the process write where its threads are.
 TELL_SIGNAL = signal.SIGRTMIN
-# A line that ends the output of a batch that failed, written before `Failed` is sent.
-MARK = b"\0"
+# Begins a line that ends the output of a batch that failed, with its number; written before `Failed` is sent.
+MARK = b"\0end of batch "
 
 
 class Tensors(Struct, frozen=True, array_like=True, gc=False):
@@ -63,14 +63,16 @@ class NotLoaded(Struct, frozen=True, array_like=True, tag=17):
 
 
 class Ran(Struct, frozen=True, array_like=True, tag=18, gc=False):
-    """The batch has run."""
+    """The batch of this number has run."""
 
+    number: int
     outputs: Tensors
 
 
 class Failed(Struct, frozen=True, array_like=True, tag=19):
-    """The batch failed. `wrong_output`: the outputs were not as declared."""
+    """The batch of this number failed. `wrong_output`: the outputs were not as declared."""
 
+    number: int
     text: str
     wrong_output: bool = False
 

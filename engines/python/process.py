@@ -7,6 +7,7 @@ thread here logs. It ends with home: the kernel ends it with the thread that sta
 import contextlib
 import logging
 import os
+import queue
 import select
 import signal
 import socket
@@ -48,7 +49,8 @@ class Output:
 
     def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.kept: deque[str] = deque(maxlen=_KEPT_LINES)
-        self.marked = threading.Event()
+        # Of batches that failed: the number, as bytes, and the output before its mark.
+        self.failed: queue.SimpleQueue[tuple[bytes, str]] = queue.SimpleQueue()
         self._name = name
         self._clock = clock
         self._rest = b""
@@ -66,8 +68,9 @@ class Output:
             lines.append(self._rest)
             self._rest = b""
         for line in lines:
-            if line == MARK:
-                self.marked.set()
+            if line.startswith(MARK):
+                self.failed.put((line.removeprefix(MARK), self.text()))
+                self.kept.clear()
             elif line:
                 self._take(line[:_LONGEST_LINE].decode(errors="replace"))
 
@@ -155,11 +158,16 @@ class ModelProcess:
             self.kill(f"sent a bad message and was ended: {error}")
             raise self._ended() from None
 
-    def printed(self) -> str:
-        """Return the process's output for the batch that failed."""
-        # A process that writes its output elsewhere costs the wait only once.
-        self._marks = self._marks and self.output.marked.wait(_MARK_S)
-        self.output.marked.clear()
+    def printed(self, number: int) -> str:
+        """Return the process's output for the batch of this number, which failed."""
+        while self._marks:
+            try:
+                marked, text = self.output.failed.get(timeout=_MARK_S)
+            except queue.Empty:
+                self._marks = False  # a process that writes its output elsewhere costs the wait only once
+            else:
+                if marked == b"%d" % number:
+                    return text
         return self.output.text()
 
     def kill(self, why: str = "was ended by the server") -> None:

@@ -25,6 +25,7 @@ from cobatch import (
     TenantLimitError,
     batched,
 )
+from cobatch.engines.function import FunctionEngine
 from tests.support.library.gated import WAIT_S, Gated, blocked, queued, until
 from tests.support.virtual.loop import run
 
@@ -135,6 +136,22 @@ async def test_rows_of_an_array_are_copies() -> None:
     whole[:] = -1
     assert (one.tolist(), two.tolist()) == ([0, 1], [2, 3])
     assert one.base is None
+
+
+def test_an_array_that_the_next_batch_uses_again() -> None:
+    """The next one runs before the event loop takes the first one's results."""
+    whole = np.zeros((1, 1))
+
+    def fill(items: list[float]) -> NDArray[Any]:
+        whole[0] = items
+        return whole
+
+    engine = FunctionEngine(fill, "fill", max_batch_size=1)
+    results: list[Any] = []
+    for slot in range(2):
+        engine.fill(slot, [slot + 1.0])
+        results += engine.wait(slot)
+    assert [result[0].tolist() for result in results] == [[1.0], [2.0]]
 
 
 async def test_stacked_arrays_share_a_batch_if_shape_and_dtype_are_equal() -> None:

@@ -16,7 +16,7 @@ from cobatch.engines.base import Array, Engine, RowShapes
 from cobatch.engines.errors import EngineEndedError, EngineError, EngineLoadError, EngineRunError, OutputError
 from cobatch.engines.loader import EngineOptions, load_engine
 from cobatch.engines.python.engine import ProcessEngine
-from cobatch.engines.worker import Worker
+from cobatch.engines.worker import Job, Outcome, Worker
 from tests.support.python_models import faulty
 from tests.support.python_models.faulty import CRASHES, EXITS, FAILS, GATE, HANGS, WAITS
 
@@ -83,8 +83,9 @@ def how(request: pytest.FixtureRequest) -> str:
 Opened = Callable[[str, str], Engine]
 
 
-def test_numbers_in_both_slots(opened: Opened, how: str) -> None:
-    engine = opened("Faulty", how)
+@pytest.mark.parametrize("name", ["Faulty", "Reuses"])
+def test_numbers_in_both_slots(opened: Opened, how: str, name: str) -> None:
+    engine = opened(name, how)
     send(engine, numbers(1, 2, 3), slot=0)
     send(engine, numbers(4), slot=1)
     first = engine.wait(0)[0]
@@ -124,6 +125,27 @@ def test_errors(opened: Opened, how: str) -> None:
     assert run(engine, numbers(1))[0].tolist() == [[2]]
     with pytest.raises(OutputError, match="output 'z': expected INT64"):
         run(opened("Wrong", how), numbers(1))
+
+
+def test_a_batch_behind_one_that_fails_has_its_own_answer(how: str) -> None:
+    """Zeros run between the two, to explain the error, and are answered last."""
+    engine, told = made("Faulty", how), queue.SimpleQueue[Outcome]()
+    worker = Worker(engine, "Faulty", lambda _, outcome: told.put(outcome))
+
+    def on_open(_: EngineError | None) -> None:
+        for slot, rows in enumerate(([FAILS], [1, FAILS])):  # both are there when the first one begins
+            (buffer,) = engine.inputs(slot, len(rows), ((1,),))
+            buffer[: len(rows)] = numbers(*rows)
+            worker.submit(Job(slot, len(rows), ((1,),), None, explain=True))
+        worker.stop()
+
+    worker.start(on_open)
+    for _ in range(2):
+        outcome = told.get(timeout=60)
+        assert "ValueError: no such row" in str(outcome.error)
+        assert str(outcome.error).count(f"\n  row {FAILS}") == (how == "process"), "what it printed itself"
+        assert outcome.zeros_run
+    assert worker.join(60)
 
 
 def test_wrong_outputs_of_the_warm_up_refuse_the_model(how: str) -> None:

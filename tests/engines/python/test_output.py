@@ -41,12 +41,17 @@ def test_lines_in_pieces(output: Output, caplog: pytest.LogCaptureFixture) -> No
     assert output.text() == "\n  its last output:\n  one\n  two\n  \ufffd three"
 
 
-def test_a_mark(output: Output, caplog: pytest.LogCaptureFixture) -> None:
+def test_marks(output: Output, caplog: pytest.LogCaptureFixture) -> None:
+    """Each ends the output of a batch, also where that of the next one is here already."""
     output.feed(b"without an end\n" + MARK)
-    assert not output.marked.is_set()
-    output.feed(b"\nmore\n")
-    assert output.marked.is_set()
-    assert logged(caplog) == ["without an end", "more"]
+    assert output.failed.empty()
+    output.feed(b"12\nmore\n" + MARK + b"13\nnext\n")
+    assert [output.failed.get_nowait() for _ in range(2)] == [
+        (b"12", "\n  its last output:\n  without an end"),
+        (b"13", "\n  its last output:\n  more"),
+    ]
+    assert output.text() == "\n  its last output:\n  next"
+    assert logged(caplog) == ["without an end", "more", "next"]
 
 
 def test_a_line_without_an_end_is_cut(output: Output, caplog: pytest.LogCaptureFixture) -> None:

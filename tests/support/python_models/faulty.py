@@ -57,6 +57,19 @@ class Faulty:
             GATE.read_bytes()
 
 
+class Reuses(Faulty):
+    """Returns rows of the same array each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffer = np.zeros((8, 1), np.int64)
+
+    def predict(self, batch: dict[str, Array]) -> dict[str, Array]:
+        rows = self.buffer[: len(batch["x"])]
+        np.multiply(batch["x"], 2, out=rows)
+        return {"y": rows}
+
+
 class Exits(Faulty):
     """Ends its process while it is loaded."""
 
