@@ -6,7 +6,6 @@ request stays here, without a caller. An answer's block, in home's slab, is give
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -51,9 +50,9 @@ log = logging.getLogger("cobatch.fronts")
 
 _MOST_TENANTS = 1 << 14
 _SOURCE_BITS = (1 << 31) - 1
-# Home is not running if its heartbeat is older.
-STALLED_S = 1.0
 _LOOK_S = 0.25
+# Looks at home's heartbeat without a new one. They are no time, which also passes while the machine is paused.
+STALLED_LOOKS = 4
 
 
 class _Sent:
@@ -103,7 +102,9 @@ class Uplink(Endpoint[FromFront, ToFront]):
         self._released: list[int] = []
         self._tenants: dict[Tenant, int] = {}  # their numbers, the oldest first
         self._lead = ""
-        self.stalled = self._is_stalled()  # until home welcomes this front
+        self._heartbeat_s = page.heartbeat_s
+        self._silent_looks = 0
+        self.stalled = not self._heartbeat_s  # until home welcomes this front
         self._look = loop.call_later(_LOOK_S, self._watch)
 
     # To home
@@ -362,12 +363,11 @@ class Uplink(Endpoint[FromFront, ToFront]):
 
     # The end
 
-    def _is_stalled(self) -> bool:
-        return time.monotonic() - self._page.heartbeat_s > STALLED_S
-
     def _watch(self) -> None:
         """Refuse requests while home's event loop does not run."""
-        stalled = self._is_stalled()
+        before_s, self._heartbeat_s = self._heartbeat_s, self._page.heartbeat_s
+        self._silent_looks = 0 if self._heartbeat_s != before_s else self._silent_looks + 1
+        stalled = self._silent_looks >= STALLED_LOOKS
         if stalled != self.stalled:
             self.stalled = stalled
             for model in self._models:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from cobatch.engines.link.messages import BUNDLE_IDS, INLINE_BYTES, FromFront, R
 from cobatch.engines.link.messages import Tenant as TenantMessage
 from cobatch.server.fronts import downlink, home, uplink
 from cobatch.server.fronts import rows as rows_of_links
-from cobatch.server.fronts.uplink import STALLED_S
+from cobatch.server.fronts.uplink import STALLED_LOOKS
 from cobatch.server.http.problem import Problem
 from cobatch.server.settings.auth import TenantRule
 from tests.support.auth.protected import settings_in
@@ -313,12 +312,18 @@ async def test_fronts_refuse_while_home_hangs() -> None:
     async with pair() as both:
         uplink, page, model = both.fronts[0].uplink, both.downlinks._page, both.fronts[0].uplinks.models[0]
         assert page is not None
-        for age_s, ready in ((STALLED_S + 1, False), (0.0, True)):
-            page.heartbeat_s = time.monotonic() - age_s
+
+        def look(beat_s: float, ready: bool) -> None:
+            page.heartbeat_s = beat_s
             uplink._look.cancel()
             uplink._watch()
             assert model.ready is ready
             assert (both.fronts[0].batcher.refusal() is None) is ready
+
+        look(1.0, True)  # however long ago: the machine may have been paused
+        for number in range(STALLED_LOOKS):
+            look(1.0, number + 1 < STALLED_LOOKS)
+        look(2.0, True)
         assert await answers([both.fronts[0].submit([5])]) == [[[10]]]
 
 
