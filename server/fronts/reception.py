@@ -68,7 +68,12 @@ class Reception:
     def _receive(self) -> None:
         with contextlib.suppress(BlockingIOError, InterruptedError):
             while self._socket.fileno() >= 0:
-                message, fds, _, _ = socket.recv_fds(self._socket, HAND_OVER_BYTES, 1)
+                try:
+                    message, fds, _, _ = socket.recv_fds(
+                        self._socket, HAND_OVER_BYTES, 1, socket.MSG_CMSG_CLOEXEC
+                    )
+                except ConnectionError:  # the front has ended before it received all
+                    message, fds = b"", []
                 received = [socket.socket(fileno=fd) for fd in fds]
                 if message and not fds:
                     log.error("too many open files: a request is refused")

@@ -123,12 +123,12 @@ class Relay(ClosedTransport, asyncio.Protocol):
     def pause_writing(self) -> None:
         self.connection.pause_writing()
         if self.pipe is not None:
-            self.pipe.transport.pause_reading()
+            self.pipe.pause_reading()
 
     def resume_writing(self) -> None:
         self.connection.resume_writing()
         if self.pipe is not None:
-            self.pipe.transport.resume_reading()
+            self.pipe.resume_reading()
 
     # From home
 
@@ -199,6 +199,16 @@ class _Pipe(asyncio.Protocol):
         self.forwarded += len(data)
         if not self.transport.is_closing() and not self._eof:
             self.transport.write(data)
+
+    def pause_reading(self) -> None:
+        """Let home wait, now or when this is connected."""
+        if self.transport is not None:
+            self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Let home write again."""
+        if self.transport is not None:
+            self.transport.resume_reading()
 
     def write_eof(self) -> None:
         """Pass on that the client sends no more."""

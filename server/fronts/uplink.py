@@ -51,7 +51,7 @@ log = logging.getLogger("cobatch.fronts")
 _MOST_TENANTS = 1 << 14
 _SOURCE_BITS = (1 << 31) - 1
 _LOOK_S = 0.25
-# Looks at home's heartbeat without a new one. They are no time, which also passes while the machine is paused.
+# Looks without a new heartbeat of home. They are no time, which also passes while the machine is paused.
 STALLED_LOOKS = 4
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import socket
@@ -11,8 +12,9 @@ from unittest import mock
 
 import pytest
 
-from cobatch.server.fronts.reception import HomeConnection
+from cobatch.server.fronts.reception import HomeConnection, Reception
 from cobatch.server.fronts.relay import Relay
+from cobatch.server.http.reply import PART_BYTES
 from cobatch.server.settings.schema import ModelSettings
 from tests.support.fronts.linked import LinkedServer, linked
 from tests.support.http.serving import (
@@ -48,6 +50,7 @@ def engine(module_pair: tuple[Served, GatedEngine]) -> GatedEngine:
 def served(module_pair: tuple[Served, GatedEngine]) -> Iterator[Served]:
     served, engine = module_pair
     yield served
+    engine.answer_width = None
     engine.release()
 
 
@@ -173,6 +176,24 @@ def test_a_large_answer_to_a_slow_reader(served: Served) -> None:
         sizes = {len(client.answer().body) for _ in range(40)}
         assert len(sizes) == 1
         assert data_of(client.ask(gate(7))) == [14]
+
+
+def of_the_loop(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return what the event loop has logged: errors of callbacks."""
+    return [record.getMessage() for record in caplog.records if record.name == "asyncio"]
+
+
+def test_a_relay_begins_while_a_long_answer_is_written(
+    served: Served, engine: GatedEngine, client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.answer_width = PART_BYTES // 7
+    x = {"name": "x", "shape": [1, 2], "datatype": "INT64", "data": [1_000_000, 0]}
+    client.send(post(GATE, {"inputs": [x]}) + LIVE)
+    answer = client.answer()
+    assert PART_BYTES < len(answer.body) < 2 * PART_BYTES
+    assert is_live(client)
+    assert data_of(client.ask(gate(7))) == [14]
+    assert not of_the_loop(caplog)
 
 
 def test_a_refusal_reaches_a_client_that_still_sends(client: Client) -> None:
@@ -381,3 +402,15 @@ def test_a_home_without_descriptors_refuses(client: Client) -> None:
         answer = client.ask(get("/v2"))
     assert (answer.status, answer.slug) == (503, "starting")
     assert client.closed()
+
+
+async def test_a_front_that_dies_before_it_reads_ends_its_hand_over_socket(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    Reception(ours, asyncio.Protocol)
+    theirs.close()  # home's first message is there
+    async with asyncio.timeout(DEADLINE_S):
+        while ours.fileno() >= 0:  # noqa: ASYNC110 - some iterations
+            await asyncio.sleep(0)
+    assert not of_the_loop(caplog)
