@@ -21,14 +21,17 @@ def read_elements(data: memoryview, most: int) -> tuple[list[bytes], int]:
     return values, at
 
 
-def read_lengths(data: memoryview, most: int) -> list[int]:
-    """Return the lengths of the elements, at most `most`, as the data has them."""
+def read_lengths(data: memoryview, most: int) -> tuple[list[int], int]:
+    """Return the lengths of these elements, and the place behind the last whole one."""
     lengths: list[int] = []
-    at = 0
-    while at + 4 <= len(data) and len(lengths) < most:
-        lengths += _LENGTH.unpack_from(data, at)
-        at += 4 + lengths[-1]
-    return lengths
+    at, end = 0, len(data)
+    while at + 4 <= end and len(lengths) < most:
+        (size,) = _LENGTH.unpack_from(data, at)
+        if size > end - at - 4:
+            break
+        at += 4 + size
+        lengths.append(size)
+    return lengths, at
 
 
 def write_elements(values: np.ndarray[Any, Any]) -> bytes:

@@ -88,9 +88,16 @@ def _read_strings(spec: TensorSpec, data: memoryview, rows: int, elements: int) 
     """BYTES in binary: each element is its length (u32, little-endian) and its bytes."""
     check_strings(spec, elements)
     if spec.max_text_bytes is not None and len(data) > spec.max_text_bytes:
-        check_lengths(spec, rows, read_lengths(data, elements))  # before they are copied
+        lengths, end = read_lengths(data, elements)  # before they are copied
+        _check_whole(spec, data, elements, len(lengths), end)
+        check_lengths(spec, rows, lengths)
     values, end = read_elements(data, elements)
-    if end != len(data) or len(values) != elements:
-        detail = f"{len(data)} bytes do not hold exactly {elements} elements"
-        raise wrong_data(spec, detail, expected_elements=elements, actual_elements=len(values))
+    _check_whole(spec, data, elements, len(values), end)
     return values
+
+
+def _check_whole(spec: TensorSpec, data: memoryview, elements: int, actual: int, end: int) -> None:
+    """Raise Problem unless this number of elements, the last of which ends here, are all of the data."""
+    if end != len(data) or actual != elements:
+        detail = f"{len(data)} bytes do not hold exactly {elements} elements"
+        raise wrong_data(spec, detail, expected_elements=elements, actual_elements=actual)

@@ -90,7 +90,10 @@ def check_text(spec: TensorSpec, rows: int, payload: Payload) -> None:
 
 
 def check_lengths(spec: TensorSpec, rows: int, lengths: Sequence[int]) -> None:
-    """Raise Problem for strings of these lengths if a row of them has more bytes than the engine takes."""
+    """Raise Problem for strings of these lengths if a row of them has more bytes than the engine takes.
+
+    All rows have the same number of strings.
+    """
     limit, size = spec.max_text_bytes, len(lengths) // (rows or 1)
     if limit is None or sum(lengths) <= limit:
         return

@@ -24,7 +24,7 @@ from cobatch.server.v2.decode import Decoder
 from tests.support.examples import examples
 from tests.support.fronts.linked import WAYS, way
 from tests.support.http import serving
-from tests.support.http.damage import SIGNATURES, SPECS, Message, hostile, whole
+from tests.support.http.damage import LIMITED, SIGNATURES, SPECS, Message, hostile, whole
 from tests.support.http.serving import Client, Served, data_of, post
 from tests.support.virtual.loop import Array, FakeEngine
 
@@ -82,6 +82,19 @@ def test_a_damaged_message_is_decoded_or_refused(data: st.DataObject, signature:
 @given(st.binary(max_size=200), st.none() | st.integers(0, 250), st.sampled_from(SIGNATURES))
 def test_noise_is_refused(body: bytes, length: int | None, signature: Signature) -> None:
     bounded(signature, body, length)
+
+
+@fuzz
+@given(
+    st.integers(1, 3), st.lists(st.tuples(st.sampled_from([0, 1, 2, 9, 2**32 - 1]), st.binary(max_size=9)))
+)
+def test_damaged_strings_are_decoded_or_refused(rows: int, elements: list[tuple[int, bytes]]) -> None:
+    """The limit of an engine is checked with lengths that do not fit the data."""
+    data = b"".join(length.to_bytes(4, "little") + text for length, text in elements)
+    parameters = {"binary_data_size": len(data)}
+    tensor = {"name": "s", "datatype": "BYTES", "shape": [rows, 1, 1], "parameters": parameters}
+    body, header = Message({"inputs": [tensor]}, [(tensor, data)]).build()
+    bounded(LIMITED, body, int(header))
 
 
 # Through a server

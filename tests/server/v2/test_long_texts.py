@@ -34,9 +34,12 @@ def elements(rows: list[list[str]]) -> bytes:
 
 
 def as_binary(rows: list[list[str]]) -> dict[str, Any]:
-    data = elements(rows)
+    return binary_of(len(rows), len(rows[0]), elements(rows))
+
+
+def binary_of(rows: int, width: int, data: bytes) -> dict[str, Any]:
     parameters = {"binary_data_size": len(data)}
-    tensor = {"name": "x", "shape": [len(rows), len(rows[0])], "datatype": "BYTES", "parameters": parameters}
+    tensor = {"name": "x", "shape": [rows, width], "datatype": "BYTES", "parameters": parameters}
     head = json.dumps({"inputs": [tensor]}).encode()
     headers = {"Inference-Header-Content-Length": str(len(head))}
     return {"url": INFER, "content": head + data, "headers": headers}
@@ -47,8 +50,11 @@ def as_prediction(rows: list[list[str]]) -> dict[str, Any]:
 
 
 def as_base64(rows: list[list[str]]) -> dict[str, Any]:
-    text = base64.b64encode(elements(rows)).decode()
-    x = {"b64": text, "dtype": "BYTES", "shape": [len(rows), len(rows[0])]}
+    return base64_of(len(rows), len(rows[0]), elements(rows))
+
+
+def base64_of(rows: int, width: int, data: bytes) -> dict[str, Any]:
+    x = {"b64": base64.b64encode(data).decode(), "dtype": "BYTES", "shape": [rows, width]}
     return {"url": PREDICTIONS, "json": {"inputs": {"x": x}}}
 
 
@@ -87,3 +93,28 @@ async def test_before_they_are_copied(tmp_path: Path, monkeypatch: pytest.Monkey
     async with in_process(ModelSettings(path=path, name="text", max_batch_size=4, threads=1)) as running:
         monkeypatch.setattr(binary, "read_elements", None)
         assert (await ask(running, as_binary([["a"], ["a" * (LIMIT + 1)]])))[0] == 413
+
+
+@pytest.mark.parametrize(
+    ("rows", "data"),
+    [
+        (2, b"\xff" * 4 + b"a" * LIMIT),
+        (2, (8).to_bytes(4, "little") + b"a" * 8 + b"\0"),
+        (1, (LIMIT + 9).to_bytes(4, "little") + b"a" * LIMIT),
+        (1, elements([["a" * LIMIT]]) + b"more"),
+    ],
+    ids=["a length beyond the end", "an element is missing", "the last one is cut", "too many bytes"],
+)
+@pytest.mark.parametrize("form", ["binary", "base64"])
+async def test_elements_that_do_not_fill_the_shape(
+    form: str, rows: int, data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are refused before they are copied."""
+    monkeypatch.setattr(onnxruntime, "MOST_TEXT_BYTES", LIMIT)
+    path = models.write(tmp_path, models.identity(TensorProto.STRING, "n"))
+    request = binary_of(rows, 1, data) if form == "binary" else base64_of(rows, 1, data)
+    async with in_process(ModelSettings(path=path, name="text", max_batch_size=4, threads=1)) as running:
+        monkeypatch.setattr(binary, "read_elements", None)
+        status, body = await ask(running, request)
+        assert (status, body["type"]) == (422, "/problems/wrong-data")
+        assert body["expected_elements"] == rows

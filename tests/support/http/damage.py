@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -26,6 +26,8 @@ SIGNATURES = [
     Signature(SPECS, SPECS),
     *[Signature((spec,), (spec,)) for spec in SPECS],
 ]
+# Its engine takes one byte of strings in a row.
+LIMITED = Signature((replace(SPECS[3], max_text_bytes=1),), (SPECS[3],))
 
 
 @dataclass
