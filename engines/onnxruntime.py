@@ -361,7 +361,7 @@ def _cuts(arrays: Sequence[Array], rows: int, strings: int) -> list[int]:
     cuts = []
     first = size = 0
     for row in range(rows):
-        own = sum(sum(map(len, array[row].flat)) for array in texts)
+        own = sum(sum(map(len, array[row : row + 1].flat)) for array in texts)
         if row > first and (row - first == most_rows or size + own > MOST_TEXT_BYTES):
             cuts.append(row)
             first, size = row, 0

@@ -170,6 +170,12 @@ def test_strings(tmp_path: Path) -> None:
     assert run(engine, x)[0].tolist() == x.tolist()
 
 
+def one_string_a_row() -> bytes:
+    """y = x: [batch]."""
+    x, y = ("x", TensorProto.STRING, ["batch"]), ("y", TensorProto.STRING, ["batch"])
+    return models.model([helper.make_node("Identity", ["x"], ["y"])], [x], [y])
+
+
 def test_many_strings_run_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their conversion holds the interpreter lock."""
     engine = opened(tmp_path, models.identity(TensorProto.STRING, "n"), max_batch_size=8)
@@ -187,12 +193,18 @@ def test_many_strings_run_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         sizes.clear()
         assert run(engine, x)[0].tolist() == x.tolist()
         assert sizes == parts
+    flat = opened(tmp_path, one_string_a_row(), max_batch_size=8)
+    x = np.array([str(row) for row in range(8)], object)
+    sizes.clear()
+    assert run(flat, x)[0].tolist() == x.tolist()
+    assert sizes == [6, 2]
 
 
 def test_long_strings_run_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "MOST_TEXT_BYTES", 10)
     engine = opened(tmp_path, models.identity(TensorProto.STRING), max_batch_size=8)
     assert [spec.max_text_bytes for spec in engine.signature.inputs] == [10]
+    flat = opened(tmp_path, one_string_a_row(), max_batch_size=8)
     ran = watch_rows(monkeypatch)
     for lengths, parts in (
         ([4, 6], [2]),
@@ -205,6 +217,10 @@ def test_long_strings_run_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         x = np.array([["a" * (length - 1), "b"] for length in lengths], object)
         ran.clear()
         assert run(engine, x)[0].tolist() == x.tolist()
+        assert ran == parts
+        single = np.array(["a" * length for length in lengths], object)
+        ran.clear()
+        assert run(flat, single)[0].tolist() == single.tolist()
         assert ran == parts
 
 
