@@ -70,7 +70,7 @@ def main() -> None:
     try:
         model = load(start.source, start.folder, start.device, start.batching)
     except EngineLoadError as error:
-        sock.send(encode(NotLoaded(str(error)[:MOST_TEXT])))
+        sock.send(encode(NotLoaded(_encodable(str(error)[:MOST_TEXT]))))
         return
     sock.send(encode(Loaded(model.signature)))
     while data := sock.recv(MESSAGE_BYTES):
@@ -88,13 +88,18 @@ def answer(model: PythonModel, run: Run, inputs: Region, outputs: Region) -> Ran
         return Ran(run.number, write(signature.outputs, arrays, outputs))
     except Exception as error:  # noqa: BLE001 - the model's own code
         text = str(error) if isinstance(error, EngineError) else traceback.format_exc()
-        failed = Failed(run.number, text[-MOST_TEXT:], isinstance(error, OutputError))
+        failed = Failed(run.number, _encodable(text[-MOST_TEXT:]), isinstance(error, OutputError))
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # the model may have closed it
             stream.flush()
     with suppress(OSError):
         os.write(1, b"\n%s%d\n" % (MARK, run.number))
     return failed
+
+
+def _encodable(text: str) -> str:
+    """Return the text with lone surrogates, as of a file name, escaped: UTF-8 has none."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 if __name__ == "__main__":

@@ -163,9 +163,13 @@ def test_a_string_that_is_none(opened: Opened) -> None:
         run(opened("upper", "process"), np.array([[1]], object), numbers(1))
 
 
-def test_load_errors(how: str) -> None:
-    engine = made("nothing", how)
-    with pytest.raises(EngineLoadError, match=r"faulty.py has no 'nothing'"):
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("nothing", "faulty.py has no 'nothing'"), ("Refuses", "Refuses.load failed: ValueError: not this")],
+)
+def test_load_errors(how: str, name: str, text: str) -> None:
+    engine = made(name, how)
+    with pytest.raises(EngineLoadError, match=f"^{text}"):
         engine.open()
     engine.close()
 

@@ -39,7 +39,7 @@ class Faulty:
 
     def misbehave(self, number: int) -> None:
         if number == FAILS:
-            raise ValueError("no such row")
+            raise ValueError("no such row\udcff")
         if number == EXITS:
             os._exit(3)
         if number == CRASHES:
@@ -76,6 +76,13 @@ class Exits(Faulty):
     def load(self) -> None:
         print("not today", file=sys.stderr)
         os._exit(4)
+
+
+class Refuses(Faulty):
+    """Cannot be loaded."""
+
+    def load(self) -> None:
+        raise ValueError("not this\udcff")
 
 
 class Wrong:
