@@ -17,7 +17,7 @@ from cobatch.batcher.library.call import Call, Explanation, explained
 from cobatch.batcher.library.runner import Core, Plan, Runner
 from cobatch.batcher.library.statistics import Ledger, Statistics
 from cobatch.batcher.tenant import Tenant
-from cobatch.engines.python.pickled import refer_to
+from cobatch.engines.python.pickled import Wrapper, refer_to
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -35,7 +35,7 @@ class CallOptions(TypedDict, total=False):
     tenant: str | Tenant | None
 
 
-class Batched(Generic[T, R]):
+class Batched(Wrapper, Generic[T, R]):
     """A batched function: `await embed(item)` returns the result of `item`, computed in a batch with others.
 
     `__wrapped__` of a function, but not of a method, is the function itself, on a list.

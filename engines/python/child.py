@@ -15,6 +15,8 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
+
 from cobatch.engines.errors import EngineError, EngineLoadError, OutputError
 from cobatch.engines.python.memory import Region, read, write
 from cobatch.engines.python.messages import (
@@ -68,7 +70,7 @@ def main() -> None:
     start = decode_to_child(sock.recv(MESSAGE_BYTES))
     assert isinstance(start, Start)
     try:
-        model = load(start.source, start.folder, start.device, start.batching)
+        model = load(*msgspec.structs.astuple(start), alone=True)
     except EngineLoadError as error:
         sock.send(encode(NotLoaded(_encodable(str(error)[:MOST_TEXT]))))
         return

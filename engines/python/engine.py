@@ -25,10 +25,16 @@ class PythonEngine:
     slots = 2
 
     def __init__(
-        self, source: str, max_batch_size: int, folder: str, device: int, batching: Batching
+        self,
+        source: str,
+        max_batch_size: int,
+        folder: str,
+        device: int,
+        batching: Batching,
+        arguments: tuple[object, ...] = (),
     ) -> None:
         self.max_batch_size = max_batch_size
-        self._start = Start(source, folder, device, batching)
+        self._start = Start(source, folder, device, batching, arguments)
         self._signature: Signature | None = None
         self._inputs: list[SlotInputs] = []
 
@@ -66,8 +72,7 @@ class ThreadEngine(PythonEngine):
 
     def open(self) -> None:
         """Load the model. Raises EngineLoadError."""
-        start = self._start
-        self._model = load(start.source, start.folder, start.device, start.batching)
+        self._model = load(*msgspec.structs.astuple(self._start))
         self._opened(self._model.signature, lambda _: lambda size: np.zeros(size, np.uint8).data)
 
     def enqueue(self, slot: int, rows: int, row_shapes: RowShapes) -> None:
@@ -109,8 +114,9 @@ class ProcessEngine(PythonEngine):
         threads: int | None = None,
         reload: bool = False,
         env: Mapping[str, str] | None = None,
+        arguments: tuple[object, ...] = (),
     ) -> None:
-        super().__init__(source, max_batch_size, folder, device, batching)
+        super().__init__(source, max_batch_size, folder, device, batching, arguments)
         self.on_end: Callable[[EngineEndedError], None] = _ignore
         self._name = name
         self._env = dict(env or {})

@@ -5,6 +5,7 @@ Home sends `Start`, and then a `Run` for each batch; the process answers `Loaded
 """
 
 import signal
+from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -40,6 +41,7 @@ class Start(Struct, frozen=True, array_like=True, tag=0):
     folder: str
     device: int
     batching: Batching
+    arguments: tuple[Any, ...] = ()
 
 
 class Run(Struct, frozen=True, array_like=True, tag=1, gc=False):

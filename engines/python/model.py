@@ -93,16 +93,25 @@ def _checked(spec: TensorSpec, rows: int, output: object) -> Array:
 # Loading
 
 
-def load(source: str, folder: str, device: int, batching: Batching) -> PythonModel:
+def load(
+    source: str,
+    folder: str,
+    device: int,
+    batching: Batching,
+    arguments: Sequence[object] = (),
+    *,
+    alone: bool = False,
+) -> PythonModel:
     """Find a model, load it and read its signature. Raises EngineLoadError.
 
     `source`: `FILE.py:NAME` or `MODULE:NAME`, in `folder`; modules are found as Python finds them, too.
-    `device`: for a `load` that takes it.
+    `device`: for a `load` that takes it. `arguments`: of a class. `alone`: the process is the model's own, so
+    its modules may hide installed ones.
     """
-    found = _find(source, folder)
+    found = _find(source, folder, first=alone)
     name = source.rpartition(":")[2]
     if inspect.isclass(found):
-        found = _call(f"{name}()", found)
+        found = _call(f"{name}()", found, *arguments)
     predict = getattr(found, "predict", found)
     if not callable(predict):
         raise EngineLoadError(f"{source}: {name} has no method `predict`, and is no function")
@@ -137,24 +146,24 @@ def described(error: BaseException) -> str:
     return " ".join("".join(traceback.format_exception_only(error)).split()) + place
 
 
-def _find(source: str, folder: str) -> Any:
+def _find(source: str, folder: str, *, first: bool) -> Any:
     where, _, name = source.rpartition(":")
     if not where or not name:
         raise EngineLoadError(f"{source!r} names no model; expected FILE.py:NAME or MODULE:NAME")
     with _IMPORTING:
-        module = _call(f"importing {where}", _import, where, folder)
+        module = _call(f"importing {where}", _import, where, folder, first)
     try:
         return getattr(module, name)
     except AttributeError:
         raise EngineLoadError(f"{where} has no {name!r}") from None
 
 
-def _import(where: str, folder: str) -> Any:
+def _import(where: str, folder: str, first: bool) -> Any:
     file = Path(folder, where).absolute()
     if not where.endswith(".py"):
-        _add_path(Path(folder))
+        _add_path(Path(folder), first=first)
         return importlib.import_module(where)
-    _add_path(file.parent)
+    _add_path(file.parent, first=first)
     known = sys.modules.get(file.stem)
     if known is not None and getattr(known, "__file__", None) == str(file):
         return known
@@ -173,10 +182,10 @@ def _import(where: str, folder: str) -> Any:
     return module
 
 
-def _add_path(folder: Path) -> None:
+def _add_path(folder: Path, *, first: bool) -> None:
     path = str(folder.absolute())
     if path not in sys.path:
-        sys.path.insert(0, path)
+        sys.path.insert(0 if first else len(sys.path), path)
 
 
 # Signature

@@ -5,11 +5,13 @@ The process has the model `Calls`, which finds the function by its module and na
 
 import importlib
 import importlib.util
+import inspect
 import os
 import pickle
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -24,10 +26,12 @@ from cobatch.engines.python.engine import ProcessEngine
 # Before the pickle of an exception; one of a result begins otherwise.
 _RAISED = b"!"
 _NO_SHAPE: RowShapes = ((),)
+# The program's name in the process, as `multiprocessing` has it, in its package.
+_PROGRAM = "__mp_main__"
 
 
 class Reference(NamedTuple):
-    """Where another process finds a function: `path` is the program's, if its module is `__main__`."""
+    """Where another process finds a function: `path` is the program's, if it is one of that."""
 
     module: str
     path: str
@@ -40,11 +44,12 @@ def refer_to(function: Callable[..., Any], name: str, *, stack: bool) -> Referen
     """Return the reference to a function. Raises TypeError if another process cannot import it."""
     module, qualname = getattr(function, "__module__", ""), getattr(function, "__qualname__", "<locals>")
     main = sys.modules["__main__"]
-    path = ""
-    if module == "__main__":
-        spec = main.__spec__
-        module, path = ("", getattr(main, "__file__", "")) if spec is None else (spec.name, "")
-    if "<locals>" in qualname or not (module or path):
+    path = getattr(main, "__file__", "") if module == "__main__" else ""
+    if path:
+        package = main.__spec__.parent if main.__spec__ is not None else ""  # of `python -m`
+        module = f"{package}.{_PROGRAM}" if package else _PROGRAM
+        sys.modules.setdefault(module, main)  # where results find their classes
+    if "<locals>" in qualname or module in ("", "__main__"):
         raise TypeError(f"{name} cannot run in a process: it must be a function of a module or a program")
     return Reference(module, path and os.path.realpath(path), qualname, name, stack)
 
@@ -56,7 +61,6 @@ class PickledEngine(FunctionEngine):
 
     def __init__(self, reference: Reference, max_batch_size: int) -> None:
         super().__init__(_elsewhere, reference.name, max_batch_size=max_batch_size, stack=reference.stack)
-        self._reference = reference
         self._dead = ""
         self._engine = ProcessEngine(
             f"{__name__}:{Calls.__name__}",
@@ -66,6 +70,7 @@ class PickledEngine(FunctionEngine):
             Batching("on"),
             name=reference.name,
             env={"PYTHONPATH": os.pathsep.join(sys.path)},
+            arguments=reference,
         )
 
     def open(self) -> None:
@@ -84,7 +89,6 @@ class PickledEngine(FunctionEngine):
             pickles = [pickle.dumps(item) for item in items]
         except Exception as error:  # noqa: BLE001 - the item's own code
             raise as_caller_error(error, self._name) from None
-        pickles[0] = pickle.dumps((self._reference, pickles[0]))
         (calls,) = self._engine.inputs(slot, rows, _NO_SHAPE)
         calls[:rows] = pickles
         self._engine.enqueue(slot, rows, _NO_SHAPE)
@@ -92,13 +96,17 @@ class PickledEngine(FunctionEngine):
     def wait(self, slot: int) -> tuple[Array, ...]:
         """Wait for the results. Raises CallerError, and EngineEndedError."""
         (answers,) = self._engine.wait(slot)
-        if answers[0].startswith(_RAISED):
-            raise CallerError(pickle.loads(answers[0][len(_RAISED) :]))  # noqa: S301 - of our own process
+        raised = answers[0].startswith(_RAISED)
+        if raised:
+            answers = answers[:1]
+            answers[0] = answers[0].removeprefix(_RAISED)
         try:
-            results = (pickle.loads(answer) for answer in answers)  # noqa: S301
-            return (np.fromiter(results, object, len(answers)),)
+            results = np.fromiter(map(pickle.loads, answers), object, len(answers))
         except Exception as error:  # noqa: BLE001 - the result's own code
             raise as_caller_error(error, self._name) from None
+        if raised:
+            raise CallerError(results[0])
+        return (results,)
 
     def kill(self) -> None:
         """End the process at once."""
@@ -110,25 +118,31 @@ class PickledEngine(FunctionEngine):
 
 
 class Calls:
-    """The model in the process. A batch's first element has the reference to the function, too."""
+    """The model in the process; its arguments are a Reference."""
 
     inputs = {"calls": ("BYTES", [-1])}  # noqa: RUF012 - as in any model
     outputs = {"answers": ("BYTES", [-1])}  # noqa: RUF012
+
+    def __init__(self, *reference: Any) -> None:
+        self._engine = cache(lambda: _engine_of(Reference(*reference)))
+
+    def load(self) -> None:
+        """Import the function's module. If that fails, each batch tries again, for its callers hear of it."""
+        with suppress(Exception):
+            self._engine()
 
     def predict(self, batch: dict[str, Array]) -> Array:
         """Run the function; an exception is the answer."""
         calls = batch["calls"]
         try:
-            answers = _run(calls.tolist())
+            answers = _run(self._engine(), calls.tolist())
         except Exception as error:  # noqa: BLE001 - of the function
             answers = [_RAISED + _pickled(error), *[b""] * (len(calls) - 1)]
         return np.fromiter(answers, object, len(calls))
 
 
-def _run(calls: Sequence[bytes]) -> list[bytes]:
-    reference, first = pickle.loads(calls[0])  # noqa: S301 - of the process that started this one
-    engine = _engine_of(reference)
-    engine.fill(0, [pickle.loads(call) for call in (first, *calls[1:])])  # noqa: S301
+def _run(engine: FunctionEngine, calls: Sequence[bytes]) -> list[bytes]:
+    engine.fill(0, [pickle.loads(call) for call in calls])  # noqa: S301 - of the process that started this one
     try:
         (results,) = engine.wait(0)
     except CallerError as error:
@@ -136,21 +150,29 @@ def _run(calls: Sequence[bytes]) -> list[bytes]:
     return [pickle.dumps(result) for result in results]
 
 
-@cache
+class Wrapper:
+    """Base of an object that batches the calls of its `__wrapped__`, whose name in the module it takes."""
+
+    __wrapped__: Callable[..., Any]
+
+
 def _engine_of(reference: Reference) -> FunctionEngine:
-    module = importlib.import_module(reference.module) if reference.module else _program(reference.path)
+    name = reference.module
+    module = _program(name, reference.path) if reference.path else importlib.import_module(name)
     function = attrgetter(reference.qualname)(module)
-    function = getattr(function, "__wrapped__", function)  # the module's name is that of the batched one
+    wrapper = inspect.unwrap(function, stop=lambda one: isinstance(one, Wrapper))
+    if isinstance(wrapper, Wrapper):
+        function = wrapper.__wrapped__
     return FunctionEngine(function, reference.name, max_batch_size=0, stack=reference.stack)
 
 
-def _program(path: str) -> Any:
-    """Import a program, under another name than `__main__`, as `multiprocessing` does."""
-    spec = importlib.util.spec_from_file_location("__mp_main__", path)
+def _program(name: str, path: str) -> Any:
+    """Import a program, under another name than `__main__`."""
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["__main__"] = sys.modules["__mp_main__"] = module  # where items find their classes
+    sys.modules["__main__"] = sys.modules[name] = module  # where items find their classes
     spec.loader.exec_module(module)
     return module
 

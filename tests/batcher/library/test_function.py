@@ -453,7 +453,7 @@ async def test_the_function_itself_is_at_hand() -> None:
         return [item * 2 for item in items]
 
     made = batched()(double)
-    assert made.__wrapped__ is double  # type: ignore[attr-defined]
+    assert made.__wrapped__ is double
     assert (made.__doc__, made.__name__) == ("Double it.", "double")  # type: ignore[attr-defined]
     assert "double" in repr(made)
 

@@ -25,13 +25,23 @@ class Pair:
     def __init__(self, value):
         self.value = value
 
+class OwnError(Exception):
+    pass
+
 @batched(run_in="process")
 def values(pairs):
-    return [(pair.value, __name__, os.getpid()) for pair in pairs]
+    if pairs[0].value is None:
+        raise OwnError("no value")
+    return [(Pair(pair.value), __name__, os.getpid()) for pair in pairs]
 
 async def main():
-    value, name, pid = await values(Pair(5))
-    print(value, name, pid != os.getpid())
+    pair, name, pid = await values(Pair(5))
+    assert type(pair) is Pair
+    print(pair.value, name, pid != os.getpid())
+    try:
+        await values(Pair(None))
+    except OwnError as error:
+        print(error)
 
 if __name__ == "__main__":
     asyncio.run(main())
@@ -86,13 +96,21 @@ async def test_a_run_that_takes_too_long_is_ended_with_its_process() -> None:
 
 
 @pytest.mark.slow
-def test_a_function_of_a_program(tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
+@pytest.mark.parametrize(
+    ("command", "head", "name"),
+    [
+        (["ours/program.py"], "", "__mp_main__"),
+        (["-m", "ours.program"], "from . import parts", "ours.__mp_main__"),
+    ],
+)
+def test_a_function_of_a_program(tmp_path: Path, command: list[str], head: str, name: str) -> None:
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "program.py").write_text(head + PROGRAM)
+    (tmp_path / "ours" / "parts.py").write_text("")
     done = subprocess.run(
-        [sys.executable, program], capture_output=True, text=True, timeout=WAIT_S, check=False
+        [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=WAIT_S, check=False
     )
-    assert (done.stdout, done.stderr) == ("5 __mp_main__ True\n", "")
+    assert (done.stdout, done.stderr) == (f"5 {name} True\nno value\n", "")
 
 
 def test_a_function_that_another_process_cannot_import_is_refused() -> None:

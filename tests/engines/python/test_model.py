@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -99,6 +100,17 @@ def test_a_module_in_the_folder_or_on_the_path(tmp_path: Path, monkeypatch: pyte
     monkeypatch.syspath_prepend(str(Path(FOLDER).parent))
     assert load("ours_here.parts:model", str(tmp_path), 0, AUTO).signature.inputs[0].name == "x"
     assert load("python_models.faulty:upper", str(tmp_path), 0, AUTO).signature.inputs[0].name == "text"
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_its_modules_hide_no_others_of_the_server(tmp_path: Path, alone: bool) -> None:
+    (tmp_path / "antigravity.py").write_text("")  # a name of Python's own that nothing imports
+    (tmp_path / "beside.py").write_text("")
+    (tmp_path / "app.py").write_text(HEAD + "import beside\ndef model(x: X) -> X:\n    return x")
+    load("app.py:model", str(tmp_path), 0, AUTO, alone=alone)
+    spec = importlib.util.find_spec("antigravity")
+    assert spec is not None
+    assert (spec.origin == str(tmp_path / "antigravity.py")) == alone
 
 
 def test_a_file_that_another_thread_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from numpy.typing import NDArray
@@ -32,6 +34,38 @@ def work(items: list[Any]) -> list[Any]:
             case "result":
                 return [lambda: None]
     return [(item, os.getpid()) for item in items]
+
+
+def doubling(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Double what a function on lists returns; return a coroutine function unchanged."""
+
+    @functools.wraps(function)
+    def doubled(items: Any) -> Any:
+        results = function(items)
+        return [result * 2 for result in results] if isinstance(results, list) else results
+
+    return doubled
+
+
+@doubling
+def twice(items: list[int]) -> list[int]:
+    """Return the items, which the decorator doubles."""
+    return items
+
+
+@batched(run_in="process")
+@doubling
+def outer(items: list[int]) -> list[int]:
+    """Return the items, which the decorator doubles."""
+    return items
+
+
+@doubling
+@batched(run_in="process")
+@doubling
+def inner(items: list[int]) -> list[int]:
+    """Return the items, which one decorator doubles; the other one sees the batched function."""
+    return items
 
 
 @batched(run_in="process", stack=True)
