@@ -75,8 +75,10 @@ class LongWrite(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._protocol.data_received(data)
 
-    def eof_received(self) -> Any:
-        return self._protocol.eof_received()
+    def eof_received(self) -> bool:
+        if not self._protocol.eof_received():
+            self.close()  # as the transport does, which would not wait for what it has not been given
+        return self._transport.can_write_eof() is True  # TLS ends in both directions
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._pieces.clear()

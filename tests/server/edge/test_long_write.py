@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -95,6 +96,22 @@ def test_the_last_response_of_a_connection(pair: tuple[Served, GatedEngine]) -> 
         assert client.closed()
 
 
+@pytest.mark.parametrize("headers", [{}, {"Connection": "close"}], ids=["keep-alive", "close"])
+@pytest.mark.parametrize("pair", ["fast", "fronts"], indirect=True)
+def test_a_client_that_half_closes_meanwhile(
+    pair: tuple[Served, GatedEngine], headers: dict[str, str]
+) -> None:
+    """It gets the whole response, which is longer than the kernel's buffers."""
+    served, engine = pair
+    engine.answer_width = 4 * WIDTH
+    with served.connect() as client:
+        client.send(large(binary=True, **headers))
+        assert client.socket.recv(1, socket.MSG_PEEK)
+        client.socket.shutdown(socket.SHUT_WR)
+        assert len(client.answer().body) > 32 * PART_BYTES
+        assert client.closed()
+
+
 def test_a_client_that_leaves_meanwhile(pair: tuple[Served, GatedEngine]) -> None:
     """No connection is left: `serve` watches them."""
     served, engine = pair
@@ -113,6 +130,10 @@ class Transport:
         self.written = b""
         self.protocol: Any = None
         self.ends: list[str] = []
+        self.one_way = True
+
+    def can_write_eof(self) -> bool:
+        return self.one_way
 
     def set_protocol(self, protocol: Any) -> None:
         self.protocol = protocol
@@ -194,6 +215,30 @@ async def test_a_transport_that_is_full_at_the_end() -> None:
     assert protocol.told == ["pause"]
     transport.make_room(10)
     assert protocol.told == ["pause", "resume"]
+
+
+@pytest.mark.parametrize("last", ["protocol", "another protocol"])
+async def test_half_closed_by_the_client(last: str) -> None:
+    """The transport is closed once all is written."""
+    transport, protocol = Transport(1 << 30), Protocol()
+    LongWrite(protocol, transport, asyncio.get_running_loop(), [b"a" * 2 * PART_BYTES])
+    if last == "another protocol":
+        protocol.transport.set_protocol(Protocol())
+        protocol.transport.write_eof()
+    assert transport.protocol.eof_received() is True
+    assert protocol.transport.is_closing()
+    assert transport.ends == []
+    await turns()
+    assert len(transport.written) == 2 * PART_BYTES
+    assert transport.ends == ["close"]
+
+
+async def test_ended_by_a_client_over_tls() -> None:
+    """Such a transport cannot stay open in one direction."""
+    transport, protocol = Transport(1 << 30), Protocol()
+    transport.one_way = False
+    LongWrite(protocol, transport, asyncio.get_running_loop(), [b"a" * 2 * PART_BYTES])
+    assert not transport.protocol.eof_received()
 
 
 async def test_half_closed_by_another_protocol() -> None:
