@@ -133,7 +133,11 @@ class ChildServer(Server):
                 self.adopt(socket.socket(fileno=fds[0]), message.number)
             case Link():
                 messages, handover = (socket.socket(fileno=fd) for fd in fds[:2])
-                self.add_link(message.front, LinkEnds(messages, handover, *fds[2:]))
+                try:
+                    self.add_link(message.front, LinkEnds(messages, handover, *fds[2:]))
+                except OSError as error:
+                    log.error("cannot use a link: %s", error.strerror)  # noqa: TRY400
+                    os._exit(1)  # as without its descriptors
             case Leave():
                 self.leave_s = message.since_s
                 self.leave(at_once=message.at_once)

@@ -22,7 +22,7 @@ _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 class Acceptor:
     """Accepts connections, and hands each to the front that has the fewest.
 
-    While no front takes any, they wait in the backlog of their listener.
+    While no front takes any, they wait in the backlog of their listener; also while all refuse them.
     """
 
     def __init__(self, listeners: Sequence[socket.socket], fronts: Sequence[Child]) -> None:
@@ -35,12 +35,13 @@ class Acceptor:
 
     def resume(self) -> None:
         """Accept, if a front takes connections. Call it again from time to time."""
+        takes = any(not front.refuses for front in self._open_fronts())
         waiting, self._waiting = self._waiting, deque()
         for connection in waiting:
             self.hand(connection)
         for front in self._fronts:
-            front.refuses = False
-        if not self._accepts and self._open_fronts():
+            front.refuses = False  # until those that it was given just now are refused
+        if takes and not self._accepts:
             self._accepts = True
             for listener in self.listeners:
                 asyncio.get_running_loop().add_reader(listener, self._accept, listener)
@@ -56,7 +57,7 @@ class Acceptor:
 
     def _accept(self, listener: socket.socket) -> None:
         for _ in range(_BURST):
-            if not self._open_fronts():
+            if all(front.refuses for front in self._open_fronts()):
                 self.pause()
                 return
             try:
@@ -78,12 +79,14 @@ class Acceptor:
     def keep(self, connection: socket.socket) -> None:
         """Keep a connection until a front takes it; the oldest is closed if there are too many."""
         self._waiting.append(connection)
-        if len(self._waiting) > _MOST_WAITING:
+        if len(self._waiting) > _MOST_WAITING or not self._fronts:
             self._waiting.popleft().close()
 
     def close(self) -> None:
-        """Close the listeners."""
+        """Close the listeners, and all connections that no front takes now, or that are handed out later."""
+        self.resume()
         self.pause()
+        self._fronts = ()
         for listener in self.listeners:
             listener.close()
         self.listeners = ()

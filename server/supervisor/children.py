@@ -55,6 +55,7 @@ class Child:
         """Start a process; `outputs` become its stdout and stderr. Raises OSError."""
         self.reached.clear()
         self._good_s = None
+        self.refuses = False
         self._connections = self._beats = self._silent_beats = 0
         self._words.clear(self._word)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -165,11 +166,21 @@ class Child:
 
 def _is_unread(connection: socket.socket) -> bool:
     """Return True if an open connection still has all bytes that its client has sent."""
+    received = _received_bytes(connection)
+    while received is not None:
+        unread = int.from_bytes(fcntl.ioctl(connection, termios.FIONREAD, bytes(4)), sys.byteorder)
+        before, received = received, _received_bytes(connection)
+        if received == before:  # nothing has come meanwhile
+            return received == unread
+    return False
+
+
+def _received_bytes(connection: socket.socket) -> int | None:
+    """Return the bytes that the client of an open connection has sent; None if that is unknown."""
     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
     if len(info) < _TCP_INFO_BYTES or info[0] != _ESTABLISHED:
-        return False
-    received = int.from_bytes(info[-8:], sys.byteorder)
-    return received == int.from_bytes(fcntl.ioctl(connection, termios.FIONREAD, bytes(4)), sys.byteorder)
+        return None
+    return int.from_bytes(info[-8:], sys.byteorder)
 
 
 @contextmanager

@@ -141,9 +141,9 @@ class Supervisor:
 
     def _link(self, child: Child) -> None:
         if child is self._home:
-            if self._page is not None:
-                os.close(self._page)
-            self._page = slab.create("cobatch-page", PAGE_BYTES)
+            before, self._page = self._page, slab.create("cobatch-page", PAGE_BYTES)
+            if before is not None:
+                os.close(before)
         elif self._home.control is None or self._page is None:
             return  # the next home is linked with all
         size = max(_SLAB_BYTES, _SLAB_BODIES * self._settings.server.max_body_bytes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import select
 import signal
@@ -10,13 +12,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+import msgspec
 import pytest
 
 from cobatch.engines.link import slab
-from cobatch.server.fronts.control import PAGE_BYTES, Reached, Words
+from cobatch.server.fronts.child_server import ChildServer
+from cobatch.server.fronts.control import PAGE_BYTES, Connection, Control, Link, LinkEnds, Reached, Words
+from cobatch.server.settings.schema import ModelSettings, Settings
+from cobatch.server.supervisor.acceptor import Acceptor
 from cobatch.server.supervisor.children import Child
+from cobatch.server.supervisor.supervisor import Supervisor
 from tests.support.http.process import WAIT_S, Cobatch
 from tests.support.paths import ROOT
 
@@ -328,12 +335,149 @@ def test_replaced_children_leave_no_descriptor_behind(tmp_path: Path) -> None:
         assert server.stop() == 0
 
 
+def new_front() -> Child:
+    words = slab.create("words", PAGE_BYTES)
+    try:
+        return Child("front", 0, Words(words))
+    finally:
+        os.close(words)
+
+
+@pytest.fixture
+def linked_front() -> Iterator[tuple[Child, Control]]:
+    """Return a front that takes connections, and its end of the control socket."""
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    child, theirs = new_front(), Control(ends[1])
+    child.control = Control(ends[0])
+    child.note(Reached("up"))
+    yield child, theirs
+    child.release()
+    child.close()
+    theirs.close()
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener
+
+
+@pytest.fixture
+def client(listener: socket.socket) -> Iterator[socket.socket]:
+    with socket.create_connection(listener.getsockname()) as client:
+        assert select.select([listener], [], [], WAIT_S)[0]
+        yield client
+
+
+def was_handed(theirs: Control) -> bool:
+    """Return True if a front has got a connection."""
+    try:
+        received = theirs.receive(msgspec.msgpack.Decoder(Connection))
+    except BlockingIOError:
+        return False
+    assert received is not None
+    for fd in received[1]:
+        os.close(fd)
+    return True
+
+
+def test_bytes_that_come_meanwhile_count_as_unread(
+    linked_front: tuple[Child, Control],
+    listener: socket.socket,
+    client: socket.socket,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    child, _ = linked_front
+    connection, _ = listener.accept()
+    assert child.hand(connection)
+    look = fcntl.ioctl
+
+    def arrive(*arguments: object) -> object:
+        monkeypatch.undo()
+        client.sendall(b"GET")
+        assert select.select([connection], [], [], WAIT_S)[0]
+        return look(*arguments)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(fcntl, "ioctl", arrive)
+    assert list(child.take_back()) == [connection]
+    connection.close()
+
+
+async def test_nothing_is_accepted_while_all_fronts_refuse(
+    linked_front: tuple[Child, Control], listener: socket.socket, client: socket.socket
+) -> None:
+    child, theirs = linked_front
+    acceptor = Acceptor([listener], [child])
+    child.refuses = True
+    acceptor._accept(listener)
+    acceptor.resume()
+    assert not was_handed(theirs)
+    assert not acceptor._accepts
+    acceptor.resume()  # it has refused nothing meanwhile
+    acceptor._accept(listener)
+    assert was_handed(theirs)
+    acceptor.close()
+
+
+async def test_connections_that_wait_are_handed_out_before_the_end_and_none_after(
+    linked_front: tuple[Child, Control], listener: socket.socket
+) -> None:
+    child, theirs = linked_front
+    acceptor = Acceptor([], [child])
+    with ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(socket.create_connection(listener.getsockname()))
+        waiting, late = (listener.accept()[0] for _ in range(2))
+        acceptor.keep(waiting)
+        acceptor.close()
+        assert was_handed(theirs)
+        acceptor.hand(late)
+        assert not was_handed(theirs)
+        assert late.fileno() < 0
+
+
+def test_the_page_stays_if_there_is_no_descriptor_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    supervisor = Supervisor(Settings(models=(ModelSettings(path="fake.onnx"),)), [], [], ())
+    supervisor._link(supervisor._home)
+    page = supervisor._page
+    assert page is not None
+    monkeypatch.setattr(slab, "create", lacks_descriptors)
+    with pytest.raises(OSError, match="open files"):
+        supervisor._link(supervisor._home)
+    assert supervisor._page == page
+    os.fstat(page)
+    for fd in (page, supervisor._settings_fd, supervisor._words_fd):
+        os.close(fd)
+
+
+def lacks_descriptors(*_: object) -> Any:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+class ChildWithoutDescriptors(ChildServer):
+    """A child that cannot use a link."""
+
+    def __init__(self) -> None:
+        """Need no parent."""
+
+    def add_link(self, front: int, ends: LinkEnds) -> None:
+        ends.messages.close()
+        ends.handover.close()
+        lacks_descriptors()
+
+
+def test_a_child_that_cannot_use_its_link_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    sockets = [socket.socket() for _ in range(2)]
+    with pytest.raises(SystemExit) as ended:
+        ChildWithoutDescriptors()._obey(Link(0), [one.detach() for one in sockets] + [0, 0, 0])
+    assert ended.value.code == 1
+
+
 def test_only_children_that_end_soon_are_replaced_later(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now_s)
-    words = slab.create("words", PAGE_BYTES)
-    child = Child("front", 0, Words(words))
-    os.close(words)
+    child = new_front()
     assert [child.delay_s() for _ in range(8)] == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
     child.note(Reached("up"))
     now_s = 0.99
