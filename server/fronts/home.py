@@ -116,19 +116,25 @@ class Downlinks:
         elif self._decision is None:
             # After the other datagrams of this iteration.
             self._decision = asyncio.get_running_loop().call_soon(self._await_others)
-        elif link in self._awaited:
+        elif self._awaited:
             self._awaited.discard(link)
+            if not self._may_wait():
+                self._awaited.clear()
             if not self._awaited:
                 self._decide()
 
     def _await_others(self) -> None:
         """Let an idle engine wait for the fronts that are reading requests: a batch costs as much as ten."""
-        idle = [one for one in self._held if not one.running_batches and one.queue.rows < one.queue.full_rows]
-        self._awaited = {link for link in self.links.values() if link.expected} if idle else set()
+        self._awaited = {link for link in self.links.values() if link.expected} if self._may_wait() else set()
         if self._awaited:
             self._decision = asyncio.get_running_loop().call_later(_LONGEST_WAIT_S, self._decide)
         else:
             self._decide()
+
+    def _may_wait(self) -> bool:
+        """Return True if engines are idle, and none of them has a full batch."""
+        idle = [one for one in self._held if not one.running_batches]
+        return bool(idle) and all(one.queue.rows < one.queue.full_rows for one in idle)
 
     def _decide(self) -> None:
         for link in self._awaited:  # in vain

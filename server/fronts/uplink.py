@@ -6,7 +6,7 @@ request stays here, without a caller. An answer's block, in home's slab, is give
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -289,7 +289,7 @@ class Uplink(Endpoint[FromFront, ToFront]):
         if error is None:
             self._deliver(answers, taken, reading.result(), lasting=True)
             return
-        self._open.update({sent.id: sent for sent in taken})
+        self._fail_all(taken)
         self.end(f"an answer could not be read: {error!r}", broken=True)
 
     def _deliver(self, answers: Answers, taken: list[_Sent], outputs: list[Array], *, lasting: bool) -> None:
@@ -381,8 +381,12 @@ class Uplink(Endpoint[FromFront, ToFront]):
         for model in self._models:
             if model.batcher is not None:
                 model.batcher.close()
-        for sent in open_.values():
+        self._fail_all(open_.values())
+        self._on_ended(why, broken)
+
+    def _fail_all(self, lost: Iterable[_Sent]) -> None:
+        """Fail requests that home does not answer any more."""
+        for sent in lost:
             for request in sent.requests:
                 if request.state is State.QUEUED:
                     sent.batcher.fail(request, sent.batcher.gone())
-        self._on_ended(why, broken)

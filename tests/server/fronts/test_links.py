@@ -130,6 +130,17 @@ async def test_a_full_batch_waits_for_no_front() -> None:
 
 
 @pytest.mark.usefixtures("patient")
+async def test_a_batch_that_becomes_full_waits_no_longer() -> None:
+    async with pair(2) as both:
+        both.fronts[1].uplink._slab_out.announce(1)
+        probes = [both.fronts[0].submit([0])]
+        await both.until(lambda: both.link(0).open)
+        probes.append(both.fronts[0].submit(*[[n] for n in range(15)]))
+        await answers(probes)
+        assert [len(ran) for ran in both.engine.ran] == [16]
+
+
+@pytest.mark.usefixtures("patient")
 async def test_a_front_that_has_ended_is_not_waited_for() -> None:
     async with pair(2) as both:
         both.fronts[1].uplink._slab_out.announce(1)
@@ -306,6 +317,22 @@ async def test_fronts_refuse_at_once_without_home() -> None:
         await both.join(0)
         assert both.fronts[0].uplinks.models[0].ready
         assert await answers([both.fronts[0].submit([5])]) == [[[10]]]
+
+
+async def test_callers_are_told_if_an_answer_cannot_be_read_after_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with pair() as both:
+        reading: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        monkeypatch.setattr(uplink, "reads_later", lambda *arguments: True)
+        monkeypatch.setattr(uplink, "in_pieces", lambda *arguments: reading)
+        probe = both.fronts[0].submit([1])
+        link = both.fronts[0].uplink
+        await both.until(lambda: both.engine.ran and not link._open)
+        link.end("home dies")
+        reading.set_exception(MemoryError())
+        assert slugs(await answers([probe])) == ["starting"]
+        assert probe.answers == 1
 
 
 async def test_fronts_refuse_while_home_hangs() -> None:
