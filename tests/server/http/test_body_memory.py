@@ -36,6 +36,7 @@ from cobatch.server.http.body_memory import (
 )
 from cobatch.server.v2.pieces import in_pieces
 from tests.support.fronts.linked import WAYS, way
+from tests.support.http.clock import Clock
 from tests.support.http.serving import (
     DEADLINE_S,
     GATE,
@@ -207,6 +208,7 @@ def test_the_memory_that_the_process_may_use(
 
 MEMORY = 1 << 20
 LARGE = 900_000
+LIMIT_S = 1000.0
 
 
 @pytest.fixture(scope="module", params=WAYS)
@@ -363,7 +365,10 @@ def test_chunks_that_outgrow_the_memory(served: Served, first: tuple[Client, byt
 @pytest.mark.parametrize("path", WAYS)
 def test_a_body_waits_no_longer_than_it_may_take(path: str) -> None:
     with (
-        gated(**way(path), body_memory_bytes=MEMORY, receive_timeout_s=0.3) as (served, engine),
+        gated(**way(path), clock=Clock(), body_memory_bytes=MEMORY, receive_timeout_s=LIMIT_S) as (
+            served,
+            engine,
+        ),
         served.connect() as client,
         served.connect() as second,
     ):
@@ -371,6 +376,8 @@ def test_a_body_waits_no_longer_than_it_may_take(path: str) -> None:
         client.send(large(7))
         assert engine.began.get(timeout=DEADLINE_S) == [7]
         second.send(large(8)[:100_000])
+        until_waiting(served, 1)
+        served.skip(LIMIT_S)
         answer = second.answer()
         assert (answer.status, answer.slug) == (503, "body-memory")
         assert second.closed()
@@ -520,13 +527,20 @@ def test_one_that_waits_to_be_decompressed_may_leave(
 @pytest.mark.parametrize("path", WAYS)
 def test_a_body_waits_no_longer_to_be_decompressed(path: str) -> None:
     with (
-        gated(**way(path), body_memory_bytes=MEMORY, receive_timeout_s=0.3) as (served, engine),
+        gated(**way(path), clock=Clock(), body_memory_bytes=MEMORY, receive_timeout_s=LIMIT_S) as (
+            served,
+            engine,
+        ),
         served.connect() as client,
+        served.connect() as second,
     ):
         engine.hold()
         client.send(packed(7))
         assert engine.began.get(timeout=DEADLINE_S) == [7]
-        answer = served.ask(packed(8))
+        second.send(packed(8))
+        until_waiting(served, 1)
+        served.skip(LIMIT_S)
+        answer = second.answer()
         assert (answer.status, answer.slug) == (503, "body-memory")
         engine.release()
         assert doubled(client) == 14
