@@ -50,7 +50,7 @@ def join_home(parent: int) -> None:
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_bytes(_OOM_SCORE)
     faulthandler.enable()
-    faulthandler.register(TELL_SIGNAL)
+    faulthandler.register(TELL_SIGNAL, chain=True)  # and ends then, as the signal does by default
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 

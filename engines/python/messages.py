@@ -16,7 +16,7 @@ from cobatch.engines.base import Batching, Signature
 MESSAGE_BYTES = 160 << 10
 # Of an error's text.
 MOST_TEXT = 16 << 10
-# Makes the process write where its threads are.
+# Makes the process write where its threads are, and end.
 TELL_SIGNAL = signal.SIGRTMIN
 # Begins a line that ends the output of a batch that failed, with its number; written before `Failed` is sent.
 MARK = b"\0end of batch "

@@ -37,7 +37,7 @@ log = logging.getLogger("cobatch.python")
 _END_S = 2.0  # for the process to end by itself
 _CLOSED_S = 10.0  # from the end of its socket to its own
 _MARK_S = 10.0  # for the output of a failed batch, which lies in the pipe
-_TELL_S = 0.5  # to write where it is
+_TELL_S = 5.0  # to write where it is, and to end then
 _KEPT_LINES = 40
 _LINES_PER_S = 200
 _LONGEST_LINE = 4 << 10
@@ -178,7 +178,7 @@ class ModelProcess:
                 self._signal_group()
 
     def abandon(self) -> None:
-        """End the process soon, once it has written where it is."""
+        """Let the process write where it is and end, or end it."""
         with self._lock:
             if not self._reaped:
                 self._killed = self._killed or "did not finish a batch and was ended"

@@ -16,6 +16,7 @@ import pytest
 from tests.support.http.process import WAIT_S, Cobatch, Connection
 from tests.support.python_models import faulty
 from tests.support.python_models.faulty import EXITS, HANGS, WAITS
+from tests.support.python_models.gates import passed
 
 pytestmark = pytest.mark.slow
 
@@ -42,13 +43,31 @@ def ask(connection: Connection, row: int) -> object:
 @contextlib.contextmanager
 def watched(server: Cobatch) -> Iterator[int]:
     """Give the number of the model's process; check that it has ended at the end."""
-    number = int(re.findall(r"model Faulty: process (\d+)", server.stderr)[-1])
+    number = process_of(server)
     descriptor = os.pidfd_open(number)
     try:
         yield number
         assert select.select([descriptor], [], [], WAIT_S)[0], "the model's process was left behind"
     finally:
         os.close(descriptor)
+
+
+def process_of(server: Cobatch) -> int:
+    """Return the number of the model's process, from the system's list."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            if b"\0cobatch.engines.python.child\0Faulty\0" in path.read_bytes():
+                found.append(int(path.parent.name))
+    (number,) = [number for number in found if server.process.pid in ancestors(number)]
+    return number
+
+
+def ancestors(number: int) -> Iterator[int]:
+    """Iterate over the numbers of its parent, and so on."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        while number > 1:
+            yield (number := parent_of(number))
 
 
 def parent_of(number: int) -> int:
@@ -68,7 +87,7 @@ def test_it_ends_with_the_server(server: Cobatch) -> None:
 def test_it_ends_with_a_server_that_gives_a_run_up(server: Cobatch) -> None:
     connection = server.connect()
     connection.send_infer("Faulty", [[WAITS]], "INT64")
-    with watched(server), (server.stderr_path.parent / "gate").open("wb"):  # once its run has begun
+    with watched(server), passed(server.stderr_path.parent / "gate"):  # once its run has begun
         assert server.stop() == 0
 
 

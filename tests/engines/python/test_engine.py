@@ -19,6 +19,7 @@ from cobatch.engines.python.engine import ProcessEngine
 from cobatch.engines.worker import Job, Outcome, Worker
 from tests.support.python_models import faulty
 from tests.support.python_models.faulty import CRASHES, EXITS, FAILS, GATE, HANGS, WAITS
+from tests.support.python_models.gates import passed
 
 FOLDER = Path(faulty.__file__).parent
 
@@ -203,7 +204,7 @@ def test_a_batch_behind_it_has_not_begun(tmp_path: Path) -> None:
     engine = made("Faulty", folder=tmp_path)
     engine.open()
     send(engine, numbers(WAITS, EXITS), slot=0)
-    with gate.open("wb"):  # once the first one has begun
+    with passed(gate):  # once the first one has begun
         send(engine, numbers(1), slot=1)
     for slot, begun in ((0, True), (1, False)):
         with pytest.raises(EngineEndedError, match="exited with status 3") as caught:

@@ -26,9 +26,6 @@ class Faulty:
     def __init__(self) -> None:
         self.kept: list[bytes] = []
 
-    def load(self) -> None:
-        print(f"process {os.getpid()}")
-
     def predict(self, batch: dict[str, Array]) -> dict[str, Array]:
         x = batch["x"]
         for number in x[:, 0].tolist():
@@ -50,7 +47,10 @@ class Faulty:
             time.sleep(1000)
         if number == LEAKS:
             _, most = resource.getrlimit(resource.RLIMIT_AS)
-            resource.setrlimit(resource.RLIMIT_AS, (1 << 30, most))
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            # The process must have enough left to say so: half of the last piece, which does not fit.
+            limit = pages * resource.getpagesize() + (1 << 28) + (1 << 25)
+            resource.setrlimit(resource.RLIMIT_AS, (limit, most))
             while True:
                 self.kept.append(bytes(1 << 26))
         if number == WAITS:
