@@ -17,6 +17,7 @@ from cobatch.server.fronts.relay import Relay
 from cobatch.server.http.reply import PART_BYTES
 from cobatch.server.settings.schema import ModelSettings
 from tests.support.fronts.linked import LinkedServer, linked
+from tests.support.http.process import eventually
 from tests.support.http.serving import (
     DEADLINE_S,
     GATE,
@@ -227,10 +228,7 @@ def test_a_client_that_leaves_ends_both_sides(served: Served, server: LinkedServ
 
 def ended(served: Served, server: LinkedServer) -> None:
     """Wait until no connection is relayed."""
-    for _ in range(100_000):
-        if not served.call(lambda: sum(len(hand_over.relays) for hand_over in server.hand_overs)):
-            return
-    raise AssertionError("a relayed connection is left")
+    eventually(lambda: not served.call(lambda: sum(len(one.relays) for one in server.hand_overs)))
 
 
 def test_home_s_problems_have_the_client_s_path(client: Client) -> None:
@@ -299,8 +297,7 @@ def test_home_dies_with_a_request(
         die(served, server, first=first)
         return True
 
-    while not served.call(dies):
-        pass
+    eventually(lambda: served.call(dies))
     answer = client.answer()
     assert (answer.status, answer.slug) == (503, "starting")
     assert answer.headers["connection"] == "close"
@@ -321,8 +318,7 @@ def test_home_dies_before_it_has_read_a_request(
         pipes = [relay.pipe for relay in relays if isinstance(relay, Relay)]
         return any(pipe is not None and pipe.forwarded > len(LIVE) for pipe in pipes)
 
-    while not served.call(forwarded):
-        pass
+    eventually(lambda: served.call(forwarded))
     served.call(lambda: die(served, server, first=first))
     answer = client.answer()
     assert (answer.status, answer.slug) == (503, "starting")

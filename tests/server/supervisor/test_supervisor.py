@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +24,7 @@ from cobatch.server.settings.schema import ModelSettings, Settings
 from cobatch.server.supervisor.acceptor import Acceptor
 from cobatch.server.supervisor.children import Child
 from cobatch.server.supervisor.supervisor import Supervisor
-from tests.support.http.process import WAIT_S, Cobatch
+from tests.support.http.process import WAIT_S, Cobatch, eventually
 from tests.support.paths import ROOT
 
 SUPERVISED = ROOT / "tests" / "support" / "fronts" / "supervised.py"
@@ -64,6 +64,10 @@ class Call:
         *name, pid = self._lines.readline().decode().split()
         assert self._lines.readline()
         return " ".join(name), int(pid)
+
+    def is_answered(self) -> bool:
+        """Return True if a front has greeted."""
+        return bool(select.select([self._socket], [], [], 0)[0])
 
     def ask(self, line: str) -> str:
         """Send a line; return the answer, or "" at the end of the connection."""
@@ -136,8 +140,7 @@ def test_a_connection_goes_to_the_front_with_the_fewest(server: Cobatch) -> None
         assert len(of_0) == len(of_1) == 3
         of_0[0].close()
         of_0[1].close()
-        while of_0[2].ask("closed") != "2":
-            pass
+        eventually(lambda: of_0[2].ask("closed") == "2")
         late = [stack.enter_context(Greeted(server)) for _ in range(2)]
         assert [call.front for call in late] == ["front 0", "front 0"]
     assert server.stop() == 0
@@ -182,10 +185,16 @@ def test_connections_that_a_killed_front_has_not_read_go_to_another(tmp_path: Pa
         stopped = fronts[0].pid
         os.kill(stopped, signal.SIGSTOP)
         calls = [stack.enter_context(Call(server)) for _ in range(6)]
-        # The supervisor has handed out all when it keeps those of the stopped front.
-        while kept(server) < 6 // (processes - 1):
-            pass
-        os.kill(stopped, signal.SIGKILL)
+        of_stopped = 6 // (processes - 1)
+
+        def handed_out() -> bool:
+            answered = sum(call.is_answered() for call in calls)
+            # All are answered if the supervisor has killed the stopped front by now.
+            return answered == 6 or (answered == 6 - of_stopped and kept(server) == of_stopped)
+
+        eventually(handed_out)
+        with suppress(ProcessLookupError):
+            os.kill(stopped, signal.SIGKILL)
         pids = {call.greeting()[1] for call in calls}
         assert stopped not in pids
         # That of which it has read is lost with it.

@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,13 @@ from tests.support.paths import ROOT
 COBATCH = Path(sys.executable).with_name("cobatch")
 # Reached only by a bug; the server's longest wait is 30 s by default.
 WAIT_S = 60.0
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    """Look again and again until a condition holds, of which no event tells."""
+    end_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < end_s, f"it does not hold after {WAIT_S:g} s"
 
 
 class Answer:
