@@ -41,7 +41,7 @@ from cobatch.server.auth.tenants import Tenants
 from cobatch.server.fronts.answers import AnswerGroup, SharedRows, info_of
 from cobatch.server.fronts.endpoint import Endpoint
 from cobatch.server.fronts.rows import (
-    LONG_BYTES,
+    LARGE_BYTES,
     MANY_STRINGS,
     Buffer,
     InputReader,
@@ -292,7 +292,7 @@ class Downlink(Endpoint[ToFront, FromFront]):
             shared = batch.memo[_SHARED] = SharedRows(batch)
         first, rows = request.first_row, request.rows
         strings, size = shared.strings * rows, shared.row_size * rows
-        many = size > LONG_BYTES or strings > MANY_STRINGS
+        many = size > LARGE_BYTES or strings > MANY_STRINGS
         if many or (strings and is_long(request, range(shared.outputs))):
             post = partial(self._on_written, request, shared)
             encode_later(request, range(shared.outputs), _written, post)
@@ -345,7 +345,7 @@ class Downlink(Endpoint[ToFront, FromFront]):
         if payload is not None:
             self._post_rows(answers, buffers, size)
         elif size <= self._slab_out.size:
-            self._waiting.append((answers, buffers if size > LONG_BYTES else [b"".join(buffers)], size))
+            self._waiting.append((answers, buffers if size > LARGE_BYTES else [b"".join(buffers)], size))
         else:
             members = {"body_bytes": size, "limit_bytes": self._slab_out.size}
             detail = f"the outputs have {size} bytes, the limit is {self._slab_out.size}"
@@ -365,11 +365,11 @@ class Downlink(Endpoint[ToFront, FromFront]):
     def _block_for(self, buffers: list[Buffer], size: int) -> bytes | int | None:
         """Return the place of an answer's rows, which are there already unless they are long."""
         slab = self._slab_out
-        return slab.reserve(size) if size > LONG_BYTES else slab.place(buffers, size)
+        return slab.reserve(size) if size > LARGE_BYTES else slab.place(buffers, size)
 
     def _post_rows(self, answers: Answers, buffers: list[Buffer], size: int) -> None:
         """Send an answer, a long one once it is in its block: its buffers are copies of outputs."""
-        if size <= LONG_BYTES:
+        if size <= LARGE_BYTES:
             self.post(answers)
             return
         filling = in_pieces(self._slab_out.fill, answers.payload, buffers, release)  # type: ignore[arg-type]  # an offset

@@ -26,7 +26,7 @@ Buffer = bytes | bytearray | memoryview
 
 
 # More than this is copied in the thread that decodes and encodes.
-LONG_BYTES = 1 << 20
+LARGE_BYTES = 1 << 20
 # More of them take longer than a millisecond to write, and longer ones to read: a thread does.
 MANY_STRINGS = 1 << 12
 _LONG_STRINGS_BYTES = 1 << 14
@@ -60,7 +60,7 @@ class InputReader:
         self._fixed = all(spec.row_elements >= 0 for spec in specs)
         self.plain = is_plain(signature)
         flags = any(spec.datatype == "BOOL" for spec in specs)
-        self._short_bytes = _LONG_STRINGS_BYTES if has_strings(specs) else LONG_BYTES if flags else math.inf
+        self._short_bytes = _LONG_STRINGS_BYTES if has_strings(specs) else LARGE_BYTES if flags else math.inf
         # Bytes of a row.
         self._row_bytes = tuple(spec.row_elements * spec.dtype.itemsize for spec in specs)
         self._output_sizes = OutputSizes(signature)
@@ -126,7 +126,7 @@ def output_pieces(output: Array) -> Sequence[Buffer]:
 def is_long(dtypes: Sequence[np.dtype[Any]], answers: Answers) -> bool:
     """Return whether the outputs of an answer are read in the thread: then they are copies."""
     size = sum(answers.sizes)
-    return size > LONG_BYTES or (size > _LONG_STRINGS_BYTES and any(dtype.hasobject for dtype in dtypes))
+    return size > LARGE_BYTES or (size > _LONG_STRINGS_BYTES and any(dtype.hasobject for dtype in dtypes))
 
 
 def read_outputs(
@@ -134,7 +134,7 @@ def read_outputs(
 ) -> list[Array]:
     """Return the outputs of an answer, of `rows` rows together: strings, or views of the payload.
 
-    Of more than LONG_BYTES they are copies.
+    Of more than LARGE_BYTES they are copies.
     """
     lasting = is_long(dtypes, answers)
     outputs = []

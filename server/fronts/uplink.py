@@ -40,7 +40,7 @@ from cobatch.engines.link.slab import SlabReader, SlabWriter
 from cobatch.server.fronts.endpoint import Endpoint
 from cobatch.server.fronts.page import Page
 from cobatch.server.fronts.remote import RemoteBatch, RemoteBatcher, RemoteModel
-from cobatch.server.fronts.rows import LONG_BYTES, read_outputs
+from cobatch.server.fronts.rows import LARGE_BYTES, read_outputs
 from cobatch.server.fronts.rows import is_long as reads_later
 from cobatch.server.http import request_id
 from cobatch.server.http.problem import Problem
@@ -158,7 +158,7 @@ class Uplink(Endpoint[FromFront, ToFront]):
         buffers = [buffer for column in columns for buffer in column]
         sizes = tuple([sum(map(len, column)) for column in columns])
         size = sum(sizes)
-        slab, is_long = self._slab_out, size > LONG_BYTES
+        slab, is_long = self._slab_out, size > LARGE_BYTES
         payload = slab.reserve(size) if is_long else slab.place(buffers, size)
         if payload is None:
             self._refuse(batcher, requests, size)

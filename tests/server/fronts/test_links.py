@@ -497,7 +497,7 @@ def long_rows(are_long: bool) -> Iterator[None]:
     """Let rows of more than a block be copied in the thread."""
     with contextlib.ExitStack() as stack:
         for module in (uplink, downlink, rows_of_links) if are_long else ():
-            stack.enter_context(mock.patch.object(module, "LONG_BYTES", INLINE_BYTES))
+            stack.enter_context(mock.patch.object(module, "LARGE_BYTES", INLINE_BYTES))
         yield
 
 
