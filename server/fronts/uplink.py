@@ -103,7 +103,7 @@ class Uplink(Endpoint[FromFront, ToFront]):
         self._tenants: dict[Tenant, int] = {}  # their numbers, the oldest first
         self._lead = ""
         self._heartbeat_s = page.heartbeat_s
-        self._silent_looks = 0
+        self._silent_looks = 0 if self._heartbeat_s else STALLED_LOOKS
         self.stalled = not self._heartbeat_s  # until home welcomes this front
         self._look = loop.call_later(_LOOK_S, self._watch)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from cobatch.server.http.problem import Problem
 from cobatch.server.settings.auth import TenantRule
 from tests.support.auth.protected import settings_in
 from tests.support.examples import examples
+from tests.support.fronts.linked import LinkMaker
 from tests.support.fronts.pair import SLAB_BYTES, FrontEnd, Probe, pair
 from tests.support.http.serving import DEADLINE_S, GatedEngine
 
@@ -352,6 +354,24 @@ async def test_fronts_refuse_while_home_hangs() -> None:
             look(1.0, number + 1 < STALLED_LOOKS)
         look(2.0, True)
         assert await answers([both.fronts[0].submit([5])]) == [[[10]]]
+
+
+async def test_a_home_that_has_not_run_yet_is_not_alive() -> None:
+    async with pair() as both:
+        maker, uplinks = LinkMaker(SLAB_BYTES), both.fronts[0].uplinks
+        home, front = maker.make()
+        front.handover.close()
+        uplinks.use(front)
+        for _ in range(2):
+            assert not uplinks.is_alive()
+            both.fronts[0].uplink._look.cancel()
+            both.fronts[0].uplink._watch()
+        both.fronts[0].uplink.end("the test ends")
+        home.messages.close()
+        home.handover.close()
+        for fd in (home.slab_in, home.slab_out, home.page):
+            os.close(fd)
+        maker.close()
 
 
 async def test_a_dead_engine() -> None:
