@@ -106,7 +106,7 @@ def load_engine(
         raise EngineLoadError(f"engine {kind!r} takes no engine_options: only other packages' engines do")
     try:
         return make(path, max_batch_size, options)
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise EngineLoadError(f"engine {kind!r} cannot be used here: {error}") from error
 
 

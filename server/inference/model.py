@@ -36,14 +36,14 @@ class Model(ServedModel):
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__(settings)
         self._signature: Signature | None = None  # the first engine's
-        self._workers: list[Worker] = []
-        self._places: dict[Worker, Place] = {}
+        self._workers: dict[Place, Worker] = {}  # the last one that was open at each place
+        self._others: set[Worker] = set()  # that open an engine, or end since they were replaced
         self._hung: list[Worker] = []
         self._died: set[Place] = set()  # an engine has died there before
         self._rebuilding = 0
         self._backoff = Backoff()
         self._reopening: set[asyncio.Task[None]] = set()
-        self._opening = asyncio.Lock()  # of an engine in place of another
+        self._replacing = asyncio.Lock()  # a model that is loaded again, or starts its process again
 
     async def load(self) -> None:
         """Open the engines, warm them up and begin to accept requests. Raises EngineError."""
@@ -51,8 +51,8 @@ class Model(ServedModel):
         settings = self.settings
         try:
             for place in places(settings):
-                await self._open(place)
-            engine = self._workers[0].engine
+                self._workers[place] = await self._open(place)
+            engine = self.engine_worker.engine
             padder = make_padder(self.name, settings.pad, engine.signature)
         except EngineError as error:
             self.load_error = error
@@ -61,7 +61,7 @@ class Model(ServedModel):
         self.encoder = Encoder(self.name, self.version, engine.signature)
         self.batcher = Batcher(
             self.name,
-            self._workers,
+            list(self._workers.values()),
             max_queue_rows=settings.max_queue_rows,
             max_delay_ms=settings.max_delay_ms,
             latency_target_ms=settings.latency_target_ms,
@@ -99,22 +99,23 @@ class Model(ServedModel):
         worker = Worker(engine, f"{self.name}{place.suffix}")
         if isinstance(engine, Endable):
             engine.on_end = partial(self._on_end, worker, asyncio.get_running_loop())
-        self._put(worker, place)
+        self._others = {one for one in self._others if not one.join(0)} | {worker}
         worker.start(partial(_settle, opened))
         await asyncio.wrap_future(opened)
         first = self._signature = first or engine.signature
         if settings.python is not None and engine.signature != first:
             worker.stop()
             raise EngineLoadError("its inputs or outputs have changed; start the server again")
+        self._others.discard(worker)
         return worker
 
-    def _put(self, worker: Worker, place: Place) -> None:
-        """Make this the worker of a place."""
-        for before in [one for one, where in self._places.items() if where == place]:
-            self._workers.remove(before)
-            del self._places[before]
-        self._workers.append(worker)
-        self._places[worker] = place
+    async def _replace(self, place: Place) -> None:
+        """Open an engine in place of another, which serves until then if it can. Raises EngineError."""
+        old = self._workers[place]
+        self._workers[place] = worker = await self._open(place)
+        self._others.add(old)
+        self.loaded_batcher.use(worker, instead_of=old)
+        old.stop()
 
     def _on_end(self, worker: Worker, loop: asyncio.AbstractEventLoop, error: EngineEndedError) -> None:
         """Note that an engine's process has ended, on another thread."""
@@ -127,7 +128,7 @@ class Model(ServedModel):
 
     def _on_lost(self, lost: BatchWorker, why: BatcherError) -> None:
         assert isinstance(lost, Worker)
-        worker, place = lost, self._places.get(lost)
+        worker, place = lost, next((at for at, one in self._workers.items() if one is lost), None)
         worker.stop()  # ends with its last batch, if that ever ends
         hung = isinstance(why, ExecutionTimeoutError)
         if isinstance(worker.engine, Endable):
@@ -160,44 +161,39 @@ class Model(ServedModel):
 
     async def _restart(self, worker: Worker, place: Place) -> None:
         """Open an engine in place of one whose process has ended: at once, or later if that goes on."""
-        async with self._rebuilds(), self._opening:
+        async with self._rebuilds(), self._replacing:
             await asyncio.to_thread(worker.join, _JOIN_S)
-            batcher, opened = self.loaded_batcher, None
-            while opened is None:
+            batcher = self.loaded_batcher
+            while self._workers[place] is worker:
                 delay_s = self._backoff.delay_s(batcher.counters.batches)
                 if delay_s:
                     batcher.restarting(delay_s)
                     await asyncio.sleep(delay_s)
                 try:
-                    opened = await self._open(place)
+                    await self._replace(place)
                 except EngineError as error:
                     log.error("model %s: its engine cannot be started again: %s", self.name, error)  # noqa: TRY400
-            log.warning("model %s: opened again after its process ended", self.name)
-            batcher.use(opened)
+                else:
+                    log.warning("model %s: opened again after its process ended", self.name)
 
     async def _load_again(self) -> None:
         """Load the model again each time that its files change."""
-        async for _ in changes(self.settings.python_path):
-            try:
-                for place in places(self.settings):
-                    async with self._opening:
-                        await self._replace(place)
-            except EngineError as error:
-                text = "model %s: the changed files cannot be loaded: %s"
-                log.error(text, self.name, error)  # noqa: TRY400 - the text is for the operator
-            else:
-                log.info("model %s: loaded again", self.name)
-
-    async def _replace(self, place: Place) -> None:
-        """Open another engine in place of one, which serves until then. Raises EngineError."""
-        old = next(one for one, where in self._places.items() if where == place)
         try:
-            worker = await self._open(place)
-        except BaseException:
-            self._put(old, place)
-            raise
-        self.loaded_batcher.use(worker, instead_of=old)
-        old.stop()
+            async for _ in changes(self.settings.python_path):
+                await self._load_changes()
+        except Exception:
+            log.exception("model %s: changed files are not loaded any more", self.name)
+
+    async def _load_changes(self) -> None:
+        try:
+            for place in places(self.settings):
+                async with self._replacing:
+                    await self._replace(place)
+        except EngineError as error:
+            text = "model %s: the changed files cannot be loaded: %s"
+            log.error(text, self.name, error)  # noqa: TRY400 - the text is for the operator
+        else:
+            log.info("model %s: loaded again", self.name)
 
     @contextlib.asynccontextmanager
     async def _rebuilds(self) -> AsyncIterator[None]:
@@ -209,18 +205,17 @@ class Model(ServedModel):
 
     async def _reopen(self, place: Place, why: str) -> None:
         try:
-            worker = await self._open(place)
+            await self._replace(place)
         except EngineError as error:
             log.critical("model %s: no engine could be opened after %s: %s", self.name, why, error)
             self.loaded_batcher.gone(error)
         else:
             log.warning("model %s: opened again after %s", self.name, why)
-            self.loaded_batcher.use(worker)
 
     @property
     def engine_worker(self) -> Worker:
         """The first worker; only if `batcher` is not None."""
-        return self._workers[0]
+        return next(iter(self._workers.values()))
 
     @property
     def loaded_batcher(self) -> Batcher:
@@ -252,13 +247,15 @@ class Model(ServedModel):
                 log.info(text, self.name, padded.waste * 100, padded.elements)
         for task in self._reopening:
             task.cancel()
-        for worker in self._workers:
+        await asyncio.gather(*self._reopening, return_exceptions=True)
+        workers = [one for one in (*self._workers.values(), *self._others) if one not in self._hung]
+        for worker in workers:
             worker.stop()
-            if self.batcher is None and isinstance(worker.engine, Endable):
-                worker.engine.kill()  # while it loads the model
+            if worker in self._others and isinstance(worker.engine, Endable):
+                worker.engine.kill()  # it may be loading the model
         # A thread ends with its last batch. A batch that outlived the draining has had its time.
         until_s = 0 if self.batcher is not None and self.batcher.running_batches else _JOIN_S
-        for worker in self._workers:
+        for worker in workers:
             ended = await asyncio.to_thread(worker.join, until_s)
             if not ended and isinstance(worker.engine, Endable):
                 worker.engine.kill()
@@ -269,7 +266,7 @@ class Model(ServedModel):
     @property
     def worker_alive(self) -> bool:
         """A worker's thread is still running."""
-        return any(not worker.join(0) for worker in [*self._hung, *self._workers])
+        return any(not worker.join(0) for worker in [*self._hung, *self._workers.values(), *self._others])
 
 
 def _settle(opened: Future[None], error: EngineError | None) -> None:

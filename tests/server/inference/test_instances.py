@@ -75,5 +75,5 @@ def test_onnx_runtime(tmp_path: Path) -> None:
             client.send(gate(number % 3))
         for number, client in enumerate(clients):
             assert data_of(client.answer()) == [10 * (number % 3 + 1)]
-        workers = served.inference.models["gate"]._workers
+        workers = served.inference.models["gate"]._workers.values()
         assert len({id(worker.engine) for worker in workers}) == 3
