@@ -1,5 +1,6 @@
 """The engines of models in Python: in a process of its own, or in the worker's thread."""
 
+import sys
 import threading
 from collections.abc import Callable, Mapping
 
@@ -84,8 +85,8 @@ class ThreadEngine(PythonEngine):
         assert self._model is not None
         rows, row_shapes = self._batches.pop(slot)
         arrays = [array[:rows] for array in self.inputs(slot, rows, row_shapes)]
-        # The model may return views of its inputs, or arrays that it uses for the next batch.
-        return tuple(np.array(output, order="C") for output in self._model.run(arrays))
+        outputs = self._model.run(arrays)
+        return tuple(_own(outputs, index) for index in range(len(outputs)))
 
     def close(self) -> None:
         """Forget the model."""
@@ -220,6 +221,22 @@ class ProcessEngine(PythonEngine):
             self._process.close()
         for region in [self._begun, *(region for slot in self._regions for region in slot)]:
             region.close()
+
+
+def _references(arrays: list[Array], index: int) -> int:
+    return sys.getrefcount(arrays[index])
+
+
+_ALONE = _references([np.empty(1)], 0)
+
+
+def _own(outputs: list[Array], index: int) -> Array:
+    """Return an output as an array that nothing else writes to.
+
+    It may be a view of the inputs, or an array that the model uses for the next batch, and then refers to.
+    """
+    alone = outputs[index].flags.owndata and _references(outputs, index) == _ALONE
+    return np.ascontiguousarray(outputs[index]) if alone else np.array(outputs[index], order="C")
 
 
 def _ignore(error: EngineEndedError) -> None:

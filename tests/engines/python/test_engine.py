@@ -15,7 +15,7 @@ import pytest
 from cobatch.engines.base import Array, Engine, RowShapes
 from cobatch.engines.errors import EngineEndedError, EngineError, EngineLoadError, EngineRunError, OutputError
 from cobatch.engines.loader import EngineOptions, load_engine
-from cobatch.engines.python.engine import ProcessEngine
+from cobatch.engines.python.engine import ProcessEngine, _own
 from cobatch.engines.worker import Job, Outcome, Worker
 from tests.support.python_models import faulty
 from tests.support.python_models.faulty import CRASHES, EXITS, FAILS, GATE, HANGS, WAITS
@@ -92,6 +92,24 @@ def test_numbers_in_both_slots(opened: Opened, how: str, name: str) -> None:
     first = engine.wait(0)[0]
     assert engine.wait(1)[0].tolist() == [[8]]
     assert first.tolist() == [[2], [4], [6]], "the other slot's answer is in its place"
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_answers_that_the_model_uses_again(opened: Opened, how: str, rows: int) -> None:
+    engine, answers = opened("Reuses", how), []
+    for slot in range(2):
+        send(engine, numbers(*[slot + 1] * rows), slot=slot)
+        answers.append(engine.wait(slot)[0])
+    assert [answer[0].tolist() for answer in answers] == [[2], [4]]
+
+
+def test_an_array_that_nothing_else_refers_to_is_not_copied() -> None:
+    fresh = [np.ones(2)]
+    assert _own(fresh, 0) is fresh[0]
+    kept = fresh[0]
+    assert not np.shares_memory(_own(fresh, 0), kept)
+    views = [np.ones(2)[:1]]
+    assert not np.shares_memory(_own(views, 0), views[0])
 
 
 def test_strings_and_numbers_of_any_length(opened: Opened, how: str) -> None:
