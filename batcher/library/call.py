@@ -28,13 +28,9 @@ class Pending:
         self.requests: list[Call | Gathered] = []
 
     def take(self) -> tuple[list[Any], list[Future[Any]]]:
-        """Return the calls that were not cancelled, and forget them."""
+        """Return the calls and forget them. None has `left`: a cancelled task runs later than this."""
         items, futures = self.items, self.futures
         self.items, self.futures = [], []
-        if self.left:
-            items = [item for item, future in zip(items, futures, strict=True) if not future.done()]
-            futures = [future for future in futures if not future.done()]
-            self.left = 0
         return items, futures
 
 

@@ -30,8 +30,8 @@ from cobatch.engines.python.pickled import PickledEngine, Reference
 _ATTRIBUTE = "_cobatch_runners"
 # Tenants known by name before idle ones are forgotten.
 _TENANTS_KEPT = 1024
-# An idle worker ends in microseconds.
-_JOIN_S = 1.0
+# A thread ends in microseconds; a process has two seconds for its end.
+_JOIN_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -168,15 +168,23 @@ class Runner:
             worker.stop()
 
     async def close(self) -> None:
-        """Fail the calls that are left, and end the workers."""
+        """Fail the calls that are left, and end the workers: a process at once, a thread after its run."""
         self.closed = True
         idle = self.batcher.lanes and not self.batcher.running_batches
         self.flush()
         await self.batcher.drain(0.0)
         self.stop()
-        if idle:
-            for worker in self._workers:
-                worker.join(_JOIN_S)
+        if self._plan.reference is not None:
+            for worker in [] if idle else self._workers:
+                worker.deliver = None  # its calls have failed
+                worker.engine.kill()
+            await asyncio.to_thread(self._join)
+        elif idle:
+            self._join()
+
+    def _join(self) -> None:
+        for worker in self._workers:
+            worker.join(_JOIN_S)
 
 
 class Core:
@@ -235,7 +243,9 @@ class _LoopRunners:
         runners, number = self._runners, id(core)
 
         def end(_: weakref.ref[Core]) -> None:
-            runners.pop(number)[1].stop()  # without its core it has no calls
+            _, runner = runners.pop(number)  # without its core it has no calls
+            with suppress(RuntimeError):  # the loop is closed
+                runner.loop.call_soon_threadsafe(runner.stop)  # any thread may drop it
 
         runners[number] = weakref.ref(core, end), runner
 
@@ -243,7 +253,7 @@ class _LoopRunners:
         try:
             yield
         finally:
-            closing = [runner for _, runner in self._runners.values()]
+            closing = [runner for _, runner in list(self._runners.values())]
             self._runners.clear()
             vars(asyncio.get_running_loop()).pop(_ATTRIBUTE, None)
             for runner in closing:

@@ -480,6 +480,8 @@ async def test_a_call_that_is_cancelled_before_it_is_queued_is_not_run() -> None
     assert [await calls[0], await calls[2]] == [0, 4]
     assert calls[1].cancelled()
     assert function.batches == [[0, 2]]
+    statistics = double.statistics()
+    assert (statistics.accepted, statistics.cancelled) == (3, 1)
 
 
 @pytest.mark.parametrize("leaving", [[0], [1, 2], [0, 1, 3]])

@@ -7,6 +7,7 @@ import gc
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,18 +24,26 @@ def threads(name: str) -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == f"cobatch-{name}"]
 
 
+def ended(*of: threading.Thread) -> None:
+    """Wait for the end of threads."""
+    for thread in of:
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+
+
 def run_twice(run: Callable[..., Any]) -> None:
     function = Gated()
     double = batched(name="twice")(function)
 
-    async def main() -> list[int]:
+    async def main() -> tuple[list[int], threading.Thread]:
         results = await asyncio.gather(*[double(n) for n in range(3)])
-        assert len(threads("twice")) == 1
-        return results
+        (thread,) = threads("twice")
+        return results, thread
 
     for _ in range(2):
-        assert run(main()) == [0, 2, 4]
-        assert not threads("twice")  # it was idle, so the loop has waited for its end
+        results, thread = run(main())
+        assert results == [0, 2, 4]
+        ended(thread)
     assert function.batches == [[0, 1, 2]] * 2
     assert double.statistics().accepted == 6
 
@@ -64,7 +73,7 @@ def test_loops_in_several_threads_have_batches_of_their_own() -> None:
     assert runs == [[n * 2 for n in range(first, first + 40)] for first in range(0, 400, 100)]
     assert all(len({item // 100 for item in batch}) == 1 for batch in function.batches)
     assert double.statistics().accepted == 160
-    assert not threads("threads")
+    ended(*threads("threads"))
 
 
 def test_a_loop_that_is_only_closed_takes_its_thread_along_as_garbage() -> None:
@@ -75,10 +84,11 @@ def test_a_loop_that_is_only_closed_takes_its_thread_along_as_garbage() -> None:
     ref = weakref.ref(loop)
     loop.close()
     del loop
-    while ref() is not None:  # until the thread has left the batch and waits
+    until_s = time.monotonic() + WAIT_S
+    while ref() is not None and time.monotonic() < until_s:
         gc.collect()
-    thread.join(WAIT_S)
-    assert not thread.is_alive()
+        thread.join(0.01)  # it may be about to leave the batch
+    ended(thread)
     assert double.statistics().accepted == 1
     assert asyncio.run(double(2)) == 4
 
@@ -93,8 +103,7 @@ def test_a_run_goes_on_after_the_end_of_its_loop_and_its_thread_ends_then() -> N
     asyncio.run(main())
     (thread,) = threads("late")
     function.gate.set()
-    thread.join(WAIT_S)
-    assert not thread.is_alive()
+    ended(thread)
 
 
 def test_calls_that_are_left_when_the_loop_shuts_down_fail() -> None:
@@ -128,14 +137,14 @@ def test_the_interpreter_ends_while_a_batch_runs() -> None:
         asyncio.run(main())
         print("end")
     """
-    ended = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
         capture_output=True,
         text=True,
         timeout=WAIT_S,
         check=False,
     )
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "end\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
 
 
 class Model:
@@ -182,8 +191,7 @@ async def test_an_object_goes_with_its_last_caller_and_takes_its_thread_along() 
     del call
     (thread,) = ran
     assert ref() is None
-    await asyncio.to_thread(thread.join, WAIT_S)
-    assert not thread.is_alive()
+    await asyncio.to_thread(ended, thread)
     assert Model.times.statistics().accepted == before + 1
 
 
@@ -192,8 +200,33 @@ async def test_a_function_that_is_dropped_takes_its_thread_along() -> None:
     assert await double(1) == 2
     (thread,) = threads("dropped")
     del double
-    await asyncio.to_thread(thread.join, WAIT_S)
-    assert not thread.is_alive()
+    await asyncio.to_thread(ended, thread)
+
+
+async def test_a_coroutine_function_that_another_thread_drops() -> None:
+    """Its batch, whose caller left, is cancelled by the event loop's own thread."""
+    began, end = asyncio.Event(), asyncio.Event()
+
+    async def wait(items: list[int]) -> list[int]:
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            end.set()
+        return items
+
+    asyncio.get_running_loop().set_debug(True)  # other threads are refused
+    functions = [batched()(wait)]
+    call = asyncio.ensure_future(functions[0](1))
+    await began.wait()
+    call.cancel()
+    await asyncio.wait([call])
+    del call
+    ref = weakref.ref(functions[0])
+    await asyncio.to_thread(functions.clear)
+    assert ref() is None
+    async with asyncio.timeout(WAIT_S):
+        await end.wait()
 
 
 async def test_an_object_without_weak_references_is_refused() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import pickle
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,14 @@ if __name__ == "__main__":
 """
 
 
+def has_ended(process: int) -> bool:
+    """Wait for the end of a process, and close its descriptor."""
+    try:
+        return bool(select.select([process], [], [], WAIT_S)[0])
+    finally:
+        os.close(process)
+
+
 async def outcomes(*items: Any) -> list[Any]:
     return await asyncio.gather(*map(functions.work, items), return_exceptions=True)
 
@@ -72,11 +81,22 @@ def test_items_that_fail_or_crash_fail_alone_and_the_process_ends_with_the_loop(
         assert isinstance(crashed, BatchFailedError)
         assert (one[0], last[0]) == (1, 2)
         assert (await functions.double([1, 2])).tolist() == [2, 4]
-        return int((await functions.work(0))[1])
+        return os.pidfd_open((await functions.work(0))[1])
 
-    pid = asyncio.run(main())
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
+    assert has_ended(asyncio.run(main()))
+
+
+@pytest.mark.slow
+def test_a_process_ends_with_the_loop_also_during_its_batch() -> None:
+    async def main() -> int:
+        process = os.pidfd_open((await functions.work(0))[1])
+        accepted = functions.work.statistics().accepted
+        call = asyncio.ensure_future(functions.work("wait"))
+        await until(lambda: functions.work.statistics().accepted > accepted)
+        assert not call.done()
+        return process
+
+    assert has_ended(asyncio.run(main()))
 
 
 @pytest.mark.slow

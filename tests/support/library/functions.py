@@ -31,6 +31,8 @@ def work(items: list[Any]) -> list[Any]:
                 raise TwoPartsError("very", "bad")
             case "exit":
                 os._exit(3)
+            case "wait":
+                threading.Event().wait()
             case "result":
                 return [lambda: None]
     return [(item, os.getpid()) for item in items]
