@@ -35,6 +35,20 @@ class CallOptions(TypedDict, total=False):
     tenant: str | Tenant | None
 
 
+class BatchOptions(TypedDict, total=False):
+    """The options of `batched` that do not change the types of items and results."""
+
+    max_batch_size: int
+    max_queue: int | None
+    max_delay_ms: float
+    latency_target_ms: float | None
+    timeout: float | None
+    execution_timeout_ms: float | None
+    concurrency: int
+    run_in: Literal["thread", "process"]
+    name: str | None
+
+
 class Batched(Wrapper, Generic[T, R]):
     """A batched function: `await embed(item)` returns the result of `item`, computed in a batch with others.
 
@@ -194,7 +208,7 @@ class BatchedMethod(Generic[S_contra, T, R]):
                 del objects[number]
 
         ref = weakref.ref(instance, forget)
-        # Its callers hold the object; without any the results are for nobody.
+        # Its callers hold the object; without a caller no result is needed.
         method = functools.partial(_call_method, function, ref)
         ledger = Ledger(self._plan.name, self._plan.max_batch_size)
         return ref, Core(self._plan, method, self._ledger, ledger), ledger
@@ -257,33 +271,9 @@ class ArrayDecorator(Protocol):
 
 
 @overload
-def batched(
-    *,
-    stack: Literal[True],
-    max_batch_size: int = 64,
-    max_queue: int | None = None,
-    max_delay_ms: float = 0.0,
-    latency_target_ms: float | None = None,
-    timeout: float | None = None,
-    execution_timeout_ms: float | None = None,
-    concurrency: int = 1,
-    run_in: Literal["thread", "process"] = "thread",
-    name: str | None = None,
-) -> ArrayDecorator: ...
+def batched(*, stack: Literal[True], **options: Unpack[BatchOptions]) -> ArrayDecorator: ...
 @overload
-def batched(
-    *,
-    stack: Literal[False] = False,
-    max_batch_size: int = 64,
-    max_queue: int | None = None,
-    max_delay_ms: float = 0.0,
-    latency_target_ms: float | None = None,
-    timeout: float | None = None,
-    execution_timeout_ms: float | None = None,
-    concurrency: int = 1,
-    run_in: Literal["thread", "process"] = "thread",
-    name: str | None = None,
-) -> ListDecorator: ...
+def batched(*, stack: Literal[False] = False, **options: Unpack[BatchOptions]) -> ListDecorator: ...
 def batched(
     *,
     stack: bool = False,
