@@ -22,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from benchmarks.common import wire
 from benchmarks.common.models import MODELS, model_path
 from benchmarks.common.processes import Server, cobatch, some_of
-from benchmarks.common.procstat import cpu_us, descendants
+from benchmarks.common.procstat import children, cpu_us, descendants
 from benchmarks.common.turns import wait_until_idle
 from benchmarks.common.wrk import run_wrk
 
@@ -119,7 +119,7 @@ def turn_of(server: Server, case: Case, message: wire.Message, seconds: int) -> 
     """Load a server once."""
     for pid in descendants(server.pid):
         wait_until_idle(pid, 0.1)
-    home = _home_of(server)
+    home = children(server.pid).get("home", server.pid)  # one process has the engines itself
     before, before_home = cpu_us(server.pid), cpu_us(home)
     url = f"http://{server.address}/v2/models/{case.model}/infer"
     load = run_wrk(url, message.body, message.headers, case.connections, seconds)
@@ -127,14 +127,6 @@ def turn_of(server: Server, case: Case, message: wire.Message, seconds: int) -> 
     count = load.requests
     per_s = count / load.duration_us * 1e6
     return Figures(per_s, load.p50_us, load.p99_us, used / count, used_home / count)
-
-
-def _home_of(server: Server) -> int:
-    """Return the process with the engines: the server itself if it has no others."""
-    for pid in descendants(server.pid):
-        if Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").endswith(b"\0home"):
-            return pid
-    return server.pid
 
 
 def _row_model() -> Path:

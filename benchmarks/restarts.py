@@ -20,24 +20,13 @@ from pathlib import Path
 from benchmarks.common import wire
 from benchmarks.common.models import model_path
 from benchmarks.common.processes import Server, cobatch
+from benchmarks.common.procstat import children
 
 _TIMEOUT_S = 60.0
 _POLL_S = 0.01
 # A child that ends sooner after its start is replaced with a delay.
 _STEADY_S = 1.1
 _SHARED = "cobatch-slab"
-
-
-def _children(supervisor: int) -> dict[str, int]:
-    """Return the processes of the children, by name."""
-    pids = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
-    named = {}
-    for pid in pids:
-        try:
-            named[Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[-2].decode()] = int(pid)
-        except (OSError, IndexError):  # it has just ended
-            continue
-    return named
 
 
 def _is_linked(pid: int) -> bool:
@@ -68,13 +57,13 @@ def _until(done: Callable[[], bool]) -> float:
 
 def _restart_fronts(supervisor: int, fronts: int, most: int) -> int:
     """Kill all fronts, at most `most`, and wait for others; return their number."""
-    before = {name: pid for name, pid in _children(supervisor).items() if name != "home"}
+    before = {name: pid for name, pid in children(supervisor).items() if name != "home"}
     killed = dict(list(before.items())[:most])
     for pid in killed.values():
         os.kill(pid, signal.SIGKILL)
 
     def replaced() -> bool:
-        now = _children(supervisor)
+        now = children(supervisor)
         new = {name: pid for name, pid in now.items() if name != "home" and pid not in killed.values()}
         return len(new) == fronts and all(map(_is_linked, new.values()))
 
@@ -97,7 +86,7 @@ def _kill(server: Server, name: str, kills: int) -> None:
     """Kill a child again and again; print the seconds until an inference request is answered."""
     times_s = []
     for _ in range(kills):
-        os.kill(_children(server.pid)[name], signal.SIGKILL)
+        os.kill(children(server.pid)[name], signal.SIGKILL)
         times_s.append(_until(lambda: _answers(server.address)))
         time.sleep(_STEADY_S)
     median_s = statistics.median(times_s)
@@ -116,7 +105,7 @@ def main() -> None:
     with cobatch(model_path("tiny"), None, fast_path=True, flags=flags) as server:
         supervisor = server.pid
         _restart_fronts(supervisor, fronts, fronts)  # files that are opened at first use are open now
-        home = _children(supervisor)["home"]
+        home = children(supervisor)["home"]
         before = {"supervisor": _held(supervisor), "home": _held(home)}
         left = options.restarts
         while left > 0:

@@ -35,6 +35,17 @@ def descendants(pid: int) -> list[int]:
     return pids
 
 
+def children(supervisor: int) -> dict[str, int]:
+    """Return the processes of a supervisor's children by their names: home, front 0, front 1, ..."""
+    named = {}
+    for pid in (_PROC / f"{supervisor}/task/{supervisor}/children").read_text().split():
+        try:
+            named[(_PROC / pid / "cmdline").read_bytes().split(b"\0")[-2].decode()] = int(pid)
+        except (OSError, IndexError):  # it has just ended
+            continue
+    return named
+
+
 def _process_us(pid: int) -> float:
     total_ns = 0
     try:
