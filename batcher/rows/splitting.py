@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cobatch.batcher.request import Batch, Payload, Request, State
+from cobatch.batcher.rows.copying import copied
 
 
 class Part(Request):
@@ -44,7 +45,7 @@ class Part(Request):
                 end = self.first_row + self.rows
                 rows = [output[self.first_row : end] for output in self.batch.outputs]
                 # Else the engine writes the next batch into these buffers.
-                self.outputs = rows if self.batch.lasting else [own.copy() for own in rows]
+                self.outputs = rows if self.batch.lasting else [copied(own) for own in rows]
         except Exception as error:  # noqa: BLE001 - such as out of memory: the whole must fail
             self.batch = None
             self.error = error

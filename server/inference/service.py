@@ -124,6 +124,8 @@ def reply_to(
         return model.encoder.encode(request, outputs, id_, usage)
     except LongAnswerError:
         raise
+    except Problem as refusal:
+        return refusal.reply(instance=model.infer_path)
     except Exception:
         log.exception("model %s: encoding an answer failed", model.name)
         problem = Problem("internal", "the server failed to encode the answer; its log says why")

@@ -159,6 +159,8 @@ class PredictionRequest(Request):
             if request.error is None:
                 return encode.done(id_, model.name, model.decoder.signature.outputs, self._outputs, request)
             return encode.failed(id_, model.name, request.error)
+        except Problem as problem:
+            return encode.failed(id_, model.name, problem)
         except Exception as error:
             log.exception("model %s: encoding prediction %s failed", model.name, id_)
             return encode.failed(id_, model.name, error)

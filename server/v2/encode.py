@@ -18,7 +18,9 @@ import numpy as np
 import orjson
 
 from cobatch.batcher.request import Batch, Request
+from cobatch.batcher.rows.copying import copied
 from cobatch.engines.base import Array, Signature
+from cobatch.server.http.problem import Problem
 from cobatch.server.http.reply import JSON, OCTETS, Reply
 from cobatch.server.http.request_id import LEAD
 from cobatch.server.v2.decode import WantedOutputs
@@ -36,6 +38,10 @@ BATCH_ELEMENTS = 1 << 18
 BATCH_TEXT = 1 << 23
 LEAST_ELEMENTS = 1 << 10
 _COPIED_BYTES = 1 << 20
+# Of an output in JSON: numbers, and strings. The text, of which all is in memory, is up to six times as long.
+MOST_JSON_BYTES = 1 << 26
+MOST_JSON_ELEMENTS = 1 << 24
+MOST_JSON_TEXT = 1 << 25
 # Characters of strings that are encoded in one piece.
 _TEXT_PIECE = 1 << 16
 _FEW_ELEMENTS = 16
@@ -252,11 +258,26 @@ def _characters(values: Array) -> int:
 def _own(batch: Batch, output: Array, first: int = 0, end: int | None = None) -> Array:
     """Some rows of an output that stay valid: a copy, unless they are most of one that stays valid."""
     rows = output[first:end]
-    return rows if batch.lasting and 2 * rows.size >= output.size else rows.copy()
+    if batch.lasting and 2 * rows.size >= output.size:
+        return rows
+    return copied(rows)
 
 
 def json_pieces(values: Array) -> list[bytes]:
-    """JSON of an array, nested as its axes are; of a long one in several pieces (`server.v2.pieces`)."""
+    """JSON of an array, nested as its axes are; of a long one in several pieces (`server.v2.pieces`).
+
+    Raises Problem for one that would take too much memory.
+    """
+    is_text = values.dtype == object
+    actual = _characters(values) if is_text else values.nbytes
+    limit = MOST_JSON_TEXT if is_text else min(MOST_JSON_BYTES, MOST_JSON_ELEMENTS * values.itemsize)
+    if actual > limit:
+        detail = f"an output has {actual} bytes; as JSON it may have {limit}"
+        raise Problem("answer-too-long", detail, limit_bytes=limit, actual_bytes=actual)
+    return _pieces(values)
+
+
+def _pieces(values: Array) -> list[bytes]:
     if values.size <= LONG_ELEMENTS:
         if values.dtype == object:
             if values.ndim and _characters(values) > _TEXT_PIECE:
@@ -268,11 +289,11 @@ def json_pieces(values: Array) -> list[bytes]:
     end = b"["
     for first in range(0, len(values), step or 1):
         if step:
-            some = json_pieces(values[first : first + step])
+            some = _pieces(values[first : first + step])
             pieces += (end, some[0][1:], *some[1:])
             pieces[-1] = pieces[-1][:-1]
         else:
-            pieces += (end, *json_pieces(values[first]))
+            pieces += (end, *_pieces(values[first]))
         end = b","
         release()
     return [*pieces, b"]"]
@@ -296,7 +317,7 @@ def _row_pieces(values: Array) -> Iterator[bytes]:
             left -= length
             continue
         yield end
-        yield from _string_pieces(row) if values.ndim == 1 else json_pieces(row)
+        yield from _string_pieces(row) if values.ndim == 1 else _pieces(row)
         end = b","
 
 

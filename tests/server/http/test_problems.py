@@ -28,6 +28,7 @@ NO_DATA = {name: value for name, value in X.items() if name != "data"}
 # Kinds that other tests cause: those of the connection, of the worker, and of predictions.
 ELSEWHERE = {
     "abandoned",
+    "answer-too-long",
     "bad-http",
     "body-memory",
     "cancelled",

@@ -202,6 +202,29 @@ async def test_an_answer_that_cannot_be_copied(
     assert "copying a long answer failed" in caplog.text
 
 
+@pytest.mark.parametrize("route", ["infer", "batch", "predictions"])
+async def test_an_answer_too_long_for_json(
+    running: InProcess, route: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused before its text is made; binary has no such limit."""
+    monkeypatch.setattr(encode, "MOST_JSON_BYTES", 4 * WIDTH - 1)
+    asked = message(1, WIDTH)
+    if route == "batch":
+        items = [{"method": "POST", "url": "/v2/models/negate/infer", "body": asked}]
+        answer = await running.http.post("/batch", json={"requests": [{"id": "1", **one} for one in items]})
+        (response,) = answer.json()["responses"]
+        status, problem = response["status"], response["body"]
+    else:
+        version, body = ("v1", {"inputs": {"x": [[0] * WIDTH]}}) if route == "predictions" else ("v2", asked)
+        answer = await running.http.post(f"/{version}/models/negate/{route}", json=body)
+        status, problem = answer.status_code, answer.json()
+    assert (status, problem["type"]) == (422, "/problems/answer-too-long")
+    assert (problem["limit_bytes"], problem["actual_bytes"]) == (4 * WIDTH - 1, 4 * WIDTH)
+    binary = asked | {"parameters": {"binary_data_output": True}}
+    assert (await running.http.post("/v2/models/negate/infer", json=binary)).status_code == 200
+    assert (await running.http.post("/v2/models/negate/infer", json=message(1, 2))).status_code == 200
+
+
 async def test_a_client_that_leaves_meanwhile(running: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     began, go_on = asyncio.Event(), threading.Event()
     loop = asyncio.get_running_loop()
