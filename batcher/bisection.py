@@ -11,7 +11,7 @@ from cobatch.batcher.completion import Completion
 from cobatch.batcher.lane import Lane
 from cobatch.batcher.request import Batch, Request
 from cobatch.batcher.scheduling.scheduler import Scheduler
-from cobatch.engines.errors import CallerError, EngineError
+from cobatch.engines.errors import BadRequest, CallerError, EngineError
 
 
 class Bisection:
@@ -57,15 +57,18 @@ class Bisection:
     def _fail_alone(self, lane: Lane, request: Request, error: EngineError, zeros_run: bool | None) -> None:
         """Fail a request whose run failed with no other in it.
 
-        Its rows are at fault if zeros in their place run; or, with a model that refuses zeros or a source
-        that is suspect already, if the engine has run other rows recently.
+        Its rows are at fault if the model says so, or zeros in their place run; or, with a model that refuses
+        zeros or a source that is suspect already, if the engine has run other rows recently.
         """
         now_s = self._clock()
-        rejected = lane.ran_recently(now_s) if zeros_run is None else zeros_run
+        said = isinstance(error, BadRequest)
+        rejected = said or (lane.ran_recently(now_s) if zeros_run is None else bool(zeros_run))
         if rejected:
             self._scheduler.suspects.add(request, now_s)
         if isinstance(error, CallerError):
             self._completion.fail(request, error.original)
+        elif said:
+            self._completion.fail(request, error)
         else:
             self._completion.fail_run(request, str(error), rejected=rejected)
 

@@ -22,6 +22,13 @@ class CallerError(EngineRunError):
         self.original = original
 
 
+class BadRequest(EngineRunError):
+    """What a model raises for rows that it refuses. The caller gets the text, with status 422."""
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(text or "the model refuses this request")
+
+
 class ResultCountError(EngineError):
     """A function did not return one result for each of its items."""
 

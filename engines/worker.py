@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from cobatch.engines.base import Array, Engine, RowShapes, batch_sizes
-from cobatch.engines.errors import EngineDeadError, EngineError, EngineLoadError, EngineRunError
+from cobatch.engines.errors import BadRequest, EngineDeadError, EngineError, EngineLoadError, EngineRunError
 
 log = logging.getLogger("cobatch.worker")
 
@@ -204,7 +204,7 @@ class Worker:
 
     def _failed(self, job: Job, error: BaseException, started_s: float) -> Outcome:
         outcome = Outcome(None, _as_engine_error(error), started_s, 0.0)
-        if job.explain and self.warmup_us and not isinstance(outcome.error, EngineDeadError):
+        if job.explain and self.warmup_us and not isinstance(outcome.error, EngineDeadError | BadRequest):
             job.zeros_started_s = time.monotonic()
             try:
                 self._run_zeros(job.slot, job.rows, job.row_shapes)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from cobatch.engines.errors import EngineError, EngineLoadError, OutputError
+from cobatch.engines.errors import EngineError, EngineLoadError
 from cobatch.engines.python.memory import Region, read, write
 from cobatch.engines.python.messages import (
     MARK,
@@ -90,7 +90,7 @@ def answer(model: PythonModel, run: Run, inputs: Region, outputs: Region) -> Ran
         return Ran(run.number, write(signature.outputs, arrays, outputs))
     except Exception as error:  # noqa: BLE001 - the model's own code
         text = str(error) if isinstance(error, EngineError) else traceback.format_exc()
-        failed = Failed(run.number, _encodable(text[-MOST_TEXT:]), isinstance(error, OutputError))
+        failed = Failed(run.number, _encodable(text[-MOST_TEXT:]), type(error).__name__)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # the model may have closed it
             stream.flush()

@@ -8,10 +8,10 @@ import msgspec
 import numpy as np
 
 from cobatch.engines.base import Array, Batching, RowShapes, Signature
-from cobatch.engines.errors import EngineEndedError, EngineLoadError, EngineRunError, LinkError, OutputError
+from cobatch.engines.errors import BadRequest, EngineEndedError, EngineLoadError, EngineRunError, LinkError
 from cobatch.engines.link.slab import BLOCK_BYTES, create
 from cobatch.engines.python.memory import Region, SlotInputs, read, write_strings
-from cobatch.engines.python.messages import Failed, Loaded, NotLoaded, Ran, Run, Start
+from cobatch.engines.python.messages import KINDS, Failed, Loaded, NotLoaded, Ran, Run, Start
 from cobatch.engines.python.model import PythonModel, load
 from cobatch.engines.python.process import ModelProcess
 
@@ -81,7 +81,7 @@ class ThreadEngine(PythonEngine):
         self._batches[slot] = rows, row_shapes
 
     def wait(self, slot: int) -> tuple[Array, ...]:
-        """Run the batch. Raises EngineRunError with the traceback, or OutputError."""
+        """Run the batch. Raises EngineRunError with the traceback, OutputError, or BadRequest."""
         assert self._model is not None
         rows, row_shapes = self._batches.pop(slot)
         arrays = [array[:rows] for array in self.inputs(slot, rows, row_shapes)]
@@ -165,8 +165,8 @@ class ProcessEngine(PythonEngine):
         self._running.send(Run(self._number, slot, inputs))
 
     def wait(self, slot: int) -> tuple[Array, ...]:
-        """Wait for the outputs. Raises EngineRunError with the traceback and output, OutputError, and
-        EngineEndedError."""
+        """Wait for the outputs. Raises EngineRunError with the traceback and output, OutputError, BadRequest,
+        and EngineEndedError."""
         number = self._numbers[slot]
         try:
             while number not in self._answers:  # a batch in the other slot may have been sent before
@@ -176,15 +176,17 @@ class ProcessEngine(PythonEngine):
             raise
         answer = self._answers.pop(number)
         if isinstance(answer, Failed):
-            raise (OutputError if answer.wrong_output else EngineRunError)(answer.text)
+            raise KINDS.get(answer.kind, EngineRunError)(answer.text)
         return read(self.signature.outputs, answer.outputs, self._regions[slot][1])
 
     def _receive(self) -> None:
         """Receive the answer to a batch; an error's text gets the output of that batch."""
         process = self._running
         match answer := process.receive():
-            case Failed(number, text):
-                answer = msgspec.structs.replace(answer, text=text + process.printed(number))
+            case Failed(number, text, kind):
+                printed = process.printed(number)
+                if KINDS.get(kind) is not BadRequest:  # its text is for the caller
+                    answer = Failed(number, text + printed, kind)
             case Ran(number):
                 process.output.kept.clear()
             case _:

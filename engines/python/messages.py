@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from cobatch.engines.base import Batching, Signature
+from cobatch.engines.errors import BadRequest, EngineRunError, OutputError
 
 # Linux takes a datagram only if it fits in the send buffer, of which it sets twice as much.
 MESSAGE_BYTES = 160 << 10
@@ -72,11 +73,14 @@ class Ran(Struct, frozen=True, array_like=True, tag=18, gc=False):
 
 
 class Failed(Struct, frozen=True, array_like=True, tag=19):
-    """The batch of this number failed. `wrong_output`: the outputs were not as declared."""
+    """The batch of this number failed. `kind`: the error's, a key of `KINDS`, or that of an exception."""
 
     number: int
     text: str
-    wrong_output: bool = False
+    kind: str
+
+
+KINDS: dict[str, type[EngineRunError]] = {kind.__name__: kind for kind in (OutputError, BadRequest)}
 
 
 FromChild = Loaded | NotLoaded | Ran | Failed

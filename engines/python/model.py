@@ -24,7 +24,7 @@ from typing import Any, get_type_hints, is_typeddict
 import numpy as np
 
 from cobatch.engines.base import DATATYPES, Array, Batching, Signature, TensorSpec
-from cobatch.engines.errors import EngineLoadError, EngineRunError, OutputError
+from cobatch.engines.errors import BadRequest, EngineLoadError, EngineRunError, OutputError
 from cobatch.engines.proof import settle
 
 # The only output's name where an annotation gives none.
@@ -50,7 +50,8 @@ class PythonModel:
         """Run a batch: rows of each input, and of each output.
 
         With batching off there is one row, which the model sees without the axis of rows. Raises
-        EngineRunError with the traceback of an error that the model raised, and OutputError.
+        EngineRunError with the traceback of an error that the model raised, BadRequest with the text of
+        the model's, and OutputError.
         """
         specs = self.signature.inputs
         rows = len(inputs[0])
@@ -59,6 +60,8 @@ class PythonModel:
         }
         try:
             answer = self._predict(**batch) if self._by_name else self._predict(batch)
+        except BadRequest as error:
+            raise BadRequest(str(error)) from None  # without the frames, which refer to the rows
         except Exception as error:
             tail = error.__traceback__ and error.__traceback__.tb_next  # without this frame
             raise EngineRunError("".join(traceback.format_exception(type(error), error, tail))) from error

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from cobatch.batcher import errors as batching
+from cobatch.engines.errors import BadRequest
 from cobatch.server.http.reply import Reply
 
 
@@ -129,6 +130,8 @@ def from_error(error: Exception) -> Problem:
     match error:
         case Problem():
             return error
+        case BadRequest():
+            return Problem("refused-by-model", str(error))
         case batching.DrainingError():
             return Problem("draining", str(error), close=True, retry_after_s=1)
         case batching.AbandonedError():

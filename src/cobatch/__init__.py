@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 # The module and the name of each public object: it is imported when it is used, so that `import cobatch` is
 # light. __init__.pyi says the same to type checkers.
 _PUBLIC = {
+    "BadRequest": ("engines.errors", "BadRequest"),
     "BatchFailedError": ("batcher.errors", "BatchFailedError"),
     "Batched": ("batcher.library.function", "Batched"),
     "BatchedMethod": ("batcher.library.function", "BatchedMethod"),

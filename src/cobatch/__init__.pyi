@@ -17,6 +17,7 @@ from cobatch.batcher.tenant import Tenant as Tenant
 from cobatch.engines.base import Engine as Engine
 from cobatch.engines.base import Signature as Signature
 from cobatch.engines.base import TensorSpec as TensorSpec
+from cobatch.engines.errors import BadRequest as BadRequest
 from cobatch.engines.errors import EngineError as EngineError
 from cobatch.engines.errors import EngineLoadError as EngineLoadError
 from cobatch.engines.errors import EngineRunError as EngineRunError
@@ -28,6 +29,7 @@ from cobatch.engines.worker import Worker as Worker
 
 __version__: str
 __all__ = [
+    "BadRequest",
     "BatchFailedError",
     "Batched",
     "BatchedMethod",

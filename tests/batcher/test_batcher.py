@@ -547,7 +547,7 @@ def test_a_partial_request_of_which_nothing_could_be_done_fails() -> None:
 
 def test_a_part_whose_rows_cannot_be_copied_fails_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     class NoMemory(np.ndarray):
-        def copy(self, order: object = "C") -> NoMemory:
+        def tobytes(self, order: object = "C") -> bytes:
             raise MemoryError
 
     async def main() -> None:

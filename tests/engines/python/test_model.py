@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from cobatch.engines.base import AUTO, Batching
-from cobatch.engines.errors import EngineLoadError, EngineRunError, OutputError
+from cobatch.engines.errors import BadRequest, EngineLoadError, EngineRunError, OutputError
 from cobatch.engines.python.model import PythonModel, load
 from tests.support.python_models import faulty
 
@@ -195,3 +195,13 @@ def test_an_error_has_the_models_part_of_the_traceback() -> None:
         model.run([np.full((1, 1), faulty.FAILS)])
     assert "ValueError: no such row" in str(caught.value)
     assert "cobatch/engines" not in str(caught.value)
+
+
+def test_a_refusal_has_the_models_words_and_no_frames() -> None:
+    """Frames would keep the batch's rows for as long as the error."""
+    model = load("faulty.py:Faulty", FOLDER, 0, AUTO)
+    with pytest.raises(BadRequest, match="1008 is no number") as caught:
+        model.run([np.full((1, 1), faulty.REFUSED)])
+    assert type(caught.value) is BadRequest
+    assert caught.value.__context__ is None or caught.value.__suppress_context__
+    assert str(BadRequest()) == "the model refuses this request"

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from cobatch.batcher.errors import BatcherError, DeadlineTooShortError, DeadlineUnreachableError
-from cobatch.engines.errors import EngineDeadError, EngineError, EngineRunError
+from cobatch.engines.errors import BadRequest, EngineDeadError, EngineError, EngineRunError
 from cobatch.server.http.problem import ALWAYS, KINDS, SOMETIMES
 from cobatch.server.settings.auth import AuthSettings, Issuer, TenantRule
 from tests.support.auth.protected import SIGNER, settings_in
@@ -155,6 +155,14 @@ async def test_input_rejected(caplog: pytest.LogCaptureFixture) -> None:
         assert problem["model"] == "gate"
         assert f"reference {problem['reference']}): secret" in caplog.text
         assert "secret" not in json.dumps(problem)
+
+
+async def test_refused_by_model() -> None:
+    """Nothing else runs to find out whose fault it is."""
+    async with gated() as (running, engine):
+        engine.fails = lambda rows: BadRequest("no odd numbers")
+        problem = await ask(running, "refused-by-model", infer(rows_of(1)))
+        assert problem["detail"] == "no odd numbers"
 
 
 async def test_engine_dead(caplog: pytest.LogCaptureFixture) -> None:

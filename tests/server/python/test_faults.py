@@ -35,7 +35,17 @@ from tests.support.http.serving import (
     serve,
 )
 from tests.support.python_models import faulty
-from tests.support.python_models.faulty import CRASHES, EXITS, FAILS, GATE, HANGS, HOLDS_LOCK, LEAKS, WAITS
+from tests.support.python_models.faulty import (
+    CRASHES,
+    EXITS,
+    FAILS,
+    GATE,
+    HANGS,
+    HOLDS_LOCK,
+    LEAKS,
+    REFUSED,
+    WAITS,
+)
 from tests.support.python_models.gates import passed
 
 LIMIT_S = 3600.0
@@ -205,6 +215,21 @@ def test_an_idle_process_that_ends(running: Served) -> None:
     both_well(running)
     assert pid(running) != before
     assert running.batcher("bad").counters.failed == failed
+
+
+def test_a_row_that_the_model_refuses(running: Served, caplog: pytest.LogCaptureFixture) -> None:
+    """Its caller gets the model's own words, which are not logged; rows beside it are answered."""
+    with contextlib.ExitStack() as clients:
+        first = send(running, clients, WAITS)
+        one, refused, two = (send(running, clients, row) for row in (1, REFUSED, 2))
+        pass_gate(running)
+        assert data_of(first.answer()) == [2 * WAITS]
+        assert [data_of(each.answer()) for each in (one, two)] == [[2], [4]]
+        answer = refused.answer()
+    assert (answer.status, answer.slug) == (422, "refused-by-model")
+    assert answer.json["detail"] == rf"{REFUSED} is no number of this model\udcff"
+    assert "no number of this model" not in caplog.text
+    both_well(running)
 
 
 @on_one_edge

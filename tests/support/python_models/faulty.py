@@ -10,11 +10,17 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
-FAILS, EXITS, CRASHES, HOLDS_LOCK, HANGS, LEAKS, WAITS = range(1001, 1008)
+from cobatch import BadRequest
+
+FAILS, EXITS, CRASHES, HOLDS_LOCK, HANGS, LEAKS, WAITS, REFUSED = range(1001, 1009)
 # Opening it waits for the test, which opens the other end.
 GATE = Path(__file__).with_name("gate")
 Array = np.ndarray[Any, Any]
 Tensors = dict[str, tuple[str, list[int]]]
+
+
+class OddError(BadRequest):
+    """An error of the model's own."""
 
 
 class Faulty:
@@ -37,6 +43,8 @@ class Faulty:
     def misbehave(self, number: int) -> None:
         if number == FAILS:
             raise ValueError("no such row\udcff")
+        if number == REFUSED:
+            raise OddError(f"{number} is no number of this model\udcff")
         if number == EXITS:
             os._exit(3)
         if number == CRASHES:
