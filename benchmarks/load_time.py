@@ -14,7 +14,7 @@ from statistics import median
 
 from benchmarks.common.models import model_path
 from cobatch.engines.base import AUTO, Batching
-from cobatch.engines.onnxruntime import OnnxRuntimeEngine
+from cobatch.engines.onnxruntime.engine import OnnxRuntimeEngine
 
 
 def main() -> None:

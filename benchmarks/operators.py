@@ -24,7 +24,7 @@ from onnx.backend.test.case.node import collect_testcases
 
 from cobatch.engines.base import Array
 from cobatch.engines.errors import EngineError
-from cobatch.engines.onnxruntime import OnnxRuntimeEngine
+from cobatch.engines.onnxruntime.engine import OnnxRuntimeEngine
 
 MAX_BATCH_SIZE = 4
 

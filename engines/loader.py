@@ -39,7 +39,7 @@ class EngineOptions:
 
 
 def _onnxruntime(path: str, max_batch_size: int, options: EngineOptions) -> Engine:
-    from cobatch.engines.onnxruntime import OnnxRuntimeEngine  # noqa: PLC0415 - loads only this engine's library
+    from cobatch.engines.onnxruntime.engine import OnnxRuntimeEngine  # noqa: PLC0415 - loads only this engine's library
 
     return OnnxRuntimeEngine(path, max_batch_size, options.threads, options.batching, options.providers)
 

@@ -12,7 +12,6 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from cobatch.engines import onnxruntime
 from cobatch.engines.base import (
     AUTO,
     DATATYPES,
@@ -25,7 +24,8 @@ from cobatch.engines.base import (
 )
 from cobatch.engines.errors import EngineError, EngineLoadError, EngineRunError
 from cobatch.engines.loader import EngineOptions, load_engine
-from cobatch.engines.onnxruntime import OnnxRuntimeEngine
+from cobatch.engines.onnxruntime import runs
+from cobatch.engines.onnxruntime.engine import OnnxRuntimeEngine
 from cobatch.engines.worker import Worker
 from tests.support.models import models
 from tests.support.paths import ROOT
@@ -179,15 +179,15 @@ def one_string_a_row() -> bytes:
 def test_many_strings_run_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their conversion holds the interpreter lock."""
     engine = opened(tmp_path, models.identity(TensorProto.STRING, "n"), max_batch_size=8)
-    monkeypatch.setattr(onnxruntime, "_MOST_STRINGS", 6)
+    monkeypatch.setattr(runs, "_MOST_STRINGS", 6)
     sizes = []
-    run_once = onnxruntime._run
+    run_once = runs.run
 
     def counted(*arguments: Any) -> list[Array]:
         sizes.append(arguments[2][0].size)
         return run_once(*arguments)
 
-    monkeypatch.setattr(onnxruntime, "_run", counted)
+    monkeypatch.setattr(runs, "run", counted)
     for rows, width, parts in ((3, 2, [6]), (4, 2, [6, 2]), (5, 4, [4] * 5), (2, 7, [7, 7]), (1, 9, [9])):
         x = np.array([[f"{row} {n}" for n in range(width)] for row in range(rows)], object)
         sizes.clear()
@@ -201,7 +201,7 @@ def test_many_strings_run_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_long_strings_run_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxruntime, "MOST_TEXT_BYTES", 10)
+    monkeypatch.setattr(runs, "MOST_TEXT_BYTES", 10)
     engine = opened(tmp_path, models.identity(TensorProto.STRING), max_batch_size=8)
     assert [spec.max_text_bytes for spec in engine.signature.inputs] == [10]
     flat = opened(tmp_path, one_string_a_row(), max_batch_size=8)
@@ -229,7 +229,7 @@ def test_many_strings_from_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: str, parts: list[int]
 ) -> None:
     """As far as the names of axes say how many strings there will be; others are refused."""
-    monkeypatch.setattr(onnxruntime, "_MOST_STRINGS", 6)
+    monkeypatch.setattr(runs, "_MOST_STRINGS", 6)
     nodes = [helper.make_node("Cast", ["x"], ["y"], to=TensorProto.STRING)]
     x, y = ("x", TensorProto.INT64, ["batch", "n"]), ("y", TensorProto.STRING, ["batch", width])
     engine = opened(tmp_path, models.model(nodes, [x], [y]), max_batch_size=8)
@@ -247,13 +247,13 @@ def test_many_strings_from_numbers(
 def watch_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return the rows of each run, which are added to the list."""
     ran: list[int] = []
-    run_once = onnxruntime._run
+    run_once = runs.run
 
     def counted(*arguments: Any) -> list[Array]:
         ran.append(len(arguments[2][0]))
         return run_once(*arguments)
 
-    monkeypatch.setattr(onnxruntime, "_run", counted)
+    monkeypatch.setattr(runs, "run", counted)
     return ran
 
 
@@ -305,7 +305,7 @@ def test_all_widths_share_the_memory_of_the_widest(tmp_path: Path) -> None:
 def test_the_least_recently_used_binding_is_dropped_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cobatch.engines.onnxruntime._BINDING_LIMIT", 2)
+    monkeypatch.setattr("cobatch.engines.onnxruntime.engine._BINDING_LIMIT", 2)
     engine = opened(tmp_path, models.negate())
     for rows in (1, 2, 1, 3):
         run(engine, np.ones((rows, 3), np.float32))
@@ -317,7 +317,7 @@ def test_rows_of_no_elements(tmp_path: Path) -> None:
 
 
 def test_more_shapes_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cobatch.engines.onnxruntime._BINDING_LIMIT", 3)
+    monkeypatch.setattr("cobatch.engines.onnxruntime.engine._BINDING_LIMIT", 3)
     engine = opened(tmp_path, models.sum_rows())
     for width in [*range(1, 9), 1, 8]:
         for rows in (1, 2, 3, 4):

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 
 from cobatch.engines.base import Array, Batching, Signature, TensorSpec
 from cobatch.engines.errors import EngineRunError
-from cobatch.engines.onnxruntime import OnnxRuntimeEngine
+from cobatch.engines.onnxruntime.engine import OnnxRuntimeEngine
 from cobatch.engines.proof import prove
 from tests.support.examples import examples
 from tests.support.http.wire import any_size

@@ -27,7 +27,7 @@ from benchmarks.common.models import model_path
 from cobatch.engines.base import Array, Engine
 from cobatch.engines.errors import EngineLoadError
 from cobatch.engines.loader import EngineOptions, load_engine
-from cobatch.engines.onnxruntime import OnnxRuntimeEngine
+from cobatch.engines.onnxruntime.engine import OnnxRuntimeEngine
 from tests.support.http.process import COBATCH, Cobatch
 from tests.support.models import axis_models, models
 from tests.support.models.plan_models import convolution, magika_path

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import gpu
 from benchmarks.common.models import model_path
 from cobatch.engines.base import Array, RowShapes, TensorSpec
-from cobatch.engines.onnxruntime import OnnxRuntimeEngine
+from cobatch.engines.onnxruntime.engine import OnnxRuntimeEngine
 from tests.support.models import models
 
 # As TensorRT 10.2 prints it (NVIDIA/TensorRT, issues 4036 and 4177).

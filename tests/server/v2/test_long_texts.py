@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
-from cobatch.engines import onnxruntime
+from cobatch.engines.onnxruntime import runs
 from cobatch.server.settings.schema import ModelSettings
 from cobatch.server.v2 import binary
 from tests.server.predictions.test_forms import npy
@@ -70,7 +70,7 @@ async def ask(running: InProcess, request: dict[str, Any]) -> tuple[int, dict[st
 
 @pytest.mark.parametrize("form", [as_json, as_binary, as_prediction, as_base64, as_npy])
 async def test_each_form(form: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxruntime, "MOST_TEXT_BYTES", LIMIT)
+    monkeypatch.setattr(runs, "MOST_TEXT_BYTES", LIMIT)
     path = models.write(tmp_path, models.identity(TensorProto.STRING, "n"))
     async with in_process(ModelSettings(path=path, name="text", max_batch_size=4, threads=1)) as running:
         for rows in ([["a" * LIMIT]], [["a" * 8, "b" * 4]], [["a" * 8, "b" * 4], ["c" * 4, "d" * 8]]):
@@ -88,7 +88,7 @@ async def test_each_form(form: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 async def test_before_they_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxruntime, "MOST_TEXT_BYTES", LIMIT)
+    monkeypatch.setattr(runs, "MOST_TEXT_BYTES", LIMIT)
     path = models.write(tmp_path, models.identity(TensorProto.STRING, "n"))
     async with in_process(ModelSettings(path=path, name="text", max_batch_size=4, threads=1)) as running:
         monkeypatch.setattr(binary, "read_elements", None)
@@ -110,7 +110,7 @@ async def test_elements_that_do_not_fill_the_shape(
     form: str, rows: int, data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are refused before they are copied."""
-    monkeypatch.setattr(onnxruntime, "MOST_TEXT_BYTES", LIMIT)
+    monkeypatch.setattr(runs, "MOST_TEXT_BYTES", LIMIT)
     path = models.write(tmp_path, models.identity(TensorProto.STRING, "n"))
     request = binary_of(rows, 1, data) if form == "binary" else base64_of(rows, 1, data)
     async with in_process(ModelSettings(path=path, name="text", max_batch_size=4, threads=1)) as running:

@@ -24,7 +24,7 @@ def install() -> None:
 
 def _gated(path: str, max_batch_size: int, options: Any) -> Any:
     from cobatch.engines.base import Array  # noqa: PLC0415
-    from cobatch.engines.onnxruntime import OnnxRuntimeEngine  # noqa: PLC0415
+    from cobatch.engines.onnxruntime.engine import OnnxRuntimeEngine  # noqa: PLC0415
 
     gate = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     gate.bind("")  # an address in the abstract namespace, to be answered

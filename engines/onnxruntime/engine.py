@@ -11,52 +11,23 @@ strings or with outputs of unknown shape use `run`.
 
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping
 from math import prod
 from types import MappingProxyType
 
 import numpy as np
 import onnxruntime as ort
 
-from cobatch.engines.base import (
-    AUTO,
-    EXPORT_DOCS,
-    Array,
-    Batching,
-    RowShapes,
-    Signature,
-    TensorSpec,
-    available_cores,
-)
+from cobatch.engines.base import AUTO, Array, Batching, RowShapes, Signature, available_cores
 from cobatch.engines.errors import EngineLoadError, EngineRunError, NoBatchAxisError
-from cobatch.engines.proof import prove, settle
+from cobatch.engines.onnxruntime import runs
+from cobatch.engines.onnxruntime.signature import has_declared_shapes, read_signature
 
-_TYPES = {
-    "tensor(bool)": "BOOL",
-    "tensor(uint8)": "UINT8",
-    "tensor(uint16)": "UINT16",
-    "tensor(uint32)": "UINT32",
-    "tensor(uint64)": "UINT64",
-    "tensor(int8)": "INT8",
-    "tensor(int16)": "INT16",
-    "tensor(int32)": "INT32",
-    "tensor(int64)": "INT64",
-    "tensor(float16)": "FP16",
-    "tensor(float)": "FP32",
-    "tensor(double)": "FP64",
-    "tensor(string)": "BYTES",
-}
 _CPU = "CPUExecutionProvider"
 _BINDING_LIMIT = 256
 # By ONNX Runtime's severities, from verbose to fatal.
 _LEVELS = (logging.DEBUG, logging.DEBUG, logging.WARNING, logging.ERROR, logging.CRITICAL)
 _ERROR = 3
-# ONNX Runtime holds the interpreter lock while it converts the strings of a run: 100 ms for a million. Longer
-# strings than glibc has in its heap (32 MiB) are copied into new pages: 64 MiB take 150 ms, 16 MiB 10 ms.
-_MOST_STRINGS = 1 << 17
-MOST_TEXT_BYTES = 1 << 24
-
 log = logging.getLogger("cobatch.onnxruntime")
 
 # ONNX Runtime's binding, and the arrays that receive the outputs.
@@ -176,8 +147,8 @@ class OnnxRuntimeEngine:
 
     def _settle(self, session: ort.InferenceSession, batching: Batching) -> bool:
         """Read the signature; return True if the outputs' shapes are as declared."""
-        self._signature = _read_signature(session, batching, gpu=list(self._providers) != [_CPU])
-        return _has_declared_shapes(session, self._signature, self.max_batch_size)
+        self._signature = read_signature(session, batching, gpu=list(self._providers) != [_CPU])
+        return has_declared_shapes(session, self._signature, self.max_batch_size)
 
     def close(self) -> None:
         """Free the session and all buffers."""
@@ -246,11 +217,11 @@ class OnnxRuntimeEngine:
         signature = self.signature
         arrays = [self._seen_by_model(array[:rows]) for array in self.inputs(slot, rows, row_shapes)]
         cuttable = signature.batching.on and signature.fixed_batch is None
-        cuts = _cuts(arrays, rows, _strings_of_row(signature, row_shapes)) if cuttable else []
+        cuts = runs.cuts_of(arrays, rows, runs.strings_of_row(signature, row_shapes)) if cuttable else []
         if len(cuts) > 1:
-            outputs = _run_in_parts(session, signature, arrays, cuts)
+            outputs = runs.run_in_parts(session, signature, arrays, cuts)
         else:
-            outputs = _run(session, signature, arrays)
+            outputs = runs.run(session, signature, arrays)
         if signature.batching.on:
             return tuple(outputs)
         return tuple(output[np.newaxis] for output in outputs)
@@ -293,168 +264,3 @@ def _on_log(severity: int, _category: str, _log_id: str, place: str, message: st
     """Log a message, which ONNX Runtime would otherwise write to stderr."""
     _logged.append(message)
     log.log(_LEVELS[severity], "%s (%s)", message, place)
-
-
-def _run(
-    session: ort.InferenceSession,
-    signature: Signature,
-    arrays: Sequence[Array],
-    options: ort.RunOptions | None = None,
-) -> list[Array]:
-    feed = {
-        spec.name: _text(array) if array.dtype == object else array
-        for spec, array in zip(signature.inputs, arrays, strict=True)
-    }
-    try:
-        if _may_make_many_strings(signature, arrays):
-            made = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feed.items()}
-            outputs = session.run_with_ort_values(None, made, options)  # takes 200 µs more
-            strings = _count_strings(signature, outputs)
-            if strings > _MOST_STRINGS:
-                del outputs  # the error refers to this frame
-                why = f"the outputs have {strings} strings; {_MOST_STRINGS} may be converted at once"
-                raise EngineRunError(why)
-            return [output.numpy() for output in outputs]
-        # Copies: ONNX Runtime never gives memory back that outputs had while a client took its answer.
-        return [np.array(output) for output in session.run(None, feed, options)]
-    except UnicodeDecodeError as error:
-        raise EngineRunError(f"ONNX Runtime cannot return strings that are not UTF-8: {error}") from error
-
-
-def _may_make_many_strings(signature: Signature, arrays: Sequence[Array]) -> bool:
-    """Return True if strings should be counted before they are converted, which takes inputs without any."""
-    numbers = sum(array.size for array in arrays if array.dtype != object)
-    texts = any(array.dtype == object for array in arrays)
-    return numbers > _MOST_STRINGS and not texts and any(s.datatype == "BYTES" for s in signature.outputs)
-
-
-def _count_strings(signature: Signature, outputs: Sequence[ort.OrtValue]) -> int:
-    shapes = [output.shape() for output in outputs]
-    specs = zip(signature.outputs, shapes, strict=True)
-    return sum(prod(shape) for spec, shape in specs if spec.datatype == "BYTES")
-
-
-def _strings_of_row(signature: Signature, row_shapes: RowShapes) -> int:
-    """Return the strings of a row, of inputs or of outputs, as far as the shapes are known before the run."""
-    shapes = list(zip(signature.inputs, row_shapes, strict=True))
-    sizes = {name: size for spec, shape in shapes for name, size in zip(spec.axis_names, shape, strict=True)}
-    sizes[""] = 1
-    inputs = [prod(shape) for spec, shape in shapes if spec.datatype == "BYTES"]
-    outputs = [
-        prod(
-            sizes.get(name, 1) if size == -1 else size
-            for size, name in zip(spec.shape, spec.axis_names, strict=True)
-        )
-        for spec in signature.outputs
-        if spec.datatype == "BYTES"
-    ]
-    return max(sum(inputs), sum(outputs))
-
-
-def _cuts(arrays: Sequence[Array], rows: int, strings: int) -> list[int]:
-    """Return where parts of a batch end that have few enough strings and bytes; `strings`: of a row."""
-    texts = [array for array in arrays if array.dtype == object]
-    bytes_ = sum(sum(map(len, array.flat)) for array in texts)
-    if rows * strings <= _MOST_STRINGS and bytes_ <= MOST_TEXT_BYTES:
-        return [rows]
-    most_rows = max(1, _MOST_STRINGS // (strings or 1))
-    cuts = []
-    first = size = 0
-    for row in range(rows):
-        own = sum(sum(map(len, array[row : row + 1].flat)) for array in texts)
-        if row > first and (row - first == most_rows or size + own > MOST_TEXT_BYTES):
-            cuts.append(row)
-            first, size = row, 0
-        size += own
-    return [*cuts, rows]
-
-
-def _run_in_parts(
-    session: ort.InferenceSession, signature: Signature, arrays: Sequence[Array], cuts: Sequence[int]
-) -> list[Array]:
-    """Run the rows in parts that end there."""
-    parts = [
-        _run(session, signature, [array[first:end] for array in arrays])
-        for first, end in pairwise([0, *cuts])
-    ]
-    if len({tuple(output.shape[1:] for output in part) for part in parts}) > 1:
-        return _run(session, signature, arrays)  # shapes that depend on values
-    return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
-
-
-def _has_declared_shapes(session: ort.InferenceSession, signature: Signature, max_batch_size: int) -> bool:
-    """Run zeros; True if the outputs have the declared row shapes, or the model refuses zeros.
-
-    Raises NoBatchAxisError if an output's first axis does not count the rows: in a binding such a model would
-    fail without a reason.
-    """
-    rows = signature.fixed_batch or min(2, max_batch_size)
-    shapes = [spec.tensor_shape(rows, spec.least_row) for spec in signature.inputs]
-    zeros = [
-        np.full(shape, "" if spec.datatype == "BYTES" else 0, spec.dtype)
-        for spec, shape in zip(signature.inputs, shapes, strict=True)
-    ]
-    try:
-        outputs = _run(session, signature, zeros, _quiet())
-    except Exception:  # noqa: BLE001 - ONNX Runtime has no base class of errors; the warm-up reports them
-        return True
-    for spec, output in zip(signature.outputs, outputs, strict=True):
-        if spec.batched and output.shape[:1] != (rows,):
-            raise NoBatchAxisError(
-                f"output {spec.name!r} does not follow the batch axis: {rows} rows gave {list(output.shape)}"
-            )
-    return all(
-        spec.tensor_shape(rows, spec.shape) == output.shape
-        for spec, output in zip(signature.outputs, outputs, strict=True)
-    )
-
-
-def _text(array: Array) -> Array:
-    """Return strings in a form that ONNX Runtime's Python interface takes. Raises EngineRunError.
-
-    It takes any text, and bytes if all have one length, or none has a NUL.
-    """
-    flat = array.reshape(-1).tolist()
-    try:
-        text = [value.decode() if isinstance(value, bytes) else value for value in flat]
-        return np.array(text, dtype=object).reshape(array.shape)
-    except UnicodeDecodeError:
-        raw = [value if isinstance(value, bytes) else value.encode() for value in flat]
-    longest = max(map(len, raw))
-    same = all(len(value) == longest for value in raw)
-    # NumPy's `V` is passed on whole, `S` up to a NUL. It has each as long as the longest.
-    if longest * len(raw) > MOST_TEXT_BYTES or (not same and any(b"\0" in value for value in raw)):
-        raise EngineRunError("ONNX Runtime cannot take strings that are not UTF-8 and differ in length")
-    return np.array(raw, f"{'V' if same else 'S'}{longest}").reshape(array.shape)
-
-
-def _read_signature(session: ort.InferenceSession, batching: Batching, *, gpu: bool) -> Signature:
-    """Read the signature of a session's model, and prove its batch axis. Raises EngineLoadError."""
-    inputs = [_spec("input", node) for node in session.get_inputs()]
-    outputs = [_spec("output", node) for node in session.get_outputs()]
-    quiet = _quiet()
-    return settle(
-        inputs,
-        outputs,
-        batching,
-        lambda rows: prove(rows, lambda arrays: _run(session, rows, arrays, quiet), gpu=gpu),
-    )
-
-
-def _quiet() -> ort.RunOptions:
-    """Return options of a run that may fail without a line in the log."""
-    options = ort.RunOptions()
-    options.log_severity_level = 4
-    return options
-
-
-def _spec(kind: str, node: ort.NodeArg) -> TensorSpec:
-    """Return the whole tensor; one of unknown rank counts as a scalar, as ONNX Runtime describes it."""
-    datatype = _TYPES.get(node.type)
-    if datatype is None:
-        hint = f"; export it with zipmap=False: {EXPORT_DOCS}" if node.type.startswith("seq(map(") else ""
-        raise EngineLoadError(f"{kind} {node.name!r} has type {node.type}, which is not supported{hint}")
-    shape = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape)
-    names = tuple(size if isinstance(size, str) else "" for size in node.shape)
-    limit = MOST_TEXT_BYTES if datatype == "BYTES" else None
-    return TensorSpec(node.name, datatype, shape, batched=False, axis_names=names, max_text_bytes=limit)

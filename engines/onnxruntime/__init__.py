@@ -1,0 +1,1 @@
+"""ONNX Runtime, on the CPU or with other execution providers."""
