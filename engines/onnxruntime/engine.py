@@ -191,7 +191,7 @@ class OnnxRuntimeEngine:
         state.row_shapes = row_shapes
 
     def wait(self, slot: int) -> tuple[Array, ...]:
-        """Run the batch. Raises EngineRunError with ONNX Runtime's message."""
+        """Run the batch. Raises EngineRunError with ONNX Runtime's message, and BadRequest."""
         state = self._slots[slot]
         rows = state.rows
         run_rows = rows
@@ -207,6 +207,8 @@ class OnnxRuntimeEngine:
             else:
                 io, outputs = self._binding(session, slot, run_rows, state.row_shapes)
                 session.run_with_iobinding(io)
+        except EngineRunError:
+            raise
         except Exception as error:
             raise EngineRunError(str(error)) from error
         return outputs if rows == run_rows else tuple(output[:rows] for output in outputs)

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime as ort
 
 from cobatch.engines.base import Array, RowShapes, Signature
-from cobatch.engines.errors import EngineRunError
+from cobatch.engines.errors import BadRequest, EngineRunError
 
 # ONNX Runtime holds the interpreter lock while it converts the strings of a run: 100 ms for a million. Longer
 # strings than glibc has in its heap (32 MiB) are copied into new pages: 64 MiB take 150 ms, 16 MiB 10 ms.
@@ -22,7 +22,7 @@ def run(
     arrays: Sequence[Array],
     options: ort.RunOptions | None = None,
 ) -> list[Array]:
-    """Run it once; the outputs are copies. Raises EngineRunError."""
+    """Run it once; the outputs are copies. Raises EngineRunError, and BadRequest for too many strings."""
     feed = {
         spec.name: _text(array) if array.dtype == object else array
         for spec, array in zip(signature.inputs, arrays, strict=True)
@@ -35,7 +35,7 @@ def run(
             if strings > _MOST_STRINGS:
                 del outputs  # the error refers to this frame
                 why = f"the outputs have {strings} strings; {_MOST_STRINGS} may be converted at once"
-                raise EngineRunError(why)
+                raise BadRequest(why)
             return [output.numpy() for output in outputs]
         # Copies: ONNX Runtime never gives memory back that outputs had while a client took its answer.
         return [np.array(output) for output in session.run(None, feed, options)]
