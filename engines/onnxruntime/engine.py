@@ -216,10 +216,23 @@ class OnnxRuntimeEngine:
     def _run_plain(
         self, session: ort.InferenceSession, slot: int, rows: int, row_shapes: RowShapes
     ) -> tuple[Array, ...]:
+        buffers = [array[:rows] for array in self.inputs(slot, rows, row_shapes)]
+        try:
+            return self._run_arrays(session, [self._seen_by_model(buffer) for buffer in buffers], row_shapes)
+        finally:
+            for buffer in buffers:
+                if buffer.dtype == object:
+                    buffer[:] = (
+                        b""  # the slot would keep a request's strings until other ones take their place
+                    )
+
+    def _run_arrays(
+        self, session: ort.InferenceSession, arrays: list[Array], row_shapes: RowShapes
+    ) -> tuple[Array, ...]:
         signature = self.signature
-        arrays = [self._seen_by_model(array[:rows]) for array in self.inputs(slot, rows, row_shapes)]
         cuttable = signature.batching.on and signature.fixed_batch is None
-        cuts = runs.cuts_of(arrays, rows, runs.strings_of_row(signature, row_shapes)) if cuttable else []
+        strings = runs.strings_of_row(signature, row_shapes)
+        cuts = runs.cuts_of(arrays, len(arrays[0]), strings) if cuttable else []
         if len(cuts) > 1:
             outputs = runs.run_in_parts(session, signature, arrays, cuts)
         else:

@@ -170,6 +170,24 @@ def test_strings(tmp_path: Path) -> None:
     assert run(engine, x)[0].tolist() == x.tolist()
 
 
+@pytest.mark.parametrize("batching", [AUTO, Batching("off")], ids=["batched", "whole"])
+@pytest.mark.parametrize("value", [b"short", b"\xff"], ids=["answered", "failing"])
+def test_strings_of_requests_are_let_go_after_the_run(
+    tmp_path: Path, batching: Batching, value: bytes
+) -> None:
+    engine = opened(tmp_path, models.identity(TensorProto.STRING), batching=batching)
+    (buffer,) = engine.inputs(0, 1, ((2,),) if batching is AUTO else ((1, 2),))
+    flat = buffer.reshape(-1)
+    flat[:2] = value
+    engine.enqueue(0, 1, (buffer.shape[1:],))
+    if value == b"short":
+        engine.wait(0)
+    else:
+        with pytest.raises(EngineRunError):
+            engine.wait(0)
+    assert flat[:2].tolist() == [b"", b""]
+
+
 def one_string_a_row() -> bytes:
     """y = x: [batch]."""
     x, y = ("x", TensorProto.STRING, ["batch"]), ("y", TensorProto.STRING, ["batch"])
