@@ -1,6 +1,7 @@
 """Elements of BYTES tensors in V2's binary form: each is its length (u32, little-endian) and its bytes."""
 
 import struct
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -43,3 +44,10 @@ def write_elements(values: np.ndarray[Any, Any]) -> bytes:
             raise TypeError(f"an element is {type(value).__name__}, expected bytes or str")
         pieces += (_LENGTH.pack(len(data)), data)
     return b"".join(pieces)
+
+
+def let_go(buffers: Iterable[np.ndarray[Any, Any]], rows: int) -> None:
+    """Replace the strings of a slot's batch, which its buffers would keep until others take their place."""
+    for buffer in buffers:
+        if buffer.dtype == object:
+            buffer[:rows] = b""

@@ -19,6 +19,7 @@ import numpy as np
 import onnxruntime as ort
 
 from cobatch.engines.base import AUTO, Array, Batching, RowShapes, Signature, available_cores
+from cobatch.engines.elements import let_go
 from cobatch.engines.errors import EngineLoadError, EngineRunError, NoBatchAxisError
 from cobatch.engines.onnxruntime import runs
 from cobatch.engines.onnxruntime.signature import has_declared_shapes, read_signature
@@ -216,15 +217,12 @@ class OnnxRuntimeEngine:
     def _run_plain(
         self, session: ort.InferenceSession, slot: int, rows: int, row_shapes: RowShapes
     ) -> tuple[Array, ...]:
-        buffers = [array[:rows] for array in self.inputs(slot, rows, row_shapes)]
+        buffers = self.inputs(slot, rows, row_shapes)
+        arrays = [self._seen_by_model(buffer[:rows]) for buffer in buffers]
         try:
-            return self._run_arrays(session, [self._seen_by_model(buffer) for buffer in buffers], row_shapes)
+            return self._run_arrays(session, arrays, row_shapes)
         finally:
-            for buffer in buffers:
-                if buffer.dtype == object:
-                    buffer[:] = (
-                        b""  # the slot would keep a request's strings until other ones take their place
-                    )
+            let_go(buffers, rows)
 
     def _run_arrays(
         self, session: ort.InferenceSession, arrays: list[Array], row_shapes: RowShapes

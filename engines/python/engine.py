@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 
 from cobatch.engines.base import Array, Batching, RowShapes, Signature
+from cobatch.engines.elements import let_go
 from cobatch.engines.errors import BadRequest, EngineEndedError, EngineLoadError, EngineRunError, LinkError
 from cobatch.engines.link.slab import BLOCK_BYTES, create
 from cobatch.engines.python.memory import Region, SlotInputs, read, write_strings
@@ -84,9 +85,12 @@ class ThreadEngine(PythonEngine):
         """Run the batch. Raises EngineRunError with the traceback, OutputError, or BadRequest."""
         assert self._model is not None
         rows, row_shapes = self._batches.pop(slot)
-        arrays = [array[:rows] for array in self.inputs(slot, rows, row_shapes)]
-        outputs = self._model.run(arrays)
-        return tuple(_own(outputs, index) for index in range(len(outputs)))
+        buffers = self.inputs(slot, rows, row_shapes)
+        try:
+            outputs = self._model.run([buffer[:rows] for buffer in buffers])
+            return tuple(_own(outputs, index) for index in range(len(outputs)))
+        finally:
+            let_go(buffers, rows)
 
     def close(self) -> None:
         """Forget the model."""
@@ -160,6 +164,7 @@ class ProcessEngine(PythonEngine):
         specs = self.signature.inputs
         arrays = self.inputs(slot, rows, row_shapes)
         inputs = write_strings(specs, arrays, rows, self._regions[slot][0])
+        let_go(arrays, rows)
         self._number += 1
         self._numbers[slot] = self._number
         self._running.send(Run(self._number, slot, inputs))

@@ -73,6 +73,7 @@ class SlotInputs:
         self._variable = any(spec.row_elements < 0 for spec in signature.inputs)
         self._reserve = reserve
         self._arrays: dict[RowShapes, tuple[Array, ...]] = {}
+        self._strings: dict[int, Array] = {}
 
     def arrays(self, rows: int, row_shapes: RowShapes) -> tuple[Array, ...]:
         """Return [n, *row_shape] for each input, n >= rows: max_batch_size with fixed row shapes.
@@ -94,11 +95,20 @@ class SlotInputs:
         places, size = _places(self._specs, shapes)
         view = self._reserve(size)
         return tuple(
-            np.empty(shape, object)
+            self._string_buffer(index, shape)
             if spec.datatype == "BYTES"
             else np.ndarray(shape, spec.dtype, view, place)
-            for spec, shape, place in zip(self._specs, shapes, places, strict=True)
+            for index, (spec, shape, place) in enumerate(zip(self._specs, shapes, places, strict=True))
         )
+
+    def _string_buffer(self, index: int, shape: tuple[int, ...]) -> Array:
+        """Return a buffer in the memory that all shapes share."""
+        count = prod(shape)
+        memory = self._strings.get(index)
+        if memory is None or memory.size < count:
+            self._arrays.clear()  # they refer to the smaller memory
+            memory = self._strings[index] = np.empty(count, object)
+        return memory[:count].reshape(shape)
 
 
 def _places(specs: Sequence[TensorSpec], shapes: Sequence[tuple[int, ...]]) -> tuple[list[int], int]:

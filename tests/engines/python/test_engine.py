@@ -120,6 +120,18 @@ def test_strings_and_numbers_of_any_length(opened: Opened, how: str) -> None:
         assert output.tolist() == [[b"A"] * length, [b"B\0CB\0C"] * length]
 
 
+def test_strings_of_requests_are_let_go(opened: Opened, how: str) -> None:
+    """The buffers of all widths share one memory, too."""
+    engine = opened("upper", how)
+    buffers = []
+    for width in (4, 1, 2):
+        shapes = (width,), (1,)
+        buffers.append(engine.inputs(0, 2, shapes)[0])
+        run(engine, texts([b"a"] * width, [b"b"] * width), numbers(1, 1))
+        assert {*buffers[-1][:2].flat} == {b""}
+    assert all(np.shares_memory(buffers[0], buffer) for buffer in buffers)
+
+
 def test_answers_larger_than_all_before(opened: Opened, how: str) -> None:
     engine = opened("widen", how)
     for width in (1, 700, 30):
