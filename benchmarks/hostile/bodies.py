@@ -313,9 +313,14 @@ def _answers(sizes: Sizes) -> Iterator[Attack]:
     many = np.tile(noise[: len(noise) // 1000], (1000, 1))
     npy = {"Content-Type": "application/x-npy"}
     yield Attack("answer: /v1 npy, 1000 rows", _predict("width"), npy, saved(many))
+    for rows in (1, 512):  # as many numbers as JSON may have
+        numbers = noise[: sizes.body // 8].tobytes()
+        sent = binary("width", "FP32", [rows, sizes.body // 8 // rows], numbers)
+        yield sent._replace(name=f"answer: JSON of 8 million, {rows} rows")
+        yield sent._replace(
+            name=f"answer: JSON of 8 million, {rows} rows, gzip", headers=sent.headers | gzipped
+        )
     small = noise[: sizes.body // 16].tobytes()
-    sent = binary("width", "FP32", [1, sizes.body // 16], small)
-    yield sent._replace(name="answer: JSON of 4 million, gzip", headers=sent.headers | gzipped)
     sent = binary("width", "FP32", [1, sizes.body // 16], bytes(len(small)), binary_data_output=True)
     yield sent._replace(name="answer: zeros, gzip", headers=sent.headers | gzipped)
     yield from _larger_answers(sizes)
@@ -342,7 +347,7 @@ def _larger_answers(sizes: Sizes) -> Iterator[Attack]:
 def _text_answers(sizes: Sizes) -> Iterator[Attack]:
     """Strings of as many bytes as ONNX Runtime takes: one, many, in several rows."""
     for name, unit in {"letters": b"a", "control characters": b"\1", "euro signs": b"\xe2\x82\xac"}.items():
-        for rows, width in ((1, 1), (1, STRINGS), (4, 1), (4, STRINGS // 4), (1000, 1)):
+        for rows, width in ((1, 1), (1, STRINGS), (2, 1), (4, 1), (4, STRINGS // 4), (1000, 1)):
             row_bytes = min(sizes.body // 4, (sizes.body - 1000) // rows)
             count = max(0, row_bytes // width - 4) // len(unit)
             data = (count * len(unit)).to_bytes(4, "little") + count * unit

@@ -38,9 +38,9 @@ BATCH_ELEMENTS = 1 << 18
 BATCH_TEXT = 1 << 23
 LEAST_ELEMENTS = 1 << 10
 _COPIED_BYTES = 1 << 20
-# Of an output in JSON: numbers, and strings. The text, of which all is in memory, is up to six times as long.
-MOST_JSON_BYTES = 1 << 26
-MOST_JSON_ELEMENTS = 1 << 24
+# Of an output in JSON, of which all is in memory: as many numbers as a JSON request of 16 MiB can have, and
+# bytes of strings, whose text is up to six times as long.
+MOST_JSON_NUMBERS = 1 << 23
 MOST_JSON_TEXT = 1 << 25
 # Characters of strings that are encoded in one piece.
 _TEXT_PIECE = 1 << 16
@@ -269,11 +269,11 @@ def json_pieces(values: Array) -> list[bytes]:
     Raises Problem for one that would take too much memory.
     """
     is_text = values.dtype == object
-    actual = _characters(values) if is_text else values.nbytes
-    limit = MOST_JSON_TEXT if is_text else min(MOST_JSON_BYTES, MOST_JSON_ELEMENTS * values.itemsize)
+    actual, what = (_characters(values), "bytes of strings") if is_text else (values.size, "numbers")
+    limit = MOST_JSON_TEXT if is_text else MOST_JSON_NUMBERS
     if actual > limit:
-        detail = f"an output has {actual} bytes; as JSON it may have {limit}"
-        raise Problem("answer-too-long", detail, limit_bytes=limit, actual_bytes=actual)
+        detail = f"an output has {actual} {what}; as JSON it may have {limit}"
+        raise Problem("answer-too-long", detail, limit=limit)
     return _pieces(values)
 
 

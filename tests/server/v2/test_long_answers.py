@@ -207,7 +207,7 @@ async def test_an_answer_too_long_for_json(
     running: InProcess, route: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is refused before its text is made; binary has no such limit."""
-    monkeypatch.setattr(encode, "MOST_JSON_BYTES", 4 * WIDTH - 1)
+    monkeypatch.setattr(encode, "MOST_JSON_NUMBERS", WIDTH - 1)
     asked = message(1, WIDTH)
     if route == "batch":
         items = [{"method": "POST", "url": "/v2/models/negate/infer", "body": asked}]
@@ -219,10 +219,19 @@ async def test_an_answer_too_long_for_json(
         answer = await running.http.post(f"/{version}/models/negate/{route}", json=body)
         status, problem = answer.status_code, answer.json()
     assert (status, problem["type"]) == (422, "/problems/answer-too-long")
-    assert (problem["limit_bytes"], problem["actual_bytes"]) == (4 * WIDTH - 1, 4 * WIDTH)
+    assert problem["limit"] == WIDTH - 1
+    assert f"an output has {WIDTH} numbers" in problem["detail"]
     binary = asked | {"parameters": {"binary_data_output": True}}
     assert (await running.http.post("/v2/models/negate/infer", json=binary)).status_code == 200
     assert (await running.http.post("/v2/models/negate/infer", json=message(1, 2))).status_code == 200
+
+
+async def test_strings_too_long_for_json(running: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "MOST_JSON_TEXT", 7)
+    for text, status in (("1234567", 200), ("12345678", 422)):
+        tensor = {"name": "x", "shape": [1, 1], "datatype": "BYTES", "data": [text]}
+        answer = await running.http.post("/v2/models/text/infer", json={"inputs": [tensor]})
+        assert answer.status_code == status
 
 
 async def test_a_client_that_leaves_meanwhile(running: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
