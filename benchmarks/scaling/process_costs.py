@@ -32,7 +32,7 @@ from benchmarks.scaling.process_model import Costs, simulate
 from cobatch.engines.link.messages import BUNDLE_IDS, Answers, Datagram, Submit, decode_to_front
 from cobatch.engines.link.slab import SlabWriter
 from cobatch.server.fronts.home import Downlinks
-from cobatch.server.fronts.remote import most_bundled
+from cobatch.server.links.remote import most_bundled
 
 FILE = FilePath(__file__).with_name("process_costs.json")
 # By the name of the load, which is a case of `benchmarks.processes` without its connections: floats, binary,

@@ -20,7 +20,7 @@ from msgspec import Struct
 from cobatch.server.settings.schema import Settings
 
 HEARTBEAT_S = 0.1
-# Of a page that home writes for the fronts (`server.fronts.page`); memory is used where it is written.
+# Of a page that home writes for the fronts (`server.links.page`); memory is used where it is written.
 PAGE_BYTES = 1 << 20
 _MESSAGE_BYTES = 1 << 16
 _MOST_FDS = 8

@@ -13,17 +13,17 @@ from starlette.types import ASGIApp
 from cobatch.engines.link.channel import Channel
 from cobatch.engines.link.messages import decode_to_front
 from cobatch.engines.link.slab import SlabReader, SlabWriter
-from cobatch.server.fronts.accounts import FrontTenant, share_accounts
 from cobatch.server.fronts.app import front_app
 from cobatch.server.fronts.child_server import ChildServer
 from cobatch.server.fronts.control import LinkEnds, Parent
 from cobatch.server.fronts.hand_over import HandOver
-from cobatch.server.fronts.page import Page
 from cobatch.server.fronts.relay import front_protocol
-from cobatch.server.fronts.remote import RemoteModel
 from cobatch.server.fronts.reports import Reporter
-from cobatch.server.fronts.uplink import Uplink
 from cobatch.server.inference.service import Inference
+from cobatch.server.links.accounts import FrontTenant, share_accounts
+from cobatch.server.links.page import Page
+from cobatch.server.links.remote import RemoteModel
+from cobatch.server.links.uplink import Uplink
 from cobatch.server.observability.output import LogStream
 from cobatch.server.settings.schema import Settings
 

@@ -15,15 +15,15 @@ from cobatch.batcher.request import Batch
 from cobatch.engines.link.channel import Channel
 from cobatch.engines.link.messages import decode_from_front
 from cobatch.engines.link.slab import SlabReader, SlabWriter
-from cobatch.server.fronts.accounts import HomeTenant, share_accounts
 from cobatch.server.fronts.child_server import ChildServer
 from cobatch.server.fronts.control import HEARTBEAT_S, EndFront, LinkEnds, Parent
-from cobatch.server.fronts.downlink import Downlink
-from cobatch.server.fronts.page import Page
 from cobatch.server.fronts.reception import HomeConnection, Reception
 from cobatch.server.fronts.reports import Reports
 from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Inference
+from cobatch.server.links.accounts import HomeTenant, share_accounts
+from cobatch.server.links.downlink import Downlink
+from cobatch.server.links.page import Page
 from cobatch.server.observability.output import LogStream
 from cobatch.server.settings.schema import Settings
 

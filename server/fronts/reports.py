@@ -16,9 +16,9 @@ from msgspec import Struct
 
 from cobatch.batcher.durations import EDGES_S, DurationHistogram
 from cobatch.engines.link.messages import BatchInfo
-from cobatch.server.fronts.answers import info_of
-from cobatch.server.fronts.remote import RemoteBatch
 from cobatch.server.inference.service import Inference
+from cobatch.server.links.answers import info_of
+from cobatch.server.links.remote import RemoteBatch
 from cobatch.server.observability.observer import FrontCounts
 from cobatch.server.observability.record import RequestRecord
 

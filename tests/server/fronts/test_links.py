@@ -21,10 +21,11 @@ from cobatch.engines.base import Signature, TensorSpec
 from cobatch.engines.errors import EngineDeadError, EngineRunError
 from cobatch.engines.link.messages import BUNDLE_IDS, INLINE_BYTES, FromFront, Release, Submit
 from cobatch.engines.link.messages import Tenant as TenantMessage
-from cobatch.server.fronts import downlink, home, uplink
-from cobatch.server.fronts import rows as rows_of_links
-from cobatch.server.fronts.uplink import STALLED_LOOKS
+from cobatch.server.fronts import home
 from cobatch.server.http.problem import Problem
+from cobatch.server.links import downlink, uplink
+from cobatch.server.links import rows as rows_of_links
+from cobatch.server.links.uplink import STALLED_LOOKS
 from cobatch.server.settings.auth import TenantRule
 from tests.support.auth.protected import settings_in
 from tests.support.examples import examples

@@ -147,7 +147,7 @@ def protected(
         mock.patch("cobatch.server.edge.fast_path.time", clock.module),
         mock.patch("cobatch.server.inference.service.time", clock.module),
         mock.patch("cobatch.server.auth.gate.time", clock.module),
-        mock.patch("cobatch.server.fronts.remote.time", clock.module),
+        mock.patch("cobatch.server.links.remote.time", clock.module),
         mock.patch("cobatch.server.batch.routes.time", clock.module),
         serve(models=models, engines=engines, auth=auth, **ways, **(server or {})) as served,
     ):

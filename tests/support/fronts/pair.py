@@ -13,11 +13,11 @@ import numpy as np
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.request import Request
 from cobatch.batcher.tenant import Tenant
-from cobatch.server.fronts.downlink import Downlink
 from cobatch.server.fronts.front import Uplinks
 from cobatch.server.fronts.home import Downlinks
-from cobatch.server.fronts.remote import RemoteBatcher
-from cobatch.server.fronts.uplink import Uplink
+from cobatch.server.links.downlink import Downlink
+from cobatch.server.links.remote import RemoteBatcher
+from cobatch.server.links.uplink import Uplink
 from cobatch.server.settings.auth import AuthSettings
 from cobatch.server.settings.schema import ModelSettings
 from tests.support.fronts.linked import LinkMaker

@@ -12,13 +12,13 @@ from cobatch.batcher.request import Batch, Request, State
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import RowShapes, Signature
 from cobatch.engines.link.messages import BUNDLE_IDS, INLINE_BYTES, BatchInfo
-from cobatch.server.fronts.page import QueuePage
-from cobatch.server.fronts.rows import has_strings, is_plain, written
 from cobatch.server.http.body import Body
 from cobatch.server.http.problem import Problem
 from cobatch.server.http.reply import Reply
 from cobatch.server.inference.padding import make_padder
 from cobatch.server.inference.served import Admission, Queue, ServedModel
+from cobatch.server.links.page import QueuePage
+from cobatch.server.links.rows import has_strings, is_plain, written
 from cobatch.server.settings.schema import ModelSettings
 from cobatch.server.v2.decode import Decoded, Decoder, WantedOutputs
 from cobatch.server.v2.encode import Encoder, timing_of_batch
@@ -71,7 +71,7 @@ class FrontEncoder(Encoder):
 
 
 class Uplink(Protocol):
-    """The part of `server.fronts.uplink.Uplink` that a batcher uses."""
+    """The part of `server.links.uplink.Uplink` that a batcher uses."""
 
     def gather_from(self, batcher: "RemoteBatcher") -> None: ...
     def submit(self, batcher: "RemoteBatcher", requests: list[Request]) -> None: ...

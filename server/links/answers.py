@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from cobatch.batcher.request import Batch
 from cobatch.engines.link.messages import BatchInfo
-from cobatch.server.fronts.rows import Buffer, output_bytes
+from cobatch.server.links.rows import Buffer, output_bytes
 
 
 class SharedRows:

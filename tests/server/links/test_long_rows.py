@@ -17,8 +17,8 @@ from cobatch.batcher.request import Request
 from cobatch.engines.base import Signature, TensorSpec
 from cobatch.engines.link.messages import Submit
 from cobatch.engines.link.slab import SlabWriter
-from cobatch.server.fronts import rows, uplink
 from cobatch.server.http.problem import Problem
+from cobatch.server.links import rows, uplink
 from cobatch.server.settings.schema import ModelSettings
 from cobatch.server.v2 import binary
 from cobatch.server.v2.pieces import in_pieces

@@ -38,9 +38,12 @@ from cobatch.engines.link.messages import (
 from cobatch.engines.link.messages import Tenant as TenantMessage
 from cobatch.engines.link.slab import SlabReader, SlabWriter
 from cobatch.server.auth.tenants import Tenants
-from cobatch.server.fronts.answers import AnswerGroup, SharedRows, info_of
-from cobatch.server.fronts.endpoint import Endpoint
-from cobatch.server.fronts.rows import (
+from cobatch.server.http.problem import from_error
+from cobatch.server.http.request_id import PROCESS
+from cobatch.server.inference.model import Model
+from cobatch.server.links.answers import AnswerGroup, SharedRows, info_of
+from cobatch.server.links.endpoint import Endpoint
+from cobatch.server.links.rows import (
     LARGE_BYTES,
     MANY_STRINGS,
     Buffer,
@@ -48,9 +51,6 @@ from cobatch.server.fronts.rows import (
     output_bytes,
     output_pieces,
 )
-from cobatch.server.http.problem import from_error
-from cobatch.server.http.request_id import PROCESS
-from cobatch.server.inference.model import Model
 from cobatch.server.v2.encode import encode_later, is_long
 from cobatch.server.v2.pieces import in_pieces, release
 

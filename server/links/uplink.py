@@ -37,13 +37,13 @@ from cobatch.engines.link.messages import (
 )
 from cobatch.engines.link.messages import Tenant as TenantMessage
 from cobatch.engines.link.slab import SlabReader, SlabWriter
-from cobatch.server.fronts.endpoint import Endpoint
-from cobatch.server.fronts.page import Page
-from cobatch.server.fronts.remote import RemoteBatch, RemoteBatcher, RemoteModel
-from cobatch.server.fronts.rows import LARGE_BYTES, read_outputs
-from cobatch.server.fronts.rows import is_long as reads_later
 from cobatch.server.http import request_id
 from cobatch.server.http.problem import Problem
+from cobatch.server.links.endpoint import Endpoint
+from cobatch.server.links.page import Page
+from cobatch.server.links.remote import RemoteBatch, RemoteBatcher, RemoteModel
+from cobatch.server.links.rows import LARGE_BYTES, read_outputs
+from cobatch.server.links.rows import is_long as reads_later
 from cobatch.server.v2.pieces import in_pieces, release
 
 log = logging.getLogger("cobatch.fronts")

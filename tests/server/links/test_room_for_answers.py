@@ -20,7 +20,7 @@ from cobatch.engines.link.messages import (
     decode_to_front,
 )
 from cobatch.engines.link.slab import BLOCK_BYTES
-from cobatch.server.fronts.downlink import Downlink, LinkedRequest
+from cobatch.server.links.downlink import Downlink, LinkedRequest
 
 BLOCKS = 4
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cobatch.batcher.tenant import Tenant
 from cobatch.server.auth.tenants import Tenants
-from cobatch.server.fronts.accounts import AccountTable, FrontTenant, HomeTenant, share_accounts
+from cobatch.server.links.accounts import AccountTable, FrontTenant, HomeTenant, share_accounts
 from cobatch.server.settings.auth import TenantRule
 
 FIRST = 3

@@ -2,7 +2,7 @@
 
 Words of 8 bytes, each of which is written and read at once: the heartbeat, then for each model its queued
 rows, the rows at which its queue is full (0: closed), the rows of a full batch, and the seconds until its
-queue is empty. The rest has the accounts of tenants (`server.fronts.accounts`).
+queue is empty. The rest has the accounts of tenants (`server.links.accounts`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 
 from cobatch.batcher.scheduling.admission import Admission
 from cobatch.batcher.scheduling.queue import RequestQueue
-from cobatch.server.fronts.accounts import AccountTable
+from cobatch.server.links.accounts import AccountTable
 
 _WORD_BYTES = 8
 _OF_MODEL = 4
