@@ -9,9 +9,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from cobatch.server.auth.principal import Principal, principal_in
+from cobatch.server.http.asgi import note_problem, send_body
 from cobatch.server.http.compression import compressed
 from cobatch.server.http.problem import Problem
-from cobatch.server.http.reply import JSON, Reply, note_problem, send_body
+from cobatch.server.http.reply import JSON, Reply
 from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Inference
 from cobatch.server.settings.auth import INFER, METADATA

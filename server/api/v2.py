@@ -12,7 +12,7 @@ from cobatch import __version__
 from cobatch.batcher.statistics import Counters, PaddingTotals
 from cobatch.engines.base import TensorSpec
 from cobatch.server.api.routing import Endpoint, Needs, find, guarded, json, loaded
-from cobatch.server.http.body import read_body
+from cobatch.server.http.asgi import read_body
 from cobatch.server.http.problem import Problem
 from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Inference

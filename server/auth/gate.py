@@ -13,8 +13,8 @@ from cobatch.server.auth.authenticator import Authenticator
 from cobatch.server.auth.credentials import WELL_KNOWN
 from cobatch.server.auth.principal import PRINCIPAL, Principal
 from cobatch.server.auth.tenants import rate_limit_headers
+from cobatch.server.http.asgi import send_reply
 from cobatch.server.http.problem import Problem
-from cobatch.server.http.reply import send_reply
 
 # Health, the index, the meaning of problems, OAuth metadata, and the live page without its data.
 OPEN = re.compile(

@@ -22,10 +22,10 @@ from cobatch.server.auth.principal import Principal, principal_in
 from cobatch.server.batch.items import AnyItem, decode_items, encode_batch, infer_target, message_of
 from cobatch.server.batch.spans import Progress, report_items
 from cobatch.server.edge.exchange import EXCHANGE, client_in, record_in
-from cobatch.server.http.body import read_body
+from cobatch.server.http.asgi import read_body, send_reply
 from cobatch.server.http.compression import compressed
 from cobatch.server.http.problem import Problem, from_error
-from cobatch.server.http.reply import JSON, Reply, send_reply
+from cobatch.server.http.reply import JSON, Reply
 from cobatch.server.http.request_id import new_id
 from cobatch.server.inference.served import ServedModel
 from cobatch.server.inference.service import Inference, InferRequest, refused, reply_to

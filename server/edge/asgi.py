@@ -13,11 +13,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cobatch.server.auth.principal import PRINCIPAL, principal_in
 from cobatch.server.edge.exchange import EXCHANGE, HEADERS_BY_NAME, Exchange, client_in
-from cobatch.server.http.body import read_body
-from cobatch.server.http.body_memory import FREE_BYTES, Share, client_of
+from cobatch.server.http.asgi import PROBLEM, Share, note_problem, read_body, send_body
+from cobatch.server.http.body_memory import FREE_BYTES, client_of
 from cobatch.server.http.compression import choose
 from cobatch.server.http.problem import Problem
-from cobatch.server.http.reply import LONG_BYTES, PROBLEM, Reply, note_problem, send_body
+from cobatch.server.http.reply import LONG_BYTES, Reply
 from cobatch.server.inference.served import ServedModel
 from cobatch.server.inference.service import Inference
 from cobatch.server.observability.record import INFER_ROUTE, MARKS, REQUEST_ID, RequestRecord

@@ -10,7 +10,8 @@ from cobatch.server.app import make_sinks, observing
 from cobatch.server.auth.gate import Gate
 from cobatch.server.edge.asgi import InferRoutes, ObservingMiddleware
 from cobatch.server.fronts.relay import unavailable
-from cobatch.server.http.reply import JSON, Reply, send_reply
+from cobatch.server.http.asgi import send_reply
+from cobatch.server.http.reply import JSON, Reply
 from cobatch.server.inference.service import Inference
 
 _LIVE = "/v2/health/live"

@@ -1,34 +1,21 @@
-"""A request's body: its parts put together, read through ASGI within its limit, decompressed.
+"""A request's body: its parts put together, and decompressed within its limit.
 
-Sizes in the protocol, and the limits, are those of the decompressed body. It takes memory that all bodies
-share (`server.http.body_memory`) before it is kept.
+Sizes in the protocol, and the limits, are those of the decompressed body.
 """
 
-import asyncio
 import zlib
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections.abc import Iterator
 
 import numpy as np
-from starlette.requests import ClientDisconnect
-from starlette.types import Receive
 
-from cobatch.server.http.body_memory import FREE_BYTES
 from cobatch.server.http.compression import WINDOW
 from cobatch.server.http.problem import Problem, too_large
 
 # One part, or the view of a buffer.
 Body = bytes | bytearray | memoryview
-_PLAIN = (b"", b"identity")
 _UNBOUNDED_BYTES = 1 << 20
 _MOST_TIMES = 128
 _PIECE_BYTES = 1 << 16
-
-
-class MemoryTaker(Protocol):
-    """A request that takes memory for its decompressed body. `held`: bytes of the body as it came."""
-
-    async def take_memory(self, size: int, held: int) -> None: ...
 
 
 def new_buffer(length: int) -> memoryview:
@@ -49,44 +36,6 @@ def joined(body: Body, data: bytes, end: int, length: int) -> Body:
         body = buffer
     body[end - len(data) : end] = data
     return body
-
-
-async def read_body(
-    headers: Mapping[bytes, bytes], receive: Receive, limit: int, request: MemoryTaker | None
-) -> Body:
-    """Return the whole body, decompressed; at most `limit` bytes before and after.
-
-    `request`: None if the limit is at most FREE_BYTES. Raises Problem, and ClientDisconnect if the body
-    is not complete.
-    """
-    length = limit
-    declared = headers.get(b"content-length", b"")
-    if declared.isdigit() and (len(declared) > 18 or (length := int(declared)) > limit):
-        raise too_large(int(declared[:18]), limit)
-    body: Body = b""
-    end = 0
-    more_body = True
-    while more_body:
-        message = await receive()
-        if message["type"] != "http.request":
-            raise ClientDisconnect
-        data = message.get("body", b"")
-        end += len(data)
-        if end > length:
-            raise too_large(end, length)
-        body = joined(body, data, end, length) if body else data
-        more_body = message.get("more_body", False)
-    if end < length:
-        body = body[:end]  # of the buffer
-    coding = headers.get(b"content-encoding")
-    if coding is None or (coding := coding.strip().lower()) in _PLAIN:
-        return body
-    # In threads: decompressing a small body can take a large part of a second.
-    length = await asyncio.to_thread(measure, body, coding, limit)
-    if length > FREE_BYTES:
-        assert request is not None
-        await request.take_memory(length, len(body))
-    return await asyncio.to_thread(decompress, body, coding, length)
 
 
 def measure(body: Body, coding: bytes, limit: int) -> int:

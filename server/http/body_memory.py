@@ -14,10 +14,6 @@ from collections import defaultdict, deque
 from pathlib import Path
 from typing import Protocol
 
-from starlette.requests import ClientDisconnect
-from starlette.types import Receive
-
-from cobatch.server.http.problem import no_memory
 from cobatch.server.settings.cgroups import CGROUPS, OWN, limits
 
 FREE_BYTES = 1 << 16
@@ -141,48 +137,6 @@ class BodyMemory:
                 taker.on_body_memory()
             elif self._may_take(taker.address):
                 return  # none behind it overtakes it, or a large body would wait for ever
-
-
-class Share:
-    """The memory of one request beside that of its connection: for its body, decompressed."""
-
-    def __init__(self, memory: BodyMemory, address: str) -> None:
-        self.address = address
-        self._memory = memory
-        self._size = 0
-        self._wanted = 0
-        self._served: asyncio.Future[None] | None = None
-
-    async def take(self, size: int, receive: Receive, timeout_s: float, *, waits: bool) -> None:
-        """Take memory; wait for it if the request has none yet. Raises Problem, ClientDisconnect."""
-        self._wanted = size
-        if self._memory.take(self.address, size, first=waits):
-            self._size = size
-            return
-        if not waits or not self._memory.wait(self, size):
-            raise no_memory(0.0)
-        self._served = asyncio.get_running_loop().create_future()
-        # After the body, the only message is that the client has disconnected.
-        left = asyncio.ensure_future(receive())
-        both = (self._served, left)
-        try:
-            await asyncio.wait(both, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            left.cancel()
-            self._memory.forget(self)
-        if not self._size:
-            raise ClientDisconnect if left.done() else no_memory(timeout_s)
-
-    def on_body_memory(self) -> None:
-        """Go on: the memory is taken."""
-        self._size = self._wanted
-        assert self._served is not None
-        self._served.set_result(None)
-
-    def give_back(self) -> None:
-        """Return the memory that was taken."""
-        if self._size:
-            self._memory.give_back(self.address, self._size)
 
 
 def client_of(address: tuple[str, int] | None) -> str:

@@ -1,16 +1,11 @@
 """A response before it is written as HTTP/1.1 or sent through ASGI."""
 
-import asyncio
-from collections import deque
 from collections.abc import Sequence
 
 import msgspec
-from starlette.types import Scope, Send
 
 JSON = b"application/json"
 OCTETS = b"application/octet-stream"
-# In an ASGI scope: the kind of problem in the response, for the record.
-PROBLEM = "cobatch.problem"
 # Longer bodies are written in their pieces, which need not be joined.
 LONG_BYTES = 1 << 18
 # Of a long body, in one iteration of the event loop.
@@ -54,35 +49,3 @@ class Reply(msgspec.Struct, eq=False, gc=False):
         if self.close:
             headers.append((b"connection", b"close"))
         return headers
-
-
-def note_problem(scope: Scope, slug: str) -> None:
-    """Note the kind of problem that a request through ASGI is answered with, if there is one."""
-    if slug:
-        scope[PROBLEM] = slug
-
-
-async def send_reply(reply: Reply, scope: Scope, send: Send) -> None:
-    """Send a whole reply through ASGI. (`server.edge.asgi` has its own, faster way.)"""
-    note_problem(scope, reply.slug)
-    await send({"type": "http.response.start", "status": reply.status, "headers": reply.header_list()})
-    await send_body(reply, send)
-
-
-async def send_body(reply: Reply, send: Send) -> None:
-    """Send a body through ASGI: joined, or in parts if it is long, each let go once it is written.
-
-    `send` waits only for slow clients, so others get their turn here.
-    """
-    if reply.length < LONG_BYTES:
-        await send({"type": "http.response.body", "body": b"".join(reply.body)})
-        return
-    pieces = deque(reply.body)
-    reply.body = ()
-    while pieces:
-        piece = pieces.popleft()
-        for at in range(0, len(piece), PART_BYTES):
-            part = bytes(piece[at : at + PART_BYTES])
-            await send({"type": "http.response.body", "body": part, "more_body": True})
-            await asyncio.sleep(0)
-    await send({"type": "http.response.body", "body": b""})

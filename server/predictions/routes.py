@@ -21,7 +21,8 @@ from cobatch.batcher.errors import BatcherError
 from cobatch.server.api.routing import as_response, compressed_response, find, guarded
 from cobatch.server.auth.principal import principal_in, subject_in
 from cobatch.server.edge.exchange import EXCHANGE, client_in, record_in
-from cobatch.server.http.body import Body, read_body
+from cobatch.server.http.asgi import read_body
+from cobatch.server.http.body import Body
 from cobatch.server.http.problem import Problem, from_error
 from cobatch.server.http.reply import JSON, Reply
 from cobatch.server.inference.model import Model

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from starlette.types import Message
 
 from cobatch.server.http import body as bodies
-from cobatch.server.http.body import Body, decompress, joined, measure, read_body
+from cobatch.server.http.asgi import read_body
+from cobatch.server.http.body import Body, decompress, joined, measure
 from cobatch.server.http.problem import Problem
 from cobatch.server.v2.long_json import PIECE_BYTES, as_text
 
