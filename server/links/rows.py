@@ -17,9 +17,8 @@ from cobatch.engines.errors import LinkError
 from cobatch.engines.link.messages import Answers, Submit
 from cobatch.engines.link.slab import PIECE_BYTES
 from cobatch.server.http.problem import Problem
-from cobatch.server.v2.binary import read_binary
+from cobatch.server.v2.binary import bytes_tensor, read_binary
 from cobatch.server.v2.checks import OutputSizes, check_tensor
-from cobatch.server.v2.encode import bytes_tensor
 from cobatch.server.v2.pieces import release
 
 Buffer = bytes | bytearray | memoryview

@@ -8,12 +8,20 @@ from math import prod
 import numpy as np
 
 from cobatch.batcher.request import Payload
-from cobatch.engines.base import TensorSpec
+from cobatch.engines.base import Array, TensorSpec
 from cobatch.engines.elements import read_elements, read_lengths
 from cobatch.server.http.body import Body
 from cobatch.server.http.problem import Problem
 from cobatch.server.v2.checks import check_lengths, check_strings, wrong_data
 from cobatch.server.v2.messages import InputTensor
+from cobatch.server.v2.pieces import release
+
+# More elements of an output take longer than a millisecond: a thread encodes them.
+LONG_ELEMENTS = 1 << 15
+LONG_TEXT = 1 << 20
+# Characters of strings that are encoded in one piece.
+TEXT_PIECE = 1 << 16
+_FEW_ELEMENTS = 16
 
 
 def cut_tail(tensor: InputTensor, tail: memoryview | None, offset: int) -> memoryview:
@@ -101,3 +109,36 @@ def _check_whole(spec: TensorSpec, data: memoryview, elements: int, actual: int,
     if end != len(data) or actual != elements:
         detail = f"{len(data)} bytes do not hold exactly {elements} elements"
         raise wrong_data(spec, detail, expected_elements=elements, actual_elements=actual)
+
+
+def characters(values: Array) -> int:
+    """The characters, or bytes, of strings."""
+    return sum(map(len, values.flat))
+
+
+def bytes_tensor(values: Array) -> list[bytes]:
+    """BYTES as binary, in pieces: each element its length (u32, little-endian) and its bytes."""
+    joined: list[bytes] = []
+    flat = values.reshape(-1)
+    step = min(LONG_ELEMENTS, LONG_TEXT * len(flat) // (characters(flat) or 1)) or 1
+    for first in range(0, len(flat), step):
+        pieces: list[bytes] = []
+        for value in flat[first : first + step]:
+            data = [value] if isinstance(value, bytes) else _utf8(str(value))
+            pieces += (sum(map(len, data)).to_bytes(4, "little"), *data)
+        # Joining long elements would take longer than writing them one by one.
+        joined += [b"".join(pieces)] if step > _FEW_ELEMENTS else pieces
+        if first:
+            release()
+    return joined
+
+
+def _utf8(text: str) -> list[bytes]:
+    """A string as bytes, a long one in pieces."""
+    if len(text) <= TEXT_PIECE:
+        return [text.encode()]
+    pieces = []
+    for at in range(0, len(text), TEXT_PIECE):
+        pieces.append(text[at : at + TEXT_PIECE].encode())
+        release()
+    return pieces

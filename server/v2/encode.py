@@ -23,15 +23,13 @@ from cobatch.engines.base import Array, Signature
 from cobatch.server.http.problem import Problem
 from cobatch.server.http.reply import JSON, OCTETS, Reply
 from cobatch.server.http.request_id import LEAD
+from cobatch.server.v2.binary import LONG_ELEMENTS, LONG_TEXT, TEXT_PIECE, bytes_tensor, characters
 from cobatch.server.v2.decode import WantedOutputs
 from cobatch.server.v2.pieces import in_pieces, release
 
 log = logging.getLogger("cobatch.server")
 
 _KEPT_FRAMES = 1024
-# More elements of an output take longer than a millisecond: a thread encodes them.
-LONG_ELEMENTS = 1 << 15
-LONG_TEXT = 1 << 20
 # The answers of a batch are written one after another, so they may have this many elements together, or
 # characters. Handing one with fewer than LEAST_ELEMENTS to the thread would take longer than encoding it.
 BATCH_ELEMENTS = 1 << 18
@@ -42,9 +40,6 @@ _COPIED_BYTES = 1 << 20
 # bytes of strings, whose text is up to six times as long.
 MOST_JSON_NUMBERS = 1 << 23
 MOST_JSON_TEXT = 1 << 25
-# Characters of strings that are encoded in one piece.
-_TEXT_PIECE = 1 << 16
-_FEW_ELEMENTS = 16
 # In the memo of a batch that holds one request's own outputs.
 _OWN = "own"
 # Encoding all rows at once and cutting is faster than encoding each by itself up to this length.
@@ -247,12 +242,7 @@ def _is_long(values: Array, output: Array) -> bool:
         return True
     if values.dtype != object or not size:
         return False
-    return _characters(values) > min(LONG_TEXT, BATCH_TEXT * size // output.size)
-
-
-def _characters(values: Array) -> int:
-    """The characters, or bytes, of strings."""
-    return sum(map(len, values.flat))
+    return characters(values) > min(LONG_TEXT, BATCH_TEXT * size // output.size)
 
 
 def _own(batch: Batch, output: Array, first: int = 0, end: int | None = None) -> Array:
@@ -269,7 +259,7 @@ def json_pieces(values: Array) -> list[bytes]:
     Raises Problem for one that would take too much memory.
     """
     is_text = values.dtype == object
-    actual, what = (_characters(values), "bytes of strings") if is_text else (values.size, "numbers")
+    actual, what = (characters(values), "bytes of strings") if is_text else (values.size, "numbers")
     limit = MOST_JSON_TEXT if is_text else MOST_JSON_NUMBERS
     if actual > limit:
         detail = f"an output has {actual} {what}; as JSON it may have {limit}"
@@ -280,7 +270,7 @@ def json_pieces(values: Array) -> list[bytes]:
 def _pieces(values: Array) -> list[bytes]:
     if values.size <= LONG_ELEMENTS:
         if values.dtype == object:
-            if values.ndim and _characters(values) > _TEXT_PIECE:
+            if values.ndim and characters(values) > TEXT_PIECE:
                 return [*_row_pieces(values), b"]"]
             return [msgspec.json.encode(_texts(values.tolist()))]
         return [dumps(np.ascontiguousarray(values) if values.ndim else values[()])]
@@ -303,12 +293,12 @@ def _row_pieces(values: Array) -> Iterator[bytes]:
     """JSON of the rows of strings, without the last bracket: long rows and long strings in pieces."""
     end = b"["
     few: list[Any] = []
-    left = _TEXT_PIECE
+    left = TEXT_PIECE
     for row in [*values, None]:
-        length = 0 if row is None else len(row) if values.ndim == 1 else _characters(row)
+        length = 0 if row is None else len(row) if values.ndim == 1 else characters(row)
         if few and (row is None or length > left):
             yield end + msgspec.json.encode(_texts(few))[1:-1]
-            end, few, left = b",", [], _TEXT_PIECE
+            end, few, left = b",", [], TEXT_PIECE
             release()
         if row is None:
             return
@@ -326,9 +316,9 @@ def _string_pieces(value: bytes | str) -> Iterator[bytes]:
     end = b'"'
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
     value = value if isinstance(value, bytes) else str(value)
-    for at in range(0, len(value), _TEXT_PIECE):
-        part = value[at : at + _TEXT_PIECE]
-        text = decode(part, at + _TEXT_PIECE >= len(value)) if isinstance(part, bytes) else part
+    for at in range(0, len(value), TEXT_PIECE):
+        part = value[at : at + TEXT_PIECE]
+        text = decode(part, at + TEXT_PIECE >= len(value)) if isinstance(part, bytes) else part
         yield end + msgspec.json.encode(text)[1:-1]
         end = b""
         release()
@@ -347,34 +337,6 @@ def dumps(value: Any) -> bytes:
 def text_of(value: object) -> str:
     """An element of a BYTES output as text."""
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-
-
-def bytes_tensor(values: Array) -> list[bytes]:
-    """BYTES as binary, in pieces: each element its length (u32, little-endian) and its bytes."""
-    joined: list[bytes] = []
-    flat = values.reshape(-1)
-    step = min(LONG_ELEMENTS, LONG_TEXT * len(flat) // (_characters(flat) or 1)) or 1
-    for first in range(0, len(flat), step):
-        pieces: list[bytes] = []
-        for value in flat[first : first + step]:
-            data = [value] if isinstance(value, bytes) else _utf8(str(value))
-            pieces += (sum(map(len, data)).to_bytes(4, "little"), *data)
-        # Joining long elements would take longer than writing them one by one.
-        joined += [b"".join(pieces)] if step > _FEW_ELEMENTS else pieces
-        if first:
-            release()
-    return joined
-
-
-def _utf8(text: str) -> list[bytes]:
-    """A string as bytes, a long one in pieces."""
-    if len(text) <= _TEXT_PIECE:
-        return [text.encode()]
-    pieces = []
-    for at in range(0, len(text), _TEXT_PIECE):
-        pieces.append(text[at : at + _TEXT_PIECE].encode())
-        release()
-    return pieces
 
 
 def _usage(request: Request, batch: Batch) -> bytes:

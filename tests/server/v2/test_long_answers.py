@@ -21,12 +21,12 @@ from cobatch.batcher.request import Batch, Request
 from cobatch.engines.base import Array, Signature, TensorSpec
 from cobatch.server.predictions import encode as predictions_encode
 from cobatch.server.settings.schema import ModelSettings
-from cobatch.server.v2 import encode
+from cobatch.server.v2 import binary, encode
 from tests.support.http.in_process import InProcess, gated, in_process
 from tests.support.http.serving import GATE, GatedEngine, rows_of
 from tests.support.models import models
 
-WIDTH = encode.LONG_ELEMENTS * 2 + 5
+WIDTH = binary.LONG_ELEMENTS * 2 + 5
 
 
 @pytest.fixture
@@ -67,12 +67,12 @@ async def test_infer(running: InProcess, dumped: list[tuple[int, bool]], rows: i
     assert output["shape"] == [rows, width]
     assert output["data"] == [-(n % 7) for n in range(rows * width)]
     assert answer.headers["x-request-id"]
-    check(dumped, long=rows * width > encode.LONG_ELEMENTS)
+    check(dumped, long=rows * width > binary.LONG_ELEMENTS)
 
 
 def check(dumped: list[tuple[int, bool]], *, long: bool) -> None:
     assert dumped
-    assert max(elements for elements, _ in dumped) <= encode.LONG_ELEMENTS
+    assert max(elements for elements, _ in dumped) <= binary.LONG_ELEMENTS
     assert {on_loop for _, on_loop in dumped} == {not long}
 
 
@@ -90,23 +90,23 @@ async def test_predictions(running: InProcess, dumped: list[tuple[int, bool]], r
     x = [[(row + n) % 7 for n in range(width)] for row in range(rows)]
     answer = await running.http.post("/v1/models/negate/predictions", json={"inputs": {"x": x}})
     assert answer.json()["outputs"]["y"]["data"] == [[-value for value in row] for row in x]
-    check(dumped, long=rows * width > encode.LONG_ELEMENTS)
+    check(dumped, long=rows * width > binary.LONG_ELEMENTS)
     asked = {"inputs": {"x": x}, "top_k": width}
     answer = await running.http.post("/v1/models/negate/predictions", json=asked)
     for row, best in zip(x, answer.json()["outputs"]["y"]["top_k"], strict=True):
         assert [one["index"] for one in best] == sorted(range(width), key=lambda n: row[n])
-    check(dumped, long=rows * width > encode.LONG_ELEMENTS)
+    check(dumped, long=rows * width > binary.LONG_ELEMENTS)
 
 
 async def test_batch(running: InProcess, dumped: list[tuple[int, bool]]) -> None:
-    width = encode.LONG_ELEMENTS // 2
+    width = binary.LONG_ELEMENTS // 2
     item = {"method": "POST", "url": "/v2/models/negate/infer", "body": message(1, width)}
     call = {"requests": [{"id": str(n), **item} for n in range(5)]}
     answer = await running.http.post("/batch", json=call)
     for response in answer.json()["responses"]:
         assert response["body"]["outputs"][0]["data"] == [-(n % 7) for n in range(width)]
         assert response["headers"]["x-request-id"]
-    assert max(elements for elements, _ in dumped) <= encode.LONG_ELEMENTS
+    assert max(elements for elements, _ in dumped) <= binary.LONG_ELEMENTS
 
 
 async def test_answers_that_are_long_together(
@@ -134,8 +134,9 @@ def test_strings_in_pieces(rows: list[list[bytes | str]], flat: bool) -> None:
     values[:] = rows
     values = values.reshape(-1) if flat else values
     whole = msgspec.json.encode(encode._texts(values.tolist()))
-    tensor = b"".join(encode.bytes_tensor(values))
-    with mock.patch.multiple(encode, _TEXT_PIECE=8, LONG_TEXT=8):
+    tensor = b"".join(binary.bytes_tensor(values))
+    small: Any = {"TEXT_PIECE": 8, "LONG_TEXT": 8}
+    with mock.patch.multiple(encode, **small), mock.patch.multiple(binary, **small):
         pieces = encode.json_pieces(values)
         assert b"".join(pieces) == whole
         with mock.patch.object(encode, "LONG_ELEMENTS", 3):
@@ -143,7 +144,7 @@ def test_strings_in_pieces(rows: list[list[bytes | str]], flat: bool) -> None:
         # A character of JSON may take six bytes, a character of text four.
         assert max(map(len, pieces)) <= 8 * 6 + 3 * 8
         assert pieces[-1] == b"]" or len(pieces) == 1
-        assert b"".join(encode.bytes_tensor(values)) == tensor
+        assert b"".join(binary.bytes_tensor(values)) == tensor
 
 
 class Texts(GatedEngine):
@@ -155,7 +156,7 @@ class Texts(GatedEngine):
 
     def wait(self, slot: int) -> tuple[Array, ...]:
         (doubled,) = super().wait(slot)
-        return (np.array([["y" * encode.LONG_TEXT + str(n)] for n in doubled[:, 0]], object),)
+        return (np.array([["y" * binary.LONG_TEXT + str(n)] for n in doubled[:, 0]], object),)
 
 
 async def test_long_texts_of_a_batch() -> None:
@@ -164,7 +165,7 @@ async def test_long_texts_of_a_batch() -> None:
         answer = await running.http.post("/batch", json={"requests": items})
         for n, response in enumerate(answer.json()["responses"]):
             (text,) = response["body"]["outputs"][0]["data"]
-            assert text == "y" * encode.LONG_TEXT + str(2 * n)
+            assert text == "y" * binary.LONG_TEXT + str(2 * n)
 
 
 @pytest.mark.parametrize("lasting", [True, False])
