@@ -17,12 +17,12 @@ from cobatch.server.fronts.app import front_app
 from cobatch.server.fronts.child_server import ChildServer
 from cobatch.server.fronts.control import LinkEnds, Parent
 from cobatch.server.fronts.hand_over import HandOver
+from cobatch.server.fronts.model import FrontModel
 from cobatch.server.fronts.relay import front_protocol
 from cobatch.server.fronts.reports import Reporter
 from cobatch.server.inference.service import Inference
 from cobatch.server.links.accounts import FrontTenant, share_accounts
 from cobatch.server.links.page import Page
-from cobatch.server.links.remote import RemoteModel
 from cobatch.server.links.uplink import Uplink
 from cobatch.server.observability.output import LogStream
 from cobatch.server.settings.schema import Settings
@@ -34,7 +34,7 @@ class Uplinks:
     """The link to home, and the models that it gives access to. `on_broken` is called at a bad message."""
 
     def __init__(self, settings: Settings, fronts: int, connections: Callable[[], int] = lambda: 0) -> None:
-        self.models = [RemoteModel(model, index, fronts) for index, model in enumerate(settings.models)]
+        self.models = [FrontModel(model, index, fronts) for index, model in enumerate(settings.models)]
         self.current: Uplink | None = None
         self.on_broken: Callable[[], None] = lambda: None
         self._connections = connections

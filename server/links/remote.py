@@ -1,7 +1,8 @@
-"""A model whose batcher is in another process: to edges and codecs it is as one of this process."""
+"""A model whose batcher is in another process: its requests go there, and their rows come back."""
 
 import asyncio
 import time
+from abc import abstractmethod
 from collections.abc import Hashable, Sequence
 from typing import Any, NoReturn, Protocol
 
@@ -10,18 +11,12 @@ import numpy as np
 from cobatch.batcher.errors import AbandonedError, BatcherError, QueueFullError, TooManyRowsError
 from cobatch.batcher.request import Batch, Request, State
 from cobatch.batcher.tenant import Tenant
-from cobatch.engines.base import RowShapes, Signature
+from cobatch.engines.base import Array, RowShapes, Signature
+from cobatch.engines.errors import EngineError
 from cobatch.engines.link.messages import BUNDLE_IDS, INLINE_BYTES, BatchInfo
-from cobatch.server.http.body import Body
 from cobatch.server.http.problem import Problem
-from cobatch.server.http.reply import Reply
-from cobatch.server.inference.padding import make_padder
-from cobatch.server.inference.served import Admission, Queue, ServedModel
 from cobatch.server.links.page import QueuePage
-from cobatch.server.links.rows import has_strings, is_plain, written
-from cobatch.server.settings.schema import ModelSettings
-from cobatch.server.v2.decode import Decoded, Decoder, WantedOutputs
-from cobatch.server.v2.encode import Encoder, timing_of_batch
+from cobatch.server.links.rows import is_plain
 
 # Rows of a bundle if not all fit the next batch: a larger one would be most of a batch, and cannot be split.
 _MOST_IN_QUEUE = 16
@@ -29,7 +24,7 @@ _SOURCES_KEPT = 4096
 
 
 class RemoteBatch(Batch):
-    """A batch that ran in home, with the rows of this front. `lead`: the beginning of its requests' ids."""
+    """A batch that ran in home, with the rows of this process. `lead`: the beginning of its requests' ids."""
 
     __slots__ = ("lead",)
 
@@ -40,34 +35,6 @@ class RemoteBatch(Batch):
         self.failed = info.failed
         self.joined = [RemoteBatch(one, b"") for one in info.joined]
         self.lead = lead
-
-    def hold(self, outputs: Sequence[np.ndarray[tuple[int, ...], np.dtype[np.generic]]]) -> None:
-        """Hold the rows of this front while they are encoded; ids are given by `FrontEncoder`."""
-        self.outputs = outputs
-        shapes = tuple([output.shape[1:] for output in outputs])
-        self.memo["shared"] = shapes, timing_of_batch(self), None
-
-
-class FrontDecoder(Decoder):
-    """Decodes BYTES inputs to the pieces that are sent: of long ones in the thread that decodes them."""
-
-    def decode(self, body: Body, json_length: int | None) -> Decoded:
-        decoded = Decoder.decode(self, body, json_length)
-        decoded.payloads = [written(payload) for payload in decoded.payloads]
-        return decoded
-
-
-class FrontEncoder(Encoder):
-    """Encodes responses whose ids name the place in home where the request ran."""
-
-    def encode(
-        self, request: Request, wanted: WantedOutputs, message_id: str | None, usage: bool = False
-    ) -> Reply:
-        reply = Encoder.encode(self, request, wanted, message_id, usage)
-        batch = request.batch
-        if type(batch) is RemoteBatch and batch.number:
-            reply.request_id = b"%b%d" % (batch.lead, request.entry)  # type: ignore[str-format]  # a row
-        return reply
 
 
 class Uplink(Protocol):
@@ -94,12 +61,12 @@ class RemoteBatcher:
     `entry` of a request is its place in the link, and then the row of its batch where it began.
     """
 
-    def __init__(self, model: "RemoteModel", index: int, fronts: int) -> None:
+    def __init__(self, model: "RemoteModel", index: int, processes: int) -> None:
         self.index = index
-        self.queue: Queue = _Closed()
-        self.admission: Admission = _Closed()
+        self.queue: QueuePage | _Closed = _Closed()
+        self.admission: QueuePage | _Closed = self.queue
         self._model = model
-        self._fronts = fronts
+        self._processes = processes
         self._uplink: Uplink | None = None
         self._page: QueuePage | None = None
         self._pending: list[Request] = []  # of this iteration
@@ -149,7 +116,7 @@ class RemoteBatcher:
 
     def fullness(self) -> tuple[int, int, float]:
         """Return the queued rows, their limit, and the seconds until the queue is empty."""
-        page, limit = self._page, self._model.settings.max_queue_rows
+        page, limit = self._page, self._model.max_queue_rows
         return (0, limit, 1.0) if page is None else (page.rows, limit, page.drain_s)
 
     # Requests
@@ -158,7 +125,7 @@ class RemoteBatcher:
         self, rows: int = 1, tenant: Tenant | None = None, callers: int = 1
     ) -> BatcherError | Problem | None:
         """Return why a request would be refused now, as far as this process knows, or None."""
-        page, limit = self._page, self._model.settings.max_queue_rows
+        page, limit = self._page, self._model.max_queue_rows
         if page is None or self.queue is not page:
             return self.gone()
         if rows > limit:
@@ -204,7 +171,7 @@ class RemoteBatcher:
         pending, self._pending = self._pending, []
         most, page = self._most, self.queue
         if page.rows + len(pending) > page.full_rows:
-            most = min(most, _MOST_IN_QUEUE, page.full_rows // (2 * self._fronts))
+            most = min(most, _MOST_IN_QUEUE, page.full_rows // (2 * self._processes))
         bundle: list[Request] = []
         for request in pending:
             if request.state is not State.QUEUED:
@@ -272,30 +239,37 @@ def most_bundled(signature: Signature) -> int:
     return max(1, min(BUNDLE_IDS - 1, INLINE_BYTES // max(1, row_bytes)))
 
 
-class RemoteModel(ServedModel):
-    """A model in home. `batcher` is None until home has loaded it for the first time."""
+class RemoteModel:
+    """A model in home. `batcher` is None until home has loaded it for the first time.
 
-    batcher: RemoteBatcher | None
+    `max_queue_rows`: the limit of its queue; `processes`: how many have a link to home.
+    """
 
-    def __init__(self, settings: ModelSettings, index: int, fronts: int) -> None:
-        super().__init__(settings)
-        self.signature: Signature | None = None
+    batcher: RemoteBatcher | None = None
+    load_error: EngineError | None = None
+    signature: Signature | None = None
+
+    def __init__(self, name: str, index: int, max_queue_rows: int, processes: int) -> None:
+        self.name = name
+        self.max_queue_rows = max_queue_rows
         self.output_dtypes: list[np.dtype[Any]] = []
-        self._remote = RemoteBatcher(self, index, fronts)
+        self._remote = RemoteBatcher(self, index, processes)
 
     def loaded(self, uplink: Uplink, page: QueuePage, signature: Signature) -> None:
         """Use the model that home has loaded. Raises EngineLoadError."""
         if signature != self.signature:
+            self.use(signature)
             self.signature = signature
             self.output_dtypes = [spec.dtype for spec in signature.outputs]
-            padder = make_padder(self.name, self.settings.pad, signature)
-            make_decoder = FrontDecoder if has_strings(signature.inputs) else Decoder
-            self.decoder = make_decoder(signature, self.settings.max_queue_rows, padder)
-            self.encoder = FrontEncoder(self.name, self.version, signature)
         self._remote.open(uplink, page, signature)
         self.batcher = self._remote
 
-    @property
-    def ready(self) -> bool:
-        """A request would be accepted, unless the queue is full."""
-        return self.batcher is not None and self.batcher.usable
+    @abstractmethod
+    def use(self, signature: Signature) -> None:
+        """Make what depends on the signature, which is new. Raises EngineLoadError."""
+
+    def new_batch(self, info: BatchInfo, lead: bytes, outputs: Sequence[Array]) -> RemoteBatch:
+        """Return a batch with the rows of this process, in which answers are read."""
+        batch = RemoteBatch(info, lead)
+        batch.outputs = outputs
+        return batch

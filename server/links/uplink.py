@@ -12,7 +12,6 @@ from typing import Any
 
 import msgspec
 
-from cobatch.batcher.durations import PENDING_LIMIT
 from cobatch.batcher.errors import QueueFullError
 from cobatch.batcher.request import Request, State
 from cobatch.batcher.scheduling.tuning import LONE_BATCHES, SETTLE_ITERATIONS
@@ -294,8 +293,8 @@ class Uplink(Endpoint[FromFront, ToFront]):
 
     def _deliver(self, answers: Answers, taken: list[_Sent], outputs: list[Array], *, lasting: bool) -> None:
         info = answers.batch
-        batch = RemoteBatch(info, (self._lead % info.number).encode() if info.number else b"")
-        batch.hold(outputs)
+        lead = (self._lead % info.number).encode() if info.number else b""
+        batch = self._models[answers.model].new_batch(info, lead, outputs)
         batch.lasting = lasting
         first = 0
         for sent, at in zip(taken, answers.places, strict=True):
@@ -312,9 +311,6 @@ class Uplink(Endpoint[FromFront, ToFront]):
                 place += request.rows
             self._end(sent)
         batch.outputs, batch.memo = (), {}  # no longer valid
-        durations = self._models[answers.model].infer_traffic.durations
-        if len(durations.values) >= PENDING_LIMIT:
-            durations.count_in()
         if type(answers.payload) is int:
             self._released.append(answers.payload)
             self.flush_soon()
