@@ -1,10 +1,20 @@
-"""Answers of a batch on their way to fronts: their common part, and the rows of each front."""
+"""Answers of a batch on their way to fronts: their common part, the rows of each front, and their blocks.
 
-from collections.abc import Sequence
+A payload that waits for a block of the slab is kept here meanwhile, as it would be in a socket's buffer.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import msgspec
 
 from cobatch.batcher.request import Batch
-from cobatch.engines.link.messages import BatchInfo
-from cobatch.server.links.rows import Buffer, output_bytes
+from cobatch.engines.link.messages import INLINE_BYTES, Answers, BatchInfo, Failed, ToFront
+from cobatch.engines.link.slab import SlabWriter
+from cobatch.server.links.rows import LARGE_BYTES, Buffer, output_bytes
+from cobatch.server.v2.pieces import in_pieces, release
 
 
 class SharedRows:
@@ -63,6 +73,83 @@ class AnswerGroup:
         """Hold the rows of one request alone, each output in pieces."""
         self.ids, self.places = [id_], [first_row]
         self.columns = [list(pieces) for pieces in columns]
+
+
+class AnswerWriter:
+    """Writes answers into the slab of a link. `post` sends a message, `end` ends the link."""
+
+    def __init__(self, slab: SlabWriter, post: Callable[[ToFront], None], end: Callable[[str], None]) -> None:
+        self._slab = slab
+        self._post = post
+        self._end = end
+        self._waiting: deque[tuple[Answers, list[Buffer], int]] = deque()  # for a block
+
+    def close(self) -> None:
+        """Forget the answers that wait, and the link, which has ended."""
+        self._waiting.clear()
+        self._post = self._end = _ignore
+
+    def post(self, group: AnswerGroup) -> None:
+        """Send the answers of a group, once there is a block for them."""
+        sizes = tuple([sum(map(len, column)) for column in group.columns])
+        size = sum(sizes)
+        buffers = [piece for column in group.columns for piece in column]
+        # Answers that wait have the next blocks: a large one would else be overtaken for ever.
+        waits = self._waiting and size > INLINE_BYTES
+        payload = None if waits else self._block_for(buffers, size)
+        shared = group.shared
+        answers = Answers(
+            group.model,
+            shared.info,
+            tuple(group.ids),
+            tuple(group.places),
+            shared.shapes,
+            sizes,
+            0 if payload is None else payload,
+        )
+        if payload is not None:
+            self._post_rows(answers, buffers, size)
+        elif size <= self._slab.size:
+            self._waiting.append((answers, buffers if size > LARGE_BYTES else [b"".join(buffers)], size))
+        else:
+            members = {"body_bytes": size, "limit_bytes": self._slab.size}
+            detail = f"the outputs have {size} bytes, the limit is {self._slab.size}"
+            for id_ in group.ids:
+                self._post(Failed(id_, "result-too-large", detail, members, batch=shared.info))
+
+    def post_waiting(self) -> None:
+        """Send answers for which there is a block now."""
+        while self._waiting:
+            answers, buffers, size = self._waiting[0]
+            payload = self._block_for(buffers, size)
+            if payload is None:
+                return
+            self._waiting.popleft()
+            self._post_rows(msgspec.structs.replace(answers, payload=payload), buffers, size)
+
+    def _block_for(self, buffers: list[Buffer], size: int) -> bytes | int | None:
+        """Return the place of an answer's rows, which are there already unless they are long."""
+        slab = self._slab
+        return slab.reserve(size) if size > LARGE_BYTES else slab.place(buffers, size)
+
+    def _post_rows(self, answers: Answers, buffers: list[Buffer], size: int) -> None:
+        """Send an answer, a long one once it is in its block: its buffers are copies of outputs."""
+        if size <= LARGE_BYTES:
+            self._post(answers)
+            return
+        filling = in_pieces(self._slab.fill, answers.payload, buffers, release)  # type: ignore[arg-type]  # an offset
+        filling.add_done_callback(partial(self._on_filled, answers))
+
+    def _on_filled(self, answers: Answers, filling: asyncio.Future[None]) -> None:
+        error = filling.exception()
+        if error is None:
+            self._post(answers)
+        else:
+            self._end(f"an answer could not be copied: {error!r}")
+
+
+def _ignore(_: object) -> None:
+    pass
 
 
 def info_of(batch: Batch) -> BatchInfo:

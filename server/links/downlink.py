@@ -1,12 +1,10 @@
 """Home's end of the link to a front: its requests into the batchers, their rows back.
 
-Answers are gathered by batch, and each front gets only its own rows. A payload that waits for a block of
-this slab is kept here meanwhile, as it would be in a socket's buffer.
+Answers are gathered by batch, and each front gets only its own rows.
 """
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 
@@ -22,7 +20,6 @@ from cobatch.engines.link.channel import HomeChannel
 from cobatch.engines.link.messages import (
     BUNDLE_IDS,
     INLINE_BYTES,
-    Answers,
     Cancel,
     Collect,
     Dropped,
@@ -41,7 +38,7 @@ from cobatch.server.auth.tenants import Tenants
 from cobatch.server.http.problem import from_error
 from cobatch.server.http.request_id import PROCESS
 from cobatch.server.inference.model import Model
-from cobatch.server.links.answers import AnswerGroup, SharedRows, info_of
+from cobatch.server.links.answers import AnswerGroup, AnswerWriter, SharedRows, info_of
 from cobatch.server.links.endpoint import Endpoint
 from cobatch.server.links.rows import (
     LARGE_BYTES,
@@ -52,7 +49,7 @@ from cobatch.server.links.rows import (
     output_pieces,
 )
 from cobatch.server.v2.encode import encode_later, is_long
-from cobatch.server.v2.pieces import in_pieces, release
+from cobatch.server.v2.pieces import in_pieces
 
 log = logging.getLogger("cobatch.fronts")
 
@@ -135,6 +132,7 @@ class Downlink(Endpoint[ToFront, FromFront]):
         self.on_report: Callable[[msgspec.Raw], None] = lambda content: None
         self._slab_in = slab_in
         self._slab_out = slab_out
+        self._answers = AnswerWriter(slab_out, self.post, self.end)
         self._models = models
         self._held = held
         self._last = 0  # id of a request
@@ -145,7 +143,6 @@ class Downlink(Endpoint[ToFront, FromFront]):
         self._on_ended = on_ended
         self._groups: list[AnswerGroup] = []  # of this iteration
         self._outbox: list[ToFront] = []
-        self._waiting: deque[tuple[Answers, list[Buffer], int]] = deque()  # for a block
         self.send(Welcome(PROCESS, len(models)))
         for index, model in enumerate(models):
             if model.batcher is not None or model.load_error is not None:
@@ -176,7 +173,7 @@ class Downlink(Endpoint[ToFront, FromFront]):
             case Release():
                 for offset in message.offsets:
                     self._slab_out.free(offset)
-                self._post_waiting()
+                self._answers.post_waiting()
             case Cancel():
                 for id_ in message.ids:
                     self._cancel(id_)
@@ -302,7 +299,7 @@ class Downlink(Endpoint[ToFront, FromFront]):
             group.add(
                 request.id, first, [output_bytes(output[first : first + rows]) for output in batch.outputs]
             )
-            self._post_group(group)  # the only copy is into the slab
+            self._answers.post(group)  # the only copy is into the slab
             return
         group = batch.memo.get(self)  # type: ignore[assignment]  # or None
         if group is None:
@@ -323,64 +320,7 @@ class Downlink(Endpoint[ToFront, FromFront]):
             return
         group = AnswerGroup(shared, request.model)
         group.hold(request.id, request.first_row, written)
-        self._post_group(group)
-
-    def _post_group(self, group: AnswerGroup) -> None:
-        sizes = tuple([sum(map(len, column)) for column in group.columns])
-        size = sum(sizes)
-        buffers = [piece for column in group.columns for piece in column]
-        # Answers that wait have the next blocks: a large one would else be overtaken for ever.
-        waits = self._waiting and size > INLINE_BYTES
-        payload = None if waits else self._block_for(buffers, size)
-        shared = group.shared
-        answers = Answers(
-            group.model,
-            shared.info,
-            tuple(group.ids),
-            tuple(group.places),
-            shared.shapes,
-            sizes,
-            0 if payload is None else payload,
-        )
-        if payload is not None:
-            self._post_rows(answers, buffers, size)
-        elif size <= self._slab_out.size:
-            self._waiting.append((answers, buffers if size > LARGE_BYTES else [b"".join(buffers)], size))
-        else:
-            members = {"body_bytes": size, "limit_bytes": self._slab_out.size}
-            detail = f"the outputs have {size} bytes, the limit is {self._slab_out.size}"
-            for id_ in group.ids:
-                self.post(Failed(id_, "result-too-large", detail, members, batch=shared.info))
-
-    def _post_waiting(self) -> None:
-        """Send answers for which there is a block now."""
-        while self._waiting:
-            answers, buffers, size = self._waiting[0]
-            payload = self._block_for(buffers, size)
-            if payload is None:
-                return
-            self._waiting.popleft()
-            self._post_rows(msgspec.structs.replace(answers, payload=payload), buffers, size)
-
-    def _block_for(self, buffers: list[Buffer], size: int) -> bytes | int | None:
-        """Return the place of an answer's rows, which are there already unless they are long."""
-        slab = self._slab_out
-        return slab.reserve(size) if size > LARGE_BYTES else slab.place(buffers, size)
-
-    def _post_rows(self, answers: Answers, buffers: list[Buffer], size: int) -> None:
-        """Send an answer, a long one once it is in its block: its buffers are copies of outputs."""
-        if size <= LARGE_BYTES:
-            self.post(answers)
-            return
-        filling = in_pieces(self._slab_out.fill, answers.payload, buffers, release)  # type: ignore[arg-type]  # an offset
-        filling.add_done_callback(partial(self._on_filled, answers))
-
-    def _on_filled(self, answers: Answers, filling: asyncio.Future[None]) -> None:
-        error = filling.exception()
-        if error is None:
-            self.post(answers)
-        else:
-            self.end(f"an answer could not be copied: {error!r}")
+        self._answers.post(group)
 
     def fail(self, request: LinkedRequest, error: Exception) -> None:
         """Send a request's problem; unexpected errors are logged."""
@@ -394,7 +334,7 @@ class Downlink(Endpoint[ToFront, FromFront]):
     def gather(self) -> None:
         groups, self._groups = self._groups, []
         for group in groups:
-            self._post_group(group)
+            self._answers.post(group)
         outbox, self._outbox = self._outbox, []
         for message in outbox:
             self._channel.send(message)
@@ -405,7 +345,7 @@ class Downlink(Endpoint[ToFront, FromFront]):
         open_, self.open = self.open, {}
         self._groups.clear()
         self._outbox.clear()
-        self._waiting.clear()
+        self._answers.close()
         for request in open_.values():
             self._models[request.model].loaded_batcher.cancel(request)
         self._on_ended(self, why, broken)

@@ -1,7 +1,6 @@
 """A front's end of its link: requests to home, answers to their callers.
 
-A request's block in this front's slab is free once home has answered it or dropped it; until then a cancelled
-request stays here, without a caller. An answer's block, in home's slab, is given back when it is encoded.
+An answer's block, in home's slab, is given back when it is encoded.
 """
 
 import asyncio
@@ -17,7 +16,7 @@ from cobatch.batcher.request import Request, State
 from cobatch.batcher.scheduling.tuning import LONE_BATCHES, SETTLE_ITERATIONS
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import Array, Signature
-from cobatch.engines.errors import EngineLoadError, LinkError
+from cobatch.engines.errors import EngineLoadError
 from cobatch.engines.link.channel import FrontChannel
 from cobatch.engines.link.messages import (
     BUNDLE_IDS,
@@ -39,6 +38,7 @@ from cobatch.engines.link.slab import SlabReader, SlabWriter
 from cobatch.server.http import request_id
 from cobatch.server.http.problem import Problem
 from cobatch.server.links.endpoint import Endpoint
+from cobatch.server.links.flights import Flights, Sent
 from cobatch.server.links.page import Page
 from cobatch.server.links.remote import RemoteBatch, RemoteBatcher, RemoteModel
 from cobatch.server.links.rows import LARGE_BYTES, read_outputs
@@ -52,22 +52,6 @@ _SOURCE_BITS = (1 << 31) - 1
 _LOOK_S = 0.25
 # Looks without a new heartbeat of home. They are no time, which also passes while the machine is paused.
 STALLED_LOOKS = 4
-
-
-class _Sent:
-    """A message in flight: the callers of its rows, and its block (-1: none). `left`: members of a bundle
-    that was split and whose block they share, as `whole`."""
-
-    __slots__ = ("batcher", "block", "filling", "id", "left", "requests", "whole")
-
-    def __init__(self, id_: int, batcher: RemoteBatcher, requests: list[Request], block: int) -> None:
-        self.id = id_
-        self.batcher = batcher
-        self.requests = requests
-        self.block = block
-        self.filling = False
-        self.left = 0
-        self.whole: _Sent | None = None
 
 
 class Uplink(Endpoint[FromFront, ToFront]):
@@ -93,7 +77,7 @@ class Uplink(Endpoint[FromFront, ToFront]):
         self._models = models
         self._on_loaded = on_loaded
         self._on_ended = on_ended
-        self._open: dict[int, _Sent] = {}
+        self._flights = Flights(slab_out)
         self._next = 0
         self._gathered: list[RemoteBatcher] = []
         self._settling = False
@@ -164,7 +148,7 @@ class Uplink(Endpoint[FromFront, ToFront]):
             return
         self._next = id_ = self._next + BUNDLE_IDS
         block = payload if type(payload) is int else -1
-        self._open[id_] = sent = _Sent(id_, batcher, requests, block)
+        sent = self._flights.add(id_, batcher, requests, block)
         for request in requests:
             request.entry = sent
             request.payloads = ()
@@ -190,7 +174,7 @@ class Uplink(Endpoint[FromFront, ToFront]):
         else:
             self._channel.send(message)
 
-    def _on_filled(self, sent: _Sent, message: Submit, filling: asyncio.Future[None]) -> None:
+    def _on_filled(self, sent: Sent, message: Submit, filling: asyncio.Future[None]) -> None:
         """Send a long request that is in its block now, unless its caller has left."""
         error = filling.exception()
         sent.filling = False
@@ -201,7 +185,7 @@ class Uplink(Endpoint[FromFront, ToFront]):
         elif any(request.state is State.QUEUED for request in sent.requests):
             self.send(message)
         else:
-            self._end(self._take(sent.id))
+            self._flights.end(self._flights.take(sent.id))
 
     def _refuse(self, batcher: RemoteBatcher, requests: list[Request], size: int) -> None:
         """Refuse requests for which there is no shared memory: it is home's queue that has it."""
@@ -229,14 +213,13 @@ class Uplink(Endpoint[FromFront, ToFront]):
     def cancel(self, request: Request) -> None:
         """Tell home that a caller left; of a bundle, once all have."""
         sent = request.entry
-        assert isinstance(sent, _Sent)
+        assert isinstance(sent, Sent)
         if not sent.filling and all(one is request or one.state is State.CANCELLED for one in sent.requests):
             self.send(Cancel((sent.id,)))
 
     def requests_of(self, batcher: RemoteBatcher) -> list[Request]:
         """Return the requests of a batcher that are in flight."""
-        sent = [one for one in self._open.values() if one.batcher is batcher]
-        return [request for one in sent for request in one.requests]
+        return self._flights.of(batcher)
 
     def report(self, content: msgspec.Raw) -> None:
         """Send a report."""
@@ -252,7 +235,7 @@ class Uplink(Endpoint[FromFront, ToFront]):
                 self._fail(message)
             case Dropped():
                 for id_ in message.ids:
-                    self._end(self._take(id_))
+                    self._flights.end(self._flights.take(id_))
             case Loaded():
                 self._load(message)
             case Collect():
@@ -272,7 +255,7 @@ class Uplink(Endpoint[FromFront, ToFront]):
         self._on_loaded()
 
     def _answer(self, answers: Answers) -> None:
-        taken = [self._take(id_) for id_ in answers.ids]
+        taken = [self._flights.take(id_) for id_ in answers.ids]
         rows = sum([request.rows for sent in taken for request in sent.requests])
         payload = self._slab_in.read(answers.payload, sum(answers.sizes))
         dtypes = self._models[answers.model].output_dtypes
@@ -282,7 +265,7 @@ class Uplink(Endpoint[FromFront, ToFront]):
         else:
             self._deliver(answers, taken, read_outputs(dtypes, answers, rows, payload), lasting=False)
 
-    def _on_read(self, answers: Answers, taken: list[_Sent], reading: asyncio.Future[list[Array]]) -> None:
+    def _on_read(self, answers: Answers, taken: list[Sent], reading: asyncio.Future[list[Array]]) -> None:
         """Deliver an answer whose strings are read."""
         error = reading.exception()
         if error is None:
@@ -291,7 +274,7 @@ class Uplink(Endpoint[FromFront, ToFront]):
         self._fail_all(taken)
         self.end(f"an answer could not be read: {error!r}", broken=True)
 
-    def _deliver(self, answers: Answers, taken: list[_Sent], outputs: list[Array], *, lasting: bool) -> None:
+    def _deliver(self, answers: Answers, taken: list[Sent], outputs: list[Array], *, lasting: bool) -> None:
         info = answers.batch
         lead = (self._lead % info.number).encode() if info.number else b""
         batch = self._models[answers.model].new_batch(info, lead, outputs)
@@ -309,14 +292,14 @@ class Uplink(Endpoint[FromFront, ToFront]):
                     request.done()
                 first += request.rows
                 place += request.rows
-            self._end(sent)
+            self._flights.end(sent)
         batch.outputs, batch.memo = (), {}  # no longer valid
         if type(answers.payload) is int:
             self._released.append(answers.payload)
             self.flush_soon()
 
     def _fail(self, failed: Failed) -> None:
-        sent = self._take(failed.id)
+        sent = self._flights.take(failed.id)
         batch = None if failed.batch is None else RemoteBatch(failed.batch, b"")
         for request in sent.requests:
             if request.state is State.QUEUED:
@@ -325,37 +308,7 @@ class Uplink(Endpoint[FromFront, ToFront]):
                 request.batch = batch
                 problem = Problem(failed.slug, failed.detail, close=failed.close, **failed.members)
                 sent.batcher.fail(request, problem)
-        self._end(sent)
-
-    def _take(self, id_: int) -> _Sent:
-        """Return the message with this id, and end its flight."""
-        sent = self._open.pop(id_, None)
-        return self._take_member(id_) if sent is None else sent
-
-    def _take_member(self, id_: int) -> _Sent:
-        """Return a member of a bundle that home has split; the others are in flight alone from now on."""
-        whole = self._open.pop(id_ - id_ % BUNDLE_IDS, None)
-        if whole is None or id_ - whole.id > len(whole.requests):
-            raise LinkError(f"an answer for {id_}, which was not asked")
-        whole.left = len(whole.requests)
-        for number, request in enumerate(whole.requests, whole.id + 1):
-            member = self._open[number] = _Sent(number, whole.batcher, [request], -1)
-            member.whole = whole
-            if request.state is State.QUEUED:
-                request.entry = member
-        return self._open.pop(id_)
-
-    def _end(self, sent: _Sent) -> None:
-        """Use the block again, unless other members of a split bundle have it."""
-        whole = sent.whole
-        if whole is not None:
-            sent.whole = None
-            whole.left -= 1
-            if whole.left:
-                return
-            sent = whole
-        if sent.block >= 0:
-            self._slab_out.free(sent.block)
+        self._flights.end(sent)
 
     # The end
 
@@ -373,14 +326,14 @@ class Uplink(Endpoint[FromFront, ToFront]):
 
     def on_end(self, why: str, *, broken: bool) -> None:
         self._look.cancel()
-        open_, self._open = self._open, {}
+        lost = self._flights.take_all()
         for model in self._models:
             if model.batcher is not None:
                 model.batcher.close()
-        self._fail_all(open_.values())
+        self._fail_all(lost)
         self._on_ended(why, broken)
 
-    def _fail_all(self, lost: Iterable[_Sent]) -> None:
+    def _fail_all(self, lost: Iterable[Sent]) -> None:
         """Fail requests that home does not answer any more."""
         for sent in lost:
             for request in sent.requests:

@@ -91,13 +91,13 @@ async def test_a_request_that_is_probably_alone_leaves_at_once() -> None:
         uplink = both.fronts[0].uplink
         for number in range(LONE_BATCHES):
             probe = both.fronts[0].submit([number])
-            assert not uplink._open
+            assert not uplink._flights.open
             await answers([probe])
         probes = [both.fronts[0].submit([number]) for number in range(3)]
-        assert len(uplink._open) == 1  # the others leave together
+        assert len(uplink._flights.open) == 1  # the others leave together
         assert await answers(probes) == [[[0]], [[2]], [[4]]]
         probes = [both.fronts[0].submit([number]) for number in range(2)]
-        assert not uplink._open
+        assert not uplink._flights.open
         await answers(probes)
 
 
@@ -219,7 +219,7 @@ async def test_a_bundle_that_all_callers_leave_is_dropped() -> None:
         assert both.batcher.counters.cancelled == 4
         both.engine.release()
         await answers([first])
-        await both.until(lambda: not both.fronts[0].uplink._open)
+        await both.until(lambda: not both.fronts[0].uplink._flights.open)
         assert all(probe.answers == 0 for probe in probes)
 
 
@@ -281,7 +281,7 @@ async def test_answers_wait_for_room_in_homes_slab() -> None:
         probes = [both.fronts[0].submit([n, n]) for n in range(9)]
         assert await answers(probes) == [[[2 * n] * LONG] for n in range(9)]
         await both.until(lambda: not both.blocks_of_home())
-        assert not both.link(0)._waiting
+        assert not both.link(0)._answers._waiting
 
 
 async def test_a_dead_front_takes_its_queued_rows_along() -> None:
@@ -331,7 +331,7 @@ async def test_callers_are_told_if_an_answer_cannot_be_read_after_the_end(
         monkeypatch.setattr(uplink, "in_pieces", lambda *arguments: reading)
         probe = both.fronts[0].submit([1])
         link = both.fronts[0].uplink
-        await both.until(lambda: both.engine.ran and not link._open)
+        await both.until(lambda: both.engine.ran and not link._flights.open)
         link.end("home dies")
         reading.set_exception(MemoryError())
         assert slugs(await answers([probe])) == ["starting"]
@@ -557,7 +557,7 @@ def test_each_request_is_answered_once_with_its_own_rows(
                 assert probe.answers == 1
             assert all(probe.answers <= 1 for _, probe in left)
             await both.until(lambda: not any(link.open for link in both.downlinks.links.values()))
-            await both.until(lambda: not any(front.uplink._open or front.blocks for front in both.fronts))
+            await both.until(lambda: not any(front.flying or front.blocks for front in both.fronts))
             await both.until(lambda: not any(both.blocks_of_home(number) for number in range(2)))
 
     with long_rows(is_long):
@@ -623,7 +623,7 @@ def test_a_killed_process_loses_only_its_own_requests(
             ran = [first for batch in engine.ran for first in batch]
             assert len(ran) == len(set(ran))
             await both.until(lambda: not any(link.open for link in both.downlinks.links.values()))
-            await both.until(lambda: not any(front.uplink._open or front.blocks for front in both.fronts))
+            await both.until(lambda: not any(front.flying or front.blocks for front in both.fronts))
             await both.until(lambda: not any(both.blocks_of_home(number) for number in range(2)))
 
     with long_rows(is_long):

@@ -212,7 +212,7 @@ async def test_a_long_row_that_is_being_copied(end: str) -> None:
         front, row = both.fronts[0], Row()
         with held_thread():
             front.batcher.submit(row)
-            await both.until(lambda: front.uplink._open)
+            await both.until(lambda: front.uplink._flights.open)
             if end == "caller":
                 front.batcher.cancel(row)
             else:

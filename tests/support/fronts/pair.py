@@ -75,6 +75,11 @@ class FrontEnd:
         """Blocks of its slab in use."""
         return self.uplink._slab_out.arena.blocks
 
+    @property
+    def flying(self) -> int:
+        """The messages in flight."""
+        return len(self.uplink._flights.open)
+
     def tenant(self, name: str) -> Tenant:
         """Return a tenant as this front knows it."""
         auth = self.uplinks.inference.auth
