@@ -28,6 +28,7 @@ from cobatch.server.edge.fast_path import make_protocol
 from cobatch.server.fronts.control import PAGE_BYTES, LinkEnds
 from cobatch.server.fronts.front import Uplinks
 from cobatch.server.fronts.home import Downlinks
+from cobatch.server.links.hub import Hub
 
 _CALLERS = (1, 64, 256)
 _COUNTED_CALLERS = (1, 32, 64)
@@ -41,18 +42,18 @@ async def linked(elements: int = ELEMENTS) -> AsyncIterator[Callable[[], Any]]:
     async with serving(elements=elements) as make:
         connection = make()
         inference = connection.inference
-        downlinks, uplinks = Downlinks(inference), Uplinks(inference.settings, 1)
+        hub, uplinks = Hub(inference), Uplinks(inference.settings, 1)
         front = uplinks.make_inference(inference.settings, None)
         ready = asyncio.Event()
         front.on_ready = ready.set
         home_end, front_end = link_ends()
-        downlinks.add(0, home_end)
+        Downlinks(inference, hub).add(0, home_end)
         uplinks.use(front_end)
         await ready.wait()
         of_uvicorn = {"config": connection.config, "server_state": connection.server_state, "app_state": {}}
         protocol = make_protocol(front)
         yield lambda: protocol(**of_uvicorn, _loop=asyncio.get_running_loop())
-        downlinks.close()
+        hub.close()
         assert uplinks.current is not None
         uplinks.current.end("the measurement ends")
 

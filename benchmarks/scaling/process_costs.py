@@ -32,6 +32,7 @@ from benchmarks.scaling.process_model import Costs, simulate
 from cobatch.engines.link.messages import BUNDLE_IDS, Answers, Datagram, Submit, decode_to_front
 from cobatch.engines.link.slab import SlabWriter
 from cobatch.server.fronts.home import Downlinks
+from cobatch.server.links.hub import Hub
 from cobatch.server.links.remote import most_bundled
 
 FILE = FilePath(__file__).with_name("process_costs.json")
@@ -56,7 +57,8 @@ async def home_alone(elements: int, fronts: int, requests: int) -> AsyncIterator
     """Yield a turn of home: each front sends a datagram of `requests` rows, and gets the answers."""
     loop = asyncio.get_running_loop()
     async with serving(elements=elements) as make:
-        downlinks = Downlinks(make().inference)
+        inference = make().inference
+        downlinks = Downlinks(inference, Hub(inference))
         done = asyncio.Event()
         sending: list[tuple[socket.socket, bytearray]] = []
         missing = 0
@@ -93,7 +95,7 @@ async def home_alone(elements: int, fronts: int, requests: int) -> AsyncIterator
             for messages, _ in sending:
                 loop.remove_reader(messages)
                 messages.close()
-            downlinks.close()
+            downlinks.hub.close()
 
 
 def _datagram(slab: SlabWriter, elements: int, requests: int) -> tuple[bytearray, int]:

@@ -21,9 +21,8 @@ from cobatch.engines.base import Signature, TensorSpec
 from cobatch.engines.errors import EngineDeadError, EngineRunError
 from cobatch.engines.link.messages import BUNDLE_IDS, INLINE_BYTES, FromFront, Release, Submit
 from cobatch.engines.link.messages import Tenant as TenantMessage
-from cobatch.server.fronts import home
 from cobatch.server.http.problem import Problem
-from cobatch.server.links import downlink, uplink
+from cobatch.server.links import downlink, hub, uplink
 from cobatch.server.links import rows as rows_of_links
 from cobatch.server.links.uplink import STALLED_LOOKS
 from cobatch.server.settings.auth import TenantRule
@@ -104,7 +103,7 @@ async def test_a_request_that_is_probably_alone_leaves_at_once() -> None:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let home wait for fronts without a limit."""
-    monkeypatch.setattr(home, "_LONGEST_WAIT_S", 3600.0)
+    monkeypatch.setattr(hub, "_LONGEST_WAIT_S", 3600.0)
 
 
 @pytest.mark.usefixtures("patient")
@@ -157,7 +156,7 @@ async def test_a_front_that_does_not_send_is_waited_for_once(monkeypatch: pytest
     async with pair(2) as both:
         both.fronts[1].uplink._slab_out.announce(1)
         assert await answers([both.fronts[0].submit([1])]) == [[[2]]]
-        monkeypatch.setattr(home, "_LONGEST_WAIT_S", 3600.0)
+        monkeypatch.setattr(hub, "_LONGEST_WAIT_S", 3600.0)
         assert await answers([both.fronts[0].submit([1])]) == [[[2]]]
 
 
@@ -340,8 +339,11 @@ async def test_callers_are_told_if_an_answer_cannot_be_read_after_the_end(
 
 async def test_fronts_refuse_while_home_hangs() -> None:
     async with pair() as both:
-        uplink, page, model = both.fronts[0].uplink, both.downlinks._page, both.fronts[0].uplinks.models[0]
-        assert page is not None
+        uplink, (page,), model = (
+            both.fronts[0].uplink,
+            both.downlinks.hub.pages,
+            both.fronts[0].uplinks.models[0],
+        )
 
         def look(beat_s: float, ready: bool) -> None:
             page.heartbeat_s = beat_s

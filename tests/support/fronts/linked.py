@@ -23,6 +23,7 @@ from cobatch.server.fronts.home import Downlinks
 from cobatch.server.fronts.reception import HomeConnection, Reception
 from cobatch.server.fronts.relay import front_protocol
 from cobatch.server.inference.service import Inference
+from cobatch.server.links.hub import Hub
 from cobatch.server.settings.schema import ModelSettings, Settings
 from tests.support.http import serving
 from tests.support.http.clock import Clock
@@ -63,7 +64,7 @@ class LinkedServer(ThreadServer):
         super().__init__(settings, clock)
         self.fronts = [Uplinks(settings, fronts) for _ in range(fronts)]
         self.maker = LinkMaker(slab_bytes)
-        self.downlinks = Downlinks(self.inference)
+        self.downlinks = Downlinks(self.inference, Hub(self.inference))
         self.broken: list[str] = []
         self.downlinks.on_broken = lambda front, why: self.broken.append(why)
         self.hand_overs = [HandOver(front.is_alive) for front in self.fronts]
@@ -172,7 +173,7 @@ class LinkedServer(ThreadServer):
         for front in self.fronts:
             if front.current is not None:
                 front.current.end("it is drained")
-        self.downlinks.close()
+        self.downlinks.hub.close()
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from cobatch.batcher.tenant import Tenant
 from cobatch.server.fronts.front import Uplinks
 from cobatch.server.fronts.home import Downlinks
 from cobatch.server.links.downlink import Downlink
+from cobatch.server.links.hub import Hub
 from cobatch.server.links.remote import RemoteBatcher
 from cobatch.server.links.uplink import Uplink
 from cobatch.server.settings.auth import AuthSettings
@@ -154,7 +155,7 @@ async def pair(
     )
     async with in_process(settings, engines={"gate": engine}, auth=auth) as home:
         engine.ran.clear()
-        downlinks, maker = Downlinks(home.inference), LinkMaker(slab_bytes)
+        downlinks, maker = Downlinks(home.inference, Hub(home.inference)), LinkMaker(slab_bytes)
         ends = []
         for _ in range(fronts):
             uplinks = Uplinks(home.inference.settings, fronts)
@@ -167,7 +168,7 @@ async def pair(
             yield both
         finally:
             engine.release()
-            downlinks.close()
+            downlinks.hub.close()
             for front in ends:
                 if front.uplinks.current is not None:
                     front.uplinks.current.end("the test ends")

@@ -1,0 +1,154 @@
+"""Home's ends of all links: it decides about their requests together, and keeps the pages up to date."""
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable
+
+from cobatch.batcher.batcher import Batcher
+from cobatch.batcher.request import Batch
+from cobatch.engines.link.channel import Channel
+from cobatch.engines.link.messages import decode_from_front
+from cobatch.engines.link.slab import SlabReader, SlabWriter
+from cobatch.server.inference.model import Model
+from cobatch.server.inference.service import Inference
+from cobatch.server.links.accounts import AccountTable
+from cobatch.server.links.downlink import Downlink
+from cobatch.server.links.page import Page
+
+# An idle engine waits at most this long for requests that a front has announced. A front reads those of 64
+# connections within it.
+_LONGEST_WAIT_S = 0.001
+_HEARTBEAT_S = 0.1
+
+
+class Hub:
+    """All links of a home, which are the only ones to its models."""
+
+    def __init__(self, inference: Inference) -> None:
+        self.links: set[Downlink] = set()
+        self.pages: list[Page] = []
+        self._inference = inference
+        self._models = list(inference.models.values())
+        self._indices = {model.name: index for index, model in enumerate(self._models)}
+        self._beat_again: asyncio.TimerHandle | None = None
+        self._held: dict[Batcher, None] = {}  # with requests about which nothing is decided yet
+        self._awaited: set[Downlink] = set()  # for their decisions
+        self._decision: asyncio.Handle | None = None
+        inference.on_loaded = self._on_loaded
+        inference.observer.on_batch(self._on_batch)
+
+    def add_page(self, descriptor: int, table: AccountTable | None) -> None:
+        """Write this page too, which processes read."""
+        self.pages.append(Page(descriptor, len(self._models), table, writable=True))
+        if self._beat_again is not None:
+            self._beat_again.cancel()
+        self._beat()
+
+    def add(
+        self,
+        number: int,
+        messages: socket.socket,
+        slab_in: int,
+        slab_out: int,
+        on_ended: Callable[[Downlink, str, bool], None],
+    ) -> Downlink:
+        """Use a link to a process with this number, which no other one has."""
+        auth = self._inference.auth
+
+        def on_end(link: Downlink, why: str, broken: bool) -> None:
+            self.links.discard(link)
+            self._on_received(link)  # nothing more comes
+            on_ended(link, why, broken)
+
+        link = Downlink(
+            number,
+            Channel(messages, decode_from_front),
+            SlabReader(slab_in),
+            SlabWriter(slab_out),
+            self._models,
+            None if auth is None else auth.tenants,
+            asyncio.get_running_loop(),
+            held=self._held,
+            on_received=self._on_received,
+            on_ended=on_end,
+        )
+        self.links.add(link)
+        return link
+
+    def close(self) -> None:
+        """End all links."""
+        if self._beat_again is not None:
+            self._beat_again.cancel()
+        for link in list(self.links):
+            link.end("home ends")
+
+    # Decisions
+
+    def _on_received(self, link: Downlink) -> None:
+        """Decide about the requests of a datagram once those that fronts are about to send are there too."""
+        if not self._held:
+            self.update()
+        elif self._decision is None:
+            # After the other datagrams of this iteration.
+            self._decision = asyncio.get_running_loop().call_soon(self._await_others)
+        elif self._awaited:
+            self._awaited.discard(link)
+            if not self._may_wait():
+                self._awaited.clear()
+            if not self._awaited:
+                self._decide()
+
+    def _await_others(self) -> None:
+        """Let an idle engine wait for the fronts that are reading requests: a batch costs as much as ten."""
+        self._awaited = {link for link in self.links if link.expected} if self._may_wait() else set()
+        if self._awaited:
+            self._decision = asyncio.get_running_loop().call_later(_LONGEST_WAIT_S, self._decide)
+        else:
+            self._decide()
+
+    def _may_wait(self) -> bool:
+        """Return True if engines are idle, and none of them has a full batch."""
+        idle = [one for one in self._held if not one.running_batches]
+        return bool(idle) and all(one.queue.rows < one.queue.full_rows for one in idle)
+
+    def _decide(self) -> None:
+        for link in self._awaited:  # in vain
+            link.give_up()
+        self._awaited.clear()
+        if self._decision is not None:
+            self._decision.cancel()
+            self._decision = None
+        held = list(self._held)
+        self._held.clear()
+        for batcher in held:
+            batcher.decide()
+        self.update()
+
+    def _on_loaded(self, model: Model) -> None:
+        self.update()
+        for link in self.links:
+            link.loaded(self._indices[model.name])
+
+    # The pages
+
+    def _beat(self) -> None:
+        self.update()
+        for page in self.pages:
+            page.heartbeat_s = time.monotonic()
+        self._beat_again = asyncio.get_running_loop().call_later(_HEARTBEAT_S, self._beat)
+
+    def _on_batch(self, batcher: Batcher, batch: Batch) -> None:
+        # The next batches leave the queue first.
+        asyncio.get_running_loop().call_soon(self._update, self._indices[batcher.name])
+
+    def update(self) -> None:
+        """Write the pages."""
+        for index in range(len(self._models)):
+            self._update(index)
+
+    def _update(self, index: int) -> None:
+        batcher = self._models[index].batcher
+        if batcher is not None:
+            for page in self.pages:
+                page.queues[index].update(batcher.queue, batcher.admission)
