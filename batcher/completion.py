@@ -68,7 +68,7 @@ class Completion:
         if request.expiry is not None:
             request.expiry.cancel()
         if request.tenant is not None and not isinstance(request, Part):
-            tenant, callers = request.tenant, request.callers
+            tenant, callers = request.tenant, request.entrants
             tenant.open_requests -= callers
             if request.error is None:
                 tenant.usage.answered += callers
@@ -147,7 +147,7 @@ class Completion:
             return False
         self._counters.cancelled += request.callers
         if request.tenant is not None:
-            request.tenant.open_requests -= request.callers
+            request.tenant.open_requests -= request.entrants
         if request.expiry is not None:
             request.expiry.cancel()
         self._withdraw(request)

@@ -172,6 +172,11 @@ class Request:
         return self.tenant
 
     @property
+    def entrants(self) -> int:
+        """The callers that its tenant's account counts: none for a step of a call that it has counted."""
+        return self.callers
+
+    @property
     def failures(self) -> list[tuple[int, int, Exception]]:
         """First row, number of rows and error of each part that failed, of a split request."""
         failures = []

@@ -116,7 +116,7 @@ class Counters:
         self.refused += request.callers
         self.refusals[error.reason] += request.callers
         if request.tenant is not None:
-            request.tenant.usage.refused += request.callers
+            request.tenant.usage.refused += request.entrants
 
     def count(self, batch: Batch, padded: Padded | None) -> None:
         """Count a batch that ran and whose answers are written."""

@@ -115,7 +115,7 @@ class Scheduler:
             queue, admission = self.suspects.queue, self._suspects_admission
             admission.engines, admission.overhead_s = self.admission.engines, self.admission.overhead_s
         if queue.rows >= admission.open_rows or tenant is not None or request.rows > 1:
-            error = admission.refusal(request.rows, tenant, request.callers, now_s)
+            error = admission.refusal(request.rows, tenant, request.entrants, now_s)
             if error is not None:
                 return error
         if request.timeout_s is not None or admission.timeout_s is not None:
@@ -125,7 +125,7 @@ class Scheduler:
             if error is not None:
                 return error
         if tenant is not None:
-            tenant.enter(request.callers, now_s)
+            tenant.enter(request.entrants, now_s)
         self.counters.accepted += request.callers
         return None
 

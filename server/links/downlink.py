@@ -48,6 +48,7 @@ from cobatch.server.links.rows import (
     output_bytes,
     output_pieces,
 )
+from cobatch.server.links.waiting import Waiting, WaitingRoom
 from cobatch.server.v2.encode import encode_later, is_long
 from cobatch.server.v2.pieces import in_pieces
 
@@ -57,8 +58,8 @@ _SHARED = "link"
 Rows = tuple[RowShapes, Sequence[Payload]]
 
 
-class LinkedRequest(Request):
-    """A request of a front. `id`: on the link."""
+class LinkedRequest(Waiting):
+    """A request of a front, or a step of a pipeline. `id`: on the link."""
 
     __slots__ = ("id", "link", "model", "number")
 
@@ -75,6 +76,18 @@ class LinkedRequest(Request):
     def source(self) -> Hashable:
         """The tenant, or the caller's connection on its link."""
         return self.tenant or (self.link.number, self.number)
+
+    @property
+    def entrants(self) -> int:
+        return self.callers if self.link.room is None else 0
+
+    def admit(self) -> None:
+        self.link.enter(self, waits=False)
+
+    def refuse(self, error: Exception) -> None:
+        self.state = State.DONE
+        self.link.open.pop(self.id, None)
+        self.link.fail(self, error)
 
     def done(self) -> None:
         try:
@@ -110,7 +123,11 @@ class LinkedBundle(LinkedRequest, Bundle):
 
 
 class Downlink(Endpoint[ToFront, FromFront]):
-    """The link to one life of a front. `number`: the front's. `open`: its requests in the batchers, by id."""
+    """The link to one life of a front, or of a pipeline's process, which has a `room`: its requests are steps
+    of calls that were admitted.
+
+    `number`: the process's. `open`: its requests in the batchers, by id.
+    """
 
     def __init__(
         self,
@@ -123,11 +140,13 @@ class Downlink(Endpoint[ToFront, FromFront]):
         loop: asyncio.AbstractEventLoop,
         *,
         held: dict[Batcher, None],
+        room: WaitingRoom | None = None,
         on_received: Callable[["Downlink"], None],
         on_ended: Callable[["Downlink", str, bool], None],
     ) -> None:
         super().__init__(channel, loop)
         self.number = number
+        self.room = room
         self.open: dict[int, LinkedRequest] = {}
         self.on_report: Callable[[msgspec.Raw], None] = lambda content: None
         self._slab_in = slab_in
@@ -215,7 +234,7 @@ class Downlink(Endpoint[ToFront, FromFront]):
                 raise LinkError(f"a bundle of {submit.callers} callers with {submit.rows} rows")
             request = LinkedBundle(self, submit.model, submit, rows)
         self.open[submit.id] = request
-        self._enter(request)
+        self.enter(request)
 
     def _on_read(self, request: LinkedRequest, reading: asyncio.Future[Rows]) -> None:
         """Submit a request whose strings are read."""
@@ -229,11 +248,14 @@ class Downlink(Endpoint[ToFront, FromFront]):
             self.fail(request, error)
         else:
             request.row_shapes, request.payloads = reading.result()
-            self._enter(request)
+            self.enter(request)
             self.on_received()
 
-    def _enter(self, request: LinkedRequest) -> None:
+    def enter(self, request: LinkedRequest, *, waits: bool = True) -> None:
+        """Submit a request to its batcher, unless it `waits` for room."""
         batcher = self._models[request.model].loaded_batcher
+        if waits and self.room is not None and self.room.takes(batcher, request):
+            return
         if batcher.hold():
             self._held[batcher] = None
         try:
@@ -242,17 +264,21 @@ class Downlink(Endpoint[ToFront, FromFront]):
             else:
                 batcher.submit(request)
         except Exception as error:  # noqa: BLE001 - `fail` logs unexpected ones
-            self.open.pop(request.id, None)
-            self.fail(request, error)
+            request.refuse(error)
 
     def _cancel(self, id_: int) -> None:
         ids = [id_] if id_ in self.open else range(id_ + 1, id_ + BUNDLE_IDS)  # a bundle that was split
         dropped = [one for one in ids if one in self.open]
         for one in dropped:
-            request = self.open.pop(one)
-            self._models[request.model].loaded_batcher.cancel(request)
+            self._drop(self.open.pop(one))
         if dropped:
             self.post(Dropped(tuple(dropped)))
+
+    def _drop(self, request: LinkedRequest) -> None:
+        batcher = self._models[request.model].loaded_batcher
+        if self.room is not None:
+            self.room.forget(batcher, request)
+        batcher.cancel(request)
 
     def _introduce(self, message: TenantMessage) -> None:
         if self._accounts is None or not self._accounts.has_rule(message.rule):
@@ -347,7 +373,7 @@ class Downlink(Endpoint[ToFront, FromFront]):
         self._outbox.clear()
         self._answers.close()
         for request in open_.values():
-            self._models[request.model].loaded_batcher.cancel(request)
+            self._drop(request)
         self._on_ended(self, why, broken)
 
 

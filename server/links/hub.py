@@ -1,12 +1,14 @@
 """Home's ends of all links: it decides about their requests together, and keeps the pages up to date."""
 
 import asyncio
+import os
 import socket
 import time
 from collections.abc import Callable
 
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.request import Batch
+from cobatch.engines.link import slab
 from cobatch.engines.link.channel import Channel
 from cobatch.engines.link.messages import decode_from_front
 from cobatch.engines.link.slab import SlabReader, SlabWriter
@@ -14,12 +16,14 @@ from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Inference
 from cobatch.server.links.accounts import AccountTable
 from cobatch.server.links.downlink import Downlink
-from cobatch.server.links.page import Page
+from cobatch.server.links.page import Page, page_bytes
+from cobatch.server.links.waiting import WaitingRoom
 
 # An idle engine waits at most this long for requests that a front has announced. A front reads those of 64
 # connections within it.
 _LONGEST_WAIT_S = 0.001
 _HEARTBEAT_S = 0.1
+_SLAB_BYTES = 1 << 28  # of a pipeline's process, in each direction: used where it is written
 
 
 class Hub:
@@ -33,6 +37,8 @@ class Hub:
         self._indices = {model.name: index for index, model in enumerate(self._models)}
         self._beat_again: asyncio.TimerHandle | None = None
         self._held: dict[Batcher, None] = {}  # with requests about which nothing is decided yet
+        self._room = WaitingRoom()
+        self._page: int | None = None  # for processes of pipelines
         self._awaited: set[Downlink] = set()  # for their decisions
         self._decision: asyncio.Handle | None = None
         inference.on_loaded = self._on_loaded
@@ -52,8 +58,10 @@ class Hub:
         slab_in: int,
         slab_out: int,
         on_ended: Callable[[Downlink, str, bool], None],
+        *,
+        steps: bool = False,
     ) -> Downlink:
-        """Use a link to a process with this number, which no other one has."""
+        """Use a link to a process with this number, which no other one has. `steps`: of a pipeline."""
         auth = self._inference.auth
 
         def on_end(link: Downlink, why: str, broken: bool) -> None:
@@ -70,14 +78,33 @@ class Hub:
             None if auth is None else auth.tenants,
             asyncio.get_running_loop(),
             held=self._held,
+            room=self._room if steps else None,
             on_received=self._on_received,
             on_ended=on_end,
         )
         self.links.add(link)
         return link
 
+    def open_steps(self, number: int, on_ended: Callable[[Downlink, str, bool], None]) -> list[int]:
+        """Return descriptors of the far end of a new link, for a process of a pipeline (`links.steps`)."""
+        size = max(_SLAB_BYTES, 2 * self._inference.settings.server.max_body_bytes)
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        rows, answers = [slab.create("cobatch-steps", size) for _ in range(2)]
+        theirs = [far.detach(), slab.for_reading(answers), rows, slab.for_reading(self._page_for_steps())]
+        self.add(number, near, slab.for_reading(rows), answers, on_ended, steps=True)
+        return theirs
+
+    def _page_for_steps(self) -> int:
+        if self._page is None:
+            self._page = slab.create("cobatch-page", page_bytes(len(self._models)))
+            self.add_page(os.dup(self._page), None)
+        return self._page
+
     def close(self) -> None:
         """End all links."""
+        if self._page is not None:
+            os.close(self._page)
+            self._page = None
         if self._beat_again is not None:
             self._beat_again.cancel()
         for link in list(self.links):
@@ -152,3 +179,5 @@ class Hub:
         if batcher is not None:
             for page in self.pages:
                 page.queues[index].update(batcher.queue, batcher.admission)
+            if self._room.waiting and self._room.serve(batcher) and self._decision is None:
+                self._decision = asyncio.get_running_loop().call_soon(self._decide)

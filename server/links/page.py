@@ -57,6 +57,11 @@ class QueuePage:
         self._seconds[at + 3] = admission.drain_s
 
 
+def page_bytes(models: int) -> int:
+    """Return the least size of a page of this many models."""
+    return _WORD_BYTES * (1 + _OF_MODEL * models)
+
+
 class Page:
     """The page of a life of home, with the accounts of `table`. Closes the descriptor that it is made of.
 
@@ -67,7 +72,7 @@ class Page:
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         memory = memoryview(mmap.mmap(descriptor, 0, prot=protection))
         os.close(descriptor)
-        needed = _WORD_BYTES * (1 + _OF_MODEL * models)
+        needed = page_bytes(models)
         if len(memory) < needed:
             raise ValueError(f"the page has {len(memory)} bytes, {models} models need {needed}")
         self._seconds = memory.cast("d")

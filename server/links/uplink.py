@@ -5,6 +5,8 @@ An answer's block, in home's slab, is given back when it is encoded.
 
 import asyncio
 import logging
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -20,6 +22,7 @@ from cobatch.engines.errors import EngineLoadError
 from cobatch.engines.link.channel import FrontChannel
 from cobatch.engines.link.messages import (
     BUNDLE_IDS,
+    INLINE_BYTES,
     Answers,
     Cancel,
     Collect,
@@ -47,15 +50,19 @@ from cobatch.server.v2.pieces import in_pieces, release
 
 log = logging.getLogger("cobatch.fronts")
 
-_MOST_TENANTS = 1 << 14
+MOST_TENANTS = 1 << 14
 _SOURCE_BITS = (1 << 31) - 1
 _LOOK_S = 0.25
+_LEAST_S = 1e-3  # of a deadline, for home to refuse
 # Looks without a new heartbeat of home. They are no time, which also passes while the machine is paused.
 STALLED_LOOKS = 4
 
 
 class Uplink(Endpoint[FromFront, ToFront]):
-    """The link to one life of home. `on_ended` is called at its end, when all callers have been told."""
+    """The link to one life of home. `on_ended` is called at its end, when all callers have been told.
+
+    `waits`: requests for which there is no shared memory wait for it; else they are refused.
+    """
 
     def __init__(
         self,
@@ -68,6 +75,7 @@ class Uplink(Endpoint[FromFront, ToFront]):
         *,
         on_loaded: Callable[[], None],
         on_ended: Callable[[str, bool], None],
+        waits: bool = False,
     ) -> None:
         super().__init__(channel, loop)
         self.on_collect: Callable[[int], None] = lambda number: None
@@ -78,6 +86,8 @@ class Uplink(Endpoint[FromFront, ToFront]):
         self._on_loaded = on_loaded
         self._on_ended = on_ended
         self._flights = Flights(slab_out)
+        self._waits = waits
+        self._waiting: deque[tuple[RemoteBatcher, Request, float]] = deque()  # for a block, since then
         self._next = 0
         self._gathered: list[RemoteBatcher] = []
         self._settling = False
@@ -142,9 +152,15 @@ class Uplink(Endpoint[FromFront, ToFront]):
         sizes = tuple([sum(map(len, column)) for column in columns])
         size = sum(sizes)
         slab, is_long = self._slab_out, size > LARGE_BYTES
-        payload = slab.reserve(size) if is_long else slab.place(buffers, size)
+        if self._waiting and size > INLINE_BYTES:
+            payload = None  # those that wait are next: a large one would else be overtaken for ever
+        else:
+            payload = slab.reserve(size) if is_long else slab.place(buffers, size)
         if payload is None:
-            self._refuse(batcher, requests, size)
+            if self._waits and size <= slab.size:
+                self._waiting.append((batcher, first, time.monotonic()))
+            else:
+                self._refuse(batcher, requests, size)
             return
         self._next = id_ = self._next + BUNDLE_IDS
         block = payload if type(payload) is int else -1
@@ -174,6 +190,22 @@ class Uplink(Endpoint[FromFront, ToFront]):
         else:
             self._channel.send(message)
 
+    def on_received(self) -> None:
+        if self._waiting:
+            self._send_waiting()
+
+    def _send_waiting(self) -> None:
+        """Send requests for which there is a block now."""
+        waiting, self._waiting = self._waiting, deque()
+        while waiting and not self._waiting:
+            batcher, request, since_s = waiting.popleft()
+            if request.state is State.QUEUED:
+                if request.timeout_s is not None:
+                    request.timeout_s = max(_LEAST_S, request.timeout_s + since_s - time.monotonic())
+                self.submit(batcher, [request])
+        self._waiting.extend(waiting)
+        self.flush_soon()
+
     def _on_filled(self, sent: Sent, message: Submit, filling: asyncio.Future[None]) -> None:
         """Send a long request that is in its block now, unless its caller has left."""
         error = filling.exception()
@@ -186,6 +218,7 @@ class Uplink(Endpoint[FromFront, ToFront]):
             self.send(message)
         else:
             self._flights.end(self._flights.take(sent.id))
+            self.on_received()
 
     def _refuse(self, batcher: RemoteBatcher, requests: list[Request], size: int) -> None:
         """Refuse requests for which there is no shared memory: it is home's queue that has it."""
@@ -203,7 +236,7 @@ class Uplink(Endpoint[FromFront, ToFront]):
         number = self._tenants.get(tenant)
         if number is None:
             number = len(self._tenants) + 1
-            if number > _MOST_TENANTS:
+            if number > MOST_TENANTS:
                 oldest = next(iter(self._tenants))
                 number = self._tenants.pop(oldest)
             self._tenants[tenant] = number
@@ -331,6 +364,10 @@ class Uplink(Endpoint[FromFront, ToFront]):
             if model.batcher is not None:
                 model.batcher.close()
         self._fail_all(lost)
+        waiting, self._waiting = self._waiting, deque()
+        for batcher, request, _ in waiting:
+            if request.state is State.QUEUED:
+                batcher.fail(request, batcher.gone())
         self._on_ended(why, broken)
 
     def _fail_all(self, lost: Iterable[Sent]) -> None:

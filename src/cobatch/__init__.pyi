@@ -26,6 +26,9 @@ from cobatch.engines.loader import EngineOptions as EngineOptions
 from cobatch.engines.proof import prove as prove_batching
 from cobatch.engines.proof import settle as settle_signature
 from cobatch.engines.worker import Worker as Worker
+from cobatch.server.links.steps import ModelHandle as ModelHandle
+from cobatch.server.links.steps import StepError as StepError
+from cobatch.server.links.steps import model as model
 
 __version__: str
 __all__ = [
@@ -45,17 +48,20 @@ __all__ = [
     "ExecutionTimeoutError",
     "Explanation",
     "InputRejectedError",
+    "ModelHandle",
     "QueueFull",
     "Request",
     "ResultCountError",
     "Signature",
     "Statistics",
+    "StepError",
     "Tenant",
     "TenantLimitError",
     "TensorSpec",
     "Worker",
     "__version__",
     "batched",
+    "model",
     "prove_batching",
     "settle_signature",
 ]

@@ -1,0 +1,146 @@
+"""Models as steps of a pipeline: `cobatch.model`.
+
+A step's rows go through shared memory into the queue of its model in home, beside the rows of all other
+callers. Its call has entered already, so its tenant's limits do not count it again, and it waits for room in
+a full queue or slab where a client would be refused.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Hashable, Mapping
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import numpy as np
+from msgspec import Struct
+
+from cobatch.batcher.tenant import Tenant
+from cobatch.engines.base import Array
+from cobatch.server.http.problem import Problem
+
+# Of a call, for its trace; later ones are counted in its totals only.
+KEPT_STEPS = 64
+# Names of models that `model` was asked for, to check them when the pipeline is loaded.
+asked: set[str] = set()
+
+
+class StepTimes(Struct, frozen=True, array_like=True):
+    """When a step was called, left the queue, and ran (CLOCK_MONOTONIC). `kind`: of its problem, if any.
+
+    The times of a step that did not run are those of its end.
+    """
+
+    model: str
+    rows: int
+    called_s: float
+    dispatched_s: float
+    started_s: float
+    finished_s: float
+    kind: str = ""
+
+
+class StepError(Exception):
+    """A step got no answer. A handler that lets it through answers with the same problem.
+
+    `kind`, `status` and `members` are those of the problem (docs/problems.md); `model` is the step's.
+    """
+
+    def __init__(self, model: str, problem: Problem) -> None:
+        super().__init__(f"step {model!r}: {problem.detail}")
+        self.model = model
+        self.kind = problem.kind.slug
+        self.status = problem.kind.status
+        self.members = problem.members
+
+
+class Link(Protocol):
+    """The far end of a link, `server.links.step_end.StepEnd`."""
+
+    loop: asyncio.AbstractEventLoop
+    thread: int
+
+    def tenant(self, name: str, rule: int) -> Tenant: ...
+    async def call(self, caller: "Caller", name: str, inputs: Mapping[str, Any]) -> dict[str, Array]: ...
+
+
+class Caller:
+    """A call whose handler uses models. Steps in its context are the call's, until `end`.
+
+    `tenant`: its name and the index of its rule. `deadline_s`: in CLOCK_MONOTONIC. `source`: of an anonymous
+    caller, see `Request.source`.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        *,
+        tenant: tuple[str, int] | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        source: Hashable = None,
+    ) -> None:
+        self.link = link
+        self.tenant = None if tenant is None else link.tenant(*tenant)
+        self.priority = priority
+        self.deadline_s = deadline_s
+        self.source = id(self) if source is None else source
+        self.steps: list[StepTimes] = []
+        self.open: set[asyncio.Future[dict[str, Array]]] = set()
+        self.ended = False
+
+    def end(self) -> None:
+        """End the call: its steps that are not answered are cancelled, and no more are accepted."""
+        self.ended = True
+        for answer in list(self.open):
+            answer.cancel()
+
+    def timeout_s(self) -> float | None:
+        """Return what is left of the deadline."""
+        return None if self.deadline_s is None else self.deadline_s - time.monotonic()
+
+
+CALLER: ContextVar[Caller | None] = ContextVar("cobatch_caller", default=None)
+
+
+class ModelHandle:
+    """A model of this server, for the handler of a pipeline. See `model`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    async def __call__(self, /, **inputs: Any) -> dict[str, np.ndarray[Any, Any]]:
+        """Return the outputs for these inputs by name. Raises StepError, and TypeError for inputs of other
+        names or datatypes."""
+        caller = self._caller()
+        return await caller.link.call(caller, self.name, inputs)
+
+    def run(self, /, **inputs: Any) -> dict[str, np.ndarray[Any, Any]]:
+        """The same for a handler that is no coroutine: wait for the outputs."""
+        link = self._caller().link
+        if threading.get_ident() == link.thread:
+            raise RuntimeError(
+                f"model {self.name!r}: run() would stop the event loop; await the model instead"
+            )
+        return asyncio.run_coroutine_threadsafe(self(**inputs), link.loop).result()
+
+    def _caller(self) -> Caller:
+        caller = CALLER.get()
+        if caller is None:
+            raise RuntimeError(
+                f"model {self.name!r} can only be used while a pipeline handles a request, in its context "
+                "(asyncio.to_thread takes it along, a ThreadPoolExecutor does not)"
+            )
+        return caller
+
+    def __repr__(self) -> str:
+        return f"model({self.name!r})"
+
+
+def model(name: str) -> ModelHandle:
+    """Return a model of this server, to be used in a pipeline's handler: `await model("detect")(x=array)`.
+
+    Inputs and outputs are arrays by name, with all axes: the first one is rows where the model batches.
+    """
+    asked.add(name)
+    return ModelHandle(name)
