@@ -18,7 +18,7 @@ from cobatch.server.http.problem import KINDS, Problem
 from cobatch.server.http.request_id import place_of
 from cobatch.server.inference.service import Inference
 from cobatch.server.observability.history import History
-from cobatch.server.observability.record import RequestRecord
+from cobatch.server.observability.record import RequestRecord, StepTimes
 
 _STAGES = ("queue", "pack", "wait_for_engine", "compute", "answer")
 
@@ -68,6 +68,8 @@ class Explainer:
         optional |= {"status": record.status, "problem": record.slug, "rows": record.rows}
         optional |= {"items": len(self._history.items(record.request_id))}
         result |= {name: value for name, value in optional.items() if value}
+        if record.steps:
+            result["steps"] = [_step(step, record.received_s) for step in record.steps]
         batch = record.batch
         batches = [] if batch is None else list(batch.joined) or [batch]
         return self._complete(result, record.enqueued_s or record.received_s, record.answered_s, batches)
@@ -133,6 +135,28 @@ def _times(from_s: float, to_s: float, batches: list[Batch]) -> dict[str, int]:
     return {name: _us(end_s - begin_s) for name, (begin_s, end_s) in stages} | total
 
 
+def _step(step: StepTimes, received_s: float) -> dict[str, Any]:
+    """Return a step of a pipeline; `after_us`: from the request's arrival to its call."""
+    result: dict[str, Any] = {
+        "model": step.model,
+        "rows": step.rows,
+        "after_us": _us(step.called_s - received_s),
+    }
+    if step.kind:
+        return result | {"problem": step.kind, "total_us": _us(step.finished_s - step.called_s)}
+    queue_us, compute_us = _us(step.dispatched_s - step.called_s), _us(step.finished_s - step.started_s)
+    return result | {"queue_us": queue_us, "compute_us": compute_us}
+
+
+def _of_step(step: dict[str, Any]) -> str:
+    lead = (
+        f"After {step['after_us'] / 1000:.2f} ms its step {step['model']} with {_count(step['rows'], 'row')}"
+    )
+    if "problem" in step:
+        return f"{lead} failed ({step['problem']}), {step['total_us'] / 1000:.2f} ms later."
+    return f"{lead} queued for {step['queue_us'] / 1000:.2f} ms and ran for {step['compute_us'] / 1000:.2f}."
+
+
 def _sentences(result: dict[str, Any]) -> Iterable[str]:
     times = result["times_us"]
     total = f"{times['total'] / 1000:.2f} ms"
@@ -143,6 +167,7 @@ def _sentences(result: dict[str, Any]) -> Iterable[str]:
         slug = result.get("problem")
         why = f": {KINDS[slug].title}" if slug in KINDS else ""
         yield f"It ran in no batch; it was answered with {result['status']} after {total}{why}."
+        yield from map(_of_step, result.get("steps", ()))
         return
     stages = ", ".join(f"{name.replace('_', ' ')} {times[name] / 1000:.2f}" for name in _STAGES)
     yield f"It took {total}: {stages} (ms)."
@@ -159,6 +184,7 @@ def _sentences(result: dict[str, Any]) -> Iterable[str]:
         yield f"Before that it waited {wait['us'] / 1000:.2f} ms for the run of {of_batch}."
     if not result["waited_for"]:
         yield "The engine ran nothing else in the meantime."
+    yield from map(_of_step, result.get("steps", ()))
 
 
 def _count(number: int, noun: str) -> str:

@@ -55,13 +55,15 @@ class FrontModel(RemoteModel, ServedModel):
         self.encoder = FrontEncoder(self.name, self.version, signature)
 
     def new_batch(self, info: BatchInfo, lead: bytes, outputs: Sequence[Array]) -> RemoteBatch:
-        durations = self.infer_traffic.durations
-        if len(durations.values) >= PENDING_LIMIT:
-            durations.count_in()
         batch = super().new_batch(info, lead, outputs)
         shapes = tuple([output.shape[1:] for output in outputs])
         batch.memo["shared"] = shapes, timing_of_batch(batch), None  # `FrontEncoder` gives ids
         return batch
+
+    def delivered(self) -> None:
+        durations = self.infer_traffic.durations
+        if len(durations.values) >= PENDING_LIMIT:
+            durations.count_in()
 
     @property
     def ready(self) -> bool:

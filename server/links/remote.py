@@ -273,3 +273,6 @@ class RemoteModel:
         batch = RemoteBatch(info, lead)
         batch.outputs = outputs
         return batch
+
+    def delivered(self) -> None:
+        """Note that the requests of a batch are answered."""

@@ -22,8 +22,9 @@ from cobatch.server.inference.padding import make_padder
 from cobatch.server.links.page import Page
 from cobatch.server.links.remote import RemoteBatcher, RemoteModel
 from cobatch.server.links.rows import written
-from cobatch.server.links.steps import KEPT_STEPS, Caller, StepError, StepTimes
+from cobatch.server.links.steps import KEPT_STEPS, Caller, StepError
 from cobatch.server.links.uplink import MOST_TENANTS, Uplink
+from cobatch.server.observability.record import StepTimes
 from cobatch.server.settings.schema import ModelSettings, PadSettings
 from cobatch.server.v2.checks import (
     OutputSizes,

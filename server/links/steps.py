@@ -13,31 +13,16 @@ from contextvars import ContextVar
 from typing import Any, Protocol
 
 import numpy as np
-from msgspec import Struct
 
 from cobatch.batcher.tenant import Tenant
 from cobatch.engines.base import Array
 from cobatch.server.http.problem import Problem
+from cobatch.server.observability.record import StepTimes
 
-# Of a call, for its trace; later ones are counted in its totals only.
-KEPT_STEPS = 64
+# Of a call, for its Server-Timing and trace.
+KEPT_STEPS = 256
 # Names of models that `model` was asked for, to check them when the pipeline is loaded.
 asked: set[str] = set()
-
-
-class StepTimes(Struct, frozen=True, array_like=True):
-    """When a step was called, left the queue, and ran (CLOCK_MONOTONIC). `kind`: of its problem, if any.
-
-    The times of a step that did not run are those of its end.
-    """
-
-    model: str
-    rows: int
-    called_s: float
-    dispatched_s: float
-    started_s: float
-    finished_s: float
-    kind: str = ""
 
 
 class StepError(Exception):

@@ -310,7 +310,8 @@ class Uplink(Endpoint[FromFront, ToFront]):
     def _deliver(self, answers: Answers, taken: list[Sent], outputs: list[Array], *, lasting: bool) -> None:
         info = answers.batch
         lead = (self._lead % info.number).encode() if info.number else b""
-        batch = self._models[answers.model].new_batch(info, lead, outputs)
+        model = self._models[answers.model]
+        batch = model.new_batch(info, lead, outputs)
         batch.lasting = lasting
         first = 0
         for sent, at in zip(taken, answers.places, strict=True):
@@ -327,6 +328,7 @@ class Uplink(Endpoint[FromFront, ToFront]):
                 place += request.rows
             self._flights.end(sent)
         batch.outputs, batch.memo = (), {}  # no longer valid
+        model.delivered()
         if type(answers.payload) is int:
             self._released.append(answers.payload)
             self.flush_soon()

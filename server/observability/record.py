@@ -5,6 +5,7 @@ unless the response's id names the batch that the request ran in. It keeps no te
 credentials.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -23,12 +24,41 @@ MARKS = frozenset((REQUEST_ID, _TRACEPARENT, _TRACESTATE))
 INFER_ROUTE = "/v2/models/{name}/infer"
 
 
+class StepTimes(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A model that a pipeline's call used: when it was called, left the queue, and ran (`time.monotonic`).
+
+    `kind`: of its problem, if it had one. The times of a step that did not run are those of its end.
+    """
+
+    model: str
+    rows: int
+    called_s: float
+    dispatched_s: float
+    started_s: float
+    finished_s: float
+    kind: str = ""
+
+
+def server_timing(steps: Sequence[StepTimes]) -> bytes:
+    """Return the part of Server-Timing about steps: the sums of each model, in milliseconds."""
+    sums: dict[str, list[float]] = {}
+    for step in steps:
+        total = sums.setdefault(step.model, [0.0, 0.0])
+        total[0] += step.dispatched_s - step.called_s
+        total[1] += step.finished_s - step.started_s
+    pieces = [
+        f"{name}-queue;dur={queue_s * 1e3:.3f}, {name}-run;dur={run_s * 1e3:.3f}"
+        for name, (queue_s, run_s) in sums.items()
+    ]
+    return ", ".join(pieces).encode()
+
+
 class RequestRecord(msgspec.Struct, eq=False):
     """One request. Times are seconds of `time.monotonic`, 0 for a stage that was not reached.
 
     `route` is the path with the names of its parameters (`/v2/models/{name}/infer`), empty where there is
     none. `slug`: the kind of problem in the response. `batch`: where it ran; for a split request, what stands
-    for its batches. `trace` and the header `traceresponse` belong to the tracer.
+    for its batches. `steps`: of a pipeline. `trace` and the header `traceresponse` belong to the tracer.
     """
 
     request_id: str
@@ -45,6 +75,7 @@ class RequestRecord(msgspec.Struct, eq=False):
     slug: str = ""
     rows: int = 0
     batch: Batch | None = None
+    steps: Sequence[StepTimes] = ()
     traceparent: str = ""
     traceresponse: bytes = b""
     tracestate: str = ""

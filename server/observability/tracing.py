@@ -5,6 +5,8 @@
     ├─ batch     packed into a slot of the engine, until the run begins; linked to the batch's span
     └─ compute   the run
     POST /batch                    (the same, with a span of this kind for each item)
+    POST /v1/models/{name}/infer   (a pipeline; inside of it, beside its stages:)
+    └─ step NAME   a model that it used, with `queue` and `compute`
     batch NAME   (a trace of its own, since requests of several clients share it; linked to each of them)
 
 Head sampling: a request's `traceparent` decides, else the sampling ratio. A request that is not traced costs
@@ -38,7 +40,7 @@ from opentelemetry.util.types import AttributeValue
 
 from cobatch import __version__
 from cobatch.batcher.request import Batch
-from cobatch.server.observability.record import RequestRecord
+from cobatch.server.observability.record import RequestRecord, StepTimes
 
 # A valid header, with the digit that has the sampled flag. A later version may have more fields.
 _TRACEPARENT = re.compile(
@@ -126,7 +128,28 @@ class Tracing:
             span.set_status(trace.StatusCode.ERROR)
         if record.batch is not None:
             self._stages(span, record, record.batch)
+        for step in record.steps:
+            self._step(span, step)
         span.end(self._ns(record.answered_s))
+
+    def _step(self, span: trace.Span, step: StepTimes) -> None:
+        """Make the span of a step, with its stages inside."""
+        inside = trace.set_span_in_context(span)
+        attributes: dict[str, AttributeValue] = {"cobatch.model": step.model, "cobatch.rows": step.rows}
+        own = self._tracer.start_span(
+            f"step {step.model}", inside, attributes=attributes, start_time=self._ns(step.called_s)
+        )
+        if step.kind:
+            own.set_attribute("cobatch.problem", step.kind)
+            own.set_status(trace.StatusCode.ERROR)
+        else:
+            within = trace.set_span_in_context(own)
+            for name, from_s, to_s in (
+                ("queue", step.called_s, step.dispatched_s),
+                ("compute", step.started_s, step.finished_s),
+            ):
+                self._tracer.start_span(name, within, start_time=self._ns(from_s)).end(self._ns(to_s))
+        own.end(self._ns(step.finished_s))
 
     def item_done(self, call: RequestRecord, item: RequestRecord) -> None:
         """Make the spans of a batch call's item inside those of the call, if that is traced."""
