@@ -46,11 +46,13 @@ class DurationHistogram:
         self._counted: tuple[NDArray[np.int64], float] | None = np.zeros(len(EDGES_S) + 1, np.int64), 0.0
 
     def read(self) -> tuple[NDArray[np.int64], float]:
-        """Return the counts by bucket and the sum, with the pending values."""
+        """Return the counts by bucket and the sum: the same array until there are more."""
         while True:
             counted, pending = self._counted, self.values[:]
             if counted is not None and counted is self._counted:
                 break  # else another thread counts them in at this moment
+        if not pending:
+            return counted
         counts, sum_s = counted
         values = np.array(pending)
         added = np.bincount(np.searchsorted(EDGES_S, values), minlength=len(counts))
@@ -65,7 +67,7 @@ class DurationHistogram:
             self._counted = counted
 
     def counts(self) -> NDArray[np.int64]:
-        """Return a copy of the counts by bucket."""
+        """Return the counts by bucket."""
         return self.read()[0]
 
     def add(self, counts: NDArray[np.int64], sum_s: float) -> None:

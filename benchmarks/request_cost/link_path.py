@@ -46,8 +46,10 @@ async def linked(elements: int = ELEMENTS) -> AsyncIterator[Callable[[], Any]]:
         front = uplinks.make_inference(inference.settings, None)
         ready = asyncio.Event()
         front.on_ready = ready.set
-        home_end, front_end = link_ends()
-        Downlinks(inference, hub).add(0, home_end)
+        downlinks, page = Downlinks(inference, hub), slab.create("page", PAGE_BYTES)
+        downlinks.use_page(os.dup(page))
+        home_end, front_end = link_ends(page)
+        downlinks.add(0, home_end)
         uplinks.use(front_end)
         await ready.wait()
         of_uvicorn = {"config": connection.config, "server_state": connection.server_state, "app_state": {}}
@@ -58,15 +60,14 @@ async def linked(elements: int = ELEMENTS) -> AsyncIterator[Callable[[], Any]]:
         uplinks.current.end("the measurement ends")
 
 
-def link_ends() -> tuple[LinkEnds, LinkEnds]:
-    """Return home's end of a new link, and the front's."""
+def link_ends(page: int) -> tuple[LinkEnds, LinkEnds]:
+    """Return home's end of a new link, and the front's, with the descriptor of home's page."""
     messages = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     handover = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for end in handover:
         end.close()  # nothing is relayed
-    page = slab.create("page", PAGE_BYTES)
     questions, answers = (slab.create("slab", _SLAB_BYTES) for _ in range(2))
-    home = LinkEnds(messages[0], handover[0], slab.for_reading(questions), answers, os.dup(page))
+    home = LinkEnds(messages[0], handover[0], slab.for_reading(questions), answers)
     front = LinkEnds(messages[1], handover[1], slab.for_reading(answers), questions, page)
     return home, front
 

@@ -29,8 +29,10 @@ from benchmarks import processes
 from benchmarks.request_cost.link_path import link_ends, linked
 from benchmarks.request_cost.request_path import ELEMENTS, Idle, Path, request_of, serving
 from benchmarks.scaling.process_model import Costs, simulate
+from cobatch.engines.link import slab
 from cobatch.engines.link.messages import BUNDLE_IDS, Answers, Datagram, Submit, decode_to_front
 from cobatch.engines.link.slab import SlabWriter
+from cobatch.server.fronts.control import PAGE_BYTES
 from cobatch.server.fronts.home import Downlinks
 from cobatch.server.links.hub import Hub
 from cobatch.server.links.remote import most_bundled
@@ -58,7 +60,8 @@ async def home_alone(elements: int, fronts: int, requests: int) -> AsyncIterator
     loop = asyncio.get_running_loop()
     async with serving(elements=elements) as make:
         inference = make().inference
-        downlinks = Downlinks(inference, Hub(inference))
+        downlinks, page = Downlinks(inference, Hub(inference)), slab.create("page", PAGE_BYTES)
+        downlinks.use_page(page)
         done = asyncio.Event()
         sending: list[tuple[socket.socket, bytearray]] = []
         missing = 0
@@ -71,12 +74,11 @@ async def home_alone(elements: int, fronts: int, requests: int) -> AsyncIterator
                 done.set()
 
         for front in range(fronts):
-            home_end, front_end = link_ends()
+            home_end, front_end = link_ends(-1)
             downlinks.add(front, home_end)
             messages = front_end.messages
             messages.setblocking(False)
             os.close(front_end.slab_in)
-            os.close(front_end.page)
             datagram, bundles = _datagram(SlabWriter(front_end.slab_out), elements, requests)
             sending.append((messages, datagram))
             loop.add_reader(messages, receive, front)

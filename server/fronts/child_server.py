@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from cobatch.server.fronts.control import (
-    HEARTBEAT_S,
     Connection,
     DescriptorsLostError,
     Last,
@@ -87,7 +86,6 @@ class ChildServer(Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         asyncio.get_running_loop().add_reader(self.parent.control.socket, self._receive)
-        self._beat()
         self.parent.send(Reached("up"))
 
     def tell_ready(self) -> None:
@@ -102,11 +100,6 @@ class ChildServer(Server):
         """Serve on until the supervisor has closed the listener."""
         self.parent.send(Reached("drained"))
         await self._last.wait()
-
-    def _beat(self) -> None:
-        open_connections = len(self.server_state.connections) + len(self._handshakes)
-        self.parent.beat(self._adopted - open_connections)
-        asyncio.get_running_loop().call_later(HEARTBEAT_S, self._beat)
 
     # Orders
 
@@ -147,6 +140,11 @@ class ChildServer(Server):
                 self.handle_hangup(0, None)
 
     # Connections
+
+    @property
+    def closed_connections(self) -> int:
+        """Connections that it was given and has closed."""
+        return self._adopted - len(self.server_state.connections) - len(self._handshakes)
 
     def adopt(self, connection: socket.socket, number: int) -> None:
         """Serve an accepted connection, after the TLS handshake if there is one."""

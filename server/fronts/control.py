@@ -1,8 +1,11 @@
 """The messages between the supervisor and its children, as MessagePack, with file descriptors beside them.
 
-Each child has a SOCK_SEQPACKET pair with the supervisor; its end is the end of the child. Beside it all share
-a page of words: each child counts its heartbeats and its closed connections there.
+Each child has a SOCK_SEQPACKET pair with the supervisor; its end is the end of the child. Both also share the
+child's page. Its first word changes with each heartbeat; a front's second one has its closed connections.
+Fronts read home's too (`server.links.page`).
 """
+
+from __future__ import annotations
 
 import contextlib
 import errno
@@ -12,6 +15,7 @@ import pickle
 import socket
 from collections import deque
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -20,17 +24,16 @@ from msgspec import Struct
 from cobatch.server.settings.schema import Settings
 
 HEARTBEAT_S = 0.1
-# Of a page that home writes for the fronts (`server.links.page`); memory is used where it is written.
+# Of a child's page; memory is used where it is written.
 PAGE_BYTES = 1 << 20
 _MESSAGE_BYTES = 1 << 16
 _MOST_FDS = 8
-_WORDS = 2  # of a child: heartbeats, closed connections
 
 Role = Literal["home", "front"]
 
 
 class Start(Struct, frozen=True, array_like=True, tag=0):
-    """The first message. `index`: of the front, from 0; 0 for home. Descriptors: settings, page of words."""
+    """The first message. `index`: of the front, from 0; 0 for home. Descriptors: settings, page."""
 
     role: Role
     index: int
@@ -100,14 +103,14 @@ FROM_CHILD = msgspec.msgpack.Decoder(FromChild)
 class LinkEnds(NamedTuple):
     """One end of a link: two sockets, and descriptors of shared memory, which belong to the receiver.
 
-    `slab_in` is only readable here, and `page` in fronts.
+    `slab_in` is only readable here, and so is `page`, home's, which fronts get.
     """
 
     messages: socket.socket
     handover: socket.socket
     slab_in: int
     slab_out: int
-    page: int
+    page: int = -1
 
 
 class DescriptorsLostError(Exception):
@@ -134,6 +137,7 @@ class Control:
     def send(self, message: ToChild | FromChild, fds: Sequence[int] = ()) -> bool:
         """Send a message with copies of descriptors. Return False if the other process has ended."""
         data = _encode(message)
+        self.flush()
         try:
             if self._backlog or not self._try(data, fds):
                 self._backlog.append((data, [os.dup(fd) for fd in fds]))
@@ -183,28 +187,6 @@ class Control:
             _close_all(self._backlog.popleft()[1])
 
 
-class Words:
-    """The page of words that all children share with the supervisor; home is child 0, front i is i + 1."""
-
-    def __init__(self, fd: int) -> None:
-        self._words = memoryview(mmap.mmap(fd, PAGE_BYTES)).cast("q")
-
-    def clear(self, child: int) -> None:
-        """Begin anew, for a new process."""
-        self.write(child, 0, 0)
-
-    def write(self, child: int, beats: int, closed: int) -> None:
-        """Write a child's heartbeats, and its closed connections so far."""
-        self._words[_WORDS * child] = beats
-        self._words[_WORDS * child + 1] = closed
-
-    def beats(self, child: int) -> int:
-        return self._words[_WORDS * child]
-
-    def closed(self, child: int) -> int:
-        return self._words[_WORDS * child + 1]
-
-
 class Parent:
     """The supervisor, as its child sees it. Waits for `Start`."""
 
@@ -214,17 +196,14 @@ class Parent:
         received = self.receive()
         end.setblocking(False)
         assert received is not None
-        start, (settings, words) = received
+        start, (settings, self.page) = received
         assert isinstance(start, Start)
         self.start = start
         # The other children have the same open file, and so its position.
         data = os.pread(settings, os.fstat(settings).st_size, 0)
         # Pickled, since some defaults are values that may not be given, and would be refused.
         self.settings: Settings = pickle.loads(data)  # noqa: S301 - the supervisor wrote it
-        self._words = Words(words)
-        _close_all([settings, words])
-        self._child = 0 if start.role == "home" else start.index + 1
-        self._beats = 0
+        os.close(settings)
 
     def send(self, message: FromChild) -> None:
         self.control.send(message)
@@ -236,11 +215,22 @@ class Parent:
     def close(self) -> None:
         self.control.close()
 
+    @cached_property
+    def _words(self) -> memoryview[int]:
+        words = map_words(self.page)
+        os.close(self.page)
+        return words
+
     def beat(self, closed: int) -> None:
-        """Tell that the loop runs, and the number of connections closed so far."""
+        """Tell that the loop of a front runs, and the number of connections closed so far."""
         self.control.flush()
-        self._beats += 1
-        self._words.write(self._child, self._beats, closed)
+        self._words[0] += 1
+        self._words[1] = closed
+
+
+def map_words(page: int) -> memoryview[int]:
+    """Map a child's page."""
+    return memoryview(mmap.mmap(page, PAGE_BYTES)).cast("q")
 
 
 def _close_all(fds: Sequence[int]) -> None:

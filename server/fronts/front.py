@@ -15,7 +15,7 @@ from cobatch.engines.link.messages import decode_to_front
 from cobatch.engines.link.slab import SlabReader, SlabWriter
 from cobatch.server.fronts.app import front_app
 from cobatch.server.fronts.child_server import ChildServer
-from cobatch.server.fronts.control import LinkEnds, Parent
+from cobatch.server.fronts.control import HEARTBEAT_S, LinkEnds, Parent
 from cobatch.server.fronts.hand_over import HandOver
 from cobatch.server.fronts.model import FrontModel
 from cobatch.server.fronts.relay import front_protocol
@@ -68,6 +68,11 @@ class Uplinks:
         if self.current is not None:
             self._reporter.report(self.current.report, asked)
 
+    def report_news(self) -> None:
+        """Tell home if there is something new, so that it is not lost with this process."""
+        if self._reporter.has_news():
+            self.report()
+
     def is_alive(self) -> bool:
         """Return False while there is no home, or its event loop does not run."""
         return self.current is not None and not self.current.stalled
@@ -100,6 +105,15 @@ class Front(ChildServer):
     def add_link(self, front: int, ends: LinkEnds) -> None:
         self.hand_over.attach(ends.handover)
         self.uplinks.use(ends)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._beat()
+
+    def _beat(self) -> None:
+        self.parent.beat(self.closed_connections)
+        self.uplinks.report_news()
+        asyncio.get_running_loop().call_later(HEARTBEAT_S, self._beat)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)

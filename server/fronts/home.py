@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import os
 import socket
 import time
 from collections.abc import Callable, Collection
@@ -37,16 +36,14 @@ class Downlinks:
         self.hub = hub
         auth = inference.auth
         self._accounts = None if auth is None else share_accounts(auth.tenants, HomeTenant)
-        self._has_page = False
         self._reports = Reports(inference, self._ask)
+
+    def use_page(self, descriptor: int) -> None:
+        """Write a page that fronts read, with each heartbeat too."""
+        self.hub.add_page(descriptor, self._accounts)
 
     def add(self, front: int, ends: LinkEnds) -> None:
         """Use a link to a front; it replaces an earlier one."""
-        if self._has_page:
-            os.close(ends.page)
-        else:
-            self._has_page = True
-            self.hub.add_page(ends.page, self._accounts)
         before = self.links.get(front)
         link = self.hub.add(front, ends.messages, ends.slab_in, ends.slab_out, self._on_ended)
         self.links[front] = link
@@ -85,6 +82,10 @@ class Home(ChildServer):
 
     def make_http(self, inference: Inference) -> Any:
         return partial(HomeConnection, inference)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.downlinks.use_page(self.parent.page)
+        await super().startup(sockets)
 
     def add_link(self, front: int, ends: LinkEnds) -> None:
         self._unlinked.clear()

@@ -1,7 +1,8 @@
 """What fronts count, for home: `/metrics`, the live page and `cobatch explain` show one server.
 
 A report has the counts since the last one, so a front that is replaced takes none away: home adds them to its
-own. Home asks for reports once a second, and before it shows something.
+own. A front with new counts reports with each heartbeat, so that no more are lost if it is killed. Home asks
+for reports before it shows something.
 """
 
 import asyncio
@@ -122,6 +123,11 @@ class Reporter:
             records = records[_RECORDS_SENT:]
         send(_encoded(self._counted(asked, records)))
 
+    def has_news(self) -> bool:
+        """Return True if requests were counted since the last report."""
+        counts = self._http.changed or self._auth.changed or any(one.changed for one in self._problems)
+        return bool(self._records) or counts or any(one.changed for one in self._durations)
+
     def _counted(self, asked: int, records: list[Record]) -> Counted:
         observer, auth = self._inference.observer, self._inference.auth
         dropped, self._dropped = self._dropped, observer.log_stream.dropped
@@ -150,6 +156,10 @@ class _Counts(Generic[Key]):
         self._counter = counter
         self._before: Counter[Key] = Counter()
 
+    @property
+    def changed(self) -> bool:
+        return self._counter != self._before
+
     def take(self) -> list[tuple[Key, int]]:
         """Return the changes since the last call."""
         before, self._before = self._before, self._counter.copy()
@@ -161,13 +171,17 @@ class _Durations:
 
     def __init__(self, histogram: DurationHistogram) -> None:
         self._histogram = histogram
-        self._counts = histogram.counts()
-        self._sum_s = histogram.sum_s
+        self._counts, self._sum_s = histogram.read()
+
+    @property
+    def changed(self) -> bool:
+        return self._histogram.read()[0] is not self._counts
 
     def take(self) -> Durations:
         """Return the changes since the last call."""
-        before, self._counts = self._counts, self._histogram.counts()
-        sum_s, self._sum_s = self._sum_s, self._histogram.sum_s
+        self._histogram.count_in()
+        before, sum_s = self._counts, self._sum_s
+        self._counts, self._sum_s = self._histogram.read()
         changes = self._counts - before
         return Durations([(int(i), int(changes[i])) for i in np.flatnonzero(changes)], self._sum_s - sum_s)
 

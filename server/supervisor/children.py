@@ -1,5 +1,7 @@
 """The supervisor's view of its children: their processes, and the links between them."""
 
+from __future__ import annotations
+
 import fcntl
 import os
 import signal
@@ -12,7 +14,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from cobatch.engines.link import slab
-from cobatch.server.fronts.control import Connection, Control, Link, Reached, Role, ToChild, Words
+from cobatch.server.fronts.control import (
+    PAGE_BYTES,
+    Connection,
+    Control,
+    Link,
+    Reached,
+    Role,
+    ToChild,
+    map_words,
+)
 
 COMMAND = (sys.executable, "-P", "-m", "cobatch.server.fronts.child")
 # A child that ends sooner than this after it did its part is replaced with a delay, which doubles.
@@ -33,34 +44,40 @@ _BLOCKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Child:
-    """A child: a process, and after its end another in its place. `control` is None while there is none."""
+    """A child: a process, and after its end another in its place. `control` is None while there is none.
 
-    def __init__(self, role: Role, index: int, words: Words) -> None:
+    `page`: the descriptor of its page.
+    """
+
+    page: int
+    _words: memoryview[int]
+
+    def __init__(self, role: Role, index: int) -> None:
         self.role = role
         self.index = index
         self.name = "home" if role == "home" else f"front {index}"
         self.control: Control | None = None
         self.reached: set[str] = set()
-        self._word = 0 if role == "home" else index + 1
-        self._words = words
         self._process: subprocess.Popen[bytes] | None = None
         self._good_s: float | None = None  # since when it does its part
         self._delay_s = 0.0
         self.refuses = False  # it had too many open files for a connection
         self._connections = 0
         self._unread: dict[int, socket.socket] = {}  # connections, by their number
-        self._beats = self._silent_beats = 0
+        self._beat = self._silent_beats = 0
 
     def start(self, command: Sequence[str], outputs: Sequence[int]) -> None:
         """Start a process; `outputs` become its stdout and stderr. Raises OSError."""
         self.reached.clear()
         self._good_s = None
         self.refuses = False
-        self._connections = self._beats = self._silent_beats = 0
-        self._words.clear(self._word)
+        self._connections = self._beat = self._silent_beats = 0
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ExitStack() as stack, theirs, _blocked_signals():
             stack.callback(ours.close)
+            page = slab.create("cobatch-page", PAGE_BYTES)
+            stack.callback(os.close, page)
+            words = map_words(page)
             self._process = subprocess.Popen(  # noqa: S603 - this interpreter and a module of ours
                 [*command, str(theirs.fileno()), self.name],
                 stdin=subprocess.DEVNULL,
@@ -69,7 +86,7 @@ class Child:
                 pass_fds=[theirs.fileno()],
             )
             stack.pop_all()
-        self.control = Control(ours)
+        self.control, self.page, self._words = Control(ours), page, words
 
     def send(self, message: ToChild, fds: Sequence[int] = ()) -> None:
         """Send a message, if there is a process."""
@@ -92,7 +109,7 @@ class Child:
     @property
     def open_connections(self) -> int:
         """Connections that it was given and has not closed."""
-        return self._connections - self._words.closed(self._word)
+        return self._connections - self._words[1]
 
     def hand(self, connection: socket.socket) -> bool:
         """Give it a client's connection, and keep it until `taken`. Return False if its process has ended."""
@@ -132,9 +149,8 @@ class Child:
 
     def is_hung(self) -> bool:
         """Return True if the loop of a process that does its part stands still; ask once a heartbeat."""
-        beats = self._words.beats(self._word)
-        self._silent_beats = 0 if beats != self._beats or self._good_s is None else self._silent_beats + 1
-        self._beats = beats
+        before, self._beat = self._beat, self._words[0]
+        self._silent_beats = 0 if self._beat != before or self._good_s is None else self._silent_beats + 1
         return self._silent_beats >= _HUNG_BEATS
 
     def kill(self) -> None:
@@ -154,6 +170,7 @@ class Child:
         """Forget a process that has ended."""
         if self.control is not None:
             self.control.close()
+            os.close(self.page)
         self.control = self._process = None
 
     def delay_s(self) -> float:
@@ -193,8 +210,8 @@ def _blocked_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def link(home: Child, front: Child, page: int, slab_bytes: int) -> None:
-    """Link two processes. `page`: the descriptor of home's page."""
+def link(home: Child, front: Child, slab_bytes: int) -> None:
+    """Link two processes."""
     with ExitStack() as stack:
 
         def readable(fd: int) -> int:
@@ -211,5 +228,7 @@ def link(home: Child, front: Child, page: int, slab_bytes: int) -> None:
         (home_messages, front_messages), (home_handover, front_handover) = sockets
         of_home, of_front = slabs
         message = Link(front.index)
-        home.send(message, [home_messages, home_handover, readable(of_front), of_home, page])
-        front.send(message, [front_messages, front_handover, readable(of_home), of_front, readable(page)])
+        home.send(message, [home_messages, home_handover, readable(of_front), of_home])
+        front.send(
+            message, [front_messages, front_handover, readable(of_home), of_front, readable(home.page)]
+        )

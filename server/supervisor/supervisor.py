@@ -22,11 +22,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from cobatch.engines.link import slab
 from cobatch.server.fronts.control import (
     FROM_CHILD,
     HEARTBEAT_S,
-    PAGE_BYTES,
     EndFront,
     FromChild,
     Last,
@@ -36,7 +34,6 @@ from cobatch.server.fronts.control import (
     Reload,
     Start,
     Taken,
-    Words,
 )
 from cobatch.server.listeners import CannotListenError, listen, take_backlog, tell_addresses
 from cobatch.server.observability.logs import ProcessLog
@@ -86,13 +83,10 @@ class Supervisor:
         self._command = command
         self._settings_fd = os.memfd_create("cobatch-settings")
         os.write(self._settings_fd, pickle.dumps(settings))
-        self._words_fd = slab.create("cobatch-words", PAGE_BYTES)
-        words = Words(self._words_fd)
-        self._home = Child("home", 0, words)
-        self._fronts = [Child("front", index, words) for index in range(settings.server.process_count - 1)]
+        self._home = Child("home", 0)
+        self._fronts = [Child("front", index) for index in range(settings.server.process_count - 1)]
         self._children = [self._home, *self._fronts]
         self._acceptor = Acceptor(listeners, self._fronts)
-        self._page: int | None = None  # of the present home
         self._told_addresses = self._told_ready = False
         self._leave_s: float | None = None  # the time of the first signal
         self._drain_s: float | None = None  # from then on requests are refused
@@ -128,7 +122,7 @@ class Supervisor:
             child.start(self._command, self._outputs)
             assert child.control is not None
             self._loop.add_reader(child.control.socket, self._receive, child)
-            child.send(Start(child.role, child.index, len(self._fronts)), [self._settings_fd, self._words_fd])
+            child.send(Start(child.role, child.index, len(self._fronts)), [self._settings_fd, child.page])
             if self._leave_s is not None:
                 child.send(Leave(self._leave_s, at_once=False))
             self._link(child)
@@ -140,16 +134,12 @@ class Supervisor:
                 child.kill()  # without its links
 
     def _link(self, child: Child) -> None:
-        if child is self._home:
-            before, self._page = self._page, slab.create("cobatch-page", PAGE_BYTES)
-            if before is not None:
-                os.close(before)
-        elif self._home.control is None or self._page is None:
-            return  # the next home is linked with all
+        if self._home.control is None:
+            return  # the next one is linked with all
         size = max(_SLAB_BYTES, _SLAB_BODIES * self._settings.server.max_body_bytes)
         for front in self._fronts if child is self._home else [child]:
             if front.control is not None:
-                link(self._home, front, self._page, size)
+                link(self._home, front, size)
 
     def _start_again(self, child: Child) -> None:
         self._loop.call_later(child.delay_s(), self._start, child)

@@ -22,7 +22,7 @@ from cobatch.server.fronts.control import (
     Parent,
     Reached,
     Start,
-    Words,
+    map_words,
 )
 from cobatch.server.settings.load import load_settings
 
@@ -70,23 +70,25 @@ def test_a_child_gets_all_settings(tmp_path: Path) -> None:
     settings = load_settings(tmp_path / "cobatch.toml", {}, {})
     memory = os.memfd_create("settings")
     os.write(memory, pickle.dumps(settings))
-    words = slab.create("words", PAGE_BYTES)
+    page = slab.create("page", PAGE_BYTES)
     ours, theirs = pair()
     supervisor = Control(ours)
-    supervisor.send(Start("front", 2, 3), [memory, words])
+    supervisor.send(Start("front", 2, 3), [memory, page])
     parent = Parent(theirs)
     assert parent.settings == settings
     assert parent.start == Start("front", 2, 3)
-    seen = Words(words)
+    seen = map_words(page)
     parent.beat(7)
-    assert (seen.beats(3), seen.closed(3), seen.beats(0)) == (1, 7, 0)
+    assert seen[:3].tolist() == [1, 7, 0]
+    parent.beat(8)
+    assert seen[:3].tolist() == [2, 8, 0]
     parent.send(Reached("up"))
     assert supervisor.receive(FROM_CHILD) == (Reached("up"), [])
     parent.close()
     assert supervisor.receive(FROM_CHILD) is None
     assert not supervisor.send(Last())
     supervisor.close()
-    for fd in (memory, words):
+    for fd in (memory, page):
         os.close(fd)
 
 

@@ -372,7 +372,7 @@ async def test_a_home_that_has_not_run_yet_is_not_alive() -> None:
         both.fronts[0].uplink.end("the test ends")
         home.messages.close()
         home.handover.close()
-        for fd in (home.slab_in, home.slab_out, home.page):
+        for fd in (home.slab_in, home.slab_out):
             os.close(fd)
         maker.close()
 

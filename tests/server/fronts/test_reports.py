@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cobatch import __version__
+from cobatch.server.fronts.front import Uplinks
 from cobatch.server.http import request_id
 from cobatch.server.loadtest.messages import Address
 from cobatch.server.loadtest.target import describe
@@ -88,6 +90,35 @@ def test_no_count_falls_when_a_front_is_replaced(served: Served, server: LinkedS
         metrics(served)["cobatch_requests_total", ("200", "gate", "")]
         == before["cobatch_requests_total", ("200", "gate", "")] + 1
     )
+
+
+def test_a_killed_front_takes_no_count_along_that_came_before_its_last_heartbeat(
+    served: Served, server: LinkedServer
+) -> None:
+    """It reports what is new without being asked, and says nothing if nothing is."""
+    before = metrics(served)
+    assert all(served.ask(gate(n)).status == 200 for n in range(4))
+    assert served.ask(post(GATE, {})).status == 400
+
+    def heartbeat() -> list[bool]:
+        for front in server.fronts:
+            front.report_news()
+        return [front._reporter.has_news() for front in server.fronts]
+
+    def answer_questions(answer: Callable[[Uplinks, int], None]) -> None:
+        for front in server.fronts:
+            assert front.current is not None
+            front.current.on_collect = partial(answer, front)
+
+    assert served.call(heartbeat) == [False, False]
+    served.call(lambda: answer_questions(lambda front, asked: None))  # as if it were killed
+    after = metrics(served)
+    served.call(lambda: answer_questions(Uplinks.report))
+    counted = {key: after[key] - before.get(key, 0) for key in after if key[0] == "cobatch_requests_total"}
+    assert counted == {
+        ("cobatch_requests_total", ("200", "gate", "")): 4,
+        ("cobatch_requests_total", ("400", "gate", "bad-request")): 1,
+    }
 
 
 @pytest.mark.parametrize("number", range(2))

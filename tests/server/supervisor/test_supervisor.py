@@ -19,11 +19,9 @@ import pytest
 
 from cobatch.engines.link import slab
 from cobatch.server.fronts.child_server import ChildServer
-from cobatch.server.fronts.control import PAGE_BYTES, Connection, Control, Link, LinkEnds, Reached, Words
-from cobatch.server.settings.schema import ModelSettings, Settings
+from cobatch.server.fronts.control import PAGE_BYTES, Connection, Control, Link, LinkEnds, Reached, map_words
 from cobatch.server.supervisor.acceptor import Acceptor
 from cobatch.server.supervisor.children import Child
-from cobatch.server.supervisor.supervisor import Supervisor
 from tests.support.http.process import WAIT_S, Cobatch, eventually
 from tests.support.paths import ROOT
 
@@ -345,11 +343,10 @@ def test_replaced_children_leave_no_descriptor_behind(tmp_path: Path) -> None:
 
 
 def new_front() -> Child:
-    words = slab.create("words", PAGE_BYTES)
-    try:
-        return Child("front", 0, Words(words))
-    finally:
-        os.close(words)
+    child = Child("front", 0)
+    child.page = slab.create("page", PAGE_BYTES)
+    child._words = map_words(child.page)
+    return child
 
 
 @pytest.fixture
@@ -445,18 +442,17 @@ async def test_connections_that_wait_are_handed_out_before_the_end_and_none_afte
         assert late.fileno() < 0
 
 
-def test_the_page_stays_if_there_is_no_descriptor_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    supervisor = Supervisor(Settings(models=(ModelSettings(path="fake.onnx"),)), [], [], ())
-    supervisor._link(supervisor._home)
-    page = supervisor._page
-    assert page is not None
-    monkeypatch.setattr(slab, "create", lacks_descriptors)
-    with pytest.raises(OSError, match="open files"):
-        supervisor._link(supervisor._home)
-    assert supervisor._page == page
-    os.fstat(page)
-    for fd in (page, supervisor._settings_fd, supervisor._words_fd):
-        os.close(fd)
+@pytest.mark.parametrize("lacking", [True, False])
+def test_a_start_that_fails_leaves_no_descriptor_behind(
+    monkeypatch: pytest.MonkeyPatch, lacking: bool
+) -> None:
+    if lacking:
+        monkeypatch.setattr(slab, "create", lacks_descriptors)
+    child, before = Child("home", 0), files(os.getpid())
+    with pytest.raises(OSError, match="open files" if lacking else "no-such-program"):
+        child.start(["/no-such-program"], [1, 2])
+    assert child.control is None
+    assert sorted(files(os.getpid())) == sorted(before)
 
 
 def lacks_descriptors(*_: object) -> Any:

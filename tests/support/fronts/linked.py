@@ -44,7 +44,7 @@ class LinkMaker:
         messages = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         handover = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         questions, answers = (slab.create("slab", self.slab_bytes) for _ in range(2))
-        home = LinkEnds(messages[0], handover[0], slab.for_reading(questions), answers, os.dup(self.page))
+        home = LinkEnds(messages[0], handover[0], slab.for_reading(questions), answers)
         front = LinkEnds(
             messages[1], handover[1], slab.for_reading(answers), questions, slab.for_reading(self.page)
         )
@@ -104,6 +104,7 @@ class LinkedServer(ThreadServer):
     async def startup(self, sockets: object = None) -> None:
         for lifespan in self._lifespans:
             await lifespan.startup()
+        self.downlinks.use_page(os.dup(self.maker.page))
         self.link_all()
         await super().startup(sockets)
 

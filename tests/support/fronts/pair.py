@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -156,6 +157,7 @@ async def pair(
     async with in_process(settings, engines={"gate": engine}, auth=auth) as home:
         engine.ran.clear()
         downlinks, maker = Downlinks(home.inference, Hub(home.inference)), LinkMaker(slab_bytes)
+        downlinks.use_page(os.dup(maker.page))
         ends = []
         for _ in range(fronts):
             uplinks = Uplinks(home.inference.settings, fronts)
