@@ -210,6 +210,14 @@ def _blocked_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def check_memory() -> None:
+    """Raise OSError if processes cannot share memory here, as in a container without `/proc`."""
+    with ExitStack() as stack:
+        memory = slab.create("cobatch-page", PAGE_BYTES)
+        stack.callback(os.close, memory)
+        os.close(slab.for_reading(memory))
+
+
 def link(home: Child, front: Child, slab_bytes: int) -> None:
     """Link two processes."""
     with ExitStack() as stack:

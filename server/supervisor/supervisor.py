@@ -39,11 +39,15 @@ from cobatch.server.listeners import CannotListenError, listen, take_backlog, te
 from cobatch.server.observability.logs import ProcessLog
 from cobatch.server.settings.schema import Settings
 from cobatch.server.supervisor.acceptor import Acceptor
-from cobatch.server.supervisor.children import COMMAND, Child, link
+from cobatch.server.supervisor.children import COMMAND, Child, check_memory, link
 
 log = logging.getLogger("cobatch.server")
 
 _FAILED = 1
+_NO_MEMORY = (
+    "cobatch: cannot share memory between processes: {}; memfd_create and /proc were expected. "
+    "Let the container have them, or use --processes 1"
+)
 _SLAB_BYTES = 256 << 20
 _SLAB_BODIES = 4
 # Children end by themselves within the limits of draining. After this time more they are killed.
@@ -53,6 +57,11 @@ _GRACE_S = 5.0
 def run(settings: Settings, command: Sequence[str] = COMMAND) -> int:
     """Serve until a signal arrives; return the exit status, as `server.serve.run` does."""
     http = settings.server
+    try:
+        check_memory()
+    except OSError as error:
+        print(_NO_MEMORY.format(error.strerror), file=sys.stderr, flush=True)
+        return _FAILED
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the supervisor can pass it on
     process_log = ProcessLog(http.log_level.upper(), as_json=http.logs_json)
     try:
@@ -128,10 +137,12 @@ class Supervisor:
             self._link(child)
         except OSError as error:
             log.error("cannot start %s: %s", child.name, error.strerror)  # noqa: TRY400
-            if child.control is None:
+            if child.control is not None:
+                child.kill()  # without its links
+            elif self._told_ready:
                 self._start_again(child)
             else:
-                child.kill()  # without its links
+                self._give_up(_FAILED)
 
     def _link(self, child: Child) -> None:
         if self._home.control is None:
@@ -209,12 +220,16 @@ class Supervisor:
             # As with one process: a service manager decides on the next step. The child explained a status.
             if status <= 0:
                 log.error("%s ended (%s) before the server was ready", child.name, cause)
-            self._exit_status = max(status, _FAILED)
-            self._drain()
-            self._kill_all()
+            self._give_up(max(status, _FAILED))
         else:
             log.warning("%s ended (%s): starting another", child.name, cause)
             self._start_again(child)
+
+    def _give_up(self, exit_status: int) -> None:
+        """End at once, since the server cannot be made ready."""
+        self._exit_status = exit_status
+        self._drain()
+        self._kill_all()
 
     def _tick(self) -> None:
         for child in self._children:

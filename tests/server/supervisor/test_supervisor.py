@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import fcntl
 import os
@@ -20,8 +21,10 @@ import pytest
 from cobatch.engines.link import slab
 from cobatch.server.fronts.child_server import ChildServer
 from cobatch.server.fronts.control import PAGE_BYTES, Connection, Control, Link, LinkEnds, Reached, map_words
+from cobatch.server.settings.schema import ModelSettings, Settings
 from cobatch.server.supervisor.acceptor import Acceptor
 from cobatch.server.supervisor.children import Child
+from cobatch.server.supervisor.supervisor import Supervisor, run
 from tests.support.http.process import WAIT_S, Cobatch, eventually
 from tests.support.paths import ROOT
 
@@ -453,6 +456,22 @@ def test_a_start_that_fails_leaves_no_descriptor_behind(
         child.start(["/no-such-program"], [1, 2])
     assert child.control is None
     assert sorted(files(os.getpid())) == sorted(before)
+
+
+def test_a_first_start_that_fails_ends_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    supervisor = Supervisor(Settings(models=(ModelSettings(path="fake.onnx"),)), [], [1, 2], ["/none"])
+    assert asyncio.run(supervisor.run()) == 1
+    assert "cannot start home: No such file or directory" in caplog.text
+    os.close(supervisor._settings_fd)
+
+
+@pytest.mark.parametrize("name", ["create", "for_reading"])
+def test_the_server_says_at_start_that_memory_cannot_be_shared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.setattr(slab, name, lacks_descriptors)
+    assert run(Settings(models=(ModelSettings(path="fake.onnx"),))) == 1
+    assert "cannot share memory" in capsys.readouterr().err
 
 
 def lacks_descriptors(*_: object) -> Any:
