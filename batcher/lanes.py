@@ -194,7 +194,8 @@ class Lanes:
         lane.free_slots.append(job.slot)
         if len(self._all) > len(self.lanes) and lane not in self.lanes and not running:
             self._all.pop(lane, None)  # it was dead, and this was its last batch
-        self._choose()
+        if len(lane.free_slots) == 1:  # it had none
+            self._choose()
         self._decide()
 
     def _answer(self, batch: Batch, now_s: float, *, idle: bool) -> None:

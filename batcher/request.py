@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from math import inf
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
 import numpy as np
 
 from cobatch.batcher.tenant import Tenant
@@ -69,8 +70,7 @@ class Pad(NamedTuple):
     row_padding: int
 
 
-@dataclass(slots=True, eq=False, repr=False)
-class Batch:
+class Batch(msgspec.Struct, eq=False):
     """Requests that run together, and the result of the run.
 
     `outputs` are views of the slot's buffers, shape [rows, ...]: valid only inside `Request.done`, unless the
@@ -93,7 +93,7 @@ class Batch:
     engine: int = 0
     number: int = 0
     slot: int = 0
-    shares: dict[Tenant | None, int] = field(default_factory=dict)
+    shares: dict[Tenant | None, int] = msgspec.field(default_factory=dict)
     gathered_s: float = 0.0
     dispatched_s: float = 0.0
     started_s: float = 0.0
@@ -104,7 +104,9 @@ class Batch:
     joined: Sequence[Batch] = ()
     outputs: Sequence[np.ndarray[Any, Any]] = ()
     lasting: bool = False
-    memo: dict[Any, Any] = field(default_factory=dict)
+    memo: dict[Any, Any] = msgspec.field(default_factory=dict)
+
+    __repr__ = object.__repr__
 
     def unanswered(self) -> list[Request]:
         """Return the requests that are not answered, cancelled or queued again."""

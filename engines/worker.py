@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from math import inf
-from typing import Any
+from typing import Any, Never
 
 import msgspec
 
@@ -182,20 +182,21 @@ class Worker:
         # The engine runs one batch at a time: this one did not start before the last one ended.
         behind = started_s < self._finished_s
         started_s = max(started_s, self._finished_s)
-        wait_started_s = time.monotonic()
+        wait_started_s = time.monotonic() if self._asynchronous else inf
         try:
             outputs = self.engine.wait(job.slot)
             for spec, output in zip(self.engine.signature.outputs, outputs, strict=True):
                 # Callers get rows by number: with a row too few they would get another caller's answer.
-                _check_rows(spec.name, output, job.rows, EngineRunError)
+                if not output.ndim or len(output) != job.rows:
+                    _refuse(spec.name, output, job.rows, EngineRunError)
         except BaseException as error:  # noqa: BLE001 - see above
             outcome = self._failed(job, error, started_s)
         else:
             outcome = Outcome(outputs, None, started_s, time.monotonic(), None, self._outputs_last)
         self._finished_s = outcome.finished_s
-        waited_s = outcome.finished_s - wait_started_s
         # After a real wait the end of the wait is the end of the run.
-        if self._asynchronous and behind and outcome.error is None and waited_s > _TIMER_DELAY_S:
+        waited = outcome.finished_s - wait_started_s > _TIMER_DELAY_S
+        if waited and behind and outcome.error is None:
             self._learn(job.rows.bit_length(), outcome.finished_s - started_s)
         # Start waiting jobs first: the engine is idle, and this batch's callers lose a few microseconds.
         while not self._jobs.empty() and not self._stopping and len(self._running) < self.engine.slots:
@@ -269,7 +270,8 @@ class Worker:
         engine = self.engine
         outputs, us = self._run_zeros(0, rows, shapes)
         for spec, output in zip(engine.signature.outputs, outputs, strict=True):
-            _check_rows(spec.name, output, rows, EngineLoadError)
+            if not output.ndim or len(output) != rows:
+                _refuse(spec.name, output, rows, EngineLoadError)
             known = self._output_shapes.setdefault(spec.name, output.shape[1:])
             if known != output.shape[1:]:
                 raise EngineLoadError(
@@ -279,11 +281,10 @@ class Worker:
         self.warmup_us[rows] = min(us, self.warmup_us.get(rows, us))
 
 
-def _check_rows(name: str, output: Array, rows: int, error: type[EngineError]) -> None:
-    if output.ndim == 0 or output.shape[0] != rows:
-        raise error(
-            f"output {name!r} does not follow the batch axis: {rows} rows gave shape {list(output.shape)}"
-        )
+def _refuse(name: str, output: Array, rows: int, error: type[EngineError]) -> Never:
+    raise error(
+        f"output {name!r} does not follow the batch axis: {rows} rows gave shape {list(output.shape)}"
+    )
 
 
 def _as_engine_error(error: BaseException) -> EngineError:

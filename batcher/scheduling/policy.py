@@ -13,6 +13,8 @@ Symphony, Chen et al., 2023). A batch is full at `full_rows`, the size past whic
 
 from dataclasses import dataclass
 
+import msgspec
+
 from cobatch.batcher.scheduling.fair_queueing import Group
 from cobatch.batcher.scheduling.queue import RequestQueue
 from cobatch.batcher.scheduling.tuning import LEAD_S, WORTH_WAITING_ROWS
@@ -63,16 +65,14 @@ class Now:
     uncertain: bool = False
 
 
-@dataclass(slots=True)
-class Release:
+class Release(msgspec.Struct):
     """Form a batch of this group now."""
 
     group: Group
     reason: str
 
 
-@dataclass(slots=True)
-class WaitUntil:
+class WaitUntil(msgspec.Struct):
     """Send nothing before this time, or before `rows` rows are queued (0: no number is waited for)."""
 
     time_s: float

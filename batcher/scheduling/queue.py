@@ -15,7 +15,8 @@ Invariants, held by every method:
 from collections.abc import Callable, Hashable, Sequence
 from math import inf
 from sys import maxsize
-from typing import NamedTuple
+
+import msgspec
 
 from cobatch.batcher.request import Request, State
 from cobatch.batcher.scheduling.extremes import Extremes
@@ -26,7 +27,7 @@ from cobatch.batcher.tenant import Tenant
 ANY_ROWS = maxsize
 
 
-class FormedBatch(NamedTuple):
+class FormedBatch(msgspec.Struct, eq=False):
     """A batch: its requests, requests found too late for any batch, and the rows of each tenant.
 
     `capped`: a deadline kept it from growing; `was_short`: a light tenant's rows did.

@@ -7,7 +7,8 @@ nothing. It knows no event loop, thread or clock: the time is an argument. `batc
 
 from collections.abc import Mapping
 from math import inf
-from typing import NamedTuple
+
+import msgspec
 
 from cobatch.batcher.errors import BatcherError
 from cobatch.batcher.request import Batch, Request
@@ -36,7 +37,7 @@ from cobatch.batcher.statistics import Counters
 from cobatch.batcher.tenant import Tenant
 
 
-class Dispatch(NamedTuple):
+class Dispatch(msgspec.Struct, eq=False):
     """Send these requests now, if any. Those in `late` are out of the queue too: they would be too late."""
 
     requests: list[Request]

@@ -14,7 +14,7 @@ from cobatch.server.links.remote import RemoteBatch, RemoteBatcher, RemoteModel
 from cobatch.server.links.rows import has_strings, written
 from cobatch.server.settings.schema import ModelSettings
 from cobatch.server.v2.decode import Decoded, Decoder, WantedOutputs
-from cobatch.server.v2.encode import Encoder, timing_of_batch
+from cobatch.server.v2.encode import Encoder, Shared, timing_of_batch
 
 
 class FrontDecoder(Decoder):
@@ -57,7 +57,7 @@ class FrontModel(RemoteModel, ServedModel):
     def new_batch(self, info: BatchInfo, lead: bytes, outputs: Sequence[Array]) -> RemoteBatch:
         batch = super().new_batch(info, lead, outputs)
         shapes = tuple([output.shape[1:] for output in outputs])
-        batch.memo["shared"] = shapes, timing_of_batch(batch), None  # `FrontEncoder` gives ids
+        batch.memo["shared"] = Shared(shapes, timing_of_batch(batch), None)  # `FrontEncoder` gives ids
         return batch
 
     def delivered(self) -> None:

@@ -275,5 +275,5 @@ def _add_durations(histogram: DurationHistogram, durations: Durations) -> int:
 
 def _record_of(record: Record) -> RequestRecord:
     fields = msgspec.structs.asdict(record)
-    batch = None if record.batch is None else RemoteBatch(record.batch, b"")
+    batch = None if record.batch is None else RemoteBatch.of(record.batch)
     return RequestRecord(**fields | {"batch": batch})

@@ -23,18 +23,24 @@ _MOST_IN_QUEUE = 16
 _SOURCES_KEPT = 4096
 
 
-class RemoteBatch(Batch):
+class RemoteBatch(Batch, eq=False):
     """A batch that ran in home, with the rows of this process. `lead`: the beginning of its requests' ids."""
 
-    __slots__ = ("lead",)
+    lead: bytes = b""
 
-    def __init__(self, info: BatchInfo, lead: bytes) -> None:
-        Batch.__init__(self, [], info.rows, (), info.reason, info.engine, info.number, info.slot)
-        self.gathered_s, self.dispatched_s = info.gathered_s, info.dispatched_s
-        self.started_s, self.finished_s = info.started_s, info.finished_s
-        self.failed = info.failed
-        self.joined = [RemoteBatch(one, b"") for one in info.joined]
-        self.lead = lead
+    @classmethod
+    def of(cls, info: BatchInfo, lead: bytes = b"") -> "RemoteBatch":
+        """Return the batch that home describes."""
+        return cls(
+            [], info.rows, (), info.reason, info.engine, info.number, info.slot,
+            gathered_s=info.gathered_s,
+            dispatched_s=info.dispatched_s,
+            started_s=info.started_s,
+            finished_s=info.finished_s,
+            failed=info.failed,
+            joined=[cls.of(one) for one in info.joined],
+            lead=lead,
+        )  # fmt: skip
 
 
 class Uplink(Protocol):
@@ -270,7 +276,7 @@ class RemoteModel:
 
     def new_batch(self, info: BatchInfo, lead: bytes, outputs: Sequence[Array]) -> RemoteBatch:
         """Return a batch with the rows of this process, in which answers are read."""
-        batch = RemoteBatch(info, lead)
+        batch = RemoteBatch.of(info, lead)
         batch.outputs = outputs
         return batch
 

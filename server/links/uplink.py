@@ -335,7 +335,7 @@ class Uplink(Endpoint[FromFront, ToFront]):
 
     def _fail(self, failed: Failed) -> None:
         sent = self._flights.take(failed.id)
-        batch = None if failed.batch is None else RemoteBatch(failed.batch, b"")
+        batch = None if failed.batch is None else RemoteBatch.of(failed.batch)
         for request in sent.requests:
             if request.state is State.QUEUED:
                 if failed.slug == "input-rejected" and request.tenant is None:

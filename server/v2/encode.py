@@ -52,6 +52,17 @@ class LongAnswerError(Exception):
     """The answer is too long to be encoded on the event loop's thread; see `encode_later`."""
 
 
+class Shared(msgspec.Struct, eq=False):
+    """The parts that the answers of a batch share; `frame` is that of `rows` rows of the outputs `wanted`."""
+
+    shapes: Shapes
+    timing: bytes
+    lead_of_id: bytes | None
+    wanted: WantedOutputs = ()
+    rows: int = 0
+    frame: list[bytes] = msgspec.field(default_factory=list)
+
+
 class Encoder:
     """Encodes the responses of one model."""
 
@@ -73,22 +84,24 @@ class Encoder:
         """
         batch = request.batch
         assert batch is not None
-        shared = batch.memo.get("shared")
+        shared: Shared | None = batch.memo.get("shared")
         if shared is None:
             shapes = tuple([output.shape[1:] for output in batch.outputs])
             # A request with a batch of its own (a split one, for example) gets its id elsewhere.
             lead_of_id = LEAD % batch.number if batch.number else None
-            shared = batch.memo["shared"] = shapes, timing_of_batch(batch), lead_of_id
-        shapes, shared_timing, lead_of_id = shared
-        timing = b"queue;dur=%.3f%b" % ((batch.dispatched_s - request.enqueued_s) * 1e3, shared_timing)
+            shared = batch.memo["shared"] = Shared(shapes, timing_of_batch(batch), lead_of_id)
+        timing = b"queue;dur=%.3f%b" % ((batch.dispatched_s - request.enqueued_s) * 1e3, shared.timing)
         first, rows = request.first_row, request.rows
-        request_id = None if lead_of_id is None else b"%b%d" % (lead_of_id, first)
+        request_id = None if shared.lead_of_id is None else b"%b%d" % (shared.lead_of_id, first)
         start = self._start
         if message_id is not None:
             start += b',"id":' + msgspec.json.encode(message_id)
         if usage:
             start += _usage(request, batch)
-        frame = self._frame(wanted, rows, shapes)
+        if shared.wanted is not wanted or shared.rows != rows:
+            shared.wanted, shared.rows = wanted, rows
+            shared.frame = self._frame(wanted, rows, shared.shapes)
+        frame = shared.frame
         body: Sequence[bytes | memoryview]
         index, binary = wanted[0]
         if len(wanted) > 1 or (binary and self._specs[index].datatype == "BYTES"):
