@@ -14,10 +14,11 @@ import pytest
 from cobatch.batcher.errors import BatcherError, DeadlineTooShortError, DeadlineUnreachableError
 from cobatch.engines.errors import BadRequest, EngineDeadError, EngineError, EngineRunError
 from cobatch.server.http.problem import ALWAYS, KINDS, SOMETIMES
+from cobatch.server.inference.model import Model
 from cobatch.server.settings.auth import AuthSettings, Issuer, TenantRule
 from tests.support.auth.protected import SIGNER, settings_in
 from tests.support.auth.tokens import AUDIENCE, ISSUER, good_claims
-from tests.support.http.in_process import InProcess, gated
+from tests.support.http.in_process import Front, InProcess, gated
 from tests.support.http.serving import GATE, GatedEngine, rows_of
 from tests.support.paths import ROOT
 
@@ -45,6 +46,12 @@ ELSEWHERE = {
     "too-many-predictions",
     "unsupported-transfer-coding",
 }
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["one", "front"])
+def front(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run each test with one process, and with a front."""
+    monkeypatch.setattr(Front, "wanted", request.param)
 
 
 def infer(body: Any, headers: dict[str, str] | None = None) -> dict[str, Any]:
@@ -186,7 +193,7 @@ async def test_queue_full() -> None:
 
 async def test_draining() -> None:
     async with gated() as (running, _):
-        running.inference.draining = True
+        running.inference.draining = running.edge.draining = True
         for url in (GATE, "/batch"):
             await ask(running, "draining", {"method": "POST", "url": url, "json": {}})
 
@@ -215,14 +222,14 @@ async def test_internal(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Mo
         raise RuntimeError("secret")
 
     async with gated() as (running, _):
-        model = running.inference.models["gate"]
+        model = running.edge.served["gate"]
         monkeypatch.setattr(model.decoder, "decode", broken)
         await ask(running, "internal", infer(rows_of(1)))
         monkeypatch.undo()
         monkeypatch.setattr(model.encoder, "encode", broken)
         problem = await ask(running, "internal", infer(rows_of(1)))
         monkeypatch.undo()
-        monkeypatch.setattr(type(model), "engine_worker", property(broken))
+        monkeypatch.setattr(Model, "engine_worker", property(broken))
         problem = await ask(running, "internal", {"method": "GET", "url": "/v2/models/gate"})
         assert "secret" not in json.dumps(problem)
     assert caplog.text.count("secret") >= 2
@@ -276,9 +283,9 @@ async def test_tenant_limit(tmp_path: Path) -> None:
 async def test_too_many_bad_tokens(tmp_path: Path) -> None:
     auth, _ = settings_in(tmp_path)
     async with gated(auth=auth) as (running, _):
-        assert running.inference.auth is not None
+        assert running.edge.auth is not None
         for _ in range(100):
-            running.inference.auth.throttle.charge("127.0.0.1")
+            running.edge.auth.throttle.charge("127.0.0.1")
         running.http.headers["authorization"] = f"Bearer {SIGNER.token(good_claims(time.time()))}"
         await ask(running, "too-many-bad-tokens", infer(rows_of(1)))
 

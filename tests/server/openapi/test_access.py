@@ -34,7 +34,7 @@ from tests.server.openapi.test_openapi import (
 )
 from tests.support.auth.protected import settings_in
 from tests.support.auth.tokens import AUDIENCE
-from tests.support.http.in_process import InProcess, gated, in_process
+from tests.support.http.in_process import Front, InProcess, gated, in_process
 
 KEYS = {"all": ("infer", "metadata", "admin"), "little": ("infer:none",)}
 
@@ -51,6 +51,12 @@ def document_of(running: InProcess) -> Json:
     # As the server sends it.
     document: Json = json.loads(json.dumps(describe(running.inference)))
     return document
+
+
+@pytest.fixture(params=[False, True], ids=["one", "front"])
+def front(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test with one process, and with a front."""
+    monkeypatch.setattr(Front, "wanted", request.param)
 
 
 async def test_without_auth_the_document_has_no_trace_of_it() -> None:
@@ -128,6 +134,7 @@ def check_response(document: Json, operation: Json, answer: httpx.Response) -> s
     return slug
 
 
+@pytest.mark.usefixtures("front")
 async def test_responses_match_the_document(tmp_path: Path) -> None:
     """Call each operation without credentials, with too few permissions, and with all."""
     rule = TenantRule(max_concurrent=10)
@@ -182,6 +189,7 @@ async def test_oauth_metadata_matches_the_document(tmp_path: Path) -> None:
     assert promised.items() <= answer.json().items()
 
 
+@pytest.mark.usefixtures("front")
 async def test_examples_of_requests_run_with_a_key(tmp_path: Path) -> None:
     auth, keys = settings_in(tmp_path, KEYS)
     async with in_process(*several(tmp_path), auth=auth) as running:

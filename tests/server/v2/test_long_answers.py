@@ -22,15 +22,18 @@ from cobatch.engines.base import Array, Signature, TensorSpec
 from cobatch.server.predictions import encode as predictions_encode
 from cobatch.server.settings.schema import ModelSettings
 from cobatch.server.v2 import binary, encode
-from tests.support.http.in_process import InProcess, gated, in_process
+from tests.support.http.in_process import Front, InProcess, gated, in_process
 from tests.support.http.serving import GATE, GatedEngine, rows_of
 from tests.support.models import models
 
 WIDTH = binary.LONG_ELEMENTS * 2 + 5
 
 
-@pytest.fixture
-async def running(tmp_path: Path) -> AsyncIterator[InProcess]:
+@pytest.fixture(params=[False, True], ids=["one", "front"])
+async def running(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[InProcess]:
+    monkeypatch.setattr(Front, "wanted", request.param)
     files = {"negate": models.negate(width="n"), "text": models.identity(TensorProto.STRING, "n")}
     settings = [
         ModelSettings(path=models.write(tmp_path, data, f"{name}.onnx"), max_batch_size=4, threads=1)

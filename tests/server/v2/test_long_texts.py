@@ -15,12 +15,18 @@ from cobatch.engines.onnxruntime import runs
 from cobatch.server.settings.schema import ModelSettings
 from cobatch.server.v2 import binary
 from tests.server.predictions.test_forms import npy
-from tests.support.http.in_process import InProcess, in_process
+from tests.support.http.in_process import Front, InProcess, in_process
 from tests.support.models import models
 
 INFER = "/v2/models/text/infer"
 PREDICTIONS = "/v1/models/text/predictions"
 LIMIT = 12
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["one", "front"])
+def front(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run each test with one process, and with a front."""
+    monkeypatch.setattr(Front, "wanted", request.param)
 
 
 def as_json(rows: list[list[str]]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from cobatch.server.fronts.relay import front_protocol
 from cobatch.server.inference.service import Inference
 from cobatch.server.links.hub import Hub
 from cobatch.server.settings.schema import ModelSettings, Settings
+from cobatch.server.settings.values import SettingsError
 from tests.support.http import serving
 from tests.support.http.clock import Clock
 from tests.support.http.serving import Served, ThreadServer
@@ -148,6 +149,13 @@ class LinkedServer(ThreadServer):
         self._linked += 1
         if self._linked == len(self.fronts):
             self.ready.set()
+
+    async def reload(self) -> None:
+        await super().reload()
+        for auth in [front.inference.auth for front in self.fronts]:
+            for reload in {} if auth is None else auth.reloads().values():
+                with contextlib.suppress(SettingsError):  # home has logged it
+                    await reload()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         super().handle_exit(sig, frame)

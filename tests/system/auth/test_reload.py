@@ -15,11 +15,12 @@ from cobatch.server.settings.auth import Issuer
 from tests.support.auth.certificates import Pair
 from tests.support.auth.protected import SIGNER, infer, protected
 from tests.support.auth.tokens import ISSUER, SECRET, Signer, hs256, jwks, signer
+from tests.support.fronts.linked import WAYS, way
 from tests.support.http.process import Cobatch
 from tests.support.http.serving import DEADLINE_S, Served, data_of, gate, gated
 from tests.support.models import models
 
-FAST_OR_NOT = pytest.mark.parametrize("fast", [True, False], ids=["fast", "asgi"])
+ALL = pytest.mark.parametrize("path", WAYS)
 
 
 def hang_up(served: Served) -> None:
@@ -33,22 +34,22 @@ def with_key(key: str, row: int = 1) -> bytes:
     return gate(row, headers={"X-API-Key": key})
 
 
-@FAST_OR_NOT
+@ALL
 def test_a_new_key_is_known_and_an_old_one_is_not(
-    fast: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with (
-        protected(fast, tmp_path, keys={"stays": ("infer",), "goes": ("infer",)}) as p,
+        protected(path, tmp_path, keys={"stays": ("infer",), "goes": ("infer",)}) as p,
         p.served.connect() as stays,
         p.served.connect() as goes,
     ):
-        path = tmp_path / "api-keys.toml"
+        file = tmp_path / "api-keys.toml"
         fresh, entry = api_keys.mint("new", ("infer",))
         for client, tenant in ((stays, "stays"), (goes, "goes")):
             for _ in range(3):
                 assert client.ask(with_key(p.keys[tenant])).status == 200
-        kept, _, _ = path.read_text().partition(f'[[keys]]\nid = "{p.keys["goes"][3:15]}')
-        path.write_text(kept + entry)
+        kept, _, _ = file.read_text().partition(f'[[keys]]\nid = "{p.keys["goes"][3:15]}')
+        file.write_text(kept + entry)
         hang_up(p.served)
         assert stays.ask(with_key(p.keys["stays"])).status == 200
         answer = goes.ask(with_key(p.keys["goes"]))
@@ -57,39 +58,39 @@ def test_a_new_key_is_known_and_an_old_one_is_not(
         assert caplog.messages == []
 
 
-@FAST_OR_NOT
-def test_a_keys_new_rights_hold_at_once(fast: bool, tmp_path: Path) -> None:
-    with protected(fast, tmp_path, keys={"team": ("infer",)}) as p, p.served.connect() as client:
+@ALL
+def test_a_keys_new_rights_hold_at_once(path: str, tmp_path: Path) -> None:
+    with protected(path, tmp_path, keys={"team": ("infer",)}) as p, p.served.connect() as client:
         for _ in range(3):
             assert client.ask(with_key(p.keys["team"])).status == 200
-        path = tmp_path / "api-keys.toml"
-        path.write_text(path.read_text().replace('"infer"', '"metadata"'))
+        file = tmp_path / "api-keys.toml"
+        file.write_text(file.read_text().replace('"infer"', '"metadata"'))
         hang_up(p.served)
         answer = client.ask(with_key(p.keys["team"]))
         assert (answer.status, answer.slug) == (403, "forbidden")
 
 
-@FAST_OR_NOT
+@ALL
 @pytest.mark.parametrize("content", [b"[[keys]]\nid = 1\n", b"nonsense", b"\xff\x00", None])
 def test_an_invalid_file_of_keys_changes_nothing(
-    fast: bool, content: bytes | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    path: str, content: bytes | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with protected(fast, tmp_path, keys={"team": ("infer",)}) as p, p.served.connect() as client:
-        path = tmp_path / "api-keys.toml"
-        path.unlink() if content is None else path.write_bytes(content)
+    with protected(path, tmp_path, keys={"team": ("infer",)}) as p, p.served.connect() as client:
+        file = tmp_path / "api-keys.toml"
+        file.unlink() if content is None else file.write_bytes(content)
         hang_up(p.served)
         assert client.ask(with_key(p.keys["team"])).status == 200
     (message,) = caplog.messages
     assert message.startswith("SIGHUP: kept the old API keys: ")
-    assert str(path) in message
+    assert str(file) in message
 
 
-@FAST_OR_NOT
+@ALL
 def test_an_issuers_new_key_is_known_and_an_old_one_is_not(
-    fast: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     goes, new = signer("ES256", "goes"), signer("ES256", "new")
-    with protected(fast, tmp_path) as p, p.served.connect() as stays, p.served.connect() as leaves:
+    with protected(path, tmp_path) as p, p.served.connect() as stays, p.served.connect() as leaves:
         (tmp_path / "jwks.json").write_bytes(jwks(SIGNER, goes))
         hang_up(p.served)
         for _ in range(3):
@@ -105,9 +106,9 @@ def test_an_issuers_new_key_is_known_and_an_old_one_is_not(
         assert caplog.messages == []
 
 
-@FAST_OR_NOT
-def test_another_key_of_the_same_name_counts_at_once(fast: bool, tmp_path: Path) -> None:
-    with protected(fast, tmp_path) as p:
+@ALL
+def test_another_key_of_the_same_name_counts_at_once(path: str, tmp_path: Path) -> None:
+    with protected(path, tmp_path) as p:
         other = Signer(ec.generate_private_key(ec.SECP256R1()), SIGNER.algorithm, SIGNER.kid)
         new, old = infer(other.token()), infer(SIGNER.token())
         assert [p.ask(one).status for one in (new, old)] == [401, 200]
@@ -116,35 +117,35 @@ def test_another_key_of_the_same_name_counts_at_once(fast: bool, tmp_path: Path)
         assert [p.ask(one).status for one in (new, old)] == [200, 401]
 
 
-@FAST_OR_NOT
-def test_a_secret_is_read_again(fast: bool, tmp_path: Path) -> None:
-    path = tmp_path / "secret"
-    path.write_bytes(SECRET)
-    path.chmod(0o600)
-    issuer = Issuer(issuer=ISSUER, name="test", algorithms=("HS256",), secret_file=str(path))
-    with protected(fast, tmp_path, issuers=(issuer,)) as p:
+@ALL
+def test_a_secret_is_read_again(path: str, tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_bytes(SECRET)
+    file.chmod(0o600)
+    issuer = Issuer(issuer=ISSUER, name="test", algorithms=("HS256",), secret_file=str(file))
+    with protected(path, tmp_path, issuers=(issuer,)) as p:
         old, new = infer(hs256()), infer(hs256(secret=b"n" * 32))
         assert [p.ask(one).status for one in (old, new)] == [200, 401]
-        path.write_bytes(b"n" * 32)
+        file.write_bytes(b"n" * 32)
         hang_up(p.served)
         assert [p.ask(one).status for one in (old, new)] == [401, 200]
 
 
-@FAST_OR_NOT
+@ALL
 @pytest.mark.parametrize("content", [b"", b"nonsense", SIGNER.private_pem(), None])
 def test_an_issuers_invalid_file_changes_nothing_and_others_are_read(
-    fast: bool, content: bytes | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    path: str, content: bytes | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with protected(fast, tmp_path, keys={"team": ("infer",)}) as p:
-        path, keys = tmp_path / "jwks.json", tmp_path / "api-keys.toml"
-        path.unlink() if content is None else path.write_bytes(content)
+    with protected(path, tmp_path, keys={"team": ("infer",)}) as p:
+        file, keys = tmp_path / "jwks.json", tmp_path / "api-keys.toml"
+        file.unlink() if content is None else file.write_bytes(content)
         keys.write_text(keys.read_text().replace('"infer"', '"metadata"'))
         hang_up(p.served)
         assert p.ask(infer(SIGNER.token())).status == 200
         assert p.ask(with_key(p.keys["team"])).status == 403
     (message,) = caplog.messages
     assert message.startswith("SIGHUP: kept the old keys of issuer test: ")
-    assert str(path) in message
+    assert str(file) in message
 
 
 def certificate_of(served: Served) -> bytes | None:
@@ -158,9 +159,9 @@ def certificate_of(served: Served) -> bytes | None:
         return wrapped.getpeercert(binary_form=True)
 
 
-@FAST_OR_NOT
+@ALL
 def test_the_certificate_is_replaced_for_new_connections(
-    fast: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
 
@@ -171,7 +172,7 @@ def test_the_certificate_is_replaced_for_new_connections(
     old, new = Pair(), Pair()
     write(old.certificate, old.key())
     shown = {ssl.PEM_cert_to_DER_cert(pair.certificate.decode()): pair for pair in (old, new)}
-    with gated(fast, tls_cert=str(cert), tls_key=str(key)) as (served, _):
+    with gated(**way(path), tls_cert=str(cert), tls_key=str(key)) as (served, _):
         assert shown[certificate_of(served) or b""] is old
         write(new.certificate, old.key())
         hang_up(served)
