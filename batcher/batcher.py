@@ -334,6 +334,10 @@ class Batcher:
             self._lanes.retire(instead_of)
         self._lanes.use(worker)
 
+    def retire(self, worker: BatchWorker) -> None:
+        """Give a worker no more batches."""
+        self._lanes.retire(worker)
+
     def ended(self, worker: BatchWorker, error: EngineEndedError) -> None:
         """Note that the process of a worker's engine has ended; harmless if its batch has told that."""
         self._lanes.ended(worker, error)

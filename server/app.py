@@ -33,6 +33,8 @@ from cobatch.server.observability.gpu import Gpus
 from cobatch.server.observability.history import History
 from cobatch.server.observability.observer import Tracer
 from cobatch.server.openapi import openapi_routes
+from cobatch.server.pipelines.pipeline import Pipeline
+from cobatch.server.pipelines.routes import make_pipelines, pipeline_routes
 from cobatch.server.predictions.routes import v1_routes
 from cobatch.server.settings.schema import ServerSettings, Settings
 from cobatch.server.settings.values import SettingsError
@@ -53,6 +55,7 @@ def build(inference: Inference) -> ASGIApp:
     sinks = make_sinks(inference)
     if any(model.settings.reload for model in inference.models.values()):
         _need("watchfiles", "models[*].reload: needs watchfiles: pip install 'cobatch[reload]'")
+    pipelines = make_pipelines(inference)
     gpus = Gpus()
     feed = Feed(inference, history)
     inference.on_draining.append(feed.close)
@@ -67,6 +70,7 @@ def build(inference: Inference) -> ASGIApp:
             # In the background: health must answer while a large model is being loaded.
             tasks = [asyncio.create_task(feed.run())]
             tasks += [asyncio.create_task(_load(inference, name)) for name in inference.models]
+            tasks += [asyncio.create_task(_load_pipeline(inference, one)) for one in pipelines.values()]
             stack.push_async_callback(_cancel, tasks)
             stack.callback(_begin_draining, inference, feed)
             yield
@@ -78,6 +82,7 @@ def build(inference: Inference) -> ASGIApp:
         *v2_routes(inference), *v1_routes(inference), *page_routes(inference),
         *openapi_routes(inference), *auth_routes(inference), *metrics_routes(inference, gpus),
         *request_routes(inference, history), *profile_routes(inference), *dashboard_routes(inference, feed),
+        *pipeline_routes(inference, pipelines),
     ]  # fmt: skip
     starlette = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     starlette.router.redirect_slashes = False
@@ -152,6 +157,16 @@ async def _load(inference: Inference, name: str) -> None:
         inference.tell_if_ready()
 
 
+async def _load_pipeline(inference: Inference, pipeline: Pipeline) -> None:
+    try:
+        await pipeline.load()
+    except EngineError as error:
+        inference.on_load_failed(pipeline.name, error)
+    else:
+        inference.observer.watch(pipeline.loaded_batcher, pipeline.traffic.durations)
+        inference.tell_if_ready()
+
+
 def _begin_draining(inference: Inference, feed: Feed) -> None:
     inference.leaving = inference.draining = True
     feed.close()
@@ -159,6 +174,8 @@ def _begin_draining(inference: Inference, feed: Feed) -> None:
 
 async def _stop_models(inference: Inference) -> None:
     timeout_s = inference.settings.server.drain_timeout_s
+    # Their steps are requests to the models.
+    await asyncio.gather(*[pipeline.stop(timeout_s) for pipeline in inference.pipelines.values()])
     await asyncio.gather(*[model.stop(timeout_s) for model in inference.models.values()])
 
 

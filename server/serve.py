@@ -164,8 +164,8 @@ class Server(uvicorn.Server):
         self.tell_ready()
 
     def tell_ready(self) -> None:
-        """Tell that all models accept requests."""
-        print(f"cobatch: ready: {', '.join(self.inference.models)}", flush=True)
+        """Tell that all models and pipelines accept requests."""
+        print(f"cobatch: ready: {', '.join([*self.inference.models, *self.inference.pipelines])}", flush=True)
 
     def _on_load_failed(self, name: str, error: EngineError) -> None:
         why = " ".join(str(error).split())

@@ -72,7 +72,7 @@ def main() -> None:
     try:
         model = load(*msgspec.structs.astuple(start), alone=True)
     except EngineLoadError as error:
-        sock.send(encode(NotLoaded(_encodable(str(error)[:MOST_TEXT]))))
+        sock.send(encode(NotLoaded(encodable(str(error)[:MOST_TEXT]))))
         return
     sock.send(encode(Loaded(model.signature)))
     while data := sock.recv(MESSAGE_BYTES):
@@ -90,7 +90,7 @@ def answer(model: PythonModel, run: Run, inputs: Region, outputs: Region) -> Ran
         return Ran(run.number, write(signature.outputs, arrays, outputs))
     except Exception as error:  # noqa: BLE001 - the model's own code
         text = str(error) if isinstance(error, EngineError) else traceback.format_exc()
-        failed = Failed(run.number, _encodable(text[-MOST_TEXT:]), type(error).__name__)
+        failed = Failed(run.number, encodable(text[-MOST_TEXT:]), type(error).__name__)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # the model may have closed it
             stream.flush()
@@ -99,7 +99,7 @@ def answer(model: PythonModel, run: Run, inputs: Region, outputs: Region) -> Ran
     return failed
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
     """Return the text with lone surrogates, as of a file name, escaped: UTF-8 has none."""
     return text.encode(errors="backslashreplace").decode()
 

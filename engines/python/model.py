@@ -111,22 +111,39 @@ def load(
     `device`: for a `load` that takes it. `arguments`: of a class. `alone`: the process is the model's own, so
     its modules may hide installed ones.
     """
-    found = _find(source, folder, first=alone)
-    name = source.rpartition(":")[2]
-    if inspect.isclass(found):
-        found = _call(f"{name}()", found, *arguments)
+    found = open_object(source, folder, (device,), arguments, alone=alone)
     predict = getattr(found, "predict", found)
     if not callable(predict):
+        name = source.rpartition(":")[2]
         raise EngineLoadError(f"{source}: {name} has no method `predict`, and is no function")
-    loading = getattr(found, "load", None)
-    if loading is not None:
-        given = (device,) if inspect.signature(loading).parameters else ()
-        _call(f"{name}.load", loading, *given)
     inputs, outputs, by_name = _read(source, found, predict)
     signature = settle(inputs, outputs, batching, _judge)
     if signature.fixed_batch is not None:
         raise EngineLoadError(f'{source}: {_NO_ROWS}: it cannot be batched; set batching = "off"')
     return PythonModel(found, predict, signature, by_name=by_name)
+
+
+def open_object(
+    source: str,
+    folder: str,
+    of_load: Sequence[object] = (),
+    arguments: Sequence[object] = (),
+    *,
+    alone: bool = False,
+) -> object:
+    """Find an object, make one of a class, and call its `load`, with `of_load` if it takes arguments.
+
+    See `load`. Raises EngineLoadError.
+    """
+    found = _find(source, folder, first=alone)
+    name = source.rpartition(":")[2]
+    if inspect.isclass(found):
+        found = _call(f"{name}()", found, *arguments)
+    loading = getattr(found, "load", None)
+    if loading is not None:
+        given = of_load if inspect.signature(loading).parameters else ()
+        _call(f"{name}.load", loading, *given)
+    return found
 
 
 def _judge(rows: Signature) -> Batching:

@@ -93,7 +93,10 @@ class Output:
 
 
 class ModelProcess:
-    """A process, from its start. `kill` may be called by any thread; `on_end` is called by another one."""
+    """A process, from its start. `kill` may be called by any thread; `on_end` is called by another one.
+
+    `module`: what it runs. `sock` is home's end of the socket, for another way to send and receive.
+    """
 
     def __init__(
         self,
@@ -101,15 +104,16 @@ class ModelProcess:
         descriptors: Sequence[int],
         env: Mapping[str, str],
         on_end: Callable[[EngineEndedError], None],
+        module: str = "cobatch.engines.python.child",
     ) -> None:
         self.output = Output(name)
         self._on_end = on_end
-        self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MESSAGE_BYTES)
+        self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MESSAGE_BYTES)
         self._reader, writer = os.pipe()
         os.set_blocking(self._reader, False)
         inherited = [theirs.fileno(), *descriptors]
-        command = [sys.executable, "-P", "-m", "cobatch.engines.python.child", name, str(os.getpid())]
+        command = [sys.executable, "-P", "-m", module, name, str(os.getpid())]
         try:
             self._process = subprocess.Popen(  # noqa: S603 - this Python, and our module
                 [*command, *map(str, inherited)],
@@ -123,7 +127,7 @@ class ModelProcess:
             self.pid = self._process.pid
             self._pid = os.pidfd_open(self.pid)
         except OSError as error:
-            self._sock.close()
+            self.sock.close()
             os.close(self._reader)
             raise EngineLoadError(f"the model's process cannot be started: {error}") from error
         finally:
@@ -139,14 +143,14 @@ class ModelProcess:
     def send(self, message: Start | Run) -> None:
         """Send a message. Raises EngineEndedError."""
         try:
-            self._sock.send(encode(message))
+            self.sock.send(encode(message))
         except (BrokenPipeError, ConnectionResetError):
             raise self._ended() from None
 
     def receive(self) -> FromChild:
         """Wait for a message. Raises EngineEndedError."""
         try:
-            data = self._sock.recv(MESSAGE_BYTES)
+            data = self.sock.recv(MESSAGE_BYTES)
         except ConnectionResetError:
             data = b""
         if not data:
@@ -190,12 +194,12 @@ class ModelProcess:
     def close(self) -> None:
         """End the process, if it does not end by itself; free everything."""
         with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_WR)
+            self.sock.shutdown(socket.SHUT_WR)
         self._thread.join(_END_S)
         if self._thread.is_alive():
             self.kill()
             self._thread.join()
-        self._sock.close()
+        self.sock.close()
 
     def _ended(self) -> EngineEndedError:
         # Its end of the socket may be closed while it lives.
@@ -235,7 +239,7 @@ class ModelProcess:
         os.close(self._pid)
         # A process that it started may have its end of the socket still.
         with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+            self.sock.shutdown(socket.SHUT_RDWR)
         self._on_end(self._error())
 
     def _read(self) -> bool:

@@ -71,9 +71,10 @@ def guarded(inference: Inference, needs: Needs, endpoint: Endpoint) -> Endpoint:
         except ClientDisconnect:
             return Response()  # no client reads it
         except Problem as problem:
-            model = inference.models.get(request.path_params["name"]) if needs == "infer" else None
-            if model is not None:
-                model.traffic.count(problem.kind.status, problem.kind.slug, 0.0)
+            name = request.path_params["name"] if needs == "infer" else ""
+            target = inference.models.get(name) or inference.pipelines.get(name)
+            if target is not None:
+                target.traffic.count(problem.kind.status, problem.kind.slug, 0.0)
             return as_response(problem.reply(instance=request.url.path))
 
     return answer

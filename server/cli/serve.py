@@ -49,7 +49,7 @@ def serve(*, config: Path | None, check: bool, **flags: object) -> None:
         raise typer.Exit(2)
     _warn_if_open(settings)
     if check:
-        names = ", ".join(model.name for model in settings.models)
+        names = ", ".join(settings.names)
         typer.echo(f"cobatch: the settings are valid; models: {names}")
         return
     if several:

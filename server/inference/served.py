@@ -1,6 +1,6 @@
 """A model as routes for inference see it: its codecs, and a batcher here or in another process."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from cobatch.batcher.errors import BatcherError
 from cobatch.batcher.request import Request
@@ -42,6 +42,43 @@ class RequestBatcher(Protocol):
     def submit(self, request: Request) -> None: ...
     def cancel(self, request: Request) -> None: ...
     async def drain(self, timeout_s: float, waited_s: float = 0.0) -> bool: ...
+
+
+class Target(Protocol):
+    """What a request may be for: a model, or a pipeline. `batcher` is None until it is loaded."""
+
+    name: str
+    traffic: Traffic
+
+    @property
+    def batcher(self) -> RequestBatcher | None: ...
+    @property
+    def ready(self) -> bool: ...
+    def unavailable(self) -> Problem: ...
+
+
+class ServedPipeline(Target, Protocol):
+    """A pipeline. `content`: of its requests and answers, None until it is loaded."""
+
+    @property
+    def content(self) -> "Content | None": ...
+    async def load(self) -> None: ...
+    async def stop(self, drain_timeout_s: float) -> None: ...
+
+
+class Content(Protocol):
+    """Requests and answers of a pipeline: content types, and JSON schemas, None where they are no JSON."""
+
+    @property
+    def accepts(self) -> tuple[str, ...]: ...
+    @property
+    def returns(self) -> str: ...
+    @property
+    def summary(self) -> str: ...
+    @property
+    def request_schema(self) -> dict[str, Any] | None: ...
+    @property
+    def answer_schema(self) -> dict[str, Any] | None: ...
 
 
 class ServedModel:

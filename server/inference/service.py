@@ -21,7 +21,7 @@ from cobatch.server.http.body_memory import BodyMemory
 from cobatch.server.http.problem import Problem, from_error, stopping, too_large
 from cobatch.server.http.reply import Reply
 from cobatch.server.inference.model import Model
-from cobatch.server.inference.served import ServedModel
+from cobatch.server.inference.served import ServedModel, ServedPipeline, Target
 from cobatch.server.observability.observer import Observer
 from cobatch.server.observability.output import LogStream
 from cobatch.server.settings.auth import INFER
@@ -159,6 +159,7 @@ class Inference:
         self.rate_limit_headers = settings.auth is not None and settings.auth.rate_limit_headers
         self.models = {} if remote else {model.name: Model(model) for model in settings.models}
         self.served: dict[str, ServedModel] = {**self.models, **{model.name: model for model in remote}}
+        self.pipelines: dict[str, ServedPipeline] = {}  # set by `server.app`, where they run
         self.observer = Observer(log_stream or LogStream(as_json=settings.server.logs_json))
         # By request target, for the fast path; and by path.
         self.infer_targets: dict[bytes, ServedModel] = {}
@@ -192,9 +193,10 @@ class Inference:
     def ready(self) -> bool:
         """All models accept requests, and credentials can be checked."""
         is_open = not self.leaving and (self.auth is None or self.auth.ready)
-        return is_open and all(model.ready for model in self.served.values())
+        targets = (*self.served.values(), *self.pipelines.values())
+        return is_open and all(target.ready for target in targets)
 
-    def admit(self, model: ServedModel, principal: Principal | None) -> Problem | None:
+    def admit(self, model: Target, principal: Principal | None) -> Problem | None:
         """Decide whether a request may enter now; return the problem if it may not.
 
         Nothing else decides this. It is asked before the body is read, and again before it is decoded.
@@ -218,7 +220,7 @@ class Inference:
             tenant.usage.refused += 1
         return from_error(refusal)
 
-    def check(self, model: ServedModel, principal: Principal | None) -> None:
+    def check(self, model: Target, principal: Principal | None) -> None:
         """Raise the problem of a request that may not enter now."""
         problem = self.admit(model, principal)
         if problem is not None:

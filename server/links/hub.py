@@ -166,8 +166,10 @@ class Hub:
         self._beat_again = asyncio.get_running_loop().call_later(_HEARTBEAT_S, self._beat)
 
     def _on_batch(self, batcher: Batcher, batch: Batch) -> None:
-        # The next batches leave the queue first.
-        asyncio.get_running_loop().call_soon(self._update, self._indices[batcher.name])
+        index = self._indices.get(batcher.name)  # None: a pipeline's
+        if index is not None:
+            # The next batches leave the queue first.
+            asyncio.get_running_loop().call_soon(self._update, index)
 
     def update(self) -> None:
         """Write the pages."""

@@ -21,7 +21,7 @@ def openapi_routes(inference: Inference) -> list[Route]:
 
     @lru_cache(maxsize=1)
     def replies(_loaded: tuple[str, ...]) -> dict[str, Reply]:
-        """Return both replies by path. Another model's loading changes them: the examples use its rows."""
+        """Return both replies by path. They change when another model or pipeline is loaded."""
         document = msgspec.json.encode(describe(inference))
         page = render(msgspec.json.decode(document)).encode()
         return {
@@ -31,7 +31,8 @@ def openapi_routes(inference: Inference) -> list[Route]:
 
     def route(path: str) -> Route:
         async def endpoint(request: Request) -> Response:
-            loaded = tuple(name for name, model in inference.models.items() if model.batcher is not None)
+            targets = {**inference.models, **inference.pipelines}
+            loaded = tuple(name for name, target in targets.items() if target.batcher is not None)
             return await compressed_response(inference, request, replies(loaded)[path])
 
         return Route(path, guarded(inference, "metadata", endpoint), methods=["GET"])

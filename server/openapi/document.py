@@ -26,6 +26,7 @@ from cobatch.server.auth.credentials import WELL_KNOWN
 from cobatch.server.http.problem import KINDS, PROBLEM_JSON, Problem
 from cobatch.server.inference.service import Inference
 from cobatch.server.openapi.examples import LoadedModels, add_examples
+from cobatch.server.openapi.pipelines import add_pipelines
 from cobatch.server.openapi.schemas import raw_options, schemas
 from cobatch.server.predictions.content import JSON
 
@@ -56,6 +57,7 @@ def describe(inference: Inference) -> Json:
     document["info"]["version"] = __version__
     models = LoadedModels(inference)
     components = document["components"]
+    pipeline_schemas = add_pipelines(document["paths"], inference.pipelines.values())
     _add_access(document, inference.auth)
     parameters = _parameters(components.pop("parameters"), models)
     add_examples({one["operationId"]: one for _, _, one in operations_in(document)}, models)
@@ -67,6 +69,7 @@ def describe(inference: Inference) -> Json:
             operation["parameters"] = [parameters[name] for name in names]
         _complete(operation, inference.auth, sentences)
     components["schemas"] = schemas(components["schemas"], models.signatures, models.required)
+    components["schemas"] |= pipeline_schemas
     left_out = AUTH_KINDS if inference.auth is None else ()
     components["examples"] = _problem_examples(document.pop("x-problem-examples"), left_out)
     return document
@@ -83,8 +86,9 @@ def _parameters(parameters: Json, models: LoadedModels) -> Json:
     """Complete the parameters with model names, versions, and the schemas of the query's options."""
     versions = sorted({model.version for model in models.all})
     for name, values in (("model", [model.name for model in models.all]), ("version", versions)):
-        parameters[name]["schema"]["enum"] = values
-        parameters[name]["example"] = values[0]
+        if values:
+            parameters[name]["schema"]["enum"] = values
+            parameters[name]["example"] = values[0]
     parameters["seconds"]["schema"] |= {"maximum": LIMIT_S, "default": DEFAULT_S}
     for name, schema in raw_options().items():
         options = schema.get("anyOf", [schema])

@@ -67,7 +67,8 @@ def add_examples(operations: Mapping[str, Json], models: LoadedModels) -> None:
         ("cancelPrediction", "200", "model"),
     ):
         example = operations[id_]["responses"][status]["content"][JSON]["example"]
-        example[member] = (shown or models.all[0]).name
+        if models.all:
+            example[member] = (shown or models.all[0]).name
 
 
 def _answers(models: LoadedModels) -> Json:

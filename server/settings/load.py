@@ -24,6 +24,7 @@ from cobatch.server.settings.schema import (
     SERVER_FIELDS,
     ModelSettings,
     Name,
+    PipelineSettings,
     ServerSettings,
     Settings,
     env_name,
@@ -91,15 +92,20 @@ def read_settings(
     tables = [{"python_path": folder} | table for table in file.get("models", [])]
     if "model" in given:
         tables = [_argument(given["model"])]
-    if not tables and document.get("models", []) == []:
+    pipelines = [{"python_path": folder} | table for table in file.get("pipelines", [])]
+    if not tables and not pipelines and document.get("models", []) == document.get("pipelines", []):
         errors.append("models: no model to serve; give MODEL, or [[models]] in a --config file")
     for_models = {name: one for name, one in given.items() if name in MODEL_FIELDS}
     if "name" in for_models and len(tables) > 1:
         errors += for_models.pop("name").refused(f"names one model, but there are {len(tables)}").messages
     models = _build_models([table | for_models for table in tables], errors)
-    if auth is not None and not errors.under("models"):
-        errors += _rule_conflicts(auth, [model.name for model in models], source)
-    return Settings(server=msgspec.convert(values_of(server), ServerSettings), models=models, auth=auth)
+    built = _build_pipelines(pipelines, {model.name for model in models}, errors)
+    if auth is not None and not errors.under("models") and not errors.under("pipelines"):
+        names = [model.name for model in models] + [pipeline.name for pipeline in built]
+        errors += _rule_conflicts(auth, names, source)
+    return Settings(
+        server=msgspec.convert(values_of(server), ServerSettings), models=models, pipelines=built, auth=auth
+    )
 
 
 def _argument(model: Given) -> Table:
@@ -208,6 +214,29 @@ def _build_models(tables: list[Table], errors: Errors) -> tuple[ModelSettings, .
     return tuple(models.values())
 
 
+def _build_pipelines(tables: list[Table], models: set[str], errors: Errors) -> tuple[PipelineSettings, ...]:
+    pipelines: dict[str, PipelineSettings] = {}
+    for table in tables:
+        with errors:
+            _check_python_file(table)
+            pipeline = msgspec.convert(values_of(table), PipelineSettings)
+            key, source = table["python"].key.rpartition(".")[0], table.get("name", table["python"]).source
+            check(f"{key}.name", pipeline.name, Name, source)
+            if pipeline.name in pipelines or pipeline.name in models:
+                whose = "a model's" if pipeline.name in models else "another pipeline's"
+                raise SettingsError(f"{key}.name: {pipeline.name!r} is already {whose} name ({source})")
+            pipelines[pipeline.name] = pipeline
+    return tuple(pipelines.values())
+
+
+def _check_python_file(table: Table) -> None:
+    python = table["python"]
+    folder = table["python_path"].value if "python_path" in table else "."
+    file = Path(folder, python.value.rpartition(":")[0])
+    if file.suffix == ".py" and not file.is_file():
+        raise python.refused(f"expected FILE.py:NAME, got {python.value!r}: no file {str(file)!r}")
+
+
 def _check_engine(table: Table) -> None:
     """Refuse an engine that is neither built in nor in an installed package."""
     engine = table.get("engine")
@@ -232,11 +261,7 @@ def _check_file(table: Table) -> None:
             raise table["reload"].refused('not together with run_in = "thread"')
         if "engine" in table and table["engine"].value != "auto":
             raise table["engine"].refused("not together with python")
-        file = Path(
-            table["python_path"].value if "python_path" in table else ".", python.value.rpartition(":")[0]
-        )
-        if file.suffix == ".py" and not file.is_file():
-            raise python.refused(f"expected FILE.py:NAME, got {python.value!r}: no file {str(file)!r}")
+        _check_python_file(table)
     elif path is not None:
         if not Path(path.value).is_file():
             why = "a folder" if Path(path.value).is_dir() else "no file there"

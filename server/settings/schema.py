@@ -56,6 +56,7 @@ Processes = Annotated[
     Annotated[int, Meta(ge=1, le=64)] | Literal["auto"],
     Meta(extra={"expected": "an integer from 1 to 64, or auto", "placeholder": "N|auto"}),
 ]
+Calls = Annotated[int, Meta(ge=1, le=256), placeholder("N")]
 Slots = Annotated[int, Meta(ge=2, le=8), placeholder("N")]
 # Lists that may be written as text with commas, as flags and variables have them.
 _COMMAS = Meta(min_length=1, extra={"separator": ","})
@@ -185,6 +186,40 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
             msgspec.structs.force_setattr(self, "max_queue_rows", max(1024, 16 * self.max_batch_size))
 
 
+class PipelineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[[pipelines]]`: Python code with a method `handle`, in a pool of processes. `name` is always set."""
+
+    python: Annotated[PythonSource, about("its class or function: FILE.py:NAME or MODULE:NAME")]
+    python_path: Annotated[
+        Folder,
+        about(
+            "folder that FILE.py and MODULE are in; modules are found on PYTHONPATH, too",
+            default="the configuration file's, or the working directory",
+        ),
+    ] = "."
+    name: Annotated[Name, about("name in URLs", "NAME", default="the NAME in python")] = ""
+    processes: Annotated[Instances | None, about("processes of its pool", default="CPU cores")] = None
+    concurrency: Annotated[
+        Calls,
+        about("calls at once in each process, if `handle` is a coroutine or an async generator; else 1"),
+    ] = 16
+    max_queue: Annotated[Rows, about("most calls that wait for a process; more are refused")] = 1024
+    deadline_ms: Annotated[
+        TimeoutMs | None, about("time limit of calls that set none, from start to end")
+    ] = None
+    execution_timeout_ms: Annotated[
+        TimeoutMs | None, about("longest run of a call, after which it is cancelled, or its process ended")
+    ] = None
+    reload: Annotated[
+        bool, about("start it again when files in python_path change; needs cobatch[reload]")
+    ] = False
+
+    def __post_init__(self) -> None:
+        """Fill in the name."""
+        if not self.name:
+            msgspec.structs.force_setattr(self, "name", self.python.rpartition(":")[2])
+
+
 class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`[server]`: the HTTP side, shared by all models."""
 
@@ -256,11 +291,17 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """All settings of a process; `models` is never empty and their names are unique."""
+    """All settings of a process. There is a model or a pipeline, and their names are unique."""
 
     server: ServerSettings = ServerSettings()
     models: tuple[ModelSettings, ...] = ()
+    pipelines: tuple[PipelineSettings, ...] = ()
     auth: AuthSettings | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The names in URLs."""
+        return [model.name for model in self.models] + [pipeline.name for pipeline in self.pipelines]
 
 
 SERVER_FIELDS = {field.name: field.type for field in msgspec.structs.fields(ServerSettings)}

@@ -194,7 +194,7 @@ class Supervisor:
         elif message.state == "ready" and not self._told_ready:
             if all("ready" in child.reached for child in self._children):
                 self._told_ready = True
-                names = ", ".join(model.name for model in self._settings.models)
+                names = ", ".join(self._settings.names)
                 print(f"cobatch: ready: {names}", flush=True)
         elif message.state == "drained":
             self._proceed()

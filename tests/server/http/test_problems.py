@@ -44,6 +44,7 @@ ELSEWHERE = {
     "text-too-long",
     "too-many-elements",
     "too-many-predictions",
+    "wrong-body",
     "unsupported-transfer-coding",
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -35,7 +35,7 @@ from cobatch.server.fronts.model import FrontModel
 from cobatch.server.inference.service import Inference
 from cobatch.server.links.hub import Hub
 from cobatch.server.settings.auth import AuthSettings
-from cobatch.server.settings.schema import ModelSettings, ServerSettings, Settings
+from cobatch.server.settings.schema import ModelSettings, PipelineSettings, ServerSettings, Settings
 from tests.support.fronts.linked import LinkMaker
 from tests.support.http.serving import DEADLINE_S, GatedEngine
 
@@ -111,6 +111,7 @@ async def in_process(
     engines: Mapping[str, Engine] | None = None,
     ready: bool = True,
     auth: AuthSettings | None = None,
+    pipelines: Sequence[PipelineSettings] = (),
     wrap: Callable[[ASGIApp], ASGIApp] = lambda app: app,
     **settings: Any,
 ) -> AsyncIterator[InProcess]:
@@ -122,7 +123,8 @@ async def in_process(
         return fakes.get(path) or load_engine(kind, path, max_batch_size, options)
 
     http_settings = ServerSettings(**{"drain_timeout_s": DEADLINE_S, **settings})
-    inference = Inference(Settings(server=http_settings, models=models, auth=auth))
+    all_settings = Settings(server=http_settings, models=models, pipelines=tuple(pipelines), auth=auth)
+    inference = Inference(all_settings)
     loaded = asyncio.Event()
     inference.on_ready = loaded.set
 

@@ -1,0 +1,250 @@
+"""POST /v1/models/NAME/infer: a request as people send it, to a pipeline; its answer, whole or in parts."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from cobatch.batcher.errors import BatcherError
+from cobatch.server.api.routing import compressed_response, guarded
+from cobatch.server.auth.principal import principal_in
+from cobatch.server.edge.exchange import EXCHANGE, client_in, record_in
+from cobatch.server.http.asgi import note_problem, read_body
+from cobatch.server.http.problem import Problem, from_error
+from cobatch.server.http.reply import Reply
+from cobatch.server.http.request_id import new_id
+from cobatch.server.inference.service import Inference
+from cobatch.server.observability.traffic import LEFT, LEFT_SLUG
+from cobatch.server.pipelines import sse
+from cobatch.server.pipelines.call import NOTHING
+from cobatch.server.pipelines.content import check_type, is_json
+from cobatch.server.pipelines.pipeline import Pipeline
+from cobatch.server.pipelines.request import PipelineRequest
+from cobatch.server.pipelines.wire import in_memory
+
+# A longer body is copied in a thread.
+_SHORT_BYTES = 1 << 20
+_LONGEST_MS = 86_400_000
+_LARGEST_PRIORITY = 2**63 - 1  # as V2's
+
+
+def make_pipelines(inference: Inference) -> dict[str, Pipeline]:
+    """Return the pipelines of the settings, which `inference` knows then, too."""
+    models = tuple(inference.models)
+    pipelines = {one.name: Pipeline(one, models) for one in inference.settings.pipelines}
+    inference.pipelines.update(pipelines)
+    return pipelines
+
+
+def pipeline_routes(inference: Inference, pipelines: dict[str, Pipeline]) -> list[Route]:
+    """Return the route, for Starlette, if there are pipelines."""
+    if not pipelines:
+        return []
+
+    async def post(request: Request) -> Response:
+        pipeline = _find(pipelines, request)
+        if "idempotency-key" in request.headers:
+            detail = "a pipeline keeps no answers, so Idempotency-Key has no use here"
+            raise Problem("bad-parameter", detail, parameter="Idempotency-Key")
+        call = await _accept(inference, pipeline, request)
+        return await _Answering(inference, pipeline, request, call).response()
+
+    return [Route("/v1/models/{name}/infer", guarded(inference, "infer", post), methods=["POST"])]
+
+
+def _find(pipelines: dict[str, Pipeline], request: Request) -> Pipeline:
+    """Return the pipeline in the path. Raises Problem."""
+    name, principal = request.path_params["name"], principal_in(request.scope)
+    pipeline = pipelines.get(name)
+    if pipeline is None:
+        known = [one for one in pipelines if principal is None or principal.may_read(one)]
+        raise Problem("unknown-model", f"there is no pipeline {name!r}", model=name, models=known)
+    return pipeline
+
+
+async def _accept(inference: Inference, pipeline: Pipeline, request: Request) -> PipelineRequest:
+    """Read a request and queue it. Raises Problem, ClientDisconnect."""
+    scope = request.scope
+    principal = principal_in(scope)
+    inference.check(pipeline, principal)
+    assert pipeline.content is not None
+    priority, timeout_s = _options(request)
+    content_type = request.headers.get("content-type", "")
+    check_type(pipeline.content.accepts, content_type)
+    as_json = is_json(pipeline.content.accepts)
+    limit = inference.max_json_bytes if as_json else inference.settings.server.max_body_bytes
+    body = await read_body(dict(request.headers.raw), request.receive, limit, scope[EXCHANGE])
+    inference.check(pipeline, principal)  # other requests came while the body did
+    record = record_in(scope)
+    if record is not None:
+        record.model = pipeline.name
+        record.request_id = record.request_id or new_id()
+    call = PipelineRequest(
+        content_type,
+        memoryview(body),
+        tenant=None if principal is None else principal.tenant,
+        client=client_in(scope),
+        request_id="" if record is None else record.request_id,
+    )
+    call.priority, call.timeout_s = priority, timeout_s
+    if len(body) > _SHORT_BYTES:
+        call.descriptor = await asyncio.to_thread(in_memory, body)
+        call.data = NOTHING
+    try:
+        pipeline.submit(call)
+    except BatcherError as error:
+        call.let_go()
+        raise from_error(error) from None
+    return call
+
+
+def _options(request: Request) -> tuple[int, float | None]:
+    """Return priority and timeout, which the query may have. Raises Problem."""
+    values: dict[str, int] = {}
+    for name, least, most in (("priority", 0, _LARGEST_PRIORITY), ("deadline_ms", 1, _LONGEST_MS)):
+        text = request.query_params.get(name)
+        if text is None:
+            continue
+        if not text.isascii() or not text.isdigit() or len(text) > 20 or not least <= int(text) <= most:
+            detail = f"{name} must be a whole number from {least} to {most}, got {text[:40]!r}"
+            raise Problem("bad-parameter", detail, parameter=name)
+        values[name] = int(text)
+    deadline_ms = values.get("deadline_ms")
+    return values.get("priority", 0), None if deadline_ms is None else deadline_ms / 1000
+
+
+class _Answering:
+    """A call that was accepted, until its client has the answer."""
+
+    def __init__(
+        self, inference: Inference, pipeline: Pipeline, request: Request, call: PipelineRequest
+    ) -> None:
+        self._inference = inference
+        self._pipeline = pipeline
+        self._request = request
+        self.call = call
+        self._received_s = time.monotonic()
+
+    async def response(self) -> Response:
+        """Return the response once the answer has begun, or is whole. Raises Problem, ClientDisconnect."""
+        call = self.call
+        async with self._dropped_if_left():
+            await self._while_connected(lambda: call.head is None or not call.head.streamed)
+            if call.head is not None and call.head.streamed:
+                return _Events(self)
+        self.note()
+        if call.error is not None:
+            raise from_error(call.error)
+        assert call.head is not None
+        self._pipeline.traffic.count(200, "", time.monotonic() - self._received_s)
+        content_type = call.head.content_type.encode("latin-1", "replace")
+        reply = Reply(200, content_type, tuple(call.items), timing=timing(call))
+        return await compressed_response(self._inference, self._request, reply)
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Yield the events of a stream, the last of which says how it ended."""
+        call = self.call
+        while True:
+            await self._while_connected(lambda: not call.items)
+            while call.items:
+                yield sse.event(bytes(call.items.popleft()))
+                call.taken()
+            if call.ended and not call.items:
+                break
+        if call.error is None:
+            yield sse.completed()
+            return
+        problem = from_error(call.error).reply(instance=self._pipeline.path)
+        note_problem(self._request.scope, problem.slug)
+        yield sse.failed(b"".join(problem.body))
+
+    async def _while_connected(self, waits: Callable[[], bool]) -> None:
+        """Wait while `waits()` and the call has not ended. Raises ClientDisconnect."""
+        call = self.call
+        if not waits() or call.ended:
+            return
+        left = asyncio.ensure_future(_disconnected(self._request.receive))
+        try:
+            while waits() and not call.ended:
+                call.changed.clear()
+                changed = asyncio.ensure_future(call.changed.wait())
+                await asyncio.wait((changed, left), return_when=asyncio.FIRST_COMPLETED)
+                changed.cancel()
+                if left.done():
+                    raise ClientDisconnect
+        finally:
+            left.cancel()
+
+    @contextlib.asynccontextmanager
+    async def _dropped_if_left(self) -> AsyncIterator[None]:
+        """Cancel the call if its client, or the server, leaves."""
+        try:
+            yield
+        except (ClientDisconnect, asyncio.CancelledError):
+            self.drop()
+            raise
+
+    def drop(self) -> None:
+        """Cancel the call: nobody takes its answer."""
+        self._pipeline.cancel(self.call)
+        self._pipeline.traffic.count(LEFT, LEFT_SLUG, 0.0)
+
+    def note(self) -> None:
+        """Note in the record where the call ran."""
+        record = record_in(self._request.scope)
+        if record is not None:
+            record.ran(self.call)
+
+    def end(self) -> None:
+        """Count a stream that ended while its client was there."""
+        self.note()
+        problem = None if self.call.error is None else from_error(self.call.error)
+        status, slug = (200, "") if problem is None else (problem.kind.status, problem.kind.slug)
+        self._pipeline.traffic.count(status, slug, time.monotonic() - self._received_s)
+
+
+class _Events(Response):
+    """A stream of events."""
+
+    def __init__(self, answering: _Answering) -> None:
+        super().__init__()
+        self._answering = answering
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answering = self._answering
+        headers = [(b"content-type", sse.CONTENT_TYPE), *sse.HEADERS]
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            async for part in answering.events():
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        except (ClientDisconnect, OSError):
+            answering.drop()
+        except asyncio.CancelledError:
+            answering.drop()
+            raise
+        else:
+            answering.end()
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Wait for the client to disconnect: the only message after the body."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def timing(call: PipelineRequest) -> bytes:
+    """Return Server-Timing: the call's time in the queue and in its process, and those of its steps."""
+    batch = call.batch
+    assert batch is not None
+    spans = [("queue", batch.dispatched_s - call.enqueued_s), ("compute", batch.finished_s - batch.started_s)]
+    for step in call.steps:
+        if step.finished_s:
+            spans.append((f"{step.model}-queue", step.started_s - step.sent_s))
+            spans.append((f"{step.model}-compute", step.finished_s - step.started_s))
+    return ", ".join([f"{name};dur={seconds * 1e3:.3f}" for name, seconds in spans]).encode()

@@ -1,0 +1,211 @@
+"""Calls of pipelines over HTTP, to real processes: answers, streams, faults."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from cobatch.batcher.batcher import Batcher
+from cobatch.server.pipelines.pipeline import Pipeline
+from cobatch.server.settings.schema import PipelineSettings
+from tests.support.http.in_process import InProcess, in_process
+from tests.support.paths import ROOT
+
+SOURCE = "tests/support/pipelines/handlers.py"
+
+
+def pipeline(name: str, **settings: Any) -> PipelineSettings:
+    settings = {"processes": 1, "python_path": str(ROOT), **settings}
+    return PipelineSettings(python=f"{SOURCE}:{name}", name=name.lower(), **settings)
+
+
+@pytest.fixture
+async def running() -> AsyncIterator[InProcess]:
+    async with in_process(pipelines=[pipeline("Asked"), pipeline("Words"), pipeline("Backwards")]) as running:
+        yield running
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Let the loop run until a condition holds, of which no event tells."""
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0)
+
+
+async def started(running: InProcess) -> None:
+    """Wait until a call runs."""
+    batcher = running.inference.pipelines["asked"].batcher
+    assert isinstance(batcher, Batcher)
+    await until(lambda: batcher.running_batches)
+
+
+async def ask(running: InProcess, do: str = "answer", text: str = "", **options: Any) -> httpx.Response:
+    return await running.http.post("/v1/models/asked/infer", json={"do": do, "text": text}, params=options)
+
+
+async def test_an_answer(running: InProcess) -> None:
+    answer = await ask(running, text="hello")
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
+    assert answer.json()["text"] == "hello"
+    assert answer.headers["server-timing"].startswith("queue;dur=")
+
+
+async def test_answers_at_the_same_time(running: InProcess) -> None:
+    waiting = asyncio.create_task(ask(running, "wait"))
+    answers = await asyncio.gather(*[ask(running, text=str(number)) for number in range(40)])
+    assert [answer.json()["text"] for answer in answers] == [str(number) for number in range(40)]
+    waiting.cancel()
+
+
+async def test_long_bodies_and_answers(running: InProcess) -> None:
+    data = os.urandom(3_000_000)
+    answer = await running.http.post("/v1/models/backwards/infer", content=data)
+    assert answer.content == data[::-1]
+
+
+@pytest.mark.parametrize(
+    ("do", "status", "slug"),
+    [("refuse", 422, "refused-by-model"), ("fail", 500, "run-failed")],
+)
+async def test_errors(running: InProcess, do: str, status: int, slug: str) -> None:
+    answer = await ask(running, do, "of this text")
+    assert (answer.status_code, answer.json()["type"]) == (status, f"/problems/{slug}")
+    assert ("of this text" in answer.text) == (do == "refuse")
+
+
+async def test_a_body_of_another_shape(running: InProcess) -> None:
+    answer = await running.http.post("/v1/models/asked/infer", json={"text": 3})
+    assert (answer.status_code, answer.json()["type"]) == (422, "/problems/wrong-body")
+
+
+async def test_the_log_has_the_traceback(running: InProcess, caplog: pytest.LogCaptureFixture) -> None:
+    answer = await ask(running, "fail", "of this text")
+    with_reference = [one for one in caplog.messages if answer.json()["reference"] in one]
+    assert "ValueError: of this text" in with_reference[0]
+
+
+async def test_prints_reach_the_log(running: InProcess, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    await ask(running, "print", "printed by a handler")
+    await ask(running)
+    await until(lambda: any("printed by a handler" in one for one in caplog.messages))
+
+
+async def test_the_deadline_ends_a_call_that_runs(running: InProcess) -> None:
+    answer = await ask(running, "wait", deadline_ms=50)
+    assert (answer.status_code, answer.json()["type"]) == (504, "/problems/expired")
+    assert (await ask(running)).status_code == 200
+
+
+@pytest.mark.parametrize("query", ["deadline_ms=0", "deadline_ms=x", "priority=-1"])
+async def test_options_that_are_none(running: InProcess, query: str) -> None:
+    answer = await running.http.post(f"/v1/models/asked/infer?{query}", json={})
+    assert (answer.status_code, answer.json()["type"]) == (400, "/problems/bad-parameter")
+
+
+async def test_other_addresses(running: InProcess) -> None:
+    assert (await running.http.post("/v1/models/none/infer", json={})).status_code == 404
+    assert (await running.http.get("/v1/models/asked/infer")).status_code == 405
+    answer = await running.http.post("/v1/models/asked/infer", json={}, headers={"idempotency-key": "a"})
+    assert answer.json()["parameter"] == "Idempotency-Key"
+
+
+# Streams
+
+
+async def words(running: InProcess, text: str) -> list[str]:
+    answer = await running.http.post(
+        "/v1/models/words/infer", content=text, headers={"content-type": "text/plain"}
+    )
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "text/event-stream")
+    return answer.text.split("\n\n")[:-1]
+
+
+async def test_a_stream(running: InProcess) -> None:
+    assert await words(running, "a b") == ["data: a", "data: b", "event: completed\ndata: {}"]
+
+
+async def test_a_stream_longer_than_what_is_sent_ahead(running: InProcess) -> None:
+    many = [str(number) for number in range(200)]
+    assert (await words(running, " ".join(many)))[:-1] == [f"data: {one}" for one in many]
+
+
+async def test_a_stream_that_fails(running: InProcess) -> None:
+    *items, last = await words(running, "a fail b")
+    assert items == ["data: a"]
+    assert last.startswith('event: error\ndata: {"type":"/problems/run-failed"')
+
+
+# Processes that end
+
+
+async def test_the_call_that_ends_its_process_is_at_fault(running: InProcess) -> None:
+    first = (await ask(running)).json()["process"]
+    answer = await ask(running, "abort")
+    assert (answer.status_code, answer.json()["type"]) == (500, "/problems/run-failed")
+    assert (await ask(running)).json()["process"] != first  # it waits for the next process
+
+
+async def test_calls_beside_it_may_come_again(running: InProcess) -> None:
+    beside = asyncio.create_task(ask(running, "wait"))
+    await started(running)
+    answers = [await ask(running, "exit"), await beside]
+    assert {answer.json()["type"] for answer in answers} == {"/problems/engine-restarting"}
+    assert {answer.headers["retry-after"] for answer in answers} == {"1"}
+    assert (await ask(running)).status_code == 200
+
+
+async def test_a_handler_that_holds_the_loop_is_ended() -> None:
+    async with in_process(pipelines=[pipeline("Asked", execution_timeout_ms=50.0)]) as running:
+        answer = await ask(running, "hold")
+        assert (answer.status_code, answer.json()["type"]) == (504, "/problems/execution-timeout")
+        assert (await ask(running)).status_code == 200
+
+
+async def test_a_handler_that_only_waits_is_cancelled() -> None:
+    async with in_process(pipelines=[pipeline("Asked", execution_timeout_ms=50.0)]) as running:
+        process = (await ask(running)).json()["process"]
+        assert (await ask(running, "wait")).json()["type"] == "/problems/execution-timeout"
+        assert (await ask(running)).json()["process"] == process
+
+
+async def test_a_call_that_had_not_begun_runs_in_the_next_process(running: InProcess) -> None:
+    process = (await ask(running)).json()["process"]
+    os.kill(process, signal.SIGSTOP)
+    asked = asyncio.create_task(ask(running))
+    await started(running)
+    os.kill(process, signal.SIGKILL)
+    assert (await asked).json()["process"] != process
+
+
+async def test_a_full_queue() -> None:
+    settings = pipeline("Asked", concurrency=1, max_queue=1)
+    async with in_process(pipelines=[settings]) as running:
+        waiting = [asyncio.create_task(ask(running, "wait")) for _ in range(2)]
+        batcher = running.inference.pipelines["asked"].batcher
+        assert batcher is not None
+        await until(lambda: batcher.queue.rows)
+        answer = await ask(running)
+        assert (answer.status_code, answer.json()["type"]) == (429, "/problems/queue-full")
+        assert "retry-after" in answer.headers
+        for one in waiting:
+            one.cancel()
+
+
+async def test_what_cannot_be_loaded(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("class Broken:\n    def handle(self, one, two): ...\n")
+    settings = PipelineSettings(python="broken.py:Broken", python_path=str(tmp_path), processes=1)
+    async with in_process(pipelines=[settings], ready=False) as running:
+        broken = running.inference.pipelines["Broken"]
+        assert isinstance(broken, Pipeline)
+        await until(lambda: broken.load_error)
+        assert "takes the request alone" in str(broken.load_error)
+        answer = await running.http.post("/v1/models/Broken/infer", json={})
+        assert (answer.status_code, answer.json()["type"]) == (503, "/problems/load-failed")

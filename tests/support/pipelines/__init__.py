@@ -1,0 +1,1 @@
+"""Handlers of pipelines for tests."""
