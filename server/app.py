@@ -28,6 +28,7 @@ from cobatch.server.dashboard.feed import Feed
 from cobatch.server.edge.asgi import InferRoutes, ObservingMiddleware
 from cobatch.server.http.problem import Problem, internal
 from cobatch.server.inference.service import Inference
+from cobatch.server.links.hub import hub_of
 from cobatch.server.observability.access_log import LEVELS, AccessLog
 from cobatch.server.observability.gpu import Gpus
 from cobatch.server.observability.history import History
@@ -176,6 +177,8 @@ async def _stop_models(inference: Inference) -> None:
     timeout_s = inference.settings.server.drain_timeout_s
     # Their steps are requests to the models.
     await asyncio.gather(*[pipeline.stop(timeout_s) for pipeline in inference.pipelines.values()])
+    if inference.hub is not None:
+        hub_of(inference).close()
     await asyncio.gather(*[model.stop(timeout_s) for model in inference.models.values()])
 
 

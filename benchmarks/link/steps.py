@@ -100,7 +100,7 @@ async def measure(elements: int, rounds: int = _ROUNDS, calls: int | None = None
     async with serving(elements=elements) as make:
         inference = make().inference
         hub = Hub(inference)
-        descriptors = hub.open_steps(-1, lambda link, why, broken: None)
+        descriptors = hub.open_steps(lambda link, why, broken: None)
         child = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "benchmarks.link.steps", *map(str, descriptors),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, pass_fds=descriptors,

@@ -16,7 +16,7 @@ from cobatch.server.fronts.reports import Reports
 from cobatch.server.inference.service import Inference
 from cobatch.server.links.accounts import HomeTenant, share_accounts
 from cobatch.server.links.downlink import Downlink
-from cobatch.server.links.hub import Hub
+from cobatch.server.links.hub import Hub, hub_of
 from cobatch.server.observability.output import LogStream
 from cobatch.server.settings.schema import Settings
 
@@ -51,6 +51,11 @@ class Downlinks:
             before.end("another one takes its place")
         link.on_report = partial(self._reports.on_report, front)
 
+    def close(self) -> None:
+        """End all links."""
+        for link in list(self.links.values()):
+            link.end("home ends")
+
     def _ask(self, number: int) -> Collection[int]:
         """Ask all fronts for a report; return their numbers."""
         for link in self.links.values():
@@ -75,8 +80,7 @@ class Home(ChildServer):
         self._receptions: dict[int, Reception] = {}
         self._unlinked = asyncio.Event()
         self._unlinked.set()
-        self.hub = Hub(self.inference)
-        self.downlinks = Downlinks(self.inference, self.hub)
+        self.downlinks = Downlinks(self.inference, hub_of(self.inference))
         self.downlinks.on_broken = self._on_broken
         self.downlinks.on_none = self._unlinked.set
 
@@ -114,7 +118,7 @@ class Home(ChildServer):
         """Wait for nothing: the supervisor has closed the listener already."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.hub.close()
+        self.downlinks.close()
         for reception in self._receptions.values():
             reception.close()
         await super().shutdown(sockets)

@@ -159,6 +159,7 @@ class Inference:
         self.rate_limit_headers = settings.auth is not None and settings.auth.rate_limit_headers
         self.models = {} if remote else {model.name: Model(model) for model in settings.models}
         self.served: dict[str, ServedModel] = {**self.models, **{model.name: model for model in remote}}
+        self.hub: object = None  # of links to other processes, see `server.links.hub`
         self.pipelines: dict[str, ServedPipeline] = {}  # set by `server.app`, where they run
         self.observer = Observer(log_stream or LogStream(as_json=settings.server.logs_json))
         # By request target, for the fast path; and by path.

@@ -26,6 +26,14 @@ _HEARTBEAT_S = 0.1
 _SLAB_BYTES = 1 << 28  # of a pipeline's process, in each direction: used where it is written
 
 
+def hub_of(inference: Inference) -> "Hub":
+    """Return the hub of a process, which is made when it is needed: before models are loaded."""
+    if inference.hub is None:
+        inference.hub = Hub(inference)
+    assert isinstance(inference.hub, Hub)
+    return inference.hub
+
+
 class Hub:
     """All links of a home, which are the only ones to its models."""
 
@@ -38,7 +46,8 @@ class Hub:
         self._beat_again: asyncio.TimerHandle | None = None
         self._held: dict[Batcher, None] = {}  # with requests about which nothing is decided yet
         self._room = WaitingRoom()
-        self._page: int | None = None  # for processes of pipelines
+        self._page: int | None = None  # for processes of pipelines, whose numbers are below 0
+        self._last = 0
         self._awaited: set[Downlink] = set()  # for their decisions
         self._decision: asyncio.Handle | None = None
         inference.on_loaded = self._on_loaded
@@ -85,13 +94,14 @@ class Hub:
         self.links.add(link)
         return link
 
-    def open_steps(self, number: int, on_ended: Callable[[Downlink, str, bool], None]) -> list[int]:
-        """Return descriptors of the far end of a new link, for a process of a pipeline (`links.steps`)."""
+    def open_steps(self, on_ended: Callable[[Downlink, str, bool], None]) -> list[int]:
+        """Return descriptors of the far end of a new link, for a process of a pipeline (`links.step_end`)."""
+        self._last -= 1
         size = max(_SLAB_BYTES, 2 * self._inference.settings.server.max_body_bytes)
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         rows, answers = [slab.create("cobatch-steps", size) for _ in range(2)]
         theirs = [far.detach(), slab.for_reading(answers), rows, slab.for_reading(self._page_for_steps())]
-        self.add(number, near, slab.for_reading(rows), answers, on_ended, steps=True)
+        self.add(self._last, near, slab.for_reading(rows), answers, on_ended, steps=True)
         return theirs
 
     def _page_for_steps(self) -> int:

@@ -109,6 +109,7 @@ class StepModel(RemoteModel):
 
     def __init__(self, linked: LinkedModel, index: int) -> None:
         super().__init__(linked.name, index, linked.max_queue_rows, 1)
+        self.settled = asyncio.Event()  # it is loaded, or never will be
         self._pads = linked.pad
         self._padder: Padder | None = None
 
@@ -199,10 +200,19 @@ class StepEnd:
             Page(page, len(models), None, writable=False),
             linked,
             self.loop,
-            on_loaded=lambda: None,
-            on_ended=lambda why, broken: None,
+            on_loaded=self._settle,
+            on_ended=self._on_ended,
             waits=True,
         )
+
+    def _settle(self) -> None:
+        for one in self._models.values():
+            if one.batcher is not None or one.load_error is not None:
+                one.settled.set()
+
+    def _on_ended(self, why: str, broken: bool) -> None:
+        for one in self._models.values():
+            one.settled.set()
 
     def unknown(self, names: set[str]) -> str | None:
         """Return why these names are not all models of the server, or None."""
@@ -230,6 +240,8 @@ class StepEnd:
             raise LookupError(self.unknown({name}))
         if caller.ended:
             raise RuntimeError(f"step {name!r}: its request has ended")
+        if not step.settled.is_set():
+            await self._until_settled(caller, step)
         batcher = step.loaded_batcher()
         request = step.request(caller, inputs)
         if request.timeout_s is not None and request.timeout_s <= 0:
@@ -251,6 +263,15 @@ class StepEnd:
             if len(caller.steps) < KEPT_STEPS:
                 caller.steps.append(request.times(error))
             del error  # it refers to this frame
+
+    async def _until_settled(self, caller: Caller, step: StepModel) -> None:
+        """Wait until a model is loaded, or cannot be: the server may load it at this moment."""
+        waiting = asyncio.ensure_future(step.settled.wait())
+        caller.open.add(waiting)
+        try:
+            await waiting
+        finally:
+            caller.open.discard(waiting)
 
     def close(self) -> None:
         """End the link."""

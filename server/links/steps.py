@@ -71,7 +71,7 @@ class Caller:
         self.deadline_s = deadline_s
         self.source = id(self) if source is None else source
         self.steps: list[StepTimes] = []
-        self.open: set[asyncio.Future[dict[str, Array]]] = set()
+        self.open: set[asyncio.Future[Any]] = set()
         self.ended = False
 
     def end(self) -> None:

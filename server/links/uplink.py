@@ -51,7 +51,7 @@ from cobatch.server.v2.pieces import in_pieces, release
 log = logging.getLogger("cobatch.fronts")
 
 MOST_TENANTS = 1 << 14
-_SOURCE_BITS = (1 << 31) - 1
+SOURCE_BITS = (1 << 31) - 1
 _LOOK_S = 0.25
 _LEAST_S = 1e-3  # of a deadline, for home to refuse
 # Looks without a new heartbeat of home. They are no time, which also passes while the machine is paused.
@@ -99,6 +99,8 @@ class Uplink(Endpoint[FromFront, ToFront]):
         self._silent_looks = 0 if self._heartbeat_s else STALLED_LOOKS
         self.stalled = not self._heartbeat_s  # until home welcomes this front
         self._look = loop.call_later(_LOOK_S, self._watch)
+        if waits:
+            self._look.cancel()  # they would gain nothing by being refused
 
     # To home
 
@@ -179,7 +181,7 @@ class Uplink(Endpoint[FromFront, ToFront]):
             len(requests),
             None if fixed else first.row_shapes,
             0 if tenant is None else self._number_of(tenant),
-            hash(first.source) & _SOURCE_BITS if tenant is None and len(requests) == 1 else 0,
+            hash(first.source) & SOURCE_BITS if tenant is None and len(requests) == 1 else 0,
             first.priority,
             first.timeout_s,
         )
@@ -282,9 +284,9 @@ class Uplink(Endpoint[FromFront, ToFront]):
         model = self._models[loaded.model]
         if loaded.error:
             model.load_error = EngineLoadError(loaded.error)
-            return
-        signature = msgspec.msgpack.decode(loaded.signature, type=Signature)
-        model.loaded(self, self._page.queues[loaded.model], signature)
+        else:
+            signature = msgspec.msgpack.decode(loaded.signature, type=Signature)
+            model.loaded(self, self._page.queues[loaded.model], signature)
         self._on_loaded()
 
     def _answer(self, answers: Answers) -> None:

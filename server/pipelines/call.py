@@ -10,21 +10,14 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from cobatch.server.links.step_end import LinkedModel
+from cobatch.server.observability.record import StepTimes
+
 # Items of a stream that the client has not taken yet; then its generator waits.
 MOST_AHEAD = 16
 # Of an error's text.
 MOST_TEXT = 16 << 10
 NOTHING = memoryview(b"")
-
-
-class Step(Struct, frozen=True, array_like=True, gc=False):
-    """A model that a call used, and the `time.monotonic` of its sending, start and end; 0: it had none."""
-
-    model: str
-    rows: int
-    sent_s: float
-    started_s: float
-    finished_s: float
 
 
 # To the process
@@ -35,13 +28,13 @@ class Start(Struct, frozen=True, array_like=True, tag=0):
 
     source: str
     folder: str
-    models: tuple[str, ...]
+    models: tuple[LinkedModel, ...]
 
 
 class Call(Struct, frozen=True, array_like=True, tag=1, gc=False):
     """A request. `size`: bytes of its body, which is in `data` or in the descriptor that comes with it.
 
-    `tenant`: its name and the index of its rule. `timeout_s`: from now on.
+    `tenant`: its name and the index of its rule. `source`: of an anonymous caller. `timeout_s`: from now on.
     """
 
     number: int
@@ -50,6 +43,7 @@ class Call(Struct, frozen=True, array_like=True, tag=1, gc=False):
     data: memoryview = NOTHING
     request_id: str = ""
     tenant: tuple[str, int] | None = None
+    source: int = 0
     priority: int = 0
     timeout_s: float | None = None
 
@@ -123,7 +117,7 @@ class End(Struct, frozen=True, array_like=True, tag=20):
     slug: str = ""
     text: str = ""
     members: dict[str, Any] = {}
-    steps: tuple[Step, ...] = ()
+    steps: tuple[StepTimes, ...] = ()
 
 
 ToChild = Start | Call | Cancel | Taken

@@ -8,12 +8,17 @@ import asyncio
 import os
 import socket
 import sys
+import time
 import traceback
 from asyncio import Semaphore, Task
+from collections.abc import Sequence
+from typing import Any
 
 from cobatch.engines.errors import BadRequest, EngineLoadError
 from cobatch.engines.python.child import encodable, join_home
 from cobatch.engines.python.model import open_object
+from cobatch.server.links.step_end import StepEnd
+from cobatch.server.links.steps import CALLER, Caller, StepError, asked
 from cobatch.server.pipelines.call import (
     FAILED,
     MOST_AHEAD,
@@ -32,20 +37,21 @@ from cobatch.server.pipelines.call import (
     decode_to_child,
 )
 from cobatch.server.pipelines.handler import Handler, Refused, encoded, event_text
-from cobatch.server.pipelines.running import RUNNING, Running
 from cobatch.server.pipelines.wire import INLINE_BYTES, Wire, in_memory
 
 
 class Child:
     """Runs the calls that home sends."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, link: Sequence[int]) -> None:
         self.ended = asyncio.Event()
         self._wire: Wire[ToHome, ToChild] = Wire(
             sock, decode_to_child, self._on_message, lambda why: self.ended.set()
         )
         self._handler: Handler | None = None
-        self._tasks: dict[int, Task[None]] = {}
+        self._link = link  # the descriptors of its end
+        self._steps: StepEnd | None = None
+        self._calls: dict[int, tuple[Task[None], Caller]] = {}
         self._room: dict[int, Semaphore] = {}  # for items of streams
 
     def _on_message(self, message: ToChild) -> None:
@@ -54,42 +60,63 @@ class Child:
                 self._start(message)
             case Call():
                 self._wire.send(Begun(message.number))
-                task = asyncio.create_task(self._run(message))
-                self._tasks[message.number] = task
+                caller = self._caller(message)
+                self._calls[message.number] = asyncio.create_task(self._run(message, caller)), caller
             case Cancel():
-                if message.number in self._tasks:
-                    self._tasks[message.number].cancel()
+                if message.number in self._calls:
+                    task, caller = self._calls[message.number]
+                    caller.end()  # a thread may wait for a step
+                    task.cancel()
             case Taken():
                 if message.number in self._room:
                     self._room[message.number].release()
 
     def _start(self, start: Start) -> None:
         try:
-            self._handler = handler = Handler(
-                open_object(start.source, start.folder, alone=True), start.source
-            )
+            self._handler = handler = self._load(start)
         except EngineLoadError as error:
             self._wire.send(NotLoaded(encodable(str(error)[:MOST_TEXT])))
         else:
             self._wire.send(handler.described)
 
-    async def _run(self, call: Call) -> None:
-        running = Running(call)
-        RUNNING.set(running)
+    def _load(self, start: Start) -> Handler:
+        """Return the handler. Raises EngineLoadError."""
+        self._steps = StepEnd(self._link, start.models)
+        handler = Handler(open_object(start.source, start.folder, alone=True), start.source)
+        if (why := self._steps.unknown(asked)) is not None:
+            raise EngineLoadError(f"{start.source}: {why}")
+        return handler
+
+    def _caller(self, call: Call) -> Caller:
+        assert self._steps is not None
+        deadline_s = None if call.timeout_s is None else time.monotonic() + call.timeout_s
+        return Caller(
+            self._steps,
+            tenant=call.tenant,
+            priority=call.priority,
+            deadline_s=deadline_s,
+            source=call.source or None,
+        )
+
+    async def _run(self, call: Call, caller: Caller) -> None:
+        CALLER.set(caller)
         slug, text = "", ""
+        members: dict[str, Any] = {}
         try:
             await self._answer(call)
         except Refused as refused:
             slug, text = refused.slug, str(refused)
         except BadRequest as refused:
             slug, text = "refused-by-model", str(refused)
+        except StepError as failed:
+            slug, text, members = failed.kind, str(failed), failed.members
         except asyncio.CancelledError:
             slug = "cancelled"
         except Exception:  # noqa: BLE001 - the user's own code
             slug, text = FAILED, traceback.format_exc()[-MOST_TEXT:]
-        running.ended = True
-        del self._tasks[call.number]
-        self._wire.send(End(call.number, slug, encodable(text), steps=tuple(running.steps)))
+        caller.end()
+        del self._calls[call.number]
+        self._wire.send(End(call.number, slug, encodable(text), members, tuple(caller.steps)))
 
     async def _answer(self, call: Call) -> None:
         handler = self._handler
@@ -116,9 +143,9 @@ class Child:
             self._wire.send(Data(number, len(data)), in_memory(data))
 
 
-async def serve(descriptor: int) -> None:
-    """Run calls until home closes the socket."""
-    child = Child(socket.socket(fileno=descriptor))
+async def serve(sock: int, link: Sequence[int]) -> None:
+    """Run calls until home closes the socket. `link`: the descriptors of the far end of a link."""
+    child = Child(socket.socket(fileno=sock), link)
     await child.ended.wait()
 
 
@@ -129,7 +156,7 @@ def main() -> None:
     join_home(parent)
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
-    asyncio.run(serve(descriptors[0]))
+    asyncio.run(serve(descriptors[0], descriptors[1:]))
 
 
 if __name__ == "__main__":

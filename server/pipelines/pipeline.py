@@ -12,6 +12,8 @@ from cobatch.engines.base import available_cores
 from cobatch.engines.errors import EngineError, EngineLoadError
 from cobatch.server.http.problem import Problem
 from cobatch.server.inference.reloading import Backoff, changes
+from cobatch.server.links.hub import Hub
+from cobatch.server.links.step_end import LinkedModel
 from cobatch.server.observability.traffic import Traffic
 from cobatch.server.pipelines.call import Described, Start
 from cobatch.server.pipelines.process import PoolProcess
@@ -25,7 +27,7 @@ log = logging.getLogger("cobatch.model")
 class Pipeline:
     """A pipeline of this process. `batcher` and `content` are None until a process is loaded."""
 
-    def __init__(self, settings: PipelineSettings, models: tuple[str, ...]) -> None:
+    def __init__(self, settings: PipelineSettings, models: tuple[LinkedModel, ...], hub: Hub) -> None:
         self.name = settings.name
         self.settings = settings
         self.path = f"/v1/models/{settings.name}/infer"
@@ -34,6 +36,7 @@ class Pipeline:
         self.content: Described | None = None
         self.load_error: EngineError | None = None
         self._start = Start(settings.python, settings.python_path, models)
+        self._hub = hub
         self._processes: list[PoolProcess] = []
         self._backoff = Backoff()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -70,7 +73,7 @@ class Pipeline:
         return self.settings.concurrency if self.content.concurrent else 1
 
     def _open(self) -> PoolProcess:
-        return PoolProcess(self.name, self._start, self._on_end)
+        return PoolProcess(self.name, self._start, self._hub, self._on_end)
 
     def _seats_of(self, process: PoolProcess) -> list[Seat]:
         process.on_seat = self._use

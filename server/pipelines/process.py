@@ -21,6 +21,9 @@ from cobatch.engines.errors import (
 )
 from cobatch.engines.python.process import ModelProcess
 from cobatch.server.http.problem import Problem
+from cobatch.server.links.downlink import Downlink
+from cobatch.server.links.hub import Hub
+from cobatch.server.links.uplink import SOURCE_BITS
 from cobatch.server.pipelines.call import (
     FAILED,
     NOTHING,
@@ -56,7 +59,9 @@ class PoolProcess:
     `seats`: where calls run; there are some once it is loaded.
     """
 
-    def __init__(self, name: str, start: Start, on_end: Callable[["PoolProcess", str], None]) -> None:
+    def __init__(
+        self, name: str, start: Start, hub: Hub, on_end: Callable[["PoolProcess", str], None]
+    ) -> None:
         self._name = name
         self._on_end = on_end
         self.seats: list[Seat] = []
@@ -69,7 +74,12 @@ class PoolProcess:
         self._idle.set()
         self._retired: set[Seat] = set()
         self._killers: dict[int, asyncio.TimerHandle] = {}  # of calls that ran too long
-        self._process = ModelProcess(name, [], {}, self._ended_elsewhere, _MODULE)
+        link = hub.open_steps(self._on_link_end)
+        try:
+            self._process = ModelProcess(name, link, {}, self._ended_elsewhere, _MODULE)
+        finally:
+            for descriptor in link:
+                os.close(descriptor)
         self._wire: Wire[ToChild, ToHome] = Wire(
             self._process.sock, decode_to_home, self._on_message, self._on_closed
         )
@@ -96,7 +106,11 @@ class PoolProcess:
         if request.descriptor < 0 and request.size > INLINE_BYTES:
             request.descriptor, request.data = in_memory(request.data), NOTHING
         descriptor = -1 if request.descriptor < 0 else os.dup(request.descriptor)
-        tenant = None if request.tenant is None else (request.tenant.name, request.tenant.rule)
+        tenant, source = None, 0
+        if request.tenant is not None:
+            tenant = request.tenant.name, request.tenant.rule
+        elif request.client is not None:
+            source = hash(request.client) & SOURCE_BITS
         left_s = None
         if request.timeout_s is not None:
             left_s = request.enqueued_s + request.timeout_s - self._loop.time()
@@ -107,6 +121,7 @@ class PoolProcess:
             request.data,
             request.request_id,
             tenant,
+            source,
             request.priority,
             left_s,
         )
@@ -205,6 +220,10 @@ class PoolProcess:
             self._process.kill(f"sent a bad message and was ended: {why}")
         else:  # it has ended, as its socket shows before its status does
             self._loop.call_later(_END_S, self._process.kill, "closed its socket and was ended")
+
+    def _on_link_end(self, link: Downlink, why: str, broken: bool) -> None:
+        if broken:
+            self._process.kill(f"sent a bad message and was ended: {why}")
 
     def _ended_elsewhere(self, error: EngineEndedError) -> None:
         """Note the end of the process, in another thread."""

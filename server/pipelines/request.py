@@ -10,7 +10,8 @@ from typing import Any
 
 from cobatch.batcher.request import Request
 from cobatch.batcher.tenant import Tenant
-from cobatch.server.pipelines.call import NOTHING, Head, Step
+from cobatch.server.observability.record import StepTimes
+from cobatch.server.pipelines.call import NOTHING, Head
 
 
 class PipelineRequest(Request):
@@ -47,7 +48,7 @@ class PipelineRequest(Request):
         self.head: Head | None = None
         self.items: deque[memoryview] = deque()
         self.ended = False
-        self.steps: tuple[Step, ...] = ()
+        self.steps: tuple[StepTimes, ...] = ()
         self.taken: Callable[[], None] = _nothing
         self.withdraw: Callable[[], None] = _nothing
 

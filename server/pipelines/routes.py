@@ -19,6 +19,9 @@ from cobatch.server.http.problem import Problem, from_error
 from cobatch.server.http.reply import Reply
 from cobatch.server.http.request_id import new_id
 from cobatch.server.inference.service import Inference
+from cobatch.server.links.hub import hub_of
+from cobatch.server.links.step_end import linked_models
+from cobatch.server.observability.record import server_timing
 from cobatch.server.observability.traffic import LEFT, LEFT_SLUG
 from cobatch.server.pipelines import sse
 from cobatch.server.pipelines.call import NOTHING
@@ -35,8 +38,11 @@ _LARGEST_PRIORITY = 2**63 - 1  # as V2's
 
 def make_pipelines(inference: Inference) -> dict[str, Pipeline]:
     """Return the pipelines of the settings, which `inference` knows then, too."""
-    models = tuple(inference.models)
-    pipelines = {one.name: Pipeline(one, models) for one in inference.settings.pipelines}
+    settings = inference.settings
+    if not settings.pipelines:
+        return {}
+    models, hub = linked_models(settings.models), hub_of(inference)
+    pipelines = {one.name: Pipeline(one, models, hub) for one in settings.pipelines}
     inference.pipelines.update(pipelines)
     return pipelines
 
@@ -199,6 +205,7 @@ class _Answering:
         record = record_in(self._request.scope)
         if record is not None:
             record.ran(self.call)
+            record.steps = self.call.steps
 
     def end(self) -> None:
         """Count a stream that ended while its client was there."""
@@ -242,9 +249,6 @@ def timing(call: PipelineRequest) -> bytes:
     """Return Server-Timing: the call's time in the queue and in its process, and those of its steps."""
     batch = call.batch
     assert batch is not None
-    spans = [("queue", batch.dispatched_s - call.enqueued_s), ("compute", batch.finished_s - batch.started_s)]
-    for step in call.steps:
-        if step.finished_s:
-            spans.append((f"{step.model}-queue", step.started_s - step.sent_s))
-            spans.append((f"{step.model}-compute", step.finished_s - step.started_s))
-    return ", ".join([f"{name};dur={seconds * 1e3:.3f}" for name, seconds in spans]).encode()
+    queue_s, compute_s = batch.dispatched_s - call.enqueued_s, batch.finished_s - batch.started_s
+    own = b"queue;dur=%.3f, compute;dur=%.3f" % (queue_s * 1e3, compute_s * 1e3)
+    return b"%b, %b" % (own, server_timing(call.steps)) if call.steps else own

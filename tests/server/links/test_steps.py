@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto
 
 from cobatch import StepError, model
-from cobatch.engines.errors import EngineRunError
+from cobatch.engines.errors import EngineLoadError, EngineRunError
 from cobatch.server.links import steps as steps_module
 from cobatch.server.links import waiting
 from cobatch.server.links.steps import CALLER, Caller
@@ -322,14 +322,45 @@ async def test_the_end_of_the_process_empties_queue_and_room() -> None:
         await both.until(lambda: not both.batcher().running_batches)
 
 
-async def test_a_model_that_is_not_loaded_is_refused() -> None:
+async def test_a_step_waits_for_its_model_to_be_loaded() -> None:
     engine = GatedEngine()
-    async with stepping(engine=engine) as both:
+    engine.may_open.clear()
+    async with stepping(engine=engine, ready=False) as both:
+        caller = both.caller()
+        step = asyncio.create_task(gate(**rows(4)))
+        blocking = asyncio.create_task(asyncio.to_thread(gate.run, **rows(5)))
+        await both.until(lambda: len(caller.open) == 2)
+        other = both.caller()
+        left = asyncio.create_task(gate(**rows(6)))
+        await both.until(lambda: other.open)
+        other.end()
+        with pytest.raises(asyncio.CancelledError):
+            await left
+        engine.may_open.set()
+        assert (await step)["y"].item() == 8
+        assert (await blocking)["y"].item() == 10
+
+
+async def test_a_model_that_cannot_be_loaded_is_refused() -> None:
+    engine = GatedEngine()
+    engine.may_open.clear()
+    async with stepping(engine=engine, ready=False) as both:
         both.caller()
-        both.end._models["gate"].batcher = None
-        assert await kind_of(gate(**rows(1))) == "starting"
-        both.hub.links.copy().pop().end("home ends")
-        await both.until(lambda: both.end._uplink.ended)
+        step = asyncio.create_task(gate(**rows(4)))
+        both.end._models["gate"].load_error = EngineLoadError("no memory")
+        both.end._settle()
+        assert await kind_of(step) == "load-failed"
+
+
+async def test_without_home_steps_are_refused() -> None:
+    engine = GatedEngine()
+    engine.may_open.clear()
+    async with stepping(engine=engine, ready=False) as both:
+        both.caller()
+        step = asyncio.create_task(gate(**rows(4)))
+        await both.until(lambda: CALLER.get().open)  # type: ignore[union-attr]  # it is set
+        both.link.end("home ends")
+        assert await kind_of(step) == "starting"
         assert await kind_of(gate(**rows(1))) == "starting"
 
 

@@ -69,6 +69,7 @@ async def stepping(
     engine: GatedEngine | None = None,
     slab_bytes: int = 1 << 20,
     auth: AuthSettings | None = None,
+    ready: bool = True,
     **model: Any,
 ) -> AsyncIterator[Stepping]:
     """Run home with these models, or with one, `gate`, on `engine`; link a pipeline's end to it."""
@@ -77,16 +78,17 @@ async def stepping(
         models = (ModelSettings(path="gate", max_batch_size=gate.max_batch_size, **model),)
     with mock.patch.object(hubs, "_SLAB_BYTES", slab_bytes):
         async with in_process(
-            *models, engines={"gate": gate}, auth=auth, max_body_bytes=slab_bytes // 2
+            *models, engines={"gate": gate}, ready=ready, auth=auth, max_body_bytes=slab_bytes // 2
         ) as home:
             gate.ran.clear()
             hub = Hub(home.inference)
             ended: list[str] = []
-            descriptors = hub.open_steps(-1, lambda link, why, broken: ended.append(why))
+            descriptors = hub.open_steps(lambda link, why, broken: ended.append(why))
             (link,) = hub.links
             end = StepEnd(descriptors, linked_models(models))
             both = Stepping(home, hub, end, link, ended)
-            await both.until(lambda: all(one.batcher for one in end._models.values()))
+            if ready:
+                await both.until(lambda: all(one.batcher for one in end._models.values()))
             try:
                 yield both
             finally:
