@@ -23,6 +23,7 @@ from cobatch.server.settings.schema import (
     FILE_ONLY,
     ModelSettings,
     PadSettings,
+    PipelineSettings,
     ServerSettings,
     Settings,
     env_name,
@@ -138,7 +139,10 @@ def _without_null(member: dict[str, Any]) -> dict[str, Any]:
     return member | ({"anyOf": choices} if choices else {})
 
 
-STRUCTS = (Settings, ServerSettings, ModelSettings, PadSettings, AuthSettings, Issuer, TenantRule, ModelRule)
+STRUCTS = (
+    Settings, ServerSettings, ModelSettings, PadSettings, PipelineSettings, AuthSettings, Issuer, TenantRule,
+    ModelRule,
+)  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {
     "metrics": metrics,
     "function-metrics": lambda: metrics(FUNCTION_FAMILIES),
@@ -147,6 +151,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "settings-server": lambda: settings(ServerSettings, flags=True),
     "settings-models": lambda: settings(ModelSettings, flags=True),
     "settings-pad": lambda: settings(PadSettings),
+    "settings-pipelines": lambda: settings(PipelineSettings),
     "settings-auth": lambda: settings(AuthSettings),
     "settings-issuers": lambda: settings(Issuer),
     "settings-tenants": lambda: settings(TenantRule),

@@ -115,7 +115,8 @@ def load(
     predict = getattr(found, "predict", found)
     if not callable(predict):
         name = source.rpartition(":")[2]
-        raise EngineLoadError(f"{source}: {name} has no method `predict`, and is no function")
+        hint = "; with `handle` it belongs in [[pipelines]]" if hasattr(found, "handle") else ""
+        raise EngineLoadError(f"{source}: {name} has no method `predict`, and is no function{hint}")
     inputs, outputs, by_name = _read(source, found, predict)
     signature = settle(inputs, outputs, batching, _judge)
     if signature.fixed_batch is not None:

@@ -140,7 +140,8 @@ def _keyword(name: str, kind: Any, default: object = None) -> Parameter:
 
 
 _MODEL = typer.Argument(
-    metavar="MODEL", help="A model file, or FILE.py:NAME; replaces the file's [[models]]."
+    metavar="MODEL",
+    help="A model file, or FILE.py:NAME; replaces the file's [[models]]. A pipeline joins them.",
 )
 _CONFIG = typer.Option(metavar="FILE", help="Configuration file (TOML).")
 _CHECK = typer.Option("--check", help="Check the settings, print every error, and exit.")

@@ -5,6 +5,7 @@ holds for every model, and a model path given there replaces the file's list. Ev
 is written, even one that a later source overrides, and every refusal is reported.
 """
 
+import ast
 import ipaddress
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +21,7 @@ from cobatch.server.settings.schema import (
     ENGINES,
     ENV_PREFIX,
     MODEL_FIELDS,
+    PIPELINE_FIELDS,
     PYTHON_SOURCE,
     SERVER_FIELDS,
     ModelSettings,
@@ -90,9 +92,12 @@ def read_settings(
     errors += map(str, _server_conflicts(server, auth))
     folder = Given(str(path.parent), "models[*].python_path", source)
     tables = [{"python_path": folder} | table for table in file.get("models", [])]
-    if "model" in given:
-        tables = [_argument(given["model"])]
     pipelines = [{"python_path": folder} | table for table in file.get("pipelines", [])]
+    if "model" in given and _is_pipeline(given["model"].value):
+        for_pipeline = {name: given[name] for name in PIPELINE_FIELDS if name in given}
+        pipelines.append({"python": given["model"]._replace(key="pipelines[0].python"), **for_pipeline})
+    elif "model" in given:
+        tables = [_argument(given["model"])]
     if not tables and not pipelines and document.get("models", []) == document.get("pipelines", []):
         errors.append("models: no model to serve; give MODEL, or [[models]] in a --config file")
     for_models = {name: one for name, one in given.items() if name in MODEL_FIELDS}
@@ -113,6 +118,20 @@ def _argument(model: Given) -> Table:
     if not Path(model.value).is_file() and re.fullmatch(PYTHON_SOURCE, model.value):
         return {"python": model._replace(key="models[0].python")}
     return {"path": model}
+
+
+def _is_pipeline(model: str) -> bool:
+    """Return whether the MODEL argument is FILE.py:NAME of a class with `handle`. The file is not run."""
+    file, _, name = model.rpartition(":")
+    if not file.endswith(".py") or not Path(file).is_file():
+        return False
+    try:
+        tree = ast.parse(Path(file).read_bytes())
+    except (SyntaxError, ValueError):  # a better place will tell
+        return False
+    of_class = {one.name: one.body for one in tree.body if isinstance(one, ast.ClassDef)}.get(name, [])
+    methods = {one.name for one in of_class if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)}
+    return "handle" in methods and "predict" not in methods
 
 
 def _overrides(environ: Mapping[str, str], flags: Mapping[str, object], errors: Errors) -> Table:

@@ -309,6 +309,11 @@ MODEL_FIELDS = {
     field.name: field.type for field in msgspec.structs.fields(ModelSettings) if field.name not in FILE_ONLY
 }
 
+# Those of a pipeline that a flag or variable for models may set, too.
+PIPELINE_FIELDS = tuple(
+    field.name for field in msgspec.structs.fields(PipelineSettings) if field.name in MODEL_FIELDS
+)
+
 
 def env_name(setting: str) -> str:
     """Return a setting's environment variable: `max_batch_size` -> `COBATCH_MAX_BATCH_SIZE`."""

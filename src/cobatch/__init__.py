@@ -30,6 +30,7 @@ _PUBLIC = {
     "ModelHandle": ("server.links.steps", "ModelHandle"),
     "QueueFull": ("batcher.errors", "QueueFullError"),
     "Request": ("batcher.request", "Request"),
+    "Response": ("server.pipelines.handler", "Response"),
     "ResultCountError": ("engines.errors", "ResultCountError"),
     "Signature": ("engines.base", "Signature"),
     "Statistics": ("batcher.library.statistics", "Statistics"),

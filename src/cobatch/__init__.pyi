@@ -29,6 +29,7 @@ from cobatch.engines.worker import Worker as Worker
 from cobatch.server.links.steps import ModelHandle as ModelHandle
 from cobatch.server.links.steps import StepError as StepError
 from cobatch.server.links.steps import model as model
+from cobatch.server.pipelines.handler import Response as Response
 
 __version__: str
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "ModelHandle",
     "QueueFull",
     "Request",
+    "Response",
     "ResultCountError",
     "Signature",
     "Statistics",

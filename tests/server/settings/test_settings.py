@@ -118,6 +118,54 @@ def test_a_model_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (model.name, model.python_path) == ("Model", "src")
 
 
+def test_pipelines(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text("class Ocr:\n    async def handle(self, page: bytes) -> str: ...\n")
+    text = "[[pipelines]]\npython = 'app.py:Ocr'\nprocesses = 2\n"
+    text += "[[pipelines]]\npython = 'pkg.app:One'\nname = 'b'\n"
+    (tmp_path / "c.toml").write_text(text)
+    settings = load_settings(tmp_path / "c.toml", {}, {})
+    assert [(one.name, one.python_path, one.processes) for one in settings.pipelines] == [
+        ("Ocr", str(tmp_path), 2),
+        ("b", str(tmp_path), None),
+    ]
+    assert settings.names == ["Ocr", "b"]
+    assert settings.models == ()
+
+
+def test_a_class_with_handle_is_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "app.py").write_text(
+        "class Ocr:\n    def handle(self, page: bytes) -> str: ...\n"
+        "class Model:\n    def predict(self, batch): ...\n    def handle(self): ...\n"
+    )
+    settings = load_settings(None, {}, {"model": "app.py:Ocr", "deadline_ms": 5})
+    assert [(one.name, one.deadline_ms) for one in settings.pipelines] == [("Ocr", 5.0)]
+    assert settings.models == ()
+    settings = load_settings(None, {}, {"model": "app.py:Model"})
+    assert [one.name for one in settings.models] == ["Model"]
+    (tmp_path / "app.py").write_text("class Ocr(\n")  # whatever loads it says why it cannot be read
+    assert [one.name for one in load_settings(None, {}, {"model": "app.py:Ocr"}).models] == ["Ocr"]
+
+
+def test_pipelines_that_are_refused(model: Path, tmp_path: Path) -> None:
+    text = (
+        f"[[models]]\npath = '{model}'\nname = 'a'\n[[pipelines]]\npython = 'x:a'\n"
+        "[[pipelines]]\npython = 'none.py:b'\n[[pipelines]]\nconcurrency = 0\n"
+        "[[pipelines]]\npython = 'x:c'\n[[pipelines]]\npython = 'y:c'\n"
+    )
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(SettingsError) as raised:
+        load_settings(tmp_path / "c.toml", {}, {})
+    for expected in (
+        "pipelines[0].name: 'a' is already a model's name",
+        "pipelines[1].python: expected FILE.py:NAME, got 'none.py:b': no file",
+        "pipelines[2].concurrency: expected",
+        "pipelines[2].python: missing; expected its class or function",
+        "pipelines[4].name: 'c' is already another pipeline's name",
+    ):
+        assert any(message.startswith(expected) for message in raised.value.messages), raised.value.messages
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -11,8 +11,7 @@ from typing import Annotated
 
 import msgspec
 
-from cobatch import BadRequest
-from cobatch.server.pipelines.handler import Response
+from cobatch import BadRequest, Response
 
 
 class Ask(msgspec.Struct):
