@@ -12,7 +12,7 @@ from cobatch.server.supervisor.children import Child
 
 log = logging.getLogger("cobatch.server")
 
-_load = attrgetter("refuses", "open_connections")
+_load = attrgetter("refuses", "stalled", "open_connections")
 # Connections accepted before anything else is done.
 _BURST = 64
 _MOST_WAITING = 256

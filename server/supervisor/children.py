@@ -33,6 +33,8 @@ _LONGEST_DELAY_S = 5.0
 # Heartbeats of the supervisor without one of the child. They are no time, which also passes while the machine
 # is paused.
 _HUNG_BEATS = 50
+# After these it gets no more connections if another one runs.
+STALLED_BEATS = 10
 _WAIT_S = 5.0
 # Connections kept for the case that a front dies before it reads from them.
 _MOST_UNREAD = 256
@@ -105,6 +107,11 @@ class Child:
     @property
     def takes_connections(self) -> bool:
         return "up" in self.reached and self.control is not None and not self.control.backlogged
+
+    @property
+    def stalled(self) -> bool:
+        """Its loop has not run for a while."""
+        return self._silent_beats >= STALLED_BEATS
 
     @property
     def open_connections(self) -> int:

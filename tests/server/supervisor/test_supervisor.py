@@ -23,7 +23,7 @@ from cobatch.server.fronts.child_server import ChildServer
 from cobatch.server.fronts.control import PAGE_BYTES, Connection, Control, Link, LinkEnds, Reached, map_words
 from cobatch.server.settings.schema import ModelSettings, Settings
 from cobatch.server.supervisor.acceptor import Acceptor
-from cobatch.server.supervisor.children import Child
+from cobatch.server.supervisor.children import STALLED_BEATS, Child
 from cobatch.server.supervisor.supervisor import Supervisor, run
 from tests.support.http.process import WAIT_S, Cobatch, eventually
 from tests.support.paths import ROOT
@@ -352,9 +352,9 @@ def new_front() -> Child:
     return child
 
 
-@pytest.fixture
-def linked_front() -> Iterator[tuple[Child, Control]]:
-    """Return a front that takes connections, and its end of the control socket."""
+@contextmanager
+def front_that_takes_connections() -> Iterator[tuple[Child, Control]]:
+    """Yield a front, and its end of the control socket."""
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     child, theirs = new_front(), Control(ends[1])
     child.control = Control(ends[0])
@@ -363,6 +363,12 @@ def linked_front() -> Iterator[tuple[Child, Control]]:
     child.release()
     child.close()
     theirs.close()
+
+
+@pytest.fixture
+def linked_front() -> Iterator[tuple[Child, Control]]:
+    with front_that_takes_connections() as ends:
+        yield ends
 
 
 @pytest.fixture
@@ -426,6 +432,28 @@ async def test_nothing_is_accepted_while_all_fronts_refuse(
     acceptor._accept(listener)
     assert was_handed(theirs)
     acceptor.close()
+
+
+async def test_a_front_that_stands_still_gets_no_connections_while_another_runs(
+    linked_front: tuple[Child, Control], listener: socket.socket
+) -> None:
+    still, theirs = linked_front
+    with front_that_takes_connections() as (other, of_other), ExitStack() as stack:
+        acceptor = Acceptor([], [still, other])
+
+        def handed(beats: int) -> tuple[bool, bool]:
+            """Hand a connection out, after heartbeats of the supervisor without one of `still`."""
+            for _ in range(beats):
+                assert not still.is_hung()
+            stack.enter_context(socket.create_connection(listener.getsockname()))
+            acceptor.hand(listener.accept()[0])
+            return was_handed(theirs), was_handed(of_other)
+
+        assert handed(STALLED_BEATS - 1) == (True, False)
+        assert [handed(1) for _ in range(3)] == [(False, True)] * 3
+        still._words[0] += 1
+        assert handed(1) == (True, False)
+        acceptor.close()
 
 
 async def test_connections_that_wait_are_handed_out_before_the_end_and_none_after(
