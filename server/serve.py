@@ -271,8 +271,11 @@ class Server(uvicorn.Server):
         end_s = time.monotonic() + timeout_s
         try:
             left_s = await self.before_drain(timeout_s)
-            batchers = [one.batcher for one in self.inference.served.values() if one.batcher is not None]
-            await asyncio.gather(*[batcher.drain(left_s, timeout_s - left_s) for batcher in batchers])
+            # Pipelines first: their steps are requests to the models.
+            for targets in (self.inference.pipelines, self.inference.served):
+                batchers = [one.batcher for one in targets.values() if one.batcher is not None]
+                await asyncio.gather(*[batcher.drain(left_s, timeout_s - left_s) for batcher in batchers])
+                left_s = max(0.0, end_s - time.monotonic())
             await self.drained()
         except Exception:  # a defect must not keep the process from its end
             log.exception("draining failed")
