@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from asyncio import Future, InvalidStateError
+from asyncio import AbstractEventLoop, Future, InvalidStateError
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -16,12 +17,15 @@ R = TypeVar("R")
 class Pending:
     """The plain calls of one iteration of the event loop: their items, and the futures of their results.
 
-    `left`: those that were cancelled since; `requests` they are once they are queued.
+    `left`: those that were cancelled since, of which `leave` is told; `requests` they are once they are
+    queued.
     """
 
-    __slots__ = ("futures", "items", "left", "requests")
+    __slots__ = ("futures", "items", "leave", "left", "loop", "requests")
 
-    def __init__(self) -> None:
+    def __init__(self, loop: AbstractEventLoop, leave: Callable[[Pending], None]) -> None:
+        self.loop = loop
+        self.leave = leave
         self.items: list[Any] = []
         self.futures: list[Future[Any]] = []
         self.left = 0
@@ -97,11 +101,13 @@ def finish(request: Request, futures: list[Future[Any]]) -> None:
         return
     assert request.batch is not None
     results = request.batch.outputs[0][request.first_row : request.first_row + request.rows]
-    for future, value in zip(futures, results.tolist(), strict=True):
+    answered = map(Future.set_result, futures, results.tolist())
+    while True:
         try:
-            future.set_result(value)
+            any(answered)  # a loop in C over all: none returns anything
+            return
         except InvalidStateError:
-            continue  # cancelled
+            continue  # with the next one: this is cancelled
 
 
 @dataclass(frozen=True)

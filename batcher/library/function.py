@@ -79,19 +79,16 @@ class Batched(Wrapper, Generic[T, R]):
         if timeout is not None or tenant is not None or priority or core.always_alone:
             return await self._alone(item, timeout=timeout, priority=priority, tenant=tenant)
         future: Future[R] = Future()  # of the running loop
-        runner = core.last()
-        if runner is None or runner.loop is not future.get_loop():
-            runner = core.runner()
-        pending = runner.pending
-        if not pending.items:
-            runner.loop.call_soon(runner.flush)
+        pending = core.pending
+        if pending is None or pending.loop is not future.get_loop():
+            pending = core.gather()
         pending.items.append(item)
         pending.futures.append(future)
         try:
             return await future
         except CancelledError:
             if future.cancelled():
-                runner.leave(pending)
+                pending.leave(pending)
             raise
         finally:
             del future, pending  # the exception refers to this frame

@@ -75,7 +75,7 @@ class Runner:
         )
         for worker in self._workers:
             self._start(worker)
-        self.pending = Pending()
+        self.pending = Pending(loop, self.leave)
         self.closed = False
         self._tenants: dict[str, Tenant] = {}
         self._most_tenants = _TENANTS_KEPT
@@ -115,7 +115,7 @@ class Runner:
 
     def flush(self) -> None:
         """Queue the pending calls, in requests that fill batches."""
-        pending, self.pending = self.pending, Pending()
+        pending, self.pending = self.pending, Pending(self.loop, self.leave)
         items, futures = pending.take()
         queue, at = self.batcher.queue, 0
         while at < len(items):
@@ -190,13 +190,14 @@ class Runner:
 class Core:
     """A function, or the method of one object, on any number of event loops.
 
-    `last`: its newest runner. `always_alone`: each call is a request of its own.
+    `pending`: the newest plain calls, until they are queued. `always_alone`: each call is a request of its
+    own.
     """
 
     def __init__(self, plan: Plan, function: Callable[[Any], Any], *ledgers: Ledger) -> None:
         self.plan = plan
         self.always_alone = plan.stack or plan.timeout is not None
-        self.last: Callable[[], Runner | None] = lambda: None
+        self.pending: Pending | None = None
         self._function = function
         self._ledgers = ledgers
 
@@ -210,8 +211,22 @@ class Core:
             runners.add(self, runner)
             for ledger in self._ledgers:
                 ledger.open(runner.batcher.counters, weakref.ref(runner))
-        self.last = weakref.ref(runner)
         return runner
+
+    def gather(self) -> Pending:
+        """Return the plain calls of this iteration of the running event loop, which are queued at its end.
+
+        Event loops of several threads may take turns in `pending`.
+        """
+        runner = self.runner()
+        self.pending = pending = runner.pending
+        if not pending.items:
+            runner.loop.call_soon(self._flush, runner)
+        return pending
+
+    def _flush(self, runner: Runner) -> None:
+        self.pending = None  # it refers to the loop
+        runner.flush()
 
 
 class _LoopRunners:

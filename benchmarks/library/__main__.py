@@ -15,7 +15,9 @@ import time
 from statistics import median
 from typing import NamedTuple
 
+from benchmarks.library.counting import CALLS
 from benchmarks.library.peers import BATCH, BY_HAND, OURS, PEERS, Call, Library
+from benchmarks.request_cost.guard import counted, tools
 
 MOST_CPU_US = 12.0
 
@@ -44,12 +46,27 @@ async def measure(library: Library, calls: int) -> Turn:
     return Turn(wall_s / calls / BATCH * 1e6, cpu_s / calls / BATCH * 1e6)
 
 
+def _count() -> int:
+    programs = tools()
+    if programs is None:
+        print("valgrind or a C compiler is missing: apt-get install valgrind g++", file=sys.stderr)
+        return 2
+    counts = counted(*programs, "benchmarks.library.counting", CALLS)
+    print(f"instructions per call, {BATCH} concurrent callers, Python {sys.version.split()[0]}")
+    for name, count in counts.items():
+        print(f"{name:24}{count:10,.0f}{count / counts[OURS.name]:8.2f}")
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.library", description=__doc__)
     parser.add_argument("--turns", type=int, default=9, help="turns of each library")
     parser.add_argument("--calls", type=int, default=300, help="calls of each of the 64 callers in a turn")
     parser.add_argument("--check", action="store_true", help="status 1 if another one costs less")
+    parser.add_argument("--instructions", action="store_true", help="count instructions (needs valgrind)")
     options = parser.parse_args(arguments)
+    if options.instructions:
+        return _count()
     libraries = [OURS, *[one for one in PEERS if one.version is not None], BY_HAND]
     turns: dict[str, list[Turn]] = {library.name: [] for library in libraries}
     for _ in range(options.turns):

@@ -70,7 +70,9 @@ def tools() -> tuple[str, str] | None:
     return None if valgrind is None or compiler is None else (valgrind, compiler)
 
 
-def counted(valgrind: str, compiler: str, module: str = _REQUEST_PATH) -> dict[str, float]:
+def counted(
+    valgrind: str, compiler: str, module: str = _REQUEST_PATH, requests: int = REQUESTS
+) -> dict[str, float]:
     """Return the instructions per request of each case of a module, the minimum of some repeats."""
     with tempfile.TemporaryDirectory(prefix="cobatch-guard-") as folder:
         library, out = Path(folder, "counting.so"), Path(folder, "out")
@@ -83,16 +85,16 @@ def counted(valgrind: str, compiler: str, module: str = _REQUEST_PATH) -> dict[s
         done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{module} failed under callgrind: {done.stderr[-2000:]}")
-        return _read(Path(folder))
+        return _read(Path(folder), requests)
 
 
-def _read(folder: Path) -> dict[str, float]:
+def _read(folder: Path, requests: int) -> dict[str, float]:
     costs: dict[str, float] = {}
     for part in folder.glob("out.*"):
         text = part.read_text()
         name, total = _NAME.search(text), _TOTAL.search(text)
         if name is not None and total is not None:
-            cost = int(total[1]) / REQUESTS
+            cost = int(total[1]) / requests
             costs[name[1]] = min(cost, costs.get(name[1], cost))
     return costs
 
