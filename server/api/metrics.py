@@ -23,6 +23,7 @@ from cobatch.batcher.statistics import PADDING_STEPS, BatchTotals
 from cobatch.server.api.routing import compressed_response, guarded
 from cobatch.server.http.reply import Reply
 from cobatch.server.inference.model import Model
+from cobatch.server.inference.served import ServedPipeline
 from cobatch.server.inference.service import Inference
 from cobatch.server.observability import metric_families as names
 from cobatch.server.observability.gpu import Gpu, Gpus
@@ -77,14 +78,16 @@ class _OneFamily(NamedTuple):
 
 def families(inference: Inference, gpus: Sequence[Gpu]) -> Iterator[Metric]:
     """Yield all metrics of the process."""
+    targets: dict[str, Model | ServedPipeline] = {**inference.models, **inference.pipelines}
     batchers = [(name, m.batcher) for name, m in inference.models.items() if m.batcher is not None]
+    queues = [(name, one.batcher) for name, one in targets.items() if one.batcher is not None]
     yield metric(names.INFO, [((__version__,), 1)])
     yield metric(names.READY, [((), inference.ready)])
     yield from _requests(inference)
     yield from _tenants(inference)
-    states = [(name, state_of(model, inference.draining)) for name, model in inference.models.items()]
+    states = [(name, state_of(model, inference.draining)) for name, model in targets.items()]
     yield metric(names.STATE, [((name, one), one == state) for name, state in states for one in STATES])
-    yield from _queues(batchers, inference.models)
+    yield from _queues(queues)
     yield from _batches(batchers)
     yield from _padding(batchers)
     yield from _engines(batchers)
@@ -103,8 +106,8 @@ def families(inference: Inference, gpus: Sequence[Gpu]) -> Iterator[Metric]:
         yield from _gpus(gpus)
 
 
-def state_of(model: Model, draining: bool) -> str:
-    """Return the model's state, one of `STATES`."""
+def state_of(model: Model | ServedPipeline, draining: bool) -> str:
+    """Return the state of a model or pipeline, one of `STATES`."""
     if model.load_error is not None:
         return "failed"
     if model.batcher is None:
@@ -128,6 +131,10 @@ def _requests(inference: Inference) -> Iterator[Metric]:
         http[INFER_ROUTE, "POST", 200, ""] += model.infer_traffic.durations.count
         problems = model.infer_traffic.problems
         http.update({(INFER_ROUTE, "POST", *kind): count for kind, count in problems.items()})
+    for name, pipeline in inference.pipelines.items():
+        durations.append(((name,), pipeline.traffic.durations))
+        requests[name, 200, ""] = pipeline.traffic.durations.count
+        requests.update({(name, *kind): count for kind, count in pipeline.traffic.problems.items()})
     yield metric(names.REQUESTS, requests.items())
     yield times_metric(names.DURATION, durations)
     yield metric(names.HTTP_REQUESTS, http.items())
@@ -146,7 +153,7 @@ def _tenants(inference: Inference) -> Iterator[Metric]:
     yield metric(names.TENANT_QUEUE, [((name,), total.queued_rows) for name, total in totals])
 
 
-def _queues(batchers: Batchers, models: dict[str, Model]) -> Iterator[Metric]:
+def _queues(batchers: Batchers) -> Iterator[Metric]:
     open_ = {name: batcher.open_requests() for name, batcher in batchers}
     for levels, _ in open_.values():
         levels.setdefault(DEFAULT, 0)
@@ -155,10 +162,11 @@ def _queues(batchers: Batchers, models: dict[str, Model]) -> Iterator[Metric]:
     yield _of_models(names.EXPIRED, batchers, lambda batcher: batcher.counters.expired)
     queued = [((name, level), rows) for name, (levels, _) in open_.items() for level, rows in levels.items()]
     yield metric(names.QUEUE_ROWS, queued)
-    yield metric(names.QUEUE_LIMIT, [((name,), models[name].settings.max_queue_rows) for name, _ in batchers])
+    yield _of_models(names.QUEUE_LIMIT, batchers, lambda batcher: batcher.admission.max_queue_rows)
     yield times_metric(
         names.QUEUE_DELAY, [((name,), batcher.counters.queue_delays) for name, batcher in batchers]
     )
+    yield times_metric(names.COMPUTE, [((name,), batcher.counters.run_times) for name, batcher in batchers])
 
 
 def _batches(batchers: Batchers) -> Iterator[Metric]:
@@ -174,7 +182,6 @@ def _batches(batchers: Batchers) -> Iterator[Metric]:
     yield sizes_metric(names.BATCH_ROWS, batches)
     yield _of_models(names.FULL_ROWS, batchers, lambda batcher: batcher.queue.full_rows)
     yield _of_models(names.EXPECTED_RUN, batchers, lambda batcher: batcher.expected_run_s)
-    yield times_metric(names.COMPUTE, [((name,), batcher.counters.run_times) for name, batcher in batchers])
     yield _of_models(names.PACKING, batchers, seconds(lambda totals: totals.input_s))
     yield _of_models(names.DELIVERY, batchers, seconds(lambda totals: totals.output_s))
 

@@ -2,6 +2,7 @@
 
 from typing import Any, Protocol
 
+from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.errors import BatcherError
 from cobatch.batcher.request import Request
 from cobatch.batcher.tenant import Tenant
@@ -60,6 +61,12 @@ class Target(Protocol):
 class ServedPipeline(Target, Protocol):
     """A pipeline. `content`: of its requests and answers, None until it is loaded."""
 
+    load_error: EngineError | None
+
+    @property
+    def batcher(self) -> Batcher | None: ...
+    @property
+    def dead(self) -> bool: ...
     @property
     def content(self) -> "Content | None": ...
     async def load(self) -> None: ...

@@ -189,6 +189,11 @@ class Pipeline:
         batcher = self.batcher
         return batcher is not None and batcher.admission.closed is None and bool(batcher.lanes)
 
+    @property
+    def dead(self) -> bool:
+        """Never: its processes are started again for ever."""
+        return False
+
     def unavailable(self) -> Problem:
         """Return the problem of a call before it is loaded."""
         if self.load_error is not None:

@@ -191,3 +191,20 @@ async def test_nothing_leaks_in_many_calls(running: Running) -> None:
         assert all(answer.status_code == 200 for answer in answers)
     await running.until(lambda: running.idle)
     assert descriptors() <= before
+
+
+async def test_metrics_have_pipelines_beside_models(running: Running) -> None:
+    await running.ask()
+    await running.ask(do="shape")
+    text = (await running.home.http.get("/metrics")).text
+    for line in (
+        'cobatch_requests_total{code="200",model="Steps",reason=""} 1.0',
+        'cobatch_requests_total{code="422",model="Steps",reason="wrong-shape"} 1.0',
+        'cobatch_request_duration_seconds_count{model="Steps"} 1.0',
+        'cobatch_model_state{model="Steps",state="ready"} 1.0',
+        'cobatch_queue_limit_rows{model="Steps"} 1024.0',
+        'cobatch_batch_compute_seconds_count{model="Steps"} 1.0',
+        'cobatch_batch_compute_seconds_count{model="gate"} 1.0',
+        'cobatch_http_requests_total{code="200",method="POST",reason="",route="/v1/models/{name}/infer"} 1.0',
+    ):
+        assert line in text, [one for one in text.splitlines() if one.startswith(line.partition("{")[0])]
