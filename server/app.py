@@ -35,7 +35,7 @@ from cobatch.server.observability.history import History
 from cobatch.server.observability.observer import Tracer
 from cobatch.server.openapi import openapi_routes
 from cobatch.server.pipelines.pipeline import Pipeline
-from cobatch.server.pipelines.routes import make_pipelines, pipeline_routes
+from cobatch.server.pipelines.routes import make_around, make_pipelines, pipeline_routes
 from cobatch.server.predictions.routes import v1_routes
 from cobatch.server.settings.schema import ServerSettings, Settings
 from cobatch.server.settings.values import SettingsError
@@ -70,7 +70,7 @@ def build(inference: Inference) -> ASGIApp:
             stack.push_async_callback(_stop_models, inference)
             # In the background: health must answer while a large model is being loaded.
             tasks = [asyncio.create_task(feed.run())]
-            tasks += [asyncio.create_task(_load(inference, name)) for name in inference.models]
+            tasks += [asyncio.create_task(_load(inference, pipelines, name)) for name in inference.models]
             tasks += [asyncio.create_task(_load_pipeline(inference, one)) for one in pipelines.values()]
             stack.push_async_callback(_cancel, tasks)
             stack.callback(_begin_draining, inference, feed)
@@ -146,7 +146,7 @@ def _tracer(settings: ServerSettings) -> Tracer:
     return Tracing(settings.trace_sample, settings.trace_endpoint)
 
 
-async def _load(inference: Inference, name: str) -> None:
+async def _load(inference: Inference, pipelines: dict[str, Pipeline], name: str) -> None:
     model = inference.models[name]
     try:
         await model.load()
@@ -155,6 +155,9 @@ async def _load(inference: Inference, name: str) -> None:
     else:
         inference.observer.watch(model.loaded_batcher, model.infer_traffic.durations)
         inference.on_loaded(model)
+        pipeline = make_around(inference, pipelines, model)
+        if pipeline is not None:
+            await _load_pipeline(inference, pipeline)
         inference.tell_if_ready()
 
 

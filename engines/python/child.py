@@ -74,7 +74,7 @@ def main() -> None:
     except EngineLoadError as error:
         sock.send(encode(NotLoaded(encodable(str(error)[:MOST_TEXT]))))
         return
-    sock.send(encode(Loaded(model.signature)))
+    sock.send(encode(Loaded(model.signature, model.own_requests)))
     while data := sock.recv(MESSAGE_BYTES):
         run = decode_to_child(data)
         assert isinstance(run, Run)

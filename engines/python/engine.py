@@ -36,6 +36,7 @@ class PythonEngine:
         arguments: tuple[object, ...] = (),
     ) -> None:
         self.max_batch_size = max_batch_size
+        self.own_requests = False  # the model has `preprocess` or `postprocess`
         self._start = Start(source, folder, device, batching, arguments)
         self._signature: Signature | None = None
         self._inputs: list[SlotInputs] = []
@@ -75,6 +76,7 @@ class ThreadEngine(PythonEngine):
     def open(self) -> None:
         """Load the model. Raises EngineLoadError."""
         self._model = load(*msgspec.structs.astuple(self._start))
+        self.own_requests = self._model.own_requests
         self._opened(self._model.signature, lambda _: lambda size: np.zeros(size, np.uint8).data)
 
     def enqueue(self, slot: int, rows: int, row_shapes: RowShapes) -> None:
@@ -157,6 +159,7 @@ class ProcessEngine(PythonEngine):
             raise EngineLoadError(
                 loaded.text if isinstance(loaded, NotLoaded) else f"the process sent {loaded}"
             )
+        self.own_requests = loaded.own_requests
         self._opened(loaded.signature, lambda slot: self._regions[slot][0].reserve)
 
     def enqueue(self, slot: int, rows: int, row_shapes: RowShapes) -> None:

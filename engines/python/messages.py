@@ -54,9 +54,10 @@ class Run(Struct, frozen=True, array_like=True, tag=1, gc=False):
 
 
 class Loaded(Struct, frozen=True, array_like=True, tag=16):
-    """The model is loaded."""
+    """The model is loaded. `own_requests`: it has `preprocess` or `postprocess`."""
 
     signature: Signature
+    own_requests: bool = False
 
 
 class NotLoaded(Struct, frozen=True, array_like=True, tag=17):

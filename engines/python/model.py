@@ -43,6 +43,7 @@ class PythonModel:
     ) -> None:
         self.found = found
         self.signature = signature
+        self.own_requests = hasattr(found, "preprocess") or hasattr(found, "postprocess")
         self._predict = predict
         self._by_name = by_name
 
@@ -131,19 +132,20 @@ def open_object(
     arguments: Sequence[object] = (),
     *,
     alone: bool = False,
+    loader: str = "load",
 ) -> object:
     """Find an object, make one of a class, and call its `load`, with `of_load` if it takes arguments.
 
-    See `load`. Raises EngineLoadError.
+    See `load`. `loader`: another method's name. Raises EngineLoadError.
     """
     found = _find(source, folder, first=alone)
     name = source.rpartition(":")[2]
     if inspect.isclass(found):
         found = _call(f"{name}()", found, *arguments)
-    loading = getattr(found, "load", None)
+    loading = getattr(found, loader, None)
     if loading is not None:
         given = of_load if inspect.signature(loading).parameters else ()
-        _call(f"{name}.load", loading, *given)
+        _call(f"{name}.{loader}", loading, *given)
     return found
 
 

@@ -24,11 +24,18 @@ NOTHING = memoryview(b"")
 
 
 class Start(Struct, frozen=True, array_like=True, tag=0):
-    """Load this class or function (`FILE.py:NAME` or `MODULE:NAME`, in `folder`). `models`: the server's."""
+    """Load this class or function (`FILE.py:NAME` or `MODULE:NAME`, in `folder`). `models`: the server's.
+
+    `around`: the model's name, if it is a model in Python, of which only `preprocess` and `postprocess` are
+    wanted. `datatypes`: V2's, of its inputs. `batched`: its first axis is rows.
+    """
 
     source: str
     folder: str
     models: tuple[LinkedModel, ...]
+    around: str = ""
+    datatypes: dict[str, str] = {}
+    batched: bool = True
 
 
 class Call(Struct, frozen=True, array_like=True, tag=1, gc=False):

@@ -19,6 +19,7 @@ from cobatch.engines.python.child import encodable, join_home
 from cobatch.engines.python.model import open_object
 from cobatch.server.links.step_end import StepEnd
 from cobatch.server.links.steps import CALLER, Caller, StepError, asked
+from cobatch.server.pipelines.around import around
 from cobatch.server.pipelines.call import (
     FAILED,
     MOST_AHEAD,
@@ -82,7 +83,12 @@ class Child:
     def _load(self, start: Start) -> Handler:
         """Return the handler. Raises EngineLoadError."""
         self._steps = StepEnd(self._link, start.models)
-        handler = Handler(open_object(start.source, start.folder, alone=True), start.source)
+        if start.around:
+            found = open_object(start.source, start.folder, alone=True, loader="load_requests")
+            handle = around(found, start.around, start.datatypes, batched=start.batched)
+            handler = Handler(handle, start.source)
+        else:
+            handler = Handler(open_object(start.source, start.folder, alone=True), start.source)
         if (why := self._steps.unknown(asked)) is not None:
             raise EngineLoadError(f"{start.source}: {why}")
         return handler

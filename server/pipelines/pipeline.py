@@ -5,10 +5,12 @@ import logging
 from collections.abc import Coroutine
 from typing import Any
 
+import msgspec
+
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.errors import BatcherError, ExecutionTimeoutError
 from cobatch.batcher.lane import BatchWorker
-from cobatch.engines.base import available_cores
+from cobatch.engines.base import Signature, available_cores
 from cobatch.engines.errors import EngineError, EngineLoadError
 from cobatch.server.http.problem import Problem
 from cobatch.server.inference.reloading import Backoff, changes
@@ -25,9 +27,18 @@ log = logging.getLogger("cobatch.model")
 
 
 class Pipeline:
-    """A pipeline of this process. `batcher` and `content` are None until a process is loaded."""
+    """A pipeline of this process. `batcher` and `content` are None until a process is loaded.
 
-    def __init__(self, settings: PipelineSettings, models: tuple[LinkedModel, ...], hub: Hub) -> None:
+    `around`: the signature of the model in Python of the same name, if it is what is before and after that.
+    """
+
+    def __init__(
+        self,
+        settings: PipelineSettings,
+        models: tuple[LinkedModel, ...],
+        hub: Hub,
+        around: Signature | None = None,
+    ) -> None:
         self.name = settings.name
         self.settings = settings
         self.path = f"/v1/models/{settings.name}/infer"
@@ -36,6 +47,12 @@ class Pipeline:
         self.content: Described | None = None
         self.load_error: EngineError | None = None
         self._start = Start(settings.python, settings.python_path, models)
+        if around is not None:
+            batched = all(spec.batched for spec in around.inputs)
+            datatypes = {spec.name: spec.datatype for spec in around.inputs}
+            self._start = msgspec.structs.replace(
+                self._start, around=self.name, datatypes=datatypes, batched=batched
+            )
         self._hub = hub
         self._processes: list[PoolProcess] = []
         self._backoff = Backoff()

@@ -11,6 +11,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from cobatch.batcher.errors import BatcherError
+from cobatch.engines.base import Signature
 from cobatch.server.api.routing import compressed_response, guarded
 from cobatch.server.auth.principal import principal_in
 from cobatch.server.edge.exchange import EXCHANGE, client_in, record_in
@@ -18,6 +19,7 @@ from cobatch.server.http.asgi import note_problem, read_body
 from cobatch.server.http.problem import Problem, from_error
 from cobatch.server.http.reply import Reply
 from cobatch.server.http.request_id import new_id
+from cobatch.server.inference.model import Model
 from cobatch.server.inference.service import Inference
 from cobatch.server.links.hub import hub_of
 from cobatch.server.links.step_end import linked_models
@@ -29,6 +31,7 @@ from cobatch.server.pipelines.content import check_type, is_json
 from cobatch.server.pipelines.pipeline import Pipeline
 from cobatch.server.pipelines.request import PipelineRequest
 from cobatch.server.pipelines.wire import in_memory
+from cobatch.server.settings.schema import PipelineSettings
 
 # A longer body is copied in a thread.
 _SHORT_BYTES = 1 << 20
@@ -38,18 +41,36 @@ _LARGEST_PRIORITY = 2**63 - 1  # as V2's
 
 def make_pipelines(inference: Inference) -> dict[str, Pipeline]:
     """Return the pipelines of the settings, which `inference` knows then, too."""
-    settings = inference.settings
-    if not settings.pipelines:
-        return {}
-    models, hub = linked_models(settings.models), hub_of(inference)
-    pipelines = {one.name: Pipeline(one, models, hub) for one in settings.pipelines}
-    inference.pipelines.update(pipelines)
+    pipelines = {one.name: _made(inference, one) for one in inference.settings.pipelines}
+    inference.pipelines = pipelines
     return pipelines
 
 
+def make_around(inference: Inference, pipelines: dict[str, Pipeline], model: Model) -> Pipeline | None:
+    """Return the pipeline of a loaded model in Python with `preprocess` or `postprocess`, which is new."""
+    engine = model.engine_worker.engine
+    if not getattr(engine, "own_requests", False):
+        return None
+    of_model = model.settings
+    assert of_model.python is not None
+    settings = PipelineSettings(
+        python=of_model.python,
+        python_path=of_model.python_path,
+        name=model.name,
+        deadline_ms=of_model.deadline_ms,
+        reload=of_model.reload,
+    )
+    pipelines[model.name] = pipeline = _made(inference, settings, engine.signature)
+    return pipeline
+
+
+def _made(inference: Inference, settings: PipelineSettings, around: Signature | None = None) -> Pipeline:
+    return Pipeline(settings, linked_models(inference.settings.models), hub_of(inference), around)
+
+
 def pipeline_routes(inference: Inference, pipelines: dict[str, Pipeline]) -> list[Route]:
-    """Return the route, for Starlette, if there are pipelines."""
-    if not pipelines:
+    """Return the route, for Starlette, if there are pipelines, or a model may get one."""
+    if not pipelines and all(model.python is None for model in inference.settings.models):
         return []
 
     async def post(request: Request) -> Response:

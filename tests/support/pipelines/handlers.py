@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Annotated
 
 import msgspec
+import numpy as np
 
 from cobatch import BadRequest, Response
 
@@ -97,3 +98,54 @@ class TwoArguments:
     def handle(self, one: int, two: int) -> int:
         """Add."""
         return one + two
+
+
+class Numbers(msgspec.Struct):
+    """Three numbers."""
+
+    values: list[float]
+
+
+class Summed:
+    """A model in Python with requests of its own shape. Only its own process has loaded it."""
+
+    inputs = {"x": ("FP32", [-1, 3])}
+    outputs = {"y": ("FP32", [-1, 1])}
+    factor = 0.0
+
+    def load(self) -> None:
+        """Set the factor."""
+        self.factor = 2.0
+
+    def load_requests(self) -> None:
+        """Set the unit."""
+        self.unit = "kg"
+
+    def preprocess(self, numbers: Numbers) -> dict[str, object]:
+        """Return a row."""
+        if not numbers.values:
+            raise BadRequest("no numbers")
+        return {"x": np.array(numbers.values, np.float32)}
+
+    def predict(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the sums."""
+        return {"y": batch["x"].sum(1, keepdims=True) * np.float32(self.factor)}
+
+    async def postprocess(self, row: dict[str, np.ndarray]) -> str:
+        """Return the sum in words."""
+        return f"{row['y'][0]:g} {self.unit}, {self.factor:g}"
+
+
+class Plain:
+    """A model whose answers alone have their own shape."""
+
+    inputs = {"x": ("FP32", [-1, 2])}
+    outputs = {"y": ("FP32", [-1, 2])}
+
+    def predict(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the rows."""
+        return {"y": batch["x"]}
+
+    def postprocess(self, row: dict[str, np.ndarray]) -> float:
+        """Return the first number."""
+        return float(row["y"][0])

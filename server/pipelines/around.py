@@ -1,0 +1,81 @@
+"""The handler of a model in Python with requests of its own shape: `preprocess`, the model, `postprocess`.
+
+    class Classifier:
+        def preprocess(self, picture: Annotated[bytes, "image/png"]) -> dict[str, np.ndarray]: ...  # one row
+        def predict(self, batch): ...
+        def postprocess(self, row: dict[str, np.ndarray]) -> Label: ...
+
+Here only the first and the last run, of an object without its `load`; `predict` runs in the model's process.
+"""
+
+import asyncio
+import inspect
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, get_type_hints
+
+import numpy as np
+
+from cobatch.engines.base import DATATYPES
+from cobatch.engines.errors import BadRequest, EngineLoadError
+from cobatch.engines.python.model import described
+from cobatch.server.links.steps import model
+
+Row = dict[str, Any]
+
+
+def around(found: object, name: str, datatypes: Mapping[str, str], *, batched: bool) -> Callable[[Any], Any]:
+    """Return the handler of a loaded object.
+
+    `datatypes`: of the model's inputs, for what is no array. `batched`: the model has a first axis, which the
+    rows here have not. Raises EngineLoadError.
+    """
+    before, after = getattr(found, "preprocess", None), getattr(found, "postprocess", None)
+    step = model(name)
+    thread = ThreadPoolExecutor(1, "cobatch-handler")
+
+    async def call(method: Callable[[Any], Any], argument: object) -> Any:
+        if inspect.iscoroutinefunction(method):
+            return await method(argument)
+        return await asyncio.get_running_loop().run_in_executor(thread, method, argument)
+
+    async def handle(request: Any) -> Any:
+        row = request if before is None else await call(before, request)
+        if not isinstance(row, dict):
+            raise TypeError(f"preprocess returned {type(row).__name__}, expected a dict of arrays")
+        arrays = {key: _array(value, datatypes.get(key)) for key, value in row.items()}
+        if batched:
+            arrays = {key: array[np.newaxis] for key, array in arrays.items()}
+        outputs = await step(**arrays)
+        if batched:
+            outputs = {key: value[0] for key, value in outputs.items()}
+        return outputs if after is None else await call(after, outputs)
+
+    handle.__doc__ = inspect.getdoc(found) if type(found).__doc__ else None
+    handle.__annotations__ = {
+        "request": _hints(before).get("first", Any) if before is not None else dict[str, Any],
+        "return": _hints(after).get("return", Any) if after is not None else Any,
+    }
+    return handle
+
+
+def _array(value: Any, datatype: str | None) -> np.ndarray[Any, Any]:
+    if isinstance(value, np.ndarray) or datatype is None:
+        return np.asarray(value)
+    try:
+        return np.asarray(value, DATATYPES[datatype])
+    except (TypeError, ValueError, OverflowError) as error:
+        raise BadRequest(f"a value is no {datatype}: {error}") from None
+
+
+def _hints(method: Callable[..., Any]) -> dict[str, Any]:
+    """Return the types of the only parameter, as `first`, and of the result. Raises EngineLoadError."""
+    name = method.__qualname__
+    parameters = list(inspect.signature(method).parameters)
+    if len(parameters) != 1:
+        raise EngineLoadError(f"{name} takes one argument, got {', '.join(parameters) or 'none'}")
+    try:
+        hints = get_type_hints(method, include_extras=True)
+    except Exception as error:
+        raise EngineLoadError(f"{name}: the annotations cannot be read: {described(error)}") from error
+    return {"first": hints.get(parameters[0], Any), "return": hints.get("return", Any)}
