@@ -38,6 +38,7 @@ from cobatch.server.pipelines.call import (
     decode_to_child,
 )
 from cobatch.server.pipelines.handler import Handler, Refused, encoded, event_text
+from cobatch.server.pipelines.prints import REQUEST_ID, mark_lines
 from cobatch.server.pipelines.wire import INLINE_BYTES, Wire, in_memory
 
 
@@ -106,6 +107,7 @@ class Child:
 
     async def _run(self, call: Call, caller: Caller) -> None:
         CALLER.set(caller)
+        REQUEST_ID.set(call.request_id)
         slug, text = "", ""
         members: dict[str, Any] = {}
         try:
@@ -160,6 +162,7 @@ def main() -> None:
     parent, *descriptors = map(int, sys.argv[2:])
     del sys.argv[1:]
     join_home(parent)
+    mark_lines()
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
     asyncio.run(serve(descriptors[0], descriptors[1:]))

@@ -93,9 +93,11 @@ async def test_the_log_has_the_traceback(running: InProcess, caplog: pytest.LogC
 
 async def test_prints_reach_the_log(running: InProcess, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    await ask(running, "print", "printed by a handler")
-    await ask(running)
-    await until(lambda: any("printed by a handler" in one for one in caplog.messages))
+    answer = await ask(running, "print", "printed\nby a handler")
+    request_id = answer.headers["x-request-id"]
+    await until(lambda: any("by a handler" in one for one in caplog.messages))
+    for line in ("printed", "by a handler"):
+        assert f"model asked: {request_id}: {line}" in caplog.messages
 
 
 async def test_the_deadline_ends_a_call_that_runs(running: InProcess) -> None:
