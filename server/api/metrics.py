@@ -78,7 +78,7 @@ class _OneFamily(NamedTuple):
 
 def families(inference: Inference, gpus: Sequence[Gpu]) -> Iterator[Metric]:
     """Yield all metrics of the process."""
-    targets: dict[str, Model | ServedPipeline] = {**inference.models, **inference.pipelines}
+    targets: dict[str, Model | ServedPipeline] = {**inference.models, **inference.own_pipelines}
     batchers = [(name, m.batcher) for name, m in inference.models.items() if m.batcher is not None]
     queues = [(name, one.batcher) for name, one in targets.items() if one.batcher is not None]
     yield metric(names.INFO, [((__version__,), 1)])
@@ -131,7 +131,7 @@ def _requests(inference: Inference) -> Iterator[Metric]:
         http[INFER_ROUTE, "POST", 200, ""] += model.infer_traffic.durations.count
         problems = model.infer_traffic.problems
         http.update({(INFER_ROUTE, "POST", *kind): count for kind, count in problems.items()})
-    for name, pipeline in inference.pipelines.items():
+    for name, pipeline in inference.own_pipelines.items():
         durations.append(((name,), pipeline.traffic.durations))
         requests[name, 200, ""] = pipeline.traffic.durations.count
         requests.update({(name, *kind): count for kind, count in pipeline.traffic.problems.items()})

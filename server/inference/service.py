@@ -197,6 +197,11 @@ class Inference:
         targets = (*self.served.values(), *self.pipelines.values())
         return is_open and all(target.ready for target in targets)
 
+    @property
+    def own_pipelines(self) -> dict[str, ServedPipeline]:
+        """The pipelines that are not the requests of a model, and counted as its."""
+        return {name: one for name, one in self.pipelines.items() if name not in self.models}
+
     def admit(self, model: Target, principal: Principal | None) -> Problem | None:
         """Decide whether a request may enter now; return the problem if it may not.
 

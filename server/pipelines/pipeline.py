@@ -73,7 +73,7 @@ class Pipeline:
             raise
         limit_ms = self.settings.execution_timeout_ms
         self.batcher = Batcher(
-            self.name,
+            self.name if not self._start.around else f"{self.name}, its requests",
             [seat for process in self._processes for seat in self._seats_of(process)],
             max_queue_rows=self.settings.max_queue,
             execution_timeout_ms=limit_ms,

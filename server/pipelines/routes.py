@@ -61,6 +61,7 @@ def make_around(inference: Inference, pipelines: dict[str, Pipeline], model: Mod
         reload=of_model.reload,
     )
     pipelines[model.name] = pipeline = _made(inference, settings, engine.signature)
+    pipeline.traffic = model.traffic
     return pipeline
 
 

@@ -41,6 +41,16 @@ async def test_a_model_between_its_own_requests_and_answers(running: InProcess) 
     assert answer.json()["outputs"][0]["data"] == [12.0]
 
 
+async def test_they_are_counted_as_the_model_s(running: InProcess) -> None:
+    await ask(running, "Summed", {"values": [1, 2, 3]})
+    await ask(running, "Summed", {"values": []})
+    text = (await running.http.get("/metrics")).text
+    assert 'cobatch_requests_total{code="200",model="Summed",reason=""} 1.0' in text
+    assert 'cobatch_requests_total{code="422",model="Summed",reason="refused-by-model"} 1.0' in text
+    lines = [line for line in text.splitlines() if line.startswith('cobatch_queue_rows{model="Summed"')]
+    assert len(set(lines)) == len(lines) > 0
+
+
 async def test_answers_alone(running: InProcess) -> None:
     assert (await ask(running, "Plain", {"x": [5, 6]})).json() == 5.0
 
