@@ -62,6 +62,10 @@ def test_an_engine_that_stands_still_makes_runs_longer(began_s: float, run_s: fl
         ([0.93, 0.97, 1.0], False),
         ([0.93, 0.97, 1.0] * 3, False),
         ([0.95, 0.955, 0.96] * 3, True),
+        ([0.94, 1.03] * 5, False),
+        ([0.94, 1.03] * 9, False),  # next looked at after twenty
+        ([0.94, 1.03] * 10, False),
+        ([0.94, 1.03] * 20, True),
     ],
 )
 def test_a_cell_is_measured_until_its_interval_is_on_one_side(ratios: list[float], decided: bool) -> None:
