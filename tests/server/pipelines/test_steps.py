@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+import pytest_asyncio
 
 from cobatch.engines.errors import EngineRunError
 from cobatch.server.links.hub import Hub, hub_of
@@ -18,6 +19,8 @@ from cobatch.server.settings.schema import ModelSettings, PipelineSettings
 from tests.support.http.in_process import InProcess, in_process
 from tests.support.http.serving import DEADLINE_S, GatedEngine
 from tests.support.paths import ROOT
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @dataclass
@@ -61,10 +64,18 @@ async def serving(
         yield Running(home, engine)
 
 
-@pytest.fixture
-async def running() -> AsyncIterator[Running]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared() -> AsyncIterator[Running]:
     async with serving("Steps", "Blocking") as one:
         yield one
+
+
+@pytest.fixture
+def running(shared: Running) -> Iterator[Running]:
+    shared.engine.ran.clear()
+    yield shared
+    shared.engine.fails = lambda x: None
+    shared.engine.release()
 
 
 @pytest.mark.parametrize("name", ["Steps", "Blocking"])
@@ -121,7 +132,7 @@ async def test_the_steps_of_a_client_that_leaves_are_cancelled(running: Running,
     first = asyncio.create_task(running.ask())
     await asyncio.to_thread(running.engine.began.get)
     call = asyncio.create_task(running.ask(to=name, count=5))
-    await running.until(lambda: running.home.batcher().queue.rows)
+    await running.until(lambda: sum(len(link.open) for link in running.hub.links) > 1)
     call.cancel()
     await running.until(lambda: sum(len(link.open) for link in running.hub.links) == 1)
     running.engine.release()
@@ -193,10 +204,11 @@ async def test_nothing_leaks_in_many_calls(running: Running) -> None:
     assert descriptors() <= before
 
 
-async def test_metrics_have_pipelines_beside_models(running: Running) -> None:
-    await running.ask()
-    await running.ask(do="shape")
-    text = (await running.home.http.get("/metrics")).text
+async def test_metrics_have_pipelines_beside_models() -> None:
+    async with serving() as running:
+        await running.ask()
+        await running.ask(do="shape")
+        text = (await running.home.http.get("/metrics")).text
     for line in (
         'cobatch_requests_total{code="200",model="Steps",reason=""} 1.0',
         'cobatch_requests_total{code="422",model="Steps",reason="wrong-shape"} 1.0',
