@@ -225,7 +225,7 @@ def policies(one: Cell) -> Iterator[tuple[str, Policy]]:
 
 def print_groups(verdicts: Sequence[Verdict]) -> None:
     """Print for groups of cells the least, the tenth percentile and the median of the ratios."""
-    print("| cells | count | of the best untuned: least | 10 % | median | of the best tuned: 10 % | median |")
+    print("| cells | count | of the best untuned: least | 10 % | median | of the best: 10 % | median |")
     print("|---|" + "---:|" * 6)
     groups: dict[str, list[Verdict]] = {}
     for one in verdicts:
@@ -253,7 +253,8 @@ def print_doubtful(doubtful: Sequence[Verdict], again: dict[int, list[float]]) -
         shown = (
             f"{one.of_untuned:.1%}; {len(ratios)} times again {mean(ratios):.1%} +- {half_width(ratios):.1%}"
         )
-        print(f"{one.cell.name}\n    {shown} of {one.untuned[1]}; tuned {one.of_tuned:.1%} of {one.tuned[1]}")
+        tuned = f"; tuned {one.of_tuned:.1%} of {one.tuned[1]}" if one.tuned[1] else ""
+        print(f"{one.cell.name}\n    {shown} of {one.untuned[1]}{tuned}")
         if mean(ratios) < _LEAST:
             yield one.cell.number
 
