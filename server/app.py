@@ -49,14 +49,15 @@ def create_app(settings: Settings) -> ASGIApp:
 def build(inference: Inference) -> ASGIApp:
     """Return the application around an `Inference`. Raises SettingsError if a library is missing."""
     settings, observer = inference.settings.server, inference.observer
-    history = History(max(1, len(inference.models)))
+    history = History(len(inference.settings.names))
     observer.on_request(history.on_request)
     observer.keep = history.on_request
     observer.on_batch(history.on_batch)
     sinks = make_sinks(inference)
-    if any(model.settings.reload for model in inference.models.values()):
-        _need("watchfiles", "models[*].reload: needs watchfiles: pip install 'cobatch[reload]'")
     pipelines = make_pipelines(inference)
+    for kind, targets in (("models", inference.models), ("pipelines", pipelines)):
+        if any(target.settings.reload for target in targets.values()):
+            _need("watchfiles", f"{kind}[*].reload: needs watchfiles: pip install 'cobatch[reload]'")
     gpus = Gpus()
     feed = Feed(inference, history)
     inference.on_draining.append(feed.close)

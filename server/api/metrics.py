@@ -7,6 +7,7 @@ family at a time, and the event loop serves requests in between.
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
@@ -36,6 +37,7 @@ from cobatch.server.observability.metrics import (
     times_metric,
 )
 from cobatch.server.observability.record import INFER_ROUTE
+from cobatch.server.observability.traffic import Traffic
 
 METRICS = "/metrics"
 STATES = ("loading", "ready", "recovering", "failed", "dead", "draining")
@@ -78,7 +80,7 @@ class _OneFamily(NamedTuple):
 
 def families(inference: Inference, gpus: Sequence[Gpu]) -> Iterator[Metric]:
     """Yield all metrics of the process."""
-    targets: dict[str, Model | ServedPipeline] = {**inference.models, **inference.own_pipelines}
+    targets = inference.targets
     batchers = [(name, m.batcher) for name, m in inference.models.items() if m.batcher is not None]
     queues = [(name, one.batcher) for name, one in targets.items() if one.batcher is not None]
     yield metric(names.INFO, [((__version__,), 1)])
@@ -123,18 +125,15 @@ def _requests(inference: Inference) -> Iterator[Metric]:
     requests: Counter[tuple[object, ...]] = Counter()
     http: Counter[tuple[object, ...]] = Counter(inference.observer.http)
     durations = []
-    for name, model in inference.models.items():
-        traffic = model.all_traffic
+    for name, target in inference.targets.items():
+        traffic = reduce(Traffic.plus, target.traffics)
         durations.append(((name,), traffic.durations))
         requests[name, 200, ""] = traffic.durations.count
         requests.update({(name, *kind): count for kind, count in traffic.problems.items()})
+    for model in inference.models.values():
         http[INFER_ROUTE, "POST", 200, ""] += model.infer_traffic.durations.count
         problems = model.infer_traffic.problems
         http.update({(INFER_ROUTE, "POST", *kind): count for kind, count in problems.items()})
-    for name, pipeline in inference.own_pipelines.items():
-        durations.append(((name,), pipeline.traffic.durations))
-        requests[name, 200, ""] = pipeline.traffic.durations.count
-        requests.update({(name, *kind): count for kind, count in pipeline.traffic.problems.items()})
     yield metric(names.REQUESTS, requests.items())
     yield times_metric(names.DURATION, durations)
     yield metric(names.HTTP_REQUESTS, http.items())

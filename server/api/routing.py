@@ -14,6 +14,7 @@ from cobatch.server.http.compression import compressed
 from cobatch.server.http.problem import Problem
 from cobatch.server.http.reply import JSON, Reply
 from cobatch.server.inference.model import Model
+from cobatch.server.inference.served import ServedPipeline
 from cobatch.server.inference.service import Inference
 from cobatch.server.settings.auth import INFER, METADATA
 
@@ -35,6 +36,12 @@ def find(inference: Inference, request: Request) -> Model:
     return find_model(inference, principal_in(request.scope), path["name"], path.get("version"))
 
 
+def find_target(inference: Inference, request: Request) -> Model | ServedPipeline:
+    """Return the pipeline in the path, or else the model as `find` does."""
+    target = inference.targets.get(request.path_params["name"])
+    return find(inference, request) if target is None or isinstance(target, Model) else target
+
+
 def find_model(inference: Inference, principal: Principal | None, name: str, version: str | None) -> Model:
     """Return the model with this name, and this version if not None. Raises Problem if there is none."""
     known = inference.auth is None or principal is not None
@@ -42,6 +49,9 @@ def find_model(inference: Inference, principal: Principal | None, name: str, ver
     if model is None:
         models = [one for one in inference.models if principal is None or principal.may_read(one)]
         detail = f"there is no model {name!r}"
+        pipeline = inference.pipelines.get(name)
+        if pipeline is not None and (principal is None or principal.may_infer(name)) and known:
+            detail = f"{name!r} is a pipeline: POST {pipeline.path}"
         raise Problem("unknown-model", detail, model=name, models=models if known else [])
     if version not in (None, model.version):
         detail = f"model {name!r} has no version {version!r}"

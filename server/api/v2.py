@@ -11,7 +11,7 @@ from starlette.routing import Route
 from cobatch import __version__
 from cobatch.batcher.statistics import Counters, PaddingTotals
 from cobatch.engines.base import TensorSpec
-from cobatch.server.api.routing import Endpoint, Needs, find, guarded, json, loaded
+from cobatch.server.api.routing import Endpoint, Needs, find, find_target, guarded, json, loaded
 from cobatch.server.http.asgi import read_body
 from cobatch.server.http.problem import Problem
 from cobatch.server.inference.model import Model
@@ -53,9 +53,9 @@ def v2_routes(inference: Inference) -> list[Route]:
         return json({"ready": inference.ready}, 200 if inference.ready else 503)
 
     async def model_ready(request: Request) -> Response:
-        model = find(inference, request)
-        is_ready = model.ready and not inference.leaving
-        return json({"name": model.name, "ready": is_ready}, 200 if is_ready else 503)
+        target = find_target(inference, request)
+        is_ready = target.ready and not inference.leaving
+        return json({"name": target.name, "ready": is_ready}, 200 if is_ready else 503)
 
     def of_model(describe: Callable[[Model], Json]) -> Endpoint:
         async def endpoint(request: Request) -> Response:

@@ -23,6 +23,7 @@ from cobatch.server.auth.principal import Principal
 from cobatch.server.dashboard.seconds import Counts, ModelSampler, Second, size_bins, timeline
 from cobatch.server.http.problem import KINDS
 from cobatch.server.inference.model import Model
+from cobatch.server.inference.served import ServedPipeline
 from cobatch.server.inference.service import Inference
 from cobatch.server.observability.history import History
 from cobatch.server.observability.observer import FrontCounts
@@ -131,7 +132,7 @@ class Feed:
         self._wall_clock = wall_clock
         self._last_s = clock()
         self._started = wall_clock()
-        self._models = {name: ModelSampler(model) for name, model in inference.models.items()}
+        self._models = {name: ModelSampler(target) for name, target in inference.targets.items()}
         self._tenants: dict[str, tuple[int, int, int, float]] = {}
         self._loop = LoopSampler()
         self._loop.second(inference.observer.lag, 0.0)
@@ -254,21 +255,24 @@ def hello(inference: Inference, started: float) -> dict[str, Any]:
         "kinds": {slug: kind.title for slug, kind in KINDS.items()},
         "models": {
             name: {
-                **_engine(model),
-                **_settings(model.settings),
+                **_engine(target),
+                **_settings(target.settings),
             }
-            for name, model in inference.models.items()
+            for name, target in inference.targets.items()
         },
         **_settings(inference.settings.server),
     }
 
 
-def _engine(model: Model) -> dict[str, Any]:
+def _engine(model: Model | ServedPipeline) -> dict[str, Any]:
+    if not isinstance(model, Model):
+        return {"kind": "pipeline", "platform": "", "batching": "", "sizes": [1]}
     if model.batcher is None:
         sizes = size_bins(max(1, model.settings.max_batch_size))
-        return {"platform": "", "batching": "", "sizes": sizes}
+        return {"kind": "model", "platform": "", "batching": "", "sizes": sizes}
     engine = model.engine_worker.engine
     return {
+        "kind": "model",
         "platform": engine.platform,
         "batching": engine.signature.batching_note,
         "sizes": size_bins(model.batcher.max_batch_size),

@@ -24,6 +24,7 @@ from cobatch.batcher.request import Batch
 from cobatch.server.api.metrics import state_of
 from cobatch.server.http.request_id import LEAD
 from cobatch.server.inference.model import Model
+from cobatch.server.inference.served import ServedPipeline
 from cobatch.server.observability.history import BatchRecord
 from cobatch.server.observability.traffic import Traffic
 
@@ -129,9 +130,9 @@ def sparse(counts: Counts) -> list[int]:
 
 
 class ModelSampler:
-    """Takes the differences of one model's totals from second to second."""
+    """Takes the differences of the totals of a model, or a pipeline, from second to second."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model | ServedPipeline) -> None:
         self.model = model
         self.totals = Totals()
         self._latency: Counts = np.zeros(len(EDGES_S) + 1, np.int64)
@@ -142,10 +143,10 @@ class ModelSampler:
         batcher = self.model.batcher
         if batcher is None:
             return Second(state=state, delta=Totals())
-        traffics = (self.model.traffic, self.model.infer_traffic)
+        traffics = self.model.traffics
         before, self.totals = self.totals, totals_of(batcher, traffics)
         counts_before = self._latency
-        self._latency = traffics[0].durations.counts() + traffics[1].durations.counts()
+        self._latency = sum([one.durations.counts() for one in traffics], np.zeros_like(counts_before))
         return Second(
             state=state,
             delta=self.totals.since(before),

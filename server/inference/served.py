@@ -9,7 +9,7 @@ from cobatch.batcher.tenant import Tenant
 from cobatch.engines.errors import EngineError
 from cobatch.server.http.problem import Problem
 from cobatch.server.observability.traffic import Traffic
-from cobatch.server.settings.schema import ModelSettings
+from cobatch.server.settings.schema import ModelSettings, PipelineSettings
 from cobatch.server.v2.decode import Decoder
 from cobatch.server.v2.encode import Encoder
 
@@ -61,12 +61,16 @@ class Target(Protocol):
 class ServedPipeline(Target, Protocol):
     """A pipeline. `content`: of its requests and answers, None until it is loaded."""
 
+    settings: PipelineSettings
+    path: str
     load_error: EngineError | None
 
     @property
     def batcher(self) -> Batcher | None: ...
     @property
     def dead(self) -> bool: ...
+    @property
+    def traffics(self) -> "tuple[Traffic, ...]": ...
     @property
     def content(self) -> "Content | None": ...
     async def load(self) -> None: ...
@@ -109,9 +113,9 @@ class ServedModel:
         self.infer_traffic = Traffic()
 
     @property
-    def all_traffic(self) -> Traffic:
+    def traffics(self) -> tuple[Traffic, ...]:
         """Requests for this model on all routes."""
-        return self.infer_traffic.plus(self.traffic)
+        return self.infer_traffic, self.traffic
 
     @property
     def loaded_batcher(self) -> RequestBatcher:

@@ -198,9 +198,12 @@ class Inference:
         return is_open and all(target.ready for target in targets)
 
     @property
-    def own_pipelines(self) -> dict[str, ServedPipeline]:
-        """The pipelines that are not the requests of a model, and counted as its."""
-        return {name: one for name, one in self.pipelines.items() if name not in self.models}
+    def targets(self) -> dict[str, Model | ServedPipeline]:
+        """Models whose engines run here, and pipelines, by name.
+
+        A pipeline around a model has its name and its traffic: the model stands for both.
+        """
+        return {**self.models, **self.pipelines, **self.models}
 
     def admit(self, model: Target, principal: Principal | None) -> Problem | None:
         """Decide whether a request may enter now; return the problem if it may not.

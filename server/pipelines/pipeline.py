@@ -195,6 +195,11 @@ class Pipeline:
     # State
 
     @property
+    def traffics(self) -> tuple[Traffic, ...]:
+        """All of its calls."""
+        return (self.traffic,)
+
+    @property
     def loaded_batcher(self) -> Batcher:
         """The batcher; only if it is not None."""
         assert self.batcher is not None

@@ -163,7 +163,7 @@ export function settings(hello) {
         .sort(([one], [other]) => own.includes(other) - own.includes(one))
         .map((pair) => entry(pair, own))));
   const models = Object.entries(hello.models).map(([name, one]) =>
-    group(`Model ${name}${one.platform ? ` (${one.platform})` : ""}`, one.settings, one.own, one.batching && `Batching is ${one.batching}.`));
+    group(`${one.kind === "pipeline" ? "Pipeline" : "Model"} ${name}${one.platform ? ` (${one.platform})` : ""}`, one.settings, one.own, one.batching && `Batching is ${one.batching}.`));
   byId("settings").replaceChildren(...models, group("Server", hello.settings, hello.own));
 }
 

@@ -20,10 +20,11 @@ from cobatch.server.dashboard import seconds as recent
 from cobatch.server.dashboard.feed import KEPT, Feed, hello
 from cobatch.server.observability.history import History
 from cobatch.server.settings.auth import TenantRule
-from cobatch.server.settings.schema import ModelSettings
+from cobatch.server.settings.schema import ModelSettings, PipelineSettings
 from tests.support.auth.protected import settings_in
 from tests.support.http.in_process import InProcess, gated, in_process
 from tests.support.http.serving import DEADLINE_S, GATE, GatedEngine, rows_of
+from tests.support.paths import ROOT
 
 
 class Clock:
@@ -268,3 +269,20 @@ async def test_the_application_runs_the_feed() -> None:
     ):
         async with gated(), asyncio.timeout(DEADLINE_S):
             await ticked.wait()
+
+
+async def test_pipelines_are_shown_as_models_are() -> None:
+    source = "tests/support/pipelines/handlers.py:Backwards"
+    settings = PipelineSettings(python=source, python_path=str(ROOT), processes=1)
+    async with in_process(pipelines=[settings]) as running:
+        driver = Driver(running)
+        answer = await running.http.post("/v1/models/Backwards/infer", content=b"abc")
+        assert answer.content == b"cba"
+        driver.second()
+        stream = driver.look()
+        _, data = await next_event(stream)
+        assert data["models"]["Backwards"]["kind"] == "pipeline"
+        assert data["models"]["Backwards"]["own"] == ["python", "python_path", "processes"]
+        shown = data["history"][0]["models"]["Backwards"]
+        assert (shown["state"], shown["delta"]["requests"], sum(shown["latency"][1:])) == ("ready", 1, 1)
+        await stream.aclose()  # type: ignore[attr-defined]

@@ -119,6 +119,14 @@ async def test_other_addresses(running: InProcess) -> None:
     assert answer.json()["parameter"] == "Idempotency-Key"
 
 
+async def test_readiness_and_a_hint_for_clients_of_v2(running: InProcess) -> None:
+    ready = await running.http.get("/v2/models/asked/ready")
+    assert (ready.status_code, ready.json()) == (200, {"name": "asked", "ready": True})
+    refused = await running.http.post("/v2/models/asked/infer", json={})
+    assert (refused.status_code, refused.json()["type"]) == (404, "/problems/unknown-model")
+    assert refused.json()["detail"] == "'asked' is a pipeline: POST /v1/models/asked/infer"
+
+
 # Streams
 
 
