@@ -231,6 +231,8 @@ class PoolProcess:
             self._loop.call_soon_threadsafe(self._ended, str(error))
 
     def _ended(self, why: str) -> None:
+        while not self._wire.closed and self._wire.read():
+            pass  # the messages before its end say which calls had begun
         self._wire.close()
         if not self._described.done():
             self._described.set_exception(EngineLoadError(f"while it was loaded, {why}"))

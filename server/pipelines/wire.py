@@ -47,7 +47,7 @@ class Wire(Generic[Sent, Received]):
         self._on_end = on_end
         self._backlog: deque[tuple[bytes, int]] = deque()  # messages, and descriptors or -1
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(sock.fileno(), self._readable)
+        self._loop.add_reader(sock.fileno(), self.read)
         self.closed = False
 
     def send(self, message: Sent, descriptor: int = -1) -> None:
@@ -84,18 +84,20 @@ class Wire(Generic[Sent, Received]):
             self._backlog.popleft()
         self._loop.remove_writer(self._sock.fileno())
 
-    def _readable(self) -> None:
+    def read(self) -> bool:
+        """Handle the next message; return False if none has come, or the end."""
         try:
             message = self._receive()
         except BlockingIOError:
-            return
+            return False
         except (WireError, OSError) as error:
             self._end(str(error))
-            return
+            return False
         if message is None:
             self._end("")
-        else:
-            self._on_message(message)
+            return False
+        self._on_message(message)
+        return True
 
     def _receive(self) -> Received | None:
         """Return the next message, None at the end. Raises BlockingIOError, OSError, WireError."""
