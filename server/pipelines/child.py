@@ -14,6 +14,8 @@ from asyncio import Semaphore, Task
 from collections.abc import Sequence
 from typing import Any
 
+import uvloop
+
 from cobatch.engines.errors import BadRequest, EngineLoadError
 from cobatch.engines.python.child import encodable, join_home
 from cobatch.engines.python.model import open_object
@@ -165,7 +167,7 @@ def main() -> None:
     mark_lines()
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
-    asyncio.run(serve(descriptors[0], descriptors[1:]))
+    uvloop.run(serve(descriptors[0], descriptors[1:]))
 
 
 if __name__ == "__main__":

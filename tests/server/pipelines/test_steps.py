@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -73,6 +74,7 @@ async def shared() -> AsyncIterator[Running]:
 @pytest.fixture
 def running(shared: Running) -> Iterator[Running]:
     shared.engine.ran.clear()
+    shared.engine.began = queue.SimpleQueue()  # an earlier test may have left batches in it
     yield shared
     shared.engine.fails = lambda x: None
     shared.engine.release()
