@@ -8,10 +8,8 @@
 Here only the first and the last run, of an object without its `load`; `predict` runs in the model's process.
 """
 
-import asyncio
 import inspect
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -20,6 +18,7 @@ from cobatch.engines.base import DATATYPES
 from cobatch.engines.errors import BadRequest, EngineLoadError
 from cobatch.engines.python.model import described
 from cobatch.server.links.steps import model
+from cobatch.server.pipelines.thread import CallThread
 
 Row = dict[str, Any]
 
@@ -32,12 +31,12 @@ def around(found: object, name: str, datatypes: Mapping[str, str], *, batched: b
     """
     before, after = getattr(found, "preprocess", None), getattr(found, "postprocess", None)
     step = model(name)
-    thread = ThreadPoolExecutor(1, "cobatch-handler")
+    thread = CallThread()
 
     async def call(method: Callable[[Any], Any], argument: object) -> Any:
         if inspect.iscoroutinefunction(method):
             return await method(argument)
-        return await asyncio.get_running_loop().run_in_executor(thread, method, argument)
+        return await thread.run(method, argument)
 
     async def handle(request: Any) -> Any:
         row = request if before is None else await call(before, request)

@@ -122,7 +122,9 @@ class Child:
             slug, text, members = failed.kind, str(failed), failed.members
         except asyncio.CancelledError:
             slug = "cancelled"
-        except Exception:  # noqa: BLE001 - the user's own code
+        except (SystemExit, KeyboardInterrupt):
+            raise  # which end the process
+        except BaseException:  # noqa: BLE001 - the user's own code; without `End` home would wait for ever
             slug, text = FAILED, traceback.format_exc()[-MOST_TEXT:]
         caller.end()
         del self._calls[call.number]

@@ -10,13 +10,10 @@ by what it is: `str` as text, `bytes` as octets, a `Response` as it says, all el
 generator are the events of a stream.
 """
 
-import asyncio
 import codecs
-import contextvars
 import inspect
 from collections import abc
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -27,6 +24,7 @@ from cobatch.engines.errors import EngineLoadError
 from cobatch.engines.python.model import described
 from cobatch.server.pipelines.call import Call, Described
 from cobatch.server.pipelines.content import JSON, parameter
+from cobatch.server.pipelines.thread import CallThread
 
 TEXT = "text/plain"
 OCTETS = "application/octet-stream"
@@ -44,10 +42,18 @@ _QUOTED = 100
 
 @dataclass(frozen=True)
 class Response:
-    """An answer with a content type of its own, as a picture."""
+    """An answer with a content type of its own, as a picture. Raises TypeError, ValueError."""
 
     data: bytes
     content_type: str = OCTETS
+
+    def __post_init__(self) -> None:
+        """Check the values, where the traceback has the handler's line."""
+        if not isinstance(self.data, bytes | bytearray | memoryview):
+            raise TypeError(f"the data of a Response must be bytes, got {type(self.data).__name__}")
+        kind = self.content_type
+        if "/" not in kind or not kind.isascii() or not kind.isprintable():
+            raise ValueError(f"the content type of a Response must be one, got {kind!r}")
 
 
 class Refused(Exception):
@@ -84,7 +90,7 @@ class Handler:
             request_schema=request_schema,
             answer_schema=answer_schema,
         )
-        self._thread = ThreadPoolExecutor(1, "cobatch-handler")
+        self._thread = CallThread()
 
     def request(self, call: Call) -> object:
         """Return the argument for a call. Raises Refused."""
@@ -94,7 +100,7 @@ class Handler:
         """Return the answer of a handler that has no parts."""
         if self._is_async:
             return await self._handle(request)
-        return await self._in_thread(self._handle, request)
+        return await self._thread.run(self._handle, request)
 
     async def parts(self, request: object) -> AsyncIterator[object]:
         """Yield the items of a generator, which is closed at the end."""
@@ -105,21 +111,10 @@ class Handler:
                     yield item
             return
         try:
-            while (item := await self._in_thread(next, items, _END)) is not _END:
+            while (item := await self._thread.run(next, items, _END)) is not _END:
                 yield item
         finally:
-            await self._in_thread(items.close)
-
-    async def _in_thread(self, function: Callable[..., Any], *arguments: object) -> Any:
-        """Call a function in the thread; if the call is cancelled meanwhile, its end is waited for."""
-        context = contextvars.copy_context()
-        loop = asyncio.get_running_loop()
-        running = loop.run_in_executor(self._thread, context.run, function, *arguments)
-        try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            await asyncio.wait([running])
-            raise
+            await self._thread.run(items.close)
 
 
 def _read(handle: Callable[..., Any], source: str) -> tuple[str, Any, Any]:

@@ -150,3 +150,14 @@ async def test_a_cancelled_call_waits_for_its_thread() -> None:
     goes_on.set()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+@pytest.mark.parametrize("kind", ["", "png", "text/plain\r\nx: 1", "text/grün"])
+def test_a_response_has_a_content_type(kind: str) -> None:
+    with pytest.raises(ValueError, match="must be one"):
+        Response(b"", kind)
+
+
+def test_a_response_has_bytes() -> None:
+    with pytest.raises(TypeError, match="must be bytes, got int"):
+        Response(5)  # type: ignore[arg-type]

@@ -72,12 +72,19 @@ async def test_long_bodies_and_answers(running: InProcess) -> None:
 
 @pytest.mark.parametrize(
     ("do", "status", "slug"),
-    [("refuse", 422, "refused-by-model"), ("fail", 500, "run-failed")],
+    [("refuse", 422, "refused-by-model"), ("fail", 500, "run-failed"), ("leave", 500, "run-failed")],
 )
 async def test_errors(running: InProcess, do: str, status: int, slug: str) -> None:
     answer = await ask(running, do, "of this text")
     assert (answer.status_code, answer.json()["type"]) == (status, f"/problems/{slug}")
     assert ("of this text" in answer.text) == (do == "refuse")
+
+
+async def test_a_thread_goes_on_after_stop_iteration(running: InProcess) -> None:
+    answers = [
+        await running.http.post("/v1/models/backwards/infer", content=text) for text in (b"stop", b"go")
+    ]
+    assert [answer.status_code for answer in answers] == [500, 200]
 
 
 async def test_a_body_of_another_shape(running: InProcess) -> None:

@@ -29,6 +29,10 @@ class Told(msgspec.Struct):
     process: int
 
 
+class Leave(BaseException):
+    """No `Exception`."""
+
+
 class Asked:
     """An asynchronous handler."""
 
@@ -45,6 +49,8 @@ class Asked:
                 os.kill(os.getpid(), signal.SIGABRT)
             case "wait":
                 await asyncio.Event().wait()
+            case "leave":
+                raise Leave(ask.text)
             case "hold":
                 time.sleep(3600)  # noqa: ASYNC251 - a handler that holds the loop
             case "print":
@@ -57,6 +63,8 @@ class Backwards:
 
     def handle(self, data: bytes) -> bytes:
         """Return the bytes in reverse."""
+        if data == b"stop":
+            raise StopIteration
         return data[::-1]
 
 
