@@ -180,6 +180,17 @@ async def test_a_process_that_ends_leaves_nothing(running: Running) -> None:
     assert len(links & running.hub.links) == 1
 
 
+async def test_a_process_that_breaks_the_rules_of_its_link_is_ended(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = await running.ask(do="garble")
+    assert (answer.status_code, answer.json()["type"]) == (500, "/problems/run-failed")
+    assert any(
+        "sent a bad message and was ended: no block in use is at 12345" in one for one in caplog.messages
+    )
+    assert (await running.ask()).json()["numbers"] == [2]  # by the next process
+
+
 async def test_a_model_that_there_is_not_is_refused_at_load() -> None:
     settings = PipelineSettings(
         python="tests/support/pipelines/lost.py:Lost", python_path=str(ROOT), processes=1

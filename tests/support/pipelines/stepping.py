@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from cobatch import StepError, model
+from cobatch.engines.link.messages import Release
+from cobatch.server.links.steps import CALLER
 
 
 class Ask(msgspec.Struct):
@@ -41,6 +44,10 @@ class Steps:
             await self.gate(x=x[None])
         if ask.do == "unknown":
             await model("gote")(x=x)
+        if ask.do == "garble":
+            caller: Any = CALLER.get()
+            caller.link._uplink.send(Release((12_345,)))  # a block that there is not
+            await asyncio.Event().wait()
         steps = [asyncio.ensure_future(self.gate(x=x + n)) for n in range(ask.count)]
         if ask.do == "exit":
             await asyncio.sleep(0)
