@@ -16,7 +16,9 @@ import pytest_asyncio
 
 from cobatch.engines.errors import EngineRunError
 from cobatch.server.links.hub import Hub, hub_of
+from cobatch.server.settings.auth import AuthSettings, TenantRule
 from cobatch.server.settings.schema import ModelSettings, PipelineSettings
+from tests.support.auth.protected import settings_in
 from tests.support.http.in_process import InProcess, in_process
 from tests.support.http.serving import DEADLINE_S, GatedEngine
 from tests.support.paths import ROOT
@@ -53,14 +55,18 @@ class Running:
 
 @asynccontextmanager
 async def serving(
-    *names: str, engine: GatedEngine | None = None, max_queue_rows: int = 1000, **settings: Any
+    *names: str,
+    engine: GatedEngine | None = None,
+    max_queue_rows: int = 1000,
+    auth: AuthSettings | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Running]:
     engine = engine or GatedEngine(8)
     model = ModelSettings(path="gate", max_batch_size=engine.max_batch_size, max_queue_rows=max_queue_rows)
     folder: dict[str, Any] = {"python_path": str(ROOT), "processes": 1, **settings}
     source = "tests/support/pipelines/stepping.py"
     pipelines = [PipelineSettings(python=f"{source}:{name}", **folder) for name in names or ("Steps",)]
-    async with in_process(model, engines={"gate": engine}, pipelines=pipelines) as home:
+    async with in_process(model, engines={"gate": engine}, pipelines=pipelines, auth=auth) as home:
         engine.ran.clear()
         yield Running(home, engine)
 
@@ -161,6 +167,21 @@ async def test_steps_wait_where_other_requests_are_refused() -> None:
         answers = await asyncio.gather(*[running.ask(count=8, value=n) for n in range(8)])
         assert [one.json()["numbers"][0] for one in answers] == [2 * n for n in range(8)]
         assert running.home.batcher().counters.refused == 0
+
+
+async def test_the_limits_and_permissions_of_a_tenant_are_those_of_its_calls(tmp_path: Path) -> None:
+    rule = TenantRule(tenant="one", max_concurrent=1, requests_per_s=0.001, burst=2)
+    auth, keys = settings_in(tmp_path, {"one": ("infer:Steps",)}, tenants=(rule,))
+    async with serving(auth=auth) as running:
+        running.home.http.headers["x-api-key"] = keys["one"]
+        assert (await running.ask(count=5)).json()["numbers"] == [2, 4, 6, 8, 10]
+        body = {"inputs": [{"name": "x", "datatype": "INT64", "shape": [1, 1], "data": [7]}]}
+        assert (await running.home.http.post("/v2/models/gate/infer", json=body)).status_code == 403
+        assert (await running.ask(count=5)).status_code == 200
+        assert (await running.ask()).status_code == 429  # the third call
+        ((name, total), *_) = running.home.inference.tenant_totals()
+        assert (name, total.answered, total.refused) == ("one", 2, 1)
+        assert total.rows == 2 * (5 + 1)  # of the steps and of the calls
 
 
 async def test_a_process_that_ends_leaves_nothing(running: Running) -> None:
