@@ -5,6 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from cobatch.batcher.batcher import Batcher
 from cobatch.batcher.request import Batch
@@ -95,13 +96,27 @@ class Hub:
         return link
 
     def open_steps(self, on_ended: Callable[[Downlink, str, bool], None]) -> list[int]:
-        """Return descriptors of the far end of a new link, for a process of a pipeline (`links.step_end`)."""
+        """Return descriptors of the far end of a new link, for a process of a pipeline (`links.step_end`).
+
+        Raises OSError.
+        """
         self._last -= 1
         size = max(_SLAB_BYTES, 2 * self._inference.settings.server.max_body_bytes)
-        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        rows, answers = [slab.create("cobatch-steps", size) for _ in range(2)]
-        theirs = [far.detach(), slab.for_reading(answers), rows, slab.for_reading(self._page_for_steps())]
-        self.add(self._last, near, slab.for_reading(rows), answers, on_ended, steps=True)
+        with ExitStack() as stack:
+
+            def kept(descriptor: int) -> int:
+                stack.callback(os.close, descriptor)
+                return descriptor
+
+            near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            stack.callback(near.close)
+            theirs, answers = [kept(far.detach())], kept(slab.create("cobatch-steps", size))
+            theirs.append(kept(slab.for_reading(answers)))
+            theirs.append(kept(slab.create("cobatch-steps", size)))
+            theirs.append(kept(slab.for_reading(self._page_for_steps())))
+            rows = slab.for_reading(theirs[2])
+            stack.pop_all()
+        self.add(self._last, near, rows, answers, on_ended, steps=True)
         return theirs
 
     def _page_for_steps(self) -> int:

@@ -74,7 +74,10 @@ class PoolProcess:
         self._idle.set()
         self._retired: set[Seat] = set()
         self._killers: dict[int, asyncio.TimerHandle] = {}  # of calls that ran too long
-        link = hub.open_steps(self._on_link_end)
+        try:
+            link = hub.open_steps(self._on_link_end)
+        except OSError as error:
+            raise EngineLoadError(f"its link cannot be made: {error}") from error
         try:
             self._process = ModelProcess(name, link, {}, self._ended_elsewhere, _MODULE)
         finally:

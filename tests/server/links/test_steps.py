@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
+import os
 import time
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from onnx import TensorProto
 
 from cobatch import StepError, model
 from cobatch.engines.errors import EngineLoadError, EngineRunError
+from cobatch.engines.link import slab
 from cobatch.server.links import steps as steps_module
 from cobatch.server.links import waiting
 from cobatch.server.links.steps import CALLER, Caller
@@ -27,6 +31,10 @@ from tests.support.http.serving import GatedEngine
 from tests.support.models import models
 
 gate = model("gate")
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def rows(*values: int) -> dict[str, Any]:
@@ -429,3 +437,24 @@ async def test_long_rows(tmp_path: Path) -> None:
             (y,) = one.values()
             np.testing.assert_array_equal(y, x * n)
         await both.until(lambda: both.idle)
+
+
+async def test_too_many_open_files_leave_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with stepping() as both:
+        before = descriptors()
+        for count in range(4):
+            left = iter([os.memfd_create("some") for _ in range(count)])
+
+            def create(name: str, size: int, left: Iterator[int] = left) -> int:
+                try:
+                    return next(left)
+                except StopIteration:
+                    raise OSError(errno.EMFILE, "too many open files") from None
+
+            with monkeypatch.context() as patched:
+                patched.setattr(slab, "create", create)
+                patched.setattr(slab, "for_reading", lambda fd: create("", 0))
+                with pytest.raises(OSError, match="too many open files"):
+                    both.hub.open_steps(lambda *arguments: None)
+            assert descriptors() == before
+        assert both.hub.links == {both.link}
