@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -125,7 +125,8 @@ class Front(Worker):
         self.number = 0
         self.processes: tuple[int, ...] = ()
         self.heard_s = self.reported_s = 0.0
-        self.waited_s = 0.0
+        self.waits_s: dict[Path, float] = {}
+        self.waited_s = 0.0  # in the silence
 
     def run(self) -> None:
         self.control.send(encode(Report()))
@@ -222,24 +223,33 @@ class Front(Worker):
     def listen(self) -> None:
         """A silence would begin now."""
         self.heard_s = time.monotonic()
-        self.waited_s = waited_s(self.processes)
+        self.look()
+        self.waited_s = 0.0
 
     def hear(self) -> None:
         """Note a silence that ends now."""
         now_s = time.monotonic()
         if self.slots and now_s - self.heard_s > SILENCE_S:
-            waited = waited_s(self.processes) - self.waited_s
-            self.report.silences.append(Silence(self.heard_s, now_s, max(0.0, waited)))
-            self.waited_s += waited
+            self.look()
+            self.report.silences.append(Silence(self.heard_s, now_s, self.waited_s))
+            self.waited_s = 0.0
         self.heard_s = now_s
+
+    def look(self) -> None:
+        """Add the waits since the last look, again and again: those of a process end with it."""
+        before, self.waits_s = self.waits_s, {}
+        for process in self.processes:
+            self.waits_s |= thread_waits_s(process)
+        self.waited_s += sum([wait_s - before.get(thread, 0.0) for thread, wait_s in self.waits_s.items()])
 
     def send_report(self, *, at_once: bool = False) -> None:
         if at_once or time.monotonic() - self.reported_s >= _REPORT_S:
             with suppress(BlockingIOError):
                 self.control.send(encode(self.report), 0 if at_once else socket.MSG_DONTWAIT)
                 self.report = Report()
+                self.look()
                 if self.heard_s > self.reported_s:  # else a silence goes on
-                    self.waited_s = waited_s(self.processes)
+                    self.waited_s = 0.0
                 self.reported_s = time.monotonic()
 
 
@@ -298,11 +308,6 @@ class Home(Worker):
             ]
             if own:
                 end.answer(own)
-
-
-def waited_s(processes: Iterable[int]) -> float:
-    """Return the time that the threads of these processes have waited for a CPU while they could run."""
-    return sum(sum(thread_waits_s(process).values()) for process in processes)
 
 
 def thread_waits_s(process: int) -> dict[Path, float]:

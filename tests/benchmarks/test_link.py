@@ -6,10 +6,11 @@ import signal
 import socket
 from contextlib import closing
 from math import inf
+from pathlib import Path
 
 import pytest
 
-from benchmarks.link import figures, server
+from benchmarks.link import figures, server, workers
 from benchmarks.link.ends import Answered, Row
 from benchmarks.link.silences import Explained, Look, Watcher
 from benchmarks.link.stress import Stress
@@ -121,17 +122,25 @@ def test_a_wait_that_lasted_for_several_looks_explains_all_of_them() -> None:
     assert list(watcher.explain()) == [(True, Explained(1.0, 0.0, 0.75))]
 
 
-def test_waits_of_a_silence_are_counted_from_its_beginning() -> None:
+def test_waits_of_a_silence_are_counted_from_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of a home that has ended within it."""
+    own, of_home = Path("front"), Path("home")
+    waits_s: dict[int, dict[Path, float]] = {1: {own: 1.0}, 2: {of_home: 1.0}}
+    monkeypatch.setattr(workers, "thread_waits_s", lambda process: waits_s[process])
     control, other = socket.socketpair()
     with control, other:
         front = Front(control)
         with closing(front.selector):
-            front.waited_s = -7.0  # the waits up to the last answer; now there are seven seconds more
+            front.processes = (1, 2)
+            front.listen()
+            front.heard_s = 0.0
+            waits_s |= {1: {own: 2.0}, 2: {of_home: 4.0}}
             front.send_report()
+            waits_s |= {1: {own: 2.5}, 2: {}}
             front.send_report(at_once=True)
             front.slots[1] = 0
             front.hear()
-    assert front.report.silences[0].waited_s >= 7.0
+    assert front.report.silences[0].waited_s == 4.5
 
 
 def test_the_figures_have_both_ways() -> None:
