@@ -27,15 +27,14 @@ from cobatch.server.dashboard import dashboard_routes
 from cobatch.server.dashboard.feed import Feed
 from cobatch.server.edge.asgi import InferRoutes, ObservingMiddleware
 from cobatch.server.http.problem import Problem, internal
+from cobatch.server.inference.model import Model
+from cobatch.server.inference.served import ServedPipeline
 from cobatch.server.inference.service import Inference
-from cobatch.server.links.hub import hub_of
 from cobatch.server.observability.access_log import LEVELS, AccessLog
 from cobatch.server.observability.gpu import Gpus
 from cobatch.server.observability.history import History
 from cobatch.server.observability.observer import Tracer
 from cobatch.server.openapi import openapi_routes
-from cobatch.server.pipelines.pipeline import Pipeline
-from cobatch.server.pipelines.routes import make_around, make_pipelines, pipeline_routes
 from cobatch.server.predictions.routes import v1_routes
 from cobatch.server.settings.schema import ServerSettings, Settings
 from cobatch.server.settings.values import SettingsError
@@ -54,9 +53,9 @@ def build(inference: Inference) -> ASGIApp:
     observer.keep = history.on_request
     observer.on_batch(history.on_batch)
     sinks = make_sinks(inference)
-    pipelines = make_pipelines(inference)
-    for kind, targets in (("models", inference.models), ("pipelines", pipelines)):
-        if any(target.settings.reload for target in targets.values()):
+    pipeline_routes = _pipeline_routes(inference)
+    for kind, targets in (("models", inference.settings.models), ("pipelines", inference.settings.pipelines)):
+        if any(target.reload for target in targets):
             _need("watchfiles", f"{kind}[*].reload: needs watchfiles: pip install 'cobatch[reload]'")
     gpus = Gpus()
     feed = Feed(inference, history)
@@ -71,8 +70,9 @@ def build(inference: Inference) -> ASGIApp:
             stack.push_async_callback(_stop_models, inference)
             # In the background: health must answer while a large model is being loaded.
             tasks = [asyncio.create_task(feed.run())]
-            tasks += [asyncio.create_task(_load(inference, pipelines, name)) for name in inference.models]
-            tasks += [asyncio.create_task(_load_pipeline(inference, one)) for one in pipelines.values()]
+            tasks += [asyncio.create_task(_load(inference, name)) for name in inference.models]
+            pipelines = list(inference.pipelines.values())
+            tasks += [asyncio.create_task(_load_pipeline(inference, one)) for one in pipelines]
             stack.push_async_callback(_cancel, tasks)
             stack.callback(_begin_draining, inference, feed)
             yield
@@ -84,7 +84,7 @@ def build(inference: Inference) -> ASGIApp:
         *v2_routes(inference), *v1_routes(inference), *page_routes(inference),
         *openapi_routes(inference), *auth_routes(inference), *metrics_routes(inference, gpus),
         *request_routes(inference, history), *profile_routes(inference), *dashboard_routes(inference, feed),
-        *pipeline_routes(inference, pipelines),
+        *pipeline_routes,
     ]  # fmt: skip
     starlette = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     starlette.router.redirect_slashes = False
@@ -147,7 +147,17 @@ def _tracer(settings: ServerSettings) -> Tracer:
     return Tracing(settings.trace_sample, settings.trace_endpoint)
 
 
-async def _load(inference: Inference, pipelines: dict[str, Pipeline], name: str) -> None:
+def _pipeline_routes(inference: Inference) -> Sequence[Route]:
+    """Make the pipelines, if there are any, or a model may get one; return their routes."""
+    settings = inference.settings
+    if not settings.pipelines and all(model.python is None for model in settings.models):
+        return ()
+    from cobatch.server.pipelines.routes import pipeline_routes  # noqa: PLC0415 - others pay nothing for them
+
+    return pipeline_routes(inference)
+
+
+async def _load(inference: Inference, name: str) -> None:
     model = inference.models[name]
     try:
         await model.load()
@@ -156,13 +166,20 @@ async def _load(inference: Inference, pipelines: dict[str, Pipeline], name: str)
     else:
         inference.observer.watch(model.loaded_batcher, model.infer_traffic.durations)
         inference.on_loaded(model)
-        pipeline = make_around(inference, pipelines, model)
-        if pipeline is not None:
-            await _load_pipeline(inference, pipeline)
+        if model.settings.python is not None:
+            await _load_around(inference, model)
         inference.tell_if_ready()
 
 
-async def _load_pipeline(inference: Inference, pipeline: Pipeline) -> None:
+async def _load_around(inference: Inference, model: Model) -> None:
+    from cobatch.server.pipelines.routes import make_around  # noqa: PLC0415
+
+    pipeline = make_around(inference, model)
+    if pipeline is not None:
+        await _load_pipeline(inference, pipeline)
+
+
+async def _load_pipeline(inference: Inference, pipeline: ServedPipeline) -> None:
     try:
         await pipeline.load()
     except EngineError as error:
@@ -181,8 +198,7 @@ async def _stop_models(inference: Inference) -> None:
     timeout_s = inference.settings.server.drain_timeout_s
     # Their steps are requests to the models.
     await asyncio.gather(*[pipeline.stop(timeout_s) for pipeline in inference.pipelines.values()])
-    if inference.hub is not None:
-        hub_of(inference).close()
+    inference.close_links()
     await asyncio.gather(*[model.stop(timeout_s) for model in inference.models.values()])
 
 

@@ -42,3 +42,11 @@ def test_every_public_name_is_there_and_known_to_type_checkers() -> None:
 def test_another_name_is_an_error() -> None:
     with pytest.raises(AttributeError, match="'cobatch' has no attribute 'nothing'"):
         _ = cobatch.nothing  # type: ignore[attr-defined]
+
+
+def test_a_server_without_pipelines_imports_nothing_of_them() -> None:
+    program = (
+        "import sys, cobatch.server.app; rooms = 'cobatch.server.pipelines', 'cobatch.server.links'; "
+        "print([one for one in sys.modules if one.startswith(rooms)])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "[]\n"

@@ -7,7 +7,7 @@ Both edges (`server.edge.fast_path` below ASGI, `server.edge.asgi`), POST /batch
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 
 from cobatch.batcher.request import Request, State
@@ -160,7 +160,8 @@ class Inference:
         self.models = {} if remote else {model.name: Model(model) for model in settings.models}
         self.served: dict[str, ServedModel] = {**self.models, **{model.name: model for model in remote}}
         self.hub: object = None  # of links to other processes, see `server.links.hub`
-        self.pipelines: Mapping[str, ServedPipeline] = {}  # set by `server.app`, where they run
+        self.close_links: Callable[[], None] = lambda: None
+        self.pipelines: dict[str, ServedPipeline] = {}  # set by `server.app`, where they run
         self.observer = Observer(log_stream or LogStream(as_json=settings.server.logs_json))
         # By request target, for the fast path; and by path.
         self.infer_targets: dict[bytes, ServedModel] = {}

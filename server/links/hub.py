@@ -30,7 +30,8 @@ _SLAB_BYTES = 1 << 28  # of a pipeline's process, in each direction: used where 
 def hub_of(inference: Inference) -> "Hub":
     """Return the hub of a process, which is made when it is needed: before models are loaded."""
     if inference.hub is None:
-        inference.hub = Hub(inference)
+        inference.hub = hub = Hub(inference)
+        inference.close_links = hub.close
     assert isinstance(inference.hub, Hub)
     return inference.hub
 

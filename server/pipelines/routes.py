@@ -39,14 +39,7 @@ _LONGEST_MS = 86_400_000
 _LARGEST_PRIORITY = 2**63 - 1  # as V2's
 
 
-def make_pipelines(inference: Inference) -> dict[str, Pipeline]:
-    """Return the pipelines of the settings, which `inference` knows then, too."""
-    pipelines = {one.name: _made(inference, one) for one in inference.settings.pipelines}
-    inference.pipelines = pipelines
-    return pipelines
-
-
-def make_around(inference: Inference, pipelines: dict[str, Pipeline], model: Model) -> Pipeline | None:
+def make_around(inference: Inference, model: Model) -> Pipeline | None:
     """Return the pipeline of a loaded model in Python with `preprocess` or `postprocess`, which is new."""
     engine = model.engine_worker.engine
     if not getattr(engine, "own_requests", False):
@@ -60,7 +53,7 @@ def make_around(inference: Inference, pipelines: dict[str, Pipeline], model: Mod
         deadline_ms=of_model.deadline_ms,
         reload=of_model.reload,
     )
-    pipelines[model.name] = pipeline = _made(inference, settings, engine.signature)
+    inference.pipelines[model.name] = pipeline = _made(inference, settings, engine.signature)
     pipeline.traffic = model.traffic
     return pipeline
 
@@ -69,13 +62,12 @@ def _made(inference: Inference, settings: PipelineSettings, around: Signature | 
     return Pipeline(settings, linked_models(inference.settings.models), hub_of(inference), around)
 
 
-def pipeline_routes(inference: Inference, pipelines: dict[str, Pipeline]) -> list[Route]:
-    """Return the route, for Starlette, if there are pipelines, or a model may get one."""
-    if not pipelines and all(model.python is None for model in inference.settings.models):
-        return []
+def pipeline_routes(inference: Inference) -> list[Route]:
+    """Make the pipelines of the settings; return the route, for Starlette."""
+    inference.pipelines.update({one.name: _made(inference, one) for one in inference.settings.pipelines})
 
     async def post(request: Request) -> Response:
-        pipeline = _find(pipelines, request)
+        pipeline = _find(inference, request)
         if "idempotency-key" in request.headers:
             detail = "a pipeline keeps no answers, so Idempotency-Key has no use here"
             raise Problem("bad-parameter", detail, parameter="Idempotency-Key")
@@ -85,13 +77,14 @@ def pipeline_routes(inference: Inference, pipelines: dict[str, Pipeline]) -> lis
     return [Route("/v1/models/{name}/infer", guarded(inference, "infer", post), methods=["POST"])]
 
 
-def _find(pipelines: dict[str, Pipeline], request: Request) -> Pipeline:
+def _find(inference: Inference, request: Request) -> Pipeline:
     """Return the pipeline in the path. Raises Problem."""
     name, principal = request.path_params["name"], principal_in(request.scope)
-    pipeline = pipelines.get(name)
+    pipeline = inference.pipelines.get(name)
     if pipeline is None:
-        known = [one for one in pipelines if principal is None or principal.may_read(one)]
+        known = [one for one in inference.pipelines if principal is None or principal.may_read(one)]
         raise Problem("unknown-model", f"there is no pipeline {name!r}", model=name, models=known)
+    assert isinstance(pipeline, Pipeline)
     return pipeline
 
 
