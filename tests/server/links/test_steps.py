@@ -29,6 +29,7 @@ from tests.support.auth.protected import settings_in
 from tests.support.fronts.stepping import stepping
 from tests.support.http.serving import GatedEngine
 from tests.support.models import models
+from tests.support.python_models import faulty
 
 gate = model("gate")
 
@@ -416,6 +417,22 @@ async def test_masks_and_padding(tmp_path: Path) -> None:
         assert [one["tokens"].shape for one in outputs] == [(1, 1, 3), (1, 3, 3), (1, 6, 3)]
         with_mask = await text(ids=np.arange(3)[None], mask=np.ones((1, 3), np.int64))
         np.testing.assert_allclose(with_mask["mean"], outputs[1]["mean"], rtol=1e-6)
+
+
+async def test_a_model_in_python_that_ends_its_process() -> None:
+    settings = ModelSettings(
+        python="faulty.py:Faulty", python_path=str(Path(faulty.__file__).parent), name="faulty"
+    )
+    async with stepping(settings) as both:
+        both.caller()
+        step = model("faulty")
+        ended = await asyncio.gather(
+            *[step(x=np.array([[n]])) for n in (1, faulty.EXITS, 2, faulty.REFUSED)], return_exceptions=True
+        )
+        kinds = [one.kind if isinstance(one, StepError) else "" for one in ended]
+        assert kinds == ["", "run-failed", "", "refused-by-model"]
+        assert [one["y"].item() for one in ended if isinstance(one, dict)] == [2, 4]
+        assert (await step(x=np.array([[5]])))["y"].item() == 10
 
 
 async def test_batching_off(tmp_path: Path) -> None:
