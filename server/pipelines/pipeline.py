@@ -152,40 +152,52 @@ class Pipeline:
             else:
                 log.warning("pipeline %s: a process was started again", self.name)
 
-    async def _replace(self, old: PoolProcess) -> None:
-        """Start a process in place of another. Raises EngineError."""
+    async def _replace(self, old: PoolProcess) -> bool:
+        """Start a process in place of another; False: there is one already. Raises EngineError."""
         new = self._open()
         try:
             described = await new.described()
             if described != self.content:
                 raise EngineLoadError("its request or answer has changed; start the server again")
-        except EngineError:
+        except (EngineError, asyncio.CancelledError):
             await new.stop()
             raise
+        if old not in self._processes:  # it has ended while its files changed
+            await new.stop()
+            return False
         self._processes[self._processes.index(old)] = new
         for seat in self._seats_of(new):
             self._use(seat)
+        return True
 
     async def _load_again(self) -> None:
         """Start the processes again each time that files change."""
         try:
             async for _ in changes(self.settings.python_path):
-                for old in list(self._processes):
-                    await self._load_changes(old)
+                await self._load_changes()
         except Exception:
             log.exception("pipeline %s: changed files are not loaded any more", self.name)
 
-    async def _load_changes(self, old: PoolProcess) -> None:
+    async def _load_changes(self) -> None:
         try:
-            await self._replace(old)
+            for place in range(len(self._processes)):
+                while not await self._replace(old := self._processes[place]):
+                    pass
+                self._start_task(self._end(old))
         except EngineError as error:
             text = "pipeline %s: the changed files cannot be loaded: %s"
             log.error(text, self.name, error)  # noqa: TRY400 - the text is for the operator
-            return
+        else:
+            log.info("pipeline %s: loaded again", self.name)
+
+    async def _end(self, old: PoolProcess) -> None:
+        """End a process that gets no more calls, after those that it has."""
         for seat in old.seats:
             self.loaded_batcher.retire(seat)
-        await old.idle()
-        await old.stop()
+        try:
+            await old.idle()
+        finally:
+            await old.stop()
 
     def _start_task(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
