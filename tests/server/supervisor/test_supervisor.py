@@ -218,6 +218,8 @@ def test_connections_that_a_front_has_no_descriptor_for_go_to_another(server: Co
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGABRT])
 def test_home_is_replaced_and_linked_with_fronts_that_stay(server: Cobatch, sent: signal.Signals) -> None:
     with Greeted(server) as call:
+        for index in range(2):
+            server.lines(f"home linked {index}", 1)
         os.kill(started(server, "home"), sent)
         for index in range(2):
             server.lines(f"front {index} linked", 2)
