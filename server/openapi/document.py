@@ -57,7 +57,8 @@ def describe(inference: Inference) -> Json:
     document["info"]["version"] = __version__
     models = LoadedModels(inference)
     components = document["components"]
-    pipeline_schemas = add_pipelines(document["paths"], inference.pipelines.values())
+    components["schemas"] = schemas(components["schemas"], models.signatures, models.required)
+    add_pipelines(document["paths"], components["schemas"], inference.pipelines.values())
     _add_access(document, inference.auth)
     parameters = _parameters(components.pop("parameters"), models)
     add_examples({one["operationId"]: one for _, _, one in operations_in(document)}, models)
@@ -68,8 +69,6 @@ def describe(inference: Inference) -> Json:
             names = [one["$ref"].rpartition("/")[2] for one in operation["parameters"]]
             operation["parameters"] = [parameters[name] for name in names]
         _complete(operation, inference.auth, sentences)
-    components["schemas"] = schemas(components["schemas"], models.signatures, models.required)
-    components["schemas"] |= pipeline_schemas
     left_out = AUTH_KINDS if inference.auth is None else ()
     components["examples"] = _problem_examples(document.pop("x-problem-examples"), left_out)
     return document

@@ -9,21 +9,21 @@ Json = dict[str, Any]
 
 _TEMPLATE = "/v1/models/{name}/infer"
 _ANY = "*/*"
+_REFERENCE = "#/components/schemas/"
 
 
-def add_pipelines(paths: Json, pipelines: Iterable[ServedPipeline]) -> Json:
-    """Put an operation of each pipeline that is loaded in place of the template; return their schemas.
+def add_pipelines(paths: Json, schemas: Json, pipelines: Iterable[ServedPipeline]) -> None:
+    """Put an operation of each pipeline that is loaded in place of the template, and add their schemas.
 
-    Schemas of one name in two pipelines must be alike, or the second one's get the pipeline's name before it.
+    Schemas of one name must be alike, or the later ones get the pipeline's name before it.
     """
     template = paths.pop(_TEMPLATE)["post"]
-    schemas: Json = {}
     for pipeline in pipelines:
         content = pipeline.content
         if content is None:
             continue
-        request = _own(content.request_schema, schemas, pipeline.name)
-        answer = _own(content.answer_schema, schemas, pipeline.name)
+        request = _own(content.request_schema, schemas, f"{pipeline.name}.request")
+        answer = _own(content.answer_schema, schemas, f"{pipeline.name}.answer")
         operation = {
             **template,
             "operationId": f"call-{pipeline.name}",
@@ -35,7 +35,6 @@ def add_pipelines(paths: Json, pipelines: Iterable[ServedPipeline]) -> Json:
         returns = (content.returns or _ANY,)
         operation["responses"] = {"200": success | {"content": _content(returns, answer)}}
         paths[_TEMPLATE.replace("{name}", pipeline.name)] = {"post": operation}
-    return schemas
 
 
 def _content(types: Iterable[str], schema: Json | None) -> Json:
@@ -43,19 +42,18 @@ def _content(types: Iterable[str], schema: Json | None) -> Json:
     return {one: {"schema": schema if schema is not None and "json" in one else octets} for one in types}
 
 
-def _own(schema: Json | None, schemas: Json, pipeline: str) -> Json | None:
-    """Move a schema's definitions to `schemas`; return it."""
+def _own(schema: Json | None, schemas: Json, owner: str) -> Json | None:
+    """Move a schema's definitions to `schemas`; return it. All are renamed if one differs there."""
     if schema is None:
         return None
     schema = dict(schema)
-    renamed = {}
-    for name, definition in schema.pop("$defs", {}).items():
-        if schemas.get(name, definition) == definition:
-            schemas[name] = definition
-        else:
-            renamed[f"#/components/schemas/{name}"] = f"#/components/schemas/{pipeline}.{name}"
-            schemas[f"{pipeline}.{name}"] = definition
-    return _with(schema, renamed) if renamed else schema
+    own = schema.pop("$defs", {})
+    if any(schemas.get(name, definition) != definition for name, definition in own.items()):
+        renamed = {_REFERENCE + name: f"{_REFERENCE}{owner}.{name}" for name in own}
+        own = {f"{owner}.{name}": _with(definition, renamed) for name, definition in own.items()}
+        schema = _with(schema, renamed)
+    schemas |= own
+    return schema
 
 
 def _with(value: Any, renamed: dict[str, str]) -> Any:
@@ -63,7 +61,7 @@ def _with(value: Any, renamed: dict[str, str]) -> Any:
     match value:
         case dict():
             return {
-                key: renamed.get(one, one) if key == "$ref" else _with(one, renamed)
+                key: renamed.get(one, one) if key == "$ref" and isinstance(one, str) else _with(one, renamed)
                 for key, one in value.items()
             }
         case list():
