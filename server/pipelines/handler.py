@@ -10,10 +10,10 @@ by what it is: `str` as text, `bytes` as octets, a `Response` as it says, all el
 generator are the events of a stream.
 """
 
-import codecs
 import inspect
+import re
 from collections import abc
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -23,7 +23,7 @@ import msgspec
 from cobatch.engines.errors import EngineLoadError
 from cobatch.engines.python.model import described
 from cobatch.server.pipelines.call import Call, Described
-from cobatch.server.pipelines.content import JSON, parameter
+from cobatch.server.pipelines.content import JSON, codec_of, parameter
 from cobatch.server.pipelines.thread import CallThread
 
 TEXT = "text/plain"
@@ -36,6 +36,7 @@ _PYDANTIC_REFERENCE = "#/components/schemas/{model}"
 Schema = dict[str, Any]
 _Decode = Callable[[Call], object]
 _END = object()
+_CONTENT_TYPE = re.compile(r"[\w!#$&^.+-]+/(\*|[\w!#$&^.+-]+)", re.ASCII)
 # Of what a client sent, in a message.
 _QUOTED = 100
 
@@ -102,7 +103,7 @@ class Handler:
             return await self._handle(request)
         return await self._thread.run(self._handle, request)
 
-    async def parts(self, request: object) -> AsyncIterator[object]:
+    async def parts(self, request: object) -> AsyncGenerator[object]:
         """Yield the items of a generator, which is closed at the end."""
         items = self._handle(request)
         if self._is_async_stream:
@@ -139,8 +140,11 @@ def _plain(kind: Any) -> Any:
 
 def _request_codec(kind: Any, where: str) -> tuple[_Decode, Schema | None, tuple[str, ...]]:
     """Return the decoder of a parameter's type, its JSON schema if it has one, and its content types."""
-    said = [one.lower() for one in getattr(kind, "__metadata__", ()) if isinstance(one, str) and "/" in one]
-    named, plain = tuple(said), _plain(kind)
+    named = tuple(one.lower() for one in getattr(kind, "__metadata__", ()) if isinstance(one, str))
+    plain = _plain(kind)
+    for one in named:
+        if not _CONTENT_TYPE.fullmatch(one):
+            raise EngineLoadError(f"{where}: {one!r} is no content type, as 'image/png' or 'image/*' are")
     if plain is bytes:
         return _octets, None, named
     if plain is str:
@@ -167,8 +171,7 @@ def _octets(call: Call) -> object:
 def _text(call: Call) -> object:
     charset = parameter(call.content_type, "charset") or "utf-8"
     try:
-        codecs.lookup(charset)  # which decoding nothing does not do
-        return bytes(call.data).decode(charset)
+        return str(call.data, codec_of(charset))
     except LookupError:
         raise Refused("unsupported-media-type", f"the charset {charset[:_QUOTED]!r} is not known") from None
     except UnicodeDecodeError as error:

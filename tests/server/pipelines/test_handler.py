@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import encodings
 from typing import Annotated, Any
 
 import msgspec
@@ -71,6 +72,40 @@ def test_an_unknown_charset() -> None:
     with pytest.raises(Refused, match="klingon") as raised:
         of(str).request(call(b"", "text/plain; charset=klingon"))
     assert raised.value.slug == "unsupported-media-type"
+
+
+@pytest.mark.parametrize("charset", ["punycode", "idna", "undefined", "unicode_escape", "hex", "a\0b"])
+def test_codecs_of_python_that_are_no_charsets(charset: str) -> None:
+    with pytest.raises(Refused, match="is not known") as raised:
+        of(str).request(call(b"a-b9", f"text/plain; charset={charset}"))
+    assert raised.value.slug == "unsupported-media-type"
+
+
+def test_spellings_of_charsets_are_not_kept() -> None:
+    kept = len(vars(encodings)["_cache"])
+    for number in range(3):
+        with pytest.raises(Refused):
+            of(str).request(call(b"", f"text/plain; charset=klingon{number}"))
+    assert len(vars(encodings)["_cache"]) == kept
+
+
+@pytest.mark.parametrize("charset", ["UTF-8", "us-ascii", "utf-8-sig", "windows-1252", "Shift_JIS", "koi8-u"])
+def test_charsets(charset: str) -> None:
+    assert of(str).request(call(b"a", f"text/plain; charset={charset}")) == "a"
+
+
+@pytest.mark.parametrize("said", ["png", "image/", "*/png", "image/png; q=1", "image/png, image/gif"])
+def test_an_annotation_that_is_no_content_type(said: str) -> None:
+    with pytest.raises(EngineLoadError, match=r"'request': .* is no content type"):
+        of(Annotated[bytes, said])
+
+
+def test_ranges_of_content_types() -> None:
+    pictures = of(Annotated[bytes, "image/*", "application/pdf"]).described.accepts
+    check_type(pictures, "image/webp")
+    check_type(pictures, "application/pdf")
+    with pytest.raises(Problem, match=r"image/\* or application/pdf"):
+        check_type(pictures, "imagery/webp")
 
 
 def test_content_types() -> None:
