@@ -12,6 +12,7 @@ import time
 import traceback
 from asyncio import Semaphore, Task
 from collections.abc import Sequence
+from contextlib import aclosing
 from typing import Any
 
 import uvloop
@@ -142,9 +143,10 @@ class Child:
         room = self._room[call.number] = Semaphore(MOST_AHEAD)
         self._wire.send(Head(call.number, handler.described.returns, streamed=True))
         try:
-            async for item in handler.parts(request):
-                await room.acquire()
-                self._send(call.number, event_text(item))
+            async with aclosing(handler.parts(request)) as items:
+                async for item in items:
+                    await room.acquire()
+                    self._send(call.number, event_text(item))
         finally:
             del self._room[call.number]
 
