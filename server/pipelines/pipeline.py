@@ -61,15 +61,20 @@ class Pipeline:
 
     async def load(self) -> None:
         """Start the processes, and begin to accept calls. Raises EngineError."""
+        count = self.settings.processes or available_cores()
         try:
-            count = self.settings.processes or available_cores()
-            self._processes = [self._open() for _ in range(count)]
-            for process in self._processes:
-                self.content = await process.described()
+            for _ in range(count):
+                self._processes.append(self._open())
+            described = await asyncio.gather(
+                *[process.described() for process in self._processes], return_exceptions=True
+            )
+            for one in described:
+                if isinstance(one, BaseException):
+                    raise one
+                self.content = one
         except EngineError as error:
             self.load_error = error
-            for process in self._processes:
-                await process.stop()
+            await asyncio.gather(*[process.stop() for process in self._processes])
             raise
         limit_ms = self.settings.execution_timeout_ms
         self.batcher = Batcher(
@@ -80,6 +85,8 @@ class Pipeline:
             on_lost=self._on_lost,
             loop=asyncio.get_running_loop(),
         )
+        for process in self._processes:
+            self._look_after(process)
         log.info("pipeline %s: ready (%d processes of %d calls)", self.name, count, self._concurrency)
         if self.settings.reload:
             self._start_task(self._load_again())
@@ -129,6 +136,11 @@ class Pipeline:
                 self.loaded_batcher.retire(seat)
             process.give_up(lost, concurrent=self.content.concurrent)
 
+    def _look_after(self, process: PoolProcess) -> None:
+        """Start another process in place of one that has ended before it was in the pool."""
+        if process.ended:
+            self._on_end(process, process.ended)
+
     def _on_end(self, process: PoolProcess, why: str) -> None:
         if self.batcher is None or self._stopping or process not in self._processes:
             return
@@ -168,6 +180,7 @@ class Pipeline:
         self._processes[self._processes.index(old)] = new
         for seat in self._seats_of(new):
             self._use(seat)
+        self._look_after(new)
         return True
 
     async def _load_again(self) -> None:

@@ -56,7 +56,7 @@ _RETRY_S = 1.0
 class PoolProcess:
     """A process, from its start to its end. `on_end` is told of it on the loop, before its calls fail.
 
-    `seats`: where calls run; there are some once it is loaded.
+    `seats`: where calls run; there are some once it is loaded. `ended`: why it has ended.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class PoolProcess:
         self._name = name
         self._on_end = on_end
         self.seats: list[Seat] = []
+        self.ended = ""
         self.on_seat: Callable[[Seat], None] = lambda seat: None
         self._loop = loop = asyncio.get_running_loop()
         self._described: asyncio.Future[Described] = loop.create_future()
@@ -244,7 +245,8 @@ class PoolProcess:
         running, self._running = self._running, {}
         self._idle.set()
         reference = secrets.token_hex(8)
-        self._on_end(self, f"(reference {reference}): {why}")  # no call comes any more
+        self.ended = f"(reference {reference}): {why}"
+        self._on_end(self, self.ended)  # no call comes any more
         begun = [seat for seat in running.values() if seat.begun]
         for seat in running.values():
             if not seat.begun:

@@ -203,10 +203,10 @@ class _Answering:
 
     @contextlib.asynccontextmanager
     async def _dropped_if_left(self) -> AsyncIterator[None]:
-        """Cancel the call if its client, or the server, leaves."""
+        """Cancel the call if its client leaves, or the server ends this request."""
         try:
             yield
-        except (ClientDisconnect, asyncio.CancelledError):
+        except BaseException:
             self.drop()
             raise
 
@@ -247,7 +247,7 @@ class _Events(Response):
             await send({"type": "http.response.body", "body": b""})
         except (ClientDisconnect, OSError):
             answering.drop()
-        except asyncio.CancelledError:
+        except BaseException:
             answering.drop()
             raise
         else:

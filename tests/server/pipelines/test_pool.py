@@ -14,7 +14,9 @@ import httpx
 import pytest
 
 from cobatch.batcher.batcher import Batcher
+from cobatch.server.pipelines.call import Described
 from cobatch.server.pipelines.pipeline import Pipeline
+from cobatch.server.pipelines.process import PoolProcess
 from cobatch.server.settings.schema import PipelineSettings
 from tests.support.http.in_process import InProcess, in_process
 from tests.support.paths import ROOT
@@ -200,6 +202,23 @@ async def test_a_call_that_had_not_begun_runs_in_the_next_process(running: InPro
     await started(running)
     os.kill(process, signal.SIGKILL)
     assert (await asked).json()["process"] != process
+
+
+async def test_a_process_that_ends_before_it_is_in_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = PoolProcess.described
+    ended: list[PoolProcess] = []
+
+    async def described(process: PoolProcess) -> Described:
+        answer = await original(process)
+        if not ended:
+            ended.append(process)
+            process.kill()
+            await until(lambda: process.ended)
+        return answer
+
+    monkeypatch.setattr(PoolProcess, "described", described)
+    async with in_process(pipelines=[pipeline("Asked")]) as running:
+        assert (await ask(running)).status_code == 200
 
 
 async def test_a_full_queue() -> None:
