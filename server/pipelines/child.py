@@ -141,12 +141,17 @@ class Child:
             self._send(call.number, data)
             return
         room = self._room[call.number] = Semaphore(MOST_AHEAD)
-        self._wire.send(Head(call.number, handler.described.returns, streamed=True))
+        head: Head | None = Head(call.number, handler.described.returns, streamed=True)
         try:
             async with aclosing(handler.parts(request)) as items:
                 async for item in items:
+                    if head is not None:  # an error before this has a status of its own
+                        self._wire.send(head)
+                        head = None
                     await room.acquire()
                     self._send(call.number, event_text(item))
+            if head is not None:
+                self._wire.send(head)
         finally:
             del self._room[call.number]
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import msgspec
@@ -29,7 +29,8 @@ log = logging.getLogger("cobatch.model")
 class Pipeline:
     """A pipeline of this process. `batcher` and `content` are None until a process is loaded.
 
-    `around`: the signature of the model in Python of the same name, if it is what is before and after that.
+    `on_ready` is called when a process was started again. `around`: the signature of the model in Python of
+    the same name, if it is what is before and after that.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Pipeline:
             self._start = msgspec.structs.replace(
                 self._start, around=self.name, datatypes=datatypes, batched=batched
             )
+        self.on_ready: Callable[[], None] = lambda: None
         self._hub = hub
         self._processes: list[PoolProcess] = []
         self._backoff = Backoff()
@@ -163,6 +165,7 @@ class Pipeline:
                 log.error("pipeline %s: a process cannot be started again: %s", self.name, error)  # noqa: TRY400
             else:
                 log.warning("pipeline %s: a process was started again", self.name)
+                self.on_ready()
 
     async def _replace(self, old: PoolProcess) -> bool:
         """Start a process in place of another; False: there is one already. Raises EngineError."""

@@ -27,7 +27,7 @@ from cobatch.server.observability.record import server_timing
 from cobatch.server.observability.traffic import LEFT, LEFT_SLUG
 from cobatch.server.pipelines import sse
 from cobatch.server.pipelines.call import NOTHING
-from cobatch.server.pipelines.content import check_type, is_json
+from cobatch.server.pipelines.content import check_type
 from cobatch.server.pipelines.pipeline import Pipeline
 from cobatch.server.pipelines.request import PipelineRequest
 from cobatch.server.pipelines.wire import in_memory
@@ -59,7 +59,9 @@ def make_around(inference: Inference, model: Model) -> Pipeline | None:
 
 
 def _made(inference: Inference, settings: PipelineSettings, around: Signature | None = None) -> Pipeline:
-    return Pipeline(settings, linked_models(inference.settings.models), hub_of(inference), around)
+    pipeline = Pipeline(settings, linked_models(inference.settings.models), hub_of(inference), around)
+    pipeline.on_ready = inference.tell_if_ready  # for the first time, if a process ended while it was loaded
+    return pipeline
 
 
 def pipeline_routes(inference: Inference) -> list[Route]:
@@ -97,7 +99,7 @@ async def _accept(inference: Inference, pipeline: Pipeline, request: Request) ->
     priority, timeout_s = _options(request)
     content_type = request.headers.get("content-type", "")
     check_type(pipeline.content.accepts, content_type)
-    as_json = is_json(pipeline.content.accepts)
+    as_json = pipeline.content.request_schema is not None
     limit = inference.max_json_bytes if as_json else inference.settings.server.max_body_bytes
     body = await read_body(dict(request.headers.raw), request.receive, limit, scope[EXCHANGE])
     inference.check(pipeline, principal)  # other requests came while the body did

@@ -162,6 +162,13 @@ async def test_a_stream_that_fails(running: InProcess) -> None:
     assert last.startswith('event: error\ndata: {"type":"/problems/run-failed"')
 
 
+async def test_a_stream_that_fails_before_its_first_item(running: InProcess) -> None:
+    answer = await running.http.post(
+        "/v1/models/words/infer", content="fail", headers={"content-type": "text/plain"}
+    )
+    assert (answer.status_code, answer.json()["type"]) == (500, "/problems/run-failed")
+
+
 # Processes that end
 
 
