@@ -42,6 +42,8 @@ _KEPT_LINES = 40
 _LINES_PER_S = 200
 _LONGEST_LINE = 4 << 10
 _READ_BYTES = 64 << 10
+# After its end: what lies in the pipe. A process that it started may write to it still.
+_LAST_READS = 64
 
 
 class Output:
@@ -232,8 +234,9 @@ class ModelProcess:
             self._signal_group()
             self._process.wait()
             self._reaped = True
-        while self._read():
-            pass
+        for _ in range(_LAST_READS):
+            if not self._read():
+                break
         self.output.feed(b"")
         os.close(self._reader)
         os.close(self._pid)

@@ -40,6 +40,8 @@ def around(found: object, name: str, datatypes: Mapping[str, str], *, batched: b
 
     async def handle(request: Any) -> Any:
         row = request if before is None else await call(before, request)
+        if before is None and set(row) != set(datatypes):
+            raise BadRequest(f"expected the inputs {', '.join(datatypes)}, got {', '.join(row) or 'none'}")
         if not isinstance(row, dict):
             raise TypeError(f"preprocess returned {type(row).__name__}, expected a dict of arrays")
         arrays = {key: _array(value, datatypes.get(key)) for key, value in row.items()}

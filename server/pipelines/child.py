@@ -79,10 +79,11 @@ class Child:
     def _start(self, start: Start) -> None:
         try:
             self._handler = handler = self._load(start)
-        except EngineLoadError as error:
-            self._wire.send(NotLoaded(encodable(str(error)[:MOST_TEXT])))
-        else:
             self._wire.send(handler.described)
+        except EngineLoadError as error:
+            self._wire.send(NotLoaded(_beginning(str(error))))
+        except Exception:  # noqa: BLE001 - without an answer home would wait for ever
+            self._wire.send(NotLoaded(_tail(traceback.format_exc())))
 
     def _load(self, start: Start) -> Handler:
         """Return the handler. Raises EngineLoadError."""
@@ -111,27 +112,25 @@ class Child:
     async def _run(self, call: Call, caller: Caller) -> None:
         CALLER.set(caller)
         REQUEST_ID.set(call.request_id)
-        slug, text = "", ""
-        members: dict[str, Any] = {}
+        error: BaseException | None = None
         try:
-            await self._answer(call)
-        except Refused as refused:
-            slug, text = refused.slug, str(refused)
-        except BadRequest as refused:
-            slug, text = "refused-by-model", str(refused)
-        except StepError as failed:
-            slug, text, members = failed.kind, str(failed), failed.members
-        except asyncio.CancelledError:
-            slug = "cancelled"
+            await self._answer(call, caller)
         except (SystemExit, KeyboardInterrupt):
             raise  # which end the process
-        except BaseException:  # noqa: BLE001 - the user's own code; without `End` home would wait for ever
-            slug, text = FAILED, traceback.format_exc()[-MOST_TEXT:]
+        except BaseException as raised:  # noqa: BLE001 - the user's own code
+            error = raised
         caller.end()
         del self._calls[call.number]
-        self._wire.send(End(call.number, slug, encodable(text), members, tuple(caller.steps)))
+        try:
+            slug, text, members = _reason(error)
+            cut = _tail if slug == FAILED else _beginning
+            self._wire.send(End(call.number, slug, cut(text), members, tuple(caller.steps)))
+        except Exception:  # noqa: BLE001 - without `End` home would wait for ever
+            self._wire.send(End(call.number, FAILED, _tail(traceback.format_exc())))
+        finally:
+            error = None  # its traceback refers to this frame, a cycle
 
-    async def _answer(self, call: Call) -> None:
+    async def _answer(self, call: Call, caller: Caller) -> None:
         handler = self._handler
         assert handler is not None
         request = handler.request(call)
@@ -145,6 +144,8 @@ class Child:
         try:
             async with aclosing(handler.parts(request)) as items:
                 async for item in items:
+                    if caller.ended:
+                        break  # the generator has not heeded its cancellation
                     if head is not None:  # an error before this has a status of its own
                         self._wire.send(head)
                         head = None
@@ -160,6 +161,33 @@ class Child:
             self._wire.send(Data(number, len(data), memoryview(data)))
         else:
             self._wire.send(Data(number, len(data)), in_memory(data))
+
+
+def _reason(error: BaseException | None) -> tuple[str, str, dict[str, Any]]:
+    """Return the kind of problem, the text and the members of an error of a call."""
+    match error:
+        case None:
+            return "", "", {}
+        case Refused():
+            return error.slug, str(error), {}
+        case BadRequest():
+            return "refused-by-model", str(error), {}
+        case StepError():
+            return error.kind, str(error), error.members
+        case asyncio.CancelledError():
+            return "cancelled", "", {}
+        case _:
+            return FAILED, "".join(traceback.format_exception(error)), {}
+
+
+def _beginning(text: str) -> str:
+    """Return as much of a text as fits a message."""
+    return encodable(text).encode()[:MOST_TEXT].decode(errors="ignore")
+
+
+def _tail(text: str) -> str:
+    """Return the end of a traceback, which says most."""
+    return encodable(text).encode()[-MOST_TEXT:].decode(errors="ignore")
 
 
 async def serve(sock: int, link: Sequence[int]) -> None:

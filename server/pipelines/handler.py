@@ -157,8 +157,8 @@ def _request_codec(kind: Any, where: str) -> tuple[_Decode, Schema | None, tuple
             named or (JSON,),
         )
     try:
-        decoder = msgspec.json.Decoder(plain)
-        schema = msgspec.json.schema(plain, ref_template=_REFERENCE)
+        decoder = msgspec.json.Decoder(kind)
+        schema = msgspec.json.schema(kind, ref_template=_REFERENCE)
     except TypeError as error:
         raise EngineLoadError(f"{where}: no request can be of type {plain}: {error}") from error
     return _json_decoder(decoder), schema, named or (JSON,)

@@ -107,6 +107,15 @@ class PoolProcess:
         self._idle.clear()
         request.withdraw = partial(self.cancel, number)
         request.taken = partial(self._wire.send, Taken(number))
+        try:
+            self._send_call(number, request)
+        except OSError as error:  # too many open files, no memory
+            del self._running[number]
+            if not self._running:
+                self._idle.set()
+            seat.end(EngineRunError(f"the call cannot be sent to its process: {error}"))
+
+    def _send_call(self, number: int, request: PipelineRequest) -> None:
         if request.descriptor < 0 and request.size > INLINE_BYTES:
             request.descriptor, request.data = in_memory(request.data), NOTHING
         descriptor = -1 if request.descriptor < 0 else os.dup(request.descriptor)

@@ -73,6 +73,10 @@ class Wire(Generic[Sent, Received]):
             return False
         except (BrokenPipeError, ConnectionResetError):
             pass  # reading tells the end
+        except OSError:
+            if descriptor >= 0:
+                os.close(descriptor)
+            raise
         if descriptor >= 0:
             os.close(descriptor)
         return True

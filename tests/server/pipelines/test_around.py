@@ -53,6 +53,8 @@ async def test_they_are_counted_as_the_model_s(running: InProcess) -> None:
 
 async def test_answers_alone(running: InProcess) -> None:
     assert (await ask(running, "Plain", {"x": [5, 6]})).json() == 5.0
+    answer = await ask(running, "Plain", {"nope": [[1], [1, 2]]})
+    assert (answer.status_code, answer.json()["detail"]) == (422, "expected the inputs x, got nope")
 
 
 @pytest.mark.parametrize(

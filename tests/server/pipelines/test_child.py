@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cobatch.server.links.steps import Caller
 from cobatch.server.pipelines.call import Call
 from cobatch.server.pipelines.child import Child
 from cobatch.server.pipelines.handler import Handler
@@ -17,10 +18,11 @@ from cobatch.server.pipelines.handler import Handler
 async def streamed(handle: Any) -> asyncio.Task[None]:
     """Begin a call whose client reads nothing."""
     home, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    no_link: Any = None
     with home:
         child = Child(far, ())
         child._handler = Handler(handle, "handle")
-        task = asyncio.create_task(child._answer(Call(1, "text/plain", 1, memoryview(b"a"))))
+        task = asyncio.create_task(child._answer(Call(1, "text/plain", 1, memoryview(b"a")), Caller(no_link)))
         await asyncio.sleep(0)
         return task
 

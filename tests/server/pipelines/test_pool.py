@@ -136,6 +136,35 @@ async def test_readiness_and_a_hint_for_clients_of_v2(running: InProcess) -> Non
     assert refused.json()["detail"] == "'asked' is a pipeline: POST /v1/models/asked/infer"
 
 
+@pytest.mark.parametrize(("word", "status"), [("refuse", 422), ("fail", 500), ("broken", 500)])
+async def test_errors_with_long_texts_or_none(word: str, status: int) -> None:
+    async with in_process(pipelines=[pipeline("Quotes")]) as running:
+        for length in (200_000, 1_000_000):
+            answer = await running.http.post(
+                "/v1/models/quotes/infer", content=word + "x" * length, headers={"content-type": "text/plain"}
+            )
+            assert answer.status_code == status
+
+
+async def test_a_description_that_is_too_long() -> None:
+    async with in_process(pipelines=[pipeline("Strange")], ready=False) as running:
+        strange = running.inference.pipelines["strange"]
+        assert isinstance(strange, Pipeline)
+        await until(lambda: strange.load_error)
+        assert "Message too long" in str(strange.load_error)
+
+
+async def test_a_call_that_cannot_be_sent(running: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(data: object) -> int:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("cobatch.server.pipelines.process.in_memory", fail)
+    answer = await running.http.post("/v1/models/backwards/infer", content=b"x" * 100_000)
+    assert (answer.status_code, answer.json()["type"]) == (500, "/problems/run-failed")
+    answer = await running.http.post("/v1/models/backwards/infer", content=b"xy")
+    assert answer.content == b"yx"
+
+
 # Streams
 
 
@@ -167,6 +196,14 @@ async def test_a_stream_that_fails_before_its_first_item(running: InProcess) -> 
         "/v1/models/words/infer", content="fail", headers={"content-type": "text/plain"}
     )
     assert (answer.status_code, answer.json()["type"]) == (500, "/problems/run-failed")
+
+
+async def test_a_generator_that_does_not_heed_its_cancellation() -> None:
+    async with in_process(pipelines=[pipeline("Stubborn", concurrency=1)]) as running:
+        answer = await running.http.post("/v1/models/stubborn/infer?deadline_ms=50", json=10**9)
+        assert "/problems/expired" in answer.text.split("\n\n")[-2]
+        answer = await running.http.post("/v1/models/stubborn/infer", json=1)
+        assert answer.text == "data: 0\n\nevent: completed\ndata: {}\n\n"
 
 
 # Processes that end

@@ -157,3 +157,44 @@ class Plain:
     def postprocess(self, row: dict[str, np.ndarray]) -> float:
         """Return the first number."""
         return float(row["y"][0])
+
+
+class Quotes:
+    """A handler that fails with what it was sent."""
+
+    async def handle(self, text: str) -> str:
+        """Refuse, or fail."""
+        if text.startswith("refuse"):
+            raise BadRequest(text)
+        if text.startswith("broken"):
+            raise Unprintable
+        raise ValueError(text)
+
+
+class Unprintable(BadRequest):
+    """A refusal without a text."""
+
+    def __str__(self) -> str:
+        """Fail."""
+        raise ZeroDivisionError
+
+
+class Stubborn:
+    """A stream that does not heed its cancellation."""
+
+    async def handle(self, most: int) -> AsyncIterator[int]:
+        """Count."""
+        for number in range(most):
+            try:
+                await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                print("not heeded")
+            yield number
+
+
+class Strange:
+    """A handler whose description no message holds."""
+
+    async def handle(self, number: Annotated[int, msgspec.Meta(title="x" * 400_000)]) -> int:
+        """Return it."""
+        return number
