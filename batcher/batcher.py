@@ -93,7 +93,7 @@ class Batcher:
         self.admission = self._scheduler.admission
         self._suspects = self._scheduler.suspects
         self._apart = self._suspects.queue
-        self._completion = Completion(name, self._scheduler, clock)
+        self._completion = Completion(name, self._scheduler, clock, loop, self.decide)
         self._lanes = Lanes(
             name,
             workers if opened else (),

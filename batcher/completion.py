@@ -4,10 +4,12 @@ Each end leaves queue, tenant and counters consistent, and tells the caller once
 Requests larger than a batch are cut here and joined again.
 """
 
+import asyncio
 import logging
 import math
 import secrets
 from collections.abc import Callable
+from functools import partial
 
 from cobatch.batcher.errors import (
     BatchFailedError,
@@ -17,20 +19,38 @@ from cobatch.batcher.errors import (
     InputRejectedError,
 )
 from cobatch.batcher.request import Batch, Pad, Request, State
+from cobatch.batcher.rows.copying import Array
 from cobatch.batcher.rows.padding import cut_back
-from cobatch.batcher.rows.splitting import Part, cut, join, release
+from cobatch.batcher.rows.splitting import Part, cut, join, joint, pieces, release
 from cobatch.batcher.scheduling.scheduler import Scheduler
 
 log = logging.getLogger("cobatch.batcher")
 
+# Of an answer that is joined on the event loop's thread. Memory that is new to the process costs 0.15 ms a
+# megabyte, and on a virtual machine that has given it back to its host up to 3 ms.
+_JOINED_BYTES = 1 << 20
 # Sums of times are not exact.
 _ROUNDING_S = 1e-6
 
 
 class Completion:
-    """Ends the requests of one model. `clock` is the batcher's."""
+    """Ends the requests of one model. `clock` and `loop` are the batcher's.
 
-    def __init__(self, model: str, scheduler: Scheduler, clock: Callable[[], float]) -> None:
+    `joining`: the requests whose parts have all run and are put together in a thread; `on_joined` is called
+    when one has ended.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        scheduler: Scheduler,
+        clock: Callable[[], float],
+        loop: asyncio.AbstractEventLoop,
+        on_joined: Callable[[], None],
+    ) -> None:
+        self.joining: set[Request] = set()
+        self._loop = loop
+        self._on_joined = on_joined
         self._model = model
         self._scheduler = scheduler
         self._counters = scheduler.counters
@@ -235,10 +255,30 @@ class Completion:
         if first_error is not None and all(part.error is not None for part in parts):
             self.fail(request, first_error)
             return
+        outputs = pieces(parts)
+        work = partial(join, outputs)
+        request.batch, request.first_row, request.state = joint(parts), 0, State.RUNNING
+        if sum([rows.nbytes for output in outputs for rows in output]) <= _JOINED_BYTES:
+            self._answer_joined(request, work)
+            return
+
+        def joined(future: asyncio.Future[list[Array]]) -> None:
+            self.joining.discard(request)
+            if request.state is State.RUNNING:  # else it was cancelled, or it is too late
+                self._answer_joined(request, future.result)
+            self._on_joined()
+
+        self.joining.add(request)
+        self._loop.run_in_executor(None, work).add_done_callback(joined)
+
+    def _answer_joined(self, request: Request, outputs: Callable[[], list[Array]]) -> None:
+        assert request.batch is not None
         try:
-            batch = join(request, parts)
+            request.batch.outputs = outputs()
         except Exception as error:  # noqa: BLE001 - whatever it is, the caller must hear of it
             self.fail_run(request, f"its parts cannot be put together: {error!r}")
         else:
+            request.state = State.DONE
+            batch = request.batch
             self._finish(request)
             batch.outputs, batch.memo = (), {}

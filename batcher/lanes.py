@@ -18,7 +18,7 @@ from cobatch.batcher.bisection import Bisection
 from cobatch.batcher.completion import Completion
 from cobatch.batcher.errors import BatcherError, EngineGoneError, ExecutionTimeoutError
 from cobatch.batcher.lane import BatchWorker, Lane
-from cobatch.batcher.request import Batch, Request
+from cobatch.batcher.request import Batch, Request, State
 from cobatch.batcher.rows.packing import pack
 from cobatch.batcher.rows.padding import Padder
 from cobatch.batcher.scheduling.policy import SUSPECT
@@ -121,7 +121,8 @@ class Lanes:
 
     def awaited(self) -> list[Request]:
         """Return the requests that were sent and are not answered or cancelled."""
-        return [request for lane in self._all for batch in lane.running for request in batch.unanswered()]
+        sent = [request for lane in self._all for batch in lane.running for request in batch.unanswered()]
+        return [*sent, *(one for one in self._completion.joining if one.state is State.RUNNING)]
 
     # To the engine
 

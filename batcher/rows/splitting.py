@@ -7,12 +7,11 @@ parts are answered, or when the first one fails, which cancels the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
 
 import numpy as np
 
-from cobatch.batcher.request import Batch, Payload, Request, State
-from cobatch.batcher.rows.copying import copied
+from cobatch.batcher.request import Batch, Payload, Request
+from cobatch.batcher.rows.copying import Array, copied
 
 
 class Part(Request):
@@ -32,7 +31,7 @@ class Part(Request):
         self.whole: Request | None = whole
         self._source = whole.source
         self.on_done = on_done
-        self.outputs: Sequence[np.ndarray[Any, Any]] = ()
+        self.outputs: Sequence[Array] = ()
 
     @property
     def source(self) -> Hashable:
@@ -66,29 +65,35 @@ def cut(whole: Request, most_rows: int, on_done: Callable[[Part], None]) -> list
     return parts
 
 
-def join(whole: Request, parts: list[Part]) -> Batch:
-    """Give `whole` the outputs of all its parts, in order, as if one batch had run them.
+def joint(parts: list[Part]) -> Batch:
+    """Return a batch as if it had run all parts, in order; `join` gives it its outputs.
 
-    At least one part has run; the rows of failed parts are zeros (b"" for BYTES). The times before the run
-    are the first part's; the run lasts as long as all runs together; `rows` is the largest batch's. Raises
-    ValueError if the parts' outputs differ in shape beside the rows.
+    At least one part has run. The times before the run are the first part's; the run lasts as long as all
+    runs together; `rows` is the largest batch's.
     """
     batches = [part.batch for part in parts if part.error is None and part.batch is not None]
-    ran = next(part.outputs for part in parts if part.error is None)
-    for part in parts:
-        if part.error is not None:
-            part.outputs = [
-                np.full((part.rows, *output.shape[1:]), b"" if output.dtype == object else 0, output.dtype)
-                for output in ran
-            ]
-    whole.batch = batch = batches[0].for_one(batches)
+    batch = batches[0].for_one(batches)
     batch.rows = max(b.rows for b in batches)
     batch.finished_s = batch.started_s + sum(b.finished_s - b.started_s for b in batches)
     batch.lasting = True
-    batch.outputs = [np.concatenate(rows) for rows in zip(*(part.outputs for part in parts), strict=True)]
-    whole.first_row = 0
-    whole.state = State.DONE
     return batch
+
+
+def pieces(parts: list[Part]) -> list[tuple[Array, ...]]:
+    """Return, for each output, its rows of each part; those of failed parts are zeros (b"" for BYTES)."""
+    ran = next(part.outputs for part in parts if part.error is None)
+    rows = [[_zeros(output, part.rows) for output in ran] if part.error else part.outputs for part in parts]
+    return list(zip(*rows, strict=True))
+
+
+def _zeros(like: Array, rows: int) -> Array:
+    zero = np.array(b"" if like.dtype == object else 0, like.dtype)
+    return np.broadcast_to(zero, (rows, *like.shape[1:]))
+
+
+def join(outputs: list[tuple[Array, ...]]) -> list[Array]:
+    """Return each output in one piece, in any thread. Raises ValueError if shapes differ beside the rows."""
+    return [np.concatenate(rows) for rows in outputs]
 
 
 def release(parts: list[Request]) -> None:
