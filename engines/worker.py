@@ -86,9 +86,15 @@ class Worker:
         self._output_shapes: dict[str, tuple[int, ...]] = {}
 
     def start(self, on_open: Callable[[EngineError | None], None]) -> None:
-        """Start the thread, which opens and warms up the engine and then calls `on_open`."""
+        """Start the thread, which opens and warms up the engine and then calls `on_open`.
+
+        Raises EngineLoadError if the system has no thread left.
+        """
         self._on_open = on_open
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise EngineLoadError(f"its thread cannot be started: {error}") from error
 
     def submit(self, job: Job) -> None:
         """Run this job after all jobs submitted before."""

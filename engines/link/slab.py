@@ -15,6 +15,7 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from cobatch.engines.errors import LinkError
@@ -90,9 +91,12 @@ def create(name: str, size: int, *, growing: bool = False) -> int:
     It cannot shrink, which would end its reader by SIGBUS, nor grow, unless it is `growing`.
     """
     descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(descriptor, (BLOCK_BYTES << ((size - 1) // BLOCK_BYTES).bit_length()) + mmap.PAGESIZE)
     seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL | (0 if growing else fcntl.F_SEAL_GROW)
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+    with ExitStack() as stack:
+        stack.callback(os.close, descriptor)
+        os.ftruncate(descriptor, (BLOCK_BYTES << ((size - 1) // BLOCK_BYTES).bit_length()) + mmap.PAGESIZE)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+        stack.pop_all()
     return descriptor
 
 
@@ -101,14 +105,21 @@ def for_reading(descriptor: int) -> int:
     return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
 
 
+def mapped(descriptor: int, protection: int = mmap.PROT_READ | mmap.PROT_WRITE) -> mmap.mmap:
+    """Map all of a descriptor's memory; close the descriptor, also if that fails. Raises OSError."""
+    try:
+        return mmap.mmap(descriptor, 0, prot=protection)
+    finally:
+        os.close(descriptor)
+
+
 class SlabWriter:
     """The writer's end of a slab. Closes the descriptor that it is made of."""
 
     __slots__ = ("_map", "_written", "arena", "size")
 
     def __init__(self, descriptor: int) -> None:
-        self._map = mmap.mmap(descriptor, 0)
-        os.close(descriptor)
+        self._map = mapped(descriptor)
         self.size = len(self._map) - mmap.PAGESIZE
         self.arena = Arena(self.size)
         self._written = 0  # the end of the bytes written since no block was in use
@@ -180,8 +191,7 @@ class SlabReader:
     __slots__ = ("_view", "_word")
 
     def __init__(self, descriptor: int) -> None:
-        memory = memoryview(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ))
-        os.close(descriptor)
+        memory = memoryview(mapped(descriptor, mmap.PROT_READ))
         self._view, self._word = memory[: -mmap.PAGESIZE], memory[-mmap.PAGESIZE :]
 
     @property

@@ -131,21 +131,22 @@ class ProcessEngine(PythonEngine):
             self._env |= dict.fromkeys(_THREAD_VARIABLES, str(threads))
         if reload:  # a file that changes twice in a second would have the bytecode of before
             self._env["PYTHONDONTWRITEBYTECODE"] = "1"
-        self._begun = _region(name)
         self._number = 0  # of the batch that was sent last
         self._numbers: dict[int, int] = {}  # by slot
         self._answers: dict[int, Ran | Failed] = {}  # to batches that are not waited for yet
-        self._regions: list[tuple[Region, Region]] = []  # of inputs and outputs, of each slot
+        self._regions: list[Region] = []  # of the batch that has begun; of each slot's inputs and outputs
         self._process: ModelProcess | None = None
         self._lock = threading.Lock()
         self._killed = False
 
     def open(self) -> None:
         """Start the process and load the model there. Raises EngineLoadError."""
-        for _ in range(self.slots):
-            self._regions.append((_region(self._name), _region(self._name)))
-        regions = [self._begun, *(region for slot in self._regions for region in slot)]
-        descriptors = [region.descriptor for region in regions]
+        try:
+            for _ in range(1 + 2 * self.slots):
+                self._regions.append(Region(create(f"cobatch-{self._name}", BLOCK_BYTES, growing=True)))
+        except OSError as error:
+            raise EngineLoadError(f"memory for batches cannot be made: {error}") from error
+        descriptors = [region.descriptor for region in self._regions]
         with self._lock:
             if self._killed:
                 raise EngineLoadError("the server is about to stop")
@@ -160,13 +161,17 @@ class ProcessEngine(PythonEngine):
                 loaded.text if isinstance(loaded, NotLoaded) else f"the process sent {loaded}"
             )
         self.own_requests = loaded.own_requests
-        self._opened(loaded.signature, lambda slot: self._regions[slot][0].reserve)
+        self._opened(loaded.signature, lambda slot: self._slot(slot)[0].reserve)
+
+    def _slot(self, slot: int) -> tuple[Region, Region]:
+        """Return the regions of a slot's inputs and outputs."""
+        return self._regions[1 + 2 * slot], self._regions[2 + 2 * slot]
 
     def enqueue(self, slot: int, rows: int, row_shapes: RowShapes) -> None:
         """Send the batch. Raises EngineEndedError, and EngineRunError for strings that are too long."""
         specs = self.signature.inputs
         arrays = self.inputs(slot, rows, row_shapes)
-        inputs = write_strings(specs, arrays, rows, self._regions[slot][0])
+        inputs = write_strings(specs, arrays, rows, self._slot(slot)[0])
         let_go(arrays, rows)
         self._number += 1
         self._numbers[slot] = self._number
@@ -180,12 +185,12 @@ class ProcessEngine(PythonEngine):
             while number not in self._answers:  # a batch in the other slot may have been sent before
                 self._receive()
         except EngineEndedError as error:
-            error.begun = self._begun.number()[0] == number
+            error.begun = self._regions[0].number()[0] == number
             raise
         answer = self._answers.pop(number)
         if isinstance(answer, Failed):
             raise KINDS.get(answer.kind, EngineRunError)(answer.text)
-        return read(self.signature.outputs, answer.outputs, self._regions[slot][1])
+        return read(self.signature.outputs, answer.outputs, self._slot(slot)[1])
 
     def _receive(self) -> None:
         """Receive the answer to a batch; an error's text gets the output of that batch."""
@@ -229,7 +234,7 @@ class ProcessEngine(PythonEngine):
         self.on_end = _ignore
         if self._process is not None:
             self._process.close()
-        for region in [self._begun, *(region for slot in self._regions for region in slot)]:
+        for region in self._regions:
             region.close()
 
 
@@ -251,7 +256,3 @@ def _own(outputs: list[Array], index: int) -> Array:
 
 def _ignore(error: EngineEndedError) -> None:
     """Ignore the end of a process that was ended here."""
-
-
-def _region(name: str) -> Region:
-    return Region(create(f"cobatch-{name}", BLOCK_BYTES, growing=True))

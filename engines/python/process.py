@@ -97,7 +97,8 @@ class Output:
 class ModelProcess:
     """A process, from its start. `kill` may be called by any thread; `on_end` is called by another one.
 
-    `module`: what it runs. `sock` is home's end of the socket, for another way to send and receive.
+    `module`: what it runs. `sock` is home's end of the socket, for another way to send and receive. Raises
+    EngineLoadError.
     """
 
     def __init__(
@@ -110,13 +111,28 @@ class ModelProcess:
     ) -> None:
         self.output = Output(name)
         self._on_end = on_end
-        self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MESSAGE_BYTES)
-        self._reader, writer = os.pipe()
-        os.set_blocking(self._reader, False)
-        inherited = [theirs.fileno(), *descriptors]
-        command = [sys.executable, "-P", "-m", module, name, str(os.getpid())]
+        self._lock = threading.Lock()
+        self._reaped = False
+        self._killed = ""
+        self._marks = True
+        self._thread = threading.Thread(target=self._watch, name=f"cobatch-{name}-output", daemon=True)
         try:
+            self._start([sys.executable, "-P", "-m", module, name, str(os.getpid())], descriptors, env)
+        except (OSError, RuntimeError) as error:  # the latter of a thread that cannot be started
+            raise EngineLoadError(f"the model's process cannot be started: {error}") from error
+
+    def _start(self, command: Sequence[str], descriptors: Sequence[int], env: Mapping[str, str]) -> None:
+        """Start the process and the thread, or leave nothing behind."""
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            self.sock, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            theirs.callback(end.close)
+            ours.callback(self.sock.close)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MESSAGE_BYTES)
+            self._reader, writer = os.pipe()
+            theirs.callback(os.close, writer)
+            ours.callback(os.close, self._reader)
+            os.set_blocking(self._reader, False)
+            inherited = [end.fileno(), *descriptors]
             self._process = subprocess.Popen(  # noqa: S603 - this Python, and our module
                 [*command, *map(str, inherited)],
                 stdin=subprocess.DEVNULL,
@@ -127,20 +143,12 @@ class ModelProcess:
                 env={**os.environ, **env},
             )
             self.pid = self._process.pid
+            ours.callback(self._process.wait)
+            ours.callback(self._signal_group)
             self._pid = os.pidfd_open(self.pid)
-        except OSError as error:
-            self.sock.close()
-            os.close(self._reader)
-            raise EngineLoadError(f"the model's process cannot be started: {error}") from error
-        finally:
-            os.close(writer)
-            theirs.close()
-        self._lock = threading.Lock()
-        self._reaped = False
-        self._killed = ""
-        self._marks = True
-        self._thread = threading.Thread(target=self._watch, name=f"cobatch-{name}-output", daemon=True)
-        self._thread.start()
+            ours.callback(os.close, self._pid)
+            self._thread.start()
+            ours.pop_all()
 
     def send(self, message: Start | Run) -> None:
         """Send a message. Raises EngineEndedError."""

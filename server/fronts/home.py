@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
+from cobatch.engines.link.slab import SlabReader, SlabWriter
 from cobatch.server.fronts.child_server import ChildServer
 from cobatch.server.fronts.control import EndFront, LinkEnds, Parent
 from cobatch.server.fronts.reception import HomeConnection, Reception
@@ -45,7 +46,8 @@ class Downlinks:
     def add(self, front: int, ends: LinkEnds) -> None:
         """Use a link to a front; it replaces an earlier one."""
         before = self.links.get(front)
-        link = self.hub.add(front, ends.messages, ends.slab_in, ends.slab_out, self._on_ended)
+        slabs = SlabReader(ends.slab_in), SlabWriter(ends.slab_out)
+        link = self.hub.add(front, ends.messages, *slabs, self._on_ended)
         self.links[front] = link
         if before is not None:
             before.end("another one takes its place")

@@ -66,8 +66,8 @@ class Hub:
         self,
         number: int,
         messages: socket.socket,
-        slab_in: int,
-        slab_out: int,
+        slab_in: SlabReader,
+        slab_out: SlabWriter,
         on_ended: Callable[[Downlink, str, bool], None],
         *,
         steps: bool = False,
@@ -83,8 +83,8 @@ class Hub:
         link = Downlink(
             number,
             Channel(messages, decode_from_front),
-            SlabReader(slab_in),
-            SlabWriter(slab_out),
+            slab_in,
+            slab_out,
             self._models,
             None if auth is None else auth.tenants,
             asyncio.get_running_loop(),
@@ -115,15 +115,20 @@ class Hub:
             theirs.append(kept(slab.for_reading(answers)))
             theirs.append(kept(slab.create("cobatch-steps", size)))
             theirs.append(kept(slab.for_reading(self._page_for_steps())))
-            rows = slab.for_reading(theirs[2])
+            slabs = SlabReader(slab.for_reading(theirs[2])), SlabWriter(os.dup(answers))
+            self.add(self._last, near, *slabs, on_ended, steps=True)
             stack.pop_all()
-        self.add(self._last, near, rows, answers, on_ended, steps=True)
+        os.close(answers)
         return theirs
 
     def _page_for_steps(self) -> int:
         if self._page is None:
-            self._page = slab.create("cobatch-page", page_bytes(len(self._models)))
-            self.add_page(os.dup(self._page), None)
+            with ExitStack() as stack:
+                page = slab.create("cobatch-page", page_bytes(len(self._models)))
+                stack.callback(os.close, page)
+                self.add_page(os.dup(page), None)
+                stack.pop_all()
+            self._page = page
         return self._page
 
     def close(self) -> None:

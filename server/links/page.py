@@ -8,10 +8,10 @@ queue is empty. The rest has the accounts of tenants (`server.links.accounts`).
 from __future__ import annotations
 
 import mmap
-import os
 
 from cobatch.batcher.scheduling.admission import Admission
 from cobatch.batcher.scheduling.queue import RequestQueue
+from cobatch.engines.link.slab import mapped
 from cobatch.server.links.accounts import AccountTable
 
 _WORD_BYTES = 8
@@ -70,8 +70,7 @@ class Page:
 
     def __init__(self, descriptor: int, models: int, table: AccountTable | None, *, writable: bool) -> None:
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        memory = memoryview(mmap.mmap(descriptor, 0, prot=protection))
-        os.close(descriptor)
+        memory = memoryview(mapped(descriptor, protection))
         needed = page_bytes(models)
         if len(memory) < needed:
             raise ValueError(f"the page has {len(memory)} bytes, {models} models need {needed}")

@@ -21,6 +21,7 @@ from cobatch.engines.errors import EngineLoadError, EngineRunError
 from cobatch.engines.link import slab
 from cobatch.server.links import steps as steps_module
 from cobatch.server.links import waiting
+from cobatch.server.links.hub import Hub
 from cobatch.server.links.steps import CALLER, Caller
 from cobatch.server.settings.auth import AuthSettings, TenantRule
 from cobatch.server.settings.schema import ModelSettings, PadSettings
@@ -475,3 +476,22 @@ async def test_too_many_open_files_leave_nothing_open(monkeypatch: pytest.Monkey
                     both.hub.open_steps(lambda *arguments: None)
             assert descriptors() == before
         assert both.hub.links == {both.link}
+
+
+async def test_a_page_that_cannot_be_made_is_made_for_the_next_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that no heartbeat reaches would look like that of a home that hangs."""
+    async with stepping() as both:
+        hub, before = Hub(both.home.inference), descriptors()
+
+        def dup(descriptor: int) -> int:
+            raise OSError(errno.EMFILE, "too many open files")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "dup", dup)
+            with pytest.raises(OSError, match="too many open files"):
+                hub.open_steps(lambda *arguments: None)
+        assert descriptors() == before
+        for descriptor in hub.open_steps(lambda *arguments: None):
+            os.close(descriptor)
+        assert [page.heartbeat_s > 0 for page in hub.pages] == [True]
+        hub.close()
