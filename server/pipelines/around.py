@@ -21,6 +21,7 @@ from cobatch.server.links.steps import model
 from cobatch.server.pipelines.thread import CallThread
 
 Row = dict[str, Any]
+_WORDS = {"b": "true or false", "i": "integers", "u": "integers", "f": "finite numbers", "O": "strings"}
 
 
 def around(found: object, name: str, datatypes: Mapping[str, str], *, batched: bool) -> Callable[[Any], Any]:
@@ -44,7 +45,7 @@ def around(found: object, name: str, datatypes: Mapping[str, str], *, batched: b
             raise BadRequest(f"expected the inputs {', '.join(datatypes)}, got {', '.join(row) or 'none'}")
         if not isinstance(row, dict):
             raise TypeError(f"preprocess returned {type(row).__name__}, expected a dict of arrays")
-        arrays = {key: _array(value, datatypes.get(key)) for key, value in row.items()}
+        arrays = {key: _array(key, value, datatypes.get(key)) for key, value in row.items()}
         if batched:
             arrays = {key: array[np.newaxis] for key, array in arrays.items()}
         outputs = await step(**arrays)
@@ -60,13 +61,31 @@ def around(found: object, name: str, datatypes: Mapping[str, str], *, batched: b
     return handle
 
 
-def _array(value: Any, datatype: str | None) -> np.ndarray[Any, Any]:
+def _array(name: str, value: Any, datatype: str | None) -> np.ndarray[Any, Any]:
+    """Return an input's array. Raises BadRequest for a value that the datatype has not, as V2 does."""
     if isinstance(value, np.ndarray) or datatype is None:
         return np.asarray(value)
+    dtype = DATATYPES[datatype]
     try:
-        return np.asarray(value, DATATYPES[datatype])
+        given = np.asarray(value, None if dtype.kind != "O" else dtype)
+        with np.errstate(over="ignore"):
+            array = np.asarray(value, dtype)
     except (TypeError, ValueError, OverflowError) as error:
-        raise BadRequest(f"a value is no {datatype}: {error}") from None
+        raise BadRequest(f"input {name!r} ({datatype}): {error}") from None
+    if given.size and not _fits(given, array):
+        raise BadRequest(f"input {name!r} ({datatype}): expected {_WORDS[dtype.kind]}")
+    return array
+
+
+def _fits(given: np.ndarray[Any, Any], array: np.ndarray[Any, Any]) -> bool:
+    """Return True if an array has the values that it was made of, but for the digits of a float."""
+    match array.dtype.kind:
+        case "O":
+            return all(isinstance(one, str | bytes) for one in array.flat)
+        case "f":
+            return given.dtype.kind in "iuf" and np.isfinite(array).all() == np.isfinite(given).all()
+        case kind:
+            return given.dtype.kind in ("b" if kind == "b" else "iu") and bool((array == given).all())
 
 
 def _hints(method: Callable[..., Any]) -> dict[str, Any]:

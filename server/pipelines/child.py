@@ -41,7 +41,7 @@ from cobatch.server.pipelines.call import (
     decode_to_child,
 )
 from cobatch.server.pipelines.handler import Handler, Refused, encoded, event_text
-from cobatch.server.pipelines.prints import REQUEST_ID, mark_lines
+from cobatch.server.pipelines.prints import mark_lines, marked
 from cobatch.server.pipelines.wire import INLINE_BYTES, Wire, in_memory
 
 
@@ -71,7 +71,8 @@ class Child:
                 if message.number in self._calls:
                     task, caller = self._calls[message.number]
                     caller.end()  # a thread may wait for a step
-                    task.cancel()
+                    # Not before its first step, without which it would send no `End`.
+                    asyncio.get_running_loop().call_soon(task.cancel)
             case Taken():
                 if message.number in self._room:
                     self._room[message.number].release()
@@ -111,10 +112,10 @@ class Child:
 
     async def _run(self, call: Call, caller: Caller) -> None:
         CALLER.set(caller)
-        REQUEST_ID.set(call.request_id)
         error: BaseException | None = None
         try:
-            await self._answer(call, caller)
+            with marked(call.request_id):
+                await self._answer(call, caller)
         except (SystemExit, KeyboardInterrupt):
             raise  # which end the process
         except BaseException as raised:  # noqa: BLE001 - the user's own code

@@ -69,12 +69,14 @@ class PoolProcess:
         self.on_seat: Callable[[Seat], None] = lambda seat: None
         self._loop = loop = asyncio.get_running_loop()
         self._described: asyncio.Future[Described] = loop.create_future()
+        self._described.add_done_callback(_retrieve)
         self._numbers = itertools.count(1)
         self._running: dict[int, Seat] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self._retired: set[Seat] = set()
         self._killers: dict[int, asyncio.TimerHandle] = {}  # of calls that ran too long
+        self._dying = False
         try:
             link = hub.open_steps(self._on_link_end)
         except OSError as error:
@@ -87,7 +89,11 @@ class PoolProcess:
         self._wire: Wire[ToChild, ToHome] = Wire(
             self._process.sock, decode_to_home, self._on_message, self._on_closed
         )
-        self._wire.send(start)
+        try:
+            self._wire.send(start)
+        except OSError as error:
+            self._process.kill()
+            raise EngineLoadError(f"its process cannot be told what to load: {error}") from error
 
     async def described(self) -> Described:
         """Wait until it is loaded. Raises EngineLoadError."""
@@ -158,7 +164,8 @@ class PoolProcess:
             self.kill()
 
     def kill(self) -> None:
-        """End the process, which first logs where it is."""
+        """End the process, which first logs where it is. Its seats are not used again."""
+        self._dying = True
         self._process.abandon()
 
     async def idle(self) -> None:
@@ -175,6 +182,8 @@ class PoolProcess:
 
     def _on_message(self, message: ToHome) -> None:
         match message:
+            case Described() | NotLoaded() if self._described.done():
+                pass  # no one waits for it any more
             case Described():
                 self._described.set_result(message)
             case NotLoaded():
@@ -213,7 +222,7 @@ class PoolProcess:
             seat.end(_error_of(end))
         else:
             killer.cancel()  # the batcher has given the seat up
-        if self._retired and not self._killers:
+        if self._retired and not self._killers and not self._dying:
             self._renew()
 
     def _renew(self) -> None:
@@ -260,7 +269,7 @@ class PoolProcess:
         for seat in running.values():
             if not seat.begun:
                 seat.end(EngineEndedError(why))  # it runs in another process
-            elif len(begun) == 1 and not self._killers:
+            elif len(begun) == 1 and not self._dying:
                 seat.end(EngineRunError(why))  # it is at fault
             else:
                 # Not run again: it may have done something already, and a part of the answer may be sent.
@@ -279,4 +288,12 @@ def _error_of(end: End) -> EngineError | None:
         case slug if slug == FAILED:
             return EngineRunError(end.text)
         case slug:
-            return CallerError(Problem(slug, end.text, **end.members))
+            try:
+                return CallerError(Problem(slug, end.text, **end.members))
+            except (KeyError, TypeError):  # the handler has changed an error
+                return EngineRunError(f"the handler raised no problem: {slug!r}: {end.text}")
+
+
+def _retrieve(described: asyncio.Future[Described]) -> None:
+    """Note that an error is known, which may have no other reader."""
+    described.cancelled() or described.exception()

@@ -6,8 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import httpx
+import numpy as np
 import pytest
 
+from cobatch.engines.base import DATATYPES
+from cobatch.engines.errors import BadRequest
+from cobatch.server.pipelines.around import _array
 from cobatch.server.settings.schema import ModelSettings
 from tests.support.http.in_process import InProcess, in_process
 from tests.support.paths import ROOT
@@ -55,6 +59,49 @@ async def test_answers_alone(running: InProcess) -> None:
     assert (await ask(running, "Plain", {"x": [5, 6]})).json() == 5.0
     answer = await ask(running, "Plain", {"nope": [[1], [1, 2]]})
     assert (answer.status_code, answer.json()["detail"]) == (422, "expected the inputs x, got nope")
+    answer = await ask(running, "Plain", {"x": ["5", 6]})
+    detail = "input 'x' (FP32): expected finite numbers"
+    assert (answer.status_code, answer.json()["detail"]) == (422, detail)
+
+
+@pytest.mark.parametrize(
+    ("datatype", "value", "expected"),
+    [
+        ("INT64", [1.7], "integers"),
+        ("INT64", ["1"], "integers"),
+        ("INT64", [True], "integers"),
+        ("INT8", [300], "out of bounds"),
+        ("UINT64", [-1], "out of bounds"),
+        ("FP32", ["12"], "finite numbers"),
+        ("FP32", [1e300], "finite numbers"),
+        ("FP32", [None], "finite numbers"),
+        ("FP32", [[1], [1, 2]], "inhomogeneous"),
+        ("BOOL", [1], "true or false"),
+        ("BYTES", ["a", 1], "strings"),
+        ("BYTES", [["a"], ["a", "b"]], "strings"),
+    ],
+)
+def test_values_that_a_datatype_has_not(datatype: str, value: object, expected: str) -> None:
+    with pytest.raises(BadRequest, match=rf"^input 'x' \({datatype}\): .*{expected}"):
+        _array("x", value, datatype)
+
+
+@pytest.mark.parametrize(
+    ("datatype", "value"),
+    [
+        ("INT8", [-128, 127]),
+        ("UINT64", [2**64 - 1]),
+        ("FP32", [1, 2.5]),
+        ("FP16", np.float64(0.5)),
+        ("BOOL", [True]),
+        ("BYTES", [["a", b"b"]]),
+        ("INT64", []),
+    ],
+)
+def test_values_of_a_datatype(datatype: str, value: object) -> None:
+    array = _array("x", value, datatype)
+    assert array.dtype == DATATYPES[datatype]
+    assert array.tolist() == value
 
 
 @pytest.mark.parametrize(

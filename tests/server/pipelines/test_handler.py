@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import encodings
+import pkgutil
 from typing import Annotated, Any
 
 import msgspec
@@ -79,6 +80,20 @@ def test_codecs_of_python_that_are_no_charsets(charset: str) -> None:
     with pytest.raises(Refused, match="is not known") as raised:
         of(str).request(call(b"a-b9", f"text/plain; charset={charset}"))
     assert raised.value.slug == "unsupported-media-type"
+
+
+def test_every_codec_of_python_decodes_or_is_refused() -> None:
+    """Some of them make no text: zlib_codec, rot_13, base64_codec and others."""
+    refused = set()
+    for one in pkgutil.iter_modules(encodings.__path__):
+        try:
+            assert isinstance(of(str).request(call(b"ab", f"text/plain; charset={one.name}")), str)
+        except Refused as error:
+            refused.add((one.name, error.slug))
+    names = ("zlib_codec", "rot_13", "hex_codec", "aliases", "punycode")
+    assert {(name, "unsupported-media-type") for name in names} < refused
+    assert "latin_1" not in dict(refused)
+    assert set(dict(refused).values()) <= {"unsupported-media-type", "wrong-body"}
 
 
 def test_spellings_of_charsets_are_not_kept() -> None:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
 from cobatch.batcher.batcher import Batcher
-from cobatch.server.pipelines.call import Described
+from cobatch.server.pipelines.call import Described, NotLoaded
 from cobatch.server.pipelines.pipeline import Pipeline
 from cobatch.server.pipelines.process import PoolProcess
+from cobatch.server.pipelines.wire import Wire
 from cobatch.server.settings.schema import PipelineSettings
 from tests.support.http.in_process import InProcess, in_process
 from tests.support.paths import ROOT
@@ -248,6 +251,62 @@ async def test_a_call_that_had_not_begun_runs_in_the_next_process(running: InPro
     assert (await asked).json()["process"] != process
 
 
+def process_of(running: InProcess, name: str) -> PoolProcess:
+    """Return the only process of a pipeline."""
+    one = running.inference.pipelines[name]
+    assert isinstance(one, Pipeline)
+    (process,) = one._processes
+    return process
+
+
+async def test_a_process_that_is_killed_gets_no_more_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its call may end before it does."""
+    os.mkfifo(tmp_path / "gate")
+    async with in_process(pipelines=[pipeline("Gated")]) as running:
+        process = process_of(running, "gated")
+        monkeypatch.setattr(process._process, "abandon", lambda: None)
+        seats = list(process.seats)
+        asked = asyncio.create_task(
+            running.http.post("/v1/models/gated/infer", content=os.fsencode(tmp_path / "gate"))
+        )
+        await until(lambda: seats[0].begun)
+        process.give_up(seats[0], concurrent=False)
+        await asyncio.to_thread((tmp_path / "gate").write_text, "passed")
+        assert (await asked).text == "passed"
+        assert process.seats == seats
+
+
+async def test_a_call_beside_one_that_ran_too_long_is_not_at_fault(
+    running: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = process_of(running, "asked")
+    monkeypatch.setattr(process._process, "abandon", lambda: None)
+    late, beside = [asyncio.create_task(ask(running, "wait")) for _ in range(2)]
+    await until(lambda: sum(seat.begun for seat in process.seats) == 2)
+    process.give_up(next(seat for seat in process.seats if seat.begun), concurrent=True)
+    process.kill()  # as the timer does, before the call ends
+    await until(lambda: not process._killers)
+    process._process.kill()
+    answer = await beside
+    assert (answer.status_code, answer.json()["type"]) == (503, "/problems/engine-restarting")
+    late.cancel()  # the batcher has not been told
+
+
+async def test_a_process_that_is_described_again(running: InProcess) -> None:
+    process = process_of(running, "asked")
+    process._on_message(await process.described())
+    process._on_message(NotLoaded("after all"))
+    assert (await ask(running)).status_code == 200
+
+
+@pytest.mark.parametrize("problem", ["none", "expired detail", "expired slug"])
+async def test_a_problem_that_a_handler_has_changed(running: InProcess, problem: str) -> None:
+    answer = await ask(running, "problem", problem)
+    assert (answer.status_code, answer.json()["type"]) == (500, "/problems/run-failed")
+
+
 async def test_a_process_that_ends_before_it_is_in_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     original = PoolProcess.described
     ended: list[PoolProcess] = []
@@ -263,6 +322,72 @@ async def test_a_process_that_ends_before_it_is_in_the_pool(monkeypatch: pytest.
     monkeypatch.setattr(PoolProcess, "described", described)
     async with in_process(pipelines=[pipeline("Asked")]) as running:
         assert (await ask(running)).status_code == 200
+
+
+async def test_a_process_that_cannot_be_started_at_first(
+    running: InProcess, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = os.pidfd_open
+    failures = [OSError(errno.ENOSYS, "Function not implemented")]
+
+    def pidfd_open(pid: int) -> int:
+        if failures:
+            raise failures.pop()
+        return original(pid)
+
+    monkeypatch.setattr(os, "pidfd_open", pidfd_open)
+    assert (await ask(running, "abort")).status_code == 500
+    assert (await ask(running)).status_code == 200
+    assert (
+        "cannot be started again: the model's process cannot be started: [Errno 38] Function" in caplog.text
+    )
+
+
+async def test_a_start_that_cannot_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+
+    def send(wire: Wire[Any, Any], message: object, descriptor: int = -1) -> None:
+        started.append(1)
+        raise OSError(errno.EMSGSIZE, "Message too long")
+
+    monkeypatch.setattr(Wire, "send", send)
+    async with in_process(pipelines=[pipeline("Asked", processes=2)], ready=False) as running:
+        asked = running.inference.pipelines["asked"]
+        assert isinstance(asked, Pipeline)
+        await until(lambda: asked.load_error)
+        assert str(asked.load_error) == "its process cannot be told what to load: [Errno 90] Message too long"
+    assert started == [1]
+
+
+async def test_after_two_ends_in_a_row_starts_wait(
+    running: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleeping: asyncio.Queue[float] = asyncio.Queue()
+    passed = asyncio.Event()
+
+    async def sleep(delay_s: float) -> None:
+        sleeping.put_nowait(delay_s)
+        await passed.wait()
+
+    time = SimpleNamespace(**vars(asyncio) | {"sleep": sleep})
+    monkeypatch.setattr("cobatch.server.pipelines.pipeline.asyncio", time)
+    for _ in range(3):
+        assert (await ask(running, "abort")).json()["type"] == "/problems/run-failed"
+    assert await sleeping.get() == 1.0
+    refused = await ask(running)
+    assert (refused.status_code, refused.json()["type"]) == (503, "/problems/engine-restarting")
+    assert (refused.headers["retry-after"], refused.json()["retry_after_ms"]) == ("1", 1000)
+    assert (await running.http.get("/v2/models/asked/ready")).status_code == 503
+    assert (await running.http.get("/v2/health/live")).status_code == 200
+    answer = await running.http.post("/v1/models/backwards/infer", content=b"ab")
+    assert answer.content == b"ba"
+    asked = running.inference.pipelines["asked"]
+    passed.set()
+    await until(lambda: asked.ready)
+    assert (await ask(running)).status_code == 200  # and ends the row
+    assert (await ask(running, "abort")).status_code == 500
+    assert (await ask(running)).status_code == 200
+    assert sleeping.empty()
 
 
 async def test_a_full_queue() -> None:

@@ -7,12 +7,14 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import numpy as np
 
-from cobatch import BadRequest, Response
+from cobatch import BadRequest, Response, StepError
+from cobatch.server.http.problem import Problem
 
 
 class Ask(msgspec.Struct):
@@ -55,6 +57,11 @@ class Asked:
                 time.sleep(3600)  # noqa: ASYNC251 - a handler that holds the loop
             case "print":
                 print(ask.text)
+            case "problem":
+                error = StepError("gate", Problem("expired", "too late"))
+                error.kind, _, member = ask.text.partition(" ")
+                error.members = {member: 1} if member else {}
+                raise error
         return Told(ask.text, os.getpid())
 
 
@@ -66,6 +73,14 @@ class Backwards:
         if data == b"stop":
             raise StopIteration
         return data[::-1]
+
+
+class Gated:
+    """A handler in a thread that waits for a file's writer."""
+
+    def handle(self, path: str) -> str:
+        """Return what the file has."""
+        return Path(path).read_text()
 
 
 class Picture:
