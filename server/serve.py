@@ -165,11 +165,13 @@ class Server(uvicorn.Server):
 
     def tell_ready(self) -> None:
         """Tell that all models and pipelines accept requests."""
-        print(f"cobatch: ready: {', '.join([*self.inference.models, *self.inference.pipelines])}", flush=True)
+        names = dict.fromkeys([*self.inference.models, *self.inference.pipelines])
+        print(f"cobatch: ready: {', '.join(names)}", flush=True)
 
     def _on_load_failed(self, name: str, error: EngineError) -> None:
         why = " ".join(str(error).split())
-        print(f"cobatch: model {name} cannot be loaded: {why}", file=sys.stderr, flush=True)
+        kind = "model" if name in self.inference.models else "pipeline"
+        print(f"cobatch: {kind} {name} cannot be loaded: {why}", file=sys.stderr, flush=True)
         self.status = _FAILED
         self.should_exit = True
 

@@ -219,8 +219,8 @@ class StepEnd:
         missing = sorted(names - self._models.keys())
         if not missing:
             return None
-        known = ", ".join(map(repr, self._models)) or "none"
-        return f"there is no model {missing[0]!r}; the models are {known}"
+        known = ", ".join(map(repr, self._models)) or "no models"
+        return f"there is no model {missing[0]!r}; the server has {known}"
 
     def tenant(self, name: str, rule: int) -> Tenant:
         """Return the tenant of this name and rule."""

@@ -21,8 +21,8 @@ from cobatch.server.observability.record import StepTimes
 
 # Of a call, for its Server-Timing and trace.
 KEPT_STEPS = 256
-# Names of models that `model` was asked for, to check them when the pipeline is loaded.
-asked: set[str] = set()
+# All that `model` has returned, to check their names when the pipeline is loaded.
+_handles: list["ModelHandle"] = []
 
 
 class StepError(Exception):
@@ -93,6 +93,10 @@ class ModelHandle:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.owner: type | None = None
+
+    def __set_name__(self, owner: type, attribute: str) -> None:
+        self.owner = owner
 
     async def __call__(self, /, **inputs: Any) -> dict[str, np.ndarray[Any, Any]]:
         """Return the outputs for these inputs by name. Raises StepError, and TypeError for inputs of other
@@ -127,5 +131,10 @@ def model(name: str) -> ModelHandle:
 
     Inputs and outputs are arrays by name, with all axes: the first one is rows where the model batches.
     """
-    asked.add(name)
-    return ModelHandle(name)
+    _handles.append(handle := ModelHandle(name))
+    return handle
+
+
+def models_of(handler: object) -> set[str]:
+    """Return the names that a handler's modules ask for, without those in the classes of others."""
+    return {one.name for one in _handles if one.owner is None or isinstance(handler, one.owner)}

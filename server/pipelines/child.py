@@ -21,7 +21,7 @@ from cobatch.engines.errors import BadRequest, EngineLoadError
 from cobatch.engines.python.child import encodable, join_home
 from cobatch.engines.python.model import open_object
 from cobatch.server.links.step_end import StepEnd
-from cobatch.server.links.steps import CALLER, Caller, StepError, asked
+from cobatch.server.links.steps import CALLER, Caller, StepError, models_of
 from cobatch.server.pipelines.around import around
 from cobatch.server.pipelines.call import (
     FAILED,
@@ -94,8 +94,9 @@ class Child:
             handle = around(found, start.around, start.datatypes, batched=start.batched)
             handler = Handler(handle, start.source)
         else:
-            handler = Handler(open_object(start.source, start.folder, alone=True), start.source)
-        if (why := self._steps.unknown(asked)) is not None:
+            found = open_object(start.source, start.folder, alone=True)
+            handler = Handler(found, start.source)
+        if (why := self._steps.unknown(models_of(found))) is not None:
             raise EngineLoadError(f"{start.source}: {why}")
         return handler
 

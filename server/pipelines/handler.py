@@ -71,7 +71,8 @@ class Handler:
     def __init__(self, found: object, source: str) -> None:
         handle = getattr(found, "handle", found)
         if not callable(handle):
-            raise EngineLoadError(f"{source} has no method `handle`, and is no function")
+            hint = "; with `predict` it belongs in [[models]]" if hasattr(found, "predict") else ""
+            raise EngineLoadError(f"{source} has no method `handle`, and is no function{hint}")
         self._handle: Callable[..., Any] = handle
         name, takes, returns = _read(handle, source)
         self._decode, request_schema, accepts = _request_codec(takes, f"{source}: parameter {name!r}")

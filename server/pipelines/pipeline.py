@@ -80,13 +80,15 @@ class Pipeline:
             raise
         limit_ms = self.settings.execution_timeout_ms
         self.batcher = Batcher(
-            self.name if not self._start.around else f"{self.name}, its requests",
+            self.name,
             [seat for process in self._processes for seat in self._seats_of(process)],
             max_queue_rows=self.settings.max_queue,
             execution_timeout_ms=limit_ms,
             on_lost=self._on_lost,
             loop=asyncio.get_running_loop(),
         )
+        if self._start.around:
+            self.batcher.name = f"{self.name}, its requests"  # for observers: the model has that name
         for process in self._processes:
             self._look_after(process)
         log.info("pipeline %s: ready (%d processes of %d calls)", self.name, count, self._concurrency)

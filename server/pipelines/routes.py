@@ -85,7 +85,10 @@ def _find(inference: Inference, request: Request) -> Pipeline:
     pipeline = inference.pipelines.get(name)
     if pipeline is None:
         known = [one for one in inference.pipelines if principal is None or principal.may_read(one)]
-        raise Problem("unknown-model", f"there is no pipeline {name!r}", model=name, models=known)
+        detail = f"there is no pipeline {name!r}"
+        if name in inference.models and (principal is None or principal.may_infer(name)):
+            detail = f"{name!r} is a model: POST /v1/models/{name}/predictions"
+        raise Problem("unknown-model", detail, model=name, models=known)
     assert isinstance(pipeline, Pipeline)
     return pipeline
 

@@ -19,10 +19,9 @@ from onnx import TensorProto
 from cobatch import StepError, model
 from cobatch.engines.errors import EngineLoadError, EngineRunError
 from cobatch.engines.link import slab
-from cobatch.server.links import steps as steps_module
 from cobatch.server.links import waiting
 from cobatch.server.links.hub import Hub
-from cobatch.server.links.steps import CALLER, Caller
+from cobatch.server.links.steps import CALLER, Caller, models_of
 from cobatch.server.settings.auth import AuthSettings, TenantRule
 from cobatch.server.settings.schema import ModelSettings, PadSettings
 from tests.server.inference.test_padding import text_model
@@ -99,11 +98,28 @@ async def test_wrong_names_and_datatypes_are_the_handlers_own_fault() -> None:
             await gate()
         with pytest.raises(TypeError, match=r"must be of int64 \(INT64\), got float32"):
             await gate(x=np.zeros((1, 1), np.float32))
-        with pytest.raises(LookupError, match="there is no model 'gote'; the models are 'gate'"):
+        with pytest.raises(LookupError, match="there is no model 'gote'; the server has 'gate'"):
             await model("gote")(x=1)
-        assert both.end.unknown({"gate", "gote"}) == "there is no model 'gote'; the models are 'gate'"
+        assert both.end.unknown({"gate", "gote"}) == "there is no model 'gote'; the server has 'gate'"
         assert both.end.unknown({"gate"}) is None
         assert not both.batcher().counters.accepted
+
+
+def test_models_of_other_handlers_in_a_file_are_not_asked_for() -> None:
+    class One:
+        own = model("own")
+
+    class Other:
+        others = model("others")
+
+    class Derived(One):
+        alone = model("alone")
+
+    shared = model("shared")
+    assert models_of(One()) & {"own", "others", "alone", "shared"} == {"own", "shared"}
+    assert models_of(Derived()) & {"own", "others", "alone", "shared"} == {"own", "alone", "shared"}
+    assert Other.others.name in models_of(Other())
+    assert shared.name in models_of(lambda text: text)
 
 
 async def test_wrong_shapes_are_problems() -> None:
@@ -257,7 +273,6 @@ async def test_a_model_needs_a_call() -> None:
     with pytest.raises(RuntimeError, match="only be used while a pipeline handles a request"):
         await gate(**rows(1))
     assert repr(gate) == "model('gate')"
-    assert "gate" in steps_module.asked
 
 
 async def test_the_failing_row_alone_fails() -> None:

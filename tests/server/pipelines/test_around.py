@@ -110,6 +110,7 @@ def test_values_of_a_datatype(datatype: str, value: object) -> None:
         ({"values": []}, 422, "refused-by-model", "no numbers"),
         ({"values": ["a"]}, 422, "wrong-body", "$.values[0]"),
         ({"values": [1.0]}, 422, "wrong-shape", "must have shape [-1, 3]"),
+        ({"values": [-1.0]}, 500, "run-failed", "model 'Summed' failed"),
     ],
 )
 async def test_what_is_refused(

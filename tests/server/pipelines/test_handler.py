@@ -153,6 +153,7 @@ def test_descriptions() -> None:
     [
         (handlers.TwoArguments(), "the request alone"),
         (object(), "no method `handle`"),
+        (handlers.Plain(), r"with `predict` it belongs in \[\[models\]\]"),
     ],
 )
 def test_what_is_no_handler(found: object, says: str) -> None:

@@ -212,6 +212,12 @@ async def test_a_process_that_breaks_the_rules_of_its_link_is_ended(
     assert (await running.ask()).json()["numbers"] == [2]  # by the next process
 
 
+async def test_a_hint_for_calls_of_models(running: Running) -> None:
+    refused = await running.ask(to="gate")
+    detail = "'gate' is a model: POST /v1/models/gate/predictions"
+    assert (refused.status_code, refused.json()["detail"]) == (404, detail)
+
+
 async def test_a_model_that_there_is_not_is_refused_at_load() -> None:
     settings = PipelineSettings(
         python="tests/support/pipelines/lost.py:Lost", python_path=str(ROOT), processes=1
@@ -221,7 +227,7 @@ async def test_a_model_that_there_is_not_is_refused_at_load() -> None:
         async with asyncio.timeout(DEADLINE_S):
             while lost.load_error is None:  # noqa: ASYNC110 - nothing tells of it
                 await asyncio.sleep(0)
-        assert "there is no model 'gate'; the models are none" in str(lost.load_error)
+        assert "there is no model 'gate'; the server has no models" in str(lost.load_error)
 
 
 def descriptors() -> int:
