@@ -62,6 +62,7 @@ class Uplinks:
             on_ended=self._on_ended,
         )
         uplink.on_collect = self.report
+        self.inference.tell_if_ready()  # there may be no models, only pipelines
 
     def report(self, asked: int = 0) -> None:
         """Tell home what this front has counted."""

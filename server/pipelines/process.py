@@ -92,6 +92,7 @@ class PoolProcess:
         try:
             self._wire.send(start)
         except OSError as error:
+            self._wire.close()
             self._process.kill()
             raise EngineLoadError(f"its process cannot be told what to load: {error}") from error
 

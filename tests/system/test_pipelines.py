@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import runpy
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.http.process import Cobatch
+from tests.support.http.process import Cobatch, eventually
 from tests.support.models import models
 from tests.support.models.gate import HOLD
 from tests.support.paths import ROOT
@@ -32,6 +34,31 @@ class Twice:
         first = await self.negate(x=np.full((1, 3), value, np.float32))
         second = await self.negate(x=first["y"] + 1)
         return second["y"][0].tolist()
+"""
+
+# Each call says so in the log when it begins, and then waits for a writer of the gate.
+GATED = """
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+
+async def passed() -> None:
+    print("waits at the gate")
+    await asyncio.to_thread(lambda: Path("gate").open().close())
+
+
+class Parts:
+    async def handle(self, text: str) -> AsyncIterator[str]:
+        yield "first"
+        await passed()
+        yield "last"
+
+
+class Whole:
+    async def handle(self, text: str) -> str:
+        await passed()
+        return text
 """
 
 
@@ -76,3 +103,32 @@ def test_an_accepted_call_is_answered_with_all_its_steps(tmp_path: Path, env: di
         answer = calling.answer()
         assert (answer.status, answer.json) == (200, [-(-HOLD + 1)] * 3)
         assert server.wait() == 0
+
+
+def test_a_stream_and_calls_that_run_and_wait_are_answered_whole(tmp_path: Path, env: dict[str, str]) -> None:
+    (tmp_path / "gated.py").write_text(GATED)
+    os.mkfifo(tmp_path / "gate")
+    (tmp_path / "gated.toml").write_text(
+        "".join(
+            f'[[pipelines]]\npython = "gated.py:{name}"\nprocesses = 1\nconcurrency = 1\n\n'
+            for name in ("Parts", "Whole")
+        )
+    )
+    with Cobatch(tmp_path, "--config", "gated.toml", "--port", "0", cwd=tmp_path, env=env) as server:
+        watching, streaming, *calling = [server.ready().connect() for _ in range(4)]
+        streaming.post_text("/v1/models/Parts/infer", "a")
+        stream = streaming._http.getresponse()
+        assert [stream.readline() for _ in range(2)] == [b"data: first\n", b"\n"]
+        for number, connection in enumerate(calling):
+            connection.post_text("/v1/models/Whole/infer", str(number))
+        queued = re.compile(rb'cobatch_queue_rows\{model="Whole",[^}]*\} 1\.0')
+        eventually(lambda: queued.search(watching.get("/metrics").body))
+        eventually(lambda: server.stderr.count("waits at the gate") == 2)
+        server.signal()
+        server.not_ready(watching)
+        with (tmp_path / "gate").open("w"):
+            rest = b"data: last\n\nevent: completed\ndata: {}\n\n"
+            assert (stream.status, stream.read()) == (200, rest)
+            answers = [connection.answer() for connection in calling]
+            assert [(answer.status, answer.body) for answer in answers] == [(200, b"0"), (200, b"1")]
+            assert server.wait() == 0

@@ -21,11 +21,13 @@ from cobatch.engines.base import Signature, TensorSpec
 from cobatch.engines.errors import EngineDeadError, EngineRunError
 from cobatch.engines.link.messages import BUNDLE_IDS, INLINE_BYTES, FromFront, Release, Submit
 from cobatch.engines.link.messages import Tenant as TenantMessage
+from cobatch.server.fronts.front import Uplinks
 from cobatch.server.http.problem import Problem
 from cobatch.server.links import downlink, hub, uplink
 from cobatch.server.links import rows as rows_of_links
 from cobatch.server.links.uplink import STALLED_LOOKS
 from cobatch.server.settings.auth import TenantRule
+from cobatch.server.settings.schema import Settings
 from tests.support.auth.protected import settings_in
 from tests.support.examples import examples
 from tests.support.fronts.linked import LinkMaker
@@ -50,6 +52,23 @@ async def answers(probes: list[Probe]) -> list[object]:
 
 def slugs(results: list[object]) -> list[object]:
     return [one.kind.slug if isinstance(one, Problem) else one for one in results]
+
+
+async def test_a_front_without_models_is_ready_once_it_is_linked() -> None:
+    """There are pipelines only."""
+    uplinks, maker, ready = Uplinks(Settings(), 1), LinkMaker(1 << 20), asyncio.Event()
+    uplinks.make_inference(Settings(), None).on_ready = ready.set
+    home, front = maker.make()
+    assert not ready.is_set()
+    uplinks.use(front)
+    assert ready.is_set()
+    assert uplinks.current is not None
+    uplinks.current.end("the test ends")
+    for end in (home.messages, home.handover, front.handover):
+        end.close()
+    os.close(home.slab_in)
+    os.close(home.slab_out)
+    maker.close()
 
 
 async def test_single_rows_of_an_iteration_are_one_request_in_home() -> None:

@@ -359,21 +359,53 @@ async def test_a_start_that_cannot_be_sent(monkeypatch: pytest.MonkeyPatch) -> N
     assert started == [1]
 
 
-async def test_after_two_ends_in_a_row_starts_wait(
-    running: InProcess, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sleeping: asyncio.Queue[float] = asyncio.Queue()
-    passed = asyncio.Event()
+class Delays:
+    """The delays of starts, which pass when the test says so."""
 
-    async def sleep(delay_s: float) -> None:
-        sleeping.put_nowait(delay_s)
-        await passed.wait()
+    def __init__(self) -> None:
+        self.begun: asyncio.Queue[float] = asyncio.Queue()
+        self.passed = asyncio.Event()
 
-    time = SimpleNamespace(**vars(asyncio) | {"sleep": sleep})
+    async def sleep(self, delay_s: float) -> None:
+        self.begun.put_nowait(delay_s)
+        await self.passed.wait()
+
+
+@pytest.fixture
+async def delays(monkeypatch: pytest.MonkeyPatch) -> Delays:
+    delays = Delays()
+    time = SimpleNamespace(**vars(asyncio) | {"sleep": delays.sleep})
     monkeypatch.setattr("cobatch.server.pipelines.pipeline.asyncio", time)
+    return delays
+
+
+async def test_a_process_that_is_killed_while_calls_run_and_wait(tmp_path: Path, delays: Delays) -> None:
+    notes = tmp_path / "notes"
+    async with in_process(pipelines=[pipeline("Asked", concurrency=16)]) as running:
+        process = (await ask(running)).json()["process"]
+        run = [asyncio.create_task(ask(running, "note", str(notes))) for _ in range(16)]
+        await until(lambda: notes.exists() and notes.read_text() == "begun\n" * 16)
+        wait = [asyncio.create_task(ask(running, text=str(number))) for number in range(4)]
+        asked = running.inference.pipelines["asked"]
+        assert isinstance(asked.batcher, Batcher)
+        queue = asked.batcher.queue
+        await until(lambda: queue.rows == 4)
+        os.kill(process, signal.SIGKILL)
+        for answer in await asyncio.gather(*run):
+            assert (answer.status_code, answer.json()["type"]) == (503, "/problems/engine-restarting")
+            assert answer.headers["retry-after"] == "1"
+        answers = [answer.json() for answer in await asyncio.gather(*wait)]
+        assert [answer["text"] for answer in answers] == ["0", "1", "2", "3"]
+        assert {answer["process"] for answer in answers} == {process_of(running, "asked")._process.pid}
+        assert asked.ready
+        assert notes.read_text() == "begun\n" * 16  # none has run twice
+        assert delays.begun.empty()  # the next process is started at once
+
+
+async def test_after_two_ends_in_a_row_starts_wait(running: InProcess, delays: Delays) -> None:
     for _ in range(3):
         assert (await ask(running, "abort")).json()["type"] == "/problems/run-failed"
-    assert await sleeping.get() == 1.0
+    assert await delays.begun.get() == 1.0
     refused = await ask(running)
     assert (refused.status_code, refused.json()["type"]) == (503, "/problems/engine-restarting")
     assert (refused.headers["retry-after"], refused.json()["retry_after_ms"]) == ("1", 1000)
@@ -382,12 +414,12 @@ async def test_after_two_ends_in_a_row_starts_wait(
     answer = await running.http.post("/v1/models/backwards/infer", content=b"ab")
     assert answer.content == b"ba"
     asked = running.inference.pipelines["asked"]
-    passed.set()
+    delays.passed.set()
     await until(lambda: asked.ready)
     assert (await ask(running)).status_code == 200  # and ends the row
     assert (await ask(running, "abort")).status_code == 500
     assert (await ask(running)).status_code == 200
-    assert sleeping.empty()
+    assert delays.begun.empty()
 
 
 async def test_a_full_queue() -> None:

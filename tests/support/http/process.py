@@ -72,6 +72,10 @@ class Connection:
         self._http.request("POST", path, json.dumps(content))
         return self.answer()
 
+    def post_text(self, path: str, text: str) -> None:
+        """Write a POST with text."""
+        self._http.request("POST", path, text, {"content-type": "text/plain"})
+
     def send_infer(self, model: str, rows: list[list[Any]], datatype: str = "FP32") -> None:
         """Write an infer request for a model with one input `x`."""
         self._http.request("POST", f"/v2/models/{model}/infer", _body(rows, datatype))

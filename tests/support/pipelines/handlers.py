@@ -31,6 +31,12 @@ class Told(msgspec.Struct):
     process: int
 
 
+def note(path: str) -> None:
+    """Add a line to a file."""
+    with Path(path).open("a") as file:
+        file.write("begun\n")
+
+
 class Leave(BaseException):
     """No `Exception`."""
 
@@ -49,6 +55,9 @@ class Asked:
                 os._exit(3)
             case "abort":
                 os.kill(os.getpid(), signal.SIGABRT)
+            case "note":
+                note(ask.text)
+                await asyncio.Event().wait()
             case "wait":
                 await asyncio.Event().wait()
             case "leave":
