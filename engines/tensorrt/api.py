@@ -1,6 +1,7 @@
-"""The only module that imports NVIDIA's TensorRT modules: TensorRT 10.x and 11.x, and TensorRT for RTX.
+"""The only module that imports NVIDIA's TensorRT modules: TensorRT 10.x and 11.x, whole or lean, and TensorRT
+for RTX.
 
-All three have the same classes. They differ in the enumerators and their values (11 dropped the precision
+All of them have the same classes. They differ in the enumerators and their values (11 dropped the precision
 flags and moved others), so enumerators are always looked up by name; None means that this version has none.
 """
 
@@ -10,15 +11,21 @@ from typing import Any
 
 from cobatch.engines.errors import EngineLoadError
 
-RUNTIMES = ("tensorrt", "tensorrt-rtx")
-# Modules to import, in order of preference, and the package to install if all are missing. TensorRT for RTX's
-# package only wraps its bindings, which are ordinary wheels and may be installed alone.
-_MODULES = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
+RUNTIMES = ("tensorrt", "tensorrt-lean", "tensorrt-rtx")
+# Modules to import, in order of preference. The last two packages only wrap their bindings, which are
+# ordinary wheels and may be installed alone.
+_MODULES = {
+    "tensorrt": ("tensorrt",),
+    "tensorrt-lean": ("tensorrt_lean", "tensorrt_lean_bindings"),
+    "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
+}
+# The package to install if all are missing.
 _INSTALL = {
     "tensorrt": "pip install 'cobatch[tensorrt]', or tensorrt-cu12 for CUDA 12",
+    "tensorrt-lean": "pip install tensorrt-lean-cu13, or tensorrt-lean-cu12 for CUDA 12",
     "tensorrt-rtx": "pip install tensorrt-rtx-cu13",
 }
-_OLDEST = {"tensorrt": 10, "tensorrt-rtx": 1}
+_OLDEST = {"tensorrt": 10, "tensorrt-lean": 10, "tensorrt-rtx": 1}
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,16 +7,20 @@ keeps the last errors for the exception.
 TensorRT calls both from its own threads, and from C++: an exception that left a method would end the process.
 It uses one logger per process and ignores any other, with a warning, while an object of the first exists. So
 there is one for each module, for ever; it routes errors by thread: an error on a thread that created logs
-goes to those, an error on a thread of TensorRT to all.
+goes to those, an error on a thread of TensorRT to builds alone, since whose it is cannot be known.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import Any
+
+from cobatch.engines.errors import EngineLoadError
 
 _ENTRY_LIMIT = 16
 
@@ -31,9 +35,11 @@ def make_recorder(trt_module: Any) -> Any:
             self._entries: list[tuple[Any, str]] = []
             self._overflowed = False
 
-        def num_errors(self) -> int:
-            """Return the number of entries."""
+        def get_num_errors(self) -> int:
+            """Return the number of entries. C++ calls this name; Python's callers know `num_errors`."""
             return len(self._entries)
+
+        num_errors = get_num_errors
 
         def get_error_code(self, index: int) -> Any:
             """Return the code of an entry."""
@@ -77,10 +83,14 @@ _logs: weakref.WeakSet[ErrorLog] = weakref.WeakSet()
 
 
 class ErrorLog:
-    """The last errors that TensorRT logged for the thread that created this log. `logger`: for TensorRT."""
+    """The last errors that TensorRT logged for the thread that created this log. `logger`: for TensorRT.
 
-    def __init__(self, logger: Any) -> None:
+    `threads`: those of TensorRT's own threads, too.
+    """
+
+    def __init__(self, logger: Any, *, threads: bool = False) -> None:
         self.logger = logger
+        self.threads = threads
         self._thread = threading.current_thread()
         self._lock = threading.Lock()
         self._errors: deque[str] = deque(maxlen=_ENTRY_LIMIT)
@@ -107,12 +117,12 @@ class ErrorLog:
             self._errors.append(" ".join(message.split()))
 
 
-def make_log(trt_module: Any) -> ErrorLog:
+def make_log(trt_module: Any, *, threads: bool = False) -> ErrorLog:
     """Create a log for the objects that this thread creates with this module."""
     with _lock:
         if trt_module not in _loggers:
             _loggers[trt_module] = _make_logger(trt_module)
-        error_log = ErrorLog(_loggers[trt_module])
+        error_log = ErrorLog(_loggers[trt_module], threads=threads)
         _logs.add(error_log)
     return error_log
 
@@ -121,8 +131,26 @@ def _add_error(message: str) -> None:
     with _lock:
         logs = list(_logs)
     own = [error_log for error_log in logs if error_log.is_mine]
-    for error_log in own or logs:
+    for error_log in own or [error_log for error_log in logs if error_log.threads]:
         error_log.add(message)
+
+
+def make(create: Callable[[Any], Any], errors: ErrorLog, refusal: str) -> Any:
+    """Return what `create` makes of the logger: a runtime or a builder. Raises EngineLoadError.
+
+    Where TensorRT cannot use CUDA it only logs that, and hands out an object whose first use ends the
+    process, and its end, too: so it is never freed.
+    """
+    errors.take()
+    try:
+        made = create(errors.logger)
+        why = errors.reason("")
+    except (TypeError, RuntimeError) as error:  # pybind11's errors for a null pointer
+        made, why = None, errors.reason(str(error))
+    if why:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))
+        raise EngineLoadError(f"{refusal}: {why}")
+    return made
 
 
 def _make_logger(trt_module: Any) -> Any:

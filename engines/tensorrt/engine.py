@@ -37,7 +37,7 @@ from cobatch.engines.tensorrt.cuda import (
     show_bytes,
     working_memory,
 )
-from cobatch.engines.tensorrt.diagnostics import ErrorLog, make_log, make_recorder
+from cobatch.engines.tensorrt.diagnostics import ErrorLog, make, make_log, make_recorder
 from cobatch.engines.tensorrt.plans.cache import Verdicts
 from cobatch.engines.tensorrt.slot import Plan, Slot
 from cobatch.engines.tensorrt.tensors import (
@@ -135,7 +135,7 @@ class TensorRTEngine:
         self._log = make_log(trt)
         self._recorder = make_recorder(trt)
         data = self._plan_source()
-        self._runtime = trt.Runtime(self._log.logger)
+        self._runtime = make(trt.Runtime, self._log, f"{tensorrt.kind} {tensorrt.version} cannot run here")
         self._runtime.error_recorder = self._recorder
         self._runtime.engine_host_code_allowed = self._host_code
         self._free, _ = self._device.memory()

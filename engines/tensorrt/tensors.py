@@ -7,6 +7,7 @@ A profile limits the size of each input, batch axis included. A batch runs with 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from operator import sub
 from typing import Any
 
 from cobatch.engines.base import RowShapes, Signature, TensorSpec, batch_sizes, within
@@ -29,13 +30,14 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """The smallest and largest shape of each input, in signature order, with the batch axis.
+    """The smallest, best and largest shape of each input, in signature order, with the batch axis.
 
     With batching off that axis is 1, and TensorRT does not see it.
     """
 
     index: int
     least: tuple[Shape, ...]
+    best: tuple[Shape, ...]
     most: tuple[Shape, ...]
 
     @property
@@ -54,6 +56,11 @@ class Profile:
             len(low) == len(row_shape) + 1 and within(low, (rows, *row_shape), high)
             for low, row_shape, high in zip(self.least, row_shapes, self.most, strict=True)
         )
+
+    def distance(self, rows: int, row_shapes: RowShapes) -> int:
+        """Return how far inputs of these shapes are from those that its kernels were chosen for."""
+        shapes = [(rows, *row_shape) for row_shape in row_shapes]
+        return sum([sum(map(abs, map(sub, *pair))) for pair in zip(self.best, shapes, strict=True)])
 
 
 def read_tensors(engine: Any) -> tuple[list[TensorSpec], list[TensorSpec]]:
@@ -104,16 +111,15 @@ def _read(engine: Any, kind: str, name: str) -> TensorSpec:
 
 
 def _profile(engine: Any, signature: Signature, index: int) -> Profile:
-    least, most = [], []
+    shapes: list[list[Shape]] = []
     for spec in signature.inputs:
         shape = spec.tensor_shape(signature.fixed_batch or -1, spec.shape)
         if -1 in shape:
-            low, _, high = (tuple(dims) for dims in engine.get_tensor_profile_shape(spec.name, index))
+            ranges = [tuple(dims) for dims in engine.get_tensor_profile_shape(spec.name, index)]
         else:
-            low = high = shape
-        least.append(as_batch(spec, low))
-        most.append(as_batch(spec, high))
-    return Profile(index, tuple(least), tuple(most))
+            ranges = [shape] * 3
+        shapes.append([as_batch(spec, one) for one in ranges])
+    return Profile(index, *zip(*shapes, strict=True))
 
 
 def as_batch(spec: TensorSpec, shape: Shape) -> Shape:
@@ -152,18 +158,14 @@ class Buckets:
         return min(profile.max_rows, max(self.sizes[-1], profile.min_rows))
 
     def choose(self, rows: int, row_shapes: RowShapes) -> tuple[int, int]:
-        """Return the bucket and the profile's index. Raises EngineRunError that names the unfit input."""
-        for size in self.sizes:
-            if size < rows:
-                continue
-            for profile in self._profiles:
-                if profile.accepts(size, row_shapes):
-                    return size, profile.index
+        """Return the bucket, and the index of the nearest profile. Raises EngineRunError that names the unfit
+        input."""
         # With variable row shapes a profile may accept these at other sizes only.
-        for profile in self._profiles:
-            size = max(rows, profile.min_rows)
-            if profile.accepts(size, row_shapes):
-                return size, profile.index
+        others = sorted({max(rows, profile.min_rows) for profile in self._profiles})
+        for size in [*(size for size in self.sizes if size >= rows), *others]:
+            fitting = [profile for profile in self._profiles if profile.accepts(size, row_shapes)]
+            if fitting:
+                return size, min(fitting, key=lambda one: one.distance(size, row_shapes)).index
         raise EngineRunError(self._refusal(rows, row_shapes))
 
     def _refusal(self, rows: int, row_shapes: RowShapes) -> str:

@@ -29,7 +29,7 @@ EngineName = Annotated[
 ]
 BatchingMode = Literal["auto", "on", "off"]
 RunIn = Literal["process", "thread"]
-TensorRTKind = Literal["tensorrt", "tensorrt-rtx"]
+TensorRTKind = Literal["tensorrt", "tensorrt-lean", "tensorrt-rtx"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
 AccessLog = Literal["off", "text", "json"]

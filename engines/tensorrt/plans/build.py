@@ -14,7 +14,7 @@ from typing import Any
 
 from cobatch.engines.errors import EngineLoadError
 from cobatch.engines.tensorrt.api import TensorRT, load_tensorrt
-from cobatch.engines.tensorrt.diagnostics import ErrorLog, make_log
+from cobatch.engines.tensorrt.diagnostics import ErrorLog, make, make_log
 from cobatch.engines.tensorrt.plans.manifest import BuildOptions, write_file
 from cobatch.engines.tensorrt.plans.profiles import Profile, Shape, largest_batch, make_profiles
 
@@ -140,9 +140,13 @@ def build(model: Path, options: BuildOptions, progress: Progress | None = None) 
 
     `progress` is called from several threads. Raises EngineLoadError with TensorRT's reason.
     """
+    if options.runtime == "tensorrt-lean":
+        raise EngineLoadError(
+            "tensorrt-lean builds no plans, it only runs version-compatible ones of tensorrt"
+        )
     runtime = load_tensorrt(options.runtime)
-    errors = make_log(runtime.trt)
-    builder = _builder(runtime, errors)
+    errors = make_log(runtime.trt, threads=True)
+    builder = make(runtime.trt.Builder, errors, f"{runtime.kind} {runtime.version} cannot build here")
     network = _network(runtime, builder)
     # The parser holds the network's weights until the plan is built.
     parser = _parse(runtime, network, errors, model)
@@ -157,14 +161,6 @@ def build(model: Path, options: BuildOptions, progress: Progress | None = None) 
     del parser
     save_timings()
     return Built(plan, tuple(profiles), largest_batch(profiles) or _fixed_batch(network))
-
-
-def _builder(runtime: TensorRT, errors: ErrorLog) -> Any:
-    try:
-        return runtime.trt.Builder(errors.logger)
-    except (TypeError, RuntimeError) as error:  # pybind11's errors for a null pointer
-        why = errors.reason(str(error))
-        raise EngineLoadError(f"{runtime.kind} {runtime.version} cannot build here: {why}") from None
 
 
 def _network(runtime: TensorRT, builder: Any) -> Any:

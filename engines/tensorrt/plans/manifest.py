@@ -220,8 +220,11 @@ def sha256(content: bytes) -> str:
 
 def mismatch(manifest: Manifest, machine: Machine) -> str | None:
     """Return the reason why a plan does not run on this machine, or None."""
-    if manifest.runtime != machine.runtime:
+    lean = machine.runtime == "tensorrt-lean"
+    if manifest.runtime != machine.runtime and not (lean and manifest.runtime == "tensorrt"):
         return f"it was built with {manifest.runtime}, but {machine.runtime} is configured"
+    if lean and "VERSION_COMPATIBLE" not in manifest.flags:
+        return "tensorrt-lean runs version-compatible plans only; build it with --version-compatible"
     if not _runs_version(manifest, machine.version):
         return f"it was built with {manifest.runtime} {manifest.version}, but this is {machine.version}"
     if "AMPERE_PLUS" in manifest.flags:

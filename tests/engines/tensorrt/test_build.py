@@ -238,9 +238,9 @@ def on_a_thread(work: Callable[[], None]) -> None:
     thread.join()
 
 
-def test_errors_go_to_the_log_of_their_thread_or_to_all() -> None:
+def test_errors_go_to_the_log_of_their_thread_or_to_builds() -> None:
     trt = load_tensorrt(RTX).trt
-    mine, errors = make_log(trt), []
+    mine, building_log, errors = make_log(trt), make_log(trt, threads=True), []
     builder = trt.Builder(mine.logger)  # while it exists, TensorRT uses no other logger
 
     def fail_elsewhere() -> None:
@@ -252,8 +252,14 @@ def test_errors_go_to_the_log_of_their_thread_or_to_all() -> None:
     assert "within workspace limit" in errors[0]
     assert mine.take() == []
     on_a_thread(lambda: mine.logger.log(trt.ILogger.Severity.ERROR, "from within"))
-    assert mine.take() == ["from within"]
+    assert mine.take() == []
+    assert building_log.take() == ["from within"]
     del builder
+
+
+def test_the_lean_runtime_builds_nothing() -> None:
+    with pytest.raises(EngineLoadError, match="tensorrt-lean builds no plans"):
+        build(magika_path(), BuildOptions(runtime="tensorrt-lean"))
 
 
 def test_a_missing_broken_or_old_module_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +271,7 @@ def test_a_missing_broken_or_old_module_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "tensorrt", old)
     with pytest.raises(EngineLoadError, match=r"tensorrt 8\.6\.1 is too old; 10 or newer is needed"):
         load_tensorrt()
-    with pytest.raises(EngineLoadError, match="expected one of tensorrt, tensorrt-rtx"):
+    with pytest.raises(EngineLoadError, match="expected one of tensorrt, tensorrt-lean, tensorrt-rtx"):
         load_tensorrt("openvino")
     assert load_tensorrt(RTX).flag("BuilderFlag", "FP16") is None
     assert load_tensorrt(RTX).flag("NoSuchEnum", "FP16") is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,6 +153,8 @@ def test_a_plan_of_10_on_11(fake: FakeCuda, model: Path, tmp_path: Path, flag: s
     machine, manifest = this_machine(load_tensorrt()), read_manifest(plan)
     assert manifest is not None
     assert (mismatch(manifest, machine) is None) == runs
+    why = mismatch(manifest, dataclasses.replace(machine, runtime="tensorrt-lean"))
+    assert why is None if runs else why and "version-compatible plans only" in why
     if runs:
         assert given_plan(plan, machine) == plan.read_bytes()
         return

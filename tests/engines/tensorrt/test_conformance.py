@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from tests.support.gpu.fakecuda.build import CannotBuildError, once, pip, run
+from tests.support.gpu.tier import environment
 from tests.support.paths import ROOT
 
 ENGINE = sorted((ROOT / "engines" / "tensorrt").rglob("*.py"))
@@ -64,19 +65,28 @@ def _fetch(version: str, folder: Path) -> None:
         run(["gcc", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", str(folder / name), str(source)])
 
 
-@functools.cache
-def _read(version: str) -> Described:
+def _folder(version: str) -> Path:
     python = f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
-    folder = once(f"tensorrt-{version}-{python}", lambda part: _fetch(version, part))
+    return once(f"tensorrt-{version}-{python}", lambda part: _fetch(version, part))
+
+
+def _printed(program: str, version: str, *arguments: str) -> Any:
+    """Return what a program prints as JSON in a process with the bindings of a version."""
+    folder = str(_folder(version))
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "support" / "gpu" / "stand_ins" / "read_bindings.py")],
-        env={**os.environ, "LD_LIBRARY_PATH": str(folder), "PYTHONPATH": str(folder)},
+        [sys.executable, str(ROOT / "tests" / "support" / "gpu" / "stand_ins" / program), *arguments],
+        env={**os.environ, "LD_LIBRARY_PATH": folder, "PYTHONPATH": f"{folder}:{ROOT / 'src'}"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    declared = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@functools.cache
+def _read(version: str) -> Described:
+    declared = _printed("read_bindings.py", version)
     assert declared["version"] == version
     classes: Described = declared["classes"]
     return classes
@@ -208,6 +218,59 @@ def test_callbacks_have_the_parameters_of_the_bindings(version: str) -> None:
             ours = list(inspect.signature(getattr(instance, method)).parameters)
             # TensorRT calls them by position, and some of its parameters have no names.
             assert len(ours) == len(overloads[0]), f"{version}: {name}.{method}{overloads[0]}, ours {ours}"
+
+
+def test_overrides_are_called_through_the_bindings(version: str) -> None:
+    """C++ calls some of them by names that the Python class does not have."""
+    real(version)
+    called = _printed("call_overrides.py", version, "tensorrt_bindings")
+    assert called == {
+        "IErrorRecorder": [[False, False], 2, "two", False, "INVALID_STATE", 0],
+        "ILogger": ["logged"],
+        "IProgressMonitor": [[["all", 0.0], ["all", 0.5], ["all", 1.0]], [True, False]],
+    }
+
+
+def test_the_lean_runtime_without_a_gpu_is_refused() -> None:
+    """The real one, which only logs that it has no driver and hands out a runtime that ends the process."""
+    program = (
+        "from cobatch.engines.tensorrt.engine import TensorRTEngine\n"
+        "from cobatch.engines.errors import EngineLoadError\n"
+        "engine = TensorRTEngine('model.plan', 8, runtime='tensorrt-lean', plan_source=lambda: b'no plan')\n"
+        "try:\n"
+        "    engine.open()\n"
+        "except EngineLoadError as error:\n"
+        "    print(error)\n"
+        "engine.close()\n"
+    )
+    environ = environment()
+    environ["PYTHONPATH"] += f":{lean()}:{ROOT / 'src'}"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("tensorrt-lean 11.4.0.106 cannot run here: ")
+    assert "CUDA initialization failure" in done.stdout
+
+
+def lean() -> Path:
+    """Return the folder of the lean runtime's wheels; skip without them, or fail under CI."""
+    try:
+        return once(f"tensorrt-lean-{sys.implementation.cache_tag}", _fetch_lean)
+    except CannotBuildError as error:
+        why = f"the lean runtime cannot be had here: {error}"
+    if os.environ.get("CI"):
+        pytest.fail(why)
+    pytest.skip(why)
+
+
+def _fetch_lean(folder: Path) -> None:
+    wheels = [f"tensorrt-lean-cu13-{part}==11.4.0.106" for part in ("bindings", "libs")]
+    pip("download", "--no-deps", "--only-binary", ":all:", "-d", str(folder), *wheels)
+    for path in folder.glob("*.whl"):
+        with zipfile.ZipFile(path) as wheel:
+            wheel.extractall(folder)
+        path.unlink()
 
 
 def _used() -> tuple[set[str], set[tuple[str, str]]]:

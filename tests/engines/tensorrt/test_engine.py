@@ -265,6 +265,20 @@ def test_several_profiles(cuda: FakeCuda, graphs: bool) -> None:
         assert [bucket_of(engine, rows, ((3,),)) for rows in (1, 2, 3, 7, 12)] == [1, 2, 8, 8, 12]
 
 
+def test_of_profiles_that_fit_the_nearest_is_used(cuda: FakeCuda) -> None:
+    """By the shapes that their kernels were chosen for, as in Triton."""
+    profiles = ("x:1x1/8x64/8x64", "x:1x1/1x4/8x64", "x:1x1/8x4/8x64")
+    with opened(engine_of(models.negate(width="width"), *profiles)) as engine:
+        chosen = {
+            (rows, width): engine._slots[0]._plan.buckets.choose(rows, ((width,),))[1]
+            for rows, width in ((8, 60), (8, 33), (1, 5), (8, 3), (5, 4), (8, 30))
+        }
+        assert chosen == {(8, 60): 0, (8, 33): 2, (1, 5): 1, (8, 3): 2, (5, 4): 2, (8, 30): 2}
+        for rows, width in chosen:
+            x = np.random.default_rng(width).random((rows, width), np.float32)
+            assert np.array_equal(run(engine, x)[0], -x)
+
+
 def test_rows_of_varying_shape(cuda: FakeCuda, mode: str) -> None:
     with opened(engine_of(models.negate(width="width"), "x:1x2/4x16/8x32")) as engine:
         assert engine.signature.inputs[0].shape == (-1,)

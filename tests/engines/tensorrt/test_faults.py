@@ -82,6 +82,15 @@ def test_outputs_that_do_not_follow_the_batch_axis_are_named(cuda: FakeCuda, mod
     assert "output 'y'" in refused(engine_with(model))
 
 
+def test_a_runtime_that_cannot_initialise_cuda_is_not_used(cuda: FakeCuda) -> None:
+    """It is handed out all the same, and its first use would end the process."""
+    plant("Runtime", "CUDA initialization failure with error: 35", "INVALID_STATE")
+    why = refused(engine_with(models.negate()))
+    assert why.startswith("tensorrt ")
+    assert "cannot run here: Error Code" in why
+    assert "CUDA initialization failure with error: 35" in why
+
+
 def test_the_error_of_a_plan_that_does_not_load_quotes_tensorrt(cuda: FakeCuda) -> None:
     plant(
         "deserialize_cuda_engine",
@@ -257,6 +266,21 @@ def test_a_sticky_error_that_tensorrt_finds_first(cuda: FakeCuda) -> None:
         cuda.inject("enqueueV3", ILLEGAL_ADDRESS)
         with pytest.raises(EngineDeadError, match="illegal memory access"):
             start(engine, 0, X)
+
+
+def test_what_tensorrt_s_own_threads_log_is_no_engine_s(cuda: FakeCuda) -> None:
+    """Another engine may have caused it."""
+    trt = importlib.import_module("tensorrt")
+    with opened(engine_of(models.negate(), graphs=False)) as engine:
+        assert engine._log is not None
+        log, text = engine._log.logger.log, "an illegal memory access was encountered"
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(log, trt.ILogger.Severity.ERROR, text).result()
+        plant("execute_async_v3", "a batch that fails")
+        with pytest.raises(EngineRunError) as failed:
+            start(engine, 0, X)
+        assert text not in str(failed.value)
+        assert np.array_equal(run(engine, X)[0], -X)
 
 
 def test_a_batch_whose_data_makes_the_kernel_fault(cuda: FakeCuda, graphs: bool) -> None:

@@ -89,7 +89,10 @@ def test_usage(tmp_path: Path, arguments: tuple[str, ...]) -> None:
 def test_an_unknown_or_missing_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.write(tmp_path, models.negate())
     result = CliRunner().invoke(app, ["build", model, "--runtime", "cuda"])
-    assert refused(result) == "cobatch: unknown runtime 'cuda'; expected one of tensorrt, tensorrt-rtx"
+    assert (
+        refused(result)
+        == "cobatch: unknown runtime 'cuda'; expected one of tensorrt, tensorrt-lean, tensorrt-rtx"
+    )
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     assert "pip install 'cobatch[tensorrt]'" in refused(CliRunner().invoke(app, ["build", model]))
 

@@ -106,7 +106,7 @@ def test_a_files_plan_cache_is_relative_to_the_file(model: Path) -> None:
         ("devices", "-1", "a comma-separated list of integers from 0 to 9999"),
         ("devices", "0,", "a comma-separated list of integers from 0 to 9999"),
         ("instances", "0", "an integer from 1 to 64"),
-        ("tensorrt_runtime", "cuda", "one of tensorrt, tensorrt-rtx"),
+        ("tensorrt_runtime", "cuda", "one of tensorrt, tensorrt-lean, tensorrt-rtx"),
     ],
 )
 def test_refusals(model: Path, setting: str, value: str, expected: str) -> None:

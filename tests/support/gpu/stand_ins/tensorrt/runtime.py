@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 from . import planting
 from .context import IExecutionContext
@@ -13,11 +13,26 @@ from .plan import Plan, PlanError, Profile, Shape, Tensor, read_tensors
 from .versions import only_in, package, with_versions
 
 
+class _Nothing:
+    """What a runtime has that could not initialise CUDA: its first use ends a process."""
+
+    def __getattr__(self, name: str) -> Any:
+        violate("a runtime that was not made is used")
+        raise SystemError("segmentation fault")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        getattr(self, name)
+
+
 class Runtime(WithRecorder):
     """Loads plans."""
 
     def __init__(self, logger: ILogger) -> None:
-        self._sink = ErrorSink(logger)
+        sink = ErrorSink(logger)
+        why = planting.take("Runtime")
+        if why is not None:
+            sink.error(*why)
+        self._sink = sink if why is None else cast("ErrorSink", _Nothing())
         self.engine_host_code_allowed = False
 
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
