@@ -1,6 +1,7 @@
 """The interface of engines: tensors, signature, and the protocol that the worker drives."""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -228,3 +229,16 @@ class Endable(Protocol):
     def kill(self, *, hung: bool = False) -> None:
         """End the process at once; `hung`: once it has told where it is. May be called by any thread."""
         ...
+
+
+def _references(arrays: Sequence[Array], index: int) -> int:
+    return sys.getrefcount(arrays[index])
+
+
+# Not a number: versions of Python count differently.
+_ALONE = _references([np.empty(1)], 0)
+
+
+def is_alone(arrays: Sequence[Array], index: int) -> bool:
+    """Return True if nothing but this sequence refers to an array, and no array is a view of it."""
+    return _references(arrays, index) == _ALONE

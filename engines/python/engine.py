@@ -1,13 +1,12 @@
 """The engines of models in Python: in a process of its own, or in the worker's thread."""
 
-import sys
 import threading
 from collections.abc import Callable, Mapping
 
 import msgspec
 import numpy as np
 
-from cobatch.engines.base import Array, Batching, RowShapes, Signature
+from cobatch.engines.base import Array, Batching, RowShapes, Signature, is_alone
 from cobatch.engines.elements import let_go
 from cobatch.engines.errors import BadRequest, EngineEndedError, EngineLoadError, EngineRunError, LinkError
 from cobatch.engines.link.slab import BLOCK_BYTES, create
@@ -238,19 +237,12 @@ class ProcessEngine(PythonEngine):
             region.close()
 
 
-def _references(arrays: list[Array], index: int) -> int:
-    return sys.getrefcount(arrays[index])
-
-
-_ALONE = _references([np.empty(1)], 0)
-
-
 def _own(outputs: list[Array], index: int) -> Array:
     """Return an output as an array that nothing else writes to.
 
     It may be a view of the inputs, or an array that the model uses for the next batch, and then refers to.
     """
-    alone = outputs[index].flags.owndata and _references(outputs, index) == _ALONE
+    alone = outputs[index].flags.owndata and is_alone(outputs, index)
     return np.ascontiguousarray(outputs[index]) if alone else np.array(outputs[index], order="C")
 
 

@@ -327,8 +327,16 @@ class Graph:
                 driver.cuGraphDestroy(graph)
         if code != self._done:
             raise self._capture_failure(code)
-        self._exec = self._call(driver.cuGraphInstantiate, graph, 0)
-        self._call(driver.cuGraphDestroy, graph)
+        try:
+            self._exec = self._call(driver.cuGraphInstantiate, graph, 0)
+        finally:
+            self._call(driver.cuGraphDestroy, graph)
+        try:
+            # Else the first replay does this, while a batch waits.
+            self._call(driver.cuGraphUpload, self._exec, self._stream)
+        except CaptureError:
+            self.close()
+            raise
 
     def launch(self) -> None:
         """Enqueue the graph. Raises CallError."""

@@ -15,14 +15,13 @@ zeros or rows of earlier batches: values that the model accepts, such as indices
 are cut off. After a failed batch they are zeroed, or its bad row would fail the next batch too.
 """
 
-import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any
 
-from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec
+from cobatch.engines.base import Array, RowShapes, Signature, TensorSpec, is_alone
 from cobatch.engines.errors import EngineLoadError, EngineRunError, NoBatchAxisError
 from cobatch.engines.tensorrt.cuda import Device, Graph, OutOfMemoryError
 from cobatch.engines.tensorrt.layout import (
@@ -224,8 +223,7 @@ class Slot:
         self._outputs = ()
         self._arrays.clear()
         self._late.clear()
-        # Three references are known: of the list, the loop variable and the argument.
-        return any(sys.getrefcount(host) > 3 for host in self._hosts)
+        return not all(is_alone(self._hosts, index) for index in range(len(self._hosts)))
 
     def free(self) -> None:
         """Drop the memory; parts in use are freed with their last view."""

@@ -335,6 +335,24 @@ def test_a_model_that_fails_on_zeros_is_served(cuda: FakeCuda, caplog: pytest.Lo
         assert np.array_equal(run(engine, X)[0], -X)
 
 
+@pytest.mark.parametrize("call", ["cuGraphInstantiateWithFlags", "cuGraphUpload"])
+def test_a_graph_that_cannot_be_made_is_freed(
+    cuda: FakeCuda, call: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cuda.inject(call, OUT_OF_MEMORY, 2)
+    with opened(engine_of(models.negate())) as engine:
+        assert f"no CUDA graph: {call.removesuffix('WithFlags')} failed" in caplog.text
+        assert not {kind for kind in cuda.live_objects() if "graph" in kind}
+        assert np.array_equal(run(engine, X)[0], -X)
+
+
+def test_graphs_are_uploaded_before_the_first_batch(cuda: FakeCuda) -> None:
+    cuda.forget_calls()
+    with opened(engine_of(models.negate())):
+        calls = cuda.calls()
+        assert calls["cuGraphUpload"] == calls["cuGraphInstantiateWithFlags"] > 0
+
+
 def test_work_that_cannot_be_captured_is_enqueued(cuda: FakeCuda, caplog: pytest.LogCaptureFixture) -> None:
     cuda.inject("cuStreamBeginCapture", 801)
     with opened(engine_of(models.negate())) as engine:
