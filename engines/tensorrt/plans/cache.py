@@ -9,6 +9,7 @@ refused.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import logging
 import os
@@ -130,13 +131,22 @@ class Verdicts:
 
 def _build(model: Path, options: BuildOptions, manifest: Manifest, cached: Path, progress: Progress) -> bytes:
     log.info("building a plan of %s for %s, to be stored in %s", model, manifest.gpu, cached)
-    built = building.build(model, options, progress)
+    built = building.build(model, _with_timings(options, manifest, cached.parent), progress)
     try:
         manifest = manifests.built(manifest, built.plan, built.profiles, built.max_batch_size)
         manifests.write_plan(cached, built.plan, manifest)
     except OSError as error:
         log.warning("cannot store the plan in %s: %s; the next start builds it again", cached, error.strerror)
     return built.plan
+
+
+def _with_timings(options: BuildOptions, manifest: Manifest, folder: Path) -> BuildOptions:
+    """Let all builds of a GPU share a timing cache beside their plans; TensorRT for RTX has none."""
+    if options.runtime != "tensorrt" or options.timing_cache is not None:
+        return options
+    machine = (manifest.version, manifest.gpu, manifest.compute_capability)
+    path = folder / f"timings-{sha256(repr(machine).encode())[:16]}"
+    return dataclasses.replace(options, timing_cache=path)
 
 
 def _read_cached(path: Path, machine: Machine) -> bytes | None:

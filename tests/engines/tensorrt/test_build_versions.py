@@ -18,7 +18,7 @@ from cobatch.engines.loader import EngineOptions, load_engine
 from cobatch.engines.tensorrt.api import load_tensorrt
 from cobatch.engines.tensorrt.plans import build as building
 from cobatch.engines.tensorrt.plans.build import build
-from cobatch.engines.tensorrt.plans.cache import given_plan, plan_source
+from cobatch.engines.tensorrt.plans.cache import built_plan, given_plan, plan_source
 from cobatch.engines.tensorrt.plans.manifest import (
     BuildOptions,
     Machine,
@@ -139,6 +139,18 @@ def test_the_driver_describes_this_machine(version: str) -> None:
     assert this_machine(runtime, 1).gpu == "Fake GPU 1"
     with pytest.raises(EngineLoadError, match="there is no GPU 2"):
         this_machine(runtime, 2)
+
+
+def test_served_models_share_timings(version: str, model: Path, tmp_path: Path) -> None:
+    folder, machine = tmp_path / "plans", this_machine(load_tensorrt())
+    source = plan_source(model, BuildOptions(), folder)
+    source()
+    (timings,) = folder.glob("timings-*")
+    first = timings.read_bytes()
+    timings.write_bytes(first + b"older")
+    built_plan(model, BuildOptions(max_batch_size=3), machine, folder)
+    assert list(folder.glob("timings-*")) == [timings]
+    assert timings.read_bytes() == first, "read, and written again"
 
 
 @pytest.mark.parametrize(("flag", "runs"), [("--version-compatible", True), ("--hardware-compatible", False)])
