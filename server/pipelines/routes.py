@@ -158,10 +158,14 @@ class _Answering:
 
     async def response(self) -> Response:
         """Return the response once the answer has begun, or is whole. Raises Problem, ClientDisconnect."""
-        call = self.call
+        call, content = self.call, self._pipeline.content
+        assert content is not None
+        silence_s = sse.SILENCE_S if content.streamed else None
         async with self._dropped_if_left():
-            await self._while_connected(lambda: call.head is None or not call.head.streamed)
-            if call.head is not None and call.head.streamed:
+            begun = await self._while_connected(
+                lambda: call.head is None or not call.head.streamed, silence_s
+            )
+            if not begun or (call.head is not None and call.head.streamed):
                 return _Events(self)
         self.note()
         if call.error is not None:
@@ -176,7 +180,8 @@ class _Answering:
         """Yield the events of a stream, the last of which says how it ended."""
         call = self.call
         while True:
-            await self._while_connected(lambda: not call.items)
+            if not await self._while_connected(lambda: not call.items, sse.SILENCE_S):
+                yield sse.COMMENT
             while call.items:
                 yield sse.event(bytes(call.items.popleft()))
                 call.taken()
@@ -189,20 +194,28 @@ class _Answering:
         note_problem(self._request.scope, problem.slug)
         yield sse.failed(b"".join(problem.body))
 
-    async def _while_connected(self, waits: Callable[[], bool]) -> None:
-        """Wait while `waits()` and the call has not ended. Raises ClientDisconnect."""
+    async def _while_connected(self, waits: Callable[[], bool], timeout_s: float | None) -> bool:
+        """Wait while `waits()` and the call has not ended, at most `timeout_s` without a change.
+
+        Return false if that passed. Raises ClientDisconnect.
+        """
         call = self.call
         if not waits() or call.ended:
-            return
+            return True
         left = asyncio.ensure_future(_disconnected(self._request.receive))
         try:
             while waits() and not call.ended:
                 call.changed.clear()
                 changed = asyncio.ensure_future(call.changed.wait())
-                await asyncio.wait((changed, left), return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait(
+                    (changed, left), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+                )
                 changed.cancel()
-                if left.done():
+                if left in done:
                     raise ClientDisconnect
+                if not done:
+                    return False
+            return True
         finally:
             left.cancel()
 

@@ -7,6 +7,10 @@ Items are events without a name, as clients of OpenAI's API expect them. The las
 CONTENT_TYPE = b"text/event-stream"
 # Proxies must neither keep nor collect the events.
 HEADERS = ((b"cache-control", b"no-store"), (b"x-accel-buffering", b"no"))
+# After a silence of this length a comment is sent, which clients ignore: proxies close silent connections,
+# nginx after 60 s. The standard recommends a comment "every 15 seconds or so" (9.2.7).
+SILENCE_S = 15.0
+COMMENT = b":\n\n"
 
 
 def event(data: bytes, name: bytes = b"") -> bytes:
