@@ -2,8 +2,7 @@
 
     pip install pillow
     cobatch serve examples/pipelines/pictures.py:Thumbnail
-    curl http://127.0.0.1:8000/v1/models/Thumbnail/infer -H 'content-type: image/png' \\
-        --data-binary @page.png -o small.png
+    curl -H 'content-type: image/png' --data-binary @a.png -o b.png localhost:8000/v1/models/Thumbnail/infer
 
 A picture of another type is refused, with 415, before a process sees it.
 """
