@@ -176,9 +176,24 @@ def find_trtexec() -> Path | None:
 
 
 def trtexec_command(
-    program: Path, plan: Path, shapes: dict[str, tuple[int, ...]], seconds: int, *, graphs: bool, streams: int
+    program: Path,
+    plan: Path,
+    shapes: dict[str, tuple[int, ...]],
+    seconds: int,
+    *,
+    version: str,
+    graphs: bool,
+    streams: int,
 ) -> list[str]:
-    """Return a command that runs the plan as the engine does: with copies, on a stream for each slot."""
+    """Return a command that runs the plan as the engine does: with copies, asleep while it waits, and with a
+    stream for each slot.
+
+    `version`: of TensorRT. By default trtexec of 11 leaves out the copies, spins, and uses graphs.
+    """
+    if int(version.partition(".")[0]) >= 11:
+        alike = ["--includeDataTransfers", "--noSpinWait", *([] if graphs else ["--noCudaGraph"])]
+    else:
+        alike = ["--useCudaGraph"] if graphs else []
     sizes = ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
     return [
         str(program),
@@ -187,7 +202,7 @@ def trtexec_command(
         f"--duration={seconds}",
         "--warmUp=500",
         f"--infStreams={streams}",
-        *(["--useCudaGraph"] if graphs else []),
+        *alike,
     ]
 
 

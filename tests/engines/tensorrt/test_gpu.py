@@ -28,6 +28,7 @@ from cobatch.engines.base import Array, Engine
 from cobatch.engines.errors import EngineLoadError
 from cobatch.engines.loader import EngineOptions, load_engine
 from cobatch.engines.onnxruntime.engine import OnnxRuntimeEngine
+from cobatch.engines.tensorrt.api import load_tensorrt
 from tests.support.http.process import COBATCH, Cobatch
 from tests.support.models import axis_models, models
 from tests.support.models.plan_models import convolution, magika_path
@@ -302,7 +303,7 @@ def test_throughput_at_each_batch_size_against_trtexec(magika_plan: Path) -> Non
     program = gpu.find_trtexec()
     if program is None:
         gpu.note("throughput", "trtexec was not found (TRTEXEC=/path/to/it): nothing to compare with")
-    ratios = {}
+    ratios, tensorrt = {}, load_tensorrt()
     for rows in SIZES:
         with opened(magika_plan) as engine:
             (spec,) = engine.signature.inputs
@@ -312,7 +313,9 @@ def test_throughput_at_each_batch_size_against_trtexec(magika_plan: Path) -> Non
         if program is not None:
             shapes = {spec.name: (rows, *spec.shape)}
             graphs = gpu._has("cuda.bindings")
-            command = gpu.trtexec_command(program, magika_plan, shapes, SECONDS, graphs=graphs, streams=slots)
+            command = gpu.trtexec_command(
+                program, magika_plan, shapes, SECONDS, version=tensorrt.version, graphs=graphs, streams=slots
+            )
             theirs = gpu.trtexec_rows_per_s(command, rows)
             ratios[rows] = ours / theirs
             line += f", trtexec {theirs:10,.0f}, ratio {ratios[rows]:.2f}"

@@ -94,9 +94,19 @@ def test_steadiness_is_the_slowest_window_over_the_median() -> None:
     assert gpu.Sustained((100.0, 80.0, 120.0)).steadiness == 0.8
 
 
-def test_trtexec_runs_the_same_load_as_the_engine() -> None:
+@pytest.mark.parametrize(
+    ("version", "graphs", "alike"),
+    [
+        ("10.16.1.11", True, ["--useCudaGraph"]),
+        ("10.16.1.11", False, []),
+        ("11.4.0.106", True, ["--includeDataTransfers", "--noSpinWait"]),
+        ("11.4.0.106", False, ["--includeDataTransfers", "--noSpinWait", "--noCudaGraph"]),
+    ],
+)
+def test_trtexec_runs_the_same_load_as_the_engine(version: str, graphs: bool, alike: list[str]) -> None:
+    shapes: dict[str, tuple[int, ...]] = {"x": (8, 3), "m:0": (8, 1)}
     command = gpu.trtexec_command(
-        Path("/bin/trtexec"), Path("m.plan"), {"x": (8, 3), "m:0": (8, 1)}, 3, graphs=True, streams=2
+        Path("/bin/trtexec"), Path("m.plan"), shapes, 3, version=version, graphs=graphs, streams=2
     )
     assert command == [
         "/bin/trtexec",
@@ -105,11 +115,8 @@ def test_trtexec_runs_the_same_load_as_the_engine() -> None:
         "--duration=3",
         "--warmUp=500",
         "--infStreams=2",
-        "--useCudaGraph",
+        *alike,
     ]
-    assert "--useCudaGraph" not in gpu.trtexec_command(
-        Path("t"), Path("m"), {"x": (1,)}, 3, graphs=False, streams=1
-    )
 
 
 def test_trtexecs_throughput_is_parsed(tmp_path: Path) -> None:
