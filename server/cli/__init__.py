@@ -95,3 +95,8 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what stdout still holds is written at the end
         typer.echo(f"cobatch: cannot write the output: {error.strerror}", err=True)
         sys.exit(1)
+    except RuntimeError as error:
+        if "start new thread" not in str(error):
+            raise
+        typer.echo("cobatch: no thread can be started: the limit of processes (pids) is too low", err=True)
+        sys.exit(1)

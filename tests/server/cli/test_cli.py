@@ -279,6 +279,23 @@ def test_a_full_disk_behind_stdout_is_said(arguments: list[str]) -> None:
     )
 
 
+@pytest.mark.parametrize("processes", ["1", "3"])
+def test_a_limit_of_processes_that_leaves_no_thread_is_said(model: Path, processes: str) -> None:
+    program = (
+        "import sys, threading\n"
+        'def start(self): raise RuntimeError("can\'t start new thread")\n'
+        "threading.Thread.start = start\n"
+        "from cobatch.server.cli import main\n"
+        "main()\n"
+    )
+    arguments = ["serve", str(model), "--port", "0", "--processes", processes]
+    run = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
+    )
+    said = "cobatch: no thread can be started: the limit of processes (pids) is too low\n"
+    assert (run.returncode, run.stderr) == (1, said)
+
+
 def test_inspect_shows_the_signature(model: Path) -> None:
     result = cobatch("inspect", model)
     assert result.exit_code == 0
