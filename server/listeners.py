@@ -92,6 +92,8 @@ def let_in_no_more(fd: int) -> None:
 
 async def take_backlog(fds: Sequence[int], grace_s: float = GRACE_S) -> None:
     """Let no new connections in; wait until the loop has accepted those that have begun."""
+    if not fds:
+        return
     for fd in fds:
         let_in_no_more(fd)
     await accepted_all(fds)

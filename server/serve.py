@@ -38,6 +38,7 @@ log = logging.getLogger("cobatch.server")
 
 _FAILED = 1
 _REFUSED = 2
+_TICK_S = 0.1
 # malloc.h. Buffers up to _HEAP_BYTES, the largest that glibc accepts here, come from the heap; up to
 # _KEPT_BYTES that are free stay at its end.
 _M_TRIM_THRESHOLD = -1
@@ -115,6 +116,7 @@ class Server(uvicorn.Server):
         self._hung_up = False
         self.leave_s: float | None = None  # the time of the first signal
         self._drain: asyncio.Task[None] | None = None
+        self._woken = asyncio.Event()
         inference.on_ready = self._on_ready
         inference.on_load_failed = self._on_load_failed
         http = settings.server
@@ -174,6 +176,7 @@ class Server(uvicorn.Server):
         print(f"cobatch: {kind} {name} cannot be loaded: {why}", file=sys.stderr, flush=True)
         self.status = _FAILED
         self.should_exit = True
+        self._wake()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -198,10 +201,27 @@ class Server(uvicorn.Server):
         inference = self.inference
         inference.draining = inference.closing = at_once or not inference.settings.server.drain_delay_s
         inference.leaving = True
+        self._wake()
 
     def handle_hangup(self, sig: int, frame: FrameType | None) -> None:
         """Read files again at the next tick."""
         self._hung_up = True
+        self._wake()
+
+    def _wake(self) -> None:
+        """Let the next tick come at once. May be called by a signal's handler, or another thread."""
+        if self.inference.loop is not None:  # else the first tick comes
+            self.inference.loop.call_soon_threadsafe(self._woken.set)
+
+    async def main_loop(self) -> None:
+        """Call `on_tick` ten times a second, and at once after `_wake`, until it returns True."""
+        counter = 0
+        while not await self.on_tick(counter):
+            counter += 1
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_TICK_S):
+                    await self._woken.wait()
+            self._woken.clear()
 
     async def on_tick(self, counter: int) -> bool:
         if self._hung_up:
@@ -284,3 +304,4 @@ class Server(uvicorn.Server):
         # Writing the responses has the rest of the time.
         self.config.timeout_graceful_shutdown = max(1, int(end_s - time.monotonic()))
         self.should_exit = True
+        self._wake()

@@ -91,6 +91,11 @@ class ChildServer(Server):
     def tell_ready(self) -> None:
         self.parent.send(Reached("ready"))
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._handshakes:  # of connections that came last
+            await asyncio.wait(self._handshakes, timeout=self.grace_s)
+        await super().shutdown(sockets)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leave signals alone: the process ignores them (`server.fronts.child`)."""

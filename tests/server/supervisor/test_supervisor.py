@@ -21,6 +21,7 @@ import pytest
 from cobatch.engines.link import slab
 from cobatch.server.fronts.child_server import ChildServer
 from cobatch.server.fronts.control import PAGE_BYTES, Connection, Control, Link, LinkEnds, Reached, map_words
+from cobatch.server.serve import Server
 from cobatch.server.settings.schema import ModelSettings, Settings
 from cobatch.server.supervisor.acceptor import Acceptor
 from cobatch.server.supervisor.children import STALLED_BEATS, Child
@@ -526,6 +527,30 @@ def test_a_child_that_cannot_use_its_link_ends(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(SystemExit) as ended:
         ChildWithoutDescriptors()._obey(Link(0), [one.detach() for one in sockets] + [0, 0, 0])
     assert ended.value.code == 1
+
+
+async def test_a_child_ends_after_the_handshakes_of_its_last_connections(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ended, gate = asyncio.Event(), asyncio.Event()
+
+    async def shutdown(server: Server, sockets: object) -> None:
+        ended.set()
+
+    async def shake_hands() -> None:
+        await gate.wait()
+        assert not ended.is_set()
+
+    monkeypatch.setattr(Server, "shutdown", shutdown)
+    child = ChildWithoutDescriptors()
+    child.grace_s = WAIT_S
+    handshake = asyncio.create_task(shake_hands())
+    child._handshakes = {handshake}
+    ending = asyncio.create_task(child.shutdown())
+    await asyncio.sleep(0)
+    gate.set()
+    await asyncio.gather(ending, handshake)
+    assert ended.is_set()
 
 
 def test_only_children_that_end_soon_are_replaced_later(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 The server is `server.serve.Server` under uvicorn with its own socket, without signal handlers. To hold a
 batch, a test uses a `GatedEngine`, which runs under the real worker and blocks while its gate is shut.
 Nothing sleeps: a test waits for events of the server (`Served.until`), with a deadline that only bugs reach.
-uvicorn looks for its end every 0.1 s, and three times in a row; here it is told, and looks every millisecond.
+At its end uvicorn looks every 0.1 s for connections and tasks that are left; here every millisecond.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ from tests.support.virtual.loop import Array, FakeEngine
 DEADLINE_S = 60.0
 T = TypeVar("T")
 C = TypeVar("C", bound=asyncio.Protocol)
-_TICK_S = 0.1  # uvicorn's
 _TURNS = 8  # of the loop, in which it accepts a connection and reads the first bytes
 
 
@@ -49,7 +48,7 @@ async def _poll(delay_s: float) -> None:
     await asyncio.sleep(min(delay_s, 0.001))
 
 
-# Everything that uvicorn waits for with `sleep`, beside `main_loop`, is a connection or a task that ends.
+# Everything that uvicorn waits for with `sleep` here is a connection or a task that ends.
 vars(uvicorn.server)["asyncio"] = SimpleNamespace(**vars(asyncio) | {"sleep": _poll})
 
 
@@ -216,7 +215,6 @@ class ThreadServer(Server):
         self.listening = threading.Event()
         self.ready = threading.Event()
         self.port = 0
-        self._signalled = asyncio.Event()
         super().__init__(settings)
         self.connections = Released()
         make: Any = self.config.http
@@ -242,16 +240,6 @@ class ThreadServer(Server):
         self.port = self.servers[0].sockets[0].getsockname()[1]
         self.listening.set()
 
-    async def main_loop(self) -> None:
-        ticks = 0
-        while not await self.on_tick(ticks):
-            ticks += 1
-            if self.inference.leaving:  # `wait_for` would not let the loop run, as of Python 3.12
-                await _poll(_TICK_S)
-                continue
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._signalled.wait(), _TICK_S)
-
     def _on_ready(self) -> None:
         self.ready.set()
 
@@ -262,8 +250,6 @@ class ThreadServer(Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         assert not self.inference.draining, "the second signal would end the tests"
         super().handle_exit(sig, frame)
-        assert self.inference.loop is not None
-        self.inference.loop.call_soon_threadsafe(self._signalled.set)
 
 
 class Served:
