@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -9,8 +10,6 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Never
 
 import pytest
@@ -20,18 +19,14 @@ from cobatch.engines.errors import EngineLoadError
 from cobatch.engines.link.slab import SlabReader, SlabWriter, create
 from cobatch.engines.python.engine import ProcessEngine
 from cobatch.engines.python.process import ModelProcess
-
-
-def descriptors() -> set[int]:
-    """Return the open descriptors, of which listing them needs one more."""
-    return {int(one.name) for one in list(Path("/proc/self/fd").iterdir()) if one.exists()}
+from tests.support.descriptors import nothing_stays_open, opened
 
 
 def start() -> ModelProcess:
     return ModelProcess("model", [], {}, lambda error: None)
 
 
-@contextmanager
+@contextlib.contextmanager
 def most_files(most: int) -> Iterator[None]:
     """Let this process open no descriptor of this number or above."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -71,13 +66,11 @@ def test_it_leaves_nothing_behind(
             super().__init__(*arguments, **options)
             started.append(self.pid)
 
-    before = descriptors()
-    monkeypatch.setattr(subprocess, "Popen", Popen)
-    monkeypatch.setattr(owner, name, fail)
-    with pytest.raises(EngineLoadError, match=r"cannot be started: .*(Too many|new thread)"):
-        start()
-    monkeypatch.undo()
-    assert descriptors() == before
+    with nothing_stays_open(), monkeypatch.context() as patched:
+        patched.setattr(subprocess, "Popen", Popen)
+        patched.setattr(owner, name, fail)
+        with pytest.raises(EngineLoadError, match=r"cannot be started: .*(Too many|new thread)"):
+            start()
     assert len(started) == (name in ("pidfd_open", "start"))
     for pid in started:  # it has ended, and is no zombie
         with pytest.raises(ProcessLookupError):
@@ -90,36 +83,34 @@ def test_too_few_descriptors(what: str) -> None:
     started = start()  # what it imports needs descriptors, too
     started.kill()
     started.close()
-    before = descriptors()
-    for most in range(min(set(range(1000)) - before), 1000):
-        engine = ProcessEngine("os:getcwd", 0, ".", 0, Batching("on"), name="model")
+    numbers = {int(number) for number, _ in opened()}
+    most = min(set(range(1000)) - numbers)
+    while not starts(what, most):
+        most += 1
+
+
+def starts(what: str, most: int) -> bool:
+    """Start with so many descriptors; return False if they are too few. Nothing stays open."""
+    engine = ProcessEngine("os:getcwd", 0, ".", 0, Batching("on"), name="model")
+    with nothing_stays_open(), contextlib.closing(engine):
         try:
             with most_files(most):
                 if what == "engine":
                     engine.open()
-                else:
-                    started = start()
+                started = start()
         except EngineLoadError as error:
-            if "Too many open files" not in str(error):
-                break  # the model could not be loaded: its process was started
-        else:
-            started.kill()
-            started.close()
-            break
-        finally:
-            engine.close()
-        assert descriptors() == before
-    assert descriptors() == before
+            return "Too many open files" not in str(error)  # the process was started, which has no such model
+        started.kill()
+        started.close()
+        return True
 
 
 def test_memory_that_cannot_be_made_or_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = descriptors()
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "ftruncate", no_more)
-        with pytest.raises(OSError, match="Too many"):
-            create("some", 1)
-    for end in (SlabReader, SlabWriter):
-        descriptor = os.memfd_create("empty")
-        with pytest.raises(ValueError, match="empty file"):
-            end(descriptor)
-    assert descriptors() == before
+    with nothing_stays_open():
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "ftruncate", no_more)
+            with pytest.raises(OSError, match="Too many"):
+                create("some", 1)
+        for end in (SlabReader, SlabWriter):
+            with pytest.raises(ValueError, match="empty file"):
+                end(os.memfd_create("empty"))

@@ -26,16 +26,13 @@ from cobatch.server.settings.auth import AuthSettings, TenantRule
 from cobatch.server.settings.schema import ModelSettings, PadSettings
 from tests.server.inference.test_padding import text_model
 from tests.support.auth.protected import settings_in
+from tests.support.descriptors import nothing_stays_open
 from tests.support.fronts.stepping import stepping
 from tests.support.http.serving import GatedEngine
 from tests.support.models import models
 from tests.support.python_models import faulty
 
 gate = model("gate")
-
-
-def descriptors() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def rows(*values: int) -> dict[str, Any]:
@@ -474,38 +471,35 @@ async def test_long_rows(tmp_path: Path) -> None:
 
 async def test_too_many_open_files_leave_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
     async with stepping() as both:
-        before = descriptors()
         for count in range(4):
-            left = iter([os.memfd_create("some") for _ in range(count)])
+            with nothing_stays_open(), monkeypatch.context() as patched:
+                left = iter([os.memfd_create("some") for _ in range(count)])
 
-            def create(name: str, size: int, left: Iterator[int] = left) -> int:
-                try:
-                    return next(left)
-                except StopIteration:
-                    raise OSError(errno.EMFILE, "too many open files") from None
+                def create(name: str, size: int, left: Iterator[int] = left) -> int:
+                    try:
+                        return next(left)
+                    except StopIteration:
+                        raise OSError(errno.EMFILE, "too many open files") from None
 
-            with monkeypatch.context() as patched:
                 patched.setattr(slab, "create", create)
                 patched.setattr(slab, "for_reading", lambda fd: create("", 0))
                 with pytest.raises(OSError, match="too many open files"):
                     both.hub.open_steps(lambda *arguments: None)
-            assert descriptors() == before
         assert both.hub.links == {both.link}
 
 
 async def test_a_page_that_cannot_be_made_is_made_for_the_next_link(monkeypatch: pytest.MonkeyPatch) -> None:
     """A page that no heartbeat reaches would look like that of a home that hangs."""
     async with stepping() as both:
-        hub, before = Hub(both.home.inference), descriptors()
+        hub = Hub(both.home.inference)
 
         def dup(descriptor: int) -> int:
             raise OSError(errno.EMFILE, "too many open files")
 
-        with monkeypatch.context() as patched:
+        with nothing_stays_open(), monkeypatch.context() as patched:
             patched.setattr(os, "dup", dup)
             with pytest.raises(OSError, match="too many open files"):
                 hub.open_steps(lambda *arguments: None)
-        assert descriptors() == before
         for descriptor in hub.open_steps(lambda *arguments: None):
             os.close(descriptor)
         assert [page.heartbeat_s > 0 for page in hub.pages] == [True]
