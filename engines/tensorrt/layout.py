@@ -102,9 +102,13 @@ def set_shapes(context: Any, shapes: Sequence[tuple[str, Shape]]) -> None:
 def infer(context: Any, shapes: Sequence[tuple[str, Shape]], outputs: Sequence[TensorSpec]) -> list[Shape]:
     """Set the inputs' shapes and return the outputs'. Raises EngineRunError that names the tensor."""
     set_shapes(context, shapes)
-    missing = context.infer_shapes()
-    if missing:
-        raise EngineRunError(f"TensorRT cannot infer shapes: {', '.join(missing)} are not specified")
+    try:
+        missing = ", ".join(context.infer_shapes())
+        why = f"{missing} are not specified" if missing else ""
+    except RuntimeError as error:
+        why = str(error)
+    if why:
+        raise EngineRunError(f"TensorRT cannot infer shapes: {why}")
     output_shapes = [tuple(context.get_tensor_shape(spec.name)) for spec in outputs]
     for spec, shape in zip(outputs, output_shapes, strict=True):
         if -1 in shape and spec.batched:

@@ -105,7 +105,11 @@ class Slot:
             context.set_device_memory(int(self._working), plan.working)
         elif plan.working:
             context.device_memory = int(self._working)
-        if not context.set_optimization_profile_async(profile, self._handle):
+        try:
+            accepted = context.set_optimization_profile_async(profile, self._handle)
+        except RuntimeError:  # as the bindings say no
+            accepted = False
+        if not accepted:
             raise EngineLoadError(f"TensorRT does not accept profile {profile}")
         return ProfileContext(context)
 

@@ -130,6 +130,23 @@ def test_any_allocation_may_fail(cuda: FakeCuda, nth: int) -> None:
     assert "GPU 0 is out of memory" in refused(engine_of(models.negate()))
 
 
+def test_a_profile_that_tensorrt_refuses_is_named(cuda: FakeCuda) -> None:
+    plant("set_optimization_profile_async", "no tactic for it", "INVALID_ARGUMENT")
+    why = refused(engine_with(models.negate()))
+    assert "TensorRT does not accept profile 0" in why
+    assert "no tactic for it" in why
+
+
+def test_shapes_that_tensorrt_cannot_infer_fail_that_batch(cuda: FakeCuda) -> None:
+    with opened(engine_of(models.negate(width="width"), "x:1x1/4x8/8x16")) as engine:
+        assert np.array_equal(run(engine, X)[0], -X)
+        plant("infer_shapes", "the product is too large", "INVALID_ARGUMENT")
+        wide = np.ones((2, 9), np.float32)
+        with pytest.raises(EngineRunError, match=r"infer shapes: infer_shapes error code: -1.*too large"):
+            start(engine, 0, wide)
+        assert np.array_equal(run(engine, wide)[0], -wide)
+
+
 def test_an_execution_context_without_memory_fails_the_load(cuda: FakeCuda) -> None:
     plant("create_execution_context", "Cuda Runtime (out of memory)", "FAILED_ALLOCATION")
     assert "is out of memory: TensorRT cannot create an execution context; " in refused(

@@ -109,9 +109,15 @@ class IExecutionContext(WithRecorder, Owned):
         return self._profile
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
-        """Set a shape. On an error return False, with the reason in log and recorder, as all methods do."""
-        stream = _plain_int(stream_handle, "set_optimization_profile_async")
-        if not self._may("set_optimization_profile_async"):
+        """Use a profile. Raises RuntimeError; most methods return False. Log and recorder get the reason."""
+        if not self._use_profile(profile_index, stream_handle):
+            raise RuntimeError("Error in set optimization profile async.")
+        return True
+
+    def _use_profile(self, profile_index: int, stream_handle: int) -> bool:
+        method = "set_optimization_profile_async"
+        stream = _plain_int(stream_handle, method)
+        if not self._may(method) or self._planted(method):
             return False
         if not 0 <= profile_index < self._engine.num_optimization_profiles:
             return self._fail("INVALID_ARGUMENT", f"there is no optimization profile {profile_index}")
@@ -154,9 +160,9 @@ class IExecutionContext(WithRecorder, Owned):
         return not self._missing()
 
     def infer_shapes(self) -> list[str]:
-        """Return the inputs without shapes."""
+        """Return the inputs without shapes. Raises RuntimeError."""
         if not self._may("infer_shapes") or self._planted("infer_shapes"):
-            return []
+            raise RuntimeError("infer_shapes error code: -1")
         return self._missing()
 
     def _missing(self) -> list[str]:

@@ -9,10 +9,10 @@ _strict_graphs = True
 
 
 def plant(method: str, text: str, code: str = "FAILED_EXECUTION") -> None:
-    """Make the next call of a method fail as in TensorRT: it logs the error and returns False or None.
+    """Make the next call of a method fail as in TensorRT: it logs the error, and returns nothing or raises.
 
     Methods: `Runtime`, `deserialize_cuda_engine`, `create_execution_context`, `set_input_shape`,
-    `infer_shapes`, `execute_async_v3`, `build_serialized_network`.
+    `set_optimization_profile_async`, `infer_shapes`, `execute_async_v3`, `build_serialized_network`.
     """
     _planted[method].append((code, text))
 
