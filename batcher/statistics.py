@@ -153,8 +153,9 @@ class Counters:
                     tenant.usage.engine_s += run_s * rows / batch.rows
         runs = self.run_times.values
         runs.append(run_s)
-        if len(waiting) >= PENDING_LIMIT or len(runs) >= PENDING_LIMIT:
+        if len(waiting) >= PENDING_LIMIT:
             self.queue_delays.count_in()
+        if len(runs) >= PENDING_LIMIT:
             self.run_times.count_in()
         self.last_finished_s = batch.finished_s
         self.rows += batch.rows
