@@ -1,7 +1,7 @@
 """A FastAPI application whose requests share batches, and whose callers get fair shares.
 
 pip install cobatch fastapi uvicorn
-uvicorn fastapi_app:app
+uvicorn --app-dir examples/library fastapi_app:app
 curl localhost:8000/embed -H 'authorization: Bearer key-of-ann' --json '{"text": "hello"}'
 """
 

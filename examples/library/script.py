@@ -1,6 +1,6 @@
 """A script: the words of a text are looked up by many tasks, in few runs.
 
-python script.py < TEXT
+python examples/library/script.py < TEXT
 """
 
 import asyncio

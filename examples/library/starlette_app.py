@@ -1,7 +1,7 @@
 """A Starlette application with a model that is loaded once, and metrics for Prometheus.
 
 pip install cobatch uvicorn
-uvicorn starlette_app:app
+uvicorn --app-dir examples/library starlette_app:app
 curl localhost:8000/predict --json '[1, 2, 3]'
 curl localhost:8000/metrics/
 """

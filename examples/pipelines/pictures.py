@@ -10,7 +10,7 @@ A picture of another type is refused, with 415, before a process sees it.
 import io
 from typing import Annotated
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from cobatch import BadRequest, Response
 
@@ -25,8 +25,8 @@ class Thumbnail:
         try:
             image = Image.open(io.BytesIO(picture), formats=["png", "jpeg"])
             image.thumbnail((PIXELS, PIXELS))
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow says no
             raise BadRequest(f"the picture cannot be read: {error}") from error
         file = io.BytesIO()
-        image.save(file, "png")
+        image.convert("RGBA").save(file, "png")  # a JPEG may be CMYK
         return Response(file.getvalue(), "image/png")

@@ -1,8 +1,10 @@
 """Finds bright places in a picture with one model, and names the shape at each of them with another.
 
-    python examples/pipelines/make_models.py models
+    pip install onnx
+    python examples/pipelines/make_models.py examples/pipelines/models
     cobatch serve --config examples/pipelines/shapes.toml
-    curl http://127.0.0.1:8000/v1/models/shapes/infer -H 'content-type: application/json' -d @picture.json
+    python -c 'import json; print(json.dumps({"pixels": [[1.0] * 8] * 8}))' |
+        curl http://127.0.0.1:8000/v1/models/shapes/infer -H 'content-type: application/json' -d @-
 
 Calls that come at the same time share the batches of both models.
 """

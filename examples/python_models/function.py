@@ -1,6 +1,6 @@
 """A function as a model: texts of any number in, how often each has each letter out.
 
-cobatch serve function.py:count_letters
+cobatch serve examples/python_models/function.py:count_letters
 """
 
 from typing import Annotated

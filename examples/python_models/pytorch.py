@@ -1,6 +1,6 @@
 """A network of PyTorch, on the GPU of its instance if there is one.
 
-pip install torch, then: cobatch serve pytorch.py:Network --max-batch-size 32
+pip install torch, then: cobatch serve examples/python_models/pytorch.py:Network --max-batch-size 32
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
 """A forest of scikit-learn that tells irises apart, trained when it is loaded; a real one would load a file.
 
-cobatch serve scikit_learn.py:Irises --instances 2
+cobatch serve examples/python_models/scikit_learn.py:Irises --instances 2
 """
 
 import numpy as np

@@ -32,6 +32,9 @@ async def test_a_picture_becomes_a_picture(running: InProcess) -> None:
     assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
     image = Image.open(io.BytesIO(answer.content))
     assert (image.format, image.size) == ("PNG", (64, 32))
+    printed = io.BytesIO()
+    Image.new("CMYK", (8, 8)).save(printed, "jpeg")
+    assert (await running.http.post(address, content=printed.getvalue(), headers=headers)).status_code == 200
     refused = await running.http.post(address, content=b"no picture", headers=headers)
     assert (refused.status_code, refused.json()["type"]) == (422, "/problems/refused-by-model")
     assert "the picture cannot be read" in refused.json()["detail"]
