@@ -260,11 +260,17 @@ class Downlink(Endpoint[ToFront, FromFront]):
             self._held[batcher] = None
         try:
             if isinstance(request, LinkedBundle):
-                request.enter(batcher.submit)
+                request.enter(partial(self._submit_member, batcher))
             else:
                 batcher.submit(request)
         except Exception as error:  # noqa: BLE001 - `fail` logs unexpected ones
             request.refuse(error)
+
+    def _submit_member(self, batcher: Batcher, request: Request) -> None:
+        """Submit a bundle, or a member of one for which there was no room, which waits if it may."""
+        assert isinstance(request, LinkedRequest)
+        if isinstance(request, Bundle) or self.room is None or not self.room.takes(batcher, request):
+            batcher.submit(request)
 
     def _cancel(self, id_: int) -> None:
         ids = [id_] if id_ in self.open else range(id_ + 1, id_ + BUNDLE_IDS)  # a bundle that was split

@@ -28,10 +28,10 @@ def prediction(row: int) -> bytes:
 
 
 def reasons_after(served: Served, client: Client, request: bytes) -> set[str]:
-    """Return the reasons of the batches that a request causes."""
-    before = served.batcher().counters.reasons
+    """Return the reasons of the batches that a request causes, which are counted after its answer."""
+    before = served.call(lambda: served.batcher().counters.reasons)
     assert client.ask(request).status == 200
-    return set(served.batcher().counters.reasons - before)
+    return set(served.call(lambda: served.batcher().counters.reasons) - before)
 
 
 @pytest.mark.parametrize("how", WAYS)

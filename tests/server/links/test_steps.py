@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 import gc
 import os
@@ -141,11 +142,23 @@ async def test_steps_wait_for_room_in_a_full_queue() -> None:
         both.caller()
         engine.hold()
         steps = [asyncio.create_task(gate(**rows(n))) for n in range(12)]
-        await both.until(lambda: sum(map(len, both.hub._room._places.values())) >= 6)
+        await both.until(lambda: both.hub._room.waiting >= 6)
         engine.release()
         assert [(await step)["y"].item() for step in steps] == [2 * n for n in range(12)]
         assert sorted(chain(*engine.ran)) == list(range(12))
         assert both.batcher().counters.refused == 0
+        assert both.idle
+
+
+async def test_steps_that_are_bundled_wait_for_room_one_by_one() -> None:
+    engine = GatedEngine(8)
+    specs = engine.signature.inputs + engine.signature.outputs
+    x, y = [dataclasses.replace(spec, shape=(1,)) for spec in specs]
+    engine.signature = dataclasses.replace(engine.signature, inputs=(x,), outputs=(y,))
+    async with stepping(engine=engine, max_queue_rows=2) as both:
+        both.caller()
+        answers = await asyncio.gather(*[gate(**rows(n)) for n in range(8)])
+        assert [answer["y"].item() for answer in answers] == [2 * n for n in range(8)]
         assert both.idle
 
 
@@ -157,9 +170,9 @@ async def test_a_large_step_that_waits_is_not_overtaken() -> None:
         first = [asyncio.create_task(gate(**rows(0)))]
         await asyncio.to_thread(engine.began.get)
         first += [asyncio.create_task(gate(**rows(n))) for n in (1, 1, 1, 1, 1, 1, 1)]
-        await both.until(lambda: any(both.hub._room._places.values()))
+        await both.until(lambda: both.hub._room.waiting)
         large = asyncio.create_task(gate(**rows(2, 2, 2, 2)))
-        await both.until(lambda: len(both.hub._room._places[both.batcher()]) >= 2)
+        await both.until(lambda: both.hub._room.waiting >= 2)
         small = asyncio.create_task(gate(**rows(3)))
         await both.until(lambda: len(both.link.open) >= 9)
         engine.release()
@@ -174,7 +187,7 @@ async def test_the_deadline_ends_a_step_that_waits_for_room() -> None:
         both.caller()
         engine.hold()
         held = [asyncio.create_task(gate(**rows(n))) for n in range(5)]
-        await both.until(lambda: any(both.hub._room._places.values()))
+        await both.until(lambda: both.hub._room.waiting)
         caller = Caller(both.end, deadline_s=time.monotonic() + 0.02)
         CALLER.set(caller)
         assert await kind_of(gate(**rows(9))) == "expired"
@@ -318,7 +331,7 @@ async def test_a_step_waits_for_its_tenants_queued_rows(tmp_path: Path) -> None:
         engine.hold()
         both.caller(tenant=("a", 0))
         steps = [asyncio.create_task(gate(**rows(n))) for n in range(8)]
-        await both.until(lambda: len(both.hub._room._places[both.batcher()]) >= 2)
+        await both.until(lambda: both.hub._room.waiting >= 2)
         both.caller(tenant=("b", 1))
         other = asyncio.create_task(gate(**rows(9)))  # need not wait for the first tenant's room
         await both.until(lambda: both.batcher().queue.rows >= 3)
@@ -336,7 +349,7 @@ async def test_the_end_of_the_process_empties_queue_and_room() -> None:
         both.end._uplink._channel._sock.shutdown(2)  # as the kernel does for a process that is killed
         await both.until(lambda: both.ended)
         assert not both.link.open
-        assert not any(both.hub._room._places.values())
+        assert not both.hub._room.waiting
         assert not both.batcher().queue.rows
         ended = await asyncio.gather(*steps, return_exceptions=True)
         assert {one.kind for one in ended if isinstance(one, StepError)} == {"starting"}

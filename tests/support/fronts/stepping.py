@@ -59,7 +59,7 @@ class Stepping:
     @property
     def idle(self) -> bool:
         """Nothing is open, in flight or in a block."""
-        waiting = self.end._uplink._waiting or any(self.hub._room._places.values())
+        waiting = self.end._uplink._waiting or self.hub._room.waiting
         return not (self.blocks or self.end._uplink._flights.open or self.link.open or waiting)
 
 
