@@ -11,6 +11,7 @@ import time
 from collections.abc import Hashable, Mapping
 from contextvars import ContextVar
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import numpy as np
 
@@ -21,8 +22,9 @@ from cobatch.server.observability.record import StepTimes
 
 # Of a call, for its Server-Timing and trace.
 KEPT_STEPS = 256
-# All that `model` has returned, to check their names when the pipeline is loaded.
-_handles: list["ModelHandle"] = []
+# All that `model` has returned, to check their names when the pipeline is loaded. Not kept: a handler may ask
+# for one in each call.
+_handles: "WeakSet[ModelHandle]" = WeakSet()
 
 
 class StepError(Exception):
@@ -131,7 +133,7 @@ def model(name: str) -> ModelHandle:
 
     Inputs and outputs are arrays by name, with all axes: the first one is rows where the model batches.
     """
-    _handles.append(handle := ModelHandle(name))
+    _handles.add(handle := ModelHandle(name))
     return handle
 
 

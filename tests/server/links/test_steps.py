@@ -120,6 +120,12 @@ def test_models_of_other_handlers_in_a_file_are_not_asked_for() -> None:
     assert shared.name in models_of(lambda text: text)
 
 
+def test_a_model_that_a_call_asks_for_is_not_kept() -> None:
+    model("for one call")
+    gc.collect()
+    assert "for one call" not in models_of(object())
+
+
 async def test_wrong_shapes_are_problems() -> None:
     async with stepping() as both:
         both.caller()
