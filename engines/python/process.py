@@ -97,7 +97,7 @@ class Output:
 class ModelProcess:
     """A process, from its start. `kill` may be called by any thread; `on_end` is called by another one.
 
-    `module`: what it runs. `sock` is home's end of the socket, for another way to send and receive. Raises
+    `module`: that it runs. `sock` is home's end of the socket, for another way to send and receive. Raises
     EngineLoadError.
     """
 

@@ -83,7 +83,7 @@ class Caller:
             answer.cancel()
 
     def timeout_s(self) -> float | None:
-        """Return what is left of the deadline."""
+        """Return the seconds until the deadline, if there is one."""
         return None if self.deadline_s is None else self.deadline_s - time.monotonic()
 
 

@@ -27,8 +27,8 @@ _WORDS = {"b": "true or false", "i": "integers", "u": "integers", "f": "finite n
 def around(found: object, name: str, datatypes: Mapping[str, str], *, batched: bool) -> Callable[[Any], Any]:
     """Return the handler of a loaded object.
 
-    `datatypes`: of the model's inputs, for what is no array. `batched`: the model has a first axis, which the
-    rows here have not. Raises EngineLoadError.
+    `datatypes`: of the model's inputs, for values that are no array. `batched`: the model has a first axis,
+    which the rows here have not. Raises EngineLoadError.
     """
     before, after = getattr(found, "preprocess", None), getattr(found, "postprocess", None)
     step = model(name)

@@ -6,7 +6,7 @@
 
 A request is `str` (text), `bytes` (any content type, or those of the annotation), or JSON: of a msgspec
 struct, a pydantic model, or any type that msgspec takes; without an annotation any JSON. An answer is encoded
-by what it is: `str` as text, `bytes` as octets, a `Response` as it says, all else as JSON. The items of a
+by its type: `str` as text, `bytes` as octets, a `Response` as it says, all else as JSON. The items of a
 generator are the events of a stream.
 """
 

@@ -30,7 +30,7 @@ class Pipeline:
     """A pipeline of this process. `batcher` and `content` are None until a process is loaded.
 
     `on_ready` is called when a process was started again. `around`: the signature of the model in Python of
-    the same name, if it is what is before and after that.
+    the same name, if it is the code before and after that.
     """
 
     def __init__(

@@ -238,7 +238,7 @@ class PoolProcess:
     # The end
 
     def _on_closed(self, why: str) -> None:
-        """Note the end of the socket: the process has ended, or is ended for what it sent."""
+        """Note the end of the socket: the process has ended, or is ended for a message that it sent."""
         if why:
             self._process.kill(f"sent a bad message and was ended: {why}")
         else:  # it has ended, as its socket shows before its status does

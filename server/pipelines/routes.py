@@ -229,7 +229,7 @@ class _Answering:
             raise
 
     def drop(self) -> None:
-        """Cancel the call: nobody takes its answer."""
+        """Cancel the call, whose answer is not taken."""
         self._pipeline.cancel(self.call)
         self._pipeline.traffic.count(LEFT, LEFT_SLUG, 0.0)
 

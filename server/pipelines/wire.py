@@ -142,7 +142,7 @@ class Wire(Generic[Sent, Received]):
 
 
 def in_memory(data: bytes | bytearray | memoryview) -> int:
-    """Return the descriptor of new memory with these bytes, which nobody can change. Raises OSError."""
+    """Return the descriptor of new memory with these bytes, which no process can change. Raises OSError."""
     descriptor = os.memfd_create("cobatch-body", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         with open(descriptor, "wb", closefd=False) as memory:

@@ -18,7 +18,7 @@ WIDTH = 100_000  # three rows of it are more than the loop joins
 
 
 class HeldExecutor(ThreadPoolExecutor):
-    """Runs what it was given when `go` is called."""
+    """Runs the work that it was given when `go` is called."""
 
     def __init__(self) -> None:
         super().__init__(1)

@@ -18,7 +18,7 @@ def opened() -> set[tuple[str, str]]:
 
 @contextlib.contextmanager
 def nothing_stays_open() -> Iterator[None]:
-    """Check that what is opened meanwhile is closed. Earlier tests' garbage may be closed meanwhile, too."""
+    """Check that all descriptors opened meanwhile are closed. Garbage of earlier tests may be, too."""
     before = opened()
     yield
     assert opened() <= before

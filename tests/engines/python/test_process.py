@@ -80,7 +80,7 @@ def test_it_leaves_nothing_behind(
 @pytest.mark.parametrize("what", ["process", "engine"])
 def test_too_few_descriptors(what: str) -> None:
     """Starts fail with the reason, until there are enough."""
-    started = start()  # what it imports needs descriptors, too
+    started = start()  # its imports need descriptors, too
     started.kill()
     started.close()
     numbers = {int(number) for number, _ in opened()}
@@ -90,7 +90,7 @@ def test_too_few_descriptors(what: str) -> None:
 
 
 def starts(what: str, most: int) -> bool:
-    """Start with so many descriptors; return False if they are too few. Nothing stays open."""
+    """Start with this number of descriptors; return False if they are too few. Nothing stays open."""
     engine = ProcessEngine("os:getcwd", 0, ".", 0, Batching("on"), name="model")
     with nothing_stays_open(), contextlib.closing(engine):
         try:

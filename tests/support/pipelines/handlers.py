@@ -186,7 +186,7 @@ class Plain:
 
 
 class Quotes:
-    """A handler that fails with what it was sent."""
+    """A handler that fails with the text that it was sent."""
 
     async def handle(self, text: str) -> str:
         """Refuse, or fail."""
